@@ -1,0 +1,116 @@
+"""GPT: a decoder-only Transformer, one definition for every mesh and every pipeline stage.
+
+A rank builds the part of the model that it holds: blocks `layers`, the embedding if it is the first stage, the norm and the head if it is the last. Serial
+training is the same code on communicators of size 1. By configuration it is GPT-2 (layer norm, GELU, learned positions, biases, tied head; Radford et al.
+2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no biases; Touvron et al. 2023, arXiv:2302.13971).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from minillm import ops
+from minillm.arrays import Array
+from minillm.autograd import Tensor, checkpoint
+from minillm.config import ModelConfig
+from minillm.nn.attention import Attention
+from minillm.nn.block import Block
+from minillm.nn.dropout import Dropout
+from minillm.nn.mlp import MLP
+from minillm.nn.module import Module, Normal, Parameter, Where
+from minillm.nn.norm import norm
+from minillm.nn.position import sinusoidal_table
+from minillm.parallel.tensor import Region, VocabParallelEmbedding, vocab_parallel_logits, vocab_parallel_loss, vocab_weight
+from minillm.sharding import ShardSpec
+
+INIT_STD = 0.02
+TIED_WEIGHT = "embedding.weight"
+
+
+class GPT(Module):
+    """The stage of a GPT that holds blocks `layers`; `first` and `last` say whether it also holds the embedding and the head.
+
+    `std` is the standard deviation of the initial weights; projections into the residual stream get std / sqrt(2 layers) (Radford et al. 2019, 2.3).
+    """
+
+    def __init__(
+        self, config: ModelConfig, region: Region, *, seed: int, layers: Iterable[int], first: bool = True, last: bool = True, recompute: bool = False, std: float = INIT_STD
+    ) -> None:
+        self.config, self.region, self.seed, self.std = config, region, seed, std
+        self.recompute = recompute
+        tie = TIED_WEIGHT if config.tied and not (first and last) else None
+        self.embedding = VocabParallelEmbedding(config.vocab, config.dim, region, std=std, tie=tie) if first else None
+        self.positions = self._position_table() if first else None
+        self.dropout = Dropout(config.dropout, seed)
+        self.blocks = {layer: self._block() for layer in layers}
+        self.norm = norm(config.norm, config.dim, region, bias=config.bias) if last else None
+        self.head = self._head(tie) if last else None
+        self.assign_names()
+
+    def _position_table(self) -> Parameter | None:
+        if self.config.position != "learned":
+            return None
+        spec = ShardSpec.replicated(self.config.context, self.config.dim, partial_over=self.region.partial_over)
+        return Parameter(spec, Normal(self.std), decay=False)
+
+    def _block(self) -> Block:
+        c, region = self.config, self.region
+        out_std = self.std / math.sqrt(2 * c.layers)
+        drops = [Dropout(c.dropout, self.seed) for _ in range(3)]
+        attention = Attention(
+            c.dim, c.heads, c.kv_heads, region, rotary=c.position == "rotary", bias=c.bias, std=self.std, out_std=out_std, dropout=drops[0]
+        )
+        mlp = MLP(c.mlp, c.dim, c.ffn_dim, region, bias=c.bias, std=self.std, out_std=out_std)
+        norms = [norm(c.norm, c.dim, region, bias=c.bias) for _ in range(2)]
+        return Block(norms[0], attention, norms[1], mlp, drops[1], drops[2])
+
+    def _head(self, tie: str | None) -> Parameter:
+        if self.config.tied and self.embedding is not None:
+            return self.embedding.weight
+        head = vocab_weight(self.config.vocab, self.config.dim, std=self.std, tie=tie)
+        head.name = TIED_WEIGHT if tie else ""
+        return head
+
+    def forward(self, x: Array | Tensor, where: Where) -> Tensor:
+        """Token ids [B, T] (first stage) or hidden states [B, T_local, D] -> hidden states [B, T_local, D]. `where` is that of the whole sequence."""
+        outside = self.region.outside(where)
+        hidden = self._embed(x, where, outside) if self.embedding is not None else x
+        for block in self.blocks.values():
+            if self.recompute:
+                hidden = checkpoint(lambda h, block=block: block(h, outside), hidden)
+            else:
+                hidden = block(hidden, outside)
+        return hidden if self.norm is None else self.norm(hidden, outside)
+
+    def loss(self, hidden: Tensor, targets: Array, divisor: float) -> Tensor:
+        """Sum of the token cross-entropies of hidden states [B, T_local, D] against targets [B, T], over `divisor`: a float64 scalar (last stage)."""
+        inside = self.region.enter(hidden)
+        return vocab_parallel_loss(inside, self.head, targets, self.region.comm, vocab=self.config.vocab, divisor=divisor)
+
+    def logits(self, hidden: Tensor) -> Array:
+        """Logits [B, T, V] of hidden states, whole on every rank (last stage)."""
+        assert self.head is not None
+        return vocab_parallel_logits(hidden, self.head, self.region)
+
+    def _embed(self, ids: Array, where: Where, outside: Where) -> Tensor:
+        assert self.embedding is not None and outside.times is not None
+        hidden = self.embedding(ids, where)
+        if self.positions is not None:
+            hidden = ops.add_position(hidden, self.positions, outside.times)
+        elif self.config.position == "sinusoidal":
+            hidden = ops.add_constant(hidden, sinusoidal_table(outside.times, self.config.dim, hidden.dtype))
+        return self.dropout(hidden, outside)
+
+    def train(self, training: bool) -> None:
+        """Switch dropout on or off."""
+        for dropout in _dropouts(self):
+            dropout.training = training
+
+
+def _dropouts(module: Module) -> Iterable[Dropout]:
+    for _, child in module.children():
+        if isinstance(child, Dropout):
+            yield child
+        elif isinstance(child, Module):
+            yield from _dropouts(child)

@@ -1,0 +1,80 @@
+"""Self-attention over heads cut between the tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minillm import kernels, ops
+from minillm.arrays import Array
+from minillm.autograd import Tensor
+from minillm.nn.dropout import Dropout
+from minillm.nn.module import Module, Where
+from minillm.parallel.tensor import ColumnParallelLinear, Region, RowParallelLinear
+from minillm.sharding import Segment
+
+ROTARY_BASE = 10000.0
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for generation: [B, capacity, Hkv_local, K] each, the first `length` valid."""
+
+    def __init__(self, batch: int, capacity: int, kv_heads: int, head_width: int, dtype: np.dtype) -> None:
+        self.keys = np.empty((batch, capacity, kv_heads, head_width), dtype)
+        self.values = np.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, k: Array, v: Array) -> tuple[Array, Array]:
+        """Store k, v [B, T_new, Hkv_local, K] and return views of everything so far."""
+        end = self.length + k.shape[1]
+        self.keys[:, self.length : end] = k
+        self.values[:, self.length : end] = v
+        self.length = end
+        return self.keys[:, :end], self.values[:, :end]
+
+
+class Attention(Module):
+    """Multi-head attention (Vaswani et al. 2017), grouped-query when kv_heads < heads (Ainslie et al. 2023, arXiv:2305.13245), rotary positions on demand.
+
+    The fused projection is laid out [q heads | k heads | v heads]; each rank holds heads/tp query heads and kv_heads/tp key-value heads.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, region: Region, *, rotary: bool, bias: bool, std: float, out_std: float, dropout: Dropout, causal: bool = True
+    ) -> None:
+        width = dim // heads
+        queries, groups = Segment(heads * width, ("tp",), width), Segment(kv_heads * width, ("tp",), width)
+        self.heads, self.kv_heads = heads // region.comm.size, kv_heads // region.comm.size
+        self.first_head = region.comm.rank * self.heads
+        self.head_width = width
+        self.rotary = rotary
+        self.causal = causal
+        self.cache: KVCache | None = None
+        self.qkv = ColumnParallelLinear(dim, (queries, groups, groups), region, bias=bias, std=std)
+        self.out = RowParallelLinear(queries, dim, region, bias=bias, std=out_std)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        """x [B, T, D] -> [B, T, D], both outside the region."""
+        whole = where.gathered or where
+        qkv = self.qkv(x, where)  # [B, T, (H + 2 Hkv) K] of the whole sequence
+        if self.rotary:
+            cos, sin = kernels.rope_tables(whole.times, self.head_width, ROTARY_BASE, qkv.dtype)
+            qkv = ops.rotary(qkv, heads=self.heads, kv_heads=self.kv_heads, cos=cos, sin=sin)
+        if self.cache is not None:
+            return self.out(self._attend_cached(qkv, whole, self.cache), where)
+        y = ops.attention(qkv, heads=self.heads, kv_heads=self.kv_heads, causal=self.causal, dropout=self._dropout(whole))
+        return self.out(y, where)
+
+    def _dropout(self, where: Where) -> kernels.AttentionDropout | None:
+        if not self.dropout.p or not self.dropout.training:
+            return None
+        return kernels.AttentionDropout(self.dropout.p, self.dropout.key(where), where.samples, self.first_head, where.times, where.times)
+
+    def _attend_cached(self, qkv: Tensor, where: Where, cache: KVCache) -> Tensor:
+        """Attention of the new positions over all positions so far; for inference only."""
+        B, T, _ = qkv.shape
+        H, G, K = self.heads, self.kv_heads, self.head_width
+        q, k, v = (part.reshape(B, T, -1, K) for part in np.split(qkv.data, (H * K, (H + G) * K), axis=2))
+        k, v = cache.append(k, v)
+        o, _ = kernels.attention_forward(q, k, v, scale=K**-0.5, causal=self.causal, times_q=where.times, times_k=np.arange(k.shape[1]))
+        return Tensor(o.reshape(B, T, H * K))

@@ -1,0 +1,31 @@
+"""Dropout whose mask is a function of global positions, so that every mesh drops the same elements."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minillm import ops, rng
+from minillm.autograd import Tensor
+from minillm.nn.module import Module, Where
+
+
+class Dropout(Module):
+    """Zero each element with probability `p` and scale the rest by 1 / (1 - p) (Srivastava et al. 2014).
+
+    The choice is addressed by (seed, this module's name, step, sample, global time, channel): no state, and the same on any mesh and in any replay.
+    """
+
+    def __init__(self, p: float, seed: int) -> None:
+        self.p = p
+        self.seed = seed
+        self.training = True
+
+    def key(self, where: Where) -> int:
+        """The 64-bit key of this module's masks in this step."""
+        return rng.key(self.seed, "dropout", self.name, where.step)
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        """x [B, T_local, D] -> the same shape."""
+        if not self.p or not self.training:
+            return x
+        return ops.dropout(x, self.p, key=self.key(where), samples=where.samples, times=where.times, channels=np.arange(x.shape[-1]))

@@ -1,0 +1,41 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+from minillm import ops
+from minillm.autograd import Tensor
+from minillm.nn.module import Constant, Module, Parameter, Where
+from minillm.parallel.tensor import Region
+from minillm.sharding import ShardSpec
+
+LAYER_NORM_EPS = 1e-5
+RMS_NORM_EPS = 1e-5
+
+
+class LayerNorm(Module):
+    """Layer normalisation over the last dim (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, dim: int, region: Region, *, bias: bool) -> None:
+        spec = ShardSpec.replicated(dim, partial_over=region.partial_over)
+        self.weight = Parameter(spec, Constant(1.0), decay=False)
+        self.bias = Parameter(spec, Constant(0.0), decay=False) if bias else None
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        return ops.layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS)
+
+
+class RMSNorm(Module):
+    """Root-mean-square normalisation over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, region: Region) -> None:
+        self.weight = Parameter(ShardSpec.replicated(dim, partial_over=region.partial_over), Constant(1.0), decay=False)
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        return ops.rms_norm(x, self.weight, RMS_NORM_EPS)
+
+
+def norm(kind: str, dim: int, region: Region, *, bias: bool) -> Module:
+    """The norm called `kind`: layernorm or rmsnorm."""
+    return LayerNorm(dim, region, bias=bias) if kind == "layernorm" else RMSNorm(dim, region)

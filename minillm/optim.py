@@ -1,0 +1,106 @@
+"""Optimizers over flat buffers, learning-rate schedules, and the global gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from minillm import kernels
+from minillm.arrays import Array
+from minillm.comm.mesh import Mesh
+from minillm.nn.module import Parameter
+from minillm.nn.storage import FlatBuffers
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): decoupled weight decay, applied only where `Parameter.decay` says so (matrices, embeddings)."""
+
+    def __init__(self, buffers: Sequence[FlatBuffers], *, beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.1) -> None:
+        self.buffers = tuple(buffers)
+        self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
+        self._exp_avg = [np.zeros_like(b.values) for b in self.buffers]
+        self._exp_avg_sq = [np.zeros_like(b.values) for b in self.buffers]
+
+    def step(self, step: int, lr: float, grad_scale: float) -> None:
+        """Update every parameter from its reduced gradient times `grad_scale`; `step` counts from 0."""
+        for buffers, exp_avg, exp_avg_sq in zip(self.buffers, self._exp_avg, self._exp_avg_sq, strict=True):
+            for run in buffers.runs:
+                part = slice(run.start, run.stop)
+                kernels.adamw_(
+                    buffers.values[part],
+                    buffers.grads[part],
+                    exp_avg[part],
+                    exp_avg_sq[part],
+                    lr=lr,
+                    beta1=self.beta1,
+                    beta2=self.beta2,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay if run.decay else 0.0,
+                    step=step + 1,
+                    grad_scale=grad_scale,
+                )
+
+    def state(self) -> Mapping[str, Mapping[int, Array]]:
+        """State name -> id(parameter) -> local array in the parameter's shape, sharded as the parameter is: what a checkpoint holds."""
+        named = {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
+        return {name: _views(self.buffers, flats) for name, flats in named.items()}
+
+
+class SGD:
+    """Plain gradient descent: p -= lr * grad_scale * grad."""
+
+    def __init__(self, buffers: Sequence[FlatBuffers]) -> None:
+        self.buffers = tuple(buffers)
+
+    def step(self, step: int, lr: float, grad_scale: float) -> None:
+        """Update every parameter from its reduced gradient times `grad_scale`."""
+        for buffers in self.buffers:
+            kernels.sgd_(buffers.values, buffers.grads, lr=lr, grad_scale=grad_scale)
+
+    def state(self) -> Mapping[str, Mapping[int, Array]]:
+        """SGD has no state."""
+        return {}
+
+
+def _views(buffers: Sequence[FlatBuffers], flats: Sequence[Array]) -> dict[int, Array]:
+    return {
+        id(span.parameter): flat[span.start : span.stop].reshape(span.parameter.get().shape)
+        for b, flat in zip(buffers, flats, strict=True)
+        for span in b.spans()
+    }
+
+
+def counted(parameter: Parameter, mesh: Mesh, is_first_copy: bool = True) -> bool:
+    """Whether this rank counts its part of `parameter` in sums over the tp and pp ranks: a replicated parameter counts on one rank, a tied one in its first copy."""
+    return ("tp" in parameter.spec.axes or mesh.coord("tp") == 0) and (parameter.spec.tie is None or is_first_copy)
+
+
+def global_norm(buffers: Sequence[FlatBuffers], mesh: Mesh) -> float:
+    """The 2-norm of the whole model's reduced gradient, every parameter counted once; the same value on every rank, summed in float64."""
+    first_copy = mesh.coord("pp") == 0
+    total = sum(
+        kernels.sum_of_squares(b.grads[span.start : span.stop])
+        for b in buffers
+        for span in b.spans()
+        if counted(span.parameter, mesh, first_copy)
+    )
+    sum_ = np.array([total], np.float64)
+    for axis in ("tp", "pp"):
+        mesh.axis(axis).all_reduce_(sum_, kind="control")
+    return math.sqrt(sum_[0]) if sum_[0] >= 0 else math.nan
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """What gradients are multiplied by so that their norm is at most `max_norm` (Pascanu et al. 2013); 0 means no clipping."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+
+
+def learning_rate(step: int, *, lr: float, min_lr: float, warmup: int, steps: int, schedule: str) -> float:
+    """The rate of step `step` (from 0): linear warm-up over `warmup` steps, then cosine or linear decay to `min_lr` at `steps`, or constant."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    shape = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done, "constant": 1.0}[schedule]
+    return min_lr + (lr - min_lr) * shape

@@ -1,0 +1,162 @@
+"""Differentiable collectives: how activations change layout between the ranks of one mesh axis.
+
+R replicated, S(d) sharded on dim d, P partial sum. Each function is the adjoint of another one in the table, which is all there is to know.
+
+| function | value | gradient | forward / backward | used by |
+|---|---|---|---|---|
+| `copy_to(x, comm)` | R -> R | P -> R | identity / all-reduce | into ColumnParallelLinear |
+| `reduce_from(x, comm)` | P -> R | R -> R | all-reduce / identity | out of RowParallelLinear |
+| `all_gather(x, comm, dim)` | S(d) -> R | P -> S(d) | all-gather / reduce-scatter | sequence parallel in |
+| `reduce_scatter(x, comm, dim)` | P -> S(d) | S(d) -> R | reduce-scatter / all-gather | sequence parallel out |
+| `gather_from`, `scatter_to(x, comm, dim)` | S(d) -> R, R -> S(d) | R -> S(d), S(d) -> R | all-gather / slice, slice / all-gather | replicated regions |
+| `all_to_all(x, comm, s, c)` | S(c) -> S(s) | S(s) -> S(c) | split s, concat c / the reverse | context and expert parallel |
+
+On a communicator of size 1 every function returns its input and adds no node. (Shoeybi et al. 2019, arXiv:1909.08053, section 3; Korthikanti et al. 2022,
+arXiv:2205.05198, section 4.2.2.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minillm.arrays import Array, namespace
+from minillm.autograd import Context, Function, Tensor
+from minillm.comm.communicator import Communicator
+
+
+def copy_to(x: Tensor, comm: Communicator) -> Tensor:
+    """R -> R; every rank goes on with its own part of the work, so the gradients that come back are partial sums."""
+    return x if comm.size == 1 else _CopyTo.apply(x, comm=comm)
+
+
+def reduce_from(x: Tensor, comm: Communicator) -> Tensor:
+    """P -> R. Overwrites `x`, which must be the fresh result of an operation that does not keep it (a matrix product, an embedding)."""
+    return x if comm.size == 1 else _ReduceFrom.apply(x, comm=comm)
+
+
+def all_gather(x: Tensor, comm: Communicator, dim: int) -> Tensor:
+    """S(dim) -> R for consumers whose gradients are partial sums."""
+    return x if comm.size == 1 else _AllGather.apply(x, comm=comm, dim=dim)
+
+
+def reduce_scatter(x: Tensor, comm: Communicator, dim: int) -> Tensor:
+    """P -> S(dim); `dim` must divide by the size of `comm`."""
+    return x if comm.size == 1 else _ReduceScatter.apply(x, comm=comm, dim=dim)
+
+
+def gather_from(x: Tensor, comm: Communicator, dim: int) -> Tensor:
+    """S(dim) -> R for consumers that are replicated and so agree on the gradient."""
+    return x if comm.size == 1 else _GatherFrom.apply(x, comm=comm, dim=dim)
+
+
+def scatter_to(x: Tensor, comm: Communicator, dim: int) -> Tensor:
+    """R -> S(dim): keep this rank's slice."""
+    return x if comm.size == 1 else _ScatterTo.apply(x, comm=comm, dim=dim)
+
+
+def all_to_all(x: Tensor, comm: Communicator, split_dim: int, concat_dim: int) -> Tensor:
+    """S(concat_dim) -> S(split_dim): send slices of `split_dim`, join what arrives along `concat_dim`."""
+    return x if comm.size == 1 else _AllToAll.apply(x, comm=comm, split_dim=split_dim, concat_dim=concat_dim)
+
+
+def own_slice(x: Array, comm: Communicator, dim: int) -> Array:
+    """This rank's view of `x` cut evenly along `dim`."""
+    size = x.shape[dim] // comm.size
+    return x[(slice(None),) * dim + (slice(comm.rank * size, (comm.rank + 1) * size),)]
+
+
+def _writable(ctx: Context, grad: Array) -> Array:
+    """`grad` itself if backward may overwrite it, else a copy; contiguous either way."""
+    xp = namespace(grad)
+    return grad if ctx.owns(0) and grad.flags.c_contiguous and grad.flags.writeable else xp.array(grad, order="C")
+
+
+class _CopyTo(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, *, comm: Communicator) -> Array:
+        ctx.save(comm)
+        return x
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        (comm,) = ctx.saved
+        grad = _writable(ctx, grad_outs[0])
+        comm.all_reduce_(grad)
+        return (grad,)
+
+
+class _ReduceFrom(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, *, comm: Communicator) -> Array:
+        comm.all_reduce_(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        return (grad_outs[0],)
+
+
+class _AllGather(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, *, comm: Communicator, dim: int) -> Array:
+        ctx.save(comm, dim)
+        return comm.all_gather(x, dim)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        comm, dim = ctx.saved
+        return (comm.reduce_scatter(grad_outs[0], dim),)
+
+
+class _ReduceScatter(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, *, comm: Communicator, dim: int) -> Array:
+        ctx.save(comm, dim)
+        return comm.reduce_scatter(x, dim)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        comm, dim = ctx.saved
+        return (comm.all_gather(grad_outs[0], dim),)
+
+
+class _GatherFrom(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, *, comm: Communicator, dim: int) -> Array:
+        ctx.save(comm, dim)
+        return comm.all_gather(x, dim)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        comm, dim = ctx.saved
+        return (own_slice(grad_outs[0], comm, dim),)
+
+
+class _ScatterTo(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, *, comm: Communicator, dim: int) -> Array:
+        ctx.save(comm, dim)
+        return own_slice(x, comm, dim)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        comm, dim = ctx.saved
+        return (comm.all_gather(grad_outs[0], dim),)
+
+
+class _AllToAll(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, *, comm: Communicator, split_dim: int, concat_dim: int) -> Array:
+        ctx.save(comm, split_dim, concat_dim)
+        return _exchange(x, comm, split_dim, concat_dim)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        comm, split_dim, concat_dim = ctx.saved
+        return (_exchange(grad_outs[0], comm, concat_dim, split_dim),)
+
+
+def _exchange(x: Array, comm: Communicator, split_dim: int, concat_dim: int) -> Array:
+    xp = namespace(x)
+    parts = [xp.ascontiguousarray(part) for part in xp.split(x, comm.size, split_dim)]
+    return xp.concatenate(comm.all_to_all(parts, [part.shape for part in parts]), concat_dim)

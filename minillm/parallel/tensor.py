@@ -1,0 +1,183 @@
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): each matrix product cut over the ranks of the `tp` axis.
+
+    x --enter--> [column-parallel] -> own heads / own features -> [row-parallel] --leave--> y
+      copy_to     W_qkv, W_up: rows       no communication          W_out, W_down:    reduce_from
+                  of the weight cut                                 columns cut
+
+A pair of products costs one all-reduce forward (leaving) and one backward (entering). The vocabulary is cut too: the embedding looks up its own rows, and
+the loss needs three numbers per token from each rank instead of the logits. With sequence parallelism (sequence.py) the same layers enter and leave by other
+collectives; a layer only knows its region.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from minillm import kernels, ops
+from minillm.arrays import Array, namespace
+from minillm.autograd import WRITTEN, Context, Function, GradSlot, Tensor, no_grad
+from minillm.comm.communicator import Communicator, ReduceOp
+from minillm.nn.module import Constant, Module, Normal, Parameter, Where
+from minillm.parallel.collectives import copy_to, gather_from, reduce_from
+from minillm.sharding import Segment, ShardSpec
+
+CHUNK_BYTES = 96 << 20  # logits that exist at once in the head: large enough for full-speed products, small beside the model
+
+
+class Region(Protocol):
+    """How activations enter and leave the tensor-parallel part of a block."""
+
+    comm: Communicator
+    partial_over: tuple[str, ...]
+
+    def enter(self, x: Tensor) -> Tensor: ...
+
+    def leave(self, x: Tensor) -> Tensor: ...
+
+    def outside(self, where: Where) -> Where: ...
+
+
+class TensorParallel:
+    """Activations outside the parallel part are replicated over tp."""
+
+    partial_over: tuple[str, ...] = ()
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Replicated x into a column-parallel product."""
+        return copy_to(x, self.comm)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Partial sums out of a row-parallel product, summed over tp."""
+        return reduce_from(x, self.comm)
+
+    def outside(self, where: Where) -> Where:
+        """The region outside holds every time step."""
+        return where
+
+
+class ColumnParallelLinear(Module):
+    """y_local = enter(x) @ W_local^T + b_local: the output features cut over tp.
+
+    `out` are the segments of the output dim (three for a fused query-key-value projection, two for gate and up), each cut over tp in whole units.
+    """
+
+    def __init__(self, in_size: int, out: tuple[Segment, ...], region: Region, *, bias: bool, std: float) -> None:
+        out_size = sum(segment.size for segment in out)
+        self.region = region
+        self.weight = Parameter(ShardSpec((out_size, in_size), (out, (Segment(in_size),))), Normal(std), decay=True)
+        self.bias = Parameter(ShardSpec((out_size,), (out,)), Constant(0.0), decay=False) if bias else None
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        """x [B, T, D] outside the region -> [B, T, out_local]."""
+        return ops.linear(self.region.enter(x), self.weight, self.bias)
+
+
+class RowParallelLinear(Module):
+    """y = leave(x_local @ W_local^T) + b: the input features cut over tp, the products partial sums. The bias is added once, after the sum."""
+
+    def __init__(self, in_: Segment, out_size: int, region: Region, *, bias: bool, std: float) -> None:
+        self.region = region
+        self.weight = Parameter(ShardSpec((out_size, in_.size), ((Segment(out_size),), (in_,))), Normal(std), decay=True)
+        spec = ShardSpec.replicated(out_size, partial_over=region.partial_over)
+        self.bias = Parameter(spec, Constant(0.0), decay=False) if bias else None
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        """x [B, T, in_local] -> [B, T, D] outside the region."""
+        if self.region.comm.size == 1:
+            return ops.linear(x, self.weight, self.bias)
+        y = self.region.leave(ops.linear(x, self.weight))
+        return y if self.bias is None else ops.add_bias(y, self.bias)
+
+
+class VocabParallelEmbedding(Module):
+    """Token embedding with the vocabulary's rows cut over tp (padded up to a multiple): each rank looks up its own rows and the sum is whole."""
+
+    def __init__(self, vocab: int, dim: int, region: Region, *, std: float, tie: str | None = None) -> None:
+        self.region = region
+        self.weight = vocab_weight(vocab, dim, std=std, tie=tie)
+
+    def forward(self, ids: Array, where: Where) -> Tensor:
+        """ids [B, T] -> [B, T, D] outside the region."""
+        first_row = self.region.comm.rank * self.weight.get().shape[0]
+        return self.region.leave(ops.embedding(ids, self.weight, first_row))
+
+
+def vocab_weight(vocab: int, dim: int, *, std: float, tie: str | None) -> Parameter:
+    """A [V, D] table with its rows cut over tp, for the embedding or the head."""
+    spec = ShardSpec((vocab, dim), ((Segment(vocab, ("tp",)),), (Segment(dim),)), pad=True, tie=tie)
+    return Parameter(spec, Normal(std), decay=True)
+
+
+def vocab_parallel_logits(x: Tensor, weight: Parameter, region: Region) -> Array:
+    """Logits [B, T, V] over the whole vocabulary on every rank, for sampling: x [B, T, D] outside the region. Not differentiable."""
+    with no_grad():
+        logits = gather_from(ops.linear(region.enter(x), weight), region.comm, 2)
+    return logits.data[..., : weight.spec.shape[0]]
+
+
+def vocab_parallel_loss(x: Tensor, weight: Any, targets: Array, comm: Communicator, *, vocab: int, divisor: float, ignore_index: int = -100) -> Tensor:
+    """The language-model head: sum of token cross-entropies / divisor, a float64 scalar, without the logits ever existing at once.
+
+    x [B, T, D] inside the region, weight [V_local, D], targets [B, T] int. While gradients are on, dX and dW are computed here, chunk by chunk, because
+    recomputing the logits in backward would cost a fourth product; the gradient of the result must then be 1.
+    """
+    return _VocabParallelLoss.apply(x, weight, targets=targets, comm=comm, vocab=vocab, divisor=divisor, ignore_index=ignore_index)
+
+
+class _VocabParallelLoss(Function):
+    grad_in_forward = True
+
+    @staticmethod
+    def forward(ctx: Context, x: Array, weight: Array, *, targets: Array, comm: Communicator, vocab: int, divisor: float, ignore_index: int) -> Array:
+        xp = namespace(x)
+        rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
+        counted = flat != ignore_index
+        head = _Head(weight, comm, vocab)
+        grad_x = xp.empty_like(rows) if ctx.needs[0] else None
+        slot = ctx.slot(1) or (GradSlot(xp.empty_like(weight)) if ctx.needs[1] else None)
+        total = 0.0
+        chunk = max(128, CHUNK_BYTES // max(1, weight.shape[0] * x.dtype.itemsize))
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            logits, sum_exp, target_logit = head.softmax(rows[part], flat[part])
+            total += float(xp.sum((xp.log(sum_exp) - target_logit)[counted[part]], dtype=xp.float64))
+            if ctx.recording:
+                row_scale = counted[part].astype(x.dtype) / x.dtype.type(divisor)
+                kernels.xent_grad_(logits, sum_exp, flat[part], head.first_class, row_scale)
+                if grad_x is not None:
+                    kernels.matmul(logits, weight, out=grad_x[part])
+                if slot is not None:
+                    kernels.matmul(logits.T, rows[part], out=slot.buf, accumulate=slot.writes > 0)
+                    slot.writes += 1
+        ctx.save(None if grad_x is None else grad_x.reshape(x.shape), slot.buf if slot is not None and ctx.slot(1) is None else WRITTEN)
+        return np.asarray(total / divisor)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
+        if float(grad_outs[0]) != 1.0:
+            raise ValueError(f"the head computed its gradients in forward, for a grad of 1, not {float(grad_outs[0])}; scale through `divisor`")
+        return ctx.saved
+
+
+class _Head:
+    """This rank's slice of the vocabulary, and the softmax over all slices."""
+
+    def __init__(self, weight: Array, comm: Communicator, vocab: int) -> None:
+        self.weight, self.comm = weight, comm
+        self.first_class = comm.rank * weight.shape[0]
+        self.valid = min(max(vocab - self.first_class, 0), weight.shape[0])  # columns that are no padding
+
+    def softmax(self, x: Array, targets: Array) -> tuple[Array, Array, Array]:
+        """x [R, D], targets [R] -> exp(logits - max) [R, V_local], its sum over the whole vocabulary [R], the target's shifted logit [R]."""
+        xp = namespace(x)
+        logits = kernels.matmul(x, self.weight.T)
+        row_max = kernels.xent_max(logits, valid_columns=self.valid)
+        self.comm.all_reduce_(row_max, ReduceOp.MAX)
+        sums = xp.stack(kernels.xent_shifted_sum_(logits, row_max, targets, self.first_class, valid_columns=self.valid))
+        self.comm.all_reduce_(sums)
+        return logits, sums[0], sums[1]

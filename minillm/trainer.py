@@ -1,0 +1,129 @@
+"""Training: one step from batch to updated weights, evaluation, and what a checkpoint holds. The loop around it is train.py.
+
+A step: every rank runs its row of the schedule over its microbatches; gradients are reduced while the last backward runs; all ranks agree on the loss, the
+norm and whether somebody asked to stop; then all update, or none does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from minillm.assembly import build_adamw, build_mesh, build_stages, optimizer_state, weights
+from minillm.checkpoint import StateTensor
+from minillm.comm.communicator import Communicator
+from minillm.comm.mesh import Mesh
+from minillm.data.batches import Batches
+from minillm.errors import CommError, MinillmError
+from minillm.models.gpt import INIT_STD
+from minillm.nn.module import Where
+from minillm.optim import SGD, AdamW, clip_scale, global_norm, learning_rate
+from minillm.pipeline.lower import lower
+from minillm.pipeline.runtime import PipelineRuntime
+from minillm.pipeline.schedules import SCHEDULES
+from minillm.pipeline.stage import Microbatch
+from minillm.resolve import ResolvedConfig
+from minillm.trace import Tracer
+
+
+class NotFinite(MinillmError):
+    """A loss or gradient was infinite or not a number; the weights are those before the step."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, the same on every rank: mean token loss, gradient norm before clipping, learning rate, seconds, seconds of gradient reduction that
+    backward did not hide, and whether any rank was asked to stop."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+    exposed_seconds: float
+    stop: bool
+
+
+class Trainer:
+    """One rank's part of a training run. `std` is the scale of the initial weights; `optimizer` defaults to AdamW."""
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        world: Communicator,
+        batches: Batches,
+        *,
+        tracer: Tracer | None = None,
+        std: float = INIT_STD,
+        mesh: Mesh | None = None,
+        optimizer: type[AdamW] | type[SGD] = AdamW,
+    ) -> None:
+        self.config, self.world, self.batches, self.tracer = config, world, batches, tracer
+        self.mesh = mesh or build_mesh(world, config)
+        self.stages = build_stages(config, self.mesh, std=std)
+        buffers = [stage.buffers for stage in self.stages.values()]
+        self.optimizer = build_adamw(config, self.stages) if optimizer is AdamW else SGD(buffers)
+        self.buffers = buffers
+        self.stop_requested = False
+        schedule = SCHEDULES[config.train.schedule](config.pp, config.num_microbatches)
+        ties = (0, config.pp - 1) if config.model.tied and config.pp > 1 else ()
+        self.runtime = PipelineRuntime(
+            lower(schedule, ties=ties), self.stages, self.mesh.axis("pp"), tracer=tracer, optimizer_step=self._optimizer_step
+        )
+        self._times = np.arange(config.model.context)
+
+    def step(self, step: int) -> StepReport:
+        """Run step `step` (from 0). Raises NotFinite, on every rank and before any update, if the loss or the gradient is not finite."""
+        started, exposed = time.perf_counter(), self._exposed()
+        self._step = step
+        self.runtime.run(self._microbatches(step), self.config.tokens_per_step)
+        return StepReport(step, self._loss, self._norm, self._lr, time.perf_counter() - started, self._exposed() - exposed, self._stop)
+
+    def _microbatches(self, step: int) -> list[Microbatch]:
+        """This rank's sequences of the global batch: a contiguous share per dp rank, cut into microbatches."""
+        size, count = self.config.microbatch, self.config.num_microbatches
+        first = self.mesh.coord("dp") * size * count
+        return [self._microbatch(step, np.arange(first + i * size, first + (i + 1) * size)) for i in range(count)]
+
+    def _microbatch(self, step: int, rows: np.ndarray) -> Microbatch:
+        inputs, targets = self.batches.microbatch(step, rows)
+        return Microbatch(inputs, targets, Where(step, rows, self._times))
+
+    def _optimizer_step(self, local_loss: float) -> None:
+        """Agree on loss, norm and stopping over all ranks, then update everywhere or nowhere."""
+        train = self.config.train
+        vote = np.array([local_loss if self.mesh.coord("tp") == 0 else 0.0, float(self.stop_requested)], np.float64)
+        self.world.all_reduce_(vote, kind="control")
+        self._loss, self._stop = float(vote[0]), vote[1] > 0
+        self._norm = global_norm(self.buffers, self.mesh)
+        if not (math.isfinite(self._loss) and math.isfinite(self._norm)):
+            raise NotFinite(
+                f"step {self._step}: the loss is {self._loss} and the gradient norm {self._norm}, so this update was not applied; "
+                f"try a smaller --lr (now {train.lr:g}), a longer --warmup (now {self.config.warmup}) or a smaller --clip"
+            )
+        self._lr = learning_rate(
+            self._step, lr=train.lr, min_lr=self.config.min_lr, warmup=self.config.warmup, steps=train.steps, schedule=train.lr_schedule
+        )
+        self.optimizer.step(self._step, self._lr, clip_scale(self._norm, train.clip))
+
+    def _exposed(self) -> float:
+        return sum(stage.reducer.exposed_seconds for stage in self.stages.values() if stage.reducer is not None)
+
+    def state(self) -> list[StateTensor]:
+        """Everything a resumed run needs besides the step: weights and optimizer state."""
+        return [*weights(self.stages), *optimizer_state(self.stages, self.optimizer)]
+
+    def check_replicas(self) -> None:
+        """Compare a hash of the parameters over the data-parallel replicas. Raises CommError naming the ranks that differ."""
+        digest = hashlib.blake2b(digest_size=16)
+        for buffers in self.buffers:
+            digest.update(np.ascontiguousarray(buffers.values).view(np.uint8))
+        comm = self.mesh.axis("dp")
+        hashes = comm.gather_json(digest.hexdigest())
+        odd = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
+        if odd:
+            raise CommError(f"data-parallel replicas hold different parameters: dp ranks {odd} differ from dp rank 0; the run cannot be trusted from here")

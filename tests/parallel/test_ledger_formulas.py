@@ -1,0 +1,104 @@
+"""Law 2: the payload that a training step moves equals the closed formula of its method, exactly, per rank and axis."""
+
+from __future__ import annotations
+
+import pytest
+from training_helpers import BASE, INIT_STD, Layout, make_batches, make_config
+
+from minillm.comm.ledger import ledger
+from minillm.comm.threads import run_ranks
+from minillm.trainer import Trainer
+
+ITEM = 8  # float64
+
+
+def _payload(model: str, layout: Layout, **changes) -> list[dict[tuple[str, str], int]]:
+    """Per rank: (axis, operation) -> payload bytes of one step."""
+    config = make_config(model, layout, **changes)
+
+    def rank(comm):
+        trainer = Trainer(config, comm, make_batches(config), std=INIT_STD)
+        trainer.step(0)
+        before = _rows()
+        trainer.step(1)
+        return {key: count - before.get(key, 0) for key, count in _rows().items() if count != before.get(key, 0)}
+
+    return run_ranks(layout.num_ranks, rank)
+
+
+def _rows() -> dict[tuple[str, str], int]:
+    return {(axis, operation): row.bytes for (axis, operation, kind), row in ledger().rows.items() if kind == "payload"}
+
+
+def _tokens(layout: Layout) -> int:
+    return BASE["batch"] * BASE["context"] // layout.dp
+
+
+def _flat_elements(model: str, layout: Layout) -> int:
+    """Elements of the flat gradient buffer of a one-stage rank, alignment gaps included where a bucket spans them."""
+    config = make_config(model, layout)
+    from minillm.comm.communicator import SelfCommunicator
+
+    trainer = Trainer(make_config(model, Layout()), SelfCommunicator(), make_batches(config), std=INIT_STD)
+    reducer = trainer.stages[0].reducer
+    assert reducer is not None
+    return sum(bucket.slice.stop - bucket.slice.start for bucket in reducer.buckets)
+
+
+@pytest.mark.parametrize("dp", [2, 4])
+def test_data_parallel_moves_each_gradient_once(dp: int) -> None:
+    layout = Layout(dp=dp, num_microbatches=2)
+    expected = {("dp", "all_reduce"): _flat_elements("gpt2", layout) * ITEM}
+    for rank in _payload("gpt2", layout):
+        assert rank == expected
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_tensor_parallel_all_reduces_activations(tp: int) -> None:
+    """Per block two sums forward (after attention, after the MLP) and two backward (before them); one forward for the embedding, one backward
+    for the head's input; and three numbers per token for the loss."""
+    layout = Layout(tp=tp, num_microbatches=2)
+    tokens = _tokens(layout)
+    activations = (4 * BASE["layers"] + 2) * tokens * BASE["dim"] * ITEM
+    statistics = 3 * tokens * ITEM
+    for rank in _payload("gpt2", layout):
+        assert rank == {("tp", "all_reduce"): activations + statistics}
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_sequence_parallel_halves_of_the_same_sums(tp: int) -> None:
+    """Every all-reduce of activations becomes a reduce-scatter (input: whole activations) or an all-gather (output: whole activations): entering costs a
+    gather forward and a scatter backward, leaving the reverse. Parameters outside the parallel part are summed over tp as well."""
+    layout = Layout(tp=tp, sp=True, num_microbatches=2)
+    whole = _tokens(layout) * BASE["dim"] * ITEM
+    crossings = 2 * BASE["layers"] + 1  # entering: attention, MLP, head; leaving: attention, MLP, embedding
+    for rank in _payload("gpt2", layout):
+        assert rank["tp", "all_gather"] == 2 * crossings * whole
+        assert rank["tp", "reduce_scatter"] == 2 * crossings * whole
+        assert rank["tp", "all_reduce"] == 3 * _tokens(layout) * ITEM
+        outside = BASE["dim"] * (BASE["context"] + BASE["layers"] * 6 + 2)  # positions; per block two norms (2 D each) and two biases; the last norm
+        assert rank["dp+tp", "all_reduce"] == outside * ITEM
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_pipeline_sends_each_boundary_once_each_way(schedule: str) -> None:
+    layout = Layout(pp=4, schedule=schedule, num_microbatches=4)
+    hidden = _tokens(layout) * BASE["dim"] * ITEM
+    ranks = _payload("gpt2-untied", layout)
+    for index, rank in enumerate(ranks):
+        links = (index > 0) + (index < 3)
+        assert rank == {("pp", "send"): links * hidden, ("pp", "recv"): links * hidden}
+
+
+def test_tied_embedding_is_summed_over_its_two_stages() -> None:
+    layout = Layout(pp=2, num_microbatches=2)
+    for rank in _payload("gpt2", layout):
+        assert rank["tie:embedding.weight", "all_reduce"] == 29 * BASE["dim"] * ITEM
+
+
+def test_pipeline_with_sequence_parallel_sends_time_shards() -> None:
+    layout = Layout(pp=2, tp=2, sp=True, num_microbatches=2)
+    hidden = _tokens(layout) * BASE["dim"] * ITEM // 2
+    for rank in _payload("llama", layout):
+        assert rank["pp", "send"] == hidden
+        assert rank["pp", "recv"] == hidden

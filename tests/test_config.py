@@ -1,0 +1,353 @@
+"""Configuration: presets, files and flags in their order, sizes that follow, and one clear error for everything that cannot work."""
+
+import dataclasses
+import itertools
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minillm.config import PRESETS, RESUMABLE, ModelConfig, TrainConfig, divisors, flag, or_list
+from minillm.errors import ConfigError
+from minillm.flags import TrainArgs, parse_flags, parse_train_args, preset_values, read_toml, to_toml
+from minillm.resolve import check_resume, even_split, resolve, resolve_model, valid_layouts
+
+SMALL: dict[str, Any] = dict(layers=2, heads=4, kv_heads=2, dim=32, ffn_dim=64, context=16, vocab=50)
+
+
+def preset(name: str, **changes: Any) -> TrainConfig:
+    return TrainConfig(**{**preset_values(name), **changes})
+
+
+# The model
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("gpt2", 124.439808), ("gpt2-medium", 354.823168), ("gpt2-large", 774.030080), ("gpt2-xl", 1557.611200)]
+)
+def test_gpt2_presets_have_the_published_number_of_parameters(name: str, millions: float) -> None:
+    model = resolve_model(preset(name))
+    assert model.num_parameters() == round(millions * 1e6)
+    assert (model.vocab, model.context, model.bias, model.tied) == (50257, 1024, True, True)
+    assert (model.kv_heads, model.ffn_dim) == (model.heads, 4 * model.dim)
+
+
+def test_num_parameters_of_a_llama_counts_every_matrix() -> None:
+    model = ModelConfig(**SMALL, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False)
+    block = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64), (32,), (32,)]  # q k v o, gate up down, two norms
+    assert model.num_parameters() == 2 * sum(map(math.prod, block)) + 2 * 50 * 32 + 32
+    assert model.head_width == 8
+
+
+def test_num_parameters_of_biases_and_positions() -> None:
+    plain = ModelConfig(**SMALL, bias=False, position="rotary")
+    biased = dataclasses.replace(plain, bias=True)
+    per_block = (32 + 16 + 16) + 32 + 64 + 32 + 2 * 32  # qkv, out, up, down, two norms
+    assert biased.num_parameters() - plain.num_parameters() == 2 * per_block + 32
+    assert dataclasses.replace(plain, position="learned").num_parameters() - plain.num_parameters() == 16 * 32
+    assert dataclasses.replace(plain, position="sinusoidal").num_parameters() == plain.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(heads=5, kv_heads=5), ("--heads 5", "--dim 32", "4")),
+        (dict(kv_heads=3), ("--kv-heads 3", "--heads 4", "1, 2 or 4")),
+        (dict(heads=32, kv_heads=32, position="rotary"), ("rotary", "1 is odd", "--dim 64")),
+        (dict(dropout=1.0), ("--dropout 1.0", "below 1")),
+        (dict(dropout=-0.1), ("--dropout -0.1", "at least 0")),
+        (dict(dropout=math.nan), ("--dropout nan",)),
+        (dict(layers=0), ("--layers 0", "at least 1")),
+        (dict(vocab=0), ("--vocab 0",)),
+    ],
+)
+def test_impossible_models_are_refused(change: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        ModelConfig(**{**SMALL, **change})
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_model_config_travels_as_plain_values() -> None:
+    model = ModelConfig(**SMALL, mlp="relu")
+    assert ModelConfig.from_dict(model.to_dict()) == model
+    with pytest.raises(ConfigError, match="in the manifest: 'headz'; did you mean heads"):
+        ModelConfig.from_dict({**model.to_dict(), "headz": 4}, "the manifest")
+
+
+# Where values come from
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('layers = 6\nkv-heads = 1\nmin_lr = 1\ntied = true\nnorm = "layernorm"\n')
+    args = parse_train_args(["--preset", "llama-tiny", f"--config={file}", "--layers", "8", "--no-bias", "--norm", "rmsnorm"])
+    assert (args.layers, args.kv_heads, args.tied, args.norm, args.mlp, args.bias) == (8, 1, True, "rmsnorm", "swiglu", False)
+    assert args.min_lr == 1.0 and isinstance(args.min_lr, float)
+
+
+def test_three_state_flags_leave_the_preset_to_decide() -> None:
+    assert (parse_train_args(["--preset", "llama-tiny"]).tied, parse_train_args([]).tied) == (False, True)
+    assert parse_train_args(["--preset", "llama-tiny", "--tied"]).tied is True
+    assert parse_train_args(["--no-tied"]).tied is False
+
+
+def test_the_file_may_name_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "gpt2"\nlayers = 2\n')
+    assert (parse_train_args(["--config", str(file)]).dim, parse_train_args(["--config", str(file)]).layers) == (768, 2)
+    assert parse_train_args(["--config", str(file), "--preset", "nano"]).dim == TrainConfig().dim
+
+
+def test_shakespeare_char_is_nanogpts_setting() -> None:
+    config = preset("shakespeare-char")
+    assert (config.layers, config.heads, config.dim, config.context, config.batch, config.steps) == (4, 4, 128, 64, 12, 2000)
+    assert (config.dropout, config.lr, config.min_lr, config.beta2, config.warmup) == (0.0, 1e-3, 1e-4, 0.99, 100)
+    assert (config.data, config.tokenizer) == ("shakespeare", "char")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resolves_on_one_and_on_four_ranks(name: str) -> None:
+    for num_ranks in (1, 4):
+        resolved = resolve(preset(name), num_ranks, vocab=65)
+        assert resolved.dp * resolved.tp * resolved.pp == num_ranks
+        assert resolved.dp * resolved.microbatch * resolved.num_microbatches == resolved.train.batch
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--layerz", "3"], ("--layerz", "--layers")),
+        (["--no-bais"], ("--no-bais", "--no-bias")),
+        (["--preset", "nanno"], ("nanno", "nano")),
+        (["--layers", "many"], ("--layers", "many")),
+        (["--norm", "rmsnrom"], ("rmsnrom", "'rmsnorm'")),
+        (["--layers"], ("--layers",)),
+        (["stray"], ("stray",)),
+        (["--steps", "0"], ("--steps 0", "at least 1")),
+        (["--lr", "nan"], ("--lr nan", "more than 0")),
+        (["--beta2", "1"], ("--beta2 1.0", "below 1")),
+        (["--config", "/nowhere/run.toml"], ("/nowhere/run.toml", "No such file")),
+    ],
+)
+def test_bad_flags_give_one_clear_error(argv: list[str], words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_train_args(argv)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value) and "─" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("layerz = 3", ("layerz", "layers", "run.toml")),
+        ('layers = "three"', ("layers", "'three'", "int", "run.toml")),
+        ("layers = true", ("layers", "True", "int")),
+        ('norm = "batchnorm"', ("batchnorm", "layernorm, rmsnorm")),
+        ("resume = 'runs/nano'", ("resume",)),
+        ("layers = = 3", ("run.toml", "not TOML")),
+        ("steps = -1", ("--steps -1",)),
+        ('preset = "nanno"', ("nanno", "nano")),
+    ],
+)
+def test_bad_files_give_one_clear_error(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse_train_args(["--config", str(file)])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_every_option_has_a_sentence_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_train_args(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(TrainArgs):
+        after = text.partition(f"{flag(field.name)} ")[2] or text.partition(f"{flag(field.name)}, ")[2]
+        sentence = after.partition("(default:")[0]
+        assert sentence.rstrip().endswith(".") and len(sentence.split()) >= 4, f"{field.name}: {sentence!r}"
+
+
+def test_flags_of_the_issue_are_all_there() -> None:
+    named = """preset data tokenizer layers heads kv-heads dim ffn-dim context vocab norm mlp position tied bias dropout batch microbatch
+    steps lr min-lr warmup weight-decay beta1 beta2 clip seed dtype dp tp pp schedule stage-layers sequence-parallel out resume save-every
+    keep eval-every eval-tokens sample-tokens trace device config print-config stop-after check-every comm-timeout check-order recompute
+    bucket-mb lr-schedule"""
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(TrainArgs)}
+    assert set(named.split()) <= fields
+
+
+def test_other_programs_parse_through_the_same_door() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Say something."""
+
+        text: str = "a"
+        """What to say."""
+
+    assert parse_flags(Options, ["--text=--b"], prog="say").text == "--b"
+    with pytest.raises(ConfigError, match="--text"):
+        parse_flags(Options, ["--txet", "b"], prog="say")
+
+
+# Printing and reading back
+
+
+def test_printed_configuration_reads_back_to_the_same(tmp_path: Path) -> None:
+    for name in PRESETS:
+        changes = dict(out='a "b"\\c\n\x7f \u00e9', stop_after=5, lr=1e-05, stage_layers="3,1") if name == "nano" else {}
+        resolved = resolve(preset(name, **changes, pp=2 if changes else 1), 2, vocab=65)
+        file = tmp_path / f"{name}.toml"
+        file.write_text(to_toml(resolved.train), encoding="utf-8")
+        again = parse_train_args(["--config", str(file)]).train_config()
+        assert again == resolved.train
+        assert resolve(again, 2, vocab=65).train == resolved.train
+        assert tomllib.loads(file.read_text(encoding="utf-8")) == read_toml(str(file))
+
+
+# What follows
+
+
+def test_sizes_left_out_follow() -> None:
+    resolved = resolve(TrainConfig(batch=16, dim=96, steps=300, lr=3e-3), 4, vocab=256)
+    train = resolved.train
+    assert (train.dp, train.kv_heads, train.ffn_dim, train.vocab, train.microbatch, train.warmup) == (4, 4, 384, 256, 4, 30)
+    assert (resolved.num_microbatches, resolved.stage_layers, train.stage_layers) == (1, (4,), "4")
+    assert resolved.min_lr == train.min_lr == pytest.approx(3e-4)
+    assert resolved.tokens_per_step == 16 * train.context
+    unknown = {name for name, value in train.to_dict().items() if value is None}
+    assert unknown == {"stop_after"}
+
+
+def test_swiglu_width_is_two_thirds_rounded_up_to_64() -> None:
+    widths = {dim: resolve_model(TrainConfig(mlp="swiglu", dim=dim), 256).ffn_dim for dim in (96, 128, 768, 4096)}
+    assert widths == {96: 256, 128: 384, 768: 2048, 4096: 10944}
+
+
+@pytest.mark.parametrize(
+    ("batch", "dp", "pp", "microbatch", "count"),
+    [
+        (16, 1, 1, 16, 1),
+        (16, 2, 1, 8, 1),
+        (16, 1, 2, 4, 4),
+        (16, 1, 4, 2, 8),
+        (12, 1, 2, 3, 4),
+        (7, 1, 2, 1, 7),
+        (2, 1, 4, 1, 2),
+        (1, 1, 4, 1, 1),
+    ],
+)
+def test_default_microbatch(batch: int, dp: int, pp: int, microbatch: int, count: int) -> None:
+    resolved = resolve(TrainConfig(batch=batch, dp=dp, pp=pp), dp * pp, vocab=256)
+    assert (resolved.microbatch, resolved.num_microbatches) == (microbatch, count)
+
+
+def test_even_split_is_even_with_the_larger_stages_inside() -> None:
+    assert even_split(8, 4) == (2, 2, 2, 2)
+    assert even_split(6, 4) == (1, 2, 2, 1)
+    assert even_split(5, 4) == (1, 2, 1, 1)
+    for total, parts in itertools.product(range(1, 20), range(1, 8)):
+        sizes = even_split(total, parts)
+        assert sum(sizes) == total and len(sizes) == parts and max(sizes) - min(sizes) <= 1
+
+
+# Layouts
+
+
+@pytest.mark.parametrize(
+    ("options", "num_ranks", "words"),
+    [
+        (dict(tp=2), 3, ("1 * 2 * 1 = 2", "3 ranks run", "mpirun -n 2", "--dp 1 --tp 1 --pp 3 --stage-layers 1,2,1")),
+        (dict(dp=4), 1, ("4 * 1 * 1 = 4", "1 rank runs", "mpirun -n 4", "--dp 1 --tp 1 --pp 1")),
+        (dict(tp=5), 5, ("--heads 4", "--tp 5", "1, 2 or 4")),
+        (dict(tp=4, kv_heads=2), 4, ("--kv-heads 2", "--tp 4", "1 or 2")),
+        (dict(tp=4, ffn_dim=130), 4, ("--ffn-dim 130", "--tp 4")),
+        (dict(tp=4, context=126, sequence_parallel=True), 4, ("--context 126", "--tp 4", "--sequence-parallel")),
+        (dict(pp=3), 3, ("--layers 4", "--pp 3", "--stage-layers 1,2,1", "1, 2 or 4")),
+        (dict(pp=5), 5, ("--pp 5", "--layers 4")),
+        (dict(pp=2, stage_layers="3,2"), 2, ("3,2", "5", "--layers is 4", "2,2")),
+        (dict(pp=2, stage_layers="1,2,1"), 2, ("3 stages", "--pp is 2", "--pp 3")),
+        (dict(pp=2, stage_layers="4,0"), 2, ("'4,0'", "above 0")),
+        (dict(pp=2, stage_layers="2;2"), 2, ("'2;2'",)),
+        (dict(batch=10), 4, ("--batch 10", "dp = 4", "--batch 12", "--dp 1, 2, 5 or 10")),
+        (dict(batch=16, microbatch=3), 4, ("--batch 16", "dp = 4", "4 sequences", "--microbatch 3", "1, 2 or 4")),
+        (dict(warmup=500), 1, ("--warmup 500", "--steps 400")),
+        (dict(min_lr=1.0), 1, ("--min-lr 1.0", "--lr")),
+        (dict(vocab=100), 1, ("--vocab 100", "256")),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_a_way_out(options: dict[str, Any], num_ranks: int, words: tuple[str, ...]) -> None:
+    settings: dict[str, Any] = {**dict(layers=4, heads=4, dim=128, context=128, batch=16, steps=400), **options}
+    with pytest.raises(ConfigError) as error:
+        resolve(TrainConfig(**settings), num_ranks, vocab=256)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_vocabulary_must_come_from_somewhere_and_need_not_divide() -> None:
+    with pytest.raises(ConfigError, match="--vocab"):
+        resolve(TrainConfig(), 1)
+    assert resolve(TrainConfig(tp=2), 2, vocab=257).model.vocab == 257
+    assert resolve(TrainConfig(vocab=300), 1, vocab=256).model.vocab == 300
+
+
+def test_valid_layouts_are_exactly_those_that_resolve() -> None:
+    config = TrainConfig(layers=3, heads=4, kv_heads=2, batch=12, context=128)
+    model = resolve_model(config, 256)
+    for num_ranks in (1, 2, 4, 6, 8, 12):
+        fits = set()
+        for dp, tp, pp in itertools.product(divisors(num_ranks), repeat=3):
+            try:
+                split = ",".join(map(str, even_split(3, pp))) if pp <= 3 else None
+                resolve(dataclasses.replace(config, dp=dp, tp=tp, pp=pp, stage_layers=split), num_ranks, vocab=256)
+                fits.add((dp, tp, pp))
+            except ConfigError:
+                pass
+        assert set(valid_layouts(config, model, num_ranks)) == fits
+
+
+# Resuming
+
+
+def test_resume_starts_from_what_was_saved_and_layout_may_change(tmp_path: Path) -> None:
+    saved = resolve(preset("llama-tiny", steps=50, tp=2), 4, vocab=256).saved_values()
+    assert saved["dp"] is None and saved["kv_heads"] == 2 and saved["vocab"] == 256 and saved["warmup"] == 5
+    args = parse_train_args(["--resume", "runs/x", "--tp", "1", "--pp", "2", "--stop-after", "7"], saved=lambda path: saved)
+    assert (args.resume, args.preset, args.steps, args.mlp, args.tp, args.stop_after) == ("runs/x", "llama-tiny", 50, "swiglu", 1, 7)
+    assert resolve(args.train_config(), 8, vocab=256).dp == 4
+    assert parse_train_args(["--resume", "runs/x", "--steps", "50"], saved=lambda path: saved).steps == 50
+
+
+@pytest.mark.parametrize(
+    "argv", [["--steps", "60"], ["--lr", "0.5"], ["--layers", "8"], ["--no-tied"], ["--seed", "1"], ["--preset", "gpt2"]]
+)
+def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
+    saved = resolve(TrainConfig(steps=50), 1, vocab=256).saved_values()
+    with pytest.raises(ConfigError) as error:
+        parse_train_args(["--resume", "runs/x", *argv], saved=lambda path: saved)
+    assert argv[0].replace("--no-", "--") in str(error.value) and "was" in str(error.value) and "--tp" in str(error.value)
+
+
+def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
+    config = TrainConfig(vocab=256)
+    assert {field.name for field in dataclasses.fields(TrainConfig)} >= RESUMABLE
+    changed: dict[type, Any] = {int: 3, float: 0.25, str: "other", bool: True}
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(config, field.name)
+        other = (not value) if isinstance(value, bool) else {"float32": "float64"}.get(value, changed.get(type(value), 3))
+        saved = {**config.to_dict(), field.name: other}
+        if field.name in RESUMABLE or field.name in ("norm", "mlp", "position", "lr_schedule"):
+            continue
+        if field.name in ("kv_heads", "ffn_dim", "vocab", "warmup"):
+            saved[field.name] = 8
+        elif field.name == "min_lr":
+            saved[field.name] = 1e-9
+        with pytest.raises(ConfigError, match=flag(field.name)):
+            check_resume(saved, config)
+
+
+def test_or_list_and_divisors() -> None:
+    assert (or_list([1]), or_list([1, 2]), or_list([1, 2, 3])) == ("1", "1 or 2", "1, 2 or 3")
+    assert (divisors(1), divisors(12), divisors(16)) == ([1], [1, 2, 3, 4, 6, 12], [1, 2, 4, 8, 16])

@@ -1,0 +1,225 @@
+"""The order of the files, read from the syntax tree: each imports only from those above it, and what is heavy only where it is needed."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From the ground up: what a line names may be imported by the lines below it. A line is a file or a folder; files of one folder line may
+# import each other. A new file needs a line, or a folder that has one.
+ORDER = """\
+minillm/__init__.py
+kernels/
+minillm/errors.py
+minillm/arrays.py
+minillm/log.py
+minillm/config.py
+minillm/resolve.py
+minillm/flags.py
+minillm/rng.py
+minillm/comm/__init__.py
+minillm/comm/ledger.py
+minillm/comm/communicator.py
+minillm/comm/mpi.py
+minillm/comm/threads.py
+minillm/comm/world.py
+minillm/comm/mesh.py
+minillm/sharding.py
+minillm/autograd.py
+minillm/ops/
+minillm/nn/__init__.py
+minillm/nn/module.py
+minillm/nn/storage.py
+minillm/parallel/__init__.py
+minillm/parallel/collectives.py
+minillm/parallel/tensor.py
+minillm/parallel/sequence.py
+minillm/nn/dropout.py
+minillm/nn/position.py
+minillm/nn/norm.py
+minillm/nn/mlp.py
+minillm/nn/attention.py
+minillm/nn/block.py
+minillm/optim.py
+minillm/parallel/data.py
+minillm/trace.py
+minillm/models/
+minillm/pipeline/__init__.py
+minillm/pipeline/action.py
+minillm/pipeline/schedules.py
+minillm/pipeline/lower.py
+minillm/pipeline/simulate.py
+minillm/pipeline/draw.py
+minillm/pipeline/stage.py
+minillm/pipeline/runtime.py
+minillm/data/
+minillm/checkpoint.py
+minillm/assembly.py
+minillm/trainer.py
+minillm/evaluation.py
+minillm/generation.py
+minillm/train.py
+minillm/evaluate.py
+minillm/generate.py
+minillm/schedule.py
+minillm/doctor.py
+launch/
+minillm/__main__.py
+""".splitlines()
+
+PACKAGES = {"minillm": ROOT / "minillm", "minillm.kernels": ROOT / "kernels", "minillm.launch": ROOT / "launch"}
+ONLY_WHEN_ASKED = {"cupy", "torch", "tokenizers", "pooch"}
+STANDARD_LIBRARY_ONLY = [f"minillm/pipeline/{name}.py" for name in ("action", "schedules", "lower", "simulate", "draw")]
+MPI_AT_TOP = {"minillm/comm/mpi.py"}
+
+
+def sources() -> list[Path]:
+    return sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def line_of(path: str) -> int:
+    """The position in ORDER of a file, by its own line or its innermost folder's."""
+    for name in (path, *(f"{parent.as_posix()}/" for parent in Path(path).parents)):
+        if name in ORDER:
+            return ORDER.index(name)
+    raise AssertionError(f"{path} has no line in ORDER of {Path(__file__).name}")
+
+
+def dotted(path: Path) -> str:
+    """The import name of a file: kernels/registry.py is minillm.kernels.registry."""
+    package, folder = next((name, folder) for name, folder in reversed(PACKAGES.items()) if path.is_relative_to(folder))
+    parts = path.relative_to(folder).with_suffix("").parts
+    return ".".join((package, *(part for part in parts if part != "__init__")))
+
+
+def file_of(module: str) -> Path | None:
+    """The file that an import name means, None if it is no module of the project."""
+    for package, folder in reversed(PACKAGES.items()):
+        if module == package or module.startswith(package + "."):
+            base = folder.joinpath(*module.removeprefix(package).strip(".").split("."))
+            return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+    return None
+
+
+def imports(path: Path, *, module_level: bool = False) -> Iterator[tuple[str, int]]:
+    """(imported name, line) of every import statement; `from a import b` also gives a.b. Imports for types alone are left out."""
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}:{node.lineno}: a relative import"
+            module = node.module or ""
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+            yield module, node.lineno
+        elif module_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+        else:
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def broken_order(path: Path) -> list[str]:
+    """The imports of `path` from a line of ORDER below its own."""
+    here, broken = line_of(relative(path)), []
+    for name, number in imports(path):
+        target = file_of(name)
+        if target is not None and target != path and line_of(relative(target)) > here:
+            broken.append(f"{relative(path)}:{number} imports {name}, which stands below it")
+    return broken
+
+
+def test_files_import_only_from_above() -> None:
+    broken = [message for path in sources() for message in broken_order(path)]
+    assert not broken, "\n".join(broken)
+
+
+def test_order_names_only_what_exists() -> None:
+    assert len(set(ORDER)) == len(ORDER)
+    missing = [name for name in ORDER if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_a_wrong_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = ROOT / "minillm" / "comm" / "mesh.py"
+    text = "def late():\n    from minillm import train\n"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, **kwargs: text if self == planted else read(self, **kwargs))
+    assert broken_order(planted) == ["minillm/comm/mesh.py:2 imports minillm.train, which stands below it"]
+
+
+def test_kernels_know_nothing_of_minillm() -> None:
+    broken = [
+        f"{relative(path)}:{number} imports {name}"
+        for path in sources()
+        if relative(path).startswith("kernels/")
+        for name, number in imports(path)
+        if name.split(".")[0] == "minillm" and name != "minillm" and name.split(".")[1] != "kernels"
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def test_nobody_imports_kernels_or_launch_bare() -> None:
+    everything = [*sources(), *(ROOT / "tests").rglob("*.py")]
+    broken = [
+        f"{relative(path)}:{n} imports {name}"
+        for path in everything
+        for name, n in imports(path)
+        if name.split(".")[0] in ("kernels", "launch")
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def test_optional_packages_are_imported_only_when_asked() -> None:
+    broken = [
+        f"{relative(path)}:{number} imports {name}"
+        for path in sources()
+        for name, number in imports(path, module_level=True)
+        if name.split(".")[0] in ONLY_WHEN_ASKED or (name.split(".")[0] == "mpi4py" and relative(path) not in MPI_AT_TOP)
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def test_schedules_need_only_the_standard_library() -> None:
+    allowed = {"minillm.errors", "minillm.pipeline"}
+    broken = [
+        f"{path}:{number} imports {name}"
+        for path in STANDARD_LIBRARY_ONLY
+        for name, number in imports(ROOT / path)
+        if name.split(".")[0] not in sys.stdlib_module_names and ".".join(name.split(".")[:2]) not in allowed and name != "minillm"
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter has loaded after `statement`."""
+    script = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module", ["minillm", "minillm.train", "minillm.evaluate", "minillm.generate", "minillm.schedule", "minillm.doctor"]
+)
+def test_importing_a_program_starts_no_mpi_and_nothing_optional(module: str) -> None:
+    loaded = loaded_by(f"import {module}")
+    assert "minillm" in loaded
+    assert not loaded & ({"mpi4py", "tyro", "safetensors", "tqdm"} | ONLY_WHEN_ASKED)
+
+
+def test_import_is_fast() -> None:
+    script = "import time\nstart = time.perf_counter()\nimport minillm\nprint(time.perf_counter() - start)"
+    runs = [float(subprocess.check_output([sys.executable, "-c", script], timeout=60)) for _ in range(3)]
+    assert min(runs) < 0.3  # seconds; the best of three, since the machine may be busy

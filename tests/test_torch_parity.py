@@ -1,0 +1,82 @@
+"""The same weights and the same batch in PyTorch give the same logits, loss, gradients and training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed; .ci/run installs its CPU build for these tests")
+
+from torch_models import TorchGPT, adamw  # noqa: E402
+
+from minillm.autograd import Tensor, backward, no_grad  # noqa: E402
+from minillm.comm.communicator import SelfCommunicator  # noqa: E402
+from minillm.config import PRESETS, TrainConfig  # noqa: E402
+from minillm.data.batches import Batches  # noqa: E402
+from minillm.nn.module import Where  # noqa: E402
+from minillm.optim import learning_rate  # noqa: E402
+from minillm.resolve import resolve  # noqa: E402
+from minillm.trainer import Trainer  # noqa: E402
+
+VOCAB = 65
+MODELS = {
+    "gpt2": dict(),
+    "llama": dict(kv_heads=2, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False),
+}
+
+
+def _trainer(**options) -> Trainer:
+    config = resolve(TrainConfig(**options), 1, VOCAB)
+    tokens = np.random.default_rng(5).integers(0, VOCAB, 20_000)
+    return Trainer(config, SelfCommunicator(), Batches(tokens, config.model.context, config.train.batch, 1))
+
+
+def _twin(trainer: Trainer) -> TorchGPT:
+    return TorchGPT(trainer.config.model, {p.name: p.get() for b in trainer.buffers for p in b.parameters})
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_logits_loss_and_gradients(model: str) -> None:
+    trainer = _trainer(layers=3, heads=4, dim=64, context=48, batch=3, **MODELS[model])
+    twin, stage = _twin(trainer), trainer.stages[0]
+    inputs, targets = trainer.batches.microbatch(0, np.arange(3))
+    where = Where(0, np.arange(3), np.arange(48))
+
+    with no_grad():
+        logits = stage.model.logits(stage.model(inputs, where))
+    expected = twin.logits(torch.tensor(inputs))
+    np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+    assert stage.reducer is not None
+    stage.reducer.start_step()
+    loss: Tensor = stage.model.loss(stage.model(inputs, where), targets, targets.size)
+    backward([(loss, np.ones(()))])
+    expected_loss = twin.loss(torch.tensor(inputs), torch.tensor(targets))
+    expected_loss.backward()
+    assert abs(float(loss.data) - expected_loss.item()) <= 1e-5
+    for parameter in stage.buffers.parameters:
+        found, grad = parameter.slot().buf, twin.p[parameter.name].grad.numpy()
+        error = np.linalg.norm(found - grad) / max(np.linalg.norm(grad), 1e-12)
+        assert error <= 1e-5, f"{parameter.name}: {error:.2e}"
+
+
+def test_fifty_steps_of_shakespeare_char() -> None:
+    """50 steps of nanoGPT's CPU setting; the losses stay within 1e-4 of PyTorch's."""
+    trainer = _trainer(**{**PRESETS["shakespeare-char"], "data": "austen", "bias": True})
+    config, train = trainer.config, trainer.config.train
+    twin = _twin(trainer)
+    decayed = {p.name for b in trainer.buffers for p in b.parameters if p.decay}
+    optimizer = adamw(twin, decayed, lr=1.0, betas=(train.beta1, train.beta2), eps=1e-8, weight_decay=train.weight_decay)
+    for step in range(50):
+        inputs, targets = trainer.batches.microbatch(step, np.arange(train.batch))
+        report = trainer.step(step)
+        loss = twin.loss(torch.tensor(inputs), torch.tensor(targets))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(twin.p.values()), train.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step, lr=train.lr, min_lr=config.min_lr, warmup=config.warmup, steps=train.steps, schedule=train.lr_schedule
+            )
+        optimizer.step()
+        assert abs(report.loss - loss.item()) <= 1e-4, f"step {step}: {report.loss} against {loss.item()}"
