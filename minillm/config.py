@@ -154,10 +154,10 @@ class TrainConfig(Architecture):
 
     # What it reads
     data: str = "stdlib"
-    """Text to learn: stdlib (the source of Python's standard library), shakespeare, a text file, a folder of text files,
-    or a .bin or .npy file of tokens."""
-    tokenizer: str = "byte"
-    """How text becomes tokens: byte, char, or the path of a tokenizer.json."""
+    """What to learn: stdlib (the source of Python's standard library), austen (a novel that comes along), shakespeare (fetched once),
+    a text file, a folder of text files, or a .bin or .npy file of tokens."""
+    tokenizer: str | None = None
+    """How text becomes tokens: byte, char, or the path of a tokenizer.json; left out: byte for text, none for files of tokens."""
 
     # How it learns
     batch: int = 16

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -176,13 +176,20 @@ def judge_launch(library: str, launcher: str | None, status: int, text: str) -> 
 
 
 def check_kernels() -> Iterator[Finding]:
-    """The kernels that the operations run on."""
-    if util.find_spec("minillm.kernels") is None:
-        yield Finding("problem", "kernels", "not installed with the package", INSTALL)
+    """The kernels that the operations run on: NumPy's are the reference and always there, C and CUDA are faster."""
+    try:
+        from minillm.kernels import registry
+    except ImportError as error:
+        yield Finding("problem", "kernels", f"not installed with the package: {error}", INSTALL)
         return
-    from minillm import kernels
-
-    yield Finding("ok", "kernels", f"NumPy reference kernels from {Path(kernels.__path__[0])}; this version has none in C or CUDA")
+    every = registry.available()
+    ready = {backend: len({k.op for k in every if k.backend == backend and k.unavailable is None}) for backend in registry.SPEED}
+    words = [f"{count} operations in {backend}" for backend, count in reversed(ready.items()) if count]
+    words += [f"none in {backend}" for backend in reversed(ready) if not any(k.backend == backend for k in every)]
+    yield Finding("ok" if ready["numpy"] else "problem", "kernels", ", ".join(words), "" if ready["numpy"] else INSTALL)
+    for reason in sorted({k.unavailable for k in every if k.unavailable is not None}):
+        lost = sorted({f"{k.op} {k.name}" for k in every if k.unavailable == reason})
+        yield Finding("warning", "kernels", f"{', '.join(lost)} cannot run here", reason)
 
 
 def check_gpu() -> Iterator[Finding]:

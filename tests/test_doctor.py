@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,6 +98,30 @@ def test_requirements_are_read() -> None:
     assert parse_requirement("mpich; extra == 'mpich'") == ("mpich", "", "mpich")
     assert new_enough("1.26.4", "1.26") and new_enough("10.0", "9.1") and new_enough("2.0rc1", "2.0") and new_enough("5", "")
     assert not new_enough("1.9", "1.26") and not new_enough(None, "")
+
+
+def test_kernels_are_counted_and_the_unavailable_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(op: str, backend: str, unavailable: str | None = None) -> types.SimpleNamespace:
+        return types.SimpleNamespace(op=op, backend=backend, name=f"{backend}:v1", unavailable=unavailable)
+
+    kernels = [
+        kernel("rope", "numpy"),
+        kernel("adamw", "numpy"),
+        kernel("adamw", "c"),
+        kernel("rope", "c", "compile it with pip install -e ."),
+    ]
+    package, registry = types.ModuleType("minillm.kernels"), types.ModuleType("minillm.kernels.registry")
+    vars(registry).update(SPEED=("cuda", "c", "numpy"), available=lambda: kernels)
+    vars(package).update(registry=registry)
+    monkeypatch.setitem(sys.modules, "minillm.kernels", package)
+    monkeypatch.setitem(sys.modules, "minillm.kernels.registry", registry)
+    first, second = doctor.check_kernels()
+    assert (first.mark, first.found) == ("ok", "2 operations in numpy, 1 operations in c, none in cuda")
+    assert second == Finding("warning", "kernels", "rope c:v1 cannot run here", "compile it with pip install -e .")
+    kernels.clear()
+    assert next(iter(doctor.check_kernels())).mark == "problem"
+    monkeypatch.setitem(sys.modules, "minillm.kernels", None)
+    assert next(iter(doctor.check_kernels())).remedy == doctor.INSTALL
 
 
 def test_a_check_that_breaks_is_reported_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:

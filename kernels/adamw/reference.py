@@ -1,0 +1,53 @@
+"""Optimizer updates over flat buffers, in pieces that stay in cache through all their passes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from minillm.kernels.pool import parallel_for
+from minillm.kernels.registry import kernel
+
+_PIECE = 1 << 14  # elements: five arrays of it fit the second-level cache
+
+
+@kernel("adamw_")
+def adamw_(
+    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float = 1.0
+) -> None:  # fmt: skip
+    """One AdamW update of 1-D arrays in place (Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW); `step` counts from 1.
+
+    param -= lr weight_decay param, then lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps), with the gradient times grad_scale.
+    """
+    t = param.dtype.type
+    rate, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+
+    def run(start: int, stop: int) -> None:
+        for first in range(start, stop, _PIECE):
+            part = slice(first, min(first + _PIECE, stop))
+            p, m, v = param[part], exp_avg[part], exp_avg_sq[part]
+            g = grad[part] * t(grad_scale)
+            m *= t(beta1)
+            m += t(1 - beta1) * g
+            v *= t(beta2)
+            g *= g
+            g *= t(1 - beta2)
+            v += g
+            np.sqrt(v, out=g)
+            g *= t(1 / root)
+            g += t(eps)
+            np.divide(m, g, out=g)
+            g *= t(rate)
+            if weight_decay:
+                p *= t(1 - lr * weight_decay)
+            p -= g
+
+    parallel_for(param.size, run, _PIECE)
+
+
+@kernel("sgd_")
+def sgd_(param: Any, grad: Any, *, lr: float, grad_scale: float = 1.0) -> None:
+    """param -= lr grad_scale grad, 1-D arrays in place."""
+    param -= param.dtype.type(lr * grad_scale) * grad

@@ -1,0 +1,53 @@
+"""Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minillm.kernels.pool import parallel_for, row_blocks
+from minillm.kernels.registry import kernel
+
+
+@kernel("rmsnorm_forward")
+def rmsnorm_forward(x: Any, weight: Any, eps: float) -> tuple[Any, Any]:
+    """x [rows, D], weight [D] -> y = x rstd weight [rows, D], rstd = 1 / sqrt(mean(x^2) + eps) [rows]."""
+    y, rstd = np.empty_like(x), np.empty(len(x), x.dtype)
+
+    def run(rows: slice) -> None:
+        block = x[rows]
+        scale = 1 / np.sqrt(np.einsum("ij,ij->i", block, block) / x.dtype.type(x.shape[1]) + x.dtype.type(eps))
+        np.multiply(block, scale[:, None], out=y[rows])
+        y[rows] *= weight
+        rstd[rows] = scale
+
+    row_blocks(len(x), x.shape[1] * x.itemsize * 2, run)
+    return y, rstd
+
+
+@kernel("rmsnorm_backward")
+def rmsnorm_backward(grad_y: Any, x: Any, weight: Any, rstd: Any, need_x: bool = True, need_params: bool = True, grad_x_out: Any = None) -> tuple[Any, Any]:
+    """Gradients of x [rows, D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z mean(g z)) rstd."""
+    num_rows, D = x.shape
+    grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
+    partial: list[tuple[int, Any]] = []
+    step = max(1, (128 << 10) // (D * x.itemsize))
+
+    def run(start: int, stop: int) -> None:
+        total = np.zeros(D, x.dtype)
+        for first in range(start, stop, step):
+            rows = slice(first, min(first + step, stop))
+            z, dy = x[rows] * rstd[rows, None], grad_y[rows]
+            if need_params:
+                total += np.einsum("ij,ij->j", dy, z)
+            if grad_x is not None:
+                g = dy * weight
+                z *= (np.einsum("ij,ij->i", g, z) / x.dtype.type(D))[:, None]
+                g -= z
+                np.multiply(g, rstd[rows, None], out=grad_x[rows])
+        partial.append((start, total))
+
+    parallel_for(num_rows, run, step)
+    grad_weight = sum((s for _, s in sorted(partial, key=lambda item: item[0])), np.zeros(D, x.dtype)) if need_params else None
+    return grad_x, grad_weight

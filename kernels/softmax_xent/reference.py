@@ -1,0 +1,67 @@
+"""Softmax cross-entropy in place on logits whose vocabulary may be cut over ranks.
+
+Three steps, between which the caller combines what the ranks hold: the maximum of each row; exponentials with their sum and the target's logit; the gradient.
+Columns from `valid_columns` on are padding and count as minus infinity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minillm.kernels.pool import row_blocks
+from minillm.kernels.registry import kernel
+
+
+@kernel("xent_max")
+def xent_max(logits: Any, valid_columns: int | None = None) -> Any:
+    """Row maxima [rows] of logits [rows, V_local]; minus infinity where every column is padding."""
+    valid = logits.shape[1] if valid_columns is None else valid_columns
+    out = np.full(len(logits), -np.inf, logits.dtype)
+
+    def run(rows: slice) -> None:
+        np.max(logits[rows, :valid], axis=1, out=out[rows])
+
+    if valid:
+        row_blocks(len(logits), logits.shape[1] * logits.itemsize, run)
+    return out
+
+
+@kernel("xent_shifted_sum_")
+def xent_shifted_sum_(logits: Any, row_max: Any, targets: Any, first_class: int, valid_columns: int | None = None) -> tuple[Any, Any]:
+    """Overwrite logits [rows, V_local] with exp(logits - row_max); return their sums [rows] and the targets' shifted logits [rows].
+
+    The latter are 0 for targets outside [first_class, first_class + valid_columns), which other ranks hold.
+    """
+    valid = logits.shape[1] if valid_columns is None else valid_columns
+    sums, target_logit = np.empty(len(logits), logits.dtype), np.zeros(len(logits), logits.dtype)
+    local = targets - first_class
+    inside = (local >= 0) & (local < valid)
+
+    def run(rows: slice) -> None:
+        block = logits[rows]
+        block -= row_max[rows, None]
+        hit = np.flatnonzero(inside[rows])
+        target_logit[rows][hit] = block[hit, local[rows][hit]]
+        np.exp(block, out=block)
+        block[:, valid:] = 0
+        np.sum(block, axis=1, out=sums[rows])
+
+    row_blocks(len(logits), logits.shape[1] * logits.itemsize, run)
+    return sums, target_logit
+
+
+@kernel("xent_grad_")
+def xent_grad_(exp_logits: Any, sum_exp: Any, targets: Any, first_class: int, row_scale: Any) -> None:
+    """Overwrite exp_logits [rows, V_local] with (softmax - onehot(target)) row_scale; sum_exp [rows] is over the whole vocabulary."""
+    local = targets - first_class
+    inside = (local >= 0) & (local < exp_logits.shape[1])
+
+    def run(rows: slice) -> None:
+        block = exp_logits[rows]
+        block *= (row_scale[rows] / sum_exp[rows])[:, None]
+        hit = np.flatnonzero(inside[rows])
+        block[hit, local[rows][hit]] -= row_scale[rows][hit]
+
+    row_blocks(len(exp_logits), exp_logits.shape[1] * exp_logits.itemsize, run)
