@@ -1,0 +1,15 @@
+"""Differentiable operations: each a `Function` over kernels."""
+
+from minillm.ops.activation import gelu, relu, softmax, swiglu
+from minillm.ops.attention import attention, attention_qkv
+from minillm.ops.dropout import dropout
+from minillm.ops.embedding import add, add_constant, add_position, embedding
+from minillm.ops.linear import add_bias, linear
+from minillm.ops.loss import cross_entropy, mse_loss
+from minillm.ops.norm import layer_norm, rms_norm
+from minillm.ops.position import rotary
+
+__all__ = [
+    "add", "add_bias", "add_constant", "add_position", "attention", "attention_qkv", "cross_entropy", "dropout", "embedding", "gelu", "layer_norm", "linear",
+    "mse_loss", "relu", "rms_norm", "rotary", "softmax", "swiglu",
+]  # fmt: skip

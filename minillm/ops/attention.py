@@ -1,0 +1,85 @@
+"""Scaled dot-product attention over a fused projection, or over separate queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minillm import kernels
+from minillm.arrays import Array, namespace
+from minillm.autograd import Context, Function, Tensor
+
+
+def attention(
+    qkv: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    causal: bool = True,
+    times: Array | None = None,
+    key_mask: Array | None = None,
+    dropout: kernels.AttentionDropout | None = None,
+) -> Tensor:
+    """Self-attention of qkv [B, T, (H + 2 Hkv) K] = [q heads | k heads | v heads] -> [B, T, H K].
+
+    Grouped-query when kv_heads < heads. `times` [T] are global positions for the causal mask; key_mask [B, T] is true where a key may be seen.
+    """
+    return _FusedAttention.apply(qkv, heads=heads, kv_heads=kv_heads, options=_options(causal, times, times, key_mask, dropout))
+
+
+def attention_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    times_q: Array | None = None,
+    times_k: Array | None = None,
+    key_mask: Array | None = None,
+    dropout: kernels.AttentionDropout | None = None,
+) -> Tensor:
+    """Attention of q [B, Tq, H, K] over k, v [B, Tk, Hkv, K] -> [B, Tq, H, K]."""
+    return _Attention.apply(q, k, v, options=_options(causal, times_q, times_k, key_mask, dropout))
+
+
+def _options(causal: bool, times_q: Any, times_k: Any, key_mask: Any, dropout: Any) -> dict[str, Any]:
+    return {"causal": causal, "times_q": times_q, "times_k": times_k, "key_mask": key_mask, "dropout": dropout}
+
+
+def split_heads(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
+    """Views q [B, T, H, K], k, v [B, T, Hkv, K] of a fused projection [B, T, (H + 2 Hkv) K]."""
+    B, T, width = qkv.shape
+    by_head = qkv.reshape(B, T, heads + 2 * kv_heads, width // (heads + 2 * kv_heads))
+    return by_head[:, :, :heads], by_head[:, :, heads : heads + kv_heads], by_head[:, :, heads + kv_heads :]
+
+
+class _FusedAttention(Function):
+    @staticmethod
+    def forward(ctx: Context, qkv: Array, *, heads: int, kv_heads: int, options: dict[str, Any]) -> Array:
+        q, k, v = split_heads(qkv, heads, kv_heads)
+        scale = q.shape[-1] ** -0.5
+        o, lse = kernels.attention_forward(q, k, v, scale=scale, **options)
+        ctx.save(qkv, o, lse, heads, kv_heads, scale, options)
+        return o.reshape(*o.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        qkv, o, lse, heads, kv_heads, scale, options = ctx.saved
+        grad = namespace(qkv).empty_like(qkv)
+        gq, gk, gv = split_heads(grad, heads, kv_heads)
+        grad_o = grad_outs[0].reshape(o.shape)
+        kernels.attention_backward(grad_o, *split_heads(qkv, heads, kv_heads), o, lse, scale=scale, **options, grad_q=gq, grad_k=gk, grad_v=gv)
+        return (grad,)
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Context, q: Array, k: Array, v: Array, *, options: dict[str, Any]) -> Array:
+        scale = q.shape[-1] ** -0.5
+        o, lse = kernels.attention_forward(q, k, v, scale=scale, **options)
+        ctx.save(q, k, v, o, lse, scale, options)
+        return o
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array, Array, Array]:
+        q, k, v, o, lse, scale, options = ctx.saved
+        return kernels.attention_backward(grad_outs[0], q, k, v, o, lse, scale=scale, **options)

@@ -1,0 +1,31 @@
+"""Dropout with addressed masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minillm import kernels
+from minillm.arrays import Array
+from minillm.autograd import Context, Function, Tensor
+
+
+def dropout(x: Tensor, p: float, *, key: int, samples: Array, times: Array, channels: Array) -> Tensor:
+    """x [B, T, C] with each element zeroed with probability p, the rest times 1 / (1 - p).
+
+    The mask is a function of (key, sample, time, channel), all global, and is made again in backward instead of being kept.
+    """
+    return _Dropout.apply(x, p=p, address=(key, samples, times, channels)) if p else x
+
+
+class _Dropout(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, *, p: float, address: tuple[Any, ...]) -> Array:
+        ctx.save(p, address)
+        return kernels.dropout_forward(x, p, *address)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        p, address = ctx.saved
+        grad = grad_outs[0]
+        out = grad if ctx.owns(0) and grad.flags.writeable and grad.flags.c_contiguous else None
+        return (kernels.dropout_forward(grad, p, *address, out=out),)

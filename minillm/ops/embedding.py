@@ -1,0 +1,90 @@
+"""Embeddings of tokens and positions, and the residual sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minillm import kernels
+from minillm.arrays import Array, namespace
+from minillm.autograd import WRITTEN, Context, Function, Tensor
+
+
+def embedding(ids: Array, weight: Any, first_row: int = 0) -> Tensor:
+    """Rows of weight [V_local, D] for ids [...] -> [..., D]; ids outside [first_row, first_row + V_local) give zeros."""
+    return _Embedding.apply(weight, ids=ids, first_row=first_row)
+
+
+def add_position(x: Tensor, table: Any, times: Array) -> Tensor:
+    """x [B, T, D] + table[times] ([T_max, D] at global positions [T])."""
+    return _AddPosition.apply(x, table, times=times)
+
+
+def add_constant(x: Tensor, constant: Array) -> Tensor:
+    """x + constant, broadcast; the constant gets no gradient."""
+    return _AddConstant.apply(x, constant=constant)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """The residual sum x + y of equal shapes."""
+    return _Add.apply(x, y)
+
+
+class _Embedding(Function):
+    splits_weight_grad = True
+
+    @staticmethod
+    def forward(ctx: Context, weight: Array, *, ids: Array, first_row: int) -> Array:
+        ctx.save(ids, first_row, weight.shape)
+        return kernels.embedding_forward(ids, weight, first_row)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any]:
+        ids, first_row, shape = ctx.saved
+        slot, grad = into[0], grad_outs[0]
+        if slot is None:
+            grad_weight = namespace(grad).empty(shape, grad.dtype)
+            kernels.embedding_backward_(grad, ids, grad_weight, first_row, accumulate=False)
+            return (grad_weight,)
+        kernels.embedding_backward_(grad, ids, slot.buf, first_row, accumulate=slot.writes > 0)
+        slot.writes += 1
+        return (WRITTEN,)
+
+
+class _AddPosition(Function):
+    splits_weight_grad = True
+
+    @staticmethod
+    def forward(ctx: Context, x: Array, table: Array, *, times: Array) -> Array:
+        ctx.save(times, table.shape)
+        return x + table[times]
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
+        times, shape = ctx.saved
+        grad = grad_outs[0]
+        if not needs[1]:
+            return grad, None
+        xp = namespace(grad)
+        grad_table = xp.zeros(shape, grad.dtype)
+        grad_table[times] = grad.sum(0)
+        return grad, grad_table
+
+
+class _AddConstant(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, *, constant: Array) -> Array:
+        return x + constant
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        return (grad_outs[0],)
+
+
+class _Add(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array, y: Array) -> Array:
+        return x + y
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array, Array]:
+        return grad_outs[0], grad_outs[0]

@@ -1,0 +1,67 @@
+"""Linear layers: y = x W^T + b."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minillm import kernels
+from minillm.arrays import Array
+from minillm.autograd import WRITTEN, Context, Function, GradSlot, Tensor
+
+
+def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """x [..., in] @ weight [out, in]^T + bias [out] -> [..., out]."""
+    return _Linear.apply(x, weight, bias)
+
+
+def add_bias(x: Tensor, bias: Any) -> Tensor:
+    """x [..., D] + bias [D]. Overwrites `x`, which must be the fresh result of an operation that does not keep it."""
+    return _AddBias.apply(x, bias)
+
+
+class _Linear(Function):
+    splits_weight_grad = True
+
+    @staticmethod
+    def forward(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
+        ctx.save(x, weight)
+        y = kernels.matmul(_rows(x), weight.T)
+        if bias is not None:
+            y += bias
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any]:
+        x, weight = ctx.saved
+        grad = _rows(grad_outs[0])
+        grad_x = kernels.matmul(grad, weight).reshape(x.shape) if needs[0] else None
+        grad_weight = _product_into(into[1], grad.T, _rows(x)) if needs[1] else None
+        grad_bias = kernels.column_sum(grad) if needs[2] else None
+        return grad_x, grad_weight, grad_bias
+
+
+class _AddBias(Function):
+    splits_weight_grad = True
+
+    @staticmethod
+    def forward(ctx: Context, x: Array, bias: Array) -> Array:
+        x += bias
+        return x
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
+        grad = grad_outs[0]
+        return grad, kernels.column_sum(_rows(grad)) if needs[1] else None
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _product_into(slot: GradSlot | None, a: Array, b: Array) -> Any:
+    """a @ b accumulated straight into the slot, or returned where there is none."""
+    if slot is None:
+        return kernels.matmul(a, b)
+    kernels.matmul(a, b, out=slot.buf, accumulate=slot.writes > 0)
+    slot.writes += 1
+    return WRITTEN
