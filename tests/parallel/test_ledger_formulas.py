@@ -87,7 +87,7 @@ def test_pipeline_sends_each_boundary_once_each_way(schedule: str) -> None:
     ranks = _payload("gpt2-untied", layout)
     for index, rank in enumerate(ranks):
         links = (index > 0) + (index < 3)
-        assert rank == {("pp", "send"): links * hidden, ("pp", "recv"): links * hidden}
+        assert rank == {("pp", "send"): links * hidden, ("pp", "receive"): links * hidden}
 
 
 def test_tied_embedding_is_summed_over_its_two_stages() -> None:
@@ -101,4 +101,4 @@ def test_pipeline_with_sequence_parallel_sends_time_shards() -> None:
     hidden = _tokens(layout) * BASE["dim"] * ITEM // 2
     for rank in _payload("llama", layout):
         assert rank["pp", "send"] == hidden
-        assert rank["pp", "recv"] == hidden
+        assert rank["pp", "receive"] == hidden

@@ -1,0 +1,358 @@
+"""Ranks as threads of one process: the same program, the same communicators, no MPI. For tests and for study.
+
+`run_ranks(4, fn)` calls fn(comm) on four threads. Groups meet at a `_Board` that they share: each rank puts down what it brings, the last one to arrive
+computes, all pick up. Reductions sum in rank order, so every rank gets the same bits. With `rendezvous=True` a send completes only when its receiver has
+arrived, which turns an order that relies on buffering into a deadlock that the test sees.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+import numpy as np
+
+from minillm.arrays import aligned_empty
+from minillm.comm.communicator import BaseCommunicator, Communicator, ReduceOp, SelfCommunicator, SharedWindow, Work, reduce_in_order
+from minillm.comm.ledger import ledger, recording
+from minillm.errors import CommError, CommTimeout, PeerFailed
+
+T = TypeVar("T")
+
+
+class _World:
+    """What all ranks of one `run_ranks` share: one lock, who has failed, and what everyone waits for."""
+
+    def __init__(self, rendezvous: bool) -> None:
+        self.changed = threading.Condition()
+        self.failed: int | None = None
+        self.rendezvous = rendezvous
+        self.waiting: dict[str, str] = {}
+
+    def wait_for(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
+        """Wait, holding the lock, until `ready()`. Raises PeerFailed when another rank has failed, CommTimeout with everybody's wait when time is up."""
+        name = threading.current_thread().name
+        deadline = time.monotonic() + timeout
+        while not ready():
+            if self.failed is not None:
+                raise PeerFailed(f"rank {self.failed} has failed, so {what} cannot complete")
+            self.waiting[name] = what
+            left = deadline - time.monotonic()
+            if left <= 0:
+                others = "; ".join(f"{who} waits for {which}" for who, which in sorted(self.waiting.items()))
+                raise CommTimeout(f"waited {timeout:g} s: {others}. Last operations here:\n{ledger().recent()}")
+            self.changed.wait(min(left, 1.0))
+        self.waiting.pop(name, None)
+
+
+class _Meeting:
+    """One collective under way: what each rank brought, and what each takes away once the last has come."""
+
+    def __init__(self, size: int) -> None:
+        self.brought: list[Any] = [None] * size
+        self.arrived = 0
+        self.results: list[Any] | None = None
+        self.taken = 0
+
+
+class _Board:
+    """The shared state of one group: meetings by number, messages by (source, destination, tag)."""
+
+    def __init__(self, world: _World, size: int) -> None:
+        self.world, self.size = world, size
+        self.meetings: dict[int, _Meeting] = {}
+        self.messages: dict[tuple[int, int, int], collections.deque[_Message]] = collections.defaultdict(collections.deque)
+
+
+class _Message:
+    """A sent array; `received` once the receiver has taken it."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data = data
+        self.received = False
+
+
+class _MeetingWork:
+    """A collective that this rank has joined and not yet finished."""
+
+    def __init__(self, comm: ThreadCommunicator, number: int, finish: Callable[[Any], None]) -> None:
+        self._comm, self._number, self._finish = comm, number, finish
+        self._done = False
+
+    def test(self) -> bool:
+        """See `Work`."""
+        if not self._done and self._comm._is_complete(self._number):
+            self.wait()
+        return self._done
+
+    def wait(self) -> None:
+        """See `Work`."""
+        if not self._done:
+            self._finish(self._comm._take(self._number))
+            self._done = True
+
+
+class _SendWork:
+    """A send under rendezvous: done when the receiver has come. Without it, done at once."""
+
+    def __init__(self, comm: ThreadCommunicator, message: _Message, what: str) -> None:
+        self._comm, self._message, self._what = comm, message, what
+
+    def test(self) -> bool:
+        """See `Work`."""
+        return self._message.received or not self._comm._world.rendezvous
+
+    def wait(self) -> None:
+        """See `Work`."""
+        world = self._comm._world
+        if world.rendezvous:
+            with world.changed:
+                world.wait_for(lambda: self._message.received, self._what, self._comm.timeout)
+
+
+class _ReceiveWork:
+    """A receive into `out`, matched in order of sending."""
+
+    def __init__(self, comm: ThreadCommunicator, out: np.ndarray, source: int, tag: int) -> None:
+        self._comm, self._out, self._key = comm, out, (source, comm.rank, tag)
+        self._done = False
+
+    def test(self) -> bool:
+        """See `Work`."""
+        if not self._done and self._comm._board.messages.get(self._key):
+            self.wait()
+        return self._done
+
+    def wait(self) -> None:
+        """See `Work`."""
+        if not self._done:
+            self._comm._receive(self._out, [self._key])
+            self._done = True
+
+
+class ThreadCommunicator(BaseCommunicator):
+    """A group of threads of one process."""
+
+    def __init__(self, board: _Board, rank: int, name: str, timeout: float, nodes: Sequence[int]) -> None:
+        super().__init__(rank, board.size, name, timeout)
+        self._board, self._world = board, board.world
+        self._nodes = tuple(nodes)
+        self._number = 0
+
+    # ---- meetings
+
+    def _join(self, value: Any, compute: Callable[[list[Any]], list[Any]]) -> int:
+        """Put `value` down at this group's next meeting; the last to arrive computes everybody's result. Returns the meeting's number."""
+        number, self._number = self._number, self._number + 1
+        with self._world.changed:
+            if self._world.failed is not None:
+                raise PeerFailed(f"rank {self._world.failed} has failed, so operations on {self.name!r} cannot complete")
+            meeting = self._board.meetings.setdefault(number, _Meeting(self.size))
+            meeting.brought[self.rank] = value
+            meeting.arrived += 1
+            if meeting.arrived == self.size:
+                meeting.results = compute(meeting.brought)
+                meeting.brought = []
+                self._world.changed.notify_all()
+        return number
+
+    def _is_complete(self, number: int) -> bool:
+        if self._world.failed is not None:
+            raise PeerFailed(f"rank {self._world.failed} has failed, so operations on {self.name!r} cannot complete")
+        meeting = self._board.meetings.get(number)
+        return meeting is not None and meeting.results is not None
+
+    def _take(self, number: int) -> Any:
+        """Wait for a meeting and take this rank's result."""
+        with self._world.changed:
+            meeting = self._board.meetings[number]
+            what = f"operation {number} on {self.name!r} ({self._signature_of(number)})"
+            self._world.wait_for(lambda: meeting.results is not None, what, self.timeout)
+            meeting.taken += 1
+            if meeting.taken == self.size:
+                del self._board.meetings[number]
+            assert meeting.results is not None
+            return meeting.results[self.rank]
+
+    def _signature_of(self, number: int) -> str:
+        return getattr(self, "_signature", "split")
+
+    def _meet(self, value: Any, compute: Callable[[list[Any]], list[Any]]) -> Any:
+        return self._take(self._join(value, compute))
+
+    # ---- collectives; what a meeting hands out may be shared, so ranks that may write to it get copies
+
+    def _all_reduce(self, flat: np.ndarray, op: ReduceOp) -> None:
+        flat[...] = self._meet(flat.copy(), lambda parts: [self._reduced(parts, op)] * self.size)
+
+    def _iall_reduce(self, flat: np.ndarray, op: ReduceOp) -> Work:
+        number = self._join(flat.copy(), lambda parts: [self._reduced(parts, op)] * self.size)
+        flat.view(np.uint8)[...] = 0xFF  # nobody may rely on it until the Work is done: NaN, or -1
+
+        def finish(result: np.ndarray) -> None:
+            flat[...] = result
+
+        return _MeetingWork(self, number, finish)
+
+    def _reduced(self, parts: list[np.ndarray], op: ReduceOp) -> np.ndarray:
+        kinds = {(part.shape, part.dtype) for part in parts}
+        if len(kinds) > 1:
+            raise CommError(f"ranks of {self.name!r} reduce different arrays: {sorted(map(str, kinds))}")
+        return reduce_in_order(parts, op)
+
+    def _all_gather(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
+        return self._meet(flat.copy(), lambda parts: [np.concatenate(parts)] * self.size).copy()
+
+    def _reduce_scatter(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
+        def compute(parts: list[np.ndarray]) -> list[np.ndarray]:
+            return np.split(self._reduced(parts, ReduceOp.SUM), np.cumsum(counts)[:-1])
+
+        return self._meet(flat.copy(), compute).copy()
+
+    def _all_to_all(self, parts: list[np.ndarray], counts: list[int]) -> list[np.ndarray]:
+        received = self._meet([part.copy() for part in parts], lambda table: [list(column) for column in zip(*table, strict=True)])
+        for source, (part, count) in enumerate(zip(received, counts, strict=True)):
+            if part.size != count:
+                raise CommError(f"all_to_all on {self.name!r}: rank {source} sent {part.size} elements where {count} were expected")
+        return received
+
+    def _broadcast(self, flat: np.ndarray, root: int) -> None:
+        data = self._meet(flat.copy() if self.rank == root else None, lambda parts: [parts[root]] * self.size)
+        if self.rank != root:
+            if data.nbytes != flat.nbytes:
+                raise CommError(f"broadcast on {self.name!r}: the root has {data.nbytes} bytes, rank {self.rank} expects {flat.nbytes}")
+            flat[...] = data
+
+    def _barrier(self) -> None:
+        self._meet(None, lambda parts: parts)
+
+    # ---- messages
+
+    def _isend(self, flat: np.ndarray, dest: int, tag: int) -> Work:
+        message = _Message(flat.copy())
+        with self._world.changed:
+            self._board.messages[self.rank, dest, tag].append(message)
+            self._world.changed.notify_all()
+        return _SendWork(self, message, f"rank {dest} of {self.name!r} to receive tag {tag}")
+
+    def _irecv(self, flat: np.ndarray, source: int, tag: int) -> Work:
+        return _ReceiveWork(self, flat, source, tag)
+
+    def _recv_any(self, flat: np.ndarray, tag: int) -> int:
+        return self._receive(flat, [(source, self.rank, tag) for source in range(self.size)])
+
+    def _receive(self, out: np.ndarray, keys: list[tuple[int, int, int]]) -> int:
+        """Take the first message under any of `keys` into `out`; returns its source."""
+        sources = ", ".join(str(key[0]) for key in keys)
+        with self._world.changed:
+            self._world.wait_for(
+                lambda: any(self._board.messages.get(key) for key in keys), f"a message from rank {sources} of {self.name!r}, tag {keys[0][2]}", self.timeout
+            )
+            key = next(key for key in keys if self._board.messages.get(key))
+            message = self._board.messages[key].popleft()
+            message.received = True
+            self._world.changed.notify_all()
+        if message.data.nbytes != out.nbytes:
+            raise CommError(f"message of {message.data.nbytes} bytes does not fit the receive of {out.nbytes} bytes (tag {key[2]} on {self.name!r})")
+        out[...] = message.data
+        return key[0]
+
+    # ---- groups and shared memory
+
+    def split(self, color: int | None, key: int | None = None, name: str = "") -> Communicator | None:
+        """A group of the ranks with the same `color`, ordered by (key, rank); None where the color is None. Collective."""
+
+        def compute(wishes: list[tuple[int | None, int, int]]) -> list[Any]:
+            boards: dict[int, tuple[_Board, list[int]]] = {}
+            for wanted in {c for c, _, _ in wishes if c is not None}:
+                members = [rank for c, _, rank in sorted((w for w in wishes if w[0] == wanted), key=lambda w: (w[1], w[2])) if c == wanted]
+                boards[wanted] = _Board(self._world, len(members)), members
+            return [None if c is None else boards[c] for c, _, _ in wishes]
+
+        made = self._meet((color, self.rank if key is None else key, self.rank), compute)
+        if made is None:
+            return None
+        board, members = made
+        name = name or self.name
+        if board.size == 1:
+            return SelfCommunicator(name, self.timeout)
+        return ThreadCommunicator(board, members.index(self.rank), name, self.timeout, [self._nodes[rank] for rank in members])
+
+    def split_by_node(self) -> Communicator:
+        """The ranks that run on the same node, as `run_ranks(nodes=...)` says."""
+        group = self.split(self._nodes[self.rank], self.rank, "node")
+        assert group is not None
+        return group
+
+    def dup(self, name: str) -> Communicator:
+        """The same ranks under another name, with an order and tags of their own."""
+        group = self.split(0, self.rank, name)
+        assert group is not None
+        return group
+
+    def alloc_shared(self, nbytes: int) -> SharedWindow:
+        """Memory that every rank of the group sees. Collective; all ranks must be on one node."""
+        if len(set(self._nodes)) > 1:
+            raise CommError(f"ranks of {self.name!r} lie on nodes {sorted(set(self._nodes))} and cannot share memory; use split_by_node()")
+        own = aligned_empty((nbytes,), np.uint8)
+        own[...] = 0
+        return _ThreadWindow(self, self._meet(own, lambda parts: [list(parts)] * self.size))
+
+
+class _ThreadWindow:
+    """Threads share all memory; only the waiting needs care."""
+
+    def __init__(self, comm: ThreadCommunicator, parts: list[np.ndarray]) -> None:
+        self._comm = comm
+        self.parts = list(parts)
+
+    def sync(self) -> None:
+        """See `SharedWindow`."""
+        self._comm._barrier()
+
+    def free(self) -> None:
+        """See `SharedWindow`."""
+        self._comm._barrier()
+        self.parts = []
+
+
+def run_ranks(
+    n: int, fn: Callable[[Communicator], T], *, nodes: Sequence[int] | None = None, timeout: float = 60.0, rendezvous: bool = False
+) -> list[T]:
+    """Run fn(comm) on `n` ranks, each a thread with a copy of the caller's context and a ledger of its own; returns their results in rank order.
+
+    `nodes[r]` is the node that rank r pretends to run on. When a rank raises, the others get PeerFailed at their next operation, and the first error is raised
+    here with a note that names the rank. Raises CommTimeout for a rank that waits longer than `timeout` seconds.
+    """
+    world = _World(rendezvous)
+    board = _Board(world, n)
+    results: list[Any] = [None] * n
+    errors: list[tuple[int, BaseException]] = []
+
+    def rank(r: int) -> None:
+        comm: Communicator = SelfCommunicator("world", timeout) if n == 1 else ThreadCommunicator(board, r, "world", timeout, nodes or [0] * n)
+        try:
+            with recording(check_order=ledger().check_order):
+                results[r] = fn(comm)
+        except BaseException as error:
+            with world.changed:
+                errors.append((r, error))
+                if world.failed is None:
+                    world.failed = r
+                world.changed.notify_all()
+
+    contexts = [copy_context() for _ in range(n)]
+    threads = [threading.Thread(target=contexts[r].run, args=(rank, r), name=f"rank {r}", daemon=True) for r in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        r, error = errors[0]
+        error.add_note(f"raised on rank {r} of {n} thread ranks")
+        raise error
+    return results
