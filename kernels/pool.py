@@ -1,142 +1,137 @@
-"""The one pool of threads of a rank: contiguous ranges of work, static partition, so that results do not depend on timing.
+"""The one thread pool: kernels and matrix products are cut over it, and BLAS itself runs on one thread.
 
-NumPy releases the interpreter's lock inside BLAS and inside large element-wise operations, so plain threads scale. BLAS itself is held to one thread
-(`limit_blas`): two pools that spin on the same cores cost several times more than they bring.
+Two pools on the same cores (ours and the BLAS library's) wait for each other and can make a step many times slower, so `limit_blas` is part of using
+this one. The number of threads belongs to the context, not to the process: ranks that are threads of one process each have their own.
+
+The cut is static (contiguous ranges, decided by the number of items and threads alone), so results do not depend on which thread was faster.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from typing import Any
 
-_num_threads: ContextVar[int] = ContextVar("num_threads", default=1)
+num_threads: ContextVar[int] = ContextVar("num_threads", default=1)
+"""How many threads `parallel_for` may use in this context, the calling one included."""
+
+_idle: deque[_Worker] = deque()  # workers without a job, the most recently used last
+_blas_limit: Any = None  # keeps threadpoolctl's limit in force
 
 
 def get_threads() -> int:
-    """The number of threads that kernels called from here use."""
-    return _num_threads.get()
+    """How many threads `parallel_for` may use in this context."""
+    return num_threads.get()
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let kernels use `count` threads inside the block."""
-    if count < 1:
-        raise ValueError(f"a kernel needs at least one thread, not {count}")
-    token = _num_threads.set(count)
+def threads(n: int) -> Iterator[None]:
+    """Let `parallel_for` use `n` threads in this context. Raises ValueError if n < 1."""
+    if n < 1:
+        raise ValueError(f"the number of threads is {n}; it must be at least 1")
+    token = num_threads.set(n)
     try:
         yield
     finally:
-        _num_threads.reset(token)
+        num_threads.reset(token)
 
 
-def limit_blas() -> None:
-    """Hold the BLAS library to one thread in this process; once, at the start of a program."""
-    import threadpoolctl
+def limit_blas(n: int = 1) -> None:
+    """Hold the BLAS libraries loaded so far to `n` threads for the rest of the process: call once, at the start of a program."""
+    global _blas_limit
+    from threadpoolctl import threadpool_limits
 
-    threadpoolctl.threadpool_limits(1, user_api="blas")
-
-
-class _Worker:
-    """A daemon thread that runs one range at a time."""
-
-    def __init__(self, index: int) -> None:
-        self.jobs: queue.SimpleQueue[tuple[Callable[[], None], _Latch]] = queue.SimpleQueue()
-        threading.Thread(target=self._loop, name=f"kernel-{index}", daemon=True).start()
-
-    def _loop(self) -> None:
-        while True:
-            job, latch = self.jobs.get()
-            try:
-                job()
-            except BaseException as error:
-                latch.error = error
-            latch.arrive()
-            del job, latch
-
-
-class _Latch:
-    """Opens after `count` arrivals; carries the last error."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-        self._lock = threading.Lock()
-        self._open = threading.Lock()
-        self._open.acquire()
-        self.error: BaseException | None = None
-
-    def arrive(self) -> None:
-        with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self._open.release()
-
-    def wait(self) -> None:
-        self._open.acquire()
-
-
-_workers: list[_Worker] = []
-_free: list[_Worker] = []
-_lock = threading.Lock()
-_owner = os.getpid()
-
-
-def _borrow(count: int) -> list[_Worker]:
-    """Workers that nobody else uses: rank threads that call at the same time get different ones."""
-    global _owner
-    with _lock:
-        if _owner != os.getpid():  # threads do not survive a fork
-            _workers.clear()
-            _free.clear()
-            _owner = os.getpid()
-        while len(_free) < count:
-            _workers.append(_Worker(len(_workers)))
-            _free.append(_workers[-1])
-        return [_free.pop() for _ in range(count)]
+    _blas_limit = threadpool_limits(n, user_api="blas")
 
 
 def parallel_for(num_items: int, fn: Callable[[int, int], None], grain: int = 1) -> None:
-    """Call fn(start, stop) on contiguous ranges that cover [0, num_items), one range a thread, none shorter than `grain` unless all are.
+    """Call fn(start, stop) on contiguous ranges that cover 0 to `num_items`, at most one per thread and each of at least `grain` items.
 
-    The caller's thread takes the first range; the others run in a copy of its context. The first error is raised after all have ended.
+    The calling thread works too. `fn` runs in a copy of the caller's context in which the number of threads is 1, so a nested call stays inline. An
+    exception in any range is raised here once all ranges have ended (the one of the lowest range if there are several). No items: no call.
     """
-    parts = min(_num_threads.get(), max(1, num_items // max(1, grain)))
+    parts = min(num_threads.get(), num_items // grain)
     if parts <= 1:
-        if num_items:
+        if num_items > 0:
             fn(0, num_items)
         return
     bounds = [num_items * i // parts for i in range(parts + 1)]
-    workers = _borrow(parts - 1)
-    latch = _Latch(parts - 1)
-    for worker, start, stop in zip(workers, bounds[1:], bounds[2:], strict=False):
-        context = copy_context()
-        context.run(_num_threads.set, 1)  # no nested parallelism
-        worker.jobs.put((lambda c=context, a=start, b=stop: c.run(fn, a, b), latch))
-    token = _num_threads.set(1)
+    token = num_threads.set(1)
+    workers = [_take_worker() for _ in range(parts - 1)]
     try:
-        fn(bounds[0], bounds[1])
+        for i, worker in enumerate(workers, start=1):
+            worker.start(fn, bounds[i], bounds[i + 1])
+        fn(0, bounds[1])
     finally:
-        _num_threads.reset(token)
-        latch.wait()
-        with _lock:
-            _free.extend(workers)
-    if latch.error is not None:
-        raise latch.error
+        num_threads.reset(token)
+        errors = _finish(workers)
+    for error in errors:
+        if error is not None:
+            raise error
 
 
-BLOCK_BYTES = 256 << 10  # what a row block may take: it stays in the second-level cache through several passes
+def _take_worker() -> _Worker:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return _Worker()
 
 
-def row_blocks(num_rows: int, row_bytes: int, fn: Callable[[slice], None]) -> None:
-    """Call fn(rows) on blocks of about 256 KB, spread over the pool; for fused passes over rows that stay in cache."""
-    size = max(1, BLOCK_BYTES // max(1, row_bytes))
+def _finish(workers: list[_Worker]) -> list[BaseException | None]:
+    """Wait for all workers, also when the wait is interrupted: they write into the caller's arrays."""
+    errors: list[BaseException | None] = []
+    interrupt: BaseException | None = None
+    while len(errors) < len(workers):
+        try:
+            errors.append(workers[len(errors)].finish())
+        except KeyboardInterrupt as error:
+            interrupt = error
+    _idle.extend(workers)
+    return [interrupt, *errors]
 
-    def run(start: int, stop: int) -> None:
-        for first in range(start, stop, size):
-            fn(slice(first, min(first + size, stop)))
 
-    parallel_for(num_rows, run, size)
+class _Worker:
+    """A thread that sleeps until it is given a range, runs it, and sleeps again."""
+
+    __slots__ = ("_done", "_error", "_job", "_wake")
+
+    def __init__(self) -> None:
+        self._wake = threading.Lock()
+        self._done = threading.Lock()
+        self._wake.acquire()
+        self._done.acquire()
+        self._job: tuple[Any, ...] | None = None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._loop, name="minillm-kernels", daemon=True).start()
+
+    def start(self, fn: Callable[[int, int], None], start: int, stop: int) -> None:
+        self._job = (copy_context(), fn, start, stop)
+        self._wake.release()
+
+    def finish(self) -> BaseException | None:
+        if self._job is None and self._error is None and not self._done.locked():
+            self._done.acquire()
+            return None
+        self._done.acquire()
+        error, self._error = self._error, None
+        return error
+
+    def _loop(self) -> None:
+        while True:
+            self._wake.acquire()
+            assert self._job is not None
+            context, fn, start, stop = self._job
+            try:
+                context.run(fn, start, stop)
+            except BaseException as error:
+                self._error = error
+            self._job = None
+            del context, fn  # what they refer to must not live until the next job
+            self._done.release()
+
+
+os.register_at_fork(after_in_child=_idle.clear)  # a forked child has none of these threads

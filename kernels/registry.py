@@ -1,90 +1,160 @@
-"""Which implementation of an operation runs: NumPy here, C and CUDA beside it under the same signature.
+"""Which implementation of an op runs: the registry behind every function that `minillm.kernels` exports.
 
-Each operation has a folder; its `reference.py` is the definition in NumPy. `lookup(op, like)` returns the fastest available implementation for arrays like
-`like`; `use(attention="numpy")` forces one inside a block. Asking for one that cannot run raises KernelUnavailable, which says why: there is no silent fallback.
+    @kernel("softmax_forward", backend="c")            an implementation announces itself
+    softmax_forward = dispatch(reference.softmax_forward)   the public function: same signature, runs the best implementation for its argument
+    with use(softmax="numpy"): ...                     in this context, force a backend ("numpy") or one variant ("numpy:reference")
+
+An op is a function name such as `attention_forward`; a family is the folder it lives in, such as `attention`. All implementations of an op have one
+signature, which the NumPy reference defines.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
-SPEED = ("cuda", "c", "numpy")  # fastest first
+import numpy as np
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+F = TypeVar("F", bound=Callable[..., Any])
+
+# The backends that can take an array of a module, fastest first. The NumPy reference is written for either module's arrays.
+BACKENDS: Mapping[str, tuple[str, ...]] = {"numpy": ("c", "numpy"), "cupy": ("cuda", "numpy")}
 
 
 class KernelUnavailable(Exception):
-    """No implementation of an operation can run as asked; the message says which exist and why not."""
+    """No implementation of an op fits the choice made and the array given. The message lists what exists and why something is missing."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of `op`. `unavailable` says why it cannot run here, or is None."""
+    """One implementation of one op. `dtypes` are the dtype names it takes (empty: any); `unavailable` says why it cannot run here, None if it can."""
 
     op: str
     backend: str
     variant: str
     fn: Callable[..., Any]
-    dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...] = ()
     unavailable: str | None = None
 
     @property
-    def name(self) -> str:
-        """backend:variant."""
+    def family(self) -> str:
+        """The folder the op lives in: minillm.kernels.<family>.<file>."""
+        return self.fn.__module__.rpartition(".")[0].rpartition(".")[2]
+
+    @property
+    def choice(self) -> str:
+        """What `use` calls it."""
         return f"{self.backend}:{self.variant}"
+
+    def __str__(self) -> str:
+        state = "available" if self.unavailable is None else f"unavailable: {self.unavailable}"
+        return f"{self.choice} ({state}{', ' + ' '.join(self.dtypes) if self.dtypes else ''})"
 
 
 _kernels: dict[str, list[Kernel]] = {}
-_forced: ContextVar[Mapping[str, str]] = ContextVar("forced_kernels", default={})  # noqa: B039 (never mutated)
+_cache: dict[tuple[str, type, Any, str], Callable[..., Any]] = {}
+_choices: ContextVar[Mapping[str, str]] = ContextVar("kernel choices", default=MappingProxyType({}))  # noqa: B039 (it cannot be changed)
 
 
 def kernel(
-    op: str, *, backend: str = "numpy", variant: str = "reference", dtypes: tuple[str, ...] = ("float32", "float64"), unavailable: str | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as an implementation of `op`, and return it unchanged."""
+    op: str, *, backend: str = "numpy", variant: str = "reference", dtypes: tuple[str, ...] = (), unavailable: str | None = None
+) -> Callable[[F], F]:
+    """Register the decorated function as an implementation of `op`. Within a backend, the first variant registered is the default."""
 
-    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _kernels.setdefault(op, []).append(Kernel(op, backend, variant, fn, dtypes, unavailable))
-        _kernels[op].sort(key=lambda k: SPEED.index(k.backend))
+    def register(fn: F) -> F:
+        entries = _kernels.setdefault(op, [])
+        entries[:] = [k for k in entries if (k.backend, k.variant) != (backend, variant)]
+        entries.append(Kernel(op, backend, variant, fn, dtypes, unavailable))
+        _cache.clear()
         return fn
 
     return register
 
 
-def lookup(op: str, like: Any = None) -> Callable[..., Any]:
-    """The implementation of `op` that runs for arrays of the dtype of `like`. Raises KernelUnavailable."""
-    wanted = _forced.get().get(op)
-    dtype = None if like is None else str(like.dtype)
-    for candidate in _kernels.get(op, ()):
-        if candidate.unavailable is None and wanted in (None, candidate.backend, candidate.name) and (dtype is None or dtype in candidate.dtypes):
-            return candidate.fn
-    raise KernelUnavailable(_why_not(op, wanted, dtype))
+def available(op: str) -> list[Kernel]:
+    """Every implementation of the op, or of every op of the family, called `op`, those that cannot run here included. Raises KernelUnavailable for an unknown name."""
+    return [k for name in _ops_named(op) for k in _kernels[name]]
+
+
+def ops() -> list[str]:
+    """The names of all ops."""
+    return sorted(_kernels)
 
 
 @contextmanager
 def use(**choices: str) -> Iterator[None]:
-    """Force implementations inside the block: `use(attention="numpy")`, `use(attention="cuda:v2")`. Raises KernelUnavailable at once if one cannot run."""
-    for op, wanted in choices.items():
-        if not any(k.unavailable is None and wanted in (k.backend, k.name) for k in _kernels.get(op, ())):
-            raise KernelUnavailable(_why_not(op, wanted, None))
-    token = _forced.set({**_forced.get(), **choices})
+    """In this context, run the ops named (or all ops of a family named) on the backend given, "numpy", or on one variant, "numpy:reference".
+
+    Raises KernelUnavailable at once if there is no such implementation, or none that can run here.
+    """
+    wanted = dict(_choices.get())
+    for name, choice in choices.items():
+        for op in _ops_named(name):
+            matching = [k for k in _kernels[op] if _fits(k, choice)]
+            if not matching or all(k.unavailable for k in matching):
+                raise KernelUnavailable(f"{op} has no implementation {choice!r} that can run here. {_listing(op)}")
+            wanted[op] = choice
+    token = _choices.set(MappingProxyType(wanted))
     try:
         yield
     finally:
-        _forced.reset(token)
+        _choices.reset(token)
 
 
-def available(op: str | None = None) -> list[Kernel]:
-    """All implementations of `op`, or of every operation, fastest first."""
-    return [k for name in ([op] if op else sorted(_kernels)) for k in _kernels.get(name, ())]
+def lookup(op: str, like: Array) -> Callable[..., Any]:
+    """The implementation of `op` to run on the array `like`: the fastest one that takes its module and dtype, or the one that `use` chose.
+
+    Raises KernelUnavailable if there is none.
+    """
+    choice = _choices.get().get(op, "")
+    key = (op, type(like), like.dtype, choice)
+    found = _cache.get(key)
+    if found is None:
+        found = _cache[key] = _find(op, like, choice)
+    return found
 
 
-def _why_not(op: str, wanted: str | None, dtype: str | None) -> str:
-    known = _kernels.get(op)
-    if not known:
-        return f"there is no operation {op!r}; known: {', '.join(sorted(_kernels))}"
-    lines = [f"{k.name} ({', '.join(k.dtypes)})" + (f": {k.unavailable}" if k.unavailable else "") for k in known]
-    asked = f" as {wanted!r}" if wanted else ""
-    return f"{op} cannot run{asked}{f' for {dtype}' if dtype else ''}; implementations: {'; '.join(lines)}"
+def dispatch(reference: F, like: int = 0) -> F:
+    """The public function of an op: the signature and docstring of its NumPy reference, running what `lookup` finds for argument number `like`."""
+    op = reference.__name__
+    name = reference.__code__.co_varnames[like]
+
+    @functools.wraps(reference)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return lookup(op, args[like] if like < len(args) else kwargs[name])(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def _find(op: str, like: Array, choice: str) -> Callable[..., Any]:
+    module = "numpy" if isinstance(like, np.ndarray | np.generic) else type(like).__module__.partition(".")[0]
+    entries = _kernels[_ops_named(op)[0]]
+    for backend in BACKENDS.get(module, ()):
+        for entry in entries:
+            takes = not entry.dtypes or str(like.dtype) in entry.dtypes
+            if entry.backend == backend and takes and entry.unavailable is None and (not choice or _fits(entry, choice)):
+                return entry.fn
+    wanted = f" as {choice}" if choice else ""
+    raise KernelUnavailable(f"{op} cannot run{wanted} on a {module} array of {like.dtype}. {_listing(op)}")
+
+
+def _fits(entry: Kernel, choice: str) -> bool:
+    return choice in (entry.backend, entry.choice)
+
+
+def _ops_named(name: str) -> list[str]:
+    """The op called `name`, or all ops of the family of that name."""
+    found = [name] if name in _kernels else [op for op, entries in _kernels.items() if entries[0].family == name]
+    if not found:
+        raise KernelUnavailable(f"there is no op {name!r}; there are {', '.join(ops())}")
+    return found
+
+
+def _listing(op: str) -> str:
+    return f"Implementations: {'; '.join(map(str, _kernels[op]))}."

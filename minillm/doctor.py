@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from minillm import __version__
+from minillm.comm.world import usable_cores
 
 DISTRIBUTION = "minillm-mpi"
 OLDEST_PYTHON = (3, 11)
@@ -298,16 +299,6 @@ def installed_version(name: str) -> str | None:
 def new_enough(version: str | None, least: str) -> bool:
     """Whether an installed version is there and not older than `least`, by its leading numbers."""
     return version is not None and _numbers(version) >= _numbers(least)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, by affinity and by the container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(min(cores, int(quota) // int(period)), 1)
-    except (OSError, ValueError):
-        return cores
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -16,25 +16,30 @@ TRACKS = {"compute": 0, "communication": 1}
 
 
 class Tracer:
-    """Collects spans on two tracks of one rank; times are microseconds on the machine's clock, so ranks of one node share an axis."""
+    """Collects spans on two tracks of one rank. Times come from `time.perf_counter` and are moved to the machine's clock, so ranks of one node share an axis."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
+        self._epoch = time.time() - time.perf_counter()
         self._events: list[dict[str, Any]] = []
 
     @contextmanager
     def span(self, name: str, track: str) -> Iterator[None]:
         """Record the enclosed block."""
-        start = time.time()
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.add(name, track, start, time.time())
+            self.add(name, track, start, time.perf_counter())
 
     def add(self, name: str, track: str, start: float, end: float, **args: Any) -> None:
-        """Record a span from `start` to `end`, seconds since the epoch."""
-        event = {"name": name, "ph": "X", "pid": self.rank, "tid": TRACKS[track], "ts": start * 1e6, "dur": (end - start) * 1e6}
+        """Record a span from `start` to `end`, in seconds of `time.perf_counter`."""
+        event = {"name": name, "ph": "X", "pid": self.rank, "tid": TRACKS[track], "ts": (self._epoch + start) * 1e6, "dur": (end - start) * 1e6}
         self._events.append(event | ({"args": args} if args else {}))
+
+    def communication(self, name: str, axis: str, start: float, end: float, num_bytes: int) -> None:
+        """Record an operation of the ledger: the hook for `Ledger.on_event`."""
+        self.add(f"{name} {axis}", "communication", start, end, bytes=num_bytes)
 
     def write(self, path: Path, comm: Communicator) -> None:
         """Gather all ranks' spans and write one JSON file on rank 0, atomically."""
