@@ -7,3 +7,5 @@ class StateTensor:
     spec: Any
     data: Any
     owned: bool = True
+def numeric_key(config, comm): return {}
+def save(*a, **k): return None

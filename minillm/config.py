@@ -153,10 +153,10 @@ class TrainConfig(Architecture):
     """Number of different tokens; left out: what the tokenizer has."""
 
     # What it reads
-    data: str = "stdlib"
+    data: str = "austen"
     """What to learn: stdlib (the source of Python's standard library), austen (a novel that comes along), shakespeare (fetched once),
     a text file, a folder of text files, or a .bin or .npy file of tokens."""
-    tokenizer: str | None = None
+    tokenizer: str | None = "char"
     """How text becomes tokens: byte, char, or the path of a tokenizer.json; left out: byte for text, none for files of tokens."""
 
     # How it learns

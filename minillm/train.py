@@ -6,25 +6,273 @@ This file is the loop around `Trainer`: read the options, load the text, build o
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from minillm import checkpoint, kernels
 from minillm.comm.communicator import Communicator
-from minillm.comm.ledger import ledger
-from minillm.comm.world import StopRequest, agree, local_ranks, main_guard, threads_per_rank, world
-from minillm.config import flag
+from minillm.comm.ledger import recording
+from minillm.comm.world import AgreedError, StopRequest, agree, known_to_all, main_guard, quiet_unless_first, threads_per_rank, world
 from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
+from minillm.data.tokenizers import tokenizer_from_json
 from minillm.errors import ConfigError
-from minillm.evaluation import evaluate_windows
+from minillm.evaluation import Evaluation, evaluate_windows
 from minillm.flags import TrainArgs, parse_train_args, to_toml
 from minillm.generation import Generator, Sampling
-from minillm.log import Log, MetricsFile, Progress
+from minillm.log import Log, MetricsFile, Progress, clock, compact
 from minillm.resolve import ResolvedConfig, resolve
 from minillm.trace import Tracer
 from minillm.trainer import NotFinite, StepReport, Trainer
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit status."""
+    return main_guard(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    comm = world()
+    quiet_unless_first(comm)
+    args = agree(comm, lambda: parse_train_args(argv, saved=_saved_values))
+    comm.timeout = args.comm_timeout
+    found = agree(comm, lambda: checkpoint.find(Path(args.resume))) if args.resume else None
+    corpus, config = _plan(comm, args, found)
+    if args.print_config:
+        Log(comm.rank)(to_toml(config.train).rstrip())
+        return 0
+    tracer = Tracer(comm.rank) if args.trace else None
+    with ExitStack() as stack:
+        kernels.limit_blas()
+        stack.enter_context(kernels.threads(threads_per_rank(comm)))
+        stack.enter_context(recording(check_order=args.check_order, on_event=tracer.communication if tracer else None))
+        stop = stack.enter_context(StopRequest().listening())
+        run = Run(comm, config, corpus, found, tracer, stop)
+        run.train()
+    return 0
+
+
+def _saved_values(path: str) -> dict[str, Any]:
+    """The configuration that the checkpoint at `path` was trained with."""
+    return checkpoint.read_manifest(checkpoint.find(Path(path))).meta["config"]
+
+
+def _plan(comm: Communicator, args: TrainArgs, found: Path | None) -> tuple[Corpus, ResolvedConfig]:
+    """The text and the resolved configuration, checked on every rank before anything is allocated."""
+    train = args.train_config()
+    if train.device == "cuda":
+        raise AgreedError("--device cuda: this version computes on the CPU only; leave --device out", comm.rank == 0)
+    with known_to_all(comm):
+        tokenizer: Any = train.tokenizer
+        if found is not None:
+            tokenizer = tokenizer_from_json(checkpoint.read_manifest(found).meta["tokenizer"])
+        corpus = load_corpus(train.data, tokenizer, context=train.context, vocab=train.vocab, comm=comm)
+        config = resolve(train, comm.size, corpus.vocab_size)
+    return corpus, config
+
+
+class Run:
+    """One training run of this rank: what is reported, evaluated and saved around the steps."""
+
+    def __init__(
+        self, comm: Communicator, config: ResolvedConfig, corpus: Corpus, found: Path | None, tracer: Tracer | None, stop: StopRequest
+    ) -> None:
+        self.comm, self.config, self.corpus, self.tracer, self.stop = comm, config, corpus, tracer, stop
+        self.log = Log(comm.rank)
+        self.out = agree(comm, lambda: _prepare_out(comm.rank, config, found))
+        self.out = Path(comm.broadcast_json(str(self.out)))
+        batches = Batches(corpus.train, config.model.context, config.train.batch, config.train.seed)
+        self.trainer = Trainer(config, comm, batches, tracer=tracer)
+        self.key = checkpoint.numeric_key(config, comm)
+        self.first_step = self._resume(found) if found is not None else 0
+        self.saved_step = self.first_step if found is not None else -1
+        self.metrics = MetricsFile(self.out / "metrics.jsonl" if comm.rank == 0 else None, self.first_step)
+        self._introduce()
+
+    def train(self) -> None:
+        """All steps, then evaluation, a last checkpoint and a sample."""
+        train = self.config.train
+        last = min(train.steps, train.stop_after or train.steps)
+        progress = Progress(self.log, self.first_step, train.steps, self.config.tokens_per_step)
+        gc.collect()
+        gc.disable()  # the tape is freed by reference counts; the collector would only look for cycles that are not there
+        started, stopped = time.perf_counter(), False
+        step = self.first_step
+        while step < last and not stopped:
+            report = self._step(step)
+            step += 1
+            progress.update(step - 1, report.loss, report.lr, report.grad_norm)
+            stopped = report.stop
+            progress.pause(self._between_steps(step, last, stopped, progress))
+        progress.close()
+        gc.enable()
+        self._finish(step, time.perf_counter() - started, stopped, progress)
+
+    def _step(self, step: int) -> StepReport:
+        self.trainer.stop_requested = self.stop.signal is not None
+        try:
+            report = self.trainer.step(step)
+        except NotFinite as error:
+            self._save(step)
+            raise AgreedError(f"{error}. The weights before this step are saved in {self.out}", self.comm.rank == 0) from None
+        tokens = self.config.tokens_per_step / report.seconds
+        self.metrics.write(
+            step=report.step + 1,
+            loss=report.loss,
+            lr=report.lr,
+            grad_norm=report.grad_norm,
+            seconds=report.seconds,
+            exposed_seconds=report.exposed_seconds,
+            tokens_per_second=tokens,
+        )
+        return report
+
+    def _between_steps(self, step: int, last: int, stopped: bool, progress: Progress) -> float:
+        """What is due after `step` steps; returns the seconds it took."""
+        train, started = self.config.train, time.perf_counter()
+        if train.check_every and step % train.check_every == 0:
+            self.trainer.check_replicas()
+        due = bool(train.eval_every) and step % train.eval_every == 0 and step != last
+        if due and not stopped:
+            found = self._evaluate(step)
+            if found is not None:
+                progress.say(f"step {step}: held-out loss {found.loss:.4f}{_bits(found)}")
+        if stopped or (train.save_every and step % train.save_every == 0):
+            self._save(step)
+        return time.perf_counter() - started
+
+    def _evaluate(self, step: int) -> Evaluation | None:
+        """The held-out loss, written to the metrics; None where nothing is held out."""
+        tokens = self.config.train.eval_tokens
+        if not tokens or len(self.corpus.held_out) < 2:
+            return None
+        windows = eval_windows(self.corpus.held_out, self.config.model.context, tokens)
+        loss, counted = evaluate_windows(self.config, self.trainer.mesh, self.comm, self.trainer.stages, windows)
+        found = Evaluation.of(loss, counted, self.corpus.bytes_per_token)
+        self.metrics.write(step=step, held_out_loss=loss, held_out_tokens=counted)
+        return found
+
+    def _save(self, step: int) -> None:
+        if step == self.saved_step:
+            return
+        meta = {
+            "config": self.config.saved_values(),
+            "tokenizer": self.corpus.tokenizer.to_json(),
+            "vocab": self.config.model.vocab,
+            "corpus": self.corpus.sha256,
+            "source": self.corpus.source,
+            "key": self.key,
+        }
+        with known_to_all(self.comm):
+            checkpoint.save(
+                self.out,
+                world=self.comm,
+                mesh_shape=self.trainer.mesh.shape,
+                coords=self.trainer.mesh.coords,
+                tensors=self.trainer.state(),
+                meta=meta,
+                step=step,
+                keep=self.config.train.keep,
+            )
+        self.saved_step = step
+
+    def _resume(self, found: Path) -> int:
+        """Fill weights and optimizer state from the checkpoint; returns the step to go on with."""
+        with known_to_all(self.comm):
+            checkpoint.verify(found, self.comm)
+            manifest = checkpoint.read_manifest(found)
+            if manifest.meta["corpus"] != self.corpus.sha256:
+                raise ConfigError(
+                    f"{found} was trained on {manifest.meta['source']} with sha256 {manifest.meta['corpus'][:12]}, but {self.corpus.source} now has "
+                    f"{self.corpus.sha256[:12]}; resume with the same text"
+                )
+            checkpoint.load(checkpoint.CheckpointSource(found), self.trainer.state(), self.trainer.mesh.shape, self.trainer.mesh.coords)
+        difference = checkpoint.difference(manifest.meta["key"], self.key)
+        self.log(f"resumed from {found} at step {manifest.step}")
+        if difference:
+            self.log(f"results continue to rounding, not bit for bit: {difference}")
+        return manifest.step
+
+    def _introduce(self) -> None:
+        config, model, train = self.config, self.config.model, self.config.train
+        threads = kernels.get_threads()
+        self.log(f"data    {self.corpus.describe()}")
+        self.log(
+            f"model   {train.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, context {model.context}, "
+            f"{compact(model.num_parameters())} parameters, {train.dtype}"
+        )
+        self.log(
+            f"layout  {config.num_ranks} rank{'s' * (config.num_ranks > 1)}: dp {config.dp} x tp {config.tp}{' (sequence-parallel)' * train.sequence_parallel} "
+            f"x pp {config.pp}{f' ({train.schedule})' if config.pp > 1 else ''}, {threads} thread{'s' * (threads > 1)} each"
+        )
+        self.log(
+            f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in {config.num_microbatches} microbatch"
+            f"{'es' * (config.num_microbatches > 1)} of {config.microbatch} per dp rank; {train.steps} steps"
+        )
+        self.log(f"output  {self.out}")
+
+    def _finish(self, step: int, seconds: float, stopped: bool, progress: Progress) -> None:
+        self._save(step)
+        if self.tracer is not None:
+            self.tracer.write(self.out / "trace.json", self.comm)
+            self.log(f"timeline of all ranks in {self.out / 'trace.json'} (open it in ui.perfetto.dev)")
+        if stopped:
+            self.log(f"stopped at step {step} as asked; go on with --resume {self.out}")
+            return
+        found = self._evaluate(step)
+        if step > self.first_step:
+            steps = f"steps {self.first_step + 1} to {step}" if self.first_step else f"{step} steps"
+            self.log(f"done    {steps} in {clock(seconds)}, {compact(progress.rate(step - 1))} tokens/s")
+        if found is not None:
+            self.log(f"result  held-out loss {found.loss:.4f}, perplexity {found.perplexity:.2f}{_bits(found)}, over {found.tokens} tokens")
+        self.log(f"saved   {self.out}: generate with  python -m minillm.generate --checkpoint {self.out}")
+        if self.config.train.sample_tokens:
+            self._sample()
+        self.metrics.close()
+
+    def _sample(self) -> None:
+        """Show what the model writes, from one token of the held-out text on. One data-parallel replica does it."""
+        if self.trainer.mesh.coord("dp") == 0:
+            prompt = [int(token) for token in (self.corpus.held_out if len(self.corpus.held_out) else self.corpus.train)[:1]]
+            sampling = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.config.train.seed)
+            ids = Generator(self.trainer.stages, self.trainer.mesh).generate(prompt, self.config.train.sample_tokens, sampling)
+            self.log(f"\n--- a sample at temperature {SAMPLE_TEMPERATURE} ---\n{self.corpus.tokenizer.decode(prompt + ids)}\n---")
+        self.comm.barrier()
+
+
+def _bits(found: Evaluation) -> str:
+    return "" if found.bits_per_byte is None else f", {found.bits_per_byte:.3f} bits per byte"
+
+
+def _prepare_out(rank: int, config: ResolvedConfig, found: Path | None) -> Path:
+    """The run's folder, made and tried by the first rank. A new run never writes into the folder of another."""
+    asked = config.asked.out
+    if found is not None and asked is None:
+        return found.parent
+    path = Path(config.out)
+    if rank:
+        return path
+    if found is None and _holds_run(path):
+        if asked is not None:
+            raise ConfigError(f"--out {path} holds an earlier run; continue it with --resume {path}, or choose another folder")
+        path = next(p for n in range(2, 10_000) if not _holds_run(p := path.with_name(f"{path.name}-{n}")))
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"--out {path} is not writable; choose another folder")
+    (path / "config.toml").write_text(to_toml(config.train))
+    return path
+
+
+def _holds_run(path: Path) -> bool:
+    return path.exists() and (any(path.glob("step-*")) or (path / "metrics.jsonl").exists())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

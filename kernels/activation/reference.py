@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from minillm.kernels.activation.erf import erf
-from minillm.kernels.pool import BLOCK_BYTES, parallel_for, row_blocks
+from minillm.kernels.pool import parallel_for
 from minillm.kernels.registry import kernel
+from minillm.kernels.rows import BLOCK_BYTES, row_blocks
 
 _C0, _C1 = math.sqrt(2 / math.pi), 0.044715
 

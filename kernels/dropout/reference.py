@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from minillm.kernels.pool import row_blocks
 from minillm.kernels.random.reference import random_bits
 from minillm.kernels.registry import kernel
+from minillm.kernels.rows import row_blocks
 
 
 def _row_keys(key: int, samples: Any, times: Any) -> Any:
@@ -47,7 +47,7 @@ def dropout_forward(x: Any, p: float, key: int, samples: Any, times: Any, channe
     return y.reshape(x.shape)
 
 
-@kernel("dropout_mask", dtypes=())
+@kernel("dropout_mask")
 def dropout_mask(p: float, key: int, samples: Any, times: Any, channels: Any, dtype: Any) -> Any:
     """The scaled keep mask [B, T, C] itself."""
     return dropout_forward(np.ones((len(samples), len(times), len(channels)), dtype), p, key, samples, times, channels)

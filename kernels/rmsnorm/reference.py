@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from minillm.kernels.pool import parallel_for, row_blocks
+from minillm.kernels.pool import parallel_for
 from minillm.kernels.registry import kernel
+from minillm.kernels.rows import row_blocks
 
 
 @kernel("rmsnorm_forward")

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from minillm.kernels.pool import row_blocks
 from minillm.kernels.registry import kernel
+from minillm.kernels.rows import row_blocks
 
 
 @kernel("xent_max")

@@ -1,0 +1,20 @@
+"""Row blocks of a given size over the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from minillm.kernels.pool import parallel_for
+
+BLOCK_BYTES = 256 << 10  # what a row block may take: it stays in the second-level cache through several passes
+
+
+def row_blocks(num_rows: int, row_bytes: int, fn: Callable[[slice], None]) -> None:
+    """Call fn(rows) on blocks of about 256 KB, spread over the pool; for fused passes over rows that stay in cache."""
+    size = max(1, BLOCK_BYTES // max(1, row_bytes))
+
+    def run(start: int, stop: int) -> None:
+        for first in range(start, stop, size):
+            fn(slice(first, min(first + size, stop)))
+
+    parallel_for(num_rows, run, size)
