@@ -32,7 +32,7 @@ def evaluate_windows(
         runtime = PipelineRuntime(schedule, stages, mesh.axis("pp"), train=False)
         with evaluating(stages):
             total = runtime.run(microbatches, 1.0)
-    sum_ = np.array([total if mesh.coord("tp") == 0 else 0.0])
+    sum_ = np.array([total if mesh.coord("tp") == 0 else 0.0], np.float64)
     world.all_reduce_(sum_, kind="control")
     return float(sum_[0]) / windows.num_tokens, windows.num_tokens
 

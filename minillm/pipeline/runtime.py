@@ -83,7 +83,7 @@ class PipelineRuntime:
                 self._sends = [work for work in self._sends if not work.test()]
         for work in self._sends:
             work.wait()
-        return sum(self._losses.values())
+        return sum(self._losses.values(), 0.0)
 
     def _forward(self, action: Action) -> None:
         stage, key = self.stages[action.stage], _key(action)
@@ -166,7 +166,7 @@ class PipelineRuntime:
 
     def _optimizer_step(self, action: Action) -> None:
         if self.optimizer_step is not None:
-            self.optimizer_step(sum(self._losses.values()))
+            self.optimizer_step(sum(self._losses.values(), 0.0))
 
 
 def _link_tags(link: Link) -> list[tuple[tuple[int, int], int]]:

@@ -1,0 +1,36 @@
+"""The held-out loss is the same on every mesh, every token counted once, the ragged end included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from training_helpers import INIT_STD, VOCAB, Layout, make_batches, make_config
+
+from minillm.comm.threads import run_ranks
+from minillm.data.batches import eval_windows
+from minillm.evaluation import evaluate_windows
+from minillm.trainer import Trainer
+
+
+def _evaluate(layout: Layout, num_tokens: int, **changes) -> list[tuple[float, int]]:
+    config = make_config("gpt2", layout, **changes)
+    tokens = np.random.default_rng(9).integers(0, VOCAB, 1000)
+
+    def rank(comm):
+        trainer = Trainer(config, comm, make_batches(config), std=INIT_STD)
+        windows = eval_windows(tokens, config.model.context, num_tokens)
+        return evaluate_windows(config, trainer.mesh, comm, trainer.stages, windows)
+
+    return run_ranks(layout.num_ranks, rank)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 16, 100, 333])
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=4, num_microbatches=4), Layout(pp=2, num_microbatches=4), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2)], ids=str
+)
+def test_equals_one_rank(layout: Layout, num_tokens: int) -> None:
+    (expected,) = _evaluate(Layout(), num_tokens)
+    assert expected[1] == num_tokens
+    for loss, counted in _evaluate(layout, num_tokens):
+        assert counted == num_tokens
+        assert abs(loss - expected[0]) <= 1e-12 * expected[0]
