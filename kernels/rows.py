@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from minillm.kernels.pool import parallel_for
 
-BLOCK_BYTES = 256 << 10  # what a row block may take: it stays in the second-level cache through several passes
+BLOCK_BYTES = 1 << 20
 
 
 def row_blocks(num_rows: int, row_bytes: int, fn: Callable[[slice], None]) -> None:

@@ -58,7 +58,7 @@ minillm/pipeline/draw.py
 minillm/pipeline/stage.py
 minillm/pipeline/runtime.py
 minillm/data/
-minillm/checkpoint.py
+minillm/checkpoint/
 minillm/assembly.py
 minillm/trainer.py
 minillm/evaluation.py

@@ -14,7 +14,7 @@ from minillm.kernels.pool import parallel_for
 from minillm.kernels.random.reference import random_bits
 from minillm.kernels.registry import kernel
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 256
 
 
 class AttentionDropout(NamedTuple):

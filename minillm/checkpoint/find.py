@@ -1,0 +1,115 @@
+"""Which checkpoint to go on from, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from minillm.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, read_manifest
+from minillm.comm.communicator import Communicator
+from minillm.errors import CheckpointError
+
+SUBFOLDER = "checkpoints"
+_STEP = re.compile(r"(?:\.old-)?step-(\d{8,})")  # .old-: set aside by a replacement that died between its two renames
+_CHUNK = 1 << 22  # bytes hashed at once
+
+
+def step_name(step: int) -> str:
+    """The folder's name: step-00000100."""
+    return f"step-{step:08d}"
+
+
+def steps(directory: Path) -> dict[int, Path]:
+    """Step -> folder of every checkpoint in `directory`, oldest first. Nothing is opened."""
+    found: dict[int, Path] = {}
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:  # .old-step-* sorts before step-*, which wins
+        match = _STEP.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def find(path: Path) -> Path:
+    """The folder of a checkpoint: `path` itself, or the newest one in the run directory `path` (or in its subfolder `checkpoints`).
+
+    Its manifest is read and the sizes of its files are compared; `verify` also checks their contents. Raises CheckpointError if there is
+    none, saying what was looked for, and if it is damaged, naming the file and offering the newest older one that is complete.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; pass the folder of a run, or one of its step-* folders")
+    if not (path / MANIFEST).exists() and not _STEP.fullmatch(path.name):
+        found = steps(path) or steps(path / SUBFOLDER)
+        if not found:
+            raise CheckpointError(
+                f"no checkpoint in {path}: looked for folders like {step_name(100)} there and in {path / SUBFOLDER}, and for {path / MANIFEST}; "
+                "pass the folder of a run that has saved"
+            )
+        path = list(found.values())[-1]
+    try:
+        check_sizes(path, read_manifest(path))
+    except Damaged as error:
+        raise with_older(path, error) from None
+    return path
+
+
+def verify(path: Path, comm: Communicator) -> None:
+    """Check the contents of all files of the checkpoint folder `path`, shared out over the ranks. Collective.
+
+    Raises the same CheckpointError on every rank, naming the first damaged file and offering the newest older checkpoint that is complete.
+    """
+    path, problem = Path(path), None
+    try:
+        manifest = read_manifest(path)
+        check_sizes(path, manifest)
+        for name in sorted(manifest.files)[comm.rank :: comm.size]:
+            check_contents(path / name, manifest.files[name])
+    except Damaged as error:
+        problem = str(with_older(path, error))
+    problems = [text for text in comm.gather_json(problem) if text is not None]
+    if problems:
+        raise Damaged(problems[0])
+
+
+def check_sizes(path: Path, manifest: Manifest) -> None:
+    """Raises Damaged unless every file is there in its full size."""
+    for name, entry in manifest.files.items():
+        file = path / name
+        try:
+            size = file.stat().st_size
+        except OSError as error:
+            raise Damaged(f"{file} is missing or cannot be read: {error.strerror}") from None
+        if size != entry.size:
+            raise Damaged(f"{file} is truncated or altered: it has {size} bytes instead of {entry.size}")
+
+
+def check_contents(file: Path, entry: FileEntry) -> None:
+    """Raises Damaged unless the SHA-256 of `file` is the one that was written down."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise Damaged(f"{file} cannot be read: {error.strerror}") from None
+    if digest.hexdigest() != entry.sha256:
+        raise Damaged(f"{file} was altered: its contents do not fit the checksum in {MANIFEST}")
+
+
+def with_older(path: Path, error: Damaged) -> Damaged:
+    """`error` about the checkpoint at `path`, with the way out: the newest older checkpoint beside it that is complete."""
+    match = _STEP.fullmatch(path.name)
+    before = int(match[1]) if match else 0
+    for step, other in reversed(steps(path.parent).items()):
+        if step < before and _is_complete(other):
+            return Damaged(f"{error}. An older complete checkpoint is {other}")
+    return Damaged(f"{error}. There is no older complete checkpoint in {path.parent}")
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        check_sizes(path, read_manifest(path))
+    except Damaged:
+        return False
+    return True

@@ -1,0 +1,72 @@
+"""The loss of a trained model on held-out or other text, as JSON: `python -m minillm.evaluate --checkpoint DIR`, on any mesh."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from minillm import kernels
+from minillm.assembly import build_mesh
+from minillm.comm.communicator import Communicator
+from minillm.comm.world import agree, known_to_all, main_guard, quiet_unless_first, threads_per_rank, world
+from minillm.data.batches import eval_windows
+from minillm.data.corpus import load_corpus
+from minillm.errors import ConfigError
+from minillm.evaluation import Evaluation, evaluate_windows
+from minillm.flags import parse_flags
+from minillm.loading import Layout, load_trained, open_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArgs(Layout):
+    """Measure a trained model's loss on text and print JSON: loss (nats per token), perplexity, bits_per_byte, tokens."""
+
+    checkpoint: str
+    """Folder of a run, or one of its checkpoints."""
+    data: str | None = None
+    """Text to measure on, all of it; left out: the held-out part of the text that the model was trained on."""
+    tokens: int | None = None
+    """Tokens to predict, from the beginning; left out: all."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise ConfigError(f"--tokens {self.tokens} must be at least 1; leave it out for all")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit status."""
+    return main_guard(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    comm = world()
+    quiet_unless_first(comm)
+    argv = sys.argv[1:] if argv is None else argv
+    args = agree(comm, lambda: parse_flags(EvaluateArgs, argv, prog="python -m minillm.evaluate"))
+    kernels.limit_blas()
+    with kernels.threads(threads_per_rank(comm)):
+        found = _evaluate(comm, args)
+    if comm.rank == 0:
+        print(json.dumps(asdict(found)))
+    return 0
+
+
+def _evaluate(comm: Communicator, args: EvaluateArgs) -> Evaluation:
+    with known_to_all(comm):
+        opened = open_checkpoint(args.checkpoint, comm)
+        config = opened.resolve(args, comm.size)
+        held_out = None if args.data is None else 0.0
+        source = opened.config.data if args.data is None else args.data
+        corpus = load_corpus(source, opened.tokenizer, context=1, vocab=config.model.vocab, held_out=held_out, comm=comm)
+        tokens = corpus.held_out if args.data is None else corpus.train
+        windows = eval_windows(tokens, config.model.context, args.tokens)
+        mesh = build_mesh(comm, config)
+        stages = load_trained(opened, config, mesh)
+    loss, counted = evaluate_windows(config, mesh, comm, stages, windows)
+    return Evaluation.of(loss, counted, corpus.bytes_per_token)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Write text with a trained model: `python -m minillm.generate --checkpoint DIR --prompt TEXT`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minillm import kernels
+from minillm.assembly import build_mesh
+from minillm.comm.communicator import Communicator
+from minillm.comm.world import agree, known_to_all, main_guard, quiet_unless_first, threads_per_rank, world
+from minillm.errors import ConfigError
+from minillm.flags import parse_flags
+from minillm.generation import Generator, Sampling
+from minillm.loading import Layout, load_trained, open_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArgs(Layout):
+    """Continue a prompt with a trained model and print the text."""
+
+    checkpoint: str
+    """Folder of a run, or one of its checkpoints."""
+    prompt: str = "\n"
+    """Text to continue."""
+    tokens: int = 200
+    """Tokens to write."""
+    temperature: float = 0.8
+    """Divides the logits: below 1 surer, above 1 wilder, 0 always the likeliest token."""
+    top_k: int = 0
+    """Choose among the k likeliest tokens only; 0: all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Another number writes another text."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"--tokens {self.tokens} must be at least 1")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen. Raises ConfigError for values out of range."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit status."""
+    return main_guard(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    comm = world()
+    quiet_unless_first(comm)
+    argv = sys.argv[1:] if argv is None else argv
+    args = agree(comm, lambda: parse_flags(GenerateArgs, argv, prog="python -m minillm.generate"))
+    kernels.limit_blas()
+    with kernels.threads(threads_per_rank(comm)):
+        text = _generate(comm, args)
+    if comm.rank == 0:
+        print(text)
+    return 0
+
+
+def _generate(comm: Communicator, args: GenerateArgs) -> str:
+    with known_to_all(comm):
+        opened = open_checkpoint(args.checkpoint, comm)
+        config = opened.resolve(args, comm.size, generating=True)
+        prompt = [int(token) for token in opened.tokenizer.encode(args.prompt)]
+        if not prompt:
+            raise ConfigError("--prompt is empty; give at least one character to continue")
+        mesh = build_mesh(comm, config)
+        stages = load_trained(opened, config, mesh)
+    ids = Generator(stages, mesh).generate(prompt, args.tokens, args.sampling())
+    return opened.tokenizer.decode(prompt + ids)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""A trained model back from its checkpoint, on whatever mesh the reader has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from minillm import checkpoint
+from minillm.assembly import build_stages, weights
+from minillm.comm.communicator import Communicator
+from minillm.comm.mesh import Mesh
+from minillm.config import TrainConfig
+from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
+from minillm.errors import ConfigError
+from minillm.pipeline.stage import Stage
+from minillm.resolve import ResolvedConfig, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a program that reads a checkpoint spreads the model."""
+
+    tp: int = 1
+    """Tensor-parallel ranks, each with its share of every matrix."""
+    pp: int = 1
+    """Pipeline stages, each with its share of the layers."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A verified checkpoint: where it is, what it was trained with, and its tokenizer."""
+
+    path: Path
+    config: TrainConfig
+    vocab: int
+    tokenizer: Tokenizer
+
+    def resolve(self, layout: Layout, num_ranks: int, *, generating: bool = False) -> ResolvedConfig:
+        """The model on `num_ranks` ranks, dp taking what tp and pp leave. Raises ConfigError for a layout that cannot be."""
+        dp = max(1, num_ranks // (layout.tp * layout.pp))
+        if generating and num_ranks != layout.tp * layout.pp:
+            raise ConfigError(f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * {layout.pp} ranks; use --tp {num_ranks}, or one rank")
+        free = dataclasses.replace(
+            self.config, dp=dp, tp=layout.tp, pp=layout.pp, sequence_parallel=False, stage_layers=None, microbatch=None, batch=8 * dp
+        )
+        return resolve(free, num_ranks, self.vocab)
+
+
+def open_checkpoint(path: str, comm: Communicator) -> Opened:
+    """Find and verify the checkpoint at `path`. Collective. Raises CheckpointError on every rank if it is missing or damaged."""
+    found = checkpoint.find(Path(path))
+    checkpoint.verify(found, comm)
+    meta = checkpoint.read_manifest(found).meta
+    config = TrainConfig.from_dict(meta["config"], str(found))
+    return Opened(found, config, meta["vocab"], tokenizer_from_json(meta["tokenizer"]))
+
+
+def load_trained(opened: Opened, config: ResolvedConfig, mesh: Mesh) -> Mapping[int, Stage]:
+    """This rank's stages with the checkpoint's weights and no room for gradients."""
+    stages = build_stages(config, mesh, training=False)
+    checkpoint.load(checkpoint.CheckpointSource(opened.path), list(weights(stages)), mesh.shape, mesh.coords)
+    return stages
