@@ -1,7 +1,7 @@
 """Kernels: arrays in, arrays out, nothing known of the rest of minillm.
 
-Every operation has a folder with `reference.py`, its definition in NumPy; faster implementations register themselves beside it. Calling an operation here runs
-the fastest one available for its arrays, or what `use` forces.
+Every operation has a folder with `reference.py`, its definition in NumPy; faster implementations register themselves beside it. Calling an
+operation here runs the fastest one available for its arrays, or what `use` forces.
 """
 
 from __future__ import annotations
@@ -9,25 +9,38 @@ from __future__ import annotations
 from minillm.kernels.activation import reference as activation_reference
 from minillm.kernels.adamw import reference as adamw_reference
 from minillm.kernels.attention import reference as attention_reference
+from minillm.kernels.attention.reference import AttentionDropout
 from minillm.kernels.dropout import reference as dropout_reference
 from minillm.kernels.embedding import reference as embedding_reference
 from minillm.kernels.grad_norm import reference as grad_norm_reference
 from minillm.kernels.layernorm import reference as layernorm_reference
 from minillm.kernels.matmul import reference as matmul_reference
-from minillm.kernels.rmsnorm import reference as rmsnorm_reference
-from minillm.kernels.rope import reference as rope_reference
-from minillm.kernels.softmax import reference as softmax_reference
-from minillm.kernels.softmax_xent import reference as softmax_xent_reference
-from minillm.kernels.attention.reference import AttentionDropout
 from minillm.kernels.pool import get_threads, limit_blas, parallel_for, threads
 from minillm.kernels.random.reference import random_bits, random_normal, random_uniform
-from minillm.kernels.registry import Kernel, KernelUnavailable, available, dispatch, lookup, use
+from minillm.kernels.registry import Kernel, KernelUnavailable, available, dispatch, lookup, ops, use
+from minillm.kernels.rmsnorm import reference as rmsnorm_reference
+from minillm.kernels.rope import reference as rope_reference
 from minillm.kernels.rope.reference import rope_tables
+from minillm.kernels.softmax import reference as softmax_reference
+from minillm.kernels.softmax_xent import reference as softmax_xent_reference
 
 __all__ = [
-    "AttentionDropout", "Kernel", "KernelUnavailable", "available", "get_threads", "limit_blas", "lookup", "parallel_for", "random_bits", "random_normal",
-    "random_uniform", "rope_tables", "threads", "use",
-]  # fmt: skip
+    "AttentionDropout",
+    "Kernel",
+    "KernelUnavailable",
+    "available",
+    "get_threads",
+    "limit_blas",
+    "lookup",
+    "ops",
+    "parallel_for",
+    "random_bits",
+    "random_normal",
+    "random_uniform",
+    "rope_tables",
+    "threads",
+    "use",
+]
 
 
 matmul, column_sum = dispatch(matmul_reference.matmul), dispatch(matmul_reference.column_sum)

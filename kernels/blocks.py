@@ -10,12 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.pool import parallel_for
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
-BLOCK_BYTES = 1 << 17  # of one array in a block: a few of them fit in a second-level cache, and a NumPy call on one costs well above its overhead
+BLOCK_BYTES = (
+    1 << 17
+)  # of one array in a block: a few of them fit in a second-level cache, and a NumPy call on one costs well above its overhead
 _EVEN = 4  # the number of blocks is a multiple of this, so that two or four threads have equal shares
 
 
@@ -42,7 +43,8 @@ class RowBlocks:
         self.count = -(-self.rows // self.step)
 
     def run(self, fn: Callable[..., None], scratch: int = 0) -> None:
-        """Call fn(index, part, *scratch) on every block over the thread pool: the block's number, its rows as a slice, and `scratch` arrays of its shape."""
+        """Call fn(index, part, *scratch) on every block over the thread pool: the block's number, its rows as a slice, and `scratch` arrays
+        of its shape."""
         shape = (self.step, *self.like.shape[1:])
         xp = namespace(self.like)
 

@@ -1,11 +1,12 @@
 """Which implementation of an op runs: the registry behind every function that `minillm.kernels` exports.
 
     @kernel("softmax_forward", backend="c")            an implementation announces itself
-    softmax_forward = dispatch(reference.softmax_forward)   the public function: same signature, runs the best implementation for its argument
-    with use(softmax="numpy"): ...                     in this context, force a backend ("numpy") or one variant ("numpy:reference")
+    softmax_forward = dispatch(reference.softmax_forward)   the public function: same signature, runs the best implementation for its
+    argument with use(softmax="numpy"): ...                     in this context, force a backend ("numpy") or one variant
+    ("numpy:reference")
 
-An op is a function name such as `attention_forward`; a family is the folder it lives in, such as `attention`. All implementations of an op have one
-signature, which the NumPy reference defines.
+An op is a function name such as `attention_forward`; a family is the folder it lives in, such as `attention`. All implementations of an op
+have one signature, which the NumPy reference defines.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class KernelUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of one op. `dtypes` are the dtype names it takes (empty: any); `unavailable` says why it cannot run here, None if it can."""
+    """One implementation of one op. `dtypes` are the dtype names it takes (empty: any); `unavailable` says why it cannot run here, None if
+    it can."""
 
     op: str
     backend: str
@@ -59,7 +61,7 @@ class Kernel:
 
 _kernels: dict[str, list[Kernel]] = {}
 _cache: dict[tuple[str, type, Any, str], Callable[..., Any]] = {}
-_choices: ContextVar[Mapping[str, str]] = ContextVar("kernel choices", default=MappingProxyType({}))  # noqa: B039 (it cannot be changed)
+_choices: ContextVar[Mapping[str, str]] = ContextVar("kernel choices", default=MappingProxyType({}))
 
 
 def kernel(
@@ -78,7 +80,8 @@ def kernel(
 
 
 def available(op: str) -> list[Kernel]:
-    """Every implementation of the op, or of every op of the family, called `op`, those that cannot run here included. Raises KernelUnavailable for an unknown name."""
+    """Every implementation of the op, or of every op of the family, called `op`, those that cannot run here included. Raises
+    KernelUnavailable for an unknown name."""
     return [k for name in _ops_named(op) for k in _kernels[name]]
 
 
@@ -89,7 +92,8 @@ def ops() -> list[str]:
 
 @contextmanager
 def use(**choices: str) -> Iterator[None]:
-    """In this context, run the ops named (or all ops of a family named) on the backend given, "numpy", or on one variant, "numpy:reference".
+    """In this context, run the ops named (or all ops of a family named) on the backend given, "numpy", or on one variant,
+    "numpy:reference".
 
     Raises KernelUnavailable at once if there is no such implementation, or none that can run here.
     """
@@ -121,7 +125,8 @@ def lookup(op: str, like: Array) -> Callable[..., Any]:
 
 
 def dispatch(reference: F, like: int = 0) -> F:
-    """The public function of an op: the signature and docstring of its NumPy reference, running what `lookup` finds for argument number `like`."""
+    """The public function of an op: the signature and docstring of its NumPy reference, running what `lookup` finds for argument number
+    `like`."""
     op = reference.__name__
     name = reference.__code__.co_varnames[like]
 

@@ -1,6 +1,7 @@
 """Arrays of either namespace: NumPy on the CPU, CuPy on the GPU.
 
-Code that works on both asks `namespace(x)` for the module that made `x`. CuPy is never imported here: an array that comes from it brings it along.
+Code that works on both asks `namespace(x)` for the module that made `x`. CuPy is never imported here: an array that comes from it brings it
+along.
 """
 
 from __future__ import annotations

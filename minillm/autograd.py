@@ -1,11 +1,13 @@
 """Reverse-mode differentiation over coarse operations.
 
-A `Function` is one operation with its hand-written derivative; it sees arrays, never tensors. `Function.apply` runs the forward pass and leaves a `Node` on
-the tape; `backward` walks the nodes in reverse order of creation, which is a topological order and the same on every rank, so that collectives on the tape
-cannot deadlock. Nodes point at their parents only: nothing is cyclic, and memory is freed by reference counting while the pass goes on.
+A `Function` is one operation with its hand-written derivative; it sees arrays, never tensors. `Function.apply` runs the forward pass and
+leaves a `Node` on the tape; `backward` walks the nodes in reverse order of creation, which is a topological order and the same on every
+rank, so that collectives on the tape cannot deadlock. Nodes point at their parents only: nothing is cyclic, and memory is freed by
+reference counting while the pass goes on.
 
-Gradients of parameters accumulate in a `GradSlot`. The input gradient and the weight gradient of one operation are the same `backward` method called with
-complementary `needs` masks, so a pipeline schedule may run the second part later (`defer`): zero-bubble schedules need no second engine.
+Gradients of parameters accumulate in a `GradSlot`. The input gradient and the weight gradient of one operation are the same `backward`
+method called with complementary `needs` masks, so a pipeline schedule may run the second part later (`defer`): zero-bubble schedules need
+no second engine.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ WRITTEN = Written()
 
 
 class Tensor:
-    """An array on the tape. `node` made it as its `output`-th result; a tensor without a node is a leaf, whose gradient arrives in `grad`."""
+    """An array on the tape. `node` made it as its `output`-th result; a tensor without a node is a leaf, whose gradient arrives in
+    `grad`."""
 
     __slots__ = ("data", "grad", "node", "output", "requires_grad")
 
@@ -108,7 +111,8 @@ class Context:
         self._owned: tuple[bool, ...] = ()
 
     def save(self, *values: Any) -> None:
-        """Keep arrays, plain values, or recipes with `get()` for backward. A parameter's own array is kept as the parameter, so that it may be sharded meanwhile."""
+        """Keep arrays, plain values, or recipes with `get()` for backward. A parameter's own array is kept as the parameter, so that it may
+        be sharded meanwhile."""
         if self.recording:
             self._saved = tuple(self._as_recipe(value) for value in values)
 
@@ -118,7 +122,8 @@ class Context:
         return tuple(value.get() if hasattr(value, "get") and not isinstance(value, dict) else value for value in self._saved)
 
     def slot(self, i: int) -> GradSlot | None:
-        """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations that compute gradients in their forward pass."""
+        """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations that compute gradients in their forward
+        pass."""
         leaf = self._leaves[i]
         return leaf[1].slot() if leaf is not None and self.needs[i] else None
 
@@ -136,13 +141,15 @@ class Context:
 class Function:
     """One differentiable operation. Subclasses define two static methods over arrays.
 
-    `forward(ctx, *inputs, **attrs)` returns an array or a tuple of arrays. `backward(ctx, grad_outs, needs, into)` returns one entry per input: an array,
-    None, or `WRITTEN` if it has added the gradient to `into[i]` (a GradSlot for parameters, else None). An output that nobody used has grad None.
-    What backward returns is fresh memory or (a view of) an incoming gradient, never a saved array that is used again.
+    `forward(ctx, *inputs, **attrs)` returns an array or a tuple of arrays. `backward(ctx, grad_outs, needs, into)` returns one entry per
+    input: an array, None, or `WRITTEN` if it has added the gradient to `into[i]` (a GradSlot for parameters, else None). An output that
+    nobody used has grad None. What backward returns is fresh memory or (a view of) an incoming gradient, never a saved array that is used
+    again.
     """
 
     splits_weight_grad: ClassVar[bool] = False
-    """True if backward may be called twice, for the inputs first and for the parameters later. Others compute everything in the first call."""
+    """True if backward may be called twice, for the inputs first and for the parameters later. Others compute everything in the first
+    call."""
 
     grad_in_forward: ClassVar[bool] = False
     """True if gradients are computed in the forward pass; the schedule simulator charges them to F."""
@@ -152,7 +159,9 @@ class Function:
         raise TypeError("a Function defines forward")
 
     @staticmethod
-    def backward(ctx: Context, grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], into: tuple[GradSlot | None, ...]) -> tuple[Any, ...]:
+    def backward(
+        ctx: Context, grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], into: tuple[GradSlot | None, ...]
+    ) -> tuple[Any, ...]:
         raise TypeError("a Function defines backward")
 
     @classmethod
@@ -160,7 +169,10 @@ class Function:
         """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if a gradient will be wanted."""
         grad_mode = _grad_enabled.get()
         recorder = _recorder.get()
-        values, needs, leaves, parents = [], [], [], []
+        values: list[Any] = []
+        needs: list[bool] = []
+        leaves: list[tuple[Array, Leaf] | None] = []
+        parents: list[Any] = []
         for x in inputs:
             if isinstance(x, Tensor):
                 values.append(x.data)
@@ -182,14 +194,17 @@ class Function:
                 parents.append(None)
         ctx = Context(tuple(needs), tuple(leaves))
         out = cls.forward(ctx, *values, **attrs)
-        node = Node(cls, ctx, (*(p if n else None for p, n in zip(parents, needs, strict=True)), *ctx.extra_leaves)) if ctx.recording else None
+        node = (
+            Node(cls, ctx, (*(p if n else None for p, n in zip(parents, needs, strict=True)), *ctx.extra_leaves)) if ctx.recording else None
+        )
         if isinstance(out, tuple):
             return tuple(Tensor(data, node is not None, node, i) for i, data in enumerate(out))
         return Tensor(out, node is not None, node)
 
 
 class Node:
-    """One executed Function on the tape. `parents[i]` is where input `i` came from: (node, output), a leaf tensor, a parameter, or None if it needs no gradient."""
+    """One executed Function on the tape. `parents[i]` is where input `i` came from: (node, output), a leaf tensor, a parameter, or None if
+    it needs no gradient."""
 
     __slots__ = ("ctx", "fn", "number", "parents")
 
@@ -242,7 +257,8 @@ class BackwardObserver(Protocol):
 
 @dataclass
 class _Run:
-    """The state that one backward pass shares with its deferred work and its replays: who watches, what is deferred, uses left per parameter."""
+    """The state that one backward pass shares with its deferred work and its replays: who watches, what is deferred, uses left per
+    parameter."""
 
     defer: list[WeightGradWork] | None
     observer: BackwardObserver | None
@@ -289,8 +305,8 @@ def backward(
 ) -> None:
     """Differentiate the sum over `roots` of <grad, tensor>, accumulating into parameters' slots and leaf tensors' `grad`.
 
-    With `defer`, weight gradients of operations that can be split are appended there as `WeightGradWork` instead of being computed. The tape is consumed: a
-    second backward through the same nodes raises RuntimeError.
+    With `defer`, weight gradients of operations that can be split are appended there as `WeightGradWork` instead of being computed. The
+    tape is consumed: a second backward through the same nodes raises RuntimeError.
     """
     _backward(roots, _Run(defer, observer))
 
@@ -351,7 +367,16 @@ def _step(node: Node, grads: _Grads, run: _Run) -> None:
         run.defer.append(WeightGradWork(fn, ctx, parents[:num_inputs], grad_outs, weights, run))
 
 
-def _hand_on(fn: type[Function], parents: Sequence[Any], needs: Sequence[bool], into: Sequence[GradSlot | None], results: Sequence[Any], came: Any, grads: _Grads, run: _Run) -> None:
+def _hand_on(
+    fn: type[Function],
+    parents: Sequence[Any],
+    needs: Sequence[bool],
+    into: Sequence[GradSlot | None],
+    results: Sequence[Any],
+    came: Any,
+    grads: _Grads,
+    run: _Run,
+) -> None:
     """Give each input's gradient to whoever made the input."""
     owned = _who_owns(results, came)
     for i, (parent, need, result) in enumerate(zip(parents, needs, results, strict=True)):
@@ -373,7 +398,9 @@ def _hand_on(fn: type[Function], parents: Sequence[Any], needs: Sequence[bool], 
             grads.add(parent, result, owned[i])
 
 
-def _deliver_weights(fn: type[Function], ctx: Context, parents: Sequence[Any], grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], run: _Run) -> None:
+def _deliver_weights(
+    fn: type[Function], ctx: Context, parents: Sequence[Any], grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], run: _Run
+) -> None:
     into = tuple(p.slot() if n else None for n, p in zip(needs, parents, strict=True))
     ctx._owned = (False,) * len(grad_outs)
     results = fn.backward(ctx, grad_outs, needs, into)
@@ -415,7 +442,7 @@ class _Grads:
 
 def _sum(a: tuple[Array, bool], b: tuple[Array, bool]) -> tuple[Array, bool]:
     xp = namespace(a[0])
-    for (target, owned), (other, _) in ((a, b), (b, a)):
+    for target, owned in (a, b):
         if owned and target.flags.writeable:
             return xp.add(a[0], b[0], out=target), True
     return a[0] + b[0], True
@@ -441,7 +468,9 @@ class _Checkpoint(Function):
         return tuple(t.data for t in out) if isinstance(out, tuple) else out.data
 
     @staticmethod
-    def backward(ctx: Context, grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], into: tuple[GradSlot | None, ...]) -> tuple[Any, ...]:
+    def backward(
+        ctx: Context, grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], into: tuple[GradSlot | None, ...]
+    ) -> tuple[Any, ...]:
         assert ctx.run is not None
         fn, *inputs = ctx.saved
         leaves = [Tensor(x, need) for x, need in zip(inputs, needs, strict=True)]
@@ -467,7 +496,8 @@ def checkpoint(fn: Callable[..., Any], *inputs: Tensor) -> Any:
 def gradcheck(fn: Callable[..., Any], *inputs: Array, eps: float = 1e-6, tol: float = 1e-6, seed: int = 0) -> float:
     """Check <u, J v> = <J^T u, v> for random u, v at float64 `inputs`; J v by central differences. Returns the relative error.
 
-    `fn` takes tensors and returns a tensor or a tuple of tensors. Raises ArithmeticError if the two sides differ by more than `tol`, or if either is NaN.
+    `fn` takes tensors and returns a tensor or a tuple of tensors. Raises ArithmeticError if the two sides differ by more than `tol`, or if
+    either is NaN.
     """
     generator = np.random.default_rng(seed)
     directions = [generator.standard_normal(x.shape) for x in inputs]
@@ -486,5 +516,7 @@ def gradcheck(fn: Callable[..., Any], *inputs: Array, eps: float = 1e-6, tol: fl
     pushed = sum(float(np.vdot(u, (a - b) / (2 * eps))) for u, a, b in zip(cotangents, value(1.0), value(-1.0), strict=True))
     error = abs(pushed - pulled) / max(1.0, abs(pushed), abs(pulled))
     if not error <= tol:
-        raise ArithmeticError(f"gradient check failed: <u, J v> = {pushed!r} but <J^T u, v> = {pulled!r} (relative error {error:.2e}, tolerance {tol:.0e})")
+        raise ArithmeticError(
+            f"gradient check failed: <u, J v> = {pushed!r} but <J^T u, v> = {pulled!r} (relative error {error:.2e}, tolerance {tol:.0e})"
+        )
     return error

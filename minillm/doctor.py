@@ -179,17 +179,17 @@ def judge_launch(library: str, launcher: str | None, status: int, text: str) -> 
 def check_kernels() -> Iterator[Finding]:
     """The kernels that the operations run on: NumPy's are the reference and always there, C and CUDA are faster."""
     try:
-        from minillm.kernels import registry
+        from minillm import kernels
     except ImportError as error:
         yield Finding("problem", "kernels", f"not installed with the package: {error}", INSTALL)
         return
-    every = registry.available()
-    ready = {backend: len({k.op for k in every if k.backend == backend and k.unavailable is None}) for backend in registry.SPEED}
+    every = [k for op in kernels.ops() for k in kernels.available(op)]
+    ready = {backend: len({k.op for k in every if k.backend == backend and k.unavailable is None}) for backend in ("cuda", "c", "numpy")}
     words = [f"{count} operations in {backend}" for backend, count in reversed(ready.items()) if count]
     words += [f"none in {backend}" for backend in reversed(ready) if not any(k.backend == backend for k in every)]
     yield Finding("ok" if ready["numpy"] else "problem", "kernels", ", ".join(words), "" if ready["numpy"] else INSTALL)
     for reason in sorted({k.unavailable for k in every if k.unavailable is not None}):
-        lost = sorted({f"{k.op} {k.name}" for k in every if k.unavailable == reason})
+        lost = sorted({f"{k.op} {k.choice}" for k in every if k.unavailable == reason})
         yield Finding("warning", "kernels", f"{', '.join(lost)} cannot run here", reason)
 
 

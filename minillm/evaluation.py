@@ -20,11 +20,11 @@ from minillm.pipeline.stage import Microbatch, Stage
 from minillm.resolve import ResolvedConfig
 
 
-
 def evaluate_windows(
     config: ResolvedConfig, mesh: Mesh, world: Communicator, stages: Mapping[int, Stage], windows: EvalWindows
 ) -> tuple[float, int]:
-    """Mean loss in nats over the targets of `windows`, and their count; the same values on every rank. Each dp rank takes every dp-th window."""
+    """Mean loss in nats over the targets of `windows`, and their count; the same values on every rank. Each dp rank takes every dp-th
+    window."""
     microbatches = _microbatches(config, windows, np.arange(mesh.coord("dp"), windows.num_windows, config.dp))
     total = 0.0
     if microbatches:

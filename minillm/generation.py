@@ -1,7 +1,7 @@
 """Sampling text from a trained model, token by token with a key-value cache, over tensor-parallel ranks and pipeline stages.
 
-The prompt goes through the model once and leaves keys and values in each layer's cache; every further token costs one position. Stages pass hidden states on
-as in training; the last one samples, and its choice is broadcast to all.
+The prompt goes through the model once and leaves keys and values in each layer's cache; every further token costs one position. Stages pass
+hidden states on as in training; the last one samples, and its choice is broadcast to all.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _TAG = 90
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from its logits: temperature 0 takes the most likely; top_k keeps the k most likely; top_p the smallest set of that total
-    probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+    """How a token is chosen from its logits: temperature 0 takes the most likely; top_k keeps the k most likely; top_p the smallest set of
+    that total probability (Holtzman et al. 2020, arXiv:1904.09751)."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -101,11 +101,10 @@ class Generator:
         """Logits [B, V] of the last position of ids [B, T] at positions `times`, on ranks of the last stage; None on others."""
         links, index = self.mesh.axis("pp"), self.mesh.coord("pp")
         where = Where(0, np.arange(len(ids)), times)
-        source = ids
+        source: np.ndarray | Tensor = ids
         if not self.stage.first:
-            source = np.empty((*ids.shape, self.model.config.dim), self.stage.buffers.values.dtype)
-            links.recv(source, index - 1, _TAG)
-            source = Tensor(source)
+            arrived = np.empty((*ids.shape, self.model.config.dim), self.stage.buffers.values.dtype)
+            source = Tensor(links.recv(arrived, index - 1, _TAG))
         hidden = self.model(source, where)
         if not self.stage.last:
             links.send(hidden.data, index + 1, _TAG)
@@ -122,7 +121,8 @@ class Generator:
 
 
 def inference_model(model: GPT, mesh: Mesh) -> GPT:
-    """The same model, sharing the parameters' memory, with activations outside the parallel parts replicated: single positions cannot be sharded along time."""
+    """The same model, sharing the parameters' memory, with activations outside the parallel parts replicated: single positions cannot be
+    sharded along time."""
     twin = GPT(
         model.config,
         TensorParallel(mesh.axis("tp")),

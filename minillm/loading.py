@@ -41,7 +41,10 @@ class Opened:
         """The model on `num_ranks` ranks, dp taking what tp and pp leave. Raises ConfigError for a layout that cannot be."""
         dp = max(1, num_ranks // (layout.tp * layout.pp))
         if generating and num_ranks != layout.tp * layout.pp:
-            raise ConfigError(f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * {layout.pp} ranks; use --tp {num_ranks}, or one rank")
+            raise ConfigError(
+                f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * {layout.pp} ranks; use --tp "
+                f"{num_ranks}, or one rank"
+            )
         free = dataclasses.replace(
             self.config, dp=dp, tp=layout.tp, pp=layout.pp, sequence_parallel=False, stage_layers=None, microbatch=None, batch=8 * dp
         )

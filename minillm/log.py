@@ -51,7 +51,8 @@ class Progress:
             self._last_line = now
             left = (self.total - step - 1) * self.tokens_per_step / max(self.rate(step), 1e-9)
             self.log(
-                f"step {step + 1:>{len(str(self.total))}}/{self.total}  {100 * (step + 1) / self.total:3.0f} %  loss {loss:.4f}  lr {lr:.2e}  "
+                f"step {step + 1:>{len(str(self.total))}}/{self.total}  {100 * (step + 1) / self.total:3.0f} %  loss "
+                f"{loss:.4f}  lr {lr:.2e}  "
                 f"grad norm {grad_norm:.2f}  {compact(self.rate(step))} tokens/s  {clock(left)} left"
             )
 
@@ -78,7 +79,8 @@ class Progress:
 
 
 class MetricsFile:
-    """JSON lines, one a step or evaluation, on rank 0. When a run is continued, lines from its first step on are dropped: they will be written again."""
+    """JSON lines, one a step or evaluation, on rank 0. When a run is continued, lines from its first step on are dropped: they will be
+    written again."""
 
     def __init__(self, path: Path | None, first_step: int) -> None:
         self._file = None

@@ -15,9 +15,12 @@ from minillm.nn.storage import FlatBuffers
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): decoupled weight decay, applied only where `Parameter.decay` says so (matrices, embeddings)."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): decoupled weight decay, applied only where `Parameter.decay` says so (matrices,
+    embeddings)."""
 
-    def __init__(self, buffers: Sequence[FlatBuffers], *, beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.1) -> None:
+    def __init__(
+        self, buffers: Sequence[FlatBuffers], *, beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.1
+    ) -> None:
         self.buffers = tuple(buffers)
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
         self._exp_avg = [np.zeros_like(b.values) for b in self.buffers]
@@ -73,7 +76,8 @@ def _views(buffers: Sequence[FlatBuffers], flats: Sequence[Array]) -> dict[int, 
 
 
 def counted(parameter: Parameter, mesh: Mesh, is_first_copy: bool = True) -> bool:
-    """Whether this rank counts its part of `parameter` in sums over the tp and pp ranks: a replicated parameter counts on one rank, a tied one in its first copy."""
+    """Whether this rank counts its part of `parameter` in sums over the tp and pp ranks: a replicated parameter counts on one rank, a tied
+    one in its first copy."""
     return ("tp" in parameter.spec.axes or mesh.coord("tp") == 0) and (parameter.spec.tie is None or is_first_copy)
 
 
@@ -98,7 +102,8 @@ def clip_scale(norm: float, max_norm: float) -> float:
 
 
 def learning_rate(step: int, *, lr: float, min_lr: float, warmup: int, steps: int, schedule: str) -> float:
-    """The rate of step `step` (from 0): linear warm-up over `warmup` steps, then cosine or linear decay to `min_lr` at `steps`, or constant."""
+    """The rate of step `step` (from 0): linear warm-up over `warmup` steps, then cosine or linear decay to `min_lr` at `steps`, or
+    constant."""
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, steps - warmup))

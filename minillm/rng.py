@@ -1,7 +1,7 @@
 """Addressed random numbers: (seed, purpose, name, global index) -> value.
 
-Nothing is drawn from a stream, so nothing depends on who asks first: a rank computes exactly the values of its own slices, and every mesh sees the same model,
-the same dropout and the same order of data.
+Nothing is drawn from a stream, so nothing depends on who asks first: a rank computes exactly the values of its own slices, and every mesh
+sees the same model, the same dropout and the same order of data.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _addressed(make: Any, key: int, shape: tuple[int, ...], slices: tuple[slice,
 
 
 def permute(key: int, n: int, indices: Any) -> np.ndarray:
-    """Where a fixed random permutation of [0, n) sends `indices`, without storing it: a four-round Feistel network over the next power of four,
-    walked until it lands below n (Black and Rogaway 2002)."""
+    """Where a fixed random permutation of [0, n) sends `indices`, without storing it: a four-round Feistel network over the next power of
+    four, walked until it lands below n (Black and Rogaway 2002)."""
     x = np.array(indices, np.uint64, ndmin=1)
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)

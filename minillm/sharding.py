@@ -1,7 +1,7 @@
 """How a parameter's global array is cut over the mesh: plain arithmetic on slices.
 
-A `ShardSpec` stands on every parameter. Initial values, checkpoints, gradient reduction and norms all ask it the same question, "which slices of
-the global array does this rank hold, and where do they lie in its local array?", and nobody else reads its fields to answer that.
+A `ShardSpec` stands on every parameter. Initial values, checkpoints, gradient reduction and norms all ask it the same question, "which
+slices of the global array does this rank hold, and where do they lie in its local array?", and nobody else reads its fields to answer that.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Segment:
 class ShardSpec:
     """The global shape of an array and how each dim is cut.
 
-    `dims[d]` lists the segments that follow one another along dim `d`: a fused query-key-value projection has three, so that each rank holds its part
-    of each. `pad` rounds an indivisible segment up, the last ranks' surplus rows being padding that no piece covers and no file holds.
-    `partial_over` names the mesh axes over which local gradients are partial sums although the array is replicated there. `tie` names the weight that
-    several pipeline stages hold a copy of.
+    `dims[d]` lists the segments that follow one another along dim `d`: a fused query-key-value projection has three, so that each rank
+    holds its part of each. `pad` rounds an indivisible segment up, the last ranks' surplus rows being padding that no piece covers and no
+    file holds. `partial_over` names the mesh axes over which local gradients are partial sums although the array is replicated there. `tie`
+    names the weight that several pipeline stages hold a copy of.
     """
 
     shape: tuple[int, ...]
@@ -76,7 +76,8 @@ class ShardSpec:
         units, rest = divmod(segment.size, segment.unit)
         if rest or (units % ways and not self.pad):
             raise ConfigError(
-                f"{units} units of {segment.unit} in shape {self.shape} cannot be cut into {ways} equal parts over {'+'.join(segment.axes)}; "
+                f"{units} units of {segment.unit} in shape {self.shape} cannot be cut into {ways} equal parts over "
+                f"{'+'.join(segment.axes)}; "
                 f"choose a size of {'+'.join(segment.axes)} that divides {units}"
             )
         return -(-units // ways) * segment.unit

@@ -1,4 +1,5 @@
-"""Chrome-trace recording: what each rank computed and communicated, and when. The file opens in Perfetto (ui.perfetto.dev) or chrome://tracing."""
+"""Chrome-trace recording: what each rank computed and communicated, and when. The file opens in Perfetto (ui.perfetto.dev) or
+chrome://tracing."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ TRACKS = {"compute": 0, "communication": 1}
 
 
 class Tracer:
-    """Collects spans on two tracks of one rank. Times come from `time.perf_counter` and are moved to the machine's clock, so ranks of one node share an axis."""
+    """Collects spans on two tracks of one rank. Times come from `time.perf_counter` and are moved to the machine's clock, so ranks of one
+    node share an axis."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -34,7 +36,14 @@ class Tracer:
 
     def add(self, name: str, track: str, start: float, end: float, **args: Any) -> None:
         """Record a span from `start` to `end`, in seconds of `time.perf_counter`."""
-        event = {"name": name, "ph": "X", "pid": self.rank, "tid": TRACKS[track], "ts": (self._epoch + start) * 1e6, "dur": (end - start) * 1e6}
+        event = {
+            "name": name,
+            "ph": "X",
+            "pid": self.rank,
+            "tid": TRACKS[track],
+            "ts": (self._epoch + start) * 1e6,
+            "dur": (end - start) * 1e6,
+        }
         self._events.append(event | ({"args": args} if args else {}))
 
     def communication(self, name: str, axis: str, start: float, end: float, num_bytes: int) -> None:

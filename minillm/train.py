@@ -1,6 +1,7 @@
 """Train a GPT: `python -m minillm.train`, or `mpirun -n 4 python -m minillm.train --tp 2` for several ranks.
 
-This file is the loop around `Trainer`: read the options, load the text, build or resume, step, report, evaluate, save, and show a sample at the end.
+This file is the loop around `Trainer`: read the options, load the text, build or resume, step, report, evaluate, save, and show a sample at
+the end.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _main(argv: Sequence[str] | None) -> int:
     quiet_unless_first(comm)
     args = agree(comm, lambda: parse_train_args(argv, saved=_saved_values))
     comm.timeout = args.comm_timeout
-    found = agree(comm, lambda: checkpoint.find(Path(args.resume))) if args.resume else None
+    resume = args.resume
+    found = agree(comm, lambda: checkpoint.find(Path(resume))) if resume else None
     corpus, config = _plan(comm, args, found)
     if args.print_config:
         Log(comm.rank)(to_toml(config.train).rstrip())
@@ -190,7 +192,8 @@ class Run:
             manifest = checkpoint.read_manifest(found)
             if manifest.meta["corpus"] != self.corpus.sha256:
                 raise ConfigError(
-                    f"{found} was trained on {manifest.meta['source']} with sha256 {manifest.meta['corpus'][:12]}, but {self.corpus.source} now has "
+                    f"{found} was trained on {manifest.meta['source']} with sha256 {manifest.meta['corpus'][:12]}, but "
+                    f"{self.corpus.source} now has "
                     f"{self.corpus.sha256[:12]}; resume with the same text"
                 )
             checkpoint.load(checkpoint.CheckpointSource(found), self.trainer.state(), self.trainer.mesh.shape, self.trainer.mesh.coords)
@@ -209,7 +212,8 @@ class Run:
             f"{compact(model.num_parameters())} parameters, {train.dtype}"
         )
         self.log(
-            f"layout  {config.num_ranks} rank{'s' * (config.num_ranks > 1)}: dp {config.dp} x tp {config.tp}{' (sequence-parallel)' * train.sequence_parallel} "
+            f"layout  {config.num_ranks} rank{'s' * (config.num_ranks > 1)}: dp {config.dp} x tp "
+            f"{config.tp}{' (sequence-parallel)' * train.sequence_parallel} "
             f"x pp {config.pp}{f' ({train.schedule})' if config.pp > 1 else ''}, {threads} thread{'s' * (threads > 1)} each"
         )
         self.log(

@@ -1,7 +1,7 @@
 """Training: one step from batch to updated weights, evaluation, and what a checkpoint holds. The loop around it is train.py.
 
-A step: every rank runs its row of the schedule over its microbatches; gradients are reduced while the last backward runs; all ranks agree on the loss, the
-norm and whether somebody asked to stop; then all update, or none does.
+A step: every rank runs its row of the schedule over its microbatches; gradients are reduced while the last backward runs; all ranks agree
+on the loss, the norm and whether somebody asked to stop; then all update, or none does.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class NotFinite(MinillmError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step, the same on every rank: mean token loss, gradient norm before clipping, learning rate, seconds, seconds of gradient reduction that
-    backward did not hide, and whether any rank was asked to stop."""
+    """One step, the same on every rank: mean token loss, gradient norm before clipping, learning rate, seconds, seconds of gradient
+    reduction that backward did not hide, and whether any rank was asked to stop."""
 
     step: int
     loss: float
@@ -121,9 +121,12 @@ class Trainer:
         """Compare a hash of the parameters over the data-parallel replicas. Raises CommError naming the ranks that differ."""
         digest = hashlib.blake2b(digest_size=16)
         for buffers in self.buffers:
-            digest.update(np.ascontiguousarray(buffers.values).view(np.uint8))
+            digest.update(memoryview(buffers.values).cast("B"))
         comm = self.mesh.axis("dp")
         hashes = comm.gather_json(digest.hexdigest())
         odd = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
         if odd:
-            raise CommError(f"data-parallel replicas hold different parameters: dp ranks {odd} differ from dp rank 0; the run cannot be trusted from here")
+            raise CommError(
+                f"data-parallel replicas hold different parameters: dp ranks {odd} differ from dp rank 0; the run cannot "
+                f"be trusted from here"
+            )

@@ -22,7 +22,20 @@ VOCAB = 29  # a prime: padded on every tp
 INIT_STD = 0.25  # large, so that no tensor's gradient is negligible
 
 BASE: dict[str, Any] = dict(
-    layers=4, heads=8, dim=32, ffn_dim=48, context=16, batch=16, steps=100, warmup=2, lr=0.05, clip=1.0, dropout=0.1, dtype="float64", bucket_mb=0.004, seed=7
+    layers=4,
+    heads=8,
+    dim=32,
+    ffn_dim=48,
+    context=16,
+    batch=16,
+    steps=100,
+    warmup=2,
+    lr=0.05,
+    clip=1.0,
+    dropout=0.1,
+    dtype="float64",
+    bucket_mb=0.004,
+    seed=7,
 )
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -53,12 +66,17 @@ class Layout:
 
     def __str__(self) -> str:
         name = f"dp{self.dp}-tp{self.tp}{'-sp' if self.sp else ''}-pp{self.pp}-m{self.num_microbatches}"
-        return name + (f"-{self.schedule}" if self.pp > 1 else "") + (f"-layers{self.stage_layers.replace(',', '_')}" if self.stage_layers else "")
+        return (
+            name
+            + (f"-{self.schedule}" if self.pp > 1 else "")
+            + (f"-layers{self.stage_layers.replace(',', '_')}" if self.stage_layers else "")
+        )
 
 
 @dataclass
 class Outcome:
-    """Losses of all steps, global gradients of every step's reduction (name -> array, first and last step), and the final global weights."""
+    """Losses of all steps, global gradients of every step's reduction (name -> array, first and last step), and the final global
+    weights."""
 
     losses: list[float]
     norms: list[float]
@@ -114,7 +132,7 @@ def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
     for buffers in trainer.buffers:
         for parameter in buffers.parameters:
             local = parameter.get() if what == "value" else parameter.slot().buf
-            blocks = [(g, local[l].copy()) for g, l in parameter.spec.pieces(mesh.shape, mesh.coords)]
+            blocks = [(globally, local[locally].copy()) for globally, locally in parameter.spec.pieces(mesh.shape, mesh.coords)]
             found[parameter.name] = (parameter.spec.shape, blocks)
     return found
 
@@ -181,7 +199,9 @@ def compare(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray],
             scale = max(scale, 1e-3)  # the key bias has a true gradient of zero; its part is noise beside the query and value parts
         if not error <= tolerance * scale:
             worst = np.unravel_index(np.abs(f - e).argmax(), e.shape)
-            raise AssertionError(f"{what} {name}: norm-wise error {error / scale:.2e} > {tolerance:.0e}; worst at {worst}: {f[worst]!r} for {e[worst]!r}")
+            raise AssertionError(
+                f"{what} {name}: norm-wise error {error / scale:.2e} > {tolerance:.0e}; worst at {worst}: {f[worst]!r} for {e[worst]!r}"
+            )
 
 
 def with_layout(layout: Layout, **changes: Any) -> Layout:

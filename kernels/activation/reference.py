@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.activation.erf import erf
 from minillm.kernels.pool import parallel_for
 from minillm.kernels.registry import kernel
@@ -16,7 +15,7 @@ from minillm.kernels.rows import BLOCK_BYTES, row_blocks
 _C0, _C1 = math.sqrt(2 / math.pi), 0.044715
 
 
-def _flat(x: Any, out: Any, fn: Callable[[Any, Any], None], *more: Any) -> Any:
+def _flat(x: Any, out: Any, fn: Callable[..., None], *more: Any) -> Any:
     """Run fn(x, *more, out) over cache-sized pieces of contiguous arrays."""
     views = [a.reshape(-1) for a in (x, *more)]
     target = out.reshape(-1)
@@ -81,7 +80,8 @@ _BACKWARD = {"tanh": _gelu_tanh_backward, "erf": _gelu_erf_backward}
 
 @kernel("gelu_forward")
 def gelu_forward(x: Any, approximate: str) -> Any:
-    """GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x Phi(x) exactly for "erf", by the tanh formula of GPT-2 for "tanh". Any shape, contiguous."""
+    """GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x Phi(x) exactly for "erf", by the tanh formula of GPT-2 for "tanh". Any shape,
+    contiguous."""
     x = np.ascontiguousarray(x)
     return _flat(x, np.empty_like(x), _FORWARD[approximate])
 

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.pool import parallel_for
 from minillm.kernels.registry import kernel
 
@@ -15,8 +14,19 @@ _PIECE = 1 << 14  # elements: five arrays of it fit the second-level cache
 
 @kernel("adamw_")
 def adamw_(
-    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float = 1.0
-) -> None:  # fmt: skip
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+) -> None:
     """One AdamW update of 1-D arrays in place (Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW); `step` counts from 1.
 
     param -= lr weight_decay param, then lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps), with the gradient times grad_scale.

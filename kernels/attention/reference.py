@@ -1,7 +1,8 @@
 """Scaled dot-product attention, head by head in blocks of queries; never a T x T array, only the row-wise log-sum-exp is kept.
 
-For each (sample, key-value head) the queries of its group go through two small products a block. A block of queries sees keys only up to its last visible time,
-so the causal half that is masked away is mostly not computed. Backward recomputes the probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135).
+For each (sample, key-value head) the queries of its group go through two small products a block. A block of queries sees keys only up to
+its last visible time, so the causal half that is masked away is mostly not computed. Backward recomputes the probabilities from the
+log-sum-exp (Dao et al. 2022, arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from minillm.kernels.pool import parallel_for
 from minillm.kernels.random.reference import random_bits
 from minillm.kernels.registry import kernel
@@ -18,7 +18,8 @@ QUERY_BLOCK = 256
 
 
 class AttentionDropout(NamedTuple):
-    """Dropout of attention probabilities, addressed by (key, sample, global head, query time, key time); `head0` is the first global head held here."""
+    """Dropout of attention probabilities, addressed by (key, sample, global head, query time, key time); `head0` is the first global head
+    held here."""
 
     p: float
     key: int
@@ -83,13 +84,22 @@ def _heads(B: int, groups: int, work: Any) -> None:
 
 @kernel("attention_forward")
 def attention_forward(
-    q: Any, k: Any, v: Any, *, scale: float, causal: bool, times_q: Any = None, times_k: Any = None, key_mask: Any = None, dropout: AttentionDropout | None = None,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float,
+    causal: bool,
+    times_q: Any = None,
+    times_k: Any = None,
+    key_mask: Any = None,
+    dropout: AttentionDropout | None = None,
     out: Any = None,
-) -> tuple[Any, Any]:  # fmt: skip
+) -> tuple[Any, Any]:
     """q [B, Tq, H, K]; k, v [B, Tk, Hkv, K], any strides -> o [B, Tq, H, K] (written into `out` if given), lse [B, H, Tq].
 
-    Head h reads key-value head h // (H / Hkv). Causal: query i sees key j if times_q[i] >= times_k[j] (default: their indices). key_mask [B, Tk] is true where
-    a key may be seen. A query that sees nothing gives o = 0, lse = -inf.
+    Head h reads key-value head h // (H / Hkv). Causal: query i sees key j if times_q[i] >= times_k[j] (default: their indices). key_mask
+    [B, Tk] is true where a key may be seen. A query that sees nothing gives o = 0, lse = -inf.
     """
     B, Tq, H, K = q.shape
     Hkv = k.shape[2]
@@ -126,10 +136,25 @@ def attention_forward(
 
 @kernel("attention_backward")
 def attention_backward(
-    grad_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, *, scale: float, causal: bool, times_q: Any = None, times_k: Any = None, key_mask: Any = None,
-    dropout: AttentionDropout | None = None, grad_q: Any = None, grad_k: Any = None, grad_v: Any = None,
-) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Gradients of q, k, v from that of o, written into grad_q, grad_k, grad_v (any strides) if given. lse as the forward pass returned it."""
+    grad_o: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    scale: float,
+    causal: bool,
+    times_q: Any = None,
+    times_k: Any = None,
+    key_mask: Any = None,
+    dropout: AttentionDropout | None = None,
+    grad_q: Any = None,
+    grad_k: Any = None,
+    grad_v: Any = None,
+) -> tuple[Any, Any, Any]:
+    """Gradients of q, k, v from that of o, written into grad_q, grad_k, grad_v (any strides) if given. lse as the forward pass returned
+    it."""
     B, Tq, H, K = q.shape
     Tk, Hkv = k.shape[1:3]
     grad_q, grad_k, grad_v = (np.empty(x.shape, x.dtype) if g is None else g for g, x in ((grad_q, q), (grad_k, k), (grad_v, v)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.random.reference import random_bits
 from minillm.kernels.registry import kernel
 from minillm.kernels.rows import row_blocks
@@ -33,7 +32,8 @@ def _channel_keys(key: int, channels: Any) -> Any:
 
 @kernel("dropout_forward")
 def dropout_forward(x: Any, p: float, key: int, samples: Any, times: Any, channels: Any, out: Any = None) -> Any:
-    """x [B, T, C] times the scaled keep mask of global (samples [B], times [T], channels [C]): 0 with probability p, else 1 / (1 - p). Its own adjoint."""
+    """x [B, T, C] times the scaled keep mask of global (samples [B], times [T], channels [C]): 0 with probability p, else 1 / (1 - p). Its
+    own adjoint."""
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     y = np.empty_like(flat) if out is None else out.reshape(flat.shape)
     rows, columns = _row_keys(key, samples, times), _channel_keys(key, channels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.registry import kernel
 
 ONE_HOT_ROWS = 512  # up to this many rows of the table a product with a one-hot matrix is faster than sorting

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.registry import kernel
 
 _PIECE = 1 << 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.pool import get_threads, parallel_for
 from minillm.kernels.registry import kernel
 from minillm.kernels.rows import row_blocks
@@ -36,9 +35,18 @@ def layernorm_forward(x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, 
 
 @kernel("layernorm_backward")
 def layernorm_backward(
-    grad_y: Any, x: Any, weight: Any, mean: Any, rstd: Any, need_x: bool = True, need_params: bool = True, has_bias: bool = True, grad_x_out: Any = None
+    grad_y: Any,
+    x: Any,
+    weight: Any,
+    mean: Any,
+    rstd: Any,
+    need_x: bool = True,
+    need_params: bool = True,
+    has_bias: bool = True,
+    grad_x_out: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """Gradients of x [rows, D], weight [D] and bias [D]; with z = (x - mean) rstd, g = grad_y weight: grad_x = (g - mean(g) - z mean(g z)) rstd.
+    """Gradients of x [rows, D], weight [D] and bias [D]; with z = (x - mean) rstd, g = grad_y weight: grad_x = (g - mean(g) - z mean(g z))
+    rstd.
 
     `grad_x_out` may be `grad_y` itself, which is then overwritten.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.pool import get_threads, parallel_for
 from minillm.kernels.registry import kernel
 
@@ -14,7 +13,8 @@ ACCUMULATE_BLOCK = 1 << 18  # elements of a product that are added while they ar
 
 @kernel("matmul")
 def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False) -> Any:
-    """a [M, K] @ b [K, N] -> [M, N]; operands may be transposed views, which BLAS takes without a copy. With `accumulate`, added into `out`.
+    """a [M, K] @ b [K, N] -> [M, N]; operands may be transposed views, which BLAS takes without a copy. With `accumulate`, added into
+    `out`.
 
     The longer side of the result is cut over the pool, one BLAS call a slice.
     """

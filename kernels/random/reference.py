@@ -1,7 +1,8 @@
 """Addressed random numbers: a value is a function of a 64-bit key and a 64-bit index, so any rank can make any part of an array.
 
-Bits come from the splitmix64 finaliser (Steele, Lea and Flood 2014) over the keyed index, twice. Normals go through the inverse distribution function AS 241
-(Wichura 1988) with a logarithm made of exactly rounded operations (+, -, *, /, sqrt, frexp), so that every machine and every implementation gives the same bits.
+Bits come from the splitmix64 finaliser (Steele, Lea and Flood 2014) over the keyed index, twice. Normals go through the inverse
+distribution function AS 241 (Wichura 1988) with a logarithm made of exactly rounded operations (+, -, *, /, sqrt, frexp), so that every
+machine and every implementation gives the same bits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.pool import parallel_for
 from minillm.kernels.registry import kernel
 
@@ -103,7 +103,8 @@ def _ratio(coefficients: tuple, r: Any) -> Any:
 
 
 def _log(x: Any) -> Any:
-    """Natural logarithm by frexp and the series of 2 artanh((m - 1) / (m + 1)), |.| < 0.172: 1e-15 with these terms, the same bits everywhere."""
+    """Natural logarithm by frexp and the series of 2 artanh((m - 1) / (m + 1)), |.| < 0.172: 1e-15 with these terms, the same bits
+    everywhere."""
     mantissa, exponent = np.frexp(x)
     small = mantissa < 0.70710678118654752
     mantissa = np.where(small, mantissa * 2, mantissa)

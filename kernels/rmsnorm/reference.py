@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.pool import parallel_for
 from minillm.kernels.registry import kernel
 from minillm.kernels.rows import row_blocks
@@ -28,7 +27,9 @@ def rmsnorm_forward(x: Any, weight: Any, eps: float) -> tuple[Any, Any]:
 
 
 @kernel("rmsnorm_backward")
-def rmsnorm_backward(grad_y: Any, x: Any, weight: Any, rstd: Any, need_x: bool = True, need_params: bool = True, grad_x_out: Any = None) -> tuple[Any, Any]:
+def rmsnorm_backward(
+    grad_y: Any, x: Any, weight: Any, rstd: Any, need_x: bool = True, need_params: bool = True, grad_x_out: Any = None
+) -> tuple[Any, Any]:
     """Gradients of x [rows, D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z mean(g z)) rstd."""
     num_rows, D = x.shape
     grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None

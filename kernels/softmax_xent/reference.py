@@ -1,7 +1,7 @@
 """Softmax cross-entropy in place on logits whose vocabulary may be cut over ranks.
 
-Three steps, between which the caller combines what the ranks hold: the maximum of each row; exponentials with their sum and the target's logit; the gradient.
-Columns from `valid_columns` on are padding and count as minus infinity.
+Three steps, between which the caller combines what the ranks hold: the maximum of each row; exponentials with their sum and the target's
+logit; the gradient. Columns from `valid_columns` on are padding and count as minus infinity.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from minillm.kernels.registry import kernel
 from minillm.kernels.rows import row_blocks
 

@@ -43,8 +43,8 @@ def find(path: Path) -> Path:
         found = steps(path) or steps(path / SUBFOLDER)
         if not found:
             raise CheckpointError(
-                f"no checkpoint in {path}: looked for folders like {step_name(100)} there and in {path / SUBFOLDER}, and for {path / MANIFEST}; "
-                "pass the folder of a run that has saved"
+                f"no checkpoint in {path}: looked for folders like {step_name(100)} there and in {path / SUBFOLDER}, "
+                f"and for {path / MANIFEST}; pass the folder of a run that has saved"
             )
         path = list(found.values())[-1]
     try:

@@ -79,6 +79,7 @@ class Manifest:
         }
         files = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in self.files.items()}
         body = {"format": FORMAT, "version": VERSION, "step": self.step, "meta": self.meta, "files": files, "tensors": tensors}
+        body = json.loads(json.dumps(body))  # so that what is hashed is what will be read: names as strings, tuples as lists
         return json.dumps(body | {"sha256": _digest(body)}, indent=1) + "\n"
 
 
@@ -113,17 +114,17 @@ def read_manifest(path: Path) -> Manifest:
 def check_coverage(tensors: Mapping[str, TensorEntry]) -> None:
     """Raises ValueError unless the pieces of every tensor lie inside it, do not overlap, and leave nothing out."""
     for name, entry in tensors.items():
-        inside = all(
-            len(p.bounds) == len(entry.shape) and all(0 <= lo <= hi <= n for (lo, hi), n in zip(p.bounds, entry.shape, strict=True))
-            for p in entry.pieces
-        )
-        if not inside:
+        if not all(_lies_inside(piece.bounds, entry.shape) for piece in entry.pieces):
             raise ValueError(f"a piece of {name} does not lie inside shape {entry.shape}")
         covered = sum(piece.num_elements for piece in entry.pieces)
         if covered != math.prod(entry.shape):
             raise ValueError(f"the pieces of {name} have {covered} elements, but shape {entry.shape} has {math.prod(entry.shape)}")
         if len({piece.bounds for piece in entry.pieces}) != len(entry.pieces):
             raise ValueError(f"{name} holds a piece twice")
+
+
+def _lies_inside(bounds: Bounds, shape: tuple[int, ...]) -> bool:
+    return len(bounds) == len(shape) and all(0 <= start <= stop <= size for (start, stop), size in zip(bounds, shape, strict=True))
 
 
 def _parse(body: dict[str, Any]) -> Manifest:

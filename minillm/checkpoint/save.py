@@ -33,16 +33,7 @@ ASIDE = ".old-"
 LEFT = "left-"
 
 # NumPy's name of a dtype -> the one in a safetensors header.
-_DTYPES = {
-    "float32": "F32",
-    "float64": "F64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "uint8": "U8"}
 
 Block = tuple[str, str, Array]
 """Key in the file, dtype name, contents."""
@@ -102,8 +93,8 @@ class _Attempt:
         rank, text = failures[0]
         others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
         raise CheckpointError(
-            f"checkpoint {self.final} could not be written: rank {rank}{others}: {text}. Earlier checkpoints are untouched; free some space, or choose a folder "
-            "that all ranks can write to"
+            f"checkpoint {self.final} could not be written: rank {rank}{others}: {text}. "
+            "Earlier checkpoints are untouched; free some space, or choose a folder that all ranks can write to"
         )
 
 
@@ -220,7 +211,7 @@ def _chunks(header: bytes, blocks: Sequence[Block]) -> Iterable[bytes | memoryvi
     yield header
     for _, _, data in blocks:
         host = data if isinstance(data, np.ndarray) else data.get()  # CuPy's copy to the host
-        yield memoryview(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+        yield np.ascontiguousarray(host).reshape(-1).view(np.uint8).data
 
 
 def _complete(parts: Sequence[dict[str, Any] | None], temporary: Path, final: Path, meta: dict[str, Any], step: int) -> None:
@@ -233,7 +224,12 @@ def _complete(parts: Sequence[dict[str, Any] | None], temporary: Path, final: Pa
     aside = final.with_name(f"{ASIDE}{final.name}")
     if final.exists():
         final.rename(aside)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
     _sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -71,7 +71,8 @@ def _check_fits(source: StateSource, tensors: Sequence[StateTensor]) -> None:
     if problems:
         more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
         raise CheckpointError(
-            f"{source} is of another model: {'; '.join(problems[:MOST_NAMED])}{more}. Load it with the configuration it was trained with, or start a new run"
+            f"{source} is of another model: {'; '.join(problems[:MOST_NAMED])}{more}. "
+            "Load it with the configuration it was trained with, or start a new run"
         )
 
 

@@ -1,10 +1,12 @@
 """What a group of ranks can do together: the `Communicator` and `Work` protocols, their common base, and the group of size 1.
 
-Everything a parallel method needs of other ranks goes through a `Communicator`, so the same layer runs on one rank, on threads of one process and on
-MPI. Arrays travel as raw buffers and metadata as JSON; nothing is pickled. All ranks of a group call its collectives in the same order. A trailing
-underscore mutates the argument, a leading `i` returns a `Work`, everything else returns new arrays (on a group of size 1 possibly the input itself).
+Everything a parallel method needs of other ranks goes through a `Communicator`, so the same layer runs on one rank, on threads of one
+process and on MPI. Arrays travel as raw buffers and metadata as JSON; nothing is pickled. All ranks of a group call its collectives in the
+same order. A trailing underscore mutates the argument, a leading `i` returns a `Work`, everything else returns new arrays (on a group of
+size 1 possibly the input itself).
 
-`BaseCommunicator` checks arguments, cuts and joins along any dim and writes the ledger; an implementation supplies the operations on flat buffers.
+`BaseCommunicator` checks arguments, cuts and joins along any dim and writes the ledger; an implementation supplies the operations on flat
+buffers.
 """
 
 from __future__ import annotations
@@ -122,7 +124,8 @@ def is_half(dtype: Any) -> bool:
 
 
 def reduce_in_order(parts: Sequence[np.ndarray], op: ReduceOp) -> np.ndarray:
-    """Combine equal-shaped arrays one after another in rank order into a new array; 2-byte floats in float32 with one rounding at the end."""
+    """Combine equal-shaped arrays one after another in rank order into a new array; 2-byte floats in float32 with one rounding at the
+    end."""
     dtype = parts[0].dtype
     if is_half(dtype) and op is SUM:
         total = parts[0].astype(np.float32)
@@ -212,7 +215,8 @@ class BaseCommunicator:
     # ---- collectives on arrays
 
     def all_reduce_(self, x: Array, op: ReduceOp = SUM, kind: str = "payload") -> Array:
-        """Replace `x` (same shape and dtype on every rank) by the sum, maximum or minimum over the ranks: the same bits on each. Returns `x`."""
+        """Replace `x` (same shape and dtype on every rank) by the sum, maximum or minimum over the ranks: the same bits on each. Returns
+        `x`."""
         self._check_reducible(x, op)
         with self._collective("all_reduce", kind, x.nbytes, f"all_reduce {op.value} {dtype_name(x.dtype)} {x.shape}"):
             flat, copied = _contiguous(x)
@@ -230,7 +234,8 @@ class BaseCommunicator:
         return TrackedWork(inner, recording, "iall_reduce", self._copy_back(x, flat) if copied else None)
 
     def all_gather(self, x: Array, dim: int = 0, sizes: Sequence[int] | None = None, kind: str = "payload") -> Array:
-        """Join the ranks' shards along `dim` in rank order. `sizes[r]` is the length of rank r's shard (None: all like this one); 0 is legal."""
+        """Join the ranks' shards along `dim` in rank order. `sizes[r]` is the length of rank r's shard (None: all like this one); 0 is
+        legal."""
         dim = self._check_dim(x, dim)
         if sizes is None:
             sizes, shape = [x.shape[dim]] * self.size, str(x.shape)
@@ -317,7 +322,8 @@ class BaseCommunicator:
         return TrackedWork(self._isend(_contiguous(x)[0], dest, tag), recording, "isend", None)
 
     def recv(self, out: Array, source: int, tag: int = 0, kind: str = "payload") -> Array:
-        """Receive into `out`, which must have exactly the sender's number of bytes (else CommError). Messages of one tag arrive in order."""
+        """Receive into `out`, which must have exactly the sender's number of bytes (else CommError). Messages of one tag arrive in
+        order."""
         self._check_rank(source, "source", tag)
         with self._message("receive", kind, out, f"from rank {source} tag {tag}"):
             flat, copied = _contiguous(out)
@@ -574,7 +580,9 @@ class SelfCommunicator(BaseCommunicator):
             raise CommError(f"receive of tag {tag} on {self.name!r}, a group of one rank that has sent nothing, would wait for ever")
         message = waiting.pop(0)
         if message.nbytes != out.nbytes:
-            raise CommError(f"message of {message.nbytes} bytes does not fit the receive of {out.nbytes} bytes (tag {tag} on {self.name!r})")
+            raise CommError(
+                f"message of {message.nbytes} bytes does not fit the receive of {out.nbytes} bytes (tag {tag} on {self.name!r})"
+            )
         out[...] = message.reshape(out.shape)
         return out
 
@@ -616,5 +624,3 @@ class SelfCommunicator(BaseCommunicator):
         dim = self._check_dim(x, dim)
         if sizes is not None:
             self._check_sizes(operation, sizes, x.shape[dim], own=True)
-
-

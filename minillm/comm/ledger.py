@@ -1,7 +1,7 @@
 """What was sent: per mesh axis, operation and kind the calls, bytes and seconds; and the order of operations, compared across ranks.
 
-Every `Communicator` writes here before and after each operation, so the tests can hold each parallel method to its closed formula. *Payload* bytes
-are what a rank asked to move, whatever the library makes of it:
+Every `Communicator` writes here before and after each operation, so the tests can hold each parallel method to its closed formula.
+*Payload* bytes are what a rank asked to move, whatever the library makes of it:
 
 | operation | bytes counted on each rank |
 |---|---|
@@ -63,7 +63,8 @@ class Operation:
 def wire_bytes(operation: str, num_bytes: int, group_size: int) -> float:
     """Bytes this rank puts on the wire if the operation runs as a ring of `group_size` ranks, given its payload bytes.
 
-    An all-reduce is a reduce-scatter followed by an all-gather, each moving (n-1)/n of the array (Patarasuk and Yuan 2009). A receive costs its sender.
+    An all-reduce is a reduce-scatter followed by an all-gather, each moving (n-1)/n of the array (Patarasuk and Yuan 2009). A receive costs
+    its sender.
     """
     if operation == "send":
         return float(num_bytes)
@@ -94,11 +95,12 @@ class OrderRecord:
 
 
 class Ledger:
-    """The record of one rank. `on_event(name, axis, start, end, num_bytes)` is called after each operation, with times of `time.perf_counter`.
+    """The record of one rank. `on_event(name, axis, start, end, num_bytes)` is called after each operation, with times of
+    `time.perf_counter`.
 
-    Event names are those of the rows; a non-blocking operation appears as `iall_reduce`, `isend` or `ireceive` (launch to completion) and, where the
-    rank had to wait for it, as `wait`. With `check_order` every collective first compares its signature with all other ranks of its group and
-    raises CommError where they differ; slow, and the quickest way to find out which collective deadlocks.
+    Event names are those of the rows; a non-blocking operation appears as `iall_reduce`, `isend` or `ireceive` (launch to completion) and,
+    where the rank had to wait for it, as `wait`. With `check_order` every collective first compares its signature with all other ranks of
+    its group and raises CommError where they differ; slow, and the quickest way to find out which collective deadlocks.
     """
 
     def __init__(self, *, check_order: bool = False, on_event: EventHook | None = None) -> None:

@@ -11,7 +11,8 @@ from minillm.comm.communicator import Communicator, SelfCommunicator
 from minillm.errors import ConfigError
 
 AXES = ("pp", "dp", "cp", "ep", "tp")
-"""From the slowest-varying to the fastest: tensor-parallel ranks, which talk most, are neighbours; pipeline stages, which talk least, lie farthest apart."""
+"""From the slowest-varying to the fastest: tensor-parallel ranks, which talk most, are neighbours; pipeline stages, which talk least, lie
+farthest apart."""
 
 TOKEN_AXES = ("dp", "ep", "cp")
 """The axes over which the tokens of a batch are spread: dense gradients are summed over them."""
@@ -70,8 +71,9 @@ class Mesh:
 
     def __init__(self, comm: Communicator, shape: MeshShape, tie_groups: Mapping[str, Sequence[int]] | None = None) -> None:
         if shape.num_ranks != comm.size:
+            sizes = " x ".join(f"{axis} {shape.size(axis)}" for axis in AXES if shape.size(axis) > 1)
             raise ConfigError(
-                f"a mesh of {' x '.join(f'{axis} {shape.size(axis)}' for axis in AXES if shape.size(axis) > 1) or '1 rank'} has {shape.num_ranks} ranks, "
+                f"a mesh of {sizes or '1 rank'} has {shape.num_ranks} ranks, "
                 f"but {comm.size} are running; dp x tp x pp can be {_factorisations(comm.size)}"
             )
         self.shape, self.world = shape, comm
@@ -90,7 +92,8 @@ class Mesh:
         return self._groups[axes]
 
     def tie(self, name: str) -> Communicator | None:
-        """The communicator of the stages that hold the tied weight `name`; None on other stages. Raises ConfigError for an undeclared name."""
+        """The communicator of the stages that hold the tied weight `name`; None on other stages. Raises ConfigError for an undeclared
+        name."""
         if name not in self._ties:
             raise ConfigError(f"no tie group {name!r} was declared; declared: {', '.join(self._ties) or 'none'}")
         return self._ties[name]

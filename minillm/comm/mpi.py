@@ -1,10 +1,11 @@
 """Ranks as MPI processes, through mpi4py's buffer interface; nothing is pickled.
 
-MPI counts are 32-bit in many libraries and some fail on large messages (users report it), so everything is cut into chunks below 1 GiB. Sums of 2-byte floats,
-which no MPI library knows, are exchanged by slices, summed in rank order in float32 and rounded once.
+MPI counts are 32-bit in many libraries and some fail on large messages (users report it), so everything is cut into chunks below 1 GiB.
+Sums of 2-byte floats, which no MPI library knows, are exchanged by slices, summed in rank order in float32 and rounded once.
 
-Waiting: small collectives block inside MPI, which spins and is fastest. Receives, barriers and non-blocking operations may wait long for another rank's
-computation, so they poll: for about 100 us in a tight loop, then sleeping, so that a waiting rank does not eat the core that a working one needs.
+Waiting: small collectives block inside MPI, which spins and is fastest. Receives, barriers and non-blocking operations may wait long for
+another rank's computation, so they poll: for about 100 us in a tight loop, then sleeping, so that a waiting rank does not eat the core that
+a working one needs.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def _bytes(flat: np.ndarray) -> np.ndarray:
 class _Requests:
     """A Work over MPI requests. Keeps the buffers alive; polls, then sleeps; names what it waits for when time is up."""
 
-    def __init__(self, requests: Sequence[MPI.Request], keep: Any, what: str, timeout: float, then: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, requests: Sequence[MPI.Request], keep: Any, what: str, timeout: float, then: Callable[[], None] | None = None
+    ) -> None:
         self._requests, self._keep, self._what, self._timeout, self._then = list(requests), keep, what, timeout, then
 
     def test(self) -> bool:
@@ -88,6 +91,7 @@ class MPICommunicator(BaseCommunicator):
     def __init__(self, comm: MPI.Comm, name: str = "world", timeout: float = DEFAULT_TIMEOUT) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size(), name, timeout)
         self.mpi = comm
+        self.intra = comm if isinstance(comm, MPI.Intracomm) else MPI.COMM_SELF
 
     # ---- collectives
 
@@ -204,7 +208,7 @@ class _MPIWindow:
 
     def __init__(self, comm: MPICommunicator, nbytes: int) -> None:
         self._comm = comm
-        self._window = MPI.Win.Allocate_shared(nbytes + 64, 1, comm=comm.mpi)
+        self._window = MPI.Win.Allocate_shared(nbytes + 64, 1, comm=comm.intra)
         self._window.Lock_all()
         sizes = comm._all_gather(np.array([nbytes], np.int64), [1] * comm.size)
         self.parts = [self._part(rank, int(size)) for rank, size in enumerate(sizes)]
@@ -213,7 +217,7 @@ class _MPIWindow:
 
     def _part(self, rank: int, nbytes: int) -> np.ndarray:
         memory, _ = self._window.Shared_query(rank)
-        raw = np.frombuffer(memory, np.uint8)
+        raw = np.asarray(memory).view(np.uint8)
         start = -raw.ctypes.data % 64
         return raw[start : start + nbytes]
 

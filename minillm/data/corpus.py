@@ -1,7 +1,7 @@
 """A corpus: tokens to train on, tokens held out, and the tokenizer that made them, the same on every rank.
 
-Rank 0 finds the files, learns the vocabulary and hashes the content; the others receive that knowledge, open the files themselves and compare. An error on any
-rank is raised on all of them, so that none is left waiting.
+Rank 0 finds the files, learns the vocabulary and hashes the content; the others receive that knowledge, open the files themselves and
+compare. An error on any rank is raised on all of them, so that none is left waiting.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ T = TypeVar("T")
 class Corpus:
     """`train` [N] and `held_out` [M] are unsigned integer ids below `vocab_size`, in memory or mapped from a file.
 
-    `sha256` identifies the content (text bytes, or token ids), whatever the tokenizer. `bytes_per_token` is the number of UTF-8 bytes that one held-out
-    token stands for on average (None for token files, whose text is unknown): bits per byte = loss / ln 2 / bytes_per_token.
+    `sha256` identifies the content (text bytes, or token ids), whatever the tokenizer. `bytes_per_token` is the number of UTF-8 bytes that
+    one held-out token stands for on average (None for token files, whose text is unknown): bits per byte = loss / ln 2 / bytes_per_token.
     """
 
     source: str
@@ -61,10 +61,11 @@ def load_corpus(
 ) -> Corpus:
     """Load what `source` names (see `sources.find_source`), on every rank of `comm` together.
 
-    `tokenizer`: a spec for `make_tokenizer`, or a tokenizer (that of a checkpoint); None means bytes for text and unknown for token files. `context`: the
-    number of tokens of a training sequence. `vocab`: the model's vocabulary, when it is given rather than taken from the data. `held_out`: the last part of
-    the corpus to keep for evaluation, in [0, 1); None: 0.05 for `stdlib`, else 0.1, or a val file beside a train file.
-    Raises ConfigError, on all ranks alike, for data that is missing, empty, too short, not UTF-8, beyond the vocabulary, or not the same on all ranks.
+    `tokenizer`: a spec for `make_tokenizer`, or a tokenizer (that of a checkpoint); None means bytes for text and unknown for token files.
+    `context`: the number of tokens of a training sequence. `vocab`: the model's vocabulary, when it is given rather than taken from the
+    data. `held_out`: the last part of the corpus to keep for evaluation, in [0, 1); None: 0.05 for `stdlib`, else 0.1, or a val file beside
+    a train file. Raises ConfigError, on all ranks alike, for data that is missing, empty, too short, not UTF-8, beyond the vocabulary, or
+    not the same on all ranks.
     """
     if held_out is not None and not 0 <= held_out < 1:
         raise ConfigError(f"the held-out part is a fraction in [0, 1), not {held_out}; 0.1 keeps the last tenth of the corpus")
@@ -77,9 +78,9 @@ def _plan(source: str, tokenizer: str | Tokenizer | None, vocab: int | None, hel
     found = find_source(source)
     if isinstance(found, TextSource):
         text = read_text(found)
-        made = make_tokenizer(tokenizer or "byte", text) if not tokenizer or isinstance(tokenizer, str) else tokenizer
+        made = make_tokenizer(tokenizer or "byte", text) if tokenizer is None or isinstance(tokenizer, str) else tokenizer
         content = hashlib.sha256(text.encode()).hexdigest()
-        plan = {"kind": "text", "text": found.to_json(), "sha256": content, "seen": content}
+        plan: dict[str, Any] = {"kind": "text", "text": found.to_json(), "sha256": content, "seen": content}
         plan["held_out"] = found.held_out if held_out is None else held_out
         plan["vocab"] = _vocabulary(made, vocab, source)
     else:
@@ -94,7 +95,10 @@ def _plan_tokens(path: Path, spec: str | Tokenizer | None, vocab: int | None, he
     facts = [inspect_tokens(tokens, p) for tokens, p in zip(files, paths, strict=True)]
     largest = max(fact.largest for fact in facts)
     if isinstance(spec, str) and (spec == "char" or spec.startswith("bpe:")):
-        raise ConfigError(f"--tokenizer {spec} is learnt from text, but {path} holds token ids; leave it out, or name the tokenizer.json that made the ids")
+        raise ConfigError(
+            f"--tokenizer {spec} is learnt from text, but {path} holds token ids; leave it out, or name the "
+            f"tokenizer.json that made the ids"
+        )
     made = IdTokenizer(vocab or largest + 1) if not spec else make_tokenizer(spec, "") if isinstance(spec, str) else spec
     size = _vocabulary(made, vocab, str(path))
     for fact, p in zip(facts, paths, strict=True):
@@ -104,7 +108,13 @@ def _plan_tokens(path: Path, spec: str | Tokenizer | None, vocab: int | None, he
                 f"use --vocab {largest + 1} or more, or the tokenizer that made the file"
             )
     content = facts[0].sha256 if len(facts) == 1 else hashlib.sha256("".join(fact.sha256 for fact in facts).encode()).hexdigest()
-    plan = {"kind": "tokens", "paths": [str(p) for p in paths], "sha256": content, "seen": [fingerprint(tokens) for tokens in files], "vocab": size}
+    plan = {
+        "kind": "tokens",
+        "paths": [str(p) for p in paths],
+        "sha256": content,
+        "seen": [fingerprint(tokens) for tokens in files],
+        "vocab": size,
+    }
     return plan | {"held_out": 0.1 if held_out is None else held_out}, made
 
 
@@ -142,16 +152,22 @@ def _open(plan: dict[str, Any], context: int, source: str) -> Corpus:
 def _check_lengths(source: str, num_train: int, num_held: int, context: int, held_out: float) -> None:
     if num_train < context + 1:
         raise ConfigError(
-            f"--data {source} is too short: {num_train} tokens to train on ({num_held} are held out), but a sequence of --context {context} needs "
+            f"--data {source} is too short: {num_train} tokens to train on ({num_held} are held out), but a sequence of "
+            f"--context {context} needs "
             f"{context + 1}; " + (f"use --context {num_train - 1} or less, or more text" if num_train > 1 else "give more text")
         )
     if held_out and num_held < 2:
-        raise ConfigError(f"--data {source} is too short: {num_held} tokens are held out, and a prediction needs 2; give more text, or hold out more")
+        raise ConfigError(
+            f"--data {source} is too short: {num_held} tokens are held out, and a prediction needs 2; give more text, or hold out more"
+        )
 
 
 def _same(name: str, mine: Any, first: Any) -> None:
     if mine != first:
-        raise ConfigError(f"the data {name} is not the same on all ranks: rank 0 has {first}, this rank {mine}; use one copy of it (or one Python) everywhere")
+        raise ConfigError(
+            f"the data {name} is not the same on all ranks: rank 0 has {first}, this rank {mine}; use one copy of it (or "
+            f"one Python) everywhere"
+        )
 
 
 def _from_first(comm: Communicator | None, make: Callable[[], T]) -> T:

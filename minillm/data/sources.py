@@ -1,7 +1,8 @@
 """What `--data` may name, and the bytes behind it.
 
-A text source is a list of UTF-8 files that are read one after another: the source of Python's own standard library (`stdlib`, on every machine that runs
-this), the novel that ships in the package (`austen`), a file, or a folder of `.txt` files. Token files are another matter, in `token_files.py`.
+A text source is a list of UTF-8 files that are read one after another: the source of Python's own standard library (`stdlib`, on every
+machine that runs this), the novel that ships in the package (`austen`), a file, or a folder of `.txt` files. Token files are another
+matter, in `token_files.py`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class TextSource:
 
 
 def find_source(source: str) -> TextSource | Path:
-    """What `--data source` names: a text, or the path of a token file. A built-in name wins over a path; write `./austen` for a file of that name.
+    """What `--data source` names: a text, or the path of a token file. A built-in name wins over a path; write `./austen` for a file of
+    that name.
 
     Raises ConfigError if there is no such thing, listing the built-in names and the close ones.
     """
@@ -71,7 +73,9 @@ def find_source(source: str) -> TextSource | Path:
         if path.exists():
             raise ConfigError(f"--data {source!r} is neither a file nor a folder; give a file on disk, or one of {_names()}")
     except OSError as error:
-        raise ConfigError(f"cannot look at --data {source!r}: {error.strerror}; give a readable file or folder, or one of {_names()}") from None
+        raise ConfigError(
+            f"cannot look at --data {source!r}: {error.strerror}; give a readable file or folder, or one of {_names()}"
+        ) from None
     close = difflib.get_close_matches(source.lower(), BUILT_IN, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ConfigError(f"--data {source!r}: no such file or folder, and no built-in data of that name.{hint} Built-in: {_names()}")
@@ -93,12 +97,15 @@ def stdlib_files(root: Path | None = None) -> tuple[Path, ...]:
             if name.endswith(".py") and parts[0].removesuffix(".py") in sys.stdlib_module_names and _is_utf8(path):
                 found.append(("/".join(parts).encode(), path))
     if not found:
-        raise ConfigError(f"this Python has no source files of its standard library in {root}; choose --data austen, or a text file of your own")
+        raise ConfigError(
+            f"this Python has no source files of its standard library in {root}; choose --data austen, or a text file of your own"
+        )
     return tuple(path for _, path in sorted(found))
 
 
 def read_text(source: TextSource) -> str:
-    """The text of all files of `source`, one after another; a file that does not end its last line has it ended, so that files do not run together.
+    """The text of all files of `source`, one after another; a file that does not end its last line has it ended, so that files do not run
+    together.
 
     Raises ConfigError for a file that is missing, unreadable, empty, or not UTF-8 (with the position of the first wrong byte).
     """
@@ -109,7 +116,8 @@ def read_text(source: TextSource) -> str:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(
-                f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start} of {len(data)} ({error.reason}); convert it, "
+                f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start} of {len(data)} "
+                f"({error.reason}); convert it, "
                 "for example with `iconv -f LATIN1 -t UTF-8`, or name token files .bin or .npy"
             ) from None
         parts.append(text if len(source.files) == 1 or text.endswith("\n") else text + "\n")
@@ -125,13 +133,16 @@ def _read_bytes(path: Path) -> bytes:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except FileNotFoundError:
-        raise ConfigError(f"{path} is gone: it was there when the run looked for its data, and is not now; put it back and start again") from None
+        raise ConfigError(
+            f"{path} is gone: it was there when the run looked for its data, and is not now; put it back and start again"
+        ) from None
     except (OSError, EOFError) as error:
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the file and its permissions") from None
 
 
 def _find_in_folder(folder: Path) -> TextSource | Path:
-    """A folder with train.bin (or train.npy) is a token data set; otherwise its `.txt` files, in all subfolders, in the order of their paths."""
+    """A folder with train.bin (or train.npy) is a token data set; otherwise its `.txt` files, in all subfolders, in the order of their
+    paths."""
     for suffix in TOKEN_SUFFIXES:
         if (folder / f"train{suffix}").is_file():
             return folder / f"train{suffix}"
@@ -142,7 +153,9 @@ def _find_in_folder(folder: Path) -> TextSource | Path:
         others.update(Path(name).suffix or name for name in files if not name.endswith(".txt"))
     if not texts:
         seen = f"it has {', '.join(sorted(others)[:8])}" if others else "it has no files"
-        raise ConfigError(f"the folder {folder} holds no .txt files and no train.bin ({seen}); name one file, or put your text into .txt files")
+        raise ConfigError(
+            f"the folder {folder} holds no .txt files and no train.bin ({seen}); name one file, or put your text into .txt files"
+        )
     return TextSource(str(folder), tuple(sorted(texts, key=lambda path: path.relative_to(folder).as_posix().encode())))
 
 
@@ -150,13 +163,19 @@ def _fetch_shakespeare() -> Path:
     try:
         import pooch
     except ImportError:
-        raise ConfigError("--data shakespeare is fetched with the package 'pooch'; install it with: pip install 'minillm-mpi[data]', or choose --data austen") from None
+        raise ConfigError(
+            "--data shakespeare is fetched with the package 'pooch'; install it with: pip install 'minillm-mpi[data]', "
+            "or choose --data austen"
+        ) from None
     try:
         pooch.get_logger().setLevel("WARNING")
-        return Path(pooch.retrieve(SHAKESPEARE_URL, f"sha256:{SHAKESPEARE_SHA256}", fname="shakespeare.txt", path=pooch.os_cache("minillm")))
+        return Path(
+            pooch.retrieve(SHAKESPEARE_URL, f"sha256:{SHAKESPEARE_SHA256}", fname="shakespeare.txt", path=pooch.os_cache("minillm"))
+        )
     except Exception as error:  # the network, the disk or the checksum: pooch passes on what its downloader raises
         raise ConfigError(
-            f"could not fetch --data shakespeare from {SHAKESPEARE_URL}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            f"could not fetch --data shakespeare from {SHAKESPEARE_URL}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
             "check the connection, or choose --data austen or --data stdlib, which need none"
         ) from None
 

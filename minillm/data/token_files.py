@@ -1,6 +1,7 @@
 """Files of token ids, mapped into memory rather than read: `.npy`, and `.bin` as nanoGPT and llm.c write it.
 
-nanoGPT's `.bin` is nothing but uint16 ids. llm.c's has 256 int32 in front, of which the first is a magic number that tells the version and the dtype.
+nanoGPT's `.bin` is nothing but uint16 ids. llm.c's has 256 int32 in front, of which the first is a magic number that tells the version and
+the dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SAMPLE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What one pass over a token file learns: its SHA-256 (of the ids in file order, as little-endian bytes) and the largest id with its position."""
+    """What one pass over a token file learns: its SHA-256 (of the ids in file order, as little-endian bytes) and the largest id with its
+    position."""
 
     sha256: str
     largest: int
@@ -38,7 +40,9 @@ def open_tokens(path: Path) -> np.ndarray:
     try:
         tokens = _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path} is gone: it was there when the run looked for its data, and is not now; put it back and start again") from None
+        raise ConfigError(
+            f"{path} is gone: it was there when the run looked for its data, and is not now; put it back and start again"
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}; check the file and its permissions") from None
     if tokens.size == 0:
@@ -71,7 +75,8 @@ def inspect_tokens(tokens: np.ndarray, path: Path) -> TokenFacts:
 
 
 def fingerprint(tokens: np.ndarray) -> str:
-    """A hash of the length and of 64 evenly spaced blocks of the ids [N]: what ranks compare, where reading the whole file on each would take too long."""
+    """A hash of the length and of 64 evenly spaced blocks of the ids [N]: what ranks compare, where reading the whole file on each would
+    take too long."""
     step = max(1, SAMPLE_BYTES // tokens.dtype.itemsize)
     digest = hashlib.sha256(f"{len(tokens)} {tokens.dtype.itemsize}".encode())
     for start in np.unique(np.linspace(0, max(0, len(tokens) - step), SAMPLES).astype(np.int64)):
@@ -103,7 +108,9 @@ def _open_bin(path: Path) -> np.ndarray:
         count = (num_bytes - HEADER_INTS * 4) // dtype.itemsize
         if int(header[1]) == version:
             if int(header[2]) != count:
-                raise ConfigError(f"{path} says it holds {int(header[2])} tokens, but its {num_bytes} bytes hold {count}; it was cut short or altered")
+                raise ConfigError(
+                    f"{path} says it holds {int(header[2])} tokens, but its {num_bytes} bytes hold {count}; it was cut short or altered"
+                )
             return np.memmap(path, dtype, mode="r", offset=HEADER_INTS * 4, shape=(count,)) if count else np.empty(0, dtype)
     if num_bytes % 2:
         raise ConfigError(f"{path} has {num_bytes} bytes, an odd number; a .bin file holds uint16 token ids, two bytes each")

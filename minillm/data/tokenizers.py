@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
-A tokenizer is a small value that a checkpoint carries as JSON (`to_json`, `tokenizer_from_json`): data, never code. `byte` needs nothing, `char` learns the
-characters of its corpus, and byte-pair encodings come through the optional `tokenizers` package.
+A tokenizer is a small value that a checkpoint carries as JSON (`to_json`, `tokenizer_from_json`): data, never code. `byte` needs nothing,
+`char` learns the characters of its corpus, and byte-pair encodings come through the optional `tokenizers` package.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Tokenizer(Protocol):
         """The number of different ids."""
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, [num_tokens], in the smallest unsigned dtype that holds the vocabulary. Raises ConfigError for text it has no ids for."""
+        """The ids of `text`, [num_tokens], in the smallest unsigned dtype that holds the vocabulary. Raises ConfigError for text it has no
+        ids for."""
 
     def decode(self, ids: Any) -> str:
         """The text of a sequence of ids. Raises ConfigError for an id outside the vocabulary."""
@@ -76,7 +77,9 @@ class CharTokenizer:
         self.characters = characters
         self.vocab_size = len(characters)
         self._points = _code_points(characters)  # [V]
-        self._ids = np.full(int(self._points.max()) + 2, self.vocab_size, np.uint32)  # [largest code point + 2]: id, or vocab_size where there is none
+        self._ids = np.full(
+            int(self._points.max()) + 2, self.vocab_size, np.uint32
+        )  # [largest code point + 2]: id, or vocab_size where there is none
         self._ids[self._points] = np.arange(self.vocab_size, dtype=np.uint32)
 
     @classmethod
@@ -92,7 +95,8 @@ class CharTokenizer:
         if unknown.any():
             at = int(unknown.argmax())
             raise ConfigError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among the {self.vocab_size} characters of this vocabulary; "
+                f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among the {self.vocab_size} "
+                f"characters of this vocabulary; "
                 "leave it out, or train with --tokenizer byte, which can write any text"
             )
         return ids.astype(token_dtype(self.vocab_size))
@@ -162,8 +166,9 @@ class HFTokenizer:
 def make_tokenizer(spec: str, text: str) -> Tokenizer:
     """The tokenizer that `spec` asks for, fitted to `text` where it learns from text.
 
-    `spec`: "byte", "char", "bpe:SIZE" (a byte-level byte-pair encoding of SIZE tokens, learnt from `text`; Sennrich et al. 2016, arXiv:1508.07909), or a
-    tokenizer.json as "hf:FILE" or a path. Raises ConfigError for anything else, for a missing file and for a missing package.
+    `spec`: "byte", "char", "bpe:SIZE" (a byte-level byte-pair encoding of SIZE tokens, learnt from `text`; Sennrich et al. 2016,
+    arXiv:1508.07909), or a tokenizer.json as "hf:FILE" or a path. Raises ConfigError for anything else, for a missing file and for a
+    missing package.
     """
     if spec == "byte":
         return ByteTokenizer()
@@ -209,7 +214,9 @@ def _read_hf(path: Path) -> HFTokenizer:
         definition = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the tokenizer {path}: {reason}; give the path of a tokenizer.json, or choose byte or char") from None
+        raise ConfigError(
+            f"cannot read the tokenizer {path}: {reason}; give the path of a tokenizer.json, or choose byte or char"
+        ) from None
     return HFTokenizer(definition, path.name)
 
 
@@ -245,7 +252,8 @@ def _utf8(text: str) -> bytes:
 
 
 def _no_character(text: str, at: int) -> str:
-    return f"the text has U+{ord(text[at]):04X} at position {at}, half of a surrogate pair and no character; remove it (a terminal or file in another encoding?)"
+    code = f"U+{ord(text[at]):04X} at position {at}"
+    return f"the text has {code}, half of a surrogate pair and no character; remove it (a terminal or file in another encoding?)"
 
 
 def _characters(points: np.ndarray) -> str:
@@ -258,7 +266,9 @@ def _checked(ids: Any, tokenizer: Tokenizer) -> np.ndarray:
     outside = (array < 0) | (array >= tokenizer.vocab_size)
     if outside.any():
         at = int(outside.argmax())
-        raise ConfigError(f"token id {int(array[at])} at position {at} is not in the {tokenizer.name} vocabulary of {tokenizer.vocab_size} tokens")
+        raise ConfigError(
+            f"token id {int(array[at])} at position {at} is not in the {tokenizer.name} vocabulary of {tokenizer.vocab_size} tokens"
+        )
     return array
 
 

@@ -1,14 +1,16 @@
 """GPT: a decoder-only Transformer, one definition for every mesh and every pipeline stage.
 
-A rank builds the part of the model that it holds: blocks `layers`, the embedding if it is the first stage, the norm and the head if it is the last. Serial
-training is the same code on communicators of size 1. By configuration it is GPT-2 (layer norm, GELU, learned positions, biases, tied head; Radford et al.
-2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no biases; Touvron et al. 2023, arXiv:2302.13971).
+A rank builds the part of the model that it holds: blocks `layers`, the embedding if it is the first stage, the norm and the head if it is
+the last. Serial training is the same code on communicators of size 1. By configuration it is GPT-2 (layer norm, GELU, learned positions,
+biases, tied head; Radford et al. 2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no biases; Touvron et al.
+2023, arXiv:2302.13971).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 from minillm import ops
 from minillm.arrays import Array
@@ -31,11 +33,21 @@ TIED_WEIGHT = "embedding.weight"
 class GPT(Module):
     """The stage of a GPT that holds blocks `layers`; `first` and `last` say whether it also holds the embedding and the head.
 
-    `std` is the standard deviation of the initial weights; projections into the residual stream get std / sqrt(2 layers) (Radford et al. 2019, 2.3).
+    `std` is the standard deviation of the initial weights; projections into the residual stream get std / sqrt(2 layers) (Radford et al.
+    2019, 2.3).
     """
 
     def __init__(
-        self, config: ModelConfig, region: Region, *, seed: int, layers: Iterable[int], first: bool = True, last: bool = True, recompute: bool = False, std: float = INIT_STD
+        self,
+        config: ModelConfig,
+        region: Region,
+        *,
+        seed: int,
+        layers: Iterable[int],
+        first: bool = True,
+        last: bool = True,
+        recompute: bool = False,
+        std: float = INIT_STD,
     ) -> None:
         self.config, self.region, self.seed, self.std = config, region, seed, std
         self.recompute = recompute
@@ -73,18 +85,18 @@ class GPT(Module):
         return head
 
     def forward(self, x: Array | Tensor, where: Where) -> Tensor:
-        """Token ids [B, T] (first stage) or hidden states [B, T_local, D] -> hidden states [B, T_local, D]. `where` is that of the whole sequence."""
+        """Token ids [B, T] (first stage) or hidden states [B, T_local, D] -> hidden states [B, T_local, D]. `where` is that of the whole
+        sequence."""
         outside = self.region.outside(where)
         hidden = self._embed(x, where, outside) if self.embedding is not None else x
         for block in self.blocks.values():
-            if self.recompute:
-                hidden = checkpoint(lambda h, block=block: block(h, outside), hidden)
-            else:
-                hidden = block(hidden, outside)
+            run = partial(block, where=outside)
+            hidden = checkpoint(run, hidden) if self.recompute else run(hidden)
         return hidden if self.norm is None else self.norm(hidden, outside)
 
     def loss(self, hidden: Tensor, targets: Array, divisor: float) -> Tensor:
-        """Sum of the token cross-entropies of hidden states [B, T_local, D] against targets [B, T], over `divisor`: a float64 scalar (last stage)."""
+        """Sum of the token cross-entropies of hidden states [B, T_local, D] against targets [B, T], over `divisor`: a float64 scalar (last
+        stage)."""
         inside = self.region.enter(hidden)
         return vocab_parallel_loss(inside, self.head, targets, self.region.comm, vocab=self.config.vocab, divisor=divisor)
 

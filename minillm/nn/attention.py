@@ -33,13 +33,25 @@ class KVCache:
 
 
 class Attention(Module):
-    """Multi-head attention (Vaswani et al. 2017), grouped-query when kv_heads < heads (Ainslie et al. 2023, arXiv:2305.13245), rotary positions on demand.
+    """Multi-head attention (Vaswani et al. 2017), grouped-query when kv_heads < heads (Ainslie et al. 2023, arXiv:2305.13245), rotary
+    positions on demand.
 
     The fused projection is laid out [q heads | k heads | v heads]; each rank holds heads/tp query heads and kv_heads/tp key-value heads.
     """
 
     def __init__(
-        self, dim: int, heads: int, kv_heads: int, region: Region, *, rotary: bool, bias: bool, std: float, out_std: float, dropout: Dropout, causal: bool = True
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        region: Region,
+        *,
+        rotary: bool,
+        bias: bool,
+        std: float,
+        out_std: float,
+        dropout: Dropout,
+        causal: bool = True,
     ) -> None:
         width = dim // heads
         queries, groups = Segment(heads * width, ("tp",), width), Segment(kv_heads * width, ("tp",), width)

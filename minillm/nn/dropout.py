@@ -12,7 +12,8 @@ from minillm.nn.module import Module, Where
 class Dropout(Module):
     """Zero each element with probability `p` and scale the rest by 1 / (1 - p) (Srivastava et al. 2014).
 
-    The choice is addressed by (seed, this module's name, step, sample, global time, channel): no state, and the same on any mesh and in any replay.
+    The choice is addressed by (seed, this module's name, step, sample, global time, channel): no state, and the same on any mesh and in any
+    replay.
     """
 
     def __init__(self, p: float, seed: int) -> None:

@@ -19,7 +19,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(Module):
-    """down(activation(up(x))), the F features cut over tp. SwiGLU (Shazeer 2020, arXiv:2002.05202) has gate and up in one product, as segments (F, F)."""
+    """down(activation(up(x))), the F features cut over tp. SwiGLU (Shazeer 2020, arXiv:2002.05202) has gate and up in one product, as
+    segments (F, F)."""
 
     def __init__(self, kind: str, dim: int, ffn_dim: int, region: Region, *, bias: bool, std: float, out_std: float) -> None:
         features = Segment(ffn_dim, ("tp",))

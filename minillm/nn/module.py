@@ -18,8 +18,9 @@ from minillm.sharding import ShardSpec, Slices
 class Where:
     """Where a local array [B, T_local, ...] sits in the global batch.
 
-    `samples` [B] are rows of the step's global batch, `times` [T_local] global positions in the sequence (None for data without time). Dropout, causal masks
-    and positions are addressed by these, never by local indices. In a time-sharded region, `gathered` is the Where of the whole sequence.
+    `samples` [B] are rows of the step's global batch, `times` [T_local] global positions in the sequence (None for data without time).
+    Dropout, causal masks and positions are addressed by these, never by local indices. In a time-sharded region, `gathered` is the Where of
+    the whole sequence.
     """
 
     step: int
@@ -63,7 +64,8 @@ class ParamStorage(Protocol):
 
 
 class Parameter(Leaf):
-    """A weight: its global name, how it is sharded, how it starts, whether weight decay applies. Storage is attached when the model is allocated."""
+    """A weight: its global name, how it is sharded, how it starts, whether weight decay applies. Storage is attached when the model is
+    allocated."""
 
     def __init__(self, spec: ShardSpec, init: Normal | Constant, *, decay: bool) -> None:
         self.name = ""
@@ -87,7 +89,8 @@ class Parameter(Leaf):
 
 
 class Module:
-    """A part of a model. Attributes that are modules, parameters, or lists and dicts of modules are found by name, in order of assignment."""
+    """A part of a model. Attributes that are modules, parameters, or lists and dicts of modules are found by name, in order of
+    assignment."""
 
     name = ""
 

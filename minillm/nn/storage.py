@@ -1,7 +1,7 @@
 """Flat memory for a stage's parameters and gradients.
 
-All parameters of a pipeline stage are views into one buffer, their gradients views into another, in the same layout: a gradient bucket is a slice, and the
-optimizer walks over long runs instead of many small arrays.
+All parameters of a pipeline stage are views into one buffer, their gradients views into another, in the same layout: a gradient bucket is a
+slice, and the optimizer walks over long runs instead of many small arrays.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class FlatBuffers:
 
     Without `gradients` (inference), no memory is spent on them.
 
-    Order: runs that can be reduced first come first (weights, then the small undecayed parameters, tied weights last); within a run the parameters stand
-    in reverse, as the backward pass completes them.
+    Order: runs that can be reduced first come first (weights, then the small undecayed parameters, tied weights last); within a run the
+    parameters stand in reverse, as the backward pass completes them.
     """
 
     def __init__(

@@ -10,6 +10,22 @@ from minillm.ops.norm import layer_norm, rms_norm
 from minillm.ops.position import rotary
 
 __all__ = [
-    "add", "add_bias", "add_constant", "add_position", "attention", "attention_qkv", "cross_entropy", "dropout", "embedding", "gelu", "layer_norm", "linear",
-    "mse_loss", "relu", "rms_norm", "rotary", "softmax", "swiglu",
-]  # fmt: skip
+    "add",
+    "add_bias",
+    "add_constant",
+    "add_position",
+    "attention",
+    "attention_qkv",
+    "cross_entropy",
+    "dropout",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "mse_loss",
+    "relu",
+    "rms_norm",
+    "rotary",
+    "softmax",
+    "swiglu",
+]

@@ -21,7 +21,8 @@ def attention(
 ) -> Tensor:
     """Self-attention of qkv [B, T, (H + 2 Hkv) K] = [q heads | k heads | v heads] -> [B, T, H K].
 
-    Grouped-query when kv_heads < heads. `times` [T] are global positions for the causal mask; key_mask [B, T] is true where a key may be seen.
+    Grouped-query when kv_heads < heads. `times` [T] are global positions for the causal mask; key_mask [B, T] is true where a key may be
+    seen.
     """
     return _FusedAttention.apply(qkv, heads=heads, kv_heads=kv_heads, options=_options(causal, times, times, key_mask, dropout))
 
@@ -67,7 +68,9 @@ class _FusedAttention(Function):
         grad = namespace(qkv).empty_like(qkv)
         gq, gk, gv = split_heads(grad, heads, kv_heads)
         grad_o = grad_outs[0].reshape(o.shape)
-        kernels.attention_backward(grad_o, *split_heads(qkv, heads, kv_heads), o, lse, scale=scale, **options, grad_q=gq, grad_k=gk, grad_v=gv)
+        kernels.attention_backward(
+            grad_o, *split_heads(qkv, heads, kv_heads), o, lse, scale=scale, **options, grad_q=gq, grad_k=gk, grad_v=gv
+        )
         return (grad,)
 
 

@@ -28,4 +28,5 @@ class _Dropout(Function):
         p, address = ctx.saved
         grad = grad_outs[0]
         out = grad if ctx.owns(0) and grad.flags.writeable and grad.flags.c_contiguous else None
-        return (kernels.dropout_forward(grad, p, *address, out=out),)
+        key, samples, times, channels = address
+        return (kernels.dropout_forward(grad, p, key, samples, times, channels, out=out),)

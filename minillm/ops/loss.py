@@ -12,7 +12,8 @@ from minillm.autograd import Context, Function, Tensor
 
 
 def cross_entropy(logits: Tensor, targets: Array, *, divisor: float, ignore_index: int = -100) -> Tensor:
-    """Sum of -log softmax(logits)[target] over the targets that are not `ignore_index`, over `divisor`: logits [..., V], targets [...] -> float64 scalar."""
+    """Sum of -log softmax(logits)[target] over the targets that are not `ignore_index`, over `divisor`: logits [..., V], targets [...] ->
+    float64 scalar."""
     return _CrossEntropy.apply(logits, targets=targets, divisor=divisor, ignore_index=ignore_index)
 
 

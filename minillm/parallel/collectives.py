@@ -8,11 +8,12 @@ R replicated, S(d) sharded on dim d, P partial sum. Each function is the adjoint
 | `reduce_from(x, comm)` | P -> R | R -> R | all-reduce / identity | out of RowParallelLinear |
 | `all_gather(x, comm, dim)` | S(d) -> R | P -> S(d) | all-gather / reduce-scatter | sequence parallel in |
 | `reduce_scatter(x, comm, dim)` | P -> S(d) | S(d) -> R | reduce-scatter / all-gather | sequence parallel out |
-| `gather_from`, `scatter_to(x, comm, dim)` | S(d) -> R, R -> S(d) | R -> S(d), S(d) -> R | all-gather / slice, slice / all-gather | replicated regions |
+| `gather_from(x, comm, dim)` | S(d) -> R | R -> S(d) | all-gather / slice | replicated regions |
+| `scatter_to(x, comm, dim)` | R -> S(d) | S(d) -> R | slice / all-gather | replicated regions |
 | `all_to_all(x, comm, s, c)` | S(c) -> S(s) | S(s) -> S(c) | split s, concat c / the reverse | context and expert parallel |
 
-On a communicator of size 1 every function returns its input and adds no node. (Shoeybi et al. 2019, arXiv:1909.08053, section 3; Korthikanti et al. 2022,
-arXiv:2205.05198, section 4.2.2.)
+On a communicator of size 1 every function returns its input and adds no node. (Shoeybi et al. 2019, arXiv:1909.08053, section 3;
+Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2.)
 """
 
 from __future__ import annotations

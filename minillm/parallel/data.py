@@ -1,9 +1,10 @@
 """Data parallelism: every rank of the dp axis computes the gradient of its own sequences; the sum is everybody's gradient.
 
-Gradients lie in flat buffers. They are cut into buckets of about `bucket_bytes`, in the order in which the backward pass completes them, and a bucket's
-all-reduce starts as soon as its last gradient is written, while backward goes on (Li et al. 2020, arXiv:2006.15704). Two rules keep all ranks in step: buckets
-are fixed by the order of the parameters, and they are launched in that order, never in the order of readiness. Only a stage's last backward of the step arms
-the reducer, so gradient accumulation costs no communication. MPI makes progress only inside MPI calls, hence the polling between nodes.
+Gradients lie in flat buffers. They are cut into buckets of about `bucket_bytes`, in the order in which the backward pass completes them,
+and a bucket's all-reduce starts as soon as its last gradient is written, while backward goes on (Li et al. 2020, arXiv:2006.15704). Two
+rules keep all ranks in step: buckets are fixed by the order of the parameters, and they are launched in that order, never in the order of
+readiness. Only a stage's last backward of the step arms the reducer, so gradient accumulation costs no communication. MPI makes progress
+only inside MPI calls, hence the polling between nodes.
 
 Losses are divided by a global count before backward starts, so a sum is all that is needed: nothing here divides by the number of ranks.
 """

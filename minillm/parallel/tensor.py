@@ -4,9 +4,9 @@
       copy_to     W_qkv, W_up: rows       no communication          W_out, W_down:    reduce_from
                   of the weight cut                                 columns cut
 
-A pair of products costs one all-reduce forward (leaving) and one backward (entering). The vocabulary is cut too: the embedding looks up its own rows, and
-the loss needs three numbers per token from each rank instead of the logits. With sequence parallelism (sequence.py) the same layers enter and leave by other
-collectives; a layer only knows its region.
+A pair of products costs one all-reduce forward (leaving) and one backward (entering). The vocabulary is cut too: the embedding looks up its
+own rows, and the loss needs three numbers per token from each rank instead of the logits. With sequence parallelism (sequence.py) the same
+layers enter and leave by other collectives; a layer only knows its region.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class TensorParallel:
 class ColumnParallelLinear(Module):
     """y_local = enter(x) @ W_local^T + b_local: the output features cut over tp.
 
-    `out` are the segments of the output dim (three for a fused query-key-value projection, two for gate and up), each cut over tp in whole units.
+    `out` are the segments of the output dim (three for a fused query-key-value projection, two for gate and up), each cut over tp in whole
+    units.
     """
 
     def __init__(self, in_size: int, out: tuple[Segment, ...], region: Region, *, bias: bool, std: float) -> None:
@@ -78,7 +79,8 @@ class ColumnParallelLinear(Module):
 
 
 class RowParallelLinear(Module):
-    """y = leave(x_local @ W_local^T) + b: the input features cut over tp, the products partial sums. The bias is added once, after the sum."""
+    """y = leave(x_local @ W_local^T) + b: the input features cut over tp, the products partial sums. The bias is added once, after the
+    sum."""
 
     def __init__(self, in_: Segment, out_size: int, region: Region, *, bias: bool, std: float) -> None:
         self.region = region
@@ -95,7 +97,8 @@ class RowParallelLinear(Module):
 
 
 class VocabParallelEmbedding(Module):
-    """Token embedding with the vocabulary's rows cut over tp (padded up to a multiple): each rank looks up its own rows and the sum is whole."""
+    """Token embedding with the vocabulary's rows cut over tp (padded up to a multiple): each rank looks up its own rows and the sum is
+    whole."""
 
     def __init__(self, vocab: int, dim: int, region: Region, *, std: float, tie: str | None = None) -> None:
         self.region = region
@@ -120,11 +123,13 @@ def vocab_parallel_logits(x: Tensor, weight: Parameter, region: Region) -> Array
     return logits.data[..., : weight.spec.shape[0]]
 
 
-def vocab_parallel_loss(x: Tensor, weight: Any, targets: Array, comm: Communicator, *, vocab: int, divisor: float, ignore_index: int = -100) -> Tensor:
+def vocab_parallel_loss(
+    x: Tensor, weight: Any, targets: Array, comm: Communicator, *, vocab: int, divisor: float, ignore_index: int = -100
+) -> Tensor:
     """The language-model head: sum of token cross-entropies / divisor, a float64 scalar, without the logits ever existing at once.
 
-    x [B, T, D] inside the region, weight [V_local, D], targets [B, T] int. While gradients are on, dX and dW are computed here, chunk by chunk, because
-    recomputing the logits in backward would cost a fourth product; the gradient of the result must then be 1.
+    x [B, T, D] inside the region, weight [V_local, D], targets [B, T] int. While gradients are on, dX and dW are computed here, chunk by
+    chunk, because recomputing the logits in backward would cost a fourth product; the gradient of the result must then be 1.
     """
     return _VocabParallelLoss.apply(x, weight, targets=targets, comm=comm, vocab=vocab, divisor=divisor, ignore_index=ignore_index)
 
@@ -133,7 +138,9 @@ class _VocabParallelLoss(Function):
     grad_in_forward = True
 
     @staticmethod
-    def forward(ctx: Context, x: Array, weight: Array, *, targets: Array, comm: Communicator, vocab: int, divisor: float, ignore_index: int) -> Array:
+    def forward(
+        ctx: Context, x: Array, weight: Array, *, targets: Array, comm: Communicator, vocab: int, divisor: float, ignore_index: int
+    ) -> Array:
         xp = namespace(x)
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
         counted = flat != ignore_index
@@ -160,7 +167,9 @@ class _VocabParallelLoss(Function):
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
         if float(grad_outs[0]) != 1.0:
-            raise ValueError(f"the head computed its gradients in forward, for a grad of 1, not {float(grad_outs[0])}; scale through `divisor`")
+            raise ValueError(
+                f"the head computed its gradients in forward, for a grad of 1, not {float(grad_outs[0])}; scale through `divisor`"
+            )
         return ctx.saved
 
 
@@ -173,7 +182,8 @@ class _Head:
         self.valid = min(max(vocab - self.first_class, 0), weight.shape[0])  # columns that are no padding
 
     def softmax(self, x: Array, targets: Array) -> tuple[Array, Array, Array]:
-        """x [R, D], targets [R] -> exp(logits - max) [R, V_local], its sum over the whole vocabulary [R], the target's shifted logit [R]."""
+        """x [R, D], targets [R] -> exp(logits - max) [R, V_local], its sum over the whole vocabulary [R], the target's shifted logit
+        [R]."""
         xp = namespace(x)
         logits = kernels.matmul(x, self.weight.T)
         row_max = kernels.xent_max(logits, valid_columns=self.valid)

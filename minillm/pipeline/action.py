@@ -32,8 +32,8 @@ class ActionKind(enum.StrEnum):
 class Action(NamedTuple):
     """One thing a rank does for `stage`, for `microbatch` where it is about one. Prints as `2F5`: stage 2, forward, microbatch 5.
 
-    SEND_F sends the output of its stage on, RECV_F receives its stage's input; SEND_B sends the gradient of its stage's input back, RECV_B receives the gradient
-    of its stage's output.
+    SEND_F sends the output of its stage on, RECV_F receives its stage's input; SEND_B sends the gradient of its stage's input back, RECV_B
+    receives the gradient of its stage's output.
     """
 
     kind: ActionKind
@@ -71,10 +71,10 @@ class Schedule:
     num_microbatches: int
     rank_of_stage: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
-    links: tuple[Link, ...] | None = None  # type: ignore[assignment]
+    links: tuple[Link, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.links is None:
+        if not self.links:
             object.__setattr__(self, "links", tuple(Link(s, s + 1, s) for s in range(self.num_stages - 1)))
 
     @property
@@ -89,7 +89,8 @@ class Schedule:
         return frozenset(last.values())
 
     def validate(self) -> None:
-        """Raises ScheduleError unless every stage runs every microbatch once forward, and once or never backward, in order, on its own rank."""
+        """Raises ScheduleError unless every stage runs every microbatch once forward, and once or never backward, in order, on its own
+        rank."""
         seen: set[Action] = set()
         for rank, row in enumerate(self.actions):
             for action in row:
@@ -117,5 +118,6 @@ class Schedule:
         wanted = [{ActionKind.F, ActionKind.B}, {ActionKind.F, ActionKind.I, ActionKind.W}] if trained else [{ActionKind.F}]
         if have not in wanted:
             raise ScheduleError(
-                f"stage {stage}, microbatch {m} has {'+'.join(sorted(have)) or 'nothing'}, but needs {' or '.join('+'.join(sorted(w)) for w in wanted)}"
+                f"stage {stage}, microbatch {m} has {'+'.join(sorted(have)) or 'nothing'}, but needs "
+                f"{' or '.join('+'.join(sorted(w)) for w in wanted)}"
             )

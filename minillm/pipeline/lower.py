@@ -11,7 +11,8 @@ K = ActionKind
 
 
 def lower(schedule: Schedule, *, train: bool = True, ties: tuple[int, ...] = ()) -> Schedule:
-    """The schedule ready to execute: with messages, and for training with the gradient reductions and the optimizer step at the end of each row.
+    """The schedule ready to execute: with messages, and for training with the gradient reductions and the optimizer step at the end of each
+    row.
 
     `ties` are the stages that hold a copy of a tied weight.
     """
@@ -23,10 +24,11 @@ def lower(schedule: Schedule, *, train: bool = True, ties: tuple[int, ...] = ())
 def add_communication(schedule: Schedule) -> Schedule:
     """Put a send behind every action whose result another rank needs, and a receive into that rank's row.
 
-    The pass executes the schedule on paper: it runs whatever action is next in some row and has its inputs, and when it emits a send, it appends the receive to the
-    receiver's row at that moment. So there is one global order of events in which each receive comes right after its send, and each row is a part of that order;
-    executing rows in order can therefore not deadlock, even if a send completes only when it is received, because the earliest event that has not happened
-    is always possible. Stages on the same rank hand over without a message.
+    The pass executes the schedule on paper: it runs whatever action is next in some row and has its inputs, and when it emits a send, it
+    appends the receive to the receiver's row at that moment. So there is one global order of events in which each receive comes right after
+    its send, and each row is a part of that order; executing rows in order can therefore not deadlock, even if a send completes only when
+    it is received, because the earliest event that has not happened is always possible. Stages on the same rank hand over without a
+    message.
     """
     target = {link.src_stage: link.dst_stage for link in schedule.links}
     source = {link.dst_stage: link.src_stage for link in schedule.links}
@@ -81,7 +83,8 @@ def _hand_over(
 
 
 def add_reductions(schedule: Schedule, ties: tuple[int, ...] = ()) -> Schedule:
-    """At the end of each row: the tied weights' copies are summed first, then each stage's gradients over the data, then the optimizer steps."""
+    """At the end of each row: the tied weights' copies are summed first, then each stage's gradients over the data, then the optimizer
+    steps."""
     rows = []
     for rank, row in enumerate(schedule.actions):
         stages = [stage for stage in range(schedule.num_stages) if schedule.rank_of_stage[stage] == rank]

@@ -1,7 +1,8 @@
 """The one loop that executes any schedule: training on one rank, pipelines, evaluation.
 
-A schedule is data (schedules.py, lower.py). The runtime looks up each action's kind in one dict and calls the method found there; it has no notion of GPipe or
-1F1B. Receives go into fresh buffers, because the tape may still refer to the last ones. Sends are non-blocking and retired as the step goes on.
+A schedule is data (schedules.py, lower.py). The runtime looks up each action's kind in one dict and calls the method found there; it has no
+notion of GPipe or 1F1B. Receives go into fresh buffers, because the tape may still refer to the last ones. Sends are non-blocking and
+retired as the step goes on.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from minillm.pipeline.action import Action, ActionKind, Link, Schedule
 from minillm.pipeline.stage import Live, Microbatch, Stage
 from minillm.trace import Tracer
 
-
 Mailbox = dict[tuple[int, int], tuple[Array, ...]]
-"""(destination stage, microbatch) -> the arrays for it. Computation puts and takes; a send takes what is for another rank, a receive puts what came."""
+"""(destination stage, microbatch) -> the arrays for it. Computation puts and takes; a send takes what is for another rank, a receive puts
+what came."""
 
 
 class PipelineRuntime:
     """Executes one rank's row of a lowered schedule over its stages.
 
-    `links` sends between the ranks of the pp axis; `optimizer_step` is called for OPTIMIZER_STEP with this rank's part of the loss. With `train` false, nothing is put on the tape.
+    `links` sends between the ranks of the pp axis; `optimizer_step` is called for OPTIMIZER_STEP with this rank's part of the loss. With
+    `train` false, nothing is put on the tape.
     """
 
     def __init__(
@@ -65,8 +67,8 @@ class PipelineRuntime:
         }
 
     def run(self, microbatches: Sequence[Microbatch], divisor: float) -> float:
-        """Execute the row. `divisor` is what the loss is divided by: the tokens of the global batch. Returns this rank's part of the loss, a sum over its
-        microbatches (0 on ranks without the last stage)."""
+        """Execute the row. `divisor` is what the loss is divided by: the tokens of the global batch. Returns this rank's part of the loss,
+        a sum over its microbatches (0 on ranks without the last stage)."""
         self._microbatches, self._divisor = microbatches, divisor
         self._live: dict[tuple[int, int], Live] = {}
         self._activations: Mailbox = {}
@@ -141,7 +143,8 @@ class PipelineRuntime:
             self._sends.append(self.links.isend(array, rank, tag))
 
     def _receive(self, mailbox: Mailbox, from_stage: int, action: Action) -> None:
-        """Receive what a neighbour computed for `action.stage`, into fresh buffers: the tape may still refer to those of earlier microbatches."""
+        """Receive what a neighbour computed for `action.stage`, into fresh buffers: the tape may still refer to those of earlier
+        microbatches."""
         key = _key(action)
         rank, tag = self.schedule.rank_of_stage[from_stage], self._tag(from_stage, action.stage)
         boundary = self.stages[action.stage].boundary(self._microbatches[key[1]].where)

@@ -27,7 +27,8 @@ CASES: dict[str, tuple[Callable, str, str, Callable[[int], tuple[int, ...]]]] = 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", list(CASES))
 def test_adjoint(name: str, n: int) -> None:
-    """The inner product of a replicated value counts once, of sharded or partial ones over all ranks; a gradient has the dual layout of its value."""
+    """The inner product of a replicated value counts once, of sharded or partial ones over all ranks; a gradient has the dual layout of its
+    value."""
     function, layout_in, layout_out, shape = CASES[name]
 
     def rank(comm) -> tuple[float, float]:

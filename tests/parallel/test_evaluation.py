@@ -26,7 +26,9 @@ def _evaluate(layout: Layout, num_tokens: int, **changes) -> list[tuple[float, i
 
 @pytest.mark.parametrize("num_tokens", [5, 16, 100, 333])
 @pytest.mark.parametrize(
-    "layout", [Layout(dp=4, num_microbatches=4), Layout(pp=2, num_microbatches=4), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2)], ids=str
+    "layout",
+    [Layout(dp=4, num_microbatches=4), Layout(pp=2, num_microbatches=4), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2)],
+    ids=str,
 )
 def test_equals_one_rank(layout: Layout, num_tokens: int) -> None:
     (expected,) = _evaluate(Layout(), num_tokens)

@@ -55,8 +55,8 @@ def test_data_parallel_moves_each_gradient_once(dp: int) -> None:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_tensor_parallel_all_reduces_activations(tp: int) -> None:
-    """Per block two sums forward (after attention, after the MLP) and two backward (before them); one forward for the embedding, one backward
-    for the head's input; and three numbers per token for the loss."""
+    """Per block two sums forward (after attention, after the MLP) and two backward (before them); one forward for the embedding, one
+    backward for the head's input; and three numbers per token for the loss."""
     layout = Layout(tp=tp, num_microbatches=2)
     tokens = _tokens(layout)
     activations = (4 * BASE["layers"] + 2) * tokens * BASE["dim"] * ITEM
@@ -67,15 +67,18 @@ def test_tensor_parallel_all_reduces_activations(tp: int) -> None:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_sequence_parallel_halves_of_the_same_sums(tp: int) -> None:
-    """Every all-reduce of activations becomes a reduce-scatter (input: whole activations) or an all-gather (output: whole activations): entering costs a
-    gather forward and a scatter backward, leaving the reverse. Parameters outside the parallel part are summed over tp as well."""
+    """Every all-reduce of activations becomes a reduce-scatter (input: whole activations) or an all-gather (output: whole activations):
+    entering costs a gather forward and a scatter backward, leaving the reverse. Parameters outside the parallel part are summed over tp as
+    well."""
     layout = Layout(tp=tp, sp=True, num_microbatches=2)
     whole = _tokens(layout) * BASE["dim"] * ITEM
     crossings = 2 * BASE["layers"] + 1  # entering: attention, MLP, head; leaving: attention, MLP, embedding
     for rank in _payload("gpt2", layout):
         assert rank["tp", "all_gather"] == 2 * crossings * whole
         assert rank["tp", "reduce_scatter"] == 2 * crossings * whole
-        outside = BASE["dim"] * (BASE["context"] + BASE["layers"] * 6 + 2)  # positions; per block two norms (2 D each) and two biases; the last norm
+        outside = BASE["dim"] * (
+            BASE["context"] + BASE["layers"] * 6 + 2
+        )  # positions; per block two norms (2 D each) and two biases; the last norm
         assert rank["tp", "all_reduce"] == (3 * _tokens(layout) + outside) * ITEM
 
 

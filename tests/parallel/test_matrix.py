@@ -33,7 +33,10 @@ PAIRS = [
 ]
 
 TRIPLES = [
-    *(Layout(dp=2, tp=2, pp=2, sp=sp, schedule=s, num_microbatches=m) for sp, s, m in ((False, "gpipe", 4), (True, "1f1b", 4), (True, "gpipe", 1), (False, "1f1b", 8))),
+    *(
+        Layout(dp=2, tp=2, pp=2, sp=sp, schedule=s, num_microbatches=m)
+        for sp, s, m in ((False, "gpipe", 4), (True, "1f1b", 4), (True, "gpipe", 1), (False, "1f1b", 8))
+    ),
     Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2, stage_layers="3,1"),
 ]
 
@@ -42,7 +45,11 @@ CELLS = [
     *((model, layout) for layout in PAIRS for model in ("gpt2", "llama")),
     *((model, layout) for layout in TRIPLES for model in ("gpt2", "llama")),
     # The remaining model options, each on a layout that uses every axis.
-    *((model, layout) for model in ("gpt2-untied", "llama-tied", "sinusoidal", "relu") for layout in (TRIPLES[1], Layout(pp=2, num_microbatches=2))),
+    *(
+        (model, layout)
+        for model in ("gpt2-untied", "llama-tied", "sinusoidal", "relu")
+        for layout in (TRIPLES[1], Layout(pp=2, num_microbatches=2))
+    ),
 ]
 
 
@@ -70,7 +77,8 @@ def test_float32_gradients_and_sgd_weights(model: str, layout: Layout) -> None:
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 @pytest.mark.parametrize("layout", [Layout(dp=4), Layout(tp=4), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4)], ids=str)
 def test_float32_adamw(model: str, layout: Layout) -> None:
-    """AdamW divides by the gradient's own size, which turns rounding of tiny gradients into steps: 1e-2 lr a step. A key bias has no true gradient."""
+    """AdamW divides by the gradient's own size, which turns rounding of tiny gradients into steps: 1e-2 lr a step. A key bias has no true
+    gradient."""
     changes = dict(dtype="float32", lr=1e-3, warmup=0)
     expected = reference(model, "adamw", 5, tuple(changes.items()))
     found = train(model, layout, optimizer="adamw", **changes)
@@ -88,7 +96,11 @@ def test_schedules_agree_bit_for_bit(layout: Layout) -> None:
         assert np.array_equal(weight, runs[1].weights[name]), name
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=2, pp=2, num_microbatches=4), Layout(tp=2, pp=4, num_microbatches=2), Layout(pp=4, num_microbatches=8, schedule="gpipe")], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(dp=2, pp=2, num_microbatches=4), Layout(tp=2, pp=4, num_microbatches=2), Layout(pp=4, num_microbatches=8, schedule="gpipe")],
+    ids=str,
+)
 def test_no_deadlock_without_buffering(layout: Layout) -> None:
     assert_same(train("gpt2", layout, steps=2, rendezvous=True), reference("gpt2", steps=2), TOLERANCE)
 
