@@ -156,7 +156,7 @@ class TrainConfig(Architecture):
     data: str = "austen"
     """What to learn: stdlib (the source of Python's standard library), austen (a novel that comes along), shakespeare (fetched once),
     a text file, a folder of text files, or a .bin or .npy file of tokens."""
-    tokenizer: str | None = "char"
+    tokenizer: str | None = None
     """How text becomes tokens: byte, char, or the path of a tokenizer.json; left out: byte for text, none for files of tokens."""
 
     # How it learns

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import minillm
 from minillm import doctor
 from minillm.doctor import Finding, judge_launch, mpi_family, new_enough, parse_requirement, report
 
@@ -102,7 +103,7 @@ def test_requirements_are_read() -> None:
 
 def test_kernels_are_counted_and_the_unavailable_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(op: str, backend: str, unavailable: str | None = None) -> types.SimpleNamespace:
-        return types.SimpleNamespace(op=op, backend=backend, name=f"{backend}:v1", unavailable=unavailable)
+        return types.SimpleNamespace(op=op, backend=backend, choice=f"{backend}:v1", unavailable=unavailable)
 
     kernels = [
         kernel("rope", "numpy"),
@@ -110,17 +111,17 @@ def test_kernels_are_counted_and_the_unavailable_named(monkeypatch: pytest.Monke
         kernel("adamw", "c"),
         kernel("rope", "c", "compile it with pip install -e ."),
     ]
-    package, registry = types.ModuleType("minillm.kernels"), types.ModuleType("minillm.kernels.registry")
-    vars(registry).update(SPEED=("cuda", "c", "numpy"), available=lambda: kernels)
-    vars(package).update(registry=registry)
+    package = types.ModuleType("minillm.kernels")
+    vars(package).update(ops=lambda: sorted({k.op for k in kernels}), available=lambda op: [k for k in kernels if k.op == op])
     monkeypatch.setitem(sys.modules, "minillm.kernels", package)
-    monkeypatch.setitem(sys.modules, "minillm.kernels.registry", registry)
+    monkeypatch.setattr(minillm, "kernels", package, raising=False)
     first, second = doctor.check_kernels()
     assert (first.mark, first.found) == ("ok", "2 operations in numpy, 1 operations in c, none in cuda")
     assert second == Finding("warning", "kernels", "rope c:v1 cannot run here", "compile it with pip install -e .")
     kernels.clear()
     assert next(iter(doctor.check_kernels())).mark == "problem"
     monkeypatch.setitem(sys.modules, "minillm.kernels", None)
+    monkeypatch.delattr(minillm, "kernels")
     assert next(iter(doctor.check_kernels())).remedy == doctor.INSTALL
 
 

@@ -62,6 +62,7 @@ minillm/checkpoint/
 minillm/assembly.py
 minillm/trainer.py
 minillm/evaluation.py
+minillm/loading.py
 minillm/generation.py
 minillm/train.py
 minillm/evaluate.py

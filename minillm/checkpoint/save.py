@@ -210,7 +210,7 @@ def _chunks(header: bytes, blocks: Sequence[Block]) -> Iterable[bytes | memoryvi
     yield len(header).to_bytes(8, "little")
     yield header
     for _, _, data in blocks:
-        host = data if isinstance(data, np.ndarray) else data.get()  # CuPy's copy to the host
+        host = data if isinstance(data, np.ndarray | np.generic) else data.get()  # CuPy's copy to the host
         yield np.ascontiguousarray(host).reshape(-1).view(np.uint8).data
 
 

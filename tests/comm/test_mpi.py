@@ -1,0 +1,45 @@
+"""The communicator over real MPI processes, and how ranks end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mpi_helpers import finish, mpirun, needs_mpirun, start
+
+PROGRAM = str(Path(__file__).with_name("mpi_program.py"))
+
+pytestmark = needs_mpirun
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_collectives(n: int) -> None:
+    done = mpirun(n, [PROGRAM, "all", str(n)])
+    assert done.returncode == 0 and "passed 7" in done.output, done.output
+
+
+def test_one_rank_raises_and_all_end() -> None:
+    done = mpirun(3, [PROGRAM, "raises", "3"])
+    assert done.returncode != 0 and done.seconds < 10
+    assert "rank 1: ValueError: planted failure" in done.output
+    assert "rank 1: Traceback" in done.output
+
+
+def test_one_rank_killed_and_all_end() -> None:
+    done = mpirun(3, [PROGRAM, "killed", "3"])
+    assert done.returncode != 0 and done.seconds < 10
+    assert "9" in done.output  # the launcher names the signal
+
+
+def test_an_agreed_error_is_printed_once() -> None:
+    done = mpirun(3, [PROGRAM, "bad_option", "3"])
+    assert done.returncode == 1 and done.seconds < 10
+    assert done.output.count("the planted option is wrong") == 1
+    assert "rank 1: the planted option" in done.output and "Traceback" not in done.output
+
+
+def test_the_launcher_of_another_mpi_is_named() -> None:
+    """Such an mpirun starts N programs whose MPI sees one rank."""
+    done = finish(start(0, [PROGRAM, "all", "1"], env={"OMPI_COMM_WORLD_SIZE": "4"}))
+    assert done.returncode == 1
+    assert "started 4 ranks, but the MPI library in use sees 1" in done.output and "pip install" in done.output

@@ -1,0 +1,68 @@
+"""Start a program under mpirun, with a time-out that ends its own processes and nobody else's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun; install one with: pip install -e '.[mpich]'")
+
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+_LAUNCHED = ("OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_", "HYDRA_")
+
+
+@dataclass
+class Finished:
+    """How a launch ended: exit status, standard output and error together, seconds."""
+
+    returncode: int
+    output: str
+    seconds: float
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a launch: one thread a rank, and no trace of a launcher around the tests."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
+    return clean | OPEN_MPI | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(extra or {})
+
+
+def start(n: int, args: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """`mpirun -n N python ARGS` in a process group of its own; n = 0 starts plain `python ARGS`."""
+    launcher = [str(MPIRUN), "-n", str(n)] if n else []
+    command = [*launcher, sys.executable, *args]
+    return subprocess.Popen(
+        command, env=environment(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 60) -> Finished:
+    """Wait for a launch; fail the test, after ending the launch, when it takes longer than `timeout` seconds."""
+    started = time.monotonic()
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {timeout} s; its output so far:\n{output}")
+    return Finished(process.returncode, output, time.monotonic() - started)
+
+
+def mpirun(n: int, args: Sequence[str], timeout: float = 60, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Finished:
+    """Run `mpirun -n N python ARGS` to its end."""
+    return finish(start(n, args, env, cwd), timeout)
