@@ -1,0 +1,63 @@
+"""Run by test_matrix_mpi.py under mpirun: train on this many ranks in several layouts, and compare this rank's pieces with a run of its own on one rank."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+from training_helpers import Layout, assemble, make_config, train_rank
+
+from minillm import kernels
+from minillm.comm.communicator import SelfCommunicator
+from minillm.comm.world import main_guard, world
+
+TOLERANCE = 1e-10
+STEPS = 3
+
+LAYOUTS = {
+    2: [
+        ("gpt2", Layout(dp=2)),
+        ("llama", Layout(tp=2)),
+        ("gpt2", Layout(tp=2, sp=True)),
+        ("gpt2", Layout(pp=2, num_microbatches=4)),
+        ("llama", Layout(pp=2, num_microbatches=2, schedule="gpipe")),
+    ],
+    4: [
+        ("gpt2", Layout(dp=2, tp=2, num_microbatches=2)),
+        ("llama", Layout(dp=2, pp=2, num_microbatches=4)),
+        ("gpt2", Layout(tp=2, pp=2, sp=True, num_microbatches=4)),
+        ("llama-tied", Layout(pp=4, num_microbatches=8)),
+        ("gpt2", Layout(tp=4, sp=True)),
+    ],
+    8: [
+        ("gpt2", Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4)),
+        ("llama", Layout(dp=2, tp=2, pp=2, num_microbatches=2, schedule="gpipe")),
+    ],
+}
+
+
+def main() -> int:
+    kernels.limit_blas()
+    comm = world()
+    for model, layout in LAYOUTS[comm.size]:
+        losses, norms, found = train_rank(comm, make_config(model, layout), "sgd", STEPS)
+        expected_losses, expected_norms, expected = train_rank(SelfCommunicator(), make_config(model, Layout()), "sgd", STEPS)
+        np.testing.assert_allclose(losses + norms, expected_losses + expected_norms, rtol=TOLERANCE)
+        for what, mine, pieces in zip(("first gradients", "last gradients", "weights"), found, expected, strict=True):
+            whole = assemble([pieces])
+            for name, (_, blocks) in mine.items():
+                for where, block in blocks:
+                    reference = whole[name]
+                    error, scale = np.linalg.norm(block - reference[where]), np.linalg.norm(reference)
+                    if not error <= TOLERANCE * scale:
+                        raise AssertionError(f"{model} {layout}: {what} of {name} differ by {error / scale:.1e} on rank {comm.rank}")
+        if comm.rank == 0:
+            print("same", model, layout, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

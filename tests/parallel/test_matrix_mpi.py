@@ -1,0 +1,18 @@
+"""A dozen cells of the matrix again, under a real mpirun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from matrix_program import LAYOUTS
+from mpi_helpers import mpirun, needs_mpirun
+
+PROGRAM = str(Path(__file__).with_name("matrix_program.py"))
+
+
+@needs_mpirun
+@pytest.mark.parametrize("n", list(LAYOUTS))
+def test_float64_equals_one_rank(n: int) -> None:
+    done = mpirun(n, [PROGRAM], timeout=120)
+    assert done.returncode == 0 and done.output.count("same ") == len(LAYOUTS[n]), done.output
