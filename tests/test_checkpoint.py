@@ -418,22 +418,24 @@ def test_damage_is_refused_and_an_older_one_offered(damage: Callable[[Path], Non
     assert len(set(run_ranks(3, rank))) == 1
 
 
-def test_a_flipped_byte_is_found_by_all_ranks(tmp_path: Path) -> None:
+def test_a_flipped_byte_in_any_file_is_found_by_all_ranks(tmp_path: Path) -> None:
     (path,) = small_run(tmp_path, 10, num_ranks=4)
     run_ranks(3, lambda comm: checkpoint.verify(path, comm))
-    file = path / "rank-00002.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-1] ^= 1
-    file.write_bytes(raw)
-    assert checkpoint.find(tmp_path) == path  # sizes alone do not show it
 
-    def rank(comm: Communicator) -> str:
-        with pytest.raises(CheckpointError, match=r"rank-00002\.safetensors was altered.*no older complete checkpoint") as caught:
+    def rank(comm: Communicator, name: str) -> str:
+        with pytest.raises(CheckpointError, match=rf"{name} was altered.*no older complete checkpoint") as caught:
             checkpoint.verify(path, comm)
         return str(caught.value)
 
-    for num_ranks in (1, 3, 6):
-        assert len(set(run_ranks(num_ranks, rank))) == 1
+    files = sorted(path.glob("*.safetensors"))
+    assert len(files) > 2
+    for file in files:
+        intact = file.read_bytes()
+        file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+        assert checkpoint.find(tmp_path) == path  # sizes alone do not show it
+        for num_ranks in (1, 3, 6):
+            assert len(set(run_ranks(num_ranks, lambda comm, name=file.name: rank(comm, name)))) == 1
+        file.write_bytes(intact)
 
 
 def test_a_file_damaged_after_the_check_is_still_an_error(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def test_fused_segments_give_each_rank_its_part_of_each() -> None:
         assert local.tolist() == expected
 
 
+def test_padding_of_one_segment_does_not_move_the_next() -> None:
+    """Local arrays are laid out alike on all ranks, also on those whose part of a padded segment is short or empty."""
+    spec, mesh = ShardSpec((9,), ((Segment(5, ("tp",)), Segment(4)),), pad=True), MeshShape(tp=4)
+    assert spec.local_shape(mesh) == (6,)
+    for rank in range(4):
+        pieces = list(spec.pieces(mesh, mesh.coords(rank)))
+        assert pieces[-1] == ((slice(5, 9),), (slice(2, 6),))
+        assert len(pieces) == (2 if rank < 3 else 1)
+
+
 def test_two_axes_count_the_later_one_faster() -> None:
     spec, mesh = ShardSpec((12,), ((Segment(12, ("ep", "tp")),),)), MeshShape(ep=2, tp=3)
     starts = {

@@ -1,0 +1,89 @@
+"""Look at a pipeline schedule: `python -m minillm.schedule 1f1b --ranks 4 --microbatches 8 --svg schedule.svg`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from minillm.comm.world import main_guard
+from minillm.config import known_name
+from minillm.errors import ConfigError
+from minillm.flags import parse_flags
+from minillm.pipeline.draw import draw_svg, draw_text
+from minillm.pipeline.lower import lower
+from minillm.pipeline.schedules import SCHEDULES
+from minillm.pipeline.simulate import Cost, Timeline, simulate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleArgs:
+    """Draw a pipeline schedule (the first word: gpipe or 1f1b) with its idle time and the activations it holds."""
+
+    ranks: int = 4
+    """Pipeline ranks."""
+    microbatches: int = 8
+    """Microbatches per step."""
+    forward_cost: float = 1.0
+    """Time of a forward pass of one stage."""
+    backward_cost: float = 2.0
+    """Time of a backward pass of one stage."""
+    svg: str | None = None
+    """File to draw into."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("--forward-cost", self.forward_cost), ("--backward-cost", self.backward_cost)):
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"{name} {value} must be more than 0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit status."""
+    return main_guard(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    if not name and not {"-h", "--help"} & set(argv):
+        raise ConfigError(f"name a schedule first: {' or '.join(SCHEDULES)}")
+    args = parse_flags(ScheduleArgs, argv, prog="python -m minillm.schedule SCHEDULE")
+    make = SCHEDULES[known_name(name, SCHEDULES, "schedule")]
+    schedule = make(args.ranks, args.microbatches)
+    simulate(lower(schedule), rendezvous=False)  # what would be executed can be executed
+    timeline = simulate(schedule, Cost(forward=Fraction(args.forward_cost), backward=Fraction(args.backward_cost)))
+    print(draw_text(timeline, shutil.get_terminal_size((160, 24)).columns))
+    print(_summary(name, timeline, args))
+    if args.svg is not None:
+        title = f"{name}, {args.ranks} ranks, {args.microbatches} microbatches"
+        _write(Path(args.svg), draw_svg(timeline, title))
+        print(f"drawn into {args.svg}")
+    return 0
+
+
+def _summary(name: str, timeline: Timeline, args: ScheduleArgs) -> str:
+    p, m = args.ranks, args.microbatches
+    in_flight = [timeline.peak_in_flight(rank) for rank in range(p)]
+    formula = "1 on one rank" if p == 1 else "m" if name == "gpipe" else "min(m, p - rank)"
+    expected = [1 if p == 1 else m if name == "gpipe" else min(m, p - rank) for rank in range(p)]
+    return (
+        f"\ntime       {float(timeline.makespan):g}, of which each rank computes {float(timeline.busy(0)):g}\n"
+        f"bubble     {float(timeline.bubble):.4f} simulated, {(p - 1) / (m + p - 1):.4f} by (p - 1) / (m + p - 1)\n"
+        f"in flight  {' '.join(map(str, in_flight))} microbatches held at most by each rank, {' '.join(map(str, expected))} by {formula}"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"--svg {path} cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Every operation passes the adjoint gradient check in float64: odd sizes, masks, grouped queries, ignored targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minillm import kernels, ops
+from minillm.autograd import Function, Tensor, backward, gradcheck
+
+R = np.random.default_rng(1)
+
+
+def _n(*shape: int) -> np.ndarray:
+    return R.standard_normal(shape)
+
+
+IDS = R.integers(0, 9, (2, 5))
+TARGETS = np.where(R.random((3, 5)) < 0.3, -100, R.integers(0, 7, (3, 5)))
+KEY_MASK = np.array([[True] * 5, [True, True, False, True, False]])
+COS, SIN = kernels.rope_tables(np.array([0, 3, 4, 9, 20]), 6, 10000.0, np.float64)
+DROP = kernels.AttentionDropout(0.3, 12345, np.array([4, 9]), 2, np.arange(5), np.arange(5))
+ADDRESS: dict[str, Any] = dict(key=77, samples=np.array([3, 8]), times=np.array([5, 6, 7]), channels=np.arange(4))
+
+
+def _attention(heads: int, kv_heads: int, **options: Any) -> Callable[[Tensor], Tensor]:
+    return lambda qkv: ops.attention(qkv, heads=heads, kv_heads=kv_heads, **options)
+
+
+CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
+    "linear": (ops.linear, (_n(2, 3, 5), _n(7, 5), _n(7))),
+    "linear without bias": (ops.linear, (_n(3, 5), _n(7, 5))),
+    "linear of no rows": (ops.linear, (_n(0, 5), _n(7, 5), _n(7))),
+    "add bias": (lambda x, b: ops.add_bias(ops.add_constant(x, np.zeros(4)), b), (_n(2, 3, 4), _n(4))),
+    "layer norm": (ops.layer_norm, (_n(2, 3, 7), _n(7), _n(7))),
+    "layer norm without bias": (ops.layer_norm, (_n(5, 7), _n(7))),
+    "rms norm": (ops.rms_norm, (_n(2, 3, 7), _n(7))),
+    "gelu tanh": (lambda x: ops.gelu(x, "tanh"), (3 * _n(3, 11),)),
+    "gelu erf": (lambda x: ops.gelu(x, "erf"), (3 * _n(3, 11),)),
+    "relu": (ops.relu, (_n(3, 5) + 0.01,)),
+    "swiglu": (ops.swiglu, (_n(2, 3, 10),)),
+    "softmax": (ops.softmax, (_n(3, 4, 5),)),
+    "add": (ops.add, (_n(2, 3), _n(2, 3))),
+    "add to itself": (lambda x: ops.add(x, x), (_n(2, 3),)),
+    "add constant": (lambda x: ops.add_constant(x, np.arange(3.0)), (_n(2, 3),)),
+    "add position": (lambda x, table: ops.add_position(x, table, np.array([1, 4, 5])), (_n(2, 3, 4), _n(8, 4))),
+    "dropout": (lambda x: ops.dropout(x, 0.4, **ADDRESS), (_n(2, 3, 4),)),
+    "embedding": (lambda w: ops.embedding(IDS, w), (_n(9, 4),)),
+    "embedding of a part of the rows": (lambda w: ops.embedding(IDS, w, 3), (_n(4, 4),)),
+    "rotary": (lambda x: ops.rotary(ops.add_constant(x, np.zeros(1)), heads=2, kv_heads=1, cos=COS, sin=SIN), (_n(2, 5, 24),)),
+    "attention causal": (_attention(2, 2), (_n(2, 5, 18),)),
+    "attention full": (_attention(2, 2, causal=False), (_n(2, 5, 18),)),
+    "attention grouped": (_attention(4, 2), (_n(2, 5, 24),)),
+    "attention padded": (_attention(2, 1, causal=False, key_mask=KEY_MASK), (_n(2, 5, 12),)),
+    "attention causal and padded": (_attention(2, 1, key_mask=~KEY_MASK), (_n(2, 5, 12),)),
+    "attention with dropout": (_attention(2, 2, dropout=DROP), (_n(2, 5, 12),)),
+    "attention by times": (_attention(2, 2, times=np.array([2, 0, 5, 1, 9])), (_n(2, 5, 12),)),
+    "attention long": (_attention(1, 1), (_n(1, 150, 6),)),
+    "cross attention": (ops.attention_qkv, (_n(2, 3, 4, 5), _n(2, 6, 2, 5), _n(2, 6, 2, 5))),
+    "cross attention, causal": (
+        lambda q, k, v: ops.attention_qkv(q, k, v, causal=True, times_q=np.array([4, 5]), times_k=np.arange(6)),
+        (_n(1, 2, 2, 3), _n(1, 6, 2, 3), _n(1, 6, 2, 3)),
+    ),
+    "cross entropy": (lambda x: ops.cross_entropy(x, TARGETS, divisor=11.0), (_n(3, 5, 7),)),
+    "mean squared error": (lambda x: ops.mse_loss(x, np.ones((3, 4)), divisor=12.0), (_n(3, 4),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_adjoint(name: str) -> None:
+    function, inputs = CASES[name]
+    gradcheck(function, *inputs, tol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_gradients_are_written_afresh(name: str) -> None:
+    """Incoming gradients that the caller still holds are left alone, and running twice gives the same."""
+    function, inputs = CASES[name]
+    found = []
+    for _ in range(2):
+        tensors = [Tensor(x.copy(), True) for x in inputs]
+        out = function(*tensors)
+        seed = np.ones(out.shape)
+        backward([(out, seed)])
+        assert np.array_equal(seed, np.ones(out.shape))
+        assert all(np.array_equal(t.data, x) for t, x in zip(tensors, inputs, strict=True)), "an input was overwritten"
+        found.append([t.grad for t in tensors])
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_every_operation_is_checked() -> None:
+    checked = " ".join(CASES)
+    words = {"add_bias": "add bias", "add_constant": "add constant", "add_position": "add position", "attention_qkv": "cross attention"}
+    words |= {"cross_entropy": "cross entropy", "layer_norm": "layer norm", "rms_norm": "rms norm", "mse_loss": "mean squared error"}
+    missing = [name for name in ops.__all__ if words.get(name, name) not in checked]
+    assert not missing
+
+
+def test_operations_that_overwrite_their_input_say_so() -> None:
+    for function in (ops.add_bias, ops.rotary):
+        assert "Overwrites" in (function.__doc__ or "")
+
+
+def test_a_row_that_may_see_nothing_has_zero_output_and_gradient() -> None:
+    qkv = Tensor(_n(1, 4, 9), True)
+    mask = np.array([[False, False, True, True]])
+    out = ops.attention(qkv, heads=1, kv_heads=1, key_mask=mask)
+    assert np.array_equal(out.data[0, :2], np.zeros((2, 3))) and np.isfinite(out.data).all()
+    backward([(out, np.ones(out.shape))])
+    assert np.isfinite(qkv.grad).all() and np.array_equal(qkv.grad[0, :2], np.zeros((2, 9)))
+
+
+def test_function_subclasses_are_complete() -> None:
+    def walk(cls: type) -> list[type]:
+        return [sub for direct in cls.__subclasses__() for sub in (direct, *walk(direct))]
+
+    for sub in walk(Function):
+        if sub.__module__.startswith("minillm."):
+            assert "forward" in vars(sub) and "backward" in vars(sub), sub

@@ -1,0 +1,156 @@
+"""Schedules as data: complete, free of deadlock even without buffering, with the bubble and the memory that the papers promise."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from minillm.errors import ScheduleError
+from minillm.pipeline.action import Action, ActionKind, Schedule
+from minillm.pipeline.draw import draw_svg, draw_text
+from minillm.pipeline.lower import lower
+from minillm.pipeline.schedules import SCHEDULES, forward_only
+from minillm.pipeline.simulate import Cost, simulate
+from minillm.schedule import main
+
+K = ActionKind
+SIZES = [(p, m) for p in range(1, 9) for m in range(1, 17)]
+
+
+@pytest.mark.parametrize("kind", list(K))
+def test_actions_print_and_parse_back(kind: ActionKind) -> None:
+    for action in (Action(kind, 2, 5), Action(kind, 11), Action(kind, 0, 0)):
+        assert Action.parse(str(action)) == action
+    assert str(Action(K.F, 2, 5)) == "2F5"
+
+
+@pytest.mark.parametrize("text", ["", "F5", "2X5", "2F5x", "-1F0", "2.0F1"])
+def test_what_is_no_action_is_refused(text: str) -> None:
+    with pytest.raises(ScheduleError, match="no action"):
+        Action.parse(text)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_bubble_and_memory_equal_the_formulas(name: str) -> None:
+    for p, m in SIZES:
+        schedule = SCHEDULES[name](p, m)
+        schedule.validate()
+        for cost in (Cost(forward=1, backward=1), Cost(forward=3, backward=5)):
+            timeline = simulate(schedule, cost)
+            assert timeline.bubble == Fraction(p - 1, m + p - 1), (p, m)
+        held = [timeline.peak_in_flight(rank) for rank in range(p)]
+        assert held == [1 if p == 1 else m if name == "gpipe" else min(m, p - rank) for rank in range(p)], (p, m)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_gradients_are_summed_in_the_order_of_the_microbatches(name: str) -> None:
+    for p, m in SIZES:
+        for stage, row in enumerate(SCHEDULES[name](p, m).actions):
+            assert [a for a in row if a.kind is K.B] == [Action(K.B, stage, i) for i in range(m)]
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize("rendezvous", [False, True])
+def test_lowered_schedules_finish_even_if_sends_wait_for_their_receivers(name: str, rendezvous: bool) -> None:
+    for p, m in SIZES:
+        lowered = lower(SCHEDULES[name](p, m), ties=(0, p - 1))
+        timeline = simulate(lowered, Cost(forward=1, backward=1), rendezvous=rendezvous)
+        assert len(timeline.events) == 2 * p * m
+        sends = sum(a.kind in (K.SEND_F, K.SEND_B) for row in lowered.actions for a in row)
+        receives = sum(a.kind in (K.RECV_F, K.RECV_B) for row in lowered.actions for a in row)
+        assert sends == receives == 2 * (p - 1) * m
+
+
+def test_one_rank_is_plain_accumulation() -> None:
+    assert SCHEDULES["gpipe"](1, 3) == SCHEDULES["1f1b"](1, 3)
+    assert [str(a) for a in lower(SCHEDULES["1f1b"](1, 2)).actions[0]] == ["0F0", "0B0", "0F1", "0B1", "0REDUCE_GRAD", "0OPTIMIZER_STEP"]
+
+
+def test_the_last_backward_of_each_stage_arms() -> None:
+    assert lower(SCHEDULES["1f1b"](3, 4)).arming == {Action(K.B, stage, 3) for stage in range(3)}
+    assert lower(forward_only(3, 4), train=False).arming == frozenset()
+
+
+def test_tied_weights_are_summed_before_the_data_reduction() -> None:
+    row = lower(SCHEDULES["gpipe"](2, 1), ties=(0, 1)).actions[1]
+    assert [a.kind for a in row[-3:]] == [K.TIE_REDUCE, K.REDUCE_GRAD, K.OPTIMIZER_STEP]
+
+
+def _with_row(schedule: Schedule, rank: int, row: list[Action]) -> Schedule:
+    return dataclasses.replace(schedule, actions=(*schedule.actions[:rank], tuple(row), *schedule.actions[rank + 1 :]))
+
+
+def test_a_deadlock_is_named() -> None:
+    """Both ranks wait for the other: rank 0 runs the backward of a microbatch before the forward that rank 1 needs first."""
+    schedule = SCHEDULES["gpipe"](2, 2)
+    row = [Action.parse(text) for text in ("0F0", "0B0", "0F1", "0B1")]
+    crossed = _with_row(_with_row(schedule, 0, row), 1, [Action.parse(text) for text in ("1F0", "1F1", "1B0", "1B1")])
+    with pytest.raises(ScheduleError, match="rank 0 at 0B0, waiting for 1B0; rank 1 at 1F1, waiting for 0F1"):
+        simulate(crossed)
+    with pytest.raises(ScheduleError, match="never finish"):
+        lower(crossed)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["0F0", "0F1", "0B0"], "stage 0, microbatch 1 has F"),
+        (["0F0", "0F1", "0B0", "0B0"], "0B0 stands twice"),
+        (["0B0", "0F0", "0F1", "0B1"], "0B0 comes before 0F0"),
+        (["0F0", "0F1", "0B0", "1B1"], "1B1 stands on rank 0, but stage 1 is on rank 1"),
+        (["0F0", "0F7"], "0F7 lies outside"),
+    ],
+)
+def test_malformed_rows_are_named(row: list[str], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        _with_row(SCHEDULES["gpipe"](2, 2), 0, [Action.parse(text) for text in row]).validate()
+
+
+def test_split_backward_runs_too() -> None:
+    """I and W in place of B: the input gradients leave early, the weight gradients fill the end."""
+    rows = [
+        [Action.parse(t) for t in ("0F0", "0F1", "0I0", "0W0", "0I1", "0W1")],
+        [Action.parse(t) for t in ("1F0", "1I0", "1F1", "1I1", "1W0", "1W1")],
+    ]
+    schedule = dataclasses.replace(SCHEDULES["gpipe"](2, 2), actions=tuple(map(tuple, rows)))
+    lowered = lower(schedule)
+    assert lowered.arming == {Action(K.W, 0, 1), Action(K.W, 1, 1)}
+    simulate(lowered, rendezvous=True)
+
+
+def test_drawings() -> None:
+    timeline = simulate(SCHEDULES["1f1b"](2, 2), Cost(forward=1, backward=2))
+    assert draw_text(timeline).splitlines() == [
+        "rank 0  F0 F1  ·  · B0───  · B1───",
+        "rank 1   · F0 B0─── F1 B1───  ·  ·",
+    ]
+    svg = draw_svg(timeline, "two ranks")
+    assert svg.count("<title>") == 8 and "bubble 33.3%" in svg
+
+
+def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out.svg"
+    assert main(["1f1b", "--ranks", "4", "--microbatches", "8", "--svg", str(target)]) == 0
+    out = capsys.readouterr().out
+    assert "0.2727 simulated, 0.2727 by" in out and "4 3 2 1 microbatches" in out
+    assert target.read_text().startswith("<svg") and [p.name for p in tmp_path.iterdir()] == ["out.svg"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["1f1p"], "did you mean 1f1b"),
+        ([], "name a schedule"),
+        (["gpipe", "--ranks", "0"], "at least 1 rank"),
+        (["gpipe", "--rank", "2"], "did you mean --ranks"),
+        (["gpipe", "--forward-cost", "-1"], "must be more than 0"),
+        (["gpipe", "--svg", "/nowhere/x.svg"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
