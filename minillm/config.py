@@ -153,7 +153,7 @@ class TrainConfig(Architecture):
     """Number of different tokens; left out: what the tokenizer has."""
 
     # What it reads
-    data: str = "austen"
+    data: str = "stdlib"
     """What to learn: stdlib (the source of Python's standard library), austen (a novel that comes along), shakespeare (fetched once),
     a text file, a folder of text files, or a .bin or .npy file of tokens."""
     tokenizer: str | None = None

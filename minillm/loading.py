@@ -11,6 +11,7 @@ from minillm import checkpoint
 from minillm.assembly import build_stages, weights
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh
+from minillm.comm.world import agree
 from minillm.config import TrainConfig
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
 from minillm.errors import ConfigError
@@ -61,7 +62,9 @@ def open_checkpoint(path: str, comm: Communicator) -> Opened:
 
 
 def load_trained(opened: Opened, config: ResolvedConfig, mesh: Mesh) -> Mapping[int, Stage]:
-    """This rank's stages with the checkpoint's weights and no room for gradients."""
+    """This rank's stages with the checkpoint's weights and no room for gradients. Collective; raises on every rank if one cannot read its
+    part."""
     stages = build_stages(config, mesh, training=False)
-    checkpoint.load(checkpoint.CheckpointSource(opened.path), list(weights(stages)), mesh.shape, mesh.coords)
+    tensors = list(weights(stages))
+    agree(mesh.world, lambda: checkpoint.load(checkpoint.CheckpointSource(opened.path), tensors, mesh.shape, mesh.coords))
     return stages

@@ -43,7 +43,7 @@ class Progress:
         if self.log.rank:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {compact(self.rate(step))} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.7f}, {compact(self.rate(step))} tokens/s", refresh=False)
             self._bar.update(1)
             return
         now = time.perf_counter()
@@ -52,7 +52,7 @@ class Progress:
             left = (self.total - step - 1) * self.tokens_per_step / max(self.rate(step), 1e-9)
             self.log(
                 f"step {step + 1:>{len(str(self.total))}}/{self.total}  {100 * (step + 1) / self.total:3.0f} %  loss "
-                f"{loss:.4f}  lr {lr:.2e}  "
+                f"{loss:.7f}  lr {lr:.2e}  "
                 f"grad norm {grad_norm:.2f}  {compact(self.rate(step))} tokens/s  {clock(left)} left"
             )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from minillm import checkpoint, kernels
 from minillm.comm.communicator import Communicator
-from minillm.comm.ledger import recording
+from minillm.comm.ledger import ledger, recording
 from minillm.comm.world import AgreedError, StopRequest, agree, known_to_all, main_guard, quiet_unless_first, threads_per_rank, world
 from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
@@ -27,6 +27,7 @@ from minillm.evaluation import Evaluation, evaluate_windows
 from minillm.flags import TrainArgs, parse_train_args, to_toml
 from minillm.generation import Generator, Sampling
 from minillm.log import Log, MetricsFile, Progress, clock, compact
+from minillm.report import TimeShares, peak_mb, plan, plural, step_metrics
 from minillm.resolve import ResolvedConfig, resolve
 from minillm.trace import Tracer
 from minillm.trainer import NotFinite, StepReport, Trainer
@@ -96,70 +97,67 @@ class Run:
         self.first_step = self._resume(found) if found is not None else 0
         self.saved_step = self.first_step if found is not None else -1
         self.metrics = MetricsFile(self.out / "metrics.jsonl" if comm.rank == 0 else None, self.first_step)
-        self._introduce()
+        self.shares = TimeShares()
+        for line in [*plan(config, corpus, self.trainer.stages, kernels.get_threads(), comm), f"output  {self.out}", ""]:
+            self.log(line)
 
     def train(self) -> None:
-        """All steps, then evaluation, a last checkpoint and a sample."""
+        """All steps with their evaluations and checkpoints, then a sample."""
         train = self.config.train
         last = min(train.steps, train.stop_after or train.steps)
         progress = Progress(self.log, self.first_step, train.steps, self.config.tokens_per_step)
         gc.collect()
         gc.disable()  # the tape is freed by reference counts; the collector would only look for cycles that are not there
         started, stopped = time.perf_counter(), False
-        step = self.first_step
+        step, found = self.first_step, None
         while step < last and not stopped:
+            before = ledger().snapshot()
             report = self._step(step)
+            moved = ledger().since(before)
+            self.shares.add(report, moved)
             step += 1
             progress.update(step - 1, report.loss, report.lr, report.grad_norm)
             stopped = report.stop
-            progress.pause(self._between_steps(step, last, stopped, progress))
+            paused = time.perf_counter()
+            found = self._between_steps(step, last, stopped, progress)
+            self.metrics.write(
+                **step_metrics(report, self.config.tokens_per_step, moved), **({} if found is None else {"val_loss": found.loss})
+            )
+            progress.pause(time.perf_counter() - paused)
         progress.close()
         gc.enable()
-        self._finish(step, time.perf_counter() - started, stopped, progress)
+        self._finish(step, time.perf_counter() - started, stopped, progress, found)
 
     def _step(self, step: int) -> StepReport:
         self.trainer.stop_requested = self.stop.signal is not None
         try:
-            report = self.trainer.step(step)
+            return self.trainer.step(step)
         except NotFinite as error:
             self._save(step)
             raise AgreedError(f"{error}. The weights before this step are saved in {self.out}", self.comm.rank == 0) from None
-        tokens = self.config.tokens_per_step / report.seconds
-        self.metrics.write(
-            step=report.step + 1,
-            loss=report.loss,
-            lr=report.lr,
-            grad_norm=report.grad_norm,
-            seconds=report.seconds,
-            exposed_seconds=report.exposed_seconds,
-            tokens_per_second=tokens,
-        )
-        return report
 
-    def _between_steps(self, step: int, last: int, stopped: bool, progress: Progress) -> float:
-        """What is due after `step` steps; returns the seconds it took."""
-        train, started = self.config.train, time.perf_counter()
+    def _between_steps(self, step: int, last: int, stopped: bool, progress: Progress) -> Evaluation | None:
+        """What is due after `step` steps: a comparison of replicas, an evaluation (returned), a checkpoint."""
+        train, found = self.config.train, None
         if train.check_every and step % train.check_every == 0:
-            self.trainer.check_replicas()
-        due = bool(train.eval_every) and step % train.eval_every == 0 and step != last
-        if due and not stopped:
-            found = self._evaluate(step)
-            if found is not None:
-                progress.say(f"step {step}: held-out loss {found.loss:.4f}{_bits(found)}")
-        if stopped or (train.save_every and step % train.save_every == 0):
+            with known_to_all(self.comm):
+                self.trainer.check_replicas()
+        if not stopped and (step == last or (train.eval_every and step % train.eval_every == 0)):
+            found = self._evaluate()
+            if found is not None and step != last:
+                progress.say(f"step {step}: held-out loss {found.loss:.7f}{_bits(found)}")
+        if stopped or step == last or (train.save_every and step % train.save_every == 0):
             self._save(step)
-        return time.perf_counter() - started
+        return found
 
-    def _evaluate(self, step: int) -> Evaluation | None:
-        """The held-out loss, written to the metrics; None where nothing is held out."""
+    def _evaluate(self) -> Evaluation | None:
+        """The held-out loss; None where nothing is held out."""
         tokens = self.config.train.eval_tokens
         if not tokens or len(self.corpus.held_out) < 2:
             return None
         windows = eval_windows(self.corpus.held_out, self.config.model.context, tokens)
         loss, counted = evaluate_windows(self.config, self.trainer.mesh, self.comm, self.trainer.stages, windows)
-        found = Evaluation.of(loss, counted, self.corpus.bytes_per_token)
-        self.metrics.write(step=step, held_out_loss=loss, held_out_tokens=counted)
-        return found
+        return Evaluation.of(loss, counted, self.corpus.bytes_per_token)
 
     def _save(self, step: int) -> None:
         if step == self.saved_step:
@@ -174,7 +172,7 @@ class Run:
         }
         with known_to_all(self.comm):
             checkpoint.save(
-                self.out,
+                self.out / checkpoint.SUBFOLDER,
                 world=self.comm,
                 mesh_shape=self.trainer.mesh.shape,
                 coords=self.trainer.mesh.coords,
@@ -196,50 +194,36 @@ class Run:
                     f"{self.corpus.source} now has "
                     f"{self.corpus.sha256[:12]}; resume with the same text"
                 )
-            checkpoint.load(checkpoint.CheckpointSource(found), self.trainer.state(), self.trainer.mesh.shape, self.trainer.mesh.coords)
+        state, mesh = self.trainer.state(), self.trainer.mesh
+        agree(self.comm, lambda: checkpoint.load(checkpoint.CheckpointSource(found), state, mesh.shape, mesh.coords))
         difference = checkpoint.difference(manifest.meta["key"], self.key)
         self.log(f"resumed from {found} at step {manifest.step}")
         if difference:
             self.log(f"results continue to rounding, not bit for bit: {difference}")
         return manifest.step
 
-    def _introduce(self) -> None:
-        config, model, train = self.config, self.config.model, self.config.train
-        threads = kernels.get_threads()
-        self.log(f"data    {self.corpus.describe()}")
-        self.log(
-            f"model   {train.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, context {model.context}, "
-            f"{compact(model.num_parameters())} parameters, {train.dtype}"
-        )
-        self.log(
-            f"layout  {config.num_ranks} rank{'s' * (config.num_ranks > 1)}: dp {config.dp} x tp "
-            f"{config.tp}{' (sequence-parallel)' * train.sequence_parallel} "
-            f"x pp {config.pp}{f' ({train.schedule})' if config.pp > 1 else ''}, {threads} thread{'s' * (threads > 1)} each"
-        )
-        self.log(
-            f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in {config.num_microbatches} microbatch"
-            f"{'es' * (config.num_microbatches > 1)} of {config.microbatch} per dp rank; {train.steps} steps"
-        )
-        self.log(f"output  {self.out}")
-
-    def _finish(self, step: int, seconds: float, stopped: bool, progress: Progress) -> None:
+    def _finish(self, step: int, seconds: float, stopped: bool, progress: Progress, found: Evaluation | None) -> None:
+        """The totals, and a sample unless the run was interrupted."""
         self._save(step)
+        self.metrics.close()
         if self.tracer is not None:
             self.tracer.write(self.out / "trace.json", self.comm)
-            self.log(f"timeline of all ranks in {self.out / 'trace.json'} (open it in ui.perfetto.dev)")
+            self.log(f"trace   {self.out / 'trace.json'}: a timeline of all ranks, to open in ui.perfetto.dev")
+        if step > self.first_step:
+            steps = f"steps {self.first_step + 1} to {step}" if self.first_step else plural(step, "step")
+            self.log(
+                f"done    {steps} in {clock(seconds)}, {compact(progress.rate(step - 1))} tokens/s, at most "
+                f"{peak_mb(self.comm)} MB per rank"
+            )
+            self.log(f"time    {self.shares.summary(self.comm)}")
         if stopped:
             self.log(f"stopped at step {step} as asked; go on with --resume {self.out}")
             return
-        found = self._evaluate(step)
-        if step > self.first_step:
-            steps = f"steps {self.first_step + 1} to {step}" if self.first_step else f"{step} steps"
-            self.log(f"done    {steps} in {clock(seconds)}, {compact(progress.rate(step - 1))} tokens/s")
         if found is not None:
-            self.log(f"result  held-out loss {found.loss:.4f}, perplexity {found.perplexity:.2f}{_bits(found)}, over {found.tokens} tokens")
-        self.log(f"saved   {self.out}: generate with  python -m minillm.generate --checkpoint {self.out}")
+            self.log(f"result  held-out loss {found.loss:.7f}, perplexity {found.perplexity:.2f}{_bits(found)}, over {found.tokens} tokens")
+        self.log(f"saved   {self.out}; write text with: python -m minillm.generate --checkpoint {self.out}")
         if self.config.train.sample_tokens:
             self._sample()
-        self.metrics.close()
 
     def _sample(self) -> None:
         """Show what the model writes, from one token of the held-out text on. One data-parallel replica does it."""
@@ -259,7 +243,7 @@ def _prepare_out(rank: int, config: ResolvedConfig, found: Path | None) -> Path:
     """The run's folder, made and tried by the first rank. A new run never writes into the folder of another."""
     asked = config.asked.out
     if found is not None and asked is None:
-        return found.parent
+        return found.parent.parent if found.parent.name == checkpoint.SUBFOLDER else found.parent
     path = Path(config.out)
     if rank:
         return path
@@ -275,7 +259,7 @@ def _prepare_out(rank: int, config: ResolvedConfig, found: Path | None) -> Path:
 
 
 def _holds_run(path: Path) -> bool:
-    return path.exists() and (any(path.glob("step-*")) or (path / "metrics.jsonl").exists())
+    return (path / "metrics.jsonl").exists() or (path / checkpoint.SUBFOLDER).exists()
 
 
 if __name__ == "__main__":

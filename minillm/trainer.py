@@ -15,10 +15,11 @@ import numpy as np
 
 from minillm.assembly import build_adamw, build_mesh, build_stages, optimizer_state, weights
 from minillm.checkpoint import StateTensor
-from minillm.comm.communicator import Communicator
+from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.mesh import Mesh
 from minillm.data.batches import Batches
 from minillm.errors import CommError, MinillmError
+from minillm.memory import peak_rss
 from minillm.models.gpt import INIT_STD
 from minillm.nn.module import Where
 from minillm.optim import SGD, AdamW, clip_scale, global_norm, learning_rate
@@ -36,16 +37,19 @@ class NotFinite(MinillmError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step, the same on every rank: mean token loss, gradient norm before clipping, learning rate, seconds, seconds of gradient
-    reduction that backward did not hide, and whether any rank was asked to stop."""
+    """One step: mean token loss, gradient norm before clipping, learning rate, whether any rank was asked to stop, and the peak memory in
+    bytes of the largest rank, the same on every rank; this rank's seconds in all, in reductions that backward did not hide, and in the
+    optimizer."""
 
     step: int
     loss: float
     grad_norm: float
     lr: float
+    stop: bool
+    peak_bytes: int
     seconds: float
     exposed_seconds: float
-    stop: bool
+    optimizer_seconds: float
 
 
 class Trainer:
@@ -81,7 +85,9 @@ class Trainer:
         started, exposed = time.perf_counter(), self._exposed()
         self._step = step
         self.runtime.run(self._microbatches(step), self.config.tokens_per_step)
-        return StepReport(step, self._loss, self._norm, self._lr, time.perf_counter() - started, self._exposed() - exposed, self._stop)
+        seconds = time.perf_counter() - started
+        stop, peak = self._worst[0] > 0, int(self._worst[1])
+        return StepReport(step, self._loss, self._norm, self._lr, stop, peak, seconds, self._exposed() - exposed, self._optimizer_seconds)
 
     def _microbatches(self, step: int) -> list[Microbatch]:
         """This rank's sequences of the global batch: a contiguous share per dp rank, cut into microbatches."""
@@ -96,9 +102,10 @@ class Trainer:
     def _optimizer_step(self, local_loss: float) -> None:
         """Agree on loss, norm and stopping over all ranks, then update everywhere or nowhere."""
         train = self.config.train
-        vote = np.array([local_loss if self.mesh.coord("tp") == 0 else 0.0, float(self.stop_requested)], np.float64)
-        self.world.all_reduce_(vote, kind="control")
-        self._loss, self._stop = float(vote[0]), vote[1] > 0
+        loss = np.array([local_loss if self.mesh.coord("tp") == 0 else 0.0], np.float64)
+        self._loss = float(self.world.all_reduce_(loss, kind="control")[0])
+        self._worst = np.array([self.stop_requested, peak_rss()], np.float64)
+        self.world.all_reduce_(self._worst, MAX, kind="control")
         self._norm = global_norm(self.buffers, self.mesh)
         if not (math.isfinite(self._loss) and math.isfinite(self._norm)):
             raise NotFinite(
@@ -108,7 +115,9 @@ class Trainer:
         self._lr = learning_rate(
             self._step, lr=train.lr, min_lr=self.config.min_lr, warmup=self.config.warmup, steps=train.steps, schedule=train.lr_schedule
         )
+        started = time.perf_counter()
         self.optimizer.step(self._step, self._lr, clip_scale(self._norm, train.clip))
+        self._optimizer_seconds = time.perf_counter() - started
 
     def _exposed(self) -> float:
         return sum(stage.reducer.exposed_seconds for stage in self.stages.values() if stage.reducer is not None)

@@ -335,7 +335,7 @@ def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
 def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
     other: dict[str, Any] = dict(
         **dict(layers=8, heads=2, dim=64, context=64, norm="rmsnorm", mlp="relu", position="rotary", bias=False, dropout=0.5, tied=False),
-        **dict(kv_heads=2, ffn_dim=64, vocab=512, preset="gpt2", data="stdlib", tokenizer="char", batch=32, steps=7, lr=0.5, min_lr=1e-9),
+        **dict(kv_heads=2, ffn_dim=64, vocab=512, preset="gpt2", data="austen", tokenizer="char", batch=32, steps=7, lr=0.5, min_lr=1e-9),
         **dict(lr_schedule="linear", warmup=3, weight_decay=0.5, beta1=0.5, beta2=0.5, clip=0.5, seed=7, dtype="float64"),
     )
     assert {field.name for field in dataclasses.fields(TrainConfig)} == other.keys() | RESUMABLE

@@ -59,10 +59,12 @@ minillm/pipeline/stage.py
 minillm/pipeline/runtime.py
 minillm/data/
 minillm/checkpoint/
+minillm/memory.py
 minillm/assembly.py
 minillm/trainer.py
 minillm/evaluation.py
 minillm/loading.py
+minillm/report.py
 minillm/generation.py
 minillm/train.py
 minillm/evaluate.py

@@ -7,7 +7,7 @@ from any other `StateSource`), and `numeric_key` says under which conditions a r
 
 from __future__ import annotations
 
-from minillm.checkpoint.find import find, verify
+from minillm.checkpoint.find import SUBFOLDER, find, verify
 from minillm.checkpoint.key import difference, numeric_key
 from minillm.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, read_manifest
 from minillm.checkpoint.save import save
@@ -15,6 +15,7 @@ from minillm.checkpoint.source import CheckpointSource
 from minillm.checkpoint.state import StateSource, StateTensor, load
 
 __all__ = [
+    "SUBFOLDER",
     "CheckpointSource",
     "FileEntry",
     "Manifest",

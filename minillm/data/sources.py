@@ -18,7 +18,7 @@ from typing import Any
 
 from minillm.errors import ConfigError
 
-DEFAULT_SOURCE = "austen"
+DEFAULT_SOURCE = "stdlib"
 
 BUILT_IN = {
     "stdlib": "the source of Python's standard library, from this machine",

@@ -38,14 +38,16 @@ def _label(event: Event) -> str:
 
 
 def draw_svg(timeline: Timeline, title: str) -> str:
-    """A self-contained SVG: one track a rank, one box an action with its microbatch, the idle time as background, a legend, the bubble fraction."""
+    """A self-contained SVG: one track a rank, one box an action with its microbatch, the idle time as background, a legend, the bubble
+    fraction."""
     left, top, height, gap = 70, 56, 34, 10
     ranks = timeline.schedule.num_ranks
     span = float(timeline.makespan) or 1.0
     scale = min(60.0, max(14.0, 1100 / span))
     width, bottom = left + span * scale + 24, top + ranks * (height + gap)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {bottom + 44}" font-family="system-ui, sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {bottom + 44}" '
+        'font-family="system-ui, sans-serif" font-size="13">',
         f'<rect width="{width:.0f}" height="{bottom + 44}" rx="8" fill="#fbfbfd"/>',
         f'<text x="16" y="28" font-size="16" font-weight="600" fill="#22252b">{title}</text>',
         f'<text x="{width - 16:.0f}" y="28" text-anchor="end" fill="#5a606b">bubble {float(timeline.bubble):.1%}</text>',
@@ -64,7 +66,11 @@ def _box(event: Event, left: int, y: int, height: int, scale: float, ranks: int)
     x, width = left + float(event.start) * scale, float(event.end - event.start) * scale
     kind, stage, microbatch = event.action
     edge = ' stroke="#22252b" stroke-width="1.2"' if stage >= ranks else ""
-    label = f'<text x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle" fill="#14161a">{microbatch}</text>' if width > 12 else ""
+    label = (
+        f'<text x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle" fill="#14161a">{microbatch}</text>'
+        if width > 12
+        else ""
+    )
     box = f'<rect x="{x + 1:.1f}" y="{y + 1}" width="{max(width - 2, 1):.1f}" height="{height - 2}" rx="3" fill="{COLOURS[kind]}"{edge}>'
     return f"{box}<title>{event.action}: {float(event.start):g} to {float(event.end):g}</title></rect>{label}"
 

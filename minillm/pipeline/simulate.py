@@ -1,8 +1,8 @@
 """What a schedule would take: run it on paper with given costs.
 
-The same rows that ranks execute are played against a clock: an action starts when its rank is free and its inputs are there. The result says how long
-a step takes, how much of it each rank idles, and how many microbatches' activations each rank holds at once. A schedule that cannot finish is an error that
-names who waits for what.
+The same rows that ranks execute are played against a clock: an action starts when its rank is free and its inputs are there. The result
+says how long a step takes, how much of it each rank idles, and how many microbatches' activations each rank holds at once. A schedule that
+cannot finish is an error that names who waits for what.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Time: TypeAlias = int | float | Fraction
 
 @dataclass(frozen=True)
 class Cost:
-    """How long actions take, in any unit. `stage_factor` scales the compute of single stages: the last one has the head, which computes gradients in F.
+    """How long actions take, in any unit. `stage_factor` scales the compute of single stages: the last one has the head, which computes
+    gradients in F.
 
     B costs `backward`; I and W, its two halves, cost `backward / 2` each unless given. A message arrives `send` after it was sent.
     """
@@ -93,8 +94,8 @@ class Timeline:
 def simulate(schedule: Schedule, cost: Cost | None = None, *, rendezvous: bool = False) -> Timeline:
     """Play `schedule`, lowered or not. Raises ScheduleError naming what is stuck if it cannot finish.
 
-    Compute actions alone wait for their inputs as if messages were free; a lowered schedule waits in its receives. With `rendezvous`, a send holds its rank until
-    the receiver has arrived at the receive: the harshest transport there can be.
+    Compute actions alone wait for their inputs as if messages were free; a lowered schedule waits in its receives. With `rendezvous`, a
+    send holds its rank until the receiver has arrived at the receive: the harshest transport there can be.
     """
     return _Player(schedule, cost or Cost(), rendezvous).play()
 

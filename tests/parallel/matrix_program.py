@@ -1,4 +1,4 @@
-"""Run by test_matrix_mpi.py under mpirun: train on this many ranks in several layouts, and compare this rank's pieces with a run of its own on one rank."""
+"""Run by test_matrix_mpi.py under mpirun: train in several layouts, and compare this rank's pieces with a run of its own on one rank."""
 
 from __future__ import annotations
 

@@ -1,0 +1,60 @@
+"""How much memory a rank will need, before it asks for it; printed beside what it then used."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import numpy as np
+
+from minillm.nn.storage import FlatBuffers
+from minillm.parallel.tensor import CHUNK_BYTES
+from minillm.resolve import ResolvedConfig
+
+PROGRAM_BYTES = 60 << 20  # the interpreter, NumPy and MPI themselves
+
+
+def predicted(config: ResolvedConfig, stage: int, buffers: FlatBuffers) -> dict[str, int]:
+    """Bytes of one rank of pipeline stage `stage` by kind: parameters, gradients, optimizer, activations, logits, program.
+
+    Activations are what the tape keeps for each microbatch in flight; see `activation_bytes`. Temporaries of single operations are not
+    counted.
+    """
+    item = np.dtype(config.train.dtype).itemsize
+    size = buffers.values.size * item
+    in_flight = config.num_microbatches if config.train.schedule == "gpipe" else min(config.num_microbatches, config.pp - stage)
+    activations = activation_bytes(config, config.stage_layers[stage]) * (1 if config.pp == 1 else in_flight)
+    rows = config.microbatch * config.model.context
+    columns = -(-config.model.vocab // config.tp)
+    logits = min(max(CHUNK_BYTES, 128 * columns * item), rows * columns * item) if stage == config.pp - 1 else 0
+    return {
+        "parameters": size,
+        "gradients": size,
+        "optimizer": 2 * size,
+        "activations": activations,
+        "logits": logits,
+        "program": PROGRAM_BYTES,
+    }
+
+
+def activation_bytes(config: ResolvedConfig, num_layers: int) -> int:
+    """What the tape keeps of one microbatch in `num_layers` blocks on one rank.
+
+    A block keeps, per token: the inputs of its two norms (2 D, time-sharded with sequence parallelism), the norms' outputs, which the
+    column-parallel products read (2 D), and of the parallel part 1/tp each of the fused projection, the attention's output, and the MLP's
+    hidden layer before and after the activation. With full recomputation only its input stays (D).
+    """
+    model, item = config.model, np.dtype(config.train.dtype).itemsize
+    outside = config.tp if config.train.sequence_parallel else 1
+    tokens = config.microbatch * model.context
+    if config.train.recompute == "full":
+        return tokens * model.dim // outside * num_layers * item
+    hidden = model.ffn_dim * (3 if model.mlp == "swiglu" else 2)
+    inside = (model.heads + 2 * model.kv_heads) * model.head_width + model.dim + hidden
+    return tokens * (2 * model.dim // outside + 2 * model.dim + inside // config.tp) * num_layers * item
+
+
+def peak_rss() -> int:
+    """The most memory this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10

@@ -1,0 +1,354 @@
+"""The cases of the kernel test: op x sizes and options. A case makes inputs, calls the public kernel, and names what the plain reference gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import kernel_references as plain
+import numpy as np
+
+from minillm import kernels
+
+Arrays = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`inputs(rng)` in float64; `call(*inputs)` in the dtype under test; `expected(*inputs)` from the same values in float64."""
+
+    op: str
+    name: str
+    inputs: Callable[[np.random.Generator], Arrays]
+    call: Callable[..., Arrays]
+    expected: Callable[..., Arrays]
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+SIZES = ((0, 5), (1, 1), (3, 33), (257, 96), (1030, 384))
+
+
+def strided(x: Any) -> Any:
+    """The same values as `x` [rows, ...] as a view into every second row of a larger array of NaN."""
+    holder = np.full((2 * len(x), *x.shape[1:]), np.nan, x.dtype)
+    holder[::2] = x
+    return holder[::2]
+
+
+def poisoned(x: Any) -> Any:
+    """An array like `x` full of NaN, for an `out` argument."""
+    return np.full(x.shape, np.nan, x.dtype)
+
+
+def normals(*shapes: tuple[int, ...]) -> Callable[[np.random.Generator], Arrays]:
+    return lambda rng: tuple(rng.standard_normal(shape) for shape in shapes)
+
+
+def norm_cases() -> Iterator[Case]:
+    eps = 1e-5
+
+    def layer_back(gy: Any, x: Any, w: Any, **options: Any) -> Arrays:
+        _, mean, rstd = kernels.layernorm_forward(x, w, None, eps)
+        return kernels.layernorm_backward(gy, x, w, mean, rstd, **options)
+
+    def rms_back(gy: Any, x: Any, w: Any, **options: Any) -> Arrays:
+        return kernels.rmsnorm_backward(gy, x, w, kernels.rmsnorm_forward(x, w, eps)[1], **options)
+
+    for R, D in SIZES:
+        size, one, two = f"{R}x{D}", normals((R, D), (D,), (D,)), normals((R, D), (R, D), (D,))
+        shifted = lambda rng, make=one: (make(rng)[0] + 3, *make(rng)[1:])  # noqa: E731
+        yield Case(
+            "layernorm",
+            f"forward-{size}",
+            shifted,
+            lambda x, w, b: kernels.layernorm_forward(x, w, b, eps),
+            lambda x, w, b: plain.layernorm(x, w, b, eps),
+        )
+        yield Case("layernorm", f"backward-{size}", two, layer_back, lambda gy, x, w: plain.layernorm_grads(gy, x, w, eps))
+        yield Case(
+            "rmsnorm", f"forward-{size}", one, lambda x, w, b: kernels.rmsnorm_forward(x, w, eps), lambda x, w, b: plain.rmsnorm(x, w, eps)
+        )
+        yield Case("rmsnorm", f"backward-{size}", two, rms_back, lambda gy, x, w: plain.rmsnorm_grads(gy, x, w, eps))
+    small = normals((7, 12), (7, 12), (12,))
+    yield Case("layernorm", "no-bias-strided", small, lambda x, _, w: kernels.layernorm_forward(strided(x), w, None, eps), lambda x, _, w: plain.layernorm(x, w, None, eps))  # fmt: skip
+    yield Case("layernorm", "only-x-in-place", small, lambda gy, x, w: layer_back(g := gy.copy(), x, w, need_params=False, grad_x_out=g), lambda *a: (plain.layernorm_grads(*a, eps)[0], None, None))  # fmt: skip
+    yield Case("layernorm", "into-poison", small, lambda gy, x, w: layer_back(strided(gy), x, w, has_bias=False, grad_x_out=poisoned(x)), lambda *a: (*plain.layernorm_grads(*a, eps)[:2], None))  # fmt: skip
+    yield Case(
+        "layernorm",
+        "only-params",
+        small,
+        lambda gy, x, w: layer_back(gy, strided(x), w, need_x=False),
+        lambda *a: (None, *plain.layernorm_grads(*a, eps)[1:]),
+    )
+    yield Case("rmsnorm", "only-x-in-place", small, lambda gy, x, w: rms_back(g := gy.copy(), x, w, need_params=False, grad_x_out=g), lambda *a: (plain.rmsnorm_grads(*a, eps)[0], None))  # fmt: skip
+    yield Case(
+        "rmsnorm",
+        "only-params",
+        small,
+        lambda gy, x, w: rms_back(gy, strided(x), w, need_x=False),
+        lambda *a: (None, plain.rmsnorm_grads(*a, eps)[1]),
+    )
+
+
+def activation_cases() -> Iterator[Case]:
+    for shape in ((0, 4), (1, 1), (3, 5, 7), (513, 700)):
+        one, two = normals(shape), normals(shape, shape)
+        size = "x".join(map(str, shape))
+        wide = lambda rng, make=one: (4 * make(rng)[0],)  # noqa: E731
+        for kind in ("tanh", "erf"):
+            yield Case(
+                "activation",
+                f"gelu-{kind}-{size}",
+                wide,
+                lambda x, kind=kind: (kernels.gelu_forward(x, kind),),
+                lambda x, kind=kind: plain.gelu(x, kind),
+            )
+            yield Case("activation", f"gelu-{kind}-backward-{size}", two, lambda g, x, kind=kind: (kernels.gelu_backward(g, 3 * x, kind),), lambda g, x, kind=kind: plain.gelu_grads(g, 3 * x, kind))  # fmt: skip
+        yield Case("activation", f"gelu-in-place-{size}", two, lambda g, x: (kernels.gelu_backward(h := g.copy(), x, "tanh", out=h),), lambda g, x: plain.gelu_grads(g, x, "tanh"))  # fmt: skip
+        yield Case("activation", f"relu-{size}", one, lambda x: (kernels.relu_forward(x),), lambda x: (np.maximum(x, 0),))
+        yield Case(
+            "activation",
+            f"relu-backward-{size}",
+            two,
+            lambda g, x: (kernels.relu_backward(g, x, out=poisoned(x)),),
+            lambda g, x: (g * (x > 0),),
+        )
+    extreme = lambda rng: (np.array([[-200.0, -60, -12, -6, -0.0, 0, 1e-9, 6, 12, 60, 200, 1e4, -1e4]]),)  # noqa: E731
+    for kind in ("tanh", "erf"):
+        yield Case("activation", f"gelu-{kind}-extreme", extreme, lambda x, kind=kind: (kernels.gelu_forward(x, kind), kernels.gelu_backward(np.ones_like(x), x, kind)), lambda x, kind=kind: (*plain.gelu(x, kind), *plain.gelu_grads(1.0, x, kind)))  # fmt: skip
+    for R, F in SIZES:
+        yield Case("activation", f"swiglu-{R}x{F}", normals((R, 2 * F)), lambda x: (kernels.swiglu_forward(x),), plain.swiglu)
+        yield Case(
+            "activation",
+            f"swiglu-backward-{R}x{F}",
+            normals((R, F), (R, 2 * F)),
+            lambda g, x: (kernels.swiglu_backward(g, x),),
+            plain.swiglu_grads,
+        )
+    saturated = lambda rng: (np.array([[-90.0, -700, 90, 700, 2, 3, 4, 5]]),)  # noqa: E731
+    yield Case(
+        "activation",
+        "swiglu-extreme",
+        saturated,
+        lambda x: (kernels.swiglu_forward(x),),
+        lambda x: (np.array([[0.0, 0, 90 * 4, 700 * 5]]),),
+    )
+
+
+def softmax_cases() -> Iterator[Case]:
+    for shape in ((0, 5), (2, 3, 7), (301, 129), (4, 700)):
+        yield Case(
+            "softmax", f"forward-{shape}", normals(shape), lambda x: (kernels.softmax_forward(x + 50),), lambda x: (plain.softmax(x),)
+        )
+        yield Case("softmax", f"backward-{shape}", normals(shape, shape), lambda g, x: (kernels.softmax_backward(g, kernels.softmax_forward(x)),), lambda g, x: plain.softmax_grads(g, plain.softmax(x)))  # fmt: skip
+    for R, V, valid, parts in (
+        (0, 5, 5, 1),
+        (3, 1, 1, 1),
+        (9, 65, 65, 1),
+        (9, 66, 61, 3),
+        (700, 96, 95, 2),
+        (2, 20_000, 20_000, 1),
+        (5, 8, 3, 4),
+    ):
+        make = lambda rng, R=R, V=V, valid=valid: (20 * rng.standard_normal((R, V)), rng.integers(0, valid, R), rng.random(R))  # noqa: E731
+        call = lambda x, t, s, valid=valid, parts=parts: cut_cross_entropy(x, t, s, valid, parts)  # noqa: E731
+        yield Case(
+            "softmax_xent",
+            f"{R}x{V}-valid{valid}-parts{parts}",
+            make,
+            call,
+            lambda x, t, s, valid=valid: plain.cross_entropy(x, t, s, valid),
+        )
+
+
+def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, parts: int) -> Arrays:
+    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine them. Padded columns hold NaN or large values."""
+    width = logits.shape[1] // parts
+    pieces = [logits[:, i * width : (i + 1) * width].copy() for i in range(parts)]
+    valids = [min(max(valid - i * width, 0), width) for i in range(parts)]
+    for piece, n in zip(pieces, valids, strict=True):
+        piece[:, n:] = 1e6
+    row_max = np.max([kernels.xent_max(p, valid_columns=n) for p, n in zip(pieces, valids, strict=True)], axis=0)
+    sums = [
+        kernels.xent_shifted_sum_(p, row_max, targets, i * width, valid_columns=n)
+        for i, (p, n) in enumerate(zip(pieces, valids, strict=True))
+    ]
+    sum_exp, target_logit = (sum(s[i] for s in sums) for i in (0, 1))
+    for i, piece in enumerate(pieces):
+        kernels.xent_grad_(piece, sum_exp, targets, i * width, row_scale)
+    return np.log(sum_exp) - target_logit, np.concatenate(pieces, axis=1)
+
+
+def matmul_cases() -> Iterator[Case]:
+    for M, K, N in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (5, 7, 3), (300, 257, 129), (33, 300, 1025), (900, 64, 130)):
+        size, make = f"{M}x{K}x{N}", normals((M, K), (K, N), (M, N))
+        yield Case("matmul", size, make, lambda a, b, c: (kernels.matmul(a, b),), lambda a, b, c: (a @ b,))
+        yield Case("matmul", f"{size}-out-transposed", make, lambda a, b, c: (kernels.matmul(np.ascontiguousarray(a.T).T, np.ascontiguousarray(b.T).T, out=poisoned(c)),), lambda a, b, c: (a @ b,))  # fmt: skip
+        yield Case("matmul", f"{size}-accumulate", make, lambda a, b, c: (kernels.matmul(strided(a), np.ascontiguousarray(b.T).T, out=c.copy(), accumulate=True),), lambda a, b, c: (c + a @ b,))  # fmt: skip
+    for shape in ((0, 3), (1, 1), (5, 7), (2000, 130)):
+        yield Case("matmul", f"column-sum-{shape}", normals(shape), lambda x: (kernels.column_sum(x),), lambda x: (x.sum(0),))
+
+
+def attention_cases() -> Iterator[Case]:
+    for B, Tq, Tk, H, Hkv, K, causal in (
+        *(
+            (1, 1, 1, 1, 1, 1, True),
+            (2, 5, 5, 2, 2, 3, True),
+            (1, 70, 70, 2, 1, 8, True),
+            (1, 300, 300, 4, 2, 16, True),
+            (2, 129, 129, 2, 2, 5, False),
+        ),
+        *(
+            (1, 7, 150, 3, 1, 4, False),
+            (1, 150, 7, 1, 1, 4, False),
+            (0, 4, 4, 2, 2, 3, True),
+            (1, 0, 4, 2, 2, 3, False),
+            (1, 4, 0, 2, 2, 3, False),
+        ),
+    ):
+        triangle = np.arange(Tq)[:, None] >= np.arange(Tk) if causal else np.True_
+        name = f"B{B}-Tq{Tq}-Tk{Tk}-H{H}-{Hkv}-K{K}{'-causal' if causal else ''}"
+        yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), seen=triangle, causal=causal)
+    rng = np.random.default_rng(5)
+    sizes = (2, 140, 90, 4, 2, 8)
+    shuffled = dict(times_q=rng.permutation(140) - 20, times_k=rng.permutation(90))
+    offset = dict(times_q=np.arange(50, 190), times_k=np.arange(90))
+    late = dict(times_q=np.arange(140), times_k=np.arange(60, 150))  # queries before 60 see nothing
+    for name, times in (("shuffled", shuffled), ("offset", offset), ("blind", late)):
+        yield from attention_pair(name, sizes, seen=times["times_q"][:, None] >= times["times_k"], causal=True, **times)
+    key_mask = rng.random((2, 90)) < 0.6
+    key_mask[0, :80] = False
+    blind = np.zeros((2, 90), bool)
+    yield from attention_pair("padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask)
+    yield from attention_pair("all-padding", sizes, seen=blind[:, None, None, :], causal=False, key_mask=blind)
+    both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
+    yield from attention_pair("padding-causal", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled)
+    yield from attention_pair(
+        "large-scores", (1, 130, 130, 2, 2, 8), seen=np.arange(130)[:, None] >= np.arange(130), causal=True, scale=30.0
+    )
+    dropout = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))
+    yield from attention_pair(
+        "dropout", sizes, seen=offset["times_q"][:, None] >= offset["times_k"], causal=True, dropout=dropout, **offset
+    )
+    yield from attention_pair("dropout-full", sizes, seen=np.True_, causal=False, dropout=dropout)
+
+
+def attention_pair(name: str, sizes: tuple[int, ...], *, seen: Any, scale: float = 0.4, **options: Any) -> Iterator[Case]:
+    """The forward and the backward case on views of a fused projection, with strided and poisoned outputs."""
+    B, Tq, Tk, H, Hkv, K = sizes
+    make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
+    keep = cache(lambda: 1.0 if options.get("dropout") is None else keep_mask(options["dropout"], H))
+
+    def forward(q: Any, kv: Any, _: Any) -> Arrays:
+        return kernels.attention_forward(q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale=scale, out=poisoned(q), **options)
+
+    def backward(q: Any, kv: Any, grad_o: Any) -> Arrays:
+        k, v = kv[:, :, :Hkv], kv[:, :, Hkv:]
+        o, lse = kernels.attention_forward(q, k, v, scale=scale, **options)
+        grad_kv = poisoned(kv)
+        outs = dict(grad_q=poisoned(q), grad_k=grad_kv[:, :, :Hkv], grad_v=grad_kv[:, :, Hkv:])
+        grads = kernels.attention_backward(grad_o, q, k, v, o, lse, scale=scale, **options, **outs)
+        assert all(grad is out for grad, out in zip(grads, outs.values(), strict=True))
+        return grads
+
+    yield Case(
+        "attention",
+        f"{name}-forward",
+        make,
+        forward,
+        lambda q, kv, _: plain.attention(q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
+    )
+    yield Case(
+        "attention",
+        f"{name}-backward",
+        make,
+        backward,
+        lambda q, kv, g: plain.attention_grads(g, q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
+    )
+
+
+def keep_mask(dropout: kernels.AttentionDropout, H: int) -> Any:
+    """The scaled mask [B, H, Tq, Tk], one element at a time: each is what the address alone gives."""
+    B, Tq, Tk = len(dropout.samples), len(dropout.times_q), len(dropout.times_k)
+    mask = np.empty((B, H, Tq, Tk))
+    for b in range(B):
+        for h in range(H):
+            shard = dropout._replace(
+                samples=dropout.samples[b : b + 1], head0=dropout.head0 + h
+            )  # as a rank that holds only this head would see it
+            for j in range(0, Tk, 30):
+                part = shard._replace(times_k=dropout.times_k[j : j + 30])
+                n = len(part.times_k)  # equal scores give every key the probability 1 / n, unit values return it
+                o, _ = kernels.attention_forward(
+                    np.zeros((1, Tq, 1, n)), np.zeros((1, n, 1, n)), np.eye(n)[None, :, None, :], scale=1.0, causal=False, dropout=part
+                )
+                mask[b, h, :, j : j + 30] = o[0, :, 0] * n
+    return mask
+
+
+def position_cases() -> Iterator[Case]:
+    times = np.array([0, 1, 5, 1000, 40_000])
+    for inverse in (False, True):
+
+        def turn(x: Any, inverse: bool = inverse) -> Arrays:
+            cos, sin = kernels.rope_tables(times, x.shape[-1], 10_000.0, x.dtype)
+            holder = np.zeros((*x.shape[:2], 3 * x.shape[2], x.shape[3]), x.dtype)  # the fused projection
+            view = holder[:, :, 1 : 1 + x.shape[2]]
+            view[...] = x
+            kernels.rope_(view, cos, sin, inverse=inverse)
+            assert not holder[:, :, 0].any() and not holder[:, :, 1 + x.shape[2] :].any()
+            return (view,)
+
+        yield Case(
+            "rope",
+            f"inverse-{inverse}",
+            normals((3, 5, 2, 8)),
+            turn,
+            lambda x, s=-1.0 if inverse else 1.0: plain.rope(x, times, 10_000.0, s),
+        )
+    for V, first in ((5, 0), (7, 3), (700, 100), (3000, 0)):
+        ids = np.random.default_rng(V).integers(0, V + 2 * first, (3, 41))
+        inside = (ids >= first) & (ids < first + V)
+        rows = np.where(inside, ids - first, 0)
+        scatter = (inside[..., None] * (rows[..., None] == np.arange(V))).reshape(-1, V)  # [ids, V] one-hot, zero rows outside
+        make = normals((V, 6), (3, 41, 6))
+        yield Case("embedding", f"forward-{V}-{first}", make, lambda w, _, i=ids, f=first: (kernels.embedding_forward(i, w, f),), lambda w, _, r=rows, m=inside: (w[r] * m[..., None],))  # fmt: skip
+        for accumulate in (False, True):
+
+            def back(w: Any, g: Any, i: Any = ids, f: int = first, accumulate: bool = accumulate) -> Arrays:
+                grad = w.copy() if accumulate else poisoned(w)
+                kernels.embedding_backward_(g, i, grad, f, accumulate=accumulate)
+                return (grad,)
+
+            yield Case("embedding", f"backward-{V}-{first}-{'add' if accumulate else 'set'}", make, back, lambda w, g, s=scatter, a=accumulate: (a * w + s.T @ g.reshape(-1, 6),))  # fmt: skip
+
+
+def optimizer_cases() -> Iterator[Case]:
+    options = dict(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.25)
+    for n in (0, 1, 1000, 70_001):
+
+        def update(p: Any, g: Any, m: Any, v: Any) -> Arrays:
+            p, m, v = p.copy(), m.copy(), v * v
+            kernels.adamw_(p, g, m, v, **options)
+            return p, m, v
+
+        def descend(p: Any, g: Any, *_: Any) -> Arrays:
+            p = p.copy()
+            kernels.sgd_(p, g, lr=0.1, grad_scale=0.5)
+            return (p,)
+
+        make = normals((n,), (n,), (n,), (n,))
+        yield Case("adamw", f"adamw-{n}", make, update, lambda p, g, m, v: plain.adamw(p, g, m, v * v, options))
+        yield Case("adamw", f"sgd-{n}", make, descend, lambda p, g, *_: (p - 0.05 * g,))
+        yield Case(
+            "grad_norm", str(n), make, lambda x, *_: (np.asarray(kernels.sum_of_squares(x)),), lambda x, *_: (np.asarray((x * x).sum()),)
+        )
+
+
+def all_cases() -> list[Case]:
+    makers = (norm_cases, activation_cases, softmax_cases, matmul_cases, attention_cases, position_cases, optimizer_cases)
+    return [case for make in makers for case in make()]
