@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from minillm.kernels.pool import parallel_for
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20  # of one array in a block: a few of them fit in a second-level cache
 
 
 def row_blocks(num_rows: int, row_bytes: int, fn: Callable[[slice], None]) -> None:
-    """Call fn(rows) on blocks of about 256 KB, spread over the pool; for fused passes over rows that stay in cache."""
+    """Call fn(rows) on blocks of about BLOCK_BYTES, spread over the pool; for fused passes over rows that stay in cache."""
     size = max(1, BLOCK_BYTES // max(1, row_bytes))
 
     def run(start: int, stop: int) -> None:

@@ -53,8 +53,8 @@ def _main(argv: list[str]) -> int:
     args = parse_flags(ScheduleArgs, argv, prog="python -m minillm.schedule SCHEDULE")
     make = SCHEDULES[known_name(name, SCHEDULES, "schedule")]
     schedule = make(args.ranks, args.microbatches)
-    simulate(lower(schedule), rendezvous=False)  # what would be executed can be executed
-    timeline = simulate(schedule, Cost(forward=Fraction(args.forward_cost), backward=Fraction(args.backward_cost)))
+    cost = Cost(forward=Fraction(str(args.forward_cost)), backward=Fraction(str(args.backward_cost)))  # 0.1 is a tenth exactly
+    timeline = simulate(lower(schedule), cost)  # with its messages, as it would be executed
     print(draw_text(timeline, shutil.get_terminal_size((160, 24)).columns))
     print(_summary(name, timeline, args))
     if args.svg is not None:
@@ -77,11 +77,15 @@ def _summary(name: str, timeline: Timeline, args: ScheduleArgs) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    """Write the whole file or none of it."""
+    if not path.name:
+        raise ConfigError(f"--svg {path} cannot be written: it is no file name")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise ConfigError(f"--svg {path} cannot be written: {error.strerror}") from None
 
 

@@ -1,195 +1,232 @@
-"""Scaled dot-product attention, head by head in blocks of queries; never a T x T array, only the row-wise log-sum-exp is kept.
+"""Scaled dot-product attention in blocks of queries: never a T x T array, only the log-sum-exp of each row is kept.
 
-For each (sample, key-value head) the queries of its group go through two small products a block. A block of queries sees keys only up to
-its last visible time, so the causal half that is masked away is mostly not computed. Backward recomputes the probabilities from the
-log-sum-exp (Dao et al. 2022, arXiv:2205.14135).
+A job is a sample and a few key-value heads, whose gradients then belong to one thread. Its queries go through in blocks: two matrix
+products a block forward, five backward, batched over the job's heads in one NumPy call each (threads that make few long calls do not
+wait for one another). A block sees keys only up to the last one visible to it, so most of what a causal mask hides is never computed.
+Query heads that share a key-value head are rows of the same product.
+
+Backward recomputes the probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135). It subtracts by multiplying:
+[q | -lse] [k | 1]^T = q k^T - lse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from minillm.kernels.pool import parallel_for
-from minillm.kernels.random.reference import random_bits
+from minillm.kernels.attention.mask import AttentionDropout, QueryBlock, query_blocks
+from minillm.kernels.pool import get_threads, parallel_for
 from minillm.kernels.registry import kernel
 
-QUERY_BLOCK = 256
+Array = Any
+
+SCORE_BYTES = 1 << 19  # of the scores of a block, over the heads of a job: a quarter of a second-level cache
+SAFE_MAX = 60.0  # exp of scores up to this, summed over any number of keys, is a float32
+SAFE_SUM = 1e-20  # a sum of exponentials above this has lost nothing to underflow
+BLIND = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass: every probability is then exp(-1e30) = 0
 
 
-class AttentionDropout(NamedTuple):
-    """Dropout of attention probabilities, addressed by (key, sample, global head, query time, key time); `head0` is the first global head
-    held here."""
+class _Job(NamedTuple):
+    """One sample and the heads of it that are worked on together."""
 
-    p: float
-    key: int
-    samples: Any
-    head0: int
-    times_q: Any
-    times_k: Any
+    sample: int
+    heads: slice  # of q
+    kv_heads: slice  # of k and v
+    num_kv: int
+    num_heads: int
 
-    def mask(self, b: int, h: int, queries: slice, num_keys: int, dtype: Any) -> Any:
-        """Scaled keep mask [queries, num_keys]: 0 or 1 / (1 - p)."""
-        row_key = random_bits(self.key, np.uint64(int(self.samples[b])) << np.uint64(32) | np.uint64(self.head0 + h))
-        rows = random_bits(int(row_key), np.asarray(self.times_q[queries], np.uint64))
-        bits = _mix32(rows.astype(np.uint32)[:, None] ^ _mix32(np.asarray(self.times_k[:num_keys], np.uint32))[None, :])
-        return (bits >= np.uint32(min(round(self.p * 2**32), 2**32 - 1))) * np.dtype(dtype).type(1 / (1 - self.p))
-
-
-def _mix32(x: Any) -> Any:
-    """A 32-bit finaliser (two multiply-xorshift rounds); wraps around silently."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
-
-
-class _Mask:
-    """Which keys each query may see: by time (causal) and by a padding mask."""
-
-    def __init__(self, q: Any, k: Any, causal: bool, times_q: Any, times_k: Any, key_mask: Any) -> None:
-        self.causal, self.key_mask = causal, key_mask
-        self.num_keys = k.shape[1]
-        if causal:
-            self.times_q = np.arange(q.shape[1]) if times_q is None else np.asarray(times_q)
-            self.times_k = np.arange(k.shape[1]) if times_k is None else np.asarray(times_k)
-            self.ascending = bool((np.diff(self.times_k) > 0).all())
-
-    def visible(self, queries: slice) -> int:
-        """How many leading keys a block of queries can see at all."""
-        if not (self.causal and self.ascending):
-            return self.num_keys
-        return int(np.searchsorted(self.times_k, self.times_q[queries].max(), side="right")) if self.num_keys else 0
-
-    def hide_(self, scores: Any, b: int, queries: slice) -> None:
-        """Overwrite scores [queries, keys] with minus infinity where attention is not allowed."""
-        num_keys = scores.shape[1]
-        if self.causal:
-            times_q = self.times_q[queries]
-            open_ = int(np.searchsorted(self.times_k[:num_keys], times_q.min(), side="right")) if self.ascending else 0
-            hidden = self.times_k[None, open_:num_keys] > times_q[:, None]
-            scores[:, open_:][hidden] = -np.inf
-        if self.key_mask is not None:
-            scores[:, ~self.key_mask[b, :num_keys]] = -np.inf
-
-
-def _heads(B: int, groups: int, work: Any) -> None:
-    """work(b, g) for every sample and key-value head, spread over the pool."""
-
-    def run(start: int, stop: int) -> None:
-        for i in range(start, stop):
-            work(*divmod(i, groups))
-
-    parallel_for(B * groups, run)
+    def kv_rows(self, block: QueryBlock) -> int:
+        """Rows of a block that read one key-value head: those of all query heads of its group."""
+        return self.num_heads // self.num_kv * block.size
 
 
 @kernel("attention_forward")
 def attention_forward(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: Array,
+    k: Array,
+    v: Array,
     *,
     scale: float,
     causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
+    times_q: Array | None = None,
+    times_k: Array | None = None,
+    key_mask: Array | None = None,
     dropout: AttentionDropout | None = None,
-    out: Any = None,
-) -> tuple[Any, Any]:
+    out: Array | None = None,
+) -> tuple[Array, Array]:
     """q [B, Tq, H, K]; k, v [B, Tk, Hkv, K], any strides -> o [B, Tq, H, K] (written into `out` if given), lse [B, H, Tq].
 
-    Head h reads key-value head h // (H / Hkv). Causal: query i sees key j if times_q[i] >= times_k[j] (default: their indices). key_mask
-    [B, Tk] is true where a key may be seen. A query that sees nothing gives o = 0, lse = -inf.
+    Head h reads key-value head h // (H / Hkv). Causal: query i sees key j if times_q[i] >= times_k[j] (default: their indices).
+    key_mask [B, Tk] is true where a key may be seen. A query that sees nothing gives o = 0, lse = -inf.
+    `dropout` acts on the probabilities after the softmax.
     """
     B, Tq, H, K = q.shape
-    Hkv = k.shape[2]
-    o = np.empty((B, Tq, H, K), q.dtype) if out is None else out
+    Tk = k.shape[1]
+    o = np.empty(q.shape, q.dtype) if out is None else out
     lse = np.empty((B, H, Tq), q.dtype)
-    mask = _Mask(q, k, causal, times_q, times_k, key_mask)
-    scale_ = q.dtype.type(scale)
+    blocks = query_blocks(Tq, Tk, causal, times_q, times_k, q.dtype)
 
-    def work(b: int, g: int) -> None:
-        keys_t, values = np.ascontiguousarray(k[b, :, g].T), np.ascontiguousarray(v[b, :, g])  # [K, Tk], [Tk, K]
-        keys_t *= scale_
-        for h in range(g * (H // Hkv), (g + 1) * (H // Hkv)):
-            queries_all = np.ascontiguousarray(q[b, :, h])
-            for start in range(0, Tq, QUERY_BLOCK):
-                queries = slice(start, min(start + QUERY_BLOCK, Tq))
-                n = mask.visible(queries)
-                s = queries_all[queries] @ keys_t[:, :n]
-                mask.hide_(s, b, queries)
-                top = s.max(1, initial=-np.inf)
-                top[~np.isfinite(top)] = 0
-                s -= top[:, None]
-                np.exp(s, out=s)
-                total = s.sum(1)
-                with np.errstate(divide="ignore"):
-                    lse[b, h, queries] = np.log(total) + top
-                total[total == 0] = 1
-                if dropout is not None:
-                    s *= dropout.mask(b, h, queries, n, s.dtype)
-                np.divide(s @ values[:n], total[:, None], out=o[b, queries, h])
+    def work(job: _Job, scores: Array) -> None:
+        keys, values = (x[job.sample, :, job.kv_heads].transpose(1, 0, 2) for x in (k, v))  # [heads, Tk, K]
+        for block in blocks:
+            s = scores[: job.num_heads * block.size * block.stop].reshape(job.num_kv, job.kv_rows(block), block.stop)
+            queries = _rows(q, job, block, scale).reshape(job.num_kv, job.kv_rows(block), K)
+            total, shift = _exponentials_(s, queries, keys[:, : block.stop], block, job, key_mask)
+            with np.errstate(divide="ignore"):
+                lse[job.sample, job.heads, block.rows] = (np.log(total) + shift).reshape(job.num_heads, block.size)
+            total[total == 0] = 1
+            if dropout is not None:
+                _drop_(s, dropout, job, block)
+            y = np.matmul(s, values[:, : block.stop])
+            y /= total
+            o[job.sample, block.rows, job.heads] = y.reshape(job.num_heads, block.size, K).transpose(1, 0, 2)
 
-    _heads(B, Hkv, work)
+    _for_jobs(q, k, blocks, work, num_scores=1)
     return o, lse
 
 
 @kernel("attention_backward")
 def attention_backward(
-    grad_o: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    o: Any,
-    lse: Any,
+    grad_o: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
+    lse: Array,
     *,
     scale: float,
     causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
+    times_q: Array | None = None,
+    times_k: Array | None = None,
+    key_mask: Array | None = None,
     dropout: AttentionDropout | None = None,
-    grad_q: Any = None,
-    grad_k: Any = None,
-    grad_v: Any = None,
-) -> tuple[Any, Any, Any]:
-    """Gradients of q, k, v from that of o, written into grad_q, grad_k, grad_v (any strides) if given. lse as the forward pass returned
-    it."""
-    B, Tq, H, K = q.shape
-    Tk, Hkv = k.shape[1:3]
+    grad_q: Array | None = None,
+    grad_k: Array | None = None,
+    grad_v: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k, v from that of o, written into grad_q, grad_k, grad_v (any strides) if given.
+
+    o and lse are as the forward pass returned them. With p = exp(scale q k^T - lse): grad_v = p^T grad_o,
+    grad_s = p (grad_o v^T - <grad_o, o>), grad_q = scale grad_s k, grad_k = scale grad_s^T q.
+    """
     grad_q, grad_k, grad_v = (np.empty(x.shape, x.dtype) if g is None else g for g, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
-    mask = _Mask(q, k, causal, times_q, times_k, key_mask)
-    scale_ = q.dtype.type(scale)
+    blocks = query_blocks(q.shape[1], k.shape[1], causal, times_q, times_k, q.dtype)
+    K = q.shape[3]
 
-    def work(b: int, g: int) -> None:
-        keys, values_t = np.ascontiguousarray(k[b, :, g]), np.ascontiguousarray(v[b, :, g].T)
-        keys *= scale_
-        dk, dv = np.zeros((Tk, K), q.dtype), np.zeros((Tk, K), q.dtype)
-        for h in range(g * (H // Hkv), (g + 1) * (H // Hkv)):
-            queries_all, grads = np.ascontiguousarray(q[b, :, h]), np.ascontiguousarray(grad_o[b, :, h])
-            delta = np.einsum("ij,ij->i", grads, o[b, :, h])
-            shift = np.where(np.isfinite(lse[b, h]), lse[b, h], 0)
-            for start in range(0, Tq, QUERY_BLOCK):
-                queries = slice(start, min(start + QUERY_BLOCK, Tq))
-                n = mask.visible(queries)
-                qb, gb = queries_all[queries], grads[queries]
-                p = qb @ keys[:n].T
-                mask.hide_(p, b, queries)
-                p -= shift[queries, None]
-                np.exp(p, out=p)
-                ds = gb @ values_t[:, :n]
-                if dropout is None:
-                    dv[:n] += p.T @ gb
-                else:
-                    keep = dropout.mask(b, h, queries, n, p.dtype)
-                    dv[:n] += (p * keep).T @ gb
-                    ds *= keep
-                ds -= delta[queries, None]
-                ds *= p
-                grad_q[b, queries, h] = ds @ keys[:n]
-                dk[:n] += ds.T @ qb
-        dk *= scale_
-        grad_k[b, :, g], grad_v[b, :, g] = dk, dv
+    def work(job: _Job, scores: Array, grad_scores: Array) -> None:
+        keys, values = _with_ones(k, job), _with_ones(v, job)  # [heads, Tk, K + 1]
+        grad_keys, grad_values = np.zeros((2, job.num_kv, k.shape[1], K), q.dtype)
+        for block in blocks:
+            n = block.stop
+            s, grad_s = (x[: job.num_heads * block.size * n].reshape(job.num_kv, job.kv_rows(block), n) for x in (scores, grad_scores))
+            queries, grads = _with_shifts(grad_o, q, o, lse, job, block, scale)
+            np.matmul(queries, keys[:, :n].transpose(0, 2, 1), out=s)
+            _hide_(s, block, job, key_mask)
+            np.exp(s, out=s)
+            if dropout is None:
+                np.matmul(grads, values[:, :n].transpose(0, 2, 1), out=grad_s)
+                grad_s *= s
+            else:
+                np.matmul(grads[..., :K], values[:, :n, :K].transpose(0, 2, 1), out=grad_s)
+                _drop_(grad_s, dropout, job, block)
+                grad_s += grads[..., K:]
+                grad_s *= s
+                _drop_(s, dropout, job, block)
+            grad_values[:, :n] += np.matmul(s.transpose(0, 2, 1), grads[..., :K])
+            grad_keys[:, :n] += np.matmul(grad_s.transpose(0, 2, 1), queries[..., :K])
+            grad_rows = np.matmul(grad_s, keys[:, :n, :K]).reshape(job.num_heads, block.size, K)
+            np.multiply(grad_rows.transpose(1, 0, 2), q.dtype.type(scale), out=grad_q[job.sample, block.rows, job.heads])
+        grad_k[job.sample, :, job.kv_heads] = grad_keys.transpose(1, 0, 2)
+        grad_v[job.sample, :, job.kv_heads] = grad_values.transpose(1, 0, 2)
 
-    _heads(B, Hkv, work)
+    _for_jobs(q, k, blocks, work, num_scores=2)
     return grad_q, grad_k, grad_v
+
+
+def _for_jobs(q: Array, k: Array, blocks: list[QueryBlock], work: Callable[..., None], *, num_scores: int) -> None:
+    """Run work(job, *scratch) on all samples and heads over the pool, with `num_scores` flat scratch arrays for a block's scores.
+
+    How many heads make a job changes no bit of the result.
+    """
+    (B, _, H, _), Hkv = q.shape, k.shape[2]
+    group = H // Hkv
+    per_kv = max((block.size * block.stop for block in blocks), default=0) * group  # scores of the largest block
+    together = max(1, min(Hkv, SCORE_BYTES // max(1, per_kv * q.itemsize), B * Hkv // (2 * get_threads())))
+    per_sample = -(-Hkv // together)
+
+    def run(start: int, stop: int) -> None:
+        scratch = [np.empty(together * per_kv, q.dtype) for _ in range(num_scores)]
+        for i in range(start, stop):
+            sample, part = divmod(i, per_sample)
+            first, last = part * together, min((part + 1) * together, Hkv)
+            work(_Job(sample, slice(first * group, last * group), slice(first, last), last - first, (last - first) * group), *scratch)
+
+    parallel_for(B * per_sample, run)
+
+
+def _rows(x: Array, job: _Job, block: QueryBlock, scale: float) -> Array:
+    """A contiguous copy [heads, rows, K] of a block of x [B, T, H, K], times `scale`."""
+    part = x[job.sample, block.rows, job.heads].transpose(1, 0, 2)
+    return np.multiply(part, x.dtype.type(scale), out=np.empty(part.shape, x.dtype))
+
+
+def _exponentials_(
+    s: Array, queries: Array, keys: Array, block: QueryBlock, job: _Job, key_mask: Array | None
+) -> tuple[Array, Array | float]:
+    """Overwrite s [heads, rows, n] with exp(queries keys^T - shift), 0 where hidden; returns its row sums [heads, rows, 1] and the shift.
+
+    The usual shift, each row's maximum, costs as much as the exponential. Scores are rarely large enough to need it: it is taken only if
+    one of them could overflow or a whole row underflow.
+    """
+    ones = np.ones((s.shape[-1], 1), s.dtype)
+    np.matmul(queries, keys.transpose(0, 2, 1), out=s)
+    _hide_(s, block, job, key_mask)
+    if s.size and s.max() < SAFE_MAX:
+        np.exp(s, out=s)
+        total = np.matmul(s, ones)
+        if total.min() > SAFE_SUM:
+            return total, 0.0
+        np.matmul(queries, keys.transpose(0, 2, 1), out=s)
+        _hide_(s, block, job, key_mask)
+    shift = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    shift[shift == -np.inf] = 0
+    s -= shift
+    np.exp(s, out=s)
+    return np.matmul(s, ones), shift
+
+
+def _hide_(s: Array, block: QueryBlock, job: _Job, key_mask: Array | None) -> None:
+    """Write minus infinity into s [kv heads, group * rows, n] where a key is not seen."""
+    if block.hidden is not None:
+        later = s.reshape(job.num_heads, block.size, block.stop)[:, :, block.clear :]
+        later += block.hidden
+    if key_mask is not None:
+        s[:, :, ~key_mask[job.sample, : block.stop]] = -np.inf
+
+
+def _drop_(s: Array, dropout: AttentionDropout, job: _Job, block: QueryBlock) -> None:
+    by_head = s.reshape(job.num_heads, block.size, block.stop)
+    for i, head in enumerate(range(job.heads.start, job.heads.stop)):
+        by_head[i] *= dropout.mask(job.sample, head, block.rows, block.stop, s.dtype)
+
+
+def _with_ones(x: Array, job: _Job) -> Array:
+    """[x | 1] for the job's heads of x [B, T, Hkv, K]: [heads, T, K + 1]."""
+    part = x[job.sample, :, job.kv_heads].transpose(1, 0, 2)
+    wide = np.ones((*part.shape[:2], part.shape[2] + 1), x.dtype)
+    wide[..., :-1] = part
+    return wide
+
+
+def _with_shifts(grad_o: Array, q: Array, o: Array, lse: Array, job: _Job, block: QueryBlock, scale: float) -> tuple[Array, Array]:
+    """[scale q | -lse] and [grad_o | -<grad_o, o>] for a block: [kv heads, group * rows, K + 1] each."""
+    at = (job.sample, block.rows, job.heads)
+    K = q.shape[3]
+    queries, grads = np.empty((2, job.num_heads, block.size, K + 1), q.dtype)
+    np.multiply(q[at].transpose(1, 0, 2), q.dtype.type(scale), out=queries[..., :K])
+    grads[..., :K] = grad_o[at].transpose(1, 0, 2)
+    kept = lse[job.sample, job.heads, block.rows]
+    queries[..., K] = np.where(kept == -np.inf, -BLIND, -kept)
+    grads[..., K] = -np.einsum("ihk,ihk->hi", grad_o[at], o[at])
+    return queries.reshape(job.num_kv, job.kv_rows(block), K + 1), grads.reshape(job.num_kv, job.kv_rows(block), K + 1)

@@ -39,12 +39,12 @@ def xent_shifted_sum_(logits: Any, row_max: Any, targets: Any, first_class: int,
     inside = (local >= 0) & (local < valid)
 
     def run(rows: slice) -> None:
-        block = logits[rows]
+        logits[rows, valid:] = 0
+        block = logits[rows, :valid]
         block -= row_max[rows, None]
         hit = np.flatnonzero(inside[rows])
         target_logit[rows][hit] = block[hit, local[rows][hit]]
         np.exp(block, out=block)
-        block[:, valid:] = 0
         np.sum(block, axis=1, out=sums[rows])
 
     row_blocks(len(logits), logits.shape[1] * logits.itemsize, run)

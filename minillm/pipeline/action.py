@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,7 @@ class Action(NamedTuple):
 
 
 COMPUTE = (ActionKind.F, ActionKind.B, ActionKind.I, ActionKind.W)
+MESSAGES = (ActionKind.SEND_F, ActionKind.RECV_F, ActionKind.SEND_B, ActionKind.RECV_B)
 
 
 class Link(NamedTuple):
@@ -89,8 +91,12 @@ class Schedule:
         return frozenset(last.values())
 
     def validate(self) -> None:
-        """Raises ScheduleError unless every stage runs every microbatch once forward, and once or never backward, in order, on its own
-        rank."""
+        """Raises ScheduleError, naming the action, unless every stage runs every microbatch once forward, and once or never backward, on
+        its own rank, with gradients summed in microbatch order; and, if there are messages, unless each has its receive.
+
+        Whether the rows can finish is for `simulate` to say.
+        """
+        self._check_places()
         seen: set[Action] = set()
         for rank, row in enumerate(self.actions):
             for action in row:
@@ -100,9 +106,22 @@ class Schedule:
         for stage in range(self.num_stages):
             for m in range(self.num_microbatches):
                 self._check_complete(stage, m, trained, seen)
+        if any(a.kind in MESSAGES for a in seen):
+            self._check_messages(trained)
+
+    def _check_places(self) -> None:
+        if len(self.rank_of_stage) != self.num_stages or not set(self.rank_of_stage) <= set(range(self.num_ranks)):
+            raise ScheduleError(
+                f"rank_of_stage {self.rank_of_stage} does not give each of {self.num_stages} stages one of {self.num_ranks} ranks"
+            )
+        for ends in ([link.src_stage for link in self.links], [link.dst_stage for link in self.links], [link.tag for link in self.links]):
+            if len(set(ends)) != len(ends):
+                raise ScheduleError(f"two links share a source, a target or a tag: {', '.join(map(str, self.links))}")
 
     def _check(self, action: Action, rank: int, seen: set[Action]) -> None:
         kind, stage, m = action
+        if (m is None) == (kind in COMPUTE or kind in MESSAGES):
+            raise ScheduleError(f"{action} {'lacks its' if m is None else 'is about no'} microbatch")
         if not 0 <= stage < self.num_stages or (m is not None and not 0 <= m < self.num_microbatches):
             raise ScheduleError(f"{action} lies outside {self.num_stages} stages and {self.num_microbatches} microbatches")
         if self.rank_of_stage[stage] != rank:
@@ -112,6 +131,14 @@ class Schedule:
         before = {ActionKind.B: ActionKind.F, ActionKind.I: ActionKind.F, ActionKind.W: ActionKind.I}.get(kind)
         if before is not None and Action(before, stage, m) not in seen:
             raise ScheduleError(f"{action} comes before {Action(before, stage, m)} on rank {rank}")
+        if (
+            kind in (ActionKind.B, ActionKind.W)
+            and m
+            and not {Action(ActionKind.B, stage, m - 1), Action(ActionKind.W, stage, m - 1)} & seen
+        ):
+            raise ScheduleError(
+                f"{action} comes before {Action(kind, stage, m - 1)} on rank {rank}; gradients are summed in microbatch order"
+            )
 
     def _check_complete(self, stage: int, m: int, trained: bool, seen: set[Action]) -> None:
         have = {kind for kind in COMPUTE if Action(kind, stage, m) in seen}
@@ -121,3 +148,36 @@ class Schedule:
                 f"stage {stage}, microbatch {m} has {'+'.join(sorted(have)) or 'nothing'}, but needs "
                 f"{' or '.join('+'.join(sorted(w)) for w in wanted)}"
             )
+
+    def _check_messages(self, trained: bool) -> None:
+        """Each link between two ranks carries every microbatch, received in the order in which it was sent; other stages send nothing."""
+        rows = {
+            (kind, stage): [a for a in self._row_of(stage) if a.kind is kind and a.stage == stage]
+            for kind in MESSAGES
+            for stage in range(self.num_stages)
+        }
+        for src, dst, _ in self.links:
+            if self.rank_of_stage[src] != self.rank_of_stage[dst]:
+                _check_pairs(rows.pop((ActionKind.SEND_F, src)), rows.pop((ActionKind.RECV_F, dst)), dst, self.num_microbatches)
+                if trained:
+                    _check_pairs(rows.pop((ActionKind.SEND_B, dst)), rows.pop((ActionKind.RECV_B, src)), src, self.num_microbatches)
+        for left in rows.values():
+            if left:
+                raise ScheduleError(f"{left[0]} has no partner on another rank")
+
+    def _row_of(self, stage: int) -> tuple[Action, ...]:
+        return self.actions[self.rank_of_stage[stage]]
+
+
+def _check_pairs(sends: list[Action], receives: list[Action], to_stage: int, num_microbatches: int) -> None:
+    """Messages of one link and direction overtake nobody, so the n-th receive gets the n-th send."""
+    for send, receive in itertools.zip_longest(sends, receives):
+        if receive is None:
+            raise ScheduleError(f"{send} is received by nobody on stage {to_stage}")
+        if send is None:
+            raise ScheduleError(f"{receive} has no send")
+        if send.microbatch != receive.microbatch:
+            raise ScheduleError(f"{receive} would receive {send}: messages of a link arrive in the order in which they were sent")
+    if len(sends) < num_microbatches:
+        missing = min(set(range(num_microbatches)) - {send.microbatch for send in sends})
+        raise ScheduleError(f"stage {to_stage} never receives microbatch {missing}")

@@ -9,7 +9,7 @@ from minillm.pipeline.action import Action, ActionKind, Schedule
 
 K = ActionKind
 
-PAPER_COST = {K.F: 1, K.B: 2, K.I: 1, K.W: 1}
+PAPER_COST: dict[ActionKind, int] = {K.F: 1, K.B: 2, K.I: 1, K.W: 1}
 """Times by which add_communication orders messages; only their order matters."""
 
 
@@ -20,8 +20,13 @@ def lower(schedule: Schedule, *, train: bool = True, ties: tuple[int, ...] = ())
     `ties` are the stages that hold a copy of a tied weight.
     """
     schedule.validate()
+    extra = next((action for row in schedule.actions for action in row if action.kind not in PAPER_COST), None)
+    if extra is not None:
+        raise ScheduleError(f"{extra} is in the schedule to lower, which may hold only computation; was it lowered before?")
     schedule = add_communication(schedule)
-    return add_reductions(schedule, ties) if train else schedule
+    schedule = add_reductions(schedule, ties) if train else schedule
+    schedule.validate()
+    return schedule
 
 
 def add_communication(schedule: Schedule) -> Schedule:

@@ -80,10 +80,12 @@ class Timeline:
         return Fraction(total - busy) / Fraction(total) if total else 0
 
     def peak_in_flight(self, rank: int) -> int:
-        """The most microbatches whose activations `rank` holds at once, counted per stage: from F to B (or W)."""
+        """The most microbatches whose activations `rank` holds at once, counted per stage: from F to B (or W); none without a backward."""
+        events = [event for event in self.events if event.rank == rank]  # in the order of the row
+        trained = any(event.action.kind is not K.F for event in events)
         held = peak = 0
-        for event in sorted((e for e in self.events if e.rank == rank), key=lambda e: (e.start, e.end)):
-            if event.action.kind is K.F:
+        for event in events:
+            if event.action.kind is K.F and trained:
                 held += 1
                 peak = max(peak, held)
             elif event.action.kind in (K.B, K.W):
@@ -105,6 +107,7 @@ class _Player:
         self.schedule, self.cost, self.rendezvous = schedule, cost, rendezvous
         self.source = {link.dst_stage: link.src_stage for link in schedule.links}
         self.target = {link.src_stage: link.dst_stage for link in schedule.links}
+        self.split = {action[1:] for row in schedule.actions for action in row if action.kind is K.I}
         self.lowered = any(action.kind is K.SEND_F for row in schedule.actions for action in row)
         self.ended: dict[Action, Time] = {}
         self.position = [0] * schedule.num_ranks
@@ -192,5 +195,4 @@ class _Player:
 
     def _back_kind(self, stage: int, m: int | None) -> ActionKind:
         """Whether `stage` runs B or I for microbatch `m`."""
-        row = self.schedule.actions[self.schedule.rank_of_stage[stage]]
-        return K.I if Action(K.I, stage, m) in row else K.B
+        return K.I if (stage, m) in self.split else K.B

@@ -1,4 +1,4 @@
-"""The cases of the kernel test: op x sizes and options. A case makes inputs, calls the public kernel, and names what the plain reference gives."""
+"""The cases of the kernel test: op x sizes and options. A case makes inputs, calls the kernel, and names what the plain reference gives."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Case:
     inputs: Callable[[np.random.Generator], Arrays]
     call: Callable[..., Arrays]
     expected: Callable[..., Arrays]
+    slack: float = 1.0  # times the tolerance, where rounding is amplified: a score of 100 has an error of 100 eps, as has its exponential
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -74,9 +75,27 @@ def norm_cases() -> Iterator[Case]:
         )
         yield Case("rmsnorm", f"backward-{size}", two, rms_back, lambda gy, x, w: plain.rmsnorm_grads(gy, x, w, eps))
     small = normals((7, 12), (7, 12), (12,))
-    yield Case("layernorm", "no-bias-strided", small, lambda x, _, w: kernels.layernorm_forward(strided(x), w, None, eps), lambda x, _, w: plain.layernorm(x, w, None, eps))  # fmt: skip
-    yield Case("layernorm", "only-x-in-place", small, lambda gy, x, w: layer_back(g := gy.copy(), x, w, need_params=False, grad_x_out=g), lambda *a: (plain.layernorm_grads(*a, eps)[0], None, None))  # fmt: skip
-    yield Case("layernorm", "into-poison", small, lambda gy, x, w: layer_back(strided(gy), x, w, has_bias=False, grad_x_out=poisoned(x)), lambda *a: (*plain.layernorm_grads(*a, eps)[:2], None))  # fmt: skip
+    yield Case(
+        "layernorm",
+        "no-bias-strided",
+        small,
+        lambda x, _, w: kernels.layernorm_forward(strided(x), w, None, eps),
+        lambda x, _, w: plain.layernorm(x, w, None, eps),
+    )
+    yield Case(
+        "layernorm",
+        "only-x-in-place",
+        small,
+        lambda gy, x, w: layer_back(g := gy.copy(), x, w, need_params=False, grad_x_out=g),
+        lambda *a: (plain.layernorm_grads(*a, eps)[0], None, None),
+    )
+    yield Case(
+        "layernorm",
+        "into-poison",
+        small,
+        lambda gy, x, w: layer_back(strided(gy), x, w, has_bias=False, grad_x_out=poisoned(x)),
+        lambda *a: (*plain.layernorm_grads(*a, eps)[:2], None),
+    )
     yield Case(
         "layernorm",
         "only-params",
@@ -84,7 +103,13 @@ def norm_cases() -> Iterator[Case]:
         lambda gy, x, w: layer_back(gy, strided(x), w, need_x=False),
         lambda *a: (None, *plain.layernorm_grads(*a, eps)[1:]),
     )
-    yield Case("rmsnorm", "only-x-in-place", small, lambda gy, x, w: rms_back(g := gy.copy(), x, w, need_params=False, grad_x_out=g), lambda *a: (plain.rmsnorm_grads(*a, eps)[0], None))  # fmt: skip
+    yield Case(
+        "rmsnorm",
+        "only-x-in-place",
+        small,
+        lambda gy, x, w: rms_back(g := gy.copy(), x, w, need_params=False, grad_x_out=g),
+        lambda *a: (plain.rmsnorm_grads(*a, eps)[0], None),
+    )
     yield Case(
         "rmsnorm",
         "only-params",
@@ -107,8 +132,20 @@ def activation_cases() -> Iterator[Case]:
                 lambda x, kind=kind: (kernels.gelu_forward(x, kind),),
                 lambda x, kind=kind: plain.gelu(x, kind),
             )
-            yield Case("activation", f"gelu-{kind}-backward-{size}", two, lambda g, x, kind=kind: (kernels.gelu_backward(g, 3 * x, kind),), lambda g, x, kind=kind: plain.gelu_grads(g, 3 * x, kind))  # fmt: skip
-        yield Case("activation", f"gelu-in-place-{size}", two, lambda g, x: (kernels.gelu_backward(h := g.copy(), x, "tanh", out=h),), lambda g, x: plain.gelu_grads(g, x, "tanh"))  # fmt: skip
+            yield Case(
+                "activation",
+                f"gelu-{kind}-backward-{size}",
+                two,
+                lambda g, x, kind=kind: (kernels.gelu_backward(g, 3 * x, kind),),
+                lambda g, x, kind=kind: plain.gelu_grads(g, 3 * x, kind),
+            )
+        yield Case(
+            "activation",
+            f"gelu-in-place-{size}",
+            two,
+            lambda g, x: (kernels.gelu_backward(h := g.copy(), x, "tanh", out=h),),
+            lambda g, x: plain.gelu_grads(g, x, "tanh"),
+        )
         yield Case("activation", f"relu-{size}", one, lambda x: (kernels.relu_forward(x),), lambda x: (np.maximum(x, 0),))
         yield Case(
             "activation",
@@ -119,7 +156,13 @@ def activation_cases() -> Iterator[Case]:
         )
     extreme = lambda rng: (np.array([[-200.0, -60, -12, -6, -0.0, 0, 1e-9, 6, 12, 60, 200, 1e4, -1e4]]),)  # noqa: E731
     for kind in ("tanh", "erf"):
-        yield Case("activation", f"gelu-{kind}-extreme", extreme, lambda x, kind=kind: (kernels.gelu_forward(x, kind), kernels.gelu_backward(np.ones_like(x), x, kind)), lambda x, kind=kind: (*plain.gelu(x, kind), *plain.gelu_grads(1.0, x, kind)))  # fmt: skip
+        yield Case(
+            "activation",
+            f"gelu-{kind}-extreme",
+            extreme,
+            lambda x, kind=kind: (kernels.gelu_forward(x, kind), kernels.gelu_backward(np.ones_like(x), x, kind)),
+            lambda x, kind=kind: (*plain.gelu(x, kind), *plain.gelu_grads(1.0, x, kind)),
+        )
     for R, F in SIZES:
         yield Case("activation", f"swiglu-{R}x{F}", normals((R, 2 * F)), lambda x: (kernels.swiglu_forward(x),), plain.swiglu)
         yield Case(
@@ -144,7 +187,13 @@ def softmax_cases() -> Iterator[Case]:
         yield Case(
             "softmax", f"forward-{shape}", normals(shape), lambda x: (kernels.softmax_forward(x + 50),), lambda x: (plain.softmax(x),)
         )
-        yield Case("softmax", f"backward-{shape}", normals(shape, shape), lambda g, x: (kernels.softmax_backward(g, kernels.softmax_forward(x)),), lambda g, x: plain.softmax_grads(g, plain.softmax(x)))  # fmt: skip
+        yield Case(
+            "softmax",
+            f"backward-{shape}",
+            normals(shape, shape),
+            lambda g, x: (kernels.softmax_backward(g, kernels.softmax_forward(x)),),
+            lambda g, x: plain.softmax_grads(g, plain.softmax(x)),
+        )
     for R, V, valid, parts in (
         (0, 5, 5, 1),
         (3, 1, 1, 1),
@@ -166,7 +215,7 @@ def softmax_cases() -> Iterator[Case]:
 
 
 def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, parts: int) -> Arrays:
-    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine them. Padded columns hold NaN or large values."""
+    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine them. Padding holds large values."""
     width = logits.shape[1] // parts
     pieces = [logits[:, i * width : (i + 1) * width].copy() for i in range(parts)]
     valids = [min(max(valid - i * width, 0), width) for i in range(parts)]
@@ -187,8 +236,20 @@ def matmul_cases() -> Iterator[Case]:
     for M, K, N in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (5, 7, 3), (300, 257, 129), (33, 300, 1025), (900, 64, 130)):
         size, make = f"{M}x{K}x{N}", normals((M, K), (K, N), (M, N))
         yield Case("matmul", size, make, lambda a, b, c: (kernels.matmul(a, b),), lambda a, b, c: (a @ b,))
-        yield Case("matmul", f"{size}-out-transposed", make, lambda a, b, c: (kernels.matmul(np.ascontiguousarray(a.T).T, np.ascontiguousarray(b.T).T, out=poisoned(c)),), lambda a, b, c: (a @ b,))  # fmt: skip
-        yield Case("matmul", f"{size}-accumulate", make, lambda a, b, c: (kernels.matmul(strided(a), np.ascontiguousarray(b.T).T, out=c.copy(), accumulate=True),), lambda a, b, c: (c + a @ b,))  # fmt: skip
+        yield Case(
+            "matmul",
+            f"{size}-out-transposed",
+            make,
+            lambda a, b, c: (kernels.matmul(np.ascontiguousarray(a.T).T, np.ascontiguousarray(b.T).T, out=poisoned(c)),),
+            lambda a, b, c: (a @ b,),
+        )
+        yield Case(
+            "matmul",
+            f"{size}-accumulate",
+            make,
+            lambda a, b, c: (kernels.matmul(strided(a), np.ascontiguousarray(b.T).T, out=c.copy(), accumulate=True),),
+            lambda a, b, c: (c + a @ b,),
+        )
     for shape in ((0, 3), (1, 1), (5, 7), (2000, 130)):
         yield Case("matmul", f"column-sum-{shape}", normals(shape), lambda x: (kernels.column_sum(x),), lambda x: (x.sum(0),))
 
@@ -228,7 +289,7 @@ def attention_cases() -> Iterator[Case]:
     both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
     yield from attention_pair("padding-causal", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled)
     yield from attention_pair(
-        "large-scores", (1, 130, 130, 2, 2, 8), seen=np.arange(130)[:, None] >= np.arange(130), causal=True, scale=30.0
+        "large-scores", (1, 130, 130, 2, 2, 8), seen=np.arange(130)[:, None] >= np.arange(130), causal=True, scale=30.0, slack=20.0
     )
     dropout = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))
     yield from attention_pair(
@@ -237,7 +298,9 @@ def attention_cases() -> Iterator[Case]:
     yield from attention_pair("dropout-full", sizes, seen=np.True_, causal=False, dropout=dropout)
 
 
-def attention_pair(name: str, sizes: tuple[int, ...], *, seen: Any, scale: float = 0.4, **options: Any) -> Iterator[Case]:
+def attention_pair(
+    name: str, sizes: tuple[int, ...], *, seen: Any, scale: float = 0.4, slack: float = 1.0, **options: Any
+) -> Iterator[Case]:
     """The forward and the backward case on views of a fused projection, with strided and poisoned outputs."""
     B, Tq, Tk, H, Hkv, K = sizes
     make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
@@ -316,7 +379,13 @@ def position_cases() -> Iterator[Case]:
         rows = np.where(inside, ids - first, 0)
         scatter = (inside[..., None] * (rows[..., None] == np.arange(V))).reshape(-1, V)  # [ids, V] one-hot, zero rows outside
         make = normals((V, 6), (3, 41, 6))
-        yield Case("embedding", f"forward-{V}-{first}", make, lambda w, _, i=ids, f=first: (kernels.embedding_forward(i, w, f),), lambda w, _, r=rows, m=inside: (w[r] * m[..., None],))  # fmt: skip
+        yield Case(
+            "embedding",
+            f"forward-{V}-{first}",
+            make,
+            lambda w, _, i=ids, f=first: (kernels.embedding_forward(i, w, f),),
+            lambda w, _, r=rows, m=inside: (w[r] * m[..., None],),
+        )
         for accumulate in (False, True):
 
             def back(w: Any, g: Any, i: Any = ids, f: int = first, accumulate: bool = accumulate) -> Arrays:
@@ -324,7 +393,13 @@ def position_cases() -> Iterator[Case]:
                 kernels.embedding_backward_(g, i, grad, f, accumulate=accumulate)
                 return (grad,)
 
-            yield Case("embedding", f"backward-{V}-{first}-{'add' if accumulate else 'set'}", make, back, lambda w, g, s=scatter, a=accumulate: (a * w + s.T @ g.reshape(-1, 6),))  # fmt: skip
+            yield Case(
+                "embedding",
+                f"backward-{V}-{first}-{'add' if accumulate else 'set'}",
+                make,
+                back,
+                lambda w, g, s=scatter, a=accumulate: (a * w + s.T @ g.reshape(-1, 6),),
+            )
 
 
 def optimizer_cases() -> Iterator[Case]:

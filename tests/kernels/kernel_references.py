@@ -82,7 +82,7 @@ def softmax_grads(grad_y: Any, y: Any) -> tuple[Any, ...]:
 
 
 def cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int) -> tuple[Any, ...]:
-    """Losses [rows] of targets below `valid`, and the gradient of sum(row_scale * loss) by the logits; columns from `valid` on do not exist."""
+    """Losses [rows], and the gradient of sum(row_scale * loss) by the logits; columns from `valid` on do not exist."""
     p = np.zeros_like(logits)
     p[:, :valid] = softmax(logits[:, :valid])
     rows = np.arange(len(logits))

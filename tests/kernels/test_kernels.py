@@ -35,7 +35,7 @@ def widen(x: Any) -> Any:
     return x.astype(np.float64) if x.dtype.kind == "f" else x
 
 
-def check(got: Any, want: Any, dtype: str) -> None:
+def check(got: Any, want: Any, dtype: str, slack: float = 1.0) -> None:
     """Compare two tuples of arrays (None where nothing is expected); infinities must match, NaN fails."""
     assert len(got) == len(want)
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -48,7 +48,7 @@ def check(got: Any, want: Any, dtype: str) -> None:
         assert np.array_equal(g[~finite], w[~finite]), f"result {i}: infinities differ"
         if finite.any():
             error = np.abs(g[finite] - w[finite]).max() / max(1.0, np.abs(w[finite]).max())
-            assert error <= TOLERANCE[dtype], f"result {i}: error {error:.3g}"  # false for NaN
+            assert error <= slack * TOLERANCE[dtype], f"result {i}: error {error:.3g}"  # false for NaN
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_kernel_equals_reference(case: Case, choice: str, dtype: str, threads: i
     with kernels.use(**{case.op: choice}), kernels.threads(threads):
         got = case.call(*inputs)
     assert all(np.array_equal(x, copy) for x, copy in zip(inputs, copies, strict=True)), "an input was changed"
-    check(got, case.expected(*(widen(x) for x in inputs)), dtype)
+    check(got, case.expected(*(widen(x) for x in inputs)), dtype, case.slack)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "1030x384" in c.name or "Tq300" in c.name or "70001" in c.name], ids=str)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from fractions import Fraction
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from minillm.errors import ScheduleError
-from minillm.pipeline.action import Action, ActionKind, Schedule
+from minillm.pipeline.action import Action, ActionKind, Link, Schedule
 from minillm.pipeline.draw import draw_svg, draw_text
 from minillm.pipeline.lower import lower
 from minillm.pipeline.schedules import SCHEDULES, forward_only
@@ -64,6 +65,53 @@ def test_lowered_schedules_finish_even_if_sends_wait_for_their_receivers(name: s
         assert sends == receives == 2 * (p - 1) * m
 
 
+@pytest.mark.parametrize("name", [*SCHEDULES, "forward_only"])
+@pytest.mark.parametrize("cost", [Cost(1, 1), Cost(1, 2), Cost(3, 5), Cost(2, 1), Cost(1, 9)], ids=lambda c: f"{c.forward}-{c.backward}")
+def test_messages_cost_no_time_by_where_they_stand(name: str, cost: Cost) -> None:
+    """A receive that stands too early would have its rank wait for what it needs only later."""
+    for p, m in SIZES:
+        schedule = SCHEDULES.get(name, forward_only)(p, m)
+        lowered = simulate(lower(schedule, train=name in SCHEDULES), cost)
+        assert set(lowered.events) == set(simulate(schedule, cost).events), (p, m)
+
+
+def test_lowered_rows_of_1f1b() -> None:
+    rows = [" ".join(map(str, row)) for row in lower(SCHEDULES["1f1b"](2, 2)).actions]
+    assert rows == [
+        "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1 0REDUCE_GRAD 0OPTIMIZER_STEP",
+        "1RECV_F0 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1B1 1SEND_B1 1REDUCE_GRAD 1OPTIMIZER_STEP",
+    ]
+
+
+def test_a_send_takes_its_time() -> None:
+    """Two ranks, one microbatch: F, message, F B, message, B."""
+    for schedule in (SCHEDULES["1f1b"](2, 1), lower(SCHEDULES["1f1b"](2, 1))):
+        assert simulate(schedule, Cost(forward=1, backward=2, send=10)).makespan == 26
+
+
+def test_evaluation_holds_no_activations() -> None:
+    timeline = simulate(lower(forward_only(3, 5), train=False))
+    assert [timeline.peak_in_flight(rank) for rank in range(3)] == [0, 0, 0]
+
+
+def test_two_stages_of_a_rank_hand_over_without_messages() -> None:
+    """Stages 0 and 1 on rank 0, stage 2 on rank 1."""
+    rows = [["0F0", "1F0", "1B0", "0B0"], ["2F0", "2B0"]]
+    schedule = Schedule(3, 1, (0, 0, 1), tuple(tuple(map(Action.parse, row)) for row in rows))
+    lowered = lower(schedule)
+    assert [str(a) for a in lowered.actions[0]] == [
+        *("0F0", "1F0", "1SEND_F0", "1RECV_B0", "1B0", "0B0", "0REDUCE_GRAD", "1REDUCE_GRAD", "0OPTIMIZER_STEP"),
+    ]
+    assert simulate(lowered, Cost(1, 1), rendezvous=True).makespan == 6
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 0), (-1, 4)])
+def test_nothing_to_do_is_refused(sizes: tuple[int, int]) -> None:
+    for make in (*SCHEDULES.values(), forward_only):
+        with pytest.raises(ScheduleError, match="at least 1 rank and 1 microbatch"):
+            make(*sizes)
+
+
 def test_one_rank_is_plain_accumulation() -> None:
     assert SCHEDULES["gpipe"](1, 3) == SCHEDULES["1f1b"](1, 3)
     assert [str(a) for a in lower(SCHEDULES["1f1b"](1, 2)).actions[0]] == ["0F0", "0B0", "0F1", "0B1", "0REDUCE_GRAD", "0OPTIMIZER_STEP"]
@@ -102,11 +150,62 @@ def test_a_deadlock_is_named() -> None:
         (["0B0", "0F0", "0F1", "0B1"], "0B0 comes before 0F0"),
         (["0F0", "0F1", "0B0", "1B1"], "1B1 stands on rank 0, but stage 1 is on rank 1"),
         (["0F0", "0F7"], "0F7 lies outside"),
+        (["0F0", "0F1", "0B1", "0B0"], "0B1 comes before 0B0"),
+        (["0F"], "0F lacks its microbatch"),
+        (["0REDUCE_GRAD1"], "0REDUCE_GRAD1 is about no microbatch"),
     ],
 )
 def test_malformed_rows_are_named(row: list[str], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         _with_row(SCHEDULES["gpipe"](2, 2), 0, [Action.parse(text) for text in row]).validate()
+
+
+@pytest.mark.parametrize(
+    ("rank", "old", "new", "message"),
+    [
+        (0, "0SEND_F1", "", "1RECV_F1 has no send"),
+        (1, "1RECV_F1", "", "0SEND_F1 is received by nobody"),
+        (1, "1RECV_F0 1F0 1RECV_F1", "1RECV_F1 1F0 1RECV_F0", "1RECV_F1 would receive 0SEND_F0"),
+        (1, "1SEND_B1", "1SEND_B1 1SEND_F0", "1SEND_F0 has no partner"),
+    ],
+)
+def test_broken_messages_are_named(rank: int, old: str, new: str, message: str) -> None:
+    lowered = lower(SCHEDULES["1f1b"](2, 2))
+    text = " ".join(map(str, lowered.actions[rank]))
+    assert old in text
+    broken = _with_row(lowered, rank, [Action.parse(word) for word in text.replace(old, new).split()])
+    with pytest.raises(ScheduleError, match=message):
+        broken.validate()
+
+
+def test_a_message_lost_on_both_sides_is_named() -> None:
+    lowered = lower(SCHEDULES["1f1b"](2, 2))
+    for rank, lost in ((0, "0SEND_F1"), (1, "1RECV_F1")):
+        lowered = _with_row(lowered, rank, [a for a in lowered.actions[rank] if str(a) != lost])
+    with pytest.raises(ScheduleError, match="stage 1 never receives microbatch 1"):
+        lowered.validate()
+    with pytest.raises(ScheduleError, match="rank 1 at 1F1, waiting for 1RECV_F1"):
+        simulate(lowered)
+
+
+def test_crossing_sends_deadlock_only_if_sends_block() -> None:
+    """Both ranks send before they receive: fine with buffers or non-blocking sends, and what the lowering must never need."""
+    lowered = lower(SCHEDULES["1f1b"](2, 2))
+    text = " ".join(map(str, lowered.actions[1])).replace("1RECV_F1 1B0 1SEND_B0", "1B0 1SEND_B0 1RECV_F1")
+    crossed = _with_row(lowered, 1, [Action.parse(word) for word in text.split()])
+    simulate(crossed)
+    with pytest.raises(ScheduleError, match="rank 0 at 0SEND_F1, waiting for 1RECV_F1; rank 1 at 1SEND_B0, waiting for 0RECV_B0"):
+        simulate(crossed, rendezvous=True)
+
+
+def test_misplaced_stages_and_doubled_links_are_refused() -> None:
+    schedule = SCHEDULES["gpipe"](2, 1)
+    with pytest.raises(ScheduleError, match="rank_of_stage"):
+        dataclasses.replace(schedule, rank_of_stage=(0, 2)).validate()
+    with pytest.raises(ScheduleError, match="share"):
+        dataclasses.replace(schedule, links=(Link(0, 1, 0), Link(1, 0, 0))).validate()
+    with pytest.raises(ScheduleError, match="lowered before"):
+        lower(lower(schedule))
 
 
 def test_split_backward_runs_too() -> None:
@@ -129,6 +228,7 @@ def test_drawings() -> None:
     ]
     svg = draw_svg(timeline, "two ranks")
     assert svg.count("<title>") == 8 and "bubble 33.3%" in svg
+    assert len(list(ElementTree.fromstring(draw_svg(timeline, "a < b & c")).iter())) > 16
 
 
 def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +246,10 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([], "name a schedule"),
         (["gpipe", "--ranks", "0"], "at least 1 rank"),
         (["gpipe", "--rank", "2"], "did you mean --ranks"),
+        (["gpipe", "--ranks", "four"], "four"),
         (["gpipe", "--forward-cost", "-1"], "must be more than 0"),
+        (["gpipe", "--backward-cost", "nan"], "must be more than 0"),
+        (["gpipe", "--svg", ""], "no file name"),
         (["gpipe", "--svg", "/nowhere/x.svg"], "cannot be written"),
     ],
 )

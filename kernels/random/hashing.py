@@ -1,0 +1,42 @@
+"""Keep-or-drop decisions for a grid of addresses: row words and column words are hashed once, and a few 32-bit steps mix each pair.
+
+A 64-bit hash for every element would cost several times as much as the rest of dropout; processors vectorise 32-bit multiplications.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from minillm.kernels.random.reference import random_bits
+
+Array = Any
+
+_COLUMN_KEY = 0x5851F42D4C957F2D
+_MIX_1, _MIX_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)  # the multipliers of Wellons' lowbias32
+
+
+def address_words(key: int, outer: Array, inner: Array) -> Array:
+    """64 random bits for each pair of outer [A] and inner [B] (integers from 0 to 2^32 - 1): uint64 [A, B]."""
+    index = (np.asarray(outer).astype(np.uint64) << np.uint64(32))[:, None] | np.asarray(inner).astype(np.uint64)
+    return random_bits(key, index)
+
+
+def column_words(columns: Array) -> Array:
+    """A random word for each column address [C] (integers from 0): uint32 [C]."""
+    return (random_bits(_COLUMN_KEY, np.asarray(columns).astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
+
+
+def keep(p: float, rows: Array, columns: Array) -> Array:
+    """Whether to keep each element, with probability 1 - p: row words uint64 [R], column words uint32 [C] -> bool [R, C].
+
+    Element (r, c) depends on rows[r] and columns[c] only. p counts in steps of 2^-32. Two rows differ in how they mix, not only in where
+    they start, so no two rows of a run share a pattern.
+    """
+    low, high = rows.astype(np.uint32)[:, None], (rows >> np.uint64(32)).astype(np.uint32)[:, None]
+    z = low ^ columns
+    z *= _MIX_1
+    z ^= z >> np.uint32(15)
+    z += high
+    z *= _MIX_2
+    return z >= np.uint32(min(round(p * 2**32), 2**32 - 1))
