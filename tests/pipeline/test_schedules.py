@@ -79,7 +79,7 @@ def test_lowered_rows_of_1f1b() -> None:
     rows = [" ".join(map(str, row)) for row in lower(SCHEDULES["1f1b"](2, 2)).actions]
     assert rows == [
         "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1 0REDUCE_GRAD 0OPTIMIZER_STEP",
-        "1RECV_F0 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1B1 1SEND_B1 1REDUCE_GRAD 1OPTIMIZER_STEP",
+        "1RECV_F0 1F0 1B0 1RECV_F1 1SEND_B0 1F1 1B1 1SEND_B1 1REDUCE_GRAD 1OPTIMIZER_STEP",
     ]
 
 
@@ -165,7 +165,7 @@ def test_malformed_rows_are_named(row: list[str], message: str) -> None:
     [
         (0, "0SEND_F1", "", "1RECV_F1 has no send"),
         (1, "1RECV_F1", "", "0SEND_F1 is received by nobody"),
-        (1, "1RECV_F0 1F0 1RECV_F1", "1RECV_F1 1F0 1RECV_F0", "1RECV_F1 would receive 0SEND_F0"),
+        (1, "1RECV_F0 1F0 1B0 1RECV_F1", "1RECV_F1 1F0 1B0 1RECV_F0", "1RECV_F1 would receive 0SEND_F0"),
         (1, "1SEND_B1", "1SEND_B1 1SEND_F0", "1SEND_F0 has no partner"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_message_lost_on_both_sides_is_named() -> None:
 def test_crossing_sends_deadlock_only_if_sends_block() -> None:
     """Both ranks send before they receive: fine with buffers or non-blocking sends, and what the lowering must never need."""
     lowered = lower(SCHEDULES["1f1b"](2, 2))
-    text = " ".join(map(str, lowered.actions[1])).replace("1RECV_F1 1B0 1SEND_B0", "1B0 1SEND_B0 1RECV_F1")
+    text = " ".join(map(str, lowered.actions[1])).replace("1RECV_F1 1SEND_B0", "1SEND_B0 1RECV_F1")
     crossed = _with_row(lowered, 1, [Action.parse(word) for word in text.split()])
     simulate(crossed)
     with pytest.raises(ScheduleError, match="rank 0 at 0SEND_F1, waiting for 1RECV_F1; rank 1 at 1SEND_B0, waiting for 0RECV_B0"):
@@ -225,6 +225,7 @@ def test_drawings() -> None:
     assert draw_text(timeline).splitlines() == [
         "rank 0  F0 F1  ·  · B0───  · B1───",
         "rank 1   · F0 B0─── F1 B1───  ·  ·",
+        "bubble 33.3%",
     ]
     svg = draw_svg(timeline, "two ranks")
     assert svg.count("<title>") == 8 and "bubble 33.3%" in svg
