@@ -324,6 +324,7 @@ def attention_pair(
         make,
         forward,
         lambda q, kv, _: plain.attention(q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
+        slack,
     )
     yield Case(
         "attention",
@@ -331,6 +332,7 @@ def attention_pair(
         make,
         backward,
         lambda q, kv, g: plain.attention_grads(g, q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
+        slack,
     )
 
 
