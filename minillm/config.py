@@ -162,7 +162,7 @@ class TrainConfig(Architecture):
     # How it learns
     batch: int = 16
     """Sequences per step over all ranks."""
-    steps: int = 400
+    steps: int = 1000
     """Optimizer steps in the whole run."""
     lr: float = 2e-3
     """Highest learning rate, reached after the warm-up."""

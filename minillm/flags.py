@@ -126,15 +126,15 @@ def _check_names(cls: type, argv: Sequence[str]) -> None:
 
 
 def _first_paragraph(boxed: str) -> str:
-    """The sentence at the top of a boxed error message, without its frame."""
-    lines = [re.sub(r"[│|╭╮╰╯]", "", line).strip() for line in boxed.splitlines()]
-    sentence = []
+    """The sentence under the title of a boxed error message, whether the box is drawn in Unicode or in ASCII."""
+    title, *lines = [line.strip("│|╭╮╰╯+ ") for line in boxed.splitlines()] or [""]
+    sentence: list[str] = []
     for line in lines:
-        if re.fullmatch(r"[─-]+", line):
-            break
-        if not re.search(r"──|--- ", line):
+        if not re.fullmatch("[─-]*", line):
             sentence.append(line)
-    return " ".join(filter(None, sentence)).rstrip(".")
+        elif sentence:
+            break
+    return (" ".join(sentence) or title).rstrip(".")
 
 
 def _toml_value(value: bool | int | float | str) -> str:

@@ -44,8 +44,9 @@ class ResolvedConfig:
         return self.train.batch * self.model.context
 
     def saved_values(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the resolved values, but what may change on resume as it was asked, to follow from the ranks then."""
-        asked = self.asked.to_dict()
+        """What a checkpoint keeps: the resolved values, but what may change on resume as it was asked, to follow from the ranks then.
+        Where this run was told to stop early is its own affair."""
+        asked = self.asked.to_dict() | {"stop_after": None}
         return {name: asked[name] if name in RESUMABLE else value for name, value in self.train.to_dict().items()}
 
 

@@ -1,0 +1,81 @@
+"""Generation: the key-value cache changes nothing, and neither does the layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from training_helpers import INIT_STD, MODELS, VOCAB, Layout, make_config
+
+from minillm.assembly import build_mesh, build_stages
+from minillm.autograd import no_grad
+from minillm.comm.communicator import Communicator
+from minillm.comm.threads import run_ranks
+from minillm.generation import Generator, Sampling, caches
+from minillm.resolve import ResolvedConfig
+
+PROMPT, LENGTH = 5, 16
+IDS = np.random.default_rng(5).integers(0, VOCAB, (1, LENGTH))
+LAYOUTS = [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, pp=2)]
+
+
+def generator(comm: Communicator, config: ResolvedConfig) -> Generator:
+    mesh = build_mesh(comm, config)
+    return Generator(build_stages(config, mesh, std=INIT_STD), mesh)
+
+
+def cached(made: Generator, dtype: np.dtype) -> list[np.ndarray | None]:
+    """Logits after the prompt and after each further token, which alone goes through the model."""
+    cuts = [slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, LENGTH))]
+    with caches(made.model, 1, LENGTH, dtype):
+        return [made.logits(IDS[:, cut], np.arange(LENGTH)[cut]) for cut in cuts]
+
+
+def uncached(made: Generator) -> list[np.ndarray | None]:
+    """The same logits, with the whole text read anew for each."""
+    return [made.logits(IDS[:, :end], np.arange(end)) for end in range(PROMPT, LENGTH + 1)]
+
+
+def last_stage(results: list) -> np.ndarray:
+    """What the ranks of the last stage return [steps, V], the same on all of them."""
+    found = [np.concatenate(result) for result in results if result[0] is not None]
+    assert all(np.array_equal(found[0], other) for other in found)
+    return found[0]
+
+
+@pytest.mark.parametrize("layout", [Layout(), *LAYOUTS], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_cached_logits_are_the_uncached_ones(model: str, layout: Layout) -> None:
+    config = make_config(model, layout)
+
+    def rank(comm: Communicator) -> tuple[list, list]:
+        made = generator(comm, config)
+        with no_grad():
+            return cached(made, np.dtype(np.float64)), uncached(made)
+
+    results = run_ranks(layout.num_ranks, rank)
+    fast, slow = (last_stage([result[which] for result in results]) for which in (0, 1))
+    assert fast.shape == (LENGTH - PROMPT + 1, VOCAB)
+    np.testing.assert_allclose(fast, slow, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_writes_the_same(layout: Layout) -> None:
+    def written(layout: Layout) -> list[list[int]]:
+        config = make_config("llama", layout)
+        choice = Sampling(temperature=1.0, top_k=10, top_p=0.9, seed=4)
+        return run_ranks(layout.num_ranks, lambda comm: generator(comm, config).generate([1, 2, 3], 2 * LENGTH, choice))
+
+    one = written(Layout())[0]
+    assert len(one) == 2 * LENGTH and len(set(one)) > 3
+    assert all(text == one for text in written(layout))
+
+
+def test_sampling_follows_its_options() -> None:
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
+    np.testing.assert_allclose(Sampling().probabilities(logits), [[0.5, 0.3, 0.15, 0.05]])
+    np.testing.assert_allclose(Sampling(top_k=2).probabilities(logits), [[0.625, 0.375, 0, 0]])
+    np.testing.assert_allclose(Sampling(top_p=0.7).probabilities(logits), [[0.625, 0.375, 0, 0]])
+    np.testing.assert_allclose(Sampling(temperature=0.5).probabilities(logits), [np.array([25, 9, 2.25, 0.25]) / 36.5])
+    assert Sampling(temperature=0).choose(logits, 0) == [0]
+    drawn = np.array([Sampling(seed=1).choose(logits, position)[0] for position in range(4000)])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)

@@ -1,0 +1,65 @@
+"""A training run in which one rank meets a misfortune: `fault_program.py NAME RANK [options of minillm.train]`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minillm.data import corpus
+from minillm.train import main
+from minillm.trainer import Trainer
+
+STEP = 3  # at which a rank fails in mid-step
+FILE_LIMIT = 20_000  # bytes: enough for metrics, too little for a checkpoint
+
+
+def in_mid_step(fail: Callable[[], None], rank: int) -> None:
+    """Call `fail` on `rank` when it makes a microbatch of step STEP, while the others go on to their communication."""
+    usual = Trainer._microbatch
+
+    def microbatch(self: Trainer, step: int, rows: Any) -> Any:
+        if step == STEP and self.world.rank == rank:
+            fail()
+        return usual(self, step, rows)
+
+    Trainer._microbatch = microbatch  # type: ignore[method-assign]
+
+
+def raise_() -> None:
+    raise RuntimeError("a misfortune in mid-step")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def vanish(rank: int) -> None:
+    """Remove the data file after the first rank has listed it and before it is opened."""
+    usual = corpus._open
+
+    def open_(plan: Any, context: int, source: str) -> Any:
+        Path(source).unlink(missing_ok=True)
+        return usual(plan, context, source)
+
+    corpus._open = open_  # type: ignore[assignment]
+
+
+def full() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "raise": lambda rank: in_mid_step(raise_, rank),
+    "kill": lambda rank: in_mid_step(kill, rank),
+    "vanish": vanish,
+    "full": lambda rank: in_mid_step(full, rank),
+}
+
+if __name__ == "__main__":
+    FAULTS[sys.argv[1]](int(sys.argv[2]))
+    sys.exit(main(sys.argv[3:]))
