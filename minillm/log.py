@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minillm.errors import MinillmError
+
 LINE_SECONDS = 5.0  # between progress lines where there is no terminal to draw a bar on
 
 
@@ -93,9 +95,13 @@ class MetricsFile:
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
 
     def write(self, **values: Any) -> None:
-        """Append one line."""
-        if self._file is not None:
+        """Append one line. Raises MinillmError where the disk is full."""
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise MinillmError(f"{self._file.name} cannot be written: {error.strerror}; free some space and --resume") from None
 
     def close(self) -> None:
         """Close the file."""

@@ -56,7 +56,7 @@ def _main(argv: Sequence[str] | None) -> int:
         kernels.limit_blas()
         stack.enter_context(kernels.threads(threads_per_rank(comm)))
         stack.enter_context(recording(check_order=args.check_order, on_event=tracer.communication if tracer else None))
-        stop = stack.enter_context(StopRequest().listening())
+        stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
         run = Run(comm, config, corpus, found, tracer, stop)
         run.train()
     return 0

@@ -176,10 +176,12 @@ def _abort(status: int) -> None:
 
 
 class StopRequest:
-    """Remembers SIGINT and SIGTERM, so that a run can finish its step, save and stop; a second signal ends it at once."""
+    """Remembers SIGINT and SIGTERM, so that a run can finish its step, save and stop; a second signal ends it at once. One that
+    `announces` says so on the screen."""
 
-    def __init__(self) -> None:
+    def __init__(self, announces: bool) -> None:
         self.signal: str | None = None
+        self._announces = announces
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -196,6 +198,8 @@ class StopRequest:
             _abort(128 + number)
             os._exit(128 + number)
         self.signal = signal.Signals(number).name
+        if self._announces:  # past Python's buffers, which the interrupted code may be writing to
+            os.write(2, f"\n{self.signal}: finishing this step, then saving and stopping; once more to abort\n".encode())
 
 
 def usable_cores() -> int:

@@ -70,6 +70,21 @@ def test_every_layout_writes_the_same(layout: Layout) -> None:
     assert all(text == one for text in written(layout))
 
 
+def test_the_likeliest_text_is_the_one_without_a_cache() -> None:
+    config = make_config("gpt2", Layout())
+
+    def rank(comm: Communicator) -> tuple[list[int], list[int]]:
+        made, ids = generator(comm, config), IDS[0, :PROMPT].tolist()
+        fast = made.generate(ids, LENGTH - PROMPT, Sampling(temperature=0))
+        with no_grad():
+            for end in range(PROMPT, LENGTH):
+                ids.append(int(made.logits(np.array([ids]), np.arange(end)).argmax()))  # type: ignore[union-attr]
+        return fast, ids[PROMPT:]
+
+    fast, slow = run_ranks(1, rank)[0]
+    assert fast == slow
+
+
 def test_sampling_follows_its_options() -> None:
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
     np.testing.assert_allclose(Sampling().probabilities(logits), [[0.5, 0.3, 0.15, 0.05]])

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ def vanish(rank: int) -> None:
     corpus._open = open_  # type: ignore[assignment]
 
 
+def hang() -> None:
+    time.sleep(60)
+
+
 def full() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
 
@@ -57,6 +62,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "raise": lambda rank: in_mid_step(raise_, rank),
     "kill": lambda rank: in_mid_step(kill, rank),
     "vanish": vanish,
+    "hang": lambda rank: in_mid_step(hang, rank),
     "full": lambda rank: in_mid_step(full, rank),
 }
 

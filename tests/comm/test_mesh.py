@@ -1,0 +1,64 @@
+"""The mesh: coordinates and groups, and what happens to ranks as threads when one fails or waits for what never comes."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from minillm.comm.communicator import Communicator
+from minillm.comm.mesh import AXES, Mesh, MeshShape
+from minillm.comm.threads import run_ranks
+from minillm.errors import CommError, ConfigError
+
+SHAPE = MeshShape(pp=2, dp=2, tp=2)
+
+
+def test_coordinates_and_ranks_are_inverse_and_tp_ranks_are_neighbours() -> None:
+    assert [SHAPE.rank(SHAPE.coords(rank)) for rank in range(8)] == list(range(8))
+    assert SHAPE.coords(1) == dict.fromkeys(AXES, 0) | {"tp": 1} and SHAPE.coords(4)["pp"] == 1
+    with pytest.raises(ConfigError, match="rank 8"):
+        SHAPE.coords(8)
+    with pytest.raises(ConfigError, match="axis tp has size 0"):
+        MeshShape(tp=0)
+
+
+def test_groups_hold_the_ranks_that_differ_in_their_axes_only() -> None:
+    def members(comm: Communicator) -> dict[str, list[int]]:
+        mesh = Mesh(comm, SHAPE, {"shared": (0, 1)})
+        groups = {axis: mesh.axis(axis) for axis in ("pp", "dp", "tp")} | {"tie": mesh.tie("shared")}
+        return {name: group.gather_json(comm.rank) for name, group in groups.items()}
+
+    assert run_ranks(8, members)[5] == {"pp": [1, 5], "dp": [5, 7], "tp": [4, 5], "tie": [1, 5]}
+
+
+def test_a_mesh_of_another_size_and_an_undeclared_group_are_refused() -> None:
+    def rank(comm: Communicator) -> None:
+        with pytest.raises(ConfigError, match="8"):
+            Mesh(comm, SHAPE)
+        with pytest.raises((ConfigError, CommError), match="pp"):
+            Mesh(comm, MeshShape(pp=2)).axis("pp", "tp")
+
+    run_ranks(2, rank)
+
+
+def test_one_failing_rank_ends_the_others_that_wait_for_it() -> None:
+    def rank(comm: Communicator) -> None:
+        if comm.rank == 1:
+            raise ValueError("the cause")
+        comm.all_reduce_(np.zeros(3))
+
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="the cause"):
+        run_ranks(3, rank)
+    assert time.monotonic() - started < 10
+
+
+def test_two_blocking_sends_that_cross_deadlock_visibly_with_rendezvous() -> None:
+    def rank(comm: Communicator) -> None:
+        comm.send(np.zeros(3), 1 - comm.rank, 0)
+        comm.recv(np.zeros(3), 1 - comm.rank, 0)
+
+    with pytest.raises(CommError, match=r"(?i)deadlock|waiting|timed out|wait"):
+        run_ranks(2, rank, rendezvous=True, timeout=1.0)
