@@ -30,6 +30,17 @@ def namespace(x: Array) -> ModuleType:
     return importlib.import_module(type(x).__module__.partition(".")[0])
 
 
+_dtype_names: dict[Any, str] = {}
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype, cached: NumPy makes it anew on each access."""
+    name = _dtype_names.get(dtype)
+    if name is None:
+        name = _dtype_names[dtype] = str(dtype)
+    return name
+
+
 def float_dtype(name: str) -> np.dtype:
     """The training dtype called `name`. Raises ConfigError for any other than float32 and float64."""
     if name not in FLOAT_DTYPES:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from minillm import ops
-from minillm.autograd import Function, GradSlot, Leaf, Tensor, WeightGradWork, backward, checkpoint, gradcheck, no_grad
+from minillm.autograd import Function, GradSlot, Leaf, Tensor, WeightGradWork, backward, checkpoint, no_grad
+from minillm.gradcheck import gradcheck
 
 RNG = np.random.default_rng(0)
 

@@ -25,12 +25,15 @@ minillm/rng.py
 minillm/comm/__init__.py
 minillm/comm/ledger.py
 minillm/comm/communicator.py
+minillm/comm/base.py
+minillm/comm/single.py
 minillm/comm/mpi.py
 minillm/comm/threads.py
 minillm/comm/world.py
 minillm/comm/mesh.py
 minillm/sharding.py
 minillm/autograd.py
+minillm/gradcheck.py
 minillm/ops/
 minillm/nn/__init__.py
 minillm/nn/module.py

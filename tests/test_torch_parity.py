@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed; .ci/run i
 from torch_models import TorchGPT, adamw  # noqa: E402
 
 from minillm.autograd import Tensor, backward, no_grad  # noqa: E402
-from minillm.comm.communicator import SelfCommunicator  # noqa: E402
+from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.config import PRESETS, TrainConfig  # noqa: E402
 from minillm.data.batches import Batches  # noqa: E402
 from minillm.nn.module import Where  # noqa: E402

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import Array
+from minillm.arrays import Array, dtype_name
 from minillm.checkpoint.find import step_name, steps
 from minillm.checkpoint.manifest import MANIFEST, Bounds, FileEntry, Manifest, Piece, TensorEntry, check_coverage
 from minillm.checkpoint.state import StateTensor
-from minillm.comm.communicator import Communicator, dtype_name
+from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import MeshShape
 from minillm.errors import CheckpointError
 from minillm.sharding import ShardSpec, Slices, slice_shape

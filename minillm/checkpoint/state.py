@@ -9,8 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minillm.arrays import Array, namespace
-from minillm.comm.communicator import dtype_name
+from minillm.arrays import Array, dtype_name, namespace
 from minillm.comm.mesh import MeshShape
 from minillm.errors import CheckpointError
 from minillm.sharding import ShardSpec, Slices, slice_shape

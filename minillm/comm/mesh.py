@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from minillm.comm.communicator import Communicator, SelfCommunicator
+from minillm.comm.communicator import Communicator
+from minillm.comm.single import SelfCommunicator
 from minillm.errors import ConfigError
 
 AXES = ("pp", "dp", "cp", "ep", "tp")

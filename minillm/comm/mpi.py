@@ -19,19 +19,10 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from minillm.comm.communicator import (
-    DEFAULT_TIMEOUT,
-    MAX_TAG,
-    BaseCommunicator,
-    Communicator,
-    ReduceOp,
-    SelfCommunicator,
-    SharedWindow,
-    Work,
-    is_half,
-    reduce_in_order,
-)
+from minillm.comm.base import BaseCommunicator, is_half, reduce_in_order
+from minillm.comm.communicator import DEFAULT_TIMEOUT, MAX_TAG, Communicator, ReduceOp, SharedWindow, Work
 from minillm.comm.ledger import ledger
+from minillm.comm.single import SelfCommunicator
 from minillm.errors import CommError, CommTimeout
 
 CHUNK_BYTES: ContextVar[int] = ContextVar("chunk_bytes", default=1 << 30)

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator, SelfCommunicator
+from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
+from minillm.comm.single import SelfCommunicator
 from minillm.errors import ConfigError, MinillmError
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minillm.autograd import Tensor, backward
-from minillm.comm.communicator import SelfCommunicator
+from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
 from minillm.parallel import collectives as c
 

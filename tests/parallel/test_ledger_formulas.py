@@ -37,7 +37,7 @@ def _tokens(layout: Layout) -> int:
 def _flat_elements(model: str, layout: Layout) -> int:
     """Elements of the flat gradient buffer of a one-stage rank, alignment gaps included where a bucket spans them."""
     config = make_config(model, layout)
-    from minillm.comm.communicator import SelfCommunicator
+    from minillm.comm.single import SelfCommunicator
 
     trainer = Trainer(make_config(model, Layout()), SelfCommunicator(), make_batches(config), std=INIT_STD)
     reducer = trainer.stages[0].reducer
