@@ -16,13 +16,29 @@ from minillm.kernels.grad_norm import reference as grad_norm_reference
 from minillm.kernels.layernorm import reference as layernorm_reference
 from minillm.kernels.matmul import reference as matmul_reference
 from minillm.kernels.pool import get_threads, limit_blas, parallel_for, threads
-from minillm.kernels.random.reference import random_bits, random_normal, random_uniform
+from minillm.kernels.random import reference as random_reference
+from minillm.kernels.random.reference import random_bits, random_uniform
 from minillm.kernels.registry import Kernel, KernelUnavailable, available, dispatch, lookup, ops, use
 from minillm.kernels.rmsnorm import reference as rmsnorm_reference
 from minillm.kernels.rope import reference as rope_reference
 from minillm.kernels.rope.reference import rope_tables
 from minillm.kernels.softmax import reference as softmax_reference
 from minillm.kernels.softmax_xent import reference as softmax_xent_reference
+
+# isort: split
+# References first: they define each op. Then what is faster.
+from minillm.kernels.activation import bindings as _activation_c  # noqa: F401
+from minillm.kernels.adamw import bindings as _adamw_c  # noqa: F401
+from minillm.kernels.attention import bindings as _attention_c  # noqa: F401
+from minillm.kernels.dropout import bindings as _dropout_c  # noqa: F401
+from minillm.kernels.embedding import bindings as _embedding_c  # noqa: F401
+from minillm.kernels.grad_norm import bindings as _grad_norm_c  # noqa: F401
+from minillm.kernels.layernorm import bindings as _layernorm_c  # noqa: F401
+from minillm.kernels.matmul import bindings as _matmul_c  # noqa: F401
+from minillm.kernels.random import bindings as _random_c  # noqa: F401
+from minillm.kernels.rmsnorm import bindings as _rmsnorm_c  # noqa: F401
+from minillm.kernels.rope import bindings as _rope_c  # noqa: F401
+from minillm.kernels.softmax_xent import bindings as _softmax_xent_c  # noqa: F401
 
 __all__ = [
     "AttentionDropout",
@@ -58,4 +74,5 @@ embedding_backward_ = dispatch(embedding_reference.embedding_backward_)
 rope_ = dispatch(rope_reference.rope_)
 dropout_forward, dropout_mask = dispatch(dropout_reference.dropout_forward), dropout_reference.dropout_mask
 adamw_, sgd_ = dispatch(adamw_reference.adamw_), dispatch(adamw_reference.sgd_)
+random_normal = dispatch(random_reference.random_normal, like=1)
 sum_of_squares = dispatch(grad_norm_reference.sum_of_squares)

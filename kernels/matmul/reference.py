@@ -12,9 +12,9 @@ ACCUMULATE_BLOCK = 1 << 18  # elements of a product that are added while they ar
 
 
 @kernel("matmul")
-def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False) -> Any:
+def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None) -> Any:
     """a [M, K] @ b [K, N] -> [M, N]; operands may be transposed views, which BLAS takes without a copy. With `accumulate`, added into
-    `out`.
+    `out`; a `bias` [N], for a product that is not accumulated, is added to every row.
 
     The longer side of the result is cut over the pool, one BLAS call a slice.
     """
@@ -28,6 +28,8 @@ def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False) -> Any:
         left, right, target = (a[part], b, out[part]) if by_rows else (a, b[:, part], out[:, part])
         if not accumulate:
             np.matmul(left, right, out=target)
+            if bias is not None:
+                target += bias if by_rows else bias[part]
             return
         step = max(16, ACCUMULATE_BLOCK // max(1, target.shape[1]))
         for first in range(0, target.shape[0], step):

@@ -39,4 +39,15 @@ def keep(p: float, rows: Array, columns: Array) -> Array:
     z ^= z >> np.uint32(15)
     z += high
     z *= _MIX_2
-    return z >= np.uint32(min(round(p * 2**32), 2**32 - 1))
+    return z >= np.uint32(threshold(p))
+
+
+def threshold(p: float) -> int:
+    """The 32-bit mixture below which an element is dropped."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def row_words(head_keys: Array, times: Array) -> Array:
+    """64 random bits for each query of each head, keyed by the heads' words: uint64 [B, H], integers [Tq] -> uint64 [B, H, Tq]."""
+    index = np.asarray(times).astype(np.uint64)
+    return np.stack([random_bits(int(key), index) for key in head_keys.reshape(-1)]).reshape(*head_keys.shape, len(index))

@@ -25,9 +25,7 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
         ctx.save(x, weight)
-        y = kernels.matmul(_rows(x), weight.T)
-        if bias is not None:
-            y += bias
+        y = kernels.matmul(_rows(x), weight.T, bias=bias)
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod

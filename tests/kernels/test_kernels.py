@@ -15,14 +15,14 @@ CASES = all_cases()
 TOLERANCE = {"float32": 3e-6, "float64": 1e-12}  # of the largest value expected; float32 sums here have up to 2000 terms
 
 
-def implementations(family: str) -> list[str]:
-    return list(dict.fromkeys(f"{k.backend}:{k.variant}" for k in kernels.available(family)))
+def implementations(family: str, dtype: str) -> list[str]:
+    return list(dict.fromkeys(k.choice for k in kernels.available(family) if not k.dtypes or dtype in k.dtypes))
 
 
 def crossed() -> Iterator[Any]:
     for case in CASES:
-        for choice in implementations(case.op):
-            for dtype in TOLERANCE:
+        for dtype in TOLERANCE:
+            for choice in implementations(case.op, dtype):
                 for threads in (1, 2):
                     yield pytest.param(case, choice, dtype, threads, id=f"{case}-{choice}-{dtype}-{threads}t")
 

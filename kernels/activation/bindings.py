@@ -1,0 +1,57 @@
+"""Activations in C."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from minillm.kernels.native import c_kernel, deliver, dense, out_like, pool
+
+
+def _forward(function: Any, x: Any) -> Any:
+    x = dense(x)
+    y = np.empty(x.shape, x.dtype)
+    function(pool(), x, y, x.size)
+    return y
+
+
+def _backward(function: Any, grad_y: Any, x: Any, out: Any) -> Any:
+    grad_x = out_like(x, out)
+    function(pool(), dense(grad_y), dense(x), grad_x, x.size)
+    return deliver(grad_x, out)
+
+
+@c_kernel("gelu_forward")
+def gelu_forward(c: Any, x: Any, approximate: str) -> Any:
+    return _forward({"tanh": c.gelu_tanh_forward, "erf": c.gelu_erf_forward}[approximate], x)
+
+
+@c_kernel("gelu_backward")
+def gelu_backward(c: Any, grad_y: Any, x: Any, approximate: str, out: Any = None) -> Any:
+    return _backward({"tanh": c.gelu_tanh_backward, "erf": c.gelu_erf_backward}[approximate], grad_y, x, out)
+
+
+@c_kernel("relu_forward")
+def relu_forward(c: Any, x: Any) -> Any:
+    return _forward(c.relu_forward, x)
+
+
+@c_kernel("relu_backward")
+def relu_backward(c: Any, grad_y: Any, x: Any, out: Any = None) -> Any:
+    return _backward(c.relu_backward, grad_y, x, out)
+
+
+@c_kernel("swiglu_forward")
+def swiglu_forward(c: Any, gate_up: Any) -> Any:
+    num_rows, F = gate_up.shape[0], gate_up.shape[1] // 2
+    y = np.empty((num_rows, F), gate_up.dtype)
+    c.swiglu_forward(pool(), dense(gate_up), y, num_rows, F)
+    return y
+
+
+@c_kernel("swiglu_backward")
+def swiglu_backward(c: Any, grad_y: Any, gate_up: Any) -> Any:
+    num_rows, F = gate_up.shape[0], gate_up.shape[1] // 2
+    grad = np.empty(gate_up.shape, gate_up.dtype)
+    c.swiglu_backward(pool(), dense(grad_y), dense(gate_up), grad, num_rows, F)
+    return grad

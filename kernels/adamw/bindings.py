@@ -1,0 +1,34 @@
+"""Optimizer updates in C."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from minillm.kernels.native import c_kernel, pool
+
+
+@c_kernel("adamw_")
+def adamw_(
+    c: Any,
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+) -> None:
+    rate, inverse_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+    keep = 1 - lr * weight_decay
+    c.adamw(pool(), param, grad, exp_avg, exp_avg_sq, param.size, rate, inverse_root, beta1, beta2, eps, keep, grad_scale)
+
+
+@c_kernel("sgd_")
+def sgd_(c: Any, param: Any, grad: Any, *, lr: float, grad_scale: float = 1.0) -> None:
+    c.sgd(pool(), param, grad, param.size, lr * grad_scale)

@@ -1,0 +1,43 @@
+"""Layer normalisation in C."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from minillm.kernels.native import c_kernel, deliver, dense, out_like, pool
+from minillm.kernels.pool import get_threads
+
+
+@c_kernel("layernorm_forward")
+def layernorm_forward(c: Any, x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, Any, Any]:
+    x = dense(x)
+    num_rows, D = x.shape
+    y, mean, rstd = np.empty(x.shape, x.dtype), np.empty(num_rows, x.dtype), np.empty(num_rows, x.dtype)
+    c.layernorm_forward(pool(), x, weight, bias, y, mean, rstd, num_rows, D, eps)
+    return y, mean, rstd
+
+
+@c_kernel("layernorm_backward")
+def layernorm_backward(
+    c: Any,
+    grad_y: Any,
+    x: Any,
+    weight: Any,
+    mean: Any,
+    rstd: Any,
+    need_x: bool = True,
+    need_params: bool = True,
+    has_bias: bool = True,
+    grad_x_out: Any = None,
+) -> tuple[Any, Any, Any]:
+    num_rows, D = x.shape
+    grad_x = out_like(x, grad_x_out) if need_x else None
+    partials = np.zeros((get_threads(), 2, D), x.dtype) if need_params else None
+    c.layernorm_backward(pool(), dense(grad_y), dense(x), weight, mean, rstd, grad_x, partials, num_rows, D)
+    if need_x:
+        grad_x = deliver(grad_x, grad_x_out)
+    if partials is None:
+        return grad_x, None, None
+    grad_weight, grad_bias = partials.sum(0) if len(partials) > 1 else partials[0]
+    return grad_x, grad_weight, grad_bias if has_bias else None

@@ -1,0 +1,49 @@
+"""Matrix products straight into a BLAS on one thread, sliced over our own pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from minillm.kernels.native import blas_unavailable, c_kernel, deliver, dense, out_like, pool
+
+
+def _operand(x: Any) -> tuple[Any, bool, int]:
+    """The array as BLAS takes it, whether it is transposed, and the stride between its rows (columns if transposed), in elements."""
+    rows, columns = x.shape
+    along, across = x.strides[0] // 4, x.strides[1] // 4
+    if across == 1 and along >= columns or not x.size:
+        return x, False, max(1, along, columns)
+    if along == 1 and across >= rows:
+        return x.T, True, across
+    if columns == 1 and along >= 1:
+        return x, False, along
+    if rows == 1 and across >= 1:
+        return x.T, True, across
+    return np.ascontiguousarray(x), False, max(1, columns)
+
+
+@c_kernel("matmul", missing=blas_unavailable)
+def matmul(c: Any, a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None) -> Any:
+    (M, K), N = a.shape, b.shape[1]
+    target = out_like(np.empty((M, N), a.dtype), None) if out is None else out
+    if out is not None and (out.strides[1] != 4 or out.strides[0] < 4 * N):
+        product = matmul(c, a, b, bias=bias)
+        out[...] = out + product if accumulate else product
+        return out
+    a_, transposed_a, stride_a = _operand(a)
+    b_, transposed_b, stride_b = _operand(b)
+    if not (M and N):
+        return target
+    c.matmul(
+        pool(), a_, b_, bias, target, M, N, K, transposed_a, stride_a, transposed_b, stride_b, max(N, target.strides[0] // 4), accumulate
+    )
+    return target
+
+
+@c_kernel("column_sum")
+def column_sum(c: Any, x: Any) -> Any:
+    num_rows, D = x.shape
+    out = np.empty(D, x.dtype)
+    c.column_sum(pool(), dense(x), out, num_rows, D)
+    return out

@@ -1,0 +1,115 @@
+"""The C kernels: what this processor can run, and how their bindings register.
+
+A binding is written once, as a function whose first argument `c` holds the C functions of one instruction set, and is registered for each:
+variants `avx512`, `avx2` and `baseline` of backend `c`, the fastest first. C kernels take float32; float64 stays with NumPy.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+from minillm.kernels.pool import get_threads
+from minillm.kernels.registry import kernel
+
+_BLAS_LIBRARIES = ("lib/libscipy_openblas64_.so", "lib/libscipy_openblas64_.dylib")
+
+
+class Variant(NamedTuple):
+    """The C functions compiled for one instruction set; `unavailable` says why they cannot run here."""
+
+    name: str
+    functions: SimpleNamespace
+    unavailable: str | None
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("minillm.kernels.native._c"), ""
+    except ImportError as error:
+        reason = "was not built (it needs a C compiler: reinstall with gcc or clang on the path)"
+        return None, reason if isinstance(error, ModuleNotFoundError) else f"does not load: {error}"
+
+
+def _load_blas() -> str | None:
+    """Give the extension a cblas_sgemm; returns why there is none."""
+    spec = importlib.util.find_spec("scipy_openblas64")
+    if spec is None or spec.origin is None:
+        return "there is no scipy-openblas64 (pip install scipy-openblas64)"
+    folder = Path(spec.origin).parent
+    for name in _BLAS_LIBRARIES:
+        if (folder / name).exists():
+            try:
+                extension.load_blas(str(folder / name), "scipy_cblas_sgemm64_", "scipy_openblas_set_num_threads64_")  # type: ignore[union-attr]
+            except OSError as error:
+                return str(error)
+            return None
+    return f"scipy-openblas64 has no library in {folder}"
+
+
+extension, _missing = _load_extension()
+unavailable: str | None = f"the C extension {_missing}" if extension is None else None
+"""Why no C kernel can run; None if they can."""
+
+blas_unavailable: str | None = unavailable or _load_blas()
+"""Why matrix products cannot go straight to the BLAS; None if they can."""
+
+if extension is None:
+    VARIANTS: tuple[Variant, ...] = (Variant("baseline", SimpleNamespace(), unavailable),)
+else:
+    VARIANTS = tuple(
+        Variant(name, SimpleNamespace(**functions), None if runs else f"this processor has no {name}")
+        for name, functions, runs in extension.variants()
+    )
+
+
+def c_kernel(op: str, missing: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register `fn(c, *args)` as the C implementations of `op`; `missing` says why it cannot run although the extension is there."""
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        for variant in VARIANTS:
+            bound = functools.partial(fn, variant.functions)
+            bound.__module__ = fn.__module__
+            reason = variant.unavailable or missing
+            kernel(op, backend="c", variant=variant.name, dtypes=("float32",), unavailable=reason)(bound)
+        return fn
+
+    return register
+
+
+_pools = threading.local()
+
+
+def pool() -> Any:
+    """The calling thread's pool of the size that its context asks for. Each Python thread has its own: a pool runs one call at a time."""
+    n = get_threads()
+    mine = _pools.__dict__
+    found = mine.get(n)
+    if found is None:
+        found = mine[n] = extension.Pool(n)  # type: ignore[union-attr]
+    return found
+
+
+def dense(x: Any) -> Any:
+    """`x` itself if it is C-contiguous, else a copy."""
+    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+
+
+def out_like(x: Any, out: Any) -> Any:
+    """A C-contiguous array to compute into: `out` where it is one, else a new one, to be given to `deliver`."""
+    return out if out is not None and out.flags.c_contiguous else np.empty(x.shape, x.dtype)
+
+
+def deliver(computed: Any, out: Any) -> Any:
+    """The result of a computation into `out_like(x, out)`, copied into `out` if that could not be used itself."""
+    if out is None or computed is out:
+        return computed
+    out[...] = computed
+    return out

@@ -1,0 +1,48 @@
+/* Every op's cpu.c, compiled for one instruction set: the including file defines VARIANT and VECTOR_BYTES and chooses the target. */
+
+#include "vector.h"
+
+#include "../activation/cpu.c"
+#include "../adamw/cpu.c"
+#include "../dropout/cpu.c"
+#include "../embedding/cpu.c"
+#include "../grad_norm/cpu.c"
+#include "../layernorm/cpu.c"
+#include "../matmul/cpu.c"
+#include "../rmsnorm/cpu.c"
+#include "../rope/cpu.c"
+#include "../softmax_xent/cpu.c"
+
+#include "../attention/cpu.c" /* uses the dropout above */
+
+#define ATTENTION_ARGUMENTS "sssqb?U?u?iiiiiiiiiiiiiiiidd"
+
+const Kernel VARIANT[] = {
+    {"adamw", "FfFFiddddddd", adamw},
+    {"attention_backward", ATTENTION_ARGUMENTS "ssfSSSiiiiiiiiiiiiiii", attention_backward},
+    {"attention_forward", ATTENTION_ARGUMENTS "SFiii", attention_forward},
+    {"column_sum", "fFii", column_sum},
+    {"dropout", "fFUuiiid", dropout},
+    {"embedding_backward", "fqFiiiii", embedding_backward},
+    {"embedding_forward", "qfFiiii", embedding_forward},
+    {"gelu_erf_backward", "ffFi", gelu_erf_backward},
+    {"gelu_erf_forward", "fFi", gelu_erf_forward},
+    {"gelu_tanh_backward", "ffFi", gelu_tanh_backward},
+    {"gelu_tanh_forward", "fFi", gelu_tanh_forward},
+    {"layernorm_backward", "fffffF?F?ii", layernorm_backward},
+    {"layernorm_forward", "fff?FFFiid", layernorm_forward},
+    {"matmul", "ssf?Siiiiiiiii", matmul},
+    {"relu_backward", "ffFi", relu_backward},
+    {"relu_forward", "fFi", relu_forward},
+    {"rmsnorm_backward", "ffffF?F?ii", rmsnorm_backward},
+    {"rmsnorm_forward", "ffFFiid", rmsnorm_forward},
+    {"rope", "Sffiiiiiiii", rope},
+    {"sgd", "Ffid", sgd},
+    {"sum_of_squares", "fDi", sum_of_squares},
+    {"swiglu_backward", "ffFii", swiglu_backward},
+    {"swiglu_forward", "fFii", swiglu_forward},
+    {"xent_grad", "Fffqiii", xent_grad},
+    {"xent_max", "fFiii", xent_max},
+    {"xent_shifted_sum", "FfqFFiiii", xent_shifted_sum},
+    {NULL, NULL, NULL},
+};

@@ -1,0 +1,105 @@
+/* Vectors of the instruction set that this translation unit is compiled for, and mathematical functions that compilers turn into them.
+
+   The functions are plain C without branches; `#pragma omp simd` around a loop of them is enough. No fast-math: NaN stays NaN. */
+#ifndef MINILLM_VECTOR_H
+#define MINILLM_VECTOR_H
+
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES (VECTOR_BYTES / 4)
+
+typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+
+INLINE Vector load(const float *from) { return *(const Vector *)from; }
+INLINE void store(float *to, Vector value) { *(Vector *)to = value; }
+
+INLINE uint32_t bits_of(float x) {
+    union {
+        float f;
+        uint32_t u;
+    } both = {.f = x};
+    return both.u;
+}
+
+INLINE float float_of(uint32_t bits) {
+    union {
+        uint32_t u;
+        float f;
+    } both = {.u = bits};
+    return both.f;
+}
+
+/* e^x to 1e-7 for x <= 88; 0 below -87.3; NaN stays NaN. 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], n = round(x / ln 2). */
+INLINE float exp_(float x) {
+    const float rounder = 12582912.0f; /* 1.5 * 2^23: adding it leaves round(.) in the low bits */
+    float inside = x < -87.3f ? -87.3f : x;
+    float shifted = inside * 1.44269504f + rounder;
+    float n = shifted - rounder;
+    float r = inside - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first with few digits */
+    float p = 0.0013836843f;
+    p = p * r + 0.0083748158f;
+    p = p * r + 0.041668225f;
+    p = p * r + 0.16666420f;
+    p = p * r + 0.49999991f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    float result = p * float_of((bits_of(shifted) + 127u) << 23);
+    return x < -87.3f ? 0.0f : result;
+}
+
+/* 1 / (1 + e^-x). */
+INLINE float sigmoid_(float x) {
+    float z = -x;
+    return 1.0f / (1.0f + exp_(z > 80.0f ? 80.0f : z));
+}
+
+/* erf(x) to 2e-7: x P(x^2) on [-1, 1], 1 - exp(Q(|x|)) outside. Polynomials fitted to minimax relative error. */
+INLINE float erf_(float x) {
+    float s = x * x, t = x < 0 ? -x : x;
+    float p = -9.6415169e-06f;
+    p = p * s + 1.1256948e-4f;
+    p = p * s - 8.4828289e-4f;
+    p = p * s + 5.2209454e-3f;
+    p = p * s - 2.6865400e-2f;
+    p = p * s + 1.1283782e-1f;
+    p = p * s - 3.7612638e-1f;
+    p = p * s + 1.1283792f;
+    float u = t > 4.0f ? 4.0f : t; /* erfc(4) = 1.5e-8 */
+    float q = 7.9893161e-07f;
+    q = q * u - 1.2693495e-05f;
+    q = q * u + 6.6092674e-05f;
+    q = q * u + 9.4475822e-05f;
+    q = q * u - 3.3411731e-03f;
+    q = q * u + 2.3803776e-02f;
+    q = q * u - 1.0692480e-01f;
+    q = q * u - 6.3422209e-01f;
+    q = q * u - 1.1291933f;
+    q = q * u + 1.2343099e-04f;
+    float outside = 1.0f - exp_(q);
+    return t <= 1.0f ? x * p : x < 0 ? -outside : outside;
+}
+
+INLINE float maximum(const float *x, int64_t n) {
+    float m = -__builtin_inff();
+#pragma omp simd reduction(max : m)
+    for (int64_t i = 0; i < n; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+INLINE float dot(const float *x, const float *y, int64_t n) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) total += x[i] * y[i];
+    return total;
+}
+
+enum { SUM_ROWS = 64 }; /* rows summed before they join the total: many short sums round less than a long one */
+
+/* total += x */
+INLINE void add_to(float *total, const float *x, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) total[i] += x[i];
+}
+
+#endif

@@ -1,0 +1,31 @@
+"""Root-mean-square normalisation in C."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from minillm.kernels.native import c_kernel, deliver, dense, out_like, pool
+from minillm.kernels.pool import get_threads
+
+
+@c_kernel("rmsnorm_forward")
+def rmsnorm_forward(c: Any, x: Any, weight: Any, eps: float) -> tuple[Any, Any]:
+    x = dense(x)
+    num_rows, D = x.shape
+    y, rstd = np.empty(x.shape, x.dtype), np.empty(num_rows, x.dtype)
+    c.rmsnorm_forward(pool(), x, weight, y, rstd, num_rows, D, eps)
+    return y, rstd
+
+
+@c_kernel("rmsnorm_backward")
+def rmsnorm_backward(
+    c: Any, grad_y: Any, x: Any, weight: Any, rstd: Any, need_x: bool = True, need_params: bool = True, grad_x_out: Any = None
+) -> tuple[Any, Any]:
+    num_rows, D = x.shape
+    grad_x = out_like(x, grad_x_out) if need_x else None
+    partials = np.zeros((get_threads(), D), x.dtype) if need_params else None
+    c.rmsnorm_backward(pool(), dense(grad_y), dense(x), weight, rstd, grad_x, partials, num_rows, D)
+    if need_x:
+        grad_x = deliver(grad_x, grad_x_out)
+    return grad_x, None if partials is None else partials.sum(0)
