@@ -15,10 +15,12 @@ from minillm.kernels.embedding import reference as embedding_reference
 from minillm.kernels.grad_norm import reference as grad_norm_reference
 from minillm.kernels.layernorm import reference as layernorm_reference
 from minillm.kernels.matmul import reference as matmul_reference
-from minillm.kernels.pool import get_threads, limit_blas, parallel_for, threads
+from minillm.kernels.native import prepare_process
+from minillm.kernels.pool import get_threads, parallel_for, threads
 from minillm.kernels.random import reference as random_reference
 from minillm.kernels.random.reference import random_bits, random_uniform
-from minillm.kernels.registry import Kernel, KernelUnavailable, available, dispatch, lookup, ops, use
+from minillm.kernels.registry import Kernel, KernelUnavailable, available, choices_from, chosen, dispatch, lookup, ops, use
+from minillm.kernels.residual import reference as residual_reference
 from minillm.kernels.rmsnorm import reference as rmsnorm_reference
 from minillm.kernels.rope import reference as rope_reference
 from minillm.kernels.rope.reference import rope_tables
@@ -36,6 +38,7 @@ from minillm.kernels.grad_norm import bindings as _grad_norm_c  # noqa: F401
 from minillm.kernels.layernorm import bindings as _layernorm_c  # noqa: F401
 from minillm.kernels.matmul import bindings as _matmul_c  # noqa: F401
 from minillm.kernels.random import bindings as _random_c  # noqa: F401
+from minillm.kernels.residual import bindings as _residual_c  # noqa: F401
 from minillm.kernels.rmsnorm import bindings as _rmsnorm_c  # noqa: F401
 from minillm.kernels.rope import bindings as _rope_c  # noqa: F401
 from minillm.kernels.softmax_xent import bindings as _softmax_xent_c  # noqa: F401
@@ -45,11 +48,13 @@ __all__ = [
     "Kernel",
     "KernelUnavailable",
     "available",
+    "choices_from",
+    "chosen",
     "get_threads",
-    "limit_blas",
     "lookup",
     "ops",
     "parallel_for",
+    "prepare_process",
     "random_bits",
     "random_normal",
     "random_uniform",
@@ -59,6 +64,7 @@ __all__ = [
 ]
 
 
+add = dispatch(residual_reference.add)
 matmul, column_sum = dispatch(matmul_reference.matmul), dispatch(matmul_reference.column_sum)
 layernorm_forward, layernorm_backward = dispatch(layernorm_reference.layernorm_forward), dispatch(layernorm_reference.layernorm_backward)
 rmsnorm_forward, rmsnorm_backward = dispatch(rmsnorm_reference.rmsnorm_forward), dispatch(rmsnorm_reference.rmsnorm_backward)

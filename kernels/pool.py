@@ -1,8 +1,8 @@
 """The one thread pool: kernels and matrix products are cut over it, and BLAS itself runs on one thread.
 
-Two pools on the same cores (ours and the BLAS library's) wait for each other and can make a step many times slower, so `limit_blas` is part
-of using this one. The number of threads belongs to the context, not to the process: ranks that are threads of one process each have their
-own.
+Two pools on the same cores (ours and the BLAS library's) wait for each other and can make a step many times slower, so `prepare_process`
+(native/__init__.py) is part of using this one. The number of threads belongs to the context, not to the process: ranks that are threads of
+one process each have their own. NumPy's kernels are cut here, by `parallel_for`; the C kernels have a pool of the same size in C.
 
 The cut is static (contiguous ranges, decided by the number of items and threads alone), so results do not depend on which thread was
 faster.
@@ -22,7 +22,6 @@ num_threads: ContextVar[int] = ContextVar("num_threads", default=1)
 """How many threads `parallel_for` may use in this context, the calling one included."""
 
 _idle: deque[_Worker] = deque()  # workers without a job, the most recently used last
-_blas_limit: Any = None  # keeps threadpoolctl's limit in force
 
 
 def get_threads() -> int:
@@ -40,14 +39,6 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         num_threads.reset(token)
-
-
-def limit_blas(n: int = 1) -> None:
-    """Hold the BLAS libraries loaded so far to `n` threads for the rest of the process: call once, at the start of a program."""
-    global _blas_limit
-    from threadpoolctl import threadpool_limits
-
-    _blas_limit = threadpool_limits(n, user_api="blas")
 
 
 def parallel_for(num_items: int, fn: Callable[[int, int], None], grain: int = 1) -> None:

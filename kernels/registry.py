@@ -111,6 +111,22 @@ def use(**choices: str) -> Iterator[None]:
         _choices.reset(token)
 
 
+def choices_from(text: str) -> dict[str, str]:
+    """What `use` is to be given for a choice in words: "auto" (nothing), a backend for every op that it has ("numpy", "c"), or single
+    choices such as "attention=numpy,matmul=c:avx2". Raises KernelUnavailable where a backend can run nothing here."""
+    if text == "auto":
+        return {}
+    if "=" in text:
+        parts = [part.partition("=") for part in text.split(",")]
+        return {name.strip(): choice.strip() for name, _, choice in parts}
+    having = {op: [k for k in entries if _fits(k, text)] for op, entries in _kernels.items()}
+    found = {op: text for op, entries in having.items() if any(k.unavailable is None for k in entries)}
+    if not found:
+        reasons = sorted({k.unavailable or "" for entries in having.values() for k in entries})
+        raise KernelUnavailable(f"no op can run on {text!r} here: {'; '.join(reasons) or 'there is no such backend'}")
+    return found
+
+
 def lookup(op: str, like: Array) -> Callable[..., Any]:
     """The implementation of `op` to run on the array `like`: the fastest one that takes its module and dtype, or the one that `use` chose.
 
@@ -122,6 +138,12 @@ def lookup(op: str, like: Array) -> Callable[..., Any]:
     if found is None:
         found = _cache[key] = _find(op, like, choice)
     return found
+
+
+def chosen(op: str, like: Array) -> Kernel:
+    """The implementation that `lookup` finds, with what is known about it. Raises KernelUnavailable if there is none."""
+    fn = lookup(op, like)
+    return next(k for k in _kernels[op] if k.fn is fn)
 
 
 def dispatch(reference: F, like: int = 0) -> F:

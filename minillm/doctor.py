@@ -28,6 +28,7 @@ OLDEST_PYTHON = (3, 11)
 SMALL_SHARED_MEMORY = 256 << 20  # bytes; containers often get 64 MB, too little for the buffers of a few MPI ranks
 LAUNCH_SECONDS = 60
 INSTALL = "pip install -e '.[mpich]'"
+REINSTALL = "install gcc or clang, then pip install --force-reinstall --no-deps -e ."
 
 Mark = Literal["ok", "warning", "problem"]
 
@@ -179,18 +180,26 @@ def judge_launch(library: str, launcher: str | None, status: int, text: str) -> 
 def check_kernels() -> Iterator[Finding]:
     """The kernels that the operations run on: NumPy's are the reference and always there, C and CUDA are faster."""
     try:
+        import numpy as np
+
         from minillm import kernels
     except ImportError as error:
         yield Finding("problem", "kernels", f"not installed with the package: {error}", INSTALL)
         return
-    every = [k for op in kernels.ops() for k in kernels.available(op)]
-    ready = {backend: len({k.op for k in every if k.backend == backend and k.unavailable is None}) for backend in ("cuda", "c", "numpy")}
-    words = [f"{count} operations in {backend}" for backend, count in reversed(ready.items()) if count]
-    words += [f"none in {backend}" for backend in reversed(ready) if not any(k.backend == backend for k in every)]
-    yield Finding("ok" if ready["numpy"] else "problem", "kernels", ", ".join(words), "" if ready["numpy"] else INSTALL)
-    for reason in sorted({k.unavailable for k in every if k.unavailable is not None}):
-        lost = sorted({f"{k.op} {k.choice}" for k in every if k.unavailable == reason})
-        yield Finding("warning", "kernels", f"{', '.join(lost)} cannot run here", reason)
+    from minillm.kernels import native
+
+    like = np.empty(0, np.float32)
+    chosen: dict[str, list[str]] = {}
+    for op in kernels.ops():
+        chosen.setdefault(kernels.chosen(op, like).choice, []).append(op)
+    words = ", ".join(f"{choice} for {len(names)}" for choice, names in sorted(chosen.items()))
+    yield Finding("ok", "kernels", f"of {len(kernels.ops())} operations on float32: {words}")
+    if native.unavailable is not None:
+        yield Finding("warning", "C kernels", f"{native.unavailable}; NumPy runs instead, about half as fast", REINSTALL)
+    elif native.blas_unavailable is not None:
+        yield Finding(
+            "warning", "C kernels", f"matrix products go through NumPy: {native.blas_unavailable}", "pip install scipy-openblas64"
+        )
 
 
 def check_gpu() -> Iterator[Finding]:

@@ -45,7 +45,7 @@ def _main(argv: Sequence[str] | None) -> int:
     quiet_unless_first(comm)
     argv = sys.argv[1:] if argv is None else argv
     args = agree(comm, lambda: parse_flags(EvaluateArgs, argv, prog="python -m minillm.evaluate"))
-    kernels.limit_blas()
+    kernels.prepare_process()
     with kernels.threads(threads_per_rank(comm)):
         found = _evaluate(comm, args)
     if comm.rank == 0:

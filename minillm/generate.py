@@ -55,7 +55,7 @@ def _main(argv: Sequence[str] | None) -> int:
     quiet_unless_first(comm)
     argv = sys.argv[1:] if argv is None else argv
     args = agree(comm, lambda: parse_flags(GenerateArgs, argv, prog="python -m minillm.generate"))
-    kernels.limit_blas()
+    kernels.prepare_process()
     with kernels.threads(threads_per_rank(comm)):
         text = _generate(comm, args)
     if comm.rank == 0:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -84,16 +85,19 @@ def counted(parameter: Parameter, mesh: Mesh, is_first_copy: bool = True) -> boo
 def global_norm(buffers: Sequence[FlatBuffers], mesh: Mesh) -> float:
     """The 2-norm of the whole model's reduced gradient, every parameter counted once; the same value on every rank, summed in float64."""
     first_copy = mesh.coord("pp") == 0
-    total = sum(
-        kernels.sum_of_squares(b.grads[span.start : span.stop])
-        for b in buffers
-        for span in b.spans()
-        if counted(span.parameter, mesh, first_copy)
-    )
+    total = sum(kernels.sum_of_squares(b.grads[part]) for b in buffers for part in _neighbours(b, lambda p: counted(p, mesh, first_copy)))
     sum_ = np.array([total], np.float64)
     for axis in ("tp", "pp"):
         mesh.axis(axis).all_reduce_(sum_, kind="control")
     return math.sqrt(sum_[0]) if sum_[0] >= 0 else math.nan
+
+
+def _neighbours(buffers: FlatBuffers, chosen: Callable[[Parameter], bool]) -> Iterator[slice]:
+    """The parts of the flat buffers that hold the chosen parameters, neighbours joined: the gaps between them hold zeros."""
+    for together, spans in itertools.groupby(buffers.spans(), lambda span: chosen(span.parameter)):
+        if together:
+            members = list(spans)
+            yield slice(members[0].start, members[-1].stop)
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

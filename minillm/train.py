@@ -15,10 +15,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minillm import checkpoint, kernels
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger, recording
 from minillm.comm.world import AgreedError, StopRequest, agree, known_to_all, main_guard, quiet_unless_first, threads_per_rank, world
+from minillm.config import TrainConfig
 from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.tokenizers import tokenizer_from_json
@@ -53,13 +56,26 @@ def _main(argv: Sequence[str] | None) -> int:
         return 0
     tracer = Tracer(comm.rank) if args.trace else None
     with ExitStack() as stack:
-        kernels.limit_blas()
+        kernels.prepare_process()
         stack.enter_context(kernels.threads(threads_per_rank(comm)))
+        stack.enter_context(kernels.use(**agree(comm, lambda: _kernel_choices(config.train))))
         stack.enter_context(recording(check_order=args.check_order, on_event=tracer.communication if tracer else None))
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
         run = Run(comm, config, corpus, found, tracer, stop)
         run.train()
     return 0
+
+
+def _kernel_choices(train: TrainConfig) -> dict[str, str]:
+    """What --kernels names, op by op. Raises ConfigError where that cannot run here."""
+    try:
+        choices = kernels.choices_from(train.kernels)
+        with kernels.use(**choices):
+            for op in kernels.ops():
+                kernels.chosen(op, np.empty(0, train.dtype))
+    except kernels.KernelUnavailable as error:
+        raise ConfigError(f"--kernels {train.kernels}: {error}") from None
+    return choices
 
 
 def _saved_values(path: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 /* Layer normalisation: a row is read from memory once and passed over in cache. */
 
 typedef struct {
-    const float *x, *weight, *bias;
-    float *y, *mean, *rstd;
+    const float *x, *delta, *weight, *bias; /* delta, bias: or NULL */
+    float *sum, *y, *mean, *rstd;           /* sum = x + delta, or NULL */
     int64_t num_rows, D;
     double eps;
 } LayerNormForward;
@@ -14,6 +14,10 @@ static void layernorm_forward_rows(Pool *pool, const void *state, int64_t start,
         const float *x = a->x + row * D;
         float *y = a->y + row * D;
         float total = 0, squares = 0;
+        if (a->delta) {
+            add_rows(x, a->delta + row * D, a->sum + row * D, D);
+            x = a->sum + row * D;
+        }
 #pragma omp simd reduction(+ : total)
         for (int64_t i = 0; i < D; i++) total += x[i];
         const float mean = total / (float)D;
@@ -38,7 +42,7 @@ static void layernorm_forward(Pool *pool, const Argument *arguments) {
 }
 
 typedef struct {
-    const float *grad_y, *x, *weight, *mean, *rstd;
+    const float *grad_y, *grad_sum, *x, *weight, *mean, *rstd; /* grad_sum: or NULL */
     float *grad_x;   /* or NULL; may be grad_y */
     float *partials; /* [threads, 2, D] zeros, or NULL: each thread's share of the gradients of weight and bias */
     int64_t num_rows, D;
@@ -69,6 +73,7 @@ static void layernorm_backward_row(const LayerNormBackward *a, int64_t row, floa
     along *= rstd * rstd / (float)D;
 #pragma omp simd
     for (int64_t i = 0; i < D; i++) grad_x[i] = (grad_x[i] - average - (x[i] - mean) * along) * rstd;
+    if (a->grad_sum) add_to(grad_x, a->grad_sum + row * D, D);
 }
 
 static void layernorm_backward_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {

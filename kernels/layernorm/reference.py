@@ -11,8 +11,13 @@ from minillm.kernels.rows import row_blocks
 
 
 @kernel("layernorm_forward")
-def layernorm_forward(x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, Any, Any]:
-    """x [rows, D], weight [D], bias [D] or None -> y [rows, D], mean [rows], rstd [rows]; variance is the mean squared deviation."""
+def layernorm_forward(x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any, Any]:
+    """x [rows, D], weight [D], bias [D] or None -> y [rows, D], mean [rows], rstd [rows]; variance is the mean squared deviation.
+
+    With a residual branch `delta` [rows, D], x + delta is normalised, and written into `sum_out`.
+    """
+    if delta is not None:
+        x = np.add(x, delta, out=sum_out)
     y = np.empty_like(x)
     mean, rstd = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     averages = np.full(x.shape[1], 1 / x.shape[1], x.dtype)
@@ -44,11 +49,13 @@ def layernorm_backward(
     need_params: bool = True,
     has_bias: bool = True,
     grad_x_out: Any = None,
+    grad_sum: Any = None,
 ) -> tuple[Any, Any, Any]:
     """Gradients of x [rows, D], weight [D] and bias [D]; with z = (x - mean) rstd, g = grad_y weight: grad_x = (g - mean(g) - z mean(g z))
     rstd.
 
-    `grad_x_out` may be `grad_y` itself, which is then overwritten.
+    `grad_x_out` may be `grad_y` itself, which is then overwritten. `grad_sum` [rows, D], what arrives at x past the norm, is
+    added to grad_x.
     """
     rows_, D = x.shape
     grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
@@ -68,6 +75,8 @@ def layernorm_backward(
             g -= (g @ averages)[:, None]
             g -= z
             np.multiply(g, rstd[rows, None], out=grad_x[rows])
+            if grad_sum is not None:
+                grad_x[rows] += grad_sum[rows]
 
     _with_sums(rows_, D, x, partial, block)
     if not need_params:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.native import blas_unavailable, c_kernel, deliver, dense, out_like, pool
+from minillm.kernels.native import blas_unavailable, c_kernel, dense, out_like, pool
 
 
 def _operand(x: Any) -> tuple[Any, bool, int]:
     """The array as BLAS takes it, whether it is transposed, and the stride between its rows (columns if transposed), in elements."""
     rows, columns = x.shape
     along, across = x.strides[0] // 4, x.strides[1] // 4
-    if across == 1 and along >= columns or not x.size:
+    if (across == 1 and along >= columns) or not x.size:
         return x, False, max(1, along, columns)
     if along == 1 and across >= rows:
         return x.T, True, across

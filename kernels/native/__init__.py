@@ -84,16 +84,36 @@ def c_kernel(op: str, missing: str | None = None) -> Callable[[Callable[..., Any
     return register
 
 
-_pools = threading.local()
+def prepare_process() -> None:
+    """For a program to call once, at its start: hold every BLAS loaded so far to one thread, since the pool is ours, and let the memory of
+    freed arrays stay with the process."""
+    global _blas_limit
+    from threadpoolctl import threadpool_limits
+
+    _blas_limit = threadpool_limits(1, user_api="blas")
+    if extension is not None:
+        extension.keep_freed_memory()
+
+
+_blas_limit: Any = None  # keeps threadpoolctl's limit in force
+
+
+class _Pools(threading.local):
+    """The calling thread's pools, by size."""
+
+    def __init__(self) -> None:
+        self.by_size: dict[int, Any] = {}
+
+
+_pools = _Pools()
 
 
 def pool() -> Any:
     """The calling thread's pool of the size that its context asks for. Each Python thread has its own: a pool runs one call at a time."""
     n = get_threads()
-    mine = _pools.__dict__
-    found = mine.get(n)
+    found = _pools.by_size.get(n)
     if found is None:
-        found = mine[n] = extension.Pool(n)  # type: ignore[union-attr]
+        found = _pools.by_size[n] = extension.Pool(n)  # type: ignore[union-attr]
     return found
 
 

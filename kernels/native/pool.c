@@ -1,4 +1,4 @@
-/* Threads that spin for a moment, then sleep: a training step calls a kernel every few hundred microseconds, so the next call usually finds
+/* Threads that spin for about 0.3 ms, then sleep: a training step calls a kernel every few hundred microseconds, so the next call usually finds
    them awake, and between steps they cost nothing. */
 #define _GNU_SOURCE
 #include "pool.h"
@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-enum { SPINS = 1500, YIELDS = 50, ALIGNMENT = 64 };
+enum { SPINS = 6000, YIELDS = 50, ALIGNMENT = 64 };
 
 typedef struct {
     Pool *pool;

@@ -9,6 +9,7 @@
 #include "../grad_norm/cpu.c"
 #include "../layernorm/cpu.c"
 #include "../matmul/cpu.c"
+#include "../residual/cpu.c"
 #include "../rmsnorm/cpu.c"
 #include "../rope/cpu.c"
 #include "../softmax_xent/cpu.c"
@@ -18,6 +19,7 @@
 #define ATTENTION_ARGUMENTS "sssqb?U?u?iiiiiiiiiiiiiiiidd"
 
 const Kernel VARIANT[] = {
+    {"add", "ffFi", add},
     {"adamw", "FfFFiddddddd", adamw},
     {"attention_backward", ATTENTION_ARGUMENTS "ssfSSSiiiiiiiiiiiiiii", attention_backward},
     {"attention_forward", ATTENTION_ARGUMENTS "SFiii", attention_forward},
@@ -29,13 +31,13 @@ const Kernel VARIANT[] = {
     {"gelu_erf_forward", "fFi", gelu_erf_forward},
     {"gelu_tanh_backward", "ffFi", gelu_tanh_backward},
     {"gelu_tanh_forward", "fFi", gelu_tanh_forward},
-    {"layernorm_backward", "fffffF?F?ii", layernorm_backward},
-    {"layernorm_forward", "fff?FFFiid", layernorm_forward},
+    {"layernorm_backward", "ff?ffffF?F?ii", layernorm_backward},
+    {"layernorm_forward", "ff?ff?F?FFFiid", layernorm_forward},
     {"matmul", "ssf?Siiiiiiiii", matmul},
     {"relu_backward", "ffFi", relu_backward},
     {"relu_forward", "fFi", relu_forward},
-    {"rmsnorm_backward", "ffffF?F?ii", rmsnorm_backward},
-    {"rmsnorm_forward", "ffFFiid", rmsnorm_forward},
+    {"rmsnorm_backward", "ff?fffF?F?ii", rmsnorm_backward},
+    {"rmsnorm_forward", "ff?fF?FFiid", rmsnorm_forward},
     {"rope", "Sffiiiiiiii", rope},
     {"sgd", "Ffid", sgd},
     {"sum_of_squares", "fDi", sum_of_squares},

@@ -96,6 +96,12 @@ INLINE float dot(const float *x, const float *y, int64_t n) {
 
 enum { SUM_ROWS = 64 }; /* rows summed before they join the total: many short sums round less than a long one */
 
+/* sum = x + y */
+INLINE void add_rows(const float *x, const float *y, float *sum, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) sum[i] = x[i] + y[i];
+}
+
 /* total += x */
 INLINE void add_to(float *total, const float *x, int64_t n) {
 #pragma omp simd

@@ -10,22 +10,31 @@ from minillm.kernels.pool import get_threads
 
 
 @c_kernel("rmsnorm_forward")
-def rmsnorm_forward(c: Any, x: Any, weight: Any, eps: float) -> tuple[Any, Any]:
-    x = dense(x)
+def rmsnorm_forward(c: Any, x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any]:
+    x, delta = dense(x), None if delta is None else dense(delta)
     num_rows, D = x.shape
     y, rstd = np.empty(x.shape, x.dtype), np.empty(num_rows, x.dtype)
-    c.rmsnorm_forward(pool(), x, weight, y, rstd, num_rows, D, eps)
+    c.rmsnorm_forward(pool(), x, delta, weight, sum_out, y, rstd, num_rows, D, eps)
     return y, rstd
 
 
 @c_kernel("rmsnorm_backward")
 def rmsnorm_backward(
-    c: Any, grad_y: Any, x: Any, weight: Any, rstd: Any, need_x: bool = True, need_params: bool = True, grad_x_out: Any = None
+    c: Any,
+    grad_y: Any,
+    x: Any,
+    weight: Any,
+    rstd: Any,
+    need_x: bool = True,
+    need_params: bool = True,
+    grad_x_out: Any = None,
+    grad_sum: Any = None,
 ) -> tuple[Any, Any]:
     num_rows, D = x.shape
     grad_x = out_like(x, grad_x_out) if need_x else None
     partials = np.zeros((get_threads(), D), x.dtype) if need_params else None
-    c.rmsnorm_backward(pool(), dense(grad_y), dense(x), weight, rstd, grad_x, partials, num_rows, D)
+    grad_sum = None if grad_sum is None else dense(grad_sum)
+    c.rmsnorm_backward(pool(), dense(grad_y), grad_sum, dense(x), weight, rstd, grad_x, partials, num_rows, D)
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
     return grad_x, None if partials is None else partials.sum(0)

@@ -1,8 +1,8 @@
 /* Root-mean-square normalisation. */
 
 typedef struct {
-    const float *x, *weight;
-    float *y, *rstd;
+    const float *x, *delta, *weight; /* delta: or NULL */
+    float *sum, *y, *rstd;           /* sum = x + delta, or NULL */
     int64_t num_rows, D;
     double eps;
 } RMSNormForward;
@@ -13,6 +13,10 @@ static void rmsnorm_forward_rows(Pool *pool, const void *state, int64_t start, i
     for (int64_t row = start; row < stop; row++) {
         const float *x = a->x + row * D;
         float *y = a->y + row * D;
+        if (a->delta) {
+            add_rows(x, a->delta + row * D, a->sum + row * D, D);
+            x = a->sum + row * D;
+        }
         const float rstd = 1.0f / __builtin_sqrtf(dot(x, x, D) / (float)D + (float)a->eps);
 #pragma omp simd
         for (int64_t i = 0; i < D; i++) y[i] = x[i] * rstd * a->weight[i];
@@ -26,7 +30,7 @@ static void rmsnorm_forward(Pool *pool, const Argument *arguments) {
 }
 
 typedef struct {
-    const float *grad_y, *x, *weight, *rstd;
+    const float *grad_y, *grad_sum, *x, *weight, *rstd; /* grad_sum: or NULL */
     float *grad_x;   /* or NULL; may be grad_y */
     float *partials; /* [threads, D] zeros, or NULL: each thread's share of the gradient of weight */
     int64_t num_rows, D;
@@ -48,6 +52,7 @@ static void rmsnorm_backward_row(const RMSNormBackward *a, int64_t row, float *g
     float *grad_x = a->grad_x + row * D;
 #pragma omp simd
     for (int64_t i = 0; i < D; i++) grad_x[i] = (grad_y[i] * a->weight[i] - x[i] * along) * rstd;
+    if (a->grad_sum) add_to(grad_x, a->grad_sum + row * D, D);
 }
 
 static void rmsnorm_backward_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {

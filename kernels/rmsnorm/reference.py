@@ -11,8 +11,13 @@ from minillm.kernels.rows import row_blocks
 
 
 @kernel("rmsnorm_forward")
-def rmsnorm_forward(x: Any, weight: Any, eps: float) -> tuple[Any, Any]:
-    """x [rows, D], weight [D] -> y = x rstd weight [rows, D], rstd = 1 / sqrt(mean(x^2) + eps) [rows]."""
+def rmsnorm_forward(x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any]:
+    """x [rows, D], weight [D] -> y = x rstd weight [rows, D], rstd = 1 / sqrt(mean(x^2) + eps) [rows].
+
+    With a residual branch `delta` [rows, D], x + delta is normalised, and written into `sum_out`.
+    """
+    if delta is not None:
+        x = np.add(x, delta, out=sum_out)
     y, rstd = np.empty_like(x), np.empty(len(x), x.dtype)
 
     def run(rows: slice) -> None:
@@ -28,9 +33,19 @@ def rmsnorm_forward(x: Any, weight: Any, eps: float) -> tuple[Any, Any]:
 
 @kernel("rmsnorm_backward")
 def rmsnorm_backward(
-    grad_y: Any, x: Any, weight: Any, rstd: Any, need_x: bool = True, need_params: bool = True, grad_x_out: Any = None
+    grad_y: Any,
+    x: Any,
+    weight: Any,
+    rstd: Any,
+    need_x: bool = True,
+    need_params: bool = True,
+    grad_x_out: Any = None,
+    grad_sum: Any = None,
 ) -> tuple[Any, Any]:
-    """Gradients of x [rows, D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z mean(g z)) rstd."""
+    """Gradients of x [rows, D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z mean(g z)) rstd.
+
+    `grad_x_out` may be `grad_y` itself. `grad_sum` [rows, D], what arrives at x past the norm, is added to grad_x.
+    """
     num_rows, D = x.shape
     grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
     partial: list[tuple[int, Any]] = []
@@ -48,6 +63,8 @@ def rmsnorm_backward(
                 z *= (np.einsum("ij,ij->i", g, z) / x.dtype.type(D))[:, None]
                 g -= z
                 np.multiply(g, rstd[rows, None], out=grad_x[rows])
+                if grad_sum is not None:
+                    grad_x[rows] += grad_sum[rows]
         partial.append((start, total))
 
     parallel_for(num_rows, run, step)

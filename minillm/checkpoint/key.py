@@ -10,7 +10,6 @@ import numpy as np
 from minillm import kernels
 from minillm.arrays import float_dtype
 from minillm.comm.communicator import Communicator
-from minillm.kernels.registry import ops
 from minillm.resolve import ResolvedConfig
 
 _MOST_NAMED = 5  # how many differences the line lists
@@ -72,15 +71,7 @@ def _common(values: list[Any]) -> Any:
 def _kernel_choices(dtype: str) -> dict[str, str]:
     """Op -> the implementation that runs on arrays of `dtype` here."""
     like = np.empty(0, float_dtype(dtype))
-    chosen = {}
-    for op in ops():
-        try:
-            fn = kernels.lookup(op, like)
-        except kernels.KernelUnavailable:
-            chosen[op] = "unavailable"
-            continue
-        chosen[op] = next(entry.choice for entry in kernels.available(op) if entry.fn is fn)
-    return chosen
+    return {op: kernels.chosen(op, like).choice for op in kernels.ops()}
 
 
 def _blas() -> str:

@@ -24,6 +24,10 @@ class LayerNorm(Module):
         """x [B, T, D] -> [B, T, D]."""
         return ops.layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS)
 
+    def residual(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta [B, T, D] and its norm."""
+        return ops.residual_layer_norm(x, delta, self.weight, self.bias, LAYER_NORM_EPS)
+
 
 class RMSNorm(Module):
     """Root-mean-square normalisation over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
@@ -35,7 +39,11 @@ class RMSNorm(Module):
         """x [B, T, D] -> [B, T, D]."""
         return ops.rms_norm(x, self.weight, RMS_NORM_EPS)
 
+    def residual(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta [B, T, D] and its norm."""
+        return ops.residual_rms_norm(x, delta, self.weight, RMS_NORM_EPS)
 
-def norm(kind: str, dim: int, region: Region, *, bias: bool) -> Module:
+
+def norm(kind: str, dim: int, region: Region, *, bias: bool) -> LayerNorm | RMSNorm:
     """The norm called `kind`: layernorm or rmsnorm."""
     return LayerNorm(dim, region, bias=bias) if kind == "layernorm" else RMSNorm(dim, region)

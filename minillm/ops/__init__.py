@@ -6,7 +6,7 @@ from minillm.ops.dropout import dropout
 from minillm.ops.embedding import add, add_constant, add_position, embedding
 from minillm.ops.linear import add_bias, linear
 from minillm.ops.loss import cross_entropy, mse_loss
-from minillm.ops.norm import layer_norm, rms_norm
+from minillm.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 from minillm.ops.position import rotary
 
 __all__ = [
@@ -24,6 +24,8 @@ __all__ = [
     "linear",
     "mse_loss",
     "relu",
+    "residual_layer_norm",
+    "residual_rms_norm",
     "rms_norm",
     "rotary",
     "softmax",

@@ -1,57 +1,85 @@
-"""Layer norm and RMS norm."""
+"""Layer norm and RMS norm, alone and with the residual sum before them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array
+from minillm.arrays import Array, namespace
 from minillm.autograd import Context, Function, Tensor
 
 
 def layer_norm(x: Tensor, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dim (Ba et al. 2016, arXiv:1607.06450)."""
-    return _LayerNorm.apply(x, weight, bias, eps=eps)
+    return _LayerNorm.apply(x, None, weight, bias, eps=eps)[1]
 
 
 def rms_norm(x: Tensor, weight: Any, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
-    return _RMSNorm.apply(x, weight, eps=eps)
+    return _RMSNorm.apply(x, None, weight, eps=eps)[1]
+
+
+def residual_layer_norm(x: Tensor, delta: Tensor | None, weight: Any, bias: Any = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """x + delta and its layer norm in one pass over memory; a delta of None counts as zero.
+
+    Taking the sum from here even where delta is None lets the backward pass add the two gradients of x in its one pass, too.
+    """
+    return _LayerNorm.apply(x, delta, weight, bias, eps=eps)
+
+
+def residual_rms_norm(x: Tensor, delta: Tensor | None, weight: Any, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """x + delta and its RMS norm; see `residual_layer_norm`."""
+    return _RMSNorm.apply(x, delta, weight, eps=eps)
 
 
 class _LayerNorm(Function):
     @staticmethod
-    def forward(ctx: Context, x: Array, weight: Array, bias: Array | None, *, eps: float) -> Array:
-        y, mean, rstd = kernels.layernorm_forward(_rows(x), weight, bias, eps)
-        ctx.save(x, weight, mean, rstd)
-        return y.reshape(x.shape)
+    def forward(ctx: Context, x: Array, delta: Array | None, weight: Array, bias: Array | None, *, eps: float) -> tuple[Array, Array]:
+        total = x if delta is None else namespace(x).empty_like(x)
+        y, mean, rstd = kernels.layernorm_forward(_rows(x), weight, bias, eps, delta=_rows(delta), sum_out=_rows(total))
+        ctx.save(total, weight, mean, rstd)
+        return total, y.reshape(x.shape)
 
     @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any]:
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any, Any]:
         x, weight, mean, rstd = ctx.saved
-        grad = _rows(grad_outs[0])
-        out = grad if ctx.owns(0) and grad.flags.writeable else None
+        need_x, need_params = needs[0] or needs[1], needs[2] or needs[3]
+        grad_sum, grad, out = _incoming(ctx, grad_outs, x)
         grad_x, grad_weight, grad_bias = kernels.layernorm_backward(
-            grad, _rows(x), weight, mean, rstd, need_x=needs[0], need_params=needs[1] or needs[2], has_bias=needs[2], grad_x_out=out
+            grad, _rows(x), weight, mean, rstd, need_x, need_params, needs[3], grad_x_out=out, grad_sum=_rows(grad_sum)
         )
-        return grad_x.reshape(x.shape) if needs[0] else None, grad_weight, grad_bias
+        grad_x = grad_x.reshape(x.shape) if need_x else None
+        return grad_x if needs[0] else None, grad_x if needs[1] else None, grad_weight, grad_bias
 
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Context, x: Array, weight: Array, *, eps: float) -> Array:
-        y, rstd = kernels.rmsnorm_forward(_rows(x), weight, eps)
-        ctx.save(x, weight, rstd)
-        return y.reshape(x.shape)
+    def forward(ctx: Context, x: Array, delta: Array | None, weight: Array, *, eps: float) -> tuple[Array, Array]:
+        total = x if delta is None else namespace(x).empty_like(x)
+        y, rstd = kernels.rmsnorm_forward(_rows(x), weight, eps, delta=_rows(delta), sum_out=_rows(total))
+        ctx.save(total, weight, rstd)
+        return total, y.reshape(x.shape)
 
     @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any]:
         x, weight, rstd = ctx.saved
-        grad = _rows(grad_outs[0])
-        out = grad if ctx.owns(0) and grad.flags.writeable else None
-        grad_x, grad_weight = kernels.rmsnorm_backward(grad, _rows(x), weight, rstd, need_x=needs[0], need_params=needs[1], grad_x_out=out)
-        return grad_x.reshape(x.shape) if needs[0] else None, grad_weight
+        need_x = needs[0] or needs[1]
+        grad_sum, grad, out = _incoming(ctx, grad_outs, x)
+        grad_x, grad_weight = kernels.rmsnorm_backward(
+            grad, _rows(x), weight, rstd, need_x, needs[2], grad_x_out=out, grad_sum=_rows(grad_sum)
+        )
+        grad_x = grad_x.reshape(x.shape) if need_x else None
+        return grad_x if needs[0] else None, grad_x if needs[1] else None, grad_weight
 
 
-def _rows(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1])
+def _incoming(ctx: Context, grad_outs: Any, x: Array) -> tuple[Array | None, Array, Array | None]:
+    """The gradients of the sum and of the norm's result (zero if nobody used it), and the latter as a buffer if it may be overwritten."""
+    grad_sum, grad = (*grad_outs, None)[:2]
+    if grad is None:
+        return grad_sum, namespace(x).zeros_like(_rows(x)), None
+    rows = _rows(grad)
+    return grad_sum, rows, rows if ctx.owns(1) and rows.flags.writeable else None
+
+
+def _rows(x: Array | None) -> Any:
+    return None if x is None else x.reshape(-1, x.shape[-1])

@@ -149,9 +149,11 @@ class _VocabParallelLoss(Function):
         slot = ctx.slot(1) or (GradSlot(xp.empty_like(weight)) if ctx.needs[1] else None)
         total = 0.0
         chunk = max(128, CHUNK_BYTES // max(1, weight.shape[0] * x.dtype.itemsize))
+        buffer = xp.empty((min(chunk, len(rows)), weight.shape[0]), x.dtype)  # of the logits: one for all chunks
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
-            logits, sum_exp, target_logit = head.softmax(rows[part], flat[part])
+            logits = buffer[: len(rows[part])]
+            sum_exp, target_logit = head.softmax_(logits, rows[part], flat[part])
             total += float(xp.sum((xp.log(sum_exp) - target_logit)[counted[part]], dtype=xp.float64))
             if ctx.recording:
                 row_scale = counted[part].astype(x.dtype) / x.dtype.type(divisor)
@@ -181,13 +183,13 @@ class _Head:
         self.first_class = comm.rank * weight.shape[0]
         self.valid = min(max(vocab - self.first_class, 0), weight.shape[0])  # columns that are no padding
 
-    def softmax(self, x: Array, targets: Array) -> tuple[Array, Array, Array]:
-        """x [R, D], targets [R] -> exp(logits - max) [R, V_local], its sum over the whole vocabulary [R], the target's shifted logit
-        [R]."""
+    def softmax_(self, logits: Array, x: Array, targets: Array) -> tuple[Array, Array]:
+        """Write exp(logits - max) [R, V_local] of x [R, D] into `logits`; returns its sum over the whole vocabulary [R] and the shifted
+        logit of targets [R]."""
         xp = namespace(x)
-        logits = kernels.matmul(x, self.weight.T)
+        kernels.matmul(x, self.weight.T, out=logits)
         row_max = kernels.xent_max(logits, valid_columns=self.valid)
         self.comm.all_reduce_(row_max, ReduceOp.MAX)
         sums = xp.stack(kernels.xent_shifted_sum_(logits, row_max, targets, self.first_class, valid_columns=self.valid))
         self.comm.all_reduce_(sums)
-        return logits, sums[0], sums[1]
+        return sums[0], sums[1]

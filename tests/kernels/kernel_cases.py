@@ -89,6 +89,32 @@ def norm_cases() -> Iterator[Case]:
         lambda gy, x, w: layer_back(g := gy.copy(), x, w, need_params=False, grad_x_out=g),
         lambda *a: (plain.layernorm_grads(*a, eps)[0], None, None),
     )
+    three = normals((7, 12), (7, 12), (12,))
+    for family, forward, reference in (
+        ("layernorm", lambda *a, **o: kernels.layernorm_forward(*a[:2], None, eps, **o), lambda x, w: plain.layernorm(x, w, None, eps)),
+        ("rmsnorm", lambda *a, **o: kernels.rmsnorm_forward(*a, eps, **o), lambda x, w: plain.rmsnorm(x, w, eps)),
+    ):
+        yield Case(
+            family,
+            "residual",
+            three,
+            lambda x, d, w, forward=forward: (*forward(x, w, delta=strided(d), sum_out=(total := poisoned(x))), total),
+            lambda x, d, w, reference=reference: (*reference(x + d, w), x + d),
+        )
+    yield Case(
+        "layernorm",
+        "residual-backward",
+        small,
+        lambda gy, x, w: layer_back(gy, x, w, grad_sum=strided(3 * gy)),
+        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(*plain.layernorm_grads(gy, x, w, eps)),
+    )
+    yield Case(
+        "rmsnorm",
+        "residual-backward",
+        small,
+        lambda gy, x, w: rms_back(g := gy.copy(), x, w, grad_x_out=g, grad_sum=3 * gy),
+        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(*plain.rmsnorm_grads(gy, x, w, eps)),
+    )
     yield Case(
         "layernorm",
         "into-poison",
@@ -238,6 +264,13 @@ def matmul_cases() -> Iterator[Case]:
         yield Case("matmul", size, make, lambda a, b, c: (kernels.matmul(a, b),), lambda a, b, c: (a @ b,))
         yield Case(
             "matmul",
+            f"bias-{size}",
+            lambda rng, make=make, N=N: (*make(rng)[:2], rng.standard_normal(N)),
+            lambda a, b, bias: (kernels.matmul(a, b, bias=bias), kernels.matmul(a, b, out=poisoned(a @ b), bias=bias)),
+            lambda a, b, bias: (a @ b + bias,) * 2,
+        )
+        yield Case(
+            "matmul",
             f"{size}-out-transposed",
             make,
             lambda a, b, c: (kernels.matmul(np.ascontiguousarray(a.T).T, np.ascontiguousarray(b.T).T, out=poisoned(c)),),
@@ -251,6 +284,13 @@ def matmul_cases() -> Iterator[Case]:
             lambda a, b, c: (c + a @ b,),
         )
     for shape in ((0, 3), (1, 1), (5, 7), (2000, 130)):
+        yield Case(
+            "residual",
+            f"add-{shape}",
+            normals(shape, shape),
+            lambda x, y: (kernels.add(x, y), kernels.add(t := x.copy(), strided(y), out=t)),
+            lambda x, y: (x + y, x + y),
+        )
         yield Case("matmul", f"column-sum-{shape}", normals(shape), lambda x: (kernels.column_sum(x),), lambda x: (x.sum(0),))
 
 

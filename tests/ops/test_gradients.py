@@ -39,6 +39,11 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "layer norm": (ops.layer_norm, (_n(2, 3, 7), _n(7), _n(7))),
     "layer norm without bias": (ops.layer_norm, (_n(5, 7), _n(7))),
     "rms norm": (ops.rms_norm, (_n(2, 3, 7), _n(7))),
+    "residual layer norm": (ops.residual_layer_norm, (_n(2, 3, 7), _n(2, 3, 7), _n(7), _n(7))),
+    "residual layer norm without a branch": (lambda x, w: ops.residual_layer_norm(x, None, w), (_n(5, 7), _n(7))),
+    "residual layer norm of which only the sum is used": (lambda x, d, w: ops.residual_layer_norm(x, d, w)[0], (_n(5, 7), _n(5, 7), _n(7))),
+    "residual rms norm": (ops.residual_rms_norm, (_n(2, 3, 7), _n(2, 3, 7), _n(7))),
+    "residual rms norm without a branch": (lambda x, w: ops.residual_rms_norm(x, None, w), (_n(5, 7), _n(7))),
     "gelu tanh": (lambda x: ops.gelu(x, "tanh"), (3 * _n(3, 11),)),
     "gelu erf": (lambda x: ops.gelu(x, "erf"), (3 * _n(3, 11),)),
     "relu": (ops.relu, (_n(3, 5) + 0.01,)),
@@ -83,10 +88,11 @@ def test_gradients_are_written_afresh(name: str) -> None:
     found = []
     for _ in range(2):
         tensors = [Tensor(x.copy(), True) for x in inputs]
-        out = function(*tensors)
-        seed = np.ones(out.shape)
-        backward([(out, seed)])
-        assert np.array_equal(seed, np.ones(out.shape))
+        outs = function(*tensors)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        seeds = [np.ones(out.shape) for out in outs]
+        backward(list(zip(outs, seeds, strict=True)))
+        assert all(np.array_equal(seed, np.ones(seed.shape)) for seed in seeds)
         assert all(np.array_equal(t.data, x) for t, x in zip(tensors, inputs, strict=True)), "an input was overwritten"
         found.append([t.grad for t in tensors])
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
@@ -96,6 +102,7 @@ def test_every_operation_is_checked() -> None:
     checked = " ".join(CASES)
     words = {"add_bias": "add bias", "add_constant": "add constant", "add_position": "add position", "attention_qkv": "cross attention"}
     words |= {"cross_entropy": "cross entropy", "layer_norm": "layer norm", "rms_norm": "rms norm", "mse_loss": "mean squared error"}
+    words |= {"residual_layer_norm": "residual layer norm", "residual_rms_norm": "residual rms norm"}
     missing = [name for name in ops.__all__ if words.get(name, name) not in checked]
     assert not missing
 

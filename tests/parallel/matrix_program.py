@@ -40,7 +40,7 @@ LAYOUTS = {
 
 
 def main() -> int:
-    kernels.limit_blas()
+    kernels.prepare_process()
     comm = world()
     for model, layout in LAYOUTS[comm.size]:
         losses, norms, found = train_rank(comm, make_config(model, layout), "sgd", STEPS)

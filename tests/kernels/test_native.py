@@ -1,0 +1,123 @@
+"""The C extension: its pool of threads, what it refuses, and that all instruction sets agree."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from minillm.kernels import native
+from minillm.kernels.registry import KernelUnavailable
+
+from minillm import kernels
+
+pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
+
+c = native.VARIANTS[-1].functions
+
+
+def squares(pool: object, x: np.ndarray, threads: int) -> float:
+    partials = np.zeros(threads)
+    c.sum_of_squares(pool, x, partials, x.size)
+    return float(partials.sum())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_a_pool_covers_every_item_once(threads: int) -> None:
+    pool = native.extension.Pool(threads)
+    for size in (0, 1, 1000, 16384 * threads, 16384 * threads + 5):
+        x = np.ones(size, np.float32)
+        assert squares(pool, x, threads) == size
+
+
+def test_workers_that_fell_asleep_wake_up() -> None:
+    pool = native.extension.Pool(4)
+    x = np.ones(1 << 18, np.float32)
+    for pause in (0.0, 0.002, 0.02):
+        for _ in range(20):
+            assert squares(pool, x, 4) == x.size
+            threading.Event().wait(pause)
+
+
+def test_pools_of_several_python_threads_work_at_once() -> None:
+    totals: list[float] = []
+
+    def run() -> None:
+        with kernels.threads(3):
+            totals.extend(kernels.sum_of_squares(np.ones(100_000, np.float32)) for _ in range(50))
+
+    ranks = [threading.Thread(target=run) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert totals == [100_000.0] * 200
+
+
+def test_a_pool_that_is_dropped_ends_its_threads() -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+
+    before = count()
+    pool = native.extension.Pool(5)
+    assert count() == before + 4 or not before
+    del pool
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while count() > before and time.monotonic() < deadline:
+        time.sleep(0.001)  # the system forgets a thread a moment after it was joined
+    assert count() <= before
+
+
+def test_a_forked_child_computes_without_the_threads() -> None:
+    pool = native.extension.Pool(3)
+    x = np.ones(1 << 17, np.float32)
+    squares(pool, x, 3)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if squares(pool, x, 3) == x.size else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_wrong_arguments_are_refused() -> None:
+    pool, x, out = native.extension.Pool(1), np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
+    with pytest.raises(TypeError, match="first argument is a Pool"):
+        c.relu_forward(x, out, 6)
+    with pytest.raises(TypeError, match="takes a pool and"):
+        c.relu_forward(pool, x, out)
+    with pytest.raises(TypeError, match="takes a pool and"):
+        c.relu_forward(pool, x, out, 6, 7)
+    with pytest.raises(TypeError, match="format 'd'"):
+        c.relu_forward(pool, x.astype(np.float64), out, 6)
+    with pytest.raises(ValueError, match="contiguous"):
+        c.relu_forward(pool, x.T, out, 6)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match=r"read-only|writable"):
+        c.relu_forward(pool, x, out, 6)
+    with pytest.raises(ValueError, match="at least 1"):
+        native.extension.Pool(0)
+
+
+def test_normals_have_the_bits_of_the_reference() -> None:
+    indices = np.random.default_rng(3).integers(0, 2**64, 200_000, dtype=np.uint64)
+    found = kernels.random_normal(2**64 - 5, indices)
+    with kernels.use(random_normal="numpy"):
+        assert found.tobytes() == kernels.random_normal(2**64 - 5, indices).tobytes()
+
+
+def test_dropout_keeps_what_the_reference_keeps() -> None:
+    x, address = np.ones((3, 5, 70), np.float32), (99, np.array([4, 0, 7]), np.arange(5), np.arange(70))
+    found = kernels.dropout_forward(x, 0.3, *address)
+    with kernels.use(dropout="numpy"):
+        assert np.array_equal(found, kernels.dropout_forward(x, 0.3, *address))
+
+
+def test_choices_in_words() -> None:
+    assert kernels.choices_from("auto") == {}
+    assert kernels.choices_from("attention=numpy, matmul=c:baseline") == {"attention": "numpy", "matmul": "c:baseline"}
+    assert "softmax_forward" not in kernels.choices_from("c") and kernels.choices_from("c")["add"] == "c"
+    with pytest.raises(KernelUnavailable, match="no such backend"):
+        kernels.choices_from("fortran")
