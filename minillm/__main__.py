@@ -16,6 +16,7 @@ PROGRAMS = {
     "evaluate": "measure the loss of a checkpoint",
     "generate": "write text with a checkpoint",
     "schedule": "draw a pipeline schedule",
+    "bench": "time the training step and the kernels",
     "doctor": "look over this machine and name what is missing",
 }
 

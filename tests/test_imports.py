@@ -73,6 +73,7 @@ minillm/train.py
 minillm/evaluate.py
 minillm/generate.py
 minillm/schedule.py
+minillm/bench/
 minillm/doctor.py
 launch/
 minillm/__main__.py

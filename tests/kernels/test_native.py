@@ -63,7 +63,7 @@ def test_a_pool_that_is_dropped_ends_its_threads() -> None:
 
     before = count()
     pool = native.extension.Pool(5)
-    assert count() == before + 4 or not before
+    assert count() >= 5 or not before
     del pool
     gc.collect()
     deadline = time.monotonic() + 5

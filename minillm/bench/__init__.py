@@ -1,0 +1,32 @@
+"""Benchmarks: `python -m minillm.bench train` and `kernels`. What is compared takes turns in one run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from minillm.bench import kernels, train
+from minillm.comm.world import main_guard
+from minillm.config import known_name
+from minillm.flags import parse_flags
+
+BENCHMARKS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "train": (train.TrainBench, train.run),
+    "kernels": (kernels.KernelBench, kernels.run),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit status."""
+    return main_guard(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        about = "\n".join(f"  {name:8s} {(options.__doc__ or '').splitlines()[0]}" for name, (options, _) in BENCHMARKS.items())
+        print(f"usage: python -m minillm.bench BENCHMARK [options]\n\n{about}\n\nOptions of each: python -m minillm.bench BENCHMARK --help")
+        return 0
+    options, run = BENCHMARKS[known_name(argv[0], BENCHMARKS, "benchmark")]
+    run(parse_flags(options, argv[1:], prog=f"python -m minillm.bench {argv[0]}"))
+    return 0

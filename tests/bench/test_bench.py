@@ -1,0 +1,77 @@
+"""The benchmarks: their arithmetic, and one short run of each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minillm.bench.shapes import CONFIGS
+from minillm.bench.timing import ForeignLoad, interval, median_seconds, table
+from minillm.config import ModelConfig
+
+
+def test_flops_count_the_parameters() -> None:
+    for shape in CONFIGS.values():
+        sizes = shape._asdict()
+        del sizes["batch"]
+        model = ModelConfig(**sizes, kv_heads=shape.heads, ffn_dim=4 * shape.dim, bias=False, norm="rmsnorm", position="sinusoidal")
+        matrices = model.num_parameters() - shape.dim * (2 * shape.layers + 1)  # without the norms
+        attention = 12 * shape.layers * shape.dim * shape.context
+        assert shape.step_flops() == shape.tokens * (6 * matrices + attention)
+
+
+def test_interval_holds_the_median_and_narrows() -> None:
+    ratios = np.random.default_rng(1).normal(1.2, 0.1, 200)
+    (low, high), (few_low, few_high) = interval(ratios), interval(ratios[:5])
+    assert low < float(np.median(ratios)) < high and high - low < few_high - few_low
+    assert interval([1.5]) == (1.5, 1.5)
+
+
+def test_median_and_foreign_load_are_measured() -> None:
+    with ForeignLoad() as load:
+        calls: list[int] = []
+        assert median_seconds(lambda: calls.append(1), at_least=0.0, repeats=4) >= 0
+    assert len(calls) == 5 and load.share >= 0
+
+
+def test_table_is_aligned() -> None:
+    assert table(("a", "b"), [["long name", "1"]]) == "| a         | b |\n|-----------|--:|\n| long name | 1 |"
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "minillm.bench", *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_train_prints_a_table_and_writes_its_turns(tmp_path: Path, ranks: str) -> None:
+    sizes = ["--layers=1", "--heads=2", "--dim=32", "--context=16", "--batch=2", "--vocab=40"]
+    done = bench("train", *sizes, "--rounds=1", "--seconds=0.05", f"--ranks={ranks}", f"--json={tmp_path / 'turns.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout and "of SGEMM" in done.stdout
+    report = json.loads((tmp_path / "turns.json").read_text())
+    ((name, turns),) = report["turns"].items()
+    assert name.startswith(f"minillm {ranks} x")
+    assert turns == [None] or (min(turns[0]["times"]) > 0 and turns[0]["peak_rss"] > 1e7 and turns[0]["sgemm_flops"] > 1e8)
+
+
+def test_kernels_times_every_implementation(tmp_path: Path) -> None:
+    done = bench("kernels", "--rows=64", "--dim=64", "--context=32", "--vocab=50", "--only=norm_forward", f"--json={tmp_path / 'k.json'}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "k.json").read_text())["results"]
+    assert {entry["op"] for entry in found} == {"layernorm_forward", "rmsnorm_forward"}
+    assert "numpy:reference" in {entry["choice"] for entry in found} and all(entry["seconds"] > 0 for entry in found)
+
+
+def test_bad_input_is_one_sentence() -> None:
+    for arguments, words in (
+        (("trian",), "did you mean train"),
+        (("kernels", "--rows=100"), "multiple of --context"),
+        (("train", "--rounds=0"), "at least 1"),
+    ):
+        done = bench(*arguments)
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
