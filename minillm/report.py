@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from minillm import kernels
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import Row, RowKey
 from minillm.data.corpus import Corpus
+from minillm.kernels import native
 from minillm.log import compact
 from minillm.memory import peak_rss, predicted
 from minillm.pipeline.stage import Stage
@@ -35,8 +39,18 @@ def plan(config: ResolvedConfig, corpus: Corpus, stages: Mapping[int, Stage], th
         f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in "
         f"{plural(config.num_microbatches, 'microbatch', 'es')} "
         f"of {config.microbatch} per dp rank; {train.steps} steps",
+        f"kernels {_kernels(train.dtype)}",
         f"memory  {sum(most.values()) / 1e6:.0f} MB predicted for the largest rank ({parts})",
     ]
+
+
+def _kernels(dtype: str) -> str:
+    """What the operations run on, most used first, and why not on C where that could be faster."""
+    like = np.empty(0, dtype)
+    counts = Counter(kernels.chosen(op, like).choice for op in kernels.ops())
+    words = ", ".join(f"{choice} for {count} operations" for choice, count in counts.most_common())
+    missing = native.unavailable or native.blas_unavailable
+    return f"{words} ({missing})" if missing else words
 
 
 def _first(stages: Mapping[int, Stage]) -> tuple[int, Any]:

@@ -51,7 +51,7 @@ typedef struct {
 static void layernorm_backward_row(const LayerNormBackward *a, int64_t row, float *sums) {
     const int64_t D = a->D;
     const float *x = a->x + row * D, *grad_y = a->grad_y + row * D;
-    const float mean = a->mean[row], rstd = a->rstd[row];
+    const float *weight = a->weight, mean = a->mean[row], rstd = a->rstd[row];
     float *grad_weight = sums, *grad_bias = sums + D;
     if (sums) {
 #pragma omp simd
@@ -64,7 +64,7 @@ static void layernorm_backward_row(const LayerNormBackward *a, int64_t row, floa
     float average = 0, along = 0, *grad_x = a->grad_x + row * D;
 #pragma omp simd reduction(+ : average, along)
     for (int64_t i = 0; i < D; i++) {
-        const float g = grad_y[i] * a->weight[i];
+        const float g = grad_y[i] * weight[i];
         grad_x[i] = g;
         average += g;
         along += g * (x[i] - mean);

@@ -39,7 +39,7 @@ typedef struct {
 static void rmsnorm_backward_row(const RMSNormBackward *a, int64_t row, float *grad_weight) {
     const int64_t D = a->D;
     const float *x = a->x + row * D, *grad_y = a->grad_y + row * D;
-    const float rstd = a->rstd[row];
+    const float *weight = a->weight, rstd = a->rstd[row];
     if (grad_weight) {
 #pragma omp simd
         for (int64_t i = 0; i < D; i++) grad_weight[i] += grad_y[i] * x[i] * rstd;
@@ -47,11 +47,11 @@ static void rmsnorm_backward_row(const RMSNormBackward *a, int64_t row, float *g
     if (!a->grad_x) return;
     float along = 0;
 #pragma omp simd reduction(+ : along)
-    for (int64_t i = 0; i < D; i++) along += grad_y[i] * a->weight[i] * x[i];
+    for (int64_t i = 0; i < D; i++) along += grad_y[i] * weight[i] * x[i];
     along *= rstd * rstd / (float)D;
     float *grad_x = a->grad_x + row * D;
 #pragma omp simd
-    for (int64_t i = 0; i < D; i++) grad_x[i] = (grad_y[i] * a->weight[i] - x[i] * along) * rstd;
+    for (int64_t i = 0; i < D; i++) grad_x[i] = (grad_y[i] * weight[i] - x[i] * along) * rstd;
     if (a->grad_sum) add_to(grad_x, a->grad_sum + row * D, D);
 }
 
