@@ -48,7 +48,7 @@ def _kernels(dtype: str) -> str:
     """What the operations run on, most used first, and why not on C where that could be faster."""
     like = np.empty(0, dtype)
     counts = Counter(kernels.chosen(op, like).choice for op in kernels.ops())
-    words = ", ".join(f"{choice} for {count} operations" for choice, count in counts.most_common())
+    words = ", ".join(f"{choice} for {plural(count, 'operation')}" for choice, count in counts.most_common())
     missing = native.unavailable or native.blas_unavailable
     return f"{words} ({missing})" if missing else words
 

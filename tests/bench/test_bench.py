@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mpi_helpers import needs_mpirun
 
 from minillm.bench.shapes import CONFIGS
 from minillm.bench.timing import ForeignLoad, interval, median_seconds, table
@@ -47,7 +48,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "minillm.bench", *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("ranks", ["1", pytest.param("2", marks=needs_mpirun)])
 def test_train_prints_a_table_and_writes_its_turns(tmp_path: Path, ranks: str) -> None:
     sizes = ["--layers=1", "--heads=2", "--dim=32", "--context=16", "--batch=2", "--vocab=40"]
     done = bench("train", *sizes, "--rounds=1", "--seconds=0.05", f"--ranks={ranks}", f"--json={tmp_path / 'turns.json'}")
