@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -105,7 +105,7 @@ class Context:
         self.needs = needs
         self.recording = any(needs)
         self.extra_leaves: tuple[Leaf, ...] = ()
-        self.run: _Run | None = None
+        self.run: BackwardRun | None = None
         self._leaves = leaves
         self._saved: tuple[Any, ...] = ()
         self._owned: tuple[bool, ...] = ()
@@ -168,7 +168,7 @@ class Function:
     def apply(cls, *inputs: Any, **attrs: Any) -> Any:
         """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if a gradient will be wanted."""
         grad_mode = _grad_enabled.get()
-        recorder = _recorder.get()
+        recorder = leaf_recorder.get()
         values: list[Any] = []
         needs: list[bool] = []
         leaves: list[tuple[Array, Leaf] | None] = []
@@ -218,7 +218,8 @@ class Node:
 
 
 _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
-_recorder: ContextVar[list[Leaf] | None] = ContextVar("recorder", default=None)
+leaf_recorder: ContextVar[list[Leaf] | None] = ContextVar("leaf_recorder", default=None)
+"""Where `Function.apply` notes the parameters it meets, for a recomputed part whose own tape is not kept."""
 
 
 @contextmanager
@@ -232,7 +233,8 @@ def no_grad() -> Iterator[None]:
 
 
 @contextmanager
-def _with_grad() -> Iterator[None]:
+def with_grad() -> Iterator[None]:
+    """Run with a tape although the caller has none: for a replay inside a backward pass."""
     token = _grad_enabled.set(True)
     try:
         yield
@@ -256,14 +258,14 @@ class BackwardObserver(Protocol):
 
 
 @dataclass
-class _Run:
+class BackwardRun:
     """The state that one backward pass shares with its deferred work and its replays: who watches, what is deferred, uses left per
     parameter."""
 
     defer: list[WeightGradWork] | None
     observer: BackwardObserver | None
     uses: dict[int, int] = field(default_factory=dict)
-    outer: _Run | None = None
+    outer: BackwardRun | None = None
 
     def count(self, nodes: Sequence[Node]) -> None:
         for node in nodes:
@@ -290,7 +292,7 @@ class WeightGradWork:
     parents: tuple[Any, ...]
     grad_outs: tuple[Array | None, ...]
     needs: tuple[bool, ...]
-    pass_: _Run
+    pass_: BackwardRun
 
     def run(self) -> None:
         """Accumulate the gradients into their slots and report the parameters that are complete."""
@@ -308,10 +310,11 @@ def backward(
     With `defer`, weight gradients of operations that can be split are appended there as `WeightGradWork` instead of being computed. The
     tape is consumed: a second backward through the same nodes raises RuntimeError.
     """
-    _backward(roots, _Run(defer, observer))
+    run_backward(roots, BackwardRun(defer, observer))
 
 
-def _backward(roots: Sequence[tuple[Tensor, Array]], run: _Run) -> None:
+def run_backward(roots: Sequence[tuple[Tensor, Array]], run: BackwardRun) -> None:
+    """`backward` within a run: also the replay of a recomputed part."""
     grads = _Grads()
     for tensor, grad in roots:
         if grad.shape != tensor.shape:
@@ -343,7 +346,7 @@ def _reachable(start: Sequence[Node]) -> list[Node]:
     return [seen[number] for number in sorted(seen)]
 
 
-def _step(node: Node, grads: _Grads, run: _Run) -> None:
+def _step(node: Node, grads: _Grads, run: BackwardRun) -> None:
     """Differentiate one node, hand its gradients on, and free what it saved."""
     fn, ctx, parents = node.fn, node.ctx, node.parents
     assert ctx is not None
@@ -375,7 +378,7 @@ def _hand_on(
     results: Sequence[Any],
     came: Any,
     grads: _Grads,
-    run: _Run,
+    run: BackwardRun,
 ) -> None:
     """Give each input's gradient to whoever made the input."""
     owned = _who_owns(results, came)
@@ -399,7 +402,7 @@ def _hand_on(
 
 
 def _deliver_weights(
-    fn: type[Function], ctx: Context, parents: Sequence[Any], grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], run: _Run
+    fn: type[Function], ctx: Context, parents: Sequence[Any], grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], run: BackwardRun
 ) -> None:
     into = tuple(p.slot() if n else None for n, p in zip(needs, parents, strict=True))
     ctx._owned = (False,) * len(grad_outs)
@@ -446,48 +449,3 @@ def _sum(a: tuple[Array, bool], b: tuple[Array, bool]) -> tuple[Array, bool]:
         if owned and target.flags.writeable:
             return xp.add(a[0], b[0], out=target), True
     return a[0] + b[0], True
-
-
-class _Checkpoint(Function):
-    @staticmethod
-    def forward(ctx: Context, *inputs: Array, fn: Callable[..., Any]) -> Any:
-        used: list[Leaf] = []
-        token = _recorder.set(used)
-        try:
-            with no_grad():
-                out = fn(*(Tensor(x) for x in inputs))
-        finally:
-            _recorder.reset(token)
-        outer = _recorder.get()
-        if outer is not None:
-            outer.extend(leaf for leaf in used if leaf not in outer)
-        if is_grad_enabled():
-            ctx.extra_leaves = tuple(used)
-            ctx.recording = ctx.recording or bool(used)
-        ctx.save(fn, *inputs)
-        return tuple(t.data for t in out) if isinstance(out, tuple) else out.data
-
-    @staticmethod
-    def backward(
-        ctx: Context, grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], into: tuple[GradSlot | None, ...]
-    ) -> tuple[Any, ...]:
-        assert ctx.run is not None
-        fn, *inputs = ctx.saved
-        leaves = [Tensor(x, need) for x, need in zip(inputs, needs, strict=True)]
-        with _with_grad():
-            out = fn(*leaves)
-        outs = out if isinstance(out, tuple) else (out,)
-        replay = _Run(ctx.run.defer, ctx.run.observer, outer=ctx.run)
-        _backward([(t, g) for t, g in zip(outs, grad_outs, strict=False) if g is not None], replay)
-        for leaf in ctx.extra_leaves:
-            if id(leaf) not in replay.uses:
-                ctx.run.used(leaf)
-        return tuple(leaf.grad for leaf in leaves)
-
-
-def checkpoint(fn: Callable[..., Any], *inputs: Tensor) -> Any:
-    """Run `fn(*inputs)` without keeping its intermediate arrays; backward runs it again (Chen et al. 2016, arXiv:1604.06174).
-
-    `fn` takes and returns tensors and must compute the same thing twice: dropout does, because masks are addressed, not drawn.
-    """
-    return _Checkpoint.apply(*inputs, fn=fn)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from minillm import ops
-from minillm.autograd import Function, GradSlot, Leaf, Tensor, WeightGradWork, backward, checkpoint, no_grad
+from minillm.autograd import Function, GradSlot, Leaf, Tensor, WeightGradWork, backward, no_grad
 from minillm.gradcheck import gradcheck
+from minillm.recompute import checkpoint
 
 RNG = np.random.default_rng(0)
 

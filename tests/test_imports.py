@@ -25,6 +25,7 @@ minillm/rng.py
 minillm/comm/__init__.py
 minillm/comm/ledger.py
 minillm/comm/communicator.py
+minillm/comm/work.py
 minillm/comm/base.py
 minillm/comm/single.py
 minillm/comm/mpi.py
@@ -33,6 +34,7 @@ minillm/comm/world.py
 minillm/comm/mesh.py
 minillm/sharding.py
 minillm/autograd.py
+minillm/recompute.py
 minillm/gradcheck.py
 minillm/ops/
 minillm/nn/__init__.py

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.native import blas_unavailable, c_kernel, dense, out_like, pool
+from minillm.kernels.native import blas_unavailable, c_kernel, dense, pool
 
 
 def _operand(x: Any) -> tuple[Any, bool, int]:
@@ -26,11 +26,11 @@ def _operand(x: Any) -> tuple[Any, bool, int]:
 @c_kernel("matmul", missing=blas_unavailable)
 def matmul(c: Any, a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None) -> Any:
     (M, K), N = a.shape, b.shape[1]
-    target = out_like(np.empty((M, N), a.dtype), None) if out is None else out
     if out is not None and (out.strides[1] != 4 or out.strides[0] < 4 * N):
         product = matmul(c, a, b, bias=bias)
         out[...] = out + product if accumulate else product
         return out
+    target = np.empty((M, N), a.dtype) if out is None else out
     a_, transposed_a, stride_a = _operand(a)
     b_, transposed_b, stride_b = _operand(b)
     if not (M and N):

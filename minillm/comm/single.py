@@ -11,18 +11,8 @@ import numpy as np
 from minillm.arrays import Array, aligned_empty
 from minillm.comm.base import BaseCommunicator
 from minillm.comm.communicator import DEFAULT_TIMEOUT, SUM, Communicator, ReduceOp, SharedWindow, Work
+from minillm.comm.work import DoneWork
 from minillm.errors import CommError
-
-
-class DoneWork:
-    """The Work of an operation that was finished at once."""
-
-    def test(self) -> bool:
-        """True."""
-        return True
-
-    def wait(self) -> None:
-        """Nothing to wait for."""
 
 
 class _SelfWindow:

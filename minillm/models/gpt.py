@@ -14,7 +14,7 @@ from functools import partial
 
 from minillm import ops
 from minillm.arrays import Array
-from minillm.autograd import Tensor, checkpoint
+from minillm.autograd import Tensor
 from minillm.config import ModelConfig
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block
@@ -24,6 +24,7 @@ from minillm.nn.module import Module, Normal, Parameter, Where
 from minillm.nn.norm import norm
 from minillm.nn.position import sinusoidal_table
 from minillm.parallel.tensor import Region, VocabParallelEmbedding, vocab_parallel_logits, vocab_parallel_loss, vocab_weight
+from minillm.recompute import checkpoint
 from minillm.sharding import ShardSpec
 
 INIT_STD = 0.02

@@ -74,7 +74,7 @@ class _RMSNorm(Function):
 
 def _incoming(ctx: Context, grad_outs: Any, x: Array) -> tuple[Array | None, Array, Array | None]:
     """The gradients of the sum and of the norm's result (zero if nobody used it), and the latter as a buffer if it may be overwritten."""
-    grad_sum, grad = (*grad_outs, None)[:2]
+    grad_sum, grad = (*grad_outs, None)[:2]  # one entry only where the norm's result was not used
     if grad is None:
         return grad_sum, namespace(x).zeros_like(_rows(x)), None
     rows = _rows(grad)
