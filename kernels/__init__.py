@@ -81,4 +81,4 @@ rope_ = dispatch(rope_reference.rope_)
 dropout_forward, dropout_mask = dispatch(dropout_reference.dropout_forward), dropout_reference.dropout_mask
 adamw_, sgd_ = dispatch(adamw_reference.adamw_), dispatch(adamw_reference.sgd_)
 random_normal = dispatch(random_reference.random_normal, like=1)
-sum_of_squares = dispatch(grad_norm_reference.sum_of_squares)
+sum_of_squares, sum_arrays = dispatch(grad_norm_reference.sum_of_squares), dispatch(grad_norm_reference.sum_arrays)

@@ -10,9 +10,10 @@ from minillm.checkpoint import StateTensor
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh, MeshShape
 from minillm.models.gpt import GPT, INIT_STD, TIED_WEIGHT
-from minillm.nn.storage import FlatBuffers
+from minillm.nn.storage import FlatBuffers, PrivateMemory
 from minillm.optim import SGD, AdamW
-from minillm.parallel.data import GradReducer
+from minillm.parallel.data import GradReducer, Reducer
+from minillm.parallel.node_shared import NodeMemory, NodeReducer, choose_memory
 from minillm.parallel.sequence import SequenceParallel
 from minillm.parallel.tensor import Region, TensorParallel
 from minillm.pipeline.stage import Stage
@@ -34,10 +35,10 @@ def build_region(config: ResolvedConfig, mesh: Mesh) -> Region:
 def build_stages(config: ResolvedConfig, mesh: Mesh, *, training: bool = True, std: float = INIT_STD) -> dict[int, Stage]:
     """This rank's pipeline stages, parameters allocated and initialised; with `training`, gradient reducers too."""
     stops = list(itertools.accumulate(config.stage_layers))
-    stages = {}
+    models = {}
     for index in [mesh.coord("pp")]:
         layers = range(stops[index] - config.stage_layers[index], stops[index])
-        model = GPT(
+        models[index] = GPT(
             config.model,
             build_region(config, mesh),
             seed=config.train.seed,
@@ -47,11 +48,23 @@ def build_stages(config: ResolvedConfig, mesh: Mesh, *, training: bool = True, s
             recompute=config.train.recompute == "full",
             std=std,
         )
-        buffers = FlatBuffers(model.parameters(), mesh.shape, float_dtype(config.train.dtype), gradients=training)
+    dtype = float_dtype(config.train.dtype)
+    num_values = sum(parameter.spec.local_size(mesh.shape) for model in models.values() for parameter in model.parameters())
+    memory = choose_memory(mesh, config.train.node_shared, num_values, dtype) if training else PrivateMemory()
+    stages = {}
+    for index, model in models.items():
+        buffers = FlatBuffers(model.parameters(), mesh.shape, dtype, gradients=training, memory=memory)
         buffers.initialise(config.train.seed, mesh.shape, mesh.coords)
-        reducer = GradReducer(buffers, mesh, int(config.train.bucket_mb * 1e6)) if training else None
-        stages[index] = Stage(index, model, buffers, reducer)
+        stages[index] = Stage(index, model, buffers, build_reducer(config, buffers, mesh) if training else None)
     return stages
+
+
+def build_reducer(config: ResolvedConfig, buffers: FlatBuffers, mesh: Mesh) -> Reducer:
+    """What sums the gradients over the replicas: through shared memory where the buffers lie there, else by all-reduce."""
+    size = int(config.train.bucket_mb * 1e6)
+    if isinstance(buffers.memory, NodeMemory):
+        return NodeReducer(buffers, mesh, buffers.memory, size)
+    return GradReducer(buffers, mesh, size)
 
 
 def build_adamw(config: ResolvedConfig, stages: Mapping[int, Stage]) -> AdamW:

@@ -204,6 +204,8 @@ class TrainConfig(Architecture):
     """Keep only the input of each block and compute the rest again in the backward pass: less memory, a third more work."""
     bucket_mb: float = 4.0
     """Size in MB (10^6 bytes) of the pieces in which gradients are reduced while backward still runs."""
+    node_shared: Literal["auto", "on", "off"] = "auto"
+    """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in shared memory: auto (where possible)."""
     kernels: str = "auto"
     """Implementation of the operations: auto (the fastest), numpy, c, or by operation as attention=numpy,matmul=c:avx2."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -261,7 +263,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What may differ between a run and its continuation: where and how it computes and what it reports, never what it computes.
 RESUMABLE = frozenset(
-    {"dp", "tp", "pp", "schedule", "microbatch", "stage_layers", "sequence_parallel", "recompute", "bucket_mb", "kernels", "device"}
+    {
+        "dp",
+        "tp",
+        "pp",
+        "schedule",
+        "microbatch",
+        "stage_layers",
+        "sequence_parallel",
+        "recompute",
+        "bucket_mb",
+        "node_shared",
+        "kernels",
+        "device",
+    }
     | {"out", "save_every", "keep", "eval_every", "eval_tokens", "sample_tokens", "trace"}
     | {"stop_after", "check_every", "check_order", "comm_timeout"}
 )

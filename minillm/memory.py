@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -17,8 +18,8 @@ PROGRAM_BYTES = 60 << 20  # the interpreter, NumPy and MPI themselves
 def predicted(config: ResolvedConfig, stage: int, buffers: FlatBuffers) -> dict[str, int]:
     """Bytes of one rank of pipeline stage `stage` by kind: parameters, gradients, optimizer, activations, logits, program.
 
-    Activations are what the tape keeps for each microbatch in flight; see `activation_bytes`. Temporaries of single operations are not
-    counted.
+    What ranks share counts in equal parts. Activations are what the tape keeps for each microbatch in flight; see `activation_bytes`.
+    Temporaries of single operations are not counted.
     """
     item = np.dtype(config.train.dtype).itemsize
     size = buffers.values.size * item
@@ -28,9 +29,9 @@ def predicted(config: ResolvedConfig, stage: int, buffers: FlatBuffers) -> dict[
     columns = -(-config.model.vocab // config.tp)
     logits = min(max(CHUNK_BYTES, 128 * columns * item), rows * columns * item) if stage == config.pp - 1 else 0
     return {
-        "parameters": size,
+        "parameters": size // buffers.memory.size,
         "gradients": size,
-        "optimizer": 2 * size,
+        "optimizer": 2 * size // buffers.memory.size,
         "activations": activations,
         "logits": logits,
         "program": PROGRAM_BYTES,
@@ -58,3 +59,13 @@ def peak_rss() -> int:
     """The most memory this process has held so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
+
+
+def proportional_rss() -> int:
+    """The memory that this process holds now, in bytes, what it shares with others in equal parts (PSS), so that the values of several
+    ranks may be added; where the system does not say, `peak_rss`."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return peak_rss()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))

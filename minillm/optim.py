@@ -1,17 +1,12 @@
-"""Optimizers over flat buffers, learning-rate schedules, and the global gradient norm."""
+"""Optimizers over flat buffers, learning-rate schedules, and clipping."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-
-import numpy as np
+from collections.abc import Mapping, Sequence
 
 from minillm import kernels
 from minillm.arrays import Array
-from minillm.comm.mesh import Mesh
-from minillm.nn.module import Parameter
 from minillm.nn.storage import FlatBuffers
 
 
@@ -24,14 +19,13 @@ class AdamW:
     ) -> None:
         self.buffers = tuple(buffers)
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
-        self._exp_avg = [np.zeros_like(b.values) for b in self.buffers]
-        self._exp_avg_sq = [np.zeros_like(b.values) for b in self.buffers]
+        self._exp_avg = [b.memory.common(b.values.size, b.values.dtype) for b in self.buffers]
+        self._exp_avg_sq = [b.memory.common(b.values.size, b.values.dtype) for b in self.buffers]
 
     def step(self, step: int, lr: float, grad_scale: float) -> None:
-        """Update every parameter from its reduced gradient times `grad_scale`; `step` counts from 0."""
+        """Update this rank's share of the parameters from the reduced gradient times `grad_scale`; `step` counts from 0."""
         for buffers, exp_avg, exp_avg_sq in zip(self.buffers, self._exp_avg, self._exp_avg_sq, strict=True):
-            for run in buffers.runs:
-                part = slice(run.start, run.stop)
+            for run, part in buffers.shared_runs():
                 kernels.adamw_(
                     buffers.values[part],
                     buffers.grads[part],
@@ -59,9 +53,9 @@ class SGD:
         self.buffers = tuple(buffers)
 
     def step(self, step: int, lr: float, grad_scale: float) -> None:
-        """Update every parameter from its reduced gradient times `grad_scale`."""
+        """Update this rank's share of the parameters from the reduced gradient times `grad_scale`."""
         for buffers in self.buffers:
-            kernels.sgd_(buffers.values, buffers.grads, lr=lr, grad_scale=grad_scale)
+            kernels.sgd_(buffers.values[buffers.share], buffers.grads[buffers.share], lr=lr, grad_scale=grad_scale)
 
     def state(self) -> Mapping[str, Mapping[int, Array]]:
         """SGD has no state."""
@@ -74,30 +68,6 @@ def _views(buffers: Sequence[FlatBuffers], flats: Sequence[Array]) -> dict[int, 
         for b, flat in zip(buffers, flats, strict=True)
         for span in b.spans()
     }
-
-
-def counted(parameter: Parameter, mesh: Mesh, is_first_copy: bool = True) -> bool:
-    """Whether this rank counts its part of `parameter` in sums over the tp and pp ranks: a replicated parameter counts on one rank, a tied
-    one in its first copy."""
-    return ("tp" in parameter.spec.axes or mesh.coord("tp") == 0) and (parameter.spec.tie is None or is_first_copy)
-
-
-def global_norm(buffers: Sequence[FlatBuffers], mesh: Mesh) -> float:
-    """The 2-norm of the whole model's reduced gradient, every parameter counted once; the same value on every rank, summed in float64."""
-    first_copy = mesh.coord("pp") == 0
-    total = sum(kernels.sum_of_squares(b.grads[part]) for b in buffers for part in _neighbours(b, lambda p: counted(p, mesh, first_copy)))
-    sum_ = np.array([total], np.float64)
-    for axis in ("tp", "pp"):
-        mesh.axis(axis).all_reduce_(sum_, kind="control")
-    return math.sqrt(sum_[0]) if sum_[0] >= 0 else math.nan
-
-
-def _neighbours(buffers: FlatBuffers, chosen: Callable[[Parameter], bool]) -> Iterator[slice]:
-    """The parts of the flat buffers that hold the chosen parameters, neighbours joined: the gaps between them hold zeros."""
-    for together, spans in itertools.groupby(buffers.spans(), lambda span: chosen(span.parameter)):
-        if together:
-            members = list(spans)
-            yield slice(members[0].start, members[-1].stop)
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

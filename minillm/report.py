@@ -24,8 +24,10 @@ def plan(config: ResolvedConfig, corpus: Corpus, stages: Mapping[int, Stage], th
     """The resolved plan as lines: data, model, layout, batch, and the memory that the largest rank will need. Collective."""
     model, train = config.model, config.train
     own = sum(stage.buffers.values.size for stage in stages.values())
-    memory = {kind: sum(predicted(config, i, s.buffers)[kind] for i, s in stages.items()) for kind in predicted(config, *_first(stages))}
-    everyone = comm.gather_json([own, memory])
+    index, buffers = _first(stages)
+    kinds = predicted(config, index, buffers)
+    needs = {kind: sum(predicted(config, i, s.buffers)[kind] for i, s in stages.items()) for kind in kinds}
+    everyone = comm.gather_json([own, needs])
     most = max((entry[1] for entry in everyone), key=lambda kinds: sum(kinds.values()))
     parts = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in most.items() if size)
     pipeline = f" ({train.schedule}, layers {train.stage_layers})" if config.pp > 1 else ""
@@ -35,7 +37,7 @@ def plan(config: ResolvedConfig, corpus: Corpus, stages: Mapping[int, Stage], th
         f"model   {train.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, context {model.context}, {train.dtype}; "
         f"{compact(model.num_parameters())} parameters, at most {compact(max(entry[0] for entry in everyone))} per rank",
         f"layout  {plural(config.num_ranks, 'rank')}: dp {config.dp} x tp {config.tp}{sequence} x pp {config.pp}{pipeline}, "
-        f"{plural(threads, 'thread')} each",
+        f"{plural(threads, 'thread')} each{'; ' + buffers.memory.description if buffers.memory.description else ''}",
         f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in "
         f"{plural(config.num_microbatches, 'microbatch', 'es')} "
         f"of {config.microbatch} per dp rank; {train.steps} steps",

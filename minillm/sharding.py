@@ -65,6 +65,10 @@ class ShardSpec:
         """The shape every rank allocates, padding included. Raises ConfigError for a size that cannot be cut evenly."""
         return tuple(sum(self._local_size(segment, mesh) for segment in segments) for segments in self.dims)
 
+    def local_size(self, mesh: MeshShape) -> int:
+        """The number of elements of `local_shape`."""
+        return math.prod(self.local_shape(mesh))
+
     def pieces(self, mesh: MeshShape, coords: Mapping[str, int]) -> Iterator[tuple[Slices, Slices]]:
         """Yield (global slices, local slices) of every non-empty block that the rank at `coords` holds, in order of the local array."""
         per_dim = [list(self._dim_pieces(segments, mesh, coords)) for segments in self.dims]

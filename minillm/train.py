@@ -108,13 +108,18 @@ class Run:
         self.out = agree(comm, lambda: _prepare_out(comm.rank, config, found))
         self.out = Path(comm.broadcast_json(str(self.out)))
         batches = Batches(corpus.train, config.model.context, config.train.batch, config.train.seed)
-        self.trainer = Trainer(config, comm, batches, tracer=tracer)
-        self.key = checkpoint.numeric_key(config, comm)
+        with known_to_all(comm):
+            self.trainer = Trainer(config, comm, batches, tracer=tracer)
+        self.key = checkpoint.numeric_key(config, comm, self.trainer.memory.size)
         self.first_step = self._resume(found) if found is not None else 0
         self.saved_step = self.first_step if found is not None else -1
         self.metrics = MetricsFile(self.out / "metrics.jsonl" if comm.rank == 0 else None, self.first_step)
         self.shares = TimeShares()
-        for line in [*plan(config, corpus, self.trainer.stages, kernels.get_threads(), comm), f"output  {self.out}", ""]:
+        for line in [
+            *plan(config, corpus, self.trainer.stages, kernels.get_threads(), comm),
+            f"output  {self.out}",
+            "",
+        ]:
             self.log(line)
 
     def train(self) -> None:
@@ -210,8 +215,7 @@ class Run:
                     f"{self.corpus.source} now has "
                     f"{self.corpus.sha256[:12]}; resume with the same text"
                 )
-        state, mesh = self.trainer.state(), self.trainer.mesh
-        agree(self.comm, lambda: checkpoint.load(checkpoint.CheckpointSource(found), state, mesh.shape, mesh.coords))
+        self.trainer.load(checkpoint.CheckpointSource(found))
         difference = checkpoint.difference(manifest.meta["key"], self.key)
         self.log(f"resumed from {found} at step {manifest.step}")
         if difference:

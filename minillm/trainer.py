@@ -14,15 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.assembly import build_adamw, build_mesh, build_stages, optimizer_state, weights
-from minillm.checkpoint import StateTensor
+from minillm.checkpoint import StateSource, StateTensor, load
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.mesh import Mesh
+from minillm.comm.world import agree
 from minillm.data.batches import Batches
 from minillm.errors import CommError, MinillmError
 from minillm.memory import peak_rss
 from minillm.models.gpt import INIT_STD
 from minillm.nn.module import Where
-from minillm.optim import SGD, AdamW, clip_scale, global_norm, learning_rate
+from minillm.optim import SGD, AdamW, clip_scale, learning_rate
+from minillm.parallel.data import Reducer
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import SCHEDULES
@@ -69,9 +71,9 @@ class Trainer:
         self.config, self.world, self.batches, self.tracer = config, world, batches, tracer
         self.mesh = mesh or build_mesh(world, config)
         self.stages = build_stages(config, self.mesh, std=std)
-        buffers = [stage.buffers for stage in self.stages.values()]
-        self.optimizer = build_adamw(config, self.stages) if optimizer is AdamW else SGD(buffers)
-        self.buffers = buffers
+        self.buffers = [stage.buffers for stage in self.stages.values()]
+        self.memory = self.buffers[0].memory
+        self.optimizer = build_adamw(config, self.stages) if optimizer is AdamW else SGD(self.buffers)
         self.stop_requested = False
         schedule = SCHEDULES[config.train.schedule](config.pp, config.num_microbatches)
         ties = (0, config.pp - 1) if config.model.tied and config.pp > 1 else ()
@@ -102,11 +104,11 @@ class Trainer:
     def _optimizer_step(self, local_loss: float) -> None:
         """Agree on loss, norm and stopping over all ranks, then update everywhere or nowhere."""
         train = self.config.train
-        loss = np.array([local_loss if self.mesh.coord("tp") == 0 else 0.0], np.float64)
-        self._loss = float(self.world.all_reduce_(loss, kind="control")[0])
+        loss, squares = local_loss if self.mesh.coord("tp") == 0 else 0.0, sum(reducer.sum_of_squares() for reducer in self._reducers())
+        loss, squares = (float(total) for total in self.world.all_reduce_(np.array([loss, squares]), kind="control"))
+        self._loss, self._norm = loss, math.sqrt(squares) if squares >= 0 else math.nan
         self._worst = np.array([self.stop_requested, peak_rss()], np.float64)
         self.world.all_reduce_(self._worst, MAX, kind="control")
-        self._norm = global_norm(self.buffers, self.mesh)
         if not (math.isfinite(self._loss) and math.isfinite(self._norm)):
             raise NotFinite(
                 f"step {self._step}: the loss is {self._loss} and the gradient norm {self._norm}, so this update was not applied; "
@@ -117,14 +119,25 @@ class Trainer:
         )
         started = time.perf_counter()
         self.optimizer.step(self._step, self._lr, clip_scale(self._norm, train.clip))
+        self.memory.sync()
         self._optimizer_seconds = time.perf_counter() - started
 
     def _exposed(self) -> float:
-        return sum(stage.reducer.exposed_seconds for stage in self.stages.values() if stage.reducer is not None)
+        return sum(reducer.exposed_seconds for reducer in self._reducers())
+
+    def _reducers(self) -> list[Reducer]:
+        return [stage.reducer for stage in self.stages.values() if stage.reducer is not None]
 
     def state(self) -> list[StateTensor]:
         """Everything a resumed run needs besides the step: weights and optimizer state."""
         return [*weights(self.stages), *optimizer_state(self.stages, self.optimizer)]
+
+    def load(self, source: StateSource) -> None:
+        """Fill weights and optimizer state. Collective: every rank reads its part, those who share memory each a part of the tensors.
+        Raises CheckpointError on every rank if one cannot."""
+        mine = self.state()[self.memory.rank :: self.memory.size]
+        agree(self.world, lambda: load(source, mine, self.mesh.shape, self.mesh.coords))
+        self.memory.sync()
 
     def check_replicas(self) -> None:
         """Compare a hash of the parameters over the data-parallel replicas. Raises CommError naming the ranks that differ."""

@@ -581,7 +581,7 @@ def test_later_steps_of_an_abandoned_course_are_set_aside(tmp_path: Path) -> Non
 
 def test_numeric_key_is_json_and_the_same_on_all_ranks() -> None:
     config = make_config("gpt2", WIDE, **TINY)
-    keys = run_ranks(8, lambda comm: checkpoint.numeric_key(config, comm), nodes=[0, 0, 0, 0, 0, 1, 1, 1])
+    keys = run_ranks(8, lambda comm: checkpoint.numeric_key(config, comm, shared_by=1), nodes=[0, 0, 0, 0, 0, 1, 1, 1])
     assert all(key == keys[0] for key in keys)
     assert json.loads(json.dumps(keys[0])) == keys[0]
     assert keys[0]["ranks_per_host"] == [5, 3]
@@ -593,7 +593,7 @@ def test_numeric_key_is_json_and_the_same_on_all_ranks() -> None:
 def test_difference_names_what_changed() -> None:
     def key(layout: Layout, **changes: Any) -> dict[str, Any]:
         config = make_config("gpt2", layout, **(TINY | changes))
-        return run_ranks(layout.num_ranks, lambda comm: checkpoint.numeric_key(config, comm))[0]
+        return run_ranks(layout.num_ranks, lambda comm: checkpoint.numeric_key(config, comm, shared_by=1))[0]
 
     old = key(Layout(dp=2))
     assert checkpoint.difference(old, key(Layout(dp=2))) is None

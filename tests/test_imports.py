@@ -52,6 +52,7 @@ minillm/nn/attention.py
 minillm/nn/block.py
 minillm/optim.py
 minillm/parallel/data.py
+minillm/parallel/node_shared.py
 minillm/trace.py
 minillm/models/
 minillm/pipeline/__init__.py

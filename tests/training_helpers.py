@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from minillm.arrays import ALIGNMENT
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.config import TrainConfig
 from minillm.data.batches import Batches
+from minillm.nn.storage import FlatBuffers, share
 from minillm.optim import SGD, AdamW
+from minillm.parallel.node_shared import NodeMemory
 from minillm.resolve import ResolvedConfig, resolve
 from minillm.trainer import Trainer
 
@@ -35,6 +38,7 @@ BASE: dict[str, Any] = dict(
     dropout=0.1,
     dtype="float64",
     bucket_mb=0.004,
+    node_shared="off",
     seed=7,
 )
 MODELS: dict[str, dict[str, Any]] = {
@@ -129,12 +133,26 @@ def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
     """name -> (global shape, [(global slices, copy of the local block)]) of this rank's gradients or values."""
     mesh = trainer.mesh
     found = {}
+    trainer.world.barrier()
     for buffers in trainer.buffers:
-        for parameter in buffers.parameters:
-            local = parameter.get() if what == "value" else parameter.slot().buf
+        flat = buffers.values if what == "value" else reduced_grads(buffers)
+        for span in buffers.spans():
+            parameter = span.parameter
+            local = flat[span.start : span.stop].reshape(parameter.spec.local_shape(mesh.shape))
             blocks = [(globally, local[locally].copy()) for globally, locally in parameter.spec.pieces(mesh.shape, mesh.coords)]
             found[parameter.name] = (parameter.spec.shape, blocks)
+    trainer.world.barrier()
     return found
+
+
+def reduced_grads(buffers: FlatBuffers) -> np.ndarray:
+    """The flat reduced gradient, put together from everybody's share where memory is shared."""
+    memory = buffers.memory
+    if not isinstance(memory, NodeMemory):
+        return buffers.grads
+    step = ALIGNMENT // buffers.grads.itemsize
+    shares = [share(buffers.grads.size, rank, memory.size, step) for rank in range(memory.size)]
+    return np.concatenate([grads[part] for grads, part in zip(memory.everyones(buffers.grads), shares, strict=True)])
 
 
 def assemble(per_rank: list[dict[str, Any]], tolerance: float = 1e-12) -> dict[str, np.ndarray]:
@@ -161,11 +179,14 @@ def train(
     steps: int = 5,
     prepare: Callable[[Trainer], None] | None = None,
     rendezvous: bool = False,
+    nodes: Sequence[int] | None = None,
     **changes: Any,
 ) -> Outcome:
     """Train on thread ranks."""
     config = make_config(model, layout, **changes)
-    results = run_ranks(layout.num_ranks, lambda comm: train_rank(comm, config, optimizer, steps, prepare), rendezvous=rendezvous)
+    results = run_ranks(
+        layout.num_ranks, lambda comm: train_rank(comm, config, optimizer, steps, prepare), rendezvous=rendezvous, nodes=nodes
+    )
     losses = results[0][0]
     for other, _, _ in results:
         assert other == losses, "ranks disagree about the loss"

@@ -40,6 +40,7 @@ const Kernel VARIANT[] = {
     {"rmsnorm_forward", "ff?fF?FFiid", rmsnorm_forward},
     {"rope", "Sffiiiiiiii", rope},
     {"sgd", "Ffid", sgd},
+    {"sum_arrays", "UFDii", sum_arrays},
     {"sum_of_squares", "fDi", sum_of_squares},
     {"swiglu_backward", "ffFii", swiglu_backward},
     {"swiglu_forward", "fFii", swiglu_forward},

@@ -15,7 +15,7 @@ from minillm.bench.timing import median_seconds
 from minillm.comm.world import world
 from minillm.config import TrainConfig
 from minillm.data.batches import Batches
-from minillm.memory import peak_rss
+from minillm.memory import peak_rss, proportional_rss
 from minillm.resolve import resolve
 from minillm.trainer import Trainer
 
@@ -46,7 +46,7 @@ def main() -> None:
             trainer.step(args.warmup + len(times))
             spent = comm.broadcast_(np.array([time.perf_counter()]) - start, kind="control")
             times.append(float(spent[0]))
-        used = peak_rss()
+        used = peak_rss() if comm.size == 1 else proportional_rss()
         ceiling = _sgemm_rate()
     memory, rates = comm.gather_json(used), comm.gather_json(ceiling)
     if comm.rank == 0:

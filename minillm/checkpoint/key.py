@@ -15,11 +15,11 @@ from minillm.resolve import ResolvedConfig
 _MOST_NAMED = 5  # how many differences the line lists
 
 
-def numeric_key(config: ResolvedConfig, world: Communicator) -> dict[str, Any]:
+def numeric_key(config: ResolvedConfig, world: Communicator, shared_by: int) -> dict[str, Any]:
     """What must be equal for two runs to give the same bits, as a JSON value; the same on every rank. Collective.
 
-    Mesh and division of the batch, bucket size, schedule, threads per rank, the kernels in use, NumPy and its BLAS, and how many ranks each
-    host has.
+    Mesh and division of the batch, bucket size, how many ranks share memory (`shared_by`), schedule, threads per rank, the kernels in use,
+    NumPy and its BLAS, and how many ranks each host has.
     """
     node = world.split_by_node()
     local = {"threads": kernels.get_threads(), "numpy": np.__version__, "blas": _blas()}
@@ -31,6 +31,7 @@ def numeric_key(config: ResolvedConfig, world: Communicator) -> dict[str, Any]:
         "microbatch": config.microbatch,
         "num_microbatches": config.num_microbatches,
         "bucket_mb": train.bucket_mb,
+        "shared_by": shared_by,
         "schedule": train.schedule,
         "sequence_parallel": train.sequence_parallel,
         "recompute": train.recompute,

@@ -4,12 +4,13 @@ MPI counts are 32-bit in many libraries and some fail on large messages (users r
 Sums of 2-byte floats, which no MPI library knows, are exchanged by slices, summed in rank order in float32 and rounded once.
 
 Waiting: small collectives block inside MPI, which spins and is fastest. Receives, barriers and non-blocking operations may wait long for
-another rank's computation, so they poll: for about 100 us in a tight loop, then sleeping, so that a waiting rank does not eat the core that
-a working one needs.
+another rank's computation, so they poll: for about 5 ms giving up the core between polls, so that a rank with work goes first and the many
+steps of a large reduction follow one another at once, then sleeping.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from minillm.errors import CommError, CommTimeout
 CHUNK_BYTES: ContextVar[int] = ContextVar("chunk_bytes", default=1 << 30)
 """Largest message handed to MPI; tests make it tiny."""
 
-SPIN_SECONDS = 100e-6
+SPIN_SECONDS = 5e-3
 SLEEP_SECONDS = (50e-6, 500e-6)
 BLOCKING_BYTES = 64 << 10  # collectives up to this size block inside MPI
 
@@ -69,6 +70,7 @@ class _Requests:
         while not self.test():
             waited = time.monotonic() - started
             if waited < SPIN_SECONDS:
+                os.sched_yield()
                 continue
             if waited > self._timeout:
                 raise CommTimeout(f"waited {self._timeout:g} s for {self._what}; last operations here:\n{ledger().recent()}")
@@ -215,7 +217,7 @@ class _MPIWindow:
     def sync(self) -> None:
         """See `SharedWindow`."""
         self._window.Sync()
-        self._comm._barrier()
+        self._comm.barrier()
         self._window.Sync()
 
     def free(self) -> None:

@@ -319,7 +319,7 @@ class _ThreadWindow:
 
     def sync(self) -> None:
         """See `SharedWindow`."""
-        self._comm._barrier()
+        self._comm.barrier()
 
     def free(self) -> None:
         """See `SharedWindow`."""

@@ -7,8 +7,9 @@ slice, and the optimizer walks over long runs instead of many small arrays.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -62,25 +63,60 @@ class Run:
         return self.spans[-1].stop
 
 
-Allocator = Callable[[int, np.dtype], Array]
+class Memory(Protocol):
+    """Where flat buffers live, and which part of them this rank reduces, updates and initialises: one of `size` shares.
+
+    `description` is for people, and may be empty.
+    """
+
+    rank: int
+    size: int
+    description: str
+
+    def common(self, size: int, dtype: np.dtype) -> Array:
+        """Zeros [size], one copy for all who share: parameters and optimizer state. Collective."""
+
+    def own(self, size: int, dtype: np.dtype) -> Array:
+        """Zeros [size] that this rank alone writes: gradients. Collective."""
+
+    def sync(self) -> None:
+        """Return once everybody is here and sees what the others have written. Collective."""
 
 
-def _private(size: int, dtype: np.dtype) -> Array:
-    return aligned_empty((size,), dtype)
+class PrivateMemory:
+    """Every rank has everything to itself, and one share, which is the whole."""
+
+    rank, size = 0, 1
+
+    def __init__(self, description: str = "") -> None:
+        self.description = description
+
+    def common(self, size: int, dtype: np.dtype) -> Array:
+        """See `Memory`."""
+        zeros = aligned_empty((size,), dtype)
+        zeros[...] = 0
+        return zeros
+
+    own = common
+
+    def sync(self) -> None:
+        """Nobody to wait for."""
 
 
 class FlatBuffers:
     """Parameters and gradients of one stage in flat, aligned memory; attaches the storage to the parameters.
 
-    Without `gradients` (inference), no memory is spent on them.
+    Without `gradients` (inference), no memory is spent on them. `share` is the part of the buffers that is this rank's to update:
+    everything, unless `memory` is shared. Collective over those who share.
 
     Order: runs that can be reduced first come first (weights, then the small undecayed parameters, tied weights last); within a run the
     parameters stand in reverse, as the backward pass completes them.
     """
 
     def __init__(
-        self, parameters: Sequence[Parameter], mesh: MeshShape, dtype: np.dtype, *, gradients: bool = True, allocate: Allocator = _private
+        self, parameters: Sequence[Parameter], mesh: MeshShape, dtype: np.dtype, *, gradients: bool = True, memory: Memory | None = None
     ) -> None:
+        self.memory = memory or PrivateMemory()
         step = ALIGNMENT // dtype.itemsize
         ordered = sorted(reversed(parameters), key=_run_key)
         shapes = {id(p): p.spec.local_shape(mesh) for p in ordered}
@@ -94,10 +130,9 @@ class FlatBuffers:
             runs.append(Run(partial_over, tied, not small, tuple(spans)))
         self.runs = tuple(runs)
         self.parameters = tuple(parameters)
-        self.values: Array = allocate(offset, dtype)
-        self.grads: Array = allocate(offset if gradients else 0, dtype)
-        self.values[...] = 0  # the gaps are read by whole-run operations
-        self.grads[...] = 0
+        self.values = self.memory.common(offset, dtype)  # zeros: the gaps are read by whole-run operations
+        self.grads = self.memory.own(offset if gradients else 0, dtype)
+        self.share = share(offset, self.memory.rank, self.memory.size, step)
         for span in self.spans():
             shape = shapes[id(span.parameter)]
             value = self.values[span.start : span.stop].reshape(shape)
@@ -109,16 +144,37 @@ class FlatBuffers:
         return [span for run in self.runs for span in run.spans]
 
     def initialise(self, seed: int, mesh: MeshShape, coords: Mapping[str, int]) -> None:
-        """Fill this rank's share of every parameter with addressed initial values; padding stays zero."""
-        for parameter in self.parameters:
+        """Fill this rank's shard of every parameter with addressed initial values; padding stays zero. Ranks that share memory share the
+        work."""
+        for parameter in self.parameters[self.memory.rank :: self.memory.size]:
             local = parameter.get()
             for global_slices, local_slices in parameter.spec.pieces(mesh, coords):
                 local[local_slices] = parameter.init.values(seed, parameter.name, parameter.spec.shape, global_slices, local.dtype)
+        self.memory.sync()
+
+    def shared_runs(self) -> Iterator[tuple[Run, slice]]:
+        """The runs that reach into this rank's share, with the part that does."""
+        for run in self.runs:
+            part = overlap(slice(run.start, run.stop), self.share)
+            if part.start < part.stop:
+                yield run, part
 
     def start_step(self) -> None:
         """Forget last step's gradients: the next write to each slot overwrites."""
         for parameter in self.parameters:
             parameter.slot().writes = 0
+
+
+def share(length: int, rank: int, size: int, step: int) -> slice:
+    """Share `rank` of `size` of a buffer of `length` elements: nearly equal parts that begin at multiples of `step`."""
+    steps = -(-length // step)
+    return slice(min(length, steps * rank // size * step), min(length, steps * (rank + 1) // size * step))
+
+
+def overlap(a: slice, b: slice) -> slice:
+    """What two ranges have in common, possibly nothing."""
+    start = max(a.start, b.start)
+    return slice(start, max(start, min(a.stop, b.stop)))
 
 
 def _run_key(parameter: Parameter) -> tuple[bool, tuple[str, ...], bool]:

@@ -11,16 +11,43 @@ Losses are divided by a global count before backward starts, so a sum is all tha
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
+from minillm import kernels
 from minillm.autograd import Leaf
 from minillm.comm.communicator import Communicator, Work
-from minillm.comm.mesh import Mesh
+from minillm.comm.mesh import TOKEN_AXES, Mesh
 from minillm.nn.module import Parameter
 from minillm.nn.storage import FlatBuffers, Run, Span
 
-TOKEN_AXES = ("dp", "ep", "cp")  # the axes over which a batch's tokens are spread
+
+class Reducer(Protocol):
+    """Turns the gradients that each rank has computed into their sum, for one stage; a BackwardObserver of its last backward pass."""
+
+    exposed_seconds: float
+    """Time that backward did not hide, since the start."""
+
+    def start_step(self) -> None:
+        """Forget the last step: every parameter is awaited again."""
+
+    def leaf_ready(self, leaf: Leaf) -> None:
+        """The gradient of `leaf` is complete on this rank."""
+
+    def between_nodes(self) -> None:
+        """Let what is under way make progress."""
+
+    def tie_reduce(self) -> None:
+        """Add up the gradients of the tied weights' copies on their stages, before the sum over the data."""
+
+    def finish(self) -> None:
+        """Return once the sums are there, those of parameters without any use being zero."""
+
+    def sum_of_squares(self) -> float:
+        """This rank's part of the squared norm of the whole model's gradient: added over all ranks, every parameter counts once."""
 
 
 @dataclass
@@ -40,7 +67,7 @@ class Bucket:
 
 
 class GradReducer:
-    """Reduces one stage's gradients during its last backward pass; a BackwardObserver."""
+    """The `Reducer` that all-reduces buckets while backward runs."""
 
     def __init__(self, buffers: FlatBuffers, mesh: Mesh, bucket_bytes: int) -> None:
         self.buffers = buffers
@@ -62,35 +89,34 @@ class GradReducer:
         return [Bucket(tuple(group), comm, run.tied) for group in groups]
 
     def start_step(self) -> None:
-        """Forget the last step: every parameter of every bucket is awaited again."""
+        """See `Reducer`."""
         self.buffers.start_step()
         self._next = 0
         for bucket in self.buckets:
             bucket.waiting, bucket.work = len(bucket.spans), None
 
     def leaf_ready(self, leaf: Leaf) -> None:
-        """The gradient of `leaf` is complete on this rank. A tied weight's is not: its other copies are added by `tie_reduce` first."""
+        """See `Reducer`. A tied weight's gradient is not complete: its other copies are added by `tie_reduce` first."""
         bucket = self._bucket_of[id(leaf)]
         if not bucket.tied:
             bucket.waiting -= 1
             self._launch_ready()
 
     def between_nodes(self) -> None:
-        """Let the pending reductions make progress."""
+        """See `Reducer`."""
         for bucket in self.buckets[: self._next]:
             if bucket.work is not None and bucket.work.test():
                 bucket.work = None
 
     def tie_reduce(self) -> None:
-        """Add up the gradients of the tied weights' copies on their stages, before the sum over the data."""
+        """See `Reducer`."""
+        sum_tied_copies(self.buffers, self.mesh)
         for bucket in self.buckets:
             if bucket.tied:
-                for span in bucket.spans:
-                    self._sum_copies(span)
                 bucket.waiting = 0
 
     def finish(self) -> None:
-        """Launch what is left (parameters without any use count as zero) and wait for all sums."""
+        """See `Reducer`."""
         started = time.perf_counter()
         while self._next < len(self.buckets):
             self._launch(self.buckets[self._next])
@@ -100,15 +126,11 @@ class GradReducer:
                 bucket.work = None
         self.exposed_seconds += time.perf_counter() - started
 
-    def _sum_copies(self, span: Span) -> None:
-        parameter: Parameter = span.parameter
-        assert parameter.spec.tie is not None
-        comm = self.mesh.tie(parameter.spec.tie)
-        assert comm is not None, f"rank holds {parameter.name} but is not in its tie group"
-        slot = parameter.slot()
-        slot.finish()
-        comm.all_reduce_(slot.buf)
-        slot.writes += 1
+    def sum_of_squares(self) -> float:
+        """See `Reducer`. Replicas hold the same sums: the first one counts."""
+        if self.mesh.axis(*TOKEN_AXES).rank:
+            return 0.0
+        return sum(kernels.sum_of_squares(self.buffers.grads[part]) for part, counts in by_counting(self.buffers, self.mesh) if counts)
 
     def _launch_ready(self) -> None:
         while self._next < len(self.buckets) and self.buckets[self._next].waiting == 0:
@@ -120,3 +142,29 @@ class GradReducer:
         if bucket.comm.size > 1:
             bucket.work = bucket.comm.iall_reduce_(self.buffers.grads[bucket.slice])
         self._next += 1
+
+
+def sum_tied_copies(buffers: FlatBuffers, mesh: Mesh) -> None:
+    """Add up the gradients of tied weights over the stages that hold a copy."""
+    for span in buffers.spans():
+        parameter = span.parameter
+        if parameter.spec.tie is not None:
+            comm = mesh.tie(parameter.spec.tie)
+            assert comm is not None, f"rank holds {parameter.name} but is not in its tie group"
+            slot = parameter.slot()
+            slot.finish()
+            comm.all_reduce_(slot.buf)
+            slot.writes += 1
+
+
+def counted(parameter: Parameter, mesh: Mesh) -> bool:
+    """Whether this rank counts its part of `parameter` in sums over the tp and pp ranks: a replicated parameter counts on one rank, a tied
+    one in its first copy."""
+    return ("tp" in parameter.spec.axes or mesh.coord("tp") == 0) and (parameter.spec.tie is None or mesh.coord("pp") == 0)
+
+
+def by_counting(buffers: FlatBuffers, mesh: Mesh) -> Iterator[tuple[slice, bool]]:
+    """The flat buffers cut where `counted` changes: long parts, since neighbours are joined and the gaps between them hold zeros."""
+    for counts, spans in itertools.groupby(buffers.spans(), lambda span: counted(span.parameter, mesh)):
+        members = list(spans)
+        yield slice(members[0].start, members[-1].stop), counts

@@ -13,7 +13,7 @@ from minillm.autograd import Tensor, WeightGradWork
 from minillm.models.gpt import GPT
 from minillm.nn.module import Where
 from minillm.nn.storage import FlatBuffers
-from minillm.parallel.data import GradReducer
+from minillm.parallel.data import Reducer
 
 
 class ArraySpec(NamedTuple):
@@ -53,7 +53,7 @@ class Stage:
     index: int
     model: GPT
     buffers: FlatBuffers
-    reducer: GradReducer | None
+    reducer: Reducer | None
 
     @property
     def first(self) -> bool:

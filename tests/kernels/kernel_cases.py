@@ -461,9 +461,25 @@ def optimizer_cases() -> Iterator[Case]:
         make = normals((n,), (n,), (n,), (n,))
         yield Case("adamw", f"adamw-{n}", make, update, lambda p, g, m, v: plain.adamw(p, g, m, v * v, options))
         yield Case("adamw", f"sgd-{n}", make, descend, lambda p, g, *_: (p - 0.05 * g,))
+        yield from (sum_case(n, num_parts) for num_parts in (1, 2, 5))
         yield Case(
             "grad_norm", str(n), make, lambda x, *_: (np.asarray(kernels.sum_of_squares(x)),), lambda x, *_: (np.asarray((x * x).sum()),)
         )
+
+
+def sum_case(n: int, num_parts: int) -> Case:
+    """The sum of several arrays into the last of them, and its sum of squares."""
+
+    def add_up(*parts: Any) -> Arrays:
+        parts = tuple(part.copy() for part in parts)
+        squares = kernels.sum_arrays(parts[-1], parts)
+        return parts[-1], np.asarray(squares)
+
+    def expected(*parts: Any) -> Arrays:
+        total = sum(parts)
+        return total, np.asarray((total * total).sum())
+
+    return Case("grad_norm", f"{n}-sum-of-{num_parts}", normals(*[(n,)] * num_parts), add_up, expected)
 
 
 def all_cases() -> list[Case]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -17,9 +18,10 @@ from minillm.comm.world import main_guard, world
 TOLERANCE = 1e-10
 STEPS = 3
 
-LAYOUTS = {
+LAYOUTS: dict[int, list[Any]] = {
     2: [
         ("gpt2", Layout(dp=2)),
+        ("gpt2", Layout(dp=2), dict(node_shared="on")),
         ("llama", Layout(tp=2)),
         ("gpt2", Layout(tp=2, sp=True)),
         ("gpt2", Layout(pp=2, num_microbatches=4)),
@@ -27,6 +29,7 @@ LAYOUTS = {
     ],
     4: [
         ("gpt2", Layout(dp=2, tp=2, num_microbatches=2)),
+        ("gpt2", Layout(dp=2, tp=2, sp=True), dict(node_shared="on")),
         ("llama", Layout(dp=2, pp=2, num_microbatches=4)),
         ("gpt2", Layout(tp=2, pp=2, sp=True, num_microbatches=4)),
         ("llama-tied", Layout(pp=4, num_microbatches=8)),
@@ -42,8 +45,8 @@ LAYOUTS = {
 def main() -> int:
     kernels.prepare_process()
     comm = world()
-    for model, layout in LAYOUTS[comm.size]:
-        losses, norms, found = train_rank(comm, make_config(model, layout), "sgd", STEPS)
+    for model, layout, *changes in LAYOUTS[comm.size]:
+        losses, norms, found = train_rank(comm, make_config(model, layout, **dict(*changes)), "sgd", STEPS)
         expected_losses, expected_norms, expected = train_rank(SelfCommunicator(), make_config(model, Layout()), "sgd", STEPS)
         np.testing.assert_allclose(losses + norms, expected_losses + expected_norms, rtol=TOLERANCE)
         for what, mine, pieces in zip(("first gradients", "last gradients", "weights"), found, expected, strict=True):

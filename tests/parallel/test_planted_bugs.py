@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from training_helpers import Layout, assert_same, reference, train
 
-from minillm import optim
 from minillm.nn.dropout import Dropout
 from minillm.nn.module import Where
-from minillm.parallel import collectives, tensor
+from minillm.parallel import collectives, data, tensor
 from minillm.parallel.data import GradReducer
 from minillm.pipeline import runtime
 from minillm.resolve import ResolvedConfig
@@ -54,7 +53,7 @@ def _scale_by_microbatch(patch: Patch) -> None:
 
 
 def _count_norm_twice(patch: Patch) -> None:
-    patch.setattr(optim, "counted", lambda parameter, mesh, is_first_copy=True: True)
+    patch.setattr(data, "counted", lambda parameter, mesh: True)
 
 
 def _dropout_by_local_index(patch: Patch) -> None:
