@@ -61,6 +61,7 @@ class Kernel:
 
 _kernels: dict[str, list[Kernel]] = {}
 _cache: dict[tuple[str, type, Any, str], Callable[..., Any]] = {}
+_defaults: list[dict[tuple[type, Any], Callable[..., Any]]] = []  # of each dispatched op: what runs where `use` chose nothing
 _choices: ContextVar[Mapping[str, str]] = ContextVar("kernel choices", default=MappingProxyType({}))
 
 
@@ -74,6 +75,8 @@ def kernel(
         entries[:] = [k for k in entries if (k.backend, k.variant) != (backend, variant)]
         entries.append(Kernel(op, backend, variant, fn, dtypes, unavailable))
         _cache.clear()
+        for found in _defaults:
+            found.clear()
         return fn
 
     return register
@@ -151,10 +154,18 @@ def dispatch(reference: F, like: int = 0) -> F:
     `like`."""
     op = reference.__name__
     name = reference.__code__.co_varnames[like]
+    found: dict[tuple[type, Any], Callable[..., Any]] = {}
+    _defaults.append(found)
 
     @functools.wraps(reference)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return lookup(op, args[like] if like < len(args) else kwargs[name])(*args, **kwargs)
+        x = args[like] if like < len(args) else kwargs[name]
+        fn = None if _choices.get() else found.get((type(x), x.dtype))
+        if fn is None:
+            fn = lookup(op, x)
+            if not _choices.get():
+                found[type(x), x.dtype] = fn
+        return fn(*args, **kwargs)
 
     return run  # type: ignore[return-value]
 

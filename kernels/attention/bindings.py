@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,18 @@ def _strides(x: Any) -> tuple[int, int, int]:
 
 def _visible(Tq: int, Tk: int, causal: bool, times_q: Any, times_k: Any) -> tuple[Any, Any]:
     """How many keys each query sees, int64 [Tq], if keys are put in the order returned (None: as they stand)."""
-    if not causal:
-        return np.full(Tq, Tk, np.int64), None
+    if not causal or (times_q is None and times_k is None):
+        return _first_keys(Tq, Tk, causal), None
     times_q = np.arange(Tq) if times_q is None else np.asarray(times_q)
     times_k = np.arange(Tk) if times_k is None else np.asarray(times_k)
     order = None if (times_k[1:] >= times_k[:-1]).all() else np.argsort(times_k, kind="stable")
     ascending = times_k if order is None else times_k[order]
     return np.searchsorted(ascending, times_q, side="right").astype(np.int64), order
+
+
+@functools.lru_cache(maxsize=16)
+def _first_keys(Tq: int, Tk: int, causal: bool) -> Any:
+    return np.minimum(np.arange(1, Tq + 1), Tk) if causal else np.full(Tq, Tk, np.int64)
 
 
 def _dropout(dropout: AttentionDropout | None, H: int, order: Any) -> tuple[Any, Any, int, float]:

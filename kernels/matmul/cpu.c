@@ -26,9 +26,13 @@ static void matmul_columns(Pool *pool, const void *state, int64_t start, int64_t
     matmul_slice(p, 0, p->M, start, stop - start);
 }
 
+#include "few_rows.c"
+
 static void matmul(Pool *pool, const Argument *arguments) {
     UNPACK(MatMul, p, arguments);
-    if (p.M >= p.N)
+    if (p.M <= FEW_ROWS && p.transposed_b && !p.transposed_a && p.N > p.M)
+        pool_run(pool, matmul_few_rows, &p, p.N, 16);
+    else if (p.M >= p.N)
         pool_run(pool, matmul_rows, &p, p.M, 16);
     else
         pool_run(pool, matmul_columns, &p, p.N, 16);

@@ -1,4 +1,5 @@
-"""Benchmarks: `python -m minillm.bench train` and `kernels`. What is compared takes turns in one run."""
+"""Benchmarks: `python -m minillm.bench train`, `kernels`, `attention`, `head`, `generate` and `comm`. What is compared takes turns in one
+run."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minillm.bench import kernels, train
+from minillm.bench import comm, kernels, parts, train
 from minillm.comm.world import main_guard
 from minillm.config import known_name
 from minillm.flags import parse_flags
@@ -14,6 +15,10 @@ from minillm.flags import parse_flags
 BENCHMARKS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (train.TrainBench, train.run),
     "kernels": (kernels.KernelBench, kernels.run),
+    "attention": (parts.AttentionBench, parts.run),
+    "head": (parts.HeadBench, parts.run),
+    "generate": (parts.GenerateBench, parts.run),
+    "comm": (comm.CommBench, comm.run),
 }
 
 
@@ -24,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        about = "\n".join(f"  {name:8s} {(options.__doc__ or '').splitlines()[0]}" for name, (options, _) in BENCHMARKS.items())
+        about = "\n".join(f"  {name:10s} {(options.__doc__ or '').splitlines()[0]}" for name, (options, _) in BENCHMARKS.items())
         print(f"usage: python -m minillm.bench BENCHMARK [options]\n\n{about}\n\nOptions of each: python -m minillm.bench BENCHMARK --help")
         return 0
     options, run = BENCHMARKS[known_name(argv[0], BENCHMARKS, "benchmark")]

@@ -40,15 +40,20 @@ class ForeignLoad:
         return used.user + used.system + used.children_user + used.children_system
 
 
-def median_seconds(run: Callable[[], Any], *, at_least: float = 0.2, repeats: int = 5) -> float:
-    """Median time of `run()` over at least `repeats` calls and `at_least` seconds, after one call to warm up."""
+def repeated(run: Callable[[], Any], at_least: float, *, repeats: int = 5) -> list[float]:
+    """Times of `run()` over at least `repeats` calls and `at_least` seconds, after one call to warm up."""
     run()
     times: list[float] = []
     while len(times) < repeats or sum(times) < at_least:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return times
+
+
+def median_seconds(run: Callable[[], Any], *, at_least: float = 0.2, repeats: int = 5) -> float:
+    """The median of `repeated`."""
+    return float(np.median(repeated(run, at_least, repeats=repeats)))
 
 
 def interval(ratios: Sequence[float], *, level: float = 0.95, draws: int = 4000) -> tuple[float, float]:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from minillm.bench.shapes import CONFIGS, Shape
-from minillm.bench.timing import FOREIGN_LIMIT, ForeignLoad, interval, table
+from minillm.bench.timing import table
+from minillm.bench.turns import TUNED, Contestant, advantage, require_torch, take_turns
 from minillm.comm.world import usable_cores
-from minillm.errors import ConfigError, MinillmError
-
-# What a PyTorch user who knows the allocator sets: freed memory stays with the process.
-TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "MALLOC_TOP_PAD_": str(1 << 26)}
+from minillm.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,37 +62,6 @@ class TrainBench:
         return CONFIGS[self.config]._replace(**given)
 
 
-@dataclass
-class Contestant:
-    """A command that prints one turn's times as JSON, with its turns so far."""
-
-    name: str
-    command: list[str]
-    environment: Mapping[str, str]
-    turns: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
-
-    def take_turn(self) -> None:
-        """Run once; a turn with foreign load is kept as None."""
-        with ForeignLoad() as load:
-            done = subprocess.run(self.command, env={**os.environ, **self.environment}, capture_output=True, text=True)
-        if done.returncode:
-            raise MinillmError(f"{self.name} ended with status {done.returncode}: {done.stderr.strip()[-800:]}")
-        self.turns.append(None if load.share > FOREIGN_LIMIT else json.loads(done.stdout.strip().splitlines()[-1]))
-
-    def seconds(self, turn: int) -> float | None:
-        """Median step time of a turn; None if it does not count."""
-        found = self.turns[turn]
-        return None if found is None else float(np.median(found["times"]))
-
-    def medians(self) -> list[float]:
-        """Step times of the turns that count."""
-        return [s for s in (self.seconds(i) for i in range(len(self.turns))) if s is not None]
-
-    def peak_rss(self) -> float:
-        """Largest peak memory of a turn, in bytes."""
-        return max((turn["peak_rss"] for turn in self.turns if turn is not None), default=float("nan"))
-
-
 def contestants(args: TrainBench) -> list[Contestant]:
     """Ours first, then PyTorch's four."""
     shape, threads = args.shape(), args.threads or usable_cores()
@@ -112,8 +75,7 @@ def contestants(args: TrainBench) -> list[Contestant]:
     limits = {"OMP_NUM_THREADS": str(each), "OPENBLAS_NUM_THREADS": "1"}
     found = [Contestant(f"minillm {args.ranks} x {each} threads", own, limits)]
     if args.against == "torch":
-        if importlib.util.find_spec("torch") is None:
-            raise ConfigError("--against torch needs PyTorch: pip install torch --index-url https://download.pytorch.org/whl/cpu")
+        require_torch()
         yardstick = [sys.executable, "-m", "minillm.bench.torch_gpt", *turn, f"--threads={threads}"]
         limits = {"OMP_NUM_THREADS": str(threads)}
         for compiled in ([], ["--compile"])[: 2 if args.compile else 1]:
@@ -127,12 +89,7 @@ def run(args: TrainBench) -> None:
     """Take turns, then print the table and write the JSON."""
     shape, field = args.shape(), contestants(args)
     print(f"{shape}, {shape.step_flops() / 1e9:.1f} GFLOP a step, {args.rounds} rounds of {args.seconds:g} s each", flush=True)
-    for i in range(args.rounds):
-        for one in field:
-            one.take_turn()
-            seconds = one.seconds(i)
-            note = "left out: others used the machine" if seconds is None else f"{seconds * 1e3:9.1f} ms"
-            print(f"round {i + 1}  {one.name:24s} {note}", flush=True)
+    take_turns(field, args.rounds)
     rows = [_row(one, field[0], shape) for one in field]
     print("\n" + table(("", "ms a step", "tokens/s", "GFLOP/s", "of SGEMM", "peak MB", "minillm is faster by", "95 %"), rows))
     if args.json:
@@ -148,12 +105,7 @@ def _row(one: Contestant, own: Contestant, shape: Shape) -> list[str]:
     share = shape.step_flops() / seconds / np.median(rates) if rates else float("nan")
     cells = [one.name, f"{seconds * 1e3:.1f}", f"{shape.tokens / seconds:.0f}", f"{shape.step_flops() / seconds / 1e9:.0f}"]
     cells += [f"{share:.2f}", f"{one.peak_rss() / 1e6:.0f}"]
-    pairs = [(one.seconds(i), own.seconds(i)) for i in range(len(one.turns))]
-    ratios = [theirs / ours for theirs, ours in pairs if theirs is not None and ours is not None]
-    if one is own or not ratios:
-        return [*cells, "", ""]
-    low, high = interval(ratios)
-    return [*cells, f"{np.median(ratios):.2f}", f"{low:.2f}-{high:.2f}"]
+    return [*cells, *advantage(own, one)]
 
 
 def _report(args: TrainBench, field: list[Contestant]) -> dict[str, Any]:

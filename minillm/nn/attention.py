@@ -9,6 +9,7 @@ from minillm.arrays import Array
 from minillm.autograd import Tensor
 from minillm.nn.dropout import Dropout
 from minillm.nn.module import Module, Where
+from minillm.ops.attention import split_heads
 from minillm.parallel.tensor import ColumnParallelLinear, Region, RowParallelLinear
 from minillm.sharding import Segment
 
@@ -86,7 +87,7 @@ class Attention(Module):
         """Attention of the new positions over all positions so far; for inference only."""
         B, T, _ = qkv.shape
         H, G, K = self.heads, self.kv_heads, self.head_width
-        q, k, v = (part.reshape(B, T, -1, K) for part in np.split(qkv.data, (H * K, (H + G) * K), axis=2))
+        q, k, v = split_heads(qkv.data, H, G)
         k, v = cache.append(k, v)
         o, _ = kernels.attention_forward(q, k, v, scale=K**-0.5, causal=self.causal, times_q=where.times, times_k=np.arange(k.shape[1]))
         return Tensor(o.reshape(B, T, H * K))

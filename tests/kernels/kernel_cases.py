@@ -259,14 +259,18 @@ def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, par
 
 
 def matmul_cases() -> Iterator[Case]:
-    for M, K, N in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (5, 7, 3), (300, 257, 129), (33, 300, 1025), (900, 64, 130)):
+    few_rows = ((1, 70, 300), (6, 33, 50), (8, 129, 1025))
+    for M, K, N in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (5, 7, 3), *few_rows, (300, 257, 129), (33, 300, 1025), (900, 64, 130)):
         size, make = f"{M}x{K}x{N}", normals((M, K), (K, N), (M, N))
         yield Case("matmul", size, make, lambda a, b, c: (kernels.matmul(a, b),), lambda a, b, c: (a @ b,))
         yield Case(
             "matmul",
             f"bias-{size}",
             lambda rng, make=make, N=N: (*make(rng)[:2], rng.standard_normal(N)),
-            lambda a, b, bias: (kernels.matmul(a, b, bias=bias), kernels.matmul(a, b, out=poisoned(a @ b), bias=bias)),
+            lambda a, b, bias: (
+                kernels.matmul(a, b, bias=bias),
+                kernels.matmul(a, np.ascontiguousarray(b.T).T, out=poisoned(a @ b), bias=bias),
+            ),
             lambda a, b, bias: (a @ b + bias,) * 2,
         )
         yield Case(
