@@ -45,7 +45,7 @@ def build_stages(config: ResolvedConfig, mesh: Mesh, *, training: bool = True, s
             layers=layers,
             first=index == 0,
             last=index == config.pp - 1,
-            recompute=config.train.recompute == "full",
+            recompute=config.train.recompute,
             std=std,
         )
     dtype = float_dtype(config.train.dtype)

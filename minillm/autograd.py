@@ -13,7 +13,7 @@ no second engine.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -47,15 +47,30 @@ class GradSlot:
             self.buf[...] = 0
 
 
-class Leaf:
-    """What a parameter looks like to the tape: a value that may be gathered on demand, and a slot for its gradient.
+class Recipe:
+    """What the tape keeps in place of an array that can be had again when the backward pass wants it.
 
-    A plain base class: the tape asks a few hundred times a step what is a leaf, and for an abstract one that takes five times as long.
+    A plain base class: the tape asks a few hundred times a step what is a recipe, and for an abstract one that takes five times as long.
     """
 
+    __slots__ = ()
+
     def get(self) -> Array:
-        """The whole local array."""
+        """The array."""
         raise TypeError(f"{type(self).__name__} does not define get")
+
+
+class Again(Recipe):
+    """An array that is computed a second time instead of being kept."""
+
+    __slots__ = ("get",)
+
+    def __init__(self, compute: Callable[[], Array]) -> None:
+        self.get = compute  # type: ignore[method-assign]
+
+
+class Leaf(Recipe):
+    """What a parameter looks like to the tape: a value that may be gathered on demand, and a slot for its gradient."""
 
     def slot(self) -> GradSlot:
         """Where its gradient accumulates."""
@@ -71,9 +86,9 @@ WRITTEN = Written()
 
 class Tensor:
     """An array on the tape. `node` made it as its `output`-th result; a tensor without a node is a leaf, whose gradient arrives in
-    `grad`."""
+    `grad`. An operation that wants `data` in its backward pass keeps the `recipe` instead, where there is one."""
 
-    __slots__ = ("data", "grad", "node", "output", "requires_grad")
+    __slots__ = ("data", "grad", "node", "output", "recipe", "requires_grad")
 
     def __init__(self, data: Array, requires_grad: bool = False, node: Node | None = None, output: int = 0) -> None:
         self.data = data
@@ -81,6 +96,7 @@ class Tensor:
         self.node = node
         self.output = output
         self.grad: Array | None = None
+        self.recipe: Recipe | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,48 +111,69 @@ class Tensor:
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, {made_by})"
 
 
+def value_of(x: Any) -> Any:
+    """The array of a tensor or a parameter; anything else as it is."""
+    return x.data if isinstance(x, Tensor) else x.get() if isinstance(x, Leaf) else x
+
+
+def recomputable(tensor: Tensor, compute: Callable[[], Array]) -> Tensor:
+    """`tensor`, whose array is computed again by operations that would have kept it for their backward pass. `compute` gives the same bits
+    from arrays that the tape keeps anyway."""
+    if tensor.node is not None:
+        tensor.recipe = Again(compute)
+    return tensor
+
+
 class Context:
     """What one call of a Function remembers for its backward pass.
 
     `needs[i]` says whether input `i` wants a gradient; `recording` whether any does. While it is false `save` keeps nothing.
     """
 
-    __slots__ = ("_leaves", "_owned", "_saved", "extra_leaves", "needs", "recording", "run")
+    __slots__ = ("_owned", "_recipes", "_saved", "extra_leaves", "needs", "recording", "run")
 
-    def __init__(self, needs: tuple[bool, ...], leaves: tuple[tuple[Array, Leaf] | None, ...]) -> None:
+    def __init__(self, needs: tuple[bool, ...], recipes: list[tuple[Array, Recipe, int]]) -> None:
         self.needs = needs
-        self.recording = any(needs)
+        self.recording = True in needs
         self.extra_leaves: tuple[Leaf, ...] = ()
         self.run: BackwardRun | None = None
-        self._leaves = leaves
-        self._saved: tuple[Any, ...] = ()
-        self._owned: tuple[bool, ...] = ()
+        self._recipes = recipes  # (array, what to keep in its place, which input it is)
+        self._saved: list[Any] = []
+        self._owned: Sequence[bool] = ()
 
     def save(self, *values: Any) -> None:
-        """Keep arrays, plain values, or recipes with `get()` for backward. A parameter's own array is kept as the parameter, so that it may
-        be sharded meanwhile."""
+        """Keep arrays, plain values, or recipes for backward. A parameter's own array is kept as the parameter, so that it may be sharded
+        meanwhile, and that of a recomputable tensor as its recipe."""
         if self.recording:
-            self._saved = tuple(self._as_recipe(value) for value in values)
+            self._saved = [self._to_keep(value) for value in values] if self._recipes else list(values)
 
     @property
     def saved(self) -> tuple[Any, ...]:
         """The saved values, recipes resolved."""
-        return tuple(value.get() if hasattr(value, "get") and not isinstance(value, dict) else value for value in self._saved)
+        return tuple([value.get() if isinstance(value, Recipe) else value for value in self._saved])
+
+    def load(self, i: int) -> Any:
+        """Saved value number `i` alone, resolved: for a backward pass that may not need all of them."""
+        value = self._saved[i]
+        return value.get() if isinstance(value, Recipe) else value
 
     def slot(self, i: int) -> GradSlot | None:
         """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations that compute gradients in their forward
         pass."""
-        leaf = self._leaves[i]
-        return leaf[1].slot() if leaf is not None and self.needs[i] else None
+        if self.needs[i]:
+            for _, recipe, number in self._recipes:
+                if number == i and isinstance(recipe, Leaf):
+                    return recipe.slot()
+        return None
 
     def owns(self, i: int) -> bool:
         """Whether backward may overwrite `grad_outs[i]`: nobody else will read it."""
         return self._owned[i]
 
-    def _as_recipe(self, value: Any) -> Any:
-        for leaf in self._leaves:
-            if leaf is not None and value is leaf[0]:
-                return leaf[1]
+    def _to_keep(self, value: Any) -> Any:
+        for array, recipe, _ in self._recipes:
+            if value is array:
+                return recipe
         return value
 
 
@@ -170,35 +207,29 @@ class Function:
     def apply(cls, *inputs: Any, **attrs: Any) -> Any:
         """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if a gradient will be wanted."""
         grad_mode = _grad_enabled.get()
-        recorder = leaf_recorder.get()
         values: list[Any] = []
         needs: list[bool] = []
-        leaves: list[tuple[Array, Leaf] | None] = []
+        recipes: list[tuple[Array, Recipe, int]] = []
         parents: list[Any] = []
         for x in inputs:
+            parent: Any = None
             if isinstance(x, Tensor):
-                values.append(x.data)
-                needs.append(grad_mode and x.requires_grad)
-                leaves.append(None)
-                parents.append(x if x.node is None else (x.node, x.output))
+                need, value, parent = grad_mode and x.requires_grad, x.data, x if x.node is None else (x.node, x.output)
+                if x.recipe is not None:
+                    recipes.append((value, x.recipe, len(values)))
             elif isinstance(x, Leaf):
-                value = x.get()
-                values.append(value)
-                needs.append(grad_mode)
-                leaves.append((value, x))
-                parents.append(x)
-                if recorder is not None and x not in recorder:
-                    recorder.append(x)
+                need, value, parent = grad_mode, x.get(), x
+                recipes.append((value, x, len(values)))
+                _note_leaf(x)
             else:
-                values.append(x)
-                needs.append(False)
-                leaves.append(None)
-                parents.append(None)
-        ctx = Context(tuple(needs), tuple(leaves))
+                need, value = False, x
+            values.append(value)
+            needs.append(need)
+            parents.append(parent if need else None)
+        ctx = Context(tuple(needs), recipes)
         out = cls.forward(ctx, *values, **attrs)
-        node = (
-            Node(cls, ctx, (*(p if n else None for p, n in zip(parents, needs, strict=True)), *ctx.extra_leaves)) if ctx.recording else None
-        )
+        ctx._recipes = []  # they hold the arrays that `save` has left out
+        node = Node(cls, ctx, (*parents, *ctx.extra_leaves)) if ctx.recording else None
         if isinstance(out, tuple):
             return tuple(Tensor(data, node is not None, node, i) for i, data in enumerate(out))
         return Tensor(out, node is not None, node)
@@ -222,6 +253,12 @@ class Node:
 _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
 leaf_recorder: ContextVar[list[Leaf] | None] = ContextVar("leaf_recorder", default=None)
 """Where `Function.apply` notes the parameters it meets, for a recomputed part whose own tape is not kept."""
+
+
+def _note_leaf(leaf: Leaf) -> None:
+    recorder = leaf_recorder.get()
+    if recorder is not None and leaf not in recorder:
+        recorder.append(leaf)
 
 
 @contextmanager
@@ -298,7 +335,8 @@ class WeightGradWork:
 
     def run(self) -> None:
         """Accumulate the gradients into their slots and report the parameters that are complete."""
-        _deliver_weights(self.fn, self.ctx, self.parents, self.grad_outs, self.needs, self.pass_)
+        self.ctx._owned = (False,) * len(self.grad_outs)
+        _differentiate(self.fn, self.ctx, self.parents, self.grad_outs, self.needs, _Grads(), self.pass_)
 
 
 def backward(
@@ -324,7 +362,7 @@ def run_backward(roots: Sequence[tuple[Tensor, Array]], run: BackwardRun) -> Non
         if tensor.node is not None:
             grads.add((tensor.node, tensor.output), grad, owned=False)
         elif tensor.requires_grad:
-            grads.add_leaf(tensor, grad, owned=False)
+            grads.add_leaf(tensor, grad)
     nodes = _reachable([tensor.node for tensor, _ in roots if tensor.node is not None])
     run.count(nodes)
     while nodes:
@@ -353,7 +391,6 @@ def _step(node: Node, grads: _Grads, run: BackwardRun) -> None:
     fn, ctx, parents = node.fn, node.ctx, node.parents
     assert ctx is not None
     node.ctx, node.parents = None, ()
-    num_inputs = len(ctx.needs)
     grad_outs, owned = grads.pop(node)
     needs = ctx.needs
     split = run.defer is not None and fn.splits_weight_grad and any(isinstance(p, Leaf) for p in parents)
@@ -363,56 +400,44 @@ def _step(node: Node, grads: _Grads, run: BackwardRun) -> None:
         needs = tuple(n and not w for n, w in zip(needs, weights, strict=True))
         owned = (False,) * len(owned)
     ctx._owned = owned
-    if any(needs) or ctx.extra_leaves:
-        into = tuple(p.slot() if n and isinstance(p, Leaf) else None for n, p in zip(needs, parents, strict=False))
-        results = fn.backward(ctx, grad_outs, needs, into)
-        _hand_on(fn, parents[:num_inputs], needs, into, results, (grad_outs, owned), grads, run)
+    if True in needs or ctx.extra_leaves:
+        _differentiate(fn, ctx, parents, grad_outs, needs, grads, run)
     if split:
         assert run.defer is not None
-        run.defer.append(WeightGradWork(fn, ctx, parents[:num_inputs], grad_outs, weights, run))
+        run.defer.append(WeightGradWork(fn, ctx, parents[: len(needs)], grad_outs, weights, run))
 
 
-def _hand_on(
+def _differentiate(
     fn: type[Function],
+    ctx: Context,
     parents: Sequence[Any],
-    needs: Sequence[bool],
-    into: Sequence[GradSlot | None],
-    results: Sequence[Any],
-    came: Any,
+    grad_outs: tuple[Array | None, ...],
+    needs: tuple[bool, ...],
     grads: _Grads,
     run: BackwardRun,
 ) -> None:
-    """Give each input's gradient to whoever made the input."""
-    owned = _who_owns(results, came)
-    for i, (parent, need, result) in enumerate(zip(parents, needs, results, strict=True)):
+    """Run `fn.backward` for the inputs that `needs` names, and give each input's gradient to whoever made the input."""
+    into = tuple([p.slot() if n and isinstance(p, Leaf) else None for n, p in zip(needs, parents, strict=False)])
+    results = fn.backward(ctx, grad_outs, needs, into)
+    owned = _who_owns(results, grad_outs, ctx._owned)
+    for parent, need, slot, result, own in zip(parents[: len(needs)], needs, into, results, owned, strict=True):
         if not need:
             continue
-        if isinstance(parent, Leaf):
-            slot = into[i]
-            assert slot is not None
+        if slot is not None:
             if result is not None and result is not WRITTEN:
                 slot.add(result)
             run.used(parent)
         elif result is None:
             continue
-        elif isinstance(parent, Tensor):
-            grads.add_leaf(parent, result, owned[i])
+        elif isinstance(parent, tuple):
+            grads.add(parent, result, own)
         else:
-            grads.add(parent, result, owned[i])
+            grads.add_leaf(parent, result)
 
 
-def _deliver_weights(
-    fn: type[Function], ctx: Context, parents: Sequence[Any], grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], run: BackwardRun
-) -> None:
-    into = tuple(p.slot() if n else None for n, p in zip(needs, parents, strict=True))
-    ctx._owned = (False,) * len(grad_outs)
-    results = fn.backward(ctx, grad_outs, needs, into)
-    _hand_on(fn, parents, needs, into, results, (grad_outs, ctx._owned), _Grads(), run)
-
-
-def _who_owns(results: Sequence[Any], came: tuple[Sequence[Array | None], Sequence[bool]]) -> list[bool]:
+def _who_owns(results: Sequence[Any], grad_outs: Sequence[Array | None], owned: Sequence[bool]) -> list[bool]:
     """Which results nobody else can see: fresh memory, or an owned incoming gradient handed on once."""
-    taken = [id(root(grad)) for grad, own in zip(*came, strict=True) if grad is not None and not own]
+    taken = [id(root(grad)) for grad, own in zip(grad_outs, owned, strict=True) if grad is not None and not own]
     roots = [None if result is None or result is WRITTEN else id(root(result)) for result in results]
     return [key is not None and key not in taken and roots.count(key) == 1 for key in roots]
 
@@ -428,15 +453,14 @@ class _Grads:
         outputs = self._arrived.setdefault(node.number, {})
         outputs[output] = _sum(outputs[output], (grad, owned)) if output in outputs else (grad, owned)
 
-    def add_leaf(self, tensor: Tensor, grad: Array, owned: bool) -> None:
+    def add_leaf(self, tensor: Tensor, grad: Array) -> None:
         tensor.grad = grad if tensor.grad is None else tensor.grad + grad
 
     def pop(self, node: Node) -> tuple[tuple[Array | None, ...], tuple[bool, ...]]:
         """The gradients of all outputs of `node` up to the last that has one, and which of them it may overwrite."""
         outputs = self._arrived.pop(node.number, {})
-        last = max(outputs, default=-1)
-        pairs = [outputs.get(i, (None, False)) for i in range(last + 1)]
-        return tuple(grad for grad, _ in pairs), tuple(own for _, own in pairs)
+        pairs = [outputs.get(i, (None, False)) for i in range(max(outputs, default=-1) + 1)]
+        return tuple([grad for grad, _ in pairs]), tuple([own for _, own in pairs])
 
 
 def _sum(a: tuple[Array, bool], b: tuple[Array, bool]) -> tuple[Array, bool]:

@@ -200,8 +200,9 @@ class TrainConfig(Architecture):
     """Layers of each pipeline stage, as in 3,5; left out: the same number each."""
     sequence_parallel: bool = False
     """Shard norms and dropout along time over the tensor-parallel ranks."""
-    recompute: Literal["none", "full"] = "none"
-    """Keep only the input of each block and compute the rest again in the backward pass: less memory, a third more work."""
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass computes again instead of keeping it: selective (what norms and activations return: about 1 % more work), full
+    (all but the input of each block: a third more work), none; auto: selective where that saves 16 MB or more."""
     bucket_mb: float = 4.0
     """Size in MB (10^6 bytes) of the pieces in which gradients are reduced while backward still runs."""
     node_shared: Literal["auto", "on", "off"] = "auto"

@@ -43,16 +43,19 @@ def activation_bytes(config: ResolvedConfig, num_layers: int) -> int:
 
     A block keeps, per token: the inputs of its two norms (2 D, time-sharded with sequence parallelism), the norms' outputs, which the
     column-parallel products read (2 D), and of the parallel part 1/tp each of the fused projection, the attention's output, and the MLP's
-    hidden layer before and after the activation. With full recomputation only its input stays (D).
+    hidden layer before and after the activation. With selective recomputation the hidden layer after the activation is left out, and the
+    norms' outputs, unless sequence parallelism has gathered them. With full recomputation only its input stays (D).
     """
     model, item = config.model, np.dtype(config.train.dtype).itemsize
     outside = config.tp if config.train.sequence_parallel else 1
     tokens = config.microbatch * model.context
     if config.train.recompute == "full":
         return tokens * model.dim // outside * num_layers * item
-    hidden = model.ffn_dim * (3 if model.mlp == "swiglu" else 2)
+    again = config.train.recompute == "selective"
+    hidden = model.ffn_dim * ((3 if model.mlp == "swiglu" else 2) - again)
     inside = (model.heads + 2 * model.kv_heads) * model.head_width + model.dim + hidden
-    return tokens * (2 * model.dim // outside + 2 * model.dim + inside // config.tp) * num_layers * item
+    normed = 0 if again and outside == 1 else 2 * model.dim
+    return tokens * (2 * model.dim // outside + normed + inside // config.tp) * num_layers * item
 
 
 def peak_rss() -> int:

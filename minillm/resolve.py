@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from minillm.config import RESUMABLE, ModelConfig, TrainConfig, divisors, flag, some_divisors
 from minillm.errors import ConfigError
 
 FFN_MULTIPLE = 64  # swiglu's width is rounded up to this: whole vector registers, and room for tensor parallelism
+RECOMPUTE_BYTES = 16 << 20  # what selective recomputation must save of a rank's activations to be worth its time
 _MOST_LAYOUTS = 12  # how many alternatives an error lists
 
 
@@ -69,10 +72,11 @@ def resolve(config: TrainConfig, num_ranks: int, vocab: int | None = None) -> Re
         raise ConfigError(f"--min-lr {min_lr} is above --lr {config.lr}; leave it out for lr / 10")
     out = config.out or f"runs/{config.preset}"
     found: dict[str, Any] = dict(dp=dp, microbatch=microbatch, warmup=warmup, min_lr=min_lr, out=out)
+    recompute = _recompute(config, model, microbatch * max(stage_layers))
     sizes: dict[str, Any] = dict(kv_heads=model.kv_heads, ffn_dim=model.ffn_dim, vocab=model.vocab, stage_layers=_words(stage_layers))
     return ResolvedConfig(
         asked=config,
-        train=dataclasses.replace(config, **found, **sizes),
+        train=dataclasses.replace(config, recompute=recompute, **found, **sizes),
         model=model,
         num_ranks=num_ranks,
         tp=config.tp,
@@ -190,6 +194,14 @@ def _stage_layers(config: TrainConfig) -> tuple[int, ...]:
     if sum(sizes) != layers:
         raise ConfigError(f"--stage-layers {given} adds up to {sum(sizes)}, but --layers is {layers}; try {_words(even)}")
     return sizes
+
+
+def _recompute(config: TrainConfig, model: ModelConfig, sequences: int) -> Literal["none", "selective", "full"]:
+    """What was asked for, or selective recomputation where it saves much; `sequences` pass through a block and stay on the tape."""
+    if config.recompute != "auto":
+        return config.recompute
+    saved = sequences * model.context * (2 * model.dim + model.ffn_dim // config.tp) * np.dtype(config.dtype).itemsize
+    return "selective" if saved >= RECOMPUTE_BYTES else "none"
 
 
 def _microbatch(config: TrainConfig, dp: int) -> int:

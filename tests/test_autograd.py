@@ -168,6 +168,23 @@ def test_recomputation_changes_no_bit_and_keeps_less() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(*outs, strict=True))
 
 
+def test_a_recomputable_array_is_not_kept() -> None:
+    weights = [Weight(6, 6) for _ in range(2)]
+    results = []
+
+    def run(recompute: bool) -> None:
+        hidden = ops.gelu(ops.linear(Tensor(np.ones((5, 6)), True), weights[0]), recompute=recompute)
+        kept = weakref.ref(hidden.data)
+        y = ops.linear(hidden, weights[1])
+        del hidden
+        results.append(kept() is not None)
+        backward([(y, np.ones((5, 6)))])
+
+    plain, again = (_grads(lambda r=r: run(r), weights) for r in (False, True))
+    assert results == [True, False]
+    assert all(np.array_equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
 def test_recomputation_of_parameters_alone() -> None:
     """A first block whose input is data: only parameters want gradients."""
     w = Weight(4, 4)

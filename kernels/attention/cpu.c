@@ -64,13 +64,6 @@ static void row_product(int rows, int64_t depth, Operand a, const float *panels,
     }
 }
 
-static void product(int64_t rows, int64_t depth, Operand a, const float *panels, int64_t panel_size, int64_t num_panels, float *c, int64_t stride_c, int add) {
-    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-        const Operand part = {a.start + r * a.row, a.row, a.column};
-        row_product((int)least(TILE_ROWS, rows - r), depth, part, panels, panel_size, num_panels, c + r * stride_c, stride_c, add);
-    }
-}
-
 /* x [rows, columns] into panels of PANEL columns, [rows][PANEL] each; the last is padded with zeros. */
 static void pack(const float *x, int64_t stride, int64_t rows, int64_t columns, float *panels) {
     for (int64_t first = 0; first < columns; first += PANEL) {
@@ -139,6 +132,14 @@ static void prefetch_head(const Attention *a, int64_t head, int64_t first, int64
     prefetch(a->v, a->v_b, a->v_t, a->v_h, b, h / group, a->Tk, a->K, first, rows);
 }
 
+/* Fill a row of scores up to a whole number of vectors; returns that length. Loops over it need no scalar rest, which for rows of a few
+   dozen keys would take longer than the vectors. Rows of scratch are whole panels long. */
+INLINE int64_t fill_vector(float *row, int64_t n, float value) {
+    const int64_t whole = round_up(n, LANES);
+    for (int64_t j = n; j < whole; j++) row[j] = value;
+    return whole & -(int64_t)LANES; /* tells the compiler that it is a multiple */
+}
+
 typedef struct {
     Attention common;
     float *o;   /* [B, Tq, H, K] */
@@ -155,15 +156,16 @@ static float probabilities(const Attention *a, int64_t b, int64_t i, int64_t dep
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) s[j] = seen[j] ? s[j] : -__builtin_inff();
     }
-    float top = maximum(s, n), total = 0;
+    const int64_t whole = fill_vector(s, n, -__builtin_inff());
+    float top = maximum(s, whole), total = 0;
     if (top == -__builtin_inff()) top = 0; /* sees nothing */
 #pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < n; j++) {
+    for (int64_t j = 0; j < whole; j++) {
         const float e = exp_(s[j] - top);
         s[j] = e;
         total += e;
     }
-    for (int64_t j = n; j < depth; j++) s[j] = 0;
+    for (int64_t j = whole; j < depth; j++) s[j] = 0;
     *shift = top;
     return total;
 }
@@ -222,7 +224,7 @@ static void attention_forward_heads(Pool *pool, const void *state, int64_t start
     const Attention *a = &f->common;
     const int64_t group = a->H / a->Hkv, K = a->K;
     if (a->Tq <= FEW_QUERIES) { /* items are (sample, head) */
-        float *s = pool_scratch(pool, thread, (size_t)a->Tk + 1);
+        float *s = pool_scratch(pool, thread, (size_t)round_up(a->Tk, LANES));
         for (int64_t item = start; s && item < stop; item++)
             for (int64_t i = 0; i < a->Tq; i++) attention_forward_row(f, item / a->H, item % a->H, i, s);
         return;
@@ -274,18 +276,47 @@ static void score_grads(const AttentionBackward *f, int64_t b, int64_t h, int64_
         for (int64_t j = 0; j < seen; j++) s[j] = mask[j] ? s[j] : -__builtin_inff();
     }
     if (a->row_words) drop(a, b, h, i, first, seen, grad_s);
+    const int64_t whole = fill_vector(s, seen, -__builtin_inff());
+    fill_vector(grad_s, seen, 0); /* what no one sees may be NaN */
 #pragma omp simd
-    for (int64_t j = 0; j < seen; j++) {
+    for (int64_t j = 0; j < whole; j++) {
         s[j] = exp_(s[j] - lse);
         grad_s[j] = s[j] * (grad_s[j] - delta);
     }
     if (a->row_words) drop(a, b, h, i, first, seen, s);
-    for (int64_t j = seen; j < n; j++) s[j] = grad_s[j] = 0;
+    for (int64_t j = whole; j < n; j++) s[j] = grad_s[j] = 0;
+}
+
+/* Scores of the queries [i, i + rows), rows <= TILE_ROWS, and of the n keys from `key` on, with their gradients, into row r of the tiles
+   s and grad_s; and what they add to grad_q. Keys beyond all limits are left out. */
+static void backward_score_rows(const AttentionBackward *f, int64_t b, int64_t h, int64_t i, int64_t rows, int64_t key, int64_t n, const float *delta, int64_t r, const BackwardScratch *w) {
+    const Attention *a = &f->common;
+    const int64_t K = a->K, seen = least(n, largest_limit(a, i, rows) - key), panels = seen > 0 ? round_up(seen, PANEL) / PANEL : 0;
+    const Operand q = {a->q + b * a->q_b + i * a->q_t + h * a->q_h, a->q_t, 1}, grad_o = {f->grad_o + b * f->go_b + i * f->go_t + h * f->go_h, f->go_t, 1};
+    float *s = w->s + r * KEY_COLUMNS, *grad_s = w->grad_s + r * KEY_COLUMNS;
+    row_product((int)rows, K, q, w->keys_t + key * K, K * PANEL, panels, s, KEY_COLUMNS, 0);
+    row_product((int)rows, K, grad_o, w->values_t + key * K, K * PANEL, panels, grad_s, KEY_COLUMNS, 0);
+    for (int64_t row = 0; row < rows; row++) score_grads(f, b, h, i + row, key, n, s + row * KEY_COLUMNS, grad_s + row * KEY_COLUMNS, delta[row]);
+    if (seen > 0)
+        row_product((int)rows, seen, (Operand){grad_s, KEY_COLUMNS, 1}, w->keys + key * PANEL, a->Tk * PANEL, w->width / PANEL, w->grad_q + r * w->width, w->width, 1);
+}
+
+/* What the tiles s and grad_s add to grad_v and grad_k. Each group of keys leaves out the queries before the first that sees one of it. */
+static void backward_key_rows(const Attention *a, int64_t first, int64_t rows, int64_t key, int64_t n, const BackwardScratch *w) {
+    const int64_t width = w->width, panels = width / PANEL;
+    int64_t r = 0;
+    for (int64_t j = 0; j < n; j += TILE_ROWS) {
+        while (r < rows && a->limits[first + r] <= key + j) r++;
+        const int count = (int)least(TILE_ROWS, n - j);
+        const int64_t at = r * KEY_COLUMNS + j, to = (key + j) * width;
+        row_product(count, rows - r, (Operand){w->s + at, 1, KEY_COLUMNS}, w->grads + r * PANEL, rows * PANEL, panels, w->grad_v + to, width, 1);
+        row_product(count, rows - r, (Operand){w->grad_s + at, 1, KEY_COLUMNS}, w->queries + r * PANEL, rows * PANEL, panels, w->grad_k + to, width, 1);
+    }
 }
 
 static void attention_backward_queries(const AttentionBackward *f, int64_t b, int64_t h, int64_t first, int64_t rows, const BackwardScratch *w) {
     const Attention *a = &f->common;
-    const int64_t K = a->K, width = w->width, panels = width / PANEL;
+    const int64_t K = a->K, width = w->width;
     const float *q = a->q + b * a->q_b + first * a->q_t + h * a->q_h;
     const float *grad_o = f->grad_o + b * f->go_b + first * f->go_t + h * f->go_h, *o = f->o + b * f->o_b + first * f->o_t + h * f->o_h;
     float delta[QUERY_ROWS];
@@ -302,14 +333,9 @@ static void attention_backward_queries(const AttentionBackward *f, int64_t b, in
     memset(w->grad_q, 0, (size_t)(rows * width) * sizeof(float));
     const int64_t limit = largest_limit(a, first, rows);
     for (int64_t key = 0; key < limit; key += KEY_COLUMNS) {
-        const int64_t n = least(KEY_COLUMNS, limit - key), score_panels = round_up(n, PANEL) / PANEL;
-        product(rows, K, (Operand){q, a->q_t, 1}, w->keys_t + key * K, K * PANEL, score_panels, w->s, KEY_COLUMNS, 0);
-        product(rows, K, (Operand){grad_o, f->go_t, 1}, w->values_t + key * K, K * PANEL, score_panels, w->grad_s, KEY_COLUMNS, 0);
-        for (int64_t r = 0; r < rows; r++)
-            score_grads(f, b, h, first + r, key, n, w->s + r * KEY_COLUMNS, w->grad_s + r * KEY_COLUMNS, delta[r]);
-        product(n, rows, (Operand){w->s, 1, KEY_COLUMNS}, w->grads, rows * PANEL, panels, w->grad_v + key * width, width, 1);
-        product(n, rows, (Operand){w->grad_s, 1, KEY_COLUMNS}, w->queries, rows * PANEL, panels, w->grad_k + key * width, width, 1);
-        product(rows, n, (Operand){w->grad_s, KEY_COLUMNS, 1}, w->keys + key * PANEL, a->Tk * PANEL, panels, w->grad_q, width, 1);
+        const int64_t n = least(KEY_COLUMNS, limit - key);
+        for (int64_t r = 0; r < rows; r += TILE_ROWS) backward_score_rows(f, b, h, first + r, least(TILE_ROWS, rows - r), key, n, delta + r, r, w);
+        backward_key_rows(a, first, rows, key, n, w);
     }
     for (int64_t r = 0; r < rows; r++) {
         float *to = f->grad_q + b * f->gq_b + (first + r) * f->gq_t + h * f->gq_h;

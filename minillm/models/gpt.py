@@ -35,7 +35,8 @@ class GPT(Module):
     """The stage of a GPT that holds blocks `layers`; `first` and `last` say whether it also holds the embedding and the head.
 
     `std` is the standard deviation of the initial weights; projections into the residual stream get std / sqrt(2 layers) (Radford et al.
-    2019, 2.3).
+    2019, 2.3). With `recompute` "full" the tape keeps each block's input alone, with "selective" everything but what norms and activations
+    return.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class GPT(Module):
         layers: Iterable[int],
         first: bool = True,
         last: bool = True,
-        recompute: bool = False,
+        recompute: str = "none",
         std: float = INIT_STD,
     ) -> None:
         self.config, self.region, self.seed, self.std = config, region, seed, std
@@ -74,8 +75,9 @@ class GPT(Module):
         attention = Attention(
             c.dim, c.heads, c.kv_heads, region, rotary=c.position == "rotary", bias=c.bias, std=self.std, out_std=out_std, dropout=drops[0]
         )
-        mlp = MLP(c.mlp, c.dim, c.ffn_dim, region, bias=c.bias, std=self.std, out_std=out_std)
-        norms = [norm(c.norm, c.dim, region, bias=c.bias) for _ in range(2)]
+        again = self.recompute == "selective"
+        mlp = MLP(c.mlp, c.dim, c.ffn_dim, region, bias=c.bias, std=self.std, out_std=out_std, recompute=again)
+        norms = [norm(c.norm, c.dim, region, bias=c.bias, recompute=again) for _ in range(2)]
         return Block(norms[0], attention, norms[1], mlp, drops[1], drops[2])
 
     def _head(self, tie: str | None) -> Parameter:
@@ -92,7 +94,7 @@ class GPT(Module):
         hidden = self._embed(x, where, outside) if self.embedding is not None else x
         for block in self.blocks.values():
             run = partial(block, where=outside)
-            hidden = checkpoint(run, hidden) if self.recompute else run(hidden)
+            hidden = checkpoint(run, hidden) if self.recompute == "full" else run(hidden)
         return hidden if self.norm is None else self.norm(hidden, outside)
 
     def loss(self, hidden: Tensor, targets: Array, divisor: float) -> Tensor:

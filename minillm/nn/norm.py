@@ -15,7 +15,8 @@ RMS_NORM_EPS = 1e-5
 class LayerNorm(Module):
     """Layer normalisation over the last dim (Ba et al. 2016, arXiv:1607.06450)."""
 
-    def __init__(self, dim: int, region: Region, *, bias: bool) -> None:
+    def __init__(self, dim: int, region: Region, *, bias: bool, recompute: bool = False) -> None:
+        self.recompute = recompute
         spec = ShardSpec.replicated(dim, partial_over=region.partial_over)
         self.weight = Parameter(spec, Constant(1.0), decay=False)
         self.bias = Parameter(spec, Constant(0.0), decay=False) if bias else None
@@ -26,13 +27,14 @@ class LayerNorm(Module):
 
     def residual(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """x + delta [B, T, D] and its norm."""
-        return ops.residual_layer_norm(x, delta, self.weight, self.bias, LAYER_NORM_EPS)
+        return ops.residual_layer_norm(x, delta, self.weight, self.bias, LAYER_NORM_EPS, recompute=self.recompute)
 
 
 class RMSNorm(Module):
     """Root-mean-square normalisation over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, dim: int, region: Region) -> None:
+    def __init__(self, dim: int, region: Region, *, recompute: bool = False) -> None:
+        self.recompute = recompute
         self.weight = Parameter(ShardSpec.replicated(dim, partial_over=region.partial_over), Constant(1.0), decay=False)
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
@@ -41,9 +43,9 @@ class RMSNorm(Module):
 
     def residual(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """x + delta [B, T, D] and its norm."""
-        return ops.residual_rms_norm(x, delta, self.weight, RMS_NORM_EPS)
+        return ops.residual_rms_norm(x, delta, self.weight, RMS_NORM_EPS, recompute=self.recompute)
 
 
-def norm(kind: str, dim: int, region: Region, *, bias: bool) -> LayerNorm | RMSNorm:
-    """The norm called `kind`: layernorm or rmsnorm."""
-    return LayerNorm(dim, region, bias=bias) if kind == "layernorm" else RMSNorm(dim, region)
+def norm(kind: str, dim: int, region: Region, *, bias: bool, recompute: bool = False) -> LayerNorm | RMSNorm:
+    """The norm called `kind`: layernorm or rmsnorm. With `recompute` its result is not kept for the backward pass but computed again."""
+    return LayerNorm(dim, region, bias=bias, recompute=recompute) if kind == "layernorm" else RMSNorm(dim, region, recompute=recompute)

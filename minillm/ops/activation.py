@@ -1,4 +1,4 @@
-"""Activations and softmax."""
+"""Activations and softmax. With `recompute`, what an activation returns is computed again in the backward pass instead of being kept."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ from typing import Any
 
 from minillm import kernels
 from minillm.arrays import Array
-from minillm.autograd import Context, Function, Tensor
+from minillm.autograd import Context, Function, Tensor, recomputable
 
 
-def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
+def gelu(x: Tensor, approximate: str = "tanh", *, recompute: bool = False) -> Tensor:
     """GELU, by GPT-2's tanh formula ("tanh") or exactly ("erf") (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
-    return _GELU.apply(x, approximate=approximate)
+    y, data = _GELU.apply(x, approximate=approximate), x.data
+    return recomputable(y, lambda: kernels.gelu_forward(data, approximate)) if recompute else y
 
 
-def relu(x: Tensor) -> Tensor:
+def relu(x: Tensor, *, recompute: bool = False) -> Tensor:
     """max(x, 0)."""
-    return _ReLU.apply(x)
+    y, data = _ReLU.apply(x), x.data
+    return recomputable(y, lambda: kernels.relu_forward(data)) if recompute else y
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, *, recompute: bool = False) -> Tensor:
     """silu(gate) * up of gate_up [..., 2F] = [gate | up] -> [..., F] (Shazeer 2020, arXiv:2002.05202)."""
-    return _SwiGLU.apply(gate_up)
+    y, data = _SwiGLU.apply(gate_up), gate_up.data
+    return recomputable(y, lambda: _swiglu(data)) if recompute else y
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -62,14 +65,17 @@ class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Context, gate_up: Array) -> Array:
         ctx.save(gate_up)
-        y = kernels.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1]))
-        return y.reshape(*gate_up.shape[:-1], -1)
+        return _swiglu(gate_up)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
         (gate_up,) = ctx.saved
         grad = grad_outs[0]
         return (kernels.swiglu_backward(grad.reshape(-1, grad.shape[-1]), gate_up.reshape(-1, gate_up.shape[-1])).reshape(gate_up.shape),)
+
+
+def _swiglu(gate_up: Array) -> Array:
+    return kernels.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1])).reshape(*gate_up.shape[:-1], -1)
 
 
 class _Softmax(Function):

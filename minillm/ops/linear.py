@@ -30,10 +30,13 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any]:
-        x, weight = ctx.saved
         grad = _rows(grad_outs[0])
-        grad_x = kernels.matmul(grad, weight).reshape(x.shape) if needs[0] else None
-        grad_weight = _product_into(into[1], grad.T, _rows(x)) if needs[1] else None
+        grad_x = grad_weight = None
+        if needs[0]:
+            weight = ctx.load(1)
+            grad_x = kernels.matmul(grad, weight).reshape(*grad_outs[0].shape[:-1], weight.shape[1])
+        if needs[1]:
+            grad_weight = _product_into(into[1], grad.T, _rows(ctx.load(0)))
         grad_bias = kernels.column_sum(grad) if needs[2] else None
         return grad_x, grad_weight, grad_bias
 

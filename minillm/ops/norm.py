@@ -6,7 +6,7 @@ from typing import Any
 
 from minillm import kernels
 from minillm.arrays import Array, namespace
-from minillm.autograd import Context, Function, Tensor
+from minillm.autograd import Context, Function, Tensor, recomputable, value_of
 
 
 def layer_norm(x: Tensor, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -19,17 +19,32 @@ def rms_norm(x: Tensor, weight: Any, eps: float = 1e-5) -> Tensor:
     return _RMSNorm.apply(x, None, weight, eps=eps)[1]
 
 
-def residual_layer_norm(x: Tensor, delta: Tensor | None, weight: Any, bias: Any = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def residual_layer_norm(
+    x: Tensor, delta: Tensor | None, weight: Any, bias: Any = None, eps: float = 1e-5, *, recompute: bool = False
+) -> tuple[Tensor, Tensor]:
     """x + delta and its layer norm in one pass over memory; a delta of None counts as zero.
 
-    Taking the sum from here even where delta is None lets the backward pass add the two gradients of x in its one pass, too.
+    Taking the sum from here even where delta is None lets the backward pass add the two gradients of x in its one pass, too. With
+    `recompute` the norm is computed from the sum again in the backward pass instead of being kept.
     """
-    return _LayerNorm.apply(x, delta, weight, bias, eps=eps)
+    total, y = _LayerNorm.apply(x, delta, weight, bias, eps=eps)
+    data = total.data
+
+    def again() -> Array:
+        return kernels.layernorm_forward(_rows(data), value_of(weight), value_of(bias), eps)[0].reshape(data.shape)
+
+    return total, recomputable(y, again) if recompute else y
 
 
-def residual_rms_norm(x: Tensor, delta: Tensor | None, weight: Any, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def residual_rms_norm(x: Tensor, delta: Tensor | None, weight: Any, eps: float = 1e-5, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
     """x + delta and its RMS norm; see `residual_layer_norm`."""
-    return _RMSNorm.apply(x, delta, weight, eps=eps)
+    total, y = _RMSNorm.apply(x, delta, weight, eps=eps)
+    data = total.data
+
+    def again() -> Array:
+        return kernels.rmsnorm_forward(_rows(data), value_of(weight), eps)[0].reshape(data.shape)
+
+    return total, recomputable(y, again) if recompute else y
 
 
 class _LayerNorm(Function):

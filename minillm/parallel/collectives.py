@@ -27,7 +27,11 @@ from minillm.comm.communicator import Communicator
 
 def copy_to(x: Tensor, comm: Communicator) -> Tensor:
     """R -> R; every rank goes on with its own part of the work, so the gradients that come back are partial sums."""
-    return x if comm.size == 1 else _CopyTo.apply(x, comm=comm)
+    if comm.size == 1:
+        return x
+    y = _CopyTo.apply(x, comm=comm)
+    y.recipe = x.recipe  # the same array
+    return y
 
 
 def reduce_from(x: Tensor, comm: Communicator) -> Tensor:

@@ -74,6 +74,7 @@ class GradReducer:
         self.mesh = mesh
         self.exposed_seconds = 0.0  # time that backward did not hide, since the start
         self.buckets = [bucket for run in buffers.runs for bucket in self._cut(run, bucket_bytes)]
+        self._counted = [part for part, counts in by_counting(buffers, mesh) if counts]
         self._bucket_of = {id(span.parameter): bucket for bucket in self.buckets for span in bucket.spans}
         self._next = 0
 
@@ -130,7 +131,7 @@ class GradReducer:
         """See `Reducer`. Replicas hold the same sums: the first one counts."""
         if self.mesh.axis(*TOKEN_AXES).rank:
             return 0.0
-        return sum(kernels.sum_of_squares(self.buffers.grads[part]) for part, counts in by_counting(self.buffers, self.mesh) if counts)
+        return sum(kernels.sum_of_squares(self.buffers.grads[part]) for part in self._counted)
 
     def _launch_ready(self) -> None:
         while self._next < len(self.buckets) and self.buckets[self._next].waiting == 0:

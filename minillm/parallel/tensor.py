@@ -23,7 +23,7 @@ from minillm.nn.module import Constant, Module, Normal, Parameter, Where
 from minillm.parallel.collectives import copy_to, gather_from, reduce_from
 from minillm.sharding import Segment, ShardSpec
 
-CHUNK_BYTES = 96 << 20  # logits that exist at once in the head: large enough for full-speed products, small beside the model
+CHUNK_BYTES = 64 << 20  # logits that exist at once in the head: large enough for full-speed products, small beside the model
 
 
 class Region(Protocol):
@@ -148,7 +148,8 @@ class _VocabParallelLoss(Function):
         grad_x = xp.empty_like(rows) if ctx.needs[0] else None
         slot = ctx.slot(1) or (GradSlot(xp.empty_like(weight)) if ctx.needs[1] else None)
         total = 0.0
-        chunk = max(128, CHUNK_BYTES // max(1, weight.shape[0] * x.dtype.itemsize))
+        most = max(128, CHUNK_BYTES // max(1, weight.shape[0] * x.dtype.itemsize))
+        chunk = max(1, -(-len(rows) // max(1, -(-len(rows) // most))))  # as few as need be, of equal size
         buffer = xp.empty((min(chunk, len(rows)), weight.shape[0]), x.dtype)  # of the logits: one for all chunks
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)

@@ -105,8 +105,10 @@ def test_no_deadlock_without_buffering(layout: Layout) -> None:
     assert_same(train("gpt2", layout, steps=2, rendezvous=True), reference("gpt2", steps=2), TOLERANCE)
 
 
-def test_recompute_changes_no_bit() -> None:
-    plain, again = (train("gpt2", Layout(dp=2, pp=2, num_microbatches=2), recompute=mode) for mode in ("none", "full"))
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_recompute_changes_no_bit(model: str, mode: str) -> None:
+    plain, again = (train(model, Layout(tp=2, pp=2, num_microbatches=2), recompute=how) for how in ("none", mode))
     assert plain.losses == again.losses
     for name, weight in plain.weights.items():
         assert np.array_equal(weight, again.weights[name]), name
