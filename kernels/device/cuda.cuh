@@ -93,24 +93,36 @@ template <typename T> __device__ __forceinline__ T* dynamic_shared() {
     return reinterpret_cast<T*>(minillm_dynamic_shared);
 }
 
-// WATCH("name", value) shows `value` (a number or an array of numbers) of one chosen thread under the emulator; nothing on the GPU.
+// WATCH(name, value) shows `value` (a number or an array of numbers) of one chosen thread under the emulator; nothing on the GPU.
 #define WATCH(name, value)
 #endif
 
-// N elements that move together. Pack<T, 16 / sizeof(T)> is the widest access of a thread: one instruction, 512 bytes a warp.
+// N elements that move together. Pack16 is the widest access of a thread: one instruction, 512 bytes a warp.
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
     T v[N];
 };
 template <typename T> using Pack16 = Pack<T, 16 / sizeof(T)>;
 
-template <typename T> __device__ __forceinline__ Pack16<T> load16(const T* from) {
-    Pack16<T> pack;
-    *reinterpret_cast<uint4*>(&pack) = *reinterpret_cast<const uint4*>(from);
+// The built-in type that moves so many bytes in one instruction.
+template <int BYTES> struct Word;
+template <> struct Word<2> { typedef uint16_t type; };
+template <> struct Word<4> { typedef uint32_t type; };
+template <> struct Word<8> { typedef uint2 type; };
+template <> struct Word<16> { typedef uint4 type; };
+
+// Read or write N elements as one; their address must be a multiple of their size.
+template <int N, typename T> __device__ __forceinline__ Pack<T, N> load(const T* from) {
+    typedef typename Word<N * sizeof(T)>::type Whole;
+    Pack<T, N> pack;
+    *reinterpret_cast<Whole*>(&pack) = *reinterpret_cast<const Whole*>(from);
     return pack;
 }
-template <typename T> __device__ __forceinline__ void store16(T* to, const Pack16<T>& pack) {
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&pack);
+template <int N, typename T> __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
+    typedef typename Word<N * sizeof(T)>::type Whole;
+    *reinterpret_cast<Whole*>(to) = *reinterpret_cast<const Whole*>(&pack);
 }
+template <typename T> __device__ __forceinline__ Pack16<T> load16(const T* from) { return load<16 / sizeof(T)>(from); }
+template <typename T> __device__ __forceinline__ void store16(T* to, const Pack16<T>& pack) { store(to, pack); }
 
 // Reductions over the 32 lanes of a warp. After step i every lane holds the result of 2^i lanes; in the end all hold the same bits,
 // since float addition is commutative.
