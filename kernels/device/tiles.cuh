@@ -16,8 +16,8 @@
 
 constexpr int PANEL_COLUMNS = 64, PANEL_ROW_BYTES = 128, PANEL_EIGHT_ROWS = 8 * PANEL_ROW_BYTES;
 
-// How many panels a tile of that many columns has.
-constexpr int panels_of(int columns) { return (columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS; }
+// How many panels a tile has.
+template <int COLUMNS> constexpr int PANELS_OF = (COLUMNS + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
 
 // Where element (row, column) of a tile lies, in elements from its start.
 template <int ROWS> __device__ __forceinline__ int swizzled(int row, int column) {
@@ -29,13 +29,13 @@ template <int ROWS> __device__ __forceinline__ int swizzled(int row, int column)
 template <int ROWS, int COLUMNS>
 __device__ __forceinline__ void load_tile(Element* tile, const TensorMap* map, uint64_t* full, int time, int head, int sample) {
     #pragma unroll
-    for (int panel = 0; panel < panels_of(COLUMNS); panel++)
+    for (int panel = 0; panel < PANELS_OF<COLUMNS>; panel++)
         tma_load_4d(tile + panel * ROWS * PANEL_COLUMNS, map, full, panel * PANEL_COLUMNS, head, time, sample);
 }
 template <int ROWS, int COLUMNS>
 __device__ __forceinline__ void store_tile(const TensorMap* map, const Element* tile, int time, int head, int sample) {
     #pragma unroll
-    for (int panel = 0; panel < panels_of(COLUMNS); panel++)
+    for (int panel = 0; panel < PANELS_OF<COLUMNS>; panel++)
         tma_store_4d(map, tile + panel * ROWS * PANEL_COLUMNS, panel * PANEL_COLUMNS, head, time, sample);
 }
 
@@ -81,6 +81,9 @@ template <int N> __device__ __forceinline__ void as_left_factor(uint32_t (&a)[N 
         for (int e = 0; e < 4; e++) a[k][e] = pack2<Element>(d[8 * k + 2 * e], d[8 * k + 2 * e + 1]);
     }
 }
+
+// Which warpgroup of the block a thread is in, in a way that shows the compiler that a warp's threads agree.
+__device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0); }
 
 // The row of a warpgroup's 64 in which this thread's accumulators d[4 i], d[4 i + 1] are; d[4 i + 2], d[4 i + 3] are 8 rows below. Their
 // columns are 8 i + accumulator_column() and the next.
