@@ -201,30 +201,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
     }
 }
 
-// delta [B, H, Tq] = <grad_o, o>, what every entry of a row of dP is lowered by. Grid (rows / 8, heads, samples), a warp a row.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_delta(const Element* grad_o, const Element* o, float* delta, const Attention a) {
-    const int h = blockIdx.y, b = blockIdx.z, query = blockIdx.x * (THREADS / 32) + WARP;
+// What every entry of a row of P and dP is lowered by: for each sample and head a row of `padded` floats, lse in powers of two and
+// delta = <grad_o, o>. (v2 copies them in tiles, hence the padding.) Grid (padded / 8, heads, samples), a warp a query.
+extern "C" __global__ void __launch_bounds__(THREADS) attention_delta(
+    const Element* grad_o, const Element* o, const float* lse, float* lse_2, float* delta, int padded, const Attention a) {
+    const int h = blockIdx.y, b = blockIdx.z, query = blockIdx.x * (THREADS / 32) + WARP, row_of_head = b * a.num_heads + h;
     if (query >= a.num_queries) return;
     grad_o = head_start(grad_o, a.grad_o, b, h) + query * a.grad_o.time;
     o = head_start(o, a.o, b, h) + query * a.o.time;
     float sum = 0;
     for (int i = LANE; i < HEAD_WIDTH; i += 32) sum += to_float(grad_o[i]) * to_float(o[i]);
     sum = warp_sum(sum);
-    if (LANE == 0) delta[(int64_t(b) * a.num_heads + h) * a.num_queries + query] = sum;
+    if (LANE) return;
+    lse_2[int64_t(row_of_head) * padded + query] = lse[int64_t(row_of_head) * a.num_queries + query] * LOG2_E;
+    delta[int64_t(row_of_head) * padded + query] = sum;
 }
 
 // What the backward pass knows of a query.
 struct Query {
     int limit;
-    float lse, delta;  // lse in powers of two
+    float lse_2, delta;
     uint64_t word;
 };
 
-__device__ __forceinline__ Query query_at(const Attention& a, const float* lse, const float* delta, const int* limits, const uint64_t* head_keys,
-                                          const int64_t* query_times, int row_of_head, int query) {
+__device__ __forceinline__ Query query_at(const Attention& a, const float* lse_2, const float* delta, int padded, const int* limits,
+                                          const uint64_t* head_keys, const int64_t* query_times, int row_of_head, int query) {
     if (query >= a.num_queries) return {0, 0.0f, 0.0f, 0};
-    const int64_t row = int64_t(row_of_head) * a.num_queries + query;
-    return {limit_of(a, limits, query), lse[row] * LOG2_E, delta[row], head_keys ? row_word(head_keys[row_of_head], query_times[query]) : 0};
+    const int64_t at = int64_t(row_of_head) * padded + query;
+    return {limit_of(a, limits, query), lse_2[at], delta[at], head_keys ? row_word(head_keys[row_of_head], query_times[query]) : 0};
 }
 
 // From the dot products q.k and grad_o.v of a query and a key to what multiplies grad_o (p) and what multiplies q and k (grad_s).
@@ -234,7 +238,7 @@ __device__ __forceinline__ void probability(const Attention& a, const Query& que
         p = grad_s = 0;
         return;
     }
-    const float before = exp2_(p * a.scale * LOG2_E - query.lse);
+    const float before = exp2_(p * a.scale * LOG2_E - query.lse_2);
     const float factor = !column_words ? 1.0f : keeps(query.word, column_words[key], a.threshold) ? a.keep_scale : 0.0f;
     p = before * factor;
     grad_s = before * (grad_s * factor - query.delta);
@@ -242,8 +246,8 @@ __device__ __forceinline__ void probability(const Attention& a, const Query& que
 
 // Grid (key tiles, key-value heads, samples). The queries of all heads that read a key-value head come one head after another.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv(
-    const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse, const float* delta, Element* grad_k,
-    Element* grad_v, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
+    const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
+    Element* grad_k, Element* grad_v, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
     const uint32_t* column_words, const Attention a) {
     float* k_tile = dynamic_shared<float>();        // [OWN][PITCH]
     float* v_tile = k_tile + OWN * PITCH;           // [OWN][PITCH]
@@ -274,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv(
             dot_rows(grad_s, v_tile, grad_o_tile);
             #pragma unroll
             for (int j = 0; j < LOOP_ROWS; j++) {
-                const Query query = query_at(a, lse, delta, limits, head_keys, query_times, b * a.num_heads + h, first_query + X + SIDE * j);
+                const Query query = query_at(a, lse_2, delta, padded, limits, head_keys, query_times, b * a.num_heads + h, first_query + X + SIDE * j);
                 #pragma unroll
                 for (int i = 0; i < OWN_ROWS; i++) {
                     probability(a, query, first + Y + SIDE * i, key_mask, column_words, s[i][j], grad_s[i][j]);
@@ -298,8 +302,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv(
 
 // Grid (query tiles, heads, samples).
 extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q(
-    const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse, const float* delta, Element* grad_q,
-    const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times, const uint32_t* column_words,
+    const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
+    Element* grad_q, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times, const uint32_t* column_words,
     const Attention a) {
     float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
     float* grad_o_tile = q_tile + OWN * PITCH;      // [OWN][PITCH]
@@ -318,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q(
     float sums[OWN_ROWS][COLUMNS];
     #pragma unroll
     for (int i = 0; i < OWN_ROWS; i++) {
-        query[i] = query_at(a, lse, delta, limits, head_keys, query_times, b * a.num_heads + h, first + Y + SIDE * i);
+        query[i] = query_at(a, lse_2, delta, padded, limits, head_keys, query_times, b * a.num_heads + h, first + Y + SIDE * i);
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) sums[i][c] = 0;
     }
