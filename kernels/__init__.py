@@ -33,7 +33,6 @@ from minillm.kernels.softmax_xent import reference as softmax_xent_reference
 from minillm.kernels.activation import bindings as _activation_c  # noqa: F401
 from minillm.kernels.adamw import bindings as _adamw_c  # noqa: F401
 from minillm.kernels.attention import bindings as _attention_c  # noqa: F401
-from minillm.kernels.attention import cuda as _attention_cuda  # noqa: F401
 from minillm.kernels.dropout import bindings as _dropout_c  # noqa: F401
 from minillm.kernels.embedding import bindings as _embedding_c  # noqa: F401
 from minillm.kernels.grad_norm import bindings as _grad_norm_c  # noqa: F401
@@ -49,6 +48,7 @@ from minillm.kernels.softmax_xent import bindings as _softmax_xent_c  # noqa: F4
 # The CUDA kernels, which the emulator runs without a GPU.
 from minillm.kernels.activation import cuda as _activation_cuda  # noqa: F401
 from minillm.kernels.adamw import cuda as _adamw_cuda  # noqa: F401
+from minillm.kernels.attention import cuda as _attention_cuda  # noqa: F401
 from minillm.kernels.cast import cuda as _cast_cuda  # noqa: F401
 from minillm.kernels.dropout import cuda as _dropout_cuda  # noqa: F401
 from minillm.kernels.embedding import cuda as _embedding_cuda  # noqa: F401

@@ -53,8 +53,8 @@ def launch(
 
 
 def _argument(x: Any) -> Any:
-    """What CuPy is to be given: it passes NumPy arrays of one element by value, and would make an unwrapped number 8 bytes wide whatever the
-    kernel declares."""
+    """What CuPy is to be given: it passes NumPy arrays of one element by value, and would make an unwrapped number 8 bytes wide whatever
+    the kernel declares."""
     if x is None:
         return _NULL
     if isinstance(x, DeviceTensorMap):
@@ -74,7 +74,8 @@ def _function(path: Path, name: str, defines: build.Defines, shared_bytes: int) 
     if found is None:
         found = _module(cupy, key[0], path, key[3]).get_function(name)
         if shared_bytes > PLAIN_SHARED_BYTES:
-            found.max_dynamic_shared_size_bytes = shared_bytes
+            driver = cupy.cuda.driver
+            driver.funcSetAttribute(found.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
         _functions[key] = found
     return found
 
@@ -99,9 +100,26 @@ def _multiprocessors(device: int) -> int:
 
 
 def multiprocessors(like: Array) -> int:
-    """How many blocks the device of an array can run side by side, in units of one processor; 2 in the emulator, so that loops over the
-    blocks' shares are run there too."""
+    """How many processors the device of an array has; 2 in the emulator, so that work is shared out there, too."""
     return 2 if isinstance(like, np.ndarray) else _multiprocessors(like.device.id)
+
+
+_occupancies: dict[Any, int] = {}
+
+
+def resident_blocks(path: Path, name: str, defines: build.Defines, block: Sequence[int], like: Array) -> int:
+    """How many blocks of a kernel the device of an array runs at once: the grid of a kernel whose blocks loop over their work. 3 in the
+    emulator, so that they do loop."""
+    if isinstance(like, np.ndarray):
+        return 3
+    function = _function(path, name, defines, 0)
+    threads = int(np.prod(block))
+    found = _occupancies.get((function, threads))
+    if found is None:
+        driver = importlib.import_module("cupy").cuda.driver
+        found = max(1, driver.occupancyMaxActiveBlocksPerMultiprocessor(function.ptr, threads, 0)) * multiprocessors(like)
+        _occupancies[function, threads] = found
+    return found
 
 
 def element(x: Array) -> str:
@@ -117,6 +135,26 @@ def dense(x: Array) -> Array:
 def empty(shape: Any, dtype: Any, like: Array) -> Array:
     """An uninitialised array where `like` is."""
     return namespace(like).empty(shape, dtype)
+
+
+def out_like(x: Array, out: Array | None) -> Array:
+    """A C-contiguous array to compute into: `out` where it is one, else a new one like `x`, to be given to `deliver`."""
+    return out if out is not None and out.flags.c_contiguous else empty(x.shape, x.dtype, x)
+
+
+def deliver(computed: Array, out: Array | None) -> Array:
+    """The result of a computation into `out_like(x, out)`, copied into `out` if that could not be used itself."""
+    if out is None or computed is out:
+        return computed
+    out[...] = computed
+    return out
+
+
+def same_dtype(*arrays: Array | None) -> None:
+    """Kernels read raw memory: arrays of another dtype than the first would be misread. Raises TypeError, naming the dtypes."""
+    found = [str(a.dtype) for a in arrays if a is not None]
+    if len(set(found)) > 1:
+        raise TypeError(f"the arrays of a CUDA kernel have one dtype, not {', '.join(found)}")
 
 
 def address(x: Array) -> int:
