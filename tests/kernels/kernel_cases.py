@@ -342,6 +342,46 @@ def attention_cases() -> Iterator[Case]:
     yield from attention_pair("dropout-full", sizes, seen=np.True_, causal=False, dropout=dropout)
 
 
+def wide_attention_cases() -> Iterator[Case]:
+    """Head widths that the CUDA kernels have, at sizes that leave the last tile of each kind part full and make every kernel walk."""
+    for B, Tq, Tk, H, Hkv, K, causal in (
+        (1, 70, 70, 2, 1, 64, True),
+        (1, 150, 150, 1, 1, 32, True),
+        (1, 37, 150, 2, 2, 32, False),
+        (1, 65, 65, 1, 1, 128, True),
+        (1, 67, 35, 1, 1, 96, False),
+        (0, 4, 4, 2, 2, 32, True),
+        (1, 0, 4, 2, 2, 32, False),
+        (1, 4, 0, 2, 2, 32, False),
+    ):
+        triangle = np.arange(Tq)[:, None] >= np.arange(Tk) if causal else np.True_
+        name = f"B{B}-Tq{Tq}-Tk{Tk}-H{H}-{Hkv}-K{K}{'-causal' if causal else ''}"
+        yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), seen=triangle, causal=causal)
+    rng = np.random.default_rng(6)
+    sizes = (2, 140, 90, 2, 1, 32)
+    shuffled = dict(times_q=rng.permutation(140) - 20, times_k=rng.permutation(90))
+    zigzag = dict(times_q=np.r_[0:70, 210:280], times_k=np.r_[0:45, 235:280])  # what a rank of a context-parallel group holds
+    late = dict(times_q=np.arange(140), times_k=np.arange(60, 150))  # queries before 60 see nothing
+    for name, times in (("shuffled", shuffled), ("zigzag", zigzag), ("blind", late)):
+        yield from attention_pair(f"wide-{name}", sizes, seen=times["times_q"][:, None] >= times["times_k"], causal=True, **times)
+    key_mask = rng.random((2, 90)) < 0.6
+    key_mask[0, :80] = False
+    key_mask[1] = False
+    both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
+    yield from attention_pair("wide-padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask)
+    yield from attention_pair("wide-padding-shuffled", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled)
+    yield from attention_pair(
+        "wide-large-scores", (1, 130, 130, 1, 1, 32), seen=np.arange(130)[:, None] >= np.arange(130), causal=True, scale=20.0, slack=20.0
+    )
+    dropout = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))
+    offset = dict(times_q=np.arange(50, 190), times_k=np.arange(90))
+    yield from attention_pair(
+        "wide-dropout", sizes, seen=offset["times_q"][:, None] >= offset["times_k"], causal=True, dropout=dropout, **offset
+    )
+    short = dropout._replace(samples=np.array([7]), times_q=np.arange(40), times_k=np.arange(70))
+    yield from attention_pair("wide-dropout-full", (1, 40, 70, 2, 2, 64), seen=np.True_, causal=False, dropout=short)
+
+
 def attention_pair(
     name: str, sizes: tuple[int, ...], *, seen: Any, scale: float = 0.4, slack: float = 1.0, **options: Any
 ) -> Iterator[Case]:
@@ -487,5 +527,14 @@ def sum_case(n: int, num_parts: int) -> Case:
 
 
 def all_cases() -> list[Case]:
-    makers = (norm_cases, activation_cases, softmax_cases, matmul_cases, attention_cases, position_cases, optimizer_cases)
+    makers = (
+        norm_cases,
+        activation_cases,
+        softmax_cases,
+        matmul_cases,
+        attention_cases,
+        wide_attention_cases,
+        position_cases,
+        optimizer_cases,
+    )
     return [case for make in makers for case in make()]
