@@ -93,6 +93,13 @@ template <typename T> __device__ __forceinline__ T* dynamic_shared() {
     return reinterpret_cast<T*>(minillm_dynamic_shared);
 }
 
+// The built-in type that moves so many bytes in one instruction.
+template <int BYTES> struct Word;
+template <> struct Word<2> { typedef uint16_t type; };
+template <> struct Word<4> { typedef uint32_t type; };
+template <> struct Word<8> { typedef uint2 type; };
+template <> struct Word<16> { typedef uint4 type; };
+
 // WATCH(name, value) shows `value` (a number or an array of numbers) of one chosen thread under the emulator; nothing on the GPU.
 #define WATCH(name, value)
 #endif
@@ -102,13 +109,6 @@ template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
     T v[N];
 };
 template <typename T> using Pack16 = Pack<T, 16 / sizeof(T)>;
-
-// The built-in type that moves so many bytes in one instruction.
-template <int BYTES> struct Word;
-template <> struct Word<2> { typedef uint16_t type; };
-template <> struct Word<4> { typedef uint32_t type; };
-template <> struct Word<8> { typedef uint2 type; };
-template <> struct Word<16> { typedef uint4 type; };
 
 // Read or write N elements as one; their address must be a multiple of their size.
 template <int N, typename T> __device__ __forceinline__ Pack<T, N> load(const T* from) {

@@ -21,8 +21,8 @@ _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing",
 _RUNTIME = (*_COMMON, "-O2", "-g1")
 # Loads and stores are to stay as they are written: no vectorising, no merging. What a GPU has not initialised holds a pattern, not zero.
 _KERNEL = (
-    *(*_COMMON, "-O1", "-g", "-w", "-DMINILLM_EMULATOR", "-fsanitize=thread", "-fsanitize=bounds", "-ffp-contract=off"),
-    *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-omit-frame-pointer"),
+    *(*_COMMON, "-O1", "-gdwarf-4", "-w", "-DMINILLM_EMULATOR", "-fsanitize=thread", "-fsanitize=bounds", "-ffp-contract=off"),
+    *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-tree-sra", "-fno-optimize-sibling-calls"),
 )
 _GCC_ONLY = ("-fno-store-merging", "--param=tsan-distinguish-volatile=0")
 

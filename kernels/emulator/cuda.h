@@ -13,7 +13,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
@@ -21,6 +21,9 @@
 #define __constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static __attribute__((section("minillm_shared")))
+
+// Whatever stands between a kernel and the emulator's library is inlined, so that return addresses lie in the kernel.
+#define EMULATED __forceinline__
 
 // ---- built-in variables and types
 #define threadIdx (emulator::thread_index())
@@ -42,51 +45,58 @@ EMULATOR_VECTOR_TYPES(uint, unsigned)
 #undef EMULATOR_VECTOR_TYPES
 
 // ---- elements
-template <typename T> T from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-template <> inline bfloat16 from_float<bfloat16>(float x) { return bfloat16_from(x); }
-template <> inline float16 from_float<float16>(float x) { return float16_from(x); }
+template <typename T> EMULATED T from_float(float x);
+template <> EMULATED float from_float<float>(float x) { return x; }
+template <> EMULATED bfloat16 from_float<bfloat16>(float x) { return bfloat16_from(x); }
+template <> EMULATED float16 from_float<float16>(float x) { return float16_from(x); }
 
-template <typename T> uint32_t pack2(float low, float high) {
+template <typename T> EMULATED uint32_t pack2(float low, float high) {
     return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
-template <typename T> float2 unpack2(uint32_t both) {
+template <typename T> EMULATED float2 unpack2(uint32_t both) {
     return {to_float(T{static_cast<uint16_t>(both)}), to_float(T{static_cast<uint16_t>(both >> 16)})};
 }
 
-template <typename T> T* dynamic_shared() { return static_cast<T*>(emulator::dynamic_shared()); }
+// What moves 2, 4, 8 or 16 bytes in one instruction.
+template <int BYTES> struct Word;
+template <> struct Word<2> { typedef uint16_t type; };
+template <> struct Word<4> { typedef uint32_t type; };
+template <> struct Word<8> { typedef uint64_t type; };
+template <> struct Word<16> { typedef unsigned __int128 type; };
+
+template <typename T> EMULATED T* dynamic_shared() { return static_cast<T*>(emulator::dynamic_shared()); }
 
 // ---- arithmetic
-inline float exp2_(float x) { return exp2f(x); }
-inline float log2_(float x) { return log2f(x); }
-inline float rsqrt_(float x) { return 1.0f / sqrtf(x); }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __log2f(float x) { return log2f(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fsub_rn(float x, float y) { return x - y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __fdiv_rn(float x, float y) { return x / y; }
-inline float __fsqrt_rn(float x) { return sqrtf(x); }
-inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-inline double __dadd_rn(double x, double y) { return x + y; }
-inline double __dmul_rn(double x, double y) { return x * y; }
-inline float __uint_as_float(unsigned x) { return float_from_bits(x); }
-inline float __int_as_float(int x) { return float_from_bits(static_cast<unsigned>(x)); }
-inline unsigned __float_as_uint(float x) { return bits_of_float(x); }
-inline int __float_as_int(float x) { return static_cast<int>(bits_of_float(x)); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>(static_cast<uint64_t>(x) * y >> 32); }
-inline uint64_t __umul64hi(uint64_t x, uint64_t y) { return static_cast<uint64_t>(static_cast<unsigned __int128>(x) * y >> 64); }
-template <typename T> T __ldg(const T* p) { return *p; }
+EMULATED float exp2_(float x) { return exp2f(x); }
+EMULATED float log2_(float x) { return log2f(x); }
+EMULATED float rsqrt_(float x) { return 1.0f / sqrtf(x); }
+EMULATED float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+EMULATED float __expf(float x) { return expf(x); }
+EMULATED float __logf(float x) { return logf(x); }
+EMULATED float __log2f(float x) { return log2f(x); }
+EMULATED float __fdividef(float x, float y) { return x / y; }
+EMULATED float __fadd_rn(float x, float y) { return x + y; }
+EMULATED float __fsub_rn(float x, float y) { return x - y; }
+EMULATED float __fmul_rn(float x, float y) { return x * y; }
+EMULATED float __fdiv_rn(float x, float y) { return x / y; }
+EMULATED float __fsqrt_rn(float x) { return sqrtf(x); }
+EMULATED float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+EMULATED double __dadd_rn(double x, double y) { return x + y; }
+EMULATED double __dmul_rn(double x, double y) { return x * y; }
+EMULATED float __uint_as_float(unsigned x) { return float_from_bits(x); }
+EMULATED float __int_as_float(int x) { return float_from_bits(static_cast<unsigned>(x)); }
+EMULATED unsigned __float_as_uint(float x) { return bits_of_float(x); }
+EMULATED int __float_as_int(float x) { return static_cast<int>(bits_of_float(x)); }
+EMULATED int __popc(unsigned x) { return __builtin_popcount(x); }
+EMULATED int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+EMULATED int __ffs(int x) { return __builtin_ffs(x); }
+EMULATED unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>(static_cast<uint64_t>(x) * y >> 32); }
+EMULATED uint64_t __umul64hi(uint64_t x, uint64_t y) { return static_cast<uint64_t>(static_cast<unsigned __int128>(x) * y >> 64); }
+template <typename T> EMULATED T __ldg(const T* p) { return *p; }
 
 // min and max of two arithmetic types, in the type that C++ gives their sum.
-template <typename A, typename B> auto min(A a, B b) -> decltype(a + b) { return a < b ? a : b; }
-template <typename A, typename B> auto max(A a, B b) -> decltype(a + b) { return a > b ? a : b; }
+template <typename A, typename B> EMULATED auto min(A a, B b) -> decltype(a + b) { return a < b ? a : b; }
+template <typename A, typename B> EMULATED auto max(A a, B b) -> decltype(a + b) { return a > b ? a : b; }
 
 // ---- barriers
 namespace emulator {
@@ -100,47 +110,47 @@ uint64_t atomic(void* address, int bytes, char how, uint64_t operand, uint64_t c
 void thread_fence();
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::block_barrier("__syncthreads", 0); }
-inline int __syncthreads_or(int x) { return emulator::block_barrier("__syncthreads_or", x).any; }
-inline int __syncthreads_and(int x) { return emulator::block_barrier("__syncthreads_and", x).all; }
-inline int __syncthreads_count(int x) { return emulator::block_barrier("__syncthreads_count", x).sum; }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::sync_warp(mask); }
-inline void __threadfence() { emulator::thread_fence(); }
-inline void __threadfence_block() {}
+EMULATED void __syncthreads() { emulator::block_barrier("__syncthreads", 0); }
+EMULATED int __syncthreads_or(int x) { return emulator::block_barrier("__syncthreads_or", x).any; }
+EMULATED int __syncthreads_and(int x) { return emulator::block_barrier("__syncthreads_and", x).all; }
+EMULATED int __syncthreads_count(int x) { return emulator::block_barrier("__syncthreads_count", x).sum; }
+EMULATED void __syncwarp(unsigned mask = 0xffffffffu) { emulator::sync_warp(mask); }
+EMULATED void __threadfence() { emulator::thread_fence(); }
+EMULATED void __threadfence_block() {}
 
 // ---- lanes talk to one another
-template <typename T> T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+template <typename T> EMULATED T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
     emulator::shuffle(mask, &value, sizeof value, 'i', lane, width);
     return value;
 }
-template <typename T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+template <typename T> EMULATED T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
     emulator::shuffle(mask, &value, sizeof value, 'x', lanes, width);
     return value;
 }
-template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
+template <typename T> EMULATED T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
     emulator::shuffle(mask, &value, sizeof value, 'd', static_cast<int>(distance), width);
     return value;
 }
-template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
+template <typename T> EMULATED T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
     emulator::shuffle(mask, &value, sizeof value, 'u', static_cast<int>(distance), width);
     return value;
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate, "__ballot_sync"); }
-inline int __any_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate, "__any_sync") != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return emulator::ballot(mask, !predicate, "__all_sync") == 0; }
+EMULATED unsigned __ballot_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate, "__ballot_sync"); }
+EMULATED int __any_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate, "__any_sync") != 0; }
+EMULATED int __all_sync(unsigned mask, int predicate) { return emulator::ballot(mask, !predicate, "__all_sync") == 0; }
 
 // ---- atomics
-inline int atomicAdd(int* p, int x) { return static_cast<int>(emulator::atomic(p, 4, '+', static_cast<uint32_t>(x), 0, true)); }
-inline unsigned atomicAdd(unsigned* p, unsigned x) { return static_cast<unsigned>(emulator::atomic(p, 4, '+', x, 0, false)); }
-inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) { return emulator::atomic(p, 8, '+', x, 0, false); }
-inline int atomicMax(int* p, int x) { return static_cast<int>(emulator::atomic(p, 4, '>', static_cast<uint32_t>(x), 0, true)); }
-inline int atomicMin(int* p, int x) { return static_cast<int>(emulator::atomic(p, 4, '<', static_cast<uint32_t>(x), 0, true)); }
-inline unsigned atomicExch(unsigned* p, unsigned x) { return static_cast<unsigned>(emulator::atomic(p, 4, 'x', x, 0, false)); }
-inline int atomicExch(int* p, int x) { return static_cast<int>(emulator::atomic(p, 4, 'x', static_cast<uint32_t>(x), 0, true)); }
-inline unsigned atomicCAS(unsigned* p, unsigned compare, unsigned x) {
+EMULATED int atomicAdd(int* p, int x) { return static_cast<int>(emulator::atomic(p, 4, '+', static_cast<uint32_t>(x), 0, true)); }
+EMULATED unsigned atomicAdd(unsigned* p, unsigned x) { return static_cast<unsigned>(emulator::atomic(p, 4, '+', x, 0, false)); }
+EMULATED unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) { return emulator::atomic(p, 8, '+', x, 0, false); }
+EMULATED int atomicMax(int* p, int x) { return static_cast<int>(emulator::atomic(p, 4, '>', static_cast<uint32_t>(x), 0, true)); }
+EMULATED int atomicMin(int* p, int x) { return static_cast<int>(emulator::atomic(p, 4, '<', static_cast<uint32_t>(x), 0, true)); }
+EMULATED unsigned atomicExch(unsigned* p, unsigned x) { return static_cast<unsigned>(emulator::atomic(p, 4, 'x', x, 0, false)); }
+EMULATED int atomicExch(int* p, int x) { return static_cast<int>(emulator::atomic(p, 4, 'x', static_cast<uint32_t>(x), 0, true)); }
+EMULATED unsigned atomicCAS(unsigned* p, unsigned compare, unsigned x) {
     return static_cast<unsigned>(emulator::atomic(p, 4, 'c', x, compare, false));
 }
-inline int atomicCAS(int* p, int compare, int x) {
+EMULATED int atomicCAS(int* p, int compare, int x) {
     return static_cast<int>(emulator::atomic(p, 4, 'c', static_cast<uint32_t>(x), static_cast<uint32_t>(compare), true));
 }
 
@@ -154,7 +164,7 @@ template <typename T, size_t N> struct Scalar<T[N]> {
     typedef typename Scalar<T>::type type;
     static constexpr size_t count = N * Scalar<T>::count;
 };
-template <typename T> void watch_value(const char* name, const T& value) {
+template <typename T> EMULATED void watch_value(const char* name, const T& value) {
     typedef typename Scalar<T>::type S;
     const char type = static_cast<S>(0.5f) != static_cast<S>(0) ? 'f' : static_cast<S>(-1) < static_cast<S>(0) ? 'i' : 'u';
     watch(name, type, sizeof(S), &value, Scalar<T>::count);

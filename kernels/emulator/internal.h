@@ -56,6 +56,8 @@ struct Launch {
     uint32_t preempt;  // switch threads at one memory access in so many; 0: never
     int32_t num_arrays;
     const Array* arrays;
+    const Array* shared_variables;  // the static ones, where known
+    int64_t num_shared_variables;
     int64_t only_block;    // -1: all
     int64_t log_block;     // log the accesses of this block; -1: none
     int64_t watch_block;

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from minillm.kernels.build import Defines
 from minillm.kernels.emulator.compiler import Compiled, Parameter, compile_host
-from minillm.kernels.emulator.report import EmulatorError, Symbols, explain
+from minillm.kernels.emulator.report import EmulatorError, Symbols, explain, shared_variables
 
 Array = Any
 
@@ -68,7 +68,7 @@ class Watched:
     value: np.ndarray = field(repr=False)
 
 
-_options: ContextVar[Options] = ContextVar("emulator options", default=Options())  # noqa: B039: it is frozen
+_options: ContextVar[Options] = ContextVar("emulator options", default=Options())  # noqa: B039
 
 
 @contextmanager
@@ -102,7 +102,8 @@ class _Launch(ctypes.Structure):
     _fields_ = (
         *(("kernel", ctypes.c_void_p), ("args", ctypes.c_void_p), ("args_bytes", ctypes.c_uint64), ("grid", _Index), ("block", _Index)),
         *(("shared_bytes", ctypes.c_uint64), ("order", ctypes.c_int32), ("checks", ctypes.c_int32), ("seed", ctypes.c_uint64)),
-        *(("preempt", ctypes.c_uint32), ("num_arrays", ctypes.c_int32), ("arrays", ctypes.POINTER(_Array)), ("only_block", ctypes.c_int64)),
+        *(("preempt", ctypes.c_uint32), ("num_arrays", ctypes.c_int32), ("arrays", ctypes.POINTER(_Array))),
+        *(("shared_variables", ctypes.POINTER(_Array)), ("num_shared_variables", ctypes.c_int64), ("only_block", ctypes.c_int64)),
         *(("log_block", ctypes.c_int64), ("watch_block", ctypes.c_int64), ("watch_thread", ctypes.c_int32), ("padding", ctypes.c_int32)),
     )
 
@@ -166,6 +167,7 @@ def launch_compiled(
     _check_sizes(name, grid, block, shared_bytes)
     watch_block, watch_thread = options.watch or (-1, -1)
     arrays = _arrays(parameters, args, options.unwritten)
+    shared = [_Array(s.address, s.bytes, 0, 1, s.name.encode()[:95]) for s in shared_variables(compiled.library, library)]
     request = _Launch(
         kernel=ctypes.cast(getattr(library, f"emulator_call_{name}"), ctypes.c_void_p).value,
         args=pack.address,
@@ -179,6 +181,8 @@ def launch_compiled(
         preempt=options.preempt,
         num_arrays=len(arrays),
         arrays=(_Array * max(1, len(arrays)))(*arrays),
+        shared_variables=(_Array * max(1, len(shared)))(*shared),
+        num_shared_variables=len(shared),
         only_block=-1 if options.only_block is None else options.only_block,
         log_block=-1 if options.log_block is None else options.log_block,
         watch_block=watch_block,

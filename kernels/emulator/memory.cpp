@@ -111,8 +111,12 @@ void prepare_memory(const Launch& launch) {
     regions.clear();
     last_region = nullptr;
     add_arrays(launch);
+    for (int64_t i = 0; i < launch.num_shared_variables; i++) {
+        const Array& variable = launch.shared_variables[i];
+        add_region(variable.address, variable.bytes, STATIC_SHARED, 1, variable.name, false);
+    }
     const uintptr_t begin = reinterpret_cast<uintptr_t>(__start_minillm_shared), end = reinterpret_cast<uintptr_t>(__stop_minillm_shared);
-    add_region(begin, end - begin, STATIC_SHARED, 1, "static shared memory", false);
+    if (!launch.num_shared_variables) add_region(begin, end - begin, STATIC_SHARED, 1, "static shared memory", false);
     constexpr size_t ALIGNMENT = 1024, RED_ZONE = 4096;  // no array of the launch lies within a red zone's reach
     arena.resize(launch.shared_bytes + ALIGNMENT + 2 * RED_ZONE);
     const uintptr_t start = (reinterpret_cast<uintptr_t>(arena.data()) + RED_ZONE + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
@@ -179,11 +183,11 @@ static void report_unwritten(const Region& region, size_t cell, int who, Site si
     if (region.written[cell] == IN_FLIGHT) {
         const Event writer = region.cells[cell].writer;
         fail_for(who, "read before it arrived", site,
-                 "%s reads %s while an asynchronous copy, started by %s at @%p@, is still on its way there: nobody has waited for it", reader,
+                 "%sreads %s while an asynchronous copy, started by %s at @%p@, is still on its way there: nobody has waited for it", reader,
                  place(region, address).c_str(), describe_thread(who_of(writer) < machine.num_threads ? who_of(writer) : who).c_str(),
                  sites[site_of(writer)]);
     }
-    fail_for(who, "uninitialised read", site, "%s reads %s, which nothing has written%s", reader, place(region, address).c_str(),
+    fail_for(who, "uninitialised read", site, "%sreads %s, which nothing has written%s", reader, place(region, address).c_str(),
              region.is_shared() ? " in this block" : "");
 }
 
@@ -194,16 +198,16 @@ static std::string name_of(Event e) {
 static void report_race(const Region& region, size_t cell, int who, Site site, bool is_write, Event other, bool other_wrote, const char* subject) {
     const uintptr_t address = region.begin + (cell << region.shift);
     if (tick_of(other) < machine.block_start)
-        fail_for(who, "race between blocks", site, "%s %s %s, which another block %s at @%p@: blocks have no order", subject, verb(is_write),
+        fail_for(who, "race between blocks", site, "%s%s %s, which another block %s at @%p@: blocks have no order", subject, verb(is_write),
                  place(region, address).c_str(), other_wrote ? "wrote" : "read", sites[site_of(other)]);
-    fail_for(who, "race", site, "%s %s %s, which %s %s at @%p@: no barrier lies between the two", subject, verb(is_write),
+    fail_for(who, "race", site, "%s%s %s, which %s %s at @%p@: no barrier lies between the two", subject, verb(is_write),
              place(region, address).c_str(), name_of(other).c_str(), other_wrote ? "wrote" : "read", sites[site_of(other)]);
 }
 
 static void report_unfenced(const Region& region, size_t cell, int who, Site site, Event writer, const char* subject) {
     const uintptr_t address = region.begin + (cell << region.shift);
     fail_for(who, "missing proxy fence", site,
-             "%s reads %s through the asynchronous proxy; %s wrote it with an ordinary store at @%p@ and has not called fence_async_proxy() since",
+             "%sreads %s through the asynchronous proxy; %s wrote it with an ordinary store at @%p@ and has not called fence_async_proxy() since",
              subject, place(region, address).c_str(), name_of(writer).c_str(), sites[site_of(writer)]);
 }
 
@@ -218,7 +222,7 @@ struct Author {
     Site site;
     const Clock& seen;
     Tick own;         // the thread's tick when it did this: its own past counts as seen
-    const char* subject;
+    const char* subject;  // "started wgmma, which ", or nothing: the thread itself
 
     bool knows(Event e) const {
         if (who_of(e) == who) return true;
@@ -318,8 +322,13 @@ static void access(uintptr_t address, size_t bytes, bool is_write, Site site) {
     if (address >= reinterpret_cast<uintptr_t>(machine.stacks_begin) && address < reinterpret_cast<uintptr_t>(machine.stacks_end))
         fail("out of bounds", site, "%s %zu bytes of another thread's local variables", verb(is_write), bytes);
     if (!find_region(address) && (in_library(address) || in_arguments(address))) return;  // constants and tables
-    check(address, bytes, is_write, Author{me, me, fiber.now, false, site, fiber.seen, fiber.now, "it"});
-    if (machine.launch->preempt && !random_below(machine.launch->preempt)) yield();
+    check(address, bytes, is_write, Author{me, me, fiber.now, false, site, fiber.seen, fiber.now, ""});
+}
+
+// An access in the kernel's own code: others may come in between.
+static void access_of_kernel(void* address, size_t bytes, bool is_write, Site site) {
+    access(reinterpret_cast<uintptr_t>(address), bytes, is_write, site);
+    if (machine.launch->preempt && machine.running >= 0 && !random_below(machine.launch->preempt)) yield();
 }
 
 void read(const void* address, size_t bytes, Site site) { access(reinterpret_cast<uintptr_t>(address), bytes, false, site); }
@@ -348,8 +357,9 @@ void require_global(const void* address, size_t bytes, Site site, const char* wh
 uint32_t shared_address(const void* pointer) {
     const Region* region = find_region(reinterpret_cast<uintptr_t>(pointer));
     if (!region || !region->is_shared()) fail("wrong memory", EMULATOR_SITE, "shared_address of an address outside shared memory");
-    const size_t offset = reinterpret_cast<uintptr_t>(pointer) - region->begin;
-    return static_cast<uint32_t>(region->kind == DYNAMIC_SHARED ? offset : machine.launch->shared_bytes + offset);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+    if (region->kind == DYNAMIC_SHARED) return static_cast<uint32_t>(address - region->begin);
+    return static_cast<uint32_t>(machine.launch->shared_bytes + address - reinterpret_cast<uintptr_t>(__start_minillm_shared));
 }
 
 // ---- asynchronous accesses
@@ -381,7 +391,8 @@ Async begin_async(Site site) {
 }
 
 void async_access(const Async& by, void* address, size_t bytes, bool is_write, int agent, Tick tick, const char* what) {
-    const Author author{by.thread, agent, tick, true, by.site, by.seen, by.seen[by.thread], what};
+    const std::string subject = std::string("started ") + what + ", which ";
+    const Author author{by.thread, agent, tick, true, by.site, by.seen, by.seen[by.thread], subject.c_str()};
     check(reinterpret_cast<uintptr_t>(address), bytes, is_write, author);
 }
 
@@ -414,27 +425,27 @@ static bool in_library(uintptr_t address) {
 
 using namespace emulator;
 
-#define SANITIZER_CALLS(SIZE)                                                                                              \
-    extern "C" void __tsan_read##SIZE(void* p) {                                                                           \
-        if (reinterpret_cast<uintptr_t>(p) % SIZE) require_aligned(p, SIZE, EMULATOR_SITE);                                \
-        access(reinterpret_cast<uintptr_t>(p), SIZE, false, EMULATOR_SITE);                                                \
-    }                                                                                                                      \
-    extern "C" void __tsan_write##SIZE(void* p) {                                                                          \
-        if (reinterpret_cast<uintptr_t>(p) % SIZE) require_aligned(p, SIZE, EMULATOR_SITE);                                \
-        access(reinterpret_cast<uintptr_t>(p), SIZE, true, EMULATOR_SITE);                                                 \
-    }                                                                                                                      \
-    extern "C" void __tsan_unaligned_read##SIZE(void* p) { access(reinterpret_cast<uintptr_t>(p), SIZE, false, EMULATOR_SITE); } \
-    extern "C" void __tsan_unaligned_write##SIZE(void* p) { access(reinterpret_cast<uintptr_t>(p), SIZE, true, EMULATOR_SITE); }
+#define SANITIZER_CALLS(SIZE)                                                                                  \
+    extern "C" void __tsan_read##SIZE(void* p) {                                                               \
+        if (reinterpret_cast<uintptr_t>(p) % SIZE) require_aligned(p, SIZE, EMULATOR_SITE);                    \
+        access_of_kernel(p, SIZE, false, EMULATOR_SITE);                                                       \
+    }                                                                                                          \
+    extern "C" void __tsan_write##SIZE(void* p) {                                                              \
+        if (reinterpret_cast<uintptr_t>(p) % SIZE) require_aligned(p, SIZE, EMULATOR_SITE);                    \
+        access_of_kernel(p, SIZE, true, EMULATOR_SITE);                                                        \
+    }                                                                                                          \
+    extern "C" void __tsan_unaligned_read##SIZE(void* p) { access_of_kernel(p, SIZE, false, EMULATOR_SITE); }  \
+    extern "C" void __tsan_unaligned_write##SIZE(void* p) { access_of_kernel(p, SIZE, true, EMULATOR_SITE); }
 SANITIZER_CALLS(1)
 SANITIZER_CALLS(2)
 SANITIZER_CALLS(4)
 SANITIZER_CALLS(8)
 SANITIZER_CALLS(16)
 
-extern "C" void __tsan_read_range(void* p, size_t bytes) { access(reinterpret_cast<uintptr_t>(p), bytes, false, EMULATOR_SITE); }
-extern "C" void __tsan_write_range(void* p, size_t bytes) { access(reinterpret_cast<uintptr_t>(p), bytes, true, EMULATOR_SITE); }
-extern "C" void __tsan_volatile_read4(void* p) { access(reinterpret_cast<uintptr_t>(p), 4, false, EMULATOR_SITE); }
-extern "C" void __tsan_volatile_write4(void* p) { access(reinterpret_cast<uintptr_t>(p), 4, true, EMULATOR_SITE); }
+extern "C" void __tsan_read_range(void* p, size_t bytes) { access_of_kernel(p, bytes, false, EMULATOR_SITE); }
+extern "C" void __tsan_write_range(void* p, size_t bytes) { access_of_kernel(p, bytes, true, EMULATOR_SITE); }
+extern "C" void __tsan_volatile_read4(void* p) { access_of_kernel(p, 4, false, EMULATOR_SITE); }
+extern "C" void __tsan_volatile_write4(void* p) { access_of_kernel(p, 4, true, EMULATOR_SITE); }
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_init() {}

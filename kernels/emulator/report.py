@@ -95,10 +95,47 @@ def _frame(line: str, function: str) -> Frame | None:
 
 def _load_address(path: Path, address_of_launch: int) -> int:
     """Where the library lies in memory: a function's address less its value in the symbol table."""
-    for line in subprocess.run(["nm", "-D", str(path)], capture_output=True, text=True, check=False).stdout.splitlines():
-        if line.endswith(" emulator_launch"):
-            return address_of_launch - int(line.split()[0], 16)
-    return 0
+    value = next((symbol.value for symbol in _symbol_table(path) if symbol.name == "emulator_launch"), None)
+    return 0 if value is None else address_of_launch - value
+
+
+class _Symbol(NamedTuple):
+    value: int
+    bytes: int
+    name: str
+
+
+@functools.cache
+def _symbol_table(path: Path) -> list[_Symbol]:
+    """The symbols of a library, demangled, by nm; none where there is no nm."""
+    tool = shutil.which("nm") or shutil.which("llvm-nm")
+    if tool is None:
+        return []
+    found = []
+    for line in subprocess.run([tool, "-S", "-C", str(path)], capture_output=True, text=True, check=False).stdout.splitlines():
+        match = re.fullmatch(r"([0-9a-f]+) (?:([0-9a-f]+) )?\w (.*)", line)
+        if match:
+            found.append(_Symbol(int(match[1], 16), int(match[2] or "0", 16), match[3]))
+    return found
+
+
+class SharedVariable(NamedTuple):
+    """A `__shared__` array: where it lies in this process, and what it is called."""
+
+    address: int
+    bytes: int
+    name: str
+
+
+def shared_variables(path: Path, library: ctypes.CDLL) -> list[SharedVariable]:
+    """The static shared variables of a library: the symbols in the section that cuda.h puts them into."""
+    table = _symbol_table(path)
+    ends = [symbol.value for name in ("__start_minillm_shared", "__stop_minillm_shared") for symbol in table if symbol.name == name]
+    if len(ends) != 2:
+        return []
+    base = _load_address(path, ctypes.cast(library.emulator_launch, ctypes.c_void_p).value or 0)
+    inside = [symbol for symbol in table if symbol.bytes and ends[0] <= symbol.value < ends[1]]
+    return [SharedVariable(base + s.value, s.bytes, f"shared array {s.name.rpartition('::')[2]}") for s in inside]
 
 
 def explain(report: Any, symbols: Symbols, where: str) -> str:

@@ -218,8 +218,8 @@ void note_divergence(Site one, Site other) {
     if (report.num_divergent < 16) memcpy(report.divergent[report.num_divergent++], pair, sizeof pair);
 }
 
-// "threads 0-31, 64" of those for which `chosen` holds.
-template <typename Chosen> static std::string thread_ranges(Chosen chosen) {
+// "threads 0-31, 64 wait" of those for which `chosen` holds.
+template <typename Chosen> static std::string thread_ranges(Chosen chosen, const char* one_does, const char* several_do) {
     std::string text;
     int count = 0;
     for (int t = 0; t < machine.num_threads; t++) {
@@ -230,7 +230,7 @@ template <typename Chosen> static std::string thread_ranges(Chosen chosen) {
         count += last - t + 1;
         t = last;
     }
-    return (count == 1 ? "thread " : "threads ") + text;
+    return (count == 1 ? "thread " : "threads ") + text + " " + (count == 1 ? one_does : several_do);
 }
 
 // Nobody can go on: say who waits where.
@@ -248,11 +248,11 @@ static void report_deadlock() {
         };
         char place[64];
         snprintf(place, sizeof place, "@%p@", fiber.site);
-        text += "  " + thread_ranges(alike) + " wait in " + fiber.what + " at " + place + (fiber.detail[0] ? std::string(": ") + fiber.detail : "") + "\n";
+        text += "  " + thread_ranges(alike, "waits", "wait") + " in " + fiber.what + " at " + place + (fiber.detail[0] ? std::string(": ") + fiber.detail : "") + "\n";
         for (int u = t; u < machine.num_threads; u++) told[u] = told[u] || alike(u);
     }
     if (machine.left < machine.num_threads)
-        text += "  " + thread_ranges([](int t) { return machine.fibers[t].state == State::done; }) + " have returned from the kernel\n";
+        text += "  " + thread_ranges([](int t) { return machine.fibers[t].state == State::done; }, "has", "have") + " returned from the kernel\n";
     Report& report = *machine.report;
     snprintf(report.kind, sizeof report.kind, "deadlock");
     snprintf(report.text, sizeof report.text, "%s", text.c_str());
@@ -361,8 +361,8 @@ static void start_block(uint32_t number) {
 }
 
 static void run_threads() {
-    const bool backwards = machine.launch->order == static_cast<int>(Order::reversed);
-    int last = backwards ? 0 : machine.num_threads - 1;  // so that the first to run is thread 0, or the last
+    const bool forwards = machine.launch->order == static_cast<int>(Order::round_robin);
+    int last = forwards ? machine.num_threads - 1 : 0;  // so that the first to run is thread 0, or the last where order is reversed
     constexpr int SWITCHES_PER_POLL = 16;
     for (uint64_t count = 1; machine.left > 0 && !machine.failed; count++) {
         if (count % SWITCHES_PER_POLL == 0) poll_all(false);

@@ -22,6 +22,7 @@ extern "C" __global__ void past_dynamic_shared(float* y) {
 extern "C" __global__ void past_static_shared(float* y) {
     __shared__ float tile[32];
     tile[threadIdx.x] = 1.0f;
+    __syncthreads();
     y[threadIdx.x] = tile[threadIdx.x + 1];  // FAULT past_static_shared
 }
 
