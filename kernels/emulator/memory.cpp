@@ -315,7 +315,6 @@ static bool in_arguments(uintptr_t address) { return address - reinterpret_cast<
 
 static void access(uintptr_t address, size_t bytes, bool is_write, Site site) {
     const int me = machine.running;
-    if (me < 0) return;
     Fiber& fiber = machine.fibers[me];
     const uintptr_t stack = reinterpret_cast<uintptr_t>(fiber.stack);
     if (address - stack < (256u << 10)) return;  // its own local variables
@@ -327,8 +326,9 @@ static void access(uintptr_t address, size_t bytes, bool is_write, Site site) {
 
 // An access in the kernel's own code: others may come in between.
 static void access_of_kernel(void* address, size_t bytes, bool is_write, Site site) {
+    if (machine.running < 0) return;  // the library's own start
     access(reinterpret_cast<uintptr_t>(address), bytes, is_write, site);
-    if (machine.launch->preempt && machine.running >= 0 && !random_below(machine.launch->preempt)) yield();
+    if (machine.launch->preempt && !random_below(machine.launch->preempt)) yield();
 }
 
 void read(const void* address, size_t bytes, Site site) { access(reinterpret_cast<uintptr_t>(address), bytes, false, site); }
