@@ -71,10 +71,11 @@ def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
 
 @functools.cache
 def _plan_v2(name: str, width: int, dropout: bool, shared_bytes: int) -> _Plan:
-    forward_warps, forward_rows = 4, 32
-    forward_loop = 32 if dropout else 64  # dropout's words need the registers
-    backward_warps, backward_rows = 8 if width == 128 else 4, 32 if width <= 64 else 16
-    backward_loop = 32 if width == 128 and shared_bytes < 160 << 10 else 64
+    wide, tight = width == 128, width == 128 and dropout  # dropout's words need registers, too
+    forward_warps, forward_rows = (8, 16) if tight else (4, 32)
+    forward_loop = 32 if dropout != tight or (wide and shared_bytes < 192 << 10) else 64  # two blocks a multiprocessor, no spills
+    backward_warps, backward_rows = 8 if wide else 4, 32 if width <= 64 else 16
+    backward_loop = 32 if wide and shared_bytes < 160 << 10 else 64
     row = 2 * width  # bytes
     own = forward_warps * forward_rows
     forward = _Tiles(own, forward_loop, 32 * forward_warps, (own + 4 * forward_loop) * row)

@@ -59,24 +59,30 @@
 constexpr int CHUNKS = HEAD_WIDTH / 8;   // of 16 bytes in a row
 constexpr int STEPS = HEAD_WIDTH / 16;   // a product takes 16 columns at a time
 constexpr int BLOCKS = HEAD_WIDTH / 8;   // fragments of 8 columns in a row of sums
-constexpr uint64_t NO_WORD = 0;
 
 typedef uint32_t Fragment[4];  // 16 x 16 of a left side, or two of 16 x 8 of a right side
 
-// Where chunk `chunk` of row `row` of a tile lies, in elements. Where a row is an odd multiple of 64 bytes, two neighbours together fill the
-// 32 banks, so the exchange goes by pairs of rows.
+// Where chunk `chunk` of row `row` of a tile lies, in elements. Chunks change places within groups of 8. Where a row is an odd multiple of
+// 64 bytes, it is two neighbours that fill the 32 banks together, so groups are of 4 and each pair of rows has its own exchange.
+constexpr int EXCHANGED = CHUNKS % 8 == 0 ? 8 : 4;
 __device__ __forceinline__ int place(int row, int chunk) {
-    return row * HEAD_WIDTH + 8 * (chunk ^ (CHUNKS % 8 == 0 ? row % 8 : row / 2 % 4));
+    return row * HEAD_WIDTH + 8 * (chunk ^ (EXCHANGED == 8 ? row % 8 : row / 2 % 4));
 }
 
-// Start to copy rows [first, first + ROWS) of a head into a tile; rows from `end` on become zero.
+// Start to copy rows [first, first + ROWS) of a head into a tile; rows from `end` on become zero. EXCHANGED threads copy a row.
 template <int ROWS, int THREADS>
 __device__ __forceinline__ void copy_tile(Element* tile, const Element* x, int64_t stride, int first, int end) {
+    constexpr int STEP = THREADS / EXCHANGED;  // rows at a time: a multiple of 8, so that the places below differ by constants
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "all threads copy equally much");
+    const int row = threadIdx.x / EXCHANGED, chunk = threadIdx.x % EXCHANGED;
+    const Element* from = x + (first + row) * stride + 8 * chunk;
+    Element* to = tile + place(row, chunk);
     #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-        const int row = i / CHUNKS, chunk = i % CHUNKS;
-        const bool inside = first + row < end;
-        cp_async_16(tile + place(row, chunk), x + (inside ? first + row : 0) * stride + 8 * chunk, inside ? 16 : 0);
+    for (int r = 0; r < ROWS; r += STEP) {
+        const bool inside = first + row + r < end;
+        #pragma unroll
+        for (int c = 0; c < CHUNKS; c += EXCHANGED)
+            cp_async_16(to + r * HEAD_WIDTH + 8 * c, inside ? from + r * stride + 8 * c : x, inside ? 16 : 0);
     }
 }
 
@@ -214,10 +220,12 @@ struct Softmax {
     float m[F_M][2], l[F_M][2];
 };
 
-// Scores to probabilities relative to the new maximum; what has been added up so far shrinks to it.
+// Scores to probabilities relative to the new maximum. What has been added up so far shrinks to it, if any of the warp's rows has a new one:
+// after the first few tiles that is rare.
 __device__ __forceinline__ void softmax_step(Softmax& of, float (&s)[F_M][F_N][4], float (&sums)[F_M][BLOCKS][4], float scale) {
     #pragma unroll
-    for (int m = 0; m < F_M; m++)
+    for (int m = 0; m < F_M; m++) {
+        float shrink[2];
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             float top = -INFINITY;
@@ -225,7 +233,7 @@ __device__ __forceinline__ void softmax_step(Softmax& of, float (&s)[F_M][F_N][4
             for (int n = 0; n < F_N; n++) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
             top = fmaxf(of.m[m][half], row_max(top) * scale);
             const float base = top == -INFINITY ? 0.0f : top;  // a row that has seen nothing: no infinity minus infinity
-            const float shrink = exp2_(of.m[m][half] - base);
+            shrink[half] = exp2_(of.m[m][half] - base);
             of.m[m][half] = top;
             float sum = 0;
             #pragma unroll
@@ -235,30 +243,42 @@ __device__ __forceinline__ void softmax_step(Softmax& of, float (&s)[F_M][F_N][4
                     s[m][n][e] = exp2_(s[m][n][e] * scale - base);
                     sum += s[m][n][e];
                 }
-            of.l[m][half] = of.l[m][half] * shrink + sum;
-            #pragma unroll
-            for (int c = 0; c < BLOCKS; c++) {
-                sums[m][c][2 * half] *= shrink;
-                sums[m][c][2 * half + 1] *= shrink;
-            }
+            of.l[m][half] = of.l[m][half] * shrink[half] + sum;
         }
+        if (!__any_sync(0xffffffffu, shrink[0] != 1 || shrink[1] != 1)) continue;
+        #pragma unroll
+        for (int c = 0; c < BLOCKS; c++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) sums[m][c][e] *= shrink[e / 2];
+    }
 }
 
 // Minus infinity where a key is not seen. Own rows are queries from `query` on, walked rows keys from `key` on.
 template <int M, int N>
-__device__ __forceinline__ void hide_keys(float (&s)[M][N][4], const Attention& a, const int* limits, const uint8_t* key_mask, int query, int key) {
+__device__ __forceinline__ void hide_later_keys(float (&s)[M][N][4], const Attention& a, const int* limits, int query, int key) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int limit = limit_of(a, limits, query + 16 * m + 8 * half + LANE / 4);
+            const int limit = limit_of(a, limits, query + 16 * m + 8 * half + LANE / 4) - key - LANE % 4 * 2;
             #pragma unroll
             for (int n = 0; n < N; n++)
                 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int column = key + 8 * n + LANE % 4 * 2 + e;
-                    if (column >= limit || (key_mask && !key_mask[column])) s[m][n][2 * half + e] = -INFINITY;
-                }
+                for (int e = 0; e < 2; e++)
+                    if (8 * n + e >= limit) s[m][n][2 * half + e] = -INFINITY;
+        }
+}
+template <int M, int N>
+__device__ __forceinline__ void hide_masked_keys(float (&s)[M][N][4], const uint8_t* key_mask, int num_keys, int key) {
+    #pragma unroll
+    for (int n = 0; n < N; n++)
+        #pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int column = key + 8 * n + LANE % 4 * 2 + e;
+            const bool seen = column < num_keys && key_mask[column];
+            #pragma unroll
+            for (int m = 0; m < M; m++)
+                if (!seen) s[m][n][e] = s[m][n][2 + e] = -INFINITY;
         }
 }
 
@@ -271,7 +291,7 @@ __device__ __forceinline__ void query_words(uint64_t (&words)[M][2], const Atten
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = query + 16 * m + 8 * half + LANE / 4;
-            words[m][half] = row < a.num_queries ? row_word(head_keys[row_of_head], query_times[row]) : NO_WORD;
+            words[m][half] = row < a.num_queries ? row_word(head_keys[row_of_head], query_times[row]) : uint64_t(0);
         }
 }
 
@@ -327,7 +347,8 @@ extern "C" __global__ void __launch_bounds__(F_THREADS) attention_forward(
         if (key >= seen.most) continue;
         float s[F_M][F_N][4];
         dot_rows(s, queries, k_tiles + buffer * TILE, 0);
-        if (key_mask || key + FORWARD_LOOP > seen.least) hide_keys(s, a, limits, key_mask, first + own, key);
+        if (key + FORWARD_LOOP > seen.least) hide_later_keys(s, a, limits, first + own, key);
+        if (key_mask) hide_masked_keys(s, key_mask, a.num_keys, key);
         WATCH(S, s);
         softmax_step(softmax, s, sums, scale);
         WATCH(m, softmax.m);
@@ -398,6 +419,36 @@ __device__ __forceinline__ void probability(float& p, float& grad_s, float scale
     grad_s = before * (grad_s * factor - delta);
 }
 
+// The same for own rows that are keys from `key` on, and walked rows that are queries from `query` on.
+template <int M, int N>
+__device__ __forceinline__ void hide_earlier_queries(float (&s)[M][N][4], const Attention& a, const int* limits, int key, int query) {
+    #pragma unroll
+    for (int n = 0; n < N; n++)
+        #pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int limit = limit_of(a, limits, query + 8 * n + LANE % 4 * 2 + e) - key - LANE / 4;
+            #pragma unroll
+            for (int m = 0; m < M; m++)
+                #pragma unroll
+                for (int half = 0; half < 2; half++)
+                    if (16 * m + 8 * half >= limit) s[m][n][2 * half + e] = -INFINITY;
+        }
+}
+
+// A warp's own keys that the mask hides get no gradient, whatever was added up for them.
+template <int M>
+__device__ __forceinline__ void drop_masked_keys(float (&sums)[M][BLOCKS][4], const uint8_t* key_mask, int num_keys, int key) {
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = key + 16 * m + 8 * half + LANE / 4;
+            if (row < num_keys && key_mask[row]) continue;
+            #pragma unroll
+            for (int c = 0; c < BLOCKS; c++) sums[m][c][2 * half] = sums[m][c][2 * half + 1] = 0;
+        }
+}
+
 // Grid (key tiles, key-value heads, samples). The queries of all heads that read a key-value head come one head after another.
 extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
     const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
@@ -410,7 +461,9 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
     Element* grad_o_tiles = q_tiles + 2 * TILE;              // [2][BACKWARD_LOOP]
     float* lse_tiles = reinterpret_cast<float*>(grad_o_tiles + 2 * TILE);  // [2][BACKWARD_LOOP]
     float* delta_tiles = lse_tiles + 2 * BACKWARD_LOOP;      // [2][BACKWARD_LOOP]
-    uint64_t* word_tiles = reinterpret_cast<uint64_t*>(delta_tiles + 2 * BACKWARD_LOOP);  // [2][BACKWARD_LOOP], for dropout
+#if DROPOUT
+    uint64_t* word_tiles = reinterpret_cast<uint64_t*>(delta_tiles + 2 * BACKWARD_LOOP);  // [2][BACKWARD_LOOP]
+#endif
     const int kv_head = blockIdx.y, b = blockIdx.z, group = a.num_heads / a.num_kv_heads;
     const int first = blockIdx.x * B_OWN, own = WARP * B_ROWS;
     if (key_mask) key_mask += int64_t(b) * a.num_keys;
@@ -432,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
 #if DROPOUT
         if (i < BACKWARD_LOOP)
             word_tiles[buffer * BACKWARD_LOOP + i] =
-                query + i < a.num_queries ? row_word(head_keys[row_of_head], query_times[query + i]) : NO_WORD;
+                query + i < a.num_queries ? row_word(head_keys[row_of_head], query_times[query + i]) : uint64_t(0);
 #endif
     };
 
@@ -463,21 +516,7 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
             if (seen.most <= first + own) continue;  // none of this warp's keys
             dot_rows(s, keys, q_tile, slice);
             dot_rows(grad_s, values, grad_o_tile, slice);
-            if (key_mask || seen.least < first + own + B_ROWS) {
-                #pragma unroll
-                for (int n = 0; n < B_N; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const int limit = limit_of(a, limits, query + slice + 8 * n + LANE % 4 * 2 + e);
-                        #pragma unroll
-                        for (int m = 0; m < B_M; m++)
-                            #pragma unroll
-                            for (int half = 0; half < 2; half++) {
-                                const int key = first + own + 16 * m + 8 * half + LANE / 4;
-                                if (key >= limit || (key_mask && !key_mask[key])) s[m][n][2 * half + e] = -INFINITY;
-                            }
-                    }
-            }
+            if (seen.least < first + own + B_ROWS) hide_earlier_queries(s, a, limits, first + own, query + slice);
             #pragma unroll
             for (int n = 0; n < B_N; n++)
                 #pragma unroll
@@ -508,6 +547,10 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
     cp_async_wait<0>();
     __syncthreads();
 
+    if (key_mask) {
+        drop_masked_keys(k_sums, key_mask, a.num_keys, first + own);
+        drop_masked_keys(v_sums, key_mask, a.num_keys, first + own);
+    }
     float factor[B_M][2];
     #pragma unroll
     for (int m = 0; m < B_M; m++) factor[m][0] = factor[m][1] = a.scale;
@@ -576,7 +619,8 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_q(
             float s[B_M][B_N][4], grad_s[B_M][B_N][4];
             dot_rows(s, queries, k_tile, slice);
             dot_rows(grad_s, grads, v_tile, slice);
-            if (key_mask || key + slice + B_SLICE > seen.least) hide_keys(s, a, limits, key_mask, first + own, key + slice);
+            if (key + slice + B_SLICE > seen.least) hide_later_keys(s, a, limits, first + own, key + slice);
+            if (key_mask) hide_masked_keys(s, key_mask, a.num_keys, key + slice);
             #pragma unroll
             for (int m = 0; m < B_M; m++)
                 #pragma unroll
