@@ -64,17 +64,27 @@ __device__ __forceinline__ void backward(const Element* grad_y, const Element* x
     store_floats(grad_x + first, g, size - first);
 }
 
-#define KERNELS(NAME, ACTIVATION)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_forward(const Element* x, Element* y, int64_t size) {                \
-        forward<ACTIVATION>(x, y, size);                                                                                              \
-    }                                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                                             \
-        NAME##_backward(const Element* grad_y, const Element* x, Element* grad_x, int64_t size) {                                     \
-        backward<ACTIVATION>(grad_y, x, grad_x, size);                                                                                \
-    }
-KERNELS(gelu_tanh, GeluTanh)
-KERNELS(gelu_erf, GeluErf)
-KERNELS(relu, Relu)
+extern "C" __global__ void __launch_bounds__(THREADS) gelu_tanh_forward(const Element* x, Element* y, int64_t size) {
+    forward<GeluTanh>(x, y, size);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gelu_tanh_backward(const Element* grad_y, const Element* x, Element* grad_x, int64_t size) {
+    backward<GeluTanh>(grad_y, x, grad_x, size);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) gelu_erf_forward(const Element* x, Element* y, int64_t size) {
+    forward<GeluErf>(x, y, size);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gelu_erf_backward(const Element* grad_y, const Element* x, Element* grad_x, int64_t size) {
+    backward<GeluErf>(grad_y, x, grad_x, size);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) relu_forward(const Element* x, Element* y, int64_t size) {
+    forward<Relu>(x, y, size);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    relu_backward(const Element* grad_y, const Element* x, Element* grad_x, int64_t size) {
+    backward<Relu>(grad_y, x, grad_x, size);
+}
 
 // Where a thread works on [rows, F]: `tiles` blocks share a row.
 struct Place {
