@@ -1,16 +1,15 @@
 // What the forward and the backward kernels of v3 agree on: sizes, the order of the work, and places in a ring of tiles.
 #pragma once
 #include "../device/tiles.cuh"
+#include "common.cuh"
 
 #ifndef HEAD_WIDTH
 #define HEAD_WIDTH 64
 #endif
 
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 constexpr int MOST_SHARED_BYTES = 232448;  // that a block can have
 
-constexpr int PANELS = PANELS_OF<HEAD_WIDTH>;
-template <int ROWS> using Tile = Element[PANELS * ROWS * PANEL_COLUMNS];
+template <int ROWS> using Tile = Element[PANELS_OF<HEAD_WIDTH> * ROWS * PANEL_COLUMNS];
 
 // Passed by value.
 struct Problem {
@@ -58,4 +57,19 @@ constexpr int WARPS_PER_GROUP = 4;
 __device__ __forceinline__ void release(uint64_t* empty) {
     __syncwarp();
     if (LANE == 0) mbarrier_arrive(empty);
+}
+
+// A thread of a computing warpgroup puts its accumulators into a tile from which the copy engine stores them: 64 rows from `time` on. `barrier` is one of the warpgroup's own.
+__device__ __forceinline__ void store_rows(const TensorMap* map, Element* tile, const float (&d)[HEAD_WIDTH / 2], const float (&factor)[2],
+                                           int time, int head, int sample, int barrier) {
+    const bool leader = threadIdx.x % 128 == 0;
+    if (leader) tma_wait_read<0>();  // the last store from this tile
+    named_barrier_sync(barrier, 128);
+    write_tile<HEAD_WIDTH>(tile, d, factor);
+    fence_async_proxy();
+    named_barrier_sync(barrier, 128);
+    if (leader) {
+        store_tile<64, HEAD_WIDTH>(map, tile, time, head, sample);
+        tma_commit();
+    }
 }

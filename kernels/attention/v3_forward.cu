@@ -147,6 +147,7 @@ __device__ __forceinline__ void attend(Shared& shared, const Element* q, Rows& r
         as_left_factor<KEYS>(probabilities, scores);
         at = next;
     }
+    release(&shared.q_empty);
     mbarrier_wait(&shared.v_full[at.stage], at.parity);
     start_sum_of_products<HEAD_WIDTH, KEYS>(out, probabilities, shared.v[at.stage]);
     wait_for<0>(out);
@@ -164,10 +165,8 @@ __device__ __forceinline__ void pass_over(Shared& shared, int from, int to) {
     }
 }
 
-__device__ __forceinline__ void finish(Element* tile, const TensorMap* o_map, float* lse, const Problem& p, const Part& part, int consumer,
-                                       const Rows& rows, const float (&out)[HEAD_WIDTH / 2]) {
-    const int first = part.first + 64 * consumer, barrier = 1 + consumer;
-    float factor[2];
+// What `factor` the sums of the thread's two rows are to be multiplied by; writes their log-sum-exp.
+__device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Problem& p, const Part& part, int first, float (&factor)[2]) {
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         float sum = rows.sum[half];
@@ -177,16 +176,6 @@ __device__ __forceinline__ void finish(Element* tile, const TensorMap* o_map, fl
         const int query = first + accumulator_row() + 8 * half;
         if (LANE % 4 == 0 && query < p.num_queries)
             lse[(int64_t(part.sample) * p.heads + part.head) * p.num_queries + query] = rows.top[half] * p.scale + LN_2 * log2_(sum);
-    }
-    const bool leader = threadIdx.x % 128 == 0;
-    if (leader) tma_wait_read<0>();  // the last part's store from this tile
-    named_barrier_sync(barrier, 128);
-    write_tile<HEAD_WIDTH>(tile, out, factor);
-    fence_async_proxy();
-    named_barrier_sync(barrier, 128);
-    if (leader) {
-        store_tile<64, HEAD_WIDTH>(o_map, tile, first, part.head, part.sample);
-        tma_commit();
     }
 }
 
@@ -204,10 +193,11 @@ __device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, 
         for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] = 0;
         mbarrier_wait(&shared.q_full, round % 2);
         attend(shared, shared.q[consumer], rows, tiles, seen_keys(p, first), n, p.scale * LOG2_E, out);
-        release(&shared.q_empty);
         pass_over(shared, n + tiles, n + part.tiles);
         n += part.tiles;
-        finish(shared.o[consumer], o_map, lse, p, part, consumer, rows, out);
+        float factor[2];
+        normalise(rows, lse, p, part, first, factor);
+        store_rows(o_map, shared.o[consumer], out, factor, first, part.head, part.sample, 1 + consumer);
     }
     if (threadIdx.x % 128 == 0) tma_wait<0>();
 }
