@@ -78,11 +78,11 @@ __device__ __forceinline__ void copy_tile(Element* tile, const Element* x, int64
     const Element* from = x + (first + row) * stride + 8 * chunk;
     Element* to = tile + place(row, chunk);
     #pragma unroll
-    for (int r = 0; r < ROWS; r += STEP) {
+    for (int r = 0; r < ROWS; r += STEP, from += STEP * stride) {
         const bool inside = first + row + r < end;
+        const Element* there = inside ? from : x;
         #pragma unroll
-        for (int c = 0; c < CHUNKS; c += EXCHANGED)
-            cp_async_16(to + r * HEAD_WIDTH + 8 * c, inside ? from + r * stride + 8 * c : x, inside ? 16 : 0);
+        for (int c = 0; c < CHUNKS; c += EXCHANGED) cp_async_16(to + r * HEAD_WIDTH + 8 * c, there + 8 * c, inside ? 16 : 0);
     }
 }
 
