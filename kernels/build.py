@@ -233,8 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="minillm.kernels.build", description="Compile every CUDA kernel into the cache.")
     parser.add_argument("--capability", default="90", help="compute capability of the device, such as 80 or 90 (default: 90)")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="only files whose folder/name holds this")
     args = parser.parse_args(argv)
-    work = [(path, defines, args.capability) for path in cuda_files() for defines in build_sets(path)]
+    files = [path for path in cuda_files() if args.only in f"{path.parent.name}/{path.name}"]
+    work = [(path, defines, args.capability) for path in files for defines in build_sets(path)]
     with ProcessPoolExecutor(args.processes) as pool:
         results = list(pool.map(_compile_one, work))
     for (path, defines, _), result in zip(work, results, strict=True):

@@ -39,8 +39,7 @@ def rows_in_registers(D: int, most_values: int = 32) -> Rows:
     while threads * most_values < D:
         threads *= 2
     if threads > MOST_THREADS:
-        raise ValueError(
-            f"a norm's kernel holds a row in the registers of a block, which ends at {32 * MOST_THREADS} elements; this one has {D}"
-        )
+        most = most_values * MOST_THREADS
+        raise ValueError(f"a norm's kernel holds a row in the registers of a block, so rows have up to {most} elements, and this one {D}")
     values = max(8, blocks(D, 8 * threads) * 8)
     return Rows(values, threads, 4 if threads == 32 else 1)

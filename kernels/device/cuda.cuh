@@ -23,7 +23,7 @@ typedef unsigned long long uint64_t;
 #include <stdint.h>
 #endif
 #ifndef INFINITY
-#define INFINITY __int_as_float(0x7f800000)
+#define INFINITY __builtin_bit_cast(float, 0x7f800000)  // a constant expression
 #endif
 
 typedef __nv_bfloat16 bfloat16;
