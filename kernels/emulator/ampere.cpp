@@ -52,7 +52,7 @@ void cp_async_wait(int still_under_way) {
     const Site site = EMULATOR_SITE;
     for (; static_cast<int>(mine.groups.size()) > still_under_way; mine.groups.pop_front()) {
         for (const Copy& copy : mine.groups.front()) {
-            write(copy.to, 16, site);
+            write_landed(copy.to, 16, site);
             memset(copy.to, 0, 16);
             memcpy(copy.to, copy.from, copy.bytes);
         }
@@ -93,8 +93,10 @@ template <int COUNT, bool TRANSPOSE> static void ldmatrix_of(uint32_t* to, const
 
 void ldmatrix(uint32_t* to, const void* row, int count, bool transpose) {
     const Site site = EMULATOR_SITE;
-    if (count == 4) return transpose ? ldmatrix_of<4, true>(to, row, site, "ldmatrix_x4_trans") : ldmatrix_of<4, false>(to, row, site, "ldmatrix_x4");
-    return transpose ? ldmatrix_of<2, true>(to, row, site, "ldmatrix_x2_trans") : ldmatrix_of<2, false>(to, row, site, "ldmatrix_x2");
+    if (count == 4 && transpose) return ldmatrix_of<4, true>(to, row, site, "ldmatrix_x4_trans");
+    if (count == 4) return ldmatrix_of<4, false>(to, row, site, "ldmatrix_x4");
+    if (transpose) return ldmatrix_of<2, true>(to, row, site, "ldmatrix_x2_trans");
+    return ldmatrix_of<2, false>(to, row, site, "ldmatrix_x2");
 }
 
 // ---- mma

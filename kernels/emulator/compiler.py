@@ -4,6 +4,7 @@ C++ linked to them."""
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from minillm.kernels.build import FOLDER, BuildError, Defines, cached, inlined_s
 
 HERE = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
+_CANDIDATES = (*filter(None, [os.environ.get("CXX")]), "g++", "clang++")
 HEADERS = ("cuda.h", "ampere.h", "hopper.h")  # put before a .cu file
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", f"-ffile-prefix-map={ROOT}=.")
 _RUNTIME = (*_COMMON, "-O2", "-g1")
@@ -38,18 +40,18 @@ class Compiler(NamedTuple):
 
 @functools.cache
 def host_compiler() -> Compiler | None:
-    """g++ or clang++ on the path; None if there is neither."""
-    for name in ("g++", "clang++"):
+    """$CXX, g++ or clang++; None if there is none of them."""
+    for name in _CANDIDATES:
         path = shutil.which(name)
-        if path:
+        if path is not None:
             lines = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
-            return Compiler(path, lines[0] if lines else name)
+            return Compiler(path, lines[0] if lines else path)
     return None
 
 
 def compiler_missing() -> str | None:
     """Why nothing can be emulated here; None if it can. Looks for a file only."""
-    return None if shutil.which("g++") or shutil.which("clang++") else "no host C++ compiler (install g++ or clang++)"
+    return None if any(map(shutil.which, _CANDIDATES)) else "no host C++ compiler (install g++ or clang++)"
 
 
 def _run(command: list[str], text: str | None, what: str) -> None:
@@ -58,14 +60,17 @@ def _run(command: list[str], text: str | None, what: str) -> None:
         raise BuildError(f"{what} does not compile for the emulator:\n{done.stderr}")
 
 
+def _compile_object(compiler: Compiler, source: Path, target: Path) -> None:
+    _run([compiler.path, *_RUNTIME, "-c", str(source), "-o", str(target)], None, source.name)
+
+
 def _objects(compiler: Compiler) -> list[Path]:
     """The emulator's own files, compiled."""
     headers = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.h"))]
     made = []
     for source in sorted(HERE.glob("*.cpp")):
         key = (source.name, source.read_text(encoding="utf-8"), *headers, *_RUNTIME, compiler.version)
-        command = [compiler.path, *_RUNTIME, "-c", str(source), "-o"]
-        made.append(cached(".o", key, lambda path, command=command, name=source.name: _run([*command, str(path)], None, name)))
+        made.append(cached(".o", key, functools.partial(_compile_object, compiler, source)))
     return made
 
 

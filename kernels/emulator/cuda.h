@@ -154,20 +154,27 @@ EMULATED int atomicCAS(int* p, int compare, int x) {
     return static_cast<int>(emulator::atomic(p, 4, 'c', static_cast<uint32_t>(x), static_cast<uint32_t>(compare), true));
 }
 
-// ---- WATCH(name, value): a number, or an array of numbers of any rank
+// ---- WATCH(name, value): a number, or an array of numbers of up to four dims
 namespace emulator {
-template <typename T> struct Scalar {
-    typedef T type;
+template <typename T> struct Shape {
+    typedef T Number;
     static constexpr size_t count = 1;
+    static void fill(int*) {}
 };
-template <typename T, size_t N> struct Scalar<T[N]> {
-    typedef typename Scalar<T>::type type;
-    static constexpr size_t count = N * Scalar<T>::count;
+template <typename T, size_t N> struct Shape<T[N]> {
+    typedef typename Shape<T>::Number Number;
+    static constexpr size_t count = N * Shape<T>::count;
+    static void fill(int* sizes) {
+        *sizes = N;
+        Shape<T>::fill(sizes + 1);
+    }
 };
 template <typename T> EMULATED void watch_value(const char* name, const T& value) {
-    typedef typename Scalar<T>::type S;
-    const char type = static_cast<S>(0.5f) != static_cast<S>(0) ? 'f' : static_cast<S>(-1) < static_cast<S>(0) ? 'i' : 'u';
-    watch(name, type, sizeof(S), &value, Scalar<T>::count);
+    typedef typename Shape<T>::Number Number;
+    const char type = static_cast<Number>(0.5f) != static_cast<Number>(0) ? 'f' : static_cast<Number>(-1) < static_cast<Number>(0) ? 'i' : 'u';
+    int shape[5] = {0, 0, 0, 0, 0};
+    Shape<T>::fill(shape);
+    watch(name, type, sizeof(Number), &value, Shape<T>::count, shape);
 }
 }  // namespace emulator
 #define WATCH(name, value) emulator::watch_value(#name, value)

@@ -38,11 +38,16 @@ struct Access {  // one row of the log
     uint16_t thread;
     uint8_t bytes, flags;  // flags: 1 write, 2 shared memory, 4 asynchronous
 };
+struct Traced {  // an access of the watched thread, with the bytes it read or wrote
+    Access access;
+    unsigned char data[16];
+};
 struct Watched {  // a header in the log of watched values; the data follow, padded to 8 bytes
     uint64_t site, count;
     char name[24];
     char type[4];  // 'f', 'i', 'u'
     int32_t element_bytes;
+    int32_t shape[4];  // 0 from its rank on
 };
 struct Launch {
     void (*kernel)(void** args);
@@ -73,6 +78,8 @@ struct Report {
     uint64_t divergent[16][2];  // pairs of sites at which lanes of a warp met in one aligned instruction
     const Access* accesses;
     const char* watched;
+    const Traced* trace;
+    uint64_t num_traced, dynamic_shared;  // how many, and where dynamic shared memory was
 };
 
 struct Machine {
@@ -91,6 +98,8 @@ struct Machine {
     uint64_t launch_number = 0;
     std::vector<Access> log;
     std::vector<char> watched;
+    std::vector<Traced> trace;
+    bool trace_lacks_data = false;  // of its last row, a write that was about to happen
     char* shared = nullptr;  // the arena of dynamic shared memory
     char *stacks_begin = nullptr, *stacks_end = nullptr;
 };
@@ -103,6 +112,7 @@ std::string describe_thread(int thread);
 // Each file's part of preparing a launch and a block.
 void prepare_memory(const Launch& launch);
 void prepare_block_memory();
+void finish_memory();
 void prepare_block_clocks();
 void prepare_block_collectives();
 

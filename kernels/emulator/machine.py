@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from minillm.kernels.build import Defines
@@ -53,10 +53,26 @@ class Launched:
     kernel: str
     grid: tuple[int, ...]
     block: tuple[int, ...]
-    accesses: np.ndarray  # of ACCESS
+    accesses: np.ndarray  # of ACCESS, by the logged block
     watched: list[Watched]
+    trace: np.ndarray  # of TRACED: the watched thread's accesses
+    memory: list[Memory]
     symbols: Symbols
     switches: int
+
+    def memory_at(self, address: int) -> Memory | None:
+        """What lies at an address."""
+        return next((m for m in self.memory if m.address <= address < m.address + m.bytes), None)
+
+
+class Memory(NamedTuple):
+    """An array of a launch, or a part of its shared memory."""
+
+    address: int
+    bytes: int
+    name: str
+    dtype: np.dtype | None  # None for shared memory, whose types are not known
+    origin: int  # where the allocation begins that an array is a view of
 
 
 @dataclass(frozen=True)
@@ -114,13 +130,15 @@ class Report(ctypes.Structure):
         *(("block", ctypes.c_uint32 * 3), ("thread", ctypes.c_uint32 * 3)),
         *(("num_accesses", ctypes.c_uint64), ("watched_bytes", ctypes.c_uint64), ("switches", ctypes.c_uint64)),
         *(("num_divergent", ctypes.c_uint64), ("divergent", ctypes.c_uint64 * 2 * 16)),
-        *(("accesses", ctypes.c_void_p), ("watched", ctypes.c_void_p)),
+        *(("accesses", ctypes.c_void_p), ("watched", ctypes.c_void_p), ("trace", ctypes.c_void_p)),
+        *(("num_traced", ctypes.c_uint64), ("dynamic_shared", ctypes.c_uint64)),
     )
 
 
 ACCESS = np.dtype([("site", "u8"), ("address", "u8"), ("block", "u4"), ("thread", "u2"), ("bytes", "u1"), ("flags", "u1")])
 IS_WRITE, IS_SHARED, IS_ASYNCHRONOUS = 1, 2, 4
-_WATCHED = np.dtype([("site", "u8"), ("count", "u8"), ("name", "S24"), ("type", "S4"), ("bytes", "i4")])
+TRACED = np.dtype([*ACCESS.descr, ("data", "V16")])
+_WATCHED = np.dtype([("site", "u8"), ("count", "u8"), ("name", "S24"), ("type", "S4"), ("bytes", "i4"), ("shape", "i4", 4)])
 
 
 # ---- launching
@@ -193,8 +211,9 @@ def launch_compiled(
         failed = library.emulator_launch(ctypes.byref(request), ctypes.byref(report))
         symbols = Symbols(compiled.library, library)
         if options.record is not None:
-            record = Launched(path, name, grid, block, _accesses(report), _watched(report), symbols, report.switches)
-            options.record.append(record)
+            memory = _memory(parameters, args, shared, report.dynamic_shared, shared_bytes)
+            rows = _rows(report.accesses, report.num_accesses, ACCESS), _watched(report), _rows(report.trace, report.num_traced, TRACED)
+            options.record.append(Launched(path, name, grid, block, *rows, memory, symbols, report.switches))
     where = f"{name} ({path.parent.name}/{path.name}), order {options.order}{f', seed {options.seed}' if options.order == 'random' else ''}"
     if failed:
         raise EmulatorError(explain(report, symbols, where))
@@ -271,16 +290,42 @@ def _arrays(parameters: list[Parameter], args: Sequence[Any], unwritten: Sequenc
         array = getattr(arg, "array", arg)
         if not isinstance(array, np.ndarray) or array.size == 0:
             continue
-        low, high = np.lib.array_utils.byte_bounds(array) if hasattr(np.lib, "array_utils") else np.byte_bounds(array)
+        low, high = _extent(array)
         written = not any(array is x or np.shares_memory(array, x) for x in unwritten)
         name = f"{parameter.name}: {array.dtype} [{', '.join(map(str, array.shape))}]"
         found.append(_Array(low, high - low, written, array.itemsize, name.encode()[:95]))
     return found
 
 
-def _accesses(report: Report) -> np.ndarray:
-    size = report.num_accesses * ACCESS.itemsize
-    return np.frombuffer(ctypes.string_at(report.accesses, size) if size else b"", ACCESS)
+def _rows(pointer: int, count: int, dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(ctypes.string_at(pointer, count * dtype.itemsize) if count else b"", dtype)
+
+
+def _memory(parameters: list[Parameter], args: Sequence[Any], shared: list[_Array], dynamic: int, dynamic_bytes: int) -> list[Memory]:
+    found = [Memory(s.address, s.bytes, s.name.decode(), None, s.address) for s in shared]
+    found.append(Memory(dynamic, dynamic_bytes, "dynamic shared memory", None, dynamic))
+    for parameter, arg in zip(parameters, args, strict=True):
+        array = getattr(arg, "array", arg)
+        if isinstance(array, np.ndarray) and array.size:
+            low, high = _extent(array)
+            found.append(Memory(low, high - low, parameter.name, array.dtype, _extent(_owner(array))[0]))
+    return found
+
+
+def _owner(array: Array) -> Array:
+    """The array whose memory a view shows."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def _extent(array: Array) -> tuple[int, int]:
+    """The addresses at which an array begins and ends, whatever its strides."""
+    low = high = array.ctypes.data
+    for size, stride in zip(array.shape, array.strides, strict=True):
+        low += min(0, (size - 1) * stride)
+        high += max(0, (size - 1) * stride)
+    return low, high + array.itemsize
 
 
 def _watched(report: Report) -> list[Watched]:
@@ -290,7 +335,8 @@ def _watched(report: Report) -> list[Watched]:
         header = np.frombuffer(data, _WATCHED, 1, at)[0]
         dtype = np.dtype(f"{header['type'].decode()}{header['bytes']}")
         at += _WATCHED.itemsize
-        found.append(Watched(header["name"].decode(), int(header["site"]), np.frombuffer(data, dtype, int(header["count"]), at)))
+        value = np.frombuffer(data, dtype, int(header["count"]), at).reshape([n for n in header["shape"].tolist() if n])
+        found.append(Watched(header["name"].decode(), int(header["site"]), value))
         at += -(-int(header["count"]) * dtype.itemsize // 8) * 8
     return found
 

@@ -285,17 +285,37 @@ static void check_write(Region& region, size_t first, size_t last, const Author&
     if (!region.written.empty()) std::fill(region.written.begin() + first, region.written.begin() + last + 1, WRITTEN);
 }
 
-static void log_access(uintptr_t address, size_t bytes, bool is_write, const Region& region, const Author& by) {
+static void log_access(std::vector<Access>& log, uintptr_t address, size_t bytes, bool is_write, const Region& region, const Author& by) {
     const uint8_t flags = (is_write ? 1 : 0) | (region.is_shared() ? 2 : 0) | (by.asynchronous ? 4 : 0);
-    machine.log.push_back({reinterpret_cast<uint64_t>(by.site), address, machine.block_number, static_cast<uint16_t>(by.thread),
-                           static_cast<uint8_t>(std::min<size_t>(bytes, 255)), flags});
+    log.push_back({reinterpret_cast<uint64_t>(by.site), address, machine.block_number, static_cast<uint16_t>(by.thread),
+                   static_cast<uint8_t>(std::min<size_t>(bytes, 255)), flags});
 }
 
-static void check(uintptr_t address, size_t bytes, bool is_write, const Author& by) {
+// The bytes of a write are known only later: at the thread's next access.
+static void complete_trace() {
+    if (!machine.trace_lacks_data) return;
+    Traced& last = machine.trace.back();
+    memcpy(last.data, reinterpret_cast<const void*>(last.access.address), std::min<size_t>(last.access.bytes, sizeof last.data));
+    machine.trace_lacks_data = false;
+}
+
+static void log_and_trace(uintptr_t address, size_t bytes, bool is_write, const Region& region, const Author& by) {
+    const Launch& launch = *machine.launch;
+    if (launch.log_block == machine.block_number) log_access(machine.log, address, bytes, is_write, region, by);
+    if (launch.watch_block != machine.block_number || launch.watch_thread != by.thread) return;
+    complete_trace();
+    std::vector<Access> row;
+    log_access(row, address, bytes, is_write, region, by);
+    machine.trace.push_back({row[0], {}});
+    machine.trace_lacks_data = true;
+    if (!is_write) complete_trace();
+}
+
+static void check(uintptr_t address, size_t bytes, bool is_write, const Author& by, bool logged = true) {
     Region* region = find_region(address);
     if (!region) report_outside(address, bytes, is_write, by.thread, by.site);
     if (address + bytes > region->end) report_outside(region->end, address + bytes - region->end, is_write, by.thread, by.site);
-    if (machine.launch->log_block == machine.block_number) log_access(address, bytes, is_write, *region, by);
+    if (logged) log_and_trace(address, bytes, is_write, *region, by);
     const size_t first = (address - region->begin) >> region->shift, last = (address + bytes - 1 - region->begin) >> region->shift;
     if (bytes < (1u << region->shift)) {  // part of a cell: neighbours may belong to others, so only bounds and initialisation are checked
         if (is_write) {
@@ -307,6 +327,8 @@ static void check(uintptr_t address, size_t bytes, bool is_write, const Author& 
     }
     is_write ? check_write(*region, first, last, by) : check_read(*region, first, last, by);
 }
+
+void finish_memory() { complete_trace(); }
 
 // ---- accesses of the running thread
 
@@ -333,6 +355,12 @@ static void access_of_kernel(void* address, size_t bytes, bool is_write, Site si
 
 void read(const void* address, size_t bytes, Site site) { access(reinterpret_cast<uintptr_t>(address), bytes, false, site); }
 void write(void* address, size_t bytes, Site site) { access(reinterpret_cast<uintptr_t>(address), bytes, true, site); }
+
+void write_landed(void* address, size_t bytes, Site site) {
+    const Fiber& me = running_fiber();
+    const Author author{machine.running, machine.running, me.now, false, site, me.seen, me.now, ""};
+    check(reinterpret_cast<uintptr_t>(address), bytes, true, author, false);
+}
 
 void require_aligned(const void* address, size_t bytes, Site site) {
     const uintptr_t a = reinterpret_cast<uintptr_t>(address);

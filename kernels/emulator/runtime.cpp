@@ -414,6 +414,8 @@ static void prepare(const Launch& launch, Report& report) {
     machine.running = -1;
     machine.log.clear();
     machine.watched.clear();
+    machine.trace.clear();
+    machine.trace_lacks_data = false;
     allocate_stacks(machine.num_threads);
     prepare_memory(launch);
 }
@@ -426,16 +428,20 @@ extern "C" __attribute__((visibility("default"))) int emulator_launch(const Laun
         run_block();
         if (machine.failed) break;
     }
+    finish_memory();
     report->num_accesses = machine.log.size();
     report->accesses = machine.log.data();
     report->watched_bytes = machine.watched.size();
     report->watched = machine.watched.data();
+    report->num_traced = machine.trace.size();
+    report->trace = machine.trace.data();
+    report->dynamic_shared = reinterpret_cast<uint64_t>(machine.shared);
     return machine.failed;
 }
 
 // ---- watching
 
-void watch(const char* name, char type, int element_bytes, const void* data, size_t count) {
+void watch(const char* name, char type, int element_bytes, const void* data, size_t count, const int* shape) {
     const Site site = EMULATOR_SITE;
     if (machine.launch->watch_thread != machine.running || machine.launch->watch_block != machine.block_number) return;
     Watched header{};
@@ -444,6 +450,7 @@ void watch(const char* name, char type, int element_bytes, const void* data, siz
     snprintf(header.name, sizeof header.name, "%s", name);
     header.type[0] = type;
     header.element_bytes = element_bytes;
+    memcpy(header.shape, shape, sizeof header.shape);
     std::vector<char>& log = machine.watched;
     const char* bytes = reinterpret_cast<const char*>(&header);
     log.insert(log.end(), bytes, bytes + sizeof header);

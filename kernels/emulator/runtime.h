@@ -114,6 +114,8 @@ void require_shared(const void* address, size_t bytes, Site site, const char* wh
 void require_global(const void* address, size_t bytes, Site site, const char* what);
 // What `shared_address` of ampere.cuh gives: bytes from the start of dynamic shared memory; static shared memory follows that.
 uint32_t shared_address(const void* pointer);
+// Bytes that an asynchronous copy of the running thread brings: a write that is no instruction of its own.
+void write_landed(void* address, size_t bytes, Site site);
 // Mark as awaited from an asynchronous copy: reading it is an error until it is written or marked as landed.
 void mark_in_flight(void* address, size_t bytes, Site site);
 void mark_landed(void* address, size_t bytes);
@@ -131,6 +133,7 @@ void async_access(const Async& by, void* address, size_t bytes, bool is_write, i
 
 // ---- what a reader asked to see
 
-void watch(const char* name, char type, int element_bytes, const void* data, size_t count);
+// `type`: 'f', 'i' or 'u'; `shape`: four sizes, 0 from the rank on.
+void watch(const char* name, char type, int element_bytes, const void* data, size_t count, const int* shape);
 
 }  // namespace emulator

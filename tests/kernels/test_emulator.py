@@ -286,7 +286,7 @@ def test_a_watched_thread_shows_its_values(counting: Path) -> None:
     record: list[emulator.Launched] = []
     arrivals(counting, watch=(0, 37), record=record)
     (launched,) = record
-    assert [(w.name, w.value.tolist()) for w in launched.watched] == [("place", [37]), ("both", [1, 2, 3, 37])]
+    assert [(w.name, w.value.tolist()) for w in launched.watched] == [("place", 37), ("both", [[1, 2], [3, 37]])]
     assert [launched.symbols.frames([w.site])[w.site][0].line for w in launched.watched] == [6, 8]
 
 
