@@ -168,7 +168,8 @@ void copy_row(const Copy& copy, const int* position, size_t tile_offset, int age
         char* global = reinterpret_cast<char*>(map.address + offset + first + c);
         const int64_t from = std::max<int64_t>(0, -(first + c)), to = std::min<int64_t>(CHUNK, size - first - c);
         const bool any = inside && from < to;
-        async_access(copy.by, tile, CHUNK, copy.kind == Copy::load, agent, tick, "TMA");
+        if (copy.kind == Copy::load) async_access(copy.by, tile, CHUNK, true, agent, tick, "TMA");
+        if (any && copy.kind != Copy::load) async_access(copy.by, tile + from, to - from, false, agent, tick, "TMA");
         if (any) async_access(copy.by, global + from, to - from, copy.kind != Copy::load, agent, tick, "TMA");
         if (copy.kind == Copy::load) {
             memset(tile, 0, CHUNK);

@@ -11,6 +11,7 @@ void mbarrier_expect(uint64_t* barrier, int bytes);
 void mbarrier_arrive(uint64_t* barrier);
 void mbarrier_wait(uint64_t* barrier, int parity);
 void fence_barrier_init();
+inline void fence_async_proxy() { emulator::fence_async_proxy(); }
 
 // ---- TMA
 inline void prefetch_tensor_map(const TensorMap*) {}
