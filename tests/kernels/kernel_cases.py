@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,7 @@ class Case:
     call: Callable[..., Arrays]
     expected: Callable[..., Arrays]
     slack: float = 1.0  # times the tolerance, where rounding is amplified: a score of 100 has an error of 100 eps, as has its exponential
+    backends: tuple[str, ...] = ()  # that take the case; empty: all that take its dtype
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -246,7 +247,7 @@ def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, par
     pieces = [logits[:, i * width : (i + 1) * width].copy() for i in range(parts)]
     valids = [min(max(valid - i * width, 0), width) for i in range(parts)]
     for piece, n in zip(pieces, valids, strict=True):
-        piece[:, n:] = 1e6
+        piece[:, n:] = 1e4
     row_max = np.max([kernels.xent_max(p, valid_columns=n) for p, n in zip(pieces, valids, strict=True)], axis=0)
     sums = [
         kernels.xent_shifted_sum_(p, row_max, targets, i * width, valid_columns=n)
@@ -295,7 +296,14 @@ def matmul_cases() -> Iterator[Case]:
             lambda x, y: (kernels.add(x, y), kernels.add(t := x.copy(), strided(y), out=t)),
             lambda x, y: (x + y, x + y),
         )
-        yield Case("matmul", f"column-sum-{shape}", normals(shape), lambda x: (kernels.column_sum(x),), lambda x: (x.sum(0),))
+        yield Case("column_sum", f"{shape}", normals(shape), lambda x: (kernels.column_sum(x),), lambda x: (x.sum(0),))
+        yield Case(
+            "cast",
+            f"{shape}",
+            normals(shape),
+            lambda x: (kernels.cast(kernels.cast(x, "float16"), x.dtype, out=poisoned(x)),),
+            lambda x: (x.astype(np.float16).astype(np.float64),),
+        )
 
 
 def attention_cases() -> Iterator[Case]:
@@ -340,6 +348,51 @@ def attention_cases() -> Iterator[Case]:
         "dropout", sizes, seen=offset["times_q"][:, None] >= offset["times_k"], causal=True, dropout=dropout, **offset
     )
     yield from attention_pair("dropout-full", sizes, seen=np.True_, causal=False, dropout=dropout)
+
+
+def odd_attention_cases() -> Iterator[Case]:
+    """Head widths that the CUDA kernels are not made for."""
+    yield from (replace(case, backends=("numpy", "c")) for case in attention_cases())
+
+
+def wide_attention_cases() -> Iterator[Case]:
+    """Head widths that the CUDA kernels have, at sizes that leave the last tile of each kind part full and make every kernel walk."""
+    for B, Tq, Tk, H, Hkv, K, causal in (
+        (1, 70, 70, 2, 1, 64, True),
+        (1, 150, 150, 1, 1, 32, True),
+        (1, 37, 150, 2, 2, 32, False),
+        (1, 65, 65, 1, 1, 128, True),
+        (1, 67, 35, 1, 1, 96, False),
+        (0, 4, 4, 2, 2, 32, True),
+        (1, 0, 4, 2, 2, 32, False),
+        (1, 4, 0, 2, 2, 32, False),
+    ):
+        triangle = np.arange(Tq)[:, None] >= np.arange(Tk) if causal else np.True_
+        name = f"B{B}-Tq{Tq}-Tk{Tk}-H{H}-{Hkv}-K{K}{'-causal' if causal else ''}"
+        yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), seen=triangle, causal=causal)
+    rng = np.random.default_rng(6)
+    sizes = (2, 140, 90, 2, 1, 32)
+    shuffled = dict(times_q=rng.permutation(140) - 20, times_k=rng.permutation(90))
+    zigzag = dict(times_q=np.r_[0:70, 210:280], times_k=np.r_[0:45, 235:280])  # what a rank of a context-parallel group holds
+    late = dict(times_q=np.arange(140), times_k=np.arange(60, 150))  # queries before 60 see nothing
+    for name, times in (("shuffled", shuffled), ("zigzag", zigzag), ("blind", late)):
+        yield from attention_pair(f"wide-{name}", sizes, seen=times["times_q"][:, None] >= times["times_k"], causal=True, **times)
+    key_mask = rng.random((2, 90)) < 0.6
+    key_mask[0, :80] = False
+    key_mask[1] = False
+    both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
+    yield from attention_pair("wide-padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask)
+    yield from attention_pair("wide-padding-shuffled", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled)
+    yield from attention_pair(
+        "wide-large-scores", (1, 130, 130, 1, 1, 32), seen=np.arange(130)[:, None] >= np.arange(130), causal=True, scale=20.0, slack=20.0
+    )
+    dropout = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))
+    offset = dict(times_q=np.arange(50, 190), times_k=np.arange(90))
+    yield from attention_pair(
+        "wide-dropout", sizes, seen=offset["times_q"][:, None] >= offset["times_k"], causal=True, dropout=dropout, **offset
+    )
+    short = dropout._replace(samples=np.array([7]), times_q=np.arange(40), times_k=np.arange(70))
+    yield from attention_pair("wide-dropout-full", (1, 40, 70, 2, 2, 64), seen=np.True_, causal=False, dropout=short)
 
 
 def attention_pair(
@@ -419,6 +472,16 @@ def position_cases() -> Iterator[Case]:
             turn,
             lambda x, s=-1.0 if inverse else 1.0: plain.rope(x, times, 10_000.0, s),
         )
+    address = (0.3, 7, np.array([5, 2, 900]), np.array([0, 1, 5, 1000, 40_000]), np.arange(100, 137))
+    for C in (37, 8):
+        places = (*address[:4], address[4][:C])
+        yield Case(
+            "dropout_forward",
+            f"3x5x{C}",
+            normals((3, 5, C)),
+            lambda x, places=places: (kernels.dropout_forward(x, *places), kernels.dropout_forward(y := x.copy(), *places, out=y)),
+            lambda x, places=places: (x * plain.keep_mask(*places),) * 2,
+        )
     for V, first in ((5, 0), (7, 3), (700, 100), (3000, 0)):
         ids = np.random.default_rng(V).integers(0, V + 2 * first, (3, 41))
         inside = (ids >= first) & (ids < first + V)
@@ -457,14 +520,29 @@ def optimizer_cases() -> Iterator[Case]:
             kernels.adamw_(p, g, m, v, **options)
             return p, m, v
 
+        def update_mixed(p: Any, g: Any, m: Any, v: Any) -> Arrays:
+            """As a model trained in bfloat16: narrow gradients, a narrow copy of the parameters, and a scale that is an array."""
+            p, m, v, copy = p.copy(), m.copy(), v * v, poisoned(g.astype("bfloat16"))
+            scale = np.full(1, 0.25, p.dtype)
+            kernels.adamw_(p, g.astype("bfloat16"), m, v, **{**options, "grad_scale": scale}, param_out=copy)
+            assert np.array_equal(copy, p.astype("bfloat16"))
+            return p, m, v
+
         def descend(p: Any, g: Any, *_: Any) -> Arrays:
             p = p.copy()
             kernels.sgd_(p, g, lr=0.1, grad_scale=0.5)
             return (p,)
 
         make = normals((n,), (n,), (n,), (n,))
-        yield Case("adamw", f"adamw-{n}", make, update, lambda p, g, m, v: plain.adamw(p, g, m, v * v, options))
-        yield Case("adamw", f"sgd-{n}", make, descend, lambda p, g, *_: (p - 0.05 * g,))
+        yield Case("adamw_", f"{n}", make, update, lambda p, g, m, v: plain.adamw(p, g, m, v * v, options))
+        yield Case(
+            "adamw_",
+            f"mixed-{n}",
+            make,
+            update_mixed,
+            lambda p, g, m, v: plain.adamw(p, g.astype("bfloat16").astype(np.float64), m, v * v, options),
+        )
+        yield Case("sgd_", f"{n}", make, descend, lambda p, g, *_: (p - 0.05 * g,))
         yield from (sum_case(n, num_parts) for num_parts in (1, 2, 5))
         yield Case(
             "grad_norm", str(n), make, lambda x, *_: (np.asarray(kernels.sum_of_squares(x)),), lambda x, *_: (np.asarray((x * x).sum()),)
@@ -487,5 +565,14 @@ def sum_case(n: int, num_parts: int) -> Case:
 
 
 def all_cases() -> list[Case]:
-    makers = (norm_cases, activation_cases, softmax_cases, matmul_cases, attention_cases, position_cases, optimizer_cases)
+    makers = (
+        norm_cases,
+        activation_cases,
+        softmax_cases,
+        matmul_cases,
+        odd_attention_cases,
+        wide_attention_cases,
+        position_cases,
+        optimizer_cases,
+    )
     return [case for make in makers for case in make()]

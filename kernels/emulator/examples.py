@@ -1,0 +1,192 @@
+"""Small inputs for every operation, for the emulator's command line: what to call so that a kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import minillm.kernels as kernels
+import ml_dtypes
+import numpy as np
+
+Array = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes that a caller may choose. Operations on rows take T rows of `width`."""
+
+    T: int = 128
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    head_width: int = 64
+    width: int = 256
+    causal: bool = True
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} = {value}" for name, value in vars(self).items())
+
+
+class _Maker:
+    """Random arrays of one dtype."""
+
+    def __init__(self, sizes: Sizes, dtype: str, seed: int) -> None:
+        self.sizes, self._rng = sizes, np.random.default_rng(seed)
+        self.dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+    def __call__(self, *shape: int, dtype: Any = None) -> Array:
+        return self._rng.standard_normal(shape).astype(self.dtype if dtype is None else dtype)
+
+    def rows(self) -> Array:
+        return self(self.sizes.T, self.sizes.width)
+
+    def integers(self, below: int, count: int) -> Array:
+        return self._rng.integers(0, below, count)
+
+
+def _attention(make: _Maker) -> tuple[Array, Array, Array]:
+    s = make.sizes
+    return make(s.batch, s.T, s.heads, s.head_width), *(make(s.batch, s.T, s.kv_heads, s.head_width) for _ in range(2))
+
+
+def attention_forward(make: _Maker) -> Any:
+    return kernels.attention_forward(*_attention(make), scale=make.sizes.head_width**-0.5, causal=make.sizes.causal)
+
+
+def attention_backward(make: _Maker) -> Any:
+    """What the forward pass returns comes from the NumPy reference, so that only the backward kernels run."""
+    q, k, v = _attention(make)
+    options = {"scale": make.sizes.head_width**-0.5, "causal": make.sizes.causal}
+    with kernels.use(attention_forward="numpy"):
+        o, lse = kernels.attention_forward(*(x.astype(np.float32) for x in (q, k, v)), **options)
+    return kernels.attention_backward(make(*q.shape), q, k, v, o.astype(q.dtype), lse, **options)
+
+
+def layernorm_forward(make: _Maker) -> Any:
+    return kernels.layernorm_forward(make.rows(), make(make.sizes.width), make(make.sizes.width), 1e-5)
+
+
+def layernorm_backward(make: _Maker) -> Any:
+    mean, rstd = np.zeros(make.sizes.T, np.float32), np.ones(make.sizes.T, np.float32)
+    return kernels.layernorm_backward(make.rows(), make.rows(), make(make.sizes.width), mean, rstd)
+
+
+def rmsnorm_forward(make: _Maker) -> Any:
+    return kernels.rmsnorm_forward(make.rows(), make(make.sizes.width), 1e-5)
+
+
+def rmsnorm_backward(make: _Maker) -> Any:
+    return kernels.rmsnorm_backward(make.rows(), make.rows(), make(make.sizes.width), np.ones(make.sizes.T, np.float32))
+
+
+def gelu_forward(make: _Maker) -> Any:
+    return kernels.gelu_forward(make.rows(), "tanh")
+
+
+def gelu_backward(make: _Maker) -> Any:
+    return kernels.gelu_backward(make.rows(), make.rows(), "tanh")
+
+
+def relu_forward(make: _Maker) -> Any:
+    return kernels.relu_forward(make.rows())
+
+
+def relu_backward(make: _Maker) -> Any:
+    return kernels.relu_backward(make.rows(), make.rows())
+
+
+def swiglu_forward(make: _Maker) -> Any:
+    return kernels.swiglu_forward(make(make.sizes.T, 2 * make.sizes.width))
+
+
+def swiglu_backward(make: _Maker) -> Any:
+    return kernels.swiglu_backward(make.rows(), make(make.sizes.T, 2 * make.sizes.width))
+
+
+def add(make: _Maker) -> Any:
+    return kernels.add(make.rows(), make.rows())
+
+
+def cast(make: _Maker) -> Any:
+    return kernels.cast(make.rows(), "float32" if make.dtype.itemsize == 2 else "float16")
+
+
+def column_sum(make: _Maker) -> Any:
+    return kernels.column_sum(make.rows())
+
+
+def rope_(make: _Maker) -> Any:
+    s = make.sizes
+    cos, sin = kernels.rope_tables(np.arange(s.T), s.head_width, 10_000.0, make.dtype)
+    return kernels.rope_(make(s.batch, s.T, s.heads, s.head_width), cos, sin)
+
+
+def dropout_forward(make: _Maker) -> Any:
+    s = make.sizes
+    return kernels.dropout_forward(make(s.batch, s.T, s.width), 0.1, 1234, np.arange(s.batch), np.arange(s.T), np.arange(s.width))
+
+
+def random_normal(make: _Maker) -> Any:
+    return kernels.random_normal(1234, np.arange(make.sizes.T * make.sizes.width, dtype=np.uint64))
+
+
+def embedding_forward(make: _Maker) -> Any:
+    return kernels.embedding_forward(make.integers(50, make.sizes.T), make(50, make.sizes.width))
+
+
+def embedding_backward_(make: _Maker) -> Any:
+    grad_weight = make(50, make.sizes.width, dtype=np.float32)
+    return kernels.embedding_backward_(make.rows(), make.integers(50, make.sizes.T), grad_weight)
+
+
+def xent_max(make: _Maker) -> Any:
+    return kernels.xent_max(make.rows())
+
+
+def xent_shifted_sum_(make: _Maker) -> Any:
+    s = make.sizes
+    return kernels.xent_shifted_sum_(make.rows(), np.full(s.T, 4, np.float32), make.integers(s.width, s.T), 0)
+
+
+def xent_grad_(make: _Maker) -> Any:
+    s, ones = make.sizes, np.ones(make.sizes.T, np.float32)
+    return kernels.xent_grad_(abs(make.rows()), ones, make.integers(s.width, s.T), 0, ones)
+
+
+def adamw_(make: _Maker) -> Any:
+    n = make.sizes.T * make.sizes.width
+    flat = [make(n, dtype=np.float32) for _ in range(3)]
+    options: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+    return kernels.adamw_(flat[0], make(n), flat[1], abs(flat[2]), **options)
+
+
+def sgd_(make: _Maker) -> Any:
+    n = make.sizes.T * make.sizes.width
+    return kernels.sgd_(make(n), make(n), lr=0.1)
+
+
+def sum_of_squares(make: _Maker) -> Any:
+    return kernels.sum_of_squares(make(make.sizes.T * make.sizes.width))
+
+
+def sum_arrays(make: _Maker) -> Any:
+    parts = [make(make.sizes.T * make.sizes.width) for _ in range(3)]
+    return kernels.sum_arrays(parts[0], parts)
+
+
+EXAMPLES: dict[str, Callable[[_Maker], Any]] = {
+    example.__name__: example
+    for example in (
+        *(attention_forward, attention_backward, layernorm_forward, layernorm_backward, rmsnorm_forward, rmsnorm_backward),
+        *(gelu_forward, gelu_backward, relu_forward, relu_backward, swiglu_forward, swiglu_backward, add, cast, column_sum, rope_),
+        *(dropout_forward, random_normal, embedding_forward, embedding_backward_, xent_max, xent_shifted_sum_, xent_grad_),
+        *(adamw_, sgd_, sum_of_squares, sum_arrays),
+    )
+}
+
+
+def example(op: str, sizes: Sizes, dtype: str, seed: int = 0) -> Any:
+    """Call `op` on small random inputs. Raises KeyError for an operation without an example."""
+    return EXAMPLES[op](_Maker(sizes, dtype, seed))
