@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from minillm.comm.base import BaseCommunicator, is_half, reduce_in_order
+from minillm.arrays import is_narrow
+from minillm.comm.base import BaseCommunicator, reduce_in_order
 from minillm.comm.communicator import DEFAULT_TIMEOUT, MAX_TAG, Communicator, ReduceOp, SharedWindow, Work
 from minillm.comm.ledger import ledger
 from minillm.comm.single import SelfCommunicator
@@ -89,7 +90,7 @@ class MPICommunicator(BaseCommunicator):
     # ---- collectives
 
     def _all_reduce(self, flat: np.ndarray, op: ReduceOp) -> None:
-        if is_half(flat.dtype) or flat.dtype.kind == "b":
+        if is_narrow(flat.dtype) or flat.dtype.kind == "b":
             self._reduce_slices(flat, op)
         elif flat.nbytes <= min(BLOCKING_BYTES, CHUNK_BYTES.get()):
             self.mpi.Allreduce(MPI.IN_PLACE, flat, _OPS[op])
@@ -97,7 +98,7 @@ class MPICommunicator(BaseCommunicator):
             self._iall_reduce(flat, op).wait()
 
     def _iall_reduce(self, flat: np.ndarray, op: ReduceOp) -> Work:
-        if is_half(flat.dtype) or flat.dtype.kind == "b":
+        if is_narrow(flat.dtype) or flat.dtype.kind == "b":
             self._reduce_slices(flat, op)
             return self._work([], flat, "all_reduce")
         requests = [self.mpi.Iallreduce(MPI.IN_PLACE, chunk, _OPS[op]) for chunk in _chunks(flat)]
@@ -125,7 +126,7 @@ class MPICommunicator(BaseCommunicator):
         return out
 
     def _reduce_scatter(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
-        if flat.nbytes <= CHUNK_BYTES.get() and not is_half(flat.dtype):
+        if flat.nbytes <= CHUNK_BYTES.get() and not is_narrow(flat.dtype):
             out = np.empty(counts[self.rank], flat.dtype)
             self.mpi.Reduce_scatter(flat, out, counts, MPI.SUM)
             return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array
+from minillm.arrays import Array, writeable
 from minillm.autograd import Context, Function, Tensor, recomputable
 
 
@@ -34,7 +34,7 @@ def softmax(x: Tensor) -> Tensor:
 
 def _reusable(ctx: Context, grad: Array) -> Array | None:
     """The incoming gradient as an output buffer, if this operation may overwrite it."""
-    return grad if ctx.owns(0) and grad.flags.writeable and grad.flags.c_contiguous else None
+    return grad if ctx.owns(0) and writeable(grad) and grad.flags.c_contiguous else None
 
 
 class _GELU(Function):

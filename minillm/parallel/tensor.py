@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minillm import kernels, ops
-from minillm.arrays import Array, namespace
+from minillm.arrays import Array, namespace, sum_dtype
 from minillm.autograd import WRITTEN, Context, Function, GradSlot, Tensor, no_grad
 from minillm.comm.communicator import Communicator, ReduceOp
 from minillm.nn.module import Constant, Module, Normal, Parameter, Where
@@ -24,6 +24,7 @@ from minillm.parallel.collectives import copy_to, gather_from, reduce_from
 from minillm.sharding import Segment, ShardSpec
 
 CHUNK_BYTES = 64 << 20  # logits that exist at once in the head: large enough for full-speed products, small beside the model
+GPU_CHUNK_BYTES = 512 << 20  # on a GPU, whose products want more rows and where every chunk reads and writes the weight's gradient
 
 
 class Region(Protocol):
@@ -146,18 +147,19 @@ class _VocabParallelLoss(Function):
         counted = flat != ignore_index
         head = _Head(weight, comm, vocab)
         grad_x = xp.empty_like(rows) if ctx.needs[0] else None
-        slot = ctx.slot(1) or (GradSlot(xp.empty_like(weight)) if ctx.needs[1] else None)
-        total = 0.0
-        most = max(128, CHUNK_BYTES // max(1, weight.shape[0] * x.dtype.itemsize))
+        wide = sum_dtype(x.dtype)
+        slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
+        total: Any = 0.0
+        most = max(128, (CHUNK_BYTES if xp is np else GPU_CHUNK_BYTES) // max(1, weight.shape[0] * x.dtype.itemsize))
         chunk = max(1, -(-len(rows) // max(1, -(-len(rows) // most))))  # as few as need be, of equal size
         buffer = xp.empty((min(chunk, len(rows)), weight.shape[0]), x.dtype)  # of the logits: one for all chunks
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = buffer[: len(rows[part])]
             sum_exp, target_logit = head.softmax_(logits, rows[part], flat[part])
-            total += float(xp.sum((xp.log(sum_exp) - target_logit)[counted[part]], dtype=xp.float64))
+            total = total + _counted_sum(xp.log(sum_exp) - target_logit, counted[part])
             if ctx.recording:
-                row_scale = counted[part].astype(x.dtype) / x.dtype.type(divisor)
+                row_scale = counted[part].astype(wide) / wide.type(divisor)
                 kernels.xent_grad_(logits, sum_exp, flat[part], head.first_class, row_scale)
                 if grad_x is not None:
                     kernels.matmul(logits, weight, out=grad_x[part])
@@ -165,7 +167,7 @@ class _VocabParallelLoss(Function):
                     kernels.matmul(logits.T, rows[part], out=slot.buf, accumulate=slot.writes > 0)
                     slot.writes += 1
         ctx.save(None if grad_x is None else grad_x.reshape(x.shape), slot.buf if slot is not None and ctx.slot(1) is None else WRITTEN)
-        return np.asarray(total / divisor)
+        return xp.asarray(total / divisor)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
@@ -174,6 +176,14 @@ class _VocabParallelLoss(Function):
                 f"the head computed its gradients in forward, for a grad of 1, not {float(grad_outs[0])}; scale through `divisor`"
             )
         return ctx.saved
+
+
+def _counted_sum(losses: Array, counted: Array) -> Any:
+    """The float64 sum of the losses [R] that count: a number, or on a GPU an array without dims, for which the host does not wait."""
+    if isinstance(losses, np.ndarray):
+        return float(np.sum(losses[counted], dtype=np.float64))
+    xp = namespace(losses)
+    return xp.where(counted, losses, losses.dtype.type(0)).sum(dtype=np.float64)
 
 
 class _Head:
