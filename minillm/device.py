@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import Array, to_device
+from minillm.arrays import Array, float_dtype, sum_dtype, to_device
 from minillm.errors import ConfigError
 
 OLDEST_DRIVER = {12: 525, 13: 580}  # CUDA version -> the oldest NVIDIA driver series that runs it, on Linux
+OPTIMIZERS = ("adamw_", "sgd_")
 INSTALL_CUPY = "pip install -e '.[cuda13]' (for drivers from 580 on), or '.[cuda12]' (from 525 on)"
 
 
@@ -68,8 +69,17 @@ class Device:
     def synchronize(self) -> None:
         """Wait until everything queued has been done."""
 
+    def like(self, op: str, dtype: str) -> Array:
+        """An empty array of the kind that the operation `op` runs on when a model of `dtype` is trained: optimizers update wide values."""
+        kind = float_dtype(dtype)
+        return self.xp.empty(0, sum_dtype(kind) if op in OPTIMIZERS else kind)
+
+    def kind(self) -> str:
+        """What the device is; empty for the CPU."""
+        return ""
+
     def describe(self) -> str:
-        """For people; empty for the CPU."""
+        """`kind` and which of several it is."""
         return ""
 
 
@@ -116,10 +126,14 @@ class CudaDevice(Device):
         """See `Device`."""
         self.xp.cuda.get_current_stream().synchronize()
 
-    def describe(self) -> str:
+    def kind(self) -> str:
         """See `Device`."""
         name = self.xp.cuda.runtime.getDeviceProperties(self.number)["name"]
-        return f"{name.decode() if isinstance(name, bytes) else name} (device {self.number})"
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    def describe(self) -> str:
+        """See `Device`."""
+        return f"{self.kind()}, device {self.number}"
 
 
 def open_device(name: str, local_rank: int = 0) -> Device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-
 from typing import Any
 
 from minillm import kernels
@@ -16,8 +15,8 @@ class AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): decoupled weight decay, applied only where `Parameter.decay` says so (matrices,
     embeddings).
 
-    Where the buffers have masters, those are updated, and the model's narrow values are rounded from them in the same pass. `grad_scale` may
-    be an array of one on the device; NaN leaves everything as it is.
+    Where the buffers have masters, those are updated, and the model's narrow values are rounded from them in the same pass. `grad_scale`
+    may be an array of one on the device; NaN leaves everything as it is.
     """
 
     def __init__(
@@ -64,7 +63,11 @@ class SGD:
     def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share of the parameters from the reduced gradient times `grad_scale`."""
         for buffers in self.buffers:
-            kernels.sgd_(buffers.values[buffers.share], buffers.grads[buffers.share], lr=lr, grad_scale=grad_scale)
+            part, values = buffers.share, buffers.values[buffers.share]
+            updated = values if buffers.masters is None else buffers.masters[part]
+            kernels.sgd_(updated, buffers.grads[part], lr=lr, grad_scale=grad_scale)
+            if buffers.masters is not None:
+                kernels.cast(updated, values.dtype, out=values)
 
     def state(self) -> Mapping[str, Mapping[int, Array]]:
         """SGD has no state."""

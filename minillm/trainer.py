@@ -23,7 +23,7 @@ from minillm.comm.world import agree
 from minillm.data.batches import Batches
 from minillm.device import CPU, Device
 from minillm.errors import CommError
-from minillm.memory import peak_rss
+from minillm.memory import peak_rss, predicted
 from minillm.models.gpt import INIT_STD
 from minillm.nn.module import Where
 from minillm.optim import SGD, AdamW, learning_rate
@@ -34,13 +34,14 @@ from minillm.pipeline.schedules import SCHEDULES
 from minillm.pipeline.stage import Microbatch
 from minillm.resolve import ResolvedConfig
 from minillm.trace import Tracer
-from minillm.verdict import NotFinite, Verdict, judge
+from minillm.verdict import Verdict, judge
 
 
 @dataclass(frozen=True)
 class StepReport:
     """One step: what all ranks agreed on, learning rate, whether any rank was asked to stop, and the peak memory in bytes of the largest
-    rank, the same on every rank; this rank's seconds in all, in reductions that backward did not hide, and in the optimizer.
+    rank (on a GPU, of the device), the same on every rank; this rank's seconds in all, in reductions that backward did not hide, and in the
+    optimizer.
 
     On a GPU `loss` and `grad_norm` wait for the device, and raise NotFinite if they are not finite.
     """
@@ -87,6 +88,9 @@ class Trainer:
         self.memory = self.buffers[0].memory
         self.optimizer = build_adamw(config, self.stages) if optimizer is AdamW else SGD(self.buffers)
         self.stop_requested = False
+        if device is not CPU:
+            needs = [predicted(config, index, stage.buffers) for index, stage in self.stages.items()]
+            device.reserve(sum(kinds["activations"] + kinds["logits"] for kinds in needs))
         schedule = SCHEDULES[config.train.schedule](config.pp, config.num_microbatches)
         ties = (0, config.pp - 1) if config.model.tied and config.pp > 1 else ()
         self.runtime = PipelineRuntime(
@@ -130,7 +134,7 @@ class Trainer:
         loss, squares = local_loss if self.mesh.coord("tp") == 0 else 0.0, sum(reducer.sum_of_squares() for reducer in self._reducers())
         advice = f"try a smaller --lr (now {train.lr:g}), a longer --warmup (now {self.config.warmup}) or a smaller --clip"
         self._verdict = judge(self.device, self.world, self._step, loss, squares, train.clip, self._verdict, advice)
-        self._worst = np.array([self.stop_requested, max(peak_rss(), self.device.peak_bytes())], np.float64)
+        self._worst = np.array([self.stop_requested, self.device.peak_bytes() or peak_rss()], np.float64)
         self.world.all_reduce_(self._worst, MAX, kind="control")
         if not self.lag:
             self._verdict.numbers()

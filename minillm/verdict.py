@@ -53,7 +53,8 @@ def judge(
     before: Verdict | None,
     advice: str,
 ) -> Verdict:
-    """Agree on a step from this rank's parts of the loss and of the squared norm: numbers, or arrays without dims on the device. Collective.
+    """Agree on a step from this rank's parts of the loss and of the squared norm, which are numbers or arrays without dims on the device.
+    Collective.
 
     `before` is the last step's verdict, `advice` what a user may try where a step fails.
     """

@@ -249,6 +249,9 @@ class BaseCommunicator:
     def _all_gather(self, flat: Array, counts: list[int]) -> Array:
         raise self._unsupported("all_gather")
 
+    def _gather_into(self, out: Array, counts: list[int]) -> None:
+        raise self._unsupported("all_gather")
+
     def _reduce_scatter(self, flat: Array, counts: list[int]) -> Array:
         raise self._unsupported("reduce_scatter")
 

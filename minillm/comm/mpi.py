@@ -10,11 +10,14 @@ steps of a large reduction follow one another at once, then sleeping.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,17 +116,19 @@ class MPICommunicator(BaseCommunicator):
 
     def _all_gather(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
         out = np.empty(sum(counts), flat.dtype)
-        sizes = [count * flat.itemsize for count in counts]
-        if sum(sizes) <= CHUNK_BYTES.get():
-            self.mpi.Allgatherv(_bytes(flat), [_bytes(out), sizes])
-            return out
+        first = sum(counts[: self.rank])
+        out[first : first + counts[self.rank]] = flat
+        self._gather_into(out, counts)
+        return out
+
+    def _gather_into(self, out: np.ndarray, counts: list[int]) -> None:
+        """Fill `out`, in which this rank's own part stands already, with everybody's. Reads and writes it by MPI alone."""
+        if out.nbytes <= CHUNK_BYTES.get():
+            self.mpi.Allgatherv(MPI.IN_PLACE, [_bytes(out), [count * out.itemsize for count in counts]])
+            return
         ends = np.cumsum(counts)
         for root in range(self.size):
-            part = out[ends[root] - counts[root] : ends[root]]
-            if root == self.rank:
-                part[...] = flat
-            self._broadcast(part, root)
-        return out
+            self._broadcast(out[ends[root] - counts[root] : ends[root]], root)
 
     def _reduce_scatter(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
         if flat.nbytes <= CHUNK_BYTES.get() and not is_narrow(flat.dtype):
@@ -230,6 +235,20 @@ class _MPIWindow:
 
 def _wrap(comm: MPI.Comm, name: str, timeout: float) -> Communicator:
     return SelfCommunicator(name, timeout) if comm.Get_size() == 1 else MPICommunicator(comm, name, timeout)
+
+
+def takes_device_memory() -> bool:
+    """Whether the MPI library says that it reads and writes a GPU's memory. A trial with a device pointer would end the process where it
+    does not."""
+    try:
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"/libmpi\S*\.so", line)}
+    except OSError:
+        return False
+    for name in sorted(loaded):
+        query = getattr(ctypes.CDLL(name), "MPIX_Query_cuda_support", None)
+        if query is not None:
+            return bool(query())
+    return False
 
 
 @contextmanager

@@ -1,0 +1,173 @@
+"""What the stand-in has of `cupy.cuda`: streams and events that only count waiting, and cuBLAS's gemmEx in NumPy."""
+
+from __future__ import annotations
+
+import ctypes
+import types
+import zlib
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_downloads: list[tuple[np.ndarray, np.ndarray]] = []  # what arrives, and where, once somebody waits
+_read: list[tuple[np.ndarray, int]] = []  # host memory that copies to the device may still be reading, and its checksum
+
+
+def _standin() -> Any:
+    import standin
+
+    return standin
+
+
+def download_later(values: np.ndarray, out: np.ndarray) -> None:
+    """A copy to the host that nobody has waited for: until then, `out` holds nothing of use."""
+    out.reshape(-1).view(np.uint8)[...] = 0xFF
+    _downloads.append((values, out))
+
+
+def reading(source: np.ndarray) -> None:
+    """A copy to the device reads `source` until somebody waits."""
+    _read.append((source, zlib.crc32(np.ascontiguousarray(source).view(np.uint8).data)))
+
+
+def finish_all() -> None:
+    """The device has done everything queued. Raises RuntimeError if the host has overwritten what was being read."""
+    for values, out in _downloads:
+        out[...] = values
+    _downloads.clear()
+    changed = [source for source, before in _read if zlib.crc32(np.ascontiguousarray(source).view(np.uint8).data) != before]
+    _read.clear()
+    if changed:
+        raise RuntimeError(f"host memory of {changed[0].nbytes} bytes was overwritten while a copy to the device could still be reading it")
+
+
+class Event:
+    def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
+        self._due: list[tuple[np.ndarray, np.ndarray]] = []
+        self.done = False
+
+    def record(self, stream: Any = None) -> None:
+        self._due = list(_downloads)
+
+    def synchronize(self) -> None:
+        _standin().note("wait")
+        for values, out in self._due:
+            out[...] = values
+        _downloads[:] = [entry for entry in _downloads if not any(entry[1] is out for _, out in self._due)]
+        self.done = True
+
+
+class Stream:
+    def __init__(self, non_blocking: bool = False) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        _standin().note("wait")
+        finish_all()
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def record(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record()
+        return event
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        pass
+
+
+_stream = Stream()
+
+
+def get_current_stream() -> Stream:
+    return _stream
+
+
+def alloc_pinned_memory(num_bytes: int) -> Any:
+    return memoryview(bytearray(num_bytes))
+
+
+class Device:
+    """An imaginary GPU of compute capability 8.0."""
+
+    attributes = {"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 163 << 10}  # noqa: RUF012
+    compute_capability = "80"
+
+    def __init__(self, number: int | None = None) -> None:
+        self.id = number or 0
+
+    def use(self) -> None:
+        pass
+
+
+runtime = types.SimpleNamespace(
+    getDevice=lambda: 0,
+    getDeviceCount=lambda: 1,
+    getDeviceProperties=lambda number: {"name": b"stand-in"},
+    driverGetVersion=lambda: 13000,
+    runtimeGetVersion=lambda: 13000,
+)
+driver = types.SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1)
+
+
+# ---- cuBLAS
+
+_TYPES = {0: np.dtype(np.float32), 2: np.dtype(np.float16), 14: np.dtype(ml_dtypes.bfloat16)}
+_KNOWN = {(0, 0), (2, 2), (2, 0), (14, 14), (14, 0)}  # types of A and B, and of C, that cuBLAS computes in float32
+
+
+class Product(NamedTuple):
+    """One call of gemmEx."""
+
+    transposed: tuple[bool, bool]
+    sizes: tuple[int, int, int]
+    types: tuple[str, str, str]
+    leading: tuple[int, int, int]
+    beta: float
+    compute: int
+
+
+products: list[Product] = []
+
+
+def get_cublas_handle() -> int:
+    return 1
+
+
+def _matrix(pointer: int, rows: int, columns: int, leading: int, dtype: np.dtype) -> np.ndarray:
+    """A matrix [rows, columns] that lies column by column, `leading` elements apart."""
+    if leading < max(1, rows):
+        raise RuntimeError(f"CUBLAS_STATUS_INVALID_VALUE: leading dim {leading} of a matrix of {rows} rows")
+    num_bytes = ((columns - 1) * leading + rows) * dtype.itemsize
+    _standin().check_inside(pointer, num_bytes)
+    memory = np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(pointer), np.uint8).view(dtype)
+    return np.lib.stride_tricks.as_strided(memory, (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
+
+
+def _gemm_ex(*args: Any) -> None:
+    """C [m, n] = alpha op(A) op(B) + beta C, all column by column; products and sums in float32, one rounding at the end."""
+    wrong = [x for x in args if type(x) is not int]
+    if len(args) != 19 or wrong:
+        raise TypeError(f"gemmEx takes 19 integers, not {len(args)} arguments with {wrong}")
+    ta, tb, m, n, k, alpha, A, At, lda, B, Bt, ldb, beta, C, Ct, ldc, compute = args[1:18]
+    if At != Bt or (At, Ct) not in _KNOWN or compute != 68 or ta not in (0, 1) or tb not in (0, 1) or min(m, n, k) < 1:
+        raise RuntimeError(f"CUBLAS_STATUS_NOT_SUPPORTED: types {At}, {Bt} -> {Ct}, compute type {compute}, sizes {m, n, k}")
+    a = _matrix(A, *((k, m) if ta else (m, k)), lda, _TYPES[At])
+    b = _matrix(B, *((n, k) if tb else (k, n)), ldb, _TYPES[Bt])
+    c = _matrix(C, m, n, ldc, _TYPES[Ct])
+    factor, old = (ctypes.c_float.from_address(pointer).value for pointer in (alpha, beta))
+    a32, b32 = ((x.T if t else x).astype(np.float32) for x, t in ((a, ta), (b, tb)))
+    result = np.float32(factor) * (a32 @ b32)
+    if old:
+        result += np.float32(old) * c.astype(np.float32)
+    c[...] = result.astype(c.dtype)
+    names = tuple(str(_TYPES[code]) for code in (At, Bt, Ct))
+    products.append(Product((bool(ta), bool(tb)), (m, n, k), names, (lda, ldb, ldc), old, compute))  # type: ignore[arg-type]
+
+
+cublas = types.SimpleNamespace(gemmEx=_gemm_ex)
