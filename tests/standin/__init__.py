@@ -83,7 +83,9 @@ def _allocate(shape: Any, dtype: Any) -> np.ndarray:
 
 def check_inside(address: int, num_bytes: int) -> None:
     """Raises RuntimeError unless these bytes lie in one living allocation."""
-    if not any(start <= address and address + num_bytes <= start + size for start, (size, _) in list(_allocations.items())):
+    if num_bytes <= _allocations.get(address, (0, None))[0]:
+        return
+    if not any(start <= address and address + num_bytes <= start + size for start, (size, _) in _allocations.copy().items()):
         raise RuntimeError(f"{num_bytes} bytes at {address:#x} are in no array of the device: an illegal memory access")
 
 
@@ -397,7 +399,7 @@ sqrt, log, exp, isfinite = _ufunc("sqrt"), _ufunc("log"), _ufunc("exp"), _ufunc(
 
 class _Pool:
     def total_bytes(self) -> int:
-        return sum(size for size, _ in list(_allocations.values()))
+        return sum(size for size, _ in _allocations.copy().values())
 
     used_bytes = total_bytes
 

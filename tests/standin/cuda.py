@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import types
 import zlib
 from typing import Any, NamedTuple
@@ -10,8 +11,30 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-_downloads: list[tuple[np.ndarray, np.ndarray]] = []  # what arrives, and where, once somebody waits
-_read: list[tuple[np.ndarray, int]] = []  # host memory that copies to the device may still be reading, and its checksum
+
+class _Queue(threading.local):
+    """What the device of one rank has not been waited for."""
+
+    def __init__(self) -> None:
+        self.downloads: list[_Download] = []
+        self.reads: list[_Read] = []
+
+
+class _Download(NamedTuple):
+    """What arrives in host memory, and where, once somebody waits."""
+
+    values: np.ndarray
+    out: np.ndarray
+
+
+class _Read(NamedTuple):
+    """Host memory that a copy to the device may still be reading, and its checksum."""
+
+    source: np.ndarray
+    checksum: int
+
+
+_queue = _Queue()
 
 
 def _standin() -> Any:
@@ -20,41 +43,51 @@ def _standin() -> Any:
     return standin
 
 
+def _checksum(x: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data)
+
+
 def download_later(values: np.ndarray, out: np.ndarray) -> None:
     """A copy to the host that nobody has waited for: until then, `out` holds nothing of use."""
     out.reshape(-1).view(np.uint8)[...] = 0xFF
-    _downloads.append((values, out))
+    _queue.downloads.append(_Download(values, out))
 
 
 def reading(source: np.ndarray) -> None:
     """A copy to the device reads `source` until somebody waits."""
-    _read.append((source, zlib.crc32(np.ascontiguousarray(source).view(np.uint8).data)))
+    _queue.reads.append(_Read(source, _checksum(source)))
+
+
+def _finish(downloads: list[_Download], reads: list[_Read]) -> None:
+    """These copies are over. Raises RuntimeError if the host has overwritten what was being read."""
+    for values, out in downloads:
+        out[...] = values
+    done = {id(x) for x in (*downloads, *reads)}
+    _queue.downloads = [x for x in _queue.downloads if id(x) not in done]
+    _queue.reads = [x for x in _queue.reads if id(x) not in done]
+    for source, before in reads:
+        if _checksum(source) != before:
+            raise RuntimeError(f"{source.nbytes} bytes of the host were overwritten while a copy to the device could still be reading them")
 
 
 def finish_all() -> None:
-    """The device has done everything queued. Raises RuntimeError if the host has overwritten what was being read."""
-    for values, out in _downloads:
-        out[...] = values
-    _downloads.clear()
-    changed = [source for source, before in _read if zlib.crc32(np.ascontiguousarray(source).view(np.uint8).data) != before]
-    _read.clear()
-    if changed:
-        raise RuntimeError(f"host memory of {changed[0].nbytes} bytes was overwritten while a copy to the device could still be reading it")
+    """The device has done everything queued."""
+    _finish(_queue.downloads, _queue.reads)
 
 
 class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
-        self._due: list[tuple[np.ndarray, np.ndarray]] = []
+        self._due: tuple[list[_Download], list[_Read]] = [], []
         self.done = False
 
     def record(self, stream: Any = None) -> None:
-        self._due = list(_downloads)
+        self._due = list(_queue.downloads), list(_queue.reads)
 
     def synchronize(self) -> None:
         _standin().note("wait")
-        for values, out in self._due:
-            out[...] = values
-        _downloads[:] = [entry for entry in _downloads if not any(entry[1] is out for _, out in self._due)]
+        living = {id(x) for x in (*_queue.downloads, *_queue.reads)}
+        _finish([x for x in self._due[0] if id(x) in living], [x for x in self._due[1] if id(x) in living])
+        self._due = [], []
         self.done = True
 
 
