@@ -34,7 +34,8 @@ from minillm.log import Log, MetricsFile, Progress, clock, compact
 from minillm.report import TimeShares, peak_mb, plan, plural, step_metrics
 from minillm.resolve import ResolvedConfig, resolve
 from minillm.trace import Tracer
-from minillm.trainer import NotFinite, StepReport, Trainer
+from minillm.trainer import StepReport, Trainer
+from minillm.verdict import NotFinite
 
 SAMPLE_TEMPERATURE = 0.8
 
