@@ -163,9 +163,13 @@ class Compiled(NamedTuple):
 
 
 @functools.cache
-def compile_host(path: Path, defines: tuple[tuple[str, str | int], ...]) -> Compiled:
-    """The library of a `.cu` file compiled with macros, from the cache where it has been compiled before. Raises BuildError."""
-    return compile_text(path, inlined_source(path), dict(defines))
+def compile_host(path: Path, defines: tuple[tuple[str, str | int], ...], edits: tuple[tuple[str, str], ...] = ()) -> Compiled:
+    """The library of a `.cu` file compiled with macros, from the cache where it has been compiled before; `edits` (old text, new text) are
+    made to its source, includes in their places, first. Raises BuildError."""
+    text = inlined_source(path)
+    for old, new in edits:
+        text = text.replace(old, new)
+    return compile_text(path, text, dict(defines))
 
 
 def compile_text(path: Path, text: str, defines: Defines) -> Compiled:

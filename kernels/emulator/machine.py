@@ -37,6 +37,8 @@ class Options:
     uninitialised: bool = True
     unwritten: tuple[Array, ...] = ()
     """Arrays that hold nothing yet: reading an element before the kernel has written it is an error."""
+    edits: tuple[tuple[str, str], ...] = ()
+    """(old text, new text) to replace in the sources of kernels before they are compiled: to try what a line is for."""
     only_block: int | None = None
     log_block: int | None = None
     watch: tuple[int, int] | None = None
@@ -161,7 +163,8 @@ def launch(
     structs as `np.void`, tensor maps, None. `changes` are fields of Options for this launch alone. Raises EmulatorError with a report when
     the kernel does something that a GPU would punish or must not be relied on, BuildError if it does not compile.
     """
-    launch_compiled(Path(path), compile_host(Path(path), tuple(defines.items())), name, grid, block, args, shared_bytes, **changes)
+    edits = replace(_options.get(), **changes).edits
+    launch_compiled(Path(path), compile_host(Path(path), tuple(defines.items()), edits), name, grid, block, args, shared_bytes, **changes)
 
 
 def launch_compiled(
