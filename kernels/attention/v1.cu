@@ -32,6 +32,7 @@
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=96 -DOWN=32 -DLOOP=32
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=128 -DOWN=32 -DLOOP=32
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=64 -DOWN=32 -DLOOP=32
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=128 -DOWN=32 -DLOOP=16
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
 // minillm-build: -DELEMENT=float16 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
