@@ -57,9 +57,7 @@ def forward(q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, causal: bool
     _launch("v3_forward.cu", "attention_forward", q, parts, consumers, [*maps, lse, problem], shared_bytes)
 
 
-def backward(
-    grad_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, grads: tuple[Any, Any, Any], scale: float, causal: bool
-) -> None:
+def backward(grad_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, grads: tuple[Any, Any, Any], scale: float, causal: bool) -> None:
     """Write the gradients of q, k and v into `grads`. All arrays of four dims are `tiled`."""
     (B, Tq, H, K), (Tk, Hkv) = q.shape, k.shape[1:3]
     if 0 in (B, Tq, H, Tk):

@@ -577,6 +577,6 @@ void check_at_end() {
         if (!threads[t].started.empty()) fail_for(t, "not waited for", threads[t].started[0].site, "a product was still under way when the thread returned");
 }
 
-Registration registration{poll, reset};
+Registration registration{poll, reset, check_at_end};
 
 }  // namespace

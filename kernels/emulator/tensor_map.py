@@ -1,4 +1,4 @@
-"""Tensor maps for the emulator: what the driver encodes for TMA on a GPU, checked by the same rules, in a layout of our own (hopper.cpp)."""
+"""Tensor maps for the emulator: what the driver encodes for TMA on a GPU, checked by the same rules, laid out as hopper.cpp reads it."""
 
 from __future__ import annotations
 

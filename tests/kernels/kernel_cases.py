@@ -26,6 +26,7 @@ class Case:
     expected: Callable[..., Arrays]
     slack: float = 1.0  # times the tolerance, where rounding is amplified: a score of 100 has an error of 100 eps, as has its exponential
     backends: tuple[str, ...] = ()  # that take the case; empty: all that take its dtype
+    without: tuple[str, ...] = ()  # variants that refuse it
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -401,6 +402,7 @@ def attention_pair(
     """The forward and the backward case on views of a fused projection, with strided and poisoned outputs."""
     B, Tq, Tk, H, Hkv, K = sizes
     make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
+    without = ("v3",) if options.keys() & {"times_q", "key_mask", "dropout"} else ()
     keep = cache(lambda: 1.0 if options.get("dropout") is None else keep_mask(options["dropout"], H))
 
     def forward(q: Any, kv: Any, _: Any) -> Arrays:
@@ -422,6 +424,7 @@ def attention_pair(
         forward,
         lambda q, kv, _: plain.attention(q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
         slack,
+        without=without,
     )
     yield Case(
         "attention",
@@ -430,6 +433,7 @@ def attention_pair(
         backward,
         lambda q, kv, g: plain.attention_grads(g, q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
         slack,
+        without=without,
     )
 
 
