@@ -1,0 +1,177 @@
+"""Bugs to plant into the CUDA kernels, as data: each is a line that somebody could well have written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minillm.kernels.emulator.examples import Sizes
+
+# Two query heads on one key-value head; 200 times are two and more tiles and end within one.
+ATTENTION = Sizes(T=200, heads=2, kv_heads=1, head_width=64)
+# Keys enough that the ring of tiles comes round.
+WIDE_ATTENTION = Sizes(T=600, heads=1, kv_heads=1, head_width=128)
+ROWS = Sizes(T=37, width=200)
+WIDE_ROWS = Sizes(T=5, width=3000)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which stands once in `file` (a path in kernels/), becomes `new`: seen when `op` runs as `variant`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    op: str
+    variant: str = "v1"
+    sizes: Sizes = ATTENTION
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{self.file.rpartition('.')[0].replace('/', '-')}-{self.name.replace(' ', '-')}"
+
+
+def _v1(name: str, old: str, new: str) -> Mutation:
+    return Mutation(name, "attention/v1.cu", old, new, "attention_forward", dtype="float32")
+
+
+def _v2(name: str, old: str, new: str, op: str = "attention_forward") -> Mutation:
+    return Mutation(name, "attention/v2.cu", old, new, op, "v2")
+
+
+def _v2_back(name: str, old: str, new: str) -> Mutation:
+    return _v2(name, old, new, "attention_backward")
+
+
+def _step(name: str, file: str, old: str, new: str, op: str, sizes: Sizes = ROWS, dtype: str = "bfloat16") -> Mutation:
+    return Mutation(name, file, old, new, op, "v1", sizes, dtype)
+
+
+MUTATIONS = [
+    # ---- attention v1
+    _v1("mask off by one", "const bool seen = key < limit[i] &&", "const bool seen = key <= limit[i] &&"),
+    _v1("missing rescale", "for (int c = 0; c < COLUMNS; c++) sums[i][c] *= shrink;", ""),
+    _v1("missing barrier before tiles are overwritten", "__syncthreads();  // nobody reads the tiles any more", ""),
+    _v1("missing barrier after tiles are written", "__syncthreads();  // all has been written", ""),
+    _v1("missing warp barrier", "__syncwarp();  // a row's scores come from this warp", ""),
+    _v1("row beyond the end", "if (row >= end) return;", "if (row > end) return;"),
+    # ---- attention v2
+    _v2(
+        "values read without swizzle",
+        "tile + place(first + LANE % 16, c + LANE / 16)",
+        "tile + (first + LANE % 16) * 64 + 8 * (c + LANE / 16)",
+    ),
+    _v2("mask off by one", "if (8 * n + e >= limit) s[m]", "if (8 * n + e > limit) s[m]"),
+    _v2("missing rescale", "sums[m][c][e] *= shrink[e / 2];", ";"),
+    _v2("sum not rescaled", "of.l[m][half] * shrink[half] + sum", "of.l[m][half] + sum"),
+    _v2(
+        "wrong lane in the maximum",
+        "return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));",
+        "return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 4));",
+    ),
+    _v2("lane missing in the sum", "return x + __shfl_xor_sync(0xffffffffu, x, 2);", "return x;"),
+    _v2("missing barrier", "__syncthreads();  // this tile has arrived for all, and nobody reads the other buffer any more", ""),
+    _v2(
+        "copy not waited for",
+        "cp_async_wait<0>();\n        __syncthreads();  // this tile",
+        "cp_async_wait<1>();\n        __syncthreads();  // this tile",
+    ),
+    _v2("one buffer instead of two", "key += FORWARD_LOOP, buffer ^= 1) {", "key += FORWARD_LOOP, buffer ^= 0) {"),
+    _v2(
+        "missing warp barrier",
+        "    __syncwarp();\n    for (int i = LANE; i < 16 * M * CHUNKS;",
+        "    for (int i = LANE; i < 16 * M * CHUNKS;",
+    ),
+    _v2("row read beyond the end", "const bool inside = first + row + r < end;", "const bool inside = first + row + r <= end;"),
+    _v2("row written beyond the end", "if (row + r < end) store16(", "if (row + r <= end) store16("),
+    _v2(
+        "halves of a fragment exchanged",
+        "place(first + 16 * m + LANE % 16, 2 * step + LANE / 16)",
+        "place(first + 16 * m + LANE % 16, 2 * step + 1 - LANE / 16)",
+    ),
+    _v2_back("probability without its shift", "exp2_(p * scale - lse_2)", "exp2_(p * scale)"),
+    _v2_back("mask transposed", "if (16 * m + 8 * half >= limit) s[m]", "if (16 * m + 8 * half > limit) s[m]"),
+    _v2_back("gradient not lowered by delta", "before * (grad_s * factor - delta)", "before * (grad_s * factor)"),
+    _v2_back("padding of queries not copied", "if (i < BACKWARD_LOOP / 4) {", "if (i < BACKWARD_LOOP / 8) {"),
+    # ---- the rest of a training step
+    _step(
+        "warp sum of half the lanes",
+        "device/cuda.cuh",
+        "distance > 0; distance /= 2) x += __shfl",
+        "distance > 1; distance /= 2) x += __shfl",
+        "layernorm_forward",
+    ),
+    _step(
+        "missing barrier in a block sum",
+        "device/vectors.cuh",
+        "    if (LANE == 0) shared[WARP] = x;\n    __syncthreads();",
+        "    if (LANE == 0) shared[WARP] = x;",
+        "rmsnorm_forward",
+        WIDE_ROWS,
+    ),
+    _step(
+        "variance of columns beyond the end",
+        "layernorm/v1.cu",
+        "if (column(r) + i < D) squares",
+        "squares",
+        "layernorm_forward",
+        dtype="float32",
+    ),
+    _step(
+        "partial sums of rows race",
+        "layernorm/v1.cu",
+        "            }\n        }\n        __syncthreads();",
+        "            }\n        }",
+        "layernorm_backward",
+    ),
+    _step("missing barrier in a column sum", "matmul/column_sum.cu", "    __syncthreads();\n", "", "column_sum"),
+    _step(
+        "target overwritten before it is read",
+        "softmax_xent/v1.cu",
+        "    __syncthreads();\n    float sum = 0.0f;",
+        "    float sum = 0.0f;",
+        "xent_shifted_sum_",
+        WIDE_ROWS,
+    ),
+    _step(
+        "target written too early", "softmax_xent/v1.cu", "    __syncthreads();\n    if (here)", "    if (here)", "xent_grad_", WIDE_ROWS
+    ),
+    _step(
+        "missing barrier in a tree of sums",
+        "grad_norm/v1.cu",
+        "shared[threadIdx.x + half];\n        __syncthreads();",
+        "shared[threadIdx.x + half];",
+        "sum_of_squares",
+    ),
+    _step(
+        "barrier in a branch",
+        "grad_norm/v1.cu",
+        "shared[threadIdx.x + half];\n        __syncthreads();",
+        "shared[threadIdx.x + half], __syncthreads();",
+        "sum_of_squares",
+    ),
+    _step("run cut one too late", "device/vectors.cuh", "if (i < left) to[i]", "if (i <= left) to[i]", "add", Sizes(T=3, width=333)),
+    _step(
+        "wide access from an odd place",
+        "device/vectors.cuh",
+        "return left >= N && (uint64_t)from % Run<T, N>::BYTES == 0;",
+        "return left >= N;",
+        "rope_",
+        Sizes(head_width=36),
+    ),
+    _step(
+        "turned the wrong way",
+        "rope/v1.cu",
+        "u[i] * cosine[i] - v[i] * sign * sine[i]",
+        "u[i] * cosine[i] + v[i] * sign * sine[i]",
+        "rope_",
+    ),
+    _step(
+        "token of the next id added",
+        "embedding/v1.cu",
+        "i < num_ids && sorted[i] == id;",
+        "i < num_ids && sorted[i] <= id + 1;",
+        "embedding_backward_",
+    ),
+    _step("two moments mixed up", "adamw/v1.cu", "v[i] = beta2 * v[i]", "v[i] = beta1 * v[i]", "adamw_", dtype="float32"),
+]
