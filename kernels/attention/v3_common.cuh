@@ -49,7 +49,7 @@ struct Schedule {
 // Tile number n of a stream goes through stage n % STAGES of a ring, where it is full in a phase of this parity.
 template <int STAGES> struct Place {
     int stage, parity;
-    __device__ __forceinline__ explicit Place(int n) : stage(n % STAGES), parity(n / STAGES % 2) {}
+    __device__ __forceinline__ explicit Place(unsigned n) : stage(n % STAGES), parity(n / STAGES % 2) {}
 };
 
 // A warp has done with a buffer. One arrival a warp: a warp knows only of itself that its products are complete.

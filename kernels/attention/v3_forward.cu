@@ -77,6 +77,21 @@ __device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_
 
 // ---- a computing warpgroup
 
+// The warpgroups take turns at starting products, so that one works on the scores that it has got while the tensor cores compute for the
+// others. Turn barriers come after those of store_rows; two warpgroups meet in one: the one whose turn it is and the one before.
+#ifndef TAKE_TURNS
+#define TAKE_TURNS 1
+#endif
+__device__ __forceinline__ void begin_turns(int consumer) {
+    if (TAKE_TURNS && consumer == CONSUMERS - 1) named_barrier_arrive(1 + CONSUMERS, 256);
+}
+__device__ __forceinline__ void await_turn(int consumer) {
+    if (TAKE_TURNS) named_barrier_sync(1 + CONSUMERS + consumer, 256);
+}
+__device__ __forceinline__ void pass_turn_on(int consumer) {
+    if (TAKE_TURNS) named_barrier_arrive(1 + CONSUMERS + (consumer + 1) % CONSUMERS, 256);
+}
+
 // What a thread knows of its two rows.
 struct Rows {
     int limits[2];                          // keys seen
@@ -117,14 +132,14 @@ __device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& ro
 
 // out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys of exp(scores) values. The scores of tile t + 1 are computed while the values of
 // tile t are summed, and while neither waits for this warpgroup, the others use the tensor cores.
-__device__ __forceinline__ void attend(Shared& shared, const Element* q, Rows& rows, int tiles, int seen_by_all, int n, float scale,
+__device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows, int tiles, int seen_by_all, int n, float scale,
                                        float (&out)[HEAD_WIDTH / 2]) {
     float scores[KEYS / 2], correction[2];
     uint32_t probabilities[KEYS / 16][4];
 
     Place<STAGES> at(n);
     mbarrier_wait(&shared.k_full[at.stage], at.parity);
-    start_product_transposed<KEYS, HEAD_WIDTH>(scores, q, shared.k[at.stage]);
+    start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[at.stage]);
     wait_for<0>(scores);
     release(&shared.k_empty[at.stage]);
     if (KEYS > seen_by_all) hide(scores, rows, 0);
@@ -133,9 +148,11 @@ __device__ __forceinline__ void attend(Shared& shared, const Element* q, Rows& r
     for (int tile = 1; tile < tiles; tile++) {
         const Place<STAGES> next(n + tile);
         mbarrier_wait(&shared.k_full[next.stage], next.parity);
-        start_product_transposed<KEYS, HEAD_WIDTH>(scores, q, shared.k[next.stage]);
+        await_turn(consumer);
+        start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[next.stage]);
         mbarrier_wait(&shared.v_full[at.stage], at.parity);
         start_sum_of_products<HEAD_WIDTH, KEYS>(out, probabilities, shared.v[at.stage]);
+        pass_turn_on(consumer);
         wait_for<1>(scores);
         release(&shared.k_empty[next.stage]);
         if ((tile + 1) * KEYS > seen_by_all) hide(scores, rows, tile * KEYS);
@@ -155,9 +172,11 @@ __device__ __forceinline__ void attend(Shared& shared, const Element* q, Rows& r
 }
 
 // Tiles that other warpgroups of the block need and this one does not.
-__device__ __forceinline__ void pass_over(Shared& shared, int from, int to) {
+__device__ __forceinline__ void pass_over(Shared& shared, int consumer, int from, int to) {
     for (int n = from; n < to; n++) {
         const Place<STAGES> at(n);
+        await_turn(consumer);
+        pass_turn_on(consumer);
         mbarrier_wait(&shared.k_full[at.stage], at.parity);
         release(&shared.k_empty[at.stage]);
         mbarrier_wait(&shared.v_full[at.stage], at.parity);
@@ -182,6 +201,7 @@ __device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Pr
 __device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, float* lse, const Problem& p, int consumer) {
     int n = 0;
     Part part;
+    begin_turns(consumer);
     for (int round = 0; part_of_round(p, round, part); round++) {
         const int first = part.first + 64 * consumer;
         Rows rows;
@@ -192,8 +212,8 @@ __device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, 
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] = 0;
         mbarrier_wait(&shared.q_full, round % 2);
-        attend(shared, shared.q[consumer], rows, tiles, seen_keys(p, first), n, p.scale * LOG2_E, out);
-        pass_over(shared, n + tiles, n + part.tiles);
+        attend(shared, consumer, rows, tiles, seen_keys(p, first), n, p.scale * LOG2_E, out);
+        pass_over(shared, consumer, n + tiles, n + part.tiles);
         n += part.tiles;
         float factor[2];
         normalise(rows, lse, p, part, first, factor);
