@@ -10,6 +10,7 @@ from minillm.kernels.emulator.examples import Sizes
 ATTENTION = Sizes(T=200, heads=2, kv_heads=1, head_width=64)
 # Keys enough that the ring of tiles comes round.
 WIDE_ATTENTION = Sizes(T=600, heads=1, kv_heads=1, head_width=128)
+LONG_ATTENTION = Sizes(T=520, heads=2, kv_heads=1, head_width=64)
 ROWS = Sizes(T=37, width=200)
 WIDE_ROWS = Sizes(T=5, width=3000)
 
@@ -41,6 +42,14 @@ def _v2(name: str, old: str, new: str, op: str = "attention_forward") -> Mutatio
 
 def _v2_back(name: str, old: str, new: str) -> Mutation:
     return _v2(name, old, new, "attention_backward")
+
+
+def _v3(name: str, old: str, new: str, file: str = "attention/v3_forward.cu", op: str = "attention_forward") -> Mutation:
+    return Mutation(name, file, old, new, op, "v3", WIDE_ATTENTION)
+
+
+def _v3_back(name: str, old: str, new: str) -> Mutation:
+    return Mutation(name, "attention/v3_backward.cu", old, new, "attention_backward", "v3", LONG_ATTENTION)
 
 
 def _step(name: str, file: str, old: str, new: str, op: str, sizes: Sizes = ROWS, dtype: str = "bfloat16") -> Mutation:
@@ -93,6 +102,76 @@ MUTATIONS = [
     _v2_back("mask transposed", "if (16 * m + 8 * half >= limit) s[m]", "if (16 * m + 8 * half > limit) s[m]"),
     _v2_back("gradient not lowered by delta", "before * (grad_s * factor - delta)", "before * (grad_s * factor)"),
     _v2_back("padding of queries not copied", "if (i < BACKWARD_LOOP / 4) {", "if (i < BACKWARD_LOOP / 8) {"),
+    # ---- attention v3
+    _v3(
+        "wrong phase of an empty buffer",
+        "mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);",
+        "mbarrier_wait(&shared.k_empty[at.stage], at.parity);",
+    ),
+    _v3("wrong phase of the queries", "mbarrier_wait(&shared.q_full, round % 2);", "mbarrier_wait(&shared.q_full, round % 2 ^ 1);"),
+    _v3(
+        "fewer bytes expected than come",
+        "mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>));",
+        "mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>) / 2);",
+    ),
+    _v3(
+        "more bytes expected than come",
+        "mbarrier_expect(&shared.v_full[at.stage], sizeof(Tile<KEYS>));",
+        "mbarrier_expect(&shared.v_full[at.stage], 2 * sizeof(Tile<KEYS>));",
+    ),
+    _v3(
+        "values used before they are there",
+        "        mbarrier_wait(&shared.v_full[at.stage], at.parity);\n        start_sum",
+        "        start_sum",
+    ),
+    _v3(
+        "values given back while they are read",
+        "        wait_for<0>(out);\n        release(&shared.v_empty[at.stage]);\n        #p",
+        "        release(&shared.v_empty[at.stage]);\n        wait_for<0>(out);\n        #p",
+    ),
+    _v3("sums read while they are computed", "        wait_for<0>(out);\n        release", "        release"),
+    _v3(
+        "values never given back",
+        "        wait_for<0>(out);\n        release(&shared.v_empty[at.stage]);\n        #p",
+        "        wait_for<0>(out);\n        #p",
+    ),
+    _v3("missing rescale", "out[i] *= correction[i / 2 % 2];", ";"),
+    _v3("mask off by one", "if (i / 4 * 8 + i % 2 >= (i", "if (i / 4 * 8 + i % 2 > (i"),
+    _v3("lane missing in the maximum", "        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));\n", ""),
+    _v3(
+        "too few arrivals for an mbarrier",
+        "mbarrier_init(&shared.q_empty, CONSUMERS * WARPS_PER_GROUP);",
+        "mbarrier_init(&shared.q_empty, 1);",
+    ),
+    _v3("mbarriers not announced to the copy engine", "        fence_barrier_init();\n", ""),
+    _v3("mbarriers used before they are made", "    __syncthreads();\n    const int group", "    const int group"),
+    _v3("tile stored before the fence", "    fence_async_proxy();\n", "", "attention/v3_common.cuh"),
+    _v3(
+        "tile stored before all have written",
+        "    fence_async_proxy();\n    named_barrier_sync(barrier, 128);",
+        "    fence_async_proxy();",
+        "attention/v3_common.cuh",
+    ),
+    _v3(
+        "tile overwritten while it is stored",
+        "    if (leader) tma_wait_read<0>();",
+        "    if (false) tma_wait_read<0>();",
+        "attention/v3_common.cuh",
+    ),
+    _v3("wrong swizzle", "(column % PANEL_COLUMNS / 8) ^ (row % 8)", "(column % PANEL_COLUMNS / 8) ^ (row / 2 % 8)", "device/tiles.cuh"),
+    _v3(
+        "wrong stride in a descriptor",
+        "ROWS * PANEL_ROW_BYTES, PANEL_EIGHT_ROWS, SWIZZLE",
+        "PANEL_EIGHT_ROWS, PANEL_EIGHT_ROWS, SWIZZLE",
+        "device/tiles.cuh",
+    ),
+    _v3_back("mask off by one", "if (i / 4 * 8 + i % 2 < key + i", "if (i / 4 * 8 + i % 2 <= key + i"),
+    _v3_back("statistics not expected", "sizeof(Tile<QUERIES>) + sizeof(shared.statistics[0]));", "sizeof(Tile<QUERIES>));"),
+    _v3_back(
+        "queries given back while they are read",
+        "    wait_for<0>(grad_k);\n    release(&shared.q_empty[at.stage]);",
+        "    release(&shared.q_empty[at.stage]);\n    wait_for<0>(grad_k);",
+    ),
     # ---- the rest of a training step
     _step(
         "warp sum of half the lanes",
