@@ -109,7 +109,8 @@ static void check_barrier(const Barrier& barrier, int id, int threads, Site site
     if (threads % WARP_SIZE && threads != machine.num_threads)
         fail("wrong barrier", site, "barrier %d is for %d threads, which is no multiple of 32", id, threads);
     if (barrier.arrived && barrier.threads != threads)
-        fail("wrong barrier", site, "barrier %d is for %d threads here, and for %d at @%p@", id, threads, barrier.threads, barrier.first_site);
+        fail("wrong barrier", site, "barrier %d is for %d threads here, and for %d at @%p@", id, threads, barrier.threads,
+             barrier.first_site);
 }
 
 static void complete_barrier(Barrier& barrier) {

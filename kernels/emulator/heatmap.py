@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from minillm.kernels.emulator.machine import IS_ASYNCHRONOUS, IS_SHARED, IS_WRITE, Launched
-from minillm.kernels.emulator.report import Frame
+from minillm.kernels.emulator.report import DEVICE_HEADERS, Frame
 
 NUM_BANKS, BANK_BYTES, SECTOR_BYTES, WARP = 32, 4, 32, 32
-_DEVICE_HEADERS = "kernels/device/"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def instructions(launched: Launched) -> list[Instruction]:
 
 def _own_frames(frames: Sequence[Frame]) -> tuple[Frame, ...]:
     """The places in the kernel's own file: an access inside load16 belongs to its caller."""
-    return tuple(frame for frame in frames if not frame.file.startswith(_DEVICE_HEADERS)) or tuple(frames)
+    return tuple(frame for frame in frames if not frame.file.startswith(DEVICE_HEADERS)) or tuple(frames)
 
 
 def own_frame(frames: Sequence[Frame]) -> Frame | None:

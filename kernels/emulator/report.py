@@ -14,6 +14,7 @@ from minillm.kernels.build import FOLDER
 
 ROOT = FOLDER.parent
 _OURS = "kernels/emulator/"
+DEVICE_HEADERS = "kernels/device/"
 
 
 class EmulatorError(Exception):
@@ -59,9 +60,13 @@ class Symbols:
         return {int(site): self._frames[int(site)] for site in sites}
 
     def place(self, site: int) -> str:
-        """The innermost place in the kernel of a return address, such as "kernels/attention/v2.cu:88"."""
+        """The place in the kernel of a return address, such as "kernels/attention/v2.cu:88", and where that is called from, if it lies in
+        a header of all kernels."""
         frames = self.frames([site])[site]
-        return str(frames[0]) if frames else f"code address {site:#x}"
+        if not frames:
+            return f"code address {site:#x}"
+        own = next((frame for frame in frames if not frame.file.startswith(DEVICE_HEADERS)), frames[0])
+        return str(own) if own == frames[0] else f"{frames[0]} (from {own})"
 
     def _look_up(self, sites: list[int]) -> list[list[Frame]]:
         tool = shutil.which("addr2line") or shutil.which("llvm-addr2line")
@@ -145,7 +150,7 @@ def explain(report: Any, symbols: Symbols, where: str) -> str:
     block, thread = _index(report.block), _index(report.thread)
     lines = [
         f"{kind} in {where}",
-        f"  block {block}, thread {thread} {text}" if kind != "deadlock" else f"  block {block}: {text}".rstrip(),
+        f"  block {block}, thread {thread}: {text}" if kind != "deadlock" else f"  block {block}: {text}".rstrip(),
     ]
     frames = symbols.frames([report.site])[report.site] if report.site else []
     if kind != "deadlock":

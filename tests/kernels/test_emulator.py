@@ -97,7 +97,7 @@ def test_a_report_names_block_thread_and_line() -> None:
         launch(FAULTS, "left_over_from_block_before", {}, (2,), (32,), (floats(64),))
     assert str(caught.value) == (
         "uninitialised read in left_over_from_block_before (cuda/faults.cu), order round robin\n"
-        "  block 1, thread 0 reads byte 0 of shared array tile, which nothing has written in this block\n"
+        "  block 1, thread 0: reads byte 0 of shared array tile, which nothing has written in this block\n"
         f"  at tests/kernels/cuda/faults.cu:{line_of('left_over_from_block_before')}: "
         "y[threadIdx.x + 32 * blockIdx.x] = tile[threadIdx.x];  // FAULT left_over_from_block_before"
     )
