@@ -133,19 +133,17 @@ def device() -> dict[str, Any]:
 def software() -> dict[str, str]:
     """Releases of what takes part."""
     cupy = importlib.import_module("cupy")
-    found = {
+    # In a process of its own: an MPI library that does not start here may end the process that loads it.
+    mpi = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version().strip('\\0'))"
+    return {
         "Python": platform.python_version(),
         "CuPy": cupy.__version__,
         "CUDA driver": _release(cupy.cuda.runtime.driverGetVersion()),
         "CUDA runtime": _release(cupy.cuda.runtime.runtimeGetVersion()),
         "NVRTC": build.nvrtc_version(),
         "NVIDIA driver": _output(["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]),
+        "MPI": _output([sys.executable, "-c", mpi]),
     }
-    try:
-        found["MPI"] = importlib.import_module("mpi4py.MPI").Get_library_version().splitlines()[0].strip("\0 ")
-    except Exception as error:  # no MPI library, or one that does not start here
-        found["MPI"] = f"none ({type(error).__name__})"
-    return found
 
 
 def _release(number: int) -> str:
