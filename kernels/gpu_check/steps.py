@@ -92,11 +92,14 @@ def _logits() -> Iterator[Work]:
     cupy = importlib.import_module("cupy")
     logits = normal((LOGIT_ROWS, VOCAB), bfloat16())
     targets = cupy.asarray(np.random.default_rng(0).integers(0, VOCAB, LOGIT_ROWS))
+    yield Work("xent_statistics", logits.nbytes, lambda: kernels.xent_statistics(logits, targets, 0))
     # A shift of 10, and a factor of 1: worked on in place again and again, the values neither overflow nor vanish.
     shift, ones = (cupy.full(LOGIT_ROWS, value, np.float32) for value in (10, 1))
     yield Work("xent_max", logits.nbytes, lambda: kernels.xent_max(logits))
     yield Work("xent_shifted_sum_", 2 * logits.nbytes, lambda: kernels.xent_shifted_sum_(logits, shift, targets, 0))
     yield Work("xent_grad_", 2 * logits.nbytes, lambda: kernels.xent_grad_(logits, ones, targets, 0, ones))
+    grad = functools.partial(kernels.xent_grad_from_logits_, logits, shift, ones, targets, 0, ones)
+    yield Work("xent_grad_from_logits_", 2 * logits.nbytes, grad)
 
 
 def _embedding() -> Iterator[Work]:
