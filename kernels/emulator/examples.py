@@ -166,6 +166,17 @@ def xent_grad_(make: _Maker) -> Any:
     return logits
 
 
+def xent_statistics(make: _Maker) -> Any:
+    return kernels.xent_statistics(make.rows(), make.integers(make.sizes.width, make.sizes.T), 0)
+
+
+def xent_grad_from_logits_(make: _Maker) -> Any:
+    s, logits = make.sizes, make.rows()
+    row_max, sum_exp, ones = (np.full(s.T, x, make.statistics) for x in (4, 50, 1))
+    kernels.xent_grad_from_logits_(logits, row_max, sum_exp, make.integers(s.width, s.T), 0, ones)
+    return logits
+
+
 def adamw_(make: _Maker) -> Any:
     n = make.sizes.T * make.sizes.width
     grad, param, exp_avg, exp_avg_sq = make(n), *(make(n, dtype=make.statistics) for _ in range(3))
@@ -198,6 +209,7 @@ EXAMPLES: dict[str, Callable[[_Maker], Any]] = {
         *(attention_forward, attention_backward, layernorm_forward, layernorm_backward, rmsnorm_forward, rmsnorm_backward),
         *(gelu_forward, gelu_backward, relu_forward, relu_backward, swiglu_forward, swiglu_backward, add, cast, column_sum, rope_),
         *(dropout_forward, random_normal, embedding_forward, embedding_backward_, xent_max, xent_shifted_sum_, xent_grad_),
+        *(xent_statistics, xent_grad_from_logits_),
         *(adamw_, sgd_, sum_of_squares, sum_arrays),
     )
 }
@@ -207,3 +219,16 @@ def example(op: str, sizes: Sizes, dtype: str, seed: int = 0, *, wide: bool = Fa
     """What `op` computes from small random inputs, or from the same values in float64. Raises KeyError for an op without an example."""
     results = EXAMPLES[op](_Maker(sizes, dtype, seed, wide))
     return results if isinstance(results, tuple) else (results,)
+
+
+def largest_error(got: tuple[Array, ...], want: tuple[Array, ...]) -> float:
+    """The largest norm-wise relative error of all results; infinite where one is not a number."""
+    errors = [0.0]
+    for g, w in zip(got, want, strict=True):
+        if w is not None:
+            g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+            with np.errstate(invalid="ignore"):
+                same = np.where(g == w, 0, g - w)  # infinities, too
+            error = float(np.linalg.norm(same) / max(np.linalg.norm(w[np.isfinite(w)]), 1e-300))
+            errors.append(error if np.isfinite(error) else np.inf)
+    return max(errors)

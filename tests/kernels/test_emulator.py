@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import ml_dtypes
 import numpy as np
 import pytest
-from minillm.kernels import emulator
-from minillm.kernels.emulator import EmulatorError, emulate, launch
+from minillm.kernels import emulator, registry
+from minillm.kernels.emulator import EmulatorError, emulate, heatmap, launch
+from minillm.kernels.emulator.__main__ import main
 from minillm.kernels.emulator.compiler import compile_text, kernels_in
+from minillm.kernels.emulator.examples import EXAMPLES
 
 pytestmark = pytest.mark.skipif(emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing()))
 
@@ -301,3 +304,65 @@ def test_kernels_and_parameters_are_found_in_a_source() -> None:
     __global__ __launch_bounds__(64) void b(/* none */) {}"""
     found = kernels_in(text)
     assert {name: [p.name for p in parameters] for name, parameters in found.items()} == {"a": ["map", "2", "n"], "b": []}
+
+
+# ---- what it shows
+
+
+def test_costs_of_accesses_are_those_of_the_hardware() -> None:
+    record: list[emulator.Launched] = []
+    x = np.zeros(300, np.float32)[:256]
+    launch(INSTRUCTIONS, "access_patterns", {}, (1,), (32,), (x, floats(32)), log_block=0, record=record)
+    found = {i.frames[0].line: (i.cost, i.ideal) for i in heatmap.instructions(record[0])}
+    wanted = {}
+    for number, line in enumerate(INSTRUCTIONS.read_text(encoding="utf-8").splitlines(), 1):
+        if pattern := re.search(r"// PATTERN (\d+) of (\d+)", line):
+            wanted[number] = (float(pattern[1]), float(pattern[2]))
+    assert len(wanted) == 12
+    assert {line: cost for line, cost in found.items() if line in wanted} == wanted
+
+
+def show(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    status = main(words)
+    return status, "".join(capsys.readouterr())
+
+
+def test_the_command_shows_what_a_thread_sees(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "v2.svg"
+    words = "attention v2 --T 128 --block 1 --thread 37 --watch S,m,l --accesses 2 --heatmap"
+    status, text = show(capsys, *words.split(), str(picture))
+    assert status == 0
+    assert re.search(r"relative error against float64: [12]\.\de-03", text)
+    assert "block 1, thread 37 (warp 1, lane 5)" in text
+    assert re.search(r"step 1, kernels/attention/v2.cu:\d+: S \[2, 8, 4\]", text)
+    assert re.search(r"  reads q\[\d+ \.\. \d+\] = ", text)
+    assert re.search(r"read 16 B shared +\d+ +4.00 +4.00", text)
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("op", sorted(EXAMPLES))
+def test_the_command_knows_every_operation(capsys: pytest.CaptureFixture[str], op: str) -> None:
+    status, text = show(capsys, op, "--T", "12", "--width", "40")
+    assert status == 0
+    assert re.search(r"(reads|writes) \w+\[\d+|step 1, ", text), text
+
+
+def test_every_emulated_operation_has_an_example() -> None:
+    emulated = {k.op for op in registry.ops() for k in registry.available(op) if k.backend == "emulator"}
+    assert emulated == set(EXAMPLES)
+
+
+def test_the_command_tries_an_edit(capsys: pytest.CaptureFixture[str]) -> None:
+    barrier = "    __syncthreads();\n    if (here)"
+    status, text = show(capsys, "xent_grad_", "--width", "2000", "--edit", barrier, "    if (here)")
+    assert status == 1
+    assert text.startswith("race in xent_grad")
+    status, text = show(capsys, "xent_grad_", "--edit", "no such text", "")
+    assert (status, text) == (1, "no kernel holds the text 'no such text'\n")
+
+
+def test_the_command_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = show(capsys, "attention", "v9")
+    assert status == 1
+    assert "attention_forward v1" in text
+    assert "attention v9" in text

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from minillm.kernels import emulator, registry
 from minillm.kernels.emulator import EmulatorError, emulate
-from minillm.kernels.emulator.examples import Sizes, example
+from minillm.kernels.emulator.examples import Sizes, example, largest_error
 from mutations import MUTATIONS, Mutation
 
 pytestmark = pytest.mark.skipif(emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing()))
@@ -21,16 +20,6 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # norm-wise, what rounding leav
 def expected(op: str, sizes: Sizes, dtype: str) -> tuple[Any, ...]:
     with registry.use(**{op: "numpy"}):
         return example(op, sizes, dtype, wide=True)
-
-
-def largest_error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
-    """The largest norm-wise relative error of all results; NaN is infinite."""
-    errors = []
-    for g, w in zip(got, want, strict=True):
-        if w is not None:
-            g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
-            errors.append(np.linalg.norm(g - w) / np.linalg.norm(w))
-    return float(np.nan_to_num(max(errors, key=lambda e: np.inf if np.isnan(e) else e), nan=np.inf))
 
 
 def run(mutation: Mutation, order: str) -> tuple[Any, ...]:
