@@ -213,7 +213,12 @@ MUTATIONS = [
         WIDE_ROWS,
     ),
     _step(
-        "target written too early", "softmax_xent/v1.cu", "    __syncthreads();\n    if (here)", "    if (here)", "xent_grad_", WIDE_ROWS
+        "target written too early",
+        "softmax_xent/v1.cu",
+        "v[i] *= factor;\n        store_floats(row + c, v, V - c);\n    }\n    __syncthreads();",
+        "v[i] *= factor;\n        store_floats(row + c, v, V - c);\n    }",
+        "xent_grad_",
+        WIDE_ROWS,
     ),
     _step(
         "missing barrier in a tree of sums",
