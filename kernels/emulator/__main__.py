@@ -86,7 +86,7 @@ def show_thread(launched: Launched, names: set[str] | None, accesses: int | None
     marked = sorted({w.name for w in launched.watched})
     if not seen and marked:
         print(f"  there is no such value; the thread shows {', '.join(marked)}")
-    accesses = (0 if seen else 20) if accesses is None else accesses
+    accesses = (0 if marked else 20) if accesses is None else accesses
     frames = launched.symbols.frames(launched.trace["site"][:accesses])
     for row in launched.trace[:accesses]:
         where = own_frame(frames[int(row["site"])])
