@@ -73,6 +73,8 @@ def _elementwise() -> Iterator[Work]:
     for kind in ("tanh", "erf"):
         yield Work(f"gelu_forward, {kind}", 2 * size, functools.partial(kernels.gelu_forward, wide, kind))
         yield Work(f"gelu_backward, {kind}", 3 * size, functools.partial(kernels.gelu_backward, grad, wide, kind))
+    bias = wide[0].copy()
+    yield Work("gelu_forward, bias", 2 * size, lambda: kernels.gelu_forward(wide, "tanh", bias))
     yield Work("swiglu_forward", 1.5 * size, lambda: kernels.swiglu_forward(wide))
     yield Work("swiglu_backward", 2.5 * size, lambda: kernels.swiglu_backward(half, wide))
     yield Work("column_sum", size, lambda: kernels.column_sum(wide))

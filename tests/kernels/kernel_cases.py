@@ -174,6 +174,13 @@ def activation_cases() -> Iterator[Case]:
             lambda g, x: (kernels.gelu_backward(h := g.copy(), x, "tanh", out=h),),
             lambda g, x: plain.gelu_grads(g, x, "tanh"),
         )
+        yield Case(
+            "activation",
+            f"gelu-bias-{size}",
+            lambda rng, make=two, F=shape[-1]: (*make(rng), rng.standard_normal(F)),
+            lambda g, x, b: (kernels.gelu_forward(x, "tanh", b), kernels.gelu_backward(g, x, "erf", bias=b)),
+            lambda g, x, b: (*plain.gelu(x + b, "tanh"), *plain.gelu_grads(g, x + b, "erf")),
+        )
         yield Case("activation", f"relu-{size}", one, lambda x: (kernels.relu_forward(x),), lambda x: (np.maximum(x, 0),))
         yield Case(
             "activation",
