@@ -212,7 +212,7 @@ def launch_compiled(
     report = Report()
     with _lock:
         failed = library.emulator_launch(ctypes.byref(request), ctypes.byref(report))
-        symbols = Symbols(compiled.library, library)
+        symbols = Symbols(compiled.library, library, options.edits)
         if options.record is not None:
             memory = _memory(parameters, args, shared, report.dynamic_shared, shared_bytes)
             rows = _rows(report.accesses, report.num_accesses, ACCESS), _watched(report), _rows(report.trace, report.num_traced, TRACED)
