@@ -229,6 +229,6 @@ def largest_error(got: tuple[Array, ...], want: tuple[Array, ...]) -> float:
             g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
             with np.errstate(invalid="ignore"):
                 same = np.where(g == w, 0, g - w)  # infinities, too
-            error = float(np.linalg.norm(same) / max(np.linalg.norm(w[np.isfinite(w)]), 1e-300))
+            error = float(np.linalg.norm(same)) / max(float(np.linalg.norm(w[np.isfinite(w)])), 1e-300)
             errors.append(error if np.isfinite(error) else np.inf)
     return max(errors)
