@@ -1,4 +1,40 @@
-// Attention backward, third variant: Hopper's own way (sm_90a). bfloat16 or float16, head widths 32, 64, 96 and 128.
+// Attention backward, variant 3: Hopper's own way, for bfloat16 and float16 on compute capability 9.0. What wgmma, TMA, mbarriers and the
+// parting of work between warpgroups are for is told in v3_forward.cu; the algorithm is that of v1.cu and v2.cu: two kernels, one for the
+// gradients of keys and values, one for those of queries, each of which owns its rows. Seven products where a kernel that adds gradients
+// of queries atomically has five; but every sum has one order, and the same bits come every time.
+//
+// Both keep 64 rows of their own a warpgroup, and walk over tiles of the other side:
+//
+//     attention_grad_kv, own keys                            attention_grad_q, own queries
+//
+//       S^T  = k q^T        [64 keys, QUERIES]                 S   = q k^T        [64 queries, KEYS]
+//       dP^T = v grad_o^T                                      dP  = grad_o v^T
+//       P^T  = exp2(S^T scale - log_sum)                       P   = exp2(S scale - log_sum)
+//       dS^T = P^T (dP^T - delta)                              dS  = P (dP - delta)
+//       grad_v += P^T grad_o                                   grad_q += dS k
+//       grad_k += dS^T q
+//
+//   Written so, all left factors are tiles of own rows, which stay in shared memory, or accumulators, which stay in registers: what is
+//   summed over lies along the tile's rows or along its columns, and descriptors tell wgmma which. Nothing is transposed, and scores
+//   never go through shared memory.
+//
+//   The statistics log_sum and delta = <grad_o, o> belong to queries. To own queries they are two numbers a row. To tiles of queries they
+//   are columns: a small kernel writes them in a padded array first, from which TMA fetches them with the tile.
+//
+//     loader, thread 0     q0 + statistics, grad_o0, q1 + statistics, grad_o1 ..    (or k0, v0, k1, v1 ..)
+//     loader, thread 32    own rows of the next part, once the last product with this part's is done
+//     consumer 0           S dP | exp, dS | sums          S dP | exp, dS | sums
+//     consumer 1                  S dP    | exp, dS | sums         S dP  | exp, dS | sums
+//
+//   While one warpgroup takes exponentials, the tensor cores work for the other. A warpgroup does not run ahead of itself as in the forward
+//   pass: S, dP and both left factors would need more registers than it has (ptxas then makes the products wait for one another, C7512).
+//
+// A group of query heads that share keys is one part of the work in attention_grad_kv, so their sum needs no second pass.
+//
+// Registers, by thread, of 232: head width 64: 64 sums + 128 for S and dP; 128: 128 + 64 (QUERIES is 64 there), or 64 + 128.
+//
+// measured: not yet
+//
 // minillm-arch: sm_90a
 // minillm-build: -DHEAD_WIDTH=64 -DELEMENT=bfloat16
 // minillm-build: -DHEAD_WIDTH=64 -DELEMENT=float16
@@ -239,7 +275,8 @@ __device__ __forceinline__ bool query_part(const Problem& p, int round, QueryPar
     return true;
 }
 
-__device__ __forceinline__ void load_own_queries(QueryShared& shared, const TensorMap* q_map, const TensorMap* grad_o_map, const Problem& p) {
+__device__ __forceinline__ void load_own_queries(QueryShared& shared, const TensorMap* q_map, const TensorMap* grad_o_map,
+                                                 const Problem& p) {
     QueryPart part;
     for (int round = 0; query_part(p, round, part); round++) {
         mbarrier_wait(&shared.own_empty, round % 2 ^ 1);
@@ -287,8 +324,8 @@ __device__ __forceinline__ void query_probabilities(float (&scores)[KEYS / 2], c
 }
 
 // The gradients of scores p (grad_p - delta) as a left factor.
-__device__ __forceinline__ void query_factor(uint32_t (&grad_scores)[KEYS / 16][4], const float (&p)[KEYS / 2], const float (&grad_p)[KEYS / 2],
-                                             const Rows& rows) {
+__device__ __forceinline__ void query_factor(uint32_t (&grad_scores)[KEYS / 16][4], const float (&p)[KEYS / 2],
+                                             const float (&grad_p)[KEYS / 2], const Rows& rows) {
     #pragma unroll
     for (int i = 0; i < KEYS / 2; i += 2) {
         const float delta = rows.delta[i / 2 % 2];

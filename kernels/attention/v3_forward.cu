@@ -1,4 +1,47 @@
-// Attention forward, third variant: Hopper's own way (sm_90a). bfloat16 or float16, head widths 32, 64, 96 and 128.
+// Attention forward, variant 3: Hopper's own way, for bfloat16 and float16 on compute capability 9.0. The design of FlashAttention-3 (Shah
+// et al. 2024, arXiv:2407.08608) in spirit; tiles.cuh shows how tiles lie, v3_common.cuh in which order the work is done.
+//
+// What it adds to v2, and why:
+//
+// * wgmma in the place of mma.sync, which reaches two thirds of this chip's peak only. A warpgroup multiplies 64 rows by a whole tile in
+//   one instruction, and the tensor cores read tiles from shared memory by themselves: no ldmatrix, no registers for the right factor.
+//   Scores still never leave registers: packed to 16 bits, they are the left factor of the product with the values.
+//
+// * TMA in the place of cp.async: one thread asks for a tile, the copy engine fetches it, clips it at the array's end and swizzles it. An
+//   mbarrier counts the bytes in. No thread computes addresses.
+//
+// * Warpgroups with one task each. The last loads, the others compute; they know of one another only through "full" and "empty" barriers,
+//   two for each buffer of a ring. Loading needs few registers, and gives the others those that it does not need (setmaxnreg).
+//
+//       loader, thread 0      K0 V0 K1 V1 K2 V2 ..   waits for `empty` of a stage, asks for a tile with `full` as its counter
+//       loader, thread 32     Q                      the next part's queries, as soon as this part's last scores are computed
+//
+//       ring of STAGES        +-----+-----+-----+-----+
+//       tiles of keys, and    | K0  | K1  | K2  | K3  |   tile n: stage n % STAGES, parity n / STAGES % 2
+//       one of values         +-----+-----+-----+-----+
+//
+//       consumer 0..2         waits for `full`, computes, and every warp arrives at `empty`
+//
+// * Products run while the warpgroup computes: the scores of tile t + 1 are started before the sum over tile t, and the exponentials of
+//   t + 1 are taken while that sum runs. And the warpgroups take turns: while one has the tensor cores, the others take exponentials.
+//
+//       consumer 0   QK1 PV0  exp 1 .............   QK2 PV1  exp 2 ..
+//       consumer 1            QK1 PV0  exp 1 .............   QK2 PV1  exp 2 ..
+//       consumer 2                     QK1 PV0  exp 1 .............   QK2 ..
+//       tensor cores  0   0   1    1   2    2    0   0   1    1
+//
+// * The output goes through shared memory to the copy engine as well: written from registers, a row would come in pieces of 16 bytes.
+//
+// * Blocks stay. As many as there are multiprocessors go through all the work, so that a part's output is stored, and the next part's
+//   queries and keys are fetched, while others compute. For causal attention long parts come first.
+//
+// Registers, by thread: head width 64: 64 scores + 32 sums + 32 for their packed left factor, of 160; 128: 64 + 64 + 32 of 240, hence one
+// consumer less. Shared memory: 176 and 192 KB, one block a multiprocessor.
+//
+// Not here, and left to v2: dropout, a key mask, times other than the indices.
+//
+// measured: not yet
+//
 // minillm-arch: sm_90a
 // minillm-build: -DHEAD_WIDTH=64 -DELEMENT=bfloat16
 // minillm-build: -DHEAD_WIDTH=64 -DELEMENT=float16
@@ -143,7 +186,10 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
     wait_for<0>(scores);
     release(&shared.k_empty[at.stage]);
     if (KEYS > seen_by_all) hide(scores, rows, 0);
+    WATCH(S, scores);
     exponentiate(scores, rows, correction, scale);
+    WATCH(m, rows.top);
+    WATCH(l, rows.sum);
     as_left_factor<KEYS>(probabilities, scores);
     for (int tile = 1; tile < tiles; tile++) {
         const Place<STAGES> next(n + tile);
@@ -156,7 +202,10 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
         wait_for<1>(scores);
         release(&shared.k_empty[next.stage]);
         if ((tile + 1) * KEYS > seen_by_all) hide(scores, rows, tile * KEYS);
+        WATCH(S, scores);
         exponentiate(scores, rows, correction, scale);
+        WATCH(m, rows.top);
+        WATCH(l, rows.sum);
         wait_for<0>(out);
         release(&shared.v_empty[at.stage]);
         #pragma unroll

@@ -1,4 +1,4 @@
-// What hopper.cuh declares, for kernels under the emulator. Compiled with the kernel; what it does is in hopper.cpp.
+// What hopper.cuh declares, for kernels under the emulator. Compiled with the kernel; what it does is in tma.cpp and wgmma.cpp.
 #pragma once
 #include "runtime.h"
 

@@ -35,8 +35,8 @@ __device__ __forceinline__ void prepare(uint64_t* full) {
 
 // d [64, TEST_WIDTH] = a [64, TEST_DEPTH] b [TEST_WIDTH, TEST_DEPTH]^T; a also goes back, through shared memory, to `copy`.
 extern "C" __global__ void __launch_bounds__(128)
-product_transposed(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, const __grid_constant__ TensorMap copy_map,
-                   float* d) {
+product_transposed(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+                   const __grid_constant__ TensorMap copy_map, float* d) {
     Shared& shared = *dynamic_shared<Shared>();
     prepare(&shared.full);
     if (threadIdx.x == 0) {
@@ -56,7 +56,8 @@ product_transposed(const __grid_constant__ TensorMap a_map, const __grid_constan
     }
 }
 
-// d [64, TEST_WIDTH] = 1 + round(a [64, TEST_DEPTH]) b [TEST_DEPTH, TEST_WIDTH], a from registers in which it lies as accumulators do; then round(2 d) to `copy`.
+// d [64, TEST_WIDTH] = 1 + round(a [64, TEST_DEPTH]) b [TEST_DEPTH, TEST_WIDTH], a from registers in which it lies as accumulators do; then
+// round(2 d) to `copy`.
 extern "C" __global__ void __launch_bounds__(128)
 product(const float* a, const __grid_constant__ TensorMap b_map, const __grid_constant__ TensorMap copy_map, float* d) {
     struct Tiles {
@@ -90,11 +91,11 @@ product(const float* a, const __grid_constant__ TensorMap b_map, const __grid_co
     }
 }
 
-// One instruction each, for tiles whose rows have SWIZZLE_BYTES: d[0] = a b^T and d[1] = a c, with a [64, 16], b [64, 16], c [16, 64]; a and
-// b are the columns from `first` on of tiles, c comes as panels of 16 rows.
+// One instruction each, for tiles whose rows have SWIZZLE_BYTES: d[0] = a b^T and d[1] = a c, with a [64, 16], b [64, 16], c [16, 64]; a
+// and b are the columns from `first` on of tiles, c comes as panels of 16 rows.
 extern "C" __global__ void __launch_bounds__(128)
-swizzles(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, const __grid_constant__ TensorMap c_map, float* d,
-         int first) {
+swizzles(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, const __grid_constant__ TensorMap c_map,
+         float* d, int first) {
     constexpr int SPAN = SWIZZLE_BYTES / 2, SWIZZLE = SWIZZLE_BYTES == 128 ? SWIZZLE_128 : SWIZZLE_BYTES == 64 ? SWIZZLE_64 : SWIZZLE_32;
     struct Tiles {
         Element a[64 * SPAN], b[64 * SPAN], c[16 * 64];
