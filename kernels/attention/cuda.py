@@ -74,9 +74,13 @@ def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
 
 @functools.cache
 def _plan_v2(name: str, width: int, dropout: bool, shared_bytes: int) -> _Plan:
-    wide, tight = width == 128, width == 128 and dropout  # dropout's words need registers, too
-    forward_warps, forward_rows = (8, 16) if tight else (4, 32)
-    forward_loop = 32 if dropout != tight or (wide and shared_bytes < 192 << 10) else 64  # two blocks a multiprocessor, no spills
+    wide = width == 128
+    # As many rows at a time as registers hold without spills, and two blocks a multiprocessor, or one of twice the warps. Dropout's words
+    # need registers, too.
+    if dropout:
+        forward_warps, forward_rows, forward_loop = (8, 16, 64) if wide else (4, 32, 32)
+    else:
+        forward_warps, forward_rows, forward_loop = 4, 32, 48 if wide else 64
     backward_warps, backward_rows = 8 if wide else 4, 32 if width <= 64 else 16
     backward_loop = 32 if wide and shared_bytes < 160 << 10 else 64
     row = 2 * width  # bytes

@@ -124,7 +124,7 @@ __device__ __forceinline__ void store_row(Element* x, int64_t stride, int row, i
 }
 
 // Grid (query tiles, heads, samples). o [B, Tq, H, K]; lse [B, H, Tq].
-extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int* limits, const uint8_t* key_mask,
     const uint64_t* head_keys, const int64_t* query_times, const uint32_t* column_words, const Attention a) {
     float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
@@ -305,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv(
 }
 
 // Grid (query tiles, heads, samples).
-extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
     const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
     Element* grad_q, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
     const uint32_t* column_words, const Attention a) {

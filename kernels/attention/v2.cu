@@ -43,12 +43,10 @@
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=64 -DDROPOUT=1 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=32 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=32 -DBACKWARD_LOOP=64
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=96 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=96 -DDROPOUT=1 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=32 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
-// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=48 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=1 -DFORWARD_WARPS=8 -DFORWARD_ROWS=16 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
-// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=32 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
-// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=1 -DFORWARD_WARPS=8 -DFORWARD_ROWS=16 -DFORWARD_LOOP=32 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
-// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=32 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=32
-// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=1 -DFORWARD_WARPS=8 -DFORWARD_ROWS=16 -DFORWARD_LOOP=32 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=32
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=48 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=32
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=1 -DFORWARD_WARPS=8 -DFORWARD_ROWS=16 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=32
 // minillm-build: -DELEMENT=float16 -DHEAD_WIDTH=64 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=32 -DBACKWARD_LOOP=64
 #include "../device/ampere.cuh"
 #include "common.cuh"
@@ -81,6 +79,13 @@ __device__ __forceinline__ int place(int row, int chunk) {
     return row * HEAD_WIDTH + 8 * (chunk ^ (EXCHANGED == 8 ? row % 8 : row / 2 % 4));
 }
 
+// From the place of chunk 0 or 1 of a row to that of the chunk 2 `step` further on: as 2 `step` and the 0 or 1 have no bit in common, the order
+// of the two exclusive ors does not matter, and a thread's places for all steps differ by constants.
+__device__ __forceinline__ int further(int at, int step) {
+    constexpr int STEPS_A_GROUP = EXCHANGED / 2;
+    return (at ^ 16 * (step % STEPS_A_GROUP)) + 8 * EXCHANGED * (step / STEPS_A_GROUP);
+}
+
 // Start to copy rows [first, first + ROWS) of a head into a tile; rows from `end` on become zero. EXCHANGED threads copy a row.
 template <int ROWS, int THREADS>
 __device__ __forceinline__ void copy_tile(Element* tile, const Element* x, int64_t stride, int first, int end) {
@@ -105,7 +110,7 @@ template <int M, bool KEEP> struct OwnRows {
     Fragment kept[KEEP ? M : 1][KEEP ? STEPS : 1];
 
     __device__ __forceinline__ void read(Fragment& part, int m, int step) const {
-        ldmatrix_x4(part, tile + place(first + 16 * m + LANE % 16, 2 * step + LANE / 16));
+        ldmatrix_x4(part, tile + further(place(first + LANE % 16, LANE / 16), step) + 16 * m * HEAD_WIDTH);
     }
     __device__ __forceinline__ void keep() {
         if constexpr (KEEP)
@@ -139,6 +144,8 @@ __device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M
         for (int n = 0; n < N; n++)
             #pragma unroll
             for (int e = 0; e < 4; e++) dots[m][n][e] = 0;
+    // As B is stored by columns, and 8 rows of the tile are 8 columns of B, this is no transposition.
+    const int at = place(first + LANE % 8 + LANE / 16 * 8, LANE / 8 % 2);
     #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         Fragment left[M];
@@ -146,8 +153,8 @@ __device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M
         for (int m = 0; m < M; m++) own.get(left[m], m, step);
         #pragma unroll
         for (int n = 0; n < N; n += 2) {
-            Fragment right;  // as B is stored by columns, 8 rows of the tile are one: no transposition
-            ldmatrix_x4(right, tile + place(first + 8 * n + LANE % 8 + LANE / 16 * 8, 2 * step + LANE / 8 % 2));
+            Fragment right;
+            ldmatrix_x4(right, tile + further(at, step) + 8 * n * HEAD_WIDTH);
             #pragma unroll
             for (int m = 0; m < M; m++) multiply_pair(dots[m][n], dots[m][n + 1], left[m], right);
         }
@@ -170,10 +177,11 @@ __device__ __forceinline__ void pack_scores(Fragment (&weights)[M], const float 
 template <int M>
 __device__ __forceinline__ void add_weighted_rows(float (&sums)[M][BLOCKS][4], const Fragment (&weights)[M], const Element* tile,
                                                   int first) {
+    const int at = place(first + LANE % 16, LANE / 16);
     #pragma unroll
     for (int c = 0; c < BLOCKS; c += 2) {
         Fragment right;
-        ldmatrix_x4_trans(right, tile + place(first + LANE % 16, c + LANE / 16));
+        ldmatrix_x4_trans(right, tile + further(at, c / 2));
         #pragma unroll
         for (int m = 0; m < M; m++) multiply_pair(sums[m][c], sums[m][c + 1], weights[m], right);
     }

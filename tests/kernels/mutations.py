@@ -36,6 +36,10 @@ def _v1(name: str, old: str, new: str) -> Mutation:
     return Mutation(name, "attention/v1.cu", old, new, "attention_forward", dtype="float32")
 
 
+def _v1_back(name: str, old: str, new: str, file: str = "v1.cu") -> Mutation:
+    return Mutation(name, f"attention/{file}", old, new, "attention_backward", dtype="float32")
+
+
 def _v2(name: str, old: str, new: str, op: str = "attention_forward") -> Mutation:
     return Mutation(name, "attention/v2.cu", old, new, op, "v2")
 
@@ -64,11 +68,23 @@ MUTATIONS = [
     _v1("missing barrier after tiles are written", "__syncthreads();  // all has been written", ""),
     _v1("missing warp barrier", "__syncwarp();  // a row's scores come from this warp", ""),
     _v1("row beyond the end", "if (row >= end) return;", "if (row > end) return;"),
+    _v1_back("queries begin a tile too late", "a.causal ? key / tile * tile : 0", "a.causal ? key / tile * tile + tile : 0", "common.cuh"),
+    _v1_back("queries of one head of a group only", "h < (kv_head + 1) * group; h++)", "h < kv_head * group + 1; h++)"),
+    _v1_back(
+        "scores in the place of their gradients",
+        "add_weighted_rows(k_sums, grad_scores, q_tile);",
+        "add_weighted_rows(k_sums, scores, q_tile);",
+    ),
+    _v1_back(
+        "row of statistics without its padding",
+        "const int64_t at = int64_t(row_of_head) * padded",
+        "const int64_t at = int64_t(row_of_head) * a.num_queries",
+    ),
     # ---- attention v2
     _v2(
         "values read without swizzle",
-        "tile + place(first + LANE % 16, c + LANE / 16)",
-        "tile + (first + LANE % 16) * 64 + 8 * (c + LANE / 16)",
+        "ldmatrix_x4_trans(right, tile + further(at, c / 2));",
+        "ldmatrix_x4_trans(right, tile + (first + LANE % 16) * 64 + 8 * (c + LANE / 16));",
     ),
     _v2("mask off by one", "if (8 * n + e >= limit) s[m]", "if (8 * n + e > limit) s[m]"),
     _v2("missing rescale", "sums[m][c][e] *= shrink[e / 2];", ";"),
@@ -95,9 +111,12 @@ MUTATIONS = [
     _v2("row written beyond the end", "if (row + r < end) store16(", "if (row + r <= end) store16("),
     _v2(
         "halves of a fragment exchanged",
-        "place(first + 16 * m + LANE % 16, 2 * step + LANE / 16)",
-        "place(first + 16 * m + LANE % 16, 2 * step + 1 - LANE / 16)",
+        "place(first + LANE % 16, LANE / 16), step)",
+        "place(first + LANE % 16, 1 - LANE / 16), step)",
     ),
+    _v2("group of chunks forgotten", "+ 8 * EXCHANGED * (step / STEPS_A_GROUP)", "+ 8 * EXCHANGED * (step % STEPS_A_GROUP)"),
+    _v2_back("statistics of the other buffer", "const int column = buffer * BACKWARD_LOOP + slice", "const int column = slice"),
+    _v2_back("queries of one head of a group only", "steps = group * tiles;", "steps = tiles;"),
     _v2_back("probability without its shift", "exp2_(p * scale - lse_2)", "exp2_(p * scale)"),
     _v2_back("mask transposed", "if (16 * m + 8 * half >= limit) s[m]", "if (16 * m + 8 * half > limit) s[m]"),
     _v2_back("gradient not lowered by delta", "before * (grad_s * factor - delta)", "before * (grad_s * factor)"),
