@@ -194,9 +194,9 @@ _PROMOTE_256_BYTES = 3  # CUtensorMapL2promotion
 def _encode(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, box: tuple[int, ...], swizzle: int) -> np.ndarray:
     """128 bytes that cuTensorMapEncodeTiled makes. The pointer is part of the key: the memory pool hands the same one out again."""
     rank = len(shape)
-    # The driver wants them on a 64-byte boundary, and NumPy promises 16.
-    room = np.zeros(128 + 64, np.uint8)
-    start = -room.ctypes.data % 64
+    # The driver wants them on a boundary of 64 bytes, cuda.h of CUDA 13 says 128, and NumPy promises 16.
+    room = np.zeros(2 * 128, np.uint8)
+    start = -room.ctypes.data % 128
     sizes = (ctypes.c_uint64 * rank)(*reversed(shape))
     steps = (ctypes.c_uint64 * (rank - 1))(*reversed(strides))
     boxes, ones = (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*[1] * rank)
