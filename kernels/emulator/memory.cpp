@@ -478,6 +478,21 @@ extern "C" void __tsan_read_range(void* p, size_t bytes) { access_of_kernel(p, b
 extern "C" void __tsan_write_range(void* p, size_t bytes) { access_of_kernel(p, bytes, true, EMULATOR_SITE); }
 extern "C" void __tsan_volatile_read4(void* p) { access_of_kernel(p, 4, false, EMULATOR_SITE); }
 extern "C" void __tsan_volatile_write4(void* p) { access_of_kernel(p, 4, true, EMULATOR_SITE); }
+// clang calls these for copies of whole structs.
+extern "C" void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+    access_of_kernel(const_cast<void*>(from), bytes, false, EMULATOR_SITE);
+    access_of_kernel(to, bytes, true, EMULATOR_SITE);
+    return memcpy(to, from, bytes);
+}
+extern "C" void* __tsan_memmove(void* to, const void* from, size_t bytes) {
+    access_of_kernel(const_cast<void*>(from), bytes, false, EMULATOR_SITE);
+    access_of_kernel(to, bytes, true, EMULATOR_SITE);
+    return memmove(to, from, bytes);
+}
+extern "C" void* __tsan_memset(void* to, int value, size_t bytes) {
+    access_of_kernel(to, bytes, true, EMULATOR_SITE);
+    return memset(to, value, bytes);
+}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_init() {}

@@ -50,8 +50,8 @@ FAULT_LIST = [
     Fault("write_before_array", "out of bounds", "writes 4 bytes that begin 4 bytes before the start of y", lambda: (floats(32),)),
     Fault("null_pointer", "out of bounds", "a null pointer", lambda: (None, floats(32))),
     Fault("past_dynamic_shared", "out of bounds", "byte 128 of dynamic shared memory", lambda: (floats(64),), 33, 1, 128),
-    Fault("past_static_shared", "out of bounds", "index 32 of an array of type 'float [32]'", lambda: (floats(32),)),
-    Fault("past_registers", "out of bounds", "index 4 of an array of type 'float [4]'", lambda: (floats(32), np.int32(5))),
+    Fault("past_static_shared", "out of bounds", "index 32 of an array of type 'float", lambda: (floats(32),)),
+    Fault("past_registers", "out of bounds", "index 4 of an array of type 'float", lambda: (floats(32), np.int32(5))),
     Fault("misaligned_vector", "misaligned access", "16 bytes at once at element", lambda: (floats(200), floats(200))),
     Fault("uninitialised_shared", "uninitialised read", "byte 128 of shared array tile", lambda: (floats(32),)),
     Fault("uninitialised_global", "uninitialised read", "element 0 (byte 0) of y: float32 [32]", lambda: (floats(32), floats(32))),
@@ -86,7 +86,7 @@ def test_a_fault_is_reported_at_its_line(fault: Fault, order: str) -> None:
         launch(FAULTS, fault.kernel, {}, (fault.grid,), (fault.block,), args, fault.shared_bytes, order=order, unwritten=unwritten)
     report = str(caught.value)
     assert re.match(rf"({fault.kinds}) in {fault.kernel} ", report), report
-    assert f"faults.cu:{line_of(fault.kernel)}" in report
+    assert re.search(rf"(faults\.cu:|at line ){line_of(fault.kernel)}\b", report), report
     if order == "round robin":
         assert fault.says in report
 
