@@ -61,7 +61,7 @@ def _argument(x: Any) -> Any:
         return x.words
     if isinstance(x, np.void):
         return np.array([x], x.dtype)
-    if isinstance(x, bool | int | float):
+    if type(x) in (bool, int, float):
         raise TypeError(f"wrap {x!r} as the NumPy scalar of the C type that the kernel declares")
     return x
 

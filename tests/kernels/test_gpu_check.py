@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,15 @@ def test_cublaslt_takes_our_descriptors() -> None:
 
 
 @pytest.fixture
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A copy of the registry, for tests that add to it."""
-    monkeypatch.setattr(registry, "_kernels", {op: list(entries) for op, entries in registry._kernels.items()})
-    monkeypatch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_kernels", {op: list(entries) for op, entries in registry._kernels.items()})
+        patch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
+        yield
     registry._cache.clear()
+    for found in registry._defaults:
+        found.clear()
 
 
 def test_the_cases_run_on_a_device(own_registry: None) -> None:
