@@ -200,12 +200,12 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
         start_sum_of_products<HEAD_WIDTH, KEYS>(out, probabilities, shared.v[at.stage]);
         pass_turn_on(consumer);
         wait_for<1>(scores);
-        release(&shared.k_empty[next.stage]);
         if ((tile + 1) * KEYS > seen_by_all) hide(scores, rows, tile * KEYS);
         WATCH(S, scores);
         exponentiate(scores, rows, correction, scale);
         WATCH(m, rows.top);
         WATCH(l, rows.sum);
+        release_with(&shared.k_empty[next.stage], rows.sum[0] + rows.sum[1]);
         wait_for<0>(out);
         release(&shared.v_empty[at.stage]);
         #pragma unroll
