@@ -92,6 +92,8 @@ swiglu_forward, swiglu_backward = dispatch(activation_reference.swiglu_forward),
 softmax_forward, softmax_backward = dispatch(softmax_reference.softmax_forward), dispatch(softmax_reference.softmax_backward)
 xent_max, xent_grad_ = dispatch(softmax_xent_reference.xent_max), dispatch(softmax_xent_reference.xent_grad_)
 xent_shifted_sum_ = dispatch(softmax_xent_reference.xent_shifted_sum_)
+xent_statistics = dispatch(softmax_xent_reference.xent_statistics)
+xent_grad_from_logits_ = dispatch(softmax_xent_reference.xent_grad_from_logits_)
 attention_forward, attention_backward = dispatch(attention_reference.attention_forward), dispatch(attention_reference.attention_backward)
 embedding_forward = dispatch(embedding_reference.embedding_forward, like=1)
 embedding_backward_ = dispatch(embedding_reference.embedding_backward_)

@@ -116,22 +116,22 @@ class _Nvrtc(NamedTuple):
     include: tuple[str, ...]
 
 
-def _nvidia_folders() -> list[Path]:
+def nvidia_folders() -> list[Path]:
     """Folders of NVIDIA's pip wheels, new (nvidia/cu13) and old (nvidia/cuda_nvrtc), newest first."""
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or ()) if spec else []
     return sorted((folder for root in roots for folder in Path(root).iterdir() if folder.is_dir()), reverse=True)
 
 
-def _toolkit_folders() -> list[Path]:
+def toolkit_folders() -> list[Path]:
     """CUDA toolkits installed in the usual places."""
     places = [os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     return [Path(place) for place in places if place and Path(place).is_dir()]
 
 
 def _library_files() -> list[Path]:
-    wheels = [file for folder in _nvidia_folders() for file in sorted(folder.glob("lib/libnvrtc.so.*"))]
-    return wheels + [file for folder in _toolkit_folders() for file in sorted(folder.glob("lib64/libnvrtc.so.*[0-9]"))[:1]]
+    wheels = [file for folder in nvidia_folders() for file in sorted(folder.glob("lib/libnvrtc.so.*"))]
+    return wheels + [file for folder in toolkit_folders() for file in sorted(folder.glob("lib64/libnvrtc.so.*[0-9]"))[:1]]
 
 
 @functools.cache
@@ -146,7 +146,7 @@ def _nvrtc() -> _Nvrtc:
     major, minor = ctypes.c_int(), ctypes.c_int()
     library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
-    include = [str(f / "include") for f in _nvidia_folders() + _toolkit_folders() if (f / "include" / "cuda_bf16.h").is_file()]
+    include = [str(f / "include") for f in nvidia_folders() + toolkit_folders() if (f / "include" / "cuda_bf16.h").is_file()]
     return _Nvrtc(library, f"{major.value}.{minor.value}", tuple(include[:1]))
 
 

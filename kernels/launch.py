@@ -44,7 +44,7 @@ def launch(
     shared memory. A grid with no block is no launch. Raises BuildError if the file does not compile."""
     if 0 in grid:
         return
-    if any(isinstance(a, np.ndarray) for a in args):
+    if any(isinstance(getattr(a, "array", a), np.ndarray) for a in args):  # a tensor map knows its array
         emulator = importlib.import_module("minillm.kernels.emulator")
         emulator.launch(path, name, defines, tuple(grid), tuple(block), tuple(args), shared_bytes)
         return
@@ -61,7 +61,7 @@ def _argument(x: Any) -> Any:
         return x.words
     if isinstance(x, np.void):
         return np.array([x], x.dtype)
-    if isinstance(x, bool | int | float):
+    if type(x) in (bool, int, float):
         raise TypeError(f"wrap {x!r} as the NumPy scalar of the C type that the kernel declares")
     return x
 
@@ -194,9 +194,9 @@ _PROMOTE_256_BYTES = 3  # CUtensorMapL2promotion
 def _encode(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, box: tuple[int, ...], swizzle: int) -> np.ndarray:
     """128 bytes that cuTensorMapEncodeTiled makes. The pointer is part of the key: the memory pool hands the same one out again."""
     rank = len(shape)
-    # The driver wants them on a 64-byte boundary, and NumPy promises 16.
-    room = np.zeros(128 + 64, np.uint8)
-    start = -room.ctypes.data % 64
+    # The driver wants them on a boundary of 64 bytes, cuda.h of CUDA 13 says 128, and NumPy promises 16.
+    room = np.zeros(2 * 128, np.uint8)
+    start = -room.ctypes.data % 128
     sizes = (ctypes.c_uint64 * rank)(*reversed(shape))
     steps = (ctypes.c_uint64 * (rank - 1))(*reversed(strides))
     boxes, ones = (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*[1] * rank)

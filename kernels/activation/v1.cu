@@ -39,67 +39,79 @@ struct Relu {
     static __device__ __forceinline__ float slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
 };
 
-__device__ __forceinline__ int64_t first_element() { return ((int64_t)blockIdx.x * THREADS + threadIdx.x) * RUN; }
+// Where a thread works on [rows, F]: `tiles` blocks share a row. What has no rows is one row.
+struct Place {
+    int64_t row, column;
+};
+__device__ __forceinline__ Place place(int tiles) {
+    return {(int64_t)(blockIdx.x / tiles), ((int64_t)(blockIdx.x % tiles) * THREADS + threadIdx.x) * RUN};
+}
 
-template <typename Activation> __device__ __forceinline__ void forward(const Element* x, Element* y, int64_t size) {
-    const int64_t first = first_element();
-    if (first >= size) return;
+// v = the run of x [rows, F] at a place, plus bias [F] unless that is null.
+__device__ __forceinline__ void load_biased(float (&v)[RUN], const Element* x, const Element* bias, Place at, int64_t F) {
+    load_floats(v, x + at.row * F + at.column, F - at.column);
+    if (bias == nullptr) return;
+    float b[RUN];
+    load_floats(b, bias + at.column, F - at.column);
+    #pragma unroll
+    for (int i = 0; i < RUN; i++) v[i] += b[i];
+}
+
+template <typename Activation>
+__device__ __forceinline__ void forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    const Place at = place(tiles);
+    if (at.column >= F) return;
     float v[RUN];
-    load_floats(v, x + first, size - first);
+    load_biased(v, x, bias, at, F);
     #pragma unroll
     for (int i = 0; i < RUN; i++) v[i] = Activation::value(v[i]);
-    store_floats(y + first, v, size - first);
+    store_floats(y + at.row * F + at.column, v, F - at.column);
 }
 
 // grad_x may be grad_y.
 template <typename Activation>
-__device__ __forceinline__ void backward(const Element* grad_y, const Element* x, Element* grad_x, int64_t size) {
-    const int64_t first = first_element();
-    if (first >= size) return;
+__device__ __forceinline__ void backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F,
+                                         int tiles) {
+    const Place at = place(tiles);
+    if (at.column >= F) return;
     float v[RUN], g[RUN];
-    load_floats(v, x + first, size - first);
-    load_floats(g, grad_y + first, size - first);
+    load_biased(v, x, bias, at, F);
+    load_floats(g, grad_y + at.row * F + at.column, F - at.column);
     #pragma unroll
     for (int i = 0; i < RUN; i++) g[i] *= Activation::slope(v[i]);
-    store_floats(grad_x + first, g, size - first);
+    store_floats(grad_x + at.row * F + at.column, g, F - at.column);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) gelu_tanh_forward(const Element* x, Element* y, int64_t size) {
-    forward<GeluTanh>(x, y, size);
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gelu_tanh_forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    forward<GeluTanh>(x, bias, y, F, tiles);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gelu_tanh_backward(const Element* grad_y, const Element* x, Element* grad_x, int64_t size) {
-    backward<GeluTanh>(grad_y, x, grad_x, size);
-}
-extern "C" __global__ void __launch_bounds__(THREADS) gelu_erf_forward(const Element* x, Element* y, int64_t size) {
-    forward<GeluErf>(x, y, size);
+    gelu_tanh_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F, int tiles) {
+    backward<GeluTanh>(grad_y, x, bias, grad_x, F, tiles);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gelu_erf_backward(const Element* grad_y, const Element* x, Element* grad_x, int64_t size) {
-    backward<GeluErf>(grad_y, x, grad_x, size);
-}
-extern "C" __global__ void __launch_bounds__(THREADS) relu_forward(const Element* x, Element* y, int64_t size) {
-    forward<Relu>(x, y, size);
+    gelu_erf_forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    forward<GeluErf>(x, bias, y, F, tiles);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
-    relu_backward(const Element* grad_y, const Element* x, Element* grad_x, int64_t size) {
-    backward<Relu>(grad_y, x, grad_x, size);
+    gelu_erf_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F, int tiles) {
+    backward<GeluErf>(grad_y, x, bias, grad_x, F, tiles);
 }
-
-// Where a thread works on [rows, F]: `tiles` blocks share a row.
-struct Place {
-    int64_t row;
-    int column;
-};
-__device__ __forceinline__ Place place(int tiles) {
-    return {(int64_t)(blockIdx.x / tiles), (int)(blockIdx.x % tiles * THREADS + threadIdx.x) * RUN};
+extern "C" __global__ void __launch_bounds__(THREADS)
+    relu_forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    forward<Relu>(x, bias, y, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    relu_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F, int tiles) {
+    backward<Relu>(grad_y, x, bias, grad_x, F, tiles);
 }
 
 // y [rows, F] = silu(gate) up, of gate_up [rows, 2F] = [gate | up].
-extern "C" __global__ void __launch_bounds__(THREADS) swiglu_forward(const Element* gate_up, Element* y, int F, int tiles) {
+extern "C" __global__ void __launch_bounds__(THREADS) swiglu_forward(const Element* gate_up, Element* y, int64_t F, int tiles) {
     const Place at = place(tiles);
     if (at.column >= F) return;
-    const int left = F - at.column;
+    const int64_t left = F - at.column;
     const Element* from = gate_up + at.row * 2 * F + at.column;
     float gate[RUN], up[RUN];
     load_floats(gate, from, left);
@@ -111,10 +123,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu_forward(const Eleme
 
 // grad [rows, 2F] of gate_up from grad_y [rows, F]; d silu / d gate = s + gate s (1 - s) with s = sigmoid(gate).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    swiglu_backward(const Element* grad_y, const Element* gate_up, Element* grad, int F, int tiles) {
+    swiglu_backward(const Element* grad_y, const Element* gate_up, Element* grad, int64_t F, int tiles) {
     const Place at = place(tiles);
     if (at.column >= F) return;
-    const int left = F - at.column;
+    const int64_t left = F - at.column;
     const int64_t offset = at.row * 2 * F + at.column;
     float gate[RUN], up[RUN], dy[RUN];
     load_floats(gate, gate_up + offset, left);

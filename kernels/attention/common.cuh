@@ -1,5 +1,5 @@
-// What all CUDA variants of attention agree on: their arguments, which keys a query sees, and what dropout keeps. Array arguments that do not
-// apply are null pointers; the bindings are cuda.py.
+// What v1 and v2 agree on: their arguments, which keys a query sees, and what dropout keeps. Array arguments that do not apply are null
+// pointers; the bindings are cuda.py.
 #pragma once
 #include "../device/cuda.cuh"
 
@@ -45,7 +45,7 @@ __device__ __forceinline__ Limits limits_of(const Attention& a, const int* limit
     return of;
 }
 
-// A query before which none sees `key`, a multiple of the block's threads (or of `tile` where the limits are a formula). The whole block calls it.
+// A query before which none sees `key`: a multiple of `tile`, which divides the number of threads. The whole block calls it.
 __device__ __forceinline__ int first_query_seeing(const Attention& a, const int* limits, int key, int tile) {
     if (!limits) return a.causal ? key / tile * tile : 0;
     int first = 0;

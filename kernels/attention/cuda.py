@@ -1,4 +1,5 @@
-"""Attention on the GPU: v1 (float32 tiles, any GPU and dtype) and v2 (tensor cores, 16-bit, compute capability 8.0 and up).
+"""Attention on the GPU: v1 (float32 tiles, any GPU and dtype), v2 (tensor cores, 16-bit, compute capability 8.0 and up) and v3 (the
+instructions of Hopper, 16-bit, compute capability 9.0; launched in hopper.py).
 
 Variant `auto`, the default, takes the fastest one for the arrays at hand. All variants give and take the log-sum-exp as float32, so one may
 do the forward pass and another the backward pass.
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from minillm.kernels.attention import hopper
 from minillm.kernels.attention.bindings import visible_keys
 from minillm.kernels.attention.mask import AttentionDropout
 from minillm.kernels.cuda import DTYPES, cuda_kernel, unavailable
@@ -60,7 +63,7 @@ class _Plan(NamedTuple):
 @functools.cache
 def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
     small = shared_bytes < 80 << 10
-    own = 64 if width <= 64 and not small else 32
+    own = 64 if width <= (32 if small else 64) else 32
     loop = 16 if width == 128 and small else 32
     row, scores = 4 * (width + 4), 4 * own * (loop + 4)  # bytes
     forward, backward = (own + 2 * loop) * row + scores, 2 * (own + loop) * row
@@ -71,9 +74,13 @@ def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
 
 @functools.cache
 def _plan_v2(name: str, width: int, dropout: bool, shared_bytes: int) -> _Plan:
-    wide, tight = width == 128, width == 128 and dropout  # dropout's words need registers, too
-    forward_warps, forward_rows = (8, 16) if tight else (4, 32)
-    forward_loop = 32 if dropout != tight or (wide and shared_bytes < 192 << 10) else 64  # two blocks a multiprocessor, no spills
+    wide = width == 128
+    # As many rows at a time as registers hold without spills, and two blocks a multiprocessor, or one of twice the warps. Dropout's words
+    # need registers, too.
+    if dropout:
+        forward_warps, forward_rows, forward_loop = (8, 16, 64) if wide else (4, 32, 32)
+    else:
+        forward_warps, forward_rows, forward_loop = 4, 32, 48 if wide else 64
     backward_warps, backward_rows = 8 if wide else 4, 32 if width <= 64 else 16
     backward_loop = 32 if wide and shared_bytes < 160 << 10 else 64
     row = 2 * width  # bytes
@@ -267,18 +274,85 @@ def _backward(
     return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
 
 
-def fastest(q: Any, scale: float) -> str:
-    """The variant that `auto` takes for queries like `q` on their device."""
-    tensor_cores = element(q) in HALF_DTYPES and int(compute_capability(q.device.id)) >= 80
-    return "v2" if tensor_cores and scale > 0 else "v1"
+def _forward_v3(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float,
+    causal: bool,
+    times_q: Any = None,
+    times_k: Any = None,
+    key_mask: Any = None,
+    dropout: AttentionDropout | None = None,
+    out: Any = None,
+) -> tuple[Any, Any]:
+    same_dtype(q, k, v, out)
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    _require_v3(q, scale, seen, dropout)
+    q, k, v = hopper.tiled(q), hopper.tiled(seen.sorted(k)), hopper.tiled(seen.sorted(v))
+    o = out if out is not None and hopper.can_be_tiled(out) else empty(q.shape, q.dtype, q)
+    lse = empty((q.shape[0], q.shape[2], q.shape[1]), np.float32, q)
+    hopper.forward(q, k, v, o, lse, scale, seen.causal)
+    return deliver(o, out), lse
+
+
+def _backward_v3(
+    grad_o: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    scale: float,
+    causal: bool,
+    times_q: Any = None,
+    times_k: Any = None,
+    key_mask: Any = None,
+    dropout: AttentionDropout | None = None,
+    grad_q: Any = None,
+    grad_k: Any = None,
+    grad_v: Any = None,
+) -> tuple[Any, Any, Any]:
+    same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    _require_v3(q, scale, seen, dropout)
+    grad_o, o, q, k, v = map(hopper.tiled, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
+    wanted = (grad_q, *(g if seen.order is None else None for g in (grad_k, grad_v)))
+    gq, gk, gv = (
+        g if g is not None and hopper.can_be_tiled(g) else empty(x.shape, x.dtype, x) for g, x in zip(wanted, (q, k, v), strict=True)
+    )
+    hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen.causal)
+    return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
+
+
+def _require_v3(q: Any, scale: float, seen: _Seen, dropout: AttentionDropout | None) -> None:
+    """Raises KernelUnavailable for what v3 does not do."""
+    if reason := hopper.refusal(q, scale, seen.limits, seen.key_mask, dropout):
+        raise KernelUnavailable(f"attention v3 does not take {reason}; use(attention='cuda:v2') does, or leave the choice to auto")
+
+
+def fastest(q: Any, k: Any, options: Mapping[str, Any]) -> str:
+    """The variant that `auto` takes for these queries, keys and options of an attention op, on their device."""
+    capability, scale = int(compute_capability(q.device.id)), options["scale"]
+    if element(q) not in HALF_DTYPES or capability < 80 or not scale > 0:
+        return "v1"
+    if capability != 90:
+        return "v2"
+    seen = _seen(q, k, options["causal"], options.get("times_q"), options.get("times_k"), None)
+    return "v2" if hopper.refusal(q, scale, seen.limits, options.get("key_mask"), options.get("dropout")) else "v3"
 
 
 def _auto_forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
-    return _forward(fastest(q, options["scale"]), q, k, v, **options)
+    variant = fastest(q, k, options)
+    return _forward_v3(q, k, v, **options) if variant == "v3" else _forward(variant, q, k, v, **options)
 
 
-def _auto_backward(grad_o: Any, q: Any, *arrays: Any, **options: Any) -> tuple[Any, Any, Any]:
-    return _backward(fastest(q, options["scale"]), grad_o, q, *arrays, **options)
+def _auto_backward(grad_o: Any, q: Any, k: Any, *arrays: Any, **options: Any) -> tuple[Any, Any, Any]:
+    variant = fastest(q, k, options)
+    backward = _backward_v3 if variant == "v3" else functools.partial(_backward, variant)
+    return backward(grad_o, q, k, *arrays, **options)
 
 
 def _register(op: str, variant: str, fn: Any, dtypes: tuple[str, ...]) -> None:
@@ -292,3 +366,5 @@ kernel("attention_backward", backend="cuda", variant="auto", dtypes=DTYPES, unav
 for _variant, _dtypes in (("v1", DTYPES), ("v2", HALF_DTYPES)):
     _register("attention_forward", _variant, _forward, _dtypes)
     _register("attention_backward", _variant, _backward, _dtypes)
+cuda_kernel("attention_forward", "v3", dtypes=HALF_DTYPES)(_forward_v3)
+cuda_kernel("attention_backward", "v3", dtypes=HALF_DTYPES)(_backward_v3)

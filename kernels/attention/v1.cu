@@ -28,11 +28,14 @@
 //
 // measured: not yet
 //
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=32 -DOWN=64 -DLOOP=32
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=96 -DOWN=32 -DLOOP=32
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=128 -DOWN=32 -DLOOP=32
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=64 -DOWN=32 -DLOOP=32
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=128 -DOWN=32 -DLOOP=16
-// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=32 -DOWN=64 -DLOOP=32
-// minillm-build: -DELEMENT=float16 -DHEAD_WIDTH=96 -DOWN=32 -DLOOP=32
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
+// minillm-build: -DELEMENT=float16 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
 #include "common.cuh"
 
 #ifndef HEAD_WIDTH
@@ -121,7 +124,7 @@ __device__ __forceinline__ void store_row(Element* x, int64_t stride, int row, i
 }
 
 // Grid (query tiles, heads, samples). o [B, Tq, H, K]; lse [B, H, Tq].
-extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int* limits, const uint8_t* key_mask,
     const uint64_t* head_keys, const int64_t* query_times, const uint32_t* column_words, const Attention a) {
     float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
@@ -232,8 +235,8 @@ __device__ __forceinline__ Query query_at(const Attention& a, const float* lse_2
 }
 
 // From the dot products q.k and grad_o.v of a query and a key to what multiplies grad_o (p) and what multiplies q and k (grad_s).
-__device__ __forceinline__ void probability(const Attention& a, const Query& query, int key, const uint8_t* key_mask, const uint32_t* column_words,
-                                            float& p, float& grad_s) {
+__device__ __forceinline__ void probability(float& p, float& grad_s, const Attention& a, const Query& query, int key,
+                                            const uint8_t* key_mask, const uint32_t* column_words) {
     if (key >= query.limit || (key_mask && !key_mask[key])) {
         p = grad_s = 0;
         return;
@@ -278,10 +281,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv(
             dot_rows(grad_s, v_tile, grad_o_tile);
             #pragma unroll
             for (int j = 0; j < LOOP_ROWS; j++) {
-                const Query query = query_at(a, lse_2, delta, padded, limits, head_keys, query_times, b * a.num_heads + h, first_query + X + SIDE * j);
+                const int column = first_query + X + SIDE * j;
+                const Query query = query_at(a, lse_2, delta, padded, limits, head_keys, query_times, b * a.num_heads + h, column);
                 #pragma unroll
                 for (int i = 0; i < OWN_ROWS; i++) {
-                    probability(a, query, first + Y + SIDE * i, key_mask, column_words, s[i][j], grad_s[i][j]);
+                    probability(s[i][j], grad_s[i][j], a, query, first + Y + SIDE * i, key_mask, column_words);
                     scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = s[i][j];
                     grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
                 }
@@ -301,10 +305,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv(
 }
 
 // Grid (query tiles, heads, samples).
-extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
     const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
-    Element* grad_q, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times, const uint32_t* column_words,
-    const Attention a) {
+    Element* grad_q, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
+    const uint32_t* column_words, const Attention a) {
     float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
     float* grad_o_tile = q_tile + OWN * PITCH;      // [OWN][PITCH]
     float* k_tile = grad_o_tile + OWN * PITCH;      // [LOOP][PITCH]
@@ -340,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q(
         for (int i = 0; i < OWN_ROWS; i++)
             #pragma unroll
             for (int j = 0; j < LOOP_ROWS; j++) {
-                probability(a, query[i], first_key + X + SIDE * j, key_mask, column_words, s[i][j], grad_s[i][j]);
+                probability(s[i][j], grad_s[i][j], a, query[i], first_key + X + SIDE * j, key_mask, column_words);
                 grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
             }
         __syncwarp();

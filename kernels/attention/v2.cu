@@ -1,5 +1,5 @@
-// Attention, variant 2: tensor cores through mma.sync, for bfloat16 and float16 on compute capability 8.0 and up. FlashAttention-2 (Dao 2023,
-// arXiv:2307.08691) in spirit; the algorithm and the three kernels are those of v1.cu.
+// Attention, variant 2: tensor cores through mma.sync, for bfloat16 and float16 on compute capability 8.0 and up. FlashAttention-2 (Dao
+// 2023, arXiv:2307.08691) in spirit; the algorithm and the three kernels are those of v1.cu.
 //
 // What it adds, and why:
 //
@@ -38,6 +38,16 @@
 //
 // minillm-sass: HMMA
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=32 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=32 -DBACKWARD_LOOP=64
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=32 -DDROPOUT=1 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=32 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=32 -DBACKWARD_LOOP=64
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=64 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=32 -DBACKWARD_LOOP=64
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=64 -DDROPOUT=1 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=32 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=32 -DBACKWARD_LOOP=64
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=96 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=96 -DDROPOUT=1 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=32 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=48 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=1 -DFORWARD_WARPS=8 -DFORWARD_ROWS=16 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=64
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=48 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=32
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=128 -DDROPOUT=1 -DFORWARD_WARPS=8 -DFORWARD_ROWS=16 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=8 -DBACKWARD_ROWS=16 -DBACKWARD_LOOP=32
+// minillm-build: -DELEMENT=float16 -DHEAD_WIDTH=64 -DDROPOUT=0 -DFORWARD_WARPS=4 -DFORWARD_ROWS=32 -DFORWARD_LOOP=64 -DBACKWARD_WARPS=4 -DBACKWARD_ROWS=32 -DBACKWARD_LOOP=64
 #include "../device/ampere.cuh"
 #include "common.cuh"
 
@@ -69,6 +79,13 @@ __device__ __forceinline__ int place(int row, int chunk) {
     return row * HEAD_WIDTH + 8 * (chunk ^ (EXCHANGED == 8 ? row % 8 : row / 2 % 4));
 }
 
+// From the place of chunk 0 or 1 of a row to that of the chunk 2 `step` further on: as 2 `step` and the 0 or 1 have no bit in common, the order
+// of the two exclusive ors does not matter, and a thread's places for all steps differ by constants.
+__device__ __forceinline__ int further(int at, int step) {
+    constexpr int STEPS_A_GROUP = EXCHANGED / 2;
+    return (at ^ 16 * (step % STEPS_A_GROUP)) + 8 * EXCHANGED * (step / STEPS_A_GROUP);
+}
+
 // Start to copy rows [first, first + ROWS) of a head into a tile; rows from `end` on become zero. EXCHANGED threads copy a row.
 template <int ROWS, int THREADS>
 __device__ __forceinline__ void copy_tile(Element* tile, const Element* x, int64_t stride, int first, int end) {
@@ -93,7 +110,7 @@ template <int M, bool KEEP> struct OwnRows {
     Fragment kept[KEEP ? M : 1][KEEP ? STEPS : 1];
 
     __device__ __forceinline__ void read(Fragment& part, int m, int step) const {
-        ldmatrix_x4(part, tile + place(first + 16 * m + LANE % 16, 2 * step + LANE / 16));
+        ldmatrix_x4(part, tile + further(place(first + LANE % 16, LANE / 16), step) + 16 * m * HEAD_WIDTH);
     }
     __device__ __forceinline__ void keep() {
         if constexpr (KEEP)
@@ -127,6 +144,8 @@ __device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M
         for (int n = 0; n < N; n++)
             #pragma unroll
             for (int e = 0; e < 4; e++) dots[m][n][e] = 0;
+    // As B is stored by columns, and 8 rows of the tile are 8 columns of B, this is no transposition.
+    const int at = place(first + LANE % 8 + LANE / 16 * 8, LANE / 8 % 2);
     #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         Fragment left[M];
@@ -134,8 +153,8 @@ __device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M
         for (int m = 0; m < M; m++) own.get(left[m], m, step);
         #pragma unroll
         for (int n = 0; n < N; n += 2) {
-            Fragment right;  // as B is stored by columns, 8 rows of the tile are one: no transposition
-            ldmatrix_x4(right, tile + place(first + 8 * n + LANE % 8 + LANE / 16 * 8, 2 * step + LANE / 8 % 2));
+            Fragment right;
+            ldmatrix_x4(right, tile + further(at, step) + 8 * n * HEAD_WIDTH);
             #pragma unroll
             for (int m = 0; m < M; m++) multiply_pair(dots[m][n], dots[m][n + 1], left[m], right);
         }
@@ -156,11 +175,13 @@ __device__ __forceinline__ void pack_scores(Fragment (&weights)[M], const float 
 
 // sums += weights times rows [first, first + 16) of the tile
 template <int M>
-__device__ __forceinline__ void add_weighted_rows(float (&sums)[M][BLOCKS][4], const Fragment (&weights)[M], const Element* tile, int first) {
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[M][BLOCKS][4], const Fragment (&weights)[M], const Element* tile,
+                                                  int first) {
+    const int at = place(first + LANE % 16, LANE / 16);
     #pragma unroll
     for (int c = 0; c < BLOCKS; c += 2) {
         Fragment right;
-        ldmatrix_x4_trans(right, tile + place(first + LANE % 16, c + LANE / 16));
+        ldmatrix_x4_trans(right, tile + further(at, c / 2));
         #pragma unroll
         for (int m = 0; m < M; m++) multiply_pair(sums[m][c], sums[m][c + 1], weights[m], right);
     }
@@ -211,7 +232,8 @@ __device__ __forceinline__ float row_sum(float x) {
 
 // ---- forward
 
-constexpr int F_ROWS = FORWARD_ROWS, F_M = F_ROWS / 16, F_N = FORWARD_LOOP / 8, F_OWN = FORWARD_WARPS * F_ROWS, F_THREADS = 32 * FORWARD_WARPS;
+constexpr int F_ROWS = FORWARD_ROWS, F_M = F_ROWS / 16, F_N = FORWARD_LOOP / 8;  // fragments of a warp: M down, N across
+constexpr int F_OWN = FORWARD_WARPS * F_ROWS, F_THREADS = 32 * FORWARD_WARPS;   // of a block
 constexpr bool KEEP_QUERIES = HEAD_WIDTH <= 64;
 
 // The running softmax of a warp's rows, 2 M of them in a thread: maximum (of scaled scores, in powers of two) and this thread's share of
@@ -220,8 +242,8 @@ struct Softmax {
     float m[F_M][2], l[F_M][2];
 };
 
-// Scores to probabilities relative to the new maximum. What has been added up so far shrinks to it, if any of the warp's rows has a new one:
-// after the first few tiles that is rare.
+// Scores to probabilities relative to the new maximum. What has been added up so far shrinks to it, if any of the warp's rows has a new
+// one: after the first few tiles that is rare.
 __device__ __forceinline__ void softmax_step(Softmax& of, float (&s)[F_M][F_N][4], float (&sums)[F_M][BLOCKS][4], float scale) {
     #pragma unroll
     for (int m = 0; m < F_M; m++) {
@@ -284,8 +306,8 @@ __device__ __forceinline__ void hide_masked_keys(float (&s)[M][N][4], const uint
 
 // Dropout's words of a thread's 2 M own rows, which are queries.
 template <int M>
-__device__ __forceinline__ void query_words(uint64_t (&words)[M][2], const Attention& a, const uint64_t* head_keys, const int64_t* query_times,
-                                            int row_of_head, int query) {
+__device__ __forceinline__ void query_words(uint64_t (&words)[M][2], const Attention& a, const uint64_t* head_keys,
+                                            const int64_t* query_times, int row_of_head, int query) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
@@ -387,10 +409,11 @@ extern "C" __global__ void __launch_bounds__(F_THREADS) attention_forward(
 
 // ---- backward
 
-constexpr int B_ROWS = BACKWARD_ROWS, B_M = B_ROWS / 16, B_OWN = BACKWARD_WARPS * B_ROWS, B_THREADS = 32 * BACKWARD_WARPS;
-constexpr int B_SLICE = B_M == 1 ? 32 : 16, B_N = B_SLICE / 8;  // walked rows at a time: their scores, of two products, share the registers with two sums
-constexpr bool KEEP_OWN = B_M * HEAD_WIDTH <= 64;               // both own tiles as fragments
-constexpr float NEVER = INFINITY;                               // the log-sum-exp of a query that sees nothing: every probability is exp2(-inf) = 0
+// Walked rows are taken in slices: their scores, of two products, share the registers with two sums.
+constexpr int B_ROWS = BACKWARD_ROWS, B_M = B_ROWS / 16, B_SLICE = B_M == 1 ? 32 : 16, B_N = B_SLICE / 8;
+constexpr int B_OWN = BACKWARD_WARPS * B_ROWS, B_THREADS = 32 * BACKWARD_WARPS;
+constexpr bool KEEP_OWN = B_M * HEAD_WIDTH <= 64;  // both own tiles as fragments
+constexpr float NEVER = INFINITY;                  // the log-sum-exp of a query that sees nothing: its probabilities are exp2(-inf) = 0
 
 // What every entry of a row of P and dP is lowered by, padded so that it can be copied like a tile: for each sample and head a row of
 // `padded` floats, lse in powers of two and delta = <grad_o, o>. Grid (padded / 8, heads, samples), a warp a query.
@@ -474,8 +497,9 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
     const int tiles = start < a.num_queries ? (a.num_queries - start + BACKWARD_LOOP - 1) / BACKWARD_LOOP : 0, steps = group * tiles;
     auto copy_step = [&](int step, int buffer) {
         const int h = kv_head * group + step / tiles, query = start + step % tiles * BACKWARD_LOOP, row_of_head = b * a.num_heads + h;
-        copy_tile<BACKWARD_LOOP, B_THREADS>(q_tiles + buffer * TILE, head_start(q, a.q, b, h), a.q.time, query, a.num_queries);
-        copy_tile<BACKWARD_LOOP, B_THREADS>(grad_o_tiles + buffer * TILE, head_start(grad_o, a.grad_o, b, h), a.grad_o.time, query, a.num_queries);
+        const Element *q_head = head_start(q, a.q, b, h), *grad_o_head = head_start(grad_o, a.grad_o, b, h);
+        copy_tile<BACKWARD_LOOP, B_THREADS>(q_tiles + buffer * TILE, q_head, a.q.time, query, a.num_queries);
+        copy_tile<BACKWARD_LOOP, B_THREADS>(grad_o_tiles + buffer * TILE, grad_o_head, a.grad_o.time, query, a.num_queries);
         const int i = threadIdx.x;
         if (i < BACKWARD_LOOP / 4) {
             const int64_t from = int64_t(row_of_head) * padded + query + 4 * i;
@@ -483,9 +507,10 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
             cp_async_16(delta_tiles + buffer * BACKWARD_LOOP + 4 * i, delta + from);
         }
 #if DROPOUT
-        if (i < BACKWARD_LOOP)
-            word_tiles[buffer * BACKWARD_LOOP + i] =
-                query + i < a.num_queries ? row_word(head_keys[row_of_head], query_times[query + i]) : uint64_t(0);
+        if (i < BACKWARD_LOOP) {
+            const bool inside = query + i < a.num_queries;
+            word_tiles[buffer * BACKWARD_LOOP + i] = inside ? row_word(head_keys[row_of_head], query_times[query + i]) : uint64_t(0);
+        }
 #endif
     };
 

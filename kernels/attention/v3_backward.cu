@@ -1,4 +1,40 @@
-// Attention backward, third variant: Hopper's own way (sm_90a). bfloat16 or float16, head widths 32, 64, 96 and 128.
+// Attention backward, variant 3: Hopper's own way, for bfloat16 and float16 on compute capability 9.0. What wgmma, TMA, mbarriers and the
+// parting of work between warpgroups are for is told in v3_forward.cu; the algorithm is that of v1.cu and v2.cu: two kernels, one for the
+// gradients of keys and values, one for those of queries, each of which owns its rows. Seven products where a kernel that adds gradients
+// of queries atomically has five; but every sum has one order, and the same bits come every time.
+//
+// Both keep 64 rows of their own a warpgroup, and walk over tiles of the other side:
+//
+//     attention_grad_kv, own keys                            attention_grad_q, own queries
+//
+//       S^T  = k q^T        [64 keys, QUERIES]                 S   = q k^T        [64 queries, KEYS]
+//       dP^T = v grad_o^T                                      dP  = grad_o v^T
+//       P^T  = exp2(S^T scale - log_sum)                       P   = exp2(S scale - log_sum)
+//       dS^T = P^T (dP^T - delta)                              dS  = P (dP - delta)
+//       grad_v += P^T grad_o                                   grad_q += dS k
+//       grad_k += dS^T q
+//
+//   Written so, all left factors are tiles of own rows, which stay in shared memory, or accumulators, which stay in registers: what is
+//   summed over lies along the tile's rows or along its columns, and descriptors tell wgmma which. Nothing is transposed, and scores
+//   never go through shared memory.
+//
+//   The statistics log_sum and delta = <grad_o, o> belong to queries. To own queries they are two numbers a row. To tiles of queries they
+//   are columns: a small kernel writes them in a padded array first, from which TMA fetches them with the tile.
+//
+//     loader, thread 0     q0 + statistics, grad_o0, q1 + statistics, grad_o1 ..    (or k0, v0, k1, v1 ..)
+//     loader, thread 32    own rows of the next part, once the last product with this part's is done
+//     consumer 0           S dP | exp, dS | sums          S dP | exp, dS | sums
+//     consumer 1                  S dP    | exp, dS | sums         S dP  | exp, dS | sums
+//
+//   While one warpgroup takes exponentials, the tensor cores work for the other. A warpgroup does not run ahead of itself as in the forward
+//   pass: S, dP and both left factors would need more registers than it has (ptxas then makes the products wait for one another, C7512).
+//
+// A group of query heads that share keys is one part of the work in attention_grad_kv, so their sum needs no second pass.
+//
+// Registers, by thread, of 232: head width 64: 64 sums + 128 for S and dP; 128: 128 + 64 (QUERIES is 64 there), or 64 + 128.
+//
+// measured: not yet
+//
 // minillm-arch: sm_90a
 // minillm-build: -DHEAD_WIDTH=64 -DELEMENT=bfloat16
 // minillm-build: -DHEAD_WIDTH=64 -DELEMENT=float16
@@ -61,8 +97,8 @@ static_assert(sizeof(KeyShared) <= MOST_SHARED_BYTES, "more shared memory than a
 
 struct KeyPart {
     int first, kv_head, sample;
-    int first_tile, tiles;  // of queries of one head that any of the keys is seen by
-    int count;              // of those of all heads that share the keys
+    int first_head, end_head;  // of the queries that share the keys,
+    int first_tile, end_tile;  // and of each head's tiles those that see any of them
 };
 
 __device__ __forceinline__ bool key_part(const Problem& p, int round, KeyPart& part) {
@@ -71,9 +107,10 @@ __device__ __forceinline__ bool key_part(const Problem& p, int round, KeyPart& p
     part.first = number * OWN;  // the first keys are seen by most queries
     part.kv_head = head % p.kv_heads;
     part.sample = head / p.kv_heads;
+    part.first_head = part.kv_head * (p.heads / p.kv_heads);
+    part.end_head = part.first_head + p.heads / p.kv_heads;
     part.first_tile = p.causal ? part.first / QUERIES : 0;
-    part.tiles = max(0, num_blocks(p.num_queries, QUERIES) - part.first_tile);
-    part.count = part.tiles * (p.heads / p.kv_heads);
+    part.end_tile = num_blocks(p.num_queries, QUERIES);
     return true;
 }
 
@@ -95,18 +132,18 @@ __device__ __forceinline__ void load_queries(KeyShared& shared, const TensorMap*
     int n = 0;
     KeyPart part;
     for (int round = 0; key_part(p, round, part); round++) {
-        for (int i = 0; i < part.count; i++, n++) {
-            const int head = part.kv_head * (p.heads / p.kv_heads) + i / part.tiles, first = (part.first_tile + i % part.tiles) * QUERIES;
-            const Place<QUERY_STAGES> at(n);
-            uint64_t* q_full = &shared.q_full[at.stage];
-            mbarrier_wait(&shared.q_empty[at.stage], at.parity ^ 1);
-            mbarrier_expect(q_full, sizeof(Tile<QUERIES>) + sizeof(shared.statistics[0]));
-            load_tile<QUERIES, HEAD_WIDTH>(shared.q[at.stage], q_map, q_full, first, head, part.sample);
-            tma_load_3d(shared.statistics[at.stage], statistics_map, q_full, first, 0, part.sample * p.heads + head);
-            uint64_t* grad_o_full = &shared.grad_o_full[at.stage];
-            mbarrier_wait(&shared.grad_o_empty[at.stage], at.parity ^ 1);
-            mbarrier_expect(grad_o_full, sizeof(Tile<QUERIES>));
-            load_tile<QUERIES, HEAD_WIDTH>(shared.grad_o[at.stage], grad_o_map, grad_o_full, first, head, part.sample);
+        for (int head = part.first_head; head < part.end_head; head++) {
+            for (int tile = part.first_tile; tile < part.end_tile; tile++, n++) {
+                const Place<QUERY_STAGES> at(n);
+                uint64_t *q_full = &shared.q_full[at.stage], *grad_o_full = &shared.grad_o_full[at.stage];
+                mbarrier_wait(&shared.q_empty[at.stage], at.parity ^ 1);
+                mbarrier_expect(q_full, sizeof(Tile<QUERIES>) + sizeof(shared.statistics[0]));
+                load_tile<QUERIES, HEAD_WIDTH>(shared.q[at.stage], q_map, q_full, tile * QUERIES, head, part.sample);
+                tma_load_3d(shared.statistics[at.stage], statistics_map, q_full, tile * QUERIES, 0, part.sample * p.heads + head);
+                mbarrier_wait(&shared.grad_o_empty[at.stage], at.parity ^ 1);
+                mbarrier_expect(grad_o_full, sizeof(Tile<QUERIES>));
+                load_tile<QUERIES, HEAD_WIDTH>(shared.grad_o[at.stage], grad_o_map, grad_o_full, tile * QUERIES, head, part.sample);
+            }
         }
     }
 }
@@ -140,33 +177,27 @@ __device__ __forceinline__ void key_factors(uint32_t (&probabilities)[QUERIES / 
     }
 }
 
-// grad_v = sum over queries of p^T grad_o and grad_k = sum of grad_s^T q, for 64 keys. Scores and all that follows from them are computed
+// One tile of queries: grad_v += p^T grad_o and grad_k += grad_s^T q, for 64 keys. Scores and all that follows from them are computed
 // transposed, [keys, queries]: so p^T and grad_s^T come as accumulators, and go as left factors into the next products.
-__device__ __forceinline__ void sum_for_keys(KeyShared& shared, const Problem& p, const KeyPart& part, int consumer, int n,
-                                             float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2]) {
-    const int first_key = part.first + 64 * consumer;
-    for (int i = 0; i < part.count; i++) {
-        const Place<QUERY_STAGES> at(n + i);
-        const int first_query = (part.first_tile + i % part.tiles) * QUERIES;
-        float scores[QUERIES / 2], grad_p[QUERIES / 2];
-        uint32_t probabilities[QUERIES / 16][4], grad_scores[QUERIES / 16][4];
-        mbarrier_wait(&shared.q_full[at.stage], at.parity);
-        start_product_transposed<QUERIES, HEAD_WIDTH>(scores, shared.k[consumer], shared.q[at.stage]);
-        mbarrier_wait(&shared.grad_o_full[at.stage], at.parity);
-        start_product_transposed<QUERIES, HEAD_WIDTH>(grad_p, shared.v[consumer], shared.grad_o[at.stage]);
-        wait_for<1>(scores);
-        key_probabilities(scores, shared.statistics[at.stage][0], p.scale * LOG2_E, p.causal && first_query < first_key + 63,
-                          first_key + accumulator_row() - first_query);
-        wait_for<0>(grad_p);
-        key_factors(probabilities, grad_scores, scores, grad_p, shared.statistics[at.stage][1]);
-        start_sum_of_products<HEAD_WIDTH, QUERIES>(grad_v, probabilities, shared.grad_o[at.stage]);
-        start_sum_of_products<HEAD_WIDTH, QUERIES>(grad_k, grad_scores, shared.q[at.stage]);
-        wait_for<1>(grad_v);
-        release(&shared.grad_o_empty[at.stage]);
-        wait_for<0>(grad_k);
-        release(&shared.q_empty[at.stage]);
-    }
-    release(&shared.own_empty);
+__device__ __forceinline__ void add_queries(KeyShared& shared, const Problem& p, int consumer, const Place<QUERY_STAGES>& at, int first_key,
+                                            int first_query, float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2]) {
+    float scores[QUERIES / 2], grad_p[QUERIES / 2];
+    uint32_t probabilities[QUERIES / 16][4], grad_scores[QUERIES / 16][4];
+    mbarrier_wait(&shared.q_full[at.stage], at.parity);
+    start_product_transposed<QUERIES, HEAD_WIDTH>(scores, shared.k[consumer], shared.q[at.stage]);
+    mbarrier_wait(&shared.grad_o_full[at.stage], at.parity);
+    start_product_transposed<QUERIES, HEAD_WIDTH>(grad_p, shared.v[consumer], shared.grad_o[at.stage]);
+    wait_for<1>(scores);
+    key_probabilities(scores, shared.statistics[at.stage][0], p.scale * LOG2_E, p.causal && first_query < first_key + 63,
+                      first_key + accumulator_row() - first_query);
+    wait_for<0>(grad_p);
+    key_factors(probabilities, grad_scores, scores, grad_p, shared.statistics[at.stage][1]);
+    start_sum_of_products<HEAD_WIDTH, QUERIES>(grad_v, probabilities, shared.grad_o[at.stage]);
+    start_sum_of_products<HEAD_WIDTH, QUERIES>(grad_k, grad_scores, shared.q[at.stage]);
+    wait_for<1>(grad_v);
+    release(&shared.grad_o_empty[at.stage]);
+    wait_for<0>(grad_k);
+    release(&shared.q_empty[at.stage]);
 }
 
 __device__ __forceinline__ void compute_for_keys(KeyShared& shared, const TensorMap* grad_k_map, const TensorMap* grad_v_map,
@@ -177,11 +208,13 @@ __device__ __forceinline__ void compute_for_keys(KeyShared& shared, const Tensor
         float grad_k[HEAD_WIDTH / 2], grad_v[HEAD_WIDTH / 2];
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) grad_k[i] = grad_v[i] = 0;
-        mbarrier_wait(&shared.own_full, round % 2);
-        sum_for_keys(shared, p, part, consumer, n, grad_k, grad_v);
-        n += part.count;
-        const float one[2] = {1, 1}, scale[2] = {p.scale, p.scale};
         const int first = part.first + 64 * consumer;
+        mbarrier_wait(&shared.own_full, round % 2);
+        for (int head = part.first_head; head < part.end_head; head++)
+            for (int tile = part.first_tile; tile < part.end_tile; tile++, n++)
+                add_queries(shared, p, consumer, Place<QUERY_STAGES>(n), first, tile * QUERIES, grad_k, grad_v);
+        release(&shared.own_empty);
+        const float one[2] = {1, 1}, scale[2] = {p.scale, p.scale};
         store_rows(grad_v_map, shared.grad_v[consumer], grad_v, one, first, part.kv_head, part.sample, 1 + consumer);
         store_rows(grad_k_map, shared.grad_k[consumer], grad_k, scale, first, part.kv_head, part.sample, 1 + consumer);
     }
@@ -242,7 +275,8 @@ __device__ __forceinline__ bool query_part(const Problem& p, int round, QueryPar
     return true;
 }
 
-__device__ __forceinline__ void load_own_queries(QueryShared& shared, const TensorMap* q_map, const TensorMap* grad_o_map, const Problem& p) {
+__device__ __forceinline__ void load_own_queries(QueryShared& shared, const TensorMap* q_map, const TensorMap* grad_o_map,
+                                                 const Problem& p) {
     QueryPart part;
     for (int round = 0; query_part(p, round, part); round++) {
         mbarrier_wait(&shared.own_empty, round % 2 ^ 1);
@@ -290,8 +324,8 @@ __device__ __forceinline__ void query_probabilities(float (&scores)[KEYS / 2], c
 }
 
 // The gradients of scores p (grad_p - delta) as a left factor.
-__device__ __forceinline__ void query_factor(uint32_t (&grad_scores)[KEYS / 16][4], const float (&p)[KEYS / 2], const float (&grad_p)[KEYS / 2],
-                                             const Rows& rows) {
+__device__ __forceinline__ void query_factor(uint32_t (&grad_scores)[KEYS / 16][4], const float (&p)[KEYS / 2],
+                                             const float (&grad_p)[KEYS / 2], const Rows& rows) {
     #pragma unroll
     for (int i = 0; i < KEYS / 2; i += 2) {
         const float delta = rows.delta[i / 2 % 2];
@@ -299,27 +333,23 @@ __device__ __forceinline__ void query_factor(uint32_t (&grad_scores)[KEYS / 16][
     }
 }
 
-// grad_q = sum over keys of grad_s k, for 64 queries.
-__device__ __forceinline__ void sum_for_queries(QueryShared& shared, const Problem& p, const Rows& rows, int tiles, int seen_by_all,
-                                                int consumer, int n, float (&grad_q)[HEAD_WIDTH / 2]) {
-    for (int tile = 0; tile < tiles; tile++) {
-        const Place<KEY_STAGES> at(n + tile);
-        float scores[KEYS / 2], grad_p[KEYS / 2];
-        uint32_t grad_scores[KEYS / 16][4];
-        mbarrier_wait(&shared.k_full[at.stage], at.parity);
-        start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[at.stage]);
-        mbarrier_wait(&shared.v_full[at.stage], at.parity);
-        start_product_transposed<KEYS, HEAD_WIDTH>(grad_p, shared.grad_o[consumer], shared.v[at.stage]);
-        wait_for<1>(scores);
-        query_probabilities(scores, rows, p.scale * LOG2_E, (tile + 1) * KEYS > seen_by_all, tile * KEYS);
-        wait_for<0>(grad_p);
-        release(&shared.v_empty[at.stage]);
-        query_factor(grad_scores, scores, grad_p, rows);
-        start_sum_of_products<HEAD_WIDTH, KEYS>(grad_q, grad_scores, shared.k[at.stage]);
-        wait_for<0>(grad_q);
-        release(&shared.k_empty[at.stage]);
-    }
-    release(&shared.own_empty);
+// One tile of keys: grad_q += grad_s k, for 64 queries.
+__device__ __forceinline__ void add_keys(QueryShared& shared, const Problem& p, int consumer, const Place<KEY_STAGES>& at, const Rows& rows,
+                                         int first_key, int seen_by_all, float (&grad_q)[HEAD_WIDTH / 2]) {
+    float scores[KEYS / 2], grad_p[KEYS / 2];
+    uint32_t grad_scores[KEYS / 16][4];
+    mbarrier_wait(&shared.k_full[at.stage], at.parity);
+    start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[at.stage]);
+    mbarrier_wait(&shared.v_full[at.stage], at.parity);
+    start_product_transposed<KEYS, HEAD_WIDTH>(grad_p, shared.grad_o[consumer], shared.v[at.stage]);
+    wait_for<1>(scores);
+    query_probabilities(scores, rows, p.scale * LOG2_E, first_key + KEYS > seen_by_all, first_key);
+    wait_for<0>(grad_p);
+    release(&shared.v_empty[at.stage]);
+    query_factor(grad_scores, scores, grad_p, rows);
+    start_sum_of_products<HEAD_WIDTH, KEYS>(grad_q, grad_scores, shared.k[at.stage]);
+    wait_for<0>(grad_q);
+    release(&shared.k_empty[at.stage]);
 }
 
 __device__ __forceinline__ void compute_for_queries(QueryShared& shared, const TensorMap* grad_q_map, const float* statistics, int padded,
@@ -341,8 +371,9 @@ __device__ __forceinline__ void compute_for_queries(QueryShared& shared, const T
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) grad_q[i] = 0;
         mbarrier_wait(&shared.own_full, round % 2);
-        sum_for_queries(shared, p, rows, part.tiles, seen_keys(p, first), consumer, n, grad_q);
-        n += part.tiles;
+        for (int tile = 0; tile < part.tiles; tile++, n++)
+            add_keys(shared, p, consumer, Place<KEY_STAGES>(n), rows, tile * KEYS, seen_keys(p, first), grad_q);
+        release(&shared.own_empty);
         const float scale[2] = {p.scale, p.scale};
         store_rows(grad_q_map, shared.grad_q[consumer], grad_q, scale, first, part.head, part.sample, 1 + consumer);
     }

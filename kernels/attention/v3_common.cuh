@@ -24,8 +24,8 @@ __device__ __forceinline__ int num_blocks(int size, int block) { return (size + 
 // How many keys a query sees: those from 0 on.
 __device__ __forceinline__ int seen_keys(const Problem& p, int query) { return p.causal ? min(query + 1, p.num_keys) : p.num_keys; }
 
-// The work is `per_head` equal parts of `heads` heads (of all samples). A block of the grid stays, and takes one part each round, so that it
-// loads the next part while it finishes one. Which, decides speed only:
+// The work is `per_head` equal parts of `heads` heads (of all samples). A block of the grid stays, and takes one part each round, so that
+// it loads the next part while it finishes one. Which, decides speed only:
 //   - within a section of heads, whose keys and values fit into the second-level cache, the same part of all heads, then the next part:
 //     parts are numbered from the longest to the shortest, and what is left for the end is short;
 //   - every second round runs backwards, so that no block gets the longer part each time.
@@ -49,7 +49,7 @@ struct Schedule {
 // Tile number n of a stream goes through stage n % STAGES of a ring, where it is full in a phase of this parity.
 template <int STAGES> struct Place {
     int stage, parity;
-    __device__ __forceinline__ explicit Place(int n) : stage(n % STAGES), parity(n / STAGES % 2) {}
+    __device__ __forceinline__ explicit Place(unsigned n) : stage(n % STAGES), parity(n / STAGES % 2) {}
 };
 
 // A warp has done with a buffer. One arrival a warp: a warp knows only of itself that its products are complete.
@@ -59,7 +59,15 @@ __device__ __forceinline__ void release(uint64_t* empty) {
     if (LANE == 0) mbarrier_arrive(empty);
 }
 
-// A thread of a computing warpgroup puts its accumulators into a tile from which the copy engine stores them: 64 rows from `time` on. `barrier` is one of the warpgroup's own.
+// The same, no sooner than `x`, which is never negative, is known. That is said to ptxas alone: it moves a wait for products up as far as it
+// can, before the arithmetic that is meant to run beside them. An arrival that hangs on a result of that arithmetic stands in its way.
+__device__ __forceinline__ void release_with(uint64_t* empty, float x) {
+    __syncwarp();
+    if (LANE == 0 && !(x < 0)) mbarrier_arrive(empty);  // also if x is not a number
+}
+
+// A thread of a computing warpgroup puts its accumulators into a tile from which the copy engine stores them: 64 rows from `time` on.
+// `barrier` is one of the warpgroup's own.
 __device__ __forceinline__ void store_rows(const TensorMap* map, Element* tile, const float (&d)[HEAD_WIDTH / 2], const float (&factor)[2],
                                            int time, int head, int sample, int barrier) {
     const bool leader = threadIdx.x % 128 == 0;

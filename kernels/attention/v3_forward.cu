@@ -1,4 +1,47 @@
-// Attention forward, third variant: Hopper's own way (sm_90a). bfloat16 or float16, head widths 32, 64, 96 and 128.
+// Attention forward, variant 3: Hopper's own way, for bfloat16 and float16 on compute capability 9.0. The design of FlashAttention-3 (Shah
+// et al. 2024, arXiv:2407.08608) in spirit; tiles.cuh shows how tiles lie, v3_common.cuh in which order the work is done.
+//
+// What it adds to v2, and why:
+//
+// * wgmma in the place of mma.sync, which reaches two thirds of this chip's peak only. A warpgroup multiplies 64 rows by a whole tile in
+//   one instruction, and the tensor cores read tiles from shared memory by themselves: no ldmatrix, no registers for the right factor.
+//   Scores still never leave registers: packed to 16 bits, they are the left factor of the product with the values.
+//
+// * TMA in the place of cp.async: one thread asks for a tile, the copy engine fetches it, clips it at the array's end and swizzles it. An
+//   mbarrier counts the bytes in. No thread computes addresses.
+//
+// * Warpgroups with one task each. The last loads, the others compute; they know of one another only through "full" and "empty" barriers,
+//   two for each buffer of a ring. Loading needs few registers, and gives the others those that it does not need (setmaxnreg).
+//
+//       loader, thread 0      K0 V0 K1 V1 K2 V2 ..   waits for `empty` of a stage, asks for a tile with `full` as its counter
+//       loader, thread 32     Q                      the next part's queries, as soon as this part's last scores are computed
+//
+//       ring of STAGES        +-----+-----+-----+-----+
+//       tiles of keys, and    | K0  | K1  | K2  | K3  |   tile n: stage n % STAGES, parity n / STAGES % 2
+//       one of values         +-----+-----+-----+-----+
+//
+//       consumer 0..2         waits for `full`, computes, and every warp arrives at `empty`
+//
+// * Products run while the warpgroup computes: the scores of tile t + 1 are started before the sum over tile t, and the exponentials of
+//   t + 1 are taken while that sum runs. And the warpgroups take turns: while one has the tensor cores, the others take exponentials.
+//
+//       consumer 0   QK1 PV0  exp 1 .............   QK2 PV1  exp 2 ..
+//       consumer 1            QK1 PV0  exp 1 .............   QK2 PV1  exp 2 ..
+//       consumer 2                     QK1 PV0  exp 1 .............   QK2 ..
+//       tensor cores  0   0   1    1   2    2    0   0   1    1
+//
+// * The output goes through shared memory to the copy engine as well: written from registers, a row would come in pieces of 16 bytes.
+//
+// * Blocks stay. As many as there are multiprocessors go through all the work, so that a part's output is stored, and the next part's
+//   queries and keys are fetched, while others compute. For causal attention long parts come first.
+//
+// Registers, by thread: head width 64: 64 scores + 32 sums + 32 for their packed left factor, of 160; 128: 64 + 64 + 32 of 240, hence one
+// consumer less. Shared memory: 176 and 192 KB, one block a multiprocessor.
+//
+// Not here, and left to v2: dropout, a key mask, times other than the indices.
+//
+// measured: not yet
+//
 // minillm-arch: sm_90a
 // minillm-build: -DHEAD_WIDTH=64 -DELEMENT=bfloat16
 // minillm-build: -DHEAD_WIDTH=64 -DELEMENT=float16
@@ -77,6 +120,21 @@ __device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_
 
 // ---- a computing warpgroup
 
+// The warpgroups take turns at starting products, so that one works on the scores that it has got while the tensor cores compute for the
+// others. Turn barriers come after those of store_rows; two warpgroups meet in one: the one whose turn it is and the one before.
+#ifndef TAKE_TURNS
+#define TAKE_TURNS 1
+#endif
+__device__ __forceinline__ void begin_turns(int consumer) {
+    if (TAKE_TURNS && consumer == CONSUMERS - 1) named_barrier_arrive(1 + CONSUMERS, 256);
+}
+__device__ __forceinline__ void await_turn(int consumer) {
+    if (TAKE_TURNS) named_barrier_sync(1 + CONSUMERS + consumer, 256);
+}
+__device__ __forceinline__ void pass_turn_on(int consumer) {
+    if (TAKE_TURNS) named_barrier_arrive(1 + CONSUMERS + (consumer + 1) % CONSUMERS, 256);
+}
+
 // What a thread knows of its two rows.
 struct Rows {
     int limits[2];                          // keys seen
@@ -117,29 +175,37 @@ __device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& ro
 
 // out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys of exp(scores) values. The scores of tile t + 1 are computed while the values of
 // tile t are summed, and while neither waits for this warpgroup, the others use the tensor cores.
-__device__ __forceinline__ void attend(Shared& shared, const Element* q, Rows& rows, int tiles, int seen_by_all, int n, float scale,
+__device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows, int tiles, int seen_by_all, int n, float scale,
                                        float (&out)[HEAD_WIDTH / 2]) {
     float scores[KEYS / 2], correction[2];
     uint32_t probabilities[KEYS / 16][4];
 
     Place<STAGES> at(n);
     mbarrier_wait(&shared.k_full[at.stage], at.parity);
-    start_product_transposed<KEYS, HEAD_WIDTH>(scores, q, shared.k[at.stage]);
+    start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[at.stage]);
     wait_for<0>(scores);
     release(&shared.k_empty[at.stage]);
     if (KEYS > seen_by_all) hide(scores, rows, 0);
+    WATCH(S, scores);
     exponentiate(scores, rows, correction, scale);
+    WATCH(m, rows.top);
+    WATCH(l, rows.sum);
     as_left_factor<KEYS>(probabilities, scores);
     for (int tile = 1; tile < tiles; tile++) {
         const Place<STAGES> next(n + tile);
         mbarrier_wait(&shared.k_full[next.stage], next.parity);
-        start_product_transposed<KEYS, HEAD_WIDTH>(scores, q, shared.k[next.stage]);
+        await_turn(consumer);
+        start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[next.stage]);
         mbarrier_wait(&shared.v_full[at.stage], at.parity);
         start_sum_of_products<HEAD_WIDTH, KEYS>(out, probabilities, shared.v[at.stage]);
+        pass_turn_on(consumer);
         wait_for<1>(scores);
-        release(&shared.k_empty[next.stage]);
         if ((tile + 1) * KEYS > seen_by_all) hide(scores, rows, tile * KEYS);
+        WATCH(S, scores);
         exponentiate(scores, rows, correction, scale);
+        WATCH(m, rows.top);
+        WATCH(l, rows.sum);
+        release_with(&shared.k_empty[next.stage], rows.sum[0] + rows.sum[1]);
         wait_for<0>(out);
         release(&shared.v_empty[at.stage]);
         #pragma unroll
@@ -155,9 +221,11 @@ __device__ __forceinline__ void attend(Shared& shared, const Element* q, Rows& r
 }
 
 // Tiles that other warpgroups of the block need and this one does not.
-__device__ __forceinline__ void pass_over(Shared& shared, int from, int to) {
+__device__ __forceinline__ void pass_over(Shared& shared, int consumer, int from, int to) {
     for (int n = from; n < to; n++) {
         const Place<STAGES> at(n);
+        await_turn(consumer);
+        pass_turn_on(consumer);
         mbarrier_wait(&shared.k_full[at.stage], at.parity);
         release(&shared.k_empty[at.stage]);
         mbarrier_wait(&shared.v_full[at.stage], at.parity);
@@ -182,6 +250,7 @@ __device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Pr
 __device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, float* lse, const Problem& p, int consumer) {
     int n = 0;
     Part part;
+    begin_turns(consumer);
     for (int round = 0; part_of_round(p, round, part); round++) {
         const int first = part.first + 64 * consumer;
         Rows rows;
@@ -192,8 +261,8 @@ __device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, 
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] = 0;
         mbarrier_wait(&shared.q_full, round % 2);
-        attend(shared, shared.q[consumer], rows, tiles, seen_keys(p, first), n, p.scale * LOG2_E, out);
-        pass_over(shared, n + tiles, n + part.tiles);
+        attend(shared, consumer, rows, tiles, seen_keys(p, first), n, p.scale * LOG2_E, out);
+        pass_over(shared, consumer, n + tiles, n + part.tiles);
         n += part.tiles;
         float factor[2];
         normalise(rows, lse, p, part, first, factor);

@@ -1,6 +1,7 @@
 // Tiles of 16-bit elements in shared memory as Hopper's copy engine writes and its tensor cores read them, and products of whole tiles.
 //
-// A tile [ROWS][columns] lies as panels of 64 columns, each [ROWS][64] elements from a multiple of 1024 bytes on; the last may be part empty.
+// A tile [ROWS][columns] lies as panels of 64 columns, each [ROWS][64] elements from a multiple of 1024 bytes on; the last may be part
+// empty.
 // A row of a panel is 128 bytes, the 32 banks once round, in eight chunks of 16. Chunk c of row r lies at c ^ (r % 8) ("128-byte swizzle"):
 // eight rows of one chunk then touch all banks once, and so do the eight chunks of one row.
 //
@@ -50,7 +51,8 @@ template <int ROWS> __device__ __forceinline__ uint64_t rows_descriptor(const El
 }
 
 // d [64, N] = a [64, COLUMNS] b [N, COLUMNS]^T, both tiles. Started and committed as one group.
-template <int N, int COLUMNS> __device__ __forceinline__ void start_product_transposed(float (&d)[N / 2], const Element* a, const Element* b) {
+template <int N, int COLUMNS>
+__device__ __forceinline__ void start_product_transposed(float (&d)[N / 2], const Element* a, const Element* b) {
     accumulator_fence(d);
     warpgroup_fence();
     #pragma unroll

@@ -34,7 +34,7 @@ def embedding_backward_(grad_y: Any, ids: Any, grad_weight: Any, first_row: int 
         raise ValueError("grad_weight is added to in place, and must be C-contiguous")
     V, D = grad_weight.shape
     if not accumulate:
-        grad_weight[...] = 0
+        grad_weight.fill(0)
     flat = _ids(ids).reshape(-1)
     order = flat.argsort(kind="stable")
     counts = (np.int64(flat.size), np.int64(V), np.int32(D), np.int64(first_row))

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from minillm.kernels import registry
+from minillm.kernels.build import FOLDER, BuildError
 from minillm.kernels.emulator import heatmap
-from minillm.kernels.emulator.examples import EXAMPLES, Sizes, example
+from minillm.kernels.emulator.examples import EXAMPLES, Sizes, example, largest_error
 from minillm.kernels.emulator.heatmap import own_frame
 from minillm.kernels.emulator.machine import IS_ASYNCHRONOUS, IS_WRITE, ORDERS, Launched, emulate
 from minillm.kernels.emulator.report import EmulatorError
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--watch", help="names to show, with commas (default: all that the kernel marks with WATCH)")
     parser.add_argument("--accesses", type=int, metavar="N", help="list the thread's first N accesses (default: 20 if it shows no values)")
     parser.add_argument("--heatmap", type=Path, metavar="FILE.svg", help="draw bank conflicts and coalescing of the block's accesses")
+    parser.add_argument("--edit", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help="replace a text of the source first")
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help="which thread runs next (default: round robin)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs, and of the random order")
     return parser
@@ -51,6 +53,13 @@ def _chosen(name: str, variant: str | None) -> registry.Kernel:
         there = ", ".join(f"{k.op} {k.variant}" for k in entries) or "nothing of it"
         raise registry.KernelUnavailable(f"{found.unavailable if found else f'the emulator runs {there}, not {name} {variant or str()}'}")
     return found
+
+
+def _require_texts(texts: list[str]) -> None:
+    sources = [path.read_text(encoding="utf-8") for path in FOLDER.glob("*/*.cu*")]
+    for text in texts:
+        if not any(text in source for source in sources):
+            raise BuildError(f"no kernel holds the text {text!r}")
 
 
 def _dtype(kernel: registry.Kernel, wanted: str | None) -> str:
@@ -77,7 +86,7 @@ def show_thread(launched: Launched, names: set[str] | None, accesses: int | None
     marked = sorted({w.name for w in launched.watched})
     if not seen and marked:
         print(f"  there is no such value; the thread shows {', '.join(marked)}")
-    accesses = (0 if seen else 20) if accesses is None else accesses
+    accesses = (0 if marked else 20) if accesses is None else accesses
     frames = launched.symbols.frames(launched.trace["site"][:accesses])
     for row in launched.trace[:accesses]:
         where = own_frame(frames[int(row["site"])])
@@ -115,13 +124,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         kernel = _chosen(args.op, args.variant)
         dtype = _dtype(kernel, args.dtype)
+        edits = tuple((old, new) for old, new in args.edit)
+        _require_texts([old for old, _ in edits])
         watching = {"log_block": args.block, "watch": (args.block, args.thread), "record": record}
-        with registry.use(**{kernel.op: kernel.choice}), emulate(order=args.order, seed=args.seed, **watching):
-            example(kernel.op, sizes, dtype, args.seed)
-    except (registry.KernelUnavailable, EmulatorError) as error:
+        with registry.use(**{kernel.op: kernel.choice}), emulate(order=args.order, seed=args.seed, edits=edits, **watching):
+            results = example(kernel.op, sizes, dtype, args.seed)
+    except (registry.KernelUnavailable, EmulatorError, BuildError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{kernel.op} {kernel.variant}, {dtype}, {sizes}")
+    with registry.use(**{kernel.op: "numpy"}):
+        print(f"relative error against float64: {largest_error(results, example(kernel.op, sizes, dtype, args.seed, wide=True)):.1e}")
     names = set(args.watch.split(",")) if args.watch else None
     shown = [launched for launched in record if args.kernel in (None, launched.kernel)]
     for launched in shown:

@@ -31,6 +31,7 @@ static std::map<std::pair<int, const char*>, Group> groups;  // by first thread 
 struct Waiter {
     int thread;
     Site site;
+    int line;
     Votes* result;
 };
 struct Barrier {
@@ -109,7 +110,17 @@ static void check_barrier(const Barrier& barrier, int id, int threads, Site site
     if (threads % WARP_SIZE && threads != machine.num_threads)
         fail("wrong barrier", site, "barrier %d is for %d threads, which is no multiple of 32", id, threads);
     if (barrier.arrived && barrier.threads != threads)
-        fail("wrong barrier", site, "barrier %d is for %d threads here, and for %d at @%p@", id, threads, barrier.threads, barrier.first_site);
+        fail("wrong barrier", site, "barrier %d is for %d threads here, and for %d at @%p@", id, threads, barrier.threads,
+             barrier.first_site);
+}
+
+// Lanes of a warp must come to a barrier together, at one place.
+static void check_together(const Waiter& one, const Waiter& other) {
+    if (one.line != other.line)
+        fail_for(other.thread, "divergent instruction", other.site,
+                 "lanes of one warp meet in a barrier that the whole warp has to execute together, some at line %d, some at line %d",
+                 one.line, other.line);
+    if (one.site != other.site) note_divergence(one.site, other.site);
 }
 
 static void complete_barrier(Barrier& barrier) {
@@ -119,16 +130,16 @@ static void complete_barrier(Barrier& barrier) {
         if (!last.same_as(fiber.seen)) joined.join(last = fiber.seen);
     }
     for (const Waiter& waiter : barrier.waiters) joined.raise(waiter.thread, machine.fibers[waiter.thread].now);
-    std::vector<Site> site_of_warp(machine.num_warps);
+    std::vector<const Waiter*> first_of_warp(machine.num_warps);
     for (const Waiter& waiter : barrier.waiters) {
         Fiber& fiber = machine.fibers[waiter.thread];
         fiber.seen = joined;
         if (++fiber.now > machine.latest) machine.latest = fiber.now;
         *waiter.result = Votes{barrier.sum, barrier.all, barrier.any};
         if (waiter.thread != machine.running) wake(waiter.thread);
-        Site& first = site_of_warp[waiter.thread / WARP_SIZE];
-        if (first && first != waiter.site) note_divergence(first, waiter.site);
-        first = waiter.site;
+        const Waiter*& first = first_of_warp[waiter.thread / WARP_SIZE];
+        if (first) check_together(*first, waiter);
+        first = &waiter;
     }
     barrier = Barrier();
 }
@@ -145,11 +156,11 @@ static void arrive(Barrier& barrier, int id, int threads, Site site, int value) 
         if (waiter.thread == machine.running) fail("wrong barrier", site, "the thread arrives twice at barrier %d before it completes", id);
 }
 
-Votes barrier_sync(int id, int threads, Site site, const char* name, int value) {
+Votes barrier_sync(int id, int threads, Site site, const char* name, int value, int line) {
     Barrier& barrier = barriers[id & 15];
     arrive(barrier, id, threads, site, value);
     Votes result{};
-    barrier.waiters.push_back({machine.running, site, &result});
+    barrier.waiters.push_back({machine.running, site, line, &result});
     if (barrier.arrived == threads) {
         complete_barrier(barrier);
         return result;

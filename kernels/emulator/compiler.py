@@ -23,10 +23,11 @@ _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing",
 _RUNTIME = (*_COMMON, "-O2", "-g1")
 # Loads and stores are to stay as they are written: no vectorising, no merging. What a GPU has not initialised holds a pattern, not zero.
 _KERNEL = (
-    *(*_COMMON, "-O1", "-gdwarf-4", "-w", "-DMINILLM_EMULATOR", "-fsanitize=thread", "-fsanitize=bounds", "-ffp-contract=off"),
-    *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-tree-sra", "-fno-optimize-sibling-calls"),
+    *(*_COMMON, "-O1", "-gdwarf-4", "-w", "-DMINILLM_EMULATOR", "-fsanitize=thread", "-ffp-contract=off"),
+    *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-optimize-sibling-calls"),
 )
-_GCC_ONLY = ("-fno-store-merging", "--param=tsan-distinguish-volatile=0")
+_GCC_ONLY = ("-fsanitize=bounds", "-fno-tree-sra", "-fno-store-merging", "--param=tsan-distinguish-volatile=0")
+_CLANG_ONLY = ("-fsanitize=array-bounds",)
 
 
 class Compiler(NamedTuple):
@@ -163,9 +164,13 @@ class Compiled(NamedTuple):
 
 
 @functools.cache
-def compile_host(path: Path, defines: tuple[tuple[str, str | int], ...]) -> Compiled:
-    """The library of a `.cu` file compiled with macros, from the cache where it has been compiled before. Raises BuildError."""
-    return compile_text(path, inlined_source(path), dict(defines))
+def compile_host(path: Path, defines: tuple[tuple[str, str | int], ...], edits: tuple[tuple[str, str], ...] = ()) -> Compiled:
+    """The library of a `.cu` file compiled with macros, from the cache where it has been compiled before; `edits` (old text, new text) are
+    made to its source, includes in their places, first. Raises BuildError."""
+    text = inlined_source(path)
+    for old, new in edits:
+        text = text.replace(old, new)
+    return compile_text(path, text, dict(defines))
 
 
 def compile_text(path: Path, text: str, defines: Defines) -> Compiled:
@@ -176,7 +181,7 @@ def compile_text(path: Path, text: str, defines: Defines) -> Compiled:
     kernels = kernels_in(text)
     source = text + '\n#line 1 "kernels/emulator/entries"\n' + _ENTRIES + "".join(map(_entry, kernels))
     objects = _objects(compiler)
-    options = [*_KERNEL, *_initialisation(compiler), *(_GCC_ONLY if compiler.is_gcc else ())]
+    options = [*_KERNEL, *_initialisation(compiler), *(_GCC_ONLY if compiler.is_gcc else _CLANG_ONLY)]
     options += [f"-D{name}={value}" for name, value in defines.items()]
     for header in HEADERS:
         options += ["-include", str(HERE / header)]

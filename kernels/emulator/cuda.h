@@ -62,7 +62,7 @@ template <int BYTES> struct Word;
 template <> struct Word<2> { typedef uint16_t type; };
 template <> struct Word<4> { typedef uint32_t type; };
 template <> struct Word<8> { typedef uint64_t type; };
-template <> struct Word<16> { typedef unsigned __int128 type; };
+template <> struct Word<16> { typedef uint32_t type __attribute__((vector_size(16))); };
 
 template <typename T> EMULATED T* dynamic_shared() { return static_cast<T*>(emulator::dynamic_shared()); }
 
@@ -100,7 +100,7 @@ template <typename A, typename B> EMULATED auto max(A a, B b) -> decltype(a + b)
 
 // ---- barriers
 namespace emulator {
-Votes block_barrier(const char* name, int value);
+Votes block_barrier(const char* name, int value, int line);
 void sync_warp(unsigned mask);
 // Every lane gets bytes of the lane that it names; `width` splits the warp into segments. `how`: 'i' index, 'x' xor, 'd' down, 'u' up.
 void shuffle(unsigned mask, void* value, int bytes, char how, int operand, int width);
@@ -110,10 +110,10 @@ uint64_t atomic(void* address, int bytes, char how, uint64_t operand, uint64_t c
 void thread_fence();
 }  // namespace emulator
 
-EMULATED void __syncthreads() { emulator::block_barrier("__syncthreads", 0); }
-EMULATED int __syncthreads_or(int x) { return emulator::block_barrier("__syncthreads_or", x).any; }
-EMULATED int __syncthreads_and(int x) { return emulator::block_barrier("__syncthreads_and", x).all; }
-EMULATED int __syncthreads_count(int x) { return emulator::block_barrier("__syncthreads_count", x).sum; }
+EMULATED void __syncthreads(int line = __builtin_LINE()) { emulator::block_barrier("__syncthreads", 0, line); }
+EMULATED int __syncthreads_or(int x, int line = __builtin_LINE()) { return emulator::block_barrier("__syncthreads_or", x, line).any; }
+EMULATED int __syncthreads_and(int x, int line = __builtin_LINE()) { return emulator::block_barrier("__syncthreads_and", x, line).all; }
+EMULATED int __syncthreads_count(int x, int line = __builtin_LINE()) { return emulator::block_barrier("__syncthreads_count", x, line).sum; }
 EMULATED void __syncwarp(unsigned mask = 0xffffffffu) { emulator::sync_warp(mask); }
 EMULATED void __threadfence() { emulator::thread_fence(); }
 EMULATED void __threadfence_block() {}

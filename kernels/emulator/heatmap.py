@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from minillm.kernels.emulator.machine import IS_ASYNCHRONOUS, IS_SHARED, IS_WRITE, Launched
-from minillm.kernels.emulator.report import Frame
+from minillm.kernels.emulator.report import DEVICE_HEADERS, Frame
 
 NUM_BANKS, BANK_BYTES, SECTOR_BYTES, WARP = 32, 4, 32, 32
-_DEVICE_HEADERS = "kernels/device/"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Instruction:
     executions: int
     cost: float  # wavefronts or sectors per execution
     ideal: float  # the fewest that its bytes need
-    banks: np.ndarray | None  # of shared memory: the words that each bank serves in one pass, on average
+    banks: np.ndarray | None  # of shared memory: how many words each bank is asked for in the worst group of lanes
 
     @property
     def text(self) -> str:
@@ -56,9 +55,10 @@ class Instruction:
 def instructions(launched: Launched) -> list[Instruction]:
     """The instructions that a launch's log holds, in the order of their lines."""
     log = launched.accesses[launched.accesses["flags"] & IS_ASYNCHRONOUS == 0].copy()
+    address = log["address"].copy()
     for memory in launched.memory:  # on a GPU allocations begin on a multiple of 256 bytes, on the host anywhere
-        inside = (log["address"] >= memory.address) & (log["address"] < memory.address + memory.bytes)
-        log["address"][inside] -= np.uint64(memory.origin % 256)
+        inside = (address >= memory.address) & (address < memory.address + memory.bytes)
+        log["address"][inside] = address[inside] - np.uint64(memory.origin % 256)
     frames = launched.symbols.frames(np.unique(log["site"]))
     found = []
     keys = np.stack([log["site"], log["flags"].astype(np.uint64), log["bytes"].astype(np.uint64)], axis=1)
@@ -70,7 +70,7 @@ def instructions(launched: Launched) -> list[Instruction]:
 
 def _own_frames(frames: Sequence[Frame]) -> tuple[Frame, ...]:
     """The places in the kernel's own file: an access inside load16 belongs to its caller."""
-    return tuple(frame for frame in frames if not frame.file.startswith(_DEVICE_HEADERS)) or tuple(frames)
+    return tuple(frame for frame in frames if not frame.file.startswith(DEVICE_HEADERS)) or tuple(frames)
 
 
 def own_frame(frames: Sequence[Frame]) -> Frame | None:
@@ -80,14 +80,13 @@ def own_frame(frames: Sequence[Frame]) -> Frame | None:
 
 def _instruction(log: np.ndarray, frames: tuple[Frame, ...]) -> Instruction:
     flags, size = int(log["flags"][0]), int(log["bytes"][0])
-    costs, ideals, banks = [], [], np.zeros(NUM_BANKS)
-    passes = 0
+    costs, ideals, banks = [], [], np.zeros(NUM_BANKS, np.int64)
     for addresses in _executions(log):
         if flags & IS_SHARED:
             for group in _served_together(addresses, size):
                 words = _words_by_bank(group, size)
-                banks += words
-                passes += 1
+                if words.max() > banks.max():
+                    banks = words
                 costs.append(words.max())
                 ideals.append(1)
         else:
@@ -102,7 +101,7 @@ def _instruction(log: np.ndarray, frames: tuple[Frame, ...]) -> Instruction:
         executions=executions,
         cost=float(np.sum(costs)) / executions,
         ideal=float(np.sum(ideals)) / executions,
-        banks=banks / passes if passes else None,
+        banks=banks if flags & IS_SHARED else None,
     )
 
 
@@ -154,8 +153,8 @@ _WIDTH = _CELLS_END + 640
 
 
 def draw(launched: Launched, found: Sequence[Instruction], path: Path) -> None:
-    """Write the picture as SVG: a row an instruction; for shared memory a cell a bank, the redder the more passes; for global memory a bar,
-    as full as the sectors that it moves are of bytes that were asked for."""
+    """Write the picture as SVG: a row an instruction; for shared memory a cell a bank, the redder the more passes it needs; for global
+    memory a bar, as full as the sectors that it moves are of bytes that were asked for."""
     shared, global_ = [i for i in found if i.is_shared], [i for i in found if not i.is_shared]
     height = _TOP + (len(found) + 5) * _ROW
     body = [
@@ -163,7 +162,10 @@ def draw(launched: Launched, found: Sequence[Instruction], path: Path) -> None:
         _text(12, 44, f"one block of {int(np.prod(launched.block))} threads; cost and ideal are per execution by a warp", "note"),
     ]
     y = _TOP
-    parts = ("shared memory: 32 banks, words served in one pass", shared), ("global memory: bytes used of sectors moved", global_)
+    parts = (
+        ("shared memory: words wanted of each of the 32 banks at once, where it is worst", shared),
+        ("global memory: bytes used of sectors moved", global_),
+    )
     for heading, rows in parts:
         if rows:
             body.append(_text(12, y + 16, heading, "head"))
@@ -184,7 +186,7 @@ def _row(i: Instruction, y: int) -> Iterator[str]:
     yield _text(12, y + 15, f"{i.place}: {i.name}")
     if i.banks is not None:
         for bank, words in enumerate(i.banks):
-            title = f"<title>bank {bank}: {words:.2f} words in one pass</title>"
+            title = f"<title>bank {bank}: {words} words</title>"
             x = _LEFT + bank * _CELL
             yield f'<rect x="{x}" y="{y + 3}" width="{_CELL - 1}" height="{_ROW - 6}" fill="{_colour(words)}">{title}</rect>'
         unit = "passes"

@@ -1,4 +1,4 @@
-// What hopper.cuh declares, for kernels under the emulator. Compiled with the kernel; what it does is in hopper.cpp.
+// What hopper.cuh declares, for kernels under the emulator. Compiled with the kernel; what it does is in tma.cpp and wgmma.cpp.
 #pragma once
 #include "runtime.h"
 
@@ -38,7 +38,7 @@ struct Product {
 void start_product(const Product& product);
 
 template <typename T> constexpr bool is_bfloat16 = false;
-template <> constexpr bool is_bfloat16<::bfloat16> = true;
+template <> inline constexpr bool is_bfloat16<::bfloat16> = true;
 }  // namespace emulator
 
 template <int N> __attribute__((always_inline)) inline void tma_wait() { emulator::wait_for_stores(N); }

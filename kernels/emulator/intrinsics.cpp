@@ -8,7 +8,9 @@
 
 namespace emulator {
 
-Votes block_barrier(const char* name, int value) { return barrier_sync(0, machine.num_threads, EMULATOR_SITE, name, value); }
+Votes block_barrier(const char* name, int value, int line) {
+    return barrier_sync(0, machine.num_threads, EMULATOR_SITE, name, value, line);
+}
 
 // ---- __syncwarp orders the memory accesses of its lanes
 

@@ -37,6 +37,8 @@ class Options:
     uninitialised: bool = True
     unwritten: tuple[Array, ...] = ()
     """Arrays that hold nothing yet: reading an element before the kernel has written it is an error."""
+    edits: tuple[tuple[str, str], ...] = ()
+    """(old text, new text) to replace in the sources of kernels before they are compiled: to try what a line is for."""
     only_block: int | None = None
     log_block: int | None = None
     watch: tuple[int, int] | None = None
@@ -161,7 +163,8 @@ def launch(
     structs as `np.void`, tensor maps, None. `changes` are fields of Options for this launch alone. Raises EmulatorError with a report when
     the kernel does something that a GPU would punish or must not be relied on, BuildError if it does not compile.
     """
-    launch_compiled(Path(path), compile_host(Path(path), tuple(defines.items())), name, grid, block, args, shared_bytes, **changes)
+    edits = replace(_options.get(), **changes).edits
+    launch_compiled(Path(path), compile_host(Path(path), tuple(defines.items()), edits), name, grid, block, args, shared_bytes, **changes)
 
 
 def launch_compiled(
@@ -209,7 +212,7 @@ def launch_compiled(
     report = Report()
     with _lock:
         failed = library.emulator_launch(ctypes.byref(request), ctypes.byref(report))
-        symbols = Symbols(compiled.library, library)
+        symbols = Symbols(compiled.library, library, options.edits)
         if options.record is not None:
             memory = _memory(parameters, args, shared, report.dynamic_shared, shared_bytes)
             rows = _rows(report.accesses, report.num_accesses, ACCESS), _watched(report), _rows(report.trace, report.num_traced, TRACED)

@@ -63,6 +63,7 @@ struct Region {
     std::string name;
     std::unique_ptr<Cell[], void (*)(void*)> cells{nullptr, free};
     std::vector<Written> written;  // by cell; empty: all of it holds something
+    std::vector<Event> awaited;    // by cell: who has started the copy that is on its way there
 
     size_t bytes() const { return end - begin; }
     size_t num_cells() const { return (bytes() + (1u << shift) - 1) >> shift; }
@@ -83,6 +84,7 @@ static void add_region(uintptr_t begin, size_t bytes, Kind kind, int item_bytes,
     region.name = std::move(name);
     region.shift = kind == GLOBAL ? (item_bytes >= 4 ? 2 : item_bytes == 2 ? 1 : 0) : 1;
     if (!written) region.written.assign(region.num_cells(), NEVER);
+    if (!written) region.awaited.assign(region.num_cells(), 0);
     region.cells.reset(static_cast<Cell*>(calloc(region.num_cells(), sizeof(Cell))));
     regions.push_back(std::move(region));
 }
@@ -181,11 +183,10 @@ static std::string place(const Region& region, uintptr_t address) {
 static void report_unwritten(const Region& region, size_t cell, int who, Site site, const char* reader) {
     const uintptr_t address = region.begin + (cell << region.shift);
     if (region.written[cell] == IN_FLIGHT) {
-        const Event writer = region.cells[cell].writer;
+        const Event starter = region.awaited[cell];
         fail_for(who, "read before it arrived", site,
                  "%sreads %s while an asynchronous copy, started by %s at @%p@, is still on its way there: nobody has waited for it", reader,
-                 place(region, address).c_str(), describe_thread(who_of(writer) < machine.num_threads ? who_of(writer) : who).c_str(),
-                 sites[site_of(writer)]);
+                 place(region, address).c_str(), describe_thread(who_of(starter)).c_str(), sites[site_of(starter)]);
     }
     fail_for(who, "uninitialised read", site, "%sreads %s, which nothing has written%s", reader, place(region, address).c_str(),
              region.is_shared() ? " in this block" : "");
@@ -195,7 +196,8 @@ static std::string name_of(Event e) {
     return who_of(e) < machine.num_threads ? describe_thread(who_of(e)) : std::string("an asynchronous copy");
 }
 
-static void report_race(const Region& region, size_t cell, int who, Site site, bool is_write, Event other, bool other_wrote, const char* subject) {
+static void report_race(const Region& region, size_t cell, int who, Site site, bool is_write, Event other, bool other_wrote,
+                        const char* subject) {
     const uintptr_t address = region.begin + (cell << region.shift);
     if (tick_of(other) < machine.block_start)
         fail_for(who, "race between blocks", site, "%s%s %s, which another block %s at @%p@: blocks have no order", subject, verb(is_write),
@@ -400,6 +402,8 @@ void mark_in_flight(void* address, size_t bytes, Site site) {
     if (region->written.empty()) return;
     const size_t first = (a - region->begin) >> region->shift, last = (a + bytes - 1 - region->begin) >> region->shift;
     std::fill(region->written.begin() + first, region->written.begin() + last + 1, IN_FLIGHT);
+    const Event starter = make_event(machine.running, true, number_of_site(site), running_fiber().now);
+    std::fill(region->awaited.begin() + first, region->awaited.begin() + last + 1, starter);
 }
 
 void mark_landed(void* address, size_t bytes) {
@@ -474,6 +478,21 @@ extern "C" void __tsan_read_range(void* p, size_t bytes) { access_of_kernel(p, b
 extern "C" void __tsan_write_range(void* p, size_t bytes) { access_of_kernel(p, bytes, true, EMULATOR_SITE); }
 extern "C" void __tsan_volatile_read4(void* p) { access_of_kernel(p, 4, false, EMULATOR_SITE); }
 extern "C" void __tsan_volatile_write4(void* p) { access_of_kernel(p, 4, true, EMULATOR_SITE); }
+// clang calls these for copies of whole structs.
+extern "C" void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+    access_of_kernel(const_cast<void*>(from), bytes, false, EMULATOR_SITE);
+    access_of_kernel(to, bytes, true, EMULATOR_SITE);
+    return memcpy(to, from, bytes);
+}
+extern "C" void* __tsan_memmove(void* to, const void* from, size_t bytes) {
+    access_of_kernel(const_cast<void*>(from), bytes, false, EMULATOR_SITE);
+    access_of_kernel(to, bytes, true, EMULATOR_SITE);
+    return memmove(to, from, bytes);
+}
+extern "C" void* __tsan_memset(void* to, int value, size_t bytes) {
+    access_of_kernel(to, bytes, true, EMULATOR_SITE);
+    return memset(to, value, bytes);
+}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_init() {}

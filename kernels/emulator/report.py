@@ -14,6 +14,7 @@ from minillm.kernels.build import FOLDER
 
 ROOT = FOLDER.parent
 _OURS = "kernels/emulator/"
+DEVICE_HEADERS = "kernels/device/"
 
 
 class EmulatorError(Exception):
@@ -21,33 +22,23 @@ class EmulatorError(Exception):
 
 
 class Frame(NamedTuple):
-    """A place in the source: file (relative to the checkout where it lies in it), line, function."""
+    """A place in the source: file (relative to the checkout where it lies in it), line, function, and the line itself ("" if unknown)."""
 
     file: str
     line: int
     function: str
+    text: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
-
-    @property
-    def text(self) -> str:
-        """The source line itself, "" if it cannot be read."""
-        lines = _lines(self.file)
-        return lines[self.line - 1].strip() if 0 < self.line <= len(lines) else ""
-
-
-@functools.cache
-def _lines(file: str) -> list[str]:
-    path = ROOT / file
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 class Symbols:
     """Source lines of code addresses in a library, by addr2line."""
 
-    def __init__(self, path: Path, library: ctypes.CDLL) -> None:
+    def __init__(self, path: Path, library: ctypes.CDLL, edits: tuple[tuple[str, str], ...] = ()) -> None:
         self._path = path
+        self._edits = edits  # made to the sources
         self._base = _load_address(path, ctypes.cast(library.emulator_launch, ctypes.c_void_p).value or 0)
         self._frames: dict[int, list[Frame]] = {}
 
@@ -59,9 +50,13 @@ class Symbols:
         return {int(site): self._frames[int(site)] for site in sites}
 
     def place(self, site: int) -> str:
-        """The innermost place in the kernel of a return address, such as "kernels/attention/v2.cu:88"."""
+        """The place in the kernel of a return address, such as "kernels/attention/v2.cu:88", and where that is called from, if it lies in
+        a header of all kernels."""
         frames = self.frames([site])[site]
-        return str(frames[0]) if frames else f"code address {site:#x}"
+        if not frames:
+            return f"code address {site:#x}"
+        own = next((frame for frame in frames if not frame.file.startswith(DEVICE_HEADERS)), frames[0])
+        return str(own) if own == frames[0] else f"{frames[0]} (from {own})"
 
     def _look_up(self, sites: list[int]) -> list[list[Frame]]:
         tool = shutil.which("addr2line") or shutil.which("llvm-addr2line")
@@ -78,19 +73,28 @@ class Symbols:
             elif function is None:
                 function = line
             else:
-                frame = _frame(line, function)
+                frame = self._frame(line, function)
                 function = None
                 if frame is not None:
                     found[-1].append(frame)
         return found
 
+    def _frame(self, line: str, function: str) -> Frame | None:
+        file, _, digits = line.partition(" (")[0].rpartition(":")
+        file = re.sub(r"^.*?/\./", "", file.removeprefix("./").removeprefix(f"{ROOT}/"))
+        if not digits.isdigit() or file.startswith(("?", _OURS)) or f"/{_OURS}" in file:
+            return None
+        number, lines = int(digits), _lines(file, self._edits)
+        return Frame(file, number, function.partition("(")[0], lines[number - 1].strip() if 0 < number <= len(lines) else "")
 
-def _frame(line: str, function: str) -> Frame | None:
-    file, _, number = line.partition(" (")[0].rpartition(":")
-    file = file.removeprefix("./").removeprefix(f"{ROOT}/")
-    if not number.isdigit() or file.startswith(("?", _OURS)) or f"/{_OURS}" in file:
-        return None
-    return Frame(re.sub(r"^.*?/\./", "", file), int(number), function.partition("(")[0])
+
+@functools.cache
+def _lines(file: str, edits: tuple[tuple[str, str], ...]) -> list[str]:
+    path = ROOT / file
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for old, new in edits:
+        text = text.replace(old, new)
+    return text.splitlines()
 
 
 def _load_address(path: Path, address_of_launch: int) -> int:
@@ -145,7 +149,7 @@ def explain(report: Any, symbols: Symbols, where: str) -> str:
     block, thread = _index(report.block), _index(report.thread)
     lines = [
         f"{kind} in {where}",
-        f"  block {block}, thread {thread} {text}" if kind != "deadlock" else f"  block {block}: {text}".rstrip(),
+        f"  block {block}, thread {thread}: {text}" if kind != "deadlock" else f"  block {block}: {text}".rstrip(),
     ]
     frames = symbols.frames([report.site])[report.site] if report.site else []
     if kind != "deadlock":

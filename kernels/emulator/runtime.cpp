@@ -3,6 +3,7 @@
 // A thread runs until it has to wait for others (or is made to yield). Which one goes on then is the order's choice: each order is a legal
 // schedule of the GPU's, and a kernel that lacks a barrier gives other results under some of them.
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,7 +22,7 @@ Machine machine;
 constexpr size_t STACK_BYTES = 256 << 10;
 constexpr size_t GUARD_BYTES = 64 << 10;
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
 // Save the callee-saved registers and the stack pointer, take over another stack, and return there.
 extern "C" void emulator_switch(void** save, void* load);
 asm(R"(
@@ -54,7 +55,7 @@ static void* new_stack_pointer(char* top, void (*entry)()) {
     for (int i = 0; i < 6; i++) *--sp = nullptr;
     return sp;
 }
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(EMULATOR_UCONTEXT)
 extern "C" void emulator_switch(void** save, void* load);
 asm(R"(
 .text
@@ -97,7 +98,21 @@ static void* new_stack_pointer(char* top, void (*entry)()) {
     return sp;
 }
 #else
-#error "the emulator switches stacks by hand and knows x86-64 and aarch64"
+// Anywhere else: the C library's contexts, slower since each switch is a system call. The stack pointer points to a context instead.
+static void emulator_switch(void** save, void* load) {
+    ucontext_t here;
+    *save = &here;
+    swapcontext(&here, static_cast<ucontext_t*>(load));
+}
+static void* new_stack_pointer(char* top, void (*entry)()) {
+    ucontext_t* context = reinterpret_cast<ucontext_t*>(top - (sizeof(ucontext_t) + 63) / 64 * 64);
+    getcontext(context);
+    context->uc_stack.ss_sp = top - STACK_BYTES;
+    context->uc_stack.ss_size = reinterpret_cast<char*>(context) - (top - STACK_BYTES);
+    context->uc_link = nullptr;
+    makecontext(context, entry, 0);
+    return context;
+}
 #endif
 
 static void allocate_stacks(int count) {

@@ -64,7 +64,8 @@ void group_collective(const char* name, Site site, int first, int count, void* o
 struct Votes {
     int sum, all, any;
 };
-Votes barrier_sync(int id, int threads, Site site, const char* name, int value = 0);
+// `line`: of the source, which all lanes of a warp must agree in.
+Votes barrier_sync(int id, int threads, Site site, const char* name, int value = 0, int line = 0);
 void barrier_arrive(int id, int threads, Site site);
 
 // ---- order of accesses (clocks.cpp): a vector clock per thread says what it has seen of every other thread's past

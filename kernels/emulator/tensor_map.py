@@ -1,4 +1,4 @@
-"""Tensor maps for the emulator: what the driver encodes for TMA on a GPU, checked by the same rules, in a layout of our own (hopper.cpp)."""
+"""Tensor maps for the emulator: what the driver encodes for TMA on a GPU, checked by the same rules, laid out as tma.cpp reads it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_LAYOUT = "<IBBHQ4Q5I5HH"  # struct Map of hopper.cpp
+_LAYOUT = "<IBBHQ4Q5I5HH"  # struct Map of tma.cpp
 _MAGIC = 0x50414D54
 _WORDS = 128
 _ALIGNMENT = 16  # of addresses and strides, in bytes

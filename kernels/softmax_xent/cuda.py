@@ -54,3 +54,22 @@ def xent_shifted_sum_(logits: Any, row_max: Any, targets: Any, first_class: int,
 def xent_grad_(exp_logits: Any, sum_exp: Any, targets: Any, first_class: int, row_scale: Any) -> None:
     V = np.int32(exp_logits.shape[1])
     _launch("xent_grad", exp_logits, _floats(sum_exp), _ids(targets), _floats(row_scale), V, np.int64(first_class))
+
+
+@cuda_kernel("xent_statistics")
+def xent_statistics(logits: Any, targets: Any, first_class: int, valid_columns: int | None = None) -> tuple[Any, Any, Any]:
+    num_rows, V = logits.shape
+    row_max, sums, target_logit = (empty(num_rows, np.float32, logits) for _ in range(3))
+    valid = np.int32(V if valid_columns is None else valid_columns)
+    _launch("xent_statistics", dense(logits), _ids(targets), row_max, sums, target_logit, np.int32(V), valid, np.int64(first_class))
+    return row_max, sums, target_logit
+
+
+@cuda_kernel("xent_grad_from_logits_")
+def xent_grad_from_logits_(
+    logits: Any, row_max: Any, sum_exp: Any, targets: Any, first_class: int, row_scale: Any, valid_columns: int | None = None
+) -> None:
+    V = logits.shape[1]
+    valid = np.int32(V if valid_columns is None else valid_columns)
+    rows = (_floats(row_max), _floats(sum_exp), _ids(targets), _floats(row_scale))
+    _launch("xent_grad_from_logits", logits, *rows, np.int32(V), valid, np.int64(first_class))

@@ -26,6 +26,7 @@ class Case:
     expected: Callable[..., Arrays]
     slack: float = 1.0  # times the tolerance, where rounding is amplified: a score of 100 has an error of 100 eps, as has its exponential
     backends: tuple[str, ...] = ()  # that take the case; empty: all that take its dtype
+    without: tuple[str, ...] = ()  # variants that refuse it
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -173,6 +174,13 @@ def activation_cases() -> Iterator[Case]:
             lambda g, x: (kernels.gelu_backward(h := g.copy(), x, "tanh", out=h),),
             lambda g, x: plain.gelu_grads(g, x, "tanh"),
         )
+        yield Case(
+            "activation",
+            f"gelu-bias-{size}",
+            lambda rng, make=two, F=shape[-1]: (*make(rng), rng.standard_normal(F)),
+            lambda g, x, b: (kernels.gelu_forward(x, "tanh", b), kernels.gelu_backward(g, x, "erf", bias=b)),
+            lambda g, x, b: (*plain.gelu(x + b, "tanh"), *plain.gelu_grads(g, x + b, "erf")),
+        )
         yield Case("activation", f"relu-{size}", one, lambda x: (kernels.relu_forward(x),), lambda x: (np.maximum(x, 0),))
         yield Case(
             "activation",
@@ -231,23 +239,19 @@ def softmax_cases() -> Iterator[Case]:
         (5, 8, 3, 4),
     ):
         make = lambda rng, R=R, V=V, valid=valid: (20 * rng.standard_normal((R, V)), rng.integers(0, valid, R), rng.random(R))  # noqa: E731
-        call = lambda x, t, s, valid=valid, parts=parts: cut_cross_entropy(x, t, s, valid, parts)  # noqa: E731
-        yield Case(
-            "softmax_xent",
-            f"{R}x{V}-valid{valid}-parts{parts}",
-            make,
-            call,
-            lambda x, t, s, valid=valid: plain.cross_entropy(x, t, s, valid),
-        )
+        for name, call in (("", cut_cross_entropy), ("two-steps-", cut_cross_entropy_in_two_steps)):
+            yield Case(
+                "softmax_xent",
+                f"{name}{R}x{V}-valid{valid}-parts{parts}",
+                make,
+                lambda x, t, s, call=call, valid=valid, parts=parts: call(x, t, s, valid, parts),
+                lambda x, t, s, valid=valid: plain.cross_entropy(x, t, s, valid),
+            )
 
 
 def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, parts: int) -> Arrays:
-    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine them. Padding holds large values."""
-    width = logits.shape[1] // parts
-    pieces = [logits[:, i * width : (i + 1) * width].copy() for i in range(parts)]
-    valids = [min(max(valid - i * width, 0), width) for i in range(parts)]
-    for piece, n in zip(pieces, valids, strict=True):
-        piece[:, n:] = 1e4
+    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine them."""
+    width, pieces, valids = cut_logits(logits, valid, parts)
     row_max = np.max([kernels.xent_max(p, valid_columns=n) for p, n in zip(pieces, valids, strict=True)], axis=0)
     sums = [
         kernels.xent_shifted_sum_(p, row_max, targets, i * width, valid_columns=n)
@@ -257,6 +261,28 @@ def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, par
     for i, piece in enumerate(pieces):
         kernels.xent_grad_(piece, sum_exp, targets, i * width, row_scale)
     return np.log(sum_exp) - target_logit, np.concatenate(pieces, axis=1)
+
+
+def cut_cross_entropy_in_two_steps(logits: Any, targets: Any, row_scale: Any, valid: int, parts: int) -> Arrays:
+    """The same by statistics and a gradient that starts from the logits."""
+    width, pieces, valids = cut_logits(logits, valid, parts)
+    cuts = list(enumerate(zip(pieces, valids, strict=True)))
+    found = [kernels.xent_statistics(p, targets, i * width, valid_columns=n) for i, (p, n) in cuts]
+    row_max = np.max([top for top, _, _ in found], axis=0)
+    sum_exp = sum(total * np.exp(top - row_max) for top, total, _ in found)
+    for i, (p, n) in cuts:
+        kernels.xent_grad_from_logits_(p, row_max, sum_exp, targets, i * width, row_scale, valid_columns=n)
+    return np.log(sum_exp) + row_max - sum(logit for _, _, logit in found), np.concatenate(pieces, axis=1)
+
+
+def cut_logits(logits: Any, valid: int, parts: int) -> tuple[int, list[Any], list[int]]:
+    """The width of each part, copies of the parts, whose padding holds large values, and how many columns of each are none."""
+    width = logits.shape[1] // parts
+    pieces = [logits[:, i * width : (i + 1) * width].copy() for i in range(parts)]
+    valids = [min(max(valid - i * width, 0), width) for i in range(parts)]
+    for piece, n in zip(pieces, valids, strict=True):
+        piece[:, n:] = 1e4
+    return width, pieces, valids
 
 
 def matmul_cases() -> Iterator[Case]:
@@ -401,6 +427,7 @@ def attention_pair(
     """The forward and the backward case on views of a fused projection, with strided and poisoned outputs."""
     B, Tq, Tk, H, Hkv, K = sizes
     make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
+    without = ("v3",) if options.keys() & {"times_q", "key_mask", "dropout"} else ()
     keep = cache(lambda: 1.0 if options.get("dropout") is None else keep_mask(options["dropout"], H))
 
     def forward(q: Any, kv: Any, _: Any) -> Arrays:
@@ -422,6 +449,7 @@ def attention_pair(
         forward,
         lambda q, kv, _: plain.attention(q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
         slack,
+        without=without,
     )
     yield Case(
         "attention",
@@ -430,6 +458,7 @@ def attention_pair(
         backward,
         lambda q, kv, g: plain.attention_grads(g, q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
         slack,
+        without=without,
     )
 
 

@@ -101,7 +101,8 @@ def _bits(x: Any) -> bytes | None:
 def implementations(case: Case, dtype: str, backends: tuple[str, ...]) -> list[str]:
     """The choices of `use` that can be asked to run a case, of the backends named."""
     found = [k for k in kernels.available(case.op) if k.backend in backends and (not k.dtypes or dtype in k.dtypes)]
-    return list(dict.fromkeys(k.choice for k in found if not case.backends or k.backend in case.backends))
+    taking = [k for k in found if (not case.backends or k.backend in case.backends) and k.variant not in case.without]
+    return list(dict.fromkeys(k.choice for k in taking))
 
 
 def emulator_crossing(cases: list[Case]) -> Iterator[tuple[Case, str, str]]:
@@ -135,7 +136,9 @@ def poisoned_memory(module: ModuleType = np) -> Iterator[None]:
             x.data.memset(0xFF, x.nbytes)
         return x
 
-    module.empty, module.empty_like = empty, lambda x, dtype=None: empty(x.shape, dtype or x.dtype)
+    module.empty = empty
+    if module is np:  # which CuPy calls itself, with more arguments
+        module.empty_like = lambda x, dtype=None: empty(x.shape, dtype or x.dtype)
     try:
         yield
     finally:

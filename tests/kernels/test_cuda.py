@@ -206,6 +206,8 @@ def test_more_arrays_are_added_than_one_launch_takes() -> None:
 class HostDevice:
     """A device whose memory is the host's: shows that the cases travel and come back as they are."""
 
+    module = np
+
     def __init__(self) -> None:
         self.own: list[Any] = []
 

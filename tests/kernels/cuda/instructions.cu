@@ -113,3 +113,25 @@ extern "C" __global__ void matrices(const uint16_t* x, uint16_t* plain, uint16_t
         }
     }
 }
+
+__device__ __forceinline__ float total(const Pack16<float>& four) { return four.v[0] + four.v[1] + four.v[2] + four.v[3]; }
+
+// Accesses of known cost: in passes over the banks, and in sectors of global memory.
+extern "C" __global__ void access_patterns(const float* x, float* y) {
+    __shared__ __align__(16) float tile[32 * 33];
+    const int t = threadIdx.x;
+    for (int i = t; i < 32 * 33; i += 32) tile[i] = 0.0f;
+    __syncwarp();
+    float sum = tile[t];                 // PATTERN 1 of 1
+    sum += tile[2 * t];                  // PATTERN 2 of 1
+    sum += tile[32 * t];                 // PATTERN 32 of 1
+    sum += tile[33 * t];                 // PATTERN 1 of 1
+    sum += tile[5];                      // PATTERN 1 of 1
+    sum += total(load16(tile + 4 * t));  // PATTERN 4 of 4
+    sum += total(load16(tile + 32 * t)); // PATTERN 32 of 4
+    sum += x[t];                         // PATTERN 4 of 4
+    sum += x[8 * t];                     // PATTERN 32 of 4
+    sum += x[0];                         // PATTERN 1 of 1
+    sum += total(load16(x + 4 * t));     // PATTERN 16 of 16
+    y[t] = sum;                          // PATTERN 4 of 4
+}
