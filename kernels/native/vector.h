@@ -11,6 +11,8 @@
 
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 
+typedef int32_t VectorInt __attribute__((vector_size(VECTOR_BYTES), may_alias));
+
 INLINE Vector load(const float *from) { return *(const Vector *)from; }
 INLINE void store(float *to, Vector value) { *(Vector *)to = value; }
 
@@ -80,10 +82,18 @@ INLINE float erf_(float x) {
     return t <= 1.0f ? x * p : x < 0 ? -outside : outside;
 }
 
+/* Lane by lane, since clang does not reorder a maximum that may meet NaN; NaN is passed over. */
 INLINE float maximum(const float *x, int64_t n) {
+    Vector most = (Vector){0} - __builtin_inff();
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Vector here = load(x + i);
+        const VectorInt more = here > most;
+        most = (Vector)((more & (VectorInt)here) | (~more & (VectorInt)most));
+    }
     float m = -__builtin_inff();
-#pragma omp simd reduction(max : m)
-    for (int64_t i = 0; i < n; i++) m = x[i] > m ? x[i] : m;
+    for (int lane = 0; lane < LANES; lane++) m = most[lane] > m ? most[lane] : m;
+    for (; i < n; i++) m = x[i] > m ? x[i] : m;
     return m;
 }
 

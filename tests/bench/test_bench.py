@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mpi_helpers import needs_mpirun
+from mpi_helpers import mpirun, needs_mpirun
 
 from minillm.bench.shapes import CONFIGS
 from minillm.bench.timing import ForeignLoad, interval, median_seconds, table
@@ -68,11 +68,43 @@ def test_kernels_times_every_implementation(tmp_path: Path) -> None:
     assert "numpy:reference" in {entry["choice"] for entry in found} and all(entry["seconds"] > 0 for entry in found)
 
 
+PARTS = {
+    "attention": ["--tokens=64", "--contexts=16,32", "--heads=2", "--width=8"],
+    "head": ["--rows=64", "--dim=16", "--vocabs=50,300"],
+    "generate": ["--layers=1", "--heads=2", "--dim=32", "--context=12", "--vocab=40", "--prompt=4", "--batches=1,2"],
+}
+
+
+@pytest.mark.parametrize("part", list(PARTS))
+def test_parts_of_a_model_are_timed(tmp_path: Path, part: str) -> None:
+    done = bench(part, *PARTS[part], "--rounds=1", "--seconds=0.01", "--threads=1", f"--json={tmp_path / 'part.json'}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "part.json").read_text())["results"]
+    assert len(results) == 2
+    for result in results:
+        (turn,) = result["turns"]["minillm"]
+        assert turn is None or all(min(times) > 0 for name, times in turn.items() if name != "peak_rss")
+
+
+@needs_mpirun
+def test_comm_times_messages_and_shared_memory(tmp_path: Path) -> None:
+    arguments = ["comm", "--sizes=8,4096", "--repeats=3", f"--json={tmp_path / 'comm.json'}"]
+    done = mpirun(2, ["-m", "minillm.bench", *arguments])
+    assert done.returncode == 0, done.output
+    results = json.loads((tmp_path / "comm.json").read_text())["results"]
+    messages = {entry["operation"] for entry in results if entry["transport"] == "messages"}
+    assert messages == {"all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send"}
+    assert {entry["bytes"] for entry in results if entry["transport"] == "shared memory"} == {8, 4096}
+    assert all(entry["seconds"] > 0 for entry in results)
+
+
 def test_bad_input_is_one_sentence() -> None:
     for arguments, words in (
         (("trian",), "did you mean train"),
         (("kernels", "--rows=100"), "multiple of --context"),
         (("train", "--rounds=0"), "at least 1"),
+        (("attention", "--contexts=64,x"), "numbers from 1 up"),
+        (("comm",), "mpirun -n 2"),
     ):
         done = bench(*arguments)
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr

@@ -25,7 +25,7 @@ def squares(pool: object, x: np.ndarray, threads: int) -> float:
     return float(partials.sum())
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 64])
 def test_a_pool_covers_every_item_once(threads: int) -> None:
     pool = native.extension.Pool(threads)
     for size in (0, 1, 1000, 16384 * threads, 16384 * threads + 5):
