@@ -78,6 +78,10 @@ class ColumnParallelLinear(Module):
         """x [B, T, D] outside the region -> [B, T, out_local]."""
         return ops.linear(self.region.enter(x), self.weight, self.bias)
 
+    def product(self, x: Tensor) -> Tensor:
+        """The same without its bias, for whoever adds that."""
+        return ops.linear(self.region.enter(x), self.weight)
+
 
 class RowParallelLinear(Module):
     """y = leave(x_local @ W_local^T) + b: the input features cut over tp, the products partial sums. The bias is added once, after the
@@ -145,7 +149,7 @@ class _VocabParallelLoss(Function):
         xp = namespace(x)
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
         counted = flat != ignore_index
-        head = _Head(weight, comm, vocab)
+        head = (_Head if xp is np else _HeadOnGpu)(len(weight), comm, vocab)
         grad_x = xp.empty_like(rows) if ctx.needs[0] else None
         wide = sum_dtype(x.dtype)
         slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
@@ -156,11 +160,12 @@ class _VocabParallelLoss(Function):
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = buffer[: len(rows[part])]
-            sum_exp, target_logit = head.softmax_(logits, rows[part], flat[part])
+            kernels.matmul(rows[part], weight.T, out=logits)
+            sum_exp, target_logit = head.softmax_(logits, flat[part])
             total = total + _counted_sum(xp.log(sum_exp) - target_logit, counted[part])
             if ctx.recording:
                 row_scale = counted[part].astype(wide) / wide.type(divisor)
-                kernels.xent_grad_(logits, sum_exp, flat[part], head.first_class, row_scale)
+                head.grad_(logits, sum_exp, flat[part], row_scale)
                 if grad_x is not None:
                     kernels.matmul(logits, weight, out=grad_x[part])
                 if slot is not None:
@@ -189,18 +194,43 @@ def _counted_sum(losses: Array, counted: Array) -> Any:
 class _Head:
     """This rank's slice of the vocabulary, and the softmax over all slices."""
 
-    def __init__(self, weight: Array, comm: Communicator, vocab: int) -> None:
-        self.weight, self.comm = weight, comm
-        self.first_class = comm.rank * weight.shape[0]
-        self.valid = min(max(vocab - self.first_class, 0), weight.shape[0])  # columns that are no padding
+    def __init__(self, num_rows: int, comm: Communicator, vocab: int) -> None:
+        self.comm = comm
+        self.first_class = comm.rank * num_rows
+        self.valid = min(max(vocab - self.first_class, 0), num_rows)  # columns that are no padding
 
-    def softmax_(self, logits: Array, x: Array, targets: Array) -> tuple[Array, Array]:
-        """Write exp(logits - max) [R, V_local] of x [R, D] into `logits`; returns its sum over the whole vocabulary [R] and the shifted
-        logit of targets [R]."""
-        xp = namespace(x)
-        kernels.matmul(x, self.weight.T, out=logits)
+    def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
+        """Overwrite `logits` [R, V_local] by exp(logits - max); returns its sum over the whole vocabulary [R] and the shifted logit of
+        targets [R]."""
+        xp = namespace(logits)
         row_max = kernels.xent_max(logits, valid_columns=self.valid)
         self.comm.all_reduce_(row_max, ReduceOp.MAX)
         sums = xp.stack(kernels.xent_shifted_sum_(logits, row_max, targets, self.first_class, valid_columns=self.valid))
         self.comm.all_reduce_(sums)
         return sums[0], sums[1]
+
+    def grad_(self, logits: Array, sum_exp: Array, targets: Array, row_scale: Array) -> None:
+        """Overwrite what `softmax_` left in `logits` by (softmax - onehot(target)) row_scale."""
+        kernels.xent_grad_(logits, sum_exp, targets, self.first_class, row_scale)
+
+
+class _HeadOnGpu(_Head):
+    """The same in one reading of the logits, which stay as they are until the gradient overwrites them: exponentials cost a GPU less than
+    memory, and are never rounded to 16 bits."""
+
+    def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
+        """The sum of exp(logits - max) over the whole vocabulary [R] and the shifted logit of targets [R]; `logits` stay."""
+        xp = namespace(logits)
+        own_max, sums, target_logit = kernels.xent_statistics(logits, targets, self.first_class, self.valid)
+        self.row_max = own_max
+        if self.comm.size > 1:
+            self.row_max = own_max.copy()
+            self.comm.all_reduce_(self.row_max, ReduceOp.MAX)
+            both = xp.stack([sums * xp.exp(own_max - self.row_max), target_logit])
+            self.comm.all_reduce_(both)
+            sums, target_logit = both[0], both[1]
+        return sums, target_logit - self.row_max
+
+    def grad_(self, logits: Array, sum_exp: Array, targets: Array, row_scale: Array) -> None:
+        """See `_Head`."""
+        kernels.xent_grad_from_logits_(logits, self.row_max, sum_exp, targets, self.first_class, row_scale, self.valid)

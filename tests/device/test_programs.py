@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from standin.install import installed
 
 from minillm import device as devices
 from minillm import evaluate, generate, train
 from minillm.config import TrainConfig
 from minillm.errors import ConfigError
 from minillm.resolve import resolve
-from standin.install import installed
 
 OPTIONS = ["--device=cuda", "--layers=2", "--heads=2", "--dim=64", "--context=32", "--batch=8", "--microbatch=4", "--steps=6", "--warmup=1"]
 OPTIONS += ["--data=austen", "--eval-tokens=256", "--eval-every=4", "--save-every=3", "--sample-tokens=5", "--lr=0.01"]
@@ -96,7 +96,10 @@ def _cupy(error: Exception | None, driver: int = 0, count: int = 0) -> Any:
     [
         (None, r"needs CuPy .*pip install -e '\.\[cuda13\]'.*--device cpu"),
         (_cupy(RuntimeError("cudaErrorInsufficientDriver: ...")), "no GPU: this machine has no NVIDIA device or no driver.*--device cpu"),
-        (_cupy(RuntimeError("cudaErrorInsufficientDriver: ..."), 12040), r"supports CUDA 12\.4 and CuPy was built for CUDA 13; update the driver to 580"),
+        (
+            _cupy(RuntimeError("cudaErrorInsufficientDriver: ..."), 12040),
+            r"supports CUDA 12\.4 and CuPy was built for CUDA 13; update the driver to 580",
+        ),
         (_cupy(RuntimeError("cudaErrorNoDevice: no CUDA-capable device"), 13000), "no GPU"),
         (_cupy(RuntimeError("cudaErrorUnknown: unknown error")), r"cannot start \(cudaErrorUnknown.*minillm doctor"),
         (_cupy(None), "CUDA sees no GPU; check CUDA_VISIBLE_DEVICES"),

@@ -195,10 +195,11 @@ def _gemm_ex(*args: Any) -> None:
     c = _matrix(C, m, n, ldc, _TYPES[Ct])
     factor, old = (ctypes.c_float.from_address(pointer).value for pointer in (alpha, beta))
     a32, b32 = ((x.T if t else x).astype(np.float32) for x, t in ((a, ta), (b, tb)))
-    result = np.float32(factor) * (a32 @ b32)
-    if old:
-        result += np.float32(old) * c.astype(np.float32)
-    c[...] = result.astype(c.dtype)
+    with np.errstate(all="ignore"):
+        result = np.float32(factor) * (a32 @ b32)
+        if old:
+            result += np.float32(old) * c.astype(np.float32)
+        c[...] = result.astype(c.dtype)
     names = tuple(str(_TYPES[code]) for code in (At, Bt, Ct))
     products.append(Product((bool(ta), bool(tb)), (m, n, k), names, (lda, ldb, ldc), old, compute))  # type: ignore[arg-type]
 

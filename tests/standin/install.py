@@ -125,7 +125,8 @@ def hosted(fn: Callable[..., Any]) -> Callable[..., Any]:
             return [enter(part) for part in x] if isinstance(x, list) else x
 
         named = {name: value if name in HOST_NUMBERS else enter(value) for name, value in kwargs.items()}
-        result = fn(*(enter(x) for x in args), **named)
+        with np.errstate(all="ignore"):
+            result = fn(*(enter(x) for x in args), **named)
         narrow = bool(wide)
         for x, now, start in wide.values():
             if not np.array_equal(now, start, equal_nan=True):
