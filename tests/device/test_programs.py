@@ -98,7 +98,7 @@ def _cupy(error: Exception | None, driver: int = 0, count: int = 0) -> Any:
         (_cupy(RuntimeError("cudaErrorInsufficientDriver: ...")), "no GPU: this machine has no NVIDIA device or no driver.*--device cpu"),
         (
             _cupy(RuntimeError("cudaErrorInsufficientDriver: ..."), 12040),
-            r"supports CUDA 12\.4 and CuPy was built for CUDA 13; update the driver to 580",
+            r"supports CUDA 12\.4 and .* for CUDA 13; update the driver to 580",
         ),
         (_cupy(RuntimeError("cudaErrorNoDevice: no CUDA-capable device"), 13000), "no GPU"),
         (_cupy(RuntimeError("cudaErrorUnknown: unknown error")), r"cannot start \(cudaErrorUnknown.*minillm doctor"),
