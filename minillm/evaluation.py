@@ -56,7 +56,8 @@ def _microbatches(config: ResolvedConfig, device: Device, windows: EvalWindows, 
     size, times = config.microbatch, np.arange(config.model.context)
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     places = [Where(0, part, times, device=device) for part in parts]
-    return [Microbatch(*map(device.upload, windows.microbatch(where.samples)), where) for where in places]
+    found = ((windows.microbatch(where.samples), where) for where in places)
+    return [Microbatch(device.upload(inputs), device.upload(targets), where) for (inputs, targets), where in found]
 
 
 def perplexity(loss: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 import types
 import zlib
 from typing import Any, NamedTuple
@@ -79,8 +80,10 @@ class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
         self._due: tuple[list[_Download], list[_Read]] = [], []
         self.done = False
+        self.at = 0.0
 
     def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
         self._due = list(_queue.downloads), list(_queue.reads)
 
     def synchronize(self) -> None:
@@ -89,6 +92,11 @@ class Event:
         _finish([x for x in self._due[0] if id(x) in living], [x for x in self._due[1] if id(x) in living])
         self._due = [], []
         self.done = True
+
+
+def get_elapsed_time(start: Event, end: Event) -> float:
+    """Milliseconds."""
+    return (end.at - start.at) * 1e3
 
 
 class Stream:
