@@ -44,6 +44,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
 FLOAT32_LOSS = 2e-4  # relative: AdamW turns the rounding of tiny gradients into steps
 BFLOAT16_LOSS = 0.02
 TORCH_SECONDS = 150
+BUSY = 4096  # rows of a product that keeps the GPU busy
 SECTIONS = ("losses", "ranks", "gpt2", "torch", "profile")
 
 
@@ -195,7 +196,7 @@ def _span(device: Device, work: Callable[[], Any], behind: Callable[[], Any] = l
 
 def _keep_busy(device: Device, seconds: float) -> None:
     """Queue products that take about so long."""
-    a = device.xp.ones((4096, 4096), np.float32)
+    a = device.xp.ones((BUSY, BUSY), np.float32)
     once = _span(device, lambda: kernels.matmul(a, a))
     for _ in range(min(200, math.ceil(seconds / max(once, 1e-4)))):
         kernels.matmul(a, a)

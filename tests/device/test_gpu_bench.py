@@ -37,7 +37,8 @@ def test_a_wrong_loss_and_a_broken_section_are_problems(monkeypatch: pytest.Monk
     assert "PROBLEM losses" in capsys.readouterr().out
 
 
-def test_the_profile_accounts_for_the_step() -> None:
+def test_the_profile_accounts_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "BUSY", 64)
     with installed():
         found = gpu.profile(open_device("cuda"), TINY)
     assert found["launches"] > 0 and {"products", "CuPy's kernels", "host gaps"} <= set(found["shares"])
