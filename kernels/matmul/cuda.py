@@ -46,6 +46,17 @@ def operand(x: Any) -> Operand:
 
 @kernel("matmul", backend="cuda", variant="cublas", dtypes=tuple(CUDA_TYPES), unavailable=unavailable)
 def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None) -> Any:
+    out, done = checked_product(a, b, out, accumulate, bias)
+    if not done:
+        gemm(a, b, out, accumulate)
+        if bias is not None:
+            out += bias
+    return out
+
+
+def checked_product(a: Any, b: Any, out: Any, accumulate: bool, bias: Any) -> tuple[Any, bool]:
+    """Where the product of a [M, K] and b [K, N] goes, and whether that is all because one of the sizes is 0. Raises ValueError for
+    what is no product, TypeError for mixed dtypes."""
     same_dtype(a, b, bias)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"a product of {a.shape} and {b.shape}: two matrices are wanted whose inner sizes agree")
@@ -54,22 +65,22 @@ def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any 
         out = empty((M, N), a.dtype, a)
     if out.shape != (M, N) or (out.dtype != a.dtype and element(out) != "float32"):
         raise ValueError(f"the product of {a.shape} and {b.shape} in {a.dtype} does not go into {out.shape} of {out.dtype}")
-    if not M or not N:
-        return out
-    if K:
-        gemm(a, b, out, accumulate)
-    elif not accumulate:
+    if accumulate and bias is not None:
+        raise ValueError("a product that is added to another takes no bias")
+    if M and N and operand(out).transposed:
+        raise ValueError(f"a product is written row by row, not with strides {out.strides} for shape {out.shape}")
+    if M and N and K:
+        return out, False
+    if not accumulate:
         out.fill(0)
-    if bias is not None:
-        out += bias
-    return out
+        if bias is not None:
+            out += bias
+    return out, True
 
 
 def gemm(a: Any, b: Any, out: Any, accumulate: bool) -> None:
     """out [M, N] (+)= a [M, K] b [K, N], none of them empty. Column by column that is out^T = b^T a^T."""
     left, right, target = operand(b), operand(a), operand(out)
-    if target.transposed:
-        raise ValueError(f"a product is written row by row, not with strides {out.strides} for shape {out.shape}")
     cupy = importlib.import_module("cupy")
     cupy.cuda.cublas.gemmEx(
         cupy.cuda.get_cublas_handle(),

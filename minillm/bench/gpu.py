@@ -45,7 +45,7 @@ FLOAT32_LOSS = 2e-4  # relative: AdamW turns the rounding of tiny gradients into
 BFLOAT16_LOSS = 0.02
 TORCH_SECONDS = 150
 BUSY = 4096  # rows of a product that keeps the GPU busy
-SECTIONS = ("losses", "ranks", "gpt2", "torch", "profile")
+SECTIONS = ("losses", "ranks", "gpt2", "cublaslt", "torch", "profile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,20 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
     args = parser.parse_args(argv)
-    found = run([name.strip() for name in args.only.split(",")], GPT2)
+
+    def save(found: dict[str, Any]) -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps(found | {"page": markdown(found)}, indent=1) + "\n")
+
+    found = run([name.strip() for name in args.only.split(",")], GPT2, save)
     print(markdown(found))
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
     return int(bool(found["problems"]))
 
 
-def run(wanted: Sequence[str], shape: Shape) -> dict[str, Any]:
-    """All sections asked for; `problems` in words."""
+def run(wanted: Sequence[str], shape: Shape, save: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
+    """All sections asked for; `problems` in words. `save` gets what there is after each section, in case there is no time for the rest."""
     found: dict[str, Any] = {"problems": [], "shape": shape._asdict()}
     sections: dict[str, Callable[[], Any]] = {
         "losses": losses,
         "ranks": ranks,
         "gpt2": lambda: _turn("own_gpt", shape, 60),
+        "cublaslt": lambda: _turn("own_gpt", shape, 60, "--kernels=matmul=cuda:cublaslt"),
         "torch": lambda: torch_turns(shape),
         "profile": lambda: profile(open_device("cuda"), shape),
     }
@@ -80,9 +84,12 @@ def run(wanted: Sequence[str], shape: Shape) -> dict[str, Any]:
                 found[name] = sections[name]()
             except Exception as error:
                 found["problems"].append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+            if name in ("losses", "ranks"):
+                found["problems"] += [
+                    f"{name}: {row['name']} is off by {row['error']:.1e}" for row in found.get(name, ()) if not row["good"]
+                ]
             print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    for name in ("losses", "ranks"):
-        found["problems"] += [f"{name}: {row['name']} is off by {row['error']:.1e}" for row in found.get(name, ()) if not row["good"]]
+            save(found)
     return found
 
 
@@ -244,7 +251,8 @@ def markdown(found: dict[str, Any]) -> str:
     ):
         rows = [[r["name"], f"{r['error']:.1e}", f"{r['limit']:.0e}", "yes" if r["good"] else "NO"] for r in found.get(name, ())]
         parts += [f"### {title}", table(("run", "largest error", "allowed", "good"), rows)] if rows else []
-    turns = {"minillm": found.get("gpt2")} | {f"torch {kind}": turn for kind, turn in found.get("torch", {}).items()}
+    turns = {"minillm": found.get("gpt2"), "minillm, products by cuBLASLt": found.get("cublaslt")}
+    turns |= {f"torch {kind}": turn for kind, turn in found.get("torch", {}).items()}
     ceiling = (found.get("gpt2") or {}).get("gemm_flops", math.nan)
     rows = [
         [name, f"{t['tokens_per_second']:.0f}", f"{t['seconds'] * 1e3:.1f}", f"{t['flops'] / ceiling:.2f}", f"{t['peak_rss'] / 1e9:.2f}"]

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kernels", default="auto")
     args = parser.parse_args()
     shape = Shape(*(getattr(args, name) for name in Shape._fields))
     comm = world()
@@ -42,7 +43,7 @@ def main() -> None:
     config = resolve(TrainConfig(**sizes, device=args.device, dtype=args.dtype), comm.size, shape.vocab)
     tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)
     kernels.prepare_process()
-    with kernels.threads(args.threads):
+    with kernels.threads(args.threads), kernels.use(**kernels.choices_from(args.kernels)):
         trainer = Trainer(config, comm, Batches(tokens, shape.context, shape.batch, seed=1), device=device)
         gc.disable()
         for step in range(args.warmup):

@@ -33,7 +33,7 @@ def test_a_wrong_loss_and_a_broken_section_are_problems(monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu, "ranks", lambda: 1 / 0)
     assert gpu.main(["--only=losses,ranks", f"--json={tmp_path / 'found.json'}"]) == 1
     problems = json.loads((tmp_path / "found.json").read_text())["problems"]
-    assert problems == ["ranks: ZeroDivisionError: division by zero", "losses: float32 is off by 5.0e-02", "losses: nan is off by nan"]
+    assert problems == ["losses: float32 is off by 5.0e-02", "losses: nan is off by nan", "ranks: ZeroDivisionError: division by zero"]
     assert "PROBLEM losses" in capsys.readouterr().out
 
 

@@ -100,6 +100,8 @@ def get_elapsed_time(start: Event, end: Event) -> float:
 
 
 class Stream:
+    ptr = 0
+
     def __init__(self, non_blocking: bool = False) -> None:
         pass
 

@@ -32,7 +32,7 @@ def installed(kernel_source: str = "reference") -> Iterator[Any]:
         for op, entries in before.items():
             for entry in [k for k in entries if k.backend == "cuda"]:
                 registry._kernels[op].remove(entry)
-                if kernel_source == "emulator" or op in OWN:
+                if kernel_source == "emulator" or op in OWN:  # in their order: the first is the default
                     registry._kernels[op].append(dataclasses.replace(entry, unavailable=None))
             if kernel_source == "reference" and op not in OWN:
                 reference = next(k for k in entries if k.backend == "numpy")
