@@ -511,12 +511,12 @@ def position_cases() -> Iterator[Case]:
             lambda x, places=places: (kernels.dropout_forward(x, *places), kernels.dropout_forward(y := x.copy(), *places, out=y)),
             lambda x, places=places: (x * plain.keep_mask(*places),) * 2,
         )
-    for V, first in ((5, 0), (7, 3), (700, 100), (3000, 0)):
-        ids = np.random.default_rng(V).integers(0, V + 2 * first, (3, 41))
+    for V, first, T in ((5, 0, 41), (7, 3, 41), (700, 100, 41), (3000, 0, 41), (1, 0, 100), (3, 0, 100)):
+        ids = np.random.default_rng(V).integers(0, V + 2 * first, (3, T))
         inside = (ids >= first) & (ids < first + V)
         rows = np.where(inside, ids - first, 0)
         scatter = (inside[..., None] * (rows[..., None] == np.arange(V))).reshape(-1, V)  # [ids, V] one-hot, zero rows outside
-        make = normals((V, 6), (3, 41, 6))
+        make = normals((V, 6), (3, T, 6))
         yield Case(
             "embedding",
             f"forward-{V}-{first}",
