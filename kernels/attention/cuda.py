@@ -190,7 +190,7 @@ def _writable(x: Any, like: Any) -> Any:
     return x if x is not None and _fits(x) else empty(like.shape, like.dtype, like)
 
 
-def _struct(seen: _Seen, scale: float, dropout: AttentionDropout | None, **arrays: Any) -> np.void:
+def _struct(seen: _Seen, scale: float, dropout: AttentionDropout | None, **arrays: Any) -> Any:
     """The struct Attention for arrays q, k and so on, by name."""
     a = np.zeros((), _ATTENTION)
     for name, x in arrays.items():
