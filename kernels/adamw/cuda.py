@@ -40,7 +40,7 @@ def adamw_(
 ) -> None:
     same_dtype(param, exp_avg, exp_avg_sq)
     _flat(param, grad, exp_avg, exp_avg_sq, param_out)
-    on_device = grad_scale.astype(np.float32, copy=False) if getattr(grad_scale, "ndim", None) is not None else None
+    on_device = grad_scale.astype(np.float32, copy=False) if isinstance(grad_scale, type(param)) else None
     numbers = (
         *(1.0 if on_device is not None else grad_scale, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)),
         *(beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay),
