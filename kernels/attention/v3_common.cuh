@@ -32,8 +32,6 @@ __device__ __forceinline__ int seen_keys(const Problem& p, int query) { return p
 struct Schedule {
     int per_head, heads, section;
 
-    __device__ __forceinline__ int rounds() const { return num_blocks(per_head * heads, gridDim.x); }
-
     // This block's part in a round; false if there is none left.
     __device__ __forceinline__ bool part(int round, int& head, int& number) const {
         const int index = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
