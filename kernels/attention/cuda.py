@@ -65,7 +65,7 @@ def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
     small = shared_bytes < 80 << 10
     own = 64 if width <= (32 if small else 64) else 32
     loop = 16 if width == 128 and small else 32
-    row, scores = 4 * (width + 4), 4 * own * (loop + 4)  # bytes
+    row, scores = 4 * (width + 4), 4 * own * (loop | 16)  # bytes
     forward, backward = (own + 2 * loop) * row + scores, 2 * (own + loop) * row
     cut = functools.partial(_Tiles, own, loop, 256)
     defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "OWN": own, "LOOP": loop}
