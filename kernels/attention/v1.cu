@@ -290,6 +290,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
                     grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
                 }
             }
+            WATCH(P, s);
+            WATCH(dS, grad_s);
             __syncwarp();
             add_weighted_rows(v_sums, scores, grad_o_tile);
             add_weighted_rows(k_sums, grad_scores, q_tile);
@@ -347,6 +349,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
                 probability(s[i][j], grad_s[i][j], a, query[i], first_key + X + SIDE * j, key_mask, column_words);
                 grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
             }
+        WATCH(P, s);
+        WATCH(dS, grad_s);
         __syncwarp();
         add_weighted_rows(sums, grad_scores, k_tile);
     }

@@ -560,6 +560,8 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
                             probability(s[m][n][2 * half + e], grad_s[m][n][2 * half + e], scale, lse_here, delta_here, factor);
                         }
                 }
+            WATCH(P, s);
+            WATCH(dS, grad_s);
             #pragma unroll
             for (int n = 0; n < B_N; n += 2) {
                 Fragment weights[B_M];
@@ -659,6 +661,8 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_q(
 #endif
                         probability(s[m][n][e], grad_s[m][n][e], scale, lse_here[m][e / 2], delta_here[m][e / 2], factor);
                     }
+            WATCH(P, s);
+            WATCH(dS, grad_s);
             #pragma unroll
             for (int n = 0; n < B_N; n += 2) {
                 Fragment weights[B_M];
