@@ -104,7 +104,7 @@ def _section(name: str, run: Callable[[], Any], start: float, problems: list[str
 
 def _tests(tests: Path, repeats: int) -> dict[str, Any]:
     """Compile everything side by side, then run all cases."""
-    command = [sys.executable, "-m", "minillm.kernels.build", "--capability", compute_capability()]
+    command = [sys.executable, "-m", "minillm.kernels.precompile", "--capability", compute_capability()]
     done = subprocess.run(command, capture_output=True, text=True)
     found = checks.run(tests, repeats)
     if done.returncode:
