@@ -60,6 +60,7 @@ from minillm.kernels.random import cuda as _random_cuda  # noqa: F401
 from minillm.kernels.residual import cuda as _residual_cuda  # noqa: F401
 from minillm.kernels.rmsnorm import cuda as _rmsnorm_cuda  # noqa: F401
 from minillm.kernels.rope import cuda as _rope_cuda  # noqa: F401
+from minillm.kernels.softmax import cuda as _softmax_cuda  # noqa: F401
 from minillm.kernels.softmax_xent import cuda as _softmax_xent_cuda  # noqa: F401
 
 __all__ = [

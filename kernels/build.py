@@ -9,7 +9,7 @@ A file may say in comments how it is to be built:
     // minillm-build: -DELEMENT=bfloat16          one set of macros to compile it with when all are checked; one line a set
     // minillm-sass: HMMA                         an instruction that its machine code must hold
 
-`python -m minillm.kernels.build` compiles all of them for one architecture, in as many processes as there are cores.
+`python -m minillm.kernels.precompile` compiles all of them for one device, in as many processes as there are cores.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import hashlib
 import importlib.util
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from minillm.kernels.registry import KernelUnavailable
 
 Defines = Mapping[str, str | int]
 
@@ -72,12 +73,12 @@ def build_sets(path: Path) -> list[dict[str, str]]:
 
 
 def architecture(path: Path, capability: str) -> str:
-    """What to compile a file for on a device of a compute capability such as "90". Raises BuildError if the file is for another."""
+    """What to compile a file for on a device of a compute capability such as "90". Raises KernelUnavailable if the file is for another."""
     wanted = next(iter(marks(path, "arch")), None)
     if wanted is None:
         return f"sm_{capability}"
     if wanted.rstrip("a") != f"sm_{capability}":
-        raise BuildError(f"{path.name} in {path.parent.name}/ is for {wanted}, and the device is sm_{capability}")
+        raise KernelUnavailable(f"{path.parent.name}/{path.name} is for {wanted}, and this device is sm_{capability}")
     return wanted
 
 
@@ -223,37 +224,3 @@ def complaints(log: str) -> list[str]:
 def cuda_files() -> list[Path]:
     """Every `.cu` file of the kernels."""
     return sorted(FOLDER.glob("*/*.cu"))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compile every file with every set of macros it names, into the cache, for one architecture."""
-    import argparse
-    from concurrent.futures import ProcessPoolExecutor
-
-    parser = argparse.ArgumentParser(prog="minillm.kernels.build", description="Compile every CUDA kernel into the cache.")
-    parser.add_argument("--capability", default="90", help="compute capability of the device, such as 80 or 90 (default: 90)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="", help="only files whose folder/name holds this")
-    args = parser.parse_args(argv)
-    files = [path for path in cuda_files() if args.only in f"{path.parent.name}/{path.name}"]
-    work = [(path, defines, args.capability) for path in files for defines in build_sets(path)]
-    with ProcessPoolExecutor(args.processes) as pool:
-        results = list(pool.map(_compile_one, work))
-    for (path, defines, _), result in zip(work, results, strict=True):
-        print(f"{path.parent.name}/{path.name} {' '.join(f'-D{k}={v}' for k, v in defines.items())}: {result}")
-    return int(any(not result.startswith(("ok", "left out")) for result in results))
-
-
-def _compile_one(work: tuple[Path, Defines, str]) -> str:
-    path, defines, capability = work
-    wanted: Any = next(iter(marks(path, "arch")), None)
-    if wanted is not None and wanted.rstrip("a") != f"sm_{capability}":
-        return f"left out, it is for {wanted}"
-    try:
-        return f"ok, {len(compile_cuda(path, defines, architecture(path, capability)))} bytes"
-    except BuildError as error:
-        return f"FAILED: {error}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

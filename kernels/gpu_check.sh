@@ -7,12 +7,13 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 
-# minillm.kernels lies in kernels/, which only an installed package would know: links stand in for that.
+# minillm.kernels lies in kernels/, which only an installed package would know: links stand in for that, before what is in the current folder.
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/minillm"
 ln -s "$root"/minillm/* "$tree/minillm/"
 ln -s "$root/kernels" "$tree/minillm/kernels"
 ln -s "$root/launch" "$tree/minillm/launch"
+export PYTHONSAFEPATH=1
 export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -m minillm.kernels.gpu_check --root "$root" "$@"

@@ -17,6 +17,14 @@ def runs(count: int, dtype: Any) -> int:
     return -(-count * np.dtype(dtype).itemsize // 16)
 
 
+def threads_for(D: int, dtype: Any, most: int = 512) -> int:
+    """Threads of a block that walks along a row of D elements: one for each run, in powers of two, a warp at least and `most` at most."""
+    threads = 32
+    while threads < min(most, runs(D, dtype)):
+        threads *= 2
+    return threads
+
+
 class Rows(NamedTuple):
     """A row in the registers of a warp, or of a block of several: `values` elements a thread, `threads` for a row, `rows` for a block."""
 

@@ -41,7 +41,8 @@ def launch(
     shared_bytes: int = 0,
 ) -> None:
     """Run kernel `name` of the file `path`, compiled with `defines`, on `grid` blocks of `block` threads with `shared_bytes` of dynamic
-    shared memory. A grid with no block is no launch. Raises BuildError if the file does not compile."""
+    shared memory. A grid with no block is no launch. Raises BuildError if the file does not compile, KernelUnavailable if it is for another
+    device."""
     if 0 in grid:
         return
     if any(isinstance(getattr(a, "array", a), np.ndarray) for a in args):  # a tensor map knows its array

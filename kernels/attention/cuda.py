@@ -18,7 +18,7 @@ from minillm.kernels.attention import hopper
 from minillm.kernels.attention.bindings import visible_keys
 from minillm.kernels.attention.mask import AttentionDropout
 from minillm.kernels.cuda import DTYPES, cuda_kernel, unavailable
-from minillm.kernels.launch import address, compute_capability, deliver, element, empty, launch, namespace, same_dtype
+from minillm.kernels.launch import address, compute_capability, deliver, dense, element, empty, launch, namespace, same_dtype
 from minillm.kernels.random.hashing import address_words, column_words, threshold
 from minillm.kernels.registry import KernelUnavailable, kernel
 
@@ -65,7 +65,7 @@ def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
     small = shared_bytes < 80 << 10
     own = 64 if width <= (32 if small else 64) else 32
     loop = 16 if width == 128 and small else 32
-    row, scores = 4 * (width + 4), 4 * own * (loop + 4)  # bytes
+    row, scores = 4 * (width + 4), 4 * own * (loop | 16)  # bytes
     forward, backward = (own + 2 * loop) * row + scores, 2 * (own + loop) * row
     cut = functools.partial(_Tiles, own, loop, 256)
     defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "OWN": own, "LOOP": loop}
@@ -190,16 +190,19 @@ def _writable(x: Any, like: Any) -> Any:
     return x if x is not None and _fits(x) else empty(like.shape, like.dtype, like)
 
 
-def _struct(seen: _Seen, scale: float, dropout: AttentionDropout | None, **arrays: Any) -> np.void:
+def _struct(seen: _Seen, scale: float, dropout: AttentionDropout | None, **arrays: Any) -> Any:
     """The struct Attention for arrays q, k and so on, by name."""
+    strides = tuple((name, tuple(stride // x.itemsize for stride in x.strides[:3])) for name, x in arrays.items())
+    (_, Tq, H, _), (_, Tk, Hkv, _) = arrays["q"].shape, arrays["k"].shape
+    return _packed(strides, (Tq, Tk, H, Hkv, int(seen.causal)), scale, 0.0 if dropout is None else dropout.p)
+
+
+@functools.lru_cache(1024)
+def _packed(strides: tuple[tuple[str, tuple[int, ...]], ...], sizes: tuple[int, ...], scale: float, p: float) -> Any:
     a = np.zeros((), _ATTENTION)
-    for name, x in arrays.items():
-        a[name] = tuple(stride // x.itemsize for stride in x.strides[:3])
-    q, k = arrays["q"], arrays["k"]
-    a["num_queries"], a["num_keys"], a["num_heads"], a["num_kv_heads"] = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-    a["causal"], a["scale"] = seen.causal, scale
-    if dropout is not None:
-        a["threshold"], a["keep_scale"] = threshold(dropout.p), 1 / (1 - dropout.p)
+    for name, value in (*strides, *zip(_SIZES, sizes, strict=True)):
+        a[name] = value
+    a["scale"], a["threshold"], a["keep_scale"] = scale, threshold(p), 1 / (1 - p)
     return a[()]
 
 
@@ -262,6 +265,7 @@ def _backward(
     (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
     seen = _seen(q, k, causal, times_q, times_k, key_mask)
     grad_o, o, q, k, v = map(_readable, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
+    lse = dense(lse.astype(np.float32, copy=False))
     gq, gk, gv = _writable(grad_q, q), *(_writable(g if seen.order is None else None, k) for g in (grad_k, grad_v))
     extras = (seen.limits, seen.key_mask, *_words(dropout, H, seen.order, namespace(q)))
     a = _struct(seen, scale, dropout, q=q, k=k, v=v, o=o, grad_o=grad_o, grad_q=gq, grad_k=gk, grad_v=gv)

@@ -122,7 +122,7 @@ def _defines(x: Any) -> dict[str, str | int]:
 
 def _problem(q: Any, k: Any, scale: float, causal: bool, section: int) -> Any:
     (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
-    return np.array((B, H, Hkv, Tq, Tk, causal, section, scale), _PROBLEM)[()]
+    return np.array((B, H, Hkv, Tq, Tk, causal, min(section, B * H), scale), _PROBLEM)[()]
 
 
 def _launch(file: str, name: str, like: Any, parts: int, consumers: int, args: Sequence[Any], shared_bytes: int) -> None:

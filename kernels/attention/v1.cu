@@ -19,8 +19,8 @@
 //            y+48 #  #                            y+48 #  #    #    #
 //
 // The 16 threads of a row are half a warp, so a row's maximum and sum are four shuffles, and scores pass from the first product to the
-// second through shared memory without a block-wide barrier. Rows in shared memory are four floats longer than they need be, so that a
-// column of them falls into different banks.
+// second through shared memory without a block-wide barrier. Rows in shared memory are longer than they need be: by four floats, so that
+// the 16 rows that a warp reads at once do not meet in the same banks; of scores so that the two rows that a warp writes are 16 banks apart.
 //
 // The online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): keep the maximum m seen so far; when it grows, what has been added up
 // so far shrinks by exp(m_old - m_new). Backward computes P again from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135) in two kernels,
@@ -50,7 +50,7 @@
 
 constexpr int SIDE = 16, THREADS = SIDE * SIDE;
 constexpr int OWN_ROWS = OWN / SIDE, LOOP_ROWS = LOOP / SIDE, COLUMNS = HEAD_WIDTH / SIDE;  // of a thread
-constexpr int PITCH = HEAD_WIDTH + 4, SCORE_PITCH = LOOP + 4;  // floats from row to row in shared memory
+constexpr int PITCH = HEAD_WIDTH + 4, SCORE_PITCH = LOOP | 16;  // floats from row to row in shared memory
 
 #define X ((int)threadIdx.x % SIDE)
 #define Y ((int)threadIdx.x / SIDE)
@@ -70,7 +70,7 @@ __device__ __forceinline__ void dot_rows(float (&dots)[OWN_ROWS][LOOP_ROWS], con
     for (int i = 0; i < OWN_ROWS; i++)
         #pragma unroll
         for (int j = 0; j < LOOP_ROWS; j++) dots[i][j] = 0;
-    #pragma unroll 4
+    #pragma unroll 1  // two blocks a multiprocessor hide more than a longer loop body would
     for (int k = 0; k < HEAD_WIDTH; k += 4) {
         Pack16<float> a[OWN_ROWS], b[LOOP_ROWS];
         #pragma unroll
@@ -248,7 +248,7 @@ __device__ __forceinline__ void probability(float& p, float& grad_s, const Atten
 }
 
 // Grid (key tiles, key-value heads, samples). The queries of all heads that read a key-value head come one head after another.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
     const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
     Element* grad_k, Element* grad_v, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
     const uint32_t* column_words, const Attention a) {
@@ -290,6 +290,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_grad_kv(
                     grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
                 }
             }
+            WATCH(P, s);
+            WATCH(dS, grad_s);
             __syncwarp();
             add_weighted_rows(v_sums, scores, grad_o_tile);
             add_weighted_rows(k_sums, grad_scores, q_tile);
@@ -347,6 +349,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
                 probability(s[i][j], grad_s[i][j], a, query[i], first_key + X + SIDE * j, key_mask, column_words);
                 grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
             }
+        WATCH(P, s);
+        WATCH(dS, grad_s);
         __syncwarp();
         add_weighted_rows(sums, grad_scores, k_tile);
     }

@@ -30,7 +30,8 @@
 // * 32 rows a warp where registers allow: what ldmatrix brings serves two products, without which shared memory, not the tensor core, is
 //   the limit. Own rows stay in registers as fragments where they fit (KEEP_..), else they are read again for each tile.
 //
-// * The tiles that a causal mask cuts are masked, the others pay nothing; a warp passes over those that it does not see at all.
+// * The tiles that a causal mask cuts are masked, the others pay nothing; a warp passes over those that it does not see at all (at head
+//   width 128, the forward pass has no registers left for that branch).
 //
 // Arrays are read in 16-byte pieces: pointers and strides must be multiples of 8 elements.
 //
@@ -366,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(F_THREADS) attention_forward(
             copy_tile<FORWARD_LOOP, F_THREADS>(v_tiles + (buffer ^ 1) * TILE, v, a.v.time, key + FORWARD_LOOP, a.num_keys);
             cp_async_commit();
         }
-        if (key >= seen.most) continue;
+        if (HEAD_WIDTH < 128 && key >= seen.most) continue;  // at 128 the branch takes registers that are not there
         float s[F_M][F_N][4];
         dot_rows(s, queries, k_tiles + buffer * TILE, 0);
         if (key + FORWARD_LOOP > seen.least) hide_later_keys(s, a, limits, first + own, key);
@@ -559,6 +560,8 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
                             probability(s[m][n][2 * half + e], grad_s[m][n][2 * half + e], scale, lse_here, delta_here, factor);
                         }
                 }
+            WATCH(P, s);
+            WATCH(dS, grad_s);
             #pragma unroll
             for (int n = 0; n < B_N; n += 2) {
                 Fragment weights[B_M];
@@ -658,6 +661,8 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_q(
 #endif
                         probability(s[m][n][e], grad_s[m][n][e], scale, lse_here[m][e / 2], delta_here[m][e / 2], factor);
                     }
+            WATCH(P, s);
+            WATCH(dS, grad_s);
             #pragma unroll
             for (int n = 0; n < B_N; n += 2) {
                 Fragment weights[B_M];

@@ -215,8 +215,8 @@ __device__ __forceinline__ void compute_for_keys(KeyShared& shared, const Tensor
                 add_queries(shared, p, consumer, Place<QUERY_STAGES>(n), first, tile * QUERIES, grad_k, grad_v);
         release(&shared.own_empty);
         const float one[2] = {1, 1}, scale[2] = {p.scale, p.scale};
-        store_rows(grad_v_map, shared.grad_v[consumer], grad_v, one, first, part.kv_head, part.sample, 1 + consumer);
-        store_rows(grad_k_map, shared.grad_k[consumer], grad_k, scale, first, part.kv_head, part.sample, 1 + consumer);
+        store_rows<1>(grad_v_map, shared.grad_v[consumer], grad_v, one, first, part.kv_head, part.sample, 1 + consumer);
+        store_rows<1>(grad_k_map, shared.grad_k[consumer], grad_k, scale, first, part.kv_head, part.sample, 1 + consumer);
     }
     if (threadIdx.x % 128 == 0) tma_wait<0>();
 }
@@ -375,7 +375,7 @@ __device__ __forceinline__ void compute_for_queries(QueryShared& shared, const T
             add_keys(shared, p, consumer, Place<KEY_STAGES>(n), rows, tile * KEYS, seen_keys(p, first), grad_q);
         release(&shared.own_empty);
         const float scale[2] = {p.scale, p.scale};
-        store_rows(grad_q_map, shared.grad_q[consumer], grad_q, scale, first, part.head, part.sample, 1 + consumer);
+        store_rows<0>(grad_q_map, shared.grad_q[consumer], grad_q, scale, first, part.head, part.sample, 1 + consumer);
     }
     if (threadIdx.x % 128 == 0) tma_wait<0>();
 }

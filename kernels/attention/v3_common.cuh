@@ -32,8 +32,6 @@ __device__ __forceinline__ int seen_keys(const Problem& p, int query) { return p
 struct Schedule {
     int per_head, heads, section;
 
-    __device__ __forceinline__ int rounds() const { return num_blocks(per_head * heads, gridDim.x); }
-
     // This block's part in a round; false if there is none left.
     __device__ __forceinline__ bool part(int round, int& head, int& number) const {
         const int index = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
@@ -59,19 +57,20 @@ __device__ __forceinline__ void release(uint64_t* empty) {
     if (LANE == 0) mbarrier_arrive(empty);
 }
 
-// The same, no sooner than `x`, which is never negative, is known. That is said to ptxas alone: it moves a wait for products up as far as it
-// can, before the arithmetic that is meant to run beside them. An arrival that hangs on a result of that arithmetic stands in its way.
+// The same, no sooner than `x`, which is never negative, is known. That is said to ptxas alone: it moves a wait for products up as far as
+// it can, before the arithmetic that is meant to run beside them. An arrival that hangs on a result of that arithmetic stands in its way.
 __device__ __forceinline__ void release_with(uint64_t* empty, float x) {
     __syncwarp();
     if (LANE == 0 && !(x < 0)) mbarrier_arrive(empty);  // also if x is not a number
 }
 
 // A thread of a computing warpgroup puts its accumulators into a tile from which the copy engine stores them: 64 rows from `time` on.
-// `barrier` is one of the warpgroup's own.
+// `barrier` is one of the warpgroup's own, and OTHERS says from how many other tiles it stores before it comes to this one again.
+template <int OTHERS>
 __device__ __forceinline__ void store_rows(const TensorMap* map, Element* tile, const float (&d)[HEAD_WIDTH / 2], const float (&factor)[2],
                                            int time, int head, int sample, int barrier) {
     const bool leader = threadIdx.x % 128 == 0;
-    if (leader) tma_wait_read<0>();  // the last store from this tile
+    if (leader) tma_wait_read<OTHERS>();  // the last store from this tile
     named_barrier_sync(barrier, 128);
     write_tile<HEAD_WIDTH>(tile, d, factor);
     fence_async_proxy();

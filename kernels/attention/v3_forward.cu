@@ -266,7 +266,7 @@ __device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, 
         n += part.tiles;
         float factor[2];
         normalise(rows, lse, p, part, first, factor);
-        store_rows(o_map, shared.o[consumer], out, factor, first, part.head, part.sample, 1 + consumer);
+        store_rows<0>(o_map, shared.o[consumer], out, factor, first, part.head, part.sample, 1 + consumer);
     }
     if (threadIdx.x % 128 == 0) tma_wait<0>();
 }

@@ -11,7 +11,7 @@ from minillm.kernels.grids import blocks, runs
 from minillm.kernels.launch import dense, element, empty, launch
 
 _FILE = Path(__file__).with_name("v1.cu")
-_WARPS = 8
+_WARPS, _CHUNK = 8, 64
 
 
 def _ids(ids: Any) -> Any:
@@ -37,7 +37,13 @@ def embedding_backward_(grad_y: Any, ids: Any, grad_weight: Any, first_row: int 
         grad_weight.fill(0)
     flat = _ids(ids).reshape(-1)
     order = flat.argsort(kind="stable")
+    keys = flat[order]
     counts = (np.int64(flat.size), np.int64(V), np.int32(D), np.int64(first_row))
     defines = {"ELEMENT": element(grad_y), "SUM": element(grad_weight)}
-    grid = (flat.size, blocks(runs(D, grad_y.dtype), 32))
-    launch(_FILE, "embedding_backward", defines, grid, (32, _WARPS), (dense(grad_y), order, flat[order], grad_weight, *counts))
+    chunks, tiles = blocks(flat.size, _CHUNK), blocks(runs(D, grad_y.dtype), 32)
+    partials = empty((chunks, 2, D), np.float32, grad_y)
+    args = (dense(grad_y), order, keys, grad_weight, partials, *counts)
+    launch(_FILE, "embedding_backward", defines, (chunks, tiles), (32, _WARPS), args)
+    if chunks > 1:
+        grid = (blocks(chunks, _WARPS), tiles)
+        launch(_FILE, "embedding_backward_long", defines, grid, (32, _WARPS), (keys, partials, grad_weight, *counts))

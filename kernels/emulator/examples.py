@@ -150,6 +150,14 @@ def embedding_backward_(make: _Maker) -> Any:
     return grad_weight
 
 
+def softmax_forward(make: _Maker) -> Any:
+    return kernels.softmax_forward(make.rows())
+
+
+def softmax_backward(make: _Maker) -> Any:
+    return kernels.softmax_backward(make.rows(), make.rows())
+
+
 def xent_max(make: _Maker) -> Any:
     return kernels.xent_max(make.rows())
 
@@ -209,7 +217,7 @@ EXAMPLES: dict[str, Callable[[_Maker], Any]] = {
         *(attention_forward, attention_backward, layernorm_forward, layernorm_backward, rmsnorm_forward, rmsnorm_backward),
         *(gelu_forward, gelu_backward, relu_forward, relu_backward, swiglu_forward, swiglu_backward, add, cast, column_sum, rope_),
         *(dropout_forward, random_normal, embedding_forward, embedding_backward_, xent_max, xent_shifted_sum_, xent_grad_),
-        *(xent_statistics, xent_grad_from_logits_),
+        *(softmax_forward, softmax_backward, xent_statistics, xent_grad_from_logits_),
         *(adamw_, sgd_, sum_of_squares, sum_arrays),
     )
 }

@@ -67,7 +67,8 @@ struct Launch {
     int64_t log_block;     // log the accesses of this block; -1: none
     int64_t watch_block;
     int32_t watch_thread;  // -1: nobody
-    int32_t padding;
+    int32_t num_stacks;
+    char* stacks;  // of the fibers; one set serves all libraries of a process, and a launch that needs more replaces it
 };
 struct Report {
     char kind[64];
@@ -83,7 +84,7 @@ struct Report {
 };
 
 struct Machine {
-    const Launch* launch = nullptr;
+    Launch* launch = nullptr;
     Report* report = nullptr;
     std::vector<Fiber> fibers;
     int num_threads = 0, num_warps = 0, running = -1, left = 0, num_clocks = 0;

@@ -22,6 +22,7 @@ ORDERS = ("round robin", "greedy warp", "reversed", "random")
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 232448  # of one block of an H100; also what a launch may ask for
 _lock = threading.Lock()  # a library holds one machine
+_stacks: list[Any] = [None, 0]  # of the fibers, and how many: shared by all libraries, which would exhaust the process's mappings else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,8 @@ class _Launch(ctypes.Structure):
         *(("shared_bytes", ctypes.c_uint64), ("order", ctypes.c_int32), ("checks", ctypes.c_int32), ("seed", ctypes.c_uint64)),
         *(("preempt", ctypes.c_uint32), ("num_arrays", ctypes.c_int32), ("arrays", ctypes.POINTER(_Array))),
         *(("shared_variables", ctypes.POINTER(_Array)), ("num_shared_variables", ctypes.c_int64), ("only_block", ctypes.c_int64)),
-        *(("log_block", ctypes.c_int64), ("watch_block", ctypes.c_int64), ("watch_thread", ctypes.c_int32), ("padding", ctypes.c_int32)),
+        *(("log_block", ctypes.c_int64), ("watch_block", ctypes.c_int64), ("watch_thread", ctypes.c_int32), ("num_stacks", ctypes.c_int32)),
+        ("stacks", ctypes.c_void_p),
     )
 
 
@@ -211,7 +213,9 @@ def launch_compiled(
     )
     report = Report()
     with _lock:
+        request.stacks, request.num_stacks = _stacks
         failed = library.emulator_launch(ctypes.byref(request), ctypes.byref(report))
+        _stacks[:] = request.stacks, request.num_stacks
         symbols = Symbols(compiled.library, library, options.edits)
         if options.record is not None:
             memory = _memory(parameters, args, shared, report.dynamic_shared, shared_bytes)

@@ -115,18 +115,22 @@ static void* new_stack_pointer(char* top, void (*entry)()) {
 }
 #endif
 
-static void allocate_stacks(int count) {
-    static int allocated = 0;
-    if (count > allocated) {
-        const size_t each = STACK_BYTES + GUARD_BYTES;
-        if (allocated) munmap(machine.stacks_begin, allocated * each);
+// Stacks with a guard below each, where a thread that recurses without end stops. Returns whether there is memory for them.
+static bool allocate_stacks(Launch& launch, int count) {
+    const size_t each = STACK_BYTES + GUARD_BYTES;
+    if (count > launch.num_stacks) {
+        if (launch.num_stacks) munmap(launch.stacks, launch.num_stacks * each);
+        launch.num_stacks = 0;
         void* memory = mmap(nullptr, count * each, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        machine.stacks_begin = static_cast<char*>(memory);
-        machine.stacks_end = machine.stacks_begin + count * each;
-        for (int i = 0; i < count; i++) mprotect(machine.stacks_begin + i * each, GUARD_BYTES, PROT_NONE);
-        allocated = count;
+        if (memory == MAP_FAILED) return false;
+        launch.stacks = static_cast<char*>(memory);
+        launch.num_stacks = count;
+        for (int i = 0; i < count; i++) mprotect(launch.stacks + i * each, GUARD_BYTES, PROT_NONE);
     }
-    for (int i = 0; i < count; i++) machine.fibers[i].stack = machine.stacks_begin + i * (STACK_BYTES + GUARD_BYTES) + GUARD_BYTES;
+    machine.stacks_begin = launch.stacks;
+    machine.stacks_end = launch.stacks + launch.num_stacks * each;
+    for (int i = 0; i < count; i++) machine.fibers[i].stack = launch.stacks + i * each + GUARD_BYTES;
+    return true;
 }
 
 static void to_scheduler() {
@@ -414,7 +418,7 @@ static std::vector<uint32_t> block_order() {
     return order;
 }
 
-static void prepare(const Launch& launch, Report& report) {
+static bool prepare(Launch& launch, Report& report) {
     machine.launch = &launch;
     machine.launch_number++;
     machine.report = &report;
@@ -431,12 +435,15 @@ static void prepare(const Launch& launch, Report& report) {
     machine.watched.clear();
     machine.trace.clear();
     machine.trace_lacks_data = false;
-    allocate_stacks(machine.num_threads);
     prepare_memory(launch);
+    if (allocate_stacks(launch, machine.num_threads)) return true;
+    snprintf(report.kind, sizeof report.kind, "no memory");
+    snprintf(report.text, sizeof report.text, "for the stacks of %d threads", machine.num_threads);
+    return false;
 }
 
-extern "C" __attribute__((visibility("default"))) int emulator_launch(const Launch* launch, Report* report) {
-    prepare(*launch, *report);
+extern "C" __attribute__((visibility("default"))) int emulator_launch(Launch* launch, Report* report) {
+    if (!prepare(*launch, *report)) return 1;
     for (uint32_t number : block_order()) {
         if (launch->only_block >= 0 && number != launch->only_block) continue;
         start_block(number);

@@ -132,9 +132,10 @@ std::vector<Copy> copies;  // under way
 
 // The stores of one thread.
 struct Stores {
-    int agent;
-    uint32_t landed;
-    int groups;
+    int agent = 0;
+    uint32_t landed = 0;
+    int groups = 0;           // committed
+    std::map<int, Tick> last; // when the last store of a group landed
 };
 std::map<int, Stores> stores_of;
 
@@ -207,7 +208,9 @@ void land(size_t index) {
         complete_if_nothing_is_missing(barrier);
     } else {
         Stores& stores = stores_of[copy.by.thread];
-        copy_box(copy, stores.agent, agent_tick(++stores.landed));
+        const Tick tick = agent_tick(++stores.landed);
+        copy_box(copy, stores.agent, tick);
+        stores.last[copy.group] = tick;
     }
 }
 
@@ -229,7 +232,7 @@ void start_copy(Copy::Kind kind, const void* shared, const TensorMap* tensor_map
             fail("missing fence", site, "the copy engine may not know this mbarrier: no fence_barrier_init() after mbarrier_init");
         mark_in_flight(copy.shared, box_bytes(copy.map), site);
     } else {
-        const auto [stores, fresh] = stores_of.try_emplace(thread(), Stores{0, 0, 0});
+        const auto [stores, fresh] = stores_of.try_emplace(thread());
         if (fresh) stores->second.agent = new_agent();
         copy.group = stores->second.groups;
     }
@@ -280,19 +283,17 @@ void emulator::wait_for_stores(int pending) {
     const auto found = stores_of.find(thread());
     if (found == stores_of.end()) return;
     Stores& stores = found->second;
-    bool all = true;
+    const int end = stores.groups - pending;  // of the groups waited for
     for (size_t i = 0; i < copies.size();) {
-        const bool mine = copies[i].kind != Copy::load && copies[i].by.thread == thread();
-        if (mine && copies[i].group < stores.groups - pending)
+        if (copies[i].kind != Copy::load && copies[i].by.thread == thread() && copies[i].group < end)
             land(i);
         else
-            all &= !mine, i++;
+            i++;
     }
-    if (all) {  // what landed early, though not waited for, is not told apart from the rest
-        Clock clock;
-        clock.raise(stores.agent, agent_tick(stores.landed));
-        acquire_from(clock);
-    }
+    Clock clock;
+    for (const auto& [group, tick] : stores.last)
+        if (group < end) clock.raise(stores.agent, tick);
+    acquire_from(clock);
 }
 
 // ---- named barriers

@@ -125,7 +125,7 @@ def _training(problems: list[str]) -> dict[str, Any]:
 
 def _tests(tests: Path, repeats: int) -> dict[str, Any]:
     """Compile everything side by side, then run all cases."""
-    command = [sys.executable, "-m", "minillm.kernels.build", "--capability", compute_capability()]
+    command = [sys.executable, "-m", "minillm.kernels.precompile", "--capability", compute_capability()]
     done = subprocess.run(command, capture_output=True, text=True)
     found = checks.run(tests, repeats)
     if done.returncode:

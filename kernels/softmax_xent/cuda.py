@@ -7,20 +7,17 @@ from typing import Any
 
 import numpy as np
 from minillm.kernels.cuda import cuda_kernel
-from minillm.kernels.grids import runs
+from minillm.kernels.grids import threads_for
 from minillm.kernels.launch import dense, element, empty, launch
 
 _FILE = Path(__file__).with_name("v1.cu")
-_MOST_THREADS = 512
 
 
 def _launch(name: str, logits: Any, *args: Any) -> None:
-    """One block for each row of logits [rows, V], of as many threads as the row has runs, at most 512."""
+    """One block for each row of logits [rows, V]."""
     if not logits.flags.c_contiguous:
         raise ValueError("logits are overwritten in place, and must be C-contiguous")
-    threads = 32
-    while threads < min(_MOST_THREADS, runs(logits.shape[1], logits.dtype)):
-        threads *= 2
+    threads = threads_for(logits.shape[1], logits.dtype)
     launch(_FILE, name, {"ELEMENT": element(logits)}, (len(logits),), (threads,), (logits, *args))
 
 

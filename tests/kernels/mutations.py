@@ -173,8 +173,8 @@ MUTATIONS = [
     ),
     _v3(
         "tile overwritten while it is stored",
-        "    if (leader) tma_wait_read<0>();",
-        "    if (false) tma_wait_read<0>();",
+        "    if (leader) tma_wait_read<OTHERS>();",
+        "    if (false) tma_wait_read<OTHERS>();",
         "attention/v3_common.cuh",
     ),
     _v3("wrong swizzle", "(column % PANEL_COLUMNS / 8) ^ (row % 8)", "(column % PANEL_COLUMNS / 8) ^ (row / 2 % 8)", "device/tiles.cuh"),
@@ -185,6 +185,7 @@ MUTATIONS = [
         "device/tiles.cuh",
     ),
     _v3_back("mask off by one", "if (i / 4 * 8 + i % 2 < key + i", "if (i / 4 * 8 + i % 2 <= key + i"),
+    _v3_back("tile overwritten while it is stored", "store_rows<1>(grad_k_map", "store_rows<2>(grad_k_map"),
     _v3_back("statistics not expected", "sizeof(Tile<QUERIES>) + sizeof(shared.statistics[0]));", "sizeof(Tile<QUERIES>));"),
     _v3_back(
         "queries given back while they are read",
@@ -272,8 +273,8 @@ MUTATIONS = [
     _step(
         "token of the next id added",
         "embedding/v1.cu",
-        "i < num_ids && sorted[i] == id;",
-        "i < num_ids && sorted[i] <= id + 1;",
+        "i < end && sorted[i] == sorted[start]",
+        "i < end && sorted[i] <= sorted[start] + 1",
         "embedding_backward_",
     ),
     _step("two moments mixed up", "adamw/v1.cu", "v[i] = beta2 * v[i]", "v[i] = beta1 * v[i]", "adamw_", dtype="float32"),

@@ -76,6 +76,15 @@ def test_no_schedule_of_threads_changes_a_bit() -> None:
             assert same_bits(both_passes(arrays), wanted), schedule
 
 
+def test_turns_change_no_bit() -> None:
+    arrays = rounded(exact_inputs(1, 300, 1, 1, 64))
+    wanted = both_passes(arrays)
+    q, k, v, _ = arrays
+    edit = ("#define TAKE_TURNS 1", "#define TAKE_TURNS 0")
+    with emulator.emulate(edits=(edit,), order="random"), kernels.use(attention="emulator:v3"):
+        assert same_bits(kernels.attention_forward(q, k, v, scale=SCALE, causal=True), wanted[:2])
+
+
 def test_a_fused_projection_is_read_as_it_lies() -> None:
     q, k, v, grad_o = rounded(exact_inputs(2, 70, 2, 2, 32))
     fused = np.stack([q, k, v], axis=2)  # [B, T, 3, H, K]
