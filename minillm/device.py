@@ -115,7 +115,13 @@ class CudaDevice(Device):
         return Later(values, ready)
 
     def reserve(self, num_bytes: int) -> None:
-        """See `Device`. The pool cuts later requests from the piece."""
+        """See `Device`. The pool cuts later requests from the piece. Raises ConfigError where there is not so much."""
+        free, total = self.xp.cuda.runtime.memGetInfo()
+        if num_bytes > free:
+            raise ConfigError(
+                f"activations and logits need about {num_bytes / 1e9:.1f} GB, and {self.describe()} has {free / 1e9:.1f} of its "
+                f"{total / 1e9:.1f} GB free; use a smaller --microbatch or --recompute full"
+            )
         self.xp.empty(num_bytes, np.uint8)
 
     def peak_bytes(self) -> int:

@@ -72,6 +72,6 @@ def judge(
     good = xp.isfinite(totals[:1]) & xp.isfinite(norm)
     if before is not None and before.good is not None:
         good &= before.good
-    clipped = xp.minimum(np.float64(1), np.float64(max_norm) / (norm + np.float64(1e-6))) if max_norm else xp.ones(1, np.float64)
-    scale = xp.where(good, clipped, np.float64(math.nan)).astype(np.float32)
+    clipped = xp.minimum(max_norm / (norm + 1e-6), 1.0) if max_norm else xp.ones(1, np.float64)
+    scale = xp.where(good, clipped, math.nan).astype(np.float32)
     return Verdict(step, device.later(xp.concatenate([totals[:1], norm])), scale, good, advice)

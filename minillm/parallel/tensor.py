@@ -188,7 +188,7 @@ def _counted_sum(losses: Array, counted: Array) -> Any:
     if isinstance(losses, np.ndarray):
         return float(np.sum(losses[counted], dtype=np.float64))
     xp = namespace(losses)
-    return xp.where(counted, losses, losses.dtype.type(0)).sum(dtype=np.float64)
+    return xp.where(counted, losses, 0.0).sum(dtype=np.float64)
 
 
 class _Head:

@@ -78,6 +78,12 @@ def test_what_the_kernels_cannot_do_is_an_error(options: dict[str, Any], message
         resolve(TrainConfig(**options), 1, 100)
 
 
+def test_activations_that_do_not_fit_are_named_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with installed():
+        assert train.main([*OPTIONS, f"--out={tmp_path / 'run'}", "--layers=200", "--context=4096", "--recompute=none"]) == 1
+    assert re.search(r"need about [\d.]+ GB, and stand-in, device 0 has 1\.1 of its 2\.1 GB free; use a smaller", capsys.readouterr().err)
+
+
 def _cupy(error: Exception | None, driver: int = 0, count: int = 0) -> Any:
     def devices_or_error() -> int:
         if error is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from standin.cuda import Event
 from standin.install import installed
 from test_step import FLOAT32, MILD, error, sizes
 from training_helpers import Layout, Outcome, compare, train
@@ -170,3 +171,26 @@ def test_bfloat16_differs_by_rounding(model: str, layout: Layout) -> None:
     found = train(model, layout, optimizer="adamw", steps=1, std=MILD, direct=layout.pp == 2, **options)
     assert error(found, want) <= 2 * error(want, exact)
     assert math.isclose(found.losses[0], want.losses[0], rel_tol=2.0**-9)
+
+
+def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: what the stand-in is for."""
+    x = np.arange(100, dtype=np.float32)
+
+    def reduce(comm: Communicator, upload: Any) -> np.ndarray:
+        return to_host(comm.all_reduce_(upload(x)))
+
+    assert all(np.array_equal(found, RANKS * x) for found in everywhere(reduce, False))
+    with monkeypatch.context() as patch:
+        patch.setattr(Event, "synchronize", lambda self: None)
+        with pytest.raises((AssertionError, RuntimeError)):
+            assert all(np.array_equal(found, RANKS * x) for found in everywhere(reduce, False))
+    start = StagedCommunicator._start_upload
+
+    def forget_the_event(self: StagedCommunicator, host: np.ndarray, flat: Any) -> Event:
+        start(self, host, flat)
+        return Event()
+
+    monkeypatch.setattr(StagedCommunicator, "_start_upload", forget_the_event)
+    with pytest.raises(RuntimeError, match="overwritten while a copy to the device could still be reading them"):
+        everywhere(reduce, False)

@@ -151,6 +151,7 @@ class Device:
 runtime = types.SimpleNamespace(
     getDevice=lambda: 0,
     getDeviceCount=lambda: 1,
+    memGetInfo=lambda: (1 << 30, 2 << 30),
     getDeviceProperties=lambda number: {"name": b"stand-in"},
     driverGetVersion=lambda: 13000,
     runtimeGetVersion=lambda: 13000,
