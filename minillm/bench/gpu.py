@@ -7,6 +7,7 @@ Ranks are threads, which need no MPI; where there is one, they are processes too
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import math
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,7 @@ def ranks() -> list[dict[str, Any]]:
         for layout in LAYOUTS:
             size = math.prod(layout.get(axis, 1) for axis in ("dp", "tp", "pp"))
             config = _config(size, device="cuda", dtype=dtype, **layout)
-            found = run_ranks(size, lambda comm, config=config: _train(comm, config, 5), timeout=60)
+            found = run_ranks(size, partial(_train, config=config, steps=5), timeout=60)
             name = " ".join(f"{key} {value}" for key, value in layout.items())
             rows.append(_row(f"{dtype}, {name}", found[0], want, limit))
     return rows
@@ -212,9 +214,8 @@ def _keep_busy(device: Device, seconds: float) -> None:
 @contextmanager
 def _bracketed(device: Device, parts: dict[str, list[Any]]) -> Iterator[None]:
     """Put events around every product and every kernel of ours."""
-    from minillm.kernels import launch
-    from minillm.kernels.matmul import cuda as matmul
-
+    launch: Any = importlib.import_module("minillm.kernels.launch")
+    matmul: Any = importlib.import_module("minillm.kernels.matmul.cuda")
     cuda, own_function, own_gemm = device.xp.cuda, launch._function, matmul.gemm
 
     def timed(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:

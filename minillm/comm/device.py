@@ -2,13 +2,15 @@
 
 Where MPI takes device memory, it gets the device's addresses. Elsewhere arrays travel through pinned host memory: whole ones for messages
 and for reductions that run in the background, otherwise in chunks through two buffers in turn, so that one chunk is copied while another is
-under way. Either way the host first waits for the work that writes the array. Sums of 2-byte floats are exchanged by slices, added in rank
+under way. Nothing is sent before the device has written it: the host waits, or, for a reduction in the background, looks again whenever it
+is polled, so that it can go on queueing work. Sums of 2-byte floats are exchanged by slices, added in rank
 order in float32 and rounded once, as among hosts. Arrays of the host pass through untouched.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -78,22 +80,65 @@ class _DeviceCommunicator(BaseCommunicator):
 
     def split(self, color: int | None, key: int | None = None, name: str = "") -> Communicator | None:
         """A group of the ranks with the same `color`, ordered by (key, rank); None where the color is None. Collective."""
+        self._start_reductions()
         return self._wrap(self.inner.split(color, key, name))
 
     def split_by_node(self) -> Communicator:
         """The ranks of this group on the same node. Collective."""
+        self._start_reductions()
         return self._wrap(self.inner.split_by_node())
 
     def dup(self, name: str) -> Communicator:
         """The same ranks under another name, with messages of their own. Collective."""
+        self._start_reductions()
         return self._wrap(self.inner.dup(name))
 
     def alloc_shared(self, nbytes: int) -> SharedWindow:
         """Host memory that every rank of the group sees. Collective."""
+        self._start_reductions()
         return self.inner.alloc_shared(nbytes)
 
     def _barrier(self) -> None:
+        self._start_reductions()
         self.inner._barrier()
+
+    def _start_reductions(self, wait: bool = True) -> None:
+        """Nothing waits to be started."""
+
+
+class _Reduction:
+    """A Work that reduces in the background what has first to come down from the device. Those of a group start in their order, since all
+    ranks must run the same collectives in the same order."""
+
+    def __init__(self, comm: StagedCommunicator, flat: Array, op: ReduceOp) -> None:
+        self._comm, self._flat, self._op = comm, flat, op
+        self._host = comm._pinned(flat.nbytes)
+        self.down = comm._start_download(flat, self._host)
+        self._work: Work | None = None
+        self._done = False
+
+    def start(self) -> None:
+        """It has come down: reduce it."""
+        self._work = self._comm.inner._iall_reduce(self._host.view(self._flat.dtype), self._op)
+
+    def test(self) -> bool:
+        """See `Work`."""
+        self._comm._start_reductions(wait=False)
+        if not self._done and self._work is not None and self._work.test():
+            self._finish()
+        return self._done
+
+    def wait(self) -> None:
+        """See `Work`."""
+        self._comm._start_reductions(wait=True)
+        if not self._done:
+            assert self._work is not None
+            self._work.wait()
+            self._finish()
+
+    def _finish(self) -> None:
+        self._comm._upload(self._host, self._flat)
+        self._done = True
 
 
 class StagedCommunicator(_DeviceCommunicator):
@@ -102,6 +147,14 @@ class StagedCommunicator(_DeviceCommunicator):
     def __init__(self, inner: BaseCommunicator, device: Device) -> None:
         super().__init__(inner, device)
         self._buffers: list[np.ndarray] = []
+        self._coming: deque[_Reduction] = deque()
+        self._leaving: deque[tuple[Any, np.ndarray]] = deque()
+
+    def _start_reductions(self, wait: bool = True) -> None:
+        """Start those background reductions that have come down; with `wait`, all of them: before any other collective of this group."""
+        while self._coming and (wait or self._coming[0].down.done):
+            self._coming[0].down.synchronize()
+            self._coming.popleft().start()
 
     # ---- copies
 
@@ -131,7 +184,13 @@ class StagedCommunicator(_DeviceCommunicator):
         return event
 
     def _then_upload(self, work: Work, host: np.ndarray, flat: Array) -> Work:
-        return _Then(work, flat, lambda: self._start_upload(host, flat).synchronize())
+        return _Then(work, flat, lambda: self._upload(host, flat))
+
+    def _upload(self, host: np.ndarray, flat: Array) -> None:
+        """Queue the copy of pinned memory into a flat array, and keep that memory from being used again before the copy is over."""
+        while self._leaving and self._leaving[0][0].done:
+            self._leaving.popleft()
+        self._leaving.append((self._start_upload(host, flat), host))
 
     def _through(self, flat: Array, move: Callable[[np.ndarray], None], *, down: bool = True, up: bool = True) -> None:
         """Carry `flat` through `move`, chunk by chunk: while one chunk is under way, the next comes down and the last one goes up."""
@@ -160,34 +219,43 @@ class StagedCommunicator(_DeviceCommunicator):
     # ---- operations on flat buffers
 
     def _all_reduce(self, flat: Array, op: ReduceOp) -> None:
+        self._start_reductions()
         if _on_host(flat):
             self.inner._all_reduce(flat, op)
         else:
             self._through(flat, lambda host: self.inner._all_reduce(host, op))
 
     def _iall_reduce(self, flat: Array, op: ReduceOp) -> Work:
-        if _on_host(flat):
-            return self.inner._iall_reduce(flat, op)
-        host = self._download(flat)
-        return self._then_upload(self.inner._iall_reduce(host, op), host, flat)
+        if _on_host(flat) or not flat.size:
+            self._start_reductions()
+            return self.inner._iall_reduce(flat if _on_host(flat) else np.empty(0, flat.dtype), op)
+        if is_narrow(flat.dtype) or flat.dtype.kind == "b":  # by messages for which ranks wait: not from within a poll
+            self._all_reduce(flat, op)
+            return DoneWork()
+        self._coming.append(_Reduction(self, flat, op))
+        return self._coming[-1]
 
     def _all_gather(self, flat: Array, counts: list[int]) -> Array:
+        self._start_reductions()
         if _on_host(flat):
             return self.inner._all_gather(flat, counts)
         return self.device.upload(self.inner._all_gather(self._download(flat), counts))
 
     def _reduce_scatter(self, flat: Array, counts: list[int]) -> Array:
+        self._start_reductions()
         if _on_host(flat):
             return self.inner._reduce_scatter(flat, counts)
         return self.device.upload(self.inner._reduce_scatter(self._download(flat), counts))
 
     def _all_to_all(self, parts: list[Array], counts: list[int]) -> list[Array]:
+        self._start_reductions()
         if _on_host(parts[0]):
             return self.inner._all_to_all(parts, counts)
         received = self.inner._all_to_all([self._download(part) for part in parts], counts)
         return [self.device.upload(part) for part in received]
 
     def _broadcast(self, flat: Array, root: int) -> None:
+        self._start_reductions()
         if _on_host(flat):
             self.inner._broadcast(flat, root)
         else:
@@ -208,7 +276,7 @@ class StagedCommunicator(_DeviceCommunicator):
             return self.inner._recv_any(flat, tag)
         host = self._pinned(flat.nbytes).view(flat.dtype)
         source = self.inner._recv_any(host, tag)
-        self._start_upload(host, flat).synchronize()
+        self._upload(host, flat)
         return source
 
 

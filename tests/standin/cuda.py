@@ -79,8 +79,16 @@ def finish_all() -> None:
 class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
         self._due: tuple[list[_Download], list[_Read]] = [], []
-        self.done = False
+        self._polled = 0
         self.at = 0.0
+
+    @property
+    def done(self) -> bool:
+        """The device gets there by the third time that somebody asks."""
+        self._polled += 1
+        if self._polled == 3:
+            self._arrive()
+        return self._polled >= 3
 
     def record(self, stream: Any = None) -> None:
         self.at = time.perf_counter()
@@ -88,10 +96,13 @@ class Event:
 
     def synchronize(self) -> None:
         _standin().note("wait")
+        self._polled = 3
+        self._arrive()
+
+    def _arrive(self) -> None:
         living = {id(x) for x in (*_queue.downloads, *_queue.reads)}
         _finish([x for x in self._due[0] if id(x) in living], [x for x in self._due[1] if id(x) in living])
         self._due = [], []
-        self.done = True
 
 
 def get_elapsed_time(start: Event, end: Event) -> float:
