@@ -63,7 +63,7 @@ def _step(name: str, file: str, old: str, new: str, op: str, sizes: Sizes = ROWS
 MUTATIONS = [
     # ---- attention v1
     _v1("mask off by one", "const bool seen = key < limit[i] &&", "const bool seen = key <= limit[i] &&"),
-    _v1("missing rescale", "for (int c = 0; c < COLUMNS; c++) sums[i][c] *= shrink;", ""),
+    _v1("missing rescale", "sums[i][c] *= shrink;", "sums[i][c] *= 1;"),
     _v1("missing barrier before tiles are overwritten", "__syncthreads();  // nobody reads the tiles any more", ""),
     _v1("missing barrier after tiles are written", "__syncthreads();  // all has been written", ""),
     _v1("missing warp barrier", "__syncwarp();  // a row's scores come from this warp", ""),
