@@ -171,7 +171,9 @@ template <typename T, size_t N> struct Shape<T[N]> {
 };
 template <typename T> EMULATED void watch_value(const char* name, const T& value) {
     typedef typename Shape<T>::Number Number;
-    const char type = static_cast<Number>(0.5f) != static_cast<Number>(0) ? 'f' : static_cast<Number>(-1) < static_cast<Number>(0) ? 'i' : 'u';
+    const bool has_fractions = static_cast<Number>(0.5f) != static_cast<Number>(0);
+    const bool has_sign = static_cast<Number>(-1) < static_cast<Number>(0);
+    const char type = has_fractions ? 'f' : has_sign ? 'i' : 'u';
     int shape[5] = {0, 0, 0, 0, 0};
     Shape<T>::fill(shape);
     watch(name, type, sizeof(Number), &value, Shape<T>::count, shape);

@@ -165,10 +165,10 @@ static std::string place(const Region& region, uintptr_t address) {
         if (distance < best) best = distance, nearest = &region;
     }
     if (address < 4096)
-        fail_for(who, "out of bounds", site, "%s %zu bytes at address %zu: a null pointer", verb(is_write), bytes, static_cast<size_t>(address));
+        fail_for(who, "out of bounds", site, "%s %zu bytes at address %zu: a null pointer", verb(is_write), bytes, size_t(address));
     if (!nearest || best > (64u << 20))
-        fail_for(who, "out of bounds", site, "%s %zu bytes at address 0x%zx, which is far from any array of this launch and from shared memory",
-                 verb(is_write), bytes, static_cast<size_t>(address));
+        fail_for(who, "out of bounds", site, "%s %zu bytes at address 0x%zx, far from any array of this launch and from shared memory",
+                 verb(is_write), bytes, size_t(address));
     if (address < nearest->begin)
         fail_for(who, "out of bounds", site, "%s %zu bytes that begin %zu bytes before the start of %s", verb(is_write), bytes, best,
                  nearest->name.c_str());
@@ -176,8 +176,8 @@ static std::string place(const Region& region, uintptr_t address) {
     if (nearest->item_bytes > 1)
         fail_for(who, "out of bounds", site, "%s %zu bytes at element %zu of %s, which has %zu", verb(is_write), bytes,
                  offset / nearest->item_bytes, nearest->name.c_str(), nearest->bytes() / nearest->item_bytes);
-    fail_for(who, "out of bounds", site, "%s %zu bytes at byte %zu of %s, which has %zu", verb(is_write), bytes, offset, nearest->name.c_str(),
-             nearest->bytes());
+    fail_for(who, "out of bounds", site, "%s %zu bytes at byte %zu of %s, which has %zu", verb(is_write), bytes, offset,
+             nearest->name.c_str(), nearest->bytes());
 }
 
 static void report_unwritten(const Region& region, size_t cell, int who, Site site, const char* reader) {
@@ -185,8 +185,8 @@ static void report_unwritten(const Region& region, size_t cell, int who, Site si
     if (region.written[cell] == IN_FLIGHT) {
         const Event starter = region.awaited[cell];
         fail_for(who, "read before it arrived", site,
-                 "%sreads %s while an asynchronous copy, started by %s at @%p@, is still on its way there: nobody has waited for it", reader,
-                 place(region, address).c_str(), describe_thread(who_of(starter)).c_str(), sites[site_of(starter)]);
+                 "%sreads %s while an asynchronous copy, started by %s at @%p@, is still on its way there: nobody has waited for it",
+                 reader, place(region, address).c_str(), describe_thread(who_of(starter)).c_str(), sites[site_of(starter)]);
     }
     fail_for(who, "uninitialised read", site, "%sreads %s, which nothing has written%s", reader, place(region, address).c_str(),
              region.is_shared() ? " in this block" : "");
@@ -209,7 +209,8 @@ static void report_race(const Region& region, size_t cell, int who, Site site, b
 static void report_unfenced(const Region& region, size_t cell, int who, Site site, Event writer, const char* subject) {
     const uintptr_t address = region.begin + (cell << region.shift);
     fail_for(who, "missing proxy fence", site,
-             "%sreads %s through the asynchronous proxy; %s wrote it with an ordinary store at @%p@ and has not called fence_async_proxy() since",
+             "%sreads %s through the asynchronous proxy; %s wrote it with an ordinary store at @%p@ and has not called "
+             "fence_async_proxy() since",
              subject, place(region, address).c_str(), name_of(writer).c_str(), sites[site_of(writer)]);
 }
 
@@ -335,7 +336,9 @@ void finish_memory() { complete_trace(); }
 // ---- accesses of the running thread
 
 static bool in_library(uintptr_t address);
-static bool in_arguments(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(machine.launch->args) < machine.launch->args_bytes; }
+static bool in_arguments(uintptr_t address) {
+    return address - reinterpret_cast<uintptr_t>(machine.launch->args) < machine.launch->args_bytes;
+}
 
 static void access(uintptr_t address, size_t bytes, bool is_write, Site site) {
     const int me = machine.running;

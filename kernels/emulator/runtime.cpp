@@ -252,34 +252,37 @@ template <typename Chosen> static std::string thread_ranges(Chosen chosen, const
     return (count == 1 ? "thread " : "threads ") + text + " " + (count == 1 ? one_does : several_do);
 }
 
+// Do two threads wait for the same at the same place?
+static bool wait_alike(const Fiber& one, const Fiber& other) {
+    return other.state == State::waiting && other.what == one.what && other.site == one.site && !strcmp(other.detail, one.detail);
+}
+
 // Nobody can go on: say who waits where.
 static void report_deadlock() {
     std::string text = "No thread can go on.\n";
     std::vector<bool> told(machine.num_threads);
-    int first = -1;
+    const Fiber* first = &machine.fibers[0];
+    for (int t = machine.num_threads - 1; t >= 0; t--)
+        if (machine.fibers[t].state == State::waiting) first = &machine.fibers[t];
     for (int t = 0; t < machine.num_threads; t++) {
         const Fiber& fiber = machine.fibers[t];
         if (fiber.state != State::waiting || told[t]) continue;
-        if (first < 0) first = t;
-        auto alike = [&](int u) {
-            const Fiber& other = machine.fibers[u];
-            return other.state == State::waiting && other.what == fiber.what && other.site == fiber.site && !strcmp(other.detail, fiber.detail);
-        };
+        auto alike = [&](int u) { return wait_alike(fiber, machine.fibers[u]); };
         char place[64];
-        snprintf(place, sizeof place, "@%p@", fiber.site);
-        text += "  " + thread_ranges(alike, "waits", "wait") + " in " + fiber.what + " at " + place + (fiber.detail[0] ? std::string(": ") + fiber.detail : "") + "\n";
+        snprintf(place, sizeof place, " at @%p@", fiber.site);
+        text += "  " + thread_ranges(alike, "waits", "wait") + " in " + fiber.what + place;
+        text += (fiber.detail[0] ? std::string(": ") + fiber.detail : "") + "\n";
         for (int u = t; u < machine.num_threads; u++) told[u] = told[u] || alike(u);
     }
-    if (machine.left < machine.num_threads)
-        text += "  " + thread_ranges([](int t) { return machine.fibers[t].state == State::done; }, "has", "have") + " returned from the kernel\n";
+    auto returned = [](int t) { return machine.fibers[t].state == State::done; };
+    if (machine.left < machine.num_threads) text += "  " + thread_ranges(returned, "has", "have") + " returned from the kernel\n";
     Report& report = *machine.report;
     snprintf(report.kind, sizeof report.kind, "deadlock");
     snprintf(report.text, sizeof report.text, "%s", text.c_str());
-    const Fiber& fiber = machine.fibers[first < 0 ? 0 : first];
-    report.site = reinterpret_cast<uint64_t>(fiber.site);
+    report.site = reinterpret_cast<uint64_t>(first->site);
     const Index b = machine.block_index;
     report.block[0] = b.x, report.block[1] = b.y, report.block[2] = b.z;
-    report.thread[0] = fiber.index.x, report.thread[1] = fiber.index.y, report.thread[2] = fiber.index.z;
+    report.thread[0] = first->index.x, report.thread[1] = first->index.y, report.thread[2] = first->index.z;
     machine.failed = true;
 }
 

@@ -63,7 +63,7 @@ def _step(name: str, file: str, old: str, new: str, op: str, sizes: Sizes = ROWS
 MUTATIONS = [
     # ---- attention v1
     _v1("mask off by one", "const bool seen = key < limit[i] &&", "const bool seen = key <= limit[i] &&"),
-    _v1("missing rescale", "for (int c = 0; c < COLUMNS; c++) sums[i][c] *= shrink;", ""),
+    _v1("missing rescale", "sums[i][c] *= shrink;", "sums[i][c] *= 1;"),
     _v1("missing barrier before tiles are overwritten", "__syncthreads();  // nobody reads the tiles any more", ""),
     _v1("missing barrier after tiles are written", "__syncthreads();  // all has been written", ""),
     _v1("missing warp barrier", "__syncwarp();  // a row's scores come from this warp", ""),
@@ -115,7 +115,7 @@ MUTATIONS = [
         "place(first + LANE % 16, 1 - LANE / 16), step)",
     ),
     _v2("group of chunks forgotten", "+ 8 * EXCHANGED * (step / STEPS_A_GROUP)", "+ 8 * EXCHANGED * (step % STEPS_A_GROUP)"),
-    _v2_back("statistics of the other buffer", "const int column = buffer * BACKWARD_LOOP + slice", "const int column = slice"),
+    _v2_back("statistics of the other buffer", "const int at = buffer * BACKWARD_LOOP + slice;", "const int at = slice;"),
     _v2_back("queries of one head of a group only", "steps = group * tiles;", "steps = tiles;"),
     _v2_back("probability without its shift", "exp2_(p * scale - lse_2)", "exp2_(p * scale)"),
     _v2_back("mask transposed", "if (16 * m + 8 * half >= limit) s[m]", "if (16 * m + 8 * half > limit) s[m]"),
