@@ -10,6 +10,7 @@ from minillm.kernels.activation import reference as activation_reference
 from minillm.kernels.adamw import reference as adamw_reference
 from minillm.kernels.attention import reference as attention_reference
 from minillm.kernels.attention.reference import AttentionDropout
+from minillm.kernels.cast import reference as cast_reference
 from minillm.kernels.dropout import reference as dropout_reference
 from minillm.kernels.embedding import reference as embedding_reference
 from minillm.kernels.grad_norm import reference as grad_norm_reference
@@ -43,6 +44,24 @@ from minillm.kernels.rmsnorm import bindings as _rmsnorm_c  # noqa: F401
 from minillm.kernels.rope import bindings as _rope_c  # noqa: F401
 from minillm.kernels.softmax_xent import bindings as _softmax_xent_c  # noqa: F401
 
+# isort: split
+# The CUDA kernels, which the emulator runs without a GPU.
+from minillm.kernels.activation import cuda as _activation_cuda  # noqa: F401
+from minillm.kernels.adamw import cuda as _adamw_cuda  # noqa: F401
+from minillm.kernels.attention import cuda as _attention_cuda  # noqa: F401
+from minillm.kernels.cast import cuda as _cast_cuda  # noqa: F401
+from minillm.kernels.dropout import cuda as _dropout_cuda  # noqa: F401
+from minillm.kernels.embedding import cuda as _embedding_cuda  # noqa: F401
+from minillm.kernels.grad_norm import cuda as _grad_norm_cuda  # noqa: F401
+from minillm.kernels.layernorm import cuda as _layernorm_cuda  # noqa: F401
+from minillm.kernels.matmul import cuda as _matmul_cuda  # noqa: F401
+from minillm.kernels.random import cuda as _random_cuda  # noqa: F401
+from minillm.kernels.residual import cuda as _residual_cuda  # noqa: F401
+from minillm.kernels.rmsnorm import cuda as _rmsnorm_cuda  # noqa: F401
+from minillm.kernels.rope import cuda as _rope_cuda  # noqa: F401
+from minillm.kernels.softmax import cuda as _softmax_cuda  # noqa: F401
+from minillm.kernels.softmax_xent import cuda as _softmax_xent_cuda  # noqa: F401
+
 __all__ = [
     "AttentionDropout",
     "Kernel",
@@ -64,7 +83,7 @@ __all__ = [
 ]
 
 
-add = dispatch(residual_reference.add)
+add, cast = dispatch(residual_reference.add), dispatch(cast_reference.cast)
 matmul, column_sum = dispatch(matmul_reference.matmul), dispatch(matmul_reference.column_sum)
 layernorm_forward, layernorm_backward = dispatch(layernorm_reference.layernorm_forward), dispatch(layernorm_reference.layernorm_backward)
 rmsnorm_forward, rmsnorm_backward = dispatch(rmsnorm_reference.rmsnorm_forward), dispatch(rmsnorm_reference.rmsnorm_backward)
@@ -74,6 +93,8 @@ swiglu_forward, swiglu_backward = dispatch(activation_reference.swiglu_forward),
 softmax_forward, softmax_backward = dispatch(softmax_reference.softmax_forward), dispatch(softmax_reference.softmax_backward)
 xent_max, xent_grad_ = dispatch(softmax_xent_reference.xent_max), dispatch(softmax_xent_reference.xent_grad_)
 xent_shifted_sum_ = dispatch(softmax_xent_reference.xent_shifted_sum_)
+xent_statistics = dispatch(softmax_xent_reference.xent_statistics)
+xent_grad_from_logits_ = dispatch(softmax_xent_reference.xent_grad_from_logits_)
 attention_forward, attention_backward = dispatch(attention_reference.attention_forward), dispatch(attention_reference.attention_backward)
 embedding_forward = dispatch(embedding_reference.embedding_forward, like=1)
 embedding_backward_ = dispatch(embedding_reference.embedding_backward_)

@@ -24,8 +24,9 @@ import numpy as np
 Array = Any  # numpy.ndarray or cupy.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
-# The backends that can take an array of a module, fastest first. The NumPy reference is written for either module's arrays.
-BACKENDS: Mapping[str, tuple[str, ...]] = {"numpy": ("c", "numpy"), "cupy": ("cuda", "numpy")}
+# The backends that can take an array of a module, fastest first. The NumPy reference is written for either module's arrays. The emulator
+# runs only where `use` names it.
+BACKENDS: Mapping[str, tuple[str, ...]] = {"numpy": ("c", "numpy", "emulator"), "cupy": ("cuda", "numpy")}
 
 
 class KernelUnavailable(Exception):
@@ -176,6 +177,8 @@ def _find(op: str, like: Array, choice: str) -> Callable[..., Any]:
     for backend in BACKENDS.get(module, ()):
         for entry in entries:
             takes = not entry.dtypes or str(like.dtype) in entry.dtypes
+            if entry.backend == "emulator" and not choice:
+                continue
             if entry.backend == backend and takes and entry.unavailable is None and (not choice or _fits(entry, choice)):
                 return entry.fn
     wanted = f" as {choice}" if choice else ""

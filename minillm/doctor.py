@@ -194,12 +194,24 @@ def check_kernels() -> Iterator[Finding]:
         chosen.setdefault(kernels.chosen(op, like).choice, []).append(op)
     words = ", ".join(f"{choice} for {len(names)}" for choice, names in sorted(chosen.items()))
     yield Finding("ok", "kernels", f"of {len(kernels.ops())} operations on float32: {words}")
+    yield Finding("ok", "CUDA kernels", _cuda_words())
     if native.unavailable is not None:
         yield Finding("warning", "C kernels", f"{native.unavailable}; NumPy runs instead, about half as fast", REINSTALL)
     elif native.blas_unavailable is not None:
         yield Finding(
             "warning", "C kernels", f"matrix products go through NumPy: {native.blas_unavailable}", "pip install scipy-openblas64"
         )
+
+
+def _cuda_words() -> str:
+    """How many operations have a CUDA kernel, and where such kernels can run here."""
+    from minillm import kernels
+    from minillm.kernels import cuda
+
+    having = [op for op in kernels.ops() if any(k.backend == "cuda" for k in kernels.available(op) if k.op == op)]
+    on_gpu = "run on CuPy arrays" if cuda.unavailable is None else f"cannot run on a GPU ({cuda.unavailable})"
+    emulated = "can run in the emulator" if cuda.emulator_unavailable is None else cuda.emulator_unavailable
+    return f"for {len(having)} operations: {on_gpu}; {emulated}"
 
 
 def check_gpu() -> Iterator[Finding]:

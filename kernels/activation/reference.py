@@ -79,16 +79,17 @@ _BACKWARD = {"tanh": _gelu_tanh_backward, "erf": _gelu_erf_backward}
 
 
 @kernel("gelu_forward")
-def gelu_forward(x: Any, approximate: str) -> Any:
+def gelu_forward(x: Any, approximate: str, bias: Any = None) -> Any:
     """GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x Phi(x) exactly for "erf", by the tanh formula of GPT-2 for "tanh". Any shape,
-    contiguous."""
-    x = np.ascontiguousarray(x)
+    contiguous. With a `bias` [F], of x + bias, whose last dim is F."""
+    x = np.ascontiguousarray(x if bias is None else x + bias)
     return _flat(x, np.empty_like(x), _FORWARD[approximate])
 
 
 @kernel("gelu_backward")
-def gelu_backward(grad_y: Any, x: Any, approximate: str, out: Any = None) -> Any:
-    """grad_y times the derivative at x; `out` may be grad_y itself."""
+def gelu_backward(grad_y: Any, x: Any, approximate: str, out: Any = None, bias: Any = None) -> Any:
+    """grad_y times the derivative at x, or at x + bias; `out` may be grad_y itself."""
+    x = x if bias is None else x + bias
     grad_y = np.ascontiguousarray(grad_y)
     return _flat(np.ascontiguousarray(x), np.empty_like(x) if out is None else out, _BACKWARD[approximate], grad_y)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from minillm.kernels.native import c_kernel, pool
 
 
@@ -22,11 +23,16 @@ def adamw_(
     eps: float,
     weight_decay: float,
     step: int,
-    grad_scale: float = 1.0,
+    grad_scale: Any = 1.0,
+    param_out: Any = None,
 ) -> None:
+    grad = grad.astype(param.dtype, copy=False)
+    grad_scale = float(np.ravel(grad_scale)[0])
     rate, inverse_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     keep = 1 - lr * weight_decay
     c.adamw(pool(), param, grad, exp_avg, exp_avg_sq, param.size, rate, inverse_root, beta1, beta2, eps, keep, grad_scale)
+    if param_out is not None:
+        param_out[...] = param
 
 
 @c_kernel("sgd_")

@@ -25,11 +25,13 @@ def adamw_(
     eps: float,
     weight_decay: float,
     step: int,
-    grad_scale: float = 1.0,
+    grad_scale: Any = 1.0,
+    param_out: Any = None,
 ) -> None:
     """One AdamW update of 1-D arrays in place (Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW); `step` counts from 1.
 
-    param -= lr weight_decay param, then lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps), with the gradient times grad_scale.
+    param -= lr weight_decay param, then lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps), with the gradient times grad_scale, a
+    number or an array of one. grad may have a narrower dtype than param and the moments, and `param_out` takes a copy of param in its own.
     """
     t = param.dtype.type
     rate, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
@@ -38,7 +40,7 @@ def adamw_(
         for first in range(start, stop, _PIECE):
             part = slice(first, min(first + _PIECE, stop))
             p, m, v = param[part], exp_avg[part], exp_avg_sq[part]
-            g = grad[part] * t(grad_scale)
+            g = grad[part].astype(param.dtype, copy=False) * t(grad_scale)
             m *= t(beta1)
             m += t(1 - beta1) * g
             v *= t(beta2)
@@ -53,6 +55,8 @@ def adamw_(
             if weight_decay:
                 p *= t(1 - lr * weight_decay)
             p -= g
+            if param_out is not None:
+                param_out[part] = p
 
     parallel_for(param.size, run, _PIECE)
 

@@ -21,7 +21,7 @@ def _strides(x: Any) -> tuple[int, int, int]:
     return b // 4, t // 4, h // 4
 
 
-def _visible(Tq: int, Tk: int, causal: bool, times_q: Any, times_k: Any) -> tuple[Any, Any]:
+def visible_keys(Tq: int, Tk: int, causal: bool, times_q: Any, times_k: Any) -> tuple[Any, Any]:
     """How many keys each query sees, int64 [Tq], if keys are put in the order returned (None: as they stand)."""
     if not causal or (times_q is None and times_k is None):
         return _first_keys(Tq, Tk, causal), None
@@ -70,7 +70,7 @@ def attention_forward(
     out: Any = None,
 ) -> tuple[Any, Any]:
     B, Tq, H, _ = q.shape
-    limits, order = _visible(Tq, k.shape[1], causal, times_q, times_k)
+    limits, order = visible_keys(Tq, k.shape[1], causal, times_q, times_k)
     if order is not None:
         k, v, key_mask = k[:, order], v[:, order], None if key_mask is None else key_mask[:, order]
     q, k, v = map(_contiguous_heads, (q, k, v))
@@ -104,7 +104,7 @@ def attention_backward(
     grad_k: Any = None,
     grad_v: Any = None,
 ) -> tuple[Any, Any, Any]:
-    limits, order = _visible(q.shape[1], k.shape[1], causal, times_q, times_k)
+    limits, order = visible_keys(q.shape[1], k.shape[1], causal, times_q, times_k)
     if order is not None:
         k, v, key_mask = k[:, order], v[:, order], None if key_mask is None else key_mask[:, order]
     grad_o, q, k, v, o = map(_contiguous_heads, (grad_o, q, k, v, o))

@@ -12,7 +12,7 @@ from minillm.kernels.random.reference import random_bits
 
 Array = Any
 
-_COLUMN_KEY = 0x5851F42D4C957F2D
+COLUMN_KEY = 0x5851F42D4C957F2D
 _MIX_1, _MIX_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)  # the multipliers of Wellons' lowbias32
 
 
@@ -24,7 +24,7 @@ def address_words(key: int, outer: Array, inner: Array) -> Array:
 
 def column_words(columns: Array) -> Array:
     """A random word for each column address [C] (integers from 0): uint32 [C]."""
-    return (random_bits(_COLUMN_KEY, np.asarray(columns).astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
+    return (random_bits(COLUMN_KEY, np.asarray(columns).astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
 
 
 def keep(p: float, rows: Array, columns: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,8 @@ class Case:
     call: Callable[..., Arrays]
     expected: Callable[..., Arrays]
     slack: float = 1.0  # times the tolerance, where rounding is amplified: a score of 100 has an error of 100 eps, as has its exponential
+    backends: tuple[str, ...] = ()  # that take the case; empty: all that take its dtype
+    without: tuple[str, ...] = ()  # variants that refuse it
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -59,7 +61,7 @@ def norm_cases() -> Iterator[Case]:
     def rms_back(gy: Any, x: Any, w: Any, **options: Any) -> Arrays:
         return kernels.rmsnorm_backward(gy, x, w, kernels.rmsnorm_forward(x, w, eps)[1], **options)
 
-    for R, D in SIZES:
+    for R, D in (*SIZES, (3, 1100)):  # the last takes more than a warp for a row
         size, one, two = f"{R}x{D}", normals((R, D), (D,), (D,)), normals((R, D), (R, D), (D,))
         shifted = lambda rng, make=one: (make(rng)[0] + 3, *make(rng)[1:])  # noqa: E731
         yield Case(
@@ -172,6 +174,13 @@ def activation_cases() -> Iterator[Case]:
             lambda g, x: (kernels.gelu_backward(h := g.copy(), x, "tanh", out=h),),
             lambda g, x: plain.gelu_grads(g, x, "tanh"),
         )
+        yield Case(
+            "activation",
+            f"gelu-bias-{size}",
+            lambda rng, make=two, F=shape[-1]: (*make(rng), rng.standard_normal(F)),
+            lambda g, x, b: (kernels.gelu_forward(x, "tanh", b), kernels.gelu_backward(g, x, "erf", bias=b)),
+            lambda g, x, b: (*plain.gelu(x + b, "tanh"), *plain.gelu_grads(g, x + b, "erf")),
+        )
         yield Case("activation", f"relu-{size}", one, lambda x: (kernels.relu_forward(x),), lambda x: (np.maximum(x, 0),))
         yield Case(
             "activation",
@@ -211,7 +220,11 @@ def activation_cases() -> Iterator[Case]:
 def softmax_cases() -> Iterator[Case]:
     for shape in ((0, 5), (2, 3, 7), (301, 129), (4, 700)):
         yield Case(
-            "softmax", f"forward-{shape}", normals(shape), lambda x: (kernels.softmax_forward(x + 50),), lambda x: (plain.softmax(x),)
+            "softmax",
+            f"forward-{shape}",
+            lambda rng, shape=shape: (50 + rng.standard_normal(shape),),
+            lambda x: (kernels.softmax_forward(x),),
+            lambda x: (plain.softmax(x),),
         )
         yield Case(
             "softmax",
@@ -230,23 +243,19 @@ def softmax_cases() -> Iterator[Case]:
         (5, 8, 3, 4),
     ):
         make = lambda rng, R=R, V=V, valid=valid: (20 * rng.standard_normal((R, V)), rng.integers(0, valid, R), rng.random(R))  # noqa: E731
-        call = lambda x, t, s, valid=valid, parts=parts: cut_cross_entropy(x, t, s, valid, parts)  # noqa: E731
-        yield Case(
-            "softmax_xent",
-            f"{R}x{V}-valid{valid}-parts{parts}",
-            make,
-            call,
-            lambda x, t, s, valid=valid: plain.cross_entropy(x, t, s, valid),
-        )
+        for name, call in (("", cut_cross_entropy), ("two-steps-", cut_cross_entropy_in_two_steps)):
+            yield Case(
+                "softmax_xent",
+                f"{name}{R}x{V}-valid{valid}-parts{parts}",
+                make,
+                lambda x, t, s, call=call, valid=valid, parts=parts: call(x, t, s, valid, parts),
+                lambda x, t, s, valid=valid: plain.cross_entropy(x, t, s, valid),
+            )
 
 
 def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, parts: int) -> Arrays:
-    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine them. Padding holds large values."""
-    width = logits.shape[1] // parts
-    pieces = [logits[:, i * width : (i + 1) * width].copy() for i in range(parts)]
-    valids = [min(max(valid - i * width, 0), width) for i in range(parts)]
-    for piece, n in zip(pieces, valids, strict=True):
-        piece[:, n:] = 1e6
+    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine them."""
+    width, pieces, valids = cut_logits(logits, valid, parts)
     row_max = np.max([kernels.xent_max(p, valid_columns=n) for p, n in zip(pieces, valids, strict=True)], axis=0)
     sums = [
         kernels.xent_shifted_sum_(p, row_max, targets, i * width, valid_columns=n)
@@ -256,6 +265,28 @@ def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, par
     for i, piece in enumerate(pieces):
         kernels.xent_grad_(piece, sum_exp, targets, i * width, row_scale)
     return np.log(sum_exp) - target_logit, np.concatenate(pieces, axis=1)
+
+
+def cut_cross_entropy_in_two_steps(logits: Any, targets: Any, row_scale: Any, valid: int, parts: int) -> Arrays:
+    """The same by statistics and a gradient that starts from the logits."""
+    width, pieces, valids = cut_logits(logits, valid, parts)
+    cuts = list(enumerate(zip(pieces, valids, strict=True)))
+    found = [kernels.xent_statistics(p, targets, i * width, valid_columns=n) for i, (p, n) in cuts]
+    row_max = np.max([top for top, _, _ in found], axis=0)
+    sum_exp = sum(total * np.exp(top - row_max) for top, total, _ in found)
+    for i, (p, n) in cuts:
+        kernels.xent_grad_from_logits_(p, row_max, sum_exp, targets, i * width, row_scale, valid_columns=n)
+    return np.log(sum_exp) + row_max - sum(logit for _, _, logit in found), np.concatenate(pieces, axis=1)
+
+
+def cut_logits(logits: Any, valid: int, parts: int) -> tuple[int, list[Any], list[int]]:
+    """The width of each part, copies of the parts, whose padding holds large values, and how many columns of each are none."""
+    width = logits.shape[1] // parts
+    pieces = [logits[:, i * width : (i + 1) * width].copy() for i in range(parts)]
+    valids = [min(max(valid - i * width, 0), width) for i in range(parts)]
+    for piece, n in zip(pieces, valids, strict=True):
+        piece[:, n:] = 1e4
+    return width, pieces, valids
 
 
 def matmul_cases() -> Iterator[Case]:
@@ -295,7 +326,14 @@ def matmul_cases() -> Iterator[Case]:
             lambda x, y: (kernels.add(x, y), kernels.add(t := x.copy(), strided(y), out=t)),
             lambda x, y: (x + y, x + y),
         )
-        yield Case("matmul", f"column-sum-{shape}", normals(shape), lambda x: (kernels.column_sum(x),), lambda x: (x.sum(0),))
+        yield Case("column_sum", f"{shape}", normals(shape), lambda x: (kernels.column_sum(x),), lambda x: (x.sum(0),))
+        yield Case(
+            "cast",
+            f"{shape}",
+            normals(shape),
+            lambda x: (kernels.cast(kernels.cast(x, "float16"), x.dtype, out=poisoned(x)),),
+            lambda x: (x.astype(np.float16).astype(np.float64),),
+        )
 
 
 def attention_cases() -> Iterator[Case]:
@@ -342,12 +380,58 @@ def attention_cases() -> Iterator[Case]:
     yield from attention_pair("dropout-full", sizes, seen=np.True_, causal=False, dropout=dropout)
 
 
+def odd_attention_cases() -> Iterator[Case]:
+    """Head widths that the CUDA kernels are not made for."""
+    yield from (replace(case, backends=("numpy", "c")) for case in attention_cases())
+
+
+def wide_attention_cases() -> Iterator[Case]:
+    """Head widths that the CUDA kernels have, at sizes that leave the last tile of each kind part full and make every kernel walk."""
+    for B, Tq, Tk, H, Hkv, K, causal in (
+        (1, 70, 70, 2, 1, 64, True),
+        (1, 150, 150, 1, 1, 32, True),
+        (1, 37, 150, 2, 2, 32, False),
+        (1, 65, 65, 1, 1, 128, True),
+        (1, 67, 35, 1, 1, 96, False),
+        (0, 4, 4, 2, 2, 32, True),
+        (1, 0, 4, 2, 2, 32, False),
+        (1, 4, 0, 2, 2, 32, False),
+    ):
+        triangle = np.arange(Tq)[:, None] >= np.arange(Tk) if causal else np.True_
+        name = f"B{B}-Tq{Tq}-Tk{Tk}-H{H}-{Hkv}-K{K}{'-causal' if causal else ''}"
+        yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), seen=triangle, causal=causal)
+    rng = np.random.default_rng(6)
+    sizes = (2, 140, 90, 2, 1, 32)
+    shuffled = dict(times_q=rng.permutation(140) - 20, times_k=rng.permutation(90))
+    zigzag = dict(times_q=np.r_[0:70, 210:280], times_k=np.r_[0:45, 235:280])  # what a rank of a context-parallel group holds
+    late = dict(times_q=np.arange(140), times_k=np.arange(60, 150))  # queries before 60 see nothing
+    for name, times in (("shuffled", shuffled), ("zigzag", zigzag), ("blind", late)):
+        yield from attention_pair(f"wide-{name}", sizes, seen=times["times_q"][:, None] >= times["times_k"], causal=True, **times)
+    key_mask = rng.random((2, 90)) < 0.6
+    key_mask[0, :80] = False
+    key_mask[1] = False
+    both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
+    yield from attention_pair("wide-padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask)
+    yield from attention_pair("wide-padding-shuffled", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled)
+    yield from attention_pair(
+        "wide-large-scores", (1, 130, 130, 1, 1, 32), seen=np.arange(130)[:, None] >= np.arange(130), causal=True, scale=20.0, slack=20.0
+    )
+    dropout = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))
+    offset = dict(times_q=np.arange(50, 190), times_k=np.arange(90))
+    yield from attention_pair(
+        "wide-dropout", sizes, seen=offset["times_q"][:, None] >= offset["times_k"], causal=True, dropout=dropout, **offset
+    )
+    short = dropout._replace(samples=np.array([7]), times_q=np.arange(40), times_k=np.arange(70))
+    yield from attention_pair("wide-dropout-full", (1, 40, 70, 2, 2, 64), seen=np.True_, causal=False, dropout=short)
+
+
 def attention_pair(
     name: str, sizes: tuple[int, ...], *, seen: Any, scale: float = 0.4, slack: float = 1.0, **options: Any
 ) -> Iterator[Case]:
     """The forward and the backward case on views of a fused projection, with strided and poisoned outputs."""
     B, Tq, Tk, H, Hkv, K = sizes
     make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
+    without = ("v3",) if options.keys() & {"times_q", "key_mask", "dropout"} else ()
     keep = cache(lambda: 1.0 if options.get("dropout") is None else keep_mask(options["dropout"], H))
 
     def forward(q: Any, kv: Any, _: Any) -> Arrays:
@@ -369,6 +453,7 @@ def attention_pair(
         forward,
         lambda q, kv, _: plain.attention(q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
         slack,
+        without=without,
     )
     yield Case(
         "attention",
@@ -377,6 +462,7 @@ def attention_pair(
         backward,
         lambda q, kv, g: plain.attention_grads(g, q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
         slack,
+        without=without,
     )
 
 
@@ -419,12 +505,22 @@ def position_cases() -> Iterator[Case]:
             turn,
             lambda x, s=-1.0 if inverse else 1.0: plain.rope(x, times, 10_000.0, s),
         )
-    for V, first in ((5, 0), (7, 3), (700, 100), (3000, 0)):
-        ids = np.random.default_rng(V).integers(0, V + 2 * first, (3, 41))
+    address = (0.3, 7, np.array([5, 2, 900]), np.array([0, 1, 5, 1000, 40_000]), np.arange(100, 137))
+    for C in (37, 8):
+        places = (*address[:4], address[4][:C])
+        yield Case(
+            "dropout_forward",
+            f"3x5x{C}",
+            normals((3, 5, C)),
+            lambda x, places=places: (kernels.dropout_forward(x, *places), kernels.dropout_forward(y := x.copy(), *places, out=y)),
+            lambda x, places=places: (x * plain.keep_mask(*places),) * 2,
+        )
+    for V, first, T in ((5, 0, 41), (7, 3, 41), (700, 100, 41), (3000, 0, 41), (1, 0, 100), (3, 0, 100)):
+        ids = np.random.default_rng(V).integers(0, V + 2 * first, (3, T))
         inside = (ids >= first) & (ids < first + V)
         rows = np.where(inside, ids - first, 0)
         scatter = (inside[..., None] * (rows[..., None] == np.arange(V))).reshape(-1, V)  # [ids, V] one-hot, zero rows outside
-        make = normals((V, 6), (3, 41, 6))
+        make = normals((V, 6), (3, T, 6))
         yield Case(
             "embedding",
             f"forward-{V}-{first}",
@@ -454,7 +550,15 @@ def optimizer_cases() -> Iterator[Case]:
 
         def update(p: Any, g: Any, m: Any, v: Any) -> Arrays:
             p, m, v = p.copy(), m.copy(), v * v
-            kernels.adamw_(p, g, m, v, **options)
+            kernels.adamw_(p, g, m, v, **{**options, "grad_scale": np.float64(0.25)})
+            return p, m, v
+
+        def update_mixed(p: Any, g: Any, m: Any, v: Any) -> Arrays:
+            """As a model trained in bfloat16: narrow gradients, a narrow copy of the parameters, and a scale that is an array."""
+            p, m, v, copy = p.copy(), m.copy(), v * v, poisoned(g.astype("bfloat16"))
+            scale = np.full(1, 0.25, p.dtype)
+            kernels.adamw_(p, g.astype("bfloat16"), m, v, **{**options, "grad_scale": scale}, param_out=copy)
+            assert np.array_equal(copy, p.astype("bfloat16"))
             return p, m, v
 
         def descend(p: Any, g: Any, *_: Any) -> Arrays:
@@ -463,8 +567,15 @@ def optimizer_cases() -> Iterator[Case]:
             return (p,)
 
         make = normals((n,), (n,), (n,), (n,))
-        yield Case("adamw", f"adamw-{n}", make, update, lambda p, g, m, v: plain.adamw(p, g, m, v * v, options))
-        yield Case("adamw", f"sgd-{n}", make, descend, lambda p, g, *_: (p - 0.05 * g,))
+        yield Case("adamw_", f"{n}", make, update, lambda p, g, m, v: plain.adamw(p, g, m, v * v, options))
+        yield Case(
+            "adamw_",
+            f"mixed-{n}",
+            make,
+            update_mixed,
+            lambda p, g, m, v: plain.adamw(p, g.astype("bfloat16").astype(np.float64), m, v * v, options),
+        )
+        yield Case("sgd_", f"{n}", make, descend, lambda p, g, *_: (p - 0.05 * g,))
         yield from (sum_case(n, num_parts) for num_parts in (1, 2, 5))
         yield Case(
             "grad_norm", str(n), make, lambda x, *_: (np.asarray(kernels.sum_of_squares(x)),), lambda x, *_: (np.asarray((x * x).sum()),)
@@ -487,5 +598,14 @@ def sum_case(n: int, num_parts: int) -> Case:
 
 
 def all_cases() -> list[Case]:
-    makers = (norm_cases, activation_cases, softmax_cases, matmul_cases, attention_cases, position_cases, optimizer_cases)
+    makers = (
+        norm_cases,
+        activation_cases,
+        softmax_cases,
+        matmul_cases,
+        odd_attention_cases,
+        wide_attention_cases,
+        position_cases,
+        optimizer_cases,
+    )
     return [case for make in makers for case in make()]

@@ -140,3 +140,27 @@ def adamw(p: Any, g: Any, m: Any, v: Any, h: dict[str, Any]) -> tuple[Any, ...]:
     v = h["beta2"] * v + (1 - h["beta2"]) * g * g
     m_hat, v_hat = m / (1 - h["beta1"] ** h["step"]), v / (1 - h["beta2"] ** h["step"])
     return p - h["lr"] * h["weight_decay"] * p - h["lr"] * m_hat / (np.sqrt(v_hat) + h["eps"]), m, v
+
+
+def keep_mask(p: float, key: int, samples: Any, times: Any, channels: Any) -> Any:
+    """The scaled dropout mask [B, T, C], one element at a time in Python's integers."""
+    return np.array([[[_kept(p, key, int(b), int(t), int(c)) for c in channels] for t in times] for b in samples]) / (1 - p)
+
+
+def _kept(p: float, key: int, sample: int, time: int, channel: int) -> bool:
+    row, column = random_bits(key, sample << 32 | time), random_bits(0x5851F42D4C957F2D, channel) >> 32
+    z = ((row & 0xFFFFFFFF) ^ column) * 0x7FEB352D & 0xFFFFFFFF
+    z = ((z ^ z >> 15) + (row >> 32) & 0xFFFFFFFF) * 0x846CA68B & 0xFFFFFFFF
+    return z >= round(p * 2**32)
+
+
+def random_bits(key: int, index: int) -> int:
+    """Splitmix64's finaliser over the keyed index, twice."""
+    wide, golden = 2**64 - 1, 0x9E3779B97F4A7C15
+    z = index * golden + key & wide
+    for more in (0, golden):
+        z = z + more & wide
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & wide
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & wide
+        z ^= z >> 31
+    return z

@@ -1,0 +1,70 @@
+"""Activations on the GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from minillm.kernels.cuda import cuda_kernel
+from minillm.kernels.grids import blocks, runs
+from minillm.kernels.launch import deliver, dense, element, empty, launch, out_like, same_dtype
+
+_FILE = Path(__file__).with_name("v1.cu")
+_THREADS = 256
+
+
+def _launch(name: str, rows: int, F: int, *arrays: Any) -> Any:
+    """Run a kernel over [rows, F]; returns the last array."""
+    same_dtype(*arrays)
+    out = arrays[-1]
+    tiles = blocks(runs(F, out.dtype), _THREADS)
+    launch(_FILE, name, {"ELEMENT": element(out)}, (rows * tiles,), (_THREADS,), (*arrays, np.int64(F), np.int32(tiles)))
+    return out
+
+
+def _shape(x: Any, bias: Any) -> tuple[int, int]:
+    """x as rows of the bias's length; one row where there is none, since then rows mean nothing."""
+    F = x.size if bias is None else bias.size
+    return (x.size // F if F else 0), F
+
+
+def _forward(name: str, x: Any, bias: Any = None) -> Any:
+    return _launch(f"{name}_forward", *_shape(x, bias), dense(x), None if bias is None else dense(bias), empty(x.shape, x.dtype, x))
+
+
+def _backward(name: str, grad_y: Any, x: Any, out: Any, bias: Any = None) -> Any:
+    arrays = (dense(grad_y), dense(x), None if bias is None else dense(bias), out_like(x, out))
+    return deliver(_launch(f"{name}_backward", *_shape(x, bias), *arrays), out)
+
+
+@cuda_kernel("gelu_forward")
+def gelu_forward(x: Any, approximate: str, bias: Any = None) -> Any:
+    return _forward(f"gelu_{approximate}", x, bias)
+
+
+@cuda_kernel("gelu_backward")
+def gelu_backward(grad_y: Any, x: Any, approximate: str, out: Any = None, bias: Any = None) -> Any:
+    return _backward(f"gelu_{approximate}", grad_y, x, out, bias)
+
+
+@cuda_kernel("relu_forward")
+def relu_forward(x: Any) -> Any:
+    return _forward("relu", x)
+
+
+@cuda_kernel("relu_backward")
+def relu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
+    return _backward("relu", grad_y, x, out)
+
+
+@cuda_kernel("swiglu_forward")
+def swiglu_forward(gate_up: Any) -> Any:
+    rows, F = len(gate_up), gate_up.shape[1] // 2
+    return _launch("swiglu_forward", rows, F, dense(gate_up), empty((rows, F), gate_up.dtype, gate_up))
+
+
+@cuda_kernel("swiglu_backward")
+def swiglu_backward(grad_y: Any, gate_up: Any) -> Any:
+    rows, F = grad_y.shape
+    return _launch("swiglu_backward", rows, F, dense(grad_y), dense(gate_up), empty(gate_up.shape, gate_up.dtype, gate_up))

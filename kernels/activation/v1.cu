@@ -1,0 +1,143 @@
+// Activations of the MLP, forward and backward. Each thread takes one run of 16 bytes and ends: 2048 threads of a processor have 32 KB or
+// more under way, about twice what the memory of an H100 needs to stay busy.
+// minillm-build: -DELEMENT=float32
+// minillm-build: -DELEMENT=bfloat16
+// minillm-build: -DELEMENT=float16
+#include "../device/vectors.cuh"
+
+#define THREADS 256
+#define LOG2_E 1.4426950408889634f
+#define SQRT_2_PI 0.7978845608028654f  // sqrt(2 / pi)
+#define CUBIC 0.044715f
+#define SQRT_HALF 0.7071067811865476f
+#define INV_SQRT_2PI 0.3989422804014327f
+
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_(-LOG2_E * x)); }
+
+// GPT-2's GELU: x (1 + tanh u) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3), which is x sigmoid(2 u).
+struct GeluTanh {
+    static __device__ __forceinline__ float gate(float x) { return sigmoid(2 * SQRT_2_PI * x * (1.0f + CUBIC * x * x)); }
+    static __device__ __forceinline__ float value(float x) { return x * gate(x); }
+    static __device__ __forceinline__ float slope(float x) {
+        const float s = gate(x);
+        // Where the gate is shut or open its slope is 0, however large x^3 is; without the test that would be 0 times infinity.
+        const float inner = 2 * SQRT_2_PI * x * (1.0f + 3 * CUBIC * x * x) * (1.0f - s) * s;
+        return fabsf(x) > 30.0f ? s : s + inner;
+    }
+};
+
+// GELU itself: x Phi(x).
+struct GeluErf {
+    static __device__ __forceinline__ float value(float x) { return 0.5f * x * (1.0f + erff(SQRT_HALF * x)); }
+    static __device__ __forceinline__ float slope(float x) {
+        return 0.5f * (1.0f + erff(SQRT_HALF * x)) + x * INV_SQRT_2PI * exp2_(-0.5f * LOG2_E * x * x);
+    }
+};
+
+struct Relu {
+    static __device__ __forceinline__ float value(float x) { return fmaxf(x, 0.0f); }
+    static __device__ __forceinline__ float slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
+};
+
+// Where a thread works on [rows, F]: `tiles` blocks share a row. What has no rows is one row.
+struct Place {
+    int64_t row, column;
+};
+__device__ __forceinline__ Place place(int tiles) {
+    return {(int64_t)(blockIdx.x / tiles), ((int64_t)(blockIdx.x % tiles) * THREADS + threadIdx.x) * RUN};
+}
+
+// v = the run of x [rows, F] at a place, plus bias [F] unless that is null.
+__device__ __forceinline__ void load_biased(float (&v)[RUN], const Element* x, const Element* bias, Place at, int64_t F) {
+    load_floats(v, x + at.row * F + at.column, F - at.column);
+    if (bias == nullptr) return;
+    float b[RUN];
+    load_floats(b, bias + at.column, F - at.column);
+    #pragma unroll
+    for (int i = 0; i < RUN; i++) v[i] += b[i];
+}
+
+template <typename Activation>
+__device__ __forceinline__ void forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    const Place at = place(tiles);
+    if (at.column >= F) return;
+    float v[RUN];
+    load_biased(v, x, bias, at, F);
+    #pragma unroll
+    for (int i = 0; i < RUN; i++) v[i] = Activation::value(v[i]);
+    store_floats(y + at.row * F + at.column, v, F - at.column);
+}
+
+// grad_x may be grad_y.
+template <typename Activation>
+__device__ __forceinline__ void backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F,
+                                         int tiles) {
+    const Place at = place(tiles);
+    if (at.column >= F) return;
+    float v[RUN], g[RUN];
+    load_biased(v, x, bias, at, F);
+    load_floats(g, grad_y + at.row * F + at.column, F - at.column);
+    #pragma unroll
+    for (int i = 0; i < RUN; i++) g[i] *= Activation::slope(v[i]);
+    store_floats(grad_x + at.row * F + at.column, g, F - at.column);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gelu_tanh_forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    forward<GeluTanh>(x, bias, y, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gelu_tanh_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F, int tiles) {
+    backward<GeluTanh>(grad_y, x, bias, grad_x, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gelu_erf_forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    forward<GeluErf>(x, bias, y, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gelu_erf_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F, int tiles) {
+    backward<GeluErf>(grad_y, x, bias, grad_x, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    relu_forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    forward<Relu>(x, bias, y, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    relu_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F, int tiles) {
+    backward<Relu>(grad_y, x, bias, grad_x, F, tiles);
+}
+
+// y [rows, F] = silu(gate) up, of gate_up [rows, 2F] = [gate | up].
+extern "C" __global__ void __launch_bounds__(THREADS) swiglu_forward(const Element* gate_up, Element* y, int64_t F, int tiles) {
+    const Place at = place(tiles);
+    if (at.column >= F) return;
+    const int64_t left = F - at.column;
+    const Element* from = gate_up + at.row * 2 * F + at.column;
+    float gate[RUN], up[RUN];
+    load_floats(gate, from, left);
+    load_floats(up, from + F, left);
+    #pragma unroll
+    for (int i = 0; i < RUN; i++) up[i] *= gate[i] * sigmoid(gate[i]);
+    store_floats(y + at.row * F + at.column, up, left);
+}
+
+// grad [rows, 2F] of gate_up from grad_y [rows, F]; d silu / d gate = s + gate s (1 - s) with s = sigmoid(gate).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    swiglu_backward(const Element* grad_y, const Element* gate_up, Element* grad, int64_t F, int tiles) {
+    const Place at = place(tiles);
+    if (at.column >= F) return;
+    const int64_t left = F - at.column;
+    const int64_t offset = at.row * 2 * F + at.column;
+    float gate[RUN], up[RUN], dy[RUN];
+    load_floats(gate, gate_up + offset, left);
+    load_floats(up, gate_up + offset + F, left);
+    load_floats(dy, grad_y + at.row * F + at.column, left);
+    #pragma unroll
+    for (int i = 0; i < RUN; i++) {
+        const float s = sigmoid(gate[i]), silu = gate[i] * s;
+        gate[i] = dy[i] * up[i] * (s + silu * (1.0f - s));
+        up[i] = dy[i] * silu;
+    }
+    store_floats(grad + offset, gate, left);
+    store_floats(grad + offset + F, up, left);
+}

@@ -1,0 +1,59 @@
+"""Optimizer updates on the GPU."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from minillm.kernels.cuda import cuda_kernel
+from minillm.kernels.grids import blocks
+from minillm.kernels.launch import element, launch, same_dtype
+
+_FILE = Path(__file__).with_name("v1.cu")
+_THREADS, _TAKEN = 256, 4
+
+
+def _flat(*arrays: Any) -> None:
+    """Raises ValueError for an array that cannot be updated as flat memory."""
+    for a in arrays:
+        if a is not None and not a.flags.c_contiguous:
+            raise ValueError(f"optimizers update C-contiguous buffers in place, and this one has strides {a.strides} for shape {a.shape}")
+
+
+@cuda_kernel("adamw_", dtypes=("float32",))
+def adamw_(
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: Any = 1.0,
+    param_out: Any = None,
+) -> None:
+    same_dtype(param, exp_avg, exp_avg_sq)
+    _flat(param, grad, exp_avg, exp_avg_sq, param_out)
+    on_device = grad_scale.astype(np.float32, copy=False) if isinstance(grad_scale, type(param)) else None
+    numbers = (
+        *(1.0 if on_device is not None else grad_scale, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)),
+        *(beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay),
+    )
+    args = (param, grad, exp_avg, exp_avg_sq, param_out, on_device, *map(np.float32, numbers), np.int64(param.size))
+    defines = {"ELEMENT": element(grad), "COPY": "float32" if param_out is None else element(param_out)}
+    launch(_FILE, "adamw", defines, (blocks(param.size, _THREADS * _TAKEN),), (_THREADS,), args)
+
+
+@cuda_kernel("sgd_")
+def sgd_(param: Any, grad: Any, *, lr: float, grad_scale: float = 1.0) -> None:
+    same_dtype(param, grad)
+    _flat(param, grad)
+    args = (param, grad, np.float32(lr * grad_scale), np.int64(param.size))
+    defines = {"ELEMENT": element(grad), "COPY": "float32"}
+    launch(_FILE, "sgd", defines, (blocks(param.size, _THREADS * _TAKEN),), (_THREADS,), args)

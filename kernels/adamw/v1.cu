@@ -1,0 +1,53 @@
+// Optimizer updates over flat buffers. Parameters and moments are float32; gradients may be narrower, and so may the copy of the parameters
+// that the model computes with. A thread updates four elements: 56 bytes under way at float32, 28 bytes moved an element.
+// minillm-build: -DELEMENT=float32 -DCOPY=float32
+// minillm-build: -DELEMENT=bfloat16 -DCOPY=bfloat16
+// minillm-build: -DELEMENT=float32 -DCOPY=bfloat16
+// minillm-build: -DELEMENT=float16 -DCOPY=float16
+#include "../device/vectors.cuh"
+
+#ifndef COPY
+#define COPY float32
+#endif
+#define THREADS 256
+#define TAKEN 4
+
+__device__ __forceinline__ int64_t first_element() { return ((int64_t)blockIdx.x * THREADS + threadIdx.x) * TAKEN; }
+
+// One AdamW update: m and v follow the gradient times grad_scale times *scale_factor (null: 1), then
+// param = keep param - rate m / (sqrt(v) inverse_root + eps), also written to `copy` unless that is null. rest1 = 1 - beta1, and so on.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    adamw(float* param, const Element* grad, float* exp_avg, float* exp_avg_sq, COPY* copy, const float* scale_factor, float grad_scale,
+          float rate, float inverse_root, float beta1, float rest1, float beta2, float rest2, float eps, float keep, int64_t size) {
+    const int64_t first = first_element(), left = size - first;
+    if (left <= 0) return;
+    float p[TAKEN], g[TAKEN], m[TAKEN], v[TAKEN];
+    load_floats(p, param + first, left);
+    load_floats(g, grad + first, left);
+    load_floats(m, exp_avg + first, left);
+    load_floats(v, exp_avg_sq + first, left);
+    if (scale_factor != nullptr) grad_scale *= *scale_factor;
+    #pragma unroll
+    for (int i = 0; i < TAKEN; i++) {
+        g[i] *= grad_scale;
+        m[i] = beta1 * m[i] + rest1 * g[i];
+        v[i] = beta2 * v[i] + rest2 * g[i] * g[i];
+        p[i] = keep * p[i] - rate * m[i] / (sqrtf(v[i]) * inverse_root + eps);
+    }
+    store_floats(param + first, p, left);
+    store_floats(exp_avg + first, m, left);
+    store_floats(exp_avg_sq + first, v, left);
+    if (copy != nullptr) store_floats(copy + first, p, left);
+}
+
+// param -= rate grad.
+extern "C" __global__ void __launch_bounds__(THREADS) sgd(Element* param, const Element* grad, float rate, int64_t size) {
+    const int64_t first = first_element(), left = size - first;
+    if (left <= 0) return;
+    float p[TAKEN], g[TAKEN];
+    load_floats(p, param + first, left);
+    load_floats(g, grad + first, left);
+    #pragma unroll
+    for (int i = 0; i < TAKEN; i++) p[i] -= rate * g[i];
+    store_floats(param + first, p, left);
+}

@@ -1,0 +1,374 @@
+"""Attention on the GPU: v1 (float32 tiles, any GPU and dtype), v2 (tensor cores, 16-bit, compute capability 8.0 and up) and v3 (the
+instructions of Hopper, 16-bit, compute capability 9.0; launched in hopper.py).
+
+Variant `auto`, the default, takes the fastest one for the arrays at hand. All variants give and take the log-sum-exp as float32, so one may
+do the forward pass and another the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from minillm.kernels.attention import hopper
+from minillm.kernels.attention.bindings import visible_keys
+from minillm.kernels.attention.mask import AttentionDropout
+from minillm.kernels.cuda import DTYPES, cuda_kernel, unavailable
+from minillm.kernels.launch import address, compute_capability, deliver, dense, element, empty, launch, namespace, same_dtype
+from minillm.kernels.random.hashing import address_words, column_words, threshold
+from minillm.kernels.registry import KernelUnavailable, kernel
+
+HEAD_WIDTHS = (32, 64, 96, 128)
+HALF_DTYPES = ("bfloat16", "float16")
+_FOLDER = Path(__file__).parent
+
+# Their C twins: Strides and Attention in common.cuh.
+_STRIDES = np.dtype([("batch", np.int64), ("time", np.int64), ("head", np.int64)])
+_STRIDED = ("q", "k", "v", "o", "grad_o", "grad_q", "grad_k", "grad_v")
+_SIZES = ("num_queries", "num_keys", "num_heads", "num_kv_heads", "causal")
+_ATTENTION = np.dtype(
+    [
+        *((name, _STRIDES) for name in _STRIDED),
+        *((name, np.int32) for name in _SIZES),
+        ("threshold", np.uint32),
+        ("scale", np.float32),
+        ("keep_scale", np.float32),
+    ]
+)
+
+
+class _Tiles(NamedTuple):
+    """How a pass is cut: a block owns `own` rows and walks over `loop` rows at a time."""
+
+    own: int
+    loop: int
+    threads: int
+    shared_bytes: int
+
+
+class _Plan(NamedTuple):
+    """A variant for one head width and element type."""
+
+    path: Path
+    defines: dict[str, str | int]
+    forward: _Tiles
+    grad_kv: _Tiles
+    grad_q: _Tiles
+
+
+@functools.cache
+def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
+    small = shared_bytes < 80 << 10
+    own = 64 if width <= (32 if small else 64) else 32
+    loop = 16 if width == 128 and small else 32
+    row, scores = 4 * (width + 4), 4 * own * (loop | 16)  # bytes
+    forward, backward = (own + 2 * loop) * row + scores, 2 * (own + loop) * row
+    cut = functools.partial(_Tiles, own, loop, 256)
+    defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "OWN": own, "LOOP": loop}
+    return _Plan(_FOLDER / "v1.cu", defines, cut(forward), cut(backward + 2 * scores), cut(backward + scores))
+
+
+@functools.cache
+def _plan_v2(name: str, width: int, dropout: bool, shared_bytes: int) -> _Plan:
+    wide = width == 128
+    # As many rows at a time as registers hold without spills, and two blocks a multiprocessor, or one of twice the warps. Dropout's words
+    # need registers, too.
+    if dropout:
+        forward_warps, forward_rows, forward_loop = (8, 16, 64) if wide else (4, 32, 32)
+    else:
+        forward_warps, forward_rows, forward_loop = 4, 32, 48 if wide else 64
+    backward_warps, backward_rows = 8 if wide else 4, 32 if width <= 64 else 16
+    backward_loop = 32 if wide and shared_bytes < 160 << 10 else 64
+    row = 2 * width  # bytes
+    own = forward_warps * forward_rows
+    forward = _Tiles(own, forward_loop, 32 * forward_warps, (own + 4 * forward_loop) * row)
+    own = backward_warps * backward_rows
+    cut = functools.partial(_Tiles, own, backward_loop, 32 * backward_warps)
+    tiles = (2 * own + 4 * backward_loop) * row
+    defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "DROPOUT": int(dropout)}
+    defines |= {"FORWARD_WARPS": forward_warps, "FORWARD_ROWS": forward_rows, "FORWARD_LOOP": forward_loop}
+    defines |= {"BACKWARD_WARPS": backward_warps, "BACKWARD_ROWS": backward_rows, "BACKWARD_LOOP": backward_loop}
+    statistics = 2 * backward_loop * (4 + 4 + (8 if dropout else 0))
+    return _Plan(_FOLDER / "v2.cu", defines, forward, cut(tiles + statistics), cut(tiles))
+
+
+@functools.cache
+def _shared_bytes(device: int) -> int:
+    """How much shared memory a block can have: 64 KB on compute capability 7.5, 99 KB on 8.6 and 8.9, 163 KB on 8.0, 227 KB on 9.0."""
+    return importlib.import_module("cupy").cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+
+
+_EMULATED_SHARED = 227 << 10
+
+
+def _plan(variant: str, q: Any, scale: float, dropout: AttentionDropout | None) -> _Plan:
+    width, name = q.shape[3], element(q)
+    if width not in HEAD_WIDTHS:
+        raise KernelUnavailable(
+            f"attention has no CUDA kernel for head width {width}, only for {', '.join(map(str, HEAD_WIDTHS))}: "
+            "choose dim and heads for one of them, or use(attention='numpy')"
+        )
+    shared_bytes = _EMULATED_SHARED if isinstance(q, np.ndarray) else _shared_bytes(q.device.id)
+    if variant == "v1":
+        return _plan_v1(name, width, shared_bytes)
+    if not scale > 0:
+        raise KernelUnavailable(f"attention v2 takes scores times a positive scale, not {scale}; use(attention='cuda:v1')")
+    return _plan_v2(name, width, dropout is not None, shared_bytes)
+
+
+# ---- who sees what
+
+
+class _Seen(NamedTuple):
+    """Which keys each query sees, as common.cuh has it; the arrays are where the kernels run."""
+
+    causal: bool
+    limits: Any  # int32 [Tq] or None: overrule `causal`
+    key_mask: Any  # bool [B, Tk] or None
+    order: Any  # what puts the keys in the order of their times; None if they are
+
+    def sorted(self, x: Any) -> Any:
+        """Keys or values x [B, Tk, Hkv, K] as the kernels are to see them."""
+        return x if self.order is None else x[:, self.order]
+
+    def unsorted(self, x: Any, out: Any) -> Any:
+        """Gradients [B, Tk, Hkv, K] that the kernels have written, as the caller knows them: in `out` if given."""
+        if self.order is None:
+            return deliver(x, out)
+        out = empty(x.shape, x.dtype, x) if out is None else out
+        out[:, self.order] = x
+        return out
+
+
+def _seen(q: Any, k: Any, causal: bool, times_q: Any, times_k: Any, key_mask: Any) -> _Seen:
+    xp, Tq, Tk = namespace(q), q.shape[1], k.shape[1]
+    limits = order = None
+    if causal and (times_q is not None or times_k is not None):
+        limits, order = visible_keys(Tq, Tk, True, _on_host(times_q), _on_host(times_k))
+        causal = bool((limits == np.minimum(np.arange(1, Tq + 1), Tk)).all())  # the usual times after all
+        everything = bool((limits == Tk).all())
+        limits = None if causal or everything else xp.asarray(limits.astype(np.int32))
+        order = None if order is None else xp.asarray(order)
+    if key_mask is not None:
+        key_mask = xp.asarray(key_mask, bool)
+        key_mask = xp.ascontiguousarray(key_mask if order is None else key_mask[:, order])
+    return _Seen(causal, limits, key_mask, order)
+
+
+def _on_host(x: Any) -> Any:
+    return x.get() if hasattr(x, "get") else x
+
+
+def _words(dropout: AttentionDropout | None, H: int, order: Any, xp: Any) -> tuple[Any, Any, Any]:
+    """Dropout's addresses: a word for each sample and head uint64 [B, H], query times int64 [Tq], a word for each key uint32 [Tk]."""
+    if dropout is None:
+        return None, None, None
+    samples, times_q, times_k = (np.asarray(_on_host(x)) for x in (dropout.samples, dropout.times_q, dropout.times_k))
+    heads = address_words(dropout.key, samples, np.arange(dropout.head0, dropout.head0 + H))
+    columns = xp.asarray(column_words(times_k))
+    return xp.asarray(heads), xp.asarray(times_q.astype(np.int64)), columns if order is None else columns[order]
+
+
+# ---- arguments
+
+
+def _fits(x: Any) -> bool:
+    """Whether kernels can use `x` as it lies: the last dim contiguous, all else in multiples of the 16 bytes that v2 moves at a time."""
+    return x.strides[3] == x.itemsize and address(x) % 16 == 0 and not any(stride % 16 for stride in x.strides[:3])
+
+
+def _readable(x: Any) -> Any:
+    return x if _fits(x) else namespace(x).array(x, copy=True, order="C")
+
+
+def _writable(x: Any, like: Any) -> Any:
+    """An array to write a result into: `x` if given and fit, else a new one like `like`, to be given to `deliver`."""
+    return x if x is not None and _fits(x) else empty(like.shape, like.dtype, like)
+
+
+def _struct(seen: _Seen, scale: float, dropout: AttentionDropout | None, **arrays: Any) -> Any:
+    """The struct Attention for arrays q, k and so on, by name."""
+    strides = tuple((name, tuple(stride // x.itemsize for stride in x.strides[:3])) for name, x in arrays.items())
+    (_, Tq, H, _), (_, Tk, Hkv, _) = arrays["q"].shape, arrays["k"].shape
+    return _packed(strides, (Tq, Tk, H, Hkv, int(seen.causal)), scale, 0.0 if dropout is None else dropout.p)
+
+
+@functools.lru_cache(1024)
+def _packed(strides: tuple[tuple[str, tuple[int, ...]], ...], sizes: tuple[int, ...], scale: float, p: float) -> Any:
+    a = np.zeros((), _ATTENTION)
+    for name, value in (*strides, *zip(_SIZES, sizes, strict=True)):
+        a[name] = value
+    a["scale"], a["threshold"], a["keep_scale"] = scale, threshold(p), 1 / (1 - p)
+    return a[()]
+
+
+def _launch(plan: _Plan, name: str, tiles: _Tiles, samples: int, heads: int, rows: int, *args: Any) -> None:
+    """A block for every tile of `rows` rows of every head of every sample."""
+    grid = (-(-rows // tiles.own), heads, samples)
+    launch(plan.path, name, plan.defines, grid, (tiles.threads,), args, tiles.shared_bytes)
+
+
+# ---- the ops
+
+
+def _forward(
+    variant: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float,
+    causal: bool,
+    times_q: Any = None,
+    times_k: Any = None,
+    key_mask: Any = None,
+    dropout: AttentionDropout | None = None,
+    out: Any = None,
+) -> tuple[Any, Any]:
+    same_dtype(q, k, v, out)
+    plan = _plan(variant, q, scale, dropout)
+    B, Tq, H, _ = q.shape
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    q, k, v = _readable(q), _readable(seen.sorted(k)), _readable(seen.sorted(v))
+    o, lse = _writable(out, q), empty((B, H, Tq), np.float32, q)
+    extras = (seen.limits, seen.key_mask, *_words(dropout, H, seen.order, namespace(q)))
+    a = _struct(seen, scale, dropout, q=q, k=k, v=v, o=o)
+    _launch(plan, "attention_forward", plan.forward, B, H, Tq, q, k, v, o, lse, *extras, a)
+    return deliver(o, out), lse
+
+
+def _backward(
+    variant: str,
+    grad_o: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    scale: float,
+    causal: bool,
+    times_q: Any = None,
+    times_k: Any = None,
+    key_mask: Any = None,
+    dropout: AttentionDropout | None = None,
+    grad_q: Any = None,
+    grad_k: Any = None,
+    grad_v: Any = None,
+) -> tuple[Any, Any, Any]:
+    same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
+    plan = _plan(variant, q, scale, dropout)
+    (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    grad_o, o, q, k, v = map(_readable, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
+    lse = dense(lse.astype(np.float32, copy=False))
+    gq, gk, gv = _writable(grad_q, q), *(_writable(g if seen.order is None else None, k) for g in (grad_k, grad_v))
+    extras = (seen.limits, seen.key_mask, *_words(dropout, H, seen.order, namespace(q)))
+    a = _struct(seen, scale, dropout, q=q, k=k, v=v, o=o, grad_o=grad_o, grad_q=gq, grad_k=gk, grad_v=gv)
+    padded = -(-Tq // plan.grad_kv.loop) * plan.grad_kv.loop
+    lse_2, delta = empty((2, B, H, padded), np.float32, q)
+    known = (grad_o, q, k, v, lse_2, delta, np.int32(padded))
+    _launch(plan, "attention_delta", _Tiles(8, 0, 256, 0), B, H, padded, grad_o, o, lse, *known[4:], a)
+    _launch(plan, "attention_grad_kv", plan.grad_kv, B, Hkv, Tk, *known, gk, gv, *extras, a)
+    _launch(plan, "attention_grad_q", plan.grad_q, B, H, Tq, *known, gq, *extras, a)
+    return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
+
+
+def _forward_v3(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float,
+    causal: bool,
+    times_q: Any = None,
+    times_k: Any = None,
+    key_mask: Any = None,
+    dropout: AttentionDropout | None = None,
+    out: Any = None,
+) -> tuple[Any, Any]:
+    same_dtype(q, k, v, out)
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    _require_v3(q, scale, seen, dropout)
+    q, k, v = hopper.tiled(q), hopper.tiled(seen.sorted(k)), hopper.tiled(seen.sorted(v))
+    o = out if out is not None and hopper.can_be_tiled(out) else empty(q.shape, q.dtype, q)
+    lse = empty((q.shape[0], q.shape[2], q.shape[1]), np.float32, q)
+    hopper.forward(q, k, v, o, lse, scale, seen.causal)
+    return deliver(o, out), lse
+
+
+def _backward_v3(
+    grad_o: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    scale: float,
+    causal: bool,
+    times_q: Any = None,
+    times_k: Any = None,
+    key_mask: Any = None,
+    dropout: AttentionDropout | None = None,
+    grad_q: Any = None,
+    grad_k: Any = None,
+    grad_v: Any = None,
+) -> tuple[Any, Any, Any]:
+    same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    _require_v3(q, scale, seen, dropout)
+    grad_o, o, q, k, v = map(hopper.tiled, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
+    wanted = (grad_q, *(g if seen.order is None else None for g in (grad_k, grad_v)))
+    gq, gk, gv = (
+        g if g is not None and hopper.can_be_tiled(g) else empty(x.shape, x.dtype, x) for g, x in zip(wanted, (q, k, v), strict=True)
+    )
+    hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen.causal)
+    return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
+
+
+def _require_v3(q: Any, scale: float, seen: _Seen, dropout: AttentionDropout | None) -> None:
+    """Raises KernelUnavailable for what v3 does not do."""
+    if reason := hopper.refusal(q, scale, seen.limits, seen.key_mask, dropout):
+        raise KernelUnavailable(f"attention v3 does not take {reason}; use(attention='cuda:v2') does, or leave the choice to auto")
+
+
+def fastest(q: Any, k: Any, options: Mapping[str, Any]) -> str:
+    """The variant that `auto` takes for these queries, keys and options of an attention op, on their device."""
+    capability, scale = int(compute_capability(q.device.id)), options["scale"]
+    if element(q) not in HALF_DTYPES or capability < 80 or not scale > 0:
+        return "v1"
+    if capability != 90:
+        return "v2"
+    seen = _seen(q, k, options["causal"], options.get("times_q"), options.get("times_k"), None)
+    return "v2" if hopper.refusal(q, scale, seen.limits, options.get("key_mask"), options.get("dropout")) else "v3"
+
+
+def _auto_forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
+    variant = fastest(q, k, options)
+    return _forward_v3(q, k, v, **options) if variant == "v3" else _forward(variant, q, k, v, **options)
+
+
+def _auto_backward(grad_o: Any, q: Any, k: Any, *arrays: Any, **options: Any) -> tuple[Any, Any, Any]:
+    variant = fastest(q, k, options)
+    backward = _backward_v3 if variant == "v3" else functools.partial(_backward, variant)
+    return backward(grad_o, q, k, *arrays, **options)
+
+
+def _register(op: str, variant: str, fn: Any, dtypes: tuple[str, ...]) -> None:
+    bound = functools.partial(fn, variant)
+    bound.__module__ = __name__
+    cuda_kernel(op, variant, dtypes=dtypes)(bound)
+
+
+kernel("attention_forward", backend="cuda", variant="auto", dtypes=DTYPES, unavailable=unavailable)(_auto_forward)
+kernel("attention_backward", backend="cuda", variant="auto", dtypes=DTYPES, unavailable=unavailable)(_auto_backward)
+for _variant, _dtypes in (("v1", DTYPES), ("v2", HALF_DTYPES)):
+    _register("attention_forward", _variant, _forward, _dtypes)
+    _register("attention_backward", _variant, _backward, _dtypes)
+cuda_kernel("attention_forward", "v3", dtypes=HALF_DTYPES)(_forward_v3)
+cuda_kernel("attention_backward", "v3", dtypes=HALF_DTYPES)(_backward_v3)

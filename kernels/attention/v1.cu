@@ -1,0 +1,361 @@
+// Attention, variant 1: float32 tiles in shared memory, for any GPU and any element type. The one to learn from.
+//
+// o = softmax(scale q k^T) v without the [Tq, Tk] array of scores. A block owns OWN rows of one head and walks over all that they meet,
+// LOOP rows at a time. All three kernels have this one shape:
+//
+//     kernel   owns       walks over   two tiles of scores from    adds up
+//     forward  queries    keys         q.k                         o  += P v      (with the online softmax)
+//     grad_kv  keys       queries      k.q and v.grad_o            gv += P^T grad_o,  gk += dS^T q
+//     grad_q   queries    keys         q.k and grad_o.v            gq += dS k
+//
+// and so two functions do all products: `dot_rows` (own rows by walked rows, WIDTH deep) and `add_weighted_rows` (scores by walked rows,
+// LOOP deep). 256 threads stand as 16 x 16; thread (y, x) holds rows y, y + 16, .. of the own side and columns x, x + 16, .. of the other:
+//
+//                 walked rows (LOOP)                   WIDTH columns
+//                 x x+16                               x x+16 x+32 x+48
+//            y    #  #                            y    #  #    #    #
+//     own    y+16 #  #   scores            own    y+16 #  #    #    #   sums, in registers to the end
+//     rows   y+32 #  #                     rows   y+32 #  #    #    #
+//            y+48 #  #                            y+48 #  #    #    #
+//
+// The 16 threads of a row are half a warp, so a row's maximum and sum are four shuffles, and scores pass from the first product to the
+// second through shared memory without a block-wide barrier. Rows in shared memory are longer than they need be: by four floats, so that
+// the 16 rows that a warp reads at once do not meet in the same banks; of scores so that the two rows that a warp writes are 16 banks apart.
+//
+// The online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): keep the maximum m seen so far; when it grows, what has been added up
+// so far shrinks by exp(m_old - m_new). Backward computes P again from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135) in two kernels,
+// of which each owns what it writes: no atomics, so the bits repeat, for 7 products instead of 5.
+//
+// measured: not yet
+//
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=32 -DOWN=64 -DLOOP=32
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=96 -DOWN=32 -DLOOP=32
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=128 -DOWN=32 -DLOOP=32
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=64 -DOWN=32 -DLOOP=32
+// minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=128 -DOWN=32 -DLOOP=16
+// minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
+// minillm-build: -DELEMENT=float16 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
+#include "common.cuh"
+
+#ifndef HEAD_WIDTH
+#define HEAD_WIDTH 64
+#endif
+#ifndef OWN  // rows that a block owns
+#define OWN 64
+#endif
+#ifndef LOOP  // rows that it walks over at a time
+#define LOOP 32
+#endif
+
+constexpr int SIDE = 16, THREADS = SIDE * SIDE;
+constexpr int OWN_ROWS = OWN / SIDE, LOOP_ROWS = LOOP / SIDE, COLUMNS = HEAD_WIDTH / SIDE;  // of a thread
+constexpr int PITCH = HEAD_WIDTH + 4, SCORE_PITCH = LOOP | 16;  // floats from row to row in shared memory
+
+#define X ((int)threadIdx.x % SIDE)
+#define Y ((int)threadIdx.x / SIDE)
+
+// Rows [first, first + ROWS) of a head into a tile [ROWS][PITCH] as float32; rows from `end` on are zero.
+template <int ROWS>
+__device__ __forceinline__ void load_tile(float* tile, const Element* x, int64_t stride, int first, int end) {
+    for (int i = threadIdx.x; i < ROWS * HEAD_WIDTH; i += THREADS) {
+        const int row = i / HEAD_WIDTH, column = i % HEAD_WIDTH;
+        tile[row * PITCH + column] = first + row < end ? to_float(x[(first + row) * stride + column]) : 0.0f;
+    }
+}
+
+// dots[i][j] = <row Y + 16 i of own, row X + 16 j of walked>
+__device__ __forceinline__ void dot_rows(float (&dots)[OWN_ROWS][LOOP_ROWS], const float* own, const float* walked) {
+    #pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++)
+        #pragma unroll
+        for (int j = 0; j < LOOP_ROWS; j++) dots[i][j] = 0;
+    #pragma unroll 1  // two blocks a multiprocessor hide more than a longer loop body would
+    for (int k = 0; k < HEAD_WIDTH; k += 4) {
+        Pack16<float> a[OWN_ROWS], b[LOOP_ROWS];
+        #pragma unroll
+        for (int i = 0; i < OWN_ROWS; i++) a[i] = load16(own + (Y + SIDE * i) * PITCH + k);
+        #pragma unroll
+        for (int j = 0; j < LOOP_ROWS; j++) b[j] = load16(walked + (X + SIDE * j) * PITCH + k);
+        #pragma unroll
+        for (int i = 0; i < OWN_ROWS; i++)
+            #pragma unroll
+            for (int j = 0; j < LOOP_ROWS; j++)
+                #pragma unroll
+                for (int u = 0; u < 4; u++) dots[i][j] += a[i].v[u] * b[j].v[u];
+    }
+}
+
+// sums[i][c] += sum over n of scores[Y + 16 i][n] * walked[n][X + 16 c]
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[OWN_ROWS][COLUMNS], const float* scores, const float* walked) {
+    #pragma unroll 2
+    for (int n = 0; n < LOOP; n += 4) {
+        Pack16<float> weight[OWN_ROWS];
+        #pragma unroll
+        for (int i = 0; i < OWN_ROWS; i++) weight[i] = load16(scores + (Y + SIDE * i) * SCORE_PITCH + n);
+        #pragma unroll
+        for (int u = 0; u < 4; u++)
+            #pragma unroll
+            for (int c = 0; c < COLUMNS; c++) {
+                const float value = walked[(n + u) * PITCH + X + SIDE * c];
+                #pragma unroll
+                for (int i = 0; i < OWN_ROWS; i++) sums[i][c] += weight[i].v[u] * value;
+            }
+    }
+}
+
+// Over the 16 threads that hold a row.
+__device__ __forceinline__ float row_max(float x) {
+    #pragma unroll
+    for (int distance = SIDE / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
+    return x;
+}
+__device__ __forceinline__ float row_sum(float x) {
+    #pragma unroll
+    for (int distance = SIDE / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    return x;
+}
+
+// Row Y + 16 i of the block's sums, times `factor`, to rows [first, ..) of a head.
+__device__ __forceinline__ void store_row(Element* x, int64_t stride, int row, int end, const float (&sums)[COLUMNS], float factor) {
+    if (row >= end) return;
+    #pragma unroll
+    for (int c = 0; c < COLUMNS; c++) x[row * stride + X + SIDE * c] = from_float<Element>(sums[c] * factor);
+}
+
+// Grid (query tiles, heads, samples). o [B, Tq, H, K]; lse [B, H, Tq].
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
+    const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int* limits, const uint8_t* key_mask,
+    const uint64_t* head_keys, const int64_t* query_times, const uint32_t* column_words, const Attention a) {
+    float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
+    float* k_tile = q_tile + OWN * PITCH;           // [LOOP][PITCH]
+    float* v_tile = k_tile + LOOP * PITCH;          // [LOOP][PITCH]
+    float* scores = v_tile + LOOP * PITCH;          // [OWN][SCORE_PITCH]
+    const int h = blockIdx.y, b = blockIdx.z, kv_head = h / (a.num_heads / a.num_kv_heads), row_of_head = b * a.num_heads + h;
+    const int first = (gridDim.x - 1 - blockIdx.x) * OWN;  // under a causal mask the last queries see most: the longest work starts first
+    k = head_start(k, a.k, b, kv_head);
+    v = head_start(v, a.v, b, kv_head);
+    if (key_mask) key_mask += int64_t(b) * a.num_keys;
+    const float scale = a.scale * LOG2_E;
+
+    load_tile<OWN>(q_tile, head_start(q, a.q, b, h), a.q.time, first, a.num_queries);
+    int limit[OWN_ROWS];
+    uint64_t word[OWN_ROWS];
+    float m[OWN_ROWS], l[OWN_ROWS], sums[OWN_ROWS][COLUMNS];
+    #pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++) {
+        const int query = first + Y + SIDE * i;
+        limit[i] = limit_of(a, limits, query);
+        word[i] = head_keys && query < a.num_queries ? row_word(head_keys[row_of_head], query_times[query]) : 0;
+        m[i] = -INFINITY;
+        l[i] = 0;
+        #pragma unroll
+        for (int c = 0; c < COLUMNS; c++) sums[i][c] = 0;
+    }
+
+    const int stop = limits_of(a, limits, first, OWN).most;
+    for (int first_key = 0; first_key < stop; first_key += LOOP) {
+        __syncthreads();  // nobody reads the tiles any more
+        load_tile<LOOP>(k_tile, k, a.k.time, first_key, a.num_keys);
+        load_tile<LOOP>(v_tile, v, a.v.time, first_key, a.num_keys);
+        __syncthreads();  // all has been written
+        float s[OWN_ROWS][LOOP_ROWS];
+        dot_rows(s, q_tile, k_tile);
+        #pragma unroll
+        for (int i = 0; i < OWN_ROWS; i++) {
+            float top = m[i];
+            #pragma unroll
+            for (int j = 0; j < LOOP_ROWS; j++) {
+                const int key = first_key + X + SIDE * j;
+                const bool seen = key < limit[i] && (!key_mask || key_mask[key]);
+                s[i][j] = seen ? s[i][j] * scale : -INFINITY;
+                top = fmaxf(top, s[i][j]);
+            }
+            top = row_max(top);
+            const float base = top == -INFINITY ? 0.0f : top;  // a row that has seen nothing: no infinity minus infinity
+            const float shrink = exp2_(m[i] - base);
+            m[i] = top;
+            l[i] *= shrink;
+            #pragma unroll
+            for (int c = 0; c < COLUMNS; c++) sums[i][c] *= shrink;
+            #pragma unroll
+            for (int j = 0; j < LOOP_ROWS; j++) {
+                const int key = first_key + X + SIDE * j;
+                float p = exp2_(s[i][j] - base);
+                l[i] += p;  // of this thread's keys alone; the row's threads meet at the end
+                if (head_keys && key < limit[i]) p = keeps(word[i], column_words[key], a.threshold) ? p * a.keep_scale : 0.0f;
+                scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = p;
+            }
+        }
+        WATCH(S, s);
+        WATCH(m, m);
+        WATCH(l, l);
+        __syncwarp();  // a row's scores come from this warp
+        add_weighted_rows(sums, scores, v_tile);
+    }
+
+    o = head_start(o, a.o, b, h);
+    #pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++) {
+        const int query = first + Y + SIDE * i;
+        const float total = row_sum(l[i]);
+        store_row(o, a.o.time, query, a.num_queries, sums[i], total > 0 ? 1 / total : 0.0f);
+        if (X == 0 && query < a.num_queries) lse[int64_t(row_of_head) * a.num_queries + query] = (m[i] + log2_(total)) * LN_2;
+    }
+}
+
+// What every entry of a row of P and dP is lowered by: for each sample and head a row of `padded` floats, lse in powers of two and
+// delta = <grad_o, o>. (v2 copies them in tiles, hence the padding.) Grid (padded / 8, heads, samples), a warp a query.
+extern "C" __global__ void __launch_bounds__(THREADS) attention_delta(
+    const Element* grad_o, const Element* o, const float* lse, float* lse_2, float* delta, int padded, const Attention a) {
+    const int h = blockIdx.y, b = blockIdx.z, query = blockIdx.x * (THREADS / 32) + WARP, row_of_head = b * a.num_heads + h;
+    if (query >= a.num_queries) return;
+    grad_o = head_start(grad_o, a.grad_o, b, h) + query * a.grad_o.time;
+    o = head_start(o, a.o, b, h) + query * a.o.time;
+    float sum = 0;
+    for (int i = LANE; i < HEAD_WIDTH; i += 32) sum += to_float(grad_o[i]) * to_float(o[i]);
+    sum = warp_sum(sum);
+    if (LANE) return;
+    lse_2[int64_t(row_of_head) * padded + query] = lse[int64_t(row_of_head) * a.num_queries + query] * LOG2_E;
+    delta[int64_t(row_of_head) * padded + query] = sum;
+}
+
+// What the backward pass knows of a query.
+struct Query {
+    int limit;
+    float lse_2, delta;
+    uint64_t word;
+};
+
+__device__ __forceinline__ Query query_at(const Attention& a, const float* lse_2, const float* delta, int padded, const int* limits,
+                                          const uint64_t* head_keys, const int64_t* query_times, int row_of_head, int query) {
+    if (query >= a.num_queries) return {0, 0.0f, 0.0f, 0};
+    const int64_t at = int64_t(row_of_head) * padded + query;
+    return {limit_of(a, limits, query), lse_2[at], delta[at], head_keys ? row_word(head_keys[row_of_head], query_times[query]) : 0};
+}
+
+// From the dot products q.k and grad_o.v of a query and a key to what multiplies grad_o (p) and what multiplies q and k (grad_s).
+__device__ __forceinline__ void probability(float& p, float& grad_s, const Attention& a, const Query& query, int key,
+                                            const uint8_t* key_mask, const uint32_t* column_words) {
+    if (key >= query.limit || (key_mask && !key_mask[key])) {
+        p = grad_s = 0;
+        return;
+    }
+    const float before = exp2_(p * a.scale * LOG2_E - query.lse_2);
+    const float factor = !column_words ? 1.0f : keeps(query.word, column_words[key], a.threshold) ? a.keep_scale : 0.0f;
+    p = before * factor;
+    grad_s = before * (grad_s * factor - query.delta);
+}
+
+// Grid (key tiles, key-value heads, samples). The queries of all heads that read a key-value head come one head after another.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
+    const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
+    Element* grad_k, Element* grad_v, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
+    const uint32_t* column_words, const Attention a) {
+    float* k_tile = dynamic_shared<float>();        // [OWN][PITCH]
+    float* v_tile = k_tile + OWN * PITCH;           // [OWN][PITCH]
+    float* q_tile = v_tile + OWN * PITCH;           // [LOOP][PITCH]
+    float* grad_o_tile = q_tile + LOOP * PITCH;     // [LOOP][PITCH]
+    float* scores = grad_o_tile + LOOP * PITCH;     // [OWN][SCORE_PITCH]
+    float* grad_scores = scores + OWN * SCORE_PITCH;
+    const int kv_head = blockIdx.y, b = blockIdx.z, group = a.num_heads / a.num_kv_heads, first = blockIdx.x * OWN;
+    if (key_mask) key_mask += int64_t(b) * a.num_keys;
+
+    load_tile<OWN>(k_tile, head_start(k, a.k, b, kv_head), a.k.time, first, a.num_keys);
+    load_tile<OWN>(v_tile, head_start(v, a.v, b, kv_head), a.v.time, first, a.num_keys);
+    float k_sums[OWN_ROWS][COLUMNS], v_sums[OWN_ROWS][COLUMNS];
+    #pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++)
+        #pragma unroll
+        for (int c = 0; c < COLUMNS; c++) k_sums[i][c] = v_sums[i][c] = 0;
+
+    const int start = first_query_seeing(a, limits, first, LOOP);
+    for (int h = kv_head * group; h < (kv_head + 1) * group; h++)
+        for (int first_query = start; first_query < a.num_queries; first_query += LOOP) {
+            __syncthreads();
+            load_tile<LOOP>(q_tile, head_start(q, a.q, b, h), a.q.time, first_query, a.num_queries);
+            load_tile<LOOP>(grad_o_tile, head_start(grad_o, a.grad_o, b, h), a.grad_o.time, first_query, a.num_queries);
+            __syncthreads();
+            float s[OWN_ROWS][LOOP_ROWS], grad_s[OWN_ROWS][LOOP_ROWS];
+            dot_rows(s, k_tile, q_tile);
+            dot_rows(grad_s, v_tile, grad_o_tile);
+            #pragma unroll
+            for (int j = 0; j < LOOP_ROWS; j++) {
+                const int column = first_query + X + SIDE * j;
+                const Query query = query_at(a, lse_2, delta, padded, limits, head_keys, query_times, b * a.num_heads + h, column);
+                #pragma unroll
+                for (int i = 0; i < OWN_ROWS; i++) {
+                    probability(s[i][j], grad_s[i][j], a, query, first + Y + SIDE * i, key_mask, column_words);
+                    scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = s[i][j];
+                    grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
+                }
+            }
+            WATCH(P, s);
+            WATCH(dS, grad_s);
+            __syncwarp();
+            add_weighted_rows(v_sums, scores, grad_o_tile);
+            add_weighted_rows(k_sums, grad_scores, q_tile);
+        }
+
+    grad_k = head_start(grad_k, a.grad_k, b, kv_head);
+    grad_v = head_start(grad_v, a.grad_v, b, kv_head);
+    #pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++) {
+        store_row(grad_k, a.grad_k.time, first + Y + SIDE * i, a.num_keys, k_sums[i], a.scale);
+        store_row(grad_v, a.grad_v.time, first + Y + SIDE * i, a.num_keys, v_sums[i], 1.0f);
+    }
+}
+
+// Grid (query tiles, heads, samples).
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
+    const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
+    Element* grad_q, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
+    const uint32_t* column_words, const Attention a) {
+    float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
+    float* grad_o_tile = q_tile + OWN * PITCH;      // [OWN][PITCH]
+    float* k_tile = grad_o_tile + OWN * PITCH;      // [LOOP][PITCH]
+    float* v_tile = k_tile + LOOP * PITCH;          // [LOOP][PITCH]
+    float* grad_scores = v_tile + LOOP * PITCH;     // [OWN][SCORE_PITCH]
+    const int h = blockIdx.y, b = blockIdx.z, kv_head = h / (a.num_heads / a.num_kv_heads);
+    const int first = (gridDim.x - 1 - blockIdx.x) * OWN;
+    k = head_start(k, a.k, b, kv_head);
+    v = head_start(v, a.v, b, kv_head);
+    if (key_mask) key_mask += int64_t(b) * a.num_keys;
+
+    load_tile<OWN>(q_tile, head_start(q, a.q, b, h), a.q.time, first, a.num_queries);
+    load_tile<OWN>(grad_o_tile, head_start(grad_o, a.grad_o, b, h), a.grad_o.time, first, a.num_queries);
+    Query query[OWN_ROWS];
+    float sums[OWN_ROWS][COLUMNS];
+    #pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++) {
+        query[i] = query_at(a, lse_2, delta, padded, limits, head_keys, query_times, b * a.num_heads + h, first + Y + SIDE * i);
+        #pragma unroll
+        for (int c = 0; c < COLUMNS; c++) sums[i][c] = 0;
+    }
+
+    const int stop = limits_of(a, limits, first, OWN).most;
+    for (int first_key = 0; first_key < stop; first_key += LOOP) {
+        __syncthreads();
+        load_tile<LOOP>(k_tile, k, a.k.time, first_key, a.num_keys);
+        load_tile<LOOP>(v_tile, v, a.v.time, first_key, a.num_keys);
+        __syncthreads();
+        float s[OWN_ROWS][LOOP_ROWS], grad_s[OWN_ROWS][LOOP_ROWS];
+        dot_rows(s, q_tile, k_tile);
+        dot_rows(grad_s, grad_o_tile, v_tile);
+        #pragma unroll
+        for (int i = 0; i < OWN_ROWS; i++)
+            #pragma unroll
+            for (int j = 0; j < LOOP_ROWS; j++) {
+                probability(s[i][j], grad_s[i][j], a, query[i], first_key + X + SIDE * j, key_mask, column_words);
+                grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
+            }
+        WATCH(P, s);
+        WATCH(dS, grad_s);
+        __syncwarp();
+        add_weighted_rows(sums, grad_scores, k_tile);
+    }
+
+    grad_q = head_start(grad_q, a.grad_q, b, h);
+    #pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++) store_row(grad_q, a.grad_q.time, first + Y + SIDE * i, a.num_queries, sums[i], a.scale);
+}

@@ -1,0 +1,301 @@
+// Attention forward, variant 3: Hopper's own way, for bfloat16 and float16 on compute capability 9.0. The design of FlashAttention-3 (Shah
+// et al. 2024, arXiv:2407.08608) in spirit; tiles.cuh shows how tiles lie, v3_common.cuh in which order the work is done.
+//
+// What it adds to v2, and why:
+//
+// * wgmma in the place of mma.sync, which reaches two thirds of this chip's peak only. A warpgroup multiplies 64 rows by a whole tile in
+//   one instruction, and the tensor cores read tiles from shared memory by themselves: no ldmatrix, no registers for the right factor.
+//   Scores still never leave registers: packed to 16 bits, they are the left factor of the product with the values.
+//
+// * TMA in the place of cp.async: one thread asks for a tile, the copy engine fetches it, clips it at the array's end and swizzles it. An
+//   mbarrier counts the bytes in. No thread computes addresses.
+//
+// * Warpgroups with one task each. The last loads, the others compute; they know of one another only through "full" and "empty" barriers,
+//   two for each buffer of a ring. Loading needs few registers, and gives the others those that it does not need (setmaxnreg).
+//
+//       loader, thread 0      K0 V0 K1 V1 K2 V2 ..   waits for `empty` of a stage, asks for a tile with `full` as its counter
+//       loader, thread 32     Q                      the next part's queries, as soon as this part's last scores are computed
+//
+//       ring of STAGES        +-----+-----+-----+-----+
+//       tiles of keys, and    | K0  | K1  | K2  | K3  |   tile n: stage n % STAGES, parity n / STAGES % 2
+//       one of values         +-----+-----+-----+-----+
+//
+//       consumer 0..2         waits for `full`, computes, and every warp arrives at `empty`
+//
+// * Products run while the warpgroup computes: the scores of tile t + 1 are started before the sum over tile t, and the exponentials of
+//   t + 1 are taken while that sum runs. And the warpgroups take turns: while one has the tensor cores, the others take exponentials.
+//
+//       consumer 0   QK1 PV0  exp 1 .............   QK2 PV1  exp 2 ..
+//       consumer 1            QK1 PV0  exp 1 .............   QK2 PV1  exp 2 ..
+//       consumer 2                     QK1 PV0  exp 1 .............   QK2 ..
+//       tensor cores  0   0   1    1   2    2    0   0   1    1
+//
+// * The output goes through shared memory to the copy engine as well: written from registers, a row would come in pieces of 16 bytes.
+//
+// * Blocks stay. As many as there are multiprocessors go through all the work, so that a part's output is stored, and the next part's
+//   queries and keys are fetched, while others compute. For causal attention long parts come first.
+//
+// Registers, by thread: head width 64: 64 scores + 32 sums + 32 for their packed left factor, of 160; 128: 64 + 64 + 32 of 240, hence one
+// consumer less. Shared memory: 176 and 192 KB, one block a multiprocessor.
+//
+// Not here, and left to v2: dropout, a key mask, times other than the indices.
+//
+// measured: not yet
+//
+// minillm-arch: sm_90a
+// minillm-build: -DHEAD_WIDTH=64 -DELEMENT=bfloat16
+// minillm-build: -DHEAD_WIDTH=64 -DELEMENT=float16
+// minillm-build: -DHEAD_WIDTH=128 -DELEMENT=bfloat16
+// minillm-build: -DHEAD_WIDTH=128 -DELEMENT=float16
+// minillm-build: -DHEAD_WIDTH=96 -DELEMENT=bfloat16
+// minillm-build: -DHEAD_WIDTH=96 -DELEMENT=float16
+// minillm-build: -DHEAD_WIDTH=32 -DELEMENT=bfloat16
+// minillm-build: -DHEAD_WIDTH=32 -DELEMENT=float16
+// minillm-sass: HGMMA
+// minillm-sass: UTMALDG
+// minillm-sass: UTMASTG
+// minillm-sass: USETMAXREG
+#include "v3_common.cuh"
+
+constexpr int CONSUMERS = HEAD_WIDTH > 64 ? 2 : 3;  // warpgroups that compute, for 64 queries each
+constexpr int STAGES = HEAD_WIDTH > 64 ? 2 : 4;     // tiles of keys, and of values, that are there or on their way
+constexpr int QUERIES = 64 * CONSUMERS, KEYS = 128;
+constexpr int LOADER = CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
+// A multiprocessor has 65536 registers. Threads start with an equal share; the loading warpgroup gives back what it does not need.
+constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+
+struct Shared {
+    Tile<64> q[CONSUMERS], o[CONSUMERS];
+    Tile<KEYS> k[STAGES], v[STAGES];
+    uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+static_assert(sizeof(Shared) <= MOST_SHARED_BYTES, "more shared memory than a block can have");
+
+// One part of the work: QUERIES queries of one head.
+struct Part {
+    int first, head, sample;
+    int tiles;  // of keys that any of the queries sees
+};
+
+__device__ __forceinline__ bool part_of_round(const Problem& p, int round, Part& part) {
+    const int blocks = num_blocks(p.num_queries, QUERIES);
+    int head, number;
+    if (!Schedule{blocks, p.samples * p.heads, p.section}.part(round, head, number)) return false;
+    part.first = (blocks - 1 - number) * QUERIES;  // the last queries see most keys
+    part.head = head % p.heads;
+    part.sample = head / p.heads;
+    part.tiles = num_blocks(seen_keys(p, min(part.first + QUERIES, p.num_queries) - 1), KEYS);
+    return true;
+}
+
+// ---- the loading warpgroup: one thread for the keys and values, one for the queries, so that neither waits for the other's buffers
+
+__device__ __forceinline__ void load_keys(Shared& shared, const TensorMap* k_map, const TensorMap* v_map, const Problem& p) {
+    int n = 0;
+    Part part;
+    for (int round = 0; part_of_round(p, round, part); round++) {
+        const int kv_head = part.head / (p.heads / p.kv_heads);
+        for (int tile = 0; tile < part.tiles; tile++, n++) {
+            const Place<STAGES> at(n);
+            mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);
+            mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>));
+            load_tile<KEYS, HEAD_WIDTH>(shared.k[at.stage], k_map, &shared.k_full[at.stage], tile * KEYS, kv_head, part.sample);
+            mbarrier_wait(&shared.v_empty[at.stage], at.parity ^ 1);
+            mbarrier_expect(&shared.v_full[at.stage], sizeof(Tile<KEYS>));
+            load_tile<KEYS, HEAD_WIDTH>(shared.v[at.stage], v_map, &shared.v_full[at.stage], tile * KEYS, kv_head, part.sample);
+        }
+    }
+}
+
+__device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_map, const Problem& p) {
+    Part part;
+    for (int round = 0; part_of_round(p, round, part); round++) {
+        mbarrier_wait(&shared.q_empty, round % 2 ^ 1);
+        mbarrier_expect(&shared.q_full, sizeof(shared.q));
+        #pragma unroll
+        for (int i = 0; i < CONSUMERS; i++)
+            load_tile<64, HEAD_WIDTH>(shared.q[i], q_map, &shared.q_full, part.first + 64 * i, part.head, part.sample);
+    }
+}
+
+// ---- a computing warpgroup
+
+// The warpgroups take turns at starting products, so that one works on the scores that it has got while the tensor cores compute for the
+// others. Turn barriers come after those of store_rows; two warpgroups meet in one: the one whose turn it is and the one before.
+#ifndef TAKE_TURNS
+#define TAKE_TURNS 1
+#endif
+__device__ __forceinline__ void begin_turns(int consumer) {
+    if (TAKE_TURNS && consumer == CONSUMERS - 1) named_barrier_arrive(1 + CONSUMERS, 256);
+}
+__device__ __forceinline__ void await_turn(int consumer) {
+    if (TAKE_TURNS) named_barrier_sync(1 + CONSUMERS + consumer, 256);
+}
+__device__ __forceinline__ void pass_turn_on(int consumer) {
+    if (TAKE_TURNS) named_barrier_arrive(1 + CONSUMERS + (consumer + 1) % CONSUMERS, 256);
+}
+
+// What a thread knows of its two rows.
+struct Rows {
+    int limits[2];                          // keys seen
+    float top[2] = {-INFINITY, -INFINITY};  // the greatest score so far
+    float sum[2] = {0, 0};                  // of exp2(scale (score - top)), over this thread's columns
+};
+
+// Scores of the keys that a row does not see, in a tile from key `first` on, become minus infinity.
+__device__ __forceinline__ void hide(float (&scores)[KEYS / 2], const Rows& rows, int first) {
+    const int limit_0 = rows.limits[0] - first - accumulator_column(), limit_1 = rows.limits[1] - first - accumulator_column();
+    #pragma unroll
+    for (int i = 0; i < KEYS / 2; i++)
+        if (i / 4 * 8 + i % 2 >= (i / 2 % 2 ? limit_1 : limit_0)) scores[i] = -INFINITY;
+}
+
+// Scores become exp2(scale (score - top)). All that was summed with an earlier top is to be multiplied by `correction`.
+__device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& rows, float (&correction)[2], float scale) {
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float top = rows.top[half];
+        #pragma unroll
+        for (int i = 2 * half; i < KEYS / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));  // four neighbouring lanes hold a row
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        const float shift = top == -INFINITY ? 0 : top * scale;  // a row that has seen nothing yet
+        correction[half] = exp2_(rows.top[half] * scale - shift);
+        rows.top[half] = top;
+        float sum = 0;
+        #pragma unroll
+        for (int i = 2 * half; i < KEYS / 2; i += 4) {
+            scores[i] = exp2_(scores[i] * scale - shift);
+            scores[i + 1] = exp2_(scores[i + 1] * scale - shift);
+            sum += scores[i] + scores[i + 1];
+        }
+        rows.sum[half] = rows.sum[half] * correction[half] + sum;
+    }
+}
+
+// out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys of exp(scores) values. The scores of tile t + 1 are computed while the values of
+// tile t are summed, and while neither waits for this warpgroup, the others use the tensor cores.
+__device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows, int tiles, int seen_by_all, int n, float scale,
+                                       float (&out)[HEAD_WIDTH / 2]) {
+    float scores[KEYS / 2], correction[2];
+    uint32_t probabilities[KEYS / 16][4];
+
+    Place<STAGES> at(n);
+    mbarrier_wait(&shared.k_full[at.stage], at.parity);
+    start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[at.stage]);
+    wait_for<0>(scores);
+    release(&shared.k_empty[at.stage]);
+    if (KEYS > seen_by_all) hide(scores, rows, 0);
+    WATCH(S, scores);
+    exponentiate(scores, rows, correction, scale);
+    WATCH(m, rows.top);
+    WATCH(l, rows.sum);
+    as_left_factor<KEYS>(probabilities, scores);
+    for (int tile = 1; tile < tiles; tile++) {
+        const Place<STAGES> next(n + tile);
+        mbarrier_wait(&shared.k_full[next.stage], next.parity);
+        await_turn(consumer);
+        start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[next.stage]);
+        mbarrier_wait(&shared.v_full[at.stage], at.parity);
+        start_sum_of_products<HEAD_WIDTH, KEYS>(out, probabilities, shared.v[at.stage]);
+        pass_turn_on(consumer);
+        wait_for<1>(scores);
+        if ((tile + 1) * KEYS > seen_by_all) hide(scores, rows, tile * KEYS);
+        WATCH(S, scores);
+        exponentiate(scores, rows, correction, scale);
+        WATCH(m, rows.top);
+        WATCH(l, rows.sum);
+        release_with(&shared.k_empty[next.stage], rows.sum[0] + rows.sum[1]);
+        wait_for<0>(out);
+        release(&shared.v_empty[at.stage]);
+        #pragma unroll
+        for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] *= correction[i / 2 % 2];
+        as_left_factor<KEYS>(probabilities, scores);
+        at = next;
+    }
+    release(&shared.q_empty);
+    mbarrier_wait(&shared.v_full[at.stage], at.parity);
+    start_sum_of_products<HEAD_WIDTH, KEYS>(out, probabilities, shared.v[at.stage]);
+    wait_for<0>(out);
+    release(&shared.v_empty[at.stage]);
+}
+
+// Tiles that other warpgroups of the block need and this one does not.
+__device__ __forceinline__ void pass_over(Shared& shared, int consumer, int from, int to) {
+    for (int n = from; n < to; n++) {
+        const Place<STAGES> at(n);
+        await_turn(consumer);
+        pass_turn_on(consumer);
+        mbarrier_wait(&shared.k_full[at.stage], at.parity);
+        release(&shared.k_empty[at.stage]);
+        mbarrier_wait(&shared.v_full[at.stage], at.parity);
+        release(&shared.v_empty[at.stage]);
+    }
+}
+
+// What `factor` the sums of the thread's two rows are to be multiplied by; writes their log-sum-exp.
+__device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Problem& p, const Part& part, int first, float (&factor)[2]) {
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = rows.sum[half];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        factor[half] = sum == 0 ? 0 : 1 / sum;
+        const int query = first + accumulator_row() + 8 * half;
+        if (LANE % 4 == 0 && query < p.num_queries)
+            lse[(int64_t(part.sample) * p.heads + part.head) * p.num_queries + query] = rows.top[half] * p.scale + LN_2 * log2_(sum);
+    }
+}
+
+__device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, float* lse, const Problem& p, int consumer) {
+    int n = 0;
+    Part part;
+    begin_turns(consumer);
+    for (int round = 0; part_of_round(p, round, part); round++) {
+        const int first = part.first + 64 * consumer;
+        Rows rows;
+        rows.limits[0] = seen_keys(p, first + accumulator_row());
+        rows.limits[1] = seen_keys(p, first + accumulator_row() + 8);
+        const int tiles = min(part.tiles, num_blocks(seen_keys(p, first + 63), KEYS));
+        float out[HEAD_WIDTH / 2];
+        #pragma unroll
+        for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] = 0;
+        mbarrier_wait(&shared.q_full, round % 2);
+        attend(shared, consumer, rows, tiles, seen_keys(p, first), n, p.scale * LOG2_E, out);
+        pass_over(shared, consumer, n + tiles, n + part.tiles);
+        n += part.tiles;
+        float factor[2];
+        normalise(rows, lse, p, part, first, factor);
+        store_rows<0>(o_map, shared.o[consumer], out, factor, first, part.head, part.sample, 1 + consumer);
+    }
+    if (threadIdx.x % 128 == 0) tma_wait<0>();
+}
+
+// o [B, Tq, H, K] and lse [B, H, Tq] of q [B, Tq, H, K], k and v [B, Tk, Hkv, K]. All sizes are at least 1, scale > 0. Boxes of the maps:
+// 64 queries, or KEYS keys, of one head, by 64 columns. The grid may have any number of blocks.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+                  const __grid_constant__ TensorMap o_map, float* lse, const Problem p) {
+    Shared& shared = *dynamic_shared<Shared>();
+    if (threadIdx.x == 0) {
+        mbarrier_init(&shared.q_full, 1);
+        mbarrier_init(&shared.q_empty, CONSUMERS * WARPS_PER_GROUP);
+        for (int stage = 0; stage < STAGES; stage++) {
+            mbarrier_init(&shared.k_full[stage], 1);
+            mbarrier_init(&shared.v_full[stage], 1);
+            mbarrier_init(&shared.k_empty[stage], CONSUMERS * WARPS_PER_GROUP);
+            mbarrier_init(&shared.v_empty[stage], CONSUMERS * WARPS_PER_GROUP);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+    const int group = warpgroup_index();
+    if (group == LOADER) {
+        set_max_registers_down<LOADER_REGISTERS>();
+        if (threadIdx.x == 128 * LOADER) load_keys(shared, &k_map, &v_map, p);
+        if (threadIdx.x == 128 * LOADER + 32) load_queries(shared, &q_map, p);
+    } else {
+        set_max_registers_up<CONSUMER_REGISTERS>();
+        compute(shared, &o_map, lse, p, group);
+    }
+}

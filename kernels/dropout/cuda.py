@@ -1,0 +1,34 @@
+"""Dropout on the GPU: the masks of the NumPy reference, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from minillm.kernels.cuda import cuda_kernel
+from minillm.kernels.grids import blocks, runs
+from minillm.kernels.launch import deliver, dense, element, empty, launch, multiprocessors, namespace, out_like, same_dtype
+from minillm.kernels.random.hashing import COLUMN_KEY, threshold
+
+_FILE = Path(__file__).with_name("v1.cu")
+_WARPS = 8
+
+
+@cuda_kernel("dropout_forward")
+def dropout_forward(x: Any, p: float, key: int, samples: Any, times: Any, channels: Any, out: Any = None) -> Any:
+    same_dtype(x, out)
+    B, T, C = x.shape
+    num_rows = B * T
+    rows, columns = empty(num_rows, np.uint64, x), empty(C, np.uint32, x)
+    addresses = (dense(namespace(x).asarray(a, np.int64)) for a in (samples, times, channels))
+    counts = (np.int64(num_rows), np.int32(T), np.int32(C), np.uint64(key & 0xFFFFFFFFFFFFFFFF), np.uint64(COLUMN_KEY))
+    defines = {"ELEMENT": element(x)}
+    launch(_FILE, "dropout_words", defines, (blocks(max(num_rows, C), 256),), (256,), (*addresses, rows, columns, *counts))
+
+    y = out_like(x, out)
+    tiles = blocks(runs(C, x.dtype), 32)
+    grid = (tiles, min(blocks(num_rows, _WARPS), 65535, blocks(32 * multiprocessors(x), max(1, tiles)))) if x.size else (0,)
+    args = (dense(x), y, rows, columns, np.int64(num_rows), np.int32(C), np.uint32(threshold(p)), np.float32(1 / (1 - p)))
+    launch(_FILE, "dropout", defines, grid, (32, _WARPS), args)
+    return deliver(y, out)

@@ -1,0 +1,1 @@
+"""What a machine with a GPU can tell about the kernels, in one command: kernels/gpu_check.sh."""

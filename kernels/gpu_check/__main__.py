@@ -1,0 +1,186 @@
+"""`kernels/gpu_check.sh`: everything that only a machine with a GPU can tell about the kernels.
+
+Prints as it goes, and writes JSON and Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.kernels import build, cuda
+from minillm.kernels.gpu_check import attention, checks, measure, report, smoke, steps
+from minillm.kernels.launch import compute_capability
+
+SECTIONS = ("ceilings", "smoke", "tests", "sanitizer", "attention", "steps")
+NO_GPU = 2  # exit status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns 0 if all is well, 1 if a test fails, 2 where there is no GPU to test on."""
+    parser = argparse.ArgumentParser(prog="kernels/gpu_check.sh", description="Test and time the CUDA kernels on this machine's GPU.")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[2], help="the checkout, which holds tests/kernels")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: docs/gpu-results in the checkout)")
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
+    parser.add_argument("--repeats", type=int, default=checks.REPEATS, help="calls of each test case, which must agree in every bit")
+    args = parser.parse_args(argv)
+    wanted = [name.strip() for name in args.only.split(",") if name.strip()]
+    if unknown := sorted(set(wanted) - set(SECTIONS)):
+        parser.error(f"there is no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    reason = no_gpu()
+    if reason:
+        print(f"gpu_check needs a machine with an NVIDIA GPU, CuPy and NVRTC, and this one has none: {reason}", file=sys.stderr)
+        return NO_GPU
+    found = run(wanted, args.root, args.repeats)
+    folder = args.out or args.root / "docs" / "gpu-results"
+    for path in write(found, folder):
+        print(f"wrote {path}")
+    problems = report.failed(found)
+    print("\n".join(f"PROBLEM {words}" for words in problems) or "no problem found")
+    return int(bool(problems))
+
+
+def no_gpu() -> str | None:
+    """Why nothing can be checked here; None if it can."""
+    if cuda.unavailable is not None:
+        return cuda.unavailable
+    try:
+        count = importlib.import_module("cupy").cuda.runtime.getDeviceCount()
+    except Exception as error:
+        return f"CuPy finds no device: {error}"
+    return None if count else "CuPy finds no device"
+
+
+def run(wanted: Sequence[str], root: Path, repeats: int) -> report.Found:
+    """All sections asked for, in order. One that breaks is reported and stops no other."""
+    start = time.perf_counter()
+    tests = root / "tests" / "kernels"
+    found: report.Found = {
+        "commit": commit(root),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": device(),
+        "software": software(),
+        "problems": [],
+    }
+    print(json.dumps({**found["device"], **found["software"], "commit": found["commit"]}, indent=1), flush=True)
+    sections: dict[str, Callable[[], Any]] = {
+        "ceilings": measure.ceilings,
+        "smoke": smoke.run,
+        "tests": lambda: _tests(tests, repeats),
+        "sanitizer": lambda: checks.sanitize(tests),
+        "attention": attention.run,
+        "steps": lambda: steps.run((found.get("ceilings") or {}).get("copy_tbs") or measure.ceilings()["copy_tbs"]),
+    }
+    for name in SECTIONS:
+        if name in wanted:
+            found[name] = _section(name, sections[name], start, found["problems"])
+    found["seconds"] = time.perf_counter() - start
+    return found
+
+
+def _section(name: str, run: Callable[[], Any], start: float, problems: list[str]) -> Any:
+    """Run one section and print what it found. Returns None if it broke."""
+    print(f"\n==== {name} ({time.perf_counter() - start:.0f} s so far)", flush=True)
+    try:
+        found = run()
+    except Exception as error:
+        problems.append(f"section {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        print(f"broke: {problems[-1]}", flush=True)
+        return None
+    print(json.dumps(found, indent=1)[:20000], flush=True)
+    return found
+
+
+def _tests(tests: Path, repeats: int) -> dict[str, Any]:
+    """Compile everything side by side, then run all cases."""
+    command = [sys.executable, "-m", "minillm.kernels.precompile", "--capability", compute_capability()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = checks.run(tests, repeats)
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if "FAILED" in line] or done.stderr.splitlines()[-3:]
+        found["failures"] += [{"case": "build", "words": line} for line in lines]
+    words = checks.random_bits_agree()
+    if words:
+        found["failures"].append({"case": "random_normal", "words": words})
+    return found
+
+
+def device() -> dict[str, Any]:
+    """What the GPU is."""
+    runtime = importlib.import_module("cupy").cuda.runtime
+    properties = runtime.getDeviceProperties(runtime.getDevice())
+    name = properties["name"]
+    return {
+        "name": name.decode() if isinstance(name, bytes) else str(name),
+        "capability": compute_capability(),
+        "processors": int(properties["multiProcessorCount"]),
+        "memory": f"{properties['totalGlobalMem'] / 2**30:.0f} GiB",
+        "devices": int(runtime.getDeviceCount()),
+    }
+
+
+def software() -> dict[str, str]:
+    """Releases of what takes part."""
+    cupy = importlib.import_module("cupy")
+    # In a process of its own: an MPI library that does not start here may end the process that loads it.
+    mpi = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version().strip('\\0'))"
+    return {
+        "Python": platform.python_version(),
+        "CuPy": cupy.__version__,
+        "CUDA driver": _release(cupy.cuda.runtime.driverGetVersion()),
+        "CUDA runtime": _release(cupy.cuda.runtime.runtimeGetVersion()),
+        "NVRTC": build.nvrtc_version(),
+        "NVIDIA driver": _output(["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]),
+        "MPI": _output([sys.executable, "-c", mpi]),
+    }
+
+
+def _release(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _output(command: Sequence[str]) -> str:
+    """The first line that a command prints, or why there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({type(error).__name__})"
+    return (done.stdout.strip().splitlines() or ["unknown"])[0]
+
+
+def commit(root: Path) -> str:
+    """The checkout's commit, marked where files differ from it; $MINILLM_COMMIT where there is no git."""
+    named = os.environ.get("MINILLM_COMMIT")
+    if named:
+        return named
+    head = _output(["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"])
+    if not re.fullmatch(r"[0-9a-f]{7,40}", head):
+        return "unknown"
+    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    return head if changed == "unknown" else f"{head} with changes"
+
+
+def write(found: report.Found, folder: Path) -> list[Path]:
+    """The findings as JSON and as Markdown, named by device, commit and time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = (found["device"]["name"], found["commit"].split()[0], found["date"][:16])
+    stem = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(words)).strip("-").lower()
+    paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
+    paths[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    paths[1].write_text(report.markdown(found), encoding="utf-8")
+    return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The findings as a Markdown page, and what they say about the goals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Found = dict[str, Any]
+
+_PEERS = ("flash", "cuDNN")
+
+
+def markdown(found: Found) -> str:
+    """The page."""
+    parts = [_head(found), _smoke(found), _tests(found)]
+    if found.get("attention"):
+        parts += [_attention(found["attention"], way) for way in ("forward", "backward")]
+        parts += ["\n".join(f"- {note}" for note in found["attention"]["notes"])] if found["attention"]["notes"] else []
+    if found.get("steps"):
+        parts.append(_steps(found["steps"]))
+    parts.append(_goals(found))
+    return "\n\n".join(parts) + "\n"
+
+
+def failed(found: Found) -> list[str]:
+    """What went wrong, in words: nothing of it may be so where a kernel is called right."""
+    words = list(found.get("problems", ()))
+    words += [f"smoke test {t['name']}: {t['words']}" for t in found.get("smoke") or () if t["outcome"] == "failed"]
+    tests = found.get("tests")
+    if tests:
+        words += [f"{f['case']}: {f['words']}" for f in tests["failures"]]
+        words += [f"there was no time for {tests['no_time']} cases"] if tests["no_time"] else []
+        words += [] if tests["ran"] else ["no case ran"]
+    if (found.get("sanitizer") or {}).get("outcome") == "failed":
+        words.append(f"compute-sanitizer: {found['sanitizer']['words']}")
+    return words + [f"{row['name']}: {row['error']}" for row in found.get("steps") or () if "error" in row]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))) + " |"
+
+    rule = "|" + "|".join(("-" * (w + 1) + ":" if i else "-" * (w + 2)) for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _head(found: Found) -> str:
+    device, ceilings = found["device"], found.get("ceilings")
+    lines = [
+        f"# Kernels on {device['name']}",
+        "",
+        f"Commit {found['commit']}, {found['date']}, `kernels/gpu_check.sh`, {found['seconds']:.0f} s.",
+    ]
+    lines += ["", table(("what", "which"), [[name, str(value)] for name, value in {**device, **found["software"]}.items()])]
+    if ceilings:
+        measured = f"{ceilings['gemm_tflops']:.0f} TFLOP/s in a bfloat16 product of 8192, {ceilings['copy_tbs']:.2f} TB/s in a copy"
+        lines += ["", f"Ceilings: {measured} (read and written)."]
+    return "\n".join(lines)
+
+
+def _smoke(found: Found) -> str:
+    rows = [[t["name"], t["outcome"], t["words"].replace("|", "\\|")[:200]] for t in found.get("smoke") or ()]
+    return "## Smoke tests\n\n" + (table(("test", "outcome", "words"), rows) if rows else "Not run.")
+
+
+def _tests(found: Found) -> str:
+    tests, sanitizer = found.get("tests"), found.get("sanitizer")
+    if not tests:
+        return "## Kernel tests\n\nNot run."
+    words = f"{tests['ran']} cases, {tests['repeats']} times each with poisoned outputs and the same bits: {len(tests['failures'])} failed"
+    lines = [f"## Kernel tests\n\n{words}, {tests['seconds']:.0f} s."]
+    lines += [f"- {f['case']}: {f['words']}" for f in tests["failures"][:50]]
+    lines += [f"- left out: {reason}" for reason in tests.get("left_out", ())]
+    lines += [f"- no time for {tests['no_time']} cases"] if tests["no_time"] else []
+    lines += [f"- compute-sanitizer: {sanitizer['outcome']}, {sanitizer['words']}"] if sanitizer else []
+    return "\n".join(lines)
+
+
+def _attention(attention: Found, way: str) -> str:
+    """TFLOP/s of one direction; our best as a share of the better peer."""
+    names = list(dict.fromkeys(name for row in attention["rows"] for name in row[way]))
+    rows = []
+    for row in attention["rows"]:
+        rates = row[way]
+        share = best_of(row, way)
+        cells = [f"{rates[name]:.0f}" if name in rates else "" for name in names]
+        mask = "causal" if row["causal"] else "full"
+        rows.append([f"{row['head_width']} {mask} {row['T']}", *cells, f"{share:.2f}" if share else ""])
+    title = f"## Attention {way}, bfloat16, TFLOP/s ({'4 B H T^2 K' if way == 'forward' else '10 B H T^2 K'}, half under the causal mask)"
+    return f"{title}\n\n" + table(("head width, mask, T", *names, "of the better peer"), rows)
+
+
+def best_of(row: Found, way: str, peers: Sequence[str] = _PEERS) -> float | None:
+    """Our fastest variant over the fastest of `peers`; None where one of the two sides is missing."""
+    ours = [rate for name, rate in row[way].items() if name not in _PEERS]
+    theirs = [row[way][name] for name in peers if name in row[way]]
+    return max(ours) / max(theirs) if ours and theirs else None
+
+
+def _steps(steps: Sequence[Found]) -> str:
+    cells = [
+        [row["name"], f"error: {row['error'][:80]}", "", "", ""]
+        if "error" in row
+        else [row["name"], f"{row['microseconds']:.0f}", f"{row['megabytes']:.0f}", f"{row['tbs']:.2f}", f"{row['share']:.2f}"]
+        for row in steps
+    ]
+    return "## Other kernels, bfloat16\n\n" + table(("kernel", "us", "MB", "TB/s", "of the copy"), cells)
+
+
+def _goals(found: Found) -> str:
+    rows = []
+    for name, target, measured in goals(found):
+        verdict = "not measured" if measured is None else f"{measured:.2f}"
+        rows.append([name, f"{target:.2f}", verdict, "" if measured is None else ("reached" if measured >= target else "missed")])
+    return "## Goals\n\n" + table(("goal", "at least", "found", ""), rows)
+
+
+def goals(found: Found) -> list[tuple[str, float, float | None]]:
+    """Each goal, what it asks for, and what was found."""
+    rows = {(r["head_width"], r["causal"], r["T"]): r for r in (found.get("attention") or {"rows": []})["rows"]}
+
+    def ratio(shape: tuple[int, bool, int], way: str, peers: Sequence[str]) -> float | None:
+        return best_of(rows[shape], way, peers) if shape in rows else None
+
+    short, long = (64, True, 1024), (128, True, 4096)
+    shares = [(row["name"], row["share"]) for row in found.get("steps") or () if "share" in row]
+
+    def slowest(family: str) -> float | None:
+        return min((share for name, share in shares if name.startswith(family)), default=None)
+
+    families = ("layernorm", "rmsnorm", "gelu", "swiglu", "xent", "adamw")
+    return [
+        ("attention forward, width 64 causal 1k, of flash", 0.9, ratio(short, "forward", ("flash",))),
+        ("attention forward, width 64 causal 1k, of the better peer", 1.1, ratio(short, "forward", _PEERS)),
+        ("attention forward, width 128 causal 4k, of flash", 1.4, ratio(long, "forward", ("flash",))),
+        ("attention forward, width 128 causal 4k, of cuDNN", 1.0, ratio(long, "forward", ("cuDNN",))),
+        ("attention backward, width 64 causal 1k, of flash", 0.8, ratio(short, "backward", ("flash",))),
+        ("attention backward, width 128 causal 4k, of flash", 0.8, ratio(long, "backward", ("flash",))),
+        ("attention backward, width 128 causal 4k, of cuDNN", 1.0, ratio(long, "backward", ("cuDNN",))),
+        *((f"slowest {family} kernel, of the copy", 0.9, slowest(family)) for family in families),
+    ]

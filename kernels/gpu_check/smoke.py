@@ -1,0 +1,171 @@
+"""Smoke tests: each thing that the kernels take for granted, alone, so that a failure has a name."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from minillm.kernels import build
+from minillm.kernels.gpu_check.measure import bfloat16, normal
+from minillm.kernels.launch import compute_capability, launch, tensor_map
+
+_FILE = Path(__file__).with_name("smoke.cu")
+_ROWS, _COLUMNS = 8, 32
+
+
+def run() -> list[dict[str, Any]]:
+    """Name, outcome ("ok", "failed", "left out") and words of each test. A failure stops nothing."""
+    tests: tuple[tuple[str, Callable[[], str]], ...] = (
+        ("NVRTC to sm_90a", compile_for_hopper),
+        ("tensor map by value, TMA", copy_by_tma),
+        ("cuBLASLt through ctypes", product_with_gelu),
+    )
+    return [_outcome(name, test) for name, test in tests]
+
+
+class LeftOut(Exception):
+    """The device is not one for the test."""
+
+
+def _outcome(name: str, test: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"name": name, "outcome": "ok", "words": test()}
+    except LeftOut as reason:
+        return {"name": name, "outcome": "left out", "words": str(reason)}
+    except Exception as error:
+        return {"name": name, "outcome": "failed", "words": f"{type(error).__name__}: {error}"}
+
+
+def compile_for_hopper() -> str:
+    """NVRTC makes Hopper code, on any device."""
+    cubin = build.compile_cuda(_FILE, {"ELEMENT": "bfloat16"}, "sm_90a")
+    return f"NVRTC {build.nvrtc_version()}, {len(cubin)} bytes"
+
+
+def copy_by_tma() -> str:
+    """Boxes inside a matrix and across its edges, copied by TMA."""
+    if compute_capability() != "90":
+        raise LeftOut(f"compute capability {compute_capability()}, not 90")
+    check_boxes(normal((40, 80), bfloat16()))
+    return "boxes inside and across the edges are right"
+
+
+def check_boxes(matrix: Any) -> None:
+    """Copy boxes of `matrix` [40, 80] with smoke.cu and compare them with slices padded with zeros. Raises ValueError if one differs."""
+    host = (matrix.get() if hasattr(matrix, "get") else matrix).astype(np.float32)
+    padded = np.pad(host, ((0, _ROWS), (0, _COLUMNS)))
+    xp = importlib.import_module(type(matrix).__module__.partition(".")[0])
+    box_map = tensor_map(matrix, (_ROWS, _COLUMNS), swizzle=0)
+    for row, column in ((0, 0), (16, 32), (36, 64), (39, 72)):
+        out = xp.zeros((_ROWS, _COLUMNS), matrix.dtype)
+        args = (box_map, out, np.int32(row), np.int32(column))
+        launch(_FILE, "copy_box", {"ELEMENT": "bfloat16"}, (1,), (128,), args)
+        found = (out.get() if hasattr(out, "get") else out).astype(np.float32)
+        if not np.array_equal(found, padded[row : row + _ROWS, column : column + _COLUMNS]):
+            raise ValueError(f"the box at ({row}, {column}) differs")
+
+
+# ---- cuBLASLt
+
+_BF16, _F32, _COMPUTE_F32 = 14, 0, 68  # cudaDataType, cublasComputeType
+_EPILOGUE, _BIAS_POINTER, _AUX_POINTER, _AUX_LD = 7, 8, 11, 12  # attributes of a product
+_GELU_AUX_BIAS = 32 | 128 | 4
+_MAX_WORKSPACE = 1  # attribute of a preference
+
+
+class Lt:
+    """Just enough of cuBLASLt: descriptors of one product, with errors raised."""
+
+    def __init__(self) -> None:
+        self.lib = ctypes.CDLL(str(_library("cublasLt")))
+
+    def call(self, name: str, *args: Any) -> None:
+        status = getattr(self.lib, name)(*args)
+        if status:
+            raise RuntimeError(f"{name} returned status {status}")
+
+    def create(self, name: str, *args: Any) -> ctypes.c_void_p:
+        handle = ctypes.c_void_p()
+        self.call(f"cublasLt{name}Create", ctypes.byref(handle), *args)
+        return handle
+
+    def layout(self, dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
+        """A dense matrix, column by column."""
+        return self.create("MatrixLayout", ctypes.c_int(dtype), ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(rows))
+
+    def product(self, bias: int, aux: int, rows: int) -> ctypes.c_void_p:
+        """D = gelu(A B + bias), with A B + bias kept in `aux`."""
+        desc = self.create("MatmulDesc", ctypes.c_int(_COMPUTE_F32), ctypes.c_int(_F32))
+        values = (
+            (_EPILOGUE, ctypes.c_int32(_GELU_AUX_BIAS)),
+            (_BIAS_POINTER, ctypes.c_void_p(bias)),
+            (_AUX_POINTER, ctypes.c_void_p(aux)),
+            (_AUX_LD, ctypes.c_int64(rows)),
+        )
+        for attribute, value in values:
+            size = ctypes.c_size_t(ctypes.sizeof(value))
+            self.call("cublasLtMatmulDescSetAttribute", desc, ctypes.c_int(attribute), ctypes.byref(value), size)
+        return desc
+
+    def preference(self, workspace_bytes: int) -> ctypes.c_void_p:
+        preference, value = self.create("MatmulPreference"), ctypes.c_uint64(workspace_bytes)
+        size = ctypes.c_size_t(8)
+        self.call("cublasLtMatmulPreferenceSetAttribute", preference, ctypes.c_int(_MAX_WORKSPACE), ctypes.byref(value), size)
+        return preference
+
+
+class _Heuristic(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = (
+        ("algo", ctypes.c_uint64 * 8),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    )
+
+
+def _library(name: str) -> Path | str:
+    """The library of a pip wheel or a toolkit, else the name for the system's search."""
+    wheels = [f for folder in build.nvidia_folders() for f in sorted(folder.glob(f"lib/lib{name}.so.*"))]
+    toolkits = [f for folder in build.toolkit_folders() for f in sorted(folder.glob(f"lib64/lib{name}.so.*"))]
+    found = [f for f in (*wheels, *toolkits) if ".alt." not in f.name]
+    return found[0] if found else f"lib{name}.so"
+
+
+def product_with_gelu(M: int = 256, N: int = 384, K: int = 512) -> str:
+    """gelu(x w + bias) in one call, against NumPy. Row by row, x w is w' x' column by column, and the bias runs along its columns."""
+    cupy = importlib.import_module("cupy")
+    x, w, bias = normal((M, K), bfloat16(), 1), normal((K, N), bfloat16(), 2), normal((N,), bfloat16(), 3)
+    y, aux, workspace = cupy.empty((M, N), bfloat16()), cupy.empty((M, N), bfloat16()), cupy.empty(32 << 20, cupy.uint8)
+    lt = Lt()
+    handle = ctypes.c_void_p()
+    lt.call("cublasLtCreate", ctypes.byref(handle))
+    desc = lt.product(bias.data.ptr, aux.data.ptr, N)
+    layouts = (lt.layout(_BF16, N, K), lt.layout(_BF16, K, M), lt.layout(_BF16, N, M))
+    found, count = _Heuristic(), ctypes.c_int()
+    wanted = (*layouts, layouts[2], lt.preference(workspace.nbytes), ctypes.c_int(1))
+    lt.call("cublasLtMatmulAlgoGetHeuristic", handle, desc, *wanted, ctypes.byref(found), ctypes.byref(count))
+    if not count.value:
+        raise RuntimeError("cuBLASLt has no algorithm for GELU_AUX_BIAS here")
+    one, zero = ctypes.c_float(1), ctypes.c_float(0)
+    lt.call(
+        "cublasLtMatmul",
+        *(handle, desc, ctypes.byref(one), ctypes.c_void_p(w.data.ptr), layouts[0], ctypes.c_void_p(x.data.ptr), layouts[1]),
+        *(ctypes.byref(zero), ctypes.c_void_p(y.data.ptr), layouts[2], ctypes.c_void_p(y.data.ptr), layouts[2]),
+        *(ctypes.byref(found), ctypes.c_void_p(workspace.data.ptr), ctypes.c_size_t(workspace.nbytes)),
+        ctypes.c_void_p(cupy.cuda.get_current_stream().ptr),
+    )
+    wide = [a.astype(np.float32).get().astype(np.float64) for a in (x, w, bias, y, aux)]
+    before = wide[0] @ wide[1] + wide[2]
+    after = 0.5 * before * (1 + np.tanh(math.sqrt(2 / math.pi) * (before + 0.044715 * before**3)))
+    errors = [float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in ((wide[4], before), (wide[3], after))]
+    if not max(errors) < 1e-2:
+        raise ValueError(f"relative errors {errors[0]:.1e} before and {errors[1]:.1e} after GELU")
+    return f"GELU_AUX_BIAS, relative error {max(errors):.1e}"

@@ -1,0 +1,71 @@
+"""PyTorch's scaled_dot_product_attention, with its flash and its cuDNN back end, over the shapes of attention.py; prints JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from minillm.kernels.gpu_check.attention import Shape, shapes
+from minillm.kernels.gpu_check.measure import TURN_SECONDS
+
+BACKENDS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
+
+
+def _seconds(torch: Any, run: Callable[[], Any]) -> float:
+    """As measure.seconds, by PyTorch's events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def turn(calls: int) -> float:
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+    run()
+    calls = max(1, min(1000, round(TURN_SECONDS / max(turn(2), 1e-6))))
+    turn(calls)
+    return statistics.median(turn(calls) for _ in range(5))
+
+
+def _row(torch: Any, shape: Shape, notes: list[str]) -> dict[str, Any]:
+    """TFLOP/s of both back ends, forward and backward."""
+    attention = importlib.import_module("torch.nn.attention")
+    B, T, H, K = shape.sizes
+    qkv = torch.randn(B, T, 3, H, K, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in qkv.unbind(2))
+    grad = torch.randn(B, T, H, K, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    row: dict[str, Any] = {"forward": {}, "backward": {}}
+    for name, backend in BACKENDS.items():
+        try:
+            with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
+
+                def forward() -> Any:
+                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
+
+                with torch.no_grad():
+                    row["forward"][name] = shape.flops(False) / _seconds(torch, forward) / 1e12
+                o = forward()
+                run = lambda o=o: torch.autograd.grad(o, (q, k, v), grad, retain_graph=True)  # noqa: E731
+                row["backward"][name] = shape.flops(True) / _seconds(torch, run) / 1e12
+        except Exception as error:
+            notes.append(f"PyTorch {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return row
+
+
+def main() -> int:
+    """The program: its argument is the lengths as JSON."""
+    torch = importlib.import_module("torch")
+    notes = [f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"]
+    rows = [_row(torch, shape, notes) for shape in shapes(tuple(json.loads(sys.argv[1])))]
+    print(json.dumps({"rows": rows, "notes": list(dict.fromkeys(notes))}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

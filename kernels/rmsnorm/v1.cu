@@ -1,0 +1,138 @@
+// Root-mean-square normalisation, forward and backward.
+//
+// As in layernorm/v1.cu, a row lives in the registers of one warp, or of one block of several warps where it is wide, and backward walks
+// down the rows with a fixed number of blocks, each of which adds up its share of the weight's gradient for column_sum.cu to finish.
+// minillm-build: -DELEMENT=float32 -DVALUES=8
+// minillm-build: -DELEMENT=float32 -DVALUES=16
+// minillm-build: -DELEMENT=float32 -DVALUES=24
+// minillm-build: -DELEMENT=float32 -DVALUES=32
+// minillm-build: -DELEMENT=bfloat16 -DVALUES=8
+// minillm-build: -DELEMENT=bfloat16 -DVALUES=16
+// minillm-build: -DELEMENT=bfloat16 -DVALUES=24
+// minillm-build: -DELEMENT=bfloat16 -DVALUES=32
+// minillm-build: -DELEMENT=float16 -DVALUES=8
+// minillm-build: -DELEMENT=float16 -DVALUES=24
+// minillm-build: -DELEMENT=float16 -DVALUES=32
+#include "../device/vectors.cuh"
+
+#ifndef VALUES
+#define VALUES 8
+#endif
+#define MOST_THREADS 256  // of a block: threadIdx.x within the row, threadIdx.y which of the block's rows
+
+constexpr int RUNS = VALUES / RUN;
+
+// The first column of run number r of this thread.
+__device__ __forceinline__ int column(int r) { return (r * blockDim.x + threadIdx.x) * RUN; }
+
+// y = x rstd weight of x [rows, D], or of x + delta, which is then written to sum_out.
+extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+    rmsnorm_forward(const Element* x, const Element* delta, const Element* weight, Element* sum_out, Element* y, float* rstd_out,
+                    int64_t num_rows, int D, float eps) {
+    __shared__ float2 shared[MOST_THREADS / 32];
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= num_rows) return;  // a whole warp, of a block whose rows have a warp each
+    const int64_t start = row * D;
+
+    float v[RUNS][RUN];
+    float squares = 0.0f;
+    #pragma unroll
+    for (int r = 0; r < RUNS; r++) {
+        const int c = column(r);
+        load_floats(v[r], x + start + c, D - c);
+        if (delta != nullptr) {
+            float d[RUN];
+            load_floats(d, delta + start + c, D - c);
+            #pragma unroll
+            for (int i = 0; i < RUN; i++) v[r][i] = rounded<Element>(v[r][i] + d[i]);  // what backward will read
+            if (sum_out != nullptr) store_floats(sum_out + start + c, v[r], D - c);
+        }
+        #pragma unroll
+        for (int i = 0; i < RUN; i++) squares += v[r][i] * v[r][i];
+    }
+    const float rstd = 1.0f / sqrtf(row_sum(squares, shared) / D + eps);
+
+    #pragma unroll
+    for (int r = 0; r < RUNS; r++) {
+        const int c = column(r);
+        float w[RUN];
+        load_floats(w, weight + c, D - c);
+        #pragma unroll
+        for (int i = 0; i < RUN; i++) v[r][i] *= rstd * w[i];
+        store_floats(y + start + c, v[r], D - c);
+    }
+    if (threadIdx.x == 0) rstd_out[row] = rstd;
+}
+
+// grad_x = (g - z mean(g z)) rstd + grad_sum with z = x rstd, g = grad_y weight. Any of grad_sum, grad_x, partials may be null, and grad_x
+// may be grad_y. partials [gridDim.x, D] takes each block's sums over rows of grad_y z.
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    rmsnorm_backward(const Element* grad_y, const Element* grad_sum, const Element* x, const Element* weight, const float* rstd_in,
+                     Element* grad_x, float* partials, int64_t num_rows, int D) {
+    __shared__ float2 shared[MOST_THREADS / 32];
+    float sum_w[RUNS][RUN] = {};
+
+    for (int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; row < num_rows; row += (int64_t)gridDim.x * blockDim.y) {
+        const int64_t start = row * D;
+        const float rstd = rstd_in[row];
+        Run<Element, RUN> x_row[RUNS], grad_row[RUNS];  // kept as they came: half the registers of floats
+        float along_z = 0.0f;
+        #pragma unroll
+        for (int r = 0; r < RUNS; r++) {
+            x_row[r] = load_run<RUN>(x + start + column(r), D - column(r));
+            grad_row[r] = load_run<RUN>(grad_y + start + column(r), D - column(r));
+        }
+        #pragma unroll
+        for (int r = 0; r < RUNS; r++) {
+            float z[RUN], g[RUN], w[RUN];
+            to_floats(z, x_row[r]);
+            to_floats(g, grad_row[r]);
+            load_floats(w, weight + column(r), D - column(r));
+            #pragma unroll
+            for (int i = 0; i < RUN; i++) {
+                z[i] *= rstd;
+                sum_w[r][i] += g[i] * z[i];
+                along_z += g[i] * w[i] * z[i];  // columns from D on are zero
+            }
+        }
+        if (grad_x == nullptr) continue;
+        along_z = row_sum(along_z, shared) / D;
+        #pragma unroll
+        for (int r = 0; r < RUNS; r++) {
+            const int c = column(r);
+            float z[RUN], g[RUN], w[RUN];
+            to_floats(z, x_row[r]);
+            to_floats(g, grad_row[r]);
+            load_floats(w, weight + c, D - c);
+            #pragma unroll
+            for (int i = 0; i < RUN; i++) g[i] = (g[i] * w[i] - z[i] * rstd * along_z) * rstd;
+            if (grad_sum != nullptr) {
+                float s[RUN];
+                load_floats(s, grad_sum + start + c, D - c);
+                #pragma unroll
+                for (int i = 0; i < RUN; i++) g[i] += s[i];
+            }
+            store_floats(grad_x + start + c, g, D - c);
+        }
+    }
+    if (partials == nullptr) return;
+
+    // The block's rows one after another: the first writes its sums, each further one adds its own.
+    float* to_w = partials + (int64_t)blockIdx.x * D;
+    for (int y = 0; y < (int)blockDim.y; y++) {
+        if ((int)threadIdx.y == y) {
+            #pragma unroll
+            for (int r = 0; r < RUNS; r++) {
+                const int c = column(r);
+                float old[RUN];
+                if (y > 0) {
+                    load_floats(old, to_w + c, D - c);
+                    #pragma unroll
+                    for (int i = 0; i < RUN; i++) sum_w[r][i] += old[i];
+                }
+                store_floats(to_w + c, sum_w[r], D - c);
+            }
+        }
+        __syncthreads();
+    }
+}

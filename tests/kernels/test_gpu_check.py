@@ -1,0 +1,203 @@
+"""kernels/gpu_check.sh where there is no GPU: what it says then, and all of it that does not need one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from minillm.kernels import cuda, registry
+from minillm.kernels.gpu_check import __main__ as program
+from minillm.kernels.gpu_check import attention, checks, report, smoke
+from test_cuda import HostDevice
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests" / "kernels"
+
+
+def test_without_a_gpu_it_says_so_and_fails() -> None:
+    if cuda.unavailable is None:
+        pytest.skip("this machine has a GPU")
+    done = subprocess.run(
+        ["bash", ROOT / "kernels/gpu_check.sh"], capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
+    )
+    assert done.returncode == program.NO_GPU, done.stderr
+    assert "gpu_check needs a machine with an NVIDIA GPU" in done.stderr and (cuda.unavailable or "") in done.stderr
+
+
+def test_unknown_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--only", "smoke,tset"])
+    assert "no section tset; there are ceilings, smoke" in capsys.readouterr().err
+
+
+def test_the_tma_smoke_test_is_right() -> None:
+    if cuda.emulator_unavailable:
+        pytest.skip(cuda.emulator_unavailable)
+    matrix = np.random.default_rng(0).standard_normal((40, 80)).astype(ml_dtypes.bfloat16)
+    smoke.check_boxes(matrix)
+
+
+def test_a_failed_smoke_test_is_reported() -> None:
+    def breaks() -> str:
+        raise OSError("no such library")
+
+    def unfit() -> str:
+        raise smoke.LeftOut("capability 80")
+
+    assert smoke._outcome("a", breaks) == {"name": "a", "outcome": "failed", "words": "OSError: no such library"}
+    assert smoke._outcome("b", unfit)["outcome"] == "left out"
+
+
+def test_cublaslt_takes_our_descriptors() -> None:
+    """As far as cuBLASLt goes without a device: its descriptors are host memory."""
+    try:
+        lt = smoke.Lt()
+    except OSError as error:
+        pytest.skip(f"cuBLASLt is not here: {error}")
+    assert lt.product(0x1000, 0x2000, 384).value and lt.layout(smoke._BF16, 384, 512).value and lt.preference(1 << 20).value
+    with pytest.raises(RuntimeError, match="MatmulDescSetAttribute returned status"):
+        lt.call("cublasLtMatmulDescSetAttribute", None, 0, None, 0)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A copy of the registry, for tests that add to it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_kernels", {op: list(entries) for op, entries in registry._kernels.items()})
+        patch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
+        yield
+    registry._cache.clear()
+    for found in registry._defaults:
+        found.clear()
+
+
+def test_the_cases_run_on_a_device(own_registry: None) -> None:
+    """The whole of the device's kernel test, on a device that is the host and runs the emulator; and a kernel gone wrong is seen."""
+    if cuda.emulator_unavailable:
+        pytest.skip(cuda.emulator_unavailable)
+    found = checks.run(TESTS, repeats=2, most_elements=100, device=HostDevice(), source="emulator")
+    assert found["failures"] == [] and found["no_time"] == 0 and found["ran"] > 100
+    calls = []
+
+    def wrong(x: Any, y: Any, out: Any = None) -> Any:
+        calls.append(0)
+        return np.add(np.add(x, y, out=out), len(calls) % 2, out=out)  # not the same every time
+
+    wrong.__module__ = "minillm.kernels.residual.cuda"
+    registry.kernel("add", backend="emulator", variant="v1")(wrong)
+    found = checks.run(TESTS, repeats=2, most_elements=100, device=HostDevice(), source="emulator")
+    assert len(found["failures"]) >= 3
+    assert all(f["case"].startswith("residual-add") for f in found["failures"])
+    assert "AssertionError" in found["failures"][0]["words"] and "kernel_check.py" in found["failures"][0]["words"]
+    found = checks.run(TESTS, repeats=1, most_elements=100, deadline=-1, device=HostDevice(), source="emulator")
+    assert found["ran"] == 0 and found["no_time"] > 100
+
+
+def test_without_the_sanitizer_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.shutil, "which", lambda *_, **__: None)
+    assert checks.sanitize(TESTS)["outcome"] == "left out"
+
+
+def test_the_sanitizer_runs_and_its_verdict_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    monkeypatch.setattr(checks.shutil, "which", lambda *_, **__: str(tool))
+    for status, outcome in ((0, "ok"), (86, "failed")):
+        tool.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/args\necho "ERROR SUMMARY"\nexit {status}\n')
+        tool.chmod(0o755)
+        found = checks.sanitize(TESTS)
+        assert found == {"outcome": outcome, "words": "ERROR SUMMARY"}
+    assert (tmp_path / "args").read_text().split()[-3:] == ["-m", "minillm.kernels.gpu_check.checks", str(TESTS)]
+
+
+def test_attention_is_counted_as_published() -> None:
+    shape = attention.Shape(64, True, 1024)
+    assert shape.sizes == (16, 1024, 32, 64)
+    assert shape.flops(False) == 4 * 16 * 32 * 1024**2 * 64 / 2 and shape.flops(True) == 2.5 * shape.flops(False)
+    assert len(list(attention.shapes())) == 24
+
+
+SHORT = {"head_width": 64, "causal": True, "T": 1024}
+LONG = {"head_width": 128, "causal": True, "T": 4096}
+FOUND: dict[str, Any] = {
+    "commit": "0123456789",
+    "date": "2026-11-25 03:00 UTC",
+    "device": {"name": "NVIDIA H100 80GB HBM3", "capability": "90"},
+    "software": {"CuPy": "14.2.0"},
+    "seconds": 201.4,
+    "ceilings": {"gemm_tflops": 760.2, "copy_tbs": 3.01},
+    "smoke": [{"name": "TMA", "outcome": "ok", "words": "a | b"}],
+    "tests": {"ran": 900, "failures": [], "left_out": ["device:v3: not here"], "no_time": 0, "repeats": 10, "seconds": 80.0},
+    "sanitizer": {"outcome": "ok", "words": "ERROR SUMMARY: 0 errors"},
+    "attention": {
+        "rows": [
+            {
+                "head_width": 64,
+                "causal": True,
+                "T": 1024,
+                "forward": {"v2": 220.0, "flash": 230.0, "cuDNN": 290.0},
+                "backward": {"v2": 190.0},
+            },
+            {"head_width": 128, "causal": True, "T": 4096, "forward": {"v2": 300.0, "v3": 470.0, "flash": 320.0}, "backward": {}},
+        ],
+        "notes": ["v3 backward: KernelUnavailable"],
+    },
+    "steps": [
+        {"name": "gelu_forward, tanh", "microseconds": 300.0, "megabytes": 800.0, "tbs": 2.7, "share": 0.897},
+        {"name": "adamw_", "error": "ValueError: no"},
+    ],
+}
+
+
+def test_the_page_says_what_was_found(tmp_path: Path) -> None:
+    page = report.markdown(FOUND)
+    assert "# Kernels on NVIDIA H100" in page and "760 TFLOP/s" in page and "3.01 TB/s in a copy" in page
+    assert "| TMA  |      ok | a \\| b |" in page
+    assert "900 cases, 10 times each" in page and "left out: device:v3: not here" in page
+    assert "| 64 causal 1024" in page and "0.76 |" in page, "220 of 290"
+    assert "v3 backward: KernelUnavailable" in page
+    for line in page.splitlines():
+        assert not line.startswith("|") or line.count("|") >= 3
+    goals = {name: (target, found) for name, target, found in report.goals(FOUND)}
+    assert goals["attention forward, width 64 causal 1k, of flash"] == (0.9, 220 / 230)
+    assert goals["attention forward, width 128 causal 4k, of flash"] == (1.4, 470 / 320)
+    assert goals["attention forward, width 128 causal 4k, of cuDNN"][1] is None
+    assert goals["slowest gelu kernel, of the copy"] == (0.9, 0.897) and goals["slowest adamw kernel, of the copy"][1] is None
+    assert report.failed(FOUND) == ["adamw_: ValueError: no"]
+
+    paths = program.write(FOUND, tmp_path / "results")
+    assert [p.name for p in paths] == [f"nvidia-h100-80gb-hbm3-0123456789-2026-11-25-03-00.{end}" for end in ("json", "md")]
+    assert json.loads(paths[0].read_text()) == FOUND and paths[1].read_text() == page
+
+
+def test_a_run_cut_short_still_makes_a_page() -> None:
+    bare = {key: FOUND[key] for key in ("commit", "date", "device", "software", "seconds")}
+    assert "Not run." in report.markdown(bare) and report.failed(bare) == []
+    broken = {**bare, "problems": ["section smoke: ValueError: x"], **dict.fromkeys(program.SECTIONS)}
+    assert "not measured" in report.markdown(broken) and report.failed(broken) == ["section smoke: ValueError: x"]
+    worst = {**bare, "tests": {**FOUND["tests"], "ran": 0, "no_time": 3, "failures": [{"case": "a", "words": "b"}]}}
+    assert report.failed(worst) == ["a: b", "there was no time for 3 cases", "no case ran"]
+    assert "- a: b" in report.markdown(worst)
+
+
+def test_sections_that_break_are_problems() -> None:
+    def breaks() -> None:
+        raise ValueError("x\ny")
+
+    problems: list[str] = []
+    assert program._section("smoke", breaks, 0.0, problems) is None and problems == ["section smoke: ValueError: x y"]
+    assert program._section("smoke", lambda: [1], 0.0, problems) == [1]
+
+
+def test_the_commit_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert program.commit(tmp_path) == "unknown"
+    monkeypatch.setenv("MINILLM_COMMIT", "abc")
+    assert program.commit(tmp_path) == "abc"
+    assert program._release(13020) == "13.2"
