@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
-PROGRAM = str(Path(__file__).with_name("mpi_program.py"))
+PROGRAM = str(Path(__file__).with_name("device_program.py"))
 
 
 @needs_mpirun
