@@ -1,4 +1,4 @@
-"""Run by test_device_mpi.py under mpirun: train on the stand-in over real messages, by host memory and by address, and compare with one rank."""
+"""Run by test_device_mpi.py under mpirun: train on the stand-in over real messages, staged and by address, and compare with one rank."""
 
 from __future__ import annotations
 
