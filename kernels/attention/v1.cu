@@ -20,7 +20,8 @@
 //
 // The 16 threads of a row are half a warp, so a row's maximum and sum are four shuffles, and scores pass from the first product to the
 // second through shared memory without a block-wide barrier. Rows in shared memory are longer than they need be: by four floats, so that
-// the 16 rows that a warp reads at once do not meet in the same banks; of scores so that the two rows that a warp writes are 16 banks apart.
+// the 16 rows that a warp reads at once do not meet in the same banks; those of scores so that the two rows that a warp writes are 16 banks
+// apart.
 //
 // The online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): keep the maximum m seen so far; when it grows, what has been added up
 // so far shrinks by exp(m_old - m_new). Backward computes P again from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135) in two kernels,

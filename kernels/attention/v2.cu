@@ -80,8 +80,8 @@ __device__ __forceinline__ int place(int row, int chunk) {
     return row * HEAD_WIDTH + 8 * (chunk ^ (EXCHANGED == 8 ? row % 8 : row / 2 % 4));
 }
 
-// From the place of chunk 0 or 1 of a row to that of the chunk 2 `step` further on: as 2 `step` and the 0 or 1 have no bit in common, the order
-// of the two exclusive ors does not matter, and a thread's places for all steps differ by constants.
+// From the place of chunk 0 or 1 of a row to that of the chunk 2 `step` further on. As 2 `step` and that 0 or 1 have no bit in common,
+// their sum is their exclusive or, which may be taken after that with the row: a thread has one place a row, and the steps are constants.
 __device__ __forceinline__ int further(int at, int step) {
     constexpr int STEPS_A_GROUP = EXCHANGED / 2;
     return (at ^ 16 * (step % STEPS_A_GROUP)) + 8 * EXCHANGED * (step / STEPS_A_GROUP);
@@ -459,6 +459,27 @@ __device__ __forceinline__ void hide_earlier_queries(float (&s)[M][N][4], const 
         }
 }
 
+// The probabilities of a warp's own keys, from `key` on, for the walked queries of a slice, whose statistics lie in shared memory.
+template <int M, int N>
+__device__ __forceinline__ void probabilities_of_keys(float (&s)[M][N][4], float (&grad_s)[M][N][4], const Attention& a, float scale,
+                                                      const float* lse_2, const float* delta, const uint64_t* words,
+                                                      const uint32_t* column_words, int key) {
+    #pragma unroll
+    for (int n = 0; n < N; n++)
+        #pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int query = 8 * n + LANE % 4 * 2 + e;
+            const float lse_here = lse_2[query], delta_here = delta[query];
+            #pragma unroll
+            for (int m = 0; m < M; m++)
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float factor = DROPOUT ? kept(a, words[query], column_words, key + 16 * m + 8 * half + LANE / 4) : 1.0f;
+                    probability(s[m][n][2 * half + e], grad_s[m][n][2 * half + e], scale, lse_here, delta_here, factor);
+                }
+        }
+}
+
 // A warp's own keys that the mask hides get no gradient, whatever was added up for them.
 template <int M>
 __device__ __forceinline__ void drop_masked_keys(float (&sums)[M][BLOCKS][4], const uint8_t* key_mask, int num_keys, int key) {
@@ -485,9 +506,7 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
     Element* grad_o_tiles = q_tiles + 2 * TILE;              // [2][BACKWARD_LOOP]
     float* lse_tiles = reinterpret_cast<float*>(grad_o_tiles + 2 * TILE);  // [2][BACKWARD_LOOP]
     float* delta_tiles = lse_tiles + 2 * BACKWARD_LOOP;      // [2][BACKWARD_LOOP]
-#if DROPOUT
-    uint64_t* word_tiles = reinterpret_cast<uint64_t*>(delta_tiles + 2 * BACKWARD_LOOP);  // [2][BACKWARD_LOOP]
-#endif
+    uint64_t* word_tiles = reinterpret_cast<uint64_t*>(delta_tiles + 2 * BACKWARD_LOOP);  // [2][BACKWARD_LOOP], if there is dropout
     const int kv_head = blockIdx.y, b = blockIdx.z, group = a.num_heads / a.num_kv_heads;
     const int first = blockIdx.x * B_OWN, own = WARP * B_ROWS;
     if (key_mask) key_mask += int64_t(b) * a.num_keys;
@@ -507,12 +526,10 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
             cp_async_16(lse_tiles + buffer * BACKWARD_LOOP + 4 * i, lse_2 + from);
             cp_async_16(delta_tiles + buffer * BACKWARD_LOOP + 4 * i, delta + from);
         }
-#if DROPOUT
-        if (i < BACKWARD_LOOP) {
+        if (DROPOUT && i < BACKWARD_LOOP) {
             const bool inside = query + i < a.num_queries;
             word_tiles[buffer * BACKWARD_LOOP + i] = inside ? row_word(head_keys[row_of_head], query_times[query + i]) : uint64_t(0);
         }
-#endif
     };
 
     copy_tile<B_OWN, B_THREADS>(k_tile, head_start(k, a.k, b, kv_head), a.k.time, first, a.num_keys);
@@ -543,23 +560,9 @@ extern "C" __global__ void __launch_bounds__(B_THREADS) attention_grad_kv(
             dot_rows(s, keys, q_tile, slice);
             dot_rows(grad_s, values, grad_o_tile, slice);
             if (seen.least < first + own + B_ROWS) hide_earlier_queries(s, a, limits, first + own, query + slice);
-            #pragma unroll
-            for (int n = 0; n < B_N; n++)
-                #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int column = buffer * BACKWARD_LOOP + slice + 8 * n + LANE % 4 * 2 + e;
-                    const float lse_here = lse_tiles[column], delta_here = delta_tiles[column];
-                    #pragma unroll
-                    for (int m = 0; m < B_M; m++)
-                        #pragma unroll
-                        for (int half = 0; half < 2; half++) {
-                            float factor = 1;
-#if DROPOUT
-                            factor = kept(a, word_tiles[column], column_words, first + own + 16 * m + 8 * half + LANE / 4);
-#endif
-                            probability(s[m][n][2 * half + e], grad_s[m][n][2 * half + e], scale, lse_here, delta_here, factor);
-                        }
-                }
+            const int at = buffer * BACKWARD_LOOP + slice;
+            const uint64_t* words = DROPOUT ? word_tiles + at : nullptr;
+            probabilities_of_keys(s, grad_s, a, scale, lse_tiles + at, delta_tiles + at, words, column_words, first + own);
             WATCH(P, s);
             WATCH(dS, grad_s);
             #pragma unroll

@@ -23,7 +23,7 @@ _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing",
 _RUNTIME = (*_COMMON, "-O2", "-g1")
 # Loads and stores are to stay as they are written: no vectorising, no merging. What a GPU has not initialised holds a pattern, not zero.
 _KERNEL = (
-    *(*_COMMON, "-O1", "-gdwarf-4", "-w", "-DMINILLM_EMULATOR", "-fsanitize=thread", "-ffp-contract=off"),
+    *(*_COMMON, "-O1", "-gdwarf-4", "-g1", "-w", "-DMINILLM_EMULATOR", "-fsanitize=thread", "-ffp-contract=off"),
     *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-optimize-sibling-calls"),
 )
 _GCC_ONLY = ("-fsanitize=bounds", "-fno-tree-sra", "-fno-store-merging", "--param=tsan-distinguish-volatile=0")

@@ -115,7 +115,7 @@ MUTATIONS = [
         "place(first + LANE % 16, 1 - LANE / 16), step)",
     ),
     _v2("group of chunks forgotten", "+ 8 * EXCHANGED * (step / STEPS_A_GROUP)", "+ 8 * EXCHANGED * (step % STEPS_A_GROUP)"),
-    _v2_back("statistics of the other buffer", "const int column = buffer * BACKWARD_LOOP + slice", "const int column = slice"),
+    _v2_back("statistics of the other buffer", "const int at = buffer * BACKWARD_LOOP + slice;", "const int at = slice;"),
     _v2_back("queries of one head of a group only", "steps = group * tiles;", "steps = tiles;"),
     _v2_back("probability without its shift", "exp2_(p * scale - lse_2)", "exp2_(p * scale)"),
     _v2_back("mask transposed", "if (16 * m + 8 * half >= limit) s[m]", "if (16 * m + 8 * half > limit) s[m]"),
