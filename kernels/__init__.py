@@ -54,6 +54,7 @@ from minillm.kernels.dropout import cuda as _dropout_cuda  # noqa: F401
 from minillm.kernels.embedding import cuda as _embedding_cuda  # noqa: F401
 from minillm.kernels.grad_norm import cuda as _grad_norm_cuda  # noqa: F401
 from minillm.kernels.layernorm import cuda as _layernorm_cuda  # noqa: F401
+from minillm.kernels.matmul import cublaslt as _matmul_cublaslt  # noqa: F401
 from minillm.kernels.matmul import cuda as _matmul_cuda  # noqa: F401
 from minillm.kernels.random import cuda as _random_cuda  # noqa: F401
 from minillm.kernels.residual import cuda as _residual_cuda  # noqa: F401

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and times the CUDA kernels on a machine with a GPU, in under five minutes: environment, two ceilings, smoke tests, every kernel test on the device,
+# Tests and times the CUDA kernels on a machine with a GPU, in under five minutes, then training, in four more: environment, two ceilings, smoke tests, every kernel test on the device,
 # attention beside PyTorch's, the other kernels as a share of the copy ceiling. Writes JSON and Markdown to docs/gpu-results/ (--out: elsewhere).
 # Installs nothing: it runs with the Python of the machine (PYTHON, else python3), which needs NumPy, ml_dtypes and CuPy 14 with NVRTC. `--help` says more.
 # Exit status: 0 all is well, 1 a test failed, 2 there is no GPU here.

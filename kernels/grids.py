@@ -38,9 +38,11 @@ class Rows(NamedTuple):
 
 
 MOST_THREADS = 256  # of a block of a row kernel
+MOST_VALUES = 32  # in the registers of a thread
+WIDEST_ROW = MOST_THREADS * MOST_VALUES
 
 
-def rows_in_registers(D: int, most_values: int = 32) -> Rows:
+def rows_in_registers(D: int, most_values: int = MOST_VALUES) -> Rows:
     """The layout for rows of D elements: one warp a row, four rows a block, as long as `most_values` elements a thread suffice for that.
     Raises ValueError for rows that 256 threads cannot hold."""
     threads = 32

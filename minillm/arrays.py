@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from minillm.errors import ConfigError
@@ -18,7 +19,7 @@ from minillm.errors import ConfigError
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
-FLOAT_DTYPES = ("float32", "float64")
+FLOAT_DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def namespace(x: Array) -> ModuleType:
@@ -42,10 +43,44 @@ def dtype_name(dtype: Any) -> str:
 
 
 def float_dtype(name: str) -> np.dtype:
-    """The training dtype called `name`. Raises ConfigError for any other than float32 and float64."""
+    """The training dtype called `name`. Raises ConfigError for one that nothing is trained in."""
     if name not in FLOAT_DTYPES:
-        raise ConfigError(f"dtype {name!r} is not available on the CPU; choose one of {', '.join(FLOAT_DTYPES)}")
-    return np.dtype(name)
+        raise ConfigError(f"dtype {name!r} is not one to train in; choose one of {', '.join(FLOAT_DTYPES)}")
+    return FLOAT_DTYPES[name]
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether sums, gradients and the optimizer's copy of arrays of this dtype are float32: bfloat16 and float16."""
+    return dtype.itemsize == 2 and (dtype.kind == "f" or dtype_name(dtype) == "bfloat16")
+
+
+def sum_dtype(dtype: Any) -> Any:
+    """The dtype in which values of `dtype` are added up: float32 for a narrow one, else its own."""
+    return FLOAT_DTYPES["float32"] if is_narrow(dtype) else dtype
+
+
+def writeable(x: Array) -> bool:
+    """Whether `x` may be written to at all: always, on a GPU."""
+    return x.flags.writeable if isinstance(x, np.ndarray) else True
+
+
+def to_host(x: Array | float) -> np.ndarray:
+    """`x` as a NumPy array: itself if it is one, else a copy, for which the host waits. It travels as bytes: not every release of CuPy
+    copies bfloat16."""
+    if isinstance(x, np.ndarray | np.generic | float | int):
+        return np.asarray(x)
+    if not x.size:
+        return np.empty(x.shape, x.dtype)
+    return namespace(x).ascontiguousarray(x).reshape(-1).view(np.uint8).get().view(x.dtype).reshape(x.shape)
+
+
+def to_device(x: np.ndarray, xp: ModuleType) -> Array:
+    """A NumPy array as one of the module `xp`, which is itself where that is NumPy."""
+    if xp is np or not isinstance(x, np.ndarray):
+        return x
+    if not x.size:
+        return xp.empty(x.shape, x.dtype)
+    return xp.asarray(np.ascontiguousarray(x).reshape(-1).view(np.uint8)).view(x.dtype).reshape(x.shape)
 
 
 def root(x: Array) -> Array:

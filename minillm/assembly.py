@@ -9,6 +9,7 @@ from minillm.arrays import float_dtype
 from minillm.checkpoint import StateTensor
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh, MeshShape
+from minillm.device import CPU, Device
 from minillm.models.gpt import GPT, INIT_STD, TIED_WEIGHT
 from minillm.nn.storage import FlatBuffers, PrivateMemory
 from minillm.optim import SGD, AdamW
@@ -32,8 +33,10 @@ def build_region(config: ResolvedConfig, mesh: Mesh) -> Region:
     return SequenceParallel(comm) if config.train.sequence_parallel and comm.size > 1 else TensorParallel(comm)
 
 
-def build_stages(config: ResolvedConfig, mesh: Mesh, *, training: bool = True, std: float = INIT_STD) -> dict[int, Stage]:
-    """This rank's pipeline stages, parameters allocated and initialised; with `training`, gradient reducers too."""
+def build_stages(
+    config: ResolvedConfig, mesh: Mesh, *, training: bool = True, std: float = INIT_STD, device: Device = CPU
+) -> dict[int, Stage]:
+    """This rank's pipeline stages, parameters allocated and initialised on `device`; with `training`, gradient reducers too."""
     stops = list(itertools.accumulate(config.stage_layers))
     models = {}
     for index in [mesh.coord("pp")]:
@@ -50,7 +53,7 @@ def build_stages(config: ResolvedConfig, mesh: Mesh, *, training: bool = True, s
         )
     dtype = float_dtype(config.train.dtype)
     num_values = sum(parameter.spec.local_size(mesh.shape) for model in models.values() for parameter in model.parameters())
-    memory = choose_memory(mesh, config.train.node_shared, num_values, dtype) if training else PrivateMemory()
+    memory = choose_memory(mesh, config.train.node_shared, num_values, dtype, device) if training else PrivateMemory(device=device)
     stages = {}
     for index, model in models.items():
         buffers = FlatBuffers(model.parameters(), mesh.shape, dtype, gradients=training, memory=memory)

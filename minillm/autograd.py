@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from minillm.arrays import Array, namespace, root
+from minillm.arrays import Array, namespace, root, writeable
 
 
 class GradSlot:
@@ -466,6 +466,6 @@ class _Grads:
 def _sum(a: tuple[Array, bool], b: tuple[Array, bool]) -> tuple[Array, bool]:
     xp = namespace(a[0])
     for target, owned in (a, b):
-        if owned and target.flags.writeable:
+        if owned and writeable(target):
             return xp.add(a[0], b[0], out=target), True
     return a[0] + b[0], True

@@ -182,8 +182,8 @@ class TrainConfig(Architecture):
     """Longest allowed gradient, by its norm over all parameters; 0: no limit."""
     seed: int = 1337
     """Decides initial weights, dropout and the order of sequences."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Type of weights and activations."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Type of weights and activations; bfloat16 on a GPU, where gradients, masters and statistics stay float32."""
 
     # How it is spread over ranks
     dp: int | None = None

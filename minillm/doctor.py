@@ -61,6 +61,7 @@ def examine(ranks: int = 4) -> Iterator[Finding]:
         check_mpi,
         check_kernels,
         check_gpu,
+        check_transport,
         lambda: check_machine(ranks),
     )
     for check in checks:
@@ -212,6 +213,17 @@ def _cuda_words() -> str:
     on_gpu = "run on CuPy arrays" if cuda.unavailable is None else f"cannot run on a GPU ({cuda.unavailable})"
     emulated = "can run in the emulator" if cuda.emulator_unavailable is None else cuda.emulator_unavailable
     return f"for {len(having)} operations: {on_gpu}; {emulated}"
+
+
+def check_transport() -> Iterator[Finding]:
+    """How arrays on a GPU get from rank to rank, where there is a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return
+    script = "from mpi4py import MPI; from minillm.comm.mpi import takes_device_memory as t; print('direct', t())"
+    status, text = run([sys.executable, "-c", script])
+    if status == 0:
+        way = "as it is: this MPI library takes device memory" if "direct True" in text else "through pinned host memory"
+        yield Finding("ok", "GPU to GPU", f"device memory travels between ranks {way}")
 
 
 def check_gpu() -> Iterator[Finding]:

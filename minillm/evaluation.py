@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from minillm.arrays import to_host
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh
 from minillm.data.batches import EvalWindows
+from minillm.device import Device
 from minillm.nn.module import Where
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime
@@ -25,13 +27,14 @@ def evaluate_windows(
 ) -> tuple[float, int]:
     """Mean loss in nats over the targets of `windows`, and their count; the same values on every rank. Each dp rank takes every dp-th
     window."""
-    microbatches = _microbatches(config, windows, np.arange(mesh.coord("dp"), windows.num_windows, config.dp))
+    device = next(iter(stages.values())).buffers.memory.device
+    microbatches = _microbatches(config, device, windows, np.arange(mesh.coord("dp"), windows.num_windows, config.dp))
     total = 0.0
     if microbatches:
         schedule = lower(forward_only(config.pp, len(microbatches)), train=False)
         runtime = PipelineRuntime(schedule, stages, mesh.axis("pp"), train=False)
         with evaluating(stages):
-            total = runtime.run(microbatches, 1.0)
+            total = float(to_host(runtime.run(microbatches, 1.0)))
     sum_ = np.array([total if mesh.coord("tp") == 0 else 0.0], np.float64)
     world.all_reduce_(sum_, kind="control")
     return float(sum_[0]) / windows.num_tokens, windows.num_tokens
@@ -49,10 +52,12 @@ def evaluating(stages: Mapping[int, Stage]) -> Iterator[None]:
             stage.model.train(True)
 
 
-def _microbatches(config: ResolvedConfig, windows: EvalWindows, rows: np.ndarray) -> list[Microbatch]:
+def _microbatches(config: ResolvedConfig, device: Device, windows: EvalWindows, rows: np.ndarray) -> list[Microbatch]:
     size, times = config.microbatch, np.arange(config.model.context)
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return [Microbatch(*windows.microbatch(part), Where(0, part, times)) for part in parts]
+    places = [Where(0, part, times, device=device) for part in parts]
+    found = ((windows.microbatch(where.samples), where) for where in places)
+    return [Microbatch(device.upload(inputs), device.upload(targets), where) for (inputs, targets), where in found]
 
 
 def perplexity(loss: float) -> float:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm import rng
+from minillm.arrays import Array, to_host
 from minillm.autograd import Tensor, no_grad
 from minillm.comm.mesh import Mesh
+from minillm.device import CPU, Device
 from minillm.errors import ConfigError
 from minillm.models.gpt import GPT
 from minillm.nn.attention import Attention, KVCache
@@ -74,6 +76,7 @@ class Generator:
         self.mesh = mesh
         self.stage = next(iter(stages.values()))
         self.model = inference_model(self.stage.model, mesh)
+        self.device = self.stage.buffers.memory.device
 
     def generate(self, prompt: Sequence[int], num_tokens: int, sampling: Sampling) -> list[int]:
         """`num_tokens` ids that continue `prompt` (at least one id). Past the model's context, the last half of it is read anew."""
@@ -88,7 +91,7 @@ class Generator:
     def _fill(self, window: list[int], count: int, sampling: Sampling, position: int) -> list[int]:
         """`count` tokens after `window`, with one cache."""
         chosen: list[int] = []
-        with caches(self.model, 1, self.model.config.context, self.stage.buffers.values.dtype):
+        with caches(self.model, 1, self.model.config.context, self.stage.buffers.values.dtype, self.device):
             new, start = window, 0
             for i in range(count):
                 logits = self.logits(np.array([new]), np.arange(start, start + len(new)))
@@ -100,16 +103,16 @@ class Generator:
     def logits(self, ids: np.ndarray, times: np.ndarray) -> np.ndarray | None:
         """Logits [B, V] of the last position of ids [B, T] at positions `times`, on ranks of the last stage; None on others."""
         links, index = self.mesh.axis("pp"), self.mesh.coord("pp")
-        where = Where(0, np.arange(len(ids)), times)
-        source: np.ndarray | Tensor = ids
+        where = Where(0, np.arange(len(ids)), times, device=self.device)
+        source: Array | Tensor = self.device.upload(ids)
         if not self.stage.first:
-            arrived = np.empty((*ids.shape, self.model.config.dim), self.stage.buffers.values.dtype)
+            arrived = self.device.xp.empty((*ids.shape, self.model.config.dim), self.stage.buffers.values.dtype)
             source = Tensor(links.recv(arrived, index - 1, _TAG))
         hidden = self.model(source, where)
         if not self.stage.last:
             links.send(hidden.data, index + 1, _TAG)
             return None
-        return self.model.logits(Tensor(hidden.data[:, -1:]))[:, 0]
+        return to_host(self.model.logits(Tensor(hidden.data[:, -1:]))[:, 0])
 
     def _agree(self, logits: np.ndarray | None, sampling: Sampling, position: int) -> int:
         token = np.zeros(1, np.int64)
@@ -138,11 +141,11 @@ def inference_model(model: GPT, mesh: Mesh) -> GPT:
 
 
 @contextmanager
-def caches(model: GPT, batch: int, capacity: int, dtype: np.dtype) -> Iterator[None]:
+def caches(model: GPT, batch: int, capacity: int, dtype: np.dtype, device: Device = CPU) -> Iterator[None]:
     """Give every attention layer an empty key-value cache inside the block."""
     layers = list(_attentions(model))
     for layer in layers:
-        layer.cache = KVCache(batch, capacity, layer.kv_heads, layer.head_width, dtype)
+        layer.cache = KVCache(batch, capacity, layer.kv_heads, layer.head_width, dtype, device)
     try:
         yield
     finally:

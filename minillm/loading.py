@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minillm import checkpoint
 from minillm.assembly import build_stages, weights
@@ -46,8 +47,10 @@ class Opened:
                 f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * {layout.pp} ranks; use --tp "
                 f"{num_ranks}, or one rank"
             )
+        dtype: Any = "float32" if self.config.dtype == "bfloat16" else self.config.dtype  # in which those values are exact
+        own = dict(device="cpu", dtype=dtype, node_shared="auto", kernels="auto")
         free = dataclasses.replace(
-            self.config, dp=dp, tp=layout.tp, pp=layout.pp, sequence_parallel=False, stage_layers=None, microbatch=None, batch=8 * dp
+            self.config, **own, dp=dp, tp=layout.tp, pp=layout.pp, sequence_parallel=False, stage_layers=None, microbatch=None, batch=8 * dp
         )
         return resolve(free, num_ranks, self.vocab)
 

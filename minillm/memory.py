@@ -6,10 +6,9 @@ import resource
 import sys
 from pathlib import Path
 
-import numpy as np
-
+from minillm.arrays import float_dtype, sum_dtype
 from minillm.nn.storage import FlatBuffers
-from minillm.parallel.tensor import CHUNK_BYTES
+from minillm.parallel.tensor import CHUNK_BYTES, GPU_CHUNK_BYTES
 from minillm.resolve import ResolvedConfig
 
 PROGRAM_BYTES = 60 << 20  # the interpreter, NumPy and MPI themselves
@@ -19,22 +18,25 @@ def predicted(config: ResolvedConfig, stage: int, buffers: FlatBuffers) -> dict[
     """Bytes of one rank of pipeline stage `stage` by kind: parameters, gradients, optimizer, activations, logits, program.
 
     What ranks share counts in equal parts. Activations are what the tape keeps for each microbatch in flight; see `activation_bytes`.
-    Temporaries of single operations are not counted.
+    Temporaries of single operations are not counted. On a GPU it is the device's memory, without what CUDA and its libraries take.
     """
-    item = np.dtype(config.train.dtype).itemsize
-    size = buffers.values.size * item
+    dtype, on_gpu = float_dtype(config.train.dtype), config.train.device == "cuda"
+    item, wide = dtype.itemsize, sum_dtype(dtype).itemsize
+    size = buffers.values.size
     in_flight = config.num_microbatches if config.train.schedule == "gpipe" else min(config.num_microbatches, config.pp - stage)
     activations = activation_bytes(config, config.stage_layers[stage]) * (1 if config.pp == 1 else in_flight)
     rows = config.microbatch * config.model.context
     columns = -(-config.model.vocab // config.tp)
-    logits = min(max(CHUNK_BYTES, 128 * columns * item), rows * columns * item) if stage == config.pp - 1 else 0
+    logits = (
+        min(max(GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES, 128 * columns * item), rows * columns * item) if stage == config.pp - 1 else 0
+    )
     return {
-        "parameters": size // buffers.memory.size,
-        "gradients": size,
-        "optimizer": 2 * size // buffers.memory.size,
+        "parameters": size * item // buffers.memory.size,
+        "gradients": size * wide,
+        "optimizer": (3 if wide > item else 2) * size * wide // buffers.memory.size,
         "activations": activations,
         "logits": logits,
-        "program": PROGRAM_BYTES,
+        "program": 0 if on_gpu else PROGRAM_BYTES,
     }
 
 
@@ -46,7 +48,7 @@ def activation_bytes(config: ResolvedConfig, num_layers: int) -> int:
     hidden layer before and after the activation. With selective recomputation the hidden layer after the activation is left out, and the
     norms' outputs, unless sequence parallelism has gathered them. With full recomputation only its input stays (D).
     """
-    model, item = config.model, np.dtype(config.train.dtype).itemsize
+    model, item = config.model, float_dtype(config.train.dtype).itemsize
     outside = config.tp if config.train.sequence_parallel else 1
     tokens = config.microbatch * model.context
     if config.train.recompute == "full":

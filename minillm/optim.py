@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array
+from minillm.arrays import Array, sum_dtype
 from minillm.nn.storage import FlatBuffers
 
 
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): decoupled weight decay, applied only where `Parameter.decay` says so (matrices,
-    embeddings)."""
+    embeddings).
+
+    Where the buffers have masters, those are updated, and the model's narrow values are rounded from them in the same pass. `grad_scale`
+    may be an array of one on the device; NaN leaves everything as it is.
+    """
 
     def __init__(
         self, buffers: Sequence[FlatBuffers], *, beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.1
     ) -> None:
         self.buffers = tuple(buffers)
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
-        self._exp_avg = [b.memory.common(b.values.size, b.values.dtype) for b in self.buffers]
-        self._exp_avg_sq = [b.memory.common(b.values.size, b.values.dtype) for b in self.buffers]
+        self._exp_avg = [b.memory.common(b.values.size, sum_dtype(b.values.dtype)) for b in self.buffers]
+        self._exp_avg_sq = [b.memory.common(b.values.size, sum_dtype(b.values.dtype)) for b in self.buffers]
 
-    def step(self, step: int, lr: float, grad_scale: float) -> None:
+    def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share of the parameters from the reduced gradient times `grad_scale`; `step` counts from 0."""
         for buffers, exp_avg, exp_avg_sq in zip(self.buffers, self._exp_avg, self._exp_avg_sq, strict=True):
+            updated = buffers.values if buffers.masters is None else buffers.masters
             for run, part in buffers.shared_runs():
                 kernels.adamw_(
-                    buffers.values[part],
+                    updated[part],
                     buffers.grads[part],
                     exp_avg[part],
                     exp_avg_sq[part],
@@ -38,12 +44,14 @@ class AdamW:
                     weight_decay=self.weight_decay if run.decay else 0.0,
                     step=step + 1,
                     grad_scale=grad_scale,
+                    param_out=None if buffers.masters is None else buffers.values[part],
                 )
 
     def state(self) -> Mapping[str, Mapping[int, Array]]:
         """State name -> id(parameter) -> local array in the parameter's shape, sharded as the parameter is: what a checkpoint holds."""
         named = {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
-        return {name: _views(self.buffers, flats) for name, flats in named.items()}
+        masters = [b.masters for b in self.buffers if b.masters is not None]
+        return {name: _views(self.buffers, flats) for name, flats in (named | ({"master": masters} if masters else {})).items()}
 
 
 class SGD:
@@ -52,10 +60,14 @@ class SGD:
     def __init__(self, buffers: Sequence[FlatBuffers]) -> None:
         self.buffers = tuple(buffers)
 
-    def step(self, step: int, lr: float, grad_scale: float) -> None:
+    def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share of the parameters from the reduced gradient times `grad_scale`."""
         for buffers in self.buffers:
-            kernels.sgd_(buffers.values[buffers.share], buffers.grads[buffers.share], lr=lr, grad_scale=grad_scale)
+            part, values = buffers.share, buffers.values[buffers.share]
+            updated = values if buffers.masters is None else buffers.masters[part]
+            kernels.sgd_(updated, buffers.grads[part], lr=lr, grad_scale=grad_scale)
+            if buffers.masters is not None:
+                kernels.cast(updated, values.dtype, out=values)
 
     def state(self) -> Mapping[str, Mapping[int, Array]]:
         """SGD has no state."""
@@ -63,11 +75,7 @@ class SGD:
 
 
 def _views(buffers: Sequence[FlatBuffers], flats: Sequence[Array]) -> dict[int, Array]:
-    return {
-        id(span.parameter): flat[span.start : span.stop].reshape(span.parameter.get().shape)
-        for b, flat in zip(buffers, flats, strict=True)
-        for span in b.spans()
-    }
+    return {key: view for b, flat in zip(buffers, flats, strict=True) for key, view in b.shaped(flat).items()}
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

@@ -6,12 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from minillm import kernels
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import Row, RowKey
 from minillm.data.corpus import Corpus
+from minillm.device import CPU, Device
 from minillm.kernels import native
 from minillm.log import compact
 from minillm.memory import peak_rss, predicted
@@ -41,17 +40,16 @@ def plan(config: ResolvedConfig, corpus: Corpus, stages: Mapping[int, Stage], th
         f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in "
         f"{plural(config.num_microbatches, 'microbatch', 'es')} "
         f"of {config.microbatch} per dp rank; {train.steps} steps",
-        f"kernels {_kernels(train.dtype)}",
+        f"kernels {_kernels(train.dtype, buffers.memory.device)}",
         f"memory  {sum(most.values()) / 1e6:.0f} MB predicted for the largest rank ({parts})",
     ]
 
 
-def _kernels(dtype: str) -> str:
+def _kernels(dtype: str, device: Device) -> str:
     """What the operations run on, most used first, and why not on C where that could be faster."""
-    like = np.empty(0, dtype)
-    counts = Counter(kernels.chosen(op, like).choice for op in kernels.ops())
+    counts = Counter(kernels.chosen(op, device.like(op, dtype)).choice for op in kernels.ops())
     words = ", ".join(f"{choice} for {plural(count, 'operation')}" for choice, count in counts.most_common())
-    missing = native.unavailable or native.blas_unavailable
+    missing = (native.unavailable or native.blas_unavailable) if device is CPU else None
     return f"{words} ({missing})" if missing else words
 
 
@@ -65,8 +63,9 @@ def plural(number: int, word: str, ending: str = "s") -> str:
     return f"{number} {word}{ending if number != 1 else ''}"
 
 
-def step_metrics(report: StepReport, tokens: int, moved: Mapping[RowKey, Row]) -> dict[str, Any]:
-    """One line of metrics.jsonl. `comm` holds the first rank's bytes and seconds by axis and operation; control messages are one entry."""
+def step_metrics(report: StepReport, tokens: int, moved: Mapping[RowKey, Row], device: Device = CPU) -> dict[str, Any]:
+    """One line of metrics.jsonl; waits for the step's numbers. `comm` holds the first rank's bytes and seconds by axis and operation;
+    control messages are one entry."""
     comm: dict[str, Any] = defaultdict(dict)
     for (axis, operation, kind), row in moved.items():
         entry = comm["control"] if kind == "control" else comm[axis].setdefault(operation, {})
@@ -81,7 +80,7 @@ def step_metrics(report: StepReport, tokens: int, moved: Mapping[RowKey, Row]) -
         "seconds": report.seconds,
         "tokens_per_second": tokens / report.seconds,
         "exposed_seconds": report.exposed_seconds,
-        "peak_rss_mb": report.peak_bytes / (1 << 20),
+        "peak_rss_mb" if device is CPU else "peak_device_mb": report.peak_bytes / (1 << 20),
         "comm": dict(comm),
     }
 
@@ -111,6 +110,6 @@ class TimeShares:
         return ", ".join(f"{kind} {share:.1%}" for kind, share in sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def peak_mb(comm: Communicator) -> int:
-    """The most memory that any rank has held so far, in MB (10^6 bytes). Collective."""
-    return round(max(comm.gather_json(peak_rss())) / 1e6)
+def peak_mb(comm: Communicator, device: Device = CPU) -> int:
+    """The most memory that any rank has held so far, in MB (10^6 bytes); on a GPU, of the device. Collective."""
+    return round(max(comm.gather_json(device.peak_bytes() or peak_rss())) / 1e6)

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from minillm.config import RESUMABLE, ModelConfig, TrainConfig, divisors, flag, some_divisors
+from minillm.arrays import float_dtype
+from minillm.config import RESUMABLE, ModelConfig, TrainConfig, divisors, flag, or_list, some_divisors
 from minillm.errors import ConfigError
+from minillm.kernels.attention.cuda import HEAD_WIDTHS
+from minillm.kernels.grids import WIDEST_ROW as WIDEST_NORM
 
 FFN_MULTIPLE = 64  # swiglu's width is rounded up to this: whole vector registers, and room for tensor parallelism
 RECOMPUTE_BYTES = 16 << 20  # what selective recomputation must save of a rank's activations to be worth its time
@@ -60,6 +61,7 @@ def resolve(config: TrainConfig, num_ranks: int, vocab: int | None = None) -> Re
     says how many tokens there are.
     """
     model = resolve_model(config, vocab)
+    _check_device(config, model)
     dp = _data_parallel(config, model, num_ranks)
     _check_tensor_parallel(config, model)
     stage_layers = _stage_layers(config)
@@ -166,6 +168,27 @@ def _uneven(layers: int, pp: int) -> str:
     return f" --stage-layers {_words(even_split(layers, pp))}" if layers % pp else ""
 
 
+def _check_device(config: TrainConfig, model: ModelConfig) -> None:
+    """Raises ConfigError for what the kernels of the device cannot do."""
+    if config.device == "cpu":
+        if config.dtype == "bfloat16":
+            raise ConfigError("--dtype bfloat16 needs --device cuda; on the CPU use --dtype float32 (or float64)")
+        return
+    if config.dtype == "float64":
+        raise ConfigError("--dtype float64 needs --device cpu; the CUDA kernels compute in float32 and bfloat16")
+    if config.node_shared == "on":
+        raise ConfigError("--node-shared on needs --device cpu: it shares the host's memory; leave it out on a GPU")
+    if model.head_width not in HEAD_WIDTHS:
+        fits = [heads for heads in divisors(model.dim) if model.dim // heads in HEAD_WIDTHS]
+        ways = f"--heads {or_list(fits)}" if fits else f"a --dim that is a multiple of {HEAD_WIDTHS[0]}"
+        raise ConfigError(
+            f"dim / heads = {model.dim} / {model.heads} = {model.head_width}, and attention's CUDA kernels are for heads of "
+            f"{or_list(HEAD_WIDTHS)}; use {ways}"
+        )
+    if model.dim > WIDEST_NORM:
+        raise ConfigError(f"--dim {model.dim} is more than the {WIDEST_NORM} channels that a norm's CUDA kernel holds in registers")
+
+
 def _check_tensor_parallel(config: TrainConfig, model: ModelConfig) -> None:
     for name, total in _cut_over_tp(config, model).items():
         if total % config.tp:
@@ -200,7 +223,7 @@ def _recompute(config: TrainConfig, model: ModelConfig, sequences: int) -> Liter
     """What was asked for, or selective recomputation where it saves much; `sequences` pass through a block and stay on the tape."""
     if config.recompute != "auto":
         return config.recompute
-    saved = sequences * model.context * (2 * model.dim + model.ffn_dim // config.tp) * np.dtype(config.dtype).itemsize
+    saved = sequences * model.context * (2 * model.dim + model.ffn_dim // config.tp) * float_dtype(config.dtype).itemsize
     return "selective" if saved >= RECOMPUTE_BYTES else "none"
 
 

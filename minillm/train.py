@@ -10,21 +10,22 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minillm import checkpoint, kernels
 from minillm.comm.communicator import Communicator
-from minillm.comm.ledger import ledger, recording
+from minillm.comm.device import on_device
+from minillm.comm.ledger import Row, RowKey, ledger, recording
 from minillm.comm.world import AgreedError, StopRequest, agree, known_to_all, main_guard, quiet_unless_first, threads_per_rank, world
 from minillm.config import TrainConfig
 from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.tokenizers import tokenizer_from_json
+from minillm.device import CPU, Device, open_device
 from minillm.errors import ConfigError
 from minillm.evaluation import Evaluation, evaluate_windows
 from minillm.flags import TrainArgs, parse_train_args, to_toml
@@ -33,7 +34,8 @@ from minillm.log import Log, MetricsFile, Progress, clock, compact
 from minillm.report import TimeShares, peak_mb, plan, plural, step_metrics
 from minillm.resolve import ResolvedConfig, resolve
 from minillm.trace import Tracer
-from minillm.trainer import NotFinite, StepReport, Trainer
+from minillm.trainer import StepReport, Trainer
+from minillm.verdict import NotFinite
 
 SAMPLE_TEMPERATURE = 0.8
 
@@ -50,29 +52,32 @@ def _main(argv: Sequence[str] | None) -> int:
     comm.timeout = args.comm_timeout
     resume = args.resume
     found = agree(comm, lambda: checkpoint.find(Path(resume))) if resume else None
+    local_rank = comm.split_by_node().rank
+    device = CPU if args.print_config else agree(comm, lambda: open_device(args.device, local_rank))
     corpus, config = _plan(comm, args, found)
     if args.print_config:
         Log(comm.rank)(to_toml(config.train).rstrip())
         return 0
+    comm = on_device(comm, device)
     tracer = Tracer(comm.rank) if args.trace else None
     with ExitStack() as stack:
         kernels.prepare_process()
         stack.enter_context(kernels.threads(threads_per_rank(comm)))
-        stack.enter_context(kernels.use(**agree(comm, lambda: _kernel_choices(config.train))))
+        stack.enter_context(kernels.use(**agree(comm, lambda: _kernel_choices(config.train, device))))
         stack.enter_context(recording(check_order=args.check_order, on_event=tracer.communication if tracer else None))
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
-        run = Run(comm, config, corpus, found, tracer, stop)
+        run = Run(comm, device, config, corpus, found, tracer, stop)
         run.train()
     return 0
 
 
-def _kernel_choices(train: TrainConfig) -> dict[str, str]:
+def _kernel_choices(train: TrainConfig, device: Device) -> dict[str, str]:
     """What --kernels names, op by op. Raises ConfigError where that cannot run here."""
     try:
         choices = kernels.choices_from(train.kernels)
         with kernels.use(**choices):
             for op in kernels.ops():
-                kernels.chosen(op, np.empty(0, train.dtype))
+                kernels.chosen(op, device.like(op, train.dtype))
     except kernels.KernelUnavailable as error:
         raise ConfigError(f"--kernels {train.kernels}: {error}") from None
     return choices
@@ -86,8 +91,6 @@ def _saved_values(path: str) -> dict[str, Any]:
 def _plan(comm: Communicator, args: TrainArgs, found: Path | None) -> tuple[Corpus, ResolvedConfig]:
     """The text and the resolved configuration, checked on every rank before anything is allocated."""
     train = args.train_config()
-    if train.device == "cuda":
-        raise AgreedError("--device cuda: this version computes on the CPU only; leave --device out", comm.rank == 0)
     with known_to_all(comm):
         tokenizer: Any = train.tokenizer
         if found is not None:
@@ -101,16 +104,23 @@ class Run:
     """One training run of this rank: what is reported, evaluated and saved around the steps."""
 
     def __init__(
-        self, comm: Communicator, config: ResolvedConfig, corpus: Corpus, found: Path | None, tracer: Tracer | None, stop: StopRequest
+        self,
+        comm: Communicator,
+        device: Device,
+        config: ResolvedConfig,
+        corpus: Corpus,
+        found: Path | None,
+        tracer: Tracer | None,
+        stop: StopRequest,
     ) -> None:
-        self.comm, self.config, self.corpus, self.tracer, self.stop = comm, config, corpus, tracer, stop
+        self.comm, self.device, self.config, self.corpus, self.tracer, self.stop = comm, device, config, corpus, tracer, stop
         self.log = Log(comm.rank)
         self.out = agree(comm, lambda: _prepare_out(comm.rank, config, found))
         self.out = Path(comm.broadcast_json(str(self.out)))
         batches = Batches(corpus.train, config.model.context, config.train.batch, config.train.seed)
         with known_to_all(comm):
-            self.trainer = Trainer(config, comm, batches, tracer=tracer)
-        self.key = checkpoint.numeric_key(config, comm, self.trainer.memory.size)
+            self.trainer = Trainer(config, comm, batches, tracer=tracer, device=device)
+        self.key = checkpoint.numeric_key(config, comm, self.trainer.memory.size, device)
         self.first_step = self._resume(found) if found is not None else 0
         self.saved_step = self.first_step if found is not None else -1
         self.metrics = MetricsFile(self.out / "metrics.jsonl" if comm.rank == 0 else None, self.first_step)
@@ -131,30 +141,54 @@ class Run:
         gc.disable()  # the tape is freed by reference counts; the collector would only look for cycles that are not there
         started, stopped = time.perf_counter(), False
         step, found = self.first_step, None
+        waiting: deque[tuple[StepReport, Mapping[RowKey, Row]]] = deque()  # steps whose numbers have not been read
         while step < last and not stopped:
             before = ledger().snapshot()
             report = self._step(step)
-            moved = ledger().since(before)
-            self.shares.add(report, moved)
+            waiting.append((report, ledger().since(before)))
             step += 1
-            progress.update(step - 1, report.loss, report.lr, report.grad_norm)
             stopped = report.stop
-            paused = time.perf_counter()
-            found = self._between_steps(step, last, stopped, progress)
-            self.metrics.write(
-                **step_metrics(report, self.config.tokens_per_step, moved), **({} if found is None else {"val_loss": found.loss})
-            )
-            progress.pause(time.perf_counter() - paused)
+            due = self._is_due(step, last, stopped)
+            while len(waiting) > (0 if due else self.trainer.lag):
+                found = self._settle(*waiting.popleft(), last, stopped, progress, due=due and not waiting)
         progress.close()
         gc.enable()
         self._finish(step, time.perf_counter() - started, stopped, progress, found)
 
+    def _settle(
+        self, report: StepReport, moved: Mapping[RowKey, Row], last: int, stopped: bool, progress: Progress, *, due: bool
+    ) -> Evaluation | None:
+        """Read a step's numbers, show and write them, and do what is due after it; returns the evaluation, if that was."""
+        step = report.step + 1
+        with self._saving_before_a_failure():
+            progress.update(step - 1, report.loss, report.lr, report.grad_norm)
+        self.shares.add(report, moved)
+        paused = time.perf_counter()
+        found = self._between_steps(step, last, stopped, progress) if due else None
+        line = step_metrics(report, self.config.tokens_per_step, moved, self.device)
+        self.metrics.write(**line, **({} if found is None else {"val_loss": found.loss}))
+        progress.pause(time.perf_counter() - paused)
+        return found
+
+    def _is_due(self, step: int, last: int, stopped: bool) -> bool:
+        """Whether something happens after `step` steps that needs them finished."""
+        train = self.config.train
+        return (
+            stopped or step == last or any(every and step % every == 0 for every in (train.check_every, train.eval_every, train.save_every))
+        )
+
     def _step(self, step: int) -> StepReport:
         self.trainer.stop_requested = self.stop.signal is not None
-        try:
+        with self._saving_before_a_failure():
             return self.trainer.step(step)
+
+    @contextmanager
+    def _saving_before_a_failure(self) -> Iterator[None]:
+        """Save what was before a step that failed, and raise what all ranks know of."""
+        try:
+            yield
         except NotFinite as error:
-            self._save(step)
+            self._save(error.step)
             raise AgreedError(f"{error}. The weights before this step are saved in {self.out}", self.comm.rank == 0) from None
 
     def _between_steps(self, step: int, last: int, stopped: bool, progress: Progress) -> Evaluation | None:
@@ -233,7 +267,7 @@ class Run:
             steps = f"steps {self.first_step + 1} to {step}" if self.first_step else plural(step, "step")
             self.log(
                 f"done    {steps} in {clock(seconds)}, {compact(progress.rate(step - 1))} tokens/s, at most "
-                f"{peak_mb(self.comm)} MB per rank"
+                f"{peak_mb(self.comm, self.device)} MB per rank"
             )
             self.log(f"time    {self.shares.summary(self.comm)}")
         if stopped:

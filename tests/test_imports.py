@@ -17,6 +17,7 @@ minillm/__init__.py
 kernels/
 minillm/errors.py
 minillm/arrays.py
+minillm/device.py
 minillm/log.py
 minillm/config.py
 minillm/resolve.py
@@ -30,6 +31,7 @@ minillm/comm/base.py
 minillm/comm/single.py
 minillm/comm/mpi.py
 minillm/comm/threads.py
+minillm/comm/device.py
 minillm/comm/world.py
 minillm/comm/mesh.py
 minillm/sharding.py
@@ -51,6 +53,7 @@ minillm/nn/mlp.py
 minillm/nn/attention.py
 minillm/nn/block.py
 minillm/optim.py
+minillm/verdict.py
 minillm/parallel/data.py
 minillm/parallel/node_shared.py
 minillm/trace.py

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import ALIGNMENT
+from minillm.arrays import ALIGNMENT, to_host
 from minillm.comm.communicator import Communicator
+from minillm.comm.device import on_device
 from minillm.comm.threads import run_ranks
 from minillm.config import TrainConfig
 from minillm.data.batches import Batches
+from minillm.device import open_device
 from minillm.nn.storage import FlatBuffers, share
 from minillm.optim import SGD, AdamW
 from minillm.parallel.node_shared import NodeMemory
@@ -113,10 +115,19 @@ def make_batches(config: ResolvedConfig) -> Batches:
 
 
 def train_rank(
-    comm: Communicator, config: ResolvedConfig, optimizer: str, steps: int, prepare: Callable[[Trainer], None] | None = None
+    comm: Communicator,
+    config: ResolvedConfig,
+    optimizer: str,
+    steps: int,
+    prepare: Callable[[Trainer], None] | None = None,
+    direct: bool = False,
+    std: float = INIT_STD,
 ) -> tuple[list[float], list[float], list[dict[str, Any]]]:
-    """What one rank does: returns losses, norms, and pieces of (first gradients, last gradients, weights)."""
-    trainer = Trainer(config, comm, make_batches(config), std=INIT_STD, optimizer=OPTIMIZERS[optimizer])
+    """What one rank does: returns losses, norms, and pieces of (first gradients, last gradients, weights). `direct`: device arrays travel
+    by address, else through host memory."""
+    device = open_device(config.train.device)
+    comm = on_device(comm, device, direct)
+    trainer = Trainer(config, comm, make_batches(config), std=std, optimizer=OPTIMIZERS[optimizer], device=device)
     if prepare is not None:
         prepare(trainer)
     losses, norms, first = [], [], {}
@@ -135,7 +146,8 @@ def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
     found = {}
     trainer.world.barrier()
     for buffers in trainer.buffers:
-        flat = buffers.values if what == "value" else reduced_grads(buffers)
+        values = buffers.values if buffers.masters is None else buffers.masters
+        flat = to_host(values if what == "value" else reduced_grads(buffers))
         for span in buffers.spans():
             parameter = span.parameter
             local = flat[span.start : span.stop].reshape(parameter.spec.local_shape(mesh.shape))
@@ -180,12 +192,14 @@ def train(
     prepare: Callable[[Trainer], None] | None = None,
     rendezvous: bool = False,
     nodes: Sequence[int] | None = None,
+    direct: bool = False,
+    std: float = INIT_STD,
     **changes: Any,
 ) -> Outcome:
     """Train on thread ranks."""
     config = make_config(model, layout, **changes)
     results = run_ranks(
-        layout.num_ranks, lambda comm: train_rank(comm, config, optimizer, steps, prepare), rendezvous=rendezvous, nodes=nodes
+        layout.num_ranks, lambda comm: train_rank(comm, config, optimizer, steps, prepare, direct, std), rendezvous=rendezvous, nodes=nodes
     )
     losses = results[0][0]
     for other, _, _ in results:

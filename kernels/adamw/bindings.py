@@ -28,6 +28,8 @@ def adamw_(
 ) -> None:
     grad = grad.astype(param.dtype, copy=False)
     grad_scale = float(np.ravel(grad_scale)[0])
+    if math.isnan(grad_scale):
+        return
     rate, inverse_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     keep = 1 - lr * weight_decay
     c.adamw(pool(), param, grad, exp_avg, exp_avg_sq, param.size, rate, inverse_root, beta1, beta2, eps, keep, grad_scale)
@@ -36,5 +38,7 @@ def adamw_(
 
 
 @c_kernel("sgd_")
-def sgd_(c: Any, param: Any, grad: Any, *, lr: float, grad_scale: float = 1.0) -> None:
-    c.sgd(pool(), param, grad, param.size, lr * grad_scale)
+def sgd_(c: Any, param: Any, grad: Any, *, lr: float, grad_scale: Any = 1.0) -> None:
+    grad_scale = float(np.ravel(grad_scale)[0])
+    if not math.isnan(grad_scale):
+        c.sgd(pool(), param, grad, param.size, lr * grad_scale)

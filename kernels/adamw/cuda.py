@@ -22,6 +22,13 @@ def _flat(*arrays: Any) -> None:
             raise ValueError(f"optimizers update C-contiguous buffers in place, and this one has strides {a.strides} for shape {a.shape}")
 
 
+def _split(grad_scale: Any, like: Any) -> tuple[float, Any]:
+    """A factor for the host and one on the device (None: none), of which the other is 1."""
+    if not isinstance(grad_scale, type(like)):
+        return grad_scale, None
+    return 1.0, grad_scale.astype(np.float32, copy=False)
+
+
 @cuda_kernel("adamw_", dtypes=("float32",))
 def adamw_(
     param: Any,
@@ -40,9 +47,9 @@ def adamw_(
 ) -> None:
     same_dtype(param, exp_avg, exp_avg_sq)
     _flat(param, grad, exp_avg, exp_avg_sq, param_out)
-    on_device = grad_scale.astype(np.float32, copy=False) if isinstance(grad_scale, type(param)) else None
+    scale, on_device = _split(grad_scale, param)
     numbers = (
-        *(1.0 if on_device is not None else grad_scale, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)),
+        *(scale, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)),
         *(beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay),
     )
     args = (param, grad, exp_avg, exp_avg_sq, param_out, on_device, *map(np.float32, numbers), np.int64(param.size))
@@ -51,9 +58,10 @@ def adamw_(
 
 
 @cuda_kernel("sgd_")
-def sgd_(param: Any, grad: Any, *, lr: float, grad_scale: float = 1.0) -> None:
+def sgd_(param: Any, grad: Any, *, lr: float, grad_scale: Any = 1.0) -> None:
     same_dtype(param, grad)
     _flat(param, grad)
-    args = (param, grad, np.float32(lr * grad_scale), np.int64(param.size))
+    scale, on_device = _split(grad_scale, param)
+    args = (param, grad, on_device, np.float32(lr * scale), np.int64(param.size))
     defines = {"ELEMENT": element(grad), "COPY": "float32"}
     launch(_FILE, "sgd", defines, (blocks(param.size, _THREADS * _TAKEN),), (_THREADS,), args)

@@ -14,19 +14,20 @@
 
 __device__ __forceinline__ int64_t first_element() { return ((int64_t)blockIdx.x * THREADS + threadIdx.x) * TAKEN; }
 
-// One AdamW update: m and v follow the gradient times grad_scale times *scale_factor (null: 1), then
+// One AdamW update: m and v follow the gradient times grad_scale times *scale_factor (null: 1; NaN: nothing happens), then
 // param = keep param - rate m / (sqrt(v) inverse_root + eps), also written to `copy` unless that is null. rest1 = 1 - beta1, and so on.
 extern "C" __global__ void __launch_bounds__(THREADS)
     adamw(float* param, const Element* grad, float* exp_avg, float* exp_avg_sq, COPY* copy, const float* scale_factor, float grad_scale,
           float rate, float inverse_root, float beta1, float rest1, float beta2, float rest2, float eps, float keep, int64_t size) {
     const int64_t first = first_element(), left = size - first;
     if (left <= 0) return;
+    if (scale_factor != nullptr) grad_scale *= *scale_factor;
+    if (grad_scale != grad_scale) return;
     float p[TAKEN], g[TAKEN], m[TAKEN], v[TAKEN];
     load_floats(p, param + first, left);
     load_floats(g, grad + first, left);
     load_floats(m, exp_avg + first, left);
     load_floats(v, exp_avg_sq + first, left);
-    if (scale_factor != nullptr) grad_scale *= *scale_factor;
     #pragma unroll
     for (int i = 0; i < TAKEN; i++) {
         g[i] *= grad_scale;
@@ -40,10 +41,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (copy != nullptr) store_floats(copy + first, p, left);
 }
 
-// param -= rate grad.
-extern "C" __global__ void __launch_bounds__(THREADS) sgd(Element* param, const Element* grad, float rate, int64_t size) {
+// param -= rate *scale_factor grad (null: 1; NaN: nothing happens).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sgd(Element* param, const Element* grad, const float* scale_factor, float rate, int64_t size) {
     const int64_t first = first_element(), left = size - first;
     if (left <= 0) return;
+    if (scale_factor != nullptr) rate *= *scale_factor;
+    if (rate != rate) return;
     float p[TAKEN], g[TAKEN];
     load_floats(p, param + first, left);
     load_floats(g, grad + first, left);

@@ -14,6 +14,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from minillm.kernels import build, cuda
 from minillm.kernels.gpu_check import attention, checks, measure, report, smoke, steps
 from minillm.kernels.launch import compute_capability
 
-SECTIONS = ("ceilings", "smoke", "tests", "sanitizer", "attention", "steps")
+SECTIONS = ("ceilings", "smoke", "tests", "sanitizer", "attention", "steps", "training")
+TRAINING_SECONDS = 300
 NO_GPU = 2  # exit status
 
 
@@ -81,6 +83,7 @@ def run(wanted: Sequence[str], root: Path, repeats: int) -> report.Found:
         "sanitizer": lambda: checks.sanitize(tests),
         "attention": attention.run,
         "steps": lambda: steps.run((found.get("ceilings") or {}).get("copy_tbs") or measure.ceilings()["copy_tbs"]),
+        "training": lambda: _training(found["problems"]),
     }
     for name in SECTIONS:
         if name in wanted:
@@ -99,6 +102,24 @@ def _section(name: str, run: Callable[[], Any], start: float, problems: list[str
         print(f"broke: {problems[-1]}", flush=True)
         return None
     print(json.dumps(found, indent=1)[:20000], flush=True)
+    return found
+
+
+def _training(problems: list[str]) -> dict[str, Any]:
+    """Training on this GPU, beside PyTorch's, by the program that knows how to train. It brings its own page."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "training.json"
+        command = [sys.executable, "-m", "minillm.bench.gpu", "--json", str(path)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TRAINING_SECONDS)
+            words = f"it ended with status {done.returncode}: {done.stderr.strip()[-400:]}"
+        except subprocess.TimeoutExpired:
+            words = f"there was no time for all of it in {TRAINING_SECONDS} s"
+            problems.append(f"training: {words}")
+        if not path.exists():
+            raise RuntimeError(f"minillm.bench.gpu: {words}")
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))  # written anew after each of its sections
+    problems += [f"training, {words}" for words in found["problems"]]
     return found
 
 

@@ -18,6 +18,8 @@ def markdown(found: Found) -> str:
         parts += ["\n".join(f"- {note}" for note in found["attention"]["notes"])] if found["attention"]["notes"] else []
     if found.get("steps"):
         parts.append(_steps(found["steps"]))
+    if found.get("training"):
+        parts.append(found["training"]["page"])
     parts.append(_goals(found))
     return "\n\n".join(parts) + "\n"
 

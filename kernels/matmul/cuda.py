@@ -1,18 +1,97 @@
-"""Column sums on the GPU. Matrix products are cuBLAS's."""
+"""Matrix products on the GPU, by cuBLAS; column sums, by a kernel of our own."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from minillm.kernels.cuda import cuda_kernel
+from minillm.kernels.cuda import cuda_kernel, unavailable
 from minillm.kernels.grids import blocks, runs
-from minillm.kernels.launch import dense, element, empty, launch, multiprocessors
+from minillm.kernels.launch import dense, element, empty, launch, multiprocessors, same_dtype
+from minillm.kernels.registry import kernel
 
 _FILE = Path(__file__).with_name("column_sum.cu")
 _WARPS = 8
 _FEW_ROWS = 512  # that one launch sums
+
+
+# cudaDataType and cublasComputeType_t of library_types.h and cublas_api.h.
+CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
+COMPUTE_FLOAT32 = 68  # products of 16-bit numbers are exact in it, and float32 is not cut to TF32
+DEFAULT_ALGORITHM = -1
+_ONE, _ZERO = np.array(1, np.float32), np.array(0, np.float32)  # alpha and beta are read on the host, by address
+
+
+class Operand(NamedTuple):
+    """A matrix as cuBLAS sees it, column by column: its address, leading dim, and whether it is read transposed."""
+
+    pointer: int
+    leading: int
+    transposed: bool
+
+
+def operand(x: Any) -> Operand:
+    """A row-major matrix is its own transpose column by column, so a C-contiguous one is read as it is and the transposed view of one
+    transposed. Raises ValueError for other strides: a copy would be one that nobody asked for."""
+    item = x.dtype.itemsize
+    (rows, columns), (down, across) = x.shape, x.strides
+    if (across == item or columns == 1) and (down >= columns * item or rows == 1):
+        return Operand(x.data.ptr, down // item if rows > 1 else max(columns, 1), False)
+    if (down == item or rows == 1) and (across >= rows * item or columns == 1):
+        return Operand(x.data.ptr, across // item if columns > 1 else max(rows, 1), True)
+    raise ValueError(f"a product takes matrices whose rows or columns lie together, not strides {x.strides} for shape {x.shape}")
+
+
+@kernel("matmul", backend="cuda", variant="cublas", dtypes=tuple(CUDA_TYPES), unavailable=unavailable)
+def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None) -> Any:
+    out, done = checked_product(a, b, out, accumulate, bias)
+    if not done:
+        gemm(a, b, out, accumulate)
+        if bias is not None:
+            out += bias
+    return out
+
+
+def checked_product(a: Any, b: Any, out: Any, accumulate: bool, bias: Any) -> tuple[Any, bool]:
+    """Where the product of a [M, K] and b [K, N] goes, and whether that is all because one of the sizes is 0. Raises ValueError for
+    what is no product, TypeError for mixed dtypes."""
+    same_dtype(a, b, bias)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"a product of {a.shape} and {b.shape}: two matrices are wanted whose inner sizes agree")
+    (M, K), N = a.shape, b.shape[1]
+    if out is None:
+        out = empty((M, N), a.dtype, a)
+    if out.shape != (M, N) or (out.dtype != a.dtype and element(out) != "float32"):
+        raise ValueError(f"the product of {a.shape} and {b.shape} in {a.dtype} does not go into {out.shape} of {out.dtype}")
+    if accumulate and bias is not None:
+        raise ValueError("a product that is added to another takes no bias")
+    if M and N and operand(out).transposed:
+        raise ValueError(f"a product is written row by row, not with strides {out.strides} for shape {out.shape}")
+    if M and N and K:
+        return out, False
+    if not accumulate:
+        out.fill(0)
+        if bias is not None:
+            out += bias
+    return out, True
+
+
+def gemm(a: Any, b: Any, out: Any, accumulate: bool) -> None:
+    """out [M, N] (+)= a [M, K] b [K, N], none of them empty. Column by column that is out^T = b^T a^T."""
+    left, right, target = operand(b), operand(a), operand(out)
+    cupy = importlib.import_module("cupy")
+    cupy.cuda.cublas.gemmEx(
+        cupy.cuda.get_cublas_handle(),
+        *(int(left.transposed), int(right.transposed), b.shape[1], a.shape[0], a.shape[1]),
+        _ONE.ctypes.data,
+        *(left.pointer, CUDA_TYPES[element(b)], left.leading),
+        *(right.pointer, CUDA_TYPES[element(a)], right.leading),
+        (_ONE if accumulate else _ZERO).ctypes.data,
+        *(target.pointer, CUDA_TYPES[element(out)], target.leading),
+        *(COMPUTE_FLOAT32, DEFAULT_ALGORITHM),
+    )
 
 
 @cuda_kernel("column_sum")

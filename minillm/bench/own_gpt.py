@@ -10,11 +10,14 @@ import time
 import numpy as np
 
 from minillm import kernels
+from minillm.arrays import float_dtype
 from minillm.bench.shapes import Shape
 from minillm.bench.timing import median_seconds
+from minillm.comm.device import on_device
 from minillm.comm.world import world
 from minillm.config import TrainConfig
 from minillm.data.batches import Batches
+from minillm.device import CPU, Device, open_device
 from minillm.memory import peak_rss, proportional_rss
 from minillm.resolve import resolve
 from minillm.trainer import Trainer
@@ -28,36 +31,48 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--warmup", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kernels", default="auto")
     args = parser.parse_args()
     shape = Shape(*(getattr(args, name) for name in Shape._fields))
     comm = world()
+    device = open_device(args.device, comm.split_by_node().rank)
+    comm = on_device(comm, device)
     sizes = {name: getattr(shape, name) for name in ("layers", "heads", "dim", "context", "batch")}
-    config = resolve(TrainConfig(**sizes), comm.size, shape.vocab)
+    config = resolve(TrainConfig(**sizes, device=args.device, dtype=args.dtype), comm.size, shape.vocab)
     tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)
     kernels.prepare_process()
-    with kernels.threads(args.threads):
-        trainer = Trainer(config, comm, Batches(tokens, shape.context, shape.batch, seed=1))
+    with kernels.threads(args.threads), kernels.use(**kernels.choices_from(args.kernels)):
+        trainer = Trainer(config, comm, Batches(tokens, shape.context, shape.batch, seed=1), device=device)
         gc.disable()
         for step in range(args.warmup):
             trainer.step(step)
         times: list[float] = []
         while len(times) < 3 or sum(times) < args.seconds:  # ranks agree: the seconds of a step include its last all-reduce
             start = np.array([time.perf_counter()])
-            trainer.step(args.warmup + len(times))
+            trainer.step(args.warmup + len(times))  # on a GPU it ends when the step before has, so steps follow one another
             spent = comm.broadcast_(np.array([time.perf_counter()]) - start, kind="control")
             times.append(float(spent[0]))
-        used = peak_rss() if comm.size == 1 else proportional_rss()
-        ceiling = _sgemm_rate()
+        used = device.peak_bytes() or (peak_rss() if comm.size == 1 else proportional_rss())
+        ceiling = _gemm_rate(device, args.dtype)
     memory, rates = comm.gather_json(used), comm.gather_json(ceiling)
     if comm.rank == 0:
-        print(json.dumps({"times": times, "peak_rss": sum(memory), "sgemm_flops": sum(rates)}))
+        print(json.dumps({"times": times, "peak_rss": sum(memory), "gemm_flops": sum(rates)}))
 
 
-def _sgemm_rate() -> float:
-    """FLOP/s of a large product on this rank's threads: the ceiling of a training step in float32."""
-    n = 1536
-    a, b, out = (np.ones((n, n), np.float32) for _ in range(3))
-    return 2 * n**3 / median_seconds(lambda: kernels.matmul(a, b, out=out), at_least=0.3)
+def _gemm_rate(device: Device, dtype: str) -> float:
+    """FLOP/s of a large product on this rank's threads or GPU: the ceiling of a training step."""
+    n = 1536 if device is CPU else 8192
+    normals = np.random.default_rng(0).standard_normal((n, n), np.float32)  # zeros would flatter a GPU, by way of its power limit
+    a, b = (device.upload(normals.astype(float_dtype(dtype))) for _ in range(2))
+    out = device.xp.empty((n, n), a.dtype)
+
+    def product() -> None:
+        kernels.matmul(a, b, out=out)
+        device.synchronize()
+
+    return 2 * n**3 / median_seconds(product, at_least=0.3)
 
 
 if __name__ == "__main__":

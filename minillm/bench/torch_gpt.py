@@ -66,18 +66,22 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--fused", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="bfloat16: under autocast, the weights stay float32")
     args = parser.parse_args()
     shape = Shape(*(getattr(args, name) for name in Shape._fields))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model: Any = GPT2(shape)
+    model: Any = GPT2(shape).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.fused or None)
     run = torch.compile(model) if args.compile else model
-    ids = torch.randint(shape.vocab, (shape.batch, shape.context + 1))
+    ids = torch.randint(shape.vocab, (shape.batch, shape.context + 1)).to(args.device)
+    narrow = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = run(ids[:, :-1], ids[:, 1:])
+        with narrow:
+            loss = run(ids[:, :-1], ids[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -90,7 +94,10 @@ def main() -> None:
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    print(json.dumps({"times": times, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if args.device == "cuda":
+        used = torch.cuda.max_memory_reserved()
+    print(json.dumps({"times": times, "peak_rss": used}))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ class TrainBench:
     """Number of tokens."""
     against: Literal["none", "torch"] = "none"
     """What to compare with: torch runs eager and compiled, as it comes and well set (fused AdamW, allocator)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where both run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations; bfloat16 on a GPU only, where PyTorch runs under autocast."""
     compile: bool = True
     """Run torch.compile too (its first step takes a minute)."""
     threads: int = 0
@@ -55,6 +59,8 @@ class TrainBench:
         for name in ("ranks", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.device == "cpu" and self.dtype != "float32":
+            raise ConfigError(f"--dtype {self.dtype} needs --device cuda")
 
     def shape(self) -> Shape:
         """The configuration with what was given instead."""
@@ -67,19 +73,24 @@ def contestants(args: TrainBench) -> list[Contestant]:
     shape, threads = args.shape(), args.threads or usable_cores()
     each = max(1, threads // args.ranks)
     sizes = [f"--{name}={value}" for name, value in shape._asdict().items()]
-    turn = [*sizes, f"--seconds={args.seconds}", "--warmup=3"]
+    turn = [*sizes, f"--seconds={args.seconds}", "--warmup=3", f"--device={args.device}", f"--dtype={args.dtype}"]
     own = [sys.executable, "-m", "minillm.bench.own_gpt", *turn, f"--threads={each}"]
     if args.ranks > 1:
         mpirun = Path(sys.prefix) / "bin" / "mpirun"
         own = [str(mpirun if mpirun.exists() else "mpirun"), "-n", str(args.ranks), *own]
     limits = {"OMP_NUM_THREADS": str(each), "OPENBLAS_NUM_THREADS": "1"}
-    found = [Contestant(f"minillm {args.ranks} x {each} threads", own, limits)]
+    on_gpu = args.device == "cuda"
+    name = f"minillm {args.dtype}" + (f", {args.ranks} ranks" if args.ranks > 1 else "")
+    found = [Contestant(name if on_gpu else f"minillm {args.ranks} x {each} threads", own, limits)]
     if args.against == "torch":
-        require_torch()
+        require_torch(on_gpu)
         yardstick = [sys.executable, "-m", "minillm.bench.torch_gpt", *turn, f"--threads={threads}"]
         limits = {"OMP_NUM_THREADS": str(threads)}
         for compiled in ([], ["--compile"])[: 2 if args.compile else 1]:
             kind = "compile" if compiled else "eager"
+            if on_gpu:  # the allocator's settings are the host's, and fused AdamW is what a user of GPUs takes
+                found.append(Contestant(f"torch {kind}", [*yardstick, *compiled, "--fused"], {}))
+                continue
             found.append(Contestant(f"torch {kind}", yardstick + compiled, limits))
             found.append(Contestant(f"torch {kind}, tuned", [*yardstick, *compiled, "--fused"], limits | TUNED))
     return found
@@ -91,7 +102,7 @@ def run(args: TrainBench) -> None:
     print(f"{shape}, {shape.step_flops() / 1e9:.1f} GFLOP a step, {args.rounds} rounds of {args.seconds:g} s each", flush=True)
     take_turns(field, args.rounds)
     rows = [_row(one, field[0], shape) for one in field]
-    print("\n" + table(("", "ms a step", "tokens/s", "GFLOP/s", "of SGEMM", "peak MB", "minillm is faster by", "95 %"), rows))
+    print("\n" + table(("", "ms a step", "tokens/s", "GFLOP/s", "of GEMM", "peak MB", "minillm is faster by", "95 %"), rows))
     if args.json:
         Path(args.json).write_text(json.dumps(_report(args, field), indent=1) + "\n")
 
@@ -101,7 +112,7 @@ def _row(one: Contestant, own: Contestant, shape: Shape) -> list[str]:
     if not times:
         return [one.name, *["-"] * 7]
     seconds = float(np.median(times))
-    rates = [turn["sgemm_flops"] for turn in own.turns if turn is not None]
+    rates = [turn["gemm_flops"] for turn in own.turns if turn is not None]
     share = shape.step_flops() / seconds / np.median(rates) if rates else float("nan")
     cells = [one.name, f"{seconds * 1e3:.1f}", f"{shape.tokens / seconds:.0f}", f"{shape.step_flops() / seconds / 1e9:.0f}"]
     cells += [f"{share:.2f}", f"{one.peak_rss() / 1e6:.0f}"]

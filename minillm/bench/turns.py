@@ -77,7 +77,8 @@ def advantage(own: Contestant, other: Contestant, what: str = "times") -> tuple[
     return f"{np.median(ratios):.2f}", f"{low:.2f}-{high:.2f}"
 
 
-def require_torch() -> None:
+def require_torch(on_gpu: bool = False) -> None:
     """Raises ConfigError where the yardstick is not installed."""
     if importlib.util.find_spec("torch") is None:
-        raise ConfigError("--against torch needs PyTorch: pip install torch --index-url https://download.pytorch.org/whl/cpu")
+        where = "" if on_gpu else " --index-url https://download.pytorch.org/whl/cpu"
+        raise ConfigError(f"--against torch needs PyTorch: pip install torch{where}")

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 
 from minillm import kernels
-from minillm.arrays import float_dtype
 from minillm.comm.communicator import Communicator
+from minillm.device import CPU, Device
 from minillm.resolve import ResolvedConfig
 
 _MOST_NAMED = 5  # how many differences the line lists
 
 
-def numeric_key(config: ResolvedConfig, world: Communicator, shared_by: int) -> dict[str, Any]:
+def numeric_key(config: ResolvedConfig, world: Communicator, shared_by: int, device: Device = CPU) -> dict[str, Any]:
     """What must be equal for two runs to give the same bits, as a JSON value; the same on every rank. Collective.
 
     Mesh and division of the batch, bucket size, how many ranks share memory (`shared_by`), schedule, threads per rank, the kernels in use,
-    NumPy and its BLAS, and how many ranks each host has.
+    NumPy and its BLAS, the GPU, and how many ranks each host has.
     """
     node = world.split_by_node()
     local = {"threads": kernels.get_threads(), "numpy": np.__version__, "blas": _blas()}
@@ -36,7 +36,8 @@ def numeric_key(config: ResolvedConfig, world: Communicator, shared_by: int) -> 
         "sequence_parallel": train.sequence_parallel,
         "recompute": train.recompute,
         "ranks_per_host": [rank["host"] for rank in ranks if rank["host"] is not None],
-        "kernels": _kernel_choices(train.dtype),
+        **({} if device is CPU else {"device": device.kind()}),
+        "kernels": _kernel_choices(train.dtype, device),
         **{name: _common([rank[name] for rank in ranks]) for name in local},
     }
 
@@ -69,10 +70,9 @@ def _common(values: list[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else values
 
 
-def _kernel_choices(dtype: str) -> dict[str, str]:
-    """Op -> the implementation that runs on arrays of `dtype` here."""
-    like = np.empty(0, float_dtype(dtype))
-    return {op: kernels.chosen(op, like).choice for op in kernels.ops()}
+def _kernel_choices(dtype: str, device: Device) -> dict[str, str]:
+    """Op -> the implementation that runs in a training run of `dtype` here."""
+    return {op: kernels.chosen(op, device.like(op, dtype)).choice for op in kernels.ops()}
 
 
 def _blas() -> str:

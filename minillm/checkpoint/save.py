@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import Array, dtype_name
+from minillm.arrays import Array, dtype_name, to_host
 from minillm.checkpoint.find import step_name, steps
 from minillm.checkpoint.manifest import MANIFEST, Bounds, FileEntry, Manifest, Piece, TensorEntry, check_coverage
 from minillm.checkpoint.state import StateTensor
@@ -210,8 +210,7 @@ def _chunks(header: bytes, blocks: Sequence[Block]) -> Iterable[bytes | memoryvi
     yield len(header).to_bytes(8, "little")
     yield header
     for _, _, data in blocks:
-        host = data if isinstance(data, np.ndarray | np.generic) else data.get()  # CuPy's copy to the host
-        yield np.ascontiguousarray(host).reshape(-1).view(np.uint8).data
+        yield np.ascontiguousarray(to_host(data)).reshape(-1).view(np.uint8).data
 
 
 def _complete(parts: Sequence[dict[str, Any] | None], temporary: Path, final: Path, meta: dict[str, Any], step: int) -> None:

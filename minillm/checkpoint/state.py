@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minillm.arrays import Array, dtype_name, namespace
+from minillm.arrays import Array, dtype_name, float_dtype, namespace, sum_dtype, to_device
 from minillm.comm.mesh import MeshShape
 from minillm.errors import CheckpointError
 from minillm.sharding import ShardSpec, Slices, slice_shape
@@ -61,7 +61,7 @@ def load(source: StateSource, tensors: Sequence[StateTensor], mesh_shape: MeshSh
             tensor.data[...] = 0  # padding
         for global_slices, local_slices in pieces:
             block = source.read(tensor.name, global_slices)
-            tensor.data[local_slices] = namespace(tensor.data).asarray(block)
+            tensor.data[local_slices] = to_device(block.astype(tensor.data.dtype, copy=False), namespace(tensor.data))
 
 
 def _check_fits(source: StateSource, tensors: Sequence[StateTensor]) -> None:
@@ -83,5 +83,10 @@ def _misfits(source: StateSource, tensors: Sequence[StateTensor]) -> Iterator[st
             yield f"it has no {name}"
         elif tuple(source.shape(name)) != shape:
             yield f"its {name} has shape {tuple(source.shape(name))} instead of {shape}"
-        elif source.dtype(name) != dtype:
+        elif dtype not in (source.dtype(name), _widened(source.dtype(name))):
             yield f"its {name} is {source.dtype(name)} instead of {dtype}"
+
+
+def _widened(dtype: str) -> str:
+    """The dtype in which every value of a narrow one is exact: a model trained in bfloat16 is also one of float32."""
+    return dtype_name(sum_dtype(float_dtype(dtype))) if dtype == "bfloat16" else dtype

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import Array, dtype_name
+from minillm.arrays import Array, dtype_name, is_narrow, namespace
 from minillm.comm.communicator import MAX, MAX_TAG, MIN, SUM, ReduceOp, Work
 from minillm.comm.ledger import OrderRecord, Recording, describe_difference, ledger
 from minillm.comm.work import TrackedWork
@@ -21,22 +21,18 @@ from minillm.errors import CommError
 _SIGNATURE_BYTES = 256
 
 
-def is_half(dtype: Any) -> bool:
-    """Whether sums of this dtype are taken in float32 and rounded once: float16 and bfloat16."""
-    return dtype.itemsize == 2 and (dtype.kind == "f" or dtype_name(dtype) == "bfloat16")
-
-
-def reduce_in_order(parts: Sequence[np.ndarray], op: ReduceOp) -> np.ndarray:
+def reduce_in_order(parts: Sequence[Array], op: ReduceOp) -> Array:
     """Combine equal-shaped arrays one after another in rank order into a new array; 2-byte floats in float32 with one rounding at the
     end."""
     dtype = parts[0].dtype
-    if is_half(dtype) and op is SUM:
+    xp = namespace(parts[0])
+    if is_narrow(dtype) and op is SUM:
         total = parts[0].astype(np.float32)
         for part in parts[1:]:
             total += part.astype(np.float32)
         return total.astype(dtype)
     total = parts[0].copy()
-    combine = {SUM: np.add, MAX: np.maximum, MIN: np.minimum}[op]
+    combine = {SUM: xp.add, MAX: xp.maximum, MIN: xp.minimum}[op]
     for part in parts[1:]:
         combine(total, part, out=total)
     return total
@@ -253,6 +249,9 @@ class BaseCommunicator:
     def _all_gather(self, flat: Array, counts: list[int]) -> Array:
         raise self._unsupported("all_gather")
 
+    def _gather_into(self, out: Array, counts: list[int]) -> None:
+        raise self._unsupported("all_gather")
+
     def _reduce_scatter(self, flat: Array, counts: list[int]) -> Array:
         raise self._unsupported("reduce_scatter")
 
@@ -342,7 +341,7 @@ def _join(flat: Array, shape: tuple[int, ...], dim: int, sizes: Sequence[int], c
     before, after = shape[:dim], shape[dim + 1 :]
     if math.prod(before) == 1:
         return flat.reshape(*before, sum(sizes), *after)
-    out = np.empty((*before, sum(sizes), *after), flat.dtype)
+    out = namespace(flat).empty((*before, sum(sizes), *after), flat.dtype)
     start = element = 0
     for size, count in zip(sizes, counts, strict=True):
         index = (*(slice(None),) * dim, slice(start, start + size))
@@ -355,7 +354,7 @@ def _rank_major(x: Array, dim: int, sizes: Sequence[int]) -> Array:
     """The inverse of `_join`: the slices of `x` along `dim`, one after another in a flat array (a view where they lie so already)."""
     if math.prod(x.shape[:dim]) == 1:
         return _contiguous(x)[0]
-    flat = np.empty(x.size, x.dtype)
+    flat = namespace(x).empty(x.size, x.dtype)
     start = element = 0
     for size in sizes:
         part = x[(*(slice(None),) * dim, slice(start, start + size))]

@@ -10,17 +10,21 @@ steps of a large reduction follow one another at once, then sleeping.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from minillm.comm.base import BaseCommunicator, is_half, reduce_in_order
+from minillm.arrays import is_narrow
+from minillm.comm.base import BaseCommunicator, reduce_in_order
 from minillm.comm.communicator import DEFAULT_TIMEOUT, MAX_TAG, Communicator, ReduceOp, SharedWindow, Work
 from minillm.comm.ledger import ledger
 from minillm.comm.single import SelfCommunicator
@@ -89,7 +93,7 @@ class MPICommunicator(BaseCommunicator):
     # ---- collectives
 
     def _all_reduce(self, flat: np.ndarray, op: ReduceOp) -> None:
-        if is_half(flat.dtype) or flat.dtype.kind == "b":
+        if is_narrow(flat.dtype) or flat.dtype.kind == "b":
             self._reduce_slices(flat, op)
         elif flat.nbytes <= min(BLOCKING_BYTES, CHUNK_BYTES.get()):
             self.mpi.Allreduce(MPI.IN_PLACE, flat, _OPS[op])
@@ -97,7 +101,7 @@ class MPICommunicator(BaseCommunicator):
             self._iall_reduce(flat, op).wait()
 
     def _iall_reduce(self, flat: np.ndarray, op: ReduceOp) -> Work:
-        if is_half(flat.dtype) or flat.dtype.kind == "b":
+        if is_narrow(flat.dtype) or flat.dtype.kind == "b":
             self._reduce_slices(flat, op)
             return self._work([], flat, "all_reduce")
         requests = [self.mpi.Iallreduce(MPI.IN_PLACE, chunk, _OPS[op]) for chunk in _chunks(flat)]
@@ -112,20 +116,22 @@ class MPICommunicator(BaseCommunicator):
 
     def _all_gather(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
         out = np.empty(sum(counts), flat.dtype)
-        sizes = [count * flat.itemsize for count in counts]
-        if sum(sizes) <= CHUNK_BYTES.get():
-            self.mpi.Allgatherv(_bytes(flat), [_bytes(out), sizes])
-            return out
-        ends = np.cumsum(counts)
-        for root in range(self.size):
-            part = out[ends[root] - counts[root] : ends[root]]
-            if root == self.rank:
-                part[...] = flat
-            self._broadcast(part, root)
+        first = sum(counts[: self.rank])
+        out[first : first + counts[self.rank]] = flat
+        self._gather_into(out, counts)
         return out
 
+    def _gather_into(self, out: np.ndarray, counts: list[int]) -> None:
+        """Fill `out`, in which this rank's own part stands already, with everybody's. Reads and writes it by MPI alone."""
+        if out.nbytes <= CHUNK_BYTES.get():
+            self.mpi.Allgatherv(MPI.IN_PLACE, [_bytes(out), [count * out.itemsize for count in counts]])
+            return
+        ends = np.cumsum(counts)
+        for root in range(self.size):
+            self._broadcast(out[ends[root] - counts[root] : ends[root]], root)
+
     def _reduce_scatter(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
-        if flat.nbytes <= CHUNK_BYTES.get() and not is_half(flat.dtype):
+        if flat.nbytes <= CHUNK_BYTES.get() and not is_narrow(flat.dtype):
             out = np.empty(counts[self.rank], flat.dtype)
             self.mpi.Reduce_scatter(flat, out, counts, MPI.SUM)
             return out
@@ -229,6 +235,20 @@ class _MPIWindow:
 
 def _wrap(comm: MPI.Comm, name: str, timeout: float) -> Communicator:
     return SelfCommunicator(name, timeout) if comm.Get_size() == 1 else MPICommunicator(comm, name, timeout)
+
+
+def takes_device_memory() -> bool:
+    """Whether the MPI library says that it reads and writes a GPU's memory. A trial with a device pointer would end the process where it
+    does not."""
+    try:
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"/libmpi\S*\.so", line)}
+    except OSError:
+        return False
+    for name in sorted(loaded):
+        query = getattr(ctypes.CDLL(name), "MPIX_Query_cuda_support", None)
+        if query is not None:
+            return bool(query())
+    return False
 
 
 @contextmanager

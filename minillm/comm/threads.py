@@ -210,6 +210,10 @@ class ThreadCommunicator(BaseCommunicator):
     def _all_gather(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
         return self._meet(flat.copy(), lambda parts: [np.concatenate(parts)] * self.size).copy()
 
+    def _gather_into(self, out: np.ndarray, counts: list[int]) -> None:
+        first = sum(counts[: self.rank])
+        out[...] = self._all_gather(out[first : first + counts[self.rank]], counts)
+
     def _reduce_scatter(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
         def compute(parts: list[np.ndarray]) -> list[np.ndarray]:
             return np.split(self._reduced(parts, ReduceOp.SUM), np.cumsum(counts)[:-1])

@@ -114,7 +114,9 @@ class GPT(Module):
         if self.positions is not None:
             hidden = ops.add_position(hidden, self.positions, outside.times)
         elif self.config.position == "sinusoidal":
-            hidden = ops.add_constant(hidden, sinusoidal_table(outside.times, self.config.dim, hidden.dtype))
+            times, dim, dtype = outside.times, self.config.dim, hidden.dtype
+            table = outside.table(("sinusoidal", dim, str(dtype)), lambda: sinusoidal_table(times, dim, dtype))
+            hidden = ops.add_constant(hidden, table)
         return self.dropout(hidden, outside)
 
     def train(self, training: bool) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from minillm import kernels, ops
-from minillm.arrays import Array
+from minillm.arrays import Array, sum_dtype
 from minillm.autograd import Tensor
+from minillm.device import CPU, Device
 from minillm.nn.dropout import Dropout
 from minillm.nn.module import Module, Where
 from minillm.ops.attention import split_heads
@@ -19,9 +20,9 @@ ROTARY_BASE = 10000.0
 class KVCache:
     """Keys and values of the positions seen so far, for generation: [B, capacity, Hkv_local, K] each, the first `length` valid."""
 
-    def __init__(self, batch: int, capacity: int, kv_heads: int, head_width: int, dtype: np.dtype) -> None:
-        self.keys = np.empty((batch, capacity, kv_heads, head_width), dtype)
-        self.values = np.empty_like(self.keys)
+    def __init__(self, batch: int, capacity: int, kv_heads: int, head_width: int, dtype: np.dtype, device: Device = CPU) -> None:
+        self.keys = device.xp.empty((batch, capacity, kv_heads, head_width), dtype)
+        self.values = device.xp.empty_like(self.keys)
         self.length = 0
 
     def append(self, k: Array, v: Array) -> tuple[Array, Array]:
@@ -71,12 +72,19 @@ class Attention(Module):
         whole = where.gathered or where
         qkv = self.qkv(x, where)  # [B, T, (H + 2 Hkv) K] of the whole sequence
         if self.rotary:
-            cos, sin = kernels.rope_tables(whole.times, self.head_width, ROTARY_BASE, qkv.dtype)
+            cos, sin = self._rotary_tables(whole, sum_dtype(qkv.dtype))
             qkv = ops.rotary(qkv, heads=self.heads, kv_heads=self.kv_heads, cos=cos, sin=sin)
         if self.cache is not None:
             return self.out(self._attend_cached(qkv, whole, self.cache), where)
         y = ops.attention(qkv, heads=self.heads, kv_heads=self.kv_heads, causal=self.causal, dropout=self._dropout(whole))
         return self.out(y, where)
+
+    def _rotary_tables(self, where: Where, dtype: np.dtype) -> Array:
+        """cos and sin [2, T, K/2] of the positions."""
+        return where.table(
+            ("rotary", self.head_width, str(dtype)),
+            lambda: np.stack(kernels.rope_tables(where.times, self.head_width, ROTARY_BASE, dtype)),
+        )
 
     def _dropout(self, where: Where) -> kernels.AttentionDropout | None:
         if not self.dropout.p or not self.dropout.training:

@@ -29,4 +29,11 @@ class Dropout(Module):
         """x [B, T_local, D] -> the same shape."""
         if not self.p or not self.training:
             return x
-        return ops.dropout(x, self.p, key=self.key(where), samples=where.samples, times=where.times, channels=np.arange(x.shape[-1]))
+        assert where.times is not None
+        times, channels = where.times, np.arange(x.shape[-1])
+        address = (
+            where.device.upload(where.samples),
+            where.table("times", lambda: times),
+            where.device.constant(("channels", x.shape[-1]), lambda: channels),
+        )
+        return ops.dropout(x, self.p, key=self.key(where), samples=address[0], times=address[1], channels=address[2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 from minillm import rng
 from minillm.arrays import Array
 from minillm.autograd import GradSlot, Leaf
+from minillm.device import CPU, Device
 from minillm.sharding import ShardSpec, Slices
 
 
@@ -20,13 +21,19 @@ class Where:
 
     `samples` [B] are rows of the step's global batch, `times` [T_local] global positions in the sequence (None for data without time).
     Dropout, causal masks and positions are addressed by these, never by local indices. In a time-sharded region, `gathered` is the Where of
-    the whole sequence.
+    the whole sequence. These are numbers for the host, wherever the arrays are; `device` is where operations want their tables.
     """
 
     step: int
     samples: np.ndarray
     times: np.ndarray | None = None
     gathered: Where | None = None
+    device: Device = CPU
+
+    def table(self, kind: Hashable, make: Callable[[], np.ndarray]) -> Array:
+        """What `make` computes from `times`, on the device: made once for all microbatches with the same times."""
+        times = None if self.times is None else self.times.tobytes()
+        return self.device.constant((kind, times), make)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
-from minillm.arrays import ALIGNMENT, Array, aligned_empty
+from minillm import kernels
+from minillm.arrays import ALIGNMENT, Array, aligned_empty, sum_dtype
 from minillm.autograd import GradSlot
 from minillm.comm.mesh import MeshShape
+from minillm.device import CPU, Device
 from minillm.nn.module import Parameter
 
 
@@ -72,6 +74,7 @@ class Memory(Protocol):
     rank: int
     size: int
     description: str
+    device: Device
 
     def common(self, size: int, dtype: np.dtype) -> Array:
         """Zeros [size], one copy for all who share: parameters and optimizer state. Collective."""
@@ -88,11 +91,13 @@ class PrivateMemory:
 
     rank, size = 0, 1
 
-    def __init__(self, description: str = "") -> None:
-        self.description = description
+    def __init__(self, description: str = "", device: Device = CPU) -> None:
+        self.description, self.device = description, device
 
     def common(self, size: int, dtype: np.dtype) -> Array:
         """See `Memory`."""
+        if self.device.xp is not np:
+            return self.device.xp.zeros(size, dtype)
         zeros = aligned_empty((size,), dtype)
         zeros[...] = 0
         return zeros
@@ -111,12 +116,16 @@ class FlatBuffers:
 
     Order: runs that can be reduced first come first (weights, then the small undecayed parameters, tied weights last); within a run the
     parameters stand in reverse, as the backward pass completes them.
+
+    `values` of a narrow dtype have gradients in float32, and if those are wanted, `masters` too: the values in float32, which the optimizer
+    updates and of which `values` are the rounded copy. Otherwise `masters` is None.
     """
 
     def __init__(
         self, parameters: Sequence[Parameter], mesh: MeshShape, dtype: np.dtype, *, gradients: bool = True, memory: Memory | None = None
     ) -> None:
         self.memory = memory or PrivateMemory()
+        wide = sum_dtype(dtype)
         step = ALIGNMENT // dtype.itemsize
         ordered = sorted(reversed(parameters), key=_run_key)
         shapes = {id(p): p.spec.local_shape(mesh) for p in ordered}
@@ -131,7 +140,8 @@ class FlatBuffers:
         self.runs = tuple(runs)
         self.parameters = tuple(parameters)
         self.values = self.memory.common(offset, dtype)  # zeros: the gaps are read by whole-run operations
-        self.grads = self.memory.own(offset if gradients else 0, dtype)
+        self.grads = self.memory.own(offset if gradients else 0, wide)
+        self.masters = self.memory.common(offset, wide) if gradients and wide != dtype else None
         self.share = share(offset, self.memory.rank, self.memory.size, step)
         for span in self.spans():
             shape = shapes[id(span.parameter)]
@@ -146,11 +156,21 @@ class FlatBuffers:
     def initialise(self, seed: int, mesh: MeshShape, coords: Mapping[str, int]) -> None:
         """Fill this rank's shard of every parameter with addressed initial values; padding stays zero. Ranks that share memory share the
         work."""
+        wide = sum_dtype(self.values.dtype)
+        masters = {} if self.masters is None else self.shaped(self.masters)
         for parameter in self.parameters[self.memory.rank :: self.memory.size]:
             local = parameter.get()
             for global_slices, local_slices in parameter.spec.pieces(mesh, coords):
-                local[local_slices] = parameter.init.values(seed, parameter.name, parameter.spec.shape, global_slices, local.dtype)
+                drawn = parameter.init.values(seed, parameter.name, parameter.spec.shape, global_slices, wide)
+                block = self.memory.device.upload(drawn)
+                if masters:
+                    masters[id(parameter)][local_slices] = block
+                local[local_slices] = block if wide == local.dtype else kernels.cast(block, local.dtype)
         self.memory.sync()
+
+    def shaped(self, flat: Array) -> dict[int, Array]:
+        """id(parameter) -> its part of a buffer that is laid out like these, in its local shape."""
+        return {id(s.parameter): flat[s.start : s.stop].reshape(s.parameter.get().shape) for s in self.spans()}
 
     def shared_runs(self) -> Iterator[tuple[Run, slice]]:
         """The runs that reach into this rank's share, with the part that does."""

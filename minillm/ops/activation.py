@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array
-from minillm.autograd import Context, Function, Tensor, recomputable
+from minillm.arrays import Array, writeable
+from minillm.autograd import Context, Function, Tensor, recomputable, value_of
 
 
-def gelu(x: Tensor, approximate: str = "tanh", *, recompute: bool = False) -> Tensor:
-    """GELU, by GPT-2's tanh formula ("tanh") or exactly ("erf") (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
-    y, data = _GELU.apply(x, approximate=approximate), x.data
-    return recomputable(y, lambda: kernels.gelu_forward(data, approximate)) if recompute else y
+def gelu(x: Tensor, approximate: str = "tanh", *, bias: Any = None, recompute: bool = False) -> Tensor:
+    """GELU, by GPT-2's tanh formula ("tanh") or exactly ("erf") (Hendrycks and Gimpel 2016, arXiv:1606.08415); with a `bias` [F], of
+    x + bias, which then costs no pass over memory of its own."""
+    y, data = _GELU.apply(x, bias, approximate=approximate), x.data
+    return recomputable(y, lambda: _gelu(data, approximate, value_of(bias))) if recompute else y
 
 
 def relu(x: Tensor, *, recompute: bool = False) -> Tensor:
@@ -34,19 +35,25 @@ def softmax(x: Tensor) -> Tensor:
 
 def _reusable(ctx: Context, grad: Array) -> Array | None:
     """The incoming gradient as an output buffer, if this operation may overwrite it."""
-    return grad if ctx.owns(0) and grad.flags.writeable and grad.flags.c_contiguous else None
+    return grad if ctx.owns(0) and writeable(grad) and grad.flags.c_contiguous else None
 
 
 class _GELU(Function):
     @staticmethod
-    def forward(ctx: Context, x: Array, *, approximate: str) -> Array:
-        ctx.save(x, approximate)
-        return kernels.gelu_forward(x, approximate)
+    def forward(ctx: Context, x: Array, bias: Array | None, *, approximate: str) -> Array:
+        ctx.save(x, bias, approximate)
+        return _gelu(x, approximate, bias)
 
     @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
-        x, approximate = ctx.saved
-        return (kernels.gelu_backward(grad_outs[0], x, approximate, out=_reusable(ctx, grad_outs[0])),)
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array, Array | None]:
+        x, bias, approximate = ctx.saved
+        more = {} if bias is None else {"bias": bias}
+        grad = kernels.gelu_backward(grad_outs[0], x, approximate, out=_reusable(ctx, grad_outs[0]), **more)
+        return grad, kernels.column_sum(grad.reshape(-1, grad.shape[-1])) if needs[1] else None
+
+
+def _gelu(x: Array, approximate: str, bias: Array | None) -> Array:
+    return kernels.gelu_forward(x, approximate) if bias is None else kernels.gelu_forward(x, approximate, bias)
 
 
 class _ReLU(Function):

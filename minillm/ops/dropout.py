@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array
+from minillm.arrays import Array, writeable
 from minillm.autograd import Context, Function, Tensor
 
 
@@ -27,6 +27,6 @@ class _Dropout(Function):
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
         p, address = ctx.saved
         grad = grad_outs[0]
-        out = grad if ctx.owns(0) and grad.flags.writeable and grad.flags.c_contiguous else None
+        out = grad if ctx.owns(0) and writeable(grad) and grad.flags.c_contiguous else None
         key, samples, times, channels = address
         return (kernels.dropout_forward(grad, p, key, samples, times, channels, out=out),)

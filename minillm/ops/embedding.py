@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from minillm import kernels
-from minillm.arrays import Array, namespace
+from minillm.arrays import Array, namespace, sum_dtype
 from minillm.autograd import WRITTEN, Context, Function, Tensor
 
 
@@ -14,7 +16,7 @@ def embedding(ids: Array, weight: Any, first_row: int = 0) -> Tensor:
     return _Embedding.apply(weight, ids=ids, first_row=first_row)
 
 
-def add_position(x: Tensor, table: Any, times: Array) -> Tensor:
+def add_position(x: Tensor, table: Any, times: np.ndarray) -> Tensor:
     """x [B, T, D] + table[times] ([T_max, D] at global positions [T])."""
     return _AddPosition.apply(x, table, times=times)
 
@@ -42,7 +44,7 @@ class _Embedding(Function):
         ids, first_row, shape = ctx.saved
         slot, grad = into[0], grad_outs[0]
         if slot is None:
-            grad_weight = namespace(grad).empty(shape, grad.dtype)
+            grad_weight = namespace(grad).empty(shape, sum_dtype(grad.dtype))
             kernels.embedding_backward_(grad, ids, grad_weight, first_row, accumulate=False)
             return (grad_weight,)
         kernels.embedding_backward_(grad, ids, slot.buf, first_row, accumulate=slot.writes > 0)
@@ -54,20 +56,27 @@ class _AddPosition(Function):
     splits_weight_grad = True
 
     @staticmethod
-    def forward(ctx: Context, x: Array, table: Array, *, times: Array) -> Array:
-        ctx.save(times, table.shape)
-        return x + table[times]
+    def forward(ctx: Context, x: Array, table: Array, *, times: np.ndarray) -> Array:
+        rows = _rows_at(times)
+        ctx.save(rows, table.shape)
+        return x + table[rows]
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
-        times, shape = ctx.saved
+        rows, shape = ctx.saved
         grad = grad_outs[0]
         if not needs[1]:
             return grad, None
-        xp = namespace(grad)
-        grad_table = xp.zeros(shape, grad.dtype)
-        grad_table[times] = grad.sum(0)
+        wide = sum_dtype(grad.dtype)
+        grad_table = namespace(grad).zeros(shape, wide)
+        grad_table[rows] = grad.sum(0, dtype=wide)
         return grad, grad_table
+
+
+def _rows_at(times: np.ndarray) -> slice | np.ndarray:
+    """Global positions as an index: a range where they follow one another, as they nearly always do."""
+    first = int(times[0]) if len(times) else 0
+    return slice(first, first + len(times)) if np.array_equal(times, np.arange(first, first + len(times))) else times
 
 
 class _AddConstant(Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array, namespace
+from minillm.arrays import Array, namespace, writeable
 from minillm.autograd import Context, Function, Tensor, recomputable, value_of
 
 
@@ -93,7 +93,7 @@ def _incoming(ctx: Context, grad_outs: Any, x: Array) -> tuple[Array | None, Arr
     if grad is None:
         return grad_sum, namespace(x).zeros_like(_rows(x)), None
     rows = _rows(grad)
-    return grad_sum, rows, rows if ctx.owns(1) and rows.flags.writeable else None
+    return grad_sum, rows, rows if ctx.owns(1) and writeable(rows) else None
 
 
 def _rows(x: Array | None) -> Any:

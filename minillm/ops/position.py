@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array
+from minillm.arrays import Array, writeable
 from minillm.autograd import Context, Function, Tensor
 from minillm.ops.attention import split_heads
 
@@ -29,7 +29,7 @@ class _Rotary(Function):
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
         heads, kv_heads, cos, sin = ctx.saved
-        grad = grad_outs[0] if ctx.owns(0) and grad_outs[0].flags.writeable else grad_outs[0].copy()
+        grad = grad_outs[0] if ctx.owns(0) and writeable(grad_outs[0]) else grad_outs[0].copy()
         for part in split_heads(grad, heads, kv_heads)[:2]:
             kernels.rope_(part, cos, sin, inverse=True)
         return (grad,)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minillm.arrays import Array, namespace
+from minillm.arrays import Array, namespace, writeable
 from minillm.autograd import Context, Function, Tensor
 from minillm.comm.communicator import Communicator
 
@@ -73,7 +73,7 @@ def own_slice(x: Array, comm: Communicator, dim: int) -> Array:
 def _writable(ctx: Context, grad: Array) -> Array:
     """`grad` itself if backward may overwrite it, else a copy; contiguous either way."""
     xp = namespace(grad)
-    return grad if ctx.owns(0) and grad.flags.c_contiguous and grad.flags.writeable else xp.array(grad, order="C")
+    return grad if ctx.owns(0) and grad.flags.c_contiguous and writeable(grad) else xp.array(grad, order="C")
 
 
 class _CopyTo(Function):

@@ -32,6 +32,7 @@ from minillm.autograd import Leaf
 from minillm.comm.communicator import Communicator, SharedWindow
 from minillm.comm.ledger import ledger
 from minillm.comm.mesh import TOKEN_AXES, Mesh
+from minillm.device import CPU, Device
 from minillm.errors import ConfigError
 from minillm.nn.storage import FlatBuffers, Memory, PrivateMemory, Run, overlap
 from minillm.parallel.data import by_counting, sum_tied_copies
@@ -50,6 +51,8 @@ class NodeGroup:
 
 class NodeMemory:
     """The `Memory` of a node's replicas: windows that all of them address."""
+
+    device = CPU
 
     def __init__(self, group: NodeGroup) -> None:
         self.group = group
@@ -81,12 +84,14 @@ class NodeMemory:
         return array
 
 
-def choose_memory(mesh: Mesh, wanted: str, num_values: int, dtype: np.dtype) -> Memory:
-    """Shared memory for buffers of `num_values` elements if `wanted` ("auto", "on", "off") and the machine allow it, else private memory.
-    Collective over the mesh.
+def choose_memory(mesh: Mesh, wanted: str, num_values: int, dtype: np.dtype, device: Device = CPU) -> Memory:
+    """Shared memory for buffers of `num_values` elements if `wanted` ("auto", "on", "off") and the machine allow it, else private memory;
+    on a GPU always private. Collective over the mesh.
 
     Raises ConfigError on every rank if it is "on" but impossible.
     """
+    if device is not CPU:
+        return PrivateMemory(device.describe(), device)
     replicas = mesh.axis(*TOKEN_AXES)
     if wanted == "off" or (wanted == "auto" and replicas.size == 1):
         return PrivateMemory()

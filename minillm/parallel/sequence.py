@@ -43,4 +43,4 @@ class SequenceParallel:
             )
         size = len(where.times) // self.comm.size
         times = where.times[self.comm.rank * size : (self.comm.rank + 1) * size]
-        return Where(where.step, where.samples, times, gathered=where)
+        return Where(where.step, where.samples, times, gathered=where, device=where.device)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minillm import kernels, ops
-from minillm.arrays import Array, namespace
+from minillm.arrays import Array, namespace, sum_dtype
 from minillm.autograd import WRITTEN, Context, Function, GradSlot, Tensor, no_grad
 from minillm.comm.communicator import Communicator, ReduceOp
 from minillm.nn.module import Constant, Module, Normal, Parameter, Where
@@ -24,6 +24,7 @@ from minillm.parallel.collectives import copy_to, gather_from, reduce_from
 from minillm.sharding import Segment, ShardSpec
 
 CHUNK_BYTES = 64 << 20  # logits that exist at once in the head: large enough for full-speed products, small beside the model
+GPU_CHUNK_BYTES = 512 << 20  # on a GPU, whose products want more rows and where every chunk reads and writes the weight's gradient
 
 
 class Region(Protocol):
@@ -76,6 +77,10 @@ class ColumnParallelLinear(Module):
     def forward(self, x: Tensor, where: Where) -> Tensor:
         """x [B, T, D] outside the region -> [B, T, out_local]."""
         return ops.linear(self.region.enter(x), self.weight, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same without its bias, for whoever adds that."""
+        return ops.linear(self.region.enter(x), self.weight)
 
 
 class RowParallelLinear(Module):
@@ -144,28 +149,30 @@ class _VocabParallelLoss(Function):
         xp = namespace(x)
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
         counted = flat != ignore_index
-        head = _Head(weight, comm, vocab)
+        head = (_Head if xp is np else _HeadOnGpu)(len(weight), comm, vocab)
         grad_x = xp.empty_like(rows) if ctx.needs[0] else None
-        slot = ctx.slot(1) or (GradSlot(xp.empty_like(weight)) if ctx.needs[1] else None)
-        total = 0.0
-        most = max(128, CHUNK_BYTES // max(1, weight.shape[0] * x.dtype.itemsize))
+        wide = sum_dtype(x.dtype)
+        slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
+        total: Any = 0.0
+        most = max(128, (CHUNK_BYTES if xp is np else GPU_CHUNK_BYTES) // max(1, weight.shape[0] * x.dtype.itemsize))
         chunk = max(1, -(-len(rows) // max(1, -(-len(rows) // most))))  # as few as need be, of equal size
         buffer = xp.empty((min(chunk, len(rows)), weight.shape[0]), x.dtype)  # of the logits: one for all chunks
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = buffer[: len(rows[part])]
-            sum_exp, target_logit = head.softmax_(logits, rows[part], flat[part])
-            total += float(xp.sum((xp.log(sum_exp) - target_logit)[counted[part]], dtype=xp.float64))
+            kernels.matmul(rows[part], weight.T, out=logits)
+            sum_exp, target_logit = head.softmax_(logits, flat[part])
+            total = total + _counted_sum(xp.log(sum_exp) - target_logit, counted[part])
             if ctx.recording:
-                row_scale = counted[part].astype(x.dtype) / x.dtype.type(divisor)
-                kernels.xent_grad_(logits, sum_exp, flat[part], head.first_class, row_scale)
+                row_scale = counted[part].astype(wide) / wide.type(divisor)
+                head.grad_(logits, sum_exp, flat[part], row_scale)
                 if grad_x is not None:
                     kernels.matmul(logits, weight, out=grad_x[part])
                 if slot is not None:
                     kernels.matmul(logits.T, rows[part], out=slot.buf, accumulate=slot.writes > 0)
                     slot.writes += 1
         ctx.save(None if grad_x is None else grad_x.reshape(x.shape), slot.buf if slot is not None and ctx.slot(1) is None else WRITTEN)
-        return np.asarray(total / divisor)
+        return xp.asarray(total / divisor)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
@@ -176,21 +183,54 @@ class _VocabParallelLoss(Function):
         return ctx.saved
 
 
+def _counted_sum(losses: Array, counted: Array) -> Any:
+    """The float64 sum of the losses [R] that count: a number, or on a GPU an array without dims, for which the host does not wait."""
+    if isinstance(losses, np.ndarray):
+        return float(np.sum(losses[counted], dtype=np.float64))
+    xp = namespace(losses)
+    return xp.where(counted, losses, 0.0).sum(dtype=np.float64)
+
+
 class _Head:
     """This rank's slice of the vocabulary, and the softmax over all slices."""
 
-    def __init__(self, weight: Array, comm: Communicator, vocab: int) -> None:
-        self.weight, self.comm = weight, comm
-        self.first_class = comm.rank * weight.shape[0]
-        self.valid = min(max(vocab - self.first_class, 0), weight.shape[0])  # columns that are no padding
+    def __init__(self, num_rows: int, comm: Communicator, vocab: int) -> None:
+        self.comm = comm
+        self.first_class = comm.rank * num_rows
+        self.valid = min(max(vocab - self.first_class, 0), num_rows)  # columns that are no padding
 
-    def softmax_(self, logits: Array, x: Array, targets: Array) -> tuple[Array, Array]:
-        """Write exp(logits - max) [R, V_local] of x [R, D] into `logits`; returns its sum over the whole vocabulary [R] and the shifted
-        logit of targets [R]."""
-        xp = namespace(x)
-        kernels.matmul(x, self.weight.T, out=logits)
+    def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
+        """Overwrite `logits` [R, V_local] by exp(logits - max); returns its sum over the whole vocabulary [R] and the shifted logit of
+        targets [R]."""
+        xp = namespace(logits)
         row_max = kernels.xent_max(logits, valid_columns=self.valid)
         self.comm.all_reduce_(row_max, ReduceOp.MAX)
         sums = xp.stack(kernels.xent_shifted_sum_(logits, row_max, targets, self.first_class, valid_columns=self.valid))
         self.comm.all_reduce_(sums)
         return sums[0], sums[1]
+
+    def grad_(self, logits: Array, sum_exp: Array, targets: Array, row_scale: Array) -> None:
+        """Overwrite what `softmax_` left in `logits` by (softmax - onehot(target)) row_scale."""
+        kernels.xent_grad_(logits, sum_exp, targets, self.first_class, row_scale)
+
+
+class _HeadOnGpu(_Head):
+    """The same in one reading of the logits, which stay as they are until the gradient overwrites them: exponentials cost a GPU less than
+    memory, and are never rounded to 16 bits."""
+
+    def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
+        """The sum of exp(logits - max) over the whole vocabulary [R] and the shifted logit of targets [R]; `logits` stay."""
+        xp = namespace(logits)
+        own_max, sums, target_logit = kernels.xent_statistics(logits, targets, self.first_class, self.valid)
+        self.row_max = own_max
+        if self.comm.size > 1:
+            self.row_max = own_max.copy()
+            self.comm.all_reduce_(self.row_max, ReduceOp.MAX)
+            both = xp.stack([sums * xp.exp(own_max - self.row_max), target_logit])
+            self.comm.all_reduce_(both)
+            sums, target_logit = both[0], both[1]
+        return sums, target_logit - self.row_max
+
+    def grad_(self, logits: Array, sum_exp: Array, targets: Array, row_scale: Array) -> None:
+        """See `_Head`."""
+        kernels.xent_grad_from_logits_(logits, self.row_max, sum_exp, targets, self.first_class, row_scale, self.valid)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 
-from minillm.arrays import Array
+from minillm.arrays import Array, namespace
 from minillm.autograd import WeightGradWork, backward, no_grad
 from minillm.comm.communicator import Communicator, Work
 from minillm.pipeline.action import Action, ActionKind, Link, Schedule
@@ -39,7 +40,7 @@ class PipelineRuntime:
         *,
         train: bool = True,
         tracer: Tracer | None = None,
-        optimizer_step: Callable[[float], None] | None = None,
+        optimizer_step: Callable[[Any], None] | None = None,
     ) -> None:
         self.schedule = schedule
         self.row = schedule.actions[links.rank]
@@ -66,15 +67,16 @@ class PipelineRuntime:
             ActionKind.OPTIMIZER_STEP: self._optimizer_step,
         }
 
-    def run(self, microbatches: Sequence[Microbatch], divisor: float) -> float:
+    def run(self, microbatches: Sequence[Microbatch], divisor: float) -> Any:
         """Execute the row. `divisor` is what the loss is divided by: the tokens of the global batch. Returns this rank's part of the loss,
-        a sum over its microbatches (0 on ranks without the last stage)."""
+        a sum over its microbatches (0 on ranks without the last stage): a number, or on a GPU an array without dims, for which nobody has
+        waited."""
         self._microbatches, self._divisor = microbatches, divisor
         self._live: dict[tuple[int, int], Live] = {}
         self._activations: Mailbox = {}
         self._grads: Mailbox = {}
         self._sends: list[Work] = []
-        self._losses: dict[int, float] = {}
+        self._losses: dict[int, Any] = {}
         for stage in self.stages.values():
             if stage.reducer is not None and self.train:
                 stage.reducer.start_step()
@@ -91,7 +93,8 @@ class PipelineRuntime:
         stage, key = self.stages[action.stage], _key(action)
         live = stage.forward(self._activations.pop(key, None), self._microbatches[key[1]], self._divisor)
         if stage.last:
-            self._losses[key[1]] = float(live.result[0].data)
+            loss = live.result[0].data
+            self._losses[key[1]] = float(loss) if isinstance(loss, np.ndarray) else loss
         else:
             self._activations[self._target[action.stage], key[1]] = tuple(t.data for t in live.result)
         if self.train:
@@ -148,7 +151,8 @@ class PipelineRuntime:
         key = _key(action)
         rank, tag = self.schedule.rank_of_stage[from_stage], self._tag(from_stage, action.stage)
         boundary = self.stages[action.stage].boundary(self._microbatches[key[1]].where)
-        arrays = tuple(np.empty(spec.shape, spec.dtype) for spec in boundary if spec.differentiable or from_stage < action.stage)
+        xp = namespace(self.stages[action.stage].buffers.values)
+        arrays = tuple(xp.empty(spec.shape, spec.dtype) for spec in boundary if spec.differentiable or from_stage < action.stage)
         for array in arrays:
             self.links.recv(array, rank, tag)
         mailbox[key] = arrays

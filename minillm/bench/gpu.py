@@ -1,0 +1,288 @@
+"""The training part of `kernels/gpu_check.sh`: `python -m minillm.bench.gpu --json FILE`, on a machine with a GPU, in under four minutes.
+
+Loss of 20 steps against the CPU; ranks that share the GPU against one; GPT-2 124M beside PyTorch's; and where the time of its step goes.
+Ranks are threads, which need no MPI; where there is one, they are processes too. Every part is tried, whatever happens to the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm import kernels
+from minillm.bench.shapes import Shape
+from minillm.bench.timing import table
+from minillm.comm.communicator import Communicator
+from minillm.comm.device import on_device
+from minillm.comm.single import SelfCommunicator
+from minillm.comm.threads import run_ranks
+from minillm.config import TrainConfig
+from minillm.data.batches import Batches
+from minillm.device import CPU, Device, open_device
+from minillm.resolve import ResolvedConfig, resolve
+from minillm.trainer import Trainer
+
+GPT2 = Shape(12, 12, 768, 1024, 32, 50304)
+STEPS = 20
+SMALL: dict[str, Any] = dict(layers=4, heads=4, dim=128, context=64, batch=16, lr=1e-3, warmup=2, steps=100, node_shared="off")
+VOCAB = 97
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    *(dict(dp=2), dict(tp=2), dict(tp=2, sequence_parallel=True), dict(pp=2, microbatch=4)),
+    *(dict(dp=2, tp=2), dict(dp=2, pp=2, microbatch=4), dict(tp=2, pp=2, microbatch=4, sequence_parallel=True), dict(dp=4)),
+)
+FLOAT32_LOSS = 2e-4  # relative: AdamW turns the rounding of tiny gradients into steps
+BFLOAT16_LOSS = 0.02
+TORCH_SECONDS = 150
+BUSY = 4096  # rows of a product that keeps the GPU busy
+SECTIONS = ("losses", "ranks", "gpt2", "cublaslt", "torch", "profile")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns 1 if something is wrong or broke."""
+    parser = argparse.ArgumentParser(prog="python -m minillm.bench.gpu", description="Check and time training on this machine's GPU.")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
+    args = parser.parse_args(argv)
+
+    def save(found: dict[str, Any]) -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps(found | {"page": markdown(found)}, indent=1) + "\n")
+
+    found = run([name.strip() for name in args.only.split(",")], GPT2, save)
+    print(markdown(found))
+    return int(bool(found["problems"]))
+
+
+def run(wanted: Sequence[str], shape: Shape, save: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
+    """All sections asked for; `problems` in words. `save` gets what there is after each section, in case there is no time for the rest."""
+    found: dict[str, Any] = {"problems": [], "shape": shape._asdict()}
+    sections: dict[str, Callable[[], Any]] = {
+        "losses": losses,
+        "ranks": ranks,
+        "gpt2": lambda: _turn("own_gpt", shape, 60),
+        "cublaslt": lambda: _turn("own_gpt", shape, 60, "--kernels=matmul=cuda:cublaslt"),
+        "torch": lambda: torch_turns(shape),
+        "profile": lambda: profile(open_device("cuda"), shape),
+    }
+    with kernels.threads(4):
+        for name in SECTIONS:
+            if name not in wanted:
+                continue
+            started = time.perf_counter()
+            try:
+                found[name] = sections[name]()
+            except Exception as error:
+                found["problems"].append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+            if name in ("losses", "ranks"):
+                found["problems"] += [
+                    f"{name}: {row['name']} is off by {row['error']:.1e}" for row in found.get(name, ()) if not row["good"]
+                ]
+            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            save(found)
+    return found
+
+
+# ---- what training computes
+
+
+def _config(num_ranks: int = 1, **options: Any) -> ResolvedConfig:
+    return resolve(TrainConfig(**SMALL | options), num_ranks, VOCAB)
+
+
+def _train(comm: Communicator, config: ResolvedConfig, steps: int) -> list[float]:
+    """The losses of the first steps on random tokens."""
+    device = open_device(config.train.device)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 20_000)
+    batches = Batches(tokens, config.model.context, config.train.batch, seed=1)
+    trainer = Trainer(config, on_device(comm, device, direct=False), batches, device=device)
+    return [trainer.step(step).loss for step in range(steps)]
+
+
+def _row(name: str, found: Sequence[float], want: Sequence[float], limit: float) -> dict[str, Any]:
+    error = float(np.max(np.abs(np.subtract(found, want)) / np.abs(want)))
+    return {"name": name, "error": error, "limit": limit, "good": error <= limit, "losses": list(found)}
+
+
+def losses() -> list[dict[str, Any]]:
+    """20 steps in both dtypes and with each recomputation against the CPU in float32."""
+    want = _train(SelfCommunicator(), _config(dtype="float32"), STEPS)
+    rows = []
+    for dtype, limit in (("float32", FLOAT32_LOSS), ("bfloat16", BFLOAT16_LOSS)):
+        for recompute in ("none", "selective", "full"):
+            found = _train(SelfCommunicator(), _config(device="cuda", dtype=dtype, recompute=recompute), STEPS)
+            rows.append(_row(f"{dtype}, recompute {recompute}", found, want, limit))
+    return rows
+
+
+def ranks() -> list[dict[str, Any]]:
+    """2 and 4 ranks that share the GPU against one rank, in both dtypes."""
+    rows = []
+    for dtype, limit in (("float32", FLOAT32_LOSS), ("bfloat16", BFLOAT16_LOSS)):
+        want = _train(SelfCommunicator(), _config(device="cuda", dtype=dtype), 5)
+        for layout in LAYOUTS:
+            size = math.prod(layout.get(axis, 1) for axis in ("dp", "tp", "pp"))
+            config = _config(size, device="cuda", dtype=dtype, **layout)
+            found = run_ranks(size, partial(_train, config=config, steps=5), timeout=60)
+            name = " ".join(f"{key} {value}" for key, value in layout.items())
+            rows.append(_row(f"{dtype}, {name}", found[0], want, limit))
+    return rows
+
+
+# ---- how fast
+
+
+def _turn(program: str, shape: Shape, timeout: float, *more: str) -> dict[str, Any]:
+    """A turn of GPT-2 in a process of its own."""
+    sizes = [f"--{name}={value}" for name, value in shape._asdict().items()]
+    rest = ["--threads=8", "--seconds=4", "--warmup=5", "--device=cuda", "--dtype=bfloat16"]
+    command = [sys.executable, "-m", f"minillm.bench.{program}", *sizes, *rest, *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError(f"{program} ended with status {done.returncode}: {done.stderr.strip()[-400:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    seconds = float(np.median(found["times"]))
+    return found | {"seconds": seconds, "tokens_per_second": shape.tokens / seconds, "flops": shape.step_flops() / seconds}
+
+
+def torch_turns(shape: Shape) -> dict[str, Any]:
+    """PyTorch eager and compiled, with SDPA, autocast and fused AdamW; empty where there is no PyTorch."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    found = {"eager": _turn("torch_gpt", shape, 60, "--fused")}
+    return found | {"compile": _turn("torch_gpt", shape, TORCH_SECONDS, "--fused", "--compile")}
+
+
+def profile(device: Device, shape: Shape) -> dict[str, Any]:
+    """Shares of a step's time: products, attention, our other kernels, CuPy's, and gaps in which the GPU waits for the host.
+
+    The GPU's own time is that of a step queued behind work that keeps it busy until the host has queued all of it.
+    """
+    assert device is not CPU
+    sizes = {name: getattr(shape, name) for name in ("layers", "heads", "dim", "context", "batch")}
+    config = resolve(TrainConfig(**sizes, device="cuda", dtype="bfloat16"), 1, shape.vocab)
+    tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)
+    trainer = Trainer(config, SelfCommunicator(), Batches(tokens, shape.context, shape.batch, seed=1), device=device)
+    for step in range(4):
+        trainer.step(step)
+    free = _span(device, lambda: [trainer.step(step) for step in range(4, 9)]) / 5
+    trainer.step(9).verdict.numbers()
+    busy = _span(device, lambda: trainer.step(10), behind=lambda: _keep_busy(device, 2 * free + 0.05))
+    parts: dict[str, list[Any]] = {}
+    with _bracketed(device, parts):
+        trainer.step(11).verdict.numbers()
+    spent = {name: sum(device.xp.cuda.get_elapsed_time(*pair) for pair in pairs) / 1e3 for name, pairs in parts.items()}
+    spent["CuPy's kernels"] = max(0.0, busy - sum(spent.values()))
+    spent["host gaps"] = max(0.0, free - busy)
+    launches = sum(map(len, parts.values()))
+    return {"step_seconds": free, "busy_seconds": busy, "launches": launches, "shares": {name: s / free for name, s in spent.items()}}
+
+
+def _span(device: Device, work: Callable[[], Any], behind: Callable[[], Any] = lambda: None) -> float:
+    """GPU seconds from the start of `work` to its end, after what `behind` has queued."""
+    cuda = device.xp.cuda
+    start, end = cuda.Event(), cuda.Event()
+    device.synchronize()
+    behind()
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(cuda.get_elapsed_time(start, end)) / 1e3
+
+
+def _keep_busy(device: Device, seconds: float) -> None:
+    """Queue products that take about so long."""
+    a = device.xp.ones((BUSY, BUSY), np.float32)
+    once = _span(device, lambda: kernels.matmul(a, a))
+    for _ in range(min(200, math.ceil(seconds / max(once, 1e-4)))):
+        kernels.matmul(a, a)
+
+
+@contextmanager
+def _bracketed(device: Device, parts: dict[str, list[Any]]) -> Iterator[None]:
+    """Put events around every product and every kernel of ours."""
+    launch: Any = importlib.import_module("minillm.kernels.launch")
+    matmul: Any = importlib.import_module("minillm.kernels.matmul.cuda")
+    cuda, own_function, own_gemm = device.xp.cuda, launch._function, matmul.gemm
+
+    def timed(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start, end = cuda.Event(), cuda.Event()
+            start.record()
+            result = call(*args, **kwargs)
+            end.record()
+            parts.setdefault(kind, []).append((start, end))
+            return result
+
+        return run
+
+    def function(path: Path, name: str, *rest: Any) -> Any:
+        kind = "attention" if path.parent.name == "attention" else "other kernels"
+        return timed(kind, own_function(path, name, *rest))
+
+    launch._function, matmul.gemm = function, timed("products", own_gemm)
+    try:
+        yield
+    finally:
+        launch._function, matmul.gemm = own_function, own_gemm
+
+
+# ---- the page
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The findings as a page."""
+    parts = ["## Training"]
+    for name, title in (
+        ("losses", f"Losses of {STEPS} steps against the CPU in float32"),
+        ("ranks", "Ranks that share the GPU, against one"),
+    ):
+        rows = [[r["name"], f"{r['error']:.1e}", f"{r['limit']:.0e}", "yes" if r["good"] else "NO"] for r in found.get(name, ())]
+        parts += [f"### {title}", table(("run", "largest error", "allowed", "good"), rows)] if rows else []
+    turns = {"minillm": found.get("gpt2"), "minillm, products by cuBLASLt": found.get("cublaslt")}
+    turns |= {f"torch {kind}": turn for kind, turn in found.get("torch", {}).items()}
+    ceiling = (found.get("gpt2") or {}).get("gemm_flops", math.nan)
+    rows = [
+        [name, f"{t['tokens_per_second']:.0f}", f"{t['seconds'] * 1e3:.1f}", f"{t['flops'] / ceiling:.2f}", f"{t['peak_rss'] / 1e9:.2f}"]
+        for name, t in turns.items()
+        if t
+    ]
+    if rows:
+        parts += [f"### GPT-2 {found['shape']}, bfloat16", table(("", "tokens/s", "ms a step", "of GEMM", "peak GB"), rows)]
+    if found.get("profile"):
+        rows = [[name, f"{share:.1%}"] for name, share in found["profile"]["shares"].items()]
+        parts += [f"### Where a step's time goes ({found['profile']['launches']} launches of ours)", table(("part", "share"), rows)]
+    rows = [[name, want, got] for name, want, got in goals(found)]
+    parts += ["### Goals", table(("goal", "wanted", "found"), rows)]
+    return "\n\n".join([*parts, *(f"PROBLEM {words}" for words in found["problems"])])
+
+
+def goals(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Each goal, what it asks for, and what was found."""
+    own, compiled = found.get("gpt2"), found.get("torch", {}).get("compile")
+    speed = own["tokens_per_second"] / compiled["tokens_per_second"] if own and compiled else None
+    memory = own["peak_rss"] / compiled["peak_rss"] if own and compiled else None
+    gaps = found["profile"]["shares"]["host gaps"] if found.get("profile") else None
+    share = own["flops"] / own["gemm_flops"] if own else None
+    rows = (
+        *(("tokens/s over torch.compile", "1.15", speed), ("share of the measured GEMM ceiling", "0.45", share)),
+        *(("peak memory over torch.compile", "at most 0.60", memory), ("host gaps", "at most 0.01", gaps)),
+    )
+    return [(name, wanted, "not measured" if value is None else f"{value:.2f}") for name, wanted, value in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""What a product passes to cuBLASLt: a stand-in for the library reads it and multiplies in NumPy; the real one takes the descriptors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from minillm.kernels.matmul import cublaslt
+from minillm.kernels.matmul.cublaslt import CublasLt, Key, Matrix, matmul
+from standin.cuda import _TYPES, _matrix
+from standin.install import installed
+from test_matmul import TYPES, made
+
+from minillm import kernels
+from minillm.arrays import to_device, to_host
+
+
+class FakeLibrary:
+    """cuBLASLt's functions over descriptors that are rows of a table."""
+
+    def __init__(self) -> None:
+        self.table: dict[int, Any] = {}
+        self.calls: Counter[str] = Counter()
+
+    def _new(self, out: Any, value: Any) -> int:
+        number = len(self.table) + 1
+        self.table[number] = value
+        out._obj.value = number
+        return 0
+
+    def cublasLtCreate(self, out: Any) -> int:
+        return self._new(out, "handle")
+
+    def cublasLtMatrixLayoutCreate(self, out: Any, dtype: Any, rows: Any, columns: Any, leading: Any) -> int:
+        return self._new(out, (rows.value, columns.value, leading.value, dtype.value))
+
+    def cublasLtMatmulDescCreate(self, out: Any, compute: Any, scale: Any) -> int:
+        assert (compute.value, scale.value) == (68, 0)
+        return self._new(out, {})
+
+    def cublasLtMatmulPreferenceCreate(self, out: Any) -> int:
+        return self._new(out, {})
+
+    def _set(self, target: Any, attribute: Any, value: Any, size: Any) -> int:
+        assert size.value == ctypes.sizeof(value._obj)
+        self.table[target.value][attribute.value] = value._obj.value
+        return 0
+
+    cublasLtMatmulDescSetAttribute = cublasLtMatmulPreferenceSetAttribute = _set
+
+    def cublasLtMatmulAlgoGetHeuristic(self, handle: Any, desc: Any, *rest: Any) -> int:
+        self.calls["heuristic"] += 1
+        *layouts, wishes, _, found, count = rest
+        kept = self.table[wishes.value]
+        assert kept[1] == 32 << 20 and all(kept[a] in (2, 4, 8, 16, 32, 64, 128, 256) for a in (5, 6, 7, 8))
+        assert len(layouts) == 4 and layouts[2].value == layouts[3].value
+        found._obj.algo[0] = 77
+        count._obj.value = 1
+        return 0
+
+    def cublasLtMatmul(self, handle: Any, desc: Any, alpha: Any, *rest: Any) -> int:
+        self.calls["products"] += 1
+        a, A, b, B, beta, c, C, d, D, algo, workspace, size, _ = rest
+        assert c.value == d.value and C.value == D.value and algo._obj[0] == 77 and workspace.value % 256 == 0 and size.value == 32 << 20
+        with_, (m, n, ldc, c_type) = self.table[desc.value], self.table[C.value]
+        left, right = (
+            _matrix(x.value, *self.table[layout.value][:3], _TYPES[self.table[layout.value][3]]).astype(np.float32)
+            for x, layout in ((a, A), (b, B))
+        )
+        target = _matrix(c.value, m, n, ldc, _TYPES[c_type])
+        result = alpha._obj.value * ((left.T if with_[3] else left) @ (right.T if with_[4] else right))
+        if beta._obj.value:
+            result += beta._obj.value * target.astype(np.float32)
+        if with_[7] == 4:
+            result += _matrix(with_[8], m, 1, m, _TYPES[c_type]).astype(np.float32)
+        else:
+            assert with_[7] == 1
+        target[...] = result.astype(target.dtype)
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLibrary]:
+    with installed() as module:
+        library = FakeLibrary()
+        opened = CublasLt(library, lambda size: module.empty(size, np.uint8))
+        monkeypatch.setattr(cublaslt, "_opened", lambda device: opened)
+        yield library
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 4, 6), (6, 4, 1), (33, 8, 17)])
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", ["plain", "bias", "accumulate"])
+def test_every_layout(shape: tuple[int, int, int], left: bool, right: bool, dtype: str, way: str) -> None:
+    import cupy
+
+    M, K, N = shape
+    rng = np.random.default_rng(0)
+    a, a64 = made(rng, (M, K), dtype, left, cupy)
+    b, b64 = made(rng, (K, N), dtype, right, cupy)
+    bias = rng.standard_normal(N).astype(TYPES[dtype])
+    start = rng.standard_normal((M, N)).astype(np.float32)
+    want = a64 @ b64
+    if way == "accumulate":
+        found, want = matmul(a, b, to_device(start, cupy), True), want + start
+    elif way == "bias":
+        found, want = matmul(a, b, bias=to_device(bias, cupy)), want + bias.astype(np.float64)
+    else:
+        found = matmul(a, b)
+    tolerance = 1e-6 if way == "accumulate" or dtype == "float32" else float(ml_dtypes.finfo(dtype).eps)
+    assert np.abs(to_host(found).astype(np.float64) - want).max() <= 2 * tolerance * max(1.0, np.abs(want).max())
+
+
+def test_plans_are_kept_and_biases_are_not(library: FakeLibrary) -> None:
+    import cupy
+
+    x = cupy.ones((4, 8), np.float32)
+    weight = cupy.ones((3, 8), np.float32)
+    for value in (1.0, 2.0):
+        bias = cupy.ones(3, np.float32) * value
+        assert (to_host(matmul(x, weight.T, bias=bias)) == 8 + value).all()
+    matmul(x, weight.T)
+    assert library.calls == {"heuristic": 2, "products": 3}
+    with pytest.raises(ValueError, match="takes no bias"):
+        matmul(x, weight.T, cupy.zeros((4, 3), np.float32), True, cupy.ones(3, np.float32))
+    assert not to_host(matmul(cupy.ones((2, 0), np.float32), cupy.ones((0, 2), np.float32))).any()
+
+
+def test_a_step_makes_its_plans_once(library: FakeLibrary) -> None:
+    from test_step import trainer
+
+    def losses() -> list[float]:
+        one = trainer(None)
+        reports = [one.step(0)]
+        made = library.calls["heuristic"]
+        reports += [one.step(1), one.step(2)]
+        assert library.calls["heuristic"] == made
+        return [report.loss for report in reports]
+
+    plain = losses()
+    with kernels.use(matmul="cuda:cublaslt"):
+        found = losses()
+    assert library.calls["products"] > 100
+    np.testing.assert_allclose(found, plain, rtol=0.02)  # a bias is rounded with its product, not after it
+
+
+def test_a_status_is_an_error(library: FakeLibrary) -> None:
+    import cupy
+
+    library.cublasLtMatmul = lambda *args: 15  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="cublasLtMatmul returned status 15"):
+        matmul(cupy.ones((2, 2), np.float32), cupy.ones((2, 2), np.float32))
+
+
+def test_the_real_library_takes_our_descriptors() -> None:
+    """As far as it goes without a device: descriptors are host memory."""
+    try:
+        real = ctypes.CDLL(str(cublaslt.library_file()))
+    except OSError as error:
+        pytest.skip(f"cuBLASLt is not installed: {error}")
+    lt = CublasLt.__new__(CublasLt)
+    lt.library = real
+    matrix = Matrix(64, 32, 64, 14, 256)
+    assert lt.layout(matrix).value and lt.product((True, False), cublaslt.WITH_BIAS).value
+    assert lt.wishes(Key(matrix, matrix, matrix, (False, False), 1)).value

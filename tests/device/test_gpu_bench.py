@@ -1,0 +1,53 @@
+"""The training part of gpu_check, as far as the stand-in goes: everything but the numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standin.install import installed
+
+from minillm.bench import gpu
+from minillm.bench.shapes import Shape
+from minillm.device import open_device
+
+TINY = Shape(2, 2, 64, 32, 4, 97)
+
+
+def test_losses_and_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "STEPS", 4)
+    monkeypatch.setattr(gpu, "SMALL", gpu.SMALL | dict(layers=2, dim=64, heads=2, context=16))
+    monkeypatch.setattr(gpu, "LAYOUTS", (dict(dp=2), dict(tp=2, pp=2, microbatch=4, sequence_parallel=True)))
+    with installed():
+        found = gpu.run(["losses", "ranks"], TINY)
+    assert found["problems"] == [] and len(found["losses"]) == 6 and len(found["ranks"]) == 4
+    assert "dp 2" in gpu.markdown(found) and "not measured" in gpu.markdown(found)
+
+
+def test_a_wrong_loss_and_a_broken_section_are_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr(
+        gpu, "losses", lambda: [gpu._row("float32", [1.0, 2.1], [1.0, 2.0], 1e-4), gpu._row("nan", [float("nan")], [1.0], 1)]
+    )
+    monkeypatch.setattr(gpu, "ranks", lambda: 1 / 0)
+    assert gpu.main(["--only=losses,ranks", f"--json={tmp_path / 'found.json'}"]) == 1
+    problems = json.loads((tmp_path / "found.json").read_text())["problems"]
+    assert problems == ["losses: float32 is off by 5.0e-02", "losses: nan is off by nan", "ranks: ZeroDivisionError: division by zero"]
+    assert "PROBLEM losses" in capsys.readouterr().out
+
+
+def test_the_profile_accounts_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "BUSY", 64)
+    with installed():
+        found = gpu.profile(open_device("cuda"), TINY)
+    assert found["launches"] > 0 and {"products", "CuPy's kernels", "host gaps"} <= set(found["shares"])
+
+
+def test_the_page_holds_every_number() -> None:
+    turn = {"times": [0.1], "seconds": 0.1, "tokens_per_second": 327680.0, "flops": 2e14, "peak_rss": 2e10, "gemm_flops": 8e14}
+    other = turn | {"tokens_per_second": 163840.0, "peak_rss": 4e10}
+    profile = {"launches": 7, "shares": {"products": 0.6, "host gaps": 0.004}}
+    page = gpu.markdown({"problems": [], "shape": {}, "gpt2": turn, "torch": {"compile": other}, "profile": profile})
+    for words in ("327680", "0.25", "20.00", "60.0%", "| 2.00", "| 0.50", "0.00"):
+        assert words.replace("| ", "") in page, words

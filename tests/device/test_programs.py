@@ -1,0 +1,122 @@
+"""The training program on the stand-in: options, evaluation, checkpoints, a sample; and what is said where it cannot run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from standin.install import installed
+
+from minillm import device as devices
+from minillm import evaluate, generate, train
+from minillm.config import TrainConfig
+from minillm.errors import ConfigError
+from minillm.resolve import resolve
+
+OPTIONS = ["--device=cuda", "--layers=2", "--heads=2", "--dim=64", "--context=32", "--batch=8", "--microbatch=4", "--steps=6", "--warmup=1"]
+OPTIONS += ["--data=austen", "--eval-tokens=256", "--eval-every=4", "--save-every=3", "--sample-tokens=5", "--lr=0.01"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    with installed():
+        status = train.main([*OPTIONS, *options])
+    out = capsys.readouterr()
+    assert status == 0, out.err
+    return out.out
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_train_save_resume_evaluate_and_generate(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    text = run(capsys, f"--dtype={dtype}", f"--out={whole}")
+    assert "stand-in, device 0" in text and "--- a sample" in text and "held-out loss" in text
+    run(capsys, f"--dtype={dtype}", f"--out={parts}", "--stop-after=3")
+    run(capsys, f"--resume={parts}")
+    first, second = lines(whole), lines(parts)
+    assert [line["step"] for line in first] == [line["step"] for line in second] == list(range(1, 7))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second], "a resumed run goes on bit for bit"
+    assert first[3]["val_loss"] == second[3]["val_loss"] and "peak_device_mb" in first[0]
+    assert first[-1]["loss"] < first[0]["loss"]
+    # Elsewhere the checkpoint is a model in float32, as evaluated on the CPU.
+    assert evaluate.main([f"--checkpoint={whole}", "--tokens=256"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    held_out = float(re.findall(r"result +held-out loss ([\d.]+)", text)[0])
+    assert found["loss"] == pytest.approx(held_out, rel=1e-5 if dtype == "float32" else 5e-3)
+    assert generate.main([f"--checkpoint={whole}", "--tokens=3"]) == 0
+
+
+def test_a_step_that_is_not_finite_ends_the_run_with_the_weights_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with installed():
+        status = train.main([*OPTIONS, "--dtype=bfloat16", f"--out={tmp_path / 'run'}", "--lr=1e30", "--clip=0", "--eval-every=0"])
+    out = capsys.readouterr()
+    assert status == 1 and re.search(r"step \d: the loss is (nan|inf)", out.err), out.err
+    step = int(re.findall(r"step (\d): the loss", out.err)[0])
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(dtype="bfloat16"), "bfloat16 needs --device cuda"),
+        (dict(device="cuda", dtype="float64"), "float64 needs --device cpu"),
+        (dict(device="cuda", node_shared="on"), "node-shared on needs --device cpu"),
+        (dict(device="cuda", dim=120, heads=4), "attention's CUDA kernels are for heads of 32, 64, 96 or 128; use a --dim that"),
+        (dict(device="cuda", dim=128, heads=8), "= 16, and attention's CUDA kernels .* use --heads 4 or 2 or 1|use --heads 1, 2 or 4"),
+        (dict(device="cuda", dim=16384, heads=128), "16384 is more than the 8192 channels"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(TrainConfig(**options), 1, 100)
+
+
+def test_activations_that_do_not_fit_are_named_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with installed():
+        assert train.main([*OPTIONS, f"--out={tmp_path / 'run'}", "--layers=200", "--context=4096", "--recompute=none"]) == 1
+    assert re.search(r"need about [\d.]+ GB, and stand-in, device 0 has 1\.1 of its 2\.1 GB free; use a smaller", capsys.readouterr().err)
+
+
+def _cupy(error: Exception | None, driver: int = 0, count: int = 0) -> Any:
+    def devices_or_error() -> int:
+        if error is not None:
+            raise error
+        return count
+
+    return SimpleNamespace(
+        cuda=SimpleNamespace(
+            runtime=SimpleNamespace(getDeviceCount=devices_or_error, driverGetVersion=lambda: driver, runtimeGetVersion=lambda: 13020)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("cupy", "message"),
+    [
+        (None, r"needs CuPy .*pip install -e '\.\[cuda13\]'.*--device cpu"),
+        (_cupy(RuntimeError("cudaErrorInsufficientDriver: ...")), "no GPU: this machine has no NVIDIA device or no driver.*--device cpu"),
+        (
+            _cupy(RuntimeError("cudaErrorInsufficientDriver: ..."), 12040),
+            r"supports CUDA 12\.4 and .* for CUDA 13; update the driver to 580",
+        ),
+        (_cupy(RuntimeError("cudaErrorNoDevice: no CUDA-capable device"), 13000), "no GPU"),
+        (_cupy(RuntimeError("cudaErrorUnknown: unknown error")), r"cannot start \(cudaErrorUnknown.*minillm doctor"),
+        (_cupy(None), "CUDA sees no GPU; check CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_what_is_missing_is_named(cupy: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if cupy is None:
+            raise ImportError("No module named 'cupy'")
+        return cupy
+
+    monkeypatch.setattr(devices.importlib, "import_module", load)
+    with pytest.raises(ConfigError, match=message):
+        devices.open_device("cuda")

@@ -1,0 +1,196 @@
+"""Device arrays between ranks: every operation of the communicators, and law 1 on the meshes, on the stand-in and thread ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from standin.cuda import Event
+from standin.install import installed
+from test_step import FLOAT32, MILD, error, sizes
+from training_helpers import Layout, Outcome, compare, train
+
+from minillm.arrays import to_host
+from minillm.comm import device as device_comm
+from minillm.comm.base import reduce_in_order
+from minillm.comm.communicator import MAX, SUM, Communicator
+from minillm.comm.device import DirectCommunicator, StagedCommunicator, on_device
+from minillm.comm.ledger import ledger
+from minillm.comm.threads import run_ranks
+from minillm.device import CPU, open_device
+
+RANKS = 3
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int64": np.int64, "float64": np.float64}
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(device_comm, "CHUNK_BYTES", 64)  # several chunks in the smallest array
+    with installed() as module:
+        yield module
+
+
+def values(rank: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    x = np.random.default_rng(rank).standard_normal(shape) * 100
+    return x.astype(DTYPES[dtype])
+
+
+def everywhere(fn: Callable[[Communicator, Any], Any], direct: bool) -> list[Any]:
+    """fn(comm, upload) on every rank."""
+
+    def rank(comm: Communicator) -> Any:
+        device = open_device("cuda")
+        return fn(on_device(comm, device, direct), device.upload)
+
+    return run_ranks(RANKS, rank, timeout=20)
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["staged", "direct"])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("shape", [(7, 9), (1, 1), (0, 4), (200,)])
+def test_collectives_equal_those_of_the_host(shape: tuple[int, ...], dtype: str, direct: bool) -> None:
+    parts = [values(r, shape, dtype) for r in range(RANKS)]
+
+    def rank(comm: Communicator, upload: Any) -> Any:
+        own, found = parts[comm.rank], {}
+        found["sum"] = comm.all_reduce_(upload(own))
+        found["max"] = comm.all_reduce_(upload(own), MAX)
+        later = upload(own)
+        work = comm.iall_reduce_(later)
+        found["gather"] = comm.all_gather(upload(own), len(shape) - 1)
+        work.wait()
+        assert work.test()
+        found["later"] = later
+        found["scatter"] = comm.reduce_scatter(upload(np.concatenate([own] * RANKS)), 0)
+        found["exchange"] = comm.all_to_all([upload(own)] * RANKS)[1]
+        found["broadcast"] = comm.broadcast_(upload(own), 2)
+        source, target = (comm.rank - 1) % RANKS, (comm.rank + 1) % RANKS
+        found["ring"] = comm.sendrecv(upload(own), target, upload(np.zeros_like(own)), source, tag=3)
+        comm.send(upload(own), target, tag=4)
+        found["any"] = upload(np.zeros_like(own))
+        assert comm.recv_any(found["any"], tag=4) == source
+        comm.barrier()
+        host = comm.all_reduce_(np.ones(3))
+        assert isinstance(host, np.ndarray) and (host == RANKS).all()
+        assert comm.gather_json(comm.rank) == list(range(RANKS))
+        return {name: to_host(x) for name, x in found.items()}, ledger().payload()
+
+    everyone = everywhere(rank, direct)
+    total = reduce_in_order(parts, SUM)
+    for r, (found, payload) in enumerate(everyone):
+        before = parts[(r - 1) % RANKS]
+        want = {"sum": total, "later": total, "max": reduce_in_order(parts, MAX), "gather": np.concatenate(parts, -1)}
+        want |= {"scatter": total, "exchange": parts[1], "broadcast": parts[2], "ring": before, "any": before}
+        for name, x in want.items():
+            assert found[name].dtype == x.dtype and found[name].tobytes() == np.ascontiguousarray(x).tobytes(), name
+        assert payload == everyone[0][1]
+
+
+def test_narrow_sums_are_rounded_once() -> None:
+    """1 + 2^-8 + 2^-8 is 1 + 2^-7 in bfloat16, but 1 where each sum is rounded."""
+    parts = [np.full(100, x, ml_dtypes.bfloat16) for x in (1.0, 2.0**-8, 2.0**-8)]
+    for direct in (False, True):
+        found = everywhere(lambda comm, upload: to_host(comm.all_reduce_(upload(parts[comm.rank]))), direct)
+        assert all((x.astype(np.float32) == 1 + 2.0**-7).all() for x in found)
+
+
+def test_groups_keep_the_way_of_their_parent() -> None:
+    def rank(comm: Communicator, upload: Any) -> Any:
+        pair = comm.split(0 if comm.rank < 2 else 1)
+        assert pair is not None
+        return type(comm).__name__, type(pair).__name__, type(comm.dup("other")).__name__, type(comm.split_by_node()).__name__
+
+    staged, direct = everywhere(rank, False), everywhere(rank, True)
+    name = StagedCommunicator.__name__
+    assert staged == [(name, name, name, name)] * 2 + [(name, "SelfCommunicator", name, name)]
+    assert direct[0] == (DirectCommunicator.__name__,) * 4
+    assert run_ranks(2, lambda comm: on_device(comm, CPU) is comm) == [True, True]
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["staged", "direct"])
+def test_the_device_is_waited_for_before_a_message(direct: bool, gpu: Any) -> None:
+    """Whatever goes to MPI was written before: every way of sending waits at least once."""
+
+    def rank(comm: Communicator, upload: Any) -> None:
+        x = upload(np.ones(10, np.float32))
+        for act in (
+            lambda: comm.all_reduce_(x),
+            lambda: comm.iall_reduce_(x).wait(),
+            lambda: comm.all_gather(x),
+            lambda: comm.isend(x, comm.rank).wait(),
+            lambda: comm.reduce_scatter(x, 0, [5, 5]),
+        ):
+            with gpu.counting() as events:
+                act()
+            assert ("wait", 0) in events
+
+    run_ranks(2, lambda comm: rank(on_device(comm, open_device("cuda"), direct), open_device("cuda").upload), timeout=20)
+
+
+# ---- training
+
+LAYOUTS = [
+    *(Layout(dp=2), Layout(dp=4, num_microbatches=2), Layout(tp=2), Layout(tp=2, sp=True)),
+    *(Layout(pp=2, num_microbatches=4), Layout(pp=2, schedule="gpipe", num_microbatches=2)),
+    Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4),
+]
+
+
+@cache
+def alone(model: str, dtype: str, optimizer: str, steps: int, std: float, dropout: float = 0.1) -> Outcome:
+    """One rank: on the CPU in float64, else on the device."""
+    where: dict[str, Any] = {} if dtype == "float64" else {"device": "cuda"}
+    with installed():
+        return train(model, Layout(), optimizer=optimizer, steps=steps, std=std, **sizes(model, dtype=dtype, dropout=dropout, **where))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_float32_equals_one_rank(model: str, layout: Layout) -> None:
+    want = alone(model, "float32", "sgd", 2, 0.25)
+    direct = layout.tp == 2  # both ways are met
+    found = train(model, layout, steps=2, direct=direct, **sizes(model, dtype="float32", device="cuda"))
+    np.testing.assert_allclose(found.losses, want.losses, rtol=FLOAT32)
+    np.testing.assert_allclose(found.norms, want.norms, rtol=FLOAT32)
+    compare(found.first_grads, want.first_grads, FLOAT32, "first_grads")
+    compare(found.weights, want.weights, FLOAT32, "weights")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_bfloat16_differs_by_rounding(model: str, layout: Layout) -> None:
+    """From the one-rank run in bfloat16 by at most twice what that differs from float64."""
+    exact = alone(model, "float64", "sgd", 1, MILD, 0.0)
+    want = alone(model, "bfloat16", "adamw", 1, MILD, 0.0)
+    options = sizes(model, dtype="bfloat16", device="cuda", dropout=0.0)
+    found = train(model, layout, optimizer="adamw", steps=1, std=MILD, direct=layout.pp == 2, **options)
+    assert error(found, want) <= 2 * error(want, exact)
+    assert math.isclose(found.losses[0], want.losses[0], rel_tol=2.0**-9)
+
+
+def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: what the stand-in is for."""
+    x = np.arange(100, dtype=np.float32)
+
+    def reduce(comm: Communicator, upload: Any) -> np.ndarray:
+        return to_host(comm.all_reduce_(upload(x)))
+
+    assert all(np.array_equal(found, RANKS * x) for found in everywhere(reduce, False))
+    with monkeypatch.context() as patch:
+        patch.setattr(Event, "synchronize", lambda self: None)
+        with pytest.raises((AssertionError, RuntimeError)):
+            assert all(np.array_equal(found, RANKS * x) for found in everywhere(reduce, False))
+    start = StagedCommunicator._start_upload
+
+    def forget_the_event(self: StagedCommunicator, host: np.ndarray, flat: Any) -> Event:
+        start(self, host, flat)
+        return Event()
+
+    monkeypatch.setattr(StagedCommunicator, "_start_upload", forget_the_event)
+    with pytest.raises(RuntimeError, match="overwritten while a copy to the device could still be reading them"):
+        everywhere(reduce, False)

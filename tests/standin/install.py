@@ -1,0 +1,154 @@
+"""Put the stand-in in CuPy's place for a while, with kernels: the NumPy references, or our `.cu` files in the emulator."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from minillm.kernels import attention, launch, registry
+
+import standin
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+STRIDED = ("attention", "rope")  # kernels that are told their arrays' strides
+OWN = ("matmul",)  # operations whose GPU implementation needs no kernel of ours: they run as they are
+
+
+@contextmanager
+def installed(kernel_source: str = "reference") -> Iterator[Any]:
+    """`import cupy` gives the stand-in inside the block. `kernel_source`: "reference", or "emulator" for the bindings and `.cu` files."""
+    before = {op: list(entries) for op, entries in registry._kernels.items()}
+    own_function, cupy = launch._function, sys.modules.get("cupy")
+    caches = (launch.compute_capability, launch._multiprocessors, launch._module, attention.cuda._shared_bytes)
+    sys.modules["cupy"] = standin.as_module()
+    try:
+        for op, entries in before.items():
+            for entry in [k for k in entries if k.backend == "cuda"]:
+                registry._kernels[op].remove(entry)
+                if kernel_source == "emulator" or op in OWN:  # in their order: the first is the default
+                    registry._kernels[op].append(dataclasses.replace(entry, unavailable=None))
+            if kernel_source == "reference" and op not in OWN:
+                reference = next(k for k in entries if k.backend == "numpy")
+                registry._kernels[op].append(registry.Kernel(op, "cuda", "reference", hosted(reference.fn)))
+        launch._function = _function
+        _forget(caches)
+        yield standin
+    finally:
+        launch._function = own_function
+        registry._kernels.clear()
+        registry._kernels.update(before)
+        _forget(caches)
+        if cupy is None:
+            del sys.modules["cupy"]
+        else:
+            sys.modules["cupy"] = cupy
+
+
+def _forget(caches: tuple[Any, ...]) -> None:
+    for cache in caches:
+        cache.cache_clear()
+    launch._functions.clear()
+    registry._cache.clear()
+    for found in registry._defaults:
+        found.clear()
+
+
+# ---- the emulator
+
+
+class _Function:
+    """A kernel as CuPy would have loaded it."""
+
+    ptr = 0
+
+    def __init__(self, path: Path, name: str, defines: Any) -> None:
+        self.path, self.name, self.defines = path, name, defines
+
+    def __call__(self, grid: Any, block: Any, args: Any, shared_mem: int = 0) -> None:
+        from minillm.kernels import emulator
+
+        for x in args:
+            if isinstance(x, standin.ndarray) and not x.flags.c_contiguous and self.path.parent.name not in STRIDED:
+                raise TypeError(f"{self.name} of {self.path.parent.name} gets a pointer, and x has strides {x.strides} for {x.shape}")
+        emulator.launch(self.path, self.name, self.defines, grid, block, tuple(map(_unwrapped, args)), shared_mem)
+
+
+def _unwrapped(x: Any) -> Any:
+    if isinstance(x, standin.ndarray):
+        return x.host
+    if isinstance(x, np.ndarray) and x.shape == (1,):  # a struct by value
+        return x[0]
+    if isinstance(x, np.uint64) and not x:
+        return None
+    if not isinstance(x, np.generic):
+        raise TypeError(f"CuPy would pass {x!r} with a width of its own choice; wrap it as a NumPy scalar")
+    return x
+
+
+_loaded: dict[Any, _Function] = {}
+
+
+def _function(path: Path, name: str, defines: Any, shared_bytes: int) -> Any:
+    key = path, name, tuple(defines.items())
+    return _loaded.setdefault(key, _Function(path, name, defines))
+
+
+# ---- the references
+
+
+def hosted(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A NumPy kernel for the stand-in's arrays. 16-bit arrays are computed on in float32 and rounded; what has one dim or none, and the
+    log-sum-exp of attention, is a statistic and stays float32, as the CUDA kernels have it."""
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        wide: dict[Any, tuple[Any, np.ndarray, np.ndarray]] = {}
+
+        def enter(x: Any) -> Any:
+            if isinstance(x, np.ndarray):
+                raise TypeError(f"{fn.__name__} got an array of the host among device arrays")
+            if isinstance(x, standin.ndarray):
+                if x.dtype != BFLOAT16:
+                    return x.host
+                key = x.data.ptr, x.shape, x.strides
+                if key not in wide:
+                    start = x.host.astype(np.float32)
+                    wide[key] = x, start, start.copy()
+                return wide[key][1]
+            return [enter(part) for part in x] if isinstance(x, list) else x
+
+        named = {name: value if name in HOST_NUMBERS else enter(value) for name, value in kwargs.items()}
+        with np.errstate(all="ignore"):
+            result = fn(*(enter(x) for x in args), **named)
+        narrow = bool(wide)
+        for x, now, start in wide.values():
+            if not np.array_equal(now, start, equal_nan=True):
+                x.host[...] = now.astype(BFLOAT16)
+        return leave(result, narrow, wide)
+
+    def leave(result: Any, narrow: bool, wide: Any) -> Any:
+        if isinstance(result, tuple):
+            return tuple(leave(part, narrow, wide) for part in result)
+        if isinstance(result, float | np.generic):
+            return standin._wrap(np.float64(result))
+        if result is None:
+            return None
+        for x, now, _ in wide.values():
+            if result is now:
+                return x
+        statistic = result.ndim <= 1 or (fn.__name__ == "attention_forward" and result.ndim == 3)
+        if narrow and result.dtype == np.float32 and not statistic:
+            return standin._wrap(result.astype(BFLOAT16))
+        return standin._wrap(result)
+
+    return run
+
+
+HOST_NUMBERS = ("dropout", "times_q", "times_k")  # arguments that stay on the host
