@@ -16,7 +16,9 @@ from standin.cuda import products
 from standin.install import installed
 from training_helpers import BASE, Layout, Outcome, compare, make_batches, make_config, train
 
+from minillm import report
 from minillm.arrays import to_host
+from minillm.checkpoint import numeric_key
 from minillm.comm.single import SelfCommunicator
 from minillm.device import open_device
 from minillm.trainer import Trainer
@@ -149,6 +151,23 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, gpu: Any) -> 
     with pytest.raises(NotFinite):
         _ = report.loss
     assert np.array_equal(to_host(values), before) and np.array_equal(to_host(one.buffers[0].masters), masters)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dropout", "variant"),
+    [("80", "bfloat16", 0.0, "v2"), ("90", "bfloat16", 0.0, "v3"), ("90", "bfloat16", 0.1, "v2"), ("90", "float32", 0.0, "v1")],
+)
+def test_the_plan_and_the_numeric_key_name_the_attention_that_runs(
+    capability: str, dtype: str, dropout: float, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standin.cuda.Device, "compute_capability", capability)
+    with installed("emulator"):
+        config = make_config("gpt2", Layout(), **sizes("gpt2", device="cuda", dtype=dtype, dropout=dropout))
+        device = open_device("cuda")
+        choices = numeric_key(config, SelfCommunicator(), 1, device)["kernels"]
+        line = report._kernels(config, device)
+    assert choices["attention_forward"] == choices["attention_backward"] == f"cuda:{variant}"
+    assert line.endswith(f"; attention cuda:{variant}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
