@@ -170,15 +170,20 @@ def test_the_plan_and_the_numeric_key_name_the_attention_that_runs(
     assert line.endswith(f"; attention cuda:{variant}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_our_kernels_run_the_step(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "dtype", "capability"), [("gpt2", "float32", "80"), ("gpt2", "bfloat16", "80"), ("llama", "bfloat16", "90")]
+)
+def test_our_kernels_run_the_step(model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The `.cu` files and their bindings, every access to memory checked, on a model small enough for that."""
     if cuda.emulator_unavailable:
         pytest.skip(cuda.emulator_unavailable)
     small: dict[str, Any] = dict(layers=1, heads=2, dim=64, ffn_dim=48, batch=2, dropout=0.1)
-    want = train("gpt2", Layout(), optimizer="adamw", steps=3, dtype="float64", **small)
+    if model == "llama":
+        small |= dict(kv_heads=1, dropout=0.0)  # attention v3 has no dropout
+    monkeypatch.setattr(standin.cuda.Device, "compute_capability", capability)
+    want = train(model, Layout(), optimizer="adamw", steps=3, dtype="float64", **small)
     with installed("emulator") as module:
-        config = make_config("gpt2", Layout(), dtype=dtype, device="cuda", **small)
+        config = make_config(model, Layout(), dtype=dtype, device="cuda", **small)
         one = Trainer(config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda"))
         with module.forbidding("wait"):
             reports = [one.step(0)]
