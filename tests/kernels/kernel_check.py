@@ -45,9 +45,9 @@ def check(got: Any, want: Any, dtype: str, tolerance: float) -> None:
             assert error <= tolerance, f"result {i}: error {error:.3g}"  # false for NaN
 
 
-def check_narrow(got: Any, want: Any, rounded: Any, dtype: str, factor: float = NARROW_FACTOR) -> None:
-    """Compare 16-bit results with exact ones by the norm of the error: at most `factor` times that of `rounded`, the exact results for the
-    rounded inputs, rounded here to the dtype of each result. Where those are exact, CUDA_TOLERANCE remains."""
+def check_narrow(got: Any, want: Any, rounded: Any, dtype: str) -> None:
+    """Compare 16-bit results with exact ones by the norm of the error: at most NARROW_FACTOR times that of `rounded`, the exact
+    results for the rounded inputs, rounded here to the dtype of each result. Where those are exact, CUDA_TOLERANCE remains."""
     for i, g, w in _pairs(got, want, dtype):
         with np.errstate(over="ignore"):
             nearest = widen(rounded[i].astype(got[i].dtype))
@@ -55,7 +55,7 @@ def check_narrow(got: Any, want: Any, rounded: Any, dtype: str, factor: float = 
         assert np.array_equal(g[~finite], nearest[~finite]), f"result {i}: infinities differ"
         error, allowed = np.linalg.norm(g[finite] - w[finite]), np.linalg.norm(nearest[finite] - w[finite])
         least = float(ml_dtypes.finfo(dtype).eps) if w.size < FEW else CUDA_TOLERANCE
-        limit = max(factor * allowed, least * np.linalg.norm(w[finite]))
+        limit = max(NARROW_FACTOR * allowed, least * np.linalg.norm(w[finite]))
         assert error <= limit, f"result {i}: error {error:.3g}, where {dtype} rounding alone makes {allowed:.3g}"  # false for NaN
 
 
@@ -87,7 +87,7 @@ def check_case(case: Case, choice: str, dtype: str, threads: int = 1, repeats: i
     assert all(np.array_equal(x, copy) for x, copy in zip(inputs, copies, strict=True)), "an input was changed"
     want = case.expected(*(widen(x) for x in inputs))
     if dtype in NARROW:
-        check_narrow(got, case.expected(*exact), want, dtype, NARROW_FACTOR * case.slack)
+        check_narrow(got, case.expected(*exact), want, dtype)
     elif choice.startswith(("emulator:", "device:")):
         check(got, want, dtype, CUDA_TOLERANCE * case.slack)
     else:
