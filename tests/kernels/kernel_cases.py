@@ -394,7 +394,9 @@ def wide_attention_cases() -> Iterator[Case]:
         (1, 150, 150, 1, 1, 32, True),
         (1, 37, 150, 2, 2, 32, False),
         (1, 65, 65, 1, 1, 128, True),
+        (1, 70, 50, 2, 1, 128, False),
         (1, 67, 35, 1, 1, 96, False),
+        (1, 65, 65, 1, 1, 96, True),
         (0, 4, 4, 2, 2, 32, True),
         (1, 0, 4, 2, 2, 32, False),
         (1, 4, 0, 2, 2, 32, False),
@@ -424,7 +426,8 @@ def wide_attention_cases() -> Iterator[Case]:
         "wide-dropout", sizes, seen=offset["times_q"][:, None] >= offset["times_k"], causal=True, dropout=dropout, **offset
     )
     short = dropout._replace(samples=np.array([7]), times_q=np.arange(40), times_k=np.arange(70))
-    yield from attention_pair("wide-dropout-full", (1, 40, 70, 2, 2, 64), seen=np.True_, causal=False, dropout=short)
+    for H, K in ((2, 64), (1, 96), (1, 128)):
+        yield from attention_pair(f"wide-dropout-full-K{K}", (1, 40, 70, H, H, K), seen=np.True_, causal=False, dropout=short)
 
 
 def attention_pair(

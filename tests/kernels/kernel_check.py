@@ -106,18 +106,21 @@ def implementations(case: Case, dtype: str, backends: tuple[str, ...]) -> list[s
 
 
 def emulator_crossing(cases: list[Case]) -> Iterator[tuple[Case, str, str]]:
-    """The cases that the emulator runs: small ones, in float32 and bfloat16. float16 compiles the same templates: one case an op."""
-    seen: set[str] = set()
+    """The cases that the emulator runs: small ones, in float32 and bfloat16. float16 compiles the same templates: one case an op
+    and direction."""
+    seen: set[tuple[str, bool]] = set()
     for case in cases:
         if not any(implementations(case, dtype, ("emulator",)) for dtype in ("float32", *NARROW)):
             continue
-        if sum(x.size for x in case.inputs(np.random.default_rng(0))) > EMULATOR_ELEMENTS:
+        size = sum(x.size for x in case.inputs(np.random.default_rng(0)))
+        if size > EMULATOR_ELEMENTS:
             continue
         for dtype in ("float32", "bfloat16"):
             for choice in implementations(case, dtype, ("emulator",)):
                 yield case, choice, dtype
-        if case.op not in seen and not case.name.endswith(("0x5", "0x4", "-0")):
-            seen.add(case.op)
+        kind = case.op, "backward" in case.name
+        if kind not in seen and size > FEW:
+            seen.add(kind)
             for choice in implementations(case, "float16", ("emulator",)):
                 yield case, choice, "float16"
 
