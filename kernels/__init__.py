@@ -20,7 +20,7 @@ from minillm.kernels.native import prepare_process
 from minillm.kernels.pool import get_threads, parallel_for, threads
 from minillm.kernels.random import reference as random_reference
 from minillm.kernels.random.reference import random_bits, random_uniform
-from minillm.kernels.registry import Kernel, KernelUnavailable, available, choices_from, chosen, dispatch, lookup, ops, use
+from minillm.kernels.registry import Kernel, KernelUnavailable, available, choices_from, chosen, dispatch, lookup, ops, resolved, use
 from minillm.kernels.residual import reference as residual_reference
 from minillm.kernels.rmsnorm import reference as rmsnorm_reference
 from minillm.kernels.rope import reference as rope_reference
@@ -78,6 +78,7 @@ __all__ = [
     "random_bits",
     "random_normal",
     "random_uniform",
+    "resolved",
     "rope_tables",
     "threads",
     "use",

@@ -118,10 +118,17 @@ class _Nvrtc(NamedTuple):
 
 
 def nvidia_folders() -> list[Path]:
-    """Folders of NVIDIA's pip wheels, new (nvidia/cu13) and old (nvidia/cuda_nvrtc), newest first."""
+    """Folders of NVIDIA's pip wheels, newest first: one for each release from CUDA 13 on (nvidia/cu13), before that one for each part
+    (nvidia/cuda_nvrtc)."""
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or ()) if spec else []
-    return sorted((folder for root in roots for folder in Path(root).iterdir() if folder.is_dir()), reverse=True)
+    folders = [folder for root in roots for folder in Path(root).iterdir() if folder.is_dir()]
+
+    def release(folder: Path) -> int:
+        found = re.fullmatch(r"cu(\d+)", folder.name)
+        return int(found[1]) if found else 0
+
+    return sorted(folders, key=lambda folder: (-release(folder), folder.name))
 
 
 def toolkit_folders() -> list[Path]:

@@ -36,7 +36,7 @@ class KernelUnavailable(Exception):
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of one op. `dtypes` are the dtype names it takes (empty: any); `unavailable` says why it cannot run here, None if
-    it can."""
+    it can. `takes` is there where it leaves the work to one of several variants; see `resolved`."""
 
     op: str
     backend: str
@@ -44,6 +44,7 @@ class Kernel:
     fn: Callable[..., Any]
     dtypes: tuple[str, ...] = ()
     unavailable: str | None = None
+    takes: Callable[..., str] | None = None
 
     @property
     def family(self) -> str:
@@ -67,14 +68,20 @@ _choices: ContextVar[Mapping[str, str]] = ContextVar("kernel choices", default=M
 
 
 def kernel(
-    op: str, *, backend: str = "numpy", variant: str = "reference", dtypes: tuple[str, ...] = (), unavailable: str | None = None
+    op: str,
+    *,
+    backend: str = "numpy",
+    variant: str = "reference",
+    dtypes: tuple[str, ...] = (),
+    unavailable: str | None = None,
+    takes: Callable[..., str] | None = None,
 ) -> Callable[[F], F]:
     """Register the decorated function as an implementation of `op`. Within a backend, the first variant registered is the default."""
 
     def register(fn: F) -> F:
         entries = _kernels.setdefault(op, [])
         entries[:] = [k for k in entries if (k.backend, k.variant) != (backend, variant)]
-        entries.append(Kernel(op, backend, variant, fn, dtypes, unavailable))
+        entries.append(Kernel(op, backend, variant, fn, dtypes, unavailable, takes))
         _cache.clear()
         for found in _defaults:
             found.clear()
@@ -148,6 +155,13 @@ def chosen(op: str, like: Array) -> Kernel:
     """The implementation that `lookup` finds, with what is known about it. Raises KernelUnavailable if there is none."""
     fn = lookup(op, like)
     return next(k for k in _kernels[op] if k.fn is fn)
+
+
+def resolved(op: str, like: Array, *, head_width: int, dropout: bool) -> str:
+    """What runs when a causal model with heads of this width is trained on arrays such as `like`, as `use` calls it: the choice of
+    `chosen`, but where that picks among variants ("cuda:auto") the one it takes ("cuda:v3"). Raises KernelUnavailable if there is none."""
+    found = chosen(op, like)
+    return found.choice if found.takes is None else f"{found.backend}:{found.takes(like, head_width, dropout)}"
 
 
 def dispatch(reference: F, like: int = 0) -> F:

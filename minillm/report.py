@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from minillm import kernels
+from minillm.checkpoint.key import kernel_choices
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import Row, RowKey
 from minillm.data.corpus import Corpus
@@ -40,16 +40,18 @@ def plan(config: ResolvedConfig, corpus: Corpus, stages: Mapping[int, Stage], th
         f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in "
         f"{plural(config.num_microbatches, 'microbatch', 'es')} "
         f"of {config.microbatch} per dp rank; {train.steps} steps",
-        f"kernels {_kernels(train.dtype, buffers.memory.device)}",
+        f"kernels {_kernels(config, buffers.memory.device)}",
         f"memory  {sum(most.values()) / 1e6:.0f} MB predicted for the largest rank ({parts})",
     ]
 
 
-def _kernels(dtype: str, device: Device) -> str:
-    """What the operations run on, most used first, and why not on C where that could be faster."""
-    counts = Counter(kernels.chosen(op, device.like(op, dtype)).choice for op in kernels.ops())
-    words = ", ".join(f"{choice} for {plural(count, 'operation')}" for choice, count in counts.most_common())
-    missing = (native.unavailable or native.blas_unavailable) if device is CPU else None
+def _kernels(config: ResolvedConfig, device: Device) -> str:
+    """What the operations run on, most used first; on a GPU, which attention; and why not on C where that could be faster."""
+    choices = kernel_choices(config, device)
+    words = ", ".join(f"{choice} for {plural(count, 'operation')}" for choice, count in Counter(choices.values()).most_common())
+    if device is not CPU:
+        return f"{words}; attention {choices['attention_forward']}"
+    missing = native.unavailable or native.blas_unavailable
     return f"{words} ({missing})" if missing else words
 
 

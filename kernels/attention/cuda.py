@@ -348,6 +348,12 @@ def fastest(q: Any, k: Any, options: Mapping[str, Any]) -> str:
     return "v2" if hopper.refusal(q, scale, seen.limits, options.get("key_mask"), options.get("dropout")) else "v3"
 
 
+def _taken(like: Any, head_width: int, dropout: bool) -> str:
+    """`fastest` for the attention of a causal model in training, on arrays such as `like`."""
+    q = namespace(like).empty((1, 1, 1, head_width), like.dtype)
+    return fastest(q, q, {"scale": 1.0, "causal": True, "dropout": dropout or None})
+
+
 def _auto_forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
     variant = fastest(q, k, options)
     return _forward_v3(q, k, v, **options) if variant == "v3" else _forward(variant, q, k, v, **options)
@@ -365,8 +371,8 @@ def _register(op: str, variant: str, fn: Any, dtypes: tuple[str, ...]) -> None:
     cuda_kernel(op, variant, dtypes=dtypes)(bound)
 
 
-kernel("attention_forward", backend="cuda", variant="auto", dtypes=DTYPES, unavailable=unavailable)(_auto_forward)
-kernel("attention_backward", backend="cuda", variant="auto", dtypes=DTYPES, unavailable=unavailable)(_auto_backward)
+for _op, _auto in (("attention_forward", _auto_forward), ("attention_backward", _auto_backward)):
+    kernel(_op, backend="cuda", variant="auto", dtypes=DTYPES, unavailable=unavailable, takes=_taken)(_auto)
 for _variant, _dtypes in (("v1", DTYPES), ("v2", HALF_DTYPES)):
     _register("attention_forward", _variant, _forward, _dtypes)
     _register("attention_backward", _variant, _backward, _dtypes)

@@ -37,9 +37,15 @@ def numeric_key(config: ResolvedConfig, world: Communicator, shared_by: int, dev
         "recompute": train.recompute,
         "ranks_per_host": [rank["host"] for rank in ranks if rank["host"] is not None],
         **({} if device is CPU else {"device": device.kind()}),
-        "kernels": _kernel_choices(train.dtype, device),
+        "kernels": kernel_choices(config, device),
         **{name: _common([rank[name] for rank in ranks]) for name in local},
     }
+
+
+def kernel_choices(config: ResolvedConfig, device: Device) -> dict[str, str]:
+    """Op -> the implementation that runs when this configuration is trained on `device`."""
+    width, dropout = config.model.head_width, config.model.dropout > 0
+    return {op: kernels.resolved(op, device.like(op, config.train.dtype), head_width=width, dropout=dropout) for op in kernels.ops()}
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -68,11 +74,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _common(values: list[Any]) -> Any:
     """The value that all ranks share, or the list of all."""
     return values[0] if all(value == values[0] for value in values) else values
-
-
-def _kernel_choices(dtype: str, device: Device) -> dict[str, str]:
-    """Op -> the implementation that runs in a training run of `dtype` here."""
-    return {op: kernels.chosen(op, device.like(op, dtype)).choice for op in kernels.ops()}
 
 
 def _blas() -> str:

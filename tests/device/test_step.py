@@ -16,7 +16,9 @@ from standin.cuda import products
 from standin.install import installed
 from training_helpers import BASE, Layout, Outcome, compare, make_batches, make_config, train
 
+from minillm import report
 from minillm.arrays import to_host
+from minillm.checkpoint import numeric_key
 from minillm.comm.single import SelfCommunicator
 from minillm.device import open_device
 from minillm.trainer import Trainer
@@ -151,15 +153,37 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, gpu: Any) -> 
     assert np.array_equal(to_host(values), before) and np.array_equal(to_host(one.buffers[0].masters), masters)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_our_kernels_run_the_step(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dropout", "variant"),
+    [("80", "bfloat16", 0.0, "v2"), ("90", "bfloat16", 0.0, "v3"), ("90", "bfloat16", 0.1, "v2"), ("90", "float32", 0.0, "v1")],
+)
+def test_the_plan_and_the_numeric_key_name_the_attention_that_runs(
+    capability: str, dtype: str, dropout: float, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standin.cuda.Device, "compute_capability", capability)
+    with installed("emulator"):
+        config = make_config("gpt2", Layout(), **sizes("gpt2", device="cuda", dtype=dtype, dropout=dropout))
+        device = open_device("cuda")
+        choices = numeric_key(config, SelfCommunicator(), 1, device)["kernels"]
+        line = report._kernels(config, device)
+    assert choices["attention_forward"] == choices["attention_backward"] == f"cuda:{variant}"
+    assert line.endswith(f"; attention cuda:{variant}")
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "capability"), [("gpt2", "float32", "80"), ("gpt2", "bfloat16", "80"), ("llama", "bfloat16", "90")]
+)
+def test_our_kernels_run_the_step(model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The `.cu` files and their bindings, every access to memory checked, on a model small enough for that."""
     if cuda.emulator_unavailable:
         pytest.skip(cuda.emulator_unavailable)
     small: dict[str, Any] = dict(layers=1, heads=2, dim=64, ffn_dim=48, batch=2, dropout=0.1)
-    want = train("gpt2", Layout(), optimizer="adamw", steps=3, dtype="float64", **small)
+    if model == "llama":
+        small |= dict(kv_heads=1, dropout=0.0)  # attention v3 has no dropout
+    monkeypatch.setattr(standin.cuda.Device, "compute_capability", capability)
+    want = train(model, Layout(), optimizer="adamw", steps=3, dtype="float64", **small)
     with installed("emulator") as module:
-        config = make_config("gpt2", Layout(), dtype=dtype, device="cuda", **small)
+        config = make_config(model, Layout(), dtype=dtype, device="cuda", **small)
         one = Trainer(config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda"))
         with module.forbidding("wait"):
             reports = [one.step(0)]

@@ -45,9 +45,9 @@ def check(got: Any, want: Any, dtype: str, tolerance: float) -> None:
             assert error <= tolerance, f"result {i}: error {error:.3g}"  # false for NaN
 
 
-def check_narrow(got: Any, want: Any, rounded: Any, dtype: str, factor: float = NARROW_FACTOR) -> None:
-    """Compare 16-bit results with exact ones by the norm of the error: at most `factor` times that of `rounded`, the exact results for the
-    rounded inputs, rounded here to the dtype of each result. Where those are exact, CUDA_TOLERANCE remains."""
+def check_narrow(got: Any, want: Any, rounded: Any, dtype: str) -> None:
+    """Compare 16-bit results with exact ones by the norm of the error: at most NARROW_FACTOR times that of `rounded`, the exact
+    results for the rounded inputs, rounded here to the dtype of each result. Where those are exact, CUDA_TOLERANCE remains."""
     for i, g, w in _pairs(got, want, dtype):
         with np.errstate(over="ignore"):
             nearest = widen(rounded[i].astype(got[i].dtype))
@@ -55,7 +55,7 @@ def check_narrow(got: Any, want: Any, rounded: Any, dtype: str, factor: float = 
         assert np.array_equal(g[~finite], nearest[~finite]), f"result {i}: infinities differ"
         error, allowed = np.linalg.norm(g[finite] - w[finite]), np.linalg.norm(nearest[finite] - w[finite])
         least = float(ml_dtypes.finfo(dtype).eps) if w.size < FEW else CUDA_TOLERANCE
-        limit = max(factor * allowed, least * np.linalg.norm(w[finite]))
+        limit = max(NARROW_FACTOR * allowed, least * np.linalg.norm(w[finite]))
         assert error <= limit, f"result {i}: error {error:.3g}, where {dtype} rounding alone makes {allowed:.3g}"  # false for NaN
 
 
@@ -87,7 +87,7 @@ def check_case(case: Case, choice: str, dtype: str, threads: int = 1, repeats: i
     assert all(np.array_equal(x, copy) for x, copy in zip(inputs, copies, strict=True)), "an input was changed"
     want = case.expected(*(widen(x) for x in inputs))
     if dtype in NARROW:
-        check_narrow(got, case.expected(*exact), want, dtype, NARROW_FACTOR * case.slack)
+        check_narrow(got, case.expected(*exact), want, dtype)
     elif choice.startswith(("emulator:", "device:")):
         check(got, want, dtype, CUDA_TOLERANCE * case.slack)
     else:
@@ -106,18 +106,21 @@ def implementations(case: Case, dtype: str, backends: tuple[str, ...]) -> list[s
 
 
 def emulator_crossing(cases: list[Case]) -> Iterator[tuple[Case, str, str]]:
-    """The cases that the emulator runs: small ones, in float32 and bfloat16. float16 compiles the same templates: one case an op."""
-    seen: set[str] = set()
+    """The cases that the emulator runs: small ones, in float32 and bfloat16. float16 compiles the same templates: one case an op
+    and direction."""
+    seen: set[tuple[str, bool]] = set()
     for case in cases:
         if not any(implementations(case, dtype, ("emulator",)) for dtype in ("float32", *NARROW)):
             continue
-        if sum(x.size for x in case.inputs(np.random.default_rng(0))) > EMULATOR_ELEMENTS:
+        size = sum(x.size for x in case.inputs(np.random.default_rng(0)))
+        if size > EMULATOR_ELEMENTS:
             continue
         for dtype in ("float32", "bfloat16"):
             for choice in implementations(case, dtype, ("emulator",)):
                 yield case, choice, dtype
-        if case.op not in seen and not case.name.endswith(("0x5", "0x4", "-0")):
-            seen.add(case.op)
+        kind = case.op, "backward" in case.name
+        if kind not in seen and size > FEW:
+            seen.add(kind)
             for choice in implementations(case, "float16", ("emulator",)):
                 yield case, choice, "float16"
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import device_arrays
@@ -116,6 +117,15 @@ def test_a_compiler_error_names_the_file_and_the_line(sources: Path) -> None:
     (sources / "more.cuh").write_text("\nint wrong = ;\n")
     with pytest.raises(build.BuildError, match=r"more\.cuh\(2\): error"):
         build.compile_cuda(sources / "k.cu", {}, "sm_80")
+
+
+def test_the_newest_release_is_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["cu13", "cu100", "cuda_nvrtc", "cuda_runtime", "cu14"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    assert [folder.name for folder in build.nvidia_folders()] == ["cu100", "cu14", "cu13", "cuda_nvrtc", "cuda_runtime"]
 
 
 def test_complaints_are_found() -> None:

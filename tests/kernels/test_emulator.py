@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from minillm.kernels import emulator, registry
-from minillm.kernels.emulator import EmulatorError, emulate, heatmap, launch
+from minillm.kernels.emulator import EmulatorError, compiler, emulate, heatmap, launch
 from minillm.kernels.emulator.__main__ import main
 from minillm.kernels.emulator.compiler import compile_text, kernels_in
 from minillm.kernels.emulator.examples import EXAMPLES
@@ -89,6 +90,21 @@ def test_a_fault_is_reported_at_its_line(fault: Fault, order: str) -> None:
     assert re.search(rf"(faults\.cu:|at line ){line_of(fault.kernel)}\b", report), report
     if order == "round robin":
         assert fault.says in report
+
+
+@pytest.mark.parametrize("name", ["read_past_array", "past_static_shared", "read_without_barrier", "barrier_not_reached"])
+def test_clang_finds_the_same_faults(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("clang++") is None:
+        pytest.skip("clang++ is not on this machine")
+    monkeypatch.setattr(compiler, "_CANDIDATES", ("clang++",))
+    caches = compiler.host_compiler, compiler.compile_host
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        test_a_fault_is_reported_at_its_line(next(fault for fault in FAULT_LIST if fault.kernel == name), "round robin")
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_every_kernel_of_the_file_is_tried() -> None:

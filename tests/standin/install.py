@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from minillm.kernels import attention, launch, registry
+from minillm.kernels.emulator.tensor_map import TensorMap, tensor_map
 
 import standin
 
@@ -25,7 +27,7 @@ OWN = ("matmul",)  # operations whose GPU implementation needs no kernel of ours
 def installed(kernel_source: str = "reference") -> Iterator[Any]:
     """`import cupy` gives the stand-in inside the block. `kernel_source`: "reference", or "emulator" for the bindings and `.cu` files."""
     before = {op: list(entries) for op, entries in registry._kernels.items()}
-    own_function, cupy = launch._function, sys.modules.get("cupy")
+    own_function, own_encode, cupy = launch._function, launch._encode, sys.modules.get("cupy")
     caches = (launch.compute_capability, launch._multiprocessors, launch._module, attention.cuda._shared_bytes)
     sys.modules["cupy"] = standin.as_module()
     try:
@@ -37,11 +39,11 @@ def installed(kernel_source: str = "reference") -> Iterator[Any]:
             if kernel_source == "reference" and op not in OWN:
                 reference = next(k for k in entries if k.backend == "numpy")
                 registry._kernels[op].append(registry.Kernel(op, "cuda", "reference", hosted(reference.fn)))
-        launch._function = _function
+        launch._function, launch._encode = _function, _encode
         _forget(caches)
         yield standin
     finally:
-        launch._function = own_function
+        launch._function, launch._encode = own_function, own_encode
         registry._kernels.clear()
         registry._kernels.update(before)
         _forget(caches)
@@ -83,6 +85,8 @@ class _Function:
 def _unwrapped(x: Any) -> Any:
     if isinstance(x, standin.ndarray):
         return x.host
+    if isinstance(x, TensorMap):
+        return x
     if isinstance(x, np.ndarray) and x.shape == (1,):  # a struct by value
         return x[0]
     if isinstance(x, np.uint64) and not x:
@@ -90,6 +94,16 @@ def _unwrapped(x: Any) -> Any:
     if not isinstance(x, np.generic):
         raise TypeError(f"CuPy would pass {x!r} with a width of its own choice; wrap it as a NumPy scalar")
     return x
+
+
+def _encode(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, box: tuple[int, ...], swizzle: int) -> TensorMap:
+    """The emulator's map in place of the driver's."""
+    kind = np.dtype(dtype)
+    steps = (*strides, kind.itemsize)
+    num_bytes = kind.itemsize + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+    standin.check_inside(pointer, num_bytes)
+    memory = (ctypes.c_char * num_bytes).from_address(pointer)
+    return tensor_map(np.ndarray(shape, kind, memory, strides=steps), box, swizzle)
 
 
 _loaded: dict[Any, _Function] = {}
