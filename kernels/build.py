@@ -118,10 +118,12 @@ class _Nvrtc(NamedTuple):
 
 
 def nvidia_folders() -> list[Path]:
-    """Folders of NVIDIA's pip wheels, new (nvidia/cu13) and old (nvidia/cuda_nvrtc), newest first."""
+    """Folders of NVIDIA's pip wheels, those of a whole release (nvidia/cu13), the newest first, before older ones (nvidia/cuda_nvrtc)."""
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or ()) if spec else []
-    return sorted((folder for root in roots for folder in Path(root).iterdir() if folder.is_dir()), reverse=True)
+    folders = [folder for root in roots for folder in Path(root).iterdir() if folder.is_dir()]
+    releases = {folder: re.fullmatch(r"cu(\d+)", folder.name) for folder in folders}
+    return sorted(folders, key=lambda folder: (int(found[1]) if (found := releases[folder]) else 0, folder.name), reverse=True)
 
 
 def toolkit_folders() -> list[Path]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import device_arrays
@@ -36,6 +37,13 @@ def test_kernels_for_all_devices_compile_for_hopper() -> None:
     for path in FILES:
         if not build.marks(path, "arch"):
             assert not build.complaints(build.report(path, build.build_sets(path)[0], "sm_90a")), path
+
+
+def test_the_newest_release_of_nvidias_wheels_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda_nvrtc", "cu13", "cudnn", "cu9", "cublas"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    assert [folder.name for folder in build.nvidia_folders()] == ["cu13", "cu9", "cudnn", "cuda_nvrtc", "cublas"]
 
 
 @pytest.fixture
