@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from standin.install import installed
 
+from minillm import kernels
 from minillm.bench import gpu
 from minillm.bench.shapes import Shape
 from minillm.device import open_device
@@ -42,6 +44,15 @@ def test_the_profile_accounts_for_the_step(monkeypatch: pytest.MonkeyPatch) -> N
     with installed():
         found = gpu.profile(open_device("cuda"), TINY)
     assert found["launches"] > 0 and {"products", "CuPy's kernels", "host gaps"} <= set(found["shares"])
+
+
+def test_a_kernel_under_the_clock_still_has_an_occupancy() -> None:
+    parts: dict[str, list[Any]] = {}
+    with installed("emulator") as cupy:
+        x, ones, device = cupy.ones((4, 32), np.float32), cupy.ones(4, np.float32), open_device("cuda")
+        with gpu._bracketed(device, parts):
+            kernels.layernorm_backward(x, x, x[0], ones, ones)
+    assert len(parts["other kernels"]) == 2  # a second one adds up the parameters' gradients
 
 
 def test_the_page_holds_every_number() -> None:
