@@ -80,7 +80,7 @@ def _elementwise() -> Iterator[Work]:
     yield Work("column_sum", size, lambda: kernels.column_sum(wide))
     yield Work("cast to float32", 3 * size, lambda: kernels.cast(wide, np.float32))
     T = 1024
-    x = half[:, :DIM].reshape(ROWS // T, T, DIM)
+    x = half[:, :DIM].copy().reshape(ROWS // T, T, DIM)
     address = (7, np.arange(ROWS // T), np.arange(T), np.arange(DIM))
     yield Work("dropout_forward", 2 * x.nbytes, lambda: kernels.dropout_forward(x, 0.1, *address))
     cos, sin = (importlib.import_module("cupy").asarray(t) for t in kernels.rope_tables(np.arange(T), HEAD_WIDTH, 1e4, np.float32))
