@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 
 from minillm.kernels import build
@@ -19,11 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--capability", default="90", help="compute capability of the device, such as 80 or 90 (default: 90)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilers side by side (default: one for each core)")
     parser.add_argument("--only", default="", help="only files whose folder/name holds this")
+    parser.add_argument("--seconds", type=float, help="start no compiler after this time")
     args = parser.parse_args(argv)
     files = [path for path in build.cuda_files() if args.only in f"{path.parent.name}/{path.name}"]
     work = [(path, defines, args.capability) for path in files for defines in build.build_sets(path)]
     with ProcessPoolExecutor(args.processes) as pool:
-        results = list(pool.map(compile_one, work))
+        futures = [pool.submit(compile_one, each) for each in work]
+        late = wait(futures, timeout=args.seconds).not_done
+        unstarted = {future for future in late if future.cancel()}
+        results = ["FAILED: not run, no time" if future in unstarted else future.result() for future in futures]
     for (path, defines, _), result in zip(work, results, strict=True):
         print(f"{path.parent.name}/{path.name} {' '.join(f'-D{k}={v}' for k, v in defines.items())}: {result}")
     return int(any(result.startswith("FAILED") for result in results))

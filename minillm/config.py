@@ -208,7 +208,7 @@ class TrainConfig(Architecture):
     node_shared: Literal["auto", "on", "off"] = "auto"
     """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in shared memory: auto (where possible)."""
     kernels: str = "auto"
-    """Implementation of the operations: auto (the fastest), numpy, c, or by operation as attention=numpy,matmul=c:avx2."""
+    """Implementation of the operations: auto (the fastest), numpy, c, cuda, or by operation as attention=cuda:v2,matmul=c:avx2."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where arrays live."""
 

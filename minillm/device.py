@@ -1,8 +1,8 @@
 """Where a run's arrays live: the CPU, with NumPy, or a GPU, with CuPy. One `Device` is made when a run starts and passed to whoever
 allocates, or brings numbers to or from it.
 
-CuPy is imported here alone, and only for a GPU. The host queues work and runs ahead of the GPU; it waits only where `Later.read` or
-`to_host` is called, and where ranks exchange arrays.
+CuPy is imported here, and by the kernels, only for a GPU. The host queues work and runs ahead of the GPU; it waits only where `Later.read`
+or `to_host` is called, and where ranks exchange arrays.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -43,15 +44,19 @@ def shapes(lengths: tuple[int, ...] = LENGTHS) -> Iterator[Shape]:
             yield from (Shape(head_width, causal, T) for T in lengths)
 
 
-def run(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
+def run(lengths: tuple[int, ...] = LENGTHS, deadline: float = 2 * TORCH_SECONDS) -> dict[str, Any]:
     """Our variants and PyTorch's back ends: {"rows": [...], "notes": [...]}. A row is a shape's fields with "forward" and "backward", which
-    map names to TFLOP/s."""
+    map names to TFLOP/s. Half of the `deadline` in seconds is for ours, what is left then for PyTorch's."""
     notes: list[str] = []
+    start = time.perf_counter()
     rows = [{**shape._asdict(), "forward": {}, "backward": {}} for shape in shapes(lengths)]
     for row, shape in zip(rows, shapes(lengths), strict=True):
+        if time.perf_counter() - start > deadline / 2:
+            notes.append("not run, no time: {head_width} {causal} {T}".format_map(row))
+            continue
         for name, forward, backward in _variants(shape):
             _time(row, name, shape, forward, backward, notes)
-    theirs, words = _torch(lengths)
+    theirs, words = _torch(lengths, min(TORCH_SECONDS, deadline - (time.perf_counter() - start)))
     notes += words
     for row, other in zip(rows, theirs, strict=False):
         for way in ("forward", "backward"):
@@ -92,15 +97,17 @@ def _time(row: dict[str, Any], name: str, shape: Shape, forward: Any, backward: 
             notes.append(f"{name} {way}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _torch(lengths: tuple[int, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+def _torch(lengths: tuple[int, ...], timeout: float) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of PyTorch, from a process of its own: two CUDA libraries of different releases need not agree in one."""
     if importlib.util.find_spec("torch") is None:
         return [], ["PyTorch is not installed: no yardstick"]
+    if timeout <= 0:
+        return [], ["not run, no time: PyTorch"]
     command = [sys.executable, "-m", "minillm.kernels.gpu_check.torch_attention", json.dumps(lengths)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TORCH_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return [], [f"PyTorch did not end within {TORCH_SECONDS} s"]
+        return [], [f"PyTorch did not end within {timeout:.0f} s"]
     if done.returncode:
         return [], [f"PyTorch failed: {' '.join(done.stderr.split())[-300:]}"]
     found = json.loads(done.stdout.strip().splitlines()[-1])

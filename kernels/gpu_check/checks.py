@@ -17,16 +17,18 @@ import numpy as np
 from minillm.kernels.registry import KernelUnavailable
 
 REPEATS = 10
+SECONDS = 110.0
 DTYPES = ("float32", "bfloat16", "float16")
 SANITIZER_ELEMENTS = 20_000  # of a case's inputs: the sanitizer slows a kernel down a hundredfold
 SANITIZER_SECONDS = 45
+SANITIZER_START = 30  # seconds until the first case
 
 
 def run(
     tests: Path,
     repeats: int = REPEATS,
     most_elements: int | None = None,
-    deadline: float = 110.0,
+    deadline: float = SECONDS,
     device: Any = None,
     source: str = "cuda",
 ) -> dict[str, Any]:
@@ -91,16 +93,20 @@ def random_bits_agree() -> str | None:
     return None if found.tobytes() == want.tobytes() else f"{int((found != want).sum())} of {len(want)} normals differ from NumPy's"
 
 
-def sanitize(tests: Path) -> dict[str, Any]:
-    """The small cases once more under compute-sanitizer's memory checker, where it is installed."""
+def sanitize(tests: Path, deadline: float = SANITIZER_SECONDS + SANITIZER_START) -> dict[str, Any]:
+    """The small cases once more under compute-sanitizer's memory checker, where it is installed, if it can end in `deadline` seconds."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return {"outcome": "left out", "words": "compute-sanitizer is not on this machine"}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, "-m", "minillm.kernels.gpu_check.checks", str(tests)]
+    seconds = min(SANITIZER_SECONDS, int(deadline) - SANITIZER_START)
+    if seconds <= 0:
+        return {"outcome": "not run", "words": "no time"}
+    program = [sys.executable, "-m", "minillm.kernels.gpu_check.checks", str(tests), str(seconds)]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "86", *program]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS + 30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + SANITIZER_START)
     except subprocess.TimeoutExpired:
-        return {"outcome": "failed", "words": f"no end within {SANITIZER_SECONDS + 30} s"}
+        return {"outcome": "failed", "words": f"no end within {seconds + SANITIZER_START} s"}
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     outcome = "ok" if done.returncode == 0 else "failed"
     return {"outcome": outcome, "words": " | ".join(lines[-1:] if outcome == "ok" else lines[-12:])}
@@ -109,7 +115,7 @@ def sanitize(tests: Path) -> dict[str, Any]:
 def main() -> int:
     """What runs under the sanitizer: small cases, once each, without the memory pool, in which nothing ends where its array ends."""
     importlib.import_module("cupy").cuda.set_allocator(None)
-    found = run(Path(sys.argv[1]), repeats=1, most_elements=SANITIZER_ELEMENTS, deadline=SANITIZER_SECONDS)
+    found = run(Path(sys.argv[1]), repeats=1, most_elements=SANITIZER_ELEMENTS, deadline=float(sys.argv[2]))
     print(f"{found['ran']} cases, {len(found['failures'])} failures, no time for {found['no_time']}")
     return int(bool(found["failures"]))
 

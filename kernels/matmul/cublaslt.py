@@ -161,16 +161,19 @@ def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any 
         return out
     left, right, target = operand(b), operand(a), operand(out)
     N, (M, K) = b.shape[1], a.shape
+    fused = bias if bias is not None and bias.dtype == out.dtype else None  # it would be read as the result's dtype
     key = Key(
         _matrix(left, N, K, element(b)),
         _matrix(right, K, M, element(a)),
         _matrix(target, N, M, element(out)),
         (left.transposed, right.transposed),
-        PLAIN if bias is None else WITH_BIAS,
+        PLAIN if fused is None else WITH_BIAS,
     )
     stream = importlib.import_module("cupy").cuda.get_current_stream().ptr
     beta = 1.0 if accumulate else 0.0
-    _opened(a.device.id).run(key, left.pointer, right.pointer, target.pointer, beta, None if bias is None else bias.data.ptr, stream)
+    _opened(a.device.id).run(key, left.pointer, right.pointer, target.pointer, beta, None if fused is None else fused.data.ptr, stream)
+    if bias is not None and fused is None:
+        out += bias
     return out
 
 

@@ -6,6 +6,7 @@ variants `avx512`, `avx2` and `baseline` of backend `c`, the fastest first. C ke
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -86,11 +87,10 @@ def c_kernel(op: str, missing: str | None = None) -> Callable[[Callable[..., Any
 
 def prepare_process() -> None:
     """For a program to call once, at its start: hold every BLAS loaded so far to one thread, since the pool is ours, and let the memory of
-    freed arrays stay with the process."""
+    freed arrays stay with the process. Without threadpoolctl (gpu_check needs little) the BLAS keeps its threads: slower, not wrong."""
     global _blas_limit
-    from threadpoolctl import threadpool_limits
-
-    _blas_limit = threadpool_limits(1, user_api="blas")
+    with contextlib.suppress(ImportError):
+        _blas_limit = importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
     if extension is not None:
         extension.keep_freed_memory()
 

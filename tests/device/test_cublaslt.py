@@ -118,6 +118,14 @@ def test_every_layout(shape: tuple[int, int, int], left: bool, right: bool, dtyp
     assert np.abs(to_host(found).astype(np.float64) - want).max() <= 2 * tolerance * max(1.0, np.abs(want).max())
 
 
+def test_a_bias_of_another_dtype_than_the_result() -> None:
+    import cupy
+
+    bias, out = to_device(np.array([1, 2, 3], TYPES["bfloat16"]), cupy), cupy.zeros((4, 3), np.float32)
+    ones = to_device(np.ones((4, 8), TYPES["bfloat16"]), cupy)
+    assert (to_host(matmul(ones, ones[:3].T, out, bias=bias)) == [9, 10, 11]).all()
+
+
 def test_plans_are_kept_and_biases_are_not(library: FakeLibrary) -> None:
     import cupy
 

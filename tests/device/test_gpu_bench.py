@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from standin.install import installed
 
+from minillm import kernels
 from minillm.bench import gpu
 from minillm.bench.shapes import Shape
 from minillm.device import open_device
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = Shape(2, 2, 64, 32, 4, 97)
 
 
@@ -22,19 +27,52 @@ def test_losses_and_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "LAYOUTS", (dict(dp=2), dict(tp=2, pp=2, microbatch=4, sequence_parallel=True)))
     with installed():
         found = gpu.run(["losses", "ranks"], TINY)
-    assert found["problems"] == [] and len(found["losses"]) == 6 and len(found["ranks"]) == 4
-    assert "dp 2" in gpu.markdown(found) and "not measured" in gpu.markdown(found)
+    assert found["problems"] == [] and len(found["losses"]) == 6 and len(found["ranks"]) == 8
+    assert found["not_run"] == [] and "dp 2: weights" in gpu.markdown(found) and "not measured" in gpu.markdown(found)
 
 
 def test_a_wrong_loss_and_a_broken_section_are_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    monkeypatch.setattr(
-        gpu, "losses", lambda: [gpu._row("float32", [1.0, 2.1], [1.0, 2.0], 1e-4), gpu._row("nan", [float("nan")], [1.0], 1)]
-    )
+    monkeypatch.setattr(gpu, "losses", lambda: [gpu._losses_row("float32", [1.0, 2.1], [1.0, 2.0], 1e-4), gpu._row("nan", float("nan"), 1)])
     monkeypatch.setattr(gpu, "ranks", lambda: 1 / 0)
     assert gpu.main(["--only=losses,ranks", f"--json={tmp_path / 'found.json'}"]) == 1
     problems = json.loads((tmp_path / "found.json").read_text())["problems"]
     assert problems == ["losses: float32 is off by 5.0e-02", "losses: nan is off by nan", "ranks: ZeroDivisionError: division by zero"]
     assert "PROBLEM losses" in capsys.readouterr().out
+
+
+def test_wrong_weights_of_one_rank_are_seen() -> None:
+    whole = (slice(0, 4),)
+    want = gpu.Trained([], [gpu.Block("w", (4,), whole, np.zeros(4), np.ones(4))])
+    good, bad = (gpu.Trained([], [gpu.Block("w", (4,), (slice(2, 4),), np.zeros(2), np.full(2, x))]) for x in (1.0, 1.5))
+    assert gpu._weights_error([want, good], want) == 0
+    assert np.isclose(gpu._weights_error([want, bad], want), np.sqrt(2 * 0.5**2 / 6))
+
+
+def test_what_there_is_no_time_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "SECONDS", 0)
+    saved: list[list[str]] = []
+    found = gpu.run(["profile", "losses"], TINY, lambda found: saved.append(list(found["not_run"])))
+    assert found["problems"] == ["losses: not run, no time", "profile: not run, no time"]
+    assert saved == [["losses", "profile"]] * 3 and "Not run: losses, profile." in gpu.markdown(found)
+
+
+def test_it_needs_numpy_cupy_and_ml_dtypes_only() -> None:
+    """All of gpu_check's imports, and a turn of training, without the other packages."""
+    script = """
+import sys
+missing = ("threadpoolctl", "tyro", "tqdm", "safetensors", "mpi4py", "scipy_openblas64", "torch", "regex")
+sys.modules.update(dict.fromkeys(missing))
+import minillm.kernels.gpu_check.__main__, minillm.kernels.gpu_check.checks, minillm.kernels.precompile, minillm.bench.gpu
+from pathlib import Path
+list(minillm.kernels.gpu_check.checks.crossing(Path("tests/kernels"), 0))
+from minillm.bench import own_gpt
+own_gpt._gemm_rate = lambda *_: 1.0
+sys.argv += "--layers 1 --heads 1 --dim 8 --context 8 --batch 1 --vocab 11 --threads 1 --seconds 0 --warmup 1".split()
+own_gpt.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["times"]) == 3
 
 
 def test_the_profile_accounts_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,10 +82,19 @@ def test_the_profile_accounts_for_the_step(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["launches"] > 0 and {"products", "CuPy's kernels", "host gaps"} <= set(found["shares"])
 
 
+def test_a_kernel_under_the_clock_still_has_an_occupancy() -> None:
+    parts: dict[str, list[Any]] = {}
+    with installed("emulator") as cupy:
+        x, ones, device = cupy.ones((4, 32), np.float32), cupy.ones(4, np.float32), open_device("cuda")
+        with gpu._bracketed(device, parts):
+            kernels.layernorm_backward(x, x, x[0], ones, ones)
+    assert len(parts["other kernels"]) == 2  # a second one adds up the parameters' gradients
+
+
 def test_the_page_holds_every_number() -> None:
     turn = {"times": [0.1], "seconds": 0.1, "tokens_per_second": 327680.0, "flops": 2e14, "peak_rss": 2e10, "gemm_flops": 8e14}
     other = turn | {"tokens_per_second": 163840.0, "peak_rss": 4e10}
     profile = {"launches": 7, "shares": {"products": 0.6, "host gaps": 0.004}}
-    page = gpu.markdown({"problems": [], "shape": {}, "gpt2": turn, "torch": {"compile": other}, "profile": profile})
-    for words in ("327680", "0.25", "20.00", "60.0%", "| 2.00", "| 0.50", "0.00"):
+    page = gpu.markdown({"problems": [], "not_run": ["cublaslt"], "shape": {}, "gpt2": turn, "torch compile": other, "profile": profile})
+    for words in ("327680", "0.25", "20.00", "60.0%", "| 2.00", "| 0.50", "0.00", "Not run: cublaslt."):
         assert words.replace("| ", "") in page, words

@@ -1,4 +1,4 @@
-"""How a kernel's results are judged, and the memory that shows what it forgets to write. Without pytest, so that kernels/gpu_check.py can
+"""How a kernel's results are judged, and the memory that shows what it forgets to write. Without pytest, so that kernels/gpu_check/ can
 use it where there is none."""
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from minillm.kernels import cuda, registry
+from minillm.kernels import cuda, precompile, registry
 from minillm.kernels.gpu_check import __main__ as program
-from minillm.kernels.gpu_check import attention, checks, report, smoke
+from minillm.kernels.gpu_check import attention, checks, report, smoke, steps
 from test_cuda import HostDevice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,8 @@ def test_the_sanitizer_runs_and_its_verdict_counts(tmp_path: Path, monkeypatch: 
         tool.chmod(0o755)
         found = checks.sanitize(TESTS)
         assert found == {"outcome": outcome, "words": "ERROR SUMMARY"}
-    assert (tmp_path / "args").read_text().split()[-3:] == ["-m", "minillm.kernels.gpu_check.checks", str(TESTS)]
+    assert (tmp_path / "args").read_text().split()[-4:] == ["-m", "minillm.kernels.gpu_check.checks", str(TESTS), "45"]
+    assert checks.sanitize(TESTS, 30)["outcome"] == "not run"
 
 
 def test_attention_is_counted_as_published() -> None:
@@ -166,10 +167,11 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     for line in page.splitlines():
         assert not line.startswith("|") or line.count("|") >= 3
     goals = {name: (target, found) for name, target, found in report.goals(FOUND)}
-    assert goals["attention forward, width 64 causal 1k, of flash"] == (0.9, 220 / 230)
-    assert goals["attention forward, width 128 causal 4k, of flash"] == (1.4, 470 / 320)
+    assert goals["attention forward, width 64 causal 1k, of flash"] == ((0.9, 1.0), 220 / 230)
+    assert goals["attention forward, width 128 causal 4k, of flash"] == ((0.9, 1.4), 470 / 320)
+    assert goals["attention forward, width 128 causal 4k, TFLOP/s"] == ((450.0,), 470.0) and "450" in page
     assert goals["attention forward, width 128 causal 4k, of cuDNN"][1] is None
-    assert goals["slowest gelu kernel, of the copy"] == (0.9, 0.897) and goals["slowest adamw kernel, of the copy"][1] is None
+    assert goals["slowest gelu kernel, of the copy"] == ((0.8, 0.9, 0.95), 0.897) and goals["slowest adamw kernel, of the copy"][1] is None
     assert report.failed(FOUND) == ["adamw_: ValueError: no"]
 
     paths = program.write(FOUND, tmp_path / "results")
@@ -179,12 +181,31 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
 
 def test_a_run_cut_short_still_makes_a_page() -> None:
     bare = {key: FOUND[key] for key in ("commit", "date", "device", "software", "seconds")}
+    assert "Not run, or not to the end: ceilings, attention, steps" in report.markdown(bare)
     assert "Not run." in report.markdown(bare) and report.failed(bare) == []
     broken = {**bare, "problems": ["section smoke: ValueError: x"], **dict.fromkeys(program.SECTIONS)}
     assert "not measured" in report.markdown(broken) and report.failed(broken) == ["section smoke: ValueError: x"]
     worst = {**bare, "tests": {**FOUND["tests"], "ran": 0, "no_time": 3, "failures": [{"case": "a", "words": "b"}]}}
     assert report.failed(worst) == ["a: b", "there was no time for 3 cases", "no case ran"]
     assert "- a: b" in report.markdown(worst)
+
+
+def test_what_there_is_no_time_for_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_variants", lambda shape: pytest.fail("there is no time"))
+    found = attention.run((1024,), deadline=-1)
+    assert "not run, no time: 128 True 1024" in found["notes"] and not found["rows"][0]["forward"]
+    assert {row["error"] for row in steps.run(1.0, -1)} == {"not run, no time"}
+    for name in ("device", "software"):
+        monkeypatch.setattr(program, name, dict)
+    monkeypatch.setattr(program, "KERNEL_SECONDS", 0)
+    problems = program.run(["ceilings", "steps"], ROOT, 1)["problems"]
+    assert problems == [f"section {name}: not run, the 0 s for the kernels were over" for name in ("ceilings", "steps")]
+
+
+def test_the_kernels_of_a_machine_are_compiled_until_there_is_no_time(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(precompile, "compile_one", str)
+    assert precompile.main(["--only=cast/", "--processes=1"]) == 0 and "cast/v1.cu" in capsys.readouterr().out
+    assert precompile.main(["--processes=1", "--seconds=0"]) == 1 and "FAILED: not run, no time" in capsys.readouterr().out
 
 
 def test_sections_that_break_are_problems() -> None:
