@@ -1,4 +1,4 @@
-/* Matrix products: slices of the result over the pool, each one call of a BLAS that has one thread. Column sums. */
+/* Matrix products: slices of the result, or of the depth, over the pool, each one call of a BLAS that has one thread. Column sums. */
 
 typedef struct {
     const float *a, *b, *bias; /* bias [N] or NULL */
@@ -27,12 +27,15 @@ static void matmul_columns(Pool *pool, const void *state, int64_t start, int64_t
 }
 
 #include "few_rows.c"
+#include "split_depth.c"
 
 static void matmul(Pool *pool, const Argument *arguments) {
     UNPACK(MatMul, p, arguments);
     if (p.M <= FEW_ROWS && p.transposed_b && !p.transposed_a && p.N > p.M)
         pool_run(pool, matmul_few_rows, &p, p.N, 16);
-    else if (p.M >= p.N)
+    else if (pool_size(pool) > 1 && is_deep(pool, &p))
+        matmul_deep(pool, &p);
+    else if (4 * p.M >= p.N) /* long slices of rows are faster than of columns */
         pool_run(pool, matmul_rows, &p, p.M, 16);
     else
         pool_run(pool, matmul_columns, &p, p.N, 16);

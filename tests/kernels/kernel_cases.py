@@ -292,8 +292,8 @@ def cut_logits(logits: Any, valid: int, parts: int) -> tuple[int, list[Any], lis
 
 
 def matmul_cases() -> Iterator[Case]:
-    few_rows = ((1, 70, 300), (6, 33, 50), (8, 129, 1025))
-    for M, K, N in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (5, 7, 3), *few_rows, (300, 257, 129), (33, 300, 1025), (900, 64, 130)):
+    few_rows, deep = ((1, 70, 300), (6, 33, 50), (8, 129, 1025)), ((30, 1100, 47), (65, 550, 9))
+    for M, K, N in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (5, 7, 3), *few_rows, *deep, (300, 257, 129), (33, 300, 1025), (900, 64, 130)):
         size, make = f"{M}x{K}x{N}", normals((M, K), (K, N), (M, N))
         yield Case("matmul", size, make, lambda a, b, c: (kernels.matmul(a, b),), lambda a, b, c: (a @ b,))
         yield Case(

@@ -42,6 +42,17 @@ def test_workers_that_fell_asleep_wake_up() -> None:
             threading.Event().wait(pause)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 8, 9])
+def test_a_deep_product_is_the_same_on_any_number_of_threads(threads: int) -> None:
+    rng = np.random.default_rng(0)
+    a, b, bias, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((20, 2500), (2500, 24), 24, (20, 30)))
+    with kernels.threads(threads):
+        assert np.allclose(kernels.matmul(a, b, bias=bias), a @ b + bias, atol=1e-3)
+        out = c.copy()
+        kernels.matmul(a, b, out=out[:, :24], accumulate=True)
+    assert np.allclose(out[:, :24], c[:, :24] + a @ b, atol=1e-3) and np.array_equal(out[:, 24:], c[:, 24:])
+
+
 def test_pools_of_several_python_threads_work_at_once() -> None:
     totals: list[float] = []
 

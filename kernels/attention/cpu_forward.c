@@ -1,0 +1,199 @@
+/* The forward pass: tiles of PANEL queries over all keys; single queries, for generation, without packing anything. */
+
+typedef struct {
+    Attention common;
+    float *o;   /* [B, Tq, H, K] */
+    float *lse; /* [B, H, Tq] */
+    int64_t o_b, o_t, o_h;
+} AttentionForward;
+
+/* Softmax of as many queries as a vector has lanes: how many keys each sees, and of the keys so far its largest score (or 0 if it saw none)
+   and the sum of exp(score - top). A query a lane: maxima and sums need nothing across the lanes. */
+typedef struct {
+    int32_t limit[LANES];
+    float top[LANES], total[LANES];
+    int64_t keys; /* the largest limit */
+} Softmax;
+
+static void softmax_start(Softmax *m, const int64_t *limits, int64_t n) {
+    m->keys = 0;
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        m->limit[lane] = lane < n ? (int32_t)limits[lane] : 0;
+        m->top[lane] = -__builtin_inff();
+        m->total[lane] = 0;
+        m->keys = m->limit[lane] > m->keys ? m->limit[lane] : m->keys;
+    }
+}
+
+/* Overwrite the scores s of the keys [key, key + n), one a row of PANEL floats, by exp(score - top). What was computed with the largest
+   scores so far is to be multiplied by `rescale` [LANES]. */
+static void softmax_keys(Softmax *m, const uint8_t *key_mask, int64_t key, int64_t n, float *s, float *rescale) {
+    const int64_t seen = m->keys - key < 0 ? 0 : least(n, m->keys - key);
+    float top[LANES], total[LANES] = {0};
+    memcpy(top, m->top, sizeof top);
+    for (int64_t j = 0; j < seen; j++) {
+        float *row = s + j * PANEL;
+        const int32_t at = key_mask && !key_mask[key + j] ? INT32_MAX : (int32_t)(key + j);
+#pragma omp simd
+        for (int lane = 0; lane < LANES; lane++) {
+            const float x = at < m->limit[lane] ? row[lane] : -__builtin_inff();
+            row[lane] = x;
+            top[lane] = x > top[lane] ? x : top[lane];
+        }
+    }
+    float shift[LANES];
+#pragma omp simd
+    for (int lane = 0; lane < LANES; lane++) {
+        shift[lane] = top[lane] == -__builtin_inff() ? 0 : top[lane];
+        rescale[lane] = exp_(m->top[lane] - shift[lane]);
+    }
+    for (int64_t j = 0; j < seen; j++) {
+        float *row = s + j * PANEL;
+#pragma omp simd
+        for (int lane = 0; lane < LANES; lane++) {
+            row[lane] = exp_(row[lane] - shift[lane]);
+            total[lane] += row[lane];
+        }
+    }
+    for (int64_t j = seen; j < n; j++) store(s + j * PANEL, (Vector){0});
+#pragma omp simd
+    for (int lane = 0; lane < LANES; lane++) {
+        m->top[lane] = top[lane];
+        m->total[lane] = m->total[lane] * rescale[lane] + total[lane];
+    }
+}
+
+/* Multiply the probabilities s [n, PANEL] of `rows` queries from `first` on and of the keys from `key` on by their scaled keep mask. */
+static void drop_keys(const Attention *a, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t key, int64_t n, float *s) {
+    const uint64_t *words = a->row_words + (b * a->H + h) * a->Tq + first;
+    const uint32_t threshold = (uint32_t)a->threshold;
+    const float scale = (float)a->keep_scale;
+    uint32_t low[PANEL] = {0}, high[PANEL] = {0};
+    for (int64_t r = 0; r < rows; r++) {
+        low[r] = (uint32_t)words[r];
+        high[r] = (uint32_t)(words[r] >> 32);
+    }
+    for (int64_t j = 0; j < n; j++) {
+        float *row = s + j * PANEL;
+        const uint32_t column = a->column_words[key + j];
+#pragma omp simd
+        for (int lane = 0; lane < PANEL; lane++) row[lane] *= keeps(low[lane], high[lane], column, threshold) ? scale : 0.0f;
+    }
+}
+
+/* A thread's memory in the forward pass. */
+typedef struct {
+    float *values;  /* packed: all of v of a head */
+    float *queries; /* packed: scale q^T of PANEL queries */
+    float *s;       /* [KEY_COLUMNS, PANEL] */
+    float *out;     /* [PANEL, width] sums */
+    int64_t width;  /* K rounded up to whole panels */
+} ForwardScratch;
+
+/* At most PANEL queries of one head over all keys, KEY_COLUMNS at a time (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867).
+   The scores are computed transposed, a key a row and a query a lane. */
+static void attention_forward_queries(const AttentionForward *f, int64_t b, int64_t h, int64_t first, int64_t rows, const ForwardScratch *w) {
+    const Attention *a = &f->common;
+    const int64_t K = a->K, width = w->width, panels = width / PANEL, limit = largest_limit(a, first, rows);
+    const float *k = a->k + b * a->k_b + h / (a->H / a->Hkv) * a->k_h;
+    const uint8_t *key_mask = a->key_mask ? a->key_mask + b * a->Tk : NULL;
+    Softmax softmax[2];
+    for (int half = 0; half < 2; half++) softmax_start(&softmax[half], a->limits + first + half * LANES, rows - half * LANES);
+    pack_transposed(a->q + b * a->q_b + first * a->q_t + h * a->q_h, a->q_t, rows, K, (float)a->scale, w->queries);
+    memset(w->out, 0, (size_t)(PANEL * width) * sizeof(float));
+    for (int64_t key = 0; key < limit; key += KEY_COLUMNS) {
+        const int64_t n = least(KEY_COLUMNS, limit - key);
+        float rescale[PANEL];
+        for (int64_t j = 0; j < n; j += TILE_ROWS)
+            row_product((int)least(TILE_ROWS, n - j), K, (Operand){k + (key + j) * a->k_t, a->k_t, 1}, w->queries, 0, 1, w->s + j * PANEL, PANEL, 0);
+        for (int half = 0; half < 2; half++) softmax_keys(&softmax[half], key_mask, key, n, w->s + half * LANES, rescale + half * LANES);
+        if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->s);
+        for (int64_t r = 0; key && r < rows; r++)
+            for (int64_t i = 0; i < width; i++) w->out[r * width + i] *= rescale[r];
+        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+            const int count = (int)least(TILE_ROWS, rows - r);
+            const int64_t depth = least(n, largest_limit(a, first + r, count) - key);
+            if (depth > 0) row_product(count, depth, (Operand){w->s + r, 1, PANEL}, w->values + key * PANEL, a->Tk * PANEL, panels, w->out + r * width, width, 1);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const Softmax *m = &softmax[r / LANES];
+        const float total = m->total[r % LANES], top = m->top[r % LANES], factor = total > 0 ? 1 / total : total == 0 ? 0 : total;
+        f->lse[(b * a->H + h) * a->Tq + first + r] = total == 0 ? -__builtin_inff() : __builtin_logf(total) + top;
+        float *o = f->o + b * f->o_b + (first + r) * f->o_t + h * f->o_h;
+        for (int64_t i = 0; i < K; i++) o[i] = w->out[r * width + i] * factor;
+    }
+}
+
+/* Overwrite the scores s [n] of one query by unnormalised probabilities. Returns their sum and the shift: log(sum) + shift is the
+   log-sum-exp. */
+static float probabilities(const Attention *a, int64_t b, int64_t n, float *s, float *shift) {
+    if (a->key_mask) {
+        const uint8_t *seen = a->key_mask + b * a->Tk;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) s[j] = seen[j] ? s[j] : -__builtin_inff();
+    }
+    const int64_t whole = fill_vector(s, n, -__builtin_inff());
+    float top = maximum(s, whole), total = 0;
+    if (top == -__builtin_inff()) top = 0; /* sees nothing */
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < whole; j++) {
+        const float e = exp_(s[j] - top);
+        s[j] = e;
+        total += e;
+    }
+    *shift = top;
+    return total;
+}
+
+/* One query row without packing, for generation: packing the keys would cost as much as the products. */
+static void attention_forward_row(const AttentionForward *f, int64_t b, int64_t h, int64_t i, float *s) {
+    const Attention *a = &f->common;
+    const int64_t K = a->K, group = a->H / a->Hkv, n = a->limits[i];
+    const float *q = a->q + b * a->q_b + i * a->q_t + h * a->q_h;
+    const float *k = a->k + b * a->k_b + h / group * a->k_h, *v = a->v + b * a->v_b + h / group * a->v_h;
+    float *o = f->o + b * f->o_b + i * f->o_t + h * f->o_h, shift;
+    for (int64_t j = 0; j < n; j++) s[j] = dot(q, k + j * a->k_t, K) * (float)a->scale;
+    const float total = probabilities(a, b, n, s, &shift);
+    f->lse[(b * a->H + h) * a->Tq + i] = __builtin_logf(total) + shift;
+    if (a->row_words) drop(a, b, h, i, 0, n, s);
+    memset(o, 0, (size_t)K * sizeof(float));
+    const float factor = total > 0 ? 1 / total : total == 0 ? 0 : total;
+    for (int64_t j = 0; j < n; j++) {
+        const float p = s[j] * factor, *row = v + j * a->v_t;
+#pragma omp simd
+        for (int64_t c = 0; c < K; c++) o[c] += p * row[c];
+    }
+}
+
+enum { FEW_QUERIES = 4 };
+
+static void attention_forward_heads(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+    const AttentionForward *f = state;
+    const Attention *a = &f->common;
+    const int64_t group = a->H / a->Hkv, K = a->K;
+    if (a->Tq <= FEW_QUERIES) { /* items are (sample, head) */
+        float *s = pool_scratch(pool, thread, (size_t)round_up(a->Tk, LANES));
+        for (int64_t item = start; s && item < stop; item++)
+            for (int64_t i = 0; i < a->Tq; i++) attention_forward_row(f, item / a->H, item % a->H, i, s);
+        return;
+    }
+    ForwardScratch w = {.width = round_up(K, PANEL)};
+    const int64_t sizes[] = {a->Tk * w.width, K * PANEL, KEY_COLUMNS * PANEL, PANEL * w.width};
+    if (!share_scratch(pool, thread, 4, sizes, (float **const[]){&w.values, &w.queries, &w.s, &w.out})) return;
+    for (int64_t item = start; item < stop; item++) { /* items are (sample, key-value head) */
+        const int64_t b = item / a->Hkv, g = item % a->Hkv;
+        pack(a->v + b * a->v_b + g * a->v_h, a->v_t, a->Tk, K, w.values);
+        for (int64_t h = g * group; h < (g + 1) * group; h++)
+            for (int64_t first = 0; first < a->Tq; first += PANEL) {
+                const int64_t rows = least(PANEL, a->Tq - first);
+                prefetch_head(a, b * a->H + h + 1, first, rows);
+                attention_forward_queries(f, b, h, first, rows, &w);
+            }
+    }
+}
+
+static void attention_forward(Pool *pool, const Argument *arguments) {
+    UNPACK(AttentionForward, f, arguments);
+    pool_run(pool, attention_forward_heads, &f, f.common.B * (f.common.Tq <= FEW_QUERIES ? f.common.H : f.common.Hkv), 1);
+}
