@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from minillm.arrays import Array
-from minillm.autograd import Tensor, backward, no_grad
+from minillm.autograd import Tensor, no_grad
+from minillm.backward import backward
 
 
 def gradcheck(fn: Callable[..., Any], *inputs: Array, eps: float = 1e-6, tol: float = 1e-6, seed: int = 0) -> float:

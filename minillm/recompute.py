@@ -10,19 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from minillm.arrays import Array
-from minillm.autograd import (
-    BackwardRun,
-    Context,
-    Function,
-    GradSlot,
-    Leaf,
-    Tensor,
-    is_grad_enabled,
-    leaf_recorder,
-    no_grad,
-    run_backward,
-    with_grad,
-)
+from minillm.autograd import Context, Function, GradSlot, Leaf, Tensor, is_grad_enabled, leaf_recorder, no_grad, with_grad
+from minillm.backward import BackwardRun, run_backward
 
 
 class _Checkpoint(Function):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from minillm import ops
-from minillm.autograd import Function, GradSlot, Leaf, Tensor, WeightGradWork, backward, no_grad
+from minillm.autograd import Function, GradSlot, Leaf, Tensor, no_grad
+from minillm.backward import WeightGradWork, backward
 from minillm.gradcheck import gradcheck
 from minillm.recompute import checkpoint
 

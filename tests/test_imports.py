@@ -36,6 +36,7 @@ minillm/comm/world.py
 minillm/comm/mesh.py
 minillm/sharding.py
 minillm/autograd.py
+minillm/backward.py
 minillm/recompute.py
 minillm/gradcheck.py
 minillm/ops/

@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed; .ci/run i
 
 from torch_models import TorchGPT, adamw  # noqa: E402
 
-from minillm.autograd import Tensor, backward, no_grad  # noqa: E402
+from minillm.autograd import Tensor, no_grad  # noqa: E402
+from minillm.backward import backward  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.config import PRESETS, TrainConfig  # noqa: E402
 from minillm.data.batches import Batches  # noqa: E402

@@ -56,9 +56,9 @@ class Batches:
             raise IndexError(f"rows {rows.min()} to {rows.max()} do not lie in a batch of {self.batch}")
         epochs, indices = np.divmod(step * self.batch + rows, self.num_sequences)
         starts = np.empty_like(indices)
-        for epoch in np.unique(epochs):
+        for epoch in set(epochs.tolist()):
             of_epoch = epochs == epoch
-            starts[of_epoch] = self.offset(int(epoch)) + self._order(int(epoch), indices[of_epoch]) * self.context
+            starts[of_epoch] = self.offset(epoch) + self._order(epoch, indices[of_epoch]) * self.context
         return starts
 
     def _order(self, epoch: int, indices: np.ndarray) -> np.ndarray:

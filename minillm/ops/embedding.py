@@ -17,7 +17,8 @@ def embedding(ids: Array, weight: Any, first_row: int = 0) -> Tensor:
 
 
 def add_position(x: Tensor, table: Any, times: np.ndarray) -> Tensor:
-    """x [B, T, D] + table[times] ([T_max, D] at global positions [T])."""
+    """x [B, T, D] + table[times] ([T_max, D] at global positions [T]). Overwrites `x`, which must be the fresh result of an operation that
+    does not keep it."""
     return _AddPosition.apply(x, table, times=times)
 
 
@@ -59,7 +60,8 @@ class _AddPosition(Function):
     def forward(ctx: Context, x: Array, table: Array, *, times: np.ndarray) -> Array:
         rows = _rows_at(times)
         ctx.save(rows, table.shape)
-        return x + table[rows]
+        x += table[rows]
+        return x
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
@@ -67,9 +69,11 @@ class _AddPosition(Function):
         grad = grad_outs[0]
         if not needs[1]:
             return grad, None
-        wide = sum_dtype(grad.dtype)
-        grad_table = namespace(grad).zeros(shape, wide)
-        grad_table[rows] = grad.sum(0, dtype=wide)
+        sums = kernels.column_sum(grad.reshape(len(grad), -1)).reshape(grad.shape[1:])  # over the samples
+        if sums.shape == shape and isinstance(rows, slice):
+            return grad, sums
+        grad_table = namespace(grad).zeros(shape, sums.dtype)
+        grad_table[rows] = sums
         return grad, grad_table
 
 

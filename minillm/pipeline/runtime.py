@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from minillm.arrays import Array, namespace
-from minillm.autograd import WeightGradWork, backward, no_grad
+from minillm.autograd import no_grad
+from minillm.backward import WeightGradWork, backward
 from minillm.comm.communicator import Communicator, Work
 from minillm.pipeline.action import Action, ActionKind, Link, Schedule
 from minillm.pipeline.stage import Live, Microbatch, Stage

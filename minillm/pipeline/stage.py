@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minillm.arrays import Array
-from minillm.autograd import Tensor, WeightGradWork
+from minillm.autograd import Tensor
+from minillm.backward import WeightGradWork
 from minillm.models.gpt import GPT
 from minillm.nn.module import Where
 from minillm.nn.storage import FlatBuffers

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from minillm import kernels, ops
-from minillm.autograd import Function, Tensor, backward
+from minillm.autograd import Function, Tensor
+from minillm.backward import backward
 from minillm.gradcheck import gradcheck
 
 R = np.random.default_rng(1)
@@ -27,6 +28,11 @@ DROP = kernels.AttentionDropout(0.3, 12345, np.array([4, 9]), 2, np.arange(5), n
 ADDRESS: dict[str, Any] = dict(key=77, samples=np.array([3, 8]), times=np.array([5, 6, 7]), channels=np.arange(4))
 
 
+def _fresh(x: Tensor) -> Tensor:
+    """A copy, for operations that overwrite their input."""
+    return ops.add_constant(x, np.zeros(1))
+
+
 def _attention(heads: int, kv_heads: int, **options: Any) -> Callable[[Tensor], Tensor]:
     return lambda qkv: ops.attention(qkv, heads=heads, kv_heads=kv_heads, **options)
 
@@ -35,7 +41,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "linear": (ops.linear, (_n(2, 3, 5), _n(7, 5), _n(7))),
     "linear without bias": (ops.linear, (_n(3, 5), _n(7, 5))),
     "linear of no rows": (ops.linear, (_n(0, 5), _n(7, 5), _n(7))),
-    "add bias": (lambda x, b: ops.add_bias(ops.add_constant(x, np.zeros(4)), b), (_n(2, 3, 4), _n(4))),
+    "add bias": (lambda x, b: ops.add_bias(_fresh(x), b), (_n(2, 3, 4), _n(4))),
     "layer norm": (ops.layer_norm, (_n(2, 3, 7), _n(7), _n(7))),
     "layer norm without bias": (ops.layer_norm, (_n(5, 7), _n(7))),
     "rms norm": (ops.rms_norm, (_n(2, 3, 7), _n(7))),
@@ -51,12 +57,13 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "softmax": (ops.softmax, (_n(3, 4, 5),)),
     "add": (ops.add, (_n(2, 3), _n(2, 3))),
     "add to itself": (lambda x: ops.add(x, x), (_n(2, 3),)),
+    "add position everywhere": (lambda x, table: ops.add_position(_fresh(x), table, np.arange(3)), (_n(2, 3, 4), _n(3, 4))),
     "add constant": (lambda x: ops.add_constant(x, np.arange(3.0)), (_n(2, 3),)),
-    "add position": (lambda x, table: ops.add_position(x, table, np.array([1, 4, 5])), (_n(2, 3, 4), _n(8, 4))),
+    "add position": (lambda x, table: ops.add_position(_fresh(x), table, np.array([1, 4, 5])), (_n(2, 3, 4), _n(8, 4))),
     "dropout": (lambda x: ops.dropout(x, 0.4, **ADDRESS), (_n(2, 3, 4),)),
     "embedding": (lambda w: ops.embedding(IDS, w), (_n(9, 4),)),
     "embedding of a part of the rows": (lambda w: ops.embedding(IDS, w, 3), (_n(4, 4),)),
-    "rotary": (lambda x: ops.rotary(ops.add_constant(x, np.zeros(1)), heads=2, kv_heads=1, cos=COS, sin=SIN), (_n(2, 5, 24),)),
+    "rotary": (lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS, sin=SIN), (_n(2, 5, 24),)),
     "attention causal": (_attention(2, 2), (_n(2, 5, 18),)),
     "attention full": (_attention(2, 2, causal=False), (_n(2, 5, 18),)),
     "attention grouped": (_attention(4, 2), (_n(2, 5, 24),)),
@@ -108,7 +115,7 @@ def test_every_operation_is_checked() -> None:
 
 
 def test_operations_that_overwrite_their_input_say_so() -> None:
-    for function in (ops.add_bias, ops.rotary):
+    for function in (ops.add_bias, ops.add_position, ops.rotary):
         assert "Overwrites" in (function.__doc__ or "")
 
 

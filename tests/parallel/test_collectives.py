@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from minillm.autograd import Tensor, backward
+from minillm.autograd import Tensor
+from minillm.backward import backward
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
 from minillm.parallel import collectives as c
