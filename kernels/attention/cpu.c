@@ -10,8 +10,7 @@
 enum {
     PANEL = 2 * LANES,
     TILE_ROWS = VECTOR_BYTES == 64 ? 12 : 6, /* with 2 vectors a row this fills the registers: 32 of 64 bytes, 16 of 32 or 16 bytes */
-    QUERY_ROWS = 48,                         /* of a tile of the backward pass */
-    KEY_COLUMNS = 128,
+    KEY_COLUMNS = 128,                       /* keys of a tile, whose queries are a panel */
 };
 
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -97,14 +96,22 @@ typedef struct {
     double scale, keep_scale;
 } Attention;
 
-/* Multiply n values of query i, from key `first` on, by their scaled keep mask. */
-static void drop(const Attention *a, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n, float *x) {
-    const uint64_t word = a->row_words[(b * a->H + h) * a->Tq + i];
-    const uint32_t low = (uint32_t)word, high = (uint32_t)(word >> 32), threshold = (uint32_t)a->threshold;
-    const uint32_t *columns = a->column_words + first;
+/* Multiply s [n, PANEL], of `rows` queries from `first` on and of the keys from `key` on, by their scaled keep mask. */
+static void drop_keys(const Attention *a, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t key, int64_t n, float *s) {
+    const uint64_t *words = a->row_words + (b * a->H + h) * a->Tq + first;
+    const uint32_t threshold = (uint32_t)a->threshold;
     const float scale = (float)a->keep_scale;
+    uint32_t low[PANEL] = {0}, high[PANEL] = {0};
+    for (int64_t r = 0; r < rows; r++) {
+        low[r] = (uint32_t)words[r];
+        high[r] = (uint32_t)(words[r] >> 32);
+    }
+    for (int64_t j = 0; j < n; j++) {
+        float *row = s + j * PANEL;
+        const uint32_t column = a->column_words[key + j];
 #pragma omp simd
-    for (int64_t j = 0; j < n; j++) x[j] *= keeps(low, high, columns[j], threshold) ? scale : 0.0f;
+        for (int lane = 0; lane < PANEL; lane++) row[lane] *= keeps(low[lane], high[lane], column, threshold) ? scale : 0.0f;
+    }
 }
 
 static int64_t largest_limit(const Attention *a, int64_t first, int64_t rows) {
@@ -129,14 +136,6 @@ static void prefetch_head(const Attention *a, int64_t head, int64_t first, int64
     if (h % group) return;
     prefetch(a->k, a->k_b, a->k_t, a->k_h, b, h / group, a->Tk, a->K, first, rows);
     prefetch(a->v, a->v_b, a->v_t, a->v_h, b, h / group, a->Tk, a->K, first, rows);
-}
-
-/* Fill a row of scores up to a whole number of vectors; returns that length. Loops over it need no scalar rest, which for rows of a few
-   dozen keys would take longer than the vectors. Rows of scratch are whole panels long. */
-INLINE int64_t fill_vector(float *row, int64_t n, float value) {
-    const int64_t whole = round_up(n, LANES);
-    for (int64_t j = n; j < whole; j++) row[j] = value;
-    return whole & -(int64_t)LANES; /* tells the compiler that it is a multiple */
 }
 
 /* Cut a thread's scratch into parts of `sizes` floats, each on a 64-byte boundary; 0 if memory is short. */

@@ -63,24 +63,6 @@ static void softmax_keys(Softmax *m, const uint8_t *key_mask, int64_t key, int64
     }
 }
 
-/* Multiply the probabilities s [n, PANEL] of `rows` queries from `first` on and of the keys from `key` on by their scaled keep mask. */
-static void drop_keys(const Attention *a, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t key, int64_t n, float *s) {
-    const uint64_t *words = a->row_words + (b * a->H + h) * a->Tq + first;
-    const uint32_t threshold = (uint32_t)a->threshold;
-    const float scale = (float)a->keep_scale;
-    uint32_t low[PANEL] = {0}, high[PANEL] = {0};
-    for (int64_t r = 0; r < rows; r++) {
-        low[r] = (uint32_t)words[r];
-        high[r] = (uint32_t)(words[r] >> 32);
-    }
-    for (int64_t j = 0; j < n; j++) {
-        float *row = s + j * PANEL;
-        const uint32_t column = a->column_words[key + j];
-#pragma omp simd
-        for (int lane = 0; lane < PANEL; lane++) row[lane] *= keeps(low[lane], high[lane], column, threshold) ? scale : 0.0f;
-    }
-}
-
 /* A thread's memory in the forward pass. */
 typedef struct {
     float *values;  /* packed: all of v of a head */
@@ -125,6 +107,14 @@ static void attention_forward_queries(const AttentionForward *f, int64_t b, int6
     }
 }
 
+/* Fill a row of scores up to a whole number of vectors; returns that length. Loops over it need no scalar rest, which for rows of a few
+   dozen keys would take longer than the vectors. Rows of scratch are whole panels long. */
+INLINE int64_t fill_vector(float *row, int64_t n, float value) {
+    const int64_t whole = round_up(n, LANES);
+    for (int64_t j = n; j < whole; j++) row[j] = value;
+    return whole & -(int64_t)LANES; /* tells the compiler that it is a multiple */
+}
+
 /* Overwrite the scores s [n] of one query by unnormalised probabilities. Returns their sum and the shift: log(sum) + shift is the
    log-sum-exp. */
 static float probabilities(const Attention *a, int64_t b, int64_t n, float *s, float *shift) {
@@ -144,6 +134,16 @@ static float probabilities(const Attention *a, int64_t b, int64_t n, float *s, f
     }
     *shift = top;
     return total;
+}
+
+/* Multiply n values of query i, from key `first` on, by their scaled keep mask. */
+static void drop(const Attention *a, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n, float *x) {
+    const uint64_t word = a->row_words[(b * a->H + h) * a->Tq + i];
+    const uint32_t low = (uint32_t)word, high = (uint32_t)(word >> 32), threshold = (uint32_t)a->threshold;
+    const uint32_t *columns = a->column_words + first;
+    const float scale = (float)a->keep_scale;
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) x[j] *= keeps(low, high, columns[j], threshold) ? scale : 0.0f;
 }
 
 /* One query row without packing, for generation: packing the keys would cost as much as the products. */

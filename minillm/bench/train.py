@@ -47,7 +47,7 @@ class TrainBench:
     threads: int = 0
     """Threads in all; 0: one for each core."""
     ranks: int = 1
-    """Data-parallel ranks that share the threads."""
+    """Data-parallel ranks that share the threads; several are compared with one process that has all of them."""
     rounds: int = 5
     """Turns of each contestant."""
     seconds: float = 3.0
@@ -69,19 +69,14 @@ class TrainBench:
 
 
 def contestants(args: TrainBench) -> list[Contestant]:
-    """Ours first, then PyTorch's four."""
+    """Ours first (several ranks, then one), then PyTorch's four."""
     shape, threads = args.shape(), args.threads or usable_cores()
-    each = max(1, threads // args.ranks)
     sizes = [f"--{name}={value}" for name, value in shape._asdict().items()]
     turn = [*sizes, f"--seconds={args.seconds}", "--warmup=3", f"--device={args.device}", f"--dtype={args.dtype}"]
-    own = [sys.executable, "-m", "minillm.bench.own_gpt", *turn, f"--threads={each}"]
-    if args.ranks > 1:
-        mpirun = Path(sys.prefix) / "bin" / "mpirun"
-        own = [str(mpirun if mpirun.exists() else "mpirun"), "-n", str(args.ranks), *own]
-    limits = {"OMP_NUM_THREADS": str(each), "OPENBLAS_NUM_THREADS": "1"}
     on_gpu = args.device == "cuda"
-    name = f"minillm {args.dtype}" + (f", {args.ranks} ranks" if args.ranks > 1 else "")
-    found = [Contestant(name if on_gpu else f"minillm {args.ranks} x {each} threads", own, limits)]
+    found = [_own(args, turn, args.ranks, threads)]
+    if args.ranks > 1 and not on_gpu:
+        found.append(_own(args, turn, 1, threads))  # as much of the machine, undivided
     if args.against == "torch":
         require_torch(on_gpu)
         yardstick = [sys.executable, "-m", "minillm.bench.torch_gpt", *turn, f"--threads={threads}"]
@@ -94,6 +89,18 @@ def contestants(args: TrainBench) -> list[Contestant]:
             found.append(Contestant(f"torch {kind}", yardstick + compiled, limits))
             found.append(Contestant(f"torch {kind}, tuned", [*yardstick, *compiled, "--fused"], limits | TUNED))
     return found
+
+
+def _own(args: TrainBench, turn: list[str], ranks: int, threads: int) -> Contestant:
+    """minillm on `ranks` ranks that share the threads."""
+    each = max(1, threads // ranks)
+    command = [sys.executable, "-m", "minillm.bench.own_gpt", *turn, f"--threads={each}"]
+    if ranks > 1:
+        mpirun = Path(sys.prefix) / "bin" / "mpirun"
+        command = [str(mpirun if mpirun.exists() else "mpirun"), "-n", str(ranks), *command]
+    limits = {"OMP_NUM_THREADS": str(each), "OPENBLAS_NUM_THREADS": "1"}
+    name = f"minillm {args.dtype}" + (f", {ranks} ranks" if ranks > 1 else "")
+    return Contestant(name if args.device == "cuda" else f"minillm {ranks} x {each} threads", command, limits)
 
 
 def run(args: TrainBench) -> None:
