@@ -1,10 +1,8 @@
-"""Device arrays between ranks: every operation of the communicators, and law 1 on the meshes, on the stand-in and thread ranks."""
+"""Device arrays between ranks: every operation of the communicators, on the stand-in and thread ranks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -12,8 +10,6 @@ import numpy as np
 import pytest
 from standin.cuda import Event
 from standin.install import installed
-from test_step import FLOAT32, MILD, error, sizes
-from training_helpers import Layout, Outcome, compare, train
 
 from minillm.arrays import to_host
 from minillm.comm import device as device_comm
@@ -130,47 +126,6 @@ def test_the_device_is_waited_for_before_a_message(direct: bool, gpu: Any) -> No
             assert ("wait", 0) in events
 
     run_ranks(2, lambda comm: rank(on_device(comm, open_device("cuda"), direct), open_device("cuda").upload), timeout=20)
-
-
-# ---- training
-
-LAYOUTS = [
-    *(Layout(dp=2), Layout(dp=4, num_microbatches=2), Layout(tp=2), Layout(tp=2, sp=True)),
-    *(Layout(pp=2, num_microbatches=4), Layout(pp=2, schedule="gpipe", num_microbatches=2)),
-    Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4),
-]
-
-
-@cache
-def alone(model: str, dtype: str, optimizer: str, steps: int, std: float, dropout: float = 0.1) -> Outcome:
-    """One rank: on the CPU in float64, else on the device."""
-    where: dict[str, Any] = {} if dtype == "float64" else {"device": "cuda"}
-    with installed():
-        return train(model, Layout(), optimizer=optimizer, steps=steps, std=std, **sizes(model, dtype=dtype, dropout=dropout, **where))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_float32_equals_one_rank(model: str, layout: Layout) -> None:
-    want = alone(model, "float32", "sgd", 2, 0.25)
-    direct = layout.tp == 2  # both ways are met
-    found = train(model, layout, steps=2, direct=direct, **sizes(model, dtype="float32", device="cuda"))
-    np.testing.assert_allclose(found.losses, want.losses, rtol=FLOAT32)
-    np.testing.assert_allclose(found.norms, want.norms, rtol=FLOAT32)
-    compare(found.first_grads, want.first_grads, FLOAT32, "first_grads")
-    compare(found.weights, want.weights, FLOAT32, "weights")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_bfloat16_differs_by_rounding(model: str, layout: Layout) -> None:
-    """From the one-rank run in bfloat16 by at most twice what that differs from float64."""
-    exact = alone(model, "float64", "sgd", 1, MILD, 0.0)
-    want = alone(model, "bfloat16", "adamw", 1, MILD, 0.0)
-    options = sizes(model, dtype="bfloat16", device="cuda", dropout=0.0)
-    found = train(model, layout, optimizer="adamw", steps=1, std=MILD, direct=layout.pp == 2, **options)
-    assert error(found, want) <= 2 * error(want, exact)
-    assert math.isclose(found.losses[0], want.losses[0], rel_tol=2.0**-9)
 
 
 def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
