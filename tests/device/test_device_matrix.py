@@ -14,7 +14,7 @@ from standin.install import installed
 from test_step import FLOAT32, error, sizes
 from training_helpers import BASE, INIT_STD, MODELS, Layout, Outcome, compare, train
 
-from minillm.comm import device as device_comm
+from minillm.comm import staging
 
 SPREAD = [
     *(Layout(dp=2), Layout(dp=4, num_microbatches=2), Layout(tp=2), Layout(tp=2, sp=True)),
@@ -34,7 +34,7 @@ def scale(model_sizes: dict[str, Any]) -> float:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(device_comm, "CHUNK_BYTES", 4096)  # several chunks in most messages
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 4096)  # several chunks in most messages
     with installed() as module:
         yield module
 

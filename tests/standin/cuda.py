@@ -49,7 +49,9 @@ def _checksum(x: np.ndarray) -> int:
 
 
 def download_later(values: np.ndarray, out: np.ndarray) -> None:
-    """A copy to the host that nobody has waited for: until then, `out` holds nothing of use."""
+    """A copy to the host that nobody has waited for: until then, `out` holds nothing of use. Copies to the device that were queued before
+    have read what it overwrites."""
+    _finish([], [read for read in _queue.reads if np.shares_memory(read.source, out)])
     out.reshape(-1).view(np.uint8)[...] = 0xFF
     _queue.downloads.append(_Download(values, out))
 
