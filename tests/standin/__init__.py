@@ -69,15 +69,65 @@ def counting() -> Iterator[list[tuple[str, int]]]:
 _allocations: dict[int, tuple[int, Any]] = {}  # address -> (bytes, weak reference to the owner)
 
 
+class _Pool:
+    """How much the arrays hold, and how much the pool has taken from the driver for them: what is free of that serves any request."""
+
+    limit = 1 << 30
+
+    def __init__(self) -> None:
+        self._used = self._total = 0
+        self._changing = threading.RLock()  # an array may die within the block
+
+    def take(self, num_bytes: int) -> None:
+        with self._changing:
+            if self._used + num_bytes > self.limit:
+                raise cuda.memory.OutOfMemoryError(f"Out of memory allocating {num_bytes} bytes")
+            self._used += num_bytes
+            self._total = max(self._total, self._used)
+
+    def give_back(self, num_bytes: int) -> None:
+        with self._changing:
+            self._used -= num_bytes
+
+    def total_bytes(self) -> int:
+        return self._total
+
+    def used_bytes(self) -> int:
+        return self._used
+
+    def left(self) -> int:
+        return self.limit - self._total
+
+    def get_limit(self) -> int:
+        return 0
+
+    def free_all_blocks(self) -> None:
+        with self._changing:
+            self._total = self._used
+
+
+_pool = _Pool()
+
+
+def get_default_memory_pool() -> _Pool:
+    return _pool
+
+
 def _allocate(shape: Any, dtype: Any) -> np.ndarray:
     """Memory that begins at a multiple of 256 bytes, as CuPy's pool gives it, and holds NaN, or -1."""
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    _pool.take(size)
     room = np.full(size + 256, 0xFF, np.uint8)
     start = -room.ctypes.data % 256
     address = room.ctypes.data + start
-    _allocations[address] = size, weakref.ref(room, lambda _: _allocations.pop(address, None))
+
+    def freed(_: Any) -> None:
+        _allocations.pop(address, None)
+        _pool.give_back(size)
+
+    _allocations[address] = size, weakref.ref(room, freed)
     return room[start : start + size].view(dtype).reshape(shape)
 
 
@@ -395,17 +445,6 @@ def _ufunc(name: str) -> Callable[..., ndarray]:
 
 add, multiply, minimum, maximum = _ufunc("add"), _ufunc("multiply"), _ufunc("minimum"), _ufunc("maximum")
 sqrt, log, exp, isfinite = _ufunc("sqrt"), _ufunc("log"), _ufunc("exp"), _ufunc("isfinite")
-
-
-class _Pool:
-    def total_bytes(self) -> int:
-        return sum(size for size, _ in _allocations.copy().values())
-
-    used_bytes = total_bytes
-
-
-def get_default_memory_pool() -> _Pool:
-    return _Pool()
 
 
 ndarray.__module__ = "cupy"

@@ -161,10 +161,15 @@ class Device:
         pass
 
 
+class OutOfMemoryError(MemoryError):
+    pass
+
+
+memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
 runtime = types.SimpleNamespace(
     getDevice=lambda: 0,
     getDeviceCount=lambda: 1,
-    memGetInfo=lambda: (1 << 30, 2 << 30),
+    memGetInfo=lambda: (_standin().get_default_memory_pool().left(), 2 << 30),
     getDeviceProperties=lambda number: {"name": b"stand-in"},
     driverGetVersion=lambda: 13000,
     runtimeGetVersion=lambda: 13000,
