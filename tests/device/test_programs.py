@@ -52,7 +52,25 @@ def test_train_save_resume_evaluate_and_generate(dtype: str, tmp_path: Path, cap
     found = json.loads(capsys.readouterr().out)
     held_out = float(re.findall(r"result +held-out loss ([\d.]+)", text)[0])
     assert found["loss"] == pytest.approx(held_out, rel=1e-5 if dtype == "float32" else 5e-3)
-    assert generate.main([f"--checkpoint={whole}", "--tokens=3"]) == 0
+    with installed() as gpu, gpu.counting() as events:
+        assert evaluate.main([f"--checkpoint={whole}", "--tokens=256", "--device=cuda"]) == 0
+    assert [what for what, _ in events].count("download") == 1, "the loss comes down, once"
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(held_out, rel=1e-5), "on the device, the dtype is that of training"
+
+
+@pytest.mark.parametrize("how", [["--temperature=0"], ["--temperature=1", "--seed=3"]])
+def test_the_device_writes_the_text_of_the_cpu(how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "--dtype=float32", f"--out={tmp_path / 'run'}")
+    options = [f"--checkpoint={tmp_path / 'run'}", "--tokens=50", "--prompt=She ", *how]  # past the context of 32
+    assert generate.main(options) == 0
+    want = capsys.readouterr().out
+    with installed() as gpu, gpu.counting() as events:
+        assert generate.main([*options, "--device=cuda"]) == 0
+    assert capsys.readouterr().out == want and len(want) > 50
+    assert sum(what == "download" for what, _ in events) == 50, "the logits of each token come down, and nothing else"
+    if how == ["--temperature=0"]:
+        assert generate.main([*options, "--device=cuda"]) == 1  # where there is no GPU
+        assert re.search("no GPU|needs CuPy", capsys.readouterr().err)
 
 
 def test_a_step_that_is_not_finite_ends_the_run_with_the_weights_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
