@@ -148,8 +148,9 @@ def losses() -> list[dict[str, Any]]:
 
 
 def ranks(seconds: float) -> list[dict[str, Any]]:
-    """Losses and weights after 5 steps, at most `seconds` long: in float32 to rounding (SGD, since AdamW makes steps of the rounding of
-    tiny gradients), in bfloat16 (AdamW) to twice what one rank is off from the CPU in float64. Raises RuntimeError if a rank fails."""
+    """Losses and weights after 5 steps, in launches that take `seconds` in all at most: in float32 to rounding (SGD, since AdamW makes
+    steps of the rounding of tiny gradients), in bfloat16 (AdamW) to twice what one rank is off from the CPU in float64. Raises
+    RuntimeError if a rank fails."""
     exact = _train(SelfCommunicator(), _config(SMALL, dtype="float64"), RANK_STEPS)
     alone = _train(SelfCommunicator(), _config(SMALL, device="cuda", dtype="bfloat16"), RANK_STEPS)
     rounding = 2 * weights_error([_squares(alone, exact)])

@@ -12,7 +12,6 @@ import operator
 import sys
 import threading
 import types
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from standin import cuda
+from standin.memory import Pool, allocate, pool
 
 bool_ = np.bool_
 float32, float64, int32, int64, uint8, uint16, uint32, uint64 = (
@@ -64,81 +64,6 @@ def counting() -> Iterator[list[tuple[str, int]]]:
     found.extend(events[start:])
 
 
-# ---- memory
-
-_allocations: dict[int, tuple[int, Any]] = {}  # address -> (bytes, weak reference to the owner)
-
-
-class _Pool:
-    """How much the arrays hold, and how much the pool has taken from the driver for them: what is free of that serves any request."""
-
-    limit = 1 << 30
-
-    def __init__(self) -> None:
-        self._used = self._total = 0
-        self._changing = threading.RLock()  # an array may die within the block
-
-    def take(self, num_bytes: int) -> None:
-        with self._changing:
-            if self._used + num_bytes > self.limit:
-                raise cuda.memory.OutOfMemoryError(f"Out of memory allocating {num_bytes} bytes")
-            self._used += num_bytes
-            self._total = max(self._total, self._used)
-
-    def give_back(self, num_bytes: int) -> None:
-        with self._changing:
-            self._used -= num_bytes
-
-    def total_bytes(self) -> int:
-        return self._total
-
-    def used_bytes(self) -> int:
-        return self._used
-
-    def left(self) -> int:
-        return self.limit - self._total
-
-    def get_limit(self) -> int:
-        return 0
-
-    def free_all_blocks(self) -> None:
-        with self._changing:
-            self._total = self._used
-
-
-_pool = _Pool()
-
-
-def get_default_memory_pool() -> _Pool:
-    return _pool
-
-
-def _allocate(shape: Any, dtype: Any) -> np.ndarray:
-    """Memory that begins at a multiple of 256 bytes, as CuPy's pool gives it, and holds NaN, or -1."""
-    dtype = np.dtype(dtype)
-    shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    _pool.take(size)
-    room = np.full(size + 256, 0xFF, np.uint8)
-    start = -room.ctypes.data % 256
-    address = room.ctypes.data + start
-
-    def freed(_: Any) -> None:
-        _allocations.pop(address, None)
-        _pool.give_back(size)
-
-    _allocations[address] = size, weakref.ref(room, freed)
-    return room[start : start + size].view(dtype).reshape(shape)
-
-
-def check_inside(address: int, num_bytes: int) -> None:
-    """Raises RuntimeError unless these bytes lie in one living allocation."""
-    if num_bytes <= _allocations.get(address, (0, None))[0]:
-        return
-    if not any(start <= address and address + num_bytes <= start + size for start, (size, _) in _allocations.copy().items()):
-        raise RuntimeError(f"{num_bytes} bytes at {address:#x} are in no array of the device: an illegal memory access")
-
-
 class _Pointer:
     def __init__(self, host: np.ndarray) -> None:
         self.ptr = host.ctypes.data
@@ -173,7 +98,7 @@ def _wrap(result: Any) -> Any:
     if isinstance(result, tuple):
         return tuple(map(_wrap, result))
     result = np.asarray(result)
-    fresh = _allocate(result.shape, result.dtype)
+    fresh = allocate(result.shape, result.dtype)
     fresh[...] = result
     return ndarray(fresh)
 
@@ -359,7 +284,7 @@ ndarray.__neg__, ndarray.__invert__ = lambda self: _wrap(-self.host), lambda sel
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
-    return ndarray(_allocate(shape, dtype))
+    return ndarray(allocate(shape, dtype))
 
 
 def zeros(shape: Any, dtype: Any = float) -> ndarray:
@@ -445,6 +370,10 @@ def _ufunc(name: str) -> Callable[..., ndarray]:
 
 add, multiply, minimum, maximum = _ufunc("add"), _ufunc("multiply"), _ufunc("minimum"), _ufunc("maximum")
 sqrt, log, exp, isfinite = _ufunc("sqrt"), _ufunc("log"), _ufunc("exp"), _ufunc("isfinite")
+
+
+def get_default_memory_pool() -> Pool:
+    return pool
 
 
 ndarray.__module__ = "cupy"

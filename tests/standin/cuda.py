@@ -206,7 +206,7 @@ def _matrix(pointer: int, rows: int, columns: int, leading: int, dtype: np.dtype
     if leading < max(1, rows):
         raise RuntimeError(f"CUBLAS_STATUS_INVALID_VALUE: leading dim {leading} of a matrix of {rows} rows")
     num_bytes = ((columns - 1) * leading + rows) * dtype.itemsize
-    _standin().check_inside(pointer, num_bytes)
+    _standin().memory.check_inside(pointer, num_bytes)
     memory = np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(pointer), np.uint8).view(dtype)
     return np.lib.stride_tricks.as_strided(memory, (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
 

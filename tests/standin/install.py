@@ -101,7 +101,7 @@ def _encode(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtyp
     kind = np.dtype(dtype)
     steps = (*strides, kind.itemsize)
     num_bytes = kind.itemsize + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
-    standin.check_inside(pointer, num_bytes)
+    standin.memory.check_inside(pointer, num_bytes)
     memory = (ctypes.c_char * num_bytes).from_address(pointer)
     return tensor_map(np.ndarray(shape, kind, memory, strides=steps), box, swizzle)
 
