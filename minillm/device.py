@@ -156,7 +156,7 @@ def open_device(name: str, local_rank: int = 0) -> Device:
     try:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
-        raise ConfigError(f"--device cuda needs CuPy ({error}): {INSTALL_CUPY}; or train with --device cpu") from None
+        raise ConfigError(f"--device cuda needs CuPy ({error}): {INSTALL_CUPY}; or use --device cpu") from None
     return CudaDevice(cupy, local_rank % _count(cupy))
 
 
@@ -166,9 +166,9 @@ def _count(cupy: ModuleType) -> int:
     try:
         count = int(runtime.getDeviceCount())
     except Exception as error:  # CUDARuntimeError, whose class is CuPy's
-        raise ConfigError(f"--device cuda: {_why_not(runtime, error)}; or train with --device cpu") from None
+        raise ConfigError(f"--device cuda: {_why_not(runtime, error)}; or use --device cpu") from None
     if not count:
-        raise ConfigError("--device cuda: CUDA sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi, or train with --device cpu")
+        raise ConfigError("--device cuda: CUDA sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi, or use --device cpu")
     return count
 
 
