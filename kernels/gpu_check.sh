@@ -2,7 +2,8 @@
 # Tests and times the CUDA kernels on a machine with a GPU, for at most about five minutes, then training, for at most four more (what there is no time for is
 # reported as not run): environment, two ceilings, smoke tests, every kernel test on the device,
 # attention beside PyTorch's, the other kernels as a share of the copy ceiling. Writes JSON and Markdown to docs/gpu-results/ (--out: elsewhere).
-# Installs nothing: it runs with the Python of the machine (PYTHON, else python3), which needs NumPy, ml_dtypes and CuPy 14 with NVRTC. `--help` says more.
+# Installs nothing: it runs with the Python of the machine (PYTHON, else python3), which needs NumPy, ml_dtypes and CuPy 14 with NVRTC; ranks that share the
+# GPU are processes where there are mpi4py and mpirun too, else threads. `--help` says more.
 # Exit status: 0 all is well, 1 a test failed or was not run, 2 there is no GPU here.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -36,7 +36,8 @@ class KernelUnavailable(Exception):
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of one op. `dtypes` are the dtype names it takes (empty: any); `unavailable` says why it cannot run here, None if
-    it can. `takes` is there where it leaves the work to one of several variants; see `resolved`."""
+    it can. `takes` is there where it leaves the work to one of several variants; see `resolved`. `fuses_bias`: its bias costs no pass over
+    memory."""
 
     op: str
     backend: str
@@ -45,6 +46,7 @@ class Kernel:
     dtypes: tuple[str, ...] = ()
     unavailable: str | None = None
     takes: Callable[..., str] | None = None
+    fuses_bias: bool = False
 
     @property
     def family(self) -> str:
@@ -75,13 +77,14 @@ def kernel(
     dtypes: tuple[str, ...] = (),
     unavailable: str | None = None,
     takes: Callable[..., str] | None = None,
+    fuses_bias: bool = False,
 ) -> Callable[[F], F]:
     """Register the decorated function as an implementation of `op`. Within a backend, the first variant registered is the default."""
 
     def register(fn: F) -> F:
         entries = _kernels.setdefault(op, [])
         entries[:] = [k for k in entries if (k.backend, k.variant) != (backend, variant)]
-        entries.append(Kernel(op, backend, variant, fn, dtypes, unavailable, takes))
+        entries.append(Kernel(op, backend, variant, fn, dtypes, unavailable, takes, fuses_bias))
         _cache.clear()
         for found in _defaults:
             found.clear()

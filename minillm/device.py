@@ -115,17 +115,24 @@ class CudaDevice(Device):
         return Later(values, ready)
 
     def reserve(self, num_bytes: int) -> None:
-        """See `Device`. The pool cuts later requests from the piece. Raises ConfigError where there is not so much."""
-        free, total = self.xp.cuda.runtime.memGetInfo()
-        if num_bytes > free:
+        """See `Device`. The piece becomes a free block of CuPy's pool, which cuts later requests from it, whoever makes them, and asks the
+        driver again for what does not fit. What the pool has kept of arrays that are gone it gives back first: small pieces, which the
+        driver may need for the large one. Raises ConfigError where there is not so much."""
+        pool = self.xp.get_default_memory_pool()
+        pool.free_all_blocks()
+        try:
+            self.xp.empty(num_bytes, np.uint8)
+        except self.xp.cuda.memory.OutOfMemoryError:
+            free, total = self.xp.cuda.runtime.memGetInfo()
+            if pool.get_limit():
+                free = min(free, pool.get_limit() - pool.total_bytes())
             raise ConfigError(
                 f"activations and logits need about {num_bytes / 1e9:.1f} GB, and {self.describe()} has {free / 1e9:.1f} of its "
                 f"{total / 1e9:.1f} GB free; use a smaller --microbatch or --recompute full"
-            )
-        self.xp.empty(num_bytes, np.uint8)
+            ) from None
 
     def peak_bytes(self) -> int:
-        """See `Device`: what the pool has taken, which it gives back to nobody."""
+        """See `Device`: what the pool has taken from the driver, of which it gives nothing back after `reserve`."""
         return int(self.xp.get_default_memory_pool().total_bytes())
 
     def synchronize(self) -> None:
@@ -149,7 +156,7 @@ def open_device(name: str, local_rank: int = 0) -> Device:
     try:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
-        raise ConfigError(f"--device cuda needs CuPy ({error}): {INSTALL_CUPY}; or train with --device cpu") from None
+        raise ConfigError(f"--device cuda needs CuPy ({error}): {INSTALL_CUPY}; or use --device cpu") from None
     return CudaDevice(cupy, local_rank % _count(cupy))
 
 
@@ -159,9 +166,9 @@ def _count(cupy: ModuleType) -> int:
     try:
         count = int(runtime.getDeviceCount())
     except Exception as error:  # CUDARuntimeError, whose class is CuPy's
-        raise ConfigError(f"--device cuda: {_why_not(runtime, error)}; or train with --device cpu") from None
+        raise ConfigError(f"--device cuda: {_why_not(runtime, error)}; or use --device cpu") from None
     if not count:
-        raise ConfigError("--device cuda: CUDA sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi, or train with --device cpu")
+        raise ConfigError("--device cuda: CUDA sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi, or use --device cpu")
     return count
 
 

@@ -16,7 +16,7 @@ from minillm.data.corpus import load_corpus
 from minillm.errors import ConfigError
 from minillm.evaluation import Evaluation, evaluate_windows
 from minillm.flags import parse_flags
-from minillm.loading import Layout, load_trained, open_checkpoint
+from minillm.loading import Layout, load_trained, open_checkpoint, place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _evaluate(comm: Communicator, args: EvaluateArgs) -> Evaluation:
     with known_to_all(comm):
+        comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm)
         config = opened.resolve(args, comm.size)
         held_out = None if args.data is None else 0.0
@@ -63,7 +64,7 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> Evaluation:
         tokens = corpus.held_out if args.data is None else corpus.train
         windows = eval_windows(tokens, config.model.context, args.tokens)
         mesh = build_mesh(comm, config)
-        stages = load_trained(opened, config, mesh)
+        stages = load_trained(opened, config, mesh, device)
     loss, counted = evaluate_windows(config, mesh, comm, stages, windows)
     return Evaluation.of(loss, counted, corpus.bytes_per_token)
 

@@ -13,7 +13,7 @@ from minillm.comm.world import agree, known_to_all, main_guard, quiet_unless_fir
 from minillm.errors import ConfigError
 from minillm.flags import parse_flags
 from minillm.generation import Generator, Sampling
-from minillm.loading import Layout, load_trained, open_checkpoint
+from minillm.loading import Layout, load_trained, open_checkpoint, place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,14 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _generate(comm: Communicator, args: GenerateArgs) -> str:
     with known_to_all(comm):
+        comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm)
         config = opened.resolve(args, comm.size, generating=True)
         prompt = [int(token) for token in opened.tokenizer.encode(args.prompt)]
         if not prompt:
             raise ConfigError("--prompt is empty; give at least one character to continue")
         mesh = build_mesh(comm, config)
-        stages = load_trained(opened, config, mesh)
+        stages = load_trained(opened, config, mesh, device)
     ids = Generator(stages, mesh).generate(prompt, args.tokens, args.sampling())
     return opened.tokenizer.decode(prompt + ids)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm import rng
-from minillm.arrays import Array, to_host
+from minillm.arrays import Array, sum_dtype, to_host
 from minillm.autograd import Tensor, no_grad
 from minillm.comm.mesh import Mesh
 from minillm.device import CPU, Device
@@ -112,7 +112,8 @@ class Generator:
         if not self.stage.last:
             links.send(hidden.data, index + 1, _TAG)
             return None
-        return to_host(self.model.logits(Tensor(hidden.data[:, -1:]))[:, 0])
+        last = to_host(self.model.logits(Tensor(hidden.data[:, -1:]))[:, 0])
+        return last.astype(sum_dtype(last.dtype), copy=False)
 
     def _agree(self, logits: np.ndarray | None, sampling: Sampling, position: int) -> int:
         token = np.zeros(1, np.int64)

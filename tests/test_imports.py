@@ -31,6 +31,7 @@ minillm/comm/base.py
 minillm/comm/single.py
 minillm/comm/mpi.py
 minillm/comm/threads.py
+minillm/comm/staging.py
 minillm/comm/device.py
 minillm/comm/world.py
 minillm/comm/mesh.py

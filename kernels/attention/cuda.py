@@ -18,8 +18,9 @@ from minillm.kernels.attention import hopper
 from minillm.kernels.attention.bindings import visible_keys
 from minillm.kernels.attention.mask import AttentionDropout
 from minillm.kernels.cuda import DTYPES, cuda_kernel, unavailable
+from minillm.kernels.dropout.cuda import mask_words
 from minillm.kernels.launch import address, compute_capability, deliver, dense, element, empty, launch, namespace, same_dtype
-from minillm.kernels.random.hashing import address_words, column_words, threshold
+from minillm.kernels.random.hashing import threshold
 from minillm.kernels.registry import KernelUnavailable, kernel
 
 HEAD_WIDTHS = (32, 64, 96, 128)
@@ -163,14 +164,14 @@ def _on_host(x: Any) -> Any:
     return x.get() if hasattr(x, "get") else x
 
 
-def _words(dropout: AttentionDropout | None, H: int, order: Any, xp: Any) -> tuple[Any, Any, Any]:
-    """Dropout's addresses: a word for each sample and head uint64 [B, H], query times int64 [Tq], a word for each key uint32 [Tk]."""
+def _words(dropout: AttentionDropout | None, order: Any, q: Any) -> tuple[Any, Any, Any]:
+    """Dropout's addresses: a word for each sample and head uint64 [B H], query times int64 [Tq], a word for each key uint32 [Tk]."""
     if dropout is None:
         return None, None, None
-    samples, times_q, times_k = (np.asarray(_on_host(x)) for x in (dropout.samples, dropout.times_q, dropout.times_k))
-    heads = address_words(dropout.key, samples, np.arange(dropout.head0, dropout.head0 + H))
-    columns = xp.asarray(column_words(times_k))
-    return xp.asarray(heads), xp.asarray(times_q.astype(np.int64)), columns if order is None else columns[order]
+    xp, H = namespace(q), q.shape[2]
+    heads = xp.arange(dropout.head0, dropout.head0 + H)
+    words, columns = mask_words(q, dropout.key, dropout.samples, heads, dropout.times_k)
+    return words, dense(xp.asarray(dropout.times_q, np.int64)), columns if order is None else columns[order]
 
 
 # ---- arguments
@@ -235,7 +236,7 @@ def _forward(
     seen = _seen(q, k, causal, times_q, times_k, key_mask)
     q, k, v = _readable(q), _readable(seen.sorted(k)), _readable(seen.sorted(v))
     o, lse = _writable(out, q), empty((B, H, Tq), np.float32, q)
-    extras = (seen.limits, seen.key_mask, *_words(dropout, H, seen.order, namespace(q)))
+    extras = (seen.limits, seen.key_mask, *_words(dropout, seen.order, q))
     a = _struct(seen, scale, dropout, q=q, k=k, v=v, o=o)
     _launch(plan, "attention_forward", plan.forward, B, H, Tq, q, k, v, o, lse, *extras, a)
     return deliver(o, out), lse
@@ -267,7 +268,7 @@ def _backward(
     grad_o, o, q, k, v = map(_readable, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
     lse = dense(lse.astype(np.float32, copy=False))
     gq, gk, gv = _writable(grad_q, q), *(_writable(g if seen.order is None else None, k) for g in (grad_k, grad_v))
-    extras = (seen.limits, seen.key_mask, *_words(dropout, H, seen.order, namespace(q)))
+    extras = (seen.limits, seen.key_mask, *_words(dropout, seen.order, q))
     a = _struct(seen, scale, dropout, q=q, k=k, v=v, o=o, grad_o=grad_o, grad_q=gq, grad_k=gk, grad_v=gv)
     padded = -(-Tq // plan.grad_kv.loop) * plan.grad_kv.loop
     lse_2, delta = empty((2, B, H, padded), np.float32, q)

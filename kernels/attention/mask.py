@@ -47,7 +47,8 @@ def _causal_block(rows: slice, times_q: Array, times_k: Array, dtype: Any) -> Qu
 class AttentionDropout(NamedTuple):
     """Dropout of attention probabilities, addressed by (key, sample, global head, query time, key time).
 
-    `samples` [B], `times_q` [Tq] and `times_k` [Tk] are global positions, `head0` is the first global head of this shard.
+    `samples` [B], `times_q` [Tq] and `times_k` [Tk] are global positions, `head0` is the first global head of this shard. For kernels on
+    a GPU the arrays may lie there, and cost a copy if they do not.
     """
 
     p: float

@@ -24,8 +24,10 @@ def _operand(x: Any) -> tuple[Any, bool, int]:
 
 
 @c_kernel("matmul", missing=blas_unavailable)
-def matmul(c: Any, a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None) -> Any:
+def matmul(c: Any, a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None) -> Any:
     (M, K), N = a.shape, b.shape[1]
+    if sums is not None:
+        sums[...] = column_sum(c, a.T)
     if out is not None and (out.strides[1] != 4 or out.strides[0] < 4 * N):
         product = matmul(c, a, b, bias=bias)
         out[...] = out + product if accumulate else product

@@ -1,6 +1,7 @@
-"""Matrix products on the GPU by cuBLASLt, which adds a bias while the product is still in registers. CuPy does not bind it: ctypes does.
+"""Matrix products on the GPU by cuBLASLt, which adds a bias while the product is still in registers, and a bias's gradient up while the
+gradient of its weight is made of the same numbers. CuPy does not bind it: ctypes does.
 
-Variant `cublaslt`; the default is `cublas`, whose bias is a pass over memory of its own. What a shape needs (descriptors, layouts, the
+Variant `cublaslt`; the default is `cublas`, where either is a pass over memory of its own. What a shape needs (descriptors, layouts, the
 algorithm that cuBLASLt's heuristic likes best) is made once and kept.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from minillm.kernels import build
 from minillm.kernels.cuda import unavailable
 from minillm.kernels.launch import element
-from minillm.kernels.matmul.cuda import COMPUTE_FLOAT32, CUDA_TYPES, Operand, checked_product, operand
+from minillm.kernels.matmul.cuda import COMPUTE_FLOAT32, CUDA_TYPES, Operand, checked_product, operand, row_sums
 from minillm.kernels.registry import kernel
 
 WORKSPACE_BYTES = 32 << 20
@@ -26,7 +27,9 @@ _FLOAT32 = CUDA_TYPES["float32"]
 # Attributes of cublasLt.h: of a product, then of what is asked of the heuristic.
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER = 3, 4, 7, 8
 MAX_WORKSPACE, ALIGNMENTS = 1, (5, 6, 7, 8)
-PLAIN, WITH_BIAS = 1, 4  # epilogues
+# Epilogues: nothing, a number for each row of the result is added, and the columns of op(B) are summed. The latter read or write a vector
+# of the result's dtype.
+PLAIN, WITH_BIAS, COLUMN_SUMS = 1, 4, 512
 
 
 class Heuristic(ctypes.Structure):
@@ -52,13 +55,15 @@ class Matrix(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a plan depends on: all but the addresses. `c` is both read (where the product is added to it) and written."""
+    """What a plan depends on: all but the addresses. `c` is both read (where the product is added to it) and written. The epilogue's vector
+    has an alignment, too (0 without one)."""
 
     a: Matrix
     b: Matrix
     c: Matrix
     transposed: tuple[bool, bool]
     epilogue: int
+    alignment: int = 0
 
 
 class Plan(NamedTuple):
@@ -116,6 +121,8 @@ class CublasLt:
         """The kept plan of a shape, or a new one. Raises RuntimeError where cuBLASLt has no algorithm."""
         if key not in self._plans:
             desc, layouts = self.product(key.transposed, key.epilogue), (self.layout(key.a), self.layout(key.b), self.layout(key.c))
+            if key.alignment:  # the heuristic looks at the alignment of this address, and at nothing there
+                self._set("cublasLtMatmulDescSetAttribute", desc, BIAS_POINTER, ctypes.c_void_p(key.alignment))
             found, count = Heuristic(), ctypes.c_int()
             asked = (self.handle, desc, *layouts, layouts[2], self.wishes(key), ctypes.c_int(1))
             self._call("cublasLtMatmulAlgoGetHeuristic", *asked, ctypes.byref(found), ctypes.byref(count))
@@ -124,12 +131,12 @@ class CublasLt:
             self._plans[key] = Plan(desc, layouts, found)
         return self._plans[key]
 
-    def run(self, key: Key, a: int, b: int, c: int, beta: float, bias: int | None, stream: int) -> None:
-        """C = op(A) op(B) + beta C (+ bias, one number for each row), at these addresses, column by column."""
+    def run(self, key: Key, a: int, b: int, c: int, beta: float, vector: int | None, stream: int) -> None:
+        """C = op(A) op(B) + beta C, at these addresses, column by column, with the epilogue's vector at its own."""
         with self._lock:
             plan = self.plan(key)
-            if bias is not None:
-                self._set("cublasLtMatmulDescSetAttribute", plan.desc, BIAS_POINTER, ctypes.c_void_p(bias))
+            if vector is not None:
+                self._set("cublasLtMatmulDescSetAttribute", plan.desc, BIAS_POINTER, ctypes.c_void_p(vector))
             one, factor = ctypes.c_float(1), ctypes.c_float(beta)
             self._call(
                 "cublasLtMatmul",
@@ -154,32 +161,40 @@ def _opened(device: int) -> CublasLt:
     return CublasLt(ctypes.CDLL(str(library_file())), lambda size: cupy.empty(size, np.uint8))
 
 
-@kernel("matmul", backend="cuda", variant="cublaslt", dtypes=tuple(CUDA_TYPES), unavailable=unavailable)
-def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None) -> Any:
-    out, done = checked_product(a, b, out, accumulate, bias)
+@kernel("matmul", backend="cuda", variant="cublaslt", dtypes=tuple(CUDA_TYPES), unavailable=unavailable, fuses_bias=True)
+def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None) -> Any:
+    out, done = checked_product(a, b, out, accumulate, bias, sums)
+    given = bias if sums is None else sums
+    vector = None if done or given is None or given.dtype != out.dtype else given  # it is taken to be of the result's dtype
+    if sums is not None and vector is None:
+        sums[...] = row_sums(a)
     if done:
         return out
     left, right, target = operand(b), operand(a), operand(out)
     N, (M, K) = b.shape[1], a.shape
-    fused = bias if bias is not None and bias.dtype == out.dtype else None  # it would be read as the result's dtype
+    epilogue = PLAIN if vector is None else WITH_BIAS if sums is None else COLUMN_SUMS
     key = Key(
         _matrix(left, N, K, element(b)),
         _matrix(right, K, M, element(a)),
         _matrix(target, N, M, element(out)),
         (left.transposed, right.transposed),
-        PLAIN if fused is None else WITH_BIAS,
+        epilogue,
+        0 if vector is None else _alignment(vector.data.ptr),
     )
     stream = importlib.import_module("cupy").cuda.get_current_stream().ptr
-    beta = 1.0 if accumulate else 0.0
-    _opened(a.device.id).run(key, left.pointer, right.pointer, target.pointer, beta, None if fused is None else fused.data.ptr, stream)
-    if bias is not None and fused is None:
+    address = None if vector is None else vector.data.ptr
+    _opened(a.device.id).run(key, left.pointer, right.pointer, target.pointer, float(accumulate), address, stream)
+    if bias is not None and vector is None:
         out += bias
     return out
+
+
+def _alignment(pointer: int) -> int:
+    return min(256, pointer & -pointer)
 
 
 def _matrix(x: Operand, rows: int, columns: int, name: str) -> Matrix:
     """An operand as it lies: op(it) has these sizes."""
     if x.transposed:
         rows, columns = columns, rows
-    alignment = min(256, x.pointer & -x.pointer)
-    return Matrix(rows, columns, x.leading, CUDA_TYPES[name], alignment)
+    return Matrix(rows, columns, x.leading, CUDA_TYPES[name], _alignment(x.pointer))

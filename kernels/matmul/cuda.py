@@ -10,7 +10,7 @@ import numpy as np
 from minillm.kernels.cuda import cuda_kernel, unavailable
 from minillm.kernels.grids import blocks, runs
 from minillm.kernels.launch import dense, element, empty, launch, multiprocessors, same_dtype
-from minillm.kernels.registry import kernel
+from minillm.kernels.registry import kernel, lookup
 
 _FILE = Path(__file__).with_name("column_sum.cu")
 _WARPS = 8
@@ -45,8 +45,10 @@ def operand(x: Any) -> Operand:
 
 
 @kernel("matmul", backend="cuda", variant="cublas", dtypes=tuple(CUDA_TYPES), unavailable=unavailable)
-def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None) -> Any:
-    out, done = checked_product(a, b, out, accumulate, bias)
+def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None) -> Any:
+    out, done = checked_product(a, b, out, accumulate, bias, sums)
+    if sums is not None:
+        sums[...] = row_sums(a)
     if not done:
         gemm(a, b, out, accumulate)
         if bias is not None:
@@ -54,7 +56,12 @@ def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any 
     return out
 
 
-def checked_product(a: Any, b: Any, out: Any, accumulate: bool, bias: Any) -> tuple[Any, bool]:
+def row_sums(a: Any) -> Any:
+    """The sum of each row of a [M, K], float32 [M], in a pass of its own."""
+    return lookup("column_sum", a)(a.T)
+
+
+def checked_product(a: Any, b: Any, out: Any, accumulate: bool, bias: Any, sums: Any) -> tuple[Any, bool]:
     """Where the product of a [M, K] and b [K, N] goes, and whether that is all because one of the sizes is 0. Raises ValueError for
     what is no product, TypeError for mixed dtypes."""
     same_dtype(a, b, bias)
@@ -67,6 +74,8 @@ def checked_product(a: Any, b: Any, out: Any, accumulate: bool, bias: Any) -> tu
         raise ValueError(f"the product of {a.shape} and {b.shape} in {a.dtype} does not go into {out.shape} of {out.dtype}")
     if accumulate and bias is not None:
         raise ValueError("a product that is added to another takes no bias")
+    if sums is not None and (sums.shape != (M,) or element(sums) != "float32" or bias is not None):
+        raise ValueError(f"sums of {M} rows, of a product without a bias, go into as many float32, not into {sums.shape} of {sums.dtype}")
     if M and N and operand(out).transposed:
         raise ValueError(f"a product is written row by row, not with strides {out.strides} for shape {out.shape}")
     if M and N and K:

@@ -12,15 +12,18 @@ ACCUMULATE_BLOCK = 1 << 18  # elements of a product that are added while they ar
 
 
 @kernel("matmul")
-def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None) -> Any:
+def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None) -> Any:
     """a [M, K] @ b [K, N] -> [M, N]; operands may be transposed views, which BLAS takes without a copy. With `accumulate`, added into
-    `out`; a `bias` [N], for a product that is not accumulated, is added to every row.
+    `out`; a `bias` [N], for a product that is not accumulated, is added to every row. `sums` [M] is overwritten by the sum of each row of
+    `a`: the gradient of a bias, where `a` is that of an output, transposed.
 
     The longer side of the result is cut over the pool, one BLAS call a slice.
     """
     M, N = a.shape[0], b.shape[1]
     if out is None:
         out = np.empty((M, N), a.dtype)
+    if sums is not None:
+        sums[...] = column_sum(a.T)
     by_rows = M >= N
 
     def run(start: int, stop: int) -> None:

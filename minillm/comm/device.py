@@ -1,10 +1,9 @@
 """Arrays on GPUs between ranks: a `Communicator` around another one, which moves what lies in host memory.
 
-Where MPI takes device memory, it gets the device's addresses. Elsewhere arrays travel through pinned host memory: whole ones for messages
-and for reductions that run in the background, otherwise in chunks through two buffers in turn, so that one chunk is copied while another is
-under way. Nothing is sent before the device has written it: the host waits, or, for a reduction in the background, looks again whenever it
-is polled, so that it can go on queueing work. Sums of 2-byte floats are exchanged by slices, added in rank
-order in float32 and rounded once, as among hosts. Arrays of the host pass through untouched.
+Where MPI takes device memory, it gets the device's addresses. Elsewhere arrays travel through pinned host memory, chunk by chunk
+(staging.py); what is reduced in the background, a bucket of gradients, is one chunk. Nothing is sent before the device has written it: the
+host waits, or, for a reduction in the background, looks again whenever it is polled, so that it can go on queueing work. Sums of 2-byte
+floats are exchanged by slices, added in rank order in float32 and rounded once, as among hosts. Arrays of the host pass through untouched.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,9 @@ import numpy as np
 from minillm.arrays import Array, is_narrow
 from minillm.comm.base import BaseCommunicator, reduce_in_order
 from minillm.comm.communicator import MAX_TAG, SUM, Communicator, ReduceOp, SharedWindow, Work
-from minillm.comm.work import DoneWork
+from minillm.comm.staging import Staging, Turn, pieces, slices
+from minillm.comm.work import AllWork, DoneWork
 from minillm.device import CPU, Device
-
-CHUNK_BYTES = 8 << 20  # large enough for full speed over PCIe, small beside a gradient
 
 
 def on_device(comm: Communicator, device: Device, direct: bool | None = None) -> Communicator:
@@ -76,7 +75,10 @@ class _DeviceCommunicator(BaseCommunicator):
         self.device = device
 
     def _wrap(self, made: Any) -> Any:
-        return made if made is None or made.size == 1 else type(self)(made, self.device)
+        return made if made is None or made.size == 1 else self._around(made)
+
+    def _around(self, made: Any) -> Communicator:
+        return type(self)(made, self.device)
 
     def split(self, color: int | None, key: int | None = None, name: str = "") -> Communicator | None:
         """A group of the ranks with the same `color`, ordered by (key, rank); None where the color is None. Collective."""
@@ -105,6 +107,17 @@ class _DeviceCommunicator(BaseCommunicator):
     def _start_reductions(self, wait: bool = True) -> None:
         """Nothing waits to be started."""
 
+    def _all_to_all(self, parts: list[Array], counts: list[int]) -> list[Array]:
+        """By messages between each two ranks, whose sizes nobody else knows."""
+        self._start_reductions()
+        if _on_host(parts[0]):
+            return self.inner._all_to_all(parts, counts)
+        received = [self.device.xp.empty(count, part.dtype) for count, part in zip(counts, parts, strict=True)]
+        received[self.rank][...] = parts[self.rank]
+        others = [r for r in range(self.size) if r != self.rank]
+        AllWork([self._irecv(received[r], r, MAX_TAG) for r in others] + [self._isend(parts[r], r, MAX_TAG) for r in others]).wait()
+        return received
+
 
 class _Reduction:
     """A Work that reduces in the background what has first to come down from the device. Those of a group start in their order, since all
@@ -112,8 +125,8 @@ class _Reduction:
 
     def __init__(self, comm: StagedCommunicator, flat: Array, op: ReduceOp) -> None:
         self._comm, self._flat, self._op = comm, flat, op
-        self._host = comm._pinned(flat.nbytes)
-        self.down = comm._start_download(flat, self._host)
+        self._host = comm.staging.pinned(flat.nbytes)
+        self.down = comm.staging.start_download(flat, self._host)
         self._work: Work | None = None
         self._done = False
 
@@ -137,18 +150,20 @@ class _Reduction:
             self._finish()
 
     def _finish(self) -> None:
-        self._comm._upload(self._host, self._flat)
+        self._comm.staging.upload(self._host, self._flat)
         self._done = True
 
 
 class StagedCommunicator(_DeviceCommunicator):
-    """Device arrays by way of pinned host memory."""
+    """Device arrays by way of pinned host memory, which groups share with the communicator that they were made from."""
 
-    def __init__(self, inner: BaseCommunicator, device: Device) -> None:
+    def __init__(self, inner: BaseCommunicator, device: Device, staging: Staging | None = None) -> None:
         super().__init__(inner, device)
-        self._buffers: list[np.ndarray] = []
+        self.staging = staging or Staging(device)
         self._coming: deque[_Reduction] = deque()
-        self._leaving: deque[tuple[Any, np.ndarray]] = deque()
+
+    def _around(self, made: Any) -> Communicator:
+        return StagedCommunicator(made, self.device, self.staging)
 
     def _start_reductions(self, wait: bool = True) -> None:
         """Start those background reductions that have come down; with `wait`, all of them: before any other collective of this group."""
@@ -156,74 +171,14 @@ class StagedCommunicator(_DeviceCommunicator):
             self._coming[0].down.synchronize()
             self._coming.popleft().start()
 
-    # ---- copies
-
-    def _pinned(self, num_bytes: int) -> np.ndarray:
-        return np.frombuffer(self.device.xp.cuda.alloc_pinned_memory(max(num_bytes, 1)), np.uint8, num_bytes)
-
-    def _start_download(self, flat: Array, host: np.ndarray) -> Any:
-        """Queue the copy of a flat array into bytes of pinned memory; returns the event of its end."""
-        flat.view(np.uint8).get(out=host, blocking=False)
-        event = self.device.xp.cuda.Event(disable_timing=True)
-        event.record()
-        return event
-
-    def _download(self, flat: Array) -> np.ndarray:
-        """A flat array in pinned memory of its own."""
-        host = self._pinned(flat.nbytes)
-        if flat.size:
-            self._start_download(flat, host).synchronize()
-        return host.view(flat.dtype)
-
-    def _start_upload(self, host: np.ndarray, flat: Array) -> Any:
-        """Queue the copy of bytes into a flat array; returns the event after which they may be overwritten."""
-        event = self.device.xp.cuda.Event(disable_timing=True)
-        if flat.size:
-            flat.view(np.uint8).set(host.view(np.uint8))
-        event.record()
-        return event
-
-    def _then_upload(self, work: Work, host: np.ndarray, flat: Array) -> Work:
-        return _Then(work, flat, lambda: self._upload(host, flat))
-
-    def _upload(self, host: np.ndarray, flat: Array) -> None:
-        """Queue the copy of pinned memory into a flat array, and keep that memory from being used again before the copy is over."""
-        while self._leaving and self._leaving[0][0].done:
-            self._leaving.popleft()
-        self._leaving.append((self._start_upload(host, flat), host))
-
-    def _through(self, flat: Array, move: Callable[[np.ndarray], None], *, down: bool = True, up: bool = True) -> None:
-        """Carry `flat` through `move`, chunk by chunk: while one chunk is under way, the next comes down and the last one goes up."""
-        step = max(1, CHUNK_BYTES // flat.itemsize)
-        chunks = [flat[i : i + step] for i in range(0, flat.size, step)]
-        if not chunks:
-            move(np.empty(0, flat.dtype))
-            return
-        self._buffers = self._buffers or [self._pinned(CHUNK_BYTES) for _ in range(2)]
-        hosts = [self._buffers[i % 2][: chunk.nbytes] for i, chunk in enumerate(chunks)]
-        ups: list[Any] = []
-        downs = [self._start_download(chunks[0], hosts[0])] if down else []
-        for i, chunk in enumerate(chunks):
-            if down:
-                downs[i].synchronize()
-            if i and up:
-                ups[i - 1].synchronize()  # whose buffer the next chunk takes
-            if down and i + 1 < len(chunks):
-                downs.append(self._start_download(chunks[i + 1], hosts[i + 1]))
-            move(hosts[i].view(flat.dtype))
-            if up:
-                ups.append(self._start_upload(hosts[i], chunk))
-        if up:
-            ups[-1].synchronize()
-
     # ---- operations on flat buffers
 
     def _all_reduce(self, flat: Array, op: ReduceOp) -> None:
         self._start_reductions()
         if _on_host(flat):
-            self.inner._all_reduce(flat, op)
-        else:
-            self._through(flat, lambda host: self.inner._all_reduce(host, op))
+            return self.inner._all_reduce(flat, op)
+        turns = [Turn(part.size, [(0, part)], lambda host: self.inner._all_reduce(host, op), [(0, part)]) for part in pieces(flat)]
+        self.staging.through(flat.dtype, turns)
 
     def _iall_reduce(self, flat: Array, op: ReduceOp) -> Work:
         if _on_host(flat) or not flat.size:
@@ -239,44 +194,76 @@ class StagedCommunicator(_DeviceCommunicator):
         self._start_reductions()
         if _on_host(flat):
             return self.inner._all_gather(flat, counts)
-        return self.device.upload(self.inner._all_gather(self._download(flat), counts))
+        out = self.device.xp.empty(sum(counts), flat.dtype)
+        shards = _cut(out, counts)
+        shards[self.rank][...] = flat
+        turns = []
+        for parts in slices(shards):
+            sizes, places = _layout(parts)
+            up = [place for r, place in enumerate(places) if r != self.rank]
+            turns.append(Turn(sum(sizes), [places[self.rank]], partial(self.inner._gather_into, counts=sizes), up))
+        self.staging.through(flat.dtype, turns)
+        return out
 
     def _reduce_scatter(self, flat: Array, counts: list[int]) -> Array:
         self._start_reductions()
         if _on_host(flat):
             return self.inner._reduce_scatter(flat, counts)
-        return self.device.upload(self.inner._reduce_scatter(self._download(flat), counts))
+        out = self.device.xp.empty(counts[self.rank], flat.dtype)
+        turns, start = [], 0
+        for parts in slices(_cut(flat, counts)):
+            sizes, places = _layout(parts)
+            mine = out[start : start + sizes[self.rank]]
+            start += mine.size
 
-    def _all_to_all(self, parts: list[Array], counts: list[int]) -> list[Array]:
-        self._start_reductions()
-        if _on_host(parts[0]):
-            return self.inner._all_to_all(parts, counts)
-        received = self.inner._all_to_all([self._download(part) for part in parts], counts)
-        return [self.device.upload(part) for part in received]
+            def move(host: np.ndarray, sizes: list[int] = sizes) -> None:
+                host[: sizes[self.rank]] = self.inner._reduce_scatter(host, sizes)
+
+            turns.append(Turn(sum(sizes), places, move, [(0, mine)]))
+        self.staging.through(flat.dtype, turns)
+        return out
 
     def _broadcast(self, flat: Array, root: int) -> None:
         self._start_reductions()
         if _on_host(flat):
-            self.inner._broadcast(flat, root)
-        else:
-            mine = self.rank == root
-            self._through(flat, lambda host: self.inner._broadcast(host, root), down=mine, up=not mine)
+            return self.inner._broadcast(flat, root)
+        turns = []
+        for part in pieces(flat):
+            down, up = ([(0, part)], []) if self.rank == root else ([], [(0, part)])
+            turns.append(Turn(part.size, down, lambda host: self.inner._broadcast(host, root), up))
+        self.staging.through(flat.dtype, turns)
+
+    # ---- messages: all chunks at once, each in memory of its own
+
+    def _chunks(self, flat: Array) -> list[tuple[Array, np.ndarray]]:
+        """The pieces of an array, each with bytes of pinned memory."""
+        return [(part, self.staging.pinned(part.nbytes)) for part in pieces(flat)]
 
     def _isend(self, flat: Array, dest: int, tag: int) -> Work:
-        return self.inner._isend(flat if _on_host(flat) else self._download(flat), dest, tag)
+        if _on_host(flat):
+            return self.inner._isend(flat, dest, tag)
+        coming = [(host, self.staging.start_download(part, host)) for part, host in self._chunks(flat)]
+        works = []
+        for host, down in coming:
+            down.synchronize()
+            works.append(self.inner._isend(host.view(flat.dtype), dest, tag))
+        return AllWork(works)
 
     def _irecv(self, flat: Array, source: int, tag: int) -> Work:
         if _on_host(flat):
             return self.inner._irecv(flat, source, tag)
-        host = self._pinned(flat.nbytes).view(flat.dtype)
-        return self._then_upload(self.inner._irecv(host, source, tag), host, flat)
+        return AllWork([self._receive(part, host, source, tag) for part, host in self._chunks(flat)])
+
+    def _receive(self, part: Array, host: np.ndarray, source: int, tag: int) -> Work:
+        return _Then(self.inner._irecv(host.view(part.dtype), source, tag), part, lambda: self.staging.upload(host, part))
 
     def _recv_any(self, flat: Array, tag: int) -> int:
         if _on_host(flat):
             return self.inner._recv_any(flat, tag)
-        host = self._pinned(flat.nbytes).view(flat.dtype)
-        source = self.inner._recv_any(host, tag)
-        self._upload(host, flat)
+        (first, host), *rest = self._chunks(flat)
+        source = self.inner._recv_any(host.view(flat.dtype), tag)
+        self.staging.upload(host, first)
+        AllWork([self._receive(part, host, source, tag) for part, host in rest]).wait()
         return source
 
 
@@ -323,17 +310,6 @@ class DirectCommunicator(_DeviceCommunicator):
             return self.inner._reduce_scatter(flat, counts)
         return reduce_in_order(self._all_to_all(_cut(flat, counts), [counts[self.rank]] * self.size), SUM)
 
-    def _all_to_all(self, parts: list[Array], counts: list[int]) -> list[Array]:
-        if _on_host(parts[0]):
-            return self.inner._all_to_all(parts, counts)
-        received = [self.device.xp.empty(count, part.dtype) for count, part in zip(counts, parts, strict=True)]
-        received[self.rank][...] = parts[self.rank]
-        others = [r for r in range(self.size) if r != self.rank]
-        waiting = [self._irecv(received[r], r, MAX_TAG) for r in others] + [self._isend(parts[r], r, MAX_TAG) for r in others]
-        for work in waiting:
-            work.wait()
-        return received
-
     def _broadcast(self, flat: Array, root: int) -> None:
         self.inner._broadcast(self._address(flat), root)
 
@@ -351,3 +327,10 @@ def _cut(flat: Array, counts: list[int]) -> list[Array]:
     """Slices of these lengths, one after another."""
     ends = np.cumsum(counts)
     return [flat[int(end) - count : int(end)] for end, count in zip(ends, counts, strict=True)]
+
+
+def _layout(parts: list[Array]) -> tuple[list[int], list[tuple[int, Array]]]:
+    """Sizes of arrays, and where each stands if they lie one after another."""
+    sizes = [part.size for part in parts]
+    starts = [int(end) - size for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
+    return sizes, list(zip(starts, parts, strict=True))

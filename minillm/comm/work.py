@@ -1,9 +1,10 @@
-"""Operations under way: the one that is already done, and the one that keeps the ledger."""
+"""Operations under way: the one that is already done, several as one, and the one that keeps the ledger."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 
 from minillm.comm.communicator import Work
 from minillm.comm.ledger import Recording, wire_bytes
@@ -18,6 +19,25 @@ class DoneWork:
 
     def wait(self) -> None:
         """Nothing to wait for."""
+
+
+class AllWork:
+    """Several operations as one, finished in their order."""
+
+    def __init__(self, works: Iterable[Work]) -> None:
+        self._works = deque(works)
+
+    def test(self) -> bool:
+        """See `Work`."""
+        while self._works and self._works[0].test():
+            self._works.popleft()
+        return not self._works
+
+    def wait(self) -> None:
+        """See `Work`."""
+        while self._works:
+            self._works[0].wait()
+            self._works.popleft()
 
 
 class TrackedWork:

@@ -89,7 +89,8 @@ class Attention(Module):
     def _dropout(self, where: Where) -> kernels.AttentionDropout | None:
         if not self.dropout.p or not self.dropout.training:
             return None
-        return kernels.AttentionDropout(self.dropout.p, self.dropout.key(where), where.samples, self.first_head, where.times, where.times)
+        samples, times = where.addresses()
+        return kernels.AttentionDropout(self.dropout.p, self.dropout.key(where), samples, self.first_head, times, times)
 
     def _attend_cached(self, qkv: Tensor, where: Where, cache: KVCache) -> Tensor:
         """Attention of the new positions over all positions so far; for inference only."""

@@ -29,11 +29,6 @@ class Dropout(Module):
         """x [B, T_local, D] -> the same shape."""
         if not self.p or not self.training:
             return x
-        assert where.times is not None
-        times, channels = where.times, np.arange(x.shape[-1])
-        address = (
-            where.device.upload(where.samples),
-            where.table("times", lambda: times),
-            where.device.constant(("channels", x.shape[-1]), lambda: channels),
-        )
-        return ops.dropout(x, self.p, key=self.key(where), samples=address[0], times=address[1], channels=address[2])
+        samples, times = where.addresses()
+        channels = where.device.constant(("channels", x.shape[-1]), lambda: np.arange(x.shape[-1]))
+        return ops.dropout(x, self.p, key=self.key(where), samples=samples, times=times, channels=channels)

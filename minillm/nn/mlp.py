@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from minillm import ops
+from minillm import kernels, ops
 from minillm.autograd import Tensor
 from minillm.nn.module import Module, Where
 from minillm.parallel.tensor import ColumnParallelLinear, Region, RowParallelLinear
@@ -39,7 +39,8 @@ class MLP(Module):
         return self.down(self._hidden(x, where), where)
 
     def _hidden(self, x: Tensor, where: Where) -> Tensor:
-        """activation(up(x)). On a GPU, where a pass over memory costs more than arithmetic, GELU adds the bias of the product."""
-        if not self.takes_bias or self.up.bias is None or isinstance(x.data, np.ndarray):
+        """activation(up(x)). On a GPU, where a pass over memory costs more than arithmetic, GELU adds the bias of a product that cannot."""
+        added = isinstance(x.data, np.ndarray) or kernels.chosen("matmul", x.data).fuses_bias
+        if added or not self.takes_bias or self.up.bias is None:
             return self.activation(self.up(x, where), recompute=self.recompute)
         return self.activation(self.up.product(x), bias=self.up.bias, recompute=self.recompute)

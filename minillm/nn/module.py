@@ -37,6 +37,12 @@ class Where:
         times = None if self.times is None else self.times.tobytes()
         return self.device.constant((kind, times), make)
 
+    def addresses(self) -> tuple[Array, Array]:
+        """`samples` and `times` on the device, for operations that hash them: every step has the same ones, so they go up once."""
+        samples, times = self.samples, self.times
+        assert times is not None
+        return self.device.constant(("samples", samples.tobytes()), lambda: samples), self.table("times", lambda: times)
+
 
 @dataclass(frozen=True)
 class Normal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array
+from minillm.arrays import Array, namespace, sum_dtype
 from minillm.autograd import WRITTEN, Context, Function, GradSlot, Tensor
 
 
@@ -31,13 +31,15 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any]:
         grad = _rows(grad_outs[0])
-        grad_x = grad_weight = None
+        grad_x = grad_weight = grad_bias = None
         if needs[0]:
             weight = ctx.load(1)
             grad_x = kernels.matmul(grad, weight).reshape(*grad_outs[0].shape[:-1], weight.shape[1])
         if needs[1]:
-            grad_weight = _product_into(into[1], grad.T, _rows(ctx.load(0)))
-        grad_bias = kernels.column_sum(grad) if needs[2] else None
+            grad_bias = namespace(grad).empty(grad.shape[1], sum_dtype(grad.dtype)) if needs[2] else None
+            grad_weight = _product_into(into[1], grad.T, _rows(ctx.load(0)), grad_bias)
+        elif needs[2]:
+            grad_bias = kernels.column_sum(grad)
         return grad_x, grad_weight, grad_bias
 
 
@@ -59,10 +61,10 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _product_into(slot: GradSlot | None, a: Array, b: Array) -> Any:
-    """a @ b accumulated straight into the slot, or returned where there is none."""
+def _product_into(slot: GradSlot | None, a: Array, b: Array, sums: Array | None) -> Any:
+    """a @ b accumulated straight into the slot, or returned where there is none; `sums`, if given, gets the sums of the rows of `a`."""
     if slot is None:
-        return kernels.matmul(a, b)
-    kernels.matmul(a, b, out=slot.buf, accumulate=slot.writes > 0)
+        return kernels.matmul(a, b, sums=sums)
+    kernels.matmul(a, b, out=slot.buf, accumulate=slot.writes > 0, sums=sums)
     slot.writes += 1
     return WRITTEN

@@ -15,7 +15,7 @@ from training_helpers import BASE, Layout, assemble, make_config, train_rank
 
 from minillm import kernels
 from minillm.arrays import to_host
-from minillm.comm import device as device_comm
+from minillm.comm import staging
 from minillm.comm.base import reduce_in_order
 from minillm.comm.communicator import SUM
 from minillm.comm.device import on_device
@@ -37,7 +37,7 @@ def main() -> int:
     kernels.prepare_process()
     comm = world()
     assert not takes_device_memory() or comm.size, "asking the library ends no process"
-    device_comm.CHUNK_BYTES = 1000  # bytes: several chunks in every gradient
+    staging.CHUNK_BYTES = 1000  # bytes: several chunks in every gradient
     with installed():
         for direct in (False, True):
             check_bfloat16(comm, direct)

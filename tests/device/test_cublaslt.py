@@ -26,6 +26,7 @@ class FakeLibrary:
     def __init__(self) -> None:
         self.table: dict[int, Any] = {}
         self.calls: Counter[str] = Counter()
+        self.epilogues: Counter[int] = Counter()
 
     def _new(self, out: Any, value: Any) -> int:
         number = len(self.table) + 1
@@ -56,7 +57,8 @@ class FakeLibrary:
     def cublasLtMatmulAlgoGetHeuristic(self, handle: Any, desc: Any, *rest: Any) -> int:
         self.calls["heuristic"] += 1
         *layouts, wishes, _, found, count = rest
-        kept = self.table[wishes.value]
+        kept, with_ = self.table[wishes.value], self.table[desc.value]
+        assert with_.get(8) in ((None,) if with_[7] == 1 else (64, 128, 256)), "the vector's alignment is known by now"
         assert kept[1] == 32 << 20 and all(kept[a] in (2, 4, 8, 16, 32, 64, 128, 256) for a in (5, 6, 7, 8))
         assert len(layouts) == 4 and layouts[2].value == layouts[3].value
         found._obj.algo[0] = 77
@@ -76,8 +78,11 @@ class FakeLibrary:
         result = alpha._obj.value * ((left.T if with_[3] else left) @ (right.T if with_[4] else right))
         if beta._obj.value:
             result += beta._obj.value * target.astype(np.float32)
+        self.epilogues[with_[7]] += 1
         if with_[7] == 4:
             result += _matrix(with_[8], m, 1, m, _TYPES[c_type]).astype(np.float32)
+        elif with_[7] == 512:
+            _matrix(with_[8], n, 1, n, _TYPES[c_type])[:, 0] = (right.T if with_[4] else right).sum(0)
         else:
             assert with_[7] == 1
         target[...] = result.astype(target.dtype)
@@ -97,7 +102,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLibrary]:
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("way", ["plain", "bias", "accumulate"])
+@pytest.mark.parametrize("way", ["plain", "bias", "accumulate", "sums"])
 def test_every_layout(shape: tuple[int, int, int], left: bool, right: bool, dtype: str, way: str) -> None:
     import cupy
 
@@ -108,14 +113,29 @@ def test_every_layout(shape: tuple[int, int, int], left: bool, right: bool, dtyp
     bias = rng.standard_normal(N).astype(TYPES[dtype])
     start = rng.standard_normal((M, N)).astype(np.float32)
     want = a64 @ b64
-    if way == "accumulate":
-        found, want = matmul(a, b, to_device(start, cupy), True), want + start
+    sums = cupy.empty(M, np.float32) if way == "sums" else None
+    if way in ("accumulate", "sums"):
+        found, want = matmul(a, b, to_device(start, cupy), True, sums=sums), want + start
     elif way == "bias":
         found, want = matmul(a, b, bias=to_device(bias, cupy)), want + bias.astype(np.float64)
     else:
         found = matmul(a, b)
-    tolerance = 1e-6 if way == "accumulate" or dtype == "float32" else float(ml_dtypes.finfo(dtype).eps)
+    if sums is not None:
+        np.testing.assert_allclose(to_host(sums), a64.sum(1), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-6 if way in ("accumulate", "sums") or dtype == "float32" else float(ml_dtypes.finfo(dtype).eps)
     assert np.abs(to_host(found).astype(np.float64) - want).max() <= 2 * tolerance * max(1.0, np.abs(want).max())
+
+
+def test_sums_of_another_dtype_than_the_result_and_of_an_empty_product(library: FakeLibrary) -> None:
+    import cupy
+
+    sums, ones = cupy.empty(4, np.float32), to_device(np.ones((4, 8), TYPES["bfloat16"]), cupy)
+    matmul(ones, ones[:3].T, sums=sums)
+    assert (to_host(sums) == 8).all() and library.epilogues == {1: 1}
+    matmul(ones, ones[:0].T, sums=sums)
+    assert (to_host(sums) == 8).all()
+    with pytest.raises(ValueError, match=r"sums of 4 rows.* not into \(3,\) of float32"):
+        matmul(ones, ones[:3].T, sums=sums[:3])
 
 
 def test_a_bias_of_another_dtype_than_the_result() -> None:
@@ -155,7 +175,11 @@ def test_a_step_makes_its_plans_once(library: FakeLibrary) -> None:
     plain = losses()
     with kernels.use(matmul="cuda:cublaslt"):
         found = losses()
-    assert library.calls["products"] > 100
+    layers, microbatches, steps = 2, 2, 3
+    every = layers * microbatches * steps
+    # Of a layer's four products all have a bias: added forward, and its gradient made with that of the weight.
+    assert library.epilogues[4] == library.epilogues[512] == 4 * every
+    assert library.epilogues[1] > 4 * every  # gradients of inputs, and the head
     np.testing.assert_allclose(found, plain, rtol=0.02)  # a bias is rounded with its product, not after it
 
 

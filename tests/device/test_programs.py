@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from standin.install import installed
 
 from minillm import device as devices
 from minillm import evaluate, generate, train
 from minillm.config import TrainConfig
+from minillm.device import open_device
 from minillm.errors import ConfigError
 from minillm.resolve import resolve
 
@@ -50,7 +52,25 @@ def test_train_save_resume_evaluate_and_generate(dtype: str, tmp_path: Path, cap
     found = json.loads(capsys.readouterr().out)
     held_out = float(re.findall(r"result +held-out loss ([\d.]+)", text)[0])
     assert found["loss"] == pytest.approx(held_out, rel=1e-5 if dtype == "float32" else 5e-3)
-    assert generate.main([f"--checkpoint={whole}", "--tokens=3"]) == 0
+    with installed() as gpu, gpu.counting() as events:
+        assert evaluate.main([f"--checkpoint={whole}", "--tokens=256", "--device=cuda"]) == 0
+    assert [what for what, _ in events].count("download") == 1, "the loss comes down, once"
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(held_out, rel=1e-5), "on the device, the dtype is that of training"
+
+
+@pytest.mark.parametrize("how", [["--temperature=0"], ["--temperature=1", "--seed=3"]])
+def test_the_device_writes_the_text_of_the_cpu(how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "--dtype=float32", f"--out={tmp_path / 'run'}")
+    options = [f"--checkpoint={tmp_path / 'run'}", "--tokens=50", "--prompt=She ", *how]  # past the context of 32
+    assert generate.main(options) == 0
+    want = capsys.readouterr().out
+    with installed() as gpu, gpu.counting() as events:
+        assert generate.main([*options, "--device=cuda"]) == 0
+    assert capsys.readouterr().out == want and len(want) > 50
+    assert sum(what == "download" for what, _ in events) == 50, "the logits of each token come down, and nothing else"
+    if how == ["--temperature=0"]:
+        assert generate.main([*options, "--device=cuda"]) == 1  # where there is no GPU
+        assert re.search("no GPU|needs CuPy", capsys.readouterr().err)
 
 
 def test_a_step_that_is_not_finite_ends_the_run_with_the_weights_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +101,25 @@ def test_what_the_kernels_cannot_do_is_an_error(options: dict[str, Any], message
 def test_activations_that_do_not_fit_are_named_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with installed():
         assert train.main([*OPTIONS, f"--out={tmp_path / 'run'}", "--layers=200", "--context=4096", "--recompute=none"]) == 1
-    assert re.search(r"need about [\d.]+ GB, and stand-in, device 0 has 1\.1 of its 2\.1 GB free; use a smaller", capsys.readouterr().err)
+    assert re.search(r"need about [\d.]+ GB, and stand-in, device 0 has [\d.]+ of its 2\.1 GB free; use a smaller", capsys.readouterr().err)
+
+
+def test_the_arena_is_one_piece_that_arrays_are_cut_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed() as cupy:
+        device, pool, mb = open_device("cuda"), cupy.get_default_memory_pool(), 1 << 20
+        pool.free_all_blocks()
+        monkeypatch.setattr(pool, "limit", pool.used_bytes() + 100 * mb)
+        kept = cupy.zeros(10 * mb, np.uint8)
+        garbage = [cupy.zeros(10 * mb, np.uint8) for _ in range(7)]
+        del garbage
+        assert cupy.cuda.runtime.memGetInfo()[0] == 20 * mb
+        device.reserve(60 * mb)  # more than the driver has left while the pool keeps what was freed
+        assert pool.total_bytes() == device.peak_bytes() == pool.used_bytes() + 60 * mb
+        more = cupy.zeros(50 * mb, np.uint8)
+        assert pool.total_bytes() == pool.used_bytes() + 10 * mb, "cut from the arena"
+        with pytest.raises(ConfigError, match=r"need about 0\.1 GB, and stand-in, device 0 has 0\.0 of its 2\.1 GB free; use a smaller"):
+            device.reserve(60 * mb)
+        del kept, more
 
 
 def _cupy(error: Exception | None, driver: int = 0, count: int = 0) -> Any:

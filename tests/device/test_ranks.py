@@ -1,10 +1,8 @@
-"""Device arrays between ranks: every operation of the communicators, and law 1 on the meshes, on the stand-in and thread ranks."""
+"""Device arrays between ranks: every operation of the communicators, on the stand-in and thread ranks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -12,16 +10,15 @@ import numpy as np
 import pytest
 from standin.cuda import Event
 from standin.install import installed
-from test_step import FLOAT32, MILD, error, sizes
-from training_helpers import Layout, Outcome, compare, train
 
 from minillm.arrays import to_host
-from minillm.comm import device as device_comm
-from minillm.comm.base import reduce_in_order
-from minillm.comm.communicator import MAX, SUM, Communicator
+from minillm.comm import staging
+from minillm.comm.base import BaseCommunicator, reduce_in_order
+from minillm.comm.communicator import MAX, SUM, Communicator, Work
 from minillm.comm.device import DirectCommunicator, StagedCommunicator, on_device
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
+from minillm.comm.work import DoneWork
 from minillm.device import CPU, open_device
 
 RANKS = 3
@@ -30,7 +27,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int64": np.int
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(device_comm, "CHUNK_BYTES", 64)  # several chunks in the smallest array
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 64)  # several chunks in the smallest array
     with installed() as module:
         yield module
 
@@ -132,47 +129,6 @@ def test_the_device_is_waited_for_before_a_message(direct: bool, gpu: Any) -> No
     run_ranks(2, lambda comm: rank(on_device(comm, open_device("cuda"), direct), open_device("cuda").upload), timeout=20)
 
 
-# ---- training
-
-LAYOUTS = [
-    *(Layout(dp=2), Layout(dp=4, num_microbatches=2), Layout(tp=2), Layout(tp=2, sp=True)),
-    *(Layout(pp=2, num_microbatches=4), Layout(pp=2, schedule="gpipe", num_microbatches=2)),
-    Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4),
-]
-
-
-@cache
-def alone(model: str, dtype: str, optimizer: str, steps: int, std: float, dropout: float = 0.1) -> Outcome:
-    """One rank: on the CPU in float64, else on the device."""
-    where: dict[str, Any] = {} if dtype == "float64" else {"device": "cuda"}
-    with installed():
-        return train(model, Layout(), optimizer=optimizer, steps=steps, std=std, **sizes(model, dtype=dtype, dropout=dropout, **where))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_float32_equals_one_rank(model: str, layout: Layout) -> None:
-    want = alone(model, "float32", "sgd", 2, 0.25)
-    direct = layout.tp == 2  # both ways are met
-    found = train(model, layout, steps=2, direct=direct, **sizes(model, dtype="float32", device="cuda"))
-    np.testing.assert_allclose(found.losses, want.losses, rtol=FLOAT32)
-    np.testing.assert_allclose(found.norms, want.norms, rtol=FLOAT32)
-    compare(found.first_grads, want.first_grads, FLOAT32, "first_grads")
-    compare(found.weights, want.weights, FLOAT32, "weights")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_bfloat16_differs_by_rounding(model: str, layout: Layout) -> None:
-    """From the one-rank run in bfloat16 by at most twice what that differs from float64."""
-    exact = alone(model, "float64", "sgd", 1, MILD, 0.0)
-    want = alone(model, "bfloat16", "adamw", 1, MILD, 0.0)
-    options = sizes(model, dtype="bfloat16", device="cuda", dropout=0.0)
-    found = train(model, layout, optimizer="adamw", steps=1, std=MILD, direct=layout.pp == 2, **options)
-    assert error(found, want) <= 2 * error(want, exact)
-    assert math.isclose(found.losses[0], want.losses[0], rel_tol=2.0**-9)
-
-
 def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: what the stand-in is for."""
     x = np.arange(100, dtype=np.float32)
@@ -185,12 +141,75 @@ def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(monkeypatch: pytest
         patch.setattr(Event, "synchronize", lambda self: None)
         with pytest.raises((AssertionError, RuntimeError)):
             assert all(np.array_equal(found, RANKS * x) for found in everywhere(reduce, False))
-    start = StagedCommunicator._start_upload
+    start = staging.Staging._start_upload
 
-    def forget_the_event(self: StagedCommunicator, host: np.ndarray, flat: Any) -> Event:
+    def forget_the_event(self: staging.Staging, host: np.ndarray, flat: Any) -> Event:
         start(self, host, flat)
         return Event()
 
-    monkeypatch.setattr(StagedCommunicator, "_start_upload", forget_the_event)
+    monkeypatch.setattr(staging.Staging, "_start_upload", forget_the_event)
     with pytest.raises(RuntimeError, match="overwritten while a copy to the device could still be reading them"):
-        everywhere(reduce, False)
+        everywhere(lambda comm, upload: to_host(comm.broadcast_(upload(x))), False)
+
+
+# ---- how copies and messages follow one another
+
+
+class Partner(BaseCommunicator):
+    """The inner communicator of the first of two ranks, where every exchange is an event and all that comes is zeros."""
+
+    def __init__(self, gpu: Any) -> None:
+        super().__init__(0, 2, "pair", 1.0)
+        self.gpu = gpu
+
+    def _all_reduce(self, flat: np.ndarray, op: Any) -> None:
+        self.gpu.note("exchange", flat.nbytes)
+
+    def _broadcast(self, flat: np.ndarray, root: int) -> None:
+        self.gpu.note("exchange", flat.nbytes)
+
+    def _gather_into(self, out: np.ndarray, counts: list[int]) -> None:
+        self.gpu.note("exchange", out.nbytes)
+
+    def _reduce_scatter(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
+        self.gpu.note("exchange", flat.nbytes)
+        return flat[: counts[0]]
+
+    def _isend(self, flat: np.ndarray, dest: int, tag: int) -> Work:
+        self.gpu.note("exchange", flat.nbytes)
+        return DoneWork()
+
+    def _irecv(self, flat: np.ndarray, source: int, tag: int) -> Work:
+        flat[...] = 0
+        return self._isend(flat, source, tag)
+
+
+@pytest.mark.parametrize(
+    ("act", "order"),
+    [
+        (lambda comm, x: comm.all_reduce_(x), "dd wEu dwEu dwEu wEu"),
+        (lambda comm, x: comm.broadcast_(x, 0), "dd wE dwE dwE wE"),
+        (lambda comm, x: comm.broadcast_(x, 1), "Eu Eu wEu wEu"),
+        (lambda comm, x: comm.all_gather(x[:32]), "dd wEu dwEu dwEu wEu"),
+        (lambda comm, x: comm.reduce_scatter(x), "dddd wEu ddwEu ddwEu wEu"),
+        (lambda comm, x: comm.send(x, 1), "dddd wE wE wE wE"),
+        (lambda comm, x: comm.recv(x, 1), "EEEE uuuu"),
+        (lambda comm, x: comm.all_to_all([x, x]), "EEEE dddd wE wE wE wE uuuu"),
+    ],
+)
+def test_copies_overlap_with_messages(act: Callable[[Communicator, Any], Any], order: str, gpu: Any) -> None:
+    """Four chunks: while one is exchanged (E), the next comes down (d), the last goes up (u), and the host waits (w) for neither."""
+    x = gpu.ones(64, np.float32)
+    comm = on_device(Partner(gpu), open_device("cuda"), direct=False)
+    with gpu.counting() as events:
+        act(comm, x)
+    letters = {"download": "d", "upload": "u", "wait": "w", "exchange": "E"}
+    assert "".join(letters[what] for what, _ in events) == order.replace(" ", "")
+    assert all(num_bytes <= 64 for what, num_bytes in events)
+
+
+def test_groups_share_their_buffers() -> None:
+    def rank(comm: Communicator, upload: Any) -> bool:
+        return comm.dup("other").staging is comm.staging  # type: ignore[attr-defined]
+
+    assert all(everywhere(rank, False))

@@ -83,10 +83,11 @@ def trainer(gpu: Any, model: str = "gpt2", num_microbatches: int = 2, **changes:
     return Trainer(config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda"))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_the_host_waits_once_a_step_and_copies_tokens_and_the_loss(model: str, recompute: str, gpu: Any) -> None:
-    one = trainer(gpu, model, recompute=recompute)
+def test_the_host_waits_once_a_step_and_copies_tokens_and_the_loss(model: str, recompute: str, dropout: float, gpu: Any) -> None:
+    one = trainer(gpu, model, recompute=recompute, dropout=dropout)
     with gpu.forbidding("wait"):
         first = one.step(0)  # nothing to wait for yet: the first step's numbers are read while the second is under way
     one.step(1)
@@ -187,7 +188,10 @@ def test_our_kernels_run_the_step(model: str, dtype: str, capability: str, monke
         one = Trainer(config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda"))
         with module.forbidding("wait"):
             reports = [one.step(0)]
-        reports += [one.step(1), one.step(2)]
+        reports.append(one.step(1))
+        with module.counting() as events:
+            reports.append(one.step(2))
+        assert Counter(events) == {("upload", small["batch"] * BASE["context"] * 8): 2, ("download", 16): 1, ("wait", 0): 1}
         losses, norms = [r.loss for r in reports], [r.grad_norm for r in reports]
     tolerance = FLOAT32 if dtype == "float32" else 2.0**-8
     np.testing.assert_allclose(losses[0], want.losses[0], rtol=tolerance)

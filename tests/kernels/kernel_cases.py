@@ -291,6 +291,11 @@ def cut_logits(logits: Any, valid: int, parts: int) -> tuple[int, list[Any], lis
     return width, pieces, valids
 
 
+def product_and_sums(a: Any, b: Any, c: Any) -> Arrays:
+    sums = np.full(len(a), np.nan, np.float32 if a.itemsize == 2 else a.dtype)
+    return kernels.matmul(np.ascontiguousarray(a.T).T, b, sums=sums), sums
+
+
 def matmul_cases() -> Iterator[Case]:
     few_rows, deep = ((1, 70, 300), (6, 33, 50), (8, 129, 1025)), ((30, 1100, 47), (65, 550, 9))
     for M, K, N in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (5, 7, 3), *few_rows, *deep, (300, 257, 129), (33, 300, 1025), (900, 64, 130)):
@@ -320,6 +325,7 @@ def matmul_cases() -> Iterator[Case]:
             lambda a, b, c: (kernels.matmul(strided(a), np.ascontiguousarray(b.T).T, out=c.copy(), accumulate=True),),
             lambda a, b, c: (c + a @ b,),
         )
+        yield Case("matmul", f"sums-{size}", make, product_and_sums, lambda a, b, c: (a @ b, a.sum(1)))
     for shape in ((0, 3), (1, 1), (5, 7), (2000, 130)):
         yield Case(
             "residual",

@@ -12,7 +12,6 @@ import operator
 import sys
 import threading
 import types
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from standin import cuda
+from standin.memory import Pool, allocate, pool
 
 bool_ = np.bool_
 float32, float64, int32, int64, uint8, uint16, uint32, uint64 = (
@@ -64,31 +64,6 @@ def counting() -> Iterator[list[tuple[str, int]]]:
     found.extend(events[start:])
 
 
-# ---- memory
-
-_allocations: dict[int, tuple[int, Any]] = {}  # address -> (bytes, weak reference to the owner)
-
-
-def _allocate(shape: Any, dtype: Any) -> np.ndarray:
-    """Memory that begins at a multiple of 256 bytes, as CuPy's pool gives it, and holds NaN, or -1."""
-    dtype = np.dtype(dtype)
-    shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    room = np.full(size + 256, 0xFF, np.uint8)
-    start = -room.ctypes.data % 256
-    address = room.ctypes.data + start
-    _allocations[address] = size, weakref.ref(room, lambda _: _allocations.pop(address, None))
-    return room[start : start + size].view(dtype).reshape(shape)
-
-
-def check_inside(address: int, num_bytes: int) -> None:
-    """Raises RuntimeError unless these bytes lie in one living allocation."""
-    if num_bytes <= _allocations.get(address, (0, None))[0]:
-        return
-    if not any(start <= address and address + num_bytes <= start + size for start, (size, _) in _allocations.copy().items()):
-        raise RuntimeError(f"{num_bytes} bytes at {address:#x} are in no array of the device: an illegal memory access")
-
-
 class _Pointer:
     def __init__(self, host: np.ndarray) -> None:
         self.ptr = host.ctypes.data
@@ -123,7 +98,7 @@ def _wrap(result: Any) -> Any:
     if isinstance(result, tuple):
         return tuple(map(_wrap, result))
     result = np.asarray(result)
-    fresh = _allocate(result.shape, result.dtype)
+    fresh = allocate(result.shape, result.dtype)
     fresh[...] = result
     return ndarray(fresh)
 
@@ -309,7 +284,7 @@ ndarray.__neg__, ndarray.__invert__ = lambda self: _wrap(-self.host), lambda sel
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
-    return ndarray(_allocate(shape, dtype))
+    return ndarray(allocate(shape, dtype))
 
 
 def zeros(shape: Any, dtype: Any = float) -> ndarray:
@@ -397,15 +372,8 @@ add, multiply, minimum, maximum = _ufunc("add"), _ufunc("multiply"), _ufunc("min
 sqrt, log, exp, isfinite = _ufunc("sqrt"), _ufunc("log"), _ufunc("exp"), _ufunc("isfinite")
 
 
-class _Pool:
-    def total_bytes(self) -> int:
-        return sum(size for size, _ in _allocations.copy().values())
-
-    used_bytes = total_bytes
-
-
-def get_default_memory_pool() -> _Pool:
-    return _Pool()
+def get_default_memory_pool() -> Pool:
+    return pool
 
 
 ndarray.__module__ = "cupy"

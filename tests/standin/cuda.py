@@ -49,7 +49,9 @@ def _checksum(x: np.ndarray) -> int:
 
 
 def download_later(values: np.ndarray, out: np.ndarray) -> None:
-    """A copy to the host that nobody has waited for: until then, `out` holds nothing of use."""
+    """A copy to the host that nobody has waited for: until then, `out` holds nothing of use. Copies to the device that were queued before
+    have read what it overwrites."""
+    _finish([], [read for read in _queue.reads if np.shares_memory(read.source, out)])
     out.reshape(-1).view(np.uint8)[...] = 0xFF
     _queue.downloads.append(_Download(values, out))
 
@@ -159,10 +161,15 @@ class Device:
         pass
 
 
+class OutOfMemoryError(MemoryError):
+    pass
+
+
+memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
 runtime = types.SimpleNamespace(
     getDevice=lambda: 0,
     getDeviceCount=lambda: 1,
-    memGetInfo=lambda: (1 << 30, 2 << 30),
+    memGetInfo=lambda: (_standin().get_default_memory_pool().left(), 2 << 30),
     getDeviceProperties=lambda number: {"name": b"stand-in"},
     driverGetVersion=lambda: 13000,
     runtimeGetVersion=lambda: 13000,
@@ -199,7 +206,7 @@ def _matrix(pointer: int, rows: int, columns: int, leading: int, dtype: np.dtype
     if leading < max(1, rows):
         raise RuntimeError(f"CUBLAS_STATUS_INVALID_VALUE: leading dim {leading} of a matrix of {rows} rows")
     num_bytes = ((columns - 1) * leading + rows) * dtype.itemsize
-    _standin().check_inside(pointer, num_bytes)
+    _standin().memory.check_inside(pointer, num_bytes)
     memory = np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(pointer), np.uint8).view(dtype)
     return np.lib.stride_tricks.as_strided(memory, (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from minillm.kernels import attention, launch, registry
+from minillm.kernels import AttentionDropout, attention, launch, registry
 from minillm.kernels.emulator.tensor_map import TensorMap, tensor_map
 
 import standin
@@ -101,7 +101,7 @@ def _encode(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtyp
     kind = np.dtype(dtype)
     steps = (*strides, kind.itemsize)
     num_bytes = kind.itemsize + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
-    standin.check_inside(pointer, num_bytes)
+    standin.memory.check_inside(pointer, num_bytes)
     memory = (ctypes.c_char * num_bytes).from_address(pointer)
     return tensor_map(np.ndarray(shape, kind, memory, strides=steps), box, swizzle)
 
@@ -136,6 +136,8 @@ def hosted(fn: Callable[..., Any]) -> Callable[..., Any]:
                     start = x.host.astype(np.float32)
                     wide[key] = x, start, start.copy()
                 return wide[key][1]
+            if isinstance(x, AttentionDropout):
+                return x._replace(**{name: enter(getattr(x, name)) for name in ("samples", "times_q", "times_k")})
             return [enter(part) for part in x] if isinstance(x, list) else x
 
         named = {name: value if name in HOST_NUMBERS else enter(value) for name, value in kwargs.items()}
@@ -165,4 +167,4 @@ def hosted(fn: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-HOST_NUMBERS = ("dropout", "times_q", "times_k")  # arguments that stay on the host
+HOST_NUMBERS = ("times_q", "times_k")  # arguments that stay on the host

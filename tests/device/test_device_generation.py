@@ -1,0 +1,68 @@
+"""Generation with the key-value cache on the device: its logits are the CPU's, on every kind of layout, with the references and with our
+kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from minillm.kernels import cuda
+from standin.install import installed
+from test_step import FLOAT32, sizes
+from training_helpers import VOCAB, Layout, make_config
+
+from minillm.assembly import build_mesh, build_stages
+from minillm.autograd import no_grad
+from minillm.comm.communicator import Communicator
+from minillm.comm.device import on_device
+from minillm.comm.threads import run_ranks
+from minillm.device import open_device
+from minillm.generation import Generator, caches
+from minillm.resolve import ResolvedConfig
+
+PROMPT, LENGTH = 5, 12
+IDS = np.random.default_rng(5).integers(0, VOCAB, (1, LENGTH))
+
+
+def logits(comm: Communicator, config: ResolvedConfig) -> np.ndarray | None:
+    """Of the prompt's last position and of each further token, on ranks of the last stage [steps, V]."""
+    device = open_device(config.train.device)
+    mesh = build_mesh(on_device(comm, device, direct=False), config)
+    made = Generator(build_stages(config, mesh, training=False, std=0.1, device=device), mesh)
+    cuts = [slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, LENGTH))]
+    with no_grad(), caches(made.model, 1, LENGTH, made.stage.buffers.values.dtype, device):
+        found = [made.logits(IDS[:, cut], np.arange(LENGTH)[cut]) for cut in cuts]
+    return None if found[0] is None else np.concatenate(found)
+
+
+def everywhere(model: str, layout: Layout, **options: Any) -> list[np.ndarray]:
+    config = make_config(model, layout, **sizes(model, dropout=0.0, **options))
+    found = run_ranks(layout.num_ranks, lambda comm: logits(comm, config))
+    return [one for one in found if one is not None]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize("model", ["gpt2", "llama", "sinusoidal"])
+def test_float32_logits_are_those_of_the_cpu(model: str, layout: Layout) -> None:
+    (want,) = everywhere(model, Layout(), dtype="float32")
+    with installed():
+        for found in everywhere(model, layout, dtype="float32", device="cuda"):
+            assert found.dtype == np.float32 and found.shape == (LENGTH - PROMPT + 1, VOCAB)
+            assert np.linalg.norm(found - want) <= FLOAT32 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "capability"), [("gpt2", "float32", "80"), ("llama", "bfloat16", "80"), ("gpt2", "bfloat16", "90")]
+)
+def test_our_kernels_generate(model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The `.cu` files, with their bindings, on one new token at a time."""
+    if cuda.emulator_unavailable:
+        pytest.skip(cuda.emulator_unavailable)
+    small: dict[str, Any] = dict(layers=1, heads=2, dim=64, ffn_dim=48, **dict(kv_heads=1) if model == "llama" else {})
+    (want,) = everywhere(model, Layout(), dtype="float64", **small)
+    monkeypatch.setattr("standin.cuda.Device.compute_capability", capability)
+    with installed("emulator"):
+        (found,) = everywhere(model, Layout(), dtype=dtype, device="cuda", **small)
+    tolerance = FLOAT32 if dtype == "float32" else 2.0**-6
+    assert np.linalg.norm(found - want) <= tolerance * np.linalg.norm(want)
