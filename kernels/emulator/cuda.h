@@ -69,7 +69,6 @@ template <typename T> EMULATED T* dynamic_shared() { return static_cast<T*>(emul
 // ---- arithmetic
 EMULATED float exp2_(float x) { return exp2f(x); }
 EMULATED float log2_(float x) { return log2f(x); }
-EMULATED float rsqrt_(float x) { return 1.0f / sqrtf(x); }
 EMULATED float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 EMULATED float __expf(float x) { return expf(x); }
 EMULATED float __logf(float x) { return logf(x); }
