@@ -297,7 +297,7 @@ def _forward_v3(
     q, k, v = hopper.tiled(q), hopper.tiled(seen.sorted(k)), hopper.tiled(seen.sorted(v))
     o = out if out is not None and hopper.can_be_tiled(out) else empty(q.shape, q.dtype, q)
     lse = empty((q.shape[0], q.shape[2], q.shape[1]), np.float32, q)
-    hopper.forward(q, k, v, o, lse, scale, seen.causal)
+    hopper.forward(q, k, v, o, lse, scale, seen.causal, seen.key_mask)
     return deliver(o, out), lse
 
 
@@ -327,13 +327,13 @@ def _backward_v3(
     gq, gk, gv = (
         g if g is not None and hopper.can_be_tiled(g) else empty(x.shape, x.dtype, x) for g, x in zip(wanted, (q, k, v), strict=True)
     )
-    hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen.causal)
+    hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen.causal, seen.key_mask)
     return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
 
 
 def _require_v3(q: Any, scale: float, seen: _Seen, dropout: AttentionDropout | None) -> None:
     """Raises KernelUnavailable for what v3 does not do."""
-    if reason := hopper.refusal(q, scale, seen.limits, seen.key_mask, dropout):
+    if reason := hopper.refusal(q, scale, seen.limits, dropout):
         raise KernelUnavailable(f"attention v3 does not take {reason}; use(attention='cuda:v2') does, or leave the choice to auto")
 
 
@@ -345,7 +345,7 @@ def fastest(q: Any, k: Any, options: Mapping[str, Any]) -> str:
     if capability != 90:
         return "v2"
     seen = _seen(q, k, options["causal"], options.get("times_q"), options.get("times_k"), None)
-    return "v2" if hopper.refusal(q, scale, seen.limits, options.get("key_mask"), options.get("dropout")) else "v3"
+    return "v2" if hopper.refusal(q, scale, seen.limits, options.get("dropout")) else "v3"
 
 
 def _taken(like: Any, head_width: int, dropout: bool) -> str:

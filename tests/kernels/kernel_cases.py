@@ -436,7 +436,7 @@ def attention_pair(
     """The forward and the backward case on views of a fused projection, with strided and poisoned outputs."""
     B, Tq, Tk, H, Hkv, K = sizes
     make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
-    without = ("v3",) if options.keys() & {"times_q", "key_mask", "dropout"} else ()
+    without = ("v3",) if options.keys() & {"times_q", "dropout"} else ()
     keep = cache(lambda: 1.0 if options.get("dropout") is None else keep_mask(options["dropout"], H))
 
     def forward(q: Any, kv: Any, _: Any) -> Arrays:

@@ -11,6 +11,8 @@ ATTENTION = Sizes(T=200, heads=2, kv_heads=1, head_width=64)
 # Keys enough that the ring of tiles comes round.
 WIDE_ATTENTION = Sizes(T=600, heads=1, kv_heads=1, head_width=128)
 LONG_ATTENTION = Sizes(T=520, heads=2, kv_heads=1, head_width=64)
+# A mask that hides whole tiles and parts of others: some queries see nothing, some warpgroups of a block, and then others of the next part.
+PADDED_ATTENTION = Sizes(T=400, batch=2, heads=2, kv_heads=1, head_width=64, padding=260)
 ROWS = Sizes(T=37, width=200)
 WIDE_ROWS = Sizes(T=5, width=3000)
 
@@ -54,6 +56,10 @@ def _v3(name: str, old: str, new: str, file: str = "attention/v3_forward.cu", op
 
 def _v3_back(name: str, old: str, new: str) -> Mutation:
     return Mutation(name, "attention/v3_backward.cu", old, new, "attention_backward", "v3", LONG_ATTENTION)
+
+
+def _v3_masked(name: str, file: str, old: str, new: str, op: str = "attention_forward") -> Mutation:
+    return Mutation(name, f"attention/{file}", old, new, op, "v3", PADDED_ATTENTION)
 
 
 def _step(name: str, file: str, old: str, new: str, op: str, sizes: Sizes = ROWS, dtype: str = "bfloat16") -> Mutation:
@@ -126,17 +132,20 @@ MUTATIONS = [
         "wrong phase of an empty buffer",
         "mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);",
         "mbarrier_wait(&shared.k_empty[at.stage], at.parity);",
+        "attention/v3_common.cuh",
     ),
     _v3("wrong phase of the queries", "mbarrier_wait(&shared.q_full, round % 2);", "mbarrier_wait(&shared.q_full, round % 2 ^ 1);"),
     _v3(
         "fewer bytes expected than come",
         "mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>));",
         "mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>) / 2);",
+        "attention/v3_common.cuh",
     ),
     _v3(
         "more bytes expected than come",
         "mbarrier_expect(&shared.v_full[at.stage], sizeof(Tile<KEYS>));",
         "mbarrier_expect(&shared.v_full[at.stage], 2 * sizeof(Tile<KEYS>));",
+        "attention/v3_common.cuh",
     ),
     _v3(
         "values used before they are there",
@@ -191,6 +200,43 @@ MUTATIONS = [
         "queries given back while they are read",
         "    wait_for<0>(grad_k);\n    release(&shared.q_empty[at.stage]);",
         "    release(&shared.q_empty[at.stage]);\n    wait_for<0>(grad_k);",
+    ),
+    _v3_masked("bits of another column", "v3_common.cuh", "const int shift = accumulator_column();", "const int shift = 0;"),
+    _v3_masked("hidden tiles loaded", "v3_common.cuh", "const int first = mask.tile(i) * KEYS;", "const int first = i * KEYS;"),
+    _v3_masked("tiles listed with gaps", "v3_mask.cu", "if (any) tiles[8 * seen + 4] = tile;", "if (any) tiles[8 * tile + 4] = tile;"),
+    _v3_masked("missing barrier", "v3_mask.cu", "        __syncthreads();  // the words have been read\n", ""),
+    _v3_masked("turn for a first tile", "v3_forward.cu", "if (i > 0) await_turn(consumer);", "await_turn(consumer);"),
+    _v3_masked(
+        "queries kept by those who see nothing",
+        "v3_forward.cu",
+        "release(&shared.q_empty);  // the mask hides all that these queries might see",
+        ";",
+    ),
+    _v3_masked("hidden keys seen", "v3_forward.cu", "        hide_masked(scores, mask, tile, -INFINITY);\n", ""),
+    _v3_masked("hidden keys in the first tile seen", "v3_forward.cu", "    hide_masked(scores, mask, first_tile, -INFINITY);\n", ""),
+    _v3_masked(
+        "hidden keys seen by gradients of queries", "v3_backward.cu", "    hide_masked(scores, mask, tile, 0);\n", "", "attention_backward"
+    ),
+    _v3_masked(
+        "gradients of hidden keys",
+        "v3_backward.cu",
+        "if (mask.sees(key + 8 * half)) continue;",
+        "continue;",
+        "attention_backward",
+    ),
+    _v3_masked(
+        "bit of another key",
+        "v3_common.cuh",
+        "words[key % KEYS / 32] >> key % 32 & 1",
+        "words[key / 32 % 2] >> key % 32 & 1",
+        "attention_backward",
+    ),
+    _v3_masked(
+        "tile left out one too early",
+        "v3_backward.cu",
+        "if (mask.seen(number + 1) == mask.seen(number))",
+        "if (mask.seen(number) == mask.seen(max(number - 1, 0)))",
+        "attention_backward",
     ),
     # ---- the rest of a training step
     _step(
