@@ -42,8 +42,10 @@ _ATTENTION = np.dtype(
 
 
 class _Tiles(NamedTuple):
-    """How a pass is cut: a block owns `own` rows and walks over `loop` rows at a time."""
+    """How a kernel of a file, compiled with `defines`, is cut: a block owns `own` rows and walks over `loop` rows at a time."""
 
+    path: Path
+    defines: dict[str, str | int]
     own: int
     loop: int
     threads: int
@@ -53,8 +55,6 @@ class _Tiles(NamedTuple):
 class _Plan(NamedTuple):
     """A variant for one head width and element type."""
 
-    path: Path
-    defines: dict[str, str | int]
     forward: _Tiles
     grad_kv: _Tiles
     grad_q: _Tiles
@@ -67,9 +67,9 @@ def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
     loop = 16 if width == 128 and small else 32
     row, scores = 4 * (width + 4), 4 * own * (loop | 16)  # bytes
     forward, backward = (own + 2 * loop) * row + scores, 2 * (own + loop) * row
-    cut = functools.partial(_Tiles, own, loop, 256)
     defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "OWN": own, "LOOP": loop}
-    return _Plan(_FOLDER / "v1.cu", defines, cut(forward), cut(backward + 2 * scores), cut(backward + scores))
+    cut = functools.partial(_Tiles, _FOLDER / "v1.cu", defines, own, loop, 256)
+    return _Plan(cut(forward), cut(backward + 2 * scores), cut(backward + scores))
 
 
 @functools.cache
@@ -78,22 +78,23 @@ def _plan_v2(name: str, width: int, dropout: bool, shared_bytes: int) -> _Plan:
     # As many rows at a time as registers hold without spills, and two blocks a multiprocessor, or one of twice the warps. Dropout's words
     # need registers, too.
     if dropout:
-        forward_warps, forward_rows, forward_loop = (8, 16, 64) if wide else (4, 32, 32)
+        warps, rows, loop = (8, 16, 64) if wide else (4, 32, 32)
     else:
-        forward_warps, forward_rows, forward_loop = 4, 32, 48 if wide else 64
-    backward_warps, backward_rows = 8 if wide else 4, 32 if width <= 64 else 16
-    backward_loop = 32 if wide and shared_bytes < 160 << 10 else 64
-    row = 2 * width  # bytes
-    own = forward_warps * forward_rows
-    forward = _Tiles(own, forward_loop, 32 * forward_warps, (own + 4 * forward_loop) * row)
-    own = backward_warps * backward_rows
-    cut = functools.partial(_Tiles, own, backward_loop, 32 * backward_warps)
-    tiles = (2 * own + 4 * backward_loop) * row
+        warps, rows, loop = 4, 32, 48 if wide else 64
+    forward = _cut_v2("v2_forward.cu", name, width, dropout, warps, rows, loop)
+    forward = forward._replace(shared_bytes=forward.shared_bytes + 4 * loop * 2 * width)
+    loop = 32 if wide and shared_bytes < 160 << 10 else 64
+    backward = _cut_v2("v2_backward.cu", name, width, dropout, 8 if wide else 4, 32 if width <= 64 else 16, loop)
+    tiles = 2 * backward.shared_bytes + 4 * loop * 2 * width
+    statistics = 2 * loop * (4 + 4 + (8 if dropout else 0))
+    return _Plan(forward, backward._replace(shared_bytes=tiles + statistics), backward._replace(shared_bytes=tiles))
+
+
+def _cut_v2(file: str, name: str, width: int, dropout: bool, warps: int, rows: int, loop: int) -> _Tiles:
+    """With the shared memory of one tile of own rows, so far."""
     defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "DROPOUT": int(dropout)}
-    defines |= {"FORWARD_WARPS": forward_warps, "FORWARD_ROWS": forward_rows, "FORWARD_LOOP": forward_loop}
-    defines |= {"BACKWARD_WARPS": backward_warps, "BACKWARD_ROWS": backward_rows, "BACKWARD_LOOP": backward_loop}
-    statistics = 2 * backward_loop * (4 + 4 + (8 if dropout else 0))
-    return _Plan(_FOLDER / "v2.cu", defines, forward, cut(tiles + statistics), cut(tiles))
+    defines |= {"WARPS": warps, "WARP_ROWS": rows, "LOOP": loop}
+    return _Tiles(_FOLDER / file, defines, warps * rows, loop, 32 * warps, warps * rows * 2 * width)
 
 
 @functools.cache
@@ -206,10 +207,10 @@ def _packed(strides: tuple[tuple[str, tuple[int, ...]], ...], sizes: tuple[int, 
     return a[()]
 
 
-def _launch(plan: _Plan, name: str, tiles: _Tiles, samples: int, heads: int, rows: int, *args: Any) -> None:
+def _launch(name: str, tiles: _Tiles, samples: int, heads: int, rows: int, *args: Any) -> None:
     """A block for every tile of `rows` rows of every head of every sample."""
     grid = (-(-rows // tiles.own), heads, samples)
-    launch(plan.path, name, plan.defines, grid, (tiles.threads,), args, tiles.shared_bytes)
+    launch(tiles.path, name, tiles.defines, grid, (tiles.threads,), args, tiles.shared_bytes)
 
 
 # ---- the ops
@@ -237,7 +238,7 @@ def _forward(
     o, lse = _writable(out, q), empty((B, H, Tq), np.float32, q)
     extras = (seen.limits, seen.key_mask, *_words(dropout, H, seen.order, namespace(q)))
     a = _struct(seen, scale, dropout, q=q, k=k, v=v, o=o)
-    _launch(plan, "attention_forward", plan.forward, B, H, Tq, q, k, v, o, lse, *extras, a)
+    _launch("attention_forward", plan.forward, B, H, Tq, q, k, v, o, lse, *extras, a)
     return deliver(o, out), lse
 
 
@@ -272,9 +273,10 @@ def _backward(
     padded = -(-Tq // plan.grad_kv.loop) * plan.grad_kv.loop
     lse_2, delta = empty((2, B, H, padded), np.float32, q)
     known = (grad_o, q, k, v, lse_2, delta, np.int32(padded))
-    _launch(plan, "attention_delta", _Tiles(8, 0, 256, 0), B, H, padded, grad_o, o, lse, *known[4:], a)
-    _launch(plan, "attention_grad_kv", plan.grad_kv, B, Hkv, Tk, *known, gk, gv, *extras, a)
-    _launch(plan, "attention_grad_q", plan.grad_q, B, H, Tq, *known, gq, *extras, a)
+    delta_rows = plan.grad_kv._replace(own=8, threads=256, shared_bytes=0)  # a warp a row
+    _launch("attention_delta", delta_rows, B, H, padded, grad_o, o, lse, *known[4:], a)
+    _launch("attention_grad_kv", plan.grad_kv, B, Hkv, Tk, *known, gk, gv, *extras, a)
+    _launch("attention_grad_q", plan.grad_q, B, H, Tq, *known, gq, *extras, a)
     return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
 
 

@@ -1,6 +1,6 @@
 // Attention backward, variant 3: Hopper's own way, for bfloat16 and float16 on compute capability 9.0. What wgmma, TMA, mbarriers and the
-// parting of work between warpgroups are for is told in v3_forward.cu; the algorithm is that of v1.cu and v2.cu: two kernels, one for the
-// gradients of keys and values, one for those of queries, each of which owns its rows. Seven products where a kernel that adds gradients
+// parting of work between warpgroups are for is told in v3_forward.cu; the algorithm is that of v1.cu and v2_backward.cu: two kernels, one for
+// the gradients of keys and values, one for those of queries, each of which owns its rows. Seven products where a kernel that adds gradients
 // of queries atomically has five; but every sum has one order, and the same bits come every time.
 //
 // Both keep 64 rows of their own a warpgroup, and walk over tiles of the other side:
@@ -207,7 +207,8 @@ __device__ __forceinline__ void add_queries(KeyShared& shared, const Problem& p,
 }
 
 // The gradients of a thread's two keys are zero if the mask hides them, whatever was added up.
-__device__ __forceinline__ void drop_masked(float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2], const KeyMask& mask, int key) {
+__device__ __forceinline__ void drop_masked(float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2], const KeyMask& mask,
+                                            int key) {
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         if (mask.sees(key + 8 * half)) continue;

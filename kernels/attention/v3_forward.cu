@@ -78,8 +78,8 @@ static_assert(sizeof(Shared) <= MOST_SHARED_BYTES, "more shared memory than a bl
 
 typedef QueryPart<QUERIES> Part;
 
-// ---- the loading warpgroup: one thread for the keys and values (load_keys in v3_common.cuh), one for the queries, so that neither waits for
-// the other's buffers
+// ---- the loading warpgroup: one thread for the keys and values (load_keys in v3_common.cuh), one for the queries, so that neither waits
+// for the other's buffers
 
 __device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_map, const uint4* key_tiles, const Problem& p) {
     Part part;

@@ -42,12 +42,16 @@ def _v1_back(name: str, old: str, new: str, file: str = "v1.cu") -> Mutation:
     return Mutation(name, f"attention/{file}", old, new, "attention_backward", dtype="float32")
 
 
-def _v2(name: str, old: str, new: str, op: str = "attention_forward") -> Mutation:
-    return Mutation(name, "attention/v2.cu", old, new, op, "v2")
+def _v2(name: str, old: str, new: str, file: str = "v2_forward.cu") -> Mutation:
+    return Mutation(name, f"attention/{file}", old, new, "attention_forward", "v2")
+
+
+def _v2_tiles(name: str, old: str, new: str) -> Mutation:
+    return _v2(name, old, new, "v2_common.cuh")
 
 
 def _v2_back(name: str, old: str, new: str) -> Mutation:
-    return _v2(name, old, new, "attention_backward")
+    return Mutation(name, "attention/v2_backward.cu", old, new, "attention_backward", "v2")
 
 
 def _v3(name: str, old: str, new: str, file: str = "attention/v3_forward.cu", op: str = "attention_forward") -> Mutation:
@@ -87,12 +91,12 @@ MUTATIONS = [
         "const int64_t at = int64_t(row_of_head) * a.num_queries",
     ),
     # ---- attention v2
-    _v2(
+    _v2_tiles(
         "values read without swizzle",
         "ldmatrix_x4_trans(right, tile + further(at, c / 2));",
         "ldmatrix_x4_trans(right, tile + (first + LANE % 16) * 64 + 8 * (c + LANE / 16));",
     ),
-    _v2("mask off by one", "if (8 * n + e >= limit) s[m]", "if (8 * n + e > limit) s[m]"),
+    _v2_tiles("mask off by one", "if (8 * n + e >= limit) s[m]", "if (8 * n + e > limit) s[m]"),
     _v2("missing rescale", "sums[m][c][e] *= shrink[e / 2];", ";"),
     _v2("sum not rescaled", "of.l[m][half] * shrink[half] + sum", "of.l[m][half] + sum"),
     _v2(
@@ -107,26 +111,26 @@ MUTATIONS = [
         "cp_async_wait<0>();\n        __syncthreads();  // this tile",
         "cp_async_wait<1>();\n        __syncthreads();  // this tile",
     ),
-    _v2("one buffer instead of two", "key += FORWARD_LOOP, buffer ^= 1) {", "key += FORWARD_LOOP, buffer ^= 0) {"),
-    _v2(
+    _v2("one buffer instead of two", "key += LOOP, buffer ^= 1) {", "key += LOOP, buffer ^= 0) {"),
+    _v2_tiles(
         "missing warp barrier",
         "    __syncwarp();\n    for (int i = LANE; i < 16 * M * CHUNKS;",
         "    for (int i = LANE; i < 16 * M * CHUNKS;",
     ),
-    _v2("row read beyond the end", "const bool inside = first + row + r < end;", "const bool inside = first + row + r <= end;"),
-    _v2("row written beyond the end", "if (row + r < end) store16(", "if (row + r <= end) store16("),
-    _v2(
+    _v2_tiles("row read beyond the end", "const bool inside = first + row + r < end;", "const bool inside = first + row + r <= end;"),
+    _v2_tiles("row written beyond the end", "if (row + r < end) store16(", "if (row + r <= end) store16("),
+    _v2_tiles(
         "halves of a fragment exchanged",
         "place(first + LANE % 16, LANE / 16), step)",
         "place(first + LANE % 16, 1 - LANE / 16), step)",
     ),
-    _v2("group of chunks forgotten", "+ 8 * EXCHANGED * (step / STEPS_A_GROUP)", "+ 8 * EXCHANGED * (step % STEPS_A_GROUP)"),
-    _v2_back("statistics of the other buffer", "const int at = buffer * BACKWARD_LOOP + slice;", "const int at = slice;"),
+    _v2_tiles("group of chunks forgotten", "+ 8 * EXCHANGED * (step / STEPS_A_GROUP)", "+ 8 * EXCHANGED * (step % STEPS_A_GROUP)"),
+    _v2_back("statistics of the other buffer", "const int at = buffer * LOOP + slice;", "const int at = slice;"),
     _v2_back("queries of one head of a group only", "steps = group * tiles;", "steps = tiles;"),
     _v2_back("probability without its shift", "exp2_(p * scale - lse_2)", "exp2_(p * scale)"),
     _v2_back("mask transposed", "if (16 * m + 8 * half >= limit) s[m]", "if (16 * m + 8 * half > limit) s[m]"),
     _v2_back("gradient not lowered by delta", "before * (grad_s * factor - delta)", "before * (grad_s * factor)"),
-    _v2_back("padding of queries not copied", "if (i < BACKWARD_LOOP / 4) {", "if (i < BACKWARD_LOOP / 8) {"),
+    _v2_back("padding of queries not copied", "if (i < LOOP / 4) {", "if (i < LOOP / 8) {"),
     # ---- attention v3
     _v3(
         "wrong phase of an empty buffer",

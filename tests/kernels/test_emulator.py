@@ -350,7 +350,7 @@ def test_the_command_shows_what_a_thread_sees(capsys: pytest.CaptureFixture[str]
     assert status == 0
     assert re.search(r"relative error against float64: [12]\.\de-03", text)
     assert "block 1, thread 37 (warp 1, lane 5)" in text
-    assert re.search(r"step 1, kernels/attention/v2.cu:\d+: S \[2, 8, 4\]", text)
+    assert re.search(r"step 1, kernels/attention/v2_forward.cu:\d+: S \[2, 8, 4\]", text)
     assert re.search(r"  reads q\[\d+ \.\. \d+\] = ", text)
     assert re.search(r"read 16 B shared +\d+ +4.00 +4.00", text)
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
