@@ -55,6 +55,7 @@
 
 constexpr int CONSUMERS = 2, LOADER = CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 constexpr int LOADER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(REGISTERS_SUFFICE<CONSUMERS, LOADER_REGISTERS, CONSUMER_REGISTERS>, "more registers than a block has");
 constexpr int OWN = 64 * CONSUMERS;                   // keys, or queries, whose gradients are one part of the work
 constexpr int QUERIES = HEAD_WIDTH > 64 ? 64 : 128;   // of a tile of the loop for keys; one of the loop for queries has KEYS
 static_assert(OWN == KEYS, "own keys are one tile of the mask");

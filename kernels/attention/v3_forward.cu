@@ -68,6 +68,7 @@ constexpr int QUERIES = 64 * CONSUMERS;
 constexpr int LOADER = CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 // A multiprocessor has 65536 registers. Threads start with an equal share; the loading warpgroup gives back what it does not need.
 constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+static_assert(REGISTERS_SUFFICE<CONSUMERS, LOADER_REGISTERS, CONSUMER_REGISTERS>, "more registers than a block has");
 
 struct Shared {
     Tile<64> q[CONSUMERS], o[CONSUMERS];
