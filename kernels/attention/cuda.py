@@ -231,9 +231,11 @@ def _forward(
     out: Any = None,
 ) -> tuple[Any, Any]:
     same_dtype(q, k, v, out)
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    if variant == "v3":
+        return _forward_v3(q, k, v, seen, scale, dropout, out)
     plan = _plan(variant, q, scale, dropout)
     B, Tq, H, _ = q.shape
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
     q, k, v = _readable(q), _readable(seen.sorted(k)), _readable(seen.sorted(v))
     o, lse = _writable(out, q), empty((B, H, Tq), np.float32, q)
     extras = (seen.limits, seen.key_mask, *_words(dropout, H, seen.order, namespace(q)))
@@ -262,9 +264,11 @@ def _backward(
     grad_v: Any = None,
 ) -> tuple[Any, Any, Any]:
     same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    if variant == "v3":
+        return _backward_v3((grad_o, o, q, k, v), lse, seen, scale, dropout, (grad_q, grad_k, grad_v))
     plan = _plan(variant, q, scale, dropout)
     (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
     grad_o, o, q, k, v = map(_readable, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
     lse = dense(lse.astype(np.float32, copy=False))
     gq, gk, gv = _writable(grad_q, q), *(_writable(g if seen.order is None else None, k) for g in (grad_k, grad_v))
@@ -280,21 +284,7 @@ def _backward(
     return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
 
 
-def _forward_v3(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    scale: float,
-    causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
-    dropout: AttentionDropout | None = None,
-    out: Any = None,
-) -> tuple[Any, Any]:
-    same_dtype(q, k, v, out)
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+def _forward_v3(q: Any, k: Any, v: Any, seen: _Seen, scale: float, dropout: AttentionDropout | None, out: Any) -> tuple[Any, Any]:
     _require_v3(q, scale, seen, dropout)
     q, k, v = hopper.tiled(q), hopper.tiled(seen.sorted(k)), hopper.tiled(seen.sorted(v))
     o = out if out is not None and hopper.can_be_tiled(out) else empty(q.shape, q.dtype, q)
@@ -304,33 +294,18 @@ def _forward_v3(
 
 
 def _backward_v3(
-    grad_o: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    o: Any,
-    lse: Any,
-    *,
-    scale: float,
-    causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
-    dropout: AttentionDropout | None = None,
-    grad_q: Any = None,
-    grad_k: Any = None,
-    grad_v: Any = None,
+    arrays: tuple[Any, ...], lse: Any, seen: _Seen, scale: float, dropout: AttentionDropout | None, grads: tuple[Any, Any, Any]
 ) -> tuple[Any, Any, Any]:
-    same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    """`arrays`: grad_o, o, q, k, v."""
+    grad_o, o, q, k, v = arrays
     _require_v3(q, scale, seen, dropout)
     grad_o, o, q, k, v = map(hopper.tiled, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
-    wanted = (grad_q, *(g if seen.order is None else None for g in (grad_k, grad_v)))
+    wanted = (grads[0], *(g if seen.order is None else None for g in grads[1:]))
     gq, gk, gv = (
         g if g is not None and hopper.can_be_tiled(g) else empty(x.shape, x.dtype, x) for g, x in zip(wanted, (q, k, v), strict=True)
     )
     hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen.causal, seen.key_mask)
-    return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
+    return deliver(gq, grads[0]), seen.unsorted(gk, grads[1]), seen.unsorted(gv, grads[2])
 
 
 def _require_v3(q: Any, scale: float, seen: _Seen, dropout: AttentionDropout | None) -> None:
@@ -357,14 +332,11 @@ def _taken(like: Any, head_width: int, dropout: bool) -> str:
 
 
 def _auto_forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
-    variant = fastest(q, k, options)
-    return _forward_v3(q, k, v, **options) if variant == "v3" else _forward(variant, q, k, v, **options)
+    return _forward(fastest(q, k, options), q, k, v, **options)
 
 
 def _auto_backward(grad_o: Any, q: Any, k: Any, *arrays: Any, **options: Any) -> tuple[Any, Any, Any]:
-    variant = fastest(q, k, options)
-    backward = _backward_v3 if variant == "v3" else functools.partial(_backward, variant)
-    return backward(grad_o, q, k, *arrays, **options)
+    return _backward(fastest(q, k, options), grad_o, q, k, *arrays, **options)
 
 
 def _register(op: str, variant: str, fn: Any, dtypes: tuple[str, ...]) -> None:
@@ -375,8 +347,6 @@ def _register(op: str, variant: str, fn: Any, dtypes: tuple[str, ...]) -> None:
 
 for _op, _auto in (("attention_forward", _auto_forward), ("attention_backward", _auto_backward)):
     kernel(_op, backend="cuda", variant="auto", dtypes=DTYPES, unavailable=unavailable, takes=_taken)(_auto)
-for _variant, _dtypes in (("v1", DTYPES), ("v2", HALF_DTYPES)):
+for _variant, _dtypes in (("v1", DTYPES), ("v2", HALF_DTYPES), ("v3", HALF_DTYPES)):
     _register("attention_forward", _variant, _forward, _dtypes)
     _register("attention_backward", _variant, _backward, _dtypes)
-cuda_kernel("attention_forward", "v3", dtypes=HALF_DTYPES)(_forward_v3)
-cuda_kernel("attention_backward", "v3", dtypes=HALF_DTYPES)(_backward_v3)

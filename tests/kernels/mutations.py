@@ -268,9 +268,9 @@ MUTATIONS = [
     ),
     _step(
         "partial sums of rows race",
-        "layernorm/v1.cu",
-        "            }\n        }\n        __syncthreads();",
-        "            }\n        }",
+        "device/norms.cuh",
+        "        }\n        __syncthreads();\n",
+        "        }\n",
         "layernorm_backward",
     ),
     _step("missing barrier in a column sum", "matmul/column_sum.cu", "    __syncthreads();\n", "", "column_sum"),
