@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from kernel_cases import Case
+from kernel_case import Case
 
 from minillm import kernels
 

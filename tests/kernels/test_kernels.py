@@ -10,7 +10,8 @@ import device_arrays
 import numpy as np
 import pytest
 from compile_ahead import compiled_ahead
-from kernel_cases import Case, all_cases
+from kernel_case import Case
+from kernel_cases import all_cases
 from kernel_check import (
     NARROW,
     TOLERANCE,
