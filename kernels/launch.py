@@ -23,7 +23,7 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 PLAIN_SHARED_BYTES = 48 << 10  # dynamic shared memory that a kernel gets without being asked
 _NULL = np.uint64(0)
-_functions: dict[tuple[Any, ...], Any] = {}
+_functions: dict[tuple[Any, ...], tuple[Any, int]] = {}  # with the dynamic shared memory that each may have
 
 
 def namespace(x: Array) -> ModuleType:
@@ -70,14 +70,14 @@ def _argument(x: Any) -> Any:
 def _function(path: Path, name: str, defines: build.Defines, shared_bytes: int) -> Any:
     """The loaded kernel, for the current device."""
     cupy = importlib.import_module("cupy")
-    key = (cupy.cuda.runtime.getDevice(), path, name, tuple(defines.items()), shared_bytes > PLAIN_SHARED_BYTES and shared_bytes)
-    found = _functions.get(key)
+    key = (cupy.cuda.runtime.getDevice(), path, name, tuple(defines.items()))
+    found, allowed = _functions.get(key, (None, PLAIN_SHARED_BYTES))
     if found is None:
         found = _module(cupy, key[0], path, key[3]).get_function(name)
-        if shared_bytes > PLAIN_SHARED_BYTES:
-            driver = cupy.cuda.driver
-            driver.funcSetAttribute(found.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
-        _functions[key] = found
+    if shared_bytes > allowed:  # the limit is the kernel's, whoever launches it: it may only grow
+        driver, allowed = cupy.cuda.driver, shared_bytes
+        driver.funcSetAttribute(found.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, allowed)
+    _functions[key] = found, allowed
     return found
 
 

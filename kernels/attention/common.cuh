@@ -1,7 +1,7 @@
 // What v1 and v2 agree on: their arguments, which keys a query sees, and what dropout keeps. Array arguments that do not apply are null
 // pointers; the bindings are cuda.py.
 #pragma once
-#include "../device/cuda.cuh"
+#include "../device/hashing.cuh"
 
 // From one sample, time and head to the next, in elements. The last dim of an array [B, T, H, K] has stride 1.
 struct Strides {
@@ -54,21 +54,5 @@ __device__ __forceinline__ int first_query_seeing(const Attention& a, const int*
     return first;
 }
 
-// Dropout keeps the probability of (query, key) by a hash of a 64-bit word of the query and head and a 32-bit word of the key: the bits of
-// kernels/random/hashing.py.
-__device__ __forceinline__ uint64_t finalise(uint64_t z) { // splitmix64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
-__device__ __forceinline__ uint64_t row_word(uint64_t head_key, int64_t query_time) {
-    const uint64_t golden = 0x9E3779B97F4A7C15u;
-    return finalise(finalise(uint64_t(query_time) * golden + head_key) + golden);
-}
-
-__device__ __forceinline__ bool keeps(uint64_t row, uint32_t column, uint32_t threshold) {
-    uint32_t z = (uint32_t(row) ^ column) * 0x7FEB352Du;
-    z = ((z ^ (z >> 15)) + uint32_t(row >> 32)) * 0x846CA68Bu;
-    return z >= threshold;
-}
+// Dropout keeps the probability of (query, key) by a word of the query and head, this one, and a word of the key.
+__device__ __forceinline__ uint64_t row_word(uint64_t head_key, int64_t query_time) { return random_bits(head_key, uint64_t(query_time)); }

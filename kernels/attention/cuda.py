@@ -43,8 +43,10 @@ _ATTENTION = np.dtype(
 
 
 class _Tiles(NamedTuple):
-    """How a pass is cut: a block owns `own` rows and walks over `loop` rows at a time."""
+    """How a kernel of a file, compiled with `defines`, is cut: a block owns `own` rows and walks over `loop` rows at a time."""
 
+    path: Path
+    defines: dict[str, str | int]
     own: int
     loop: int
     threads: int
@@ -54,8 +56,6 @@ class _Tiles(NamedTuple):
 class _Plan(NamedTuple):
     """A variant for one head width and element type."""
 
-    path: Path
-    defines: dict[str, str | int]
     forward: _Tiles
     grad_kv: _Tiles
     grad_q: _Tiles
@@ -68,9 +68,9 @@ def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
     loop = 16 if width == 128 and small else 32
     row, scores = 4 * (width + 4), 4 * own * (loop | 16)  # bytes
     forward, backward = (own + 2 * loop) * row + scores, 2 * (own + loop) * row
-    cut = functools.partial(_Tiles, own, loop, 256)
     defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "OWN": own, "LOOP": loop}
-    return _Plan(_FOLDER / "v1.cu", defines, cut(forward), cut(backward + 2 * scores), cut(backward + scores))
+    cut = functools.partial(_Tiles, _FOLDER / "v1.cu", defines, own, loop, 256)
+    return _Plan(cut(forward), cut(backward + 2 * scores), cut(backward + scores))
 
 
 @functools.cache
@@ -79,22 +79,23 @@ def _plan_v2(name: str, width: int, dropout: bool, shared_bytes: int) -> _Plan:
     # As many rows at a time as registers hold without spills, and two blocks a multiprocessor, or one of twice the warps. Dropout's words
     # need registers, too.
     if dropout:
-        forward_warps, forward_rows, forward_loop = (8, 16, 64) if wide else (4, 32, 32)
+        warps, rows, loop = (8, 16, 64) if wide else (4, 32, 32)
     else:
-        forward_warps, forward_rows, forward_loop = 4, 32, 48 if wide else 64
-    backward_warps, backward_rows = 8 if wide else 4, 32 if width <= 64 else 16
-    backward_loop = 32 if wide and shared_bytes < 160 << 10 else 64
-    row = 2 * width  # bytes
-    own = forward_warps * forward_rows
-    forward = _Tiles(own, forward_loop, 32 * forward_warps, (own + 4 * forward_loop) * row)
-    own = backward_warps * backward_rows
-    cut = functools.partial(_Tiles, own, backward_loop, 32 * backward_warps)
-    tiles = (2 * own + 4 * backward_loop) * row
+        warps, rows, loop = 4, 32, 48 if wide else 64
+    forward = _cut_v2("v2_forward.cu", name, width, dropout, warps, rows, loop)
+    forward = forward._replace(shared_bytes=forward.shared_bytes + 4 * loop * 2 * width)
+    loop = 32 if wide and shared_bytes < 160 << 10 else 64
+    backward = _cut_v2("v2_backward.cu", name, width, dropout, 8 if wide else 4, 32 if width <= 64 else 16, loop)
+    tiles = 2 * backward.shared_bytes + 4 * loop * 2 * width
+    statistics = 2 * loop * (4 + 4 + (8 if dropout else 0))
+    return _Plan(forward, backward._replace(shared_bytes=tiles + statistics), backward._replace(shared_bytes=tiles))
+
+
+def _cut_v2(file: str, name: str, width: int, dropout: bool, warps: int, rows: int, loop: int) -> _Tiles:
+    """With the shared memory of one tile of own rows, so far."""
     defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "DROPOUT": int(dropout)}
-    defines |= {"FORWARD_WARPS": forward_warps, "FORWARD_ROWS": forward_rows, "FORWARD_LOOP": forward_loop}
-    defines |= {"BACKWARD_WARPS": backward_warps, "BACKWARD_ROWS": backward_rows, "BACKWARD_LOOP": backward_loop}
-    statistics = 2 * backward_loop * (4 + 4 + (8 if dropout else 0))
-    return _Plan(_FOLDER / "v2.cu", defines, forward, cut(tiles + statistics), cut(tiles))
+    defines |= {"WARPS": warps, "WARP_ROWS": rows, "LOOP": loop}
+    return _Tiles(_FOLDER / file, defines, warps * rows, loop, 32 * warps, warps * rows * 2 * width)
 
 
 @functools.cache
@@ -207,10 +208,10 @@ def _packed(strides: tuple[tuple[str, tuple[int, ...]], ...], sizes: tuple[int, 
     return a[()]
 
 
-def _launch(plan: _Plan, name: str, tiles: _Tiles, samples: int, heads: int, rows: int, *args: Any) -> None:
+def _launch(name: str, tiles: _Tiles, samples: int, heads: int, rows: int, *args: Any) -> None:
     """A block for every tile of `rows` rows of every head of every sample."""
     grid = (-(-rows // tiles.own), heads, samples)
-    launch(plan.path, name, plan.defines, grid, (tiles.threads,), args, tiles.shared_bytes)
+    launch(tiles.path, name, tiles.defines, grid, (tiles.threads,), args, tiles.shared_bytes)
 
 
 # ---- the ops
@@ -231,14 +232,16 @@ def _forward(
     out: Any = None,
 ) -> tuple[Any, Any]:
     same_dtype(q, k, v, out)
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    if variant == "v3":
+        return _forward_v3(q, k, v, seen, scale, dropout, out)
     plan = _plan(variant, q, scale, dropout)
     B, Tq, H, _ = q.shape
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
     q, k, v = _readable(q), _readable(seen.sorted(k)), _readable(seen.sorted(v))
     o, lse = _writable(out, q), empty((B, H, Tq), np.float32, q)
     extras = (seen.limits, seen.key_mask, *_words(dropout, seen.order, q))
     a = _struct(seen, scale, dropout, q=q, k=k, v=v, o=o)
-    _launch(plan, "attention_forward", plan.forward, B, H, Tq, q, k, v, o, lse, *extras, a)
+    _launch("attention_forward", plan.forward, B, H, Tq, q, k, v, o, lse, *extras, a)
     return deliver(o, out), lse
 
 
@@ -262,9 +265,11 @@ def _backward(
     grad_v: Any = None,
 ) -> tuple[Any, Any, Any]:
     same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
+    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    if variant == "v3":
+        return _backward_v3((grad_o, o, q, k, v), lse, seen, scale, dropout, (grad_q, grad_k, grad_v))
     plan = _plan(variant, q, scale, dropout)
     (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
     grad_o, o, q, k, v = map(_readable, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
     lse = dense(lse.astype(np.float32, copy=False))
     gq, gk, gv = _writable(grad_q, q), *(_writable(g if seen.order is None else None, k) for g in (grad_k, grad_v))
@@ -273,68 +278,40 @@ def _backward(
     padded = -(-Tq // plan.grad_kv.loop) * plan.grad_kv.loop
     lse_2, delta = empty((2, B, H, padded), np.float32, q)
     known = (grad_o, q, k, v, lse_2, delta, np.int32(padded))
-    _launch(plan, "attention_delta", _Tiles(8, 0, 256, 0), B, H, padded, grad_o, o, lse, *known[4:], a)
-    _launch(plan, "attention_grad_kv", plan.grad_kv, B, Hkv, Tk, *known, gk, gv, *extras, a)
-    _launch(plan, "attention_grad_q", plan.grad_q, B, H, Tq, *known, gq, *extras, a)
+    delta_rows = plan.grad_kv._replace(own=8, threads=256, shared_bytes=0)  # a warp a row
+    _launch("attention_delta", delta_rows, B, H, padded, grad_o, o, lse, *known[4:], a)
+    _launch("attention_grad_kv", plan.grad_kv, B, Hkv, Tk, *known, gk, gv, *extras, a)
+    _launch("attention_grad_q", plan.grad_q, B, H, Tq, *known, gq, *extras, a)
     return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
 
 
-def _forward_v3(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    scale: float,
-    causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
-    dropout: AttentionDropout | None = None,
-    out: Any = None,
-) -> tuple[Any, Any]:
-    same_dtype(q, k, v, out)
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+def _forward_v3(q: Any, k: Any, v: Any, seen: _Seen, scale: float, dropout: AttentionDropout | None, out: Any) -> tuple[Any, Any]:
     _require_v3(q, scale, seen, dropout)
     q, k, v = hopper.tiled(q), hopper.tiled(seen.sorted(k)), hopper.tiled(seen.sorted(v))
     o = out if out is not None and hopper.can_be_tiled(out) else empty(q.shape, q.dtype, q)
     lse = empty((q.shape[0], q.shape[2], q.shape[1]), np.float32, q)
-    hopper.forward(q, k, v, o, lse, scale, seen.causal)
+    hopper.forward(q, k, v, o, lse, scale, seen.causal, seen.key_mask)
     return deliver(o, out), lse
 
 
 def _backward_v3(
-    grad_o: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    o: Any,
-    lse: Any,
-    *,
-    scale: float,
-    causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
-    dropout: AttentionDropout | None = None,
-    grad_q: Any = None,
-    grad_k: Any = None,
-    grad_v: Any = None,
+    arrays: tuple[Any, ...], lse: Any, seen: _Seen, scale: float, dropout: AttentionDropout | None, grads: tuple[Any, Any, Any]
 ) -> tuple[Any, Any, Any]:
-    same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    """`arrays`: grad_o, o, q, k, v."""
+    grad_o, o, q, k, v = arrays
     _require_v3(q, scale, seen, dropout)
     grad_o, o, q, k, v = map(hopper.tiled, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
-    wanted = (grad_q, *(g if seen.order is None else None for g in (grad_k, grad_v)))
+    wanted = (grads[0], *(g if seen.order is None else None for g in grads[1:]))
     gq, gk, gv = (
         g if g is not None and hopper.can_be_tiled(g) else empty(x.shape, x.dtype, x) for g, x in zip(wanted, (q, k, v), strict=True)
     )
-    hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen.causal)
-    return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
+    hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen.causal, seen.key_mask)
+    return deliver(gq, grads[0]), seen.unsorted(gk, grads[1]), seen.unsorted(gv, grads[2])
 
 
 def _require_v3(q: Any, scale: float, seen: _Seen, dropout: AttentionDropout | None) -> None:
     """Raises KernelUnavailable for what v3 does not do."""
-    if reason := hopper.refusal(q, scale, seen.limits, seen.key_mask, dropout):
+    if reason := hopper.refusal(q, scale, seen.limits, dropout):
         raise KernelUnavailable(f"attention v3 does not take {reason}; use(attention='cuda:v2') does, or leave the choice to auto")
 
 
@@ -346,7 +323,7 @@ def fastest(q: Any, k: Any, options: Mapping[str, Any]) -> str:
     if capability != 90:
         return "v2"
     seen = _seen(q, k, options["causal"], options.get("times_q"), options.get("times_k"), None)
-    return "v2" if hopper.refusal(q, scale, seen.limits, options.get("key_mask"), options.get("dropout")) else "v3"
+    return "v2" if hopper.refusal(q, scale, seen.limits, options.get("dropout")) else "v3"
 
 
 def _taken(like: Any, head_width: int, dropout: bool) -> str:
@@ -356,14 +333,11 @@ def _taken(like: Any, head_width: int, dropout: bool) -> str:
 
 
 def _auto_forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
-    variant = fastest(q, k, options)
-    return _forward_v3(q, k, v, **options) if variant == "v3" else _forward(variant, q, k, v, **options)
+    return _forward(fastest(q, k, options), q, k, v, **options)
 
 
 def _auto_backward(grad_o: Any, q: Any, k: Any, *arrays: Any, **options: Any) -> tuple[Any, Any, Any]:
-    variant = fastest(q, k, options)
-    backward = _backward_v3 if variant == "v3" else functools.partial(_backward, variant)
-    return backward(grad_o, q, k, *arrays, **options)
+    return _backward(fastest(q, k, options), grad_o, q, k, *arrays, **options)
 
 
 def _register(op: str, variant: str, fn: Any, dtypes: tuple[str, ...]) -> None:
@@ -374,8 +348,6 @@ def _register(op: str, variant: str, fn: Any, dtypes: tuple[str, ...]) -> None:
 
 for _op, _auto in (("attention_forward", _auto_forward), ("attention_backward", _auto_backward)):
     kernel(_op, backend="cuda", variant="auto", dtypes=DTYPES, unavailable=unavailable, takes=_taken)(_auto)
-for _variant, _dtypes in (("v1", DTYPES), ("v2", HALF_DTYPES)):
+for _variant, _dtypes in (("v1", DTYPES), ("v2", HALF_DTYPES), ("v3", HALF_DTYPES)):
     _register("attention_forward", _variant, _forward, _dtypes)
     _register("attention_backward", _variant, _backward, _dtypes)
-cuda_kernel("attention_forward", "v3", dtypes=HALF_DTYPES)(_forward_v3)
-cuda_kernel("attention_backward", "v3", dtypes=HALF_DTYPES)(_backward_v3)

@@ -14,13 +14,14 @@ _FOLDER = Path(__file__).parent
 _CACHE_BYTES = 32 << 20  # of the second-level cache (50 MB), for what the blocks at work share
 _PANEL_COLUMNS, _PANEL_ROW_BYTES = 64, 128  # of tiles.cuh
 _BARRIER_BYTES = 8
+_KEYS = 128  # of a tile, in v3_common.cuh
 
 # Its C twin: Problem in v3_common.cuh.
 _COUNTS = ("samples", "heads", "kv_heads", "num_queries", "num_keys", "causal", "section")
 _PROBLEM = np.dtype([*((name, np.int32) for name in _COUNTS), ("scale", np.float32)])
 
 
-def refusal(q: Any, scale: float, limits: Any, key_mask: Any, dropout: Any) -> str | None:
+def refusal(q: Any, scale: float, limits: Any, dropout: Any) -> str | None:
     """Why v3 cannot do this attention; None if it can."""
     if q.shape[3] not in HEAD_WIDTHS:
         return f"head width {q.shape[3]}, not one of {', '.join(map(str, HEAD_WIDTHS))}"
@@ -28,7 +29,7 @@ def refusal(q: Any, scale: float, limits: Any, key_mask: Any, dropout: Any) -> s
         return f"a device of compute capability {compute_capability(q.device.id)}, not 90 (Hopper)"
     if not scale > 0:
         return f"a scale of {scale}, which is not positive"
-    options = {"dropout": dropout, "key_mask": key_mask, "times other than the indices": limits}
+    options = {"dropout": dropout, "times other than the indices": limits}
     return next((name for name, value in options.items() if value is not None), None)
 
 
@@ -43,46 +44,60 @@ def can_be_tiled(x: Any) -> bool:
     return x.strides[3] == x.itemsize and address(x) % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
-def forward(q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, causal: bool) -> None:
-    """q, o [B, Tq, H, K], k, v [B, Tk, Hkv, K], all `tiled`; lse [B, H, Tq] float32."""
+def forward(q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, causal: bool, key_mask: Any) -> None:
+    """q, o [B, Tq, H, K], k, v [B, Tk, Hkv, K], all `tiled`; lse [B, H, Tq] float32; key_mask bool [B, Tk] or None."""
     (B, Tq, H, K), Tk = q.shape, k.shape[1]
     if 0 in (B, Tq, H, Tk):  # nobody sees anything
         o[...], lse[...] = 0, -np.inf
         return
-    consumers, stages, keys = (2, 2, 128) if K > 64 else (3, 4, 128)
-    shared_bytes = 2 * consumers * _tile_bytes(64, K) + 2 * stages * _tile_bytes(keys, K) + _BARRIER_BYTES * (2 + 4 * stages)
-    maps = [_map(q, 64), _map(k, keys), _map(v, keys), _map(o, 64)]
+    consumers, stages = (2, 2) if K > 64 else (3, 4)
+    shared_bytes = 2 * consumers * _tile_bytes(64, K) + 2 * stages * _tile_bytes(_KEYS, K) + _BARRIER_BYTES * (2 + 4 * stages)
+    maps = [_map(q, 64), _map(k, _KEYS), _map(v, _KEYS), _map(o, 64)]
     section = max(1, _CACHE_BYTES // (2 * _head_bytes(k))) * (H // k.shape[2])
     parts = -(-Tq // (64 * consumers)) * H * B
     problem = _problem(q, k, scale, causal, section)
-    _launch("v3_forward.cu", "attention_forward", q, parts, consumers, [*maps, lse, problem], shared_bytes)
+    args = [*maps, lse, _key_tiles(q, key_mask), problem]
+    _launch("v3_forward.cu", "attention_forward", q, parts, consumers, args, shared_bytes)
 
 
-def backward(grad_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, grads: tuple[Any, Any, Any], scale: float, causal: bool) -> None:
+def backward(
+    grad_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, grads: tuple[Any, Any, Any], scale: float, causal: bool, key_mask: Any
+) -> None:
     """Write the gradients of q, k and v into `grads`. All arrays of four dims are `tiled`."""
     (B, Tq, H, K), (Tk, Hkv) = q.shape, k.shape[1:3]
     if 0 in (B, Tq, H, Tk):
         for grad in grads:
             grad[...] = 0
         return
-    consumers, own, keys = 2, 128, 128
+    consumers, own = 2, 128
     queries, stages = (64, 2) if K > 64 else (128, 3)
     statistics, padded = _statistics(grad_o, o, lse, own)
     barriers = _BARRIER_BYTES * (2 + 4 * stages)
-    maps = {rows: [_map(x, rows) for x in (grad_o, q, k, v)] for rows in {64, queries, keys}}
+    maps = {rows: [_map(x, rows) for x in (grad_o, q, k, v)] for rows in {64, queries, _KEYS}}
+    key_tiles = _key_tiles(q, key_mask)
 
     statistics_map = tensor_map(statistics.reshape(B * H, 2, padded), (1, 2, queries), 0)
     shared_bytes = (4 * consumers * _tile_bytes(64, K)) + stages * (2 * _tile_bytes(queries, K) + 2 * 4 * queries) + barriers
-    args = [*maps[queries][:2], *maps[64][2:], statistics_map, _map(grads[1], 64), _map(grads[2], 64)]
+    args = [*maps[queries][:2], *maps[64][2:], statistics_map, _map(grads[1], 64), _map(grads[2], 64), key_tiles]
     section = max(1, _CACHE_BYTES // (2 * _head_bytes(q) * (H // Hkv)))
     problem = _problem(q, k, scale, causal, section)
     _launch("v3_backward.cu", "attention_grad_kv", q, -(-Tk // own) * Hkv * B, consumers, [*args, problem], shared_bytes)
 
-    shared_bytes = 3 * consumers * _tile_bytes(64, K) + 2 * stages * _tile_bytes(keys, K) + barriers
-    args = [*maps[64][:2], *maps[keys][2:], statistics, _map(grads[0], 64)]
+    shared_bytes = 3 * consumers * _tile_bytes(64, K) + 2 * stages * _tile_bytes(_KEYS, K) + barriers
+    args = [*maps[64][:2], *maps[_KEYS][2:], statistics, _map(grads[0], 64), key_tiles]
     section = max(1, _CACHE_BYTES // (2 * _head_bytes(k))) * (H // Hkv)
     problem = _problem(q, k, scale, causal, section)
     _launch("v3_backward.cu", "attention_grad_q", q, -(-Tq // own) * H * B, consumers, [*args, problem, np.int32(padded)], shared_bytes)
+
+
+def _key_tiles(like: Any, key_mask: Any) -> Any:
+    """What KeyMask in v3_common.cuh reads, for a mask bool [B, Tk]; None for none."""
+    if key_mask is None:
+        return None
+    B, Tk = key_mask.shape
+    tiles = empty((B, -(-Tk // _KEYS) + 1, 8), np.int32, like)
+    launch(_FOLDER / "v3_mask.cu", "attention_key_tiles", {"ELEMENT": element(like)}, (B,), (_KEYS,), (key_mask, tiles, np.int32(Tk)))
+    return tiles
 
 
 def _statistics(grad_o: Any, o: Any, lse: Any, multiple: int) -> tuple[Any, int]:

@@ -1,6 +1,6 @@
 // Attention backward, variant 3: Hopper's own way, for bfloat16 and float16 on compute capability 9.0. What wgmma, TMA, mbarriers and the
-// parting of work between warpgroups are for is told in v3_forward.cu; the algorithm is that of v1.cu and v2.cu: two kernels, one for the
-// gradients of keys and values, one for those of queries, each of which owns its rows. Seven products where a kernel that adds gradients
+// parting of work between warpgroups are for is told in v3_forward.cu; the algorithm is that of v1.cu and v2_backward.cu: two kernels, one for
+// the gradients of keys and values, one for those of queries, each of which owns its rows. Seven products where a kernel that adds gradients
 // of queries atomically has five; but every sum has one order, and the same bits come every time.
 //
 // Both keep 64 rows of their own a warpgroup, and walk over tiles of the other side:
@@ -29,6 +29,9 @@
 //   While one warpgroup takes exponentials, the tensor cores work for the other. A warpgroup does not run ahead of itself as in the forward
 //   pass: S, dP and both left factors would need more registers than it has (ptxas then makes the products wait for one another, C7512).
 //
+// A padding mask: tiles of keys that it hides whole are left out, as own keys and as the other side; single hidden keys have probabilities
+// of 0 for the gradients of queries, and for their own are taken out in the end, since what they add up stays in their rows.
+//
 // A group of query heads that share keys is one part of the work in attention_grad_kv, so their sum needs no second pass.
 //
 // Registers, by thread, of 232: head width 64: 64 sums + 128 for S and dP; 128: 128 + 64 (QUERIES is 64 there), or 64 + 128.
@@ -52,9 +55,10 @@
 
 constexpr int CONSUMERS = 2, LOADER = CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 constexpr int LOADER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(REGISTERS_SUFFICE<CONSUMERS, LOADER_REGISTERS, CONSUMER_REGISTERS>, "more registers than a block has");
 constexpr int OWN = 64 * CONSUMERS;                   // keys, or queries, whose gradients are one part of the work
-constexpr int QUERIES = HEAD_WIDTH > 64 ? 64 : 128;   // of a tile of the loop for keys,
-constexpr int KEYS = 128;                             // and keys of one of the loop for queries
+constexpr int QUERIES = HEAD_WIDTH > 64 ? 64 : 128;   // of a tile of the loop for keys; one of the loop for queries has KEYS
+static_assert(OWN == KEYS, "own keys are one tile of the mask");
 constexpr int QUERY_STAGES = HEAD_WIDTH > 64 ? 2 : 3, KEY_STAGES = HEAD_WIDTH > 64 ? 2 : 3;
 
 // ---- statistics of the queries, for both loops
@@ -101,7 +105,7 @@ struct KeyPart {
     int first_tile, end_tile;  // and of each head's tiles those that see any of them
 };
 
-__device__ __forceinline__ bool key_part(const Problem& p, int round, KeyPart& part) {
+__device__ __forceinline__ bool key_part(const Problem& p, const uint4* key_tiles, int round, KeyPart& part) {
     int head, number;
     if (!Schedule{num_blocks(p.num_keys, OWN), p.samples * p.kv_heads, p.section}.part(round, head, number)) return false;
     part.first = number * OWN;  // the first keys are seen by most queries
@@ -111,12 +115,15 @@ __device__ __forceinline__ bool key_part(const Problem& p, int round, KeyPart& p
     part.end_head = part.first_head + p.heads / p.kv_heads;
     part.first_tile = p.causal ? part.first / QUERIES : 0;
     part.end_tile = num_blocks(p.num_queries, QUERIES);
+    const KeyMask mask(key_tiles, p, part.sample);
+    if (mask.seen(number + 1) == mask.seen(number)) part.first_head = part.end_head;  // nobody sees any of the keys
     return true;
 }
 
-__device__ __forceinline__ void load_own_keys(KeyShared& shared, const TensorMap* k_map, const TensorMap* v_map, const Problem& p) {
+__device__ __forceinline__ void load_own_keys(KeyShared& shared, const TensorMap* k_map, const TensorMap* v_map,
+                                              const uint4* key_tiles, const Problem& p) {
     KeyPart part;
-    for (int round = 0; key_part(p, round, part); round++) {
+    for (int round = 0; key_part(p, key_tiles, round, part); round++) {
         mbarrier_wait(&shared.own_empty, round % 2 ^ 1);
         mbarrier_expect(&shared.own_full, sizeof(shared.k) + sizeof(shared.v));
         #pragma unroll
@@ -128,10 +135,10 @@ __device__ __forceinline__ void load_own_keys(KeyShared& shared, const TensorMap
 }
 
 __device__ __forceinline__ void load_queries(KeyShared& shared, const TensorMap* q_map, const TensorMap* grad_o_map,
-                                             const TensorMap* statistics_map, const Problem& p) {
+                                             const TensorMap* statistics_map, const uint4* key_tiles, const Problem& p) {
     int n = 0;
     KeyPart part;
-    for (int round = 0; key_part(p, round, part); round++) {
+    for (int round = 0; key_part(p, key_tiles, round, part); round++) {
         for (int head = part.first_head; head < part.end_head; head++) {
             for (int tile = part.first_tile; tile < part.end_tile; tile++, n++) {
                 const Place<QUERY_STAGES> at(n);
@@ -200,11 +207,22 @@ __device__ __forceinline__ void add_queries(KeyShared& shared, const Problem& p,
     release(&shared.q_empty[at.stage]);
 }
 
+// The gradients of a thread's two keys are zero if the mask hides them, whatever was added up.
+__device__ __forceinline__ void drop_masked(float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2], const KeyMask& mask,
+                                            int key) {
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (mask.sees(key + 8 * half)) continue;
+        #pragma unroll
+        for (int i = 2 * half; i < HEAD_WIDTH / 2; i += 4) grad_k[i] = grad_k[i + 1] = grad_v[i] = grad_v[i + 1] = 0;
+    }
+}
+
 __device__ __forceinline__ void compute_for_keys(KeyShared& shared, const TensorMap* grad_k_map, const TensorMap* grad_v_map,
-                                                 const Problem& p, int consumer) {
+                                                 const uint4* key_tiles, const Problem& p, int consumer) {
     int n = 0;
     KeyPart part;
-    for (int round = 0; key_part(p, round, part); round++) {
+    for (int round = 0; key_part(p, key_tiles, round, part); round++) {
         float grad_k[HEAD_WIDTH / 2], grad_v[HEAD_WIDTH / 2];
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) grad_k[i] = grad_v[i] = 0;
@@ -214,6 +232,7 @@ __device__ __forceinline__ void compute_for_keys(KeyShared& shared, const Tensor
             for (int tile = part.first_tile; tile < part.end_tile; tile++, n++)
                 add_queries(shared, p, consumer, Place<QUERY_STAGES>(n), first, tile * QUERIES, grad_k, grad_v);
         release(&shared.own_empty);
+        drop_masked(grad_k, grad_v, KeyMask(key_tiles, p, part.sample), first + accumulator_row());
         const float one[2] = {1, 1}, scale[2] = {p.scale, p.scale};
         store_rows<1>(grad_v_map, shared.grad_v[consumer], grad_v, one, first, part.kv_head, part.sample, 1 + consumer);
         store_rows<1>(grad_k_map, shared.grad_k[consumer], grad_k, scale, first, part.kv_head, part.sample, 1 + consumer);
@@ -225,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_grad_kv(const __grid_constant__ TensorMap grad_o_map, const __grid_constant__ TensorMap q_map,
                   const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
                   const __grid_constant__ TensorMap statistics_map, const __grid_constant__ TensorMap grad_k_map,
-                  const __grid_constant__ TensorMap grad_v_map, const Problem p) {
+                  const __grid_constant__ TensorMap grad_v_map, const uint4* key_tiles, const Problem p) {
     KeyShared& shared = *dynamic_shared<KeyShared>();
     if (threadIdx.x == 0) {
         mbarrier_init(&shared.own_full, 1);
@@ -242,11 +261,11 @@ attention_grad_kv(const __grid_constant__ TensorMap grad_o_map, const __grid_con
     const int group = warpgroup_index();
     if (group == LOADER) {
         set_max_registers_down<LOADER_REGISTERS>();
-        if (threadIdx.x == 128 * LOADER) load_queries(shared, &q_map, &grad_o_map, &statistics_map, p);
-        if (threadIdx.x == 128 * LOADER + 32) load_own_keys(shared, &k_map, &v_map, p);
+        if (threadIdx.x == 128 * LOADER) load_queries(shared, &q_map, &grad_o_map, &statistics_map, key_tiles, p);
+        if (threadIdx.x == 128 * LOADER + 32) load_own_keys(shared, &k_map, &v_map, key_tiles, p);
     } else {
         set_max_registers_up<CONSUMER_REGISTERS>();
-        compute_for_keys(shared, &grad_k_map, &grad_v_map, p, group);
+        compute_for_keys(shared, &grad_k_map, &grad_v_map, key_tiles, p, group);
     }
 }
 
@@ -259,49 +278,18 @@ struct QueryShared {
 };
 static_assert(sizeof(QueryShared) <= MOST_SHARED_BYTES, "more shared memory than a block can have");
 
-struct QueryPart {
-    int first, head, sample;
-    int tiles;  // of keys that any of the queries sees
-};
-
-__device__ __forceinline__ bool query_part(const Problem& p, int round, QueryPart& part) {
-    const int blocks = num_blocks(p.num_queries, OWN);
-    int head, number;
-    if (!Schedule{blocks, p.samples * p.heads, p.section}.part(round, head, number)) return false;
-    part.first = (blocks - 1 - number) * OWN;  // the last queries see most keys
-    part.head = head % p.heads;
-    part.sample = head / p.heads;
-    part.tiles = num_blocks(seen_keys(p, min(part.first + OWN, p.num_queries) - 1), KEYS);
-    return true;
-}
+typedef QueryPart<OWN> OwnQueries;
 
 __device__ __forceinline__ void load_own_queries(QueryShared& shared, const TensorMap* q_map, const TensorMap* grad_o_map,
-                                                 const Problem& p) {
-    QueryPart part;
-    for (int round = 0; query_part(p, round, part); round++) {
+                                                 const uint4* key_tiles, const Problem& p) {
+    OwnQueries part;
+    for (int round = 0; part.of_round(p, key_tiles, round); round++) {
         mbarrier_wait(&shared.own_empty, round % 2 ^ 1);
         mbarrier_expect(&shared.own_full, sizeof(shared.q) + sizeof(shared.grad_o));
         #pragma unroll
         for (int i = 0; i < CONSUMERS; i++) {
             load_tile<64, HEAD_WIDTH>(shared.q[i], q_map, &shared.own_full, part.first + 64 * i, part.head, part.sample);
             load_tile<64, HEAD_WIDTH>(shared.grad_o[i], grad_o_map, &shared.own_full, part.first + 64 * i, part.head, part.sample);
-        }
-    }
-}
-
-__device__ __forceinline__ void load_keys(QueryShared& shared, const TensorMap* k_map, const TensorMap* v_map, const Problem& p) {
-    int n = 0;
-    QueryPart part;
-    for (int round = 0; query_part(p, round, part); round++) {
-        const int kv_head = part.head / (p.heads / p.kv_heads);
-        for (int tile = 0; tile < part.tiles; tile++, n++) {
-            const Place<KEY_STAGES> at(n);
-            mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);
-            mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>));
-            load_tile<KEYS, HEAD_WIDTH>(shared.k[at.stage], k_map, &shared.k_full[at.stage], tile * KEYS, kv_head, part.sample);
-            mbarrier_wait(&shared.v_empty[at.stage], at.parity ^ 1);
-            mbarrier_expect(&shared.v_full[at.stage], sizeof(Tile<KEYS>));
-            load_tile<KEYS, HEAD_WIDTH>(shared.v[at.stage], v_map, &shared.v_full[at.stage], tile * KEYS, kv_head, part.sample);
         }
     }
 }
@@ -335,7 +323,7 @@ __device__ __forceinline__ void query_factor(uint32_t (&grad_scores)[KEYS / 16][
 
 // One tile of keys: grad_q += grad_s k, for 64 queries.
 __device__ __forceinline__ void add_keys(QueryShared& shared, const Problem& p, int consumer, const Place<KEY_STAGES>& at, const Rows& rows,
-                                         int first_key, int seen_by_all, float (&grad_q)[HEAD_WIDTH / 2]) {
+                                         const KeyMask& mask, int tile, int seen_by_all, float (&grad_q)[HEAD_WIDTH / 2]) {
     float scores[KEYS / 2], grad_p[KEYS / 2];
     uint32_t grad_scores[KEYS / 16][4];
     mbarrier_wait(&shared.k_full[at.stage], at.parity);
@@ -343,7 +331,8 @@ __device__ __forceinline__ void add_keys(QueryShared& shared, const Problem& p, 
     mbarrier_wait(&shared.v_full[at.stage], at.parity);
     start_product_transposed<KEYS, HEAD_WIDTH>(grad_p, shared.grad_o[consumer], shared.v[at.stage]);
     wait_for<1>(scores);
-    query_probabilities(scores, rows, p.scale * LOG2_E, first_key + KEYS > seen_by_all, first_key);
+    query_probabilities(scores, rows, p.scale * LOG2_E, (tile + 1) * KEYS > seen_by_all, tile * KEYS);
+    hide_masked(scores, mask, tile, 0);
     wait_for<0>(grad_p);
     release(&shared.v_empty[at.stage]);
     query_factor(grad_scores, scores, grad_p, rows);
@@ -353,11 +342,12 @@ __device__ __forceinline__ void add_keys(QueryShared& shared, const Problem& p, 
 }
 
 __device__ __forceinline__ void compute_for_queries(QueryShared& shared, const TensorMap* grad_q_map, const float* statistics, int padded,
-                                                    const Problem& p, int consumer) {
+                                                    const uint4* key_tiles, const Problem& p, int consumer) {
     int n = 0;
-    QueryPart part;
-    for (int round = 0; query_part(p, round, part); round++) {
+    OwnQueries part;
+    for (int round = 0; part.of_round(p, key_tiles, round); round++) {
         const int first = part.first + 64 * consumer;
+        const KeyMask mask(key_tiles, p, part.sample);
         const float* known = statistics + (int64_t(part.sample) * p.heads + part.head) * 2 * padded;
         Rows rows;
         #pragma unroll
@@ -371,8 +361,8 @@ __device__ __forceinline__ void compute_for_queries(QueryShared& shared, const T
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) grad_q[i] = 0;
         mbarrier_wait(&shared.own_full, round % 2);
-        for (int tile = 0; tile < part.tiles; tile++, n++)
-            add_keys(shared, p, consumer, Place<KEY_STAGES>(n), rows, tile * KEYS, seen_keys(p, first), grad_q);
+        for (int i = 0; i < part.tiles; i++, n++)
+            add_keys(shared, p, consumer, Place<KEY_STAGES>(n), rows, mask, mask.tile(i), seen_keys(p, first), grad_q);
         release(&shared.own_empty);
         const float scale[2] = {p.scale, p.scale};
         store_rows<0>(grad_q_map, shared.grad_q[consumer], grad_q, scale, first, part.head, part.sample, 1 + consumer);
@@ -383,7 +373,7 @@ __device__ __forceinline__ void compute_for_queries(QueryShared& shared, const T
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_grad_q(const __grid_constant__ TensorMap grad_o_map, const __grid_constant__ TensorMap q_map,
                  const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const float* statistics,
-                 const __grid_constant__ TensorMap grad_q_map, const Problem p, int padded) {
+                 const __grid_constant__ TensorMap grad_q_map, const uint4* key_tiles, const Problem p, int padded) {
     QueryShared& shared = *dynamic_shared<QueryShared>();
     if (threadIdx.x == 0) {
         mbarrier_init(&shared.own_full, 1);
@@ -400,10 +390,10 @@ attention_grad_q(const __grid_constant__ TensorMap grad_o_map, const __grid_cons
     const int group = warpgroup_index();
     if (group == LOADER) {
         set_max_registers_down<LOADER_REGISTERS>();
-        if (threadIdx.x == 128 * LOADER) load_keys(shared, &k_map, &v_map, p);
-        if (threadIdx.x == 128 * LOADER + 32) load_own_queries(shared, &q_map, &grad_o_map, p);
+        if (threadIdx.x == 128 * LOADER) load_keys<OwnQueries, KEY_STAGES>(shared, &k_map, &v_map, key_tiles, p);
+        if (threadIdx.x == 128 * LOADER + 32) load_own_queries(shared, &q_map, &grad_o_map, key_tiles, p);
     } else {
         set_max_registers_up<CONSUMER_REGISTERS>();
-        compute_for_queries(shared, &grad_q_map, statistics, padded, p, group);
+        compute_for_queries(shared, &grad_q_map, statistics, padded, key_tiles, p, group);
     }
 }

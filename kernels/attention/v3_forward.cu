@@ -38,7 +38,12 @@
 // Registers, by thread: head width 64: 64 scores + 32 sums + 32 for their packed left factor, of 160; 128: 64 + 64 + 32 of 240, hence one
 // consumer less. Shared memory: 176 and 192 KB, one block a multiprocessor.
 //
-// Not here, and left to v2: dropout, a key mask, times other than the indices.
+// * Tiles of keys that a padding mask hides whole are not loaded and not computed; in the others, hidden scores become minus infinity. All
+//   of the block must walk over the same tiles, so a small kernel lists them first (v3_mask.cu).
+//
+// Not here, and left to v2: times other than the indices, and dropout. Its hash takes some ten integer instructions for each score, at 64 a
+// clock and multiprocessor, where the score's products take a sixteenth of a clock and its exponential another: the kernel would run at
+// half its speed, and at head width 64 there are no registers for the words of the rows.
 //
 // measured: not yet
 //
@@ -59,10 +64,11 @@
 
 constexpr int CONSUMERS = HEAD_WIDTH > 64 ? 2 : 3;  // warpgroups that compute, for 64 queries each
 constexpr int STAGES = HEAD_WIDTH > 64 ? 2 : 4;     // tiles of keys, and of values, that are there or on their way
-constexpr int QUERIES = 64 * CONSUMERS, KEYS = 128;
+constexpr int QUERIES = 64 * CONSUMERS;
 constexpr int LOADER = CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 // A multiprocessor has 65536 registers. Threads start with an equal share; the loading warpgroup gives back what it does not need.
 constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+static_assert(REGISTERS_SUFFICE<CONSUMERS, LOADER_REGISTERS, CONSUMER_REGISTERS>, "more registers than a block has");
 
 struct Shared {
     Tile<64> q[CONSUMERS], o[CONSUMERS];
@@ -71,45 +77,14 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= MOST_SHARED_BYTES, "more shared memory than a block can have");
 
-// One part of the work: QUERIES queries of one head.
-struct Part {
-    int first, head, sample;
-    int tiles;  // of keys that any of the queries sees
-};
+typedef QueryPart<QUERIES> Part;
 
-__device__ __forceinline__ bool part_of_round(const Problem& p, int round, Part& part) {
-    const int blocks = num_blocks(p.num_queries, QUERIES);
-    int head, number;
-    if (!Schedule{blocks, p.samples * p.heads, p.section}.part(round, head, number)) return false;
-    part.first = (blocks - 1 - number) * QUERIES;  // the last queries see most keys
-    part.head = head % p.heads;
-    part.sample = head / p.heads;
-    part.tiles = num_blocks(seen_keys(p, min(part.first + QUERIES, p.num_queries) - 1), KEYS);
-    return true;
-}
+// ---- the loading warpgroup: one thread for the keys and values (load_keys in v3_common.cuh), one for the queries, so that neither waits
+// for the other's buffers
 
-// ---- the loading warpgroup: one thread for the keys and values, one for the queries, so that neither waits for the other's buffers
-
-__device__ __forceinline__ void load_keys(Shared& shared, const TensorMap* k_map, const TensorMap* v_map, const Problem& p) {
-    int n = 0;
+__device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_map, const uint4* key_tiles, const Problem& p) {
     Part part;
-    for (int round = 0; part_of_round(p, round, part); round++) {
-        const int kv_head = part.head / (p.heads / p.kv_heads);
-        for (int tile = 0; tile < part.tiles; tile++, n++) {
-            const Place<STAGES> at(n);
-            mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);
-            mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>));
-            load_tile<KEYS, HEAD_WIDTH>(shared.k[at.stage], k_map, &shared.k_full[at.stage], tile * KEYS, kv_head, part.sample);
-            mbarrier_wait(&shared.v_empty[at.stage], at.parity ^ 1);
-            mbarrier_expect(&shared.v_full[at.stage], sizeof(Tile<KEYS>));
-            load_tile<KEYS, HEAD_WIDTH>(shared.v[at.stage], v_map, &shared.v_full[at.stage], tile * KEYS, kv_head, part.sample);
-        }
-    }
-}
-
-__device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_map, const Problem& p) {
-    Part part;
-    for (int round = 0; part_of_round(p, round, part); round++) {
+    for (int round = 0; part.of_round(p, key_tiles, round); round++) {
         mbarrier_wait(&shared.q_empty, round % 2 ^ 1);
         mbarrier_expect(&shared.q_full, sizeof(shared.q));
         #pragma unroll
@@ -173,10 +148,10 @@ __device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& ro
     }
 }
 
-// out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys of exp(scores) values. The scores of tile t + 1 are computed while the values of
-// tile t are summed, and while neither waits for this warpgroup, the others use the tensor cores.
-__device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows, int tiles, int seen_by_all, int n, float scale,
-                                       float (&out)[HEAD_WIDTH / 2]) {
+// out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys, one at least, of exp(scores) values. The scores of one tile are computed while the
+// values of the last one are summed, and while neither waits for this warpgroup, the others use the tensor cores.
+__device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows, const KeyMask& mask, int tiles, int seen_by_all, int n,
+                                       float scale, float (&out)[HEAD_WIDTH / 2]) {
     float scores[KEYS / 2], correction[2];
     uint32_t probabilities[KEYS / 16][4];
 
@@ -185,14 +160,16 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
     start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[at.stage]);
     wait_for<0>(scores);
     release(&shared.k_empty[at.stage]);
-    if (KEYS > seen_by_all) hide(scores, rows, 0);
+    const int first_tile = mask.tile(0);
+    if ((first_tile + 1) * KEYS > seen_by_all) hide(scores, rows, first_tile * KEYS);
+    hide_masked(scores, mask, first_tile, -INFINITY);
     WATCH(S, scores);
     exponentiate(scores, rows, correction, scale);
     WATCH(m, rows.top);
     WATCH(l, rows.sum);
     as_left_factor<KEYS>(probabilities, scores);
-    for (int tile = 1; tile < tiles; tile++) {
-        const Place<STAGES> next(n + tile);
+    for (int i = 1; i < tiles; i++) {
+        const Place<STAGES> next(n + i);
         mbarrier_wait(&shared.k_full[next.stage], next.parity);
         await_turn(consumer);
         start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[next.stage]);
@@ -200,7 +177,9 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
         start_sum_of_products<HEAD_WIDTH, KEYS>(out, probabilities, shared.v[at.stage]);
         pass_turn_on(consumer);
         wait_for<1>(scores);
+        const int tile = mask.tile(i);
         if ((tile + 1) * KEYS > seen_by_all) hide(scores, rows, tile * KEYS);
+        hide_masked(scores, mask, tile, -INFINITY);
         WATCH(S, scores);
         exponentiate(scores, rows, correction, scale);
         WATCH(m, rows.top);
@@ -220,12 +199,12 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
     release(&shared.v_empty[at.stage]);
 }
 
-// Tiles that other warpgroups of the block need and this one does not.
-__device__ __forceinline__ void pass_over(Shared& shared, int consumer, int from, int to) {
-    for (int n = from; n < to; n++) {
-        const Place<STAGES> at(n);
-        await_turn(consumer);
-        pass_turn_on(consumer);
+// Tiles from `own` on that other warpgroups of the block need and this one does not. Nobody takes turns for the first tile of a part.
+__device__ __forceinline__ void pass_over(Shared& shared, int consumer, int own, int tiles, int n) {
+    for (int i = own; i < tiles; i++) {
+        const Place<STAGES> at(n + i);
+        if (i > 0) await_turn(consumer);
+        if (i > 0) pass_turn_on(consumer);
         mbarrier_wait(&shared.k_full[at.stage], at.parity);
         release(&shared.k_empty[at.stage]);
         mbarrier_wait(&shared.v_full[at.stage], at.parity);
@@ -247,22 +226,27 @@ __device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Pr
     }
 }
 
-__device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, float* lse, const Problem& p, int consumer) {
+__device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, float* lse, const uint4* key_tiles, const Problem& p,
+                                        int consumer) {
     int n = 0;
     Part part;
     begin_turns(consumer);
-    for (int round = 0; part_of_round(p, round, part); round++) {
+    for (int round = 0; part.of_round(p, key_tiles, round); round++) {
         const int first = part.first + 64 * consumer;
+        const KeyMask mask(key_tiles, p, part.sample);
         Rows rows;
         rows.limits[0] = seen_keys(p, first + accumulator_row());
         rows.limits[1] = seen_keys(p, first + accumulator_row() + 8);
-        const int tiles = min(part.tiles, num_blocks(seen_keys(p, first + 63), KEYS));
+        const int tiles = Part::seen_tiles(p, mask, first + 64);
         float out[HEAD_WIDTH / 2];
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] = 0;
         mbarrier_wait(&shared.q_full, round % 2);
-        attend(shared, consumer, rows, tiles, seen_keys(p, first), n, p.scale * LOG2_E, out);
-        pass_over(shared, consumer, n + tiles, n + part.tiles);
+        if (tiles > 0)
+            attend(shared, consumer, rows, mask, tiles, seen_keys(p, first), n, p.scale * LOG2_E, out);
+        else
+            release(&shared.q_empty);  // the mask hides all that these queries might see
+        pass_over(shared, consumer, tiles, part.tiles, n);
         n += part.tiles;
         float factor[2];
         normalise(rows, lse, p, part, first, factor);
@@ -271,11 +255,11 @@ __device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, 
     if (threadIdx.x % 128 == 0) tma_wait<0>();
 }
 
-// o [B, Tq, H, K] and lse [B, H, Tq] of q [B, Tq, H, K], k and v [B, Tk, Hkv, K]. All sizes are at least 1, scale > 0. Boxes of the maps:
-// 64 queries, or KEYS keys, of one head, by 64 columns. The grid may have any number of blocks.
+// o [B, Tq, H, K] and lse [B, H, Tq] of q [B, Tq, H, K], k and v [B, Tk, Hkv, K]; key_tiles: KeyMask. All sizes are at least 1, scale > 0.
+// Boxes of the maps: 64 queries, or KEYS keys, of one head, by 64 columns. The grid may have any number of blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-                  const __grid_constant__ TensorMap o_map, float* lse, const Problem p) {
+                  const __grid_constant__ TensorMap o_map, float* lse, const uint4* key_tiles, const Problem p) {
     Shared& shared = *dynamic_shared<Shared>();
     if (threadIdx.x == 0) {
         mbarrier_init(&shared.q_full, 1);
@@ -292,10 +276,10 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
     const int group = warpgroup_index();
     if (group == LOADER) {
         set_max_registers_down<LOADER_REGISTERS>();
-        if (threadIdx.x == 128 * LOADER) load_keys(shared, &k_map, &v_map, p);
-        if (threadIdx.x == 128 * LOADER + 32) load_queries(shared, &q_map, p);
+        if (threadIdx.x == 128 * LOADER) load_keys<Part, STAGES>(shared, &k_map, &v_map, key_tiles, p);
+        if (threadIdx.x == 128 * LOADER + 32) load_queries(shared, &q_map, key_tiles, p);
     } else {
         set_max_registers_up<CONSUMER_REGISTERS>();
-        compute(shared, &o_map, lse, p, group);
+        compute(shared, &o_map, lse, key_tiles, p, group);
     }
 }

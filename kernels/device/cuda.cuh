@@ -69,7 +69,7 @@ template <> __device__ __forceinline__ float2 unpack2<float16>(uint32_t both) {
     return __half22float2(*reinterpret_cast<__half2*>(&both));
 }
 
-// The special-function unit's exponential, logarithm and reciprocal square root: one instruction each, about 2 ulp, denormals are zero.
+// The special-function unit's exponential and logarithm: one instruction each, about 2 ulp, denormals are zero.
 // There is one for powers of two only, so kernels scale by log2(e) once and stay in base two.
 __device__ __forceinline__ float exp2_(float x) {
     float y;
@@ -79,11 +79,6 @@ __device__ __forceinline__ float exp2_(float x) {
 __device__ __forceinline__ float log2_(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float rsqrt_(float x) {
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -73,10 +73,6 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 
 // ---- TMA: one thread starts the copy of a whole box. c0 is the coordinate along the innermost dim. What lies outside the array is read
 // as zero and not written. Loads complete on an mbarrier; stores in groups, like cp.async.
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 __device__ __forceinline__ void tma_load_2d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
                      shared_address(shared)),
@@ -96,22 +92,9 @@ __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, 
         "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
-__device__ __forceinline__ void tma_load_5d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3, int c4) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
-            shared_address(shared)),
-        "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-        : "memory");
-}
 
 __device__ __forceinline__ void tma_store_4d(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
-                 "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-                 : "memory");
-}
-// global += shared, element by element. Float addition in the order in which blocks come: not deterministic.
-__device__ __forceinline__ void tma_reduce_add_4d(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
                  "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                  : "memory");
 }

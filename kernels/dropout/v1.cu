@@ -5,20 +5,10 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
+#include "../device/hashing.cuh"
 #include "../device/vectors.cuh"
 
 #define WARPS 8
-
-__device__ __forceinline__ uint64_t finalise(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return z ^ (z >> 31);
-}
-
-__device__ __forceinline__ uint64_t random_bits(uint64_t key, uint64_t index) {
-    const uint64_t golden = 0x9E3779B97F4A7C15ull;
-    return finalise(finalise(index * golden + key) + golden);
-}
 
 // rows [B, T]: the words of (samples[b], times[t]); columns [C]: those of channels[c].
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
@@ -41,15 +31,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     #pragma unroll 2
     for (int64_t row = (int64_t)blockIdx.y * WARPS + threadIdx.y; row < num_rows; row += (int64_t)gridDim.y * WARPS) {
         const uint64_t word = rows[row];
-        const uint32_t low = (uint32_t)word, high = (uint32_t)(word >> 32);
         float v[RUN];
         load_floats(v, x + row * C + c, C - c);
         #pragma unroll
-        for (int i = 0; i < RUN; i++) {
-            uint32_t z = (low ^ words[i]) * 0x7FEB352Du;
-            z = ((z ^ (z >> 15)) + high) * 0x846CA68Bu;
-            v[i] = z >= threshold ? v[i] * scale : 0.0f;
-        }
+        for (int i = 0; i < RUN; i++) v[i] = keeps(word, words[i], threshold) ? v[i] * scale : 0.0f;
         store_floats(y + row * C + c, v, C - c);
     }
 }

@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minillm.kernels.build import FOLDER, BuildError, Defines, cached, inlined_source
 
@@ -20,7 +22,7 @@ ROOT = FOLDER.parent
 _CANDIDATES = (*filter(None, [os.environ.get("CXX")]), "g++", "clang++")
 HEADERS = ("cuda.h", "ampere.h", "hopper.h")  # put before a .cu file
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", f"-ffile-prefix-map={ROOT}=.")
-_RUNTIME = (*_COMMON, "-O2", "-g1")
+_RUNTIME = (*_COMMON, "-O2")  # without lines: reports name those of the kernel
 # Loads and stores are to stay as they are written: no vectorising, no merging. What a GPU has not initialised holds a pattern, not zero.
 _KERNEL = (
     *(*_COMMON, "-O1", "-gdwarf-4", "-g1", "-w", "-DMINILLM_EMULATOR", "-fsanitize=thread", "-ffp-contract=off"),
@@ -66,13 +68,15 @@ def _compile_object(compiler: Compiler, source: Path, target: Path) -> None:
 
 
 def _objects(compiler: Compiler) -> list[Path]:
-    """The emulator's own files, compiled."""
+    """The emulator's own files, compiled, on all cores."""
     headers = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.h"))]
-    made = []
-    for source in sorted(HERE.glob("*.cpp")):
+
+    def compiled(source: Path) -> Path:
         key = (source.name, source.read_text(encoding="utf-8"), *headers, *_RUNTIME, compiler.version)
-        made.append(cached(".o", key, functools.partial(_compile_object, compiler, source)))
-    return made
+        return cached(".o", key, functools.partial(_compile_object, compiler, source))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, sorted(HERE.glob("*.cpp"))))
 
 
 class Parameter(NamedTuple):
@@ -163,10 +167,18 @@ class Compiled(NamedTuple):
     kernels: dict[str, list[Parameter]]
 
 
-@functools.cache
+_wanted: dict[Any, threading.Lock] = {}  # what has been asked for: threads that want the same wait for the first
+
+
 def compile_host(path: Path, defines: tuple[tuple[str, str | int], ...], edits: tuple[tuple[str, str], ...] = ()) -> Compiled:
     """The library of a `.cu` file compiled with macros, from the cache where it has been compiled before; `edits` (old text, new text) are
     made to its source, includes in their places, first. Raises BuildError."""
+    with _wanted.setdefault((path, defines, edits), threading.Lock()):
+        return _compile_host(path, defines, edits)
+
+
+@functools.cache
+def _compile_host(path: Path, defines: tuple[tuple[str, str | int], ...], edits: tuple[tuple[str, str], ...]) -> Compiled:
     text = inlined_source(path)
     for old, new in edits:
         text = text.replace(old, new)

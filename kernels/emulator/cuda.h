@@ -1,13 +1,33 @@
 // CUDA C++ as the host compiler is to read it: keywords, built-in variables and types, intrinsics. Put before every .cu file, so that
 // kernels/device/cuda.cuh, whose own version of all this is for the GPU, finds it.
 #pragma once
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
 #include "elements.h"
 #include "runtime.h"
+
+// What kernels use of <cmath>, which alone takes longer to compile than most of them.
+extern "C" {
+float exp2f(float) noexcept;
+float expf(float) noexcept;
+float log2f(float) noexcept;
+float logf(float) noexcept;
+float sqrtf(float) noexcept;
+double sqrt(double) noexcept;
+float fmaf(float, float, float) noexcept;
+float fabsf(float) noexcept;
+float fmaxf(float, float) noexcept;
+float fminf(float, float) noexcept;
+float erff(float) noexcept;
+float tanhf(float) noexcept;
+float cosf(float) noexcept;
+float sinf(float) noexcept;
+}
+#ifndef INFINITY
+#define INFINITY __builtin_inff()
+#endif
 
 // ---- keywords. A static variable serves as a shared one, since one block runs at a time; the section says which they are.
 #define __global__
@@ -69,7 +89,6 @@ template <typename T> EMULATED T* dynamic_shared() { return static_cast<T*>(emul
 // ---- arithmetic
 EMULATED float exp2_(float x) { return exp2f(x); }
 EMULATED float log2_(float x) { return log2f(x); }
-EMULATED float rsqrt_(float x) { return 1.0f / sqrtf(x); }
 EMULATED float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 EMULATED float __expf(float x) { return expf(x); }
 EMULATED float __logf(float x) { return logf(x); }

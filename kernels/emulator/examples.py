@@ -27,6 +27,7 @@ class Sizes:
     head_width: int = 64
     width: int = 256
     causal: bool = True
+    padding: int = 0  # so many keys at the start of the first sample are hidden, half as many of the second, ..., and every seventh key
 
     def __str__(self) -> str:
         return ", ".join(f"{name} = {value}" for name, value in vars(self).items())
@@ -57,14 +58,20 @@ def _attention(make: _Maker) -> tuple[Array, Array, Array]:
     return make(s.batch, s.T, s.heads, s.head_width), *(make(s.batch, s.T, s.kv_heads, s.head_width) for _ in range(2))
 
 
+def _attention_options(s: Sizes) -> dict[str, Any]:
+    key = np.arange(s.T)
+    key_mask = np.array([(key >= s.padding // (b + 1)) & (key % 7 != 3) for b in range(s.batch)]) if s.padding else None
+    return {"scale": s.head_width**-0.5, "causal": s.causal, "key_mask": key_mask}
+
+
 def attention_forward(make: _Maker) -> Any:
-    return kernels.attention_forward(*_attention(make), scale=make.sizes.head_width**-0.5, causal=make.sizes.causal)
+    return kernels.attention_forward(*_attention(make), **_attention_options(make.sizes))
 
 
 def attention_backward(make: _Maker) -> Any:
     """What the forward pass returns comes from the NumPy reference, so that only the backward kernels run."""
     q, k, v = _attention(make)
-    options = {"scale": make.sizes.head_width**-0.5, "causal": make.sizes.causal}
+    options = _attention_options(make.sizes)
     with kernels.use(attention_forward="numpy"):
         o, lse = kernels.attention_forward(*(x.astype(np.float64) for x in (q, k, v)), **options)
     return kernels.attention_backward(make(*q.shape), q, k, v, o.astype(q.dtype), lse.astype(make.statistics), **options)

@@ -14,13 +14,10 @@ void fence_barrier_init();
 inline void fence_async_proxy() { emulator::fence_async_proxy(); }
 
 // ---- TMA
-inline void prefetch_tensor_map(const TensorMap*) {}
 void tma_load_2d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1);
 void tma_load_3d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2);
 void tma_load_4d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3);
-void tma_load_5d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3, int c4);
 void tma_store_4d(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3);
-void tma_reduce_add_4d(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3);
 void tma_commit();
 
 namespace emulator {

@@ -110,6 +110,19 @@ inline Fiber& running_fiber() { return machine.fibers[machine.running]; }
 [[noreturn]] void stop_with_report(int thread, const char* kind, Site site, const char* format, va_list args);
 std::string describe_thread(int thread);
 
+// An access in the kernel's own code: others may come in between.
+void access_of_kernel(void* address, size_t bytes, bool is_write, Site site);
+
+// Fibers. `emulator_switch` keeps where the running one stands and goes on with another; `new_stack_pointer` is where one that is to begin
+// with `entry` stands. `allocate_stacks` returns whether there is memory for so many.
+constexpr size_t STACK_BYTES = 256 << 10;
+extern "C" void emulator_switch(void** save, void* load);
+void* new_stack_pointer(char* top, void (*entry)());
+bool allocate_stacks(Launch& launch, int count);
+void to_scheduler();
+
+void report_deadlock();
+
 // Each file's part of preparing a launch and a block.
 void prepare_memory(const Launch& launch);
 void prepare_block_memory();

@@ -41,6 +41,8 @@ class Options:
     edits: tuple[tuple[str, str], ...] = ()
     """(old text, new text) to replace in the sources of kernels before they are compiled: to try what a line is for."""
     only_block: int | None = None
+    run: bool = True
+    """False: compile only, for a launch to come."""
     log_block: int | None = None
     watch: tuple[int, int] | None = None
     """(block, thread) whose WATCHes are recorded."""
@@ -165,8 +167,10 @@ def launch(
     structs as `np.void`, tensor maps, None. `changes` are fields of Options for this launch alone. Raises EmulatorError with a report when
     the kernel does something that a GPU would punish or must not be relied on, BuildError if it does not compile.
     """
-    edits = replace(_options.get(), **changes).edits
-    launch_compiled(Path(path), compile_host(Path(path), tuple(defines.items()), edits), name, grid, block, args, shared_bytes, **changes)
+    options = replace(_options.get(), **changes)
+    compiled = compile_host(Path(path), tuple(defines.items()), options.edits)
+    if options.run:
+        launch_compiled(Path(path), compiled, name, grid, block, args, shared_bytes, **changes)
 
 
 def launch_compiled(

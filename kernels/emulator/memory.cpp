@@ -344,15 +344,14 @@ static void access(uintptr_t address, size_t bytes, bool is_write, Site site) {
     const int me = machine.running;
     Fiber& fiber = machine.fibers[me];
     const uintptr_t stack = reinterpret_cast<uintptr_t>(fiber.stack);
-    if (address - stack < (256u << 10)) return;  // its own local variables
+    if (address - stack < STACK_BYTES) return;  // its own local variables
     if (address >= reinterpret_cast<uintptr_t>(machine.stacks_begin) && address < reinterpret_cast<uintptr_t>(machine.stacks_end))
         fail("out of bounds", site, "%s %zu bytes of another thread's local variables", verb(is_write), bytes);
     if (!find_region(address) && (in_library(address) || in_arguments(address))) return;  // constants and tables
     check(address, bytes, is_write, Author{me, me, fiber.now, false, site, fiber.seen, fiber.now, ""});
 }
 
-// An access in the kernel's own code: others may come in between.
-static void access_of_kernel(void* address, size_t bytes, bool is_write, Site site) {
+void access_of_kernel(void* address, size_t bytes, bool is_write, Site site) {
     if (machine.running < 0) return;  // the library's own start
     access(reinterpret_cast<uintptr_t>(address), bytes, is_write, site);
     if (machine.launch->preempt && !random_below(machine.launch->preempt)) yield();
@@ -431,7 +430,7 @@ void async_access(const Async& by, void* address, size_t bytes, bool is_write, i
     check(reinterpret_cast<uintptr_t>(address), bytes, is_write, author);
 }
 
-// ---- the calls that -fsanitize=thread puts into the kernel
+// ---- constants
 
 static uintptr_t library_begin, library_end;
 
@@ -457,65 +456,3 @@ static bool in_library(uintptr_t address) {
 }
 
 }  // namespace emulator
-
-using namespace emulator;
-
-#define SANITIZER_CALLS(SIZE)                                                                                  \
-    extern "C" void __tsan_read##SIZE(void* p) {                                                               \
-        if (reinterpret_cast<uintptr_t>(p) % SIZE) require_aligned(p, SIZE, EMULATOR_SITE);                    \
-        access_of_kernel(p, SIZE, false, EMULATOR_SITE);                                                       \
-    }                                                                                                          \
-    extern "C" void __tsan_write##SIZE(void* p) {                                                              \
-        if (reinterpret_cast<uintptr_t>(p) % SIZE) require_aligned(p, SIZE, EMULATOR_SITE);                    \
-        access_of_kernel(p, SIZE, true, EMULATOR_SITE);                                                        \
-    }                                                                                                          \
-    extern "C" void __tsan_unaligned_read##SIZE(void* p) { access_of_kernel(p, SIZE, false, EMULATOR_SITE); }  \
-    extern "C" void __tsan_unaligned_write##SIZE(void* p) { access_of_kernel(p, SIZE, true, EMULATOR_SITE); }
-SANITIZER_CALLS(1)
-SANITIZER_CALLS(2)
-SANITIZER_CALLS(4)
-SANITIZER_CALLS(8)
-SANITIZER_CALLS(16)
-
-extern "C" void __tsan_read_range(void* p, size_t bytes) { access_of_kernel(p, bytes, false, EMULATOR_SITE); }
-extern "C" void __tsan_write_range(void* p, size_t bytes) { access_of_kernel(p, bytes, true, EMULATOR_SITE); }
-extern "C" void __tsan_volatile_read4(void* p) { access_of_kernel(p, 4, false, EMULATOR_SITE); }
-extern "C" void __tsan_volatile_write4(void* p) { access_of_kernel(p, 4, true, EMULATOR_SITE); }
-// clang calls these for copies of whole structs.
-extern "C" void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
-    access_of_kernel(const_cast<void*>(from), bytes, false, EMULATOR_SITE);
-    access_of_kernel(to, bytes, true, EMULATOR_SITE);
-    return memcpy(to, from, bytes);
-}
-extern "C" void* __tsan_memmove(void* to, const void* from, size_t bytes) {
-    access_of_kernel(const_cast<void*>(from), bytes, false, EMULATOR_SITE);
-    access_of_kernel(to, bytes, true, EMULATOR_SITE);
-    return memmove(to, from, bytes);
-}
-extern "C" void* __tsan_memset(void* to, int value, size_t bytes) {
-    access_of_kernel(to, bytes, true, EMULATOR_SITE);
-    return memset(to, value, bytes);
-}
-extern "C" void __tsan_func_entry(void*) {}
-extern "C" void __tsan_func_exit() {}
-extern "C" void __tsan_init() {}
-extern "C" void __tsan_vptr_update(void**, void*) {}
-extern "C" void __tsan_vptr_read(void**) {}
-
-// And those of -fsanitize=bounds, for arrays whose size the compiler knows: shared ones and those in registers.
-struct SourcePlace {
-    const char* file;
-    uint32_t line, column;
-};
-struct TypeName {
-    uint16_t kind, info;
-    char name[1];
-};
-struct OutOfBounds {
-    SourcePlace where;
-    const TypeName *array, *index;
-};
-extern "C" void __ubsan_handle_out_of_bounds(OutOfBounds* what, uintptr_t index) {
-    fail("out of bounds", EMULATOR_SITE, "index %ld of an array of type %s", static_cast<long>(index), what->array->name);
-}
-extern "C" void __ubsan_handle_out_of_bounds_abort(OutOfBounds* what, uintptr_t index) { __ubsan_handle_out_of_bounds(what, index); }

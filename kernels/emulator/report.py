@@ -50,7 +50,7 @@ class Symbols:
         return {int(site): self._frames[int(site)] for site in sites}
 
     def place(self, site: int) -> str:
-        """The place in the kernel of a return address, such as "kernels/attention/v2.cu:88", and where that is called from, if it lies in
+        """The place in the kernel of a return address, such as "kernels/attention/v1.cu:88", and where that is called from, if it lies in
         a header of all kernels."""
         frames = self.frames([site])[site]
         if not frames:

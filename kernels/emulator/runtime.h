@@ -1,6 +1,6 @@
 // What emulated CUDA code and the parts of the emulator call: threads as fibers, meeting points, and checked memory.
 //
-// A kernel is compiled by the host compiler with -fsanitize=thread, which puts a call before every access to memory; memory.cpp answers
+// A kernel is compiled by the host compiler with -fsanitize=thread, which puts a call before every access to memory; sanitizer.cpp answers
 // those calls. The emulator's own .cpp files are compiled without it, so what they read and write is checked only where they ask for it.
 #pragma once
 #include <cstddef>

@@ -120,7 +120,7 @@ static_assert(sizeof(Map) <= 128, "a TensorMap has 128 bytes");
 constexpr uint32_t MAP_MAGIC = 0x50414d54;
 
 struct Copy {
-    enum Kind { load, store, add } kind;
+    enum Kind { load, store } kind;
     Map map;
     char* shared;
     uint64_t* barrier;  // of a load
@@ -168,15 +168,8 @@ void copy_row(const Copy& copy, const int* position, size_t tile_offset, int age
         if (copy.kind == Copy::load) {
             memset(tile, 0, CHUNK);
             if (any) memcpy(tile + from, global + from, to - from);
-        } else if (any && copy.kind == Copy::store) {
-            memcpy(global + from, tile + from, to - from);
         } else if (any) {
-            for (int64_t i = from; i < to; i += sizeof(float)) {
-                float sum, more;
-                memcpy(&sum, global + i, sizeof sum), memcpy(&more, tile + i, sizeof more);
-                sum += more;
-                memcpy(global + i, &sum, sizeof sum);
-            }
+            memcpy(global + from, tile + from, to - from);
         }
     }
 }
@@ -260,17 +253,9 @@ void tma_load_4d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, 
     const int c[] = {c0, c1, c2, c3};
     start_copy(Copy::load, shared, map, barrier, 4, c, EMULATOR_SITE);
 }
-void tma_load_5d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3, int c4) {
-    const int c[] = {c0, c1, c2, c3, c4};
-    start_copy(Copy::load, shared, map, barrier, 5, c, EMULATOR_SITE);
-}
 void tma_store_4d(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
     const int c[] = {c0, c1, c2, c3};
     start_copy(Copy::store, shared, map, nullptr, 4, c, EMULATOR_SITE);
-}
-void tma_reduce_add_4d(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
-    const int c[] = {c0, c1, c2, c3};
-    start_copy(Copy::add, shared, map, nullptr, 4, c, EMULATOR_SITE);
 }
 
 void tma_commit() {

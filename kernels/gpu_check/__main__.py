@@ -25,7 +25,10 @@ from minillm.kernels.gpu_check import attention, checks, measure, report, smoke,
 from minillm.kernels.launch import compute_capability
 
 SECTIONS = ("ceilings", "smoke", "tests", "attention", "steps", "sanitizer", "training")
+PARTS = ("ceilings", "smoke", "random", "attention v2", "attention v3", "steps")  # what runs in a process of its own
+SHORT_SECONDS = 60  # for a part that has seconds of work
 KERNEL_SECONDS = 300  # for all sections but training, compiling included
+START_SECONDS = 15  # of a process, beside what it is for
 STEPS_SECONDS = 30  # of these, kept for the section of that name
 TRAINING_SECONDS = 240
 NO_GPU = 2  # exit status
@@ -38,7 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the results (default: docs/gpu-results in the checkout)")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
     parser.add_argument("--repeats", type=int, default=checks.REPEATS, help="calls of each test case, which must agree in every bit")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=SHORT_SECONDS, help=argparse.SUPPRESS)
+    parser.add_argument("--copy-tbs", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.part:
+        return _run_part(args.part, args.json, args.seconds, args.copy_tbs)
     wanted = [name.strip() for name in args.only.split(",") if name.strip()]
     if unknown := sorted(set(wanted) - set(SECTIONS)):
         parser.error(f"there is no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
@@ -46,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason:
         print(f"gpu_check needs a machine with an NVIDIA GPU, CuPy and NVRTC, and this one has none: {reason}", file=sys.stderr)
         return NO_GPU
-    found = run(wanted, args.root, args.repeats)
     folder = args.out or args.root / "docs" / "gpu-results"
+    found = run(wanted, args.root, args.repeats, lambda found: write(found, folder))
     for path in write(found, folder):
         print(f"wrote {path}")
     problems = report.failed(found)
@@ -66,8 +75,9 @@ def no_gpu() -> str | None:
     return None if count else "CuPy finds no device"
 
 
-def run(wanted: Sequence[str], root: Path, repeats: int) -> report.Found:
-    """All sections asked for, in order. One that breaks is reported and stops no other."""
+def run(wanted: Sequence[str], root: Path, repeats: int, save: Callable[[report.Found], Any] = lambda found: None) -> report.Found:
+    """All sections asked for, in order; `save` gets what there is after each. One that breaks is reported and stops no other, and since a
+    kernel can end all work of its process on the device, or never end itself, each that launches any has processes of its own."""
     start = time.perf_counter()
     tests = root / "tests" / "kernels"
     found: report.Found = {
@@ -82,14 +92,19 @@ def run(wanted: Sequence[str], root: Path, repeats: int) -> report.Found:
     def left() -> float:
         return start + KERNEL_SECONDS - time.perf_counter()
 
+    problems = found["problems"]
+
+    def copy_tbs() -> float:
+        return float((found.get("ceilings") or {}).get("copy_tbs") or 0)
+
     sections: dict[str, Callable[[], Any]] = {
-        "ceilings": measure.ceilings,
-        "smoke": smoke.run,
-        "tests": lambda: _tests(tests, repeats, left),
-        "attention": lambda: attention.run(deadline=left() - STEPS_SECONDS),
-        "steps": lambda: steps.run((found.get("ceilings") or {}).get("copy_tbs") or measure.ceilings()["copy_tbs"], left()),
+        "ceilings": lambda: _apart("ceilings", min(SHORT_SECONDS, left()), problems),
+        "smoke": lambda: _apart("smoke", min(SHORT_SECONDS, left()), problems),
+        "tests": lambda: _tests(tests, repeats, left, problems),
+        "attention": lambda: _attention(left, problems),
+        "steps": lambda: _apart("steps", left(), problems, f"--copy-tbs={copy_tbs()}"),
         "sanitizer": lambda: checks.sanitize(tests, left()),
-        "training": lambda: _training(found["problems"]),
+        "training": lambda: _training(problems),
     }
     for name in SECTIONS:
         if name not in wanted:
@@ -97,8 +112,65 @@ def run(wanted: Sequence[str], root: Path, repeats: int) -> report.Found:
         if name != "training" and left() <= 0:
             found["problems"].append(f"section {name}: not run, the {KERNEL_SECONDS} s for the kernels were over")
             continue
-        found[name] = _section(name, sections[name], start, found["problems"])
+        found[name] = _section(name, sections[name], start, problems)
+        found["seconds"] = time.perf_counter() - start
+        save(found)
     found["seconds"] = time.perf_counter() - start
+    return found
+
+
+def _apart(name: str, seconds: float, problems: list[str], *options: str) -> Any:
+    """What a part finds in a process of its own within `seconds`; what it had found until then if it breaks or is stopped. Raises
+    RuntimeError if that is nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        command = [sys.executable, "-m", "minillm.kernels.gpu_check", "--part", name, "--json", str(path), f"--seconds={seconds:.0f}"]
+        words = _ended([*command, *options], seconds + START_SECONDS)
+        if not path.exists():
+            raise RuntimeError(words or "it found nothing")
+        if words:
+            problems.append(f"{name}: {words}; what it had found until then is kept")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _ended(command: Sequence[str], seconds: float) -> str | None:
+    """Run a program. Returns why it did not end well, or None."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"it was stopped after {seconds:.0f} s"
+    return f"it ended with status {done.returncode}: {done.stderr.strip()[-400:]}" if done.returncode else None
+
+
+def _run_part(name: str, path: Path, seconds: float, copy_tbs: float) -> int:
+    """One part, in this process. What it finds goes to `path`, whole at any time."""
+
+    def save(found: Any) -> None:
+        half = path.with_suffix(".half")
+        half.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(half, path)
+
+    parts: dict[str, Callable[[], Any]] = {
+        "ceilings": measure.ceilings,
+        "smoke": smoke.run,
+        "random": checks.random_bits_agree,
+        "attention v2": lambda: attention.run("v2", deadline=seconds, save=save),
+        "attention v3": lambda: attention.run("v3", deadline=seconds, save=save),
+        "steps": lambda: steps.run(copy_tbs or measure.ceilings()["copy_tbs"], seconds, save),
+    }
+    save(parts[name]())
+    return 0
+
+
+def _attention(left: Callable[[], float], problems: list[str]) -> attention.Found:
+    """Our variants and PyTorch's back ends; no part that breaks takes the others' numbers."""
+    found = attention.empty()
+    for number, name in enumerate(("attention v2", "attention v3")):
+        try:
+            attention.add(found, _apart(name, (left() - STEPS_SECONDS) / (4 - number), problems))
+        except RuntimeError as error:
+            problems.append(f"{name}: {error}")
+    attention.add(found, attention.torch(timeout=min(attention.TORCH_SECONDS, left() - STEPS_SECONDS)))
     return found
 
 
@@ -120,28 +192,31 @@ def _training(problems: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "training.json"
         command = [sys.executable, "-m", "minillm.bench.gpu", "--json", str(path)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TRAINING_SECONDS)
-            words = f"it ended with status {done.returncode}: {done.stderr.strip()[-400:]}"
-        except subprocess.TimeoutExpired:
-            words = f"it was stopped after {TRAINING_SECONDS} s"
-            problems.append(f"training: {words}")
+        words = _ended(command, TRAINING_SECONDS)
         if not path.exists():
             raise RuntimeError(f"minillm.bench.gpu: {words}")
+        if words and "stopped" in words:
+            problems.append(f"training: {words}")
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))  # written anew after each of its sections
     problems += [f"training, {words}" for words in found["problems"]]
     return found
 
 
-def _tests(tests: Path, repeats: int, left: Callable[[], float]) -> dict[str, Any]:
+def _tests(tests: Path, repeats: int, left: Callable[[], float], problems: list[str]) -> dict[str, Any]:
     """Compile everything side by side, then run all cases, while seconds are `left`."""
     command = [sys.executable, "-m", "minillm.kernels.precompile", "--capability", compute_capability(), f"--seconds={left() / 2:.0f}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = checks.run(tests, repeats, deadline=min(checks.SECONDS, left()))
+    start = time.perf_counter()
+    runner = [sys.executable, "-m", "minillm.kernels.gpu_check.checks", str(tests), str(repeats)]
+    found = checks.summary(checks.run_apart(runner, min(checks.SECONDS, left())))
+    found |= {"repeats": repeats, "seconds": time.perf_counter() - start}
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if "FAILED" in line] or done.stderr.splitlines()[-3:]
         found["failures"] += [{"case": "build", "words": line} for line in lines]
-    words = checks.random_bits_agree()
+    try:
+        words = _apart("random", SHORT_SECONDS, problems)
+    except RuntimeError as error:
+        words = str(error)
     if words:
         found["failures"].append({"case": "random_normal", "words": words})
     return found

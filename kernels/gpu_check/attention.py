@@ -44,48 +44,64 @@ def shapes(lengths: tuple[int, ...] = LENGTHS) -> Iterator[Shape]:
             yield from (Shape(head_width, causal, T) for T in lengths)
 
 
-def run(lengths: tuple[int, ...] = LENGTHS, deadline: float = 2 * TORCH_SECONDS) -> dict[str, Any]:
-    """Our variants and PyTorch's back ends: {"rows": [...], "notes": [...]}. A row is a shape's fields with "forward" and "backward", which
-    map names to TFLOP/s. Half of the `deadline` in seconds is for ours, what is left then for PyTorch's."""
-    notes: list[str] = []
-    start = time.perf_counter()
-    rows = [{**shape._asdict(), "forward": {}, "backward": {}} for shape in shapes(lengths)]
-    for row, shape in zip(rows, shapes(lengths), strict=True):
-        if time.perf_counter() - start > deadline / 2:
-            notes.append("not run, no time: {head_width} {causal} {T}".format_map(row))
-            continue
-        for name, forward, backward in _variants(shape):
-            _time(row, name, shape, forward, backward, notes)
-    theirs, words = _torch(lengths, min(TORCH_SECONDS, deadline - (time.perf_counter() - start)))
-    notes += words
-    for row, other in zip(rows, theirs, strict=False):
+Found = dict[str, Any]  # {"rows": [...], "notes": [...]}; a row is a shape's fields with "forward" and "backward": names to TFLOP/s
+
+
+def empty(lengths: tuple[int, ...] = LENGTHS) -> Found:
+    """The table before anything is measured."""
+    return {"rows": [{**shape._asdict(), "forward": {}, "backward": {}} for shape in shapes(lengths)], "notes": []}
+
+
+def add(found: Found, part: Found) -> None:
+    """Put the numbers and notes of a part, perhaps cut short, into the table."""
+    for row, other in zip(found["rows"], part["rows"], strict=False):
         for way in ("forward", "backward"):
             row[way].update(other[way])
-    return {"rows": rows, "notes": list(dict.fromkeys(notes))}
+    found["notes"] = list(dict.fromkeys((*found["notes"], *part["notes"])))
 
 
-def _variants(shape: Shape) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    """Name, forward and backward of every implementation of ours for 16-bit arrays on tensor cores."""
+def run(
+    variant: str, lengths: tuple[int, ...] = LENGTHS, deadline: float = TORCH_SECONDS, save: Callable[[Found], None] = lambda found: None
+) -> Found:
+    """One of our variants, for at most `deadline` seconds; `save` gets the table after each row."""
+    found = empty(lengths)
+    start = time.perf_counter()
+    for row, shape in zip(found["rows"], shapes(lengths), strict=True):
+        if time.perf_counter() - start > deadline:
+            found["notes"].append(f"{variant} not run, no time: {shape.head_width} {shape.causal} {shape.T}")
+            continue
+        try:
+            forward, backward = _calls(variant, shape)
+        except Exception as error:
+            found["notes"].append(f"{variant}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        else:
+            _time(row, variant, shape, forward, backward, found["notes"])
+        save(found)
+    found["notes"] = list(dict.fromkeys(found["notes"]))
+    return found
+
+
+def _calls(variant: str, shape: Shape) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward and backward of a variant. Raises KernelUnavailable where it cannot run."""
     from minillm import kernels
 
     B, T, H, K = shape.sizes
     qkv, grad = normal((B, T, 3 * H, K), bfloat16()), normal((B, T, H, K), bfloat16(), 1)
     q, k, v = qkv[:, :, :H], qkv[:, :, H : 2 * H], qkv[:, :, 2 * H :]
     options = dict(scale=K**-0.5, causal=shape.causal)
-    o, lse = kernels.attention_forward(q, k, v, **options)
-    for entry in kernels.available("attention_forward"):
-        if entry.backend != "cuda" or entry.variant in ("auto", "v1") or entry.unavailable:
-            continue
+    choice = f"cuda:{variant}"
 
-        def forward(choice: str = entry.choice) -> Any:
-            with kernels.use(attention_forward=choice):
-                return kernels.attention_forward(q, k, v, **options)
+    def forward() -> Any:
+        with kernels.use(attention_forward=choice):
+            return kernels.attention_forward(q, k, v, **options)
 
-        def backward(choice: str = entry.choice) -> Any:
-            with kernels.use(attention_backward=choice):
-                return kernels.attention_backward(grad, q, k, v, o, lse, **options)
+    o, lse = forward()
 
-        yield entry.variant, forward, backward
+    def backward() -> Any:
+        with kernels.use(attention_backward=choice):
+            return kernels.attention_backward(grad, q, k, v, o, lse, **options)
+
+    return forward, backward
 
 
 def _time(row: dict[str, Any], name: str, shape: Shape, forward: Any, backward: Any, notes: list[str]) -> None:
@@ -97,18 +113,22 @@ def _time(row: dict[str, Any], name: str, shape: Shape, forward: Any, backward: 
             notes.append(f"{name} {way}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _torch(lengths: tuple[int, ...], timeout: float) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of PyTorch, from a process of its own: two CUDA libraries of different releases need not agree in one."""
+def torch(lengths: tuple[int, ...] = LENGTHS, timeout: float = TORCH_SECONDS) -> Found:
+    """PyTorch's back ends, from a process of its own: two CUDA libraries of different releases need not agree in one."""
     if importlib.util.find_spec("torch") is None:
-        return [], ["PyTorch is not installed: no yardstick"]
+        return _nothing("PyTorch is not installed: no yardstick")
     if timeout <= 0:
-        return [], ["not run, no time: PyTorch"]
+        return _nothing("not run, no time: PyTorch")
     command = [sys.executable, "-m", "minillm.kernels.gpu_check.torch_attention", json.dumps(lengths)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return [], [f"PyTorch did not end within {timeout:.0f} s"]
+        return _nothing(f"PyTorch did not end within {timeout:.0f} s")
     if done.returncode:
-        return [], [f"PyTorch failed: {' '.join(done.stderr.split())[-300:]}"]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return found["rows"], found["notes"]
+        return _nothing(f"PyTorch failed: {' '.join(done.stderr.split())[-300:]}")
+    found: Found = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _nothing(note: str) -> Found:
+    return {"rows": [], "notes": [note]}

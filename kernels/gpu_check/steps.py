@@ -24,9 +24,9 @@ class Work(NamedTuple):
     call: Callable[[], Any]
 
 
-def run(copy_tbs: float, deadline: float) -> list[dict[str, Any]]:
+def run(copy_tbs: float, deadline: float, save: Callable[[Any], None] = lambda rows: None) -> list[dict[str, Any]]:
     """Name, microseconds, TB/s and share of the copy ceiling of every kernel; an error's words where one fails, or where `deadline` seconds
-    are over."""
+    are over. `save` gets the rows after each."""
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     for make in (_norms, _elementwise, _logits, _embedding, _optimizer):
@@ -36,6 +36,7 @@ def run(copy_tbs: float, deadline: float) -> list[dict[str, Any]]:
         try:
             for work in make():
                 rows.append(_measure(work, copy_tbs))
+                save(rows)
         except Exception as error:
             rows.append({"name": make.__name__.strip("_"), "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
         importlib.import_module("cupy").get_default_memory_pool().free_all_blocks()

@@ -1,7 +1,6 @@
 // Layer normalisation, forward and backward.
 //
-// A row lives in the registers of one warp, or of one block of several warps where it is wide: VALUES elements a thread, in runs of 16
-// bytes that lie a warp's width apart. So memory is read and written once, and mean and variance are exact two-pass sums over registers.
+// A row lives in registers (norms.cuh). So memory is read and written once, and mean and variance are exact two-pass sums over registers.
 //
 // Backward walks down the rows with a fixed number of blocks: every thread adds up its columns' share of the gradients of weight and bias
 // in registers, the rows of a block are summed in order, and column_sum.cu adds the blocks. No atomics: the bits repeat.
@@ -16,17 +15,7 @@
 // minillm-build: -DELEMENT=float16 -DVALUES=8
 // minillm-build: -DELEMENT=float16 -DVALUES=24
 // minillm-build: -DELEMENT=float16 -DVALUES=32
-#include "../device/vectors.cuh"
-
-#ifndef VALUES
-#define VALUES 8
-#endif
-#define MOST_THREADS 256  // of a block: threadIdx.x within the row, threadIdx.y which of the block's rows
-
-constexpr int RUNS = VALUES / RUN;
-
-// The first column of run number r of this thread.
-__device__ __forceinline__ int column(int r) { return (r * blockDim.x + threadIdx.x) * RUN; }
+#include "../device/norms.cuh"
 
 // y = (x - mean) rstd weight + bias of x [rows, D], or of x + delta, which is then written to sum_out. bias may be null.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
@@ -39,17 +28,9 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
 
     float v[RUNS][RUN];
     float total = 0.0f;
+    load_row(v, x, delta, sum_out, start, D);
     #pragma unroll
     for (int r = 0; r < RUNS; r++) {
-        const int c = column(r);
-        load_floats(v[r], x + start + c, D - c);
-        if (delta != nullptr) {
-            float d[RUN];
-            load_floats(d, delta + start + c, D - c);
-            #pragma unroll
-            for (int i = 0; i < RUN; i++) v[r][i] = rounded<Element>(v[r][i] + d[i]);  // what backward will read
-            if (sum_out != nullptr) store_floats(sum_out + start + c, v[r], D - c);
-        }
         #pragma unroll
         for (int i = 0; i < RUN; i++) total += v[r][i];
     }
@@ -69,15 +50,11 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
     #pragma unroll
     for (int r = 0; r < RUNS; r++) {
         const int c = column(r);
-        float w[RUN], b[RUN];
+        float w[RUN];
         load_floats(w, weight + c, D - c);
         #pragma unroll
         for (int i = 0; i < RUN; i++) v[r][i] *= rstd * w[i];
-        if (bias != nullptr) {
-            load_floats(b, bias + c, D - c);
-            #pragma unroll
-            for (int i = 0; i < RUN; i++) v[r][i] += b[i];
-        }
+        if (bias != nullptr) add_run(v[r], bias + c, D - c);
         store_floats(y + start + c, v[r], D - c);
     }
     if (threadIdx.x == 0) {
@@ -92,13 +69,13 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     layernorm_backward(const Element* grad_y, const Element* grad_sum, const Element* x, const Element* weight, const float* mean_in,
                        const float* rstd_in, Element* grad_x, float* partials, int64_t num_rows, int D) {
     __shared__ float2 shared[MOST_THREADS / 32];
-    float sum_w[RUNS][RUN] = {}, sum_b[RUNS][RUN] = {};
+    float sums[2][RUNS][RUN] = {};  // over rows: for weight and bias
 
     for (int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; row < num_rows; row += (int64_t)gridDim.x * blockDim.y) {
         const int64_t start = row * D;
         const float mean = mean_in[row], rstd = rstd_in[row];
         Run<Element, RUN> x_row[RUNS], grad_row[RUNS];  // kept as they came: half the registers of floats
-        float2 sums = make_float2(0.0f, 0.0f);
+        float2 along = make_float2(0.0f, 0.0f);
         #pragma unroll
         for (int r = 0; r < RUNS; r++) {
             x_row[r] = load_run<RUN>(x + start + column(r), D - column(r));
@@ -113,16 +90,16 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
             #pragma unroll
             for (int i = 0; i < RUN; i++) {
                 z[i] = (z[i] - mean) * rstd;
-                sum_w[r][i] += g[i] * z[i];
-                sum_b[r][i] += g[i];
+                sums[0][r][i] += g[i] * z[i];
+                sums[1][r][i] += g[i];
                 g[i] *= w[i];  // columns from D on: zero, so they count in no sum
-                sums.x += g[i];
-                sums.y += g[i] * z[i];
+                along.x += g[i];
+                along.y += g[i] * z[i];
             }
         }
         if (grad_x == nullptr) continue;
-        sums = row_sums(sums, shared);
-        const float along_one = sums.x / D, along_z = sums.y / D;
+        along = row_sums(along, shared);
+        const float along_one = along.x / D, along_z = along.y / D;
         #pragma unroll
         for (int r = 0; r < RUNS; r++) {
             const int c = column(r);
@@ -132,38 +109,9 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
             load_floats(w, weight + c, D - c);
             #pragma unroll
             for (int i = 0; i < RUN; i++) g[i] = (g[i] * w[i] - along_one - (z[i] - mean) * rstd * along_z) * rstd;
-            if (grad_sum != nullptr) {
-                float s[RUN];
-                load_floats(s, grad_sum + start + c, D - c);
-                #pragma unroll
-                for (int i = 0; i < RUN; i++) g[i] += s[i];
-            }
+            if (grad_sum != nullptr) add_run(g, grad_sum + start + c, D - c);
             store_floats(grad_x + start + c, g, D - c);
         }
     }
-    if (partials == nullptr) return;
-
-    // The block's rows one after another: the first writes its sums, each further one adds its own.
-    float* to_w = partials + (int64_t)blockIdx.x * D;
-    float* to_b = to_w + (int64_t)gridDim.x * D;
-    for (int y = 0; y < (int)blockDim.y; y++) {
-        if ((int)threadIdx.y == y) {
-            #pragma unroll
-            for (int r = 0; r < RUNS; r++) {
-                const int c = column(r);
-                float old[RUN];
-                if (y > 0) {
-                    load_floats(old, to_w + c, D - c);
-                    #pragma unroll
-                    for (int i = 0; i < RUN; i++) sum_w[r][i] += old[i];
-                    load_floats(old, to_b + c, D - c);
-                    #pragma unroll
-                    for (int i = 0; i < RUN; i++) sum_b[r][i] += old[i];
-                }
-                store_floats(to_w + c, sum_w[r], D - c);
-                store_floats(to_b + c, sum_b[r], D - c);
-            }
-        }
-        __syncthreads();
-    }
+    if (partials != nullptr) store_partials(partials, sums, D);
 }

@@ -1,20 +1,9 @@
 // Addressed normals: the bits of reference.py, which says where they come from. Only operations that IEEE 754 rounds exactly are used, in
 // the reference's order, and a product and a sum must stay two operations, each rounded:
 // minillm-options: --fmad=false
-#include "../device/cuda.cuh"
+#include "../device/hashing.cuh"
 
 #define THREADS 256
-
-__device__ __forceinline__ uint64_t finalise(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return z ^ (z >> 31);
-}
-
-__device__ __forceinline__ uint64_t random_bits(uint64_t key, uint64_t index) {
-    const uint64_t golden = 0x9E3779B97F4A7C15ull;
-    return finalise(finalise(index * golden + key) + golden);
-}
 
 // A rational function of degree 7 over 7, coefficients from the constant term up.
 __device__ __forceinline__ double ratio(const double (&p)[8], const double (&q)[8], double r) {

@@ -1,7 +1,7 @@
 // Root-mean-square normalisation, forward and backward.
 //
-// As in layernorm/v1.cu, a row lives in the registers of one warp, or of one block of several warps where it is wide, and backward walks
-// down the rows with a fixed number of blocks, each of which adds up its share of the weight's gradient for column_sum.cu to finish.
+// As in layernorm/v1.cu, a row lives in registers (norms.cuh), and backward walks down the rows with a fixed number of blocks, each of which
+// adds up its share of the weight's gradient for column_sum.cu to finish.
 // minillm-build: -DELEMENT=float32 -DVALUES=8
 // minillm-build: -DELEMENT=float32 -DVALUES=16
 // minillm-build: -DELEMENT=float32 -DVALUES=24
@@ -13,17 +13,7 @@
 // minillm-build: -DELEMENT=float16 -DVALUES=8
 // minillm-build: -DELEMENT=float16 -DVALUES=24
 // minillm-build: -DELEMENT=float16 -DVALUES=32
-#include "../device/vectors.cuh"
-
-#ifndef VALUES
-#define VALUES 8
-#endif
-#define MOST_THREADS 256  // of a block: threadIdx.x within the row, threadIdx.y which of the block's rows
-
-constexpr int RUNS = VALUES / RUN;
-
-// The first column of run number r of this thread.
-__device__ __forceinline__ int column(int r) { return (r * blockDim.x + threadIdx.x) * RUN; }
+#include "../device/norms.cuh"
 
 // y = x rstd weight of x [rows, D], or of x + delta, which is then written to sum_out.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
@@ -36,17 +26,9 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
 
     float v[RUNS][RUN];
     float squares = 0.0f;
+    load_row(v, x, delta, sum_out, start, D);
     #pragma unroll
     for (int r = 0; r < RUNS; r++) {
-        const int c = column(r);
-        load_floats(v[r], x + start + c, D - c);
-        if (delta != nullptr) {
-            float d[RUN];
-            load_floats(d, delta + start + c, D - c);
-            #pragma unroll
-            for (int i = 0; i < RUN; i++) v[r][i] = rounded<Element>(v[r][i] + d[i]);  // what backward will read
-            if (sum_out != nullptr) store_floats(sum_out + start + c, v[r], D - c);
-        }
         #pragma unroll
         for (int i = 0; i < RUN; i++) squares += v[r][i] * v[r][i];
     }
@@ -70,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     rmsnorm_backward(const Element* grad_y, const Element* grad_sum, const Element* x, const Element* weight, const float* rstd_in,
                      Element* grad_x, float* partials, int64_t num_rows, int D) {
     __shared__ float2 shared[MOST_THREADS / 32];
-    float sum_w[RUNS][RUN] = {};
+    float sums[1][RUNS][RUN] = {};
 
     for (int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; row < num_rows; row += (int64_t)gridDim.x * blockDim.y) {
         const int64_t start = row * D;
@@ -91,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
             #pragma unroll
             for (int i = 0; i < RUN; i++) {
                 z[i] *= rstd;
-                sum_w[r][i] += g[i] * z[i];
+                sums[0][r][i] += g[i] * z[i];
                 along_z += g[i] * w[i] * z[i];  // columns from D on are zero
             }
         }
@@ -106,33 +88,9 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
             load_floats(w, weight + c, D - c);
             #pragma unroll
             for (int i = 0; i < RUN; i++) g[i] = (g[i] * w[i] - z[i] * rstd * along_z) * rstd;
-            if (grad_sum != nullptr) {
-                float s[RUN];
-                load_floats(s, grad_sum + start + c, D - c);
-                #pragma unroll
-                for (int i = 0; i < RUN; i++) g[i] += s[i];
-            }
+            if (grad_sum != nullptr) add_run(g, grad_sum + start + c, D - c);
             store_floats(grad_x + start + c, g, D - c);
         }
     }
-    if (partials == nullptr) return;
-
-    // The block's rows one after another: the first writes its sums, each further one adds its own.
-    float* to_w = partials + (int64_t)blockIdx.x * D;
-    for (int y = 0; y < (int)blockDim.y; y++) {
-        if ((int)threadIdx.y == y) {
-            #pragma unroll
-            for (int r = 0; r < RUNS; r++) {
-                const int c = column(r);
-                float old[RUN];
-                if (y > 0) {
-                    load_floats(old, to_w + c, D - c);
-                    #pragma unroll
-                    for (int i = 0; i < RUN; i++) sum_w[r][i] += old[i];
-                }
-                store_floats(to_w + c, sum_w[r], D - c);
-            }
-        }
-        __syncthreads();
-    }
+    if (partials != nullptr) store_partials(partials, sums, D);
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from kernel_cases import Case
+from kernel_case import Case
 
 from minillm import kernels
 
@@ -73,13 +73,27 @@ def _pairs(got: Any, want: Any, dtype: str) -> Iterator[tuple[int, Any, Any]]:
             yield i, widen(np.asarray(g)), w
 
 
+def exact_inputs(case: Case) -> Any:
+    return case.inputs(np.random.default_rng(len(str(case))))
+
+
+def choices(case: Case, choice: str) -> dict[str, str]:
+    """An implementation for each of the ops of a case that has it."""
+    return {k.op: choice for k in kernels.available(case.op) if k.choice == choice}
+
+
+def call_case(case: Case, choice: str, dtype: str) -> Any:
+    """Run a case on one implementation."""
+    with kernels.use(**choices(case, choice)):
+        return case.call(*(cast(x, dtype) for x in exact_inputs(case)))
+
+
 def check_case(case: Case, choice: str, dtype: str, threads: int = 1, repeats: int = 1) -> None:
     """Run a case on one implementation and judge its results; with `repeats`, the same bits must come every time."""
-    exact = case.inputs(np.random.default_rng(len(str(case))))
+    exact = exact_inputs(case)
     inputs = tuple(cast(x, dtype) for x in exact)
     copies = tuple(x.copy() for x in inputs)
-    choices = {k.op: choice for k in kernels.available(case.op) if k.choice == choice}
-    with kernels.use(**choices), kernels.threads(threads):
+    with kernels.use(**choices(case, choice)), kernels.threads(threads):
         got = case.call(*inputs)
         for _ in range(repeats - 1):
             again = case.call(*inputs)

@@ -11,6 +11,8 @@ ATTENTION = Sizes(T=200, heads=2, kv_heads=1, head_width=64)
 # Keys enough that the ring of tiles comes round.
 WIDE_ATTENTION = Sizes(T=600, heads=1, kv_heads=1, head_width=128)
 LONG_ATTENTION = Sizes(T=520, heads=2, kv_heads=1, head_width=64)
+# A mask that hides whole tiles and parts of others: some queries see nothing, some warpgroups of a block, and then others of the next part.
+PADDED_ATTENTION = Sizes(T=400, batch=2, heads=2, kv_heads=1, head_width=64, padding=260)
 ROWS = Sizes(T=37, width=200)
 WIDE_ROWS = Sizes(T=5, width=3000)
 
@@ -40,12 +42,16 @@ def _v1_back(name: str, old: str, new: str, file: str = "v1.cu") -> Mutation:
     return Mutation(name, f"attention/{file}", old, new, "attention_backward", dtype="float32")
 
 
-def _v2(name: str, old: str, new: str, op: str = "attention_forward") -> Mutation:
-    return Mutation(name, "attention/v2.cu", old, new, op, "v2")
+def _v2(name: str, old: str, new: str, file: str = "v2_forward.cu") -> Mutation:
+    return Mutation(name, f"attention/{file}", old, new, "attention_forward", "v2")
+
+
+def _v2_tiles(name: str, old: str, new: str) -> Mutation:
+    return _v2(name, old, new, "v2_common.cuh")
 
 
 def _v2_back(name: str, old: str, new: str) -> Mutation:
-    return _v2(name, old, new, "attention_backward")
+    return Mutation(name, "attention/v2_backward.cu", old, new, "attention_backward", "v2")
 
 
 def _v3(name: str, old: str, new: str, file: str = "attention/v3_forward.cu", op: str = "attention_forward") -> Mutation:
@@ -54,6 +60,10 @@ def _v3(name: str, old: str, new: str, file: str = "attention/v3_forward.cu", op
 
 def _v3_back(name: str, old: str, new: str) -> Mutation:
     return Mutation(name, "attention/v3_backward.cu", old, new, "attention_backward", "v3", LONG_ATTENTION)
+
+
+def _v3_masked(name: str, file: str, old: str, new: str, op: str = "attention_forward") -> Mutation:
+    return Mutation(name, f"attention/{file}", old, new, op, "v3", PADDED_ATTENTION)
 
 
 def _step(name: str, file: str, old: str, new: str, op: str, sizes: Sizes = ROWS, dtype: str = "bfloat16") -> Mutation:
@@ -81,12 +91,12 @@ MUTATIONS = [
         "const int64_t at = int64_t(row_of_head) * a.num_queries",
     ),
     # ---- attention v2
-    _v2(
+    _v2_tiles(
         "values read without swizzle",
         "ldmatrix_x4_trans(right, tile + further(at, c / 2));",
         "ldmatrix_x4_trans(right, tile + (first + LANE % 16) * 64 + 8 * (c + LANE / 16));",
     ),
-    _v2("mask off by one", "if (8 * n + e >= limit) s[m]", "if (8 * n + e > limit) s[m]"),
+    _v2_tiles("mask off by one", "if (8 * n + e >= limit) s[m]", "if (8 * n + e > limit) s[m]"),
     _v2("missing rescale", "sums[m][c][e] *= shrink[e / 2];", ";"),
     _v2("sum not rescaled", "of.l[m][half] * shrink[half] + sum", "of.l[m][half] + sum"),
     _v2(
@@ -101,42 +111,45 @@ MUTATIONS = [
         "cp_async_wait<0>();\n        __syncthreads();  // this tile",
         "cp_async_wait<1>();\n        __syncthreads();  // this tile",
     ),
-    _v2("one buffer instead of two", "key += FORWARD_LOOP, buffer ^= 1) {", "key += FORWARD_LOOP, buffer ^= 0) {"),
-    _v2(
+    _v2("one buffer instead of two", "key += LOOP, buffer ^= 1) {", "key += LOOP, buffer ^= 0) {"),
+    _v2_tiles(
         "missing warp barrier",
         "    __syncwarp();\n    for (int i = LANE; i < 16 * M * CHUNKS;",
         "    for (int i = LANE; i < 16 * M * CHUNKS;",
     ),
-    _v2("row read beyond the end", "const bool inside = first + row + r < end;", "const bool inside = first + row + r <= end;"),
-    _v2("row written beyond the end", "if (row + r < end) store16(", "if (row + r <= end) store16("),
-    _v2(
+    _v2_tiles("row read beyond the end", "const bool inside = first + row + r < end;", "const bool inside = first + row + r <= end;"),
+    _v2_tiles("row written beyond the end", "if (row + r < end) store16(", "if (row + r <= end) store16("),
+    _v2_tiles(
         "halves of a fragment exchanged",
         "place(first + LANE % 16, LANE / 16), step)",
         "place(first + LANE % 16, 1 - LANE / 16), step)",
     ),
-    _v2("group of chunks forgotten", "+ 8 * EXCHANGED * (step / STEPS_A_GROUP)", "+ 8 * EXCHANGED * (step % STEPS_A_GROUP)"),
-    _v2_back("statistics of the other buffer", "const int at = buffer * BACKWARD_LOOP + slice;", "const int at = slice;"),
+    _v2_tiles("group of chunks forgotten", "+ 8 * EXCHANGED * (step / STEPS_A_GROUP)", "+ 8 * EXCHANGED * (step % STEPS_A_GROUP)"),
+    _v2_back("statistics of the other buffer", "const int at = buffer * LOOP + slice;", "const int at = slice;"),
     _v2_back("queries of one head of a group only", "steps = group * tiles;", "steps = tiles;"),
     _v2_back("probability without its shift", "exp2_(p * scale - lse_2)", "exp2_(p * scale)"),
     _v2_back("mask transposed", "if (16 * m + 8 * half >= limit) s[m]", "if (16 * m + 8 * half > limit) s[m]"),
     _v2_back("gradient not lowered by delta", "before * (grad_s * factor - delta)", "before * (grad_s * factor)"),
-    _v2_back("padding of queries not copied", "if (i < BACKWARD_LOOP / 4) {", "if (i < BACKWARD_LOOP / 8) {"),
+    _v2_back("padding of queries not copied", "if (i < LOOP / 4) {", "if (i < LOOP / 8) {"),
     # ---- attention v3
     _v3(
         "wrong phase of an empty buffer",
         "mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);",
         "mbarrier_wait(&shared.k_empty[at.stage], at.parity);",
+        "attention/v3_common.cuh",
     ),
     _v3("wrong phase of the queries", "mbarrier_wait(&shared.q_full, round % 2);", "mbarrier_wait(&shared.q_full, round % 2 ^ 1);"),
     _v3(
         "fewer bytes expected than come",
         "mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>));",
         "mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>) / 2);",
+        "attention/v3_common.cuh",
     ),
     _v3(
         "more bytes expected than come",
         "mbarrier_expect(&shared.v_full[at.stage], sizeof(Tile<KEYS>));",
         "mbarrier_expect(&shared.v_full[at.stage], 2 * sizeof(Tile<KEYS>));",
+        "attention/v3_common.cuh",
     ),
     _v3(
         "values used before they are there",
@@ -192,6 +205,43 @@ MUTATIONS = [
         "    wait_for<0>(grad_k);\n    release(&shared.q_empty[at.stage]);",
         "    release(&shared.q_empty[at.stage]);\n    wait_for<0>(grad_k);",
     ),
+    _v3_masked("bits of another column", "v3_common.cuh", "const int shift = accumulator_column();", "const int shift = 0;"),
+    _v3_masked("hidden tiles loaded", "v3_common.cuh", "const int first = mask.tile(i) * KEYS;", "const int first = i * KEYS;"),
+    _v3_masked("tiles listed with gaps", "v3_mask.cu", "if (any) tiles[8 * seen + 4] = tile;", "if (any) tiles[8 * tile + 4] = tile;"),
+    _v3_masked("missing barrier", "v3_mask.cu", "        __syncthreads();  // the words have been read\n", ""),
+    _v3_masked("turn for a first tile", "v3_forward.cu", "if (i > 0) await_turn(consumer);", "await_turn(consumer);"),
+    _v3_masked(
+        "queries kept by those who see nothing",
+        "v3_forward.cu",
+        "release(&shared.q_empty);  // the mask hides all that these queries might see",
+        ";",
+    ),
+    _v3_masked("hidden keys seen", "v3_forward.cu", "        hide_masked(scores, mask, tile, -INFINITY);\n", ""),
+    _v3_masked("hidden keys in the first tile seen", "v3_forward.cu", "    hide_masked(scores, mask, first_tile, -INFINITY);\n", ""),
+    _v3_masked(
+        "hidden keys seen by gradients of queries", "v3_backward.cu", "    hide_masked(scores, mask, tile, 0);\n", "", "attention_backward"
+    ),
+    _v3_masked(
+        "gradients of hidden keys",
+        "v3_backward.cu",
+        "if (mask.sees(key + 8 * half)) continue;",
+        "continue;",
+        "attention_backward",
+    ),
+    _v3_masked(
+        "bit of another key",
+        "v3_common.cuh",
+        "words[key % KEYS / 32] >> key % 32 & 1",
+        "words[key / 32 % 2] >> key % 32 & 1",
+        "attention_backward",
+    ),
+    _v3_masked(
+        "tile left out one too early",
+        "v3_backward.cu",
+        "if (mask.seen(number + 1) == mask.seen(number))",
+        "if (mask.seen(number) == mask.seen(max(number - 1, 0)))",
+        "attention_backward",
+    ),
     # ---- the rest of a training step
     _step(
         "warp sum of half the lanes",
@@ -218,9 +268,9 @@ MUTATIONS = [
     ),
     _step(
         "partial sums of rows race",
-        "layernorm/v1.cu",
-        "            }\n        }\n        __syncthreads();",
-        "            }\n        }",
+        "device/norms.cuh",
+        "        }\n        __syncthreads();\n",
+        "        }\n",
         "layernorm_backward",
     ),
     _step("missing barrier in a column sum", "matmul/column_sum.cu", "    __syncthreads();\n", "", "column_sum"),

@@ -29,6 +29,13 @@ def exact_inputs(B: int, T: int, H: int, Hkv: int, K: int) -> tuple[Any, ...]:
     return tuple(rng.standard_normal((B, T, heads, K)) for heads in (H, Hkv, Hkv, H))
 
 
+def padding(T: int) -> Any:
+    """A mask [3, T] of keys: with holes and a whole tile hidden; the first tiles hidden, all that the first queries may see; all hidden."""
+    mask = np.random.default_rng(T).random((3, T)) < 0.7
+    mask[0, 128:256] = mask[1, :300] = mask[2] = False
+    return mask
+
+
 def both_passes(arrays: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
     """o, lse and the three gradients."""
     q, k, v, grad_o = arrays
@@ -38,8 +45,10 @@ def both_passes(arrays: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
         return (o, lse, *kernels.attention_backward(grad_o, q, k, v, o, lse, **options))
 
 
-def expected(q: Any, k: Any, v: Any, grad_o: Any) -> tuple[Any, ...]:
-    seen = np.tri(q.shape[1], dtype=bool)
+def expected(q: Any, k: Any, v: Any, grad_o: Any, key_mask: Any = None, causal: bool = True) -> tuple[Any, ...]:
+    seen = np.tri(q.shape[1], dtype=bool) if causal else np.True_
+    if key_mask is not None:
+        seen = seen & key_mask[:, None, None, :]
     return (*plain.attention(q, k, v, SCALE, seen), *plain.attention_grads(grad_o, q, k, v, SCALE, seen))
 
 
@@ -58,6 +67,32 @@ def test_rings_that_come_round(T: int, K: int) -> None:
     check_narrow(both_passes(arrays), expected(*exact), expected(*(x.astype(np.float64) for x in arrays)), "bfloat16")
 
 
+@pytest.mark.parametrize(("T", "K", "causal"), [(450, 32, True), (450, 32, False), (300, 128, True)])
+def test_a_padding_mask(T: int, K: int, causal: bool) -> None:
+    exact, mask = exact_inputs(3, T, 1, 1, K), padding(T)
+    arrays = rounded(exact)
+    wide = tuple(x.astype(np.float64) for x in arrays)
+    got = both_passes(arrays, causal=causal, key_mask=mask)
+    check_narrow(got, expected(*exact, mask, causal), expected(*wide, mask, causal), "bfloat16")
+    for grad in got[3:]:
+        assert not grad[~mask].any(), "a hidden key has a gradient"
+
+
+def test_tiles_that_a_mask_hides_are_not_loaded() -> None:
+    """What lies there may be anything."""
+    q, k, v, grad_o = rounded(exact_inputs(3, 450, 1, 1, 32))
+    mask = padding(450)
+    wanted = both_passes((q, k, v, grad_o), key_mask=mask)
+    k[0, 128:256] = v[1, :256] = np.nan
+    k[2] = v[2] = np.inf
+    assert same_bits(both_passes((q, k, v, grad_o), key_mask=mask), wanted)
+
+
+def test_a_mask_that_hides_nothing_changes_no_bit() -> None:
+    arrays = rounded(exact_inputs(1, 300, 2, 1, 64))
+    assert same_bits(both_passes(arrays, key_mask=np.ones((1, 300), bool)), both_passes(arrays))
+
+
 @pytest.mark.parametrize("blocks", [1, 3, 100])
 @pytest.mark.parametrize("cache_bytes", [1, 1 << 30])
 def test_the_order_of_the_work_changes_no_bit(blocks: int, cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,10 +105,12 @@ def test_the_order_of_the_work_changes_no_bit(blocks: int, cache_bytes: int, mon
 
 def test_no_schedule_of_threads_changes_a_bit() -> None:
     arrays = rounded(exact_inputs(1, 300, 2, 1, 64))
-    wanted = both_passes(arrays)
+    mask = padding(300)[1:2]
+    wanted, masked = both_passes(arrays), both_passes(arrays, key_mask=mask)
     for schedule in ({"order": "greedy warp"}, {"order": "reversed"}, {"order": "random", "seed": 1}, {"preempt": 50}):
         with emulator.emulate(**schedule):
             assert same_bits(both_passes(arrays), wanted), schedule
+            assert same_bits(both_passes(arrays, key_mask=mask), masked), schedule
 
 
 def test_turns_change_no_bit() -> None:
@@ -115,7 +152,6 @@ def test_arrays_that_cannot_be_tiled_are_copied() -> None:
 DROPOUT = kernels.AttentionDropout(0.3, 99, np.array([7]), 5, np.arange(20), np.arange(20))
 REFUSED = [
     ({"dropout": DROPOUT}, "dropout"),
-    ({"key_mask": np.ones((1, 20), bool)}, "key_mask"),
     ({"times_q": np.arange(20) * 2, "times_k": np.arange(20)}, "times other than the indices"),
     ({"scale": -1.0}, "a scale of -1"),
 ]

@@ -145,6 +145,22 @@ def test_arguments_are_what_the_kernel_declares() -> None:
             launch._argument(number)
 
 
+def test_the_limit_of_shared_memory_only_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs to the kernel: a small launch after a large one must not lower it for the next large one."""
+    limits: list[int] = []
+    driver = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, funcSetAttribute=lambda function, attribute, value: limits.append(value)
+    )
+    cuda_module = SimpleNamespace(driver=driver, runtime=SimpleNamespace(getDevice=lambda: 0))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda_module))
+    function = SimpleNamespace(ptr=1)
+    monkeypatch.setattr(launch, "_module", lambda *key: SimpleNamespace(get_function=lambda name: function))
+    monkeypatch.setattr(launch, "_functions", {})
+    for shared_bytes in (0, 40 << 10, 100 << 10, 60 << 10, 100 << 10, 200 << 10):
+        assert launch._function(tmp_path / "k.cu", "k", {}, shared_bytes) is function
+    assert limits == [100 << 10, 200 << 10]
+
+
 def test_rows_fit_their_registers() -> None:
     for D in (1, 33, 256, 257, 768, 1000, 1024, 1025, 4096, 8192):
         for most in (16, 32):

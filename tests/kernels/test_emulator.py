@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -97,7 +98,7 @@ def test_clang_finds_the_same_faults(name: str, monkeypatch: pytest.MonkeyPatch)
     if shutil.which("clang++") is None:
         pytest.skip("clang++ is not on this machine")
     monkeypatch.setattr(compiler, "_CANDIDATES", ("clang++",))
-    caches = compiler.host_compiler, compiler.compile_host
+    caches = compiler.host_compiler, compiler._compile_host
     for cache in caches:
         cache.cache_clear()
     try:
@@ -105,6 +106,26 @@ def test_clang_finds_the_same_faults(name: str, monkeypatch: pytest.MonkeyPatch)
     finally:
         for cache in caches:
             cache.cache_clear()
+
+
+def test_threads_that_want_the_same_library_compile_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, made, cached = tmp_path / "one.cu", [], compiler.cached
+    source.write_text('extern "C" __global__ void one(float* x) { *x = 1; }\n')
+
+    def made_here(suffix: str, key: Any, make: Callable[[Path], object]) -> Path:
+        if suffix != ".so":
+            return cached(suffix, key, make)
+        made.append(tmp_path / f"{len(made)}.so")
+        make(made[-1])
+        return made[-1]
+
+    monkeypatch.setattr(compiler, "cached", made_here)
+    x = floats(1)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: launch(source, "one", {}, (1,), (1,), (x,), run=False), range(8)))
+    assert x[0] == 0 and len(made) == 1
+    launch(source, "one", {}, (1,), (1,), (x,))
+    assert x[0] == 1 and len(made) == 1
 
 
 def test_every_kernel_of_the_file_is_tried() -> None:
@@ -350,7 +371,7 @@ def test_the_command_shows_what_a_thread_sees(capsys: pytest.CaptureFixture[str]
     assert status == 0
     assert re.search(r"relative error against float64: [12]\.\de-03", text)
     assert "block 1, thread 37 (warp 1, lane 5)" in text
-    assert re.search(r"step 1, kernels/attention/v2.cu:\d+: S \[2, 8, 4\]", text)
+    assert re.search(r"step 1, kernels/attention/v2_forward.cu:\d+: S \[2, 8, 4\]", text)
     assert re.search(r"  reads q\[\d+ \.\. \d+\] = ", text)
     assert re.search(r"read 16 B shared +\d+ +4.00 +4.00", text)
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")

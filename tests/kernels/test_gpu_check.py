@@ -101,6 +101,105 @@ def test_the_cases_run_on_a_device(own_registry: None) -> None:
     assert found["ran"] == 0 and found["no_time"] > 100
 
 
+WORKER = """
+import json, os, sys, time
+task = json.loads(sys.argv[-1])
+for index in range(task["first"], 8):
+    name = "attention v3" if index in HANGS else "other v1"
+    say = lambda outcome, words="": print(json.dumps([index, f"case {index}", name, outcome, words]), flush=True)
+    if name in task["skipped"]:
+        say("left out", "hung")
+        continue
+    say("begun")
+    if index in HANGS:
+        time.sleep(60)
+    if index == 1:
+        os.abort()
+    if index == 3:
+        say("failed", "illegal address")
+        sys.exit(3)
+    say("ok")
+"""
+
+
+def results_of(program: str, seconds: float = 1.0) -> list[checks.Result]:
+    return checks.run_apart([sys.executable, "-c", program], 60, seconds, 10)
+
+
+def test_a_case_that_hangs_or_breaks_the_device_takes_no_other_with_it() -> None:
+    found = results_of(WORKER.replace("HANGS", "(0, 4, 6, 7)"))
+    assert [r.number for r in found] == list(range(8))
+    assert [r.outcome for r in found] == ["failed", "failed", "ok", "failed", "failed", "ok", "left out", "left out"]
+    assert "no end within 1 s" in found[0].words and found[3].words == "illegal address"
+    assert checks.summary(found) == {
+        "ran": 6,
+        "failures": [{"case": found[i].case, "words": found[i].words} for i in (0, 1, 3, 4)],
+        "left_out": ["hung"],
+        "no_time": 0,
+    }
+
+
+def test_tests_that_cannot_start_are_a_failure() -> None:
+    assert [(r.outcome, r.words) for r in results_of("import nothing_of_this_name")] == [
+        ("failed", "the process that runs them does not start")
+    ]
+
+
+def test_cases_print_what_became_of_them(own_registry: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The process that run_apart follows, here and on the host: from the case it is told, without what it is told to leave out."""
+    if cuda.emulator_unavailable:
+        pytest.skip(cuda.emulator_unavailable)
+    small = [run for run in checks.crossing(TESTS, 40, "emulator") if run[0].op in ("residual", "cast")]
+    assert len(small) > 4
+    monkeypatch.setattr(checks, "crossing", lambda tests: iter([(case, "device:v1", dtype) for case, _, dtype in small]))
+    task = {"first": 2, "skipped": ["cast device:v1"], "deadline": 100.0}
+    assert checks.worker(TESTS, 1, task, HostDevice(), "emulator") == 0
+    said = [checks.Result(*json.loads(line)) for line in capsys.readouterr().out.splitlines()]
+    assert {r.outcome for r in said if r.implementation == "cast device:v1"} == {"left out"}
+    assert {r.outcome for r in said if r.implementation == "residual device:v1"} == {"begun", "ok"}
+    assert said[0].number == 2 and said[-1].number == len(small) - 1
+
+
+@pytest.fixture
+def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A script that stands for the Python that runs a part; its fourth argument is the name of the part, its sixth where to write."""
+    path = tmp_path / "python"
+    monkeypatch.setattr(program.sys, "executable", str(path))
+    monkeypatch.setattr(program, "START_SECONDS", 0)
+    return path
+
+
+def test_what_a_part_had_found_is_kept(part: Path) -> None:
+    problems: list[str] = []
+    for end, words in (
+        ("exit 0", []),
+        ("exit 9", ["steps: it ended with status 9"]),
+        ("exec sleep 60", ["steps: it was stopped after 1 s"]),
+    ):
+        part.write_text(f"#!/bin/sh\necho '[1, 2]' >\"$6\"\n{end}\n")
+        part.chmod(0o755)
+        problems.clear()
+        assert program._apart("steps", 1, problems) == [1, 2]
+        assert [problem.partition(":")[0] for problem in problems] == [w.partition(":")[0] for w in words]
+        assert all(problem.startswith(w) and problem.endswith("kept") for problem, w in zip(problems, words, strict=True))
+    part.write_text("#!/bin/sh\necho 'no such kernel' >&2\nexit 1\n")
+    with pytest.raises(RuntimeError, match="status 1: no such kernel"):
+        program._apart("steps", 1, problems)
+
+
+def test_a_variant_that_breaks_leaves_the_others_their_numbers(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = attention.empty()
+    mine["rows"][0]["forward"]["v2"] = 200.0
+    (part.parent / "found").write_text(json.dumps(mine))
+    part.write_text(f'#!/bin/sh\n[ "$4" = "attention v2" ] && cp "{part.parent}/found" "$6" || exit 1\n')
+    part.chmod(0o755)
+    monkeypatch.setattr(attention, "torch", lambda timeout: {"rows": [{"forward": {"flash": 230.0}, "backward": {}}], "notes": ["a"]})
+    problems: list[str] = []
+    found = program._attention(lambda: 40.0, problems)
+    assert found["rows"][0]["forward"] == {"v2": 200.0, "flash": 230.0} and found["notes"] == ["a"]
+    assert problems == ["attention v3: it ended with status 1: "]
+
+
 def test_without_the_sanitizer_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.shutil, "which", lambda *_, **__: None)
     assert checks.sanitize(TESTS)["outcome"] == "left out"
@@ -114,7 +213,9 @@ def test_the_sanitizer_runs_and_its_verdict_counts(tmp_path: Path, monkeypatch: 
         tool.chmod(0o755)
         found = checks.sanitize(TESTS)
         assert found == {"outcome": outcome, "words": "ERROR SUMMARY"}
-    assert (tmp_path / "args").read_text().split()[-4:] == ["-m", "minillm.kernels.gpu_check.checks", str(TESTS), "45"]
+    words = (tmp_path / "args").read_text().split()
+    assert words[-4:] == ["-m", "minillm.kernels.gpu_check.checks", str(TESTS), "45"]
+    assert words[2:4] == ["--report-api-errors", "no"]
     assert checks.sanitize(TESTS, 30)["outcome"] == "not run"
 
 
@@ -190,10 +291,20 @@ def test_a_run_cut_short_still_makes_a_page() -> None:
     assert "- a: b" in report.markdown(worst)
 
 
+def test_a_variant_that_cannot_run_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_array(shape: Any, *_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(attention, "normal", no_array)
+    saved: list[Any] = []
+    found = attention.run("v3", (1024,), save=saved.append)
+    assert found["notes"] == ["v3: MemoryError: no room"] and len(saved) == len(found["rows"]) == 4
+
+
 def test_what_there_is_no_time_for_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_variants", lambda shape: pytest.fail("there is no time"))
-    found = attention.run((1024,), deadline=-1)
-    assert "not run, no time: 128 True 1024" in found["notes"] and not found["rows"][0]["forward"]
+    monkeypatch.setattr(attention, "_calls", lambda variant, shape: pytest.fail("there is no time"))
+    found = attention.run("v3", (1024,), deadline=-1)
+    assert "v3 not run, no time: 128 True 1024" in found["notes"] and not found["rows"][0]["forward"]
     assert {row["error"] for row in steps.run(1.0, -1)} == {"not run, no time"}
     for name in ("device", "software"):
         monkeypatch.setattr(program, name, dict)
@@ -206,6 +317,15 @@ def test_the_kernels_of_a_machine_are_compiled_until_there_is_no_time(monkeypatc
     monkeypatch.setattr(precompile, "compile_one", str)
     assert precompile.main(["--only=cast/", "--processes=1"]) == 0 and "cast/v1.cu" in capsys.readouterr().out
     assert precompile.main(["--processes=1", "--seconds=0"]) == 1 and "FAILED: not run, no time" in capsys.readouterr().out
+
+
+def test_what_there_is_is_written_after_each_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("device", "software"):
+        monkeypatch.setattr(program, name, dict)
+    monkeypatch.setattr(program, "_apart", lambda name, seconds, problems, *options: name)
+    saved: list[list[str]] = []
+    program.run(["ceilings", "smoke", "steps"], ROOT, 1, lambda found: saved.append([s for s in program.SECTIONS if s in found]))
+    assert saved == [["ceilings"], ["ceilings", "smoke"], ["ceilings", "smoke", "steps"]]
 
 
 def test_sections_that_break_are_problems() -> None:

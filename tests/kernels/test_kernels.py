@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import device_arrays
 import numpy as np
 import pytest
-from kernel_cases import Case, all_cases
+from compile_ahead import compiled_ahead
+from kernel_case import Case
+from kernel_cases import all_cases
 from kernel_check import (
     NARROW,
     TOLERANCE,
+    call_case,
     cast,
     check,
     check_case,
@@ -43,6 +47,14 @@ def crossed() -> Iterator[Any]:
                 yield pytest.param(case, choice, dtype, 1, id=f"{case}-{choice}-{dtype}")
     for case, choice, dtype in emulator_crossing(CASES):
         yield pytest.param(case, choice, dtype, 1, id=f"{case}-{choice}-{dtype}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated_compiled_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
+    tests = [item for item in request.session.items if getattr(item, "originalname", "") == "test_kernel_equals_reference"]
+    found = [item.callspec.params for item in tests if item.callspec.params["choice"].startswith("emulator:")]
+    with compiled_ahead(partial(call_case, p["case"], p["choice"], p["dtype"]) for p in found):
+        yield
 
 
 @pytest.mark.filterwarnings("error")

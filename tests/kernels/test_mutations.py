@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compile_ahead import compiled_ahead
 from minillm.kernels import emulator, registry
 from minillm.kernels.emulator import EmulatorError, emulate
 from minillm.kernels.emulator.examples import Sizes, example, largest_error
@@ -22,6 +25,11 @@ def expected(op: str, sizes: Sizes, dtype: str) -> tuple[Any, ...]:
         return example(op, sizes, dtype, wide=True)
 
 
+def mutated(mutation: Mutation, order: str) -> tuple[Any, ...]:
+    with emulate(edits=((mutation.old, mutation.new),)):
+        return run(mutation, order)
+
+
 def run(mutation: Mutation, order: str) -> tuple[Any, ...]:
     with registry.use(**{mutation.op: f"emulator:{mutation.variant}"}), emulate(order=order):
         return example(mutation.op, mutation.sizes, mutation.dtype)
@@ -32,13 +40,20 @@ def verdict(mutation: Mutation) -> str:
     want = expected(mutation.op, mutation.sizes, mutation.dtype)
     for order in emulator.ORDERS:
         try:
-            with emulate(edits=((mutation.old, mutation.new),)):
-                error = largest_error(run(mutation, order), want)
+            error = largest_error(mutated(mutation, order), want)
         except EmulatorError as report:
             return str(report)
         if error > TOLERANCE[mutation.dtype]:
             return f"wrong by {error:.2g}"
     return ""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_compiled_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
+    tests = [item for item in request.session.items if item.fspath == request.fspath and "mutation" in item.callspec.params]
+    planted = [item.callspec.params["mutation"] for item in tests if item.originalname == "test_a_planted_bug_is_caught"]
+    with compiled_ahead(partial(mutated, mutation, "round robin") for mutation in planted):
+        yield
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)

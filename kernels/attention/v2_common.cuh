@@ -1,0 +1,218 @@
+// What the forward and the backward kernels of v2 agree on: how tiles lie in shared memory and get there, products of a warp's rows with
+// tiles, what is hidden, and how results leave. Why it is done so is told in v2_forward.cu.
+#pragma once
+#include "../device/ampere.cuh"
+#include "common.cuh"
+
+#ifndef HEAD_WIDTH
+#define HEAD_WIDTH 64
+#endif
+#ifndef DROPOUT
+#define DROPOUT 0
+#endif
+#ifndef WARPS
+#define WARPS 4       // of a block
+#define WARP_ROWS 32  // that a warp owns
+#define LOOP 64       // rows walked over at a time
+#endif
+
+constexpr int CHUNKS = HEAD_WIDTH / 8;   // of 16 bytes in a row
+constexpr int STEPS = HEAD_WIDTH / 16;   // a product takes 16 columns at a time
+constexpr int BLOCKS = HEAD_WIDTH / 8;   // fragments of 8 columns in a row of sums
+
+typedef uint32_t Fragment[4];  // 16 x 16 of a left side, or two of 16 x 8 of a right side
+
+// Where chunk `chunk` of row `row` of a tile lies, in elements. Chunks change places within groups of 8. Where a row is an odd multiple of
+// 64 bytes, it is two neighbours that fill the 32 banks together, so groups are of 4 and each pair of rows has its own exchange.
+constexpr int EXCHANGED = CHUNKS % 8 == 0 ? 8 : 4;
+__device__ __forceinline__ int place(int row, int chunk) {
+    return row * HEAD_WIDTH + 8 * (chunk ^ (EXCHANGED == 8 ? row % 8 : row / 2 % 4));
+}
+
+// From the place of chunk 0 or 1 of a row to that of the chunk 2 `step` further on. As 2 `step` and that 0 or 1 have no bit in common,
+// their sum is their exclusive or, which may be taken after that with the row: a thread has one place a row, and the steps are constants.
+__device__ __forceinline__ int further(int at, int step) {
+    constexpr int STEPS_A_GROUP = EXCHANGED / 2;
+    return (at ^ 16 * (step % STEPS_A_GROUP)) + 8 * EXCHANGED * (step / STEPS_A_GROUP);
+}
+
+// Start to copy rows [first, first + ROWS) of a head into a tile; rows from `end` on become zero. EXCHANGED threads copy a row.
+template <int ROWS, int THREADS>
+__device__ __forceinline__ void copy_tile(Element* tile, const Element* x, int64_t stride, int first, int end) {
+    constexpr int STEP = THREADS / EXCHANGED;  // rows at a time: a multiple of 8, so that the places below differ by constants
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "all threads copy equally much");
+    const int row = threadIdx.x / EXCHANGED, chunk = threadIdx.x % EXCHANGED;
+    const Element* from = x + (first + row) * stride + 8 * chunk;
+    Element* to = tile + place(row, chunk);
+    #pragma unroll
+    for (int r = 0; r < ROWS; r += STEP, from += STEP * stride) {
+        const bool inside = first + row + r < end;
+        const Element* there = inside ? from : x;
+        #pragma unroll
+        for (int c = 0; c < CHUNKS; c += EXCHANGED) cp_async_16(to + r * HEAD_WIDTH + 8 * c, there + 8 * c, inside ? 16 : 0);
+    }
+}
+
+// A warp's own rows [first, first + 16 M) of a tile as left sides, kept in registers or read again each time.
+template <int M, bool KEEP> struct OwnRows {
+    const Element* tile;
+    int first;
+    Fragment kept[KEEP ? M : 1][KEEP ? STEPS : 1];
+
+    __device__ __forceinline__ void read(Fragment& part, int m, int step) const {
+        ldmatrix_x4(part, tile + further(place(first + LANE % 16, LANE / 16), step) + 16 * m * HEAD_WIDTH);
+    }
+    __device__ __forceinline__ void keep() {
+        if constexpr (KEEP)
+            #pragma unroll
+            for (int m = 0; m < M; m++)
+                #pragma unroll
+                for (int step = 0; step < STEPS; step++) read(kept[m][step], m, step);
+    }
+    __device__ __forceinline__ void get(Fragment& part, int m, int step) const {
+        if constexpr (KEEP)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) part[i] = kept[m][step][i];
+        else
+            read(part, m, step);
+    }
+};
+
+// Two products that share a left side: d0 += a b[0..1], d1 += a b[2..3].
+__device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], const Fragment& a, const Fragment& b) {
+    const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+    mma_16x8x16<Element>(d0, a, first);
+    mma_16x8x16<Element>(d1, a, second);
+}
+
+// dots = own rows times rows [first, first + 8 N) of the tile
+template <int M, int N, bool KEEP>
+__device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M, KEEP>& own, const Element* tile, int first) {
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int n = 0; n < N; n++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) dots[m][n][e] = 0;
+    // As B is stored by columns, and 8 rows of the tile are 8 columns of B, this is no transposition.
+    const int at = place(first + LANE % 8 + LANE / 16 * 8, LANE / 8 % 2);
+    #pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        Fragment left[M];
+        #pragma unroll
+        for (int m = 0; m < M; m++) own.get(left[m], m, step);
+        #pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            Fragment right;
+            ldmatrix_x4(right, tile + further(at, step) + 8 * n * HEAD_WIDTH);
+            #pragma unroll
+            for (int m = 0; m < M; m++) multiply_pair(dots[m][n], dots[m][n + 1], left[m], right);
+        }
+    }
+}
+
+// Fragments n and n + 1 of scores as a left side 16 deep.
+template <int M, int N>
+__device__ __forceinline__ void pack_scores(Fragment (&weights)[M], const float (&scores)[M][N][4], int n) {
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* pair = &scores[m][n + i / 2][i % 2 * 2];
+            weights[m][i] = pack2<Element>(pair[0], pair[1]);
+        }
+}
+
+// sums += weights times rows [first, first + 16) of the tile
+template <int M>
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[M][BLOCKS][4], const Fragment (&weights)[M], const Element* tile,
+                                                  int first) {
+    const int at = place(first + LANE % 16, LANE / 16);
+    #pragma unroll
+    for (int c = 0; c < BLOCKS; c += 2) {
+        Fragment right;
+        ldmatrix_x4_trans(right, tile + further(at, c / 2));
+        #pragma unroll
+        for (int m = 0; m < M; m++) multiply_pair(sums[m][c], sums[m][c + 1], weights[m], right);
+    }
+}
+
+template <int M>
+__device__ __forceinline__ void clear(float (&sums)[M][BLOCKS][4]) {
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int c = 0; c < BLOCKS; c++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) sums[m][c][e] = 0;
+}
+
+// A warp's sums, each row times its factor, through the tile rows it owns (nobody else reads them any more) to rows [row, ..) of a head:
+// fragments are 4 bytes wide, and memory wants 16.
+template <int M>
+__device__ __forceinline__ void store_rows(Element* x, int64_t stride, int row, int end, const float (&sums)[M][BLOCKS][4],
+                                           const float (&factor)[M][2], Element* tile, int first) {
+    __syncwarp();
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int c = 0; c < BLOCKS; c++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float* pair = &sums[m][c][2 * half];
+                Element* to = tile + place(first + 16 * m + 8 * half + LANE / 4, c) + LANE % 4 * 2;
+                *reinterpret_cast<uint32_t*>(to) = pack2<Element>(pair[0] * factor[m][half], pair[1] * factor[m][half]);
+            }
+    __syncwarp();
+    for (int i = LANE; i < 16 * M * CHUNKS; i += 32) {
+        const int r = i / CHUNKS, chunk = i % CHUNKS;
+        if (row + r < end) store16(x + (row + r) * stride + 8 * chunk, load16(tile + place(first + r, chunk)));
+    }
+}
+
+// Minus infinity where a key is not seen. Own rows are queries from `query` on, walked rows keys from `key` on.
+template <int M, int N>
+__device__ __forceinline__ void hide_later_keys(float (&s)[M][N][4], const Attention& a, const int* limits, int query, int key) {
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int limit = limit_of(a, limits, query + 16 * m + 8 * half + LANE / 4) - key - LANE % 4 * 2;
+            #pragma unroll
+            for (int n = 0; n < N; n++)
+                #pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (8 * n + e >= limit) s[m][n][2 * half + e] = -INFINITY;
+        }
+}
+template <int M, int N>
+__device__ __forceinline__ void hide_masked_keys(float (&s)[M][N][4], const uint8_t* key_mask, int num_keys, int key) {
+    #pragma unroll
+    for (int n = 0; n < N; n++)
+        #pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int column = key + 8 * n + LANE % 4 * 2 + e;
+            const bool seen = column < num_keys && key_mask[column];
+            #pragma unroll
+            for (int m = 0; m < M; m++)
+                if (!seen) s[m][n][e] = s[m][n][2 + e] = -INFINITY;
+        }
+}
+
+// Dropout's words of a thread's own rows, which are queries.
+template <int M>
+__device__ __forceinline__ void query_words(uint64_t (&words)[M][2], const Attention& a, const uint64_t* head_keys,
+                                            const int64_t* query_times, int row_of_head, int query) {
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = query + 16 * m + 8 * half + LANE / 4;
+            words[m][half] = row < a.num_queries ? row_word(head_keys[row_of_head], query_times[row]) : uint64_t(0);
+        }
+}
+
+// What dropout multiplies walked key `key` of own query (m, half) by.
+__device__ __forceinline__ float kept(const Attention& a, uint64_t word, const uint32_t* column_words, int key) {
+    return key < a.num_keys && keeps(word, column_words[key], a.threshold) ? a.keep_scale : 0.0f;
+}
