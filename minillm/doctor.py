@@ -242,7 +242,7 @@ def check_gpu() -> Iterator[Finding]:
             yield Finding("ok", "CuPy", f"{cupy} {installed_version(cupy)}, {text.strip()}")
         else:
             yield Finding(
-                "warning", "CuPy", f"{cupy} {installed_version(cupy)} cannot use a GPU: {last_words(text)}", "train with --device cpu"
+                "warning", "CuPy", f"{cupy} {installed_version(cupy)} cannot use a GPU: {last_words(text)}", "use --device cpu"
             )
     elif gpus:
         major = re.search(r"CUDA Version: (\d+)", run([tool or ""])[1])

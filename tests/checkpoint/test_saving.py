@@ -1,0 +1,148 @@
+"""Saving is whole or not at all, and keeps the newest."""
+
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoint_helpers import (
+    contents,
+    small_run,
+    small_save,
+)
+
+from minillm import checkpoint
+from minillm.checkpoint import CheckpointSource, StateTensor, save
+from minillm.comm.communicator import Communicator
+from minillm.comm.mesh import MeshShape
+from minillm.comm.threads import run_ranks
+from minillm.errors import CheckpointError
+from minillm.sharding import ShardSpec
+
+save_module = sys.modules["minillm.checkpoint.save"]  # the name in the package is the function
+
+
+@pytest.mark.parametrize("where", ["rank-00001.safetensors", "manifest.json", "rename"])
+def test_full_disk_leaves_what_was_there(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run(tmp_path, 10, 20, num_ranks=4)
+    before = contents(tmp_path)
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    open_, rename = Path.open, Path.rename
+
+    def full_open(path: Path, mode: str = "r", **options: Any) -> Any:
+        stream = open_(path, mode, **options)
+        if path.name != where or "w" not in mode:
+            return stream
+        stream.write("half" if "b" not in mode else b"half")
+        stream.close()
+        raise error
+
+    def full_rename(path: Path, target: Path) -> Path:
+        if where == "rename" and path.name.startswith(".tmp-"):
+            raise error
+        return rename(path, target)
+
+    def rank(comm: Communicator) -> str:
+        with pytest.raises(CheckpointError, match=r"step-00000020 could not be written: rank [01]: No space left on device") as caught:
+            small_save(comm, tmp_path, 20, 5.0, keep=1)
+        return str(caught.value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full_open)
+        patch.setattr(Path, "rename", full_rename)
+        messages = run_ranks(4, rank)
+    assert len(set(messages)) == 1
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
+    small_run(tmp_path, 30, num_ranks=4)
+    assert checkpoint.find(tmp_path).name == "step-00000030"
+
+
+def test_several_failing_ranks_make_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path, blocks: Any) -> Any:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+
+    monkeypatch.setattr(save_module, "write_safetensors", fails)
+
+    def rank(comm: Communicator) -> str:
+        with pytest.raises(CheckpointError, match=r"rank 0 \(and 2 more ranks\).*rank-00000\.safetensors") as caught:
+            small_save(comm, tmp_path, 1)
+        return str(caught.value)
+
+    assert len(set(run_ranks(3, rank))) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    def rank(comm: Communicator) -> str:
+        with pytest.raises(CheckpointError, match=r"could not be written: rank 0.*folder that all ranks can write to") as caught:
+            small_save(comm, tmp_path / "file" / "run", 1)
+        return str(caught.value)
+
+    assert len(set(run_ranks(2, rank))) == 1
+
+
+def test_ranks_that_disagree_about_shards_are_found(tmp_path: Path) -> None:
+    def rank(comm: Communicator) -> None:
+        mesh = MeshShape(pp=2)
+        tensors = [StateTensor("x", ShardSpec.replicated(2), np.zeros(2))]  # both stages claim it
+        with pytest.raises(CheckpointError, match="disagree about who holds what: the pieces of x have 4 elements"):
+            save(tmp_path, world=comm, mesh_shape=mesh, coords=mesh.coords(comm.rank), tensors=tensors, meta={}, step=1, keep=1)
+
+    run_ranks(2, rank)
+    assert not list(tmp_path.iterdir())
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        small_run(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step-00000015", "step-00000020"]
+    small_run(tmp_path, 25, keep=1)
+    assert names(tmp_path) == ["step-00000025"]
+
+
+def test_a_step_is_replaced_by_a_later_save(tmp_path: Path) -> None:
+    small_run(tmp_path, 7, num_ranks=4)
+    run_ranks(2, lambda comm: small_save(comm, tmp_path, 7, 0.5))
+    assert names(tmp_path) == ["step-00000007"]
+    path = checkpoint.find(tmp_path)
+    assert names(path) == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"]
+    assert np.all(CheckpointSource(path).read("whole", (slice(0, 3),)) == 0.5)
+
+
+def test_a_replacement_that_died_between_its_renames_loses_nothing(tmp_path: Path) -> None:
+    _, path = small_run(tmp_path, 6, 7)
+    aside = path.rename(tmp_path / f".old-{path.name}")
+    (tmp_path / f".tmp-{path.name}").mkdir()
+    assert checkpoint.find(tmp_path) == aside
+    small_run(tmp_path, 8)
+    assert names(tmp_path) == ["step-00000006", "step-00000007", "step-00000008"]
+
+
+def test_leftovers_of_dead_runs_are_removed(tmp_path: Path) -> None:
+    small_run(tmp_path, 1)
+    for name in (".tmp-step-00000002", ".tmp-step-00000009"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-00000.safetensors").write_bytes(b"half")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".old-step-00000001")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    small_run(tmp_path, 2)
+    assert names(tmp_path) == ["metrics.jsonl", "step-00000001", "step-00000002"]
+
+
+def test_later_steps_of_an_abandoned_course_are_set_aside(tmp_path: Path) -> None:
+    small_run(tmp_path, 10, 20, 30)
+    small_run(tmp_path, 15, keep=1)  # resumed from 10
+    assert names(tmp_path) == ["left-step-00000020", "left-step-00000030", "step-00000015"]
+    assert checkpoint.find(tmp_path).name == "step-00000015"
+    assert checkpoint.find(tmp_path / "left-step-00000030").name == "left-step-00000030"
