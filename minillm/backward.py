@@ -148,13 +148,13 @@ def _differentiate(
     into = tuple([p.slot() if n and isinstance(p, Leaf) else None for n, p in zip(needs, parents, strict=False)])
     results = fn.backward(ctx, grad_outs, needs, into)
     shared = [id(root(grad)) for grad, own in zip(grad_outs, ctx._owned, strict=True) if grad is not None and not own]
-    for i, need in enumerate(needs):
+    for i, (need, slot) in enumerate(zip(needs, into, strict=True)):
         parent, result = parents[i], results[i]
         if not need:
             continue
-        if into[i] is not None:
+        if slot is not None:
             if result is not None and result is not WRITTEN:
-                into[i].add(result)
+                slot.add(result)
             run.used(parent)
         elif result is None:
             continue

@@ -241,9 +241,7 @@ def check_gpu() -> Iterator[Finding]:
         if status == 0:
             yield Finding("ok", "CuPy", f"{cupy} {installed_version(cupy)}, {text.strip()}")
         else:
-            yield Finding(
-                "warning", "CuPy", f"{cupy} {installed_version(cupy)} cannot use a GPU: {last_words(text)}", "use --device cpu"
-            )
+            yield Finding("warning", "CuPy", f"{cupy} {installed_version(cupy)} cannot use a GPU: {last_words(text)}", "use --device cpu")
     elif gpus:
         major = re.search(r"CUDA Version: (\d+)", run([tool or ""])[1])
         extra = "cuda13" if major is not None and int(major[1]) >= 13 else "cuda12"
