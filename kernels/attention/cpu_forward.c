@@ -7,8 +7,8 @@ typedef struct {
     int64_t o_b, o_t, o_h;
 } AttentionForward;
 
-/* Softmax of as many queries as a vector has lanes: how many keys each sees, and of the keys so far its largest score (or 0 if it saw none)
-   and the sum of exp(score - top). A query a lane: maxima and sums need nothing across the lanes. */
+/* Softmax of as many queries as a vector has lanes: how many keys each sees, and of the keys so far its largest score (minus infinity if it
+   saw none) and the sum of exp(score - top). A query a lane: maxima and sums need nothing across the lanes. */
 typedef struct {
     int32_t limit[LANES];
     float top[LANES], total[LANES];

@@ -33,7 +33,7 @@ static void matmul(Pool *pool, const Argument *arguments) {
     UNPACK(MatMul, p, arguments);
     if (p.M <= FEW_ROWS && p.transposed_b && !p.transposed_a && p.N > p.M)
         pool_run(pool, matmul_few_rows, &p, p.N, 16);
-    else if (pool_size(pool) > 1 && is_deep(pool, &p))
+    else if (is_deep(pool, &p))
         matmul_deep(pool, &p);
     else if (4 * p.M >= p.N) /* long slices of rows are faster than of columns */
         pool_run(pool, matmul_rows, &p, p.M, 16);

@@ -2,11 +2,16 @@
    of the result would each pack the whole of one operand again; slices of the depth pack nothing twice, but each leaves a partial sum of the
    whole result. */
 
-enum { SLICE_DEPTH = 256, MAX_SLICES = 8 };
+enum {
+    SLICE_DEPTH = 256,
+    MAX_SLICES = 8,
+    MAX_PARTIAL = 1 << 20 /* floats, which every thread but one keeps as scratch */
+};
 
 INLINE int is_deep(const Pool *pool, const MatMul *p) {
-    const int64_t larger = p->M > p->N ? p->M : p->N;
-    return pool_size(pool) <= MAX_SLICES && 2 * p->K >= 3 * larger && p->K >= pool_size(pool) * SLICE_DEPTH;
+    const int64_t larger = p->M > p->N ? p->M : p->N, threads = pool_size(pool);
+    if (threads == 1 || threads > MAX_SLICES || p->M * p->N > MAX_PARTIAL) return 0;
+    return 2 * p->K >= 3 * larger && p->K >= threads * SLICE_DEPTH;
 }
 
 typedef struct {

@@ -38,7 +38,8 @@ class Where:
         return self.device.constant((kind, times), make)
 
     def addresses(self) -> tuple[Array, Array]:
-        """`samples` and `times` on the device, for operations that hash them: every step has the same ones, so they go up once."""
+        """`samples` int64 [B] and `times` int64 [T_local] on the device, for operations that hash them. Those of every step are the same,
+        so they go up once."""
         samples, times = self.samples, self.times
         assert times is not None
         return self.device.constant(("samples", samples.tobytes()), lambda: samples), self.table("times", lambda: times)

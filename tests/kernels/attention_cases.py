@@ -14,8 +14,15 @@ from kernel_case import Arrays, Case, normals, poisoned
 from minillm import kernels
 
 
+def plain_pair(B: int, Tq: int, Tk: int, H: int, Hkv: int, K: int, causal: bool) -> Iterator[Case]:
+    """Both passes at these sizes, without masks."""
+    triangle = np.arange(Tq)[:, None] >= np.arange(Tk) if causal else np.True_
+    name = f"B{B}-Tq{Tq}-Tk{Tk}-H{H}-{Hkv}-K{K}{'-causal' if causal else ''}"
+    yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), seen=triangle, causal=causal)
+
+
 def attention_cases() -> Iterator[Case]:
-    for B, Tq, Tk, H, Hkv, K, causal in (
+    for shape in (
         *(
             (1, 1, 1, 1, 1, 1, True),
             (2, 5, 5, 2, 2, 3, True),
@@ -31,9 +38,7 @@ def attention_cases() -> Iterator[Case]:
             (1, 4, 0, 2, 2, 3, False),
         ),
     ):
-        triangle = np.arange(Tq)[:, None] >= np.arange(Tk) if causal else np.True_
-        name = f"B{B}-Tq{Tq}-Tk{Tk}-H{H}-{Hkv}-K{K}{'-causal' if causal else ''}"
-        yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), seen=triangle, causal=causal)
+        yield from plain_pair(*shape)
     rng = np.random.default_rng(5)
     sizes = (2, 140, 90, 4, 2, 8)
     shuffled = dict(times_q=rng.permutation(140) - 20, times_k=rng.permutation(90))
@@ -65,7 +70,7 @@ def odd_attention_cases() -> Iterator[Case]:
 
 def wide_attention_cases() -> Iterator[Case]:
     """Head widths that the CUDA kernels have, at sizes that leave the last tile of each kind part full and make every kernel walk."""
-    for B, Tq, Tk, H, Hkv, K, causal in (
+    for shape in (
         (1, 70, 70, 2, 1, 64, True),
         (1, 150, 150, 1, 1, 32, True),
         (1, 37, 150, 2, 2, 32, False),
@@ -77,9 +82,7 @@ def wide_attention_cases() -> Iterator[Case]:
         (1, 0, 4, 2, 2, 32, False),
         (1, 4, 0, 2, 2, 32, False),
     ):
-        triangle = np.arange(Tq)[:, None] >= np.arange(Tk) if causal else np.True_
-        name = f"B{B}-Tq{Tq}-Tk{Tk}-H{H}-{Hkv}-K{K}{'-causal' if causal else ''}"
-        yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), seen=triangle, causal=causal)
+        yield from plain_pair(*shape)
     rng = np.random.default_rng(6)
     sizes = (2, 140, 90, 2, 1, 32)
     shuffled = dict(times_q=rng.permutation(140) - 20, times_k=rng.permutation(90))
