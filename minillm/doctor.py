@@ -198,10 +198,9 @@ def check_kernels() -> Iterator[Finding]:
     yield Finding("ok", "CUDA kernels", _cuda_words())
     if native.unavailable is not None:
         yield Finding("warning", "C kernels", f"{native.unavailable}; NumPy runs instead, about half as fast", REINSTALL)
-    elif native.blas_unavailable is not None:
-        yield Finding(
-            "warning", "C kernels", f"matrix products go through NumPy: {native.blas_unavailable}", "pip install scipy-openblas64"
-        )
+    elif native.blas_unavailable is not None and kernels.chosen("matmul", like).choice == "c:baseline":
+        found = f"matrix products have neither vectors of AVX2 nor a BLAS: {native.blas_unavailable}"
+        yield Finding("warning", "C kernels", found, "pip install scipy-openblas64")
 
 
 def _cuda_words() -> str:

@@ -51,7 +51,7 @@ def _kernels(config: ResolvedConfig, device: Device) -> str:
     words = ", ".join(f"{choice} for {plural(count, 'operation')}" for choice, count in Counter(choices.values()).most_common())
     if device is not CPU:
         return f"{words}; attention {choices['attention_forward']}"
-    missing = native.unavailable or native.blas_unavailable
+    missing = native.unavailable or (native.blas_unavailable if choices["matmul"] == "c:baseline" else None)
     return f"{words} ({missing})" if missing else words
 
 

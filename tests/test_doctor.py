@@ -121,12 +121,15 @@ def test_cuda_kernels_are_counted_and_it_says_where_they_run(monkeypatch: pytest
 def test_missing_c_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from minillm.kernels import native
 
+    from minillm import kernels
+
     monkeypatch.setattr(native, "unavailable", "the C extension was not built")
     found = list(doctor.check_kernels())[-1]
     assert found.mark == "warning" and "was not built" in found.found and "gcc" in found.remedy
     monkeypatch.setattr(native, "unavailable", None)
     monkeypatch.setattr(native, "blas_unavailable", "no library")
-    assert "scipy-openblas64" in list(doctor.check_kernels())[-1].remedy
+    with kernels.use(matmul="c:baseline"):
+        assert "scipy-openblas64" in list(doctor.check_kernels())[-1].remedy
 
 
 def test_a_check_that_breaks_is_reported_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:

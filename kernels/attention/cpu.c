@@ -1,86 +1,13 @@
-/* Scaled dot-product attention on one head at a time. Never a T x T array: both passes hold the scores of a tile of queries and keys.
+/* Scaled dot-product attention on one head at a time. Never a T x T array: both passes hold the scores of a tile of queries and keys, and
+   all their products run through the micro-kernel of native/tile.h. It reads its left operand by any two strides, so the products with a
+   transposed tile of scores need no transposition. */
 
-   All products run through one micro-kernel, a TILE_ROWS x PANEL tile of the result held in registers:
+enum { KEY_COLUMNS = 128 }; /* keys of a tile, whose queries are a panel */
 
-       tile[r][:] += a[r][k] * panel[k][:]
-
-   The right operand is packed into panels PANEL columns wide; the left one is read where it lies, by any two strides, so the
-   products with a transposed tile of scores need no transposition. */
-
-enum {
-    PANEL = 2 * LANES,
-    TILE_ROWS = VECTOR_BYTES == 64 ? 12 : 6, /* with 2 vectors a row this fills the registers: 32 of 64 bytes, 16 of 32 or 16 bytes */
-    KEY_COLUMNS = 128,                       /* keys of a tile, whose queries are a panel */
-};
-
-INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-typedef struct {
-    const float *start;
-    int64_t row, column; /* strides in elements */
-} Operand;
-
-INLINE void tile_product(const int rows, int64_t depth, Operand a, const float *panel, float *c, int64_t stride_c, int add) {
-    Vector sum[TILE_ROWS][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-        sum[r][0] = add ? load(c + r * stride_c) : (Vector){0};
-        sum[r][1] = add ? load(c + r * stride_c + LANES) : (Vector){0};
-    }
-    for (int64_t k = 0; k < depth; k++) {
-        const Vector left = load(panel + k * PANEL), right = load(panel + k * PANEL + LANES);
-        const float *column = a.start + k * a.column;
-#pragma GCC unroll 12
-        for (int r = 0; r < rows; r++) {
-            const float factor = column[r * a.row];
-            sum[r][0] += left * factor;
-            sum[r][1] += right * factor;
-        }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-        store(c + r * stride_c, sum[r][0]);
-        store(c + r * stride_c + LANES, sum[r][1]);
-    }
-}
-
-/* c [rows, panels * PANEL] (+)= a [rows, depth] times packed panels, `panel_size` floats from one to the next; rows <= TILE_ROWS. */
+/* c [rows, num_panels * PANEL] (+)= a [rows, depth] times packed panels, `panel_size` floats from one to the next; rows <= TILE_ROWS. */
 static void row_product(int rows, int64_t depth, Operand a, const float *panels, int64_t panel_size, int64_t num_panels, float *c, int64_t stride_c, int add) {
-    for (int64_t p = 0; p < num_panels; p++, panels += panel_size, c += PANEL) {
-        switch (rows) {
-#define ROWS(n) \
-    case n: \
-        tile_product(n, depth, a, panels, c, stride_c, add); \
-        break;
-            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
-#if VECTOR_BYTES == 64
-            ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
-#endif
-#undef ROWS
-        }
-    }
-}
-
-/* x [rows, columns] into panels of PANEL columns, [rows][PANEL] each; the last is padded with zeros. */
-static void pack(const float *x, int64_t stride, int64_t rows, int64_t columns, float *panels) {
-    for (int64_t first = 0; first < columns; first += PANEL) {
-        const int64_t n = least(PANEL, columns - first);
-        for (int64_t row = 0; row < rows; row++, panels += PANEL) {
-            memcpy(panels, x + row * stride + first, (size_t)n * sizeof(float));
-            for (int64_t i = n; i < PANEL; i++) panels[i] = 0;
-        }
-    }
-}
-
-/* scale * x^T for x [rows, columns] into panels of PANEL rows of x, [columns][PANEL] each; the last is padded with zeros. */
-static void pack_transposed(const float *x, int64_t stride, int64_t rows, int64_t columns, float scale, float *panels) {
-    for (int64_t first = 0; first < rows; first += PANEL, panels += columns * PANEL) {
-        const int64_t n = least(PANEL, rows - first);
-        if (n < PANEL) memset(panels, 0, (size_t)(columns * PANEL) * sizeof(float));
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t column = 0; column < columns; column++) panels[column * PANEL + i] = scale * x[(first + i) * stride + column];
-    }
+    for (int64_t p = 0; p < num_panels; p++, panels += panel_size, c += PANEL)
+        tile(rows, 2, depth, a, panels, c, stride_c, (Addend){add ? c : NULL, stride_c});
 }
 
 /* What both passes know. Query i sees the keys [0, limits[i]) that key_mask does not hide. */

@@ -1,11 +1,15 @@
-"""Matrix products straight into a BLAS on one thread, sliced over our own pool."""
+"""Matrix products in C: by our own blocks, or by a BLAS on one thread that is called for slices of the result.
+
+Ours are faster with the vectors of AVX2 and AVX-512 (docs/performance.md); with those of the baseline a BLAS is.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from minillm.kernels.native import blas_unavailable, c_kernel, dense, pool
+from minillm.kernels.native import VARIANTS, blas_unavailable, c_kernel, dense, pool
+from minillm.kernels.registry import kernel
 
 
 def _operand(x: Any) -> tuple[Any, bool, int]:
@@ -23,13 +27,15 @@ def _operand(x: Any) -> tuple[Any, bool, int]:
     return np.ascontiguousarray(x), False, max(1, columns)
 
 
-@c_kernel("matmul", missing=blas_unavailable)
-def matmul(c: Any, a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None) -> Any:
+@c_kernel("matmul", VARIANTS[:-1])
+def matmul(
+    c: Any, a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None, by_blas: bool = False
+) -> Any:
     (M, K), N = a.shape, b.shape[1]
     if sums is not None:
         sums[...] = column_sum(c, a.T)
     if out is not None and (out.strides[1] != 4 or out.strides[0] < 4 * N):
-        product = matmul(c, a, b, bias=bias)
+        product = matmul(c, a, b, bias=bias, by_blas=by_blas)
         out[...] = out + product if accumulate else product
         return out
     target = np.empty((M, N), a.dtype) if out is None else out
@@ -37,10 +43,18 @@ def matmul(c: Any, a: Any, b: Any, out: Any = None, accumulate: bool = False, bi
     b_, transposed_b, stride_b = _operand(b)
     if not (M and N):
         return target
-    c.matmul(
-        pool(), a_, b_, bias, target, M, N, K, transposed_a, stride_a, transposed_b, stride_b, max(N, target.strides[0] // 4), accumulate
-    )
+    stride = max(N, target.strides[0] // 4)
+    c.matmul(pool(), a_, b_, bias, target, M, N, K, transposed_a, stride_a, transposed_b, stride_b, stride, accumulate, by_blas)
     return target
+
+
+@kernel("matmul", backend="c", variant="blas", dtypes=("float32",), unavailable=blas_unavailable)
+def matmul_by_blas(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None) -> Any:
+    fastest = next(variant.functions for variant in VARIANTS if variant.unavailable is None)
+    return matmul(fastest, a, b, out, accumulate, bias, sums, by_blas=True)
+
+
+c_kernel("matmul", VARIANTS[-1:])(matmul)
 
 
 @c_kernel("column_sum")

@@ -1,44 +1,23 @@
-/* Matrix products: slices of the result, or of the depth, over the pool, each one call of a BLAS that has one thread. Column sums. */
+/* Matrix products and column sums. Products of a few rows have a way of their own; all others go by our blocks or through a BLAS. */
 
 typedef struct {
     const float *a, *b, *bias; /* bias [N] or NULL */
     float *out;
-    int64_t M, N, K, transposed_a, stride_a, transposed_b, stride_b, stride_out, accumulate;
+    int64_t M, N, K, transposed_a, stride_a, transposed_b, stride_b, stride_out, accumulate, by_blas;
 } MatMul;
 
-static void matmul_slice(const MatMul *p, int64_t row, int64_t num_rows, int64_t column, int64_t num_columns) {
-    float *out = p->out + row * p->stride_out + column;
-    if (p->bias)
-        for (int64_t i = 0; i < num_rows; i++) memcpy(out + i * p->stride_out, p->bias + column, (size_t)num_columns * sizeof(float));
-    blas_sgemm(
-        p->transposed_a, p->transposed_b, num_rows, num_columns, p->K, p->a + row * (p->transposed_a ? 1 : p->stride_a), p->stride_a,
-        p->b + column * (p->transposed_b ? p->stride_b : 1), p->stride_b, p->accumulate || p->bias ? 1.0f : 0.0f, out, p->stride_out
-    );
-}
-
-static void matmul_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
-    const MatMul *p = state;
-    matmul_slice(p, start, stop - start, 0, p->N);
-}
-
-static void matmul_columns(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
-    const MatMul *p = state;
-    matmul_slice(p, 0, p->M, start, stop - start);
-}
-
+#include "blas.c"
+#include "blocked.c"
 #include "few_rows.c"
-#include "split_depth.c"
 
 static void matmul(Pool *pool, const Argument *arguments) {
     UNPACK(MatMul, p, arguments);
     if (p.M <= FEW_ROWS && p.transposed_b && !p.transposed_a && p.N > p.M)
         pool_run(pool, matmul_few_rows, &p, p.N, 16);
-    else if (is_deep(pool, &p))
-        matmul_deep(pool, &p);
-    else if (4 * p.M >= p.N) /* long slices of rows are faster than of columns */
-        pool_run(pool, matmul_rows, &p, p.M, 16);
+    else if (p.by_blas)
+        matmul_blas(pool, &p);
     else
-        pool_run(pool, matmul_columns, &p, p.N, 16);
+        matmul_blocked(pool, &p);
 }
 
 typedef struct {

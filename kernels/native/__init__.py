@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -71,15 +71,14 @@ else:
     )
 
 
-def c_kernel(op: str, missing: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `fn(c, *args)` as the C implementations of `op`; `missing` says why it cannot run although the extension is there."""
+def c_kernel(op: str, variants: Sequence[Variant] = VARIANTS) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register `fn(c, *args)` as the C implementations of `op`."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        for variant in VARIANTS:
+        for variant in variants:
             bound = functools.partial(fn, variant.functions)
             bound.__module__ = fn.__module__
-            reason = variant.unavailable or missing
-            kernel(op, backend="c", variant=variant.name, dtypes=("float32",), unavailable=reason)(bound)
+            kernel(op, backend="c", variant=variant.name, dtypes=("float32",), unavailable=variant.unavailable)(bound)
         return fn
 
     return register

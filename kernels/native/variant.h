@@ -1,5 +1,6 @@
 /* Every op's cpu.c, compiled for one instruction set: the including file defines VARIANT and VECTOR_BYTES and chooses the target. */
 
+#include "tile.h"
 #include "vector.h"
 
 #include "../activation/cpu.c"
@@ -33,7 +34,7 @@ const Kernel VARIANT[] = {
     {"gelu_tanh_forward", "fFi", gelu_tanh_forward},
     {"layernorm_backward", "ff?ffffF?F?ii", layernorm_backward},
     {"layernorm_forward", "ff?ff?F?FFFiid", layernorm_forward},
-    {"matmul", "ssf?Siiiiiiiii", matmul},
+    {"matmul", "ssf?Siiiiiiiiii", matmul},
     {"relu_backward", "ffFi", relu_backward},
     {"relu_forward", "fFi", relu_forward},
     {"rmsnorm_backward", "ff?fffF?F?ii", rmsnorm_backward},

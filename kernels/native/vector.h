@@ -16,6 +16,43 @@ typedef int32_t VectorInt __attribute__((vector_size(VECTOR_BYTES), may_alias));
 INLINE Vector load(const float *from) { return *(const Vector *)from; }
 INLINE void store(float *to, Vector value) { *(Vector *)to = value; }
 
+/* The lanes of two vectors in turn: those of their lower and those of their upper halves. */
+#if VECTOR_BYTES == 64
+#define LOW_IN_TURN 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_IN_TURN 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif VECTOR_BYTES == 32
+#define LOW_IN_TURN 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_IN_TURN 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW_IN_TURN 0, 4, 1, 5
+#define HIGH_IN_TURN 2, 6, 3, 7
+#endif
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (VectorInt){__VA_ARGS__})
+#endif
+
+/* to [LANES, LANES] = scale times the transpose of from. Each round takes the rows of both halves in turn, lane by lane: it moves the
+   highest bit of the row's number below the column's. After as many rounds as a row's number has bits, both have changed places. */
+INLINE void transpose(const float *from, int64_t stride, float scale, float *to, int64_t stride_to) {
+    Vector rows[LANES], turned[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) rows[i] = load(from + i * stride) * scale;
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            turned[2 * i] = SHUFFLE(rows[i], rows[i + LANES / 2], LOW_IN_TURN);
+            turned[2 * i + 1] = SHUFFLE(rows[i], rows[i + LANES / 2], HIGH_IN_TURN);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = turned[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store(to + i * stride_to, rows[i]);
+}
+
 INLINE uint32_t bits_of(float x) {
     union {
         float f;

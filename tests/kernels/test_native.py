@@ -42,15 +42,34 @@ def test_workers_that_fell_asleep_wake_up() -> None:
             threading.Event().wait(pause)
 
 
-@pytest.mark.parametrize("threads", [2, 3, 8, 9])
-def test_a_deep_product_is_the_same_on_any_number_of_threads(threads: int) -> None:
+def lying_across(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.T).T
+
+
+def pages_apart(x: np.ndarray) -> np.ndarray:
+    """The same values in rows that begin a whole number of pages apart."""
+    wide = np.full((len(x), (x.shape[1] // 1024 + 1) * 1024), np.nan, np.float32)
+    wide[:, : x.shape[1]] = x
+    return wide[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("variant", [v.name for v in native.VARIANTS])
+@pytest.mark.parametrize(("M", "K", "N"), [(20, 2500, 24), (200, 700, 450), (31, 40, 1000), (1000, 40, 31), (9, 1, 1)])
+def test_a_product_has_the_same_bits_on_any_number_of_threads(variant: str, M: int, K: int, N: int) -> None:
+    if any(v.name == variant and v.unavailable for v in native.VARIANTS):
+        pytest.skip(f"this processor has no {variant}")
     rng = np.random.default_rng(0)
-    a, b, bias, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((20, 2500), (2500, 24), 24, (20, 30)))
-    with kernels.threads(threads):
-        assert np.allclose(kernels.matmul(a, b, bias=bias), a @ b + bias, atol=1e-3)
-        out = c.copy()
-        kernels.matmul(a, b, out=out[:, :24], accumulate=True)
-    assert np.allclose(out[:, :24], c[:, :24] + a @ b, atol=1e-3) and np.array_equal(out[:, 24:], c[:, 24:])
+    a, b, bias, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((M, K), (K, N), N, (M, N + 6)))
+    for threads in (1, 2, 3, 8, 64):
+        with kernels.use(matmul=f"c:{variant}"), kernels.threads(threads):
+            found = [kernels.matmul(left, right, bias=bias) for left in (a, lying_across(a), pages_apart(a)) for right in (b, lying_across(b))]
+            out = c.copy()
+            kernels.matmul(a, b, out=out[:, :N], accumulate=True)
+        if threads == 1:
+            once = found[0]  # few rows of a times b lying across go their own way
+            assert np.allclose(once, a.astype(np.float64) @ b + bias, atol=1e-3)
+        assert all(np.array_equal(once, product) for product in found)
+        assert np.allclose(out[:, :N], c[:, :N] + a @ b, atol=1e-3) and np.array_equal(out[:, N:], c[:, N:])
 
 
 def test_pools_of_several_python_threads_work_at_once() -> None:
