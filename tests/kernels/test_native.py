@@ -62,7 +62,8 @@ def test_a_product_has_the_same_bits_on_any_number_of_threads(variant: str, M: i
     a, b, bias, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((M, K), (K, N), N, (M, N + 6)))
     for threads in (1, 2, 3, 8, 64):
         with kernels.use(matmul=f"c:{variant}"), kernels.threads(threads):
-            found = [kernels.matmul(left, right, bias=bias) for left in (a, lying_across(a), pages_apart(a)) for right in (b, lying_across(b))]
+            lefts, rights = (a, lying_across(a), pages_apart(a)), (b, lying_across(b))
+            found = [kernels.matmul(left, right, bias=bias) for left in lefts for right in rights]
             out = c.copy()
             kernels.matmul(a, b, out=out[:, :N], accumulate=True)
         if threads == 1:
