@@ -32,10 +32,10 @@ def matmul(
     c: Any, a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None, by_blas: bool = False
 ) -> Any:
     (M, K), N = a.shape, b.shape[1]
-    if sums is not None:
-        sums[...] = column_sum(c, a.T)
+    if sums is not None and not (N and a.T.flags.c_contiguous and sums.flags.c_contiguous and sums.dtype == np.float32):
+        sums[...], sums = column_sum(c, a.T), None
     if out is not None and (out.strides[1] != 4 or out.strides[0] < 4 * N):
-        product = matmul(c, a, b, bias=bias, by_blas=by_blas)
+        product = matmul(c, a, b, bias=bias, sums=sums, by_blas=by_blas)
         out[...] = out + product if accumulate else product
         return out
     target = np.empty((M, N), a.dtype) if out is None else out
@@ -44,7 +44,7 @@ def matmul(
     if not (M and N):
         return target
     stride = max(N, target.strides[0] // 4)
-    c.matmul(pool(), a_, b_, bias, target, M, N, K, transposed_a, stride_a, transposed_b, stride_b, stride, accumulate, by_blas)
+    c.matmul(pool(), a_, b_, bias, target, sums, M, N, K, transposed_a, stride_a, transposed_b, stride_b, stride, accumulate, by_blas)
     return target
 
 

@@ -1,66 +1,23 @@
-/* Matrix products and column sums. Products of a few rows have a way of their own; all others go by our blocks or through a BLAS. */
+/* Matrix products. Those of a few rows have a way of their own; all others go by our blocks or through a BLAS. */
 
 typedef struct {
     const float *a, *b, *bias; /* bias [N] or NULL */
-    float *out;
+    float *out, *sums;         /* sums [M] of the rows of a, which is then transposed and dense, or NULL */
     int64_t M, N, K, transposed_a, stride_a, transposed_b, stride_b, stride_out, accumulate, by_blas;
 } MatMul;
 
 #include "blas.c"
 #include "blocked.c"
+#include "column_sum.c"
 #include "few_rows.c"
 
 static void matmul(Pool *pool, const Argument *arguments) {
     UNPACK(MatMul, p, arguments);
+    if (p.sums) sum_all_columns(pool, &(ColumnSum){p.a, p.sums, p.K, p.M}); /* the product finds a in the caches */
     if (p.M <= FEW_ROWS && p.transposed_b && !p.transposed_a && p.N > p.M)
         pool_run(pool, matmul_few_rows, &p, p.N, 16);
     else if (p.by_blas)
         matmul_blas(pool, &p);
     else
         matmul_blocked(pool, &p);
-}
-
-typedef struct {
-    const float *x; /* [rows, D] */
-    float *out;
-    int64_t num_rows, D;
-} ColumnSum;
-
-enum { SUM_COLUMNS = 64 };
-
-/* The first column of a part. All but the first part begin on a cache line, if rows are a whole number of lines: a vector that lies across
-   two lines takes twice as long to load. */
-INLINE int64_t first_column(const ColumnSum *a, int64_t part) {
-    const int64_t before_line = (int64_t)(-((uintptr_t)a->x / sizeof(float)) % 16);
-    const int64_t column = part * SUM_COLUMNS - (before_line ? SUM_COLUMNS - before_line : 0);
-    return column < 0 ? 0 : column > a->D ? a->D : column;
-}
-
-INLINE void sum_columns(const ColumnSum *a, int64_t column, const int64_t n, float *total) {
-    for (int64_t first = 0; first < a->num_rows; first += SUM_ROWS) {
-        const int64_t last = first + SUM_ROWS < a->num_rows ? first + SUM_ROWS : a->num_rows;
-        float sums[SUM_COLUMNS] = {0};
-        for (int64_t row = first; row < last; row++) add_to(sums, a->x + row * a->D + column, n);
-        add_to(total, sums, n);
-    }
-}
-
-static void column_sum_parts(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
-    const ColumnSum *a = state;
-    for (int64_t part = start; part < stop; part++) {
-        const int64_t column = first_column(a, part), n = first_column(a, part + 1) - column;
-        float total[SUM_COLUMNS] = {0};
-        if (n == SUM_COLUMNS)
-            sum_columns(a, column, SUM_COLUMNS, total); /* a constant: the sums stay in registers */
-        else
-            sum_columns(a, column, n, total);
-        memcpy(a->out + column, total, (size_t)n * sizeof(float));
-    }
-}
-
-static void column_sum(Pool *pool, const Argument *arguments) {
-    UNPACK(ColumnSum, a, arguments);
-    int64_t num_parts = 0;
-    while (first_column(&a, num_parts) < a.D) num_parts++;
-    pool_run(pool, column_sum_parts, &a, num_parts, 1);
 }

@@ -34,7 +34,7 @@ const Kernel VARIANT[] = {
     {"gelu_tanh_forward", "fFi", gelu_tanh_forward},
     {"layernorm_backward", "ff?ffffF?F?ii", layernorm_backward},
     {"layernorm_forward", "ff?ff?F?FFFiid", layernorm_forward},
-    {"matmul", "ssf?Siiiiiiiiii", matmul},
+    {"matmul", "ssf?SF?iiiiiiiiii", matmul},
     {"relu_backward", "ffFi", relu_backward},
     {"relu_forward", "fFi", relu_forward},
     {"rmsnorm_backward", "ff?fffF?F?ii", rmsnorm_backward},
