@@ -12,13 +12,8 @@ from minillm.kernels.random.hashing import address_words, column_words, row_word
 
 
 def _contiguous_heads(x: Any) -> Any:
-    """`x` [B, T, H, K] with its last dim contiguous and every stride a whole number of elements."""
+    """`x` [B, T, H, K] with its last dim contiguous."""
     return x if x.strides[3] == x.itemsize or x.shape[3] == 1 else np.ascontiguousarray(x)
-
-
-def _strides(x: Any) -> tuple[int, int, int]:
-    b, t, h, _ = x.strides
-    return b // 4, t // 4, h // 4
 
 
 def visible_keys(Tq: int, Tk: int, causal: bool, times_q: Any, times_k: Any) -> tuple[Any, Any]:
@@ -50,8 +45,7 @@ def _common(q: Any, k: Any, v: Any, scale: float, limits: Any, key_mask: Any, dr
     (B, Tq, H, K), (Tk, Hkv) = q.shape, k.shape[1:3]
     rows, columns, limit, keep_scale = dropped
     mask = None if key_mask is None else np.ascontiguousarray(key_mask, bool)
-    sizes = (B, Tq, Tk, H, Hkv, K, *_strides(q), *_strides(k), *_strides(v), limit, scale, keep_scale)
-    return q, k, v, limits, mask, rows, columns, *sizes
+    return q, k, v, limits, mask, rows, columns, B, Tq, Tk, H, Hkv, K, limit, scale, keep_scale
 
 
 @c_kernel("attention_forward")
@@ -77,7 +71,7 @@ def attention_forward(
     o = out if out is not None and out.strides[3] == 4 else np.empty(q.shape, q.dtype)
     lse = np.empty((B, H, Tq), q.dtype)
     common = _common(q, k, v, scale, limits, key_mask, _dropout(dropout, H, order))
-    c.attention_forward(pool(), *common, o, lse, *_strides(o))
+    c.attention_forward(pool(), *common, o, lse)
     if out is not None and o is not out:
         out[...] = o
         return out, lse
@@ -114,8 +108,7 @@ def attention_backward(
         for i, (g, x) in enumerate(zip(wanted, (q, k, v), strict=True))
     ]
     common = _common(q, k, v, scale, limits, key_mask, _dropout(dropout, q.shape[2], order))
-    strides = [s for x in (grad_o, o, *into) for s in _strides(x)]
-    c.attention_backward(pool(), *common, grad_o, o, np.ascontiguousarray(lse), *into, *strides)
+    c.attention_backward(pool(), *common, grad_o, o, np.ascontiguousarray(lse), *into)
     results = []
     for i, (g, x) in enumerate(zip(wanted, into, strict=True)):
         if g is x:

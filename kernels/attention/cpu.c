@@ -5,21 +5,24 @@
 enum { KEY_COLUMNS = 128 }; /* keys of a tile, whose queries are a panel */
 
 /* c [rows, num_panels * PANEL] (+)= a [rows, depth] times packed panels, `panel_size` floats from one to the next; rows <= TILE_ROWS. */
-static void row_product(int rows, int64_t depth, Operand a, const float *panels, int64_t panel_size, int64_t num_panels, float *c, int64_t stride_c, int add) {
+static void row_product(int rows, int64_t depth, Matrix a, const float *panels, int64_t panel_size, int64_t num_panels, float *c, int64_t stride_c, int add) {
     for (int64_t p = 0; p < num_panels; p++, panels += panel_size, c += PANEL)
         tile(rows, 2, depth, a, panels, c, stride_c, (Addend){add ? c : NULL, stride_c});
 }
 
 /* What both passes know. Query i sees the keys [0, limits[i]) that key_mask does not hide. */
 typedef struct {
-    const float *q, *k, *v;
+    const float *q; /* strides in elements, those of channels 1 */
+    int64_t q_b, q_t, q_h, q_k;
+    const float *k;
+    int64_t k_b, k_t, k_h, k_k;
+    const float *v;
+    int64_t v_b, v_t, v_h, v_k;
     const int64_t *limits;        /* [Tq] */
     const uint8_t *key_mask;      /* [B, Tk] or NULL */
     const uint64_t *row_words;    /* dropout: [B, H, Tq] or NULL */
     const uint32_t *column_words; /* dropout: [Tk] */
-    int64_t B, Tq, Tk, H, Hkv, K;
-    int64_t q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h; /* strides in elements */
-    int64_t threshold;
+    int64_t B, Tq, Tk, H, Hkv, K, threshold;
     double scale, keep_scale;
 } Attention;
 

@@ -2,9 +2,17 @@
 
 typedef struct {
     Attention common;
-    const float *grad_o, *o, *lse;
-    float *grad_q, *grad_k, *grad_v;
-    int64_t go_b, go_t, go_h, o_b, o_t, o_h, gq_b, gq_t, gq_h, gk_b, gk_t, gk_h, gv_b, gv_t, gv_h;
+    const float *grad_o;
+    int64_t go_b, go_t, go_h, go_k;
+    const float *o;
+    int64_t o_b, o_t, o_h, o_k;
+    const float *lse;
+    float *grad_q;
+    int64_t gq_b, gq_t, gq_h, gq_k;
+    float *grad_k;
+    int64_t gk_b, gk_t, gk_h, gk_k;
+    float *grad_v;
+    int64_t gv_b, gv_t, gv_h, gv_k;
 } AttentionBackward;
 
 /* A thread's memory while it works on one key-value head. */
@@ -64,8 +72,8 @@ static void backward_scores(const AttentionBackward *f, int64_t b, int64_t h, in
     const float *k = a->k + b * a->k_b + key * a->k_t + g * a->k_h, *v = a->v + b * a->v_b + key * a->v_t + g * a->v_h;
     for (int64_t j = 0; j < n; j += TILE_ROWS) {
         const int count = (int)least(TILE_ROWS, n - j);
-        row_product(count, a->K, (Operand){k + j * a->k_t, a->k_t, 1}, w->queries_t, 0, 1, w->s + j * PANEL, PANEL, 0);
-        row_product(count, a->K, (Operand){v + j * a->v_t, a->v_t, 1}, w->grads_t, 0, 1, w->grad_s + j * PANEL, PANEL, 0);
+        row_product(count, a->K, (Matrix){k + j * a->k_t, a->k_t, 1}, w->queries_t, 0, 1, w->s + j * PANEL, PANEL, 0);
+        row_product(count, a->K, (Matrix){v + j * a->v_t, a->v_t, 1}, w->grads_t, 0, 1, w->grad_s + j * PANEL, PANEL, 0);
     }
     if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->grad_s);
     for (int half = 0; half < 2; half++)
@@ -81,13 +89,13 @@ static void backward_products(const Attention *a, int64_t first, int64_t rows, i
         while (r < rows && a->limits[first + r] <= key + j) r++;
         const int count = (int)least(TILE_ROWS, n - j);
         const int64_t at = j * PANEL + r, to = (key + j) * width;
-        row_product(count, rows - r, (Operand){w->s + at, PANEL, 1}, w->grads + r * PANEL, rows * PANEL, panels, w->grad_v + to, width, 1);
-        row_product(count, rows - r, (Operand){w->grad_s + at, PANEL, 1}, w->queries + r * PANEL, rows * PANEL, panels, w->grad_k + to, width, 1);
+        row_product(count, rows - r, (Matrix){w->s + at, PANEL, 1}, w->grads + r * PANEL, rows * PANEL, panels, w->grad_v + to, width, 1);
+        row_product(count, rows - r, (Matrix){w->grad_s + at, PANEL, 1}, w->queries + r * PANEL, rows * PANEL, panels, w->grad_k + to, width, 1);
     }
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
         const int count = (int)least(TILE_ROWS, rows - r);
         const int64_t depth = least(n, largest_limit(a, first + r, count) - key);
-        if (depth > 0) row_product(count, depth, (Operand){w->grad_s + r, 1, PANEL}, w->keys + key * PANEL, a->Tk * PANEL, panels, w->grad_q + r * width, width, 1);
+        if (depth > 0) row_product(count, depth, (Matrix){w->grad_s + r, 1, PANEL}, w->keys + key * PANEL, a->Tk * PANEL, panels, w->grad_q + r * width, width, 1);
     }
 }
 

@@ -2,9 +2,9 @@
 
 typedef struct {
     Attention common;
-    float *o;   /* [B, Tq, H, K] */
+    float *o; /* [B, Tq, H, K] */
+    int64_t o_b, o_t, o_h, o_k;
     float *lse; /* [B, H, Tq] */
-    int64_t o_b, o_t, o_h;
 } AttentionForward;
 
 /* Softmax of as many queries as a vector has lanes: how many keys each sees, and of the keys so far its largest score (minus infinity if it
@@ -87,7 +87,7 @@ static void attention_forward_queries(const AttentionForward *f, int64_t b, int6
         const int64_t n = least(KEY_COLUMNS, limit - key);
         float rescale[PANEL];
         for (int64_t j = 0; j < n; j += TILE_ROWS)
-            row_product((int)least(TILE_ROWS, n - j), K, (Operand){k + (key + j) * a->k_t, a->k_t, 1}, w->queries, 0, 1, w->s + j * PANEL, PANEL, 0);
+            row_product((int)least(TILE_ROWS, n - j), K, (Matrix){k + (key + j) * a->k_t, a->k_t, 1}, w->queries, 0, 1, w->s + j * PANEL, PANEL, 0);
         for (int half = 0; half < 2; half++) softmax_keys(&softmax[half], key_mask, key, n, w->s + half * LANES, rescale + half * LANES);
         if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->s);
         for (int64_t r = 0; key && r < rows; r++)
@@ -95,7 +95,7 @@ static void attention_forward_queries(const AttentionForward *f, int64_t b, int6
         for (int64_t r = 0; r < rows; r += TILE_ROWS) {
             const int count = (int)least(TILE_ROWS, rows - r);
             const int64_t depth = least(n, largest_limit(a, first + r, count) - key);
-            if (depth > 0) row_product(count, depth, (Operand){w->s + r, 1, PANEL}, w->values + key * PANEL, a->Tk * PANEL, panels, w->out + r * width, width, 1);
+            if (depth > 0) row_product(count, depth, (Matrix){w->s + r, 1, PANEL}, w->values + key * PANEL, a->Tk * PANEL, panels, w->out + r * width, width, 1);
         }
     }
     for (int64_t r = 0; r < rows; r++) {

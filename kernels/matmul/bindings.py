@@ -12,19 +12,12 @@ from minillm.kernels.native import VARIANTS, blas_unavailable, c_kernel, dense, 
 from minillm.kernels.registry import kernel
 
 
-def _operand(x: Any) -> tuple[Any, bool, int]:
-    """The array as BLAS takes it, whether it is transposed, and the stride between its rows (columns if transposed), in elements."""
-    rows, columns = x.shape
-    along, across = x.strides[0] // 4, x.strides[1] // 4
-    if (across == 1 and along >= columns) or not x.size:
-        return x, False, max(1, along, columns)
-    if along == 1 and across >= rows:
-        return x.T, True, across
-    if columns == 1 and along >= 1:
-        return x, False, along
-    if rows == 1 and across >= 1:
-        return x.T, True, across
-    return np.ascontiguousarray(x), False, max(1, columns)
+def _operand(x: Any) -> Any:
+    """`x`, or a copy of it if neither its rows nor its columns are contiguous."""
+    if x.flags.forc:
+        return x
+    (rows, columns), (along, across) = x.shape, x.strides
+    return x if (across == 4 and along >= 4 * columns) or (along == 4 and across >= 4 * rows) else np.ascontiguousarray(x)
 
 
 @c_kernel("matmul", VARIANTS[:-1])
@@ -39,12 +32,8 @@ def matmul(
         out[...] = out + product if accumulate else product
         return out
     target = np.empty((M, N), a.dtype) if out is None else out
-    a_, transposed_a, stride_a = _operand(a)
-    b_, transposed_b, stride_b = _operand(b)
-    if not (M and N):
-        return target
-    stride = max(N, target.strides[0] // 4)
-    c.matmul(pool(), a_, b_, bias, target, sums, M, N, K, transposed_a, stride_a, transposed_b, stride_b, stride, accumulate, by_blas)
+    if M and N:
+        c.matmul(pool(), _operand(a), _operand(b), target, bias, sums, M, N, K, accumulate, by_blas)
     return target
 
 

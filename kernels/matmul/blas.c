@@ -1,12 +1,19 @@
 /* The product by a BLAS that has one thread, called once for a slice of the result. */
 
+/* The distance of rows, or of columns where those are contiguous, which a BLAS wants to be at least their length even if there is one. */
+static int64_t leading(Matrix m, int64_t rows, int64_t columns) {
+    const int64_t distance = m.column == 1 ? m.row : m.column, length = m.column == 1 ? columns : rows;
+    return distance < length ? (length ? length : 1) : distance;
+}
+
 static void blas_slice(const MatMul *p, int64_t row, int64_t num_rows, int64_t column, int64_t num_columns) {
+    const float *a = p->a.start + row * p->a.row, *b = p->b.start + column * p->b.column;
     float *out = p->out + row * p->stride_out + column;
     if (p->bias)
         for (int64_t i = 0; i < num_rows; i++) memcpy(out + i * p->stride_out, p->bias + column, (size_t)num_columns * sizeof(float));
     blas_sgemm(
-        p->transposed_a, p->transposed_b, num_rows, num_columns, p->K, p->a + row * (p->transposed_a ? 1 : p->stride_a), p->stride_a,
-        p->b + column * (p->transposed_b ? p->stride_b : 1), p->stride_b, p->accumulate || p->bias ? 1.0f : 0.0f, out, p->stride_out
+        p->a.column != 1, p->b.column != 1, num_rows, num_columns, p->K, a, leading(p->a, p->M, p->K), b, leading(p->b, p->K, p->N),
+        p->accumulate || p->bias ? 1.0f : 0.0f, out, p->stride_out < p->N ? p->N : p->stride_out
     );
 }
 

@@ -49,32 +49,27 @@ static Block block_of(const Plan *plan, int64_t number) {
 }
 
 static void pack_block(const MatMul *p, Block block, float *panels) {
-    if (p->transposed_b)
-        pack_transposed(p->b + block.column * p->stride_b + block.first, p->stride_b, block.columns, block.depth, 1.0f, panels);
+    const float *b = p->b.start + block.first * p->b.row + block.column * p->b.column;
+    if (p->b.column == 1)
+        pack(b, p->b.row, block.depth, block.columns, panels);
     else
-        pack(p->b + block.first * p->stride_b + block.column, p->stride_b, block.depth, block.columns, panels);
-}
-
-/* Rows of a, where they lie. */
-static Operand rows_of_a(const MatMul *p, int64_t row, int64_t first) {
-    if (p->transposed_a) return (Operand){p->a + first * p->stride_a + row, 1, p->stride_a};
-    return (Operand){p->a + row * p->stride_a + first, p->stride_a, 1};
+        pack_transposed(b, p->b.column, block.columns, block.depth, 1.0f, panels);
 }
 
 /* A tile's rows of a, copied where they would not stay in the first-level cache: rows that lie whole pages apart all fall into one set of
    it, and of rows that lie side by side a narrow tile uses but a small part of each line. */
-static Operand gather(Operand a, int rows, int64_t depth, float *copy) {
+static Matrix gather(Matrix a, int rows, int64_t depth, float *copy) {
     enum { STRIDE = BLOCK_DEPTH + LINE };
     if (a.row == 1 && TILE_ROWS < LINE / 2 && rows == TILE_ROWS) {
         for (int64_t k = 0; k < depth; k++) memcpy(copy + k * TILE_ROWS, a.start + k * a.column, TILE_ROWS * sizeof(float));
-        return (Operand){copy, 1, TILE_ROWS};
+        return (Matrix){copy, 1, TILE_ROWS};
     }
     if (a.column == 1 && a.row % PAGE == 0 && depth >= LANES) {
         for (int64_t r = 0; r < rows; r++, a.start += a.row) {
             for (int64_t k = 0; k + LANES <= depth; k += LANES) store(copy + r * STRIDE + k, load(a.start + k));
             store(copy + r * STRIDE + depth - LANES, load(a.start + depth - LANES));
         }
-        return (Operand){copy, STRIDE, 1};
+        return (Matrix){copy, STRIDE, 1};
     }
     return a;
 }
@@ -86,14 +81,14 @@ typedef struct {
 } Ahead;
 
 static Ahead ahead_of_block(const MatMul *p, Block block, int64_t times) {
-    Ahead next = {p->b + block.first * p->stride_b + block.column, p->stride_b, block.depth, block.columns};
-    if (p->transposed_b) next = (Ahead){p->b + block.column * p->stride_b + block.first, p->stride_b, block.columns, block.depth};
+    Ahead next = {p->b.start + block.first * p->b.row + block.column * p->b.column, p->b.row, block.depth, block.columns};
+    if (p->b.column != 1) next = (Ahead){next.start, p->b.column, block.columns, block.depth};
     next.count = (next.rows * (next.length / LINE + 1) + times - 1) / times;
     return next;
 }
 
 /* Of rows alone: what lies along the depth, a few elements of each line, is too many lines. */
-static Ahead ahead_of_rows(Operand a, int64_t rows, int64_t depth, int64_t times) {
+static Ahead ahead_of_rows(Matrix a, int64_t rows, int64_t depth, int64_t times) {
     if (a.column != 1) return (Ahead){0};
     return (Ahead){a.start, a.row, rows, depth, .count = (rows * (depth / LINE + 1) + times - 1) / times};
 }
@@ -118,7 +113,7 @@ static void fetch_tile(const float *c, int64_t stride, int64_t rows) {
 }
 
 /* The last columns, fewer than a panel: out [rows, n] = a b plus the addend. */
-static void edge_tile(int rows, int64_t n, int64_t depth, Operand a, const float *panel, float *out, int64_t stride, Addend plus) {
+static void edge_tile(int rows, int64_t n, int64_t depth, Matrix a, const float *panel, float *out, int64_t stride, Addend plus) {
     float whole[TILE_ROWS * PANEL];
     tile(rows, n <= LANES ? 1 : 2, depth, a, panel, whole, PANEL, (Addend){NULL, 0});
     for (int r = 0; r < rows; r++)
@@ -129,11 +124,12 @@ static void edge_tile(int rows, int64_t n, int64_t depth, Operand a, const float
 static void product_of_rows(const MatMul *p, int64_t row, int rows, Block block, const float *panels, float *copy, Ahead *block_ahead) {
     float *out = p->out + row * p->stride_out + block.column;
     const int64_t num_panels = (block.columns + PANEL - 1) / PANEL;
-    const Operand lying = rows_of_a(p, row, block.first), a = gather(lying, rows, block.depth, copy);
+    const Matrix lying = {p->a.start + row * p->a.row + block.first * p->a.column, p->a.row, p->a.column};
+    const Matrix a = gather(lying, rows, block.depth, copy);
     Addend plus = {p->bias ? p->bias + block.column : NULL, 0};
     if (block.first || p->accumulate) plus = (Addend){out, p->stride_out};
     Ahead rows_ahead = {0};
-    if (row + 2 * rows <= p->M) rows_ahead = ahead_of_rows((Operand){lying.start + rows * lying.row, lying.row, lying.column}, rows, block.depth, num_panels);
+    if (row + 2 * rows <= p->M) rows_ahead = ahead_of_rows((Matrix){lying.start + rows * lying.row, lying.row, lying.column}, rows, block.depth, num_panels);
     for (int64_t i = 0; i < num_panels; i++, panels += block.depth * PANEL, out += PANEL) {
         const int64_t n = least(PANEL, block.columns - i * PANEL);
         fetch(block_ahead);

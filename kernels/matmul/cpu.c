@@ -1,9 +1,12 @@
 /* Matrix products. Those of a few rows have a way of their own; all others go by our blocks or through a BLAS. */
 
 typedef struct {
-    const float *a, *b, *bias; /* bias [N] or NULL */
-    float *out, *sums;         /* sums [M] of the rows of a, which is then transposed and dense, or NULL */
-    int64_t M, N, K, transposed_a, stride_a, transposed_b, stride_b, stride_out, accumulate, by_blas;
+    Matrix a, b; /* [M, K], [K, N]; of each, the rows or the columns are contiguous */
+    float *out;  /* [M, N] */
+    int64_t stride_out, one;
+    const float *bias; /* [N] or NULL */
+    float *sums;       /* [M]: sums of the rows of a, whose columns are then contiguous and dense; or NULL */
+    int64_t M, N, K, accumulate, by_blas;
 } MatMul;
 
 #include "blas.c"
@@ -13,8 +16,8 @@ typedef struct {
 
 static void matmul(Pool *pool, const Argument *arguments) {
     UNPACK(MatMul, p, arguments);
-    if (p.sums) sum_all_columns(pool, &(ColumnSum){p.a, p.sums, p.K, p.M}); /* the product finds a in the caches */
-    if (p.M <= FEW_ROWS && p.transposed_b && !p.transposed_a && p.N > p.M)
+    if (p.sums) sum_all_columns(pool, &(ColumnSum){p.a.start, p.sums, p.K, p.M}); /* the product finds a in the caches */
+    if (p.M <= FEW_ROWS && p.a.column == 1 && p.b.row == 1 && p.N > p.M)
         pool_run(pool, matmul_few_rows, &p, p.N, 16);
     else if (p.by_blas)
         matmul_blas(pool, &p);

@@ -11,8 +11,8 @@ INLINE float sum_of_lanes(Vector v) {
 
 /* out[r, c] (+)= x[r] . w[c] for `rows` x `columns` constants at the call: the sums stay in registers. */
 INLINE void dot_tile(const MatMul *p, int64_t row, int64_t column, const int rows, const int columns) {
-    const float *x = p->a + row * p->stride_a, *w = p->b + column * p->stride_b;
-    const int64_t K = p->K, stride_x = p->stride_a, stride_w = p->stride_b;
+    const float *x = p->a.start + row * p->a.row, *w = p->b.start + column * p->b.column;
+    const int64_t K = p->K, stride_x = p->a.row, stride_w = p->b.column;
     Vector sums[DOT_ROWS][DOT_COLUMNS] = {{{0}}};
     int64_t k = 0;
     for (; k + LANES <= K; k += LANES) {

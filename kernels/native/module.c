@@ -66,7 +66,7 @@ static void release(Views *views) {
 /* The element formats (struct module's letters) and the size that a signature letter stands for. */
 static const char *formats_of(char letter, Py_ssize_t *itemsize) {
     switch (letter) {
-        case 'f': case 'F': case 's': case 'S': *itemsize = 4; return "f";
+        case 'f': case 'F': case '2': case '4': case '@': case '$': *itemsize = 4; return "f";
         case 'D': *itemsize = 8; return "d";
         case 'q': *itemsize = 8; return "lq";
         case 'u': *itemsize = 4; return "I";
@@ -76,6 +76,31 @@ static const char *formats_of(char letter, Py_ssize_t *itemsize) {
     }
 }
 
+/* How many dims an array has that comes with its strides; 0 for other letters. */
+static int dims_of(char letter) {
+    switch (letter) {
+        case '2': case '@': return 2;
+        case '4': case '$': return 4;
+        default: return 0;
+    }
+}
+
+/* The strides of a view, in elements, behind its address. */
+static int read_strides(const Kernel *kernel, int number, int dims, const Py_buffer *view, Argument *to) {
+    if (view->ndim != dims) {
+        PyErr_Format(PyExc_TypeError, "%s: argument %d has %d dims, not %d", kernel->name, number, view->ndim, dims);
+        return -1;
+    }
+    for (int i = 0; i < dims; i++) {
+        if (view->strides[i] % view->itemsize) {
+            PyErr_Format(PyExc_ValueError, "%s: argument %d has strides that are no whole elements", kernel->name, number);
+            return -1;
+        }
+        to[1 + i].integer = view->strides[i] / view->itemsize;
+    }
+    return 0;
+}
+
 static int read_array(const Kernel *kernel, int number, char letter, PyObject *object, Views *views, Argument *to) {
     Py_ssize_t itemsize;
     const char *formats = formats_of(letter, &itemsize);
@@ -83,8 +108,8 @@ static int read_array(const Kernel *kernel, int number, char letter, PyObject *o
         PyErr_Format(PyExc_SystemError, "%s: bad signature", kernel->name);
         return -1;
     }
-    const int strided = letter == 's' || letter == 'S', written = letter == 'F' || letter == 'S' || letter == 'D';
-    const int flags = PyBUF_FORMAT | (strided ? PyBUF_STRIDES : PyBUF_C_CONTIGUOUS) | (written ? PyBUF_WRITABLE : 0);
+    const int dims = dims_of(letter), written = strchr("FD@$", letter) != NULL;
+    const int flags = PyBUF_FORMAT | (dims ? PyBUF_STRIDES : PyBUF_C_CONTIGUOUS) | (written ? PyBUF_WRITABLE : 0);
     Py_buffer *view = &views->views[views->count];
     if (PyObject_GetBuffer(object, view, flags)) return -1;
     views->count++;
@@ -93,7 +118,7 @@ static int read_array(const Kernel *kernel, int number, char letter, PyObject *o
         return -1;
     }
     to->array = view->buf;
-    return 0;
+    return dims ? read_strides(kernel, number, dims, view, to) : 0;
 }
 
 static int read_argument(const Kernel *kernel, int number, char letter, int optional, PyObject *object, Views *views, Argument *to) {
@@ -113,13 +138,14 @@ static int read_argument(const Kernel *kernel, int number, char letter, int opti
 }
 
 static int read_arguments(const Kernel *kernel, PyObject *const *objects, Py_ssize_t count, Views *views, Argument *arguments) {
-    int number = 0;
+    int number = 0, filled = 0;
     for (const char *letter = kernel->signature; *letter; letter++, number++) {
         const char type = *letter;
-        const int optional = letter[1] == '?';
+        const int optional = letter[1] == '?', dims = dims_of(type);
         letter += optional;
-        if (number >= count || number == MOST_ARGUMENTS) break;
-        if (read_argument(kernel, number, type, optional, objects[number], views, &arguments[number])) return -1;
+        if (number >= count || filled + 1 + dims > MOST_ARGUMENTS) break;
+        if (read_argument(kernel, number, type, optional, objects[number], views, &arguments[filled])) return -1;
+        filled += 1 + dims;
         if (!letter[1] && number + 1 == count) return 0;
     }
     PyErr_Format(PyExc_TypeError, "%s takes a pool and the arguments '%s', not %zd of them", kernel->name, kernel->signature, count);

@@ -20,10 +20,11 @@ enum {
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* A matrix that lies anyhow: strides in elements. */
 typedef struct {
     const float *start;
-    int64_t row, column; /* strides in elements */
-} Operand;
+    int64_t row, column;
+} Matrix;
 
 /* What is added to a tile: a result so far, or with stride 0 the same to each row. `start` may be NULL. */
 typedef struct {
@@ -32,7 +33,7 @@ typedef struct {
 } Addend;
 
 /* c [rows, vectors * LANES] = a [rows, depth] times a panel, plus the addend, which may be c itself. */
-INLINE void tile_product(const int rows, const int vectors, int64_t depth, Operand a, const float *panel, float *c, int64_t stride_c, Addend plus) {
+INLINE void tile_product(const int rows, const int vectors, int64_t depth, Matrix a, const float *panel, float *c, int64_t stride_c, Addend plus) {
     Vector sum[TILE_ROWS][2] = {{{0}}};
 #if VECTOR_BYTES == 64 /* others have too few registers for two steps at once */
 #pragma GCC unroll 2
@@ -58,7 +59,7 @@ INLINE void tile_product(const int rows, const int vectors, int64_t depth, Opera
 }
 
 /* The same for any number of rows up to TILE_ROWS, and 1 or 2 vectors. */
-static void tile(int rows, int vectors, int64_t depth, Operand a, const float *panel, float *c, int64_t stride_c, Addend plus) {
+static void tile(int rows, int vectors, int64_t depth, Matrix a, const float *panel, float *c, int64_t stride_c, Addend plus) {
     switch (rows) {
 #define ROWS(n) \
     case n: \

@@ -9,11 +9,9 @@ from minillm.kernels.native import c_kernel, dense, pool
 
 @c_kernel("rope_")
 def rope_(c: Any, x: Any, cos: Any, sin: Any, inverse: bool = False) -> None:
-    size = x.itemsize
-    if x.strides[3] != size:
+    if x.strides[3] != x.itemsize:
         turned = x.copy()
         rope_(c, turned, cos, sin, inverse)
         x[...] = turned
         return
-    strides = (x.strides[0] // size, x.strides[1] // size, x.strides[2] // size)
-    c.rope(pool(), x, dense(cos), dense(sin), *x.shape, *strides, inverse)
+    c.rope(pool(), x, dense(cos), dense(sin), *x.shape, inverse)

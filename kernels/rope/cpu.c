@@ -1,9 +1,10 @@
 /* Rotary positions in place: channel i turns with channel i + K/2. */
 
 typedef struct {
-    float *x; /* [B, T, H, K], strides in elements */
+    float *x; /* [B, T, H, K]; strides in elements, the last 1 */
+    int64_t stride_b, stride_t, stride_h, stride_k;
     const float *cos, *sin; /* [T, K/2] */
-    int64_t B, T, H, K, stride_b, stride_t, stride_h, inverse;
+    int64_t B, T, H, K, inverse;
 } Rope;
 
 static void rope_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
