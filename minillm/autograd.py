@@ -31,12 +31,18 @@ class GradSlot:
         self.writes = 0
 
     def add(self, grad: Array) -> None:
-        """Add `grad` (of the buffer's shape); the first write overwrites, so that no pass has to zero the buffer."""
+        """Add `grad` (of the buffer's shape); the first write overwrites, so that no pass has to zero the buffer. It may be `fresh`, with
+        the gradient computed into it."""
         if self.writes:
             self.buf += grad
-        else:
+        elif grad is not self.buf:
             self.buf[...] = grad
         self.writes += 1
+
+    @property
+    def fresh(self) -> Array | None:
+        """The buffer, for the first write to be computed into it; None after that."""
+        return None if self.writes else self.buf
 
     def finish(self) -> None:
         """Make the buffer valid for a reduction: a slot that nobody wrote counts as zero."""
@@ -127,22 +133,24 @@ class Context:
     `needs[i]` says whether input `i` wants a gradient; `recording` whether any does. While it is false `save` keeps nothing.
     """
 
-    __slots__ = ("_owned", "_recipes", "_saved", "extra_leaves", "needs", "recording", "run")
+    __slots__ = ("_owned", "_parents", "_recipes", "_saved", "extra_leaves", "needs", "recording", "run")
 
-    def __init__(self, needs: tuple[bool, ...], recipes: list[tuple[Array, Recipe, int]]) -> None:
-        self.needs = needs
-        self.recording = True in needs
+    def __init__(self, parents: Sequence[Any], recipes: dict[int, Recipe]) -> None:
+        self.needs = tuple([parent is not None for parent in parents])
+        self.recording = True in self.needs
         self.extra_leaves: tuple[Leaf, ...] = ()
         self.run: BackwardRun | None = None
-        self._recipes = recipes  # (array, what to keep in its place, which input it is)
-        self._saved: list[Any] = []
+        self._parents = parents
+        self._recipes = recipes  # id(array) -> what to keep in its place
+        self._saved: Sequence[Any] = ()
         self._owned: Sequence[bool] = ()
 
     def save(self, *values: Any) -> None:
         """Keep arrays, plain values, or recipes for backward. A parameter's own array is kept as the parameter, so that it may be sharded
         meanwhile, and that of a recomputable tensor as its recipe."""
         if self.recording:
-            self._saved = [self._to_keep(value) for value in values] if self._recipes else list(values)
+            recipes = self._recipes
+            self._saved = [recipes.get(id(value), value) for value in values] if recipes else values
 
     @property
     def saved(self) -> tuple[Any, ...]:
@@ -157,21 +165,16 @@ class Context:
     def slot(self, i: int) -> GradSlot | None:
         """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations that compute gradients in their forward
         pass."""
-        if self.needs[i]:
-            for _, recipe, number in self._recipes:
-                if number == i and isinstance(recipe, Leaf):
-                    return recipe.slot()
-        return None
+        parent = self._parents[i]
+        return parent.slot() if isinstance(parent, Leaf) else None
 
     def owns(self, i: int) -> bool:
         """Whether backward may overwrite `grad_outs[i]`: nobody else will read it."""
         return self._owned[i]
 
-    def _to_keep(self, value: Any) -> Any:
-        for array, recipe, _ in self._recipes:
-            if value is array:
-                return recipe
-        return value
+    def end_forward(self) -> None:
+        """Let go of what only the forward pass may ask for: the recipes stand for arrays that `save` has left out."""
+        self._parents, self._recipes = (), {}
 
 
 class Function:
@@ -203,48 +206,52 @@ class Function:
     @classmethod
     def apply(cls, *inputs: Any, **attrs: Any) -> Any:
         """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if a gradient will be wanted."""
-        grad_mode = _grad_enabled.get()
+        taping = _grad_enabled.get()
         values: list[Any] = []
-        needs: list[bool] = []
-        recipes: list[tuple[Array, Recipe, int]] = []
         parents: list[Any] = []
+        recipes: dict[int, Recipe] = {}
         for x in inputs:
-            parent: Any = None
+            value, parent = x, None
             if isinstance(x, Tensor):
-                need, value, parent = grad_mode and x.requires_grad, x.data, x if x.node is None else (x.node, x.output)
+                value = x.data
+                if taping and x.requires_grad:
+                    parent = x if x.node is None else (x.node, x.output)
                 if x.recipe is not None:
-                    recipes.append((value, x.recipe, len(values)))
+                    recipes[id(value)] = x.recipe
             elif isinstance(x, Leaf):
-                need, value, parent = grad_mode, x.get(), x
-                recipes.append((value, x, len(values)))
-                _note_leaf(x)
-            else:
-                need, value = False, x
+                value = x.get()
+                recipes[id(value)] = x
+                if taping:
+                    parent = x
+                else:
+                    _note_leaf(x)
             values.append(value)
-            needs.append(need)
-            parents.append(parent if need else None)
-        ctx = Context(tuple(needs), recipes)
+            parents.append(parent)
+        ctx = Context(parents, recipes)
         out = cls.forward(ctx, *values, **attrs)
-        ctx._recipes = []  # they hold the arrays that `save` has left out
-        node = Node(cls, ctx, (*parents, *ctx.extra_leaves)) if ctx.recording else None
-        if isinstance(out, tuple):
-            return tuple(Tensor(data, node is not None, node, i) for i, data in enumerate(out))
+        ctx.end_forward()
+        many = isinstance(out, tuple)
+        node = Node(cls, ctx, (*parents, *ctx.extra_leaves), len(out) if many else 1) if ctx.recording else None
+        if many:
+            return tuple([Tensor(data, node is not None, node, i) for i, data in enumerate(out)])
         return Tensor(out, node is not None, node)
 
 
 class Node:
     """One executed Function on the tape. `parents[i]` is where input `i` came from: (node, output), a leaf tensor, a parameter, or None if
-    it needs no gradient."""
+    it needs no gradient. `grads` are the gradients of its outputs that have arrived so far, summed; those in `owned` nobody else can see."""
 
-    __slots__ = ("ctx", "fn", "number", "parents")
+    __slots__ = ("ctx", "fn", "grads", "number", "owned", "parents")
 
     _numbers = itertools.count()
 
-    def __init__(self, fn: type[Function], ctx: Context, parents: tuple[Any, ...]) -> None:
+    def __init__(self, fn: type[Function], ctx: Context, parents: tuple[Any, ...], num_outputs: int) -> None:
         self.fn = fn
         self.ctx: Context | None = ctx
         self.parents = parents
         self.number = next(Node._numbers)
+        self.grads: list[Array | None] = [None] * num_outputs
+        self.owned = [True] * num_outputs
 
 
 _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
@@ -253,6 +260,7 @@ leaf_recorder: ContextVar[list[Leaf] | None] = ContextVar("leaf_recorder", defau
 
 
 def _note_leaf(leaf: Leaf) -> None:
+    """Only operations without a tape ask: a part that is recomputed runs without one at first."""
     recorder = leaf_recorder.get()
     if recorder is not None and leaf not in recorder:
         recorder.append(leaf)

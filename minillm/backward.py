@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol
 
 from minillm.arrays import Array, namespace, root, writeable
@@ -28,8 +29,8 @@ class BackwardObserver(Protocol):
 
 @dataclass
 class BackwardRun:
-    """The state that one backward pass shares with its deferred work and its replays: who watches, what is deferred, uses left per
-    parameter."""
+    """The state that one backward pass shares with its deferred work and its replays: who watches, what is deferred, and, if somebody
+    watches, uses left per parameter."""
 
     defer: list[WeightGradWork] | None
     observer: BackwardObserver | None
@@ -38,29 +39,30 @@ class BackwardRun:
 
     def used(self, leaf: Leaf) -> None:
         """One use of `leaf` has delivered its gradient; after the last, tell the pass around this one, or the observer."""
+        if self.observer is None:
+            return
         self.uses[id(leaf)] -= 1
         if self.uses[id(leaf)] == 0:
             if self.outer is not None:
                 self.outer.used(leaf)
-            elif self.observer is not None:
+            else:
                 self.observer.leaf_ready(leaf)
 
 
 @dataclass
 class WeightGradWork:
-    """A weight gradient put off until later: the same `Function.backward`, called with the parameters' half of the mask."""
+    """A weight gradient put off until later: the same `Function.backward`, called for the parameters, which alone are among `parents`."""
 
     fn: type[Function]
     ctx: Context
     parents: tuple[Any, ...]
     grad_outs: tuple[Array | None, ...]
-    needs: tuple[bool, ...]
     pass_: BackwardRun
 
     def run(self) -> None:
         """Accumulate the gradients into their slots and report the parameters that are complete."""
         self.ctx._owned = (False,) * len(self.grad_outs)
-        _differentiate(self.fn, self.ctx, self.parents, self.grad_outs, self.needs, _Grads(), self.pass_)
+        _differentiate(self.fn, self.ctx, self.parents, self.grad_outs, self.pass_)
 
 
 def backward(
@@ -79,24 +81,25 @@ def backward(
 
 def run_backward(roots: Sequence[tuple[Tensor, Array]], run: BackwardRun) -> None:
     """`backward` within a run: also the replay of a recomputed part."""
-    grads = _Grads()
+    nodes = _reachable([tensor.node for tensor, _ in roots if tensor.node is not None])
     for tensor, grad in roots:
         if grad.shape != tensor.shape:
             raise ValueError(f"grad of shape {grad.shape} for a tensor of shape {tensor.shape}")
         if tensor.node is not None:
-            grads.add((tensor.node, tensor.output), grad, owned=False)
+            _deliver((tensor.node, tensor.output), grad, owned=False)
         elif tensor.requires_grad:
-            grads.add_leaf(tensor, grad)
-    nodes = _reachable([tensor.node for tensor, _ in roots if tensor.node is not None], run.uses)
+            _deliver(tensor, grad, owned=False)
+    observer = run.observer
+    if observer is not None:
+        _count_uses(nodes, run.uses)
     while nodes:
-        _step(nodes.pop(), grads, run)
-        if run.observer is not None:
-            run.observer.between_nodes()
+        _step(nodes.pop(), run)
+        if observer is not None:
+            observer.between_nodes()
 
 
-def _reachable(start: Sequence[Node], uses: dict[int, int]) -> list[Node]:
-    """All nodes behind `start` in order of creation, their uses of parameters counted in `uses`; iterative, because a tape may be deeper
-    than the interpreter's stack."""
+def _reachable(start: Sequence[Node]) -> list[Node]:
+    """All nodes behind `start` in order of creation; iterative, because a tape may be deeper than the interpreter's stack."""
     seen: dict[int, Node] = {}
     stack = list(start)
     while stack:
@@ -109,96 +112,92 @@ def _reachable(start: Sequence[Node], uses: dict[int, int]) -> list[Node]:
         for parent in node.parents:
             if isinstance(parent, tuple):
                 stack.append(parent[0])
-            elif isinstance(parent, Leaf):
+    return sorted(seen.values(), key=attrgetter("number"))
+
+
+def _count_uses(nodes: Sequence[Node], uses: dict[int, int]) -> None:
+    """Count how often the nodes use each parameter."""
+    for node in nodes:
+        for parent in node.parents:
+            if isinstance(parent, Leaf):
                 uses[id(parent)] = uses.get(id(parent), 0) + 1
-    return [seen[number] for number in sorted(seen)]
 
 
-def _step(node: Node, grads: _Grads, run: BackwardRun) -> None:
+def _step(node: Node, run: BackwardRun) -> None:
     """Differentiate one node, hand its gradients on, and free what it saved."""
-    fn, ctx, parents = node.fn, node.ctx, node.parents
+    fn, ctx, parents, grad_outs = node.fn, node.ctx, node.parents, tuple(node.grads)
     assert ctx is not None
-    node.ctx, node.parents = None, ()
-    grad_outs, owned = grads.pop(node)
-    needs = ctx.needs
-    split = run.defer is not None and fn.splits_weight_grad and any(isinstance(p, Leaf) for p in parents)
-    ctx.run = run
-    if split:
-        weights = tuple(n and isinstance(p, Leaf) for n, p in zip(needs, parents, strict=False))
-        needs = tuple(n and not w for n, w in zip(needs, weights, strict=True))
-        owned = (False,) * len(owned)
-    ctx._owned = owned
-    if True in needs or ctx.extra_leaves:
-        _differentiate(fn, ctx, parents, grad_outs, needs, grads, run)
-    if split:
-        assert run.defer is not None
-        run.defer.append(WeightGradWork(fn, ctx, parents[: len(needs)], grad_outs, weights, run))
+    ctx.run, ctx._owned = run, node.owned
+    node.ctx, node.parents, node.grads = None, (), []
+    if ctx.extra_leaves:
+        parents = parents[: len(ctx.needs)]
+    if run.defer is not None and fn.splits_weight_grad and any(isinstance(p, Leaf) for p in parents):
+        _split(fn, ctx, parents, grad_outs, run, run.defer)
+    else:
+        _differentiate(fn, ctx, parents, grad_outs, run)
+
+
+def _split(
+    fn: type[Function],
+    ctx: Context,
+    parents: tuple[Any, ...],
+    grad_outs: tuple[Array | None, ...],
+    run: BackwardRun,
+    defer: list[WeightGradWork],
+) -> None:
+    """Differentiate by the inputs now, and put the parameters off."""
+    ctx._owned = (False,) * len(grad_outs)
+    inputs = tuple([None if isinstance(p, Leaf) else p for p in parents])
+    if any(p is not None for p in inputs):
+        _differentiate(fn, ctx, inputs, grad_outs, run)
+    defer.append(WeightGradWork(fn, ctx, tuple([p if isinstance(p, Leaf) else None for p in parents]), grad_outs, run))
 
 
 def _differentiate(
-    fn: type[Function],
-    ctx: Context,
-    parents: Sequence[Any],
-    grad_outs: tuple[Array | None, ...],
-    needs: tuple[bool, ...],
-    grads: _Grads,
-    run: BackwardRun,
+    fn: type[Function], ctx: Context, parents: tuple[Any, ...], grad_outs: tuple[Array | None, ...], run: BackwardRun
 ) -> None:
-    """Run `fn.backward` for the inputs that `needs` names, and give each input's gradient to whoever made the input."""
-    into = tuple([p.slot() if n and isinstance(p, Leaf) else None for n, p in zip(needs, parents, strict=False)])
+    """Run `fn.backward` for the inputs that have a parent, and give each input's gradient to its parent."""
+    needs = tuple([p is not None for p in parents])
+    into = tuple([p.slot() if isinstance(p, Leaf) else None for p in parents])
     results = fn.backward(ctx, grad_outs, needs, into)
-    shared = [id(root(grad)) for grad, own in zip(grad_outs, ctx._owned, strict=True) if grad is not None and not own]
-    for i, (need, slot) in enumerate(zip(needs, into, strict=True)):
-        parent, result = parents[i], results[i]
-        if not need:
-            continue
+    handed_on: list[tuple[Any, Array]] = []
+    for parent, slot, result in zip(parents, into, results, strict=True):
         if slot is not None:
             if result is not None and result is not WRITTEN:
                 slot.add(result)
             run.used(parent)
-        elif result is None:
-            continue
-        elif isinstance(parent, tuple):
-            grads.add(parent, result, _owns(results, i, shared))
-        else:
-            grads.add_leaf(parent, result)
+        elif parent is not None and result is not None:
+            handed_on.append((parent, result))
+    if len(handed_on) == 1 and False not in ctx._owned:
+        _deliver(*handed_on[0], owned=True)
+        return
+    for (parent, grad), owned in zip(handed_on, _owned([grad for _, grad in handed_on], grad_outs, ctx._owned), strict=True):
+        _deliver(parent, grad, owned)
 
 
-def _owns(results: Sequence[Any], i: int, shared: Sequence[int]) -> bool:
-    """Whether nobody else can see result `i`: it is fresh memory, or an owned incoming gradient handed on once. `shared` are the ids of
-    what others may read."""
-    key = id(root(results[i]))
-    if key in shared:
-        return False
-    return not any(id(root(x)) == key for j, x in enumerate(results) if j != i and x is not None and x is not WRITTEN)
+def _owned(grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Sequence[bool]) -> list[bool]:
+    """Which of `grads`, made of `grad_outs`, nobody else can see: each is fresh memory, or an incoming gradient that is owned, handed on
+    once."""
+    shared = [id(root(grad)) for grad, own in zip(grad_outs, owned, strict=True) if grad is not None and not own]
+    memory = [id(root(grad)) for grad in grads]
+    return [place not in shared and memory.count(place) == 1 for place in memory]
 
 
-class _Grads:
-    """Gradients of node outputs that have arrived so far, summed; `owned` ones are summed in place."""
-
-    def __init__(self) -> None:
-        self._arrived: dict[int, list[tuple[Array | None, bool]]] = {}
-
-    def add(self, target: tuple[Node, int], grad: Array, owned: bool) -> None:
-        node, output = target
-        arrived = self._arrived.setdefault(node.number, [])
-        while len(arrived) <= output:
-            arrived.append((None, False))
-        before = arrived[output]
-        arrived[output] = (grad, owned) if before[0] is None else _sum(before, (grad, owned))
-
-    def add_leaf(self, tensor: Tensor, grad: Array) -> None:
-        tensor.grad = grad if tensor.grad is None else tensor.grad + grad
-
-    def pop(self, node: Node) -> tuple[tuple[Array | None, ...], tuple[bool, ...]]:
-        """The gradients of all outputs of `node` up to the last that has one, and which of them it may overwrite."""
-        arrived = self._arrived.pop(node.number, [])
-        return tuple([grad for grad, _ in arrived]), tuple([own for _, own in arrived])
+def _deliver(parent: Any, grad: Array, owned: bool) -> None:
+    """Add `grad` to what has arrived at a leaf tensor or at (node, output); what is owned is summed in place."""
+    if isinstance(parent, Tensor):
+        parent.grad = grad if parent.grad is None else parent.grad + grad
+        return
+    node, output = parent
+    before = node.grads[output]
+    if before is not None:
+        grad, owned = _sum((before, node.owned[output]), (grad, owned)), True
+    node.grads[output], node.owned[output] = grad, owned
 
 
-def _sum(a: tuple[Array, bool], b: tuple[Array, bool]) -> tuple[Array, bool]:
+def _sum(a: tuple[Array, bool], b: tuple[Array, bool]) -> Array:
     xp = namespace(a[0])
     for target, owned in (a, b):
         if owned and writeable(target):
-            return xp.add(a[0], b[0], out=target), True
-    return a[0] + b[0], True
+            return xp.add(a[0], b[0], out=target)
+    return a[0] + b[0]

@@ -49,8 +49,9 @@ def _options(causal: bool, times_q: Any, times_k: Any, key_mask: Any, dropout: A
 def split_heads(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
     """Views q [B, T, H, K], k, v [B, T, Hkv, K] of a fused projection [B, T, (H + 2 Hkv) K]."""
     B, T, width = qkv.shape
-    by_head = qkv.reshape(B, T, heads + 2 * kv_heads, width // (heads + 2 * kv_heads))
-    return by_head[:, :, :heads], by_head[:, :, heads : heads + kv_heads], by_head[:, :, heads + kv_heads :]
+    values = heads + kv_heads
+    by_head = qkv.reshape(B, T, values + kv_heads, width // (values + kv_heads))
+    return by_head[:, :, :heads], by_head[:, :, heads:values], by_head[:, :, values:]
 
 
 class _FusedAttention(Function):
@@ -59,18 +60,17 @@ class _FusedAttention(Function):
         q, k, v = split_heads(qkv, heads, kv_heads)
         scale = q.shape[-1] ** -0.5
         o, lse = kernels.attention_forward(q, k, v, scale=scale, **options)
-        ctx.save(qkv, o, lse, heads, kv_heads, scale, options)
+        ctx.save(q, k, v, o, lse, scale, options)
         return o.reshape(*o.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
-        qkv, o, lse, heads, kv_heads, scale, options = ctx.saved
-        grad = namespace(qkv).empty_like(qkv)
+        q, k, v, o, lse, scale, options = ctx.saved
+        (B, T, heads, width), kv_heads = q.shape, k.shape[2]
+        grad = namespace(q).empty((B, T, (heads + 2 * kv_heads) * width), q.dtype)
         gq, gk, gv = split_heads(grad, heads, kv_heads)
         grad_o = grad_outs[0].reshape(o.shape)
-        kernels.attention_backward(
-            grad_o, *split_heads(qkv, heads, kv_heads), o, lse, scale=scale, **options, grad_q=gq, grad_k=gk, grad_v=gv
-        )
+        kernels.attention_backward(grad_o, q, k, v, o, lse, scale=scale, **options, grad_q=gq, grad_k=gk, grad_v=gv)
         return (grad,)
 
 

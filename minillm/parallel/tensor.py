@@ -202,12 +202,14 @@ class _Head:
     def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
         """Overwrite `logits` [R, V_local] by exp(logits - max); returns its sum over the whole vocabulary [R] and the shifted logit of
         targets [R]."""
-        xp = namespace(logits)
-        row_max = kernels.xent_max(logits, valid_columns=self.valid)
+        row_max = kernels.xent_max(logits, self.valid)
         self.comm.all_reduce_(row_max, ReduceOp.MAX)
-        sums = xp.stack(kernels.xent_shifted_sum_(logits, row_max, targets, self.first_class, valid_columns=self.valid))
-        self.comm.all_reduce_(sums)
-        return sums[0], sums[1]
+        sums, target_logit = kernels.xent_shifted_sum_(logits, row_max, targets, self.first_class, self.valid)
+        if self.comm.size > 1:
+            both = namespace(logits).stack([sums, target_logit])
+            self.comm.all_reduce_(both)
+            sums, target_logit = both[0], both[1]
+        return sums, target_logit
 
     def grad_(self, logits: Array, sum_exp: Array, targets: Array, row_scale: Array) -> None:
         """Overwrite what `softmax_` left in `logits` by (softmax - onehot(target)) row_scale."""

@@ -110,10 +110,11 @@ class PipelineRuntime:
 
     def _weight_grad(self, action: Action) -> None:
         reducer = self.stages[action.stage].reducer
+        observer = None if reducer is None else reducer.observer
         for work in self._live.pop(_key(action)).deferred:
             work.run()
-            if reducer is not None:
-                reducer.between_nodes()
+            if observer is not None:
+                observer.between_nodes()
 
     def _differentiate(self, action: Action, live: Live, defer: list[WeightGradWork] | None) -> None:
         """B or I: from the gradients of the stage's results to those of its inputs."""
@@ -121,7 +122,7 @@ class PipelineRuntime:
         grads = (np.ones(()),) if stage.last else self._grads.pop(key)
         roots = list(zip(live.result, grads, strict=True))
         source, live.source, live.result = live.source, (), ()
-        backward(roots, defer=defer, observer=stage.reducer if self._arms(key) else None)
+        backward(roots, defer=defer, observer=stage.reducer.observer if stage.reducer is not None and self._arms(key) else None)
         if not stage.first:
             self._grads[self._source[action.stage], key[1]] = tuple(t.grad for t in source)
 
