@@ -88,18 +88,22 @@ WRITTEN = Written()
 
 
 class Tensor:
-    """An array on the tape. `node` made it as its `output`-th result; a tensor without a node is a leaf, whose gradient arrives in
-    `grad`. An operation that wants `data` in its backward pass keeps the `recipe` instead, where there is one."""
+    """An array on the tape. `source` is (the node that made it, as which of its results); a tensor without one is a leaf, whose gradient
+    arrives in `grad`. An operation that wants `data` in its backward pass keeps the `recipe` instead, where there is one."""
 
-    __slots__ = ("data", "grad", "node", "output", "recipe", "requires_grad")
+    __slots__ = ("data", "grad", "recipe", "requires_grad", "source")
 
-    def __init__(self, data: Array, requires_grad: bool = False, node: Node | None = None, output: int = 0) -> None:
+    def __init__(self, data: Array, requires_grad: bool = False, source: tuple[Node, int] | None = None) -> None:
         self.data = data
         self.requires_grad = requires_grad
-        self.node = node
-        self.output = output
+        self.source = source
         self.grad: Array | None = None
         self.recipe: Recipe | None = None
+
+    @property
+    def node(self) -> Node | None:
+        """What made it."""
+        return None if self.source is None else self.source[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,7 +126,7 @@ def value_of(x: Any) -> Any:
 def recomputable(tensor: Tensor, compute: Callable[[], Array]) -> Tensor:
     """`tensor`, whose array is computed again by operations that would have kept it for their backward pass. `compute` gives the same bits
     from arrays that the tape keeps anyway."""
-    if tensor.node is not None:
+    if tensor.source is not None:
         tensor.recipe = Again(compute)
     return tensor
 
@@ -130,20 +134,25 @@ def recomputable(tensor: Tensor, compute: Callable[[], Array]) -> Tensor:
 class Context:
     """What one call of a Function remembers for its backward pass.
 
-    `needs[i]` says whether input `i` wants a gradient; `recording` whether any does. While it is false `save` keeps nothing.
+    `recording` says whether there will be one: while it is false `save` keeps nothing. `parents`, see `Node`, are there in the forward pass
+    alone, `run` in the backward pass alone.
     """
 
-    __slots__ = ("_owned", "_parents", "_recipes", "_saved", "extra_leaves", "needs", "recording", "run")
+    __slots__ = ("_recipes", "_saved", "extra_leaves", "owned", "parents", "recording", "run")
 
-    def __init__(self, parents: Sequence[Any], recipes: dict[int, Recipe]) -> None:
-        self.needs = tuple([parent is not None for parent in parents])
-        self.recording = True in self.needs
+    run: BackwardRun
+    owned: Sequence[bool]
+
+    def __init__(self, parents: Sequence[Any], recipes: dict[int, Recipe], recording: bool) -> None:
+        self.parents = parents
+        self.recording = recording
         self.extra_leaves: tuple[Leaf, ...] = ()
-        self.run: BackwardRun | None = None
-        self._parents = parents
         self._recipes = recipes  # id(array) -> what to keep in its place
         self._saved: Sequence[Any] = ()
-        self._owned: Sequence[bool] = ()
+
+    def needs(self, i: int) -> bool:
+        """Whether input `i` wants a gradient: for operations that compute gradients in their forward pass."""
+        return self.parents[i] is not None
 
     def save(self, *values: Any) -> None:
         """Keep arrays, plain values, or recipes for backward. A parameter's own array is kept as the parameter, so that it may be sharded
@@ -163,18 +172,17 @@ class Context:
         return value.get() if isinstance(value, Recipe) else value
 
     def slot(self, i: int) -> GradSlot | None:
-        """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations that compute gradients in their forward
-        pass."""
-        parent = self._parents[i]
+        """The gradient slot of input `i` if it is a parameter that wants a gradient; see `needs`."""
+        parent = self.parents[i]
         return parent.slot() if isinstance(parent, Leaf) else None
 
     def owns(self, i: int) -> bool:
         """Whether backward may overwrite `grad_outs[i]`: nobody else will read it."""
-        return self._owned[i]
+        return self.owned[i]
 
     def end_forward(self) -> None:
         """Let go of what only the forward pass may ask for: the recipes stand for arrays that `save` has left out."""
-        self._parents, self._recipes = (), {}
+        self.parents, self._recipes = (), {}
 
 
 class Function:
@@ -206,49 +214,51 @@ class Function:
     @classmethod
     def apply(cls, *inputs: Any, **attrs: Any) -> Any:
         """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if a gradient will be wanted."""
-        taping = _grad_enabled.get()
+        taping, recording = _grad_enabled.get(), False
         values: list[Any] = []
         parents: list[Any] = []
         recipes: dict[int, Recipe] = {}
         for x in inputs:
-            value, parent = x, None
+            value: Any = x
+            parent: Any = None
             if isinstance(x, Tensor):
                 value = x.data
                 if taping and x.requires_grad:
-                    parent = x if x.node is None else (x.node, x.output)
+                    parent, recording = x.source or x, True
                 if x.recipe is not None:
                     recipes[id(value)] = x.recipe
             elif isinstance(x, Leaf):
                 value = x.get()
                 recipes[id(value)] = x
                 if taping:
-                    parent = x
+                    parent, recording = x, True
                 else:
                     _note_leaf(x)
             values.append(value)
             parents.append(parent)
-        ctx = Context(parents, recipes)
+        ctx = Context(parents, recipes, recording)
         out = cls.forward(ctx, *values, **attrs)
         ctx.end_forward()
-        many = isinstance(out, tuple)
-        node = Node(cls, ctx, (*parents, *ctx.extra_leaves), len(out) if many else 1) if ctx.recording else None
-        if many:
-            return tuple([Tensor(data, node is not None, node, i) for i, data in enumerate(out)])
-        return Tensor(out, node is not None, node)
+        if not isinstance(out, tuple):
+            return Tensor(out, True, (Node(cls, ctx, parents, 1), 0)) if ctx.recording else Tensor(out)
+        if not ctx.recording:
+            return tuple([Tensor(data) for data in out])
+        node = Node(cls, ctx, parents, len(out))
+        return tuple([Tensor(data, True, (node, i)) for i, data in enumerate(out)])
 
 
 class Node:
     """One executed Function on the tape. `parents[i]` is where input `i` came from: (node, output), a leaf tensor, a parameter, or None if
-    it needs no gradient. `grads` are the gradients of its outputs that have arrived so far, summed; those in `owned` nobody else can see."""
+    it needs no gradient. `grads` are the gradients of its outputs that have arrived so far, summed; nobody else can see those in `owned`."""
 
     __slots__ = ("ctx", "fn", "grads", "number", "owned", "parents")
 
     _numbers = itertools.count()
 
-    def __init__(self, fn: type[Function], ctx: Context, parents: tuple[Any, ...], num_outputs: int) -> None:
+    def __init__(self, fn: type[Function], ctx: Context, parents: Sequence[Any], num_outputs: int) -> None:
         self.fn = fn
         self.ctx: Context | None = ctx
-        self.parents = parents
+        self.parents = (*parents, *ctx.extra_leaves) if ctx.extra_leaves else parents
         self.number = next(Node._numbers)
         self.grads: list[Array | None] = [None] * num_outputs
         self.owned = [True] * num_outputs

@@ -39,8 +39,7 @@ class BackwardRun:
 
     def used(self, leaf: Leaf) -> None:
         """One use of `leaf` has delivered its gradient; after the last, tell the pass around this one, or the observer."""
-        if self.observer is None:
-            return
+        assert self.observer is not None
         self.uses[id(leaf)] -= 1
         if self.uses[id(leaf)] == 0:
             if self.outer is not None:
@@ -55,13 +54,13 @@ class WeightGradWork:
 
     fn: type[Function]
     ctx: Context
-    parents: tuple[Any, ...]
+    parents: Sequence[Any]
     grad_outs: tuple[Array | None, ...]
     pass_: BackwardRun
 
     def run(self) -> None:
         """Accumulate the gradients into their slots and report the parameters that are complete."""
-        self.ctx._owned = (False,) * len(self.grad_outs)
+        self.ctx.owned = (False,) * len(self.grad_outs)
         _differentiate(self.fn, self.ctx, self.parents, self.grad_outs, self.pass_)
 
 
@@ -85,10 +84,8 @@ def run_backward(roots: Sequence[tuple[Tensor, Array]], run: BackwardRun) -> Non
     for tensor, grad in roots:
         if grad.shape != tensor.shape:
             raise ValueError(f"grad of shape {grad.shape} for a tensor of shape {tensor.shape}")
-        if tensor.node is not None:
-            _deliver((tensor.node, tensor.output), grad, owned=False)
-        elif tensor.requires_grad:
-            _deliver(tensor, grad, owned=False)
+        if tensor.requires_grad:
+            _deliver(tensor.source or tensor, grad, owned=False)
     observer = run.observer
     if observer is not None:
         _count_uses(nodes, run.uses)
@@ -127,10 +124,10 @@ def _step(node: Node, run: BackwardRun) -> None:
     """Differentiate one node, hand its gradients on, and free what it saved."""
     fn, ctx, parents, grad_outs = node.fn, node.ctx, node.parents, tuple(node.grads)
     assert ctx is not None
-    ctx.run, ctx._owned = run, node.owned
+    ctx.run, ctx.owned = run, node.owned
     node.ctx, node.parents, node.grads = None, (), []
     if ctx.extra_leaves:
-        parents = parents[: len(ctx.needs)]
+        parents = parents[: -len(ctx.extra_leaves)]
     if run.defer is not None and fn.splits_weight_grad and any(isinstance(p, Leaf) for p in parents):
         _split(fn, ctx, parents, grad_outs, run, run.defer)
     else:
@@ -140,39 +137,39 @@ def _step(node: Node, run: BackwardRun) -> None:
 def _split(
     fn: type[Function],
     ctx: Context,
-    parents: tuple[Any, ...],
+    parents: Sequence[Any],
     grad_outs: tuple[Array | None, ...],
     run: BackwardRun,
     defer: list[WeightGradWork],
 ) -> None:
     """Differentiate by the inputs now, and put the parameters off."""
-    ctx._owned = (False,) * len(grad_outs)
-    inputs = tuple([None if isinstance(p, Leaf) else p for p in parents])
+    ctx.owned = (False,) * len(grad_outs)
+    inputs = [None if isinstance(p, Leaf) else p for p in parents]
     if any(p is not None for p in inputs):
         _differentiate(fn, ctx, inputs, grad_outs, run)
-    defer.append(WeightGradWork(fn, ctx, tuple([p if isinstance(p, Leaf) else None for p in parents]), grad_outs, run))
+    defer.append(WeightGradWork(fn, ctx, [p if isinstance(p, Leaf) else None for p in parents], grad_outs, run))
 
 
-def _differentiate(
-    fn: type[Function], ctx: Context, parents: tuple[Any, ...], grad_outs: tuple[Array | None, ...], run: BackwardRun
-) -> None:
+def _differentiate(fn: type[Function], ctx: Context, parents: Sequence[Any], grad_outs: tuple[Array | None, ...], run: BackwardRun) -> None:
     """Run `fn.backward` for the inputs that have a parent, and give each input's gradient to its parent."""
     needs = tuple([p is not None for p in parents])
     into = tuple([p.slot() if isinstance(p, Leaf) else None for p in parents])
     results = fn.backward(ctx, grad_outs, needs, into)
-    handed_on: list[tuple[Any, Array]] = []
+    targets, grads = [], []
     for parent, slot, result in zip(parents, into, results, strict=True):
         if slot is not None:
             if result is not None and result is not WRITTEN:
                 slot.add(result)
-            run.used(parent)
+            if run.observer is not None:
+                run.used(parent)
         elif parent is not None and result is not None:
-            handed_on.append((parent, result))
-    if len(handed_on) == 1 and False not in ctx._owned:
-        _deliver(*handed_on[0], owned=True)
+            targets.append(parent)
+            grads.append(result)
+    if len(grads) == 1 and False not in ctx.owned:
+        _deliver(targets[0], grads[0], True)
         return
-    for (parent, grad), owned in zip(handed_on, _owned([grad for _, grad in handed_on], grad_outs, ctx._owned), strict=True):
-        _deliver(parent, grad, owned)
+    for target, grad, owned in zip(targets, grads, _owned(grads, grad_outs, ctx.owned), strict=True):
+        _deliver(target, grad, owned)
 
 
 def _owned(grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Sequence[bool]) -> list[bool]:

@@ -80,7 +80,7 @@ class _AddPosition(Function):
 def _rows_at(times: np.ndarray) -> slice | np.ndarray:
     """Global positions as an index: a range where they follow one another, as they nearly always do."""
     first = int(times[0]) if len(times) else 0
-    return slice(first, first + len(times)) if np.array_equal(times, np.arange(first, first + len(times))) else times
+    return slice(first, first + len(times)) if (times == np.arange(first, first + len(times))).all() else times
 
 
 class _AddConstant(Function):

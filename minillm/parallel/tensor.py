@@ -149,10 +149,11 @@ class _VocabParallelLoss(Function):
         xp = namespace(x)
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
         counted = flat != ignore_index
-        head = (_Head if xp is np else _HeadOnGpu)(len(weight), comm, vocab)
-        grad_x = xp.empty_like(rows) if ctx.needs[0] else None
         wide = sum_dtype(x.dtype)
-        slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
+        row_scale = counted * (wide.type(1) / wide.type(divisor))
+        head = (_Head if xp is np else _HeadOnGpu)(len(weight), comm, vocab)
+        grad_x = xp.empty_like(rows) if ctx.needs(0) else None
+        slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs(1) else None)
         total: Any = 0.0
         most = max(128, (CHUNK_BYTES if xp is np else GPU_CHUNK_BYTES) // max(1, weight.shape[0] * x.dtype.itemsize))
         chunk = max(1, -(-len(rows) // max(1, -(-len(rows) // most))))  # as few as need be, of equal size
@@ -164,8 +165,7 @@ class _VocabParallelLoss(Function):
             sum_exp, target_logit = head.softmax_(logits, flat[part])
             total = total + _counted_sum(xp.log(sum_exp) - target_logit, counted[part])
             if ctx.recording:
-                row_scale = counted[part].astype(wide) / wide.type(divisor)
-                head.grad_(logits, sum_exp, flat[part], row_scale)
+                head.grad_(logits, sum_exp, flat[part], row_scale[part])
                 if grad_x is not None:
                     kernels.matmul(logits, weight, out=grad_x[part])
                 if slot is not None:
@@ -186,7 +186,7 @@ class _VocabParallelLoss(Function):
 def _counted_sum(losses: Array, counted: Array) -> Any:
     """The float64 sum of the losses [R] that count: a number, or on a GPU an array without dims, for which the host does not wait."""
     if isinstance(losses, np.ndarray):
-        return float(np.sum(losses[counted], dtype=np.float64))
+        return float(np.add.reduce(losses[counted], dtype=np.float64))
     xp = namespace(losses)
     return xp.where(counted, losses, 0.0).sum(dtype=np.float64)
 
