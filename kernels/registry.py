@@ -188,7 +188,10 @@ def dispatch(reference: F, like: int = 0) -> F:
 
     @functools.wraps(reference)
     def run(*args: Any, **kwargs: Any) -> Any:
-        x = args[like] if like < len(args) else kwargs[name]
+        try:
+            x = args[like]
+        except IndexError:
+            x = kwargs[name]
         return _table.get()[op, type(x), x.dtype](*args, **kwargs)
 
     return run  # type: ignore[return-value]

@@ -134,25 +134,22 @@ def recomputable(tensor: Tensor, compute: Callable[[], Array]) -> Tensor:
 class Context:
     """What one call of a Function remembers for its backward pass.
 
-    `recording` says whether there will be one: while it is false `save` keeps nothing. `parents`, see `Node`, are there in the forward pass
-    alone, `run` in the backward pass alone.
+    `needs[i]` says whether input `i` wants a gradient; `recording` whether any does. While it is false `save` keeps nothing. `run` and
+    `owned` are there in the backward pass alone.
     """
 
-    __slots__ = ("_recipes", "_saved", "extra_leaves", "owned", "parents", "recording", "run")
+    __slots__ = ("_parents", "_recipes", "_saved", "extra_leaves", "needs", "owned", "recording", "run")
 
     run: BackwardRun
     owned: Sequence[bool]
 
-    def __init__(self, parents: Sequence[Any], recipes: dict[int, Recipe], recording: bool) -> None:
-        self.parents = parents
-        self.recording = recording
+    def __init__(self, needs: tuple[bool, ...], parents: Sequence[Any], recipes: dict[int, Recipe]) -> None:
+        self.needs = needs
+        self.recording = True in needs
         self.extra_leaves: tuple[Leaf, ...] = ()
+        self._parents = parents
         self._recipes = recipes  # id(array) -> what to keep in its place
         self._saved: Sequence[Any] = ()
-
-    def needs(self, i: int) -> bool:
-        """Whether input `i` wants a gradient: for operations that compute gradients in their forward pass."""
-        return self.parents[i] is not None
 
     def save(self, *values: Any) -> None:
         """Keep arrays, plain values, or recipes for backward. A parameter's own array is kept as the parameter, so that it may be sharded
@@ -172,8 +169,9 @@ class Context:
         return value.get() if isinstance(value, Recipe) else value
 
     def slot(self, i: int) -> GradSlot | None:
-        """The gradient slot of input `i` if it is a parameter that wants a gradient; see `needs`."""
-        parent = self.parents[i]
+        """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations that compute gradients in their forward
+        pass."""
+        parent = self._parents[i]
         return parent.slot() if isinstance(parent, Leaf) else None
 
     def owns(self, i: int) -> bool:
@@ -182,7 +180,7 @@ class Context:
 
     def end_forward(self) -> None:
         """Let go of what only the forward pass may ask for: the recipes stand for arrays that `save` has left out."""
-        self.parents, self._recipes = (), {}
+        self._parents, self._recipes = (), {}
 
 
 class Function:
@@ -214,8 +212,9 @@ class Function:
     @classmethod
     def apply(cls, *inputs: Any, **attrs: Any) -> Any:
         """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if a gradient will be wanted."""
-        taping, recording = _grad_enabled.get(), False
+        taping = _grad_enabled.get()
         values: list[Any] = []
+        needs: list[bool] = []
         parents: list[Any] = []
         recipes: dict[int, Recipe] = {}
         for x in inputs:
@@ -224,19 +223,20 @@ class Function:
             if isinstance(x, Tensor):
                 value = x.data
                 if taping and x.requires_grad:
-                    parent, recording = x.source or x, True
+                    parent = x.source or x
                 if x.recipe is not None:
                     recipes[id(value)] = x.recipe
             elif isinstance(x, Leaf):
                 value = x.get()
                 recipes[id(value)] = x
                 if taping:
-                    parent, recording = x, True
+                    parent = x
                 else:
                     _note_leaf(x)
             values.append(value)
+            needs.append(parent is not None)
             parents.append(parent)
-        ctx = Context(parents, recipes, recording)
+        ctx = Context(tuple(needs), parents, recipes)
         out = cls.forward(ctx, *values, **attrs)
         ctx.end_forward()
         if not isinstance(out, tuple):
@@ -249,7 +249,8 @@ class Function:
 
 class Node:
     """One executed Function on the tape. `parents[i]` is where input `i` came from: (node, output), a leaf tensor, a parameter, or None if
-    it needs no gradient. `grads` are the gradients of its outputs that have arrived so far, summed; nobody else can see those in `owned`."""
+    it needs no gradient. `grads` are the gradients of its outputs that have arrived so far, summed; `owned` are those that nobody else can
+    see."""
 
     __slots__ = ("ctx", "fn", "grads", "number", "owned", "parents")
 

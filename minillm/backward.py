@@ -50,18 +50,19 @@ class BackwardRun:
 
 @dataclass
 class WeightGradWork:
-    """A weight gradient put off until later: the same `Function.backward`, called for the parameters, which alone are among `parents`."""
+    """A weight gradient put off until later: the same `Function.backward`, called with the parameters' half of the mask."""
 
     fn: type[Function]
     ctx: Context
     parents: Sequence[Any]
+    needs: tuple[bool, ...]
     grad_outs: tuple[Array | None, ...]
     pass_: BackwardRun
 
     def run(self) -> None:
         """Accumulate the gradients into their slots and report the parameters that are complete."""
         self.ctx.owned = (False,) * len(self.grad_outs)
-        _differentiate(self.fn, self.ctx, self.parents, self.grad_outs, self.pass_)
+        _differentiate(self.fn, self.ctx, self.parents, self.needs, self.grad_outs, self.pass_)
 
 
 def backward(
@@ -127,11 +128,11 @@ def _step(node: Node, run: BackwardRun) -> None:
     ctx.run, ctx.owned = run, node.owned
     node.ctx, node.parents, node.grads = None, (), []
     if ctx.extra_leaves:
-        parents = parents[: -len(ctx.extra_leaves)]
+        parents = parents[: len(ctx.needs)]
     if run.defer is not None and fn.splits_weight_grad and any(isinstance(p, Leaf) for p in parents):
         _split(fn, ctx, parents, grad_outs, run, run.defer)
     else:
-        _differentiate(fn, ctx, parents, grad_outs, run)
+        _differentiate(fn, ctx, parents, ctx.needs, grad_outs, run)
 
 
 def _split(
@@ -144,32 +145,42 @@ def _split(
 ) -> None:
     """Differentiate by the inputs now, and put the parameters off."""
     ctx.owned = (False,) * len(grad_outs)
-    inputs = [None if isinstance(p, Leaf) else p for p in parents]
-    if any(p is not None for p in inputs):
-        _differentiate(fn, ctx, inputs, grad_outs, run)
-    defer.append(WeightGradWork(fn, ctx, [p if isinstance(p, Leaf) else None for p in parents], grad_outs, run))
+    weights = tuple([isinstance(p, Leaf) for p in parents])
+    inputs = tuple([need and not weight for need, weight in zip(ctx.needs, weights, strict=True)])
+    if True in inputs:
+        _differentiate(fn, ctx, parents, inputs, grad_outs, run)
+    defer.append(WeightGradWork(fn, ctx, parents, weights, grad_outs, run))
 
 
-def _differentiate(fn: type[Function], ctx: Context, parents: Sequence[Any], grad_outs: tuple[Array | None, ...], run: BackwardRun) -> None:
-    """Run `fn.backward` for the inputs that have a parent, and give each input's gradient to its parent."""
-    needs = tuple([p is not None for p in parents])
-    into = tuple([p.slot() if isinstance(p, Leaf) else None for p in parents])
+def _differentiate(
+    fn: type[Function],
+    ctx: Context,
+    parents: Sequence[Any],
+    needs: tuple[bool, ...],
+    grad_outs: tuple[Array | None, ...],
+    run: BackwardRun,
+) -> None:
+    """Run `fn.backward` for the inputs that `needs` names, and give each input's gradient to its parent."""
+    into = tuple([p.slot() if need and isinstance(p, Leaf) else None for need, p in zip(needs, parents, strict=True)])
     results = fn.backward(ctx, grad_outs, needs, into)
-    targets, grads = [], []
-    for parent, slot, result in zip(parents, into, results, strict=True):
-        if slot is not None:
-            if result is not None and result is not WRITTEN:
-                slot.add(result)
-            if run.observer is not None:
-                run.used(parent)
-        elif parent is not None and result is not None:
-            targets.append(parent)
-            grads.append(result)
-    if len(grads) == 1 and False not in ctx.owned:
-        _deliver(targets[0], grads[0], True)
+    handed_on: list[tuple[Any, Array]] = []
+    for parent, need, slot, result in zip(parents, needs, into, results, strict=True):
+        if not need:
+            continue
+        if slot is None:
+            if result is not None:
+                handed_on.append((parent, result))
+            continue
+        if result is not None and result is not WRITTEN:
+            slot.add(result)
+        if run.observer is not None:
+            run.used(parent)
+    if len(handed_on) == 1 and False not in ctx.owned:
+        _deliver(*handed_on[0], True)
         return
-    for target, grad, owned in zip(targets, grads, _owned(grads, grad_outs, ctx.owned), strict=True):
-        _deliver(target, grad, owned)
+    owned = _owned([grad for _, grad in handed_on], grad_outs, ctx.owned)
+    for (target, grad), own in zip(handed_on, owned, strict=True):
+        _deliver(target, grad, own)
 
 
 def _owned(grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Sequence[bool]) -> list[bool]:

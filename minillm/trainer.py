@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,8 +35,7 @@ from minillm.trace import Tracer
 from minillm.verdict import Verdict, judge
 
 
-@dataclass(frozen=True)
-class StepReport:
+class StepReport(NamedTuple):
     """One step: what all ranks agreed on, learning rate, whether any rank was asked to stop, and the peak memory in bytes of the largest
     rank (on a GPU, of the device), the same on every rank; this rank's seconds in all, in reductions that backward did not hide, and in the
     optimizer.
@@ -132,8 +130,7 @@ class Trainer:
         train = self.config.train
         loss, squares = local_loss if self.mesh.coord("tp") == 0 else 0.0, sum(reducer.sum_of_squares() for reducer in self._reducers)
         self._verdict = judge(self.device, self.world, self._step, loss, squares, train.clip, self._verdict, self._advice)
-        self._worst = np.array([self.stop_requested, self.device.peak_bytes() or peak_rss()], np.float64)
-        self.world.all_reduce_(self._worst, MAX, kind="control")
+        self._worst = self.world.reduce_numbers([self.stop_requested, self.device.peak_bytes() or peak_rss()], MAX)
         if not self.lag:
             self._verdict.numbers()
         self._lr = learning_rate(

@@ -41,5 +41,7 @@ def layernorm_backward(
         grad_x = deliver(grad_x, grad_x_out)
     if partials is None:
         return grad_x, None, None
-    sums = np.add.reduce(partials, 0) if len(partials) > 1 else partials[0]
+    sums = partials[0]
+    for part in partials[1:]:
+        sums += part
     return grad_x, sums[0], sums[1] if has_bias else None

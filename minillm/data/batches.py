@@ -16,7 +16,7 @@ is seen once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,13 +49,14 @@ class Batches:
         """Windows in an epoch: as many as fit behind the largest offset."""
         self._num_offsets = min(context, len(tokens) - self.num_sequences * context)
 
-    def starts(self, step: int, rows: Any) -> np.ndarray:
+    def starts(self, step: int, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         """Where in the corpus the sequences in `rows` [b] (0 to batch - 1) of `step` (from 0) begin: int64 [b]. Raises IndexError for
         another row."""
-        rows = np.asarray(rows).reshape(-1).tolist()
+        rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
         if rows and not (min(rows) >= 0 and max(rows) < self.batch):
             raise IndexError(f"rows {min(rows)} to {max(rows)} do not lie in a batch of {self.batch}")
-        return np.array([self._start(step * self.batch + row) for row in rows], np.int64)
+        first = step * self.batch
+        return np.array([self._start(first + row) for row in rows], np.int64)
 
     def _start(self, number: int) -> int:
         """Where sequence `number` of the run begins."""
@@ -75,7 +76,7 @@ class Batches:
         """Where the first window of `epoch` starts."""
         return int(rng.key(self.seed, "data", "offset", epoch) % self._num_offsets)
 
-    def microbatch(self, step: int, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    def microbatch(self, step: int, rows: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets, int64 [b, context] each, of the given rows [b] of `step`: the same on any mesh."""
         both = self._windows[self.starts(step, rows)]  # [b, T + 1]; of a mapped file only those pages are touched
         return both[:, :-1].astype(np.int64, order="C"), both[:, 1:].astype(np.int64, order="C")
