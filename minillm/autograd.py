@@ -249,10 +249,12 @@ class Function:
 
 class Node:
     """One executed Function on the tape. `parents[i]` is where input `i` came from: (node, output), a leaf tensor, a parameter, or None if
-    it needs no gradient. `grads` are the gradients of its outputs that have arrived so far, summed; `owned` are those that nobody else can
-    see."""
+    it needs no gradient. `grads` are the gradients of its outputs, summed, once one has arrived, and `owned` says of each whether nobody
+    else can see it."""
 
-    __slots__ = ("ctx", "fn", "grads", "number", "owned", "parents")
+    __slots__ = ("ctx", "fn", "grads", "num_outputs", "number", "owned", "parents")
+
+    owned: list[bool]
 
     _numbers = itertools.count()
 
@@ -261,8 +263,8 @@ class Node:
         self.ctx: Context | None = ctx
         self.parents = (*parents, *ctx.extra_leaves) if ctx.extra_leaves else parents
         self.number = next(Node._numbers)
-        self.grads: list[Array | None] = [None] * num_outputs
-        self.owned = [True] * num_outputs
+        self.num_outputs = num_outputs
+        self.grads: list[Array | None] = []
 
 
 _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)

@@ -1,16 +1,16 @@
 """The backward pass: from the gradients of some tensors to those of parameters and leaf tensors.
 
-`backward` walks the tape's nodes in reverse order of creation, which is a topological order and the same on every rank, so that collectives
-on the tape cannot deadlock. Gradients of parameters accumulate in a `GradSlot`. The input gradient and the weight gradient of one operation
-are the same `Function.backward` called with complementary `needs` masks, so a pipeline schedule may run the second part later (`defer`):
-zero-bubble schedules need no second engine.
+`backward` takes the nodes that gradients have arrived at in reverse order of creation, which is a topological order and the same on every
+rank, so that collectives on the tape cannot deadlock. Gradients of parameters accumulate in a `GradSlot`. The input gradient and the weight
+gradient of one operation are the same `Function.backward` called with complementary `needs` masks, so a pipeline schedule may run the
+second part later (`defer`): zero-bubble schedules need no second engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from heapq import heappop, heappush
 from typing import Any, Protocol
 
 from minillm.arrays import Array, namespace, root, writeable
@@ -30,11 +30,12 @@ class BackwardObserver(Protocol):
 @dataclass
 class BackwardRun:
     """The state that one backward pass shares with its deferred work and its replays: who watches, what is deferred, and, if somebody
-    watches, uses left per parameter."""
+    watches, uses left per parameter. The nodes that gradients have arrived at are `waiting` in a heap, the last one made on top."""
 
     defer: list[WeightGradWork] | None
     observer: BackwardObserver | None
     uses: dict[int, int] = field(default_factory=dict)
+    waiting: list[tuple[int, Node]] = field(default_factory=list)
     outer: BackwardRun | None = None
 
     def used(self, leaf: Leaf) -> None:
@@ -81,43 +82,33 @@ def backward(
 
 def run_backward(roots: Sequence[tuple[Tensor, Array]], run: BackwardRun) -> None:
     """`backward` within a run: also the replay of a recomputed part."""
-    nodes = _reachable([tensor.node for tensor, _ in roots if tensor.node is not None])
     for tensor, grad in roots:
         if grad.shape != tensor.shape:
             raise ValueError(f"grad of shape {grad.shape} for a tensor of shape {tensor.shape}")
         if tensor.requires_grad:
-            _deliver(tensor.source or tensor, grad, owned=False)
-    observer = run.observer
+            _deliver(tensor.source or tensor, grad, False, run)
+    waiting, observer = run.waiting, run.observer
     if observer is not None:
-        _count_uses(nodes, run.uses)
-    while nodes:
-        _step(nodes.pop(), run)
+        _count_uses([node for _, node in waiting], run.uses)
+    while waiting:
+        _step(heappop(waiting)[1], run)
         if observer is not None:
             observer.between_nodes()
 
 
-def _reachable(start: Sequence[Node]) -> list[Node]:
-    """All nodes behind `start` in order of creation; iterative, because a tape may be deeper than the interpreter's stack."""
-    seen: dict[int, Node] = {}
+def _count_uses(start: Sequence[Node], uses: dict[int, int]) -> None:
+    """Count how often the nodes behind `start` use each parameter; iterative, because a tape may be deeper than the interpreter's stack."""
+    seen: set[int] = set()
     stack = list(start)
     while stack:
         node = stack.pop()
         if node.number in seen:
             continue
-        if node.ctx is None:
-            raise RuntimeError(f"backward reached {node.fn.__name__} a second time; its saved arrays were freed by the first pass")
-        seen[node.number] = node
+        seen.add(node.number)
         for parent in node.parents:
             if isinstance(parent, tuple):
                 stack.append(parent[0])
-    return sorted(seen.values(), key=attrgetter("number"))
-
-
-def _count_uses(nodes: Sequence[Node], uses: dict[int, int]) -> None:
-    """Count how often the nodes use each parameter."""
-    for node in nodes:
-        for parent in node.parents:
-            if isinstance(parent, Leaf):
+            elif isinstance(parent, Leaf):
                 uses[id(parent)] = uses.get(id(parent), 0) + 1
 
 
@@ -176,11 +167,11 @@ def _differentiate(
         if run.observer is not None:
             run.used(parent)
     if len(handed_on) == 1 and False not in ctx.owned:
-        _deliver(*handed_on[0], True)
+        _deliver(*handed_on[0], True, run)
         return
     owned = _owned([grad for _, grad in handed_on], grad_outs, ctx.owned)
     for (target, grad), own in zip(handed_on, owned, strict=True):
-        _deliver(target, grad, own)
+        _deliver(target, grad, own, run)
 
 
 def _owned(grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Sequence[bool]) -> list[bool]:
@@ -191,16 +182,26 @@ def _owned(grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Seq
     return [place not in shared and memory.count(place) == 1 for place in memory]
 
 
-def _deliver(parent: Any, grad: Array, owned: bool) -> None:
+def _deliver(parent: Any, grad: Array, owned: bool, run: BackwardRun) -> None:
     """Add `grad` to what has arrived at a leaf tensor or at (node, output); what is owned is summed in place."""
     if isinstance(parent, Tensor):
         parent.grad = grad if parent.grad is None else parent.grad + grad
         return
     node, output = parent
+    if not node.grads:
+        _awake(node, run)
     before = node.grads[output]
     if before is not None:
         grad, owned = _sum((before, node.owned[output]), (grad, owned)), True
     node.grads[output], node.owned[output] = grad, owned
+
+
+def _awake(node: Node, run: BackwardRun) -> None:
+    """The first gradient of `node` is here: let it wait for its turn."""
+    if node.ctx is None:
+        raise RuntimeError(f"backward reached {node.fn.__name__} a second time; its saved arrays were freed by the first pass")
+    node.grads, node.owned = [None] * node.num_outputs, [True] * node.num_outputs
+    heappush(run.waiting, (-node.number, node))
 
 
 def _sum(a: tuple[Array, bool], b: tuple[Array, bool]) -> Array:

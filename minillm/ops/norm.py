@@ -28,23 +28,19 @@ def residual_layer_norm(
     `recompute` the norm is computed from the sum again in the backward pass instead of being kept.
     """
     total, y = _LayerNorm.apply(x, delta, weight, bias, eps=eps)
-    data = total.data
-
-    def again() -> Array:
-        return kernels.layernorm_forward(data, value_of(weight), value_of(bias), eps)[0]
-
-    return total, recomputable(y, again) if recompute else y
+    if recompute:
+        data = total.data
+        recomputable(y, lambda: kernels.layernorm_forward(data, value_of(weight), value_of(bias), eps)[0])
+    return total, y
 
 
 def residual_rms_norm(x: Tensor, delta: Tensor | None, weight: Any, eps: float = 1e-5, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
     """x + delta and its RMS norm; see `residual_layer_norm`."""
     total, y = _RMSNorm.apply(x, delta, weight, eps=eps)
-    data = total.data
-
-    def again() -> Array:
-        return kernels.rmsnorm_forward(data, value_of(weight), eps)[0]
-
-    return total, recomputable(y, again) if recompute else y
+    if recompute:
+        data = total.data
+        recomputable(y, lambda: kernels.rmsnorm_forward(data, value_of(weight), eps)[0])
+    return total, y
 
 
 class _LayerNorm(Function):
