@@ -138,16 +138,16 @@ class Context:
     `owned` are there in the backward pass alone.
     """
 
-    __slots__ = ("_parents", "_recipes", "_saved", "extra_leaves", "needs", "owned", "recording", "run")
+    __slots__ = ("_leaves", "_recipes", "_saved", "extra_leaves", "needs", "owned", "recording", "run")
 
     run: BackwardRun
     owned: Sequence[bool]
 
-    def __init__(self, needs: tuple[bool, ...], parents: Sequence[Any], recipes: dict[int, Recipe]) -> None:
+    def __init__(self, needs: tuple[bool, ...], leaves: Sequence[tuple[int, Leaf]], recipes: dict[int, Recipe]) -> None:
         self.needs = needs
         self.recording = True in needs
         self.extra_leaves: tuple[Leaf, ...] = ()
-        self._parents = parents
+        self._leaves = leaves
         self._recipes = recipes  # id(array) -> what to keep in its place
         self._saved: Sequence[Any] = ()
 
@@ -171,8 +171,7 @@ class Context:
     def slot(self, i: int) -> GradSlot | None:
         """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations that compute gradients in their forward
         pass."""
-        parent = self._parents[i]
-        return parent.slot() if isinstance(parent, Leaf) else None
+        return next((leaf.slot() for number, leaf in self._leaves if number == i), None)
 
     def owns(self, i: int) -> bool:
         """Whether backward may overwrite `grad_outs[i]`: nobody else will read it."""
@@ -180,7 +179,7 @@ class Context:
 
     def end_forward(self) -> None:
         """Let go of what only the forward pass may ask for: the recipes stand for arrays that `save` has left out."""
-        self._parents, self._recipes = (), {}
+        self._leaves, self._recipes = (), {}
 
 
 class Function:
@@ -214,54 +213,57 @@ class Function:
         """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if a gradient will be wanted."""
         taping = _grad_enabled.get()
         values: list[Any] = []
-        needs: list[bool] = []
-        parents: list[Any] = []
+        needs = [False] * len(inputs)
+        sources: list[tuple[int, Any]] = []
+        leaves: list[tuple[int, Leaf]] = []
         recipes: dict[int, Recipe] = {}
-        for x in inputs:
+        for i, x in enumerate(inputs):
             value: Any = x
-            parent: Any = None
             if isinstance(x, Tensor):
                 value = x.data
                 if taping and x.requires_grad:
-                    parent = x.source or x
+                    needs[i] = True
+                    sources.append((i, x.source or x))
                 if x.recipe is not None:
                     recipes[id(value)] = x.recipe
             elif isinstance(x, Leaf):
                 value = x.get()
                 recipes[id(value)] = x
                 if taping:
-                    parent = x
+                    needs[i] = True
+                    leaves.append((i, x))
                 else:
                     _note_leaf(x)
             values.append(value)
-            needs.append(parent is not None)
-            parents.append(parent)
-        ctx = Context(tuple(needs), parents, recipes)
+        ctx = Context(tuple(needs), leaves, recipes)
         out = cls.forward(ctx, *values, **attrs)
         ctx.end_forward()
         if not isinstance(out, tuple):
-            return Tensor(out, True, (Node(cls, ctx, parents, 1), 0)) if ctx.recording else Tensor(out)
+            return Tensor(out, True, (Node(cls, ctx, sources, leaves, 1), 0)) if ctx.recording else Tensor(out)
         if not ctx.recording:
             return tuple([Tensor(data) for data in out])
-        node = Node(cls, ctx, parents, len(out))
+        node = Node(cls, ctx, sources, leaves, len(out))
         return tuple([Tensor(data, True, (node, i)) for i, data in enumerate(out)])
 
 
 class Node:
-    """One executed Function on the tape. `parents[i]` is where input `i` came from: (node, output), a leaf tensor, a parameter, or None if
-    it needs no gradient. `grads` are the gradients of its outputs, summed, once one has arrived, and `owned` says of each whether nobody
-    else can see it."""
+    """One executed Function on the tape, and where its inputs that need a gradient came from: `sources` are (input number, what a tensor
+    is the result of, or the tensor itself if it is a leaf), `leaves` (input number, parameter). `grads` are the gradients of its outputs,
+    summed, once one has arrived, and `owned` says of each whether nobody else can see it."""
 
-    __slots__ = ("ctx", "fn", "grads", "num_outputs", "number", "owned", "parents")
+    __slots__ = ("ctx", "fn", "grads", "leaves", "num_outputs", "number", "owned", "sources")
 
     owned: list[bool]
 
     _numbers = itertools.count()
 
-    def __init__(self, fn: type[Function], ctx: Context, parents: Sequence[Any], num_outputs: int) -> None:
+    def __init__(
+        self, fn: type[Function], ctx: Context, sources: Sequence[tuple[int, Any]], leaves: Sequence[tuple[int, Leaf]], num_outputs: int
+    ) -> None:
         self.fn = fn
         self.ctx: Context | None = ctx
-        self.parents = (*parents, *ctx.extra_leaves) if ctx.extra_leaves else parents
+        self.sources = sources
+        self.leaves = leaves
         self.number = next(Node._numbers)
         self.num_outputs = num_outputs
         self.grads: list[Array | None] = []

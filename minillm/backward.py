@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from typing import Any, Protocol
 
 from minillm.arrays import Array, namespace, root, writeable
-from minillm.autograd import WRITTEN, Context, Function, Leaf, Node, Tensor
+from minillm.autograd import WRITTEN, Context, Function, GradSlot, Leaf, Node, Tensor
 
 
 class BackwardObserver(Protocol):
@@ -55,7 +55,7 @@ class WeightGradWork:
 
     fn: type[Function]
     ctx: Context
-    parents: Sequence[Any]
+    leaves: Sequence[tuple[int, Leaf]]
     needs: tuple[bool, ...]
     grad_outs: tuple[Array | None, ...]
     pass_: BackwardRun
@@ -63,7 +63,7 @@ class WeightGradWork:
     def run(self) -> None:
         """Accumulate the gradients into their slots and report the parameters that are complete."""
         self.ctx.owned = (False,) * len(self.grad_outs)
-        _differentiate(self.fn, self.ctx, self.parents, self.needs, self.grad_outs, self.pass_)
+        _differentiate(self.fn, self.ctx, (), self.leaves, self.needs, self.grad_outs, self.pass_)
 
 
 def backward(
@@ -105,73 +105,58 @@ def _count_uses(start: Sequence[Node], uses: dict[int, int]) -> None:
         if node.number in seen:
             continue
         seen.add(node.number)
-        for parent in node.parents:
-            if isinstance(parent, tuple):
-                stack.append(parent[0])
-            elif isinstance(parent, Leaf):
-                uses[id(parent)] = uses.get(id(parent), 0) + 1
+        stack += [source[0] for _, source in node.sources if not isinstance(source, Tensor)]
+        assert node.ctx is not None
+        for leaf in (*(leaf for _, leaf in node.leaves), *node.ctx.extra_leaves):
+            uses[id(leaf)] = uses.get(id(leaf), 0) + 1
 
 
 def _step(node: Node, run: BackwardRun) -> None:
     """Differentiate one node, hand its gradients on, and free what it saved."""
-    fn, ctx, parents, grad_outs = node.fn, node.ctx, node.parents, tuple(node.grads)
+    fn, ctx, sources, leaves, grad_outs = node.fn, node.ctx, node.sources, node.leaves, tuple(node.grads)
     assert ctx is not None
     ctx.run, ctx.owned = run, node.owned
-    node.ctx, node.parents, node.grads = None, (), []
-    if ctx.extra_leaves:
-        parents = parents[: len(ctx.needs)]
-    if run.defer is not None and fn.splits_weight_grad and any(isinstance(p, Leaf) for p in parents):
-        _split(fn, ctx, parents, grad_outs, run, run.defer)
-    else:
-        _differentiate(fn, ctx, parents, ctx.needs, grad_outs, run)
-
-
-def _split(
-    fn: type[Function],
-    ctx: Context,
-    parents: Sequence[Any],
-    grad_outs: tuple[Array | None, ...],
-    run: BackwardRun,
-    defer: list[WeightGradWork],
-) -> None:
-    """Differentiate by the inputs now, and put the parameters off."""
+    node.ctx, node.sources, node.grads = None, (), []
+    if run.defer is None or not leaves or not fn.splits_weight_grad:
+        _differentiate(fn, ctx, sources, leaves, ctx.needs, grad_outs, run)
+        return
     ctx.owned = (False,) * len(grad_outs)
-    weights = tuple([isinstance(p, Leaf) for p in parents])
-    inputs = tuple([need and not weight for need, weight in zip(ctx.needs, weights, strict=True)])
-    if True in inputs:
-        _differentiate(fn, ctx, parents, inputs, grad_outs, run)
-    defer.append(WeightGradWork(fn, ctx, parents, weights, grad_outs, run))
+    weights = [i for i, _ in leaves]
+    if sources:
+        needs = tuple([need and i not in weights for i, need in enumerate(ctx.needs)])
+        _differentiate(fn, ctx, sources, (), needs, grad_outs, run)
+    run.defer.append(WeightGradWork(fn, ctx, leaves, tuple([i in weights for i in range(len(ctx.needs))]), grad_outs, run))
 
 
 def _differentiate(
     fn: type[Function],
     ctx: Context,
-    parents: Sequence[Any],
+    sources: Sequence[tuple[int, Any]],
+    leaves: Sequence[tuple[int, Leaf]],
     needs: tuple[bool, ...],
     grad_outs: tuple[Array | None, ...],
     run: BackwardRun,
 ) -> None:
-    """Run `fn.backward` for the inputs that `needs` names, and give each input's gradient to its parent."""
-    into = tuple([p.slot() if need and isinstance(p, Leaf) else None for need, p in zip(needs, parents, strict=True)])
-    results = fn.backward(ctx, grad_outs, needs, into)
-    handed_on: list[tuple[Any, Array]] = []
-    for parent, need, slot, result in zip(parents, needs, into, results, strict=True):
-        if not need:
-            continue
-        if slot is None:
-            if result is not None:
-                handed_on.append((parent, result))
-            continue
-        if result is not None and result is not WRITTEN:
+    """Run `fn.backward` for the inputs that `needs` names, which come from `sources` and `leaves`, and hand their gradients on."""
+    into: list[GradSlot | None] = [None] * len(needs)
+    for i, leaf in leaves:
+        into[i] = leaf.slot()
+    results = fn.backward(ctx, grad_outs, needs, tuple(into))
+    for i, leaf in leaves:
+        result, slot = results[i], into[i]
+        if result is not WRITTEN and result is not None and slot is not None:
             slot.add(result)
         if run.observer is not None:
-            run.used(parent)
-    if len(handed_on) == 1 and False not in ctx.owned:
-        _deliver(*handed_on[0], True, run)
+            run.used(leaf)
+    if len(sources) == 1 and False not in ctx.owned:
+        i, source = sources[0]
+        if results[i] is not None:
+            _deliver(source, results[i], True, run)
         return
+    handed_on = [(source, results[i]) for i, source in sources if results[i] is not None]
     owned = _owned([grad for _, grad in handed_on], grad_outs, ctx.owned)
-    for (target, grad), own in zip(handed_on, owned, strict=True):
-        _deliver(target, grad, own, run)
+    for (source, grad), own in zip(handed_on, owned, strict=True):
+        _deliver(source, grad, own, run)
 
 
 def _owned(grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Sequence[bool]) -> list[bool]:
@@ -182,12 +167,12 @@ def _owned(grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Seq
     return [place not in shared and memory.count(place) == 1 for place in memory]
 
 
-def _deliver(parent: Any, grad: Array, owned: bool, run: BackwardRun) -> None:
+def _deliver(source: Any, grad: Array, owned: bool, run: BackwardRun) -> None:
     """Add `grad` to what has arrived at a leaf tensor or at (node, output); what is owned is summed in place."""
-    if isinstance(parent, Tensor):
-        parent.grad = grad if parent.grad is None else parent.grad + grad
+    if isinstance(source, Tensor):
+        source.grad = grad if source.grad is None else source.grad + grad
         return
-    node, output = parent
+    node, output = source
     if not node.grads:
         _awake(node, run)
     before = node.grads[output]
