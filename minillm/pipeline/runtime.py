@@ -120,8 +120,10 @@ class PipelineRuntime:
     def _weight_grad(self, action: Action) -> None:
         reducer = self.stages[action.stage].reducer
         observer = None if reducer is None else reducer.observer
-        for work in self._live.pop(_key(action)).deferred:
-            work.run()
+        deferred = self._live.pop(_key(action)).deferred
+        deferred.reverse()
+        while deferred:  # emptied, because each work refers to the list: a cycle that nobody would collect
+            deferred.pop().run()
             if observer is not None:
                 observer.between_nodes()
 
