@@ -104,9 +104,10 @@ def _count_uses(start: Sequence[Node], uses: dict[int, int]) -> None:
         node = stack.pop()
         if node.number in seen:
             continue
+        if node.ctx is None:
+            raise _consumed(node)
         seen.add(node.number)
         stack += [source[0] for _, source in node.sources if not isinstance(source, Tensor)]
-        assert node.ctx is not None
         for leaf in (*(leaf for _, leaf in node.leaves), *node.ctx.extra_leaves):
             uses[id(leaf)] = uses.get(id(leaf), 0) + 1
 
@@ -184,9 +185,13 @@ def _deliver(source: Any, grad: Array, owned: bool, run: BackwardRun) -> None:
 def _awake(node: Node, run: BackwardRun) -> None:
     """The first gradient of `node` is here: let it wait for its turn."""
     if node.ctx is None:
-        raise RuntimeError(f"backward reached {node.fn.__name__} a second time; its saved arrays were freed by the first pass")
+        raise _consumed(node)
     node.grads, node.owned = [None] * node.num_outputs, [True] * node.num_outputs
     heappush(run.waiting, (-node.number, node))
+
+
+def _consumed(node: Node) -> RuntimeError:
+    return RuntimeError(f"backward reached {node.fn.__name__} a second time; its saved arrays were freed by the first pass")
 
 
 def _sum(a: tuple[Array, bool], b: tuple[Array, bool]) -> Array:

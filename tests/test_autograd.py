@@ -204,8 +204,11 @@ def test_no_grad_saves_nothing() -> None:
 def test_a_second_backward_is_refused() -> None:
     y = ops.gelu(Tensor(np.ones(3), True))
     backward([(y, np.ones(3))])
-    with pytest.raises(RuntimeError, match="second time"):
-        backward([(y, np.ones(3))])
+    for observer in (None, Watcher()):
+        with pytest.raises(RuntimeError, match="second time"):
+            backward([(y, np.ones(3))], observer=observer)
+        with pytest.raises(RuntimeError, match="second time"):
+            backward([(ops.relu(y), np.ones(3))], observer=observer)
 
 
 def test_an_incoming_gradient_that_somebody_shares_is_not_overwritten() -> None:

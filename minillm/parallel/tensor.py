@@ -150,9 +150,9 @@ class _VocabParallelLoss(Function):
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
         counted = flat != ignore_index
         wide = sum_dtype(x.dtype)
-        row_scale = counted * (wide.type(1) / wide.type(divisor))
+        row_scale = counted.astype(wide) / wide.type(divisor)
         head = (_Head if xp is np else _HeadOnGpu)(len(weight), comm, vocab)
-        grad_x = xp.empty_like(rows) if ctx.needs[0] else None
+        grad_x = xp.empty(rows.shape, x.dtype) if ctx.needs[0] else None
         slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
         total: Any = 0.0
         most = max(128, (CHUNK_BYTES if xp is np else GPU_CHUNK_BYTES) // max(1, weight.shape[0] * x.dtype.itemsize))
