@@ -169,25 +169,21 @@ def _owned(grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Seq
 
 
 def _deliver(source: Any, grad: Array, owned: bool, run: BackwardRun) -> None:
-    """Add `grad` to what has arrived at a leaf tensor or at (node, output); what is owned is summed in place."""
+    """Add `grad` to what has arrived at a leaf tensor or at (node, output), which from its first gradient on waits for its turn. What is
+    owned is summed in place."""
     if isinstance(source, Tensor):
         source.grad = grad if source.grad is None else source.grad + grad
         return
     node, output = source
     if not node.grads:
-        _awake(node, run)
+        if node.ctx is None:
+            raise _consumed(node)
+        node.grads, node.owned = [None] * node.num_outputs, [True] * node.num_outputs
+        heappush(run.waiting, (-node.number, node))
     before = node.grads[output]
     if before is not None:
         grad, owned = _sum((before, node.owned[output]), (grad, owned)), True
     node.grads[output], node.owned[output] = grad, owned
-
-
-def _awake(node: Node, run: BackwardRun) -> None:
-    """The first gradient of `node` is here: let it wait for its turn."""
-    if node.ctx is None:
-        raise _consumed(node)
-    node.grads, node.owned = [None] * node.num_outputs, [True] * node.num_outputs
-    heappush(run.waiting, (-node.number, node))
 
 
 def _consumed(node: Node) -> RuntimeError:
