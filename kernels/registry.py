@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,9 +63,23 @@ class Kernel:
 
 
 _kernels: dict[str, list[Kernel]] = {}
-_cache: dict[tuple[str, type, Any, str], Callable[..., Any]] = {}
-_defaults: list[dict[tuple[type, Any], Callable[..., Any]]] = []  # of each dispatched op: what runs where `use` chose nothing
-_choices: ContextVar[Mapping[str, str]] = ContextVar("kernel choices", default=MappingProxyType({}))
+
+
+class _Table(dict[tuple[str, type, Any], Callable[..., Any]]):
+    """What runs an op on arrays of a type and dtype, under one set of choices; found at the first use."""
+
+    def __init__(self, choices: Mapping[str, str]) -> None:
+        super().__init__()
+        self.choices = choices
+
+    def __missing__(self, key: tuple[str, type, Any]) -> Callable[..., Any]:
+        op, kind, dtype = key
+        found = self[key] = _find(op, kind, dtype, self.choices.get(op, ""))
+        return found
+
+
+_tables: dict[tuple[tuple[str, str], ...], _Table] = {(): _Table({})}  # by the choices, sorted
+_table: ContextVar[_Table] = ContextVar("kernel table", default=_tables[()])
 
 
 def kernel(
@@ -85,12 +98,16 @@ def kernel(
         entries = _kernels.setdefault(op, [])
         entries[:] = [k for k in entries if (k.backend, k.variant) != (backend, variant)]
         entries.append(Kernel(op, backend, variant, fn, dtypes, unavailable, takes, fuses_bias))
-        _cache.clear()
-        for found in _defaults:
-            found.clear()
+        forget()
         return fn
 
     return register
+
+
+def forget() -> None:
+    """Look everything up anew: the registry has changed."""
+    for table in _tables.values():
+        table.clear()
 
 
 def available(op: str) -> list[Kernel]:
@@ -111,18 +128,19 @@ def use(**choices: str) -> Iterator[None]:
 
     Raises KernelUnavailable at once if there is no such implementation, or none that can run here.
     """
-    wanted = dict(_choices.get())
+    wanted = dict(_table.get().choices)
     for name, choice in choices.items():
         for op in _ops_named(name):
             matching = [k for k in _kernels[op] if _fits(k, choice)]
             if not matching or all(k.unavailable for k in matching):
                 raise KernelUnavailable(f"{op} has no implementation {choice!r} that can run here. {_listing(op)}")
             wanted[op] = choice
-    token = _choices.set(MappingProxyType(wanted))
+    key = tuple(sorted(wanted.items()))
+    token = _table.set(_tables.setdefault(key, _Table(wanted)))
     try:
         yield
     finally:
-        _choices.reset(token)
+        _table.reset(token)
 
 
 def choices_from(text: str) -> dict[str, str]:
@@ -146,12 +164,7 @@ def lookup(op: str, like: Array) -> Callable[..., Any]:
 
     Raises KernelUnavailable if there is none.
     """
-    choice = _choices.get().get(op, "")
-    key = (op, type(like), like.dtype, choice)
-    found = _cache.get(key)
-    if found is None:
-        found = _cache[key] = _find(op, like, choice)
-    return found
+    return _table.get()[op, type(like), like.dtype]
 
 
 def chosen(op: str, like: Array) -> Kernel:
@@ -172,34 +185,30 @@ def dispatch(reference: F, like: int = 0) -> F:
     `like`."""
     op = reference.__name__
     name = reference.__code__.co_varnames[like]
-    found: dict[tuple[type, Any], Callable[..., Any]] = {}
-    _defaults.append(found)
 
     @functools.wraps(reference)
     def run(*args: Any, **kwargs: Any) -> Any:
-        x = args[like] if like < len(args) else kwargs[name]
-        fn = None if _choices.get() else found.get((type(x), x.dtype))
-        if fn is None:
-            fn = lookup(op, x)
-            if not _choices.get():
-                found[type(x), x.dtype] = fn
-        return fn(*args, **kwargs)
+        try:
+            x = args[like]
+        except IndexError:
+            x = kwargs[name]
+        return _table.get()[op, type(x), x.dtype](*args, **kwargs)
 
     return run  # type: ignore[return-value]
 
 
-def _find(op: str, like: Array, choice: str) -> Callable[..., Any]:
-    module = "numpy" if isinstance(like, np.ndarray | np.generic) else type(like).__module__.partition(".")[0]
+def _find(op: str, kind: type, dtype: Any, choice: str) -> Callable[..., Any]:
+    module = "numpy" if issubclass(kind, np.ndarray | np.generic) else kind.__module__.partition(".")[0]
     entries = _kernels[_ops_named(op)[0]]
     for backend in BACKENDS.get(module, ()):
         for entry in entries:
-            takes = not entry.dtypes or str(like.dtype) in entry.dtypes
+            takes = not entry.dtypes or str(dtype) in entry.dtypes
             if entry.backend == "emulator" and not choice:
                 continue
             if entry.backend == backend and takes and entry.unavailable is None and (not choice or _fits(entry, choice)):
                 return entry.fn
     wanted = f" as {choice}" if choice else ""
-    raise KernelUnavailable(f"{op} cannot run{wanted} on a {module} array of {like.dtype}. {_listing(op)}")
+    raise KernelUnavailable(f"{op} cannot run{wanted} on a {module} array of {dtype}. {_listing(op)}")
 
 
 def _fits(entry: Kernel, choice: str) -> bool:

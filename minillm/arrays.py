@@ -85,8 +85,8 @@ def to_device(x: np.ndarray, xp: ModuleType) -> Array:
 
 def root(x: Array) -> Array:
     """The array that owns the memory `x` looks at (`x` itself if it is no view)."""
-    while getattr(x, "base", None) is not None and isinstance(x.base, type(x)):
-        x = x.base
+    while isinstance(base := getattr(x, "base", None), type(x)):
+        x = base
     return x
 
 

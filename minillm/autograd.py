@@ -31,12 +31,18 @@ class GradSlot:
         self.writes = 0
 
     def add(self, grad: Array) -> None:
-        """Add `grad` (of the buffer's shape); the first write overwrites, so that no pass has to zero the buffer."""
+        """Add `grad` (of the buffer's shape); the first write overwrites, so that no pass has to zero the buffer. It may be `fresh`, with
+        the gradient computed into it."""
         if self.writes:
             self.buf += grad
-        else:
+        elif grad is not self.buf:
             self.buf[...] = grad
         self.writes += 1
+
+    @property
+    def fresh(self) -> Array | None:
+        """The buffer, for the first write to be computed into it; None after that."""
+        return None if self.writes else self.buf
 
     def finish(self) -> None:
         """Make the buffer valid for a reduction: a slot that nobody wrote counts as zero."""
@@ -82,18 +88,22 @@ WRITTEN = Written()
 
 
 class Tensor:
-    """An array on the tape. `node` made it as its `output`-th result; a tensor without a node is a leaf, whose gradient arrives in
-    `grad`. An operation that wants `data` in its backward pass keeps the `recipe` instead, where there is one."""
+    """An array on the tape. `source` is (the node that made it, as which of its results); a tensor without one is a leaf, whose gradient
+    arrives in `grad`. An operation that wants `data` in its backward pass keeps the `recipe` instead, where there is one."""
 
-    __slots__ = ("data", "grad", "node", "output", "recipe", "requires_grad")
+    __slots__ = ("data", "grad", "recipe", "requires_grad", "source")
 
-    def __init__(self, data: Array, requires_grad: bool = False, node: Node | None = None, output: int = 0) -> None:
+    def __init__(self, data: Array, requires_grad: bool = False, source: tuple[Node, int] | None = None) -> None:
         self.data = data
         self.requires_grad = requires_grad
-        self.node = node
-        self.output = output
+        self.source = source
         self.grad: Array | None = None
         self.recipe: Recipe | None = None
+
+    @property
+    def node(self) -> Node | None:
+        """What made it."""
+        return None if self.source is None else self.source[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,7 +126,7 @@ def value_of(x: Any) -> Any:
 def recomputable(tensor: Tensor, compute: Callable[[], Array]) -> Tensor:
     """`tensor`, whose array is computed again by operations that would have kept it for their backward pass. `compute` gives the same bits
     from arrays that the tape keeps anyway."""
-    if tensor.node is not None:
+    if tensor.source is not None:
         tensor.recipe = Again(compute)
     return tensor
 
@@ -124,25 +134,29 @@ def recomputable(tensor: Tensor, compute: Callable[[], Array]) -> Tensor:
 class Context:
     """What one call of a Function remembers for its backward pass.
 
-    `needs[i]` says whether input `i` wants a gradient; `recording` whether any does. While it is false `save` keeps nothing.
+    `needs[i]` says whether input `i` wants a gradient; `recording` whether any does. While it is false `save` keeps nothing. `run` and
+    `owned` are there in the backward pass alone.
     """
 
-    __slots__ = ("_owned", "_recipes", "_saved", "extra_leaves", "needs", "recording", "run")
+    __slots__ = ("_leaves", "_recipes", "_saved", "extra_leaves", "needs", "owned", "recording", "run")
 
-    def __init__(self, needs: tuple[bool, ...], recipes: list[tuple[Array, Recipe, int]]) -> None:
+    run: BackwardRun
+    owned: Sequence[bool]
+
+    def __init__(self, needs: tuple[bool, ...], leaves: Sequence[tuple[int, Leaf]], recipes: dict[int, Recipe]) -> None:
         self.needs = needs
         self.recording = True in needs
         self.extra_leaves: tuple[Leaf, ...] = ()
-        self.run: BackwardRun | None = None
-        self._recipes = recipes  # (array, what to keep in its place, which input it is)
-        self._saved: list[Any] = []
-        self._owned: Sequence[bool] = ()
+        self._leaves = leaves
+        self._recipes = recipes  # id(array) -> what to keep in its place
+        self._saved: Sequence[Any] = ()
 
     def save(self, *values: Any) -> None:
         """Keep arrays, plain values, or recipes for backward. A parameter's own array is kept as the parameter, so that it may be sharded
         meanwhile, and that of a recomputable tensor as its recipe."""
         if self.recording:
-            self._saved = [self._to_keep(value) for value in values] if self._recipes else list(values)
+            recipes = self._recipes
+            self._saved = [recipes.get(id(value), value) for value in values] if recipes else values
 
     @property
     def saved(self) -> tuple[Any, ...]:
@@ -157,21 +171,15 @@ class Context:
     def slot(self, i: int) -> GradSlot | None:
         """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations that compute gradients in their forward
         pass."""
-        if self.needs[i]:
-            for _, recipe, number in self._recipes:
-                if number == i and isinstance(recipe, Leaf):
-                    return recipe.slot()
-        return None
+        return next((leaf.slot() for number, leaf in self._leaves if number == i), None)
 
     def owns(self, i: int) -> bool:
         """Whether backward may overwrite `grad_outs[i]`: nobody else will read it."""
-        return self._owned[i]
+        return self.owned[i]
 
-    def _to_keep(self, value: Any) -> Any:
-        for array, recipe, _ in self._recipes:
-            if value is array:
-                return recipe
-        return value
+    def end_forward(self) -> None:
+        """Let go of what only the forward pass may ask for: the recipes stand for arrays that `save` has left out."""
+        self._leaves, self._recipes = (), {}
 
 
 class Function:
@@ -203,48 +211,62 @@ class Function:
     @classmethod
     def apply(cls, *inputs: Any, **attrs: Any) -> Any:
         """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if a gradient will be wanted."""
-        grad_mode = _grad_enabled.get()
+        taping = _grad_enabled.get()
         values: list[Any] = []
-        needs: list[bool] = []
-        recipes: list[tuple[Array, Recipe, int]] = []
-        parents: list[Any] = []
-        for x in inputs:
-            parent: Any = None
+        needs = [False] * len(inputs)
+        sources: list[tuple[int, Any]] = []
+        leaves: list[tuple[int, Leaf]] = []
+        recipes: dict[int, Recipe] = {}
+        for i, x in enumerate(inputs):
+            value: Any = x
             if isinstance(x, Tensor):
-                need, value, parent = grad_mode and x.requires_grad, x.data, x if x.node is None else (x.node, x.output)
+                value = x.data
+                if taping and x.requires_grad:
+                    needs[i] = True
+                    sources.append((i, x.source or x))
                 if x.recipe is not None:
-                    recipes.append((value, x.recipe, len(values)))
+                    recipes[id(value)] = x.recipe
             elif isinstance(x, Leaf):
-                need, value, parent = grad_mode, x.get(), x
-                recipes.append((value, x, len(values)))
-                _note_leaf(x)
-            else:
-                need, value = False, x
+                value = x.get()
+                recipes[id(value)] = x
+                if taping:
+                    needs[i] = True
+                    leaves.append((i, x))
+                else:
+                    _note_leaf(x)
             values.append(value)
-            needs.append(need)
-            parents.append(parent if need else None)
-        ctx = Context(tuple(needs), recipes)
+        ctx = Context(tuple(needs), leaves, recipes)
         out = cls.forward(ctx, *values, **attrs)
-        ctx._recipes = []  # they hold the arrays that `save` has left out
-        node = Node(cls, ctx, (*parents, *ctx.extra_leaves)) if ctx.recording else None
-        if isinstance(out, tuple):
-            return tuple(Tensor(data, node is not None, node, i) for i, data in enumerate(out))
-        return Tensor(out, node is not None, node)
+        ctx.end_forward()
+        if not isinstance(out, tuple):
+            return Tensor(out, True, (Node(cls, ctx, sources, leaves, 1), 0)) if ctx.recording else Tensor(out)
+        if not ctx.recording:
+            return tuple([Tensor(data) for data in out])
+        node = Node(cls, ctx, sources, leaves, len(out))
+        return tuple([Tensor(data, True, (node, i)) for i, data in enumerate(out)])
 
 
 class Node:
-    """One executed Function on the tape. `parents[i]` is where input `i` came from: (node, output), a leaf tensor, a parameter, or None if
-    it needs no gradient."""
+    """One executed Function on the tape, and where its inputs that need a gradient came from: `sources` are (input number, what a tensor
+    is the result of, or the tensor itself if it is a leaf), `leaves` (input number, parameter). `grads` are the gradients of its outputs,
+    summed, once one has arrived, and `owned` says of each whether nobody else can see it."""
 
-    __slots__ = ("ctx", "fn", "number", "parents")
+    __slots__ = ("ctx", "fn", "grads", "leaves", "num_outputs", "number", "owned", "sources")
+
+    owned: list[bool]
 
     _numbers = itertools.count()
 
-    def __init__(self, fn: type[Function], ctx: Context, parents: tuple[Any, ...]) -> None:
+    def __init__(
+        self, fn: type[Function], ctx: Context, sources: Sequence[tuple[int, Any]], leaves: Sequence[tuple[int, Leaf]], num_outputs: int
+    ) -> None:
         self.fn = fn
         self.ctx: Context | None = ctx
-        self.parents = parents
+        self.sources = sources
+        self.leaves = leaves
         self.number = next(Node._numbers)
+        self.num_outputs = num_outputs
+        self.grads: list[Array | None] = []
 
 
 _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
@@ -253,6 +275,7 @@ leaf_recorder: ContextVar[list[Leaf] | None] = ContextVar("leaf_recorder", defau
 
 
 def _note_leaf(leaf: Leaf) -> None:
+    """Only operations without a tape ask: a part that is recomputed runs without one at first."""
     recorder = leaf_recorder.get()
     if recorder is not None and leaf not in recorder:
         recorder.append(leaf)

@@ -8,7 +8,7 @@ or `to_host` is called, and where ranks exchange arrays.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +25,7 @@ INSTALL_CUPY = "pip install -e '.[cuda13]' (for drivers from 580 on), or '.[cuda
 class Later:
     """Numbers that are known, or will be once the device has come to them."""
 
-    def __init__(self, values: np.ndarray, ready: Any = None) -> None:
+    def __init__(self, values: np.ndarray | Sequence[float], ready: Any = None) -> None:
         self._values, self._ready = values, ready
 
     @property
@@ -33,7 +33,7 @@ class Later:
         """Whether `read` returns at once."""
         return self._ready is None or bool(self._ready.done)
 
-    def read(self) -> np.ndarray:
+    def read(self) -> np.ndarray | Sequence[float]:
         """The values. The host waits for the device to write them, and for nothing that was queued after."""
         if self._ready is not None:
             self._ready.synchronize()

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from minillm import kernels
 from minillm.arrays import Array, sum_dtype
 from minillm.nn.storage import FlatBuffers
+
+
+class Part(NamedTuple):
+    """Views of flat buffers that one kernel call updates; `rounded` takes the values in the model's own narrow dtype."""
+
+    values: Array
+    grads: Array
+    exp_avg: Array
+    exp_avg_sq: Array
+    weight_decay: float
+    rounded: Array | None
 
 
 class AdamW:
@@ -26,26 +37,32 @@ class AdamW:
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
         self._exp_avg = [b.memory.common(b.values.size, sum_dtype(b.values.dtype)) for b in self.buffers]
         self._exp_avg_sq = [b.memory.common(b.values.size, sum_dtype(b.values.dtype)) for b in self.buffers]
+        self._parts = [part for args in zip(self.buffers, self._exp_avg, self._exp_avg_sq, strict=True) for part in self._cut(*args)]
+
+    def _cut(self, buffers: FlatBuffers, exp_avg: Array, exp_avg_sq: Array) -> Iterator[Part]:
+        updated = buffers.values if buffers.masters is None else buffers.masters
+        for run, part in buffers.shared_runs():
+            rounded = None if buffers.masters is None else buffers.values[part]
+            decay = self.weight_decay if run.decay else 0.0
+            yield Part(updated[part], buffers.grads[part], exp_avg[part], exp_avg_sq[part], decay, rounded)
 
     def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share of the parameters from the reduced gradient times `grad_scale`; `step` counts from 0."""
-        for buffers, exp_avg, exp_avg_sq in zip(self.buffers, self._exp_avg, self._exp_avg_sq, strict=True):
-            updated = buffers.values if buffers.masters is None else buffers.masters
-            for run, part in buffers.shared_runs():
-                kernels.adamw_(
-                    updated[part],
-                    buffers.grads[part],
-                    exp_avg[part],
-                    exp_avg_sq[part],
-                    lr=lr,
-                    beta1=self.beta1,
-                    beta2=self.beta2,
-                    eps=self.eps,
-                    weight_decay=self.weight_decay if run.decay else 0.0,
-                    step=step + 1,
-                    grad_scale=grad_scale,
-                    param_out=None if buffers.masters is None else buffers.values[part],
-                )
+        for part in self._parts:
+            kernels.adamw_(
+                part.values,
+                part.grads,
+                part.exp_avg,
+                part.exp_avg_sq,
+                lr=lr,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                eps=self.eps,
+                weight_decay=part.weight_decay,
+                step=step + 1,
+                grad_scale=grad_scale,
+                param_out=part.rounded,
+            )
 
     def state(self) -> Mapping[str, Mapping[int, Array]]:
         """State name -> id(parameter) -> local array in the parameter's shape, sharded as the parameter is: what a checkpoint holds."""

@@ -37,7 +37,6 @@ class _Checkpoint(Function):
     def backward(
         ctx: Context, grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], into: tuple[GradSlot | None, ...]
     ) -> tuple[Any, ...]:
-        assert ctx.run is not None
         fn, *inputs = ctx.saved
         leaves = [Tensor(x, need) for x, need in zip(inputs, needs, strict=True)]
         with with_grad():
@@ -45,9 +44,10 @@ class _Checkpoint(Function):
         outs = out if isinstance(out, tuple) else (out,)
         replay = BackwardRun(ctx.run.defer, ctx.run.observer, outer=ctx.run)
         run_backward([(t, g) for t, g in zip(outs, grad_outs, strict=False) if g is not None], replay)
-        for leaf in ctx.extra_leaves:
-            if id(leaf) not in replay.uses:
-                ctx.run.used(leaf)
+        if ctx.run.observer is not None:
+            for leaf in ctx.extra_leaves:
+                if id(leaf) not in replay.uses:
+                    ctx.run.used(leaf)
         return tuple(leaf.grad for leaf in leaves)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +26,6 @@ from minillm.memory import peak_rss, predicted
 from minillm.models.gpt import INIT_STD
 from minillm.nn.module import Where
 from minillm.optim import SGD, AdamW, learning_rate
-from minillm.parallel.data import Reducer
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import SCHEDULES
@@ -37,8 +35,7 @@ from minillm.trace import Tracer
 from minillm.verdict import Verdict, judge
 
 
-@dataclass(frozen=True)
-class StepReport:
+class StepReport(NamedTuple):
     """One step: what all ranks agreed on, learning rate, whether any rank was asked to stop, and the peak memory in bytes of the largest
     rank (on a GPU, of the device), the same on every rank; this rank's seconds in all, in reductions that backward did not hide, and in the
     optimizer.
@@ -96,7 +93,13 @@ class Trainer:
         self.runtime = PipelineRuntime(
             lower(schedule, ties=ties), self.stages, self.mesh.axis("pp"), tracer=tracer, optimizer_step=self._optimizer_step
         )
+        self._reducers = [stage.reducer for stage in self.stages.values() if stage.reducer is not None]
         self._times = np.arange(config.model.context)
+        first = self.mesh.coord("dp") * config.microbatch * config.num_microbatches
+        rows = np.arange(first, first + config.microbatch * config.num_microbatches)
+        self._rows = np.split(rows, config.num_microbatches)  # this rank's sequences of the global batch, by microbatches
+        train = config.train
+        self._advice = f"try a smaller --lr (now {train.lr:g}), a longer --warmup (now {config.warmup}) or a smaller --clip"
         self._verdict: Verdict | None = None
 
     @property
@@ -109,19 +112,13 @@ class Trainer:
         GPU those of the step before, with no update since."""
         started, exposed = time.perf_counter(), self._exposed()
         self._step, before = step, self._verdict
-        self.runtime.run(self._microbatches(step), self.config.tokens_per_step)
+        self.runtime.run([self._microbatch(step, rows) for rows in self._rows], self.config.tokens_per_step)
         if before is not None and self.lag:
             before.numbers()  # so that the host is never more than a step ahead
         seconds = time.perf_counter() - started
         stop, peak = self._worst[0] > 0, int(self._worst[1])
         assert self._verdict is not None
         return StepReport(step, self._verdict, self._lr, stop, peak, seconds, self._exposed() - exposed, self._optimizer_seconds)
-
-    def _microbatches(self, step: int) -> list[Microbatch]:
-        """This rank's sequences of the global batch: a contiguous share per dp rank, cut into microbatches."""
-        size, count = self.config.microbatch, self.config.num_microbatches
-        first = self.mesh.coord("dp") * size * count
-        return [self._microbatch(step, np.arange(first + i * size, first + (i + 1) * size)) for i in range(count)]
 
     def _microbatch(self, step: int, rows: np.ndarray) -> Microbatch:
         inputs, targets = self.batches.microbatch(step, rows)
@@ -131,11 +128,9 @@ class Trainer:
     def _optimizer_step(self, local_loss: Any) -> None:
         """Agree on loss, norm and stopping over all ranks, then update everywhere or nowhere."""
         train = self.config.train
-        loss, squares = local_loss if self.mesh.coord("tp") == 0 else 0.0, sum(reducer.sum_of_squares() for reducer in self._reducers())
-        advice = f"try a smaller --lr (now {train.lr:g}), a longer --warmup (now {self.config.warmup}) or a smaller --clip"
-        self._verdict = judge(self.device, self.world, self._step, loss, squares, train.clip, self._verdict, advice)
-        self._worst = np.array([self.stop_requested, self.device.peak_bytes() or peak_rss()], np.float64)
-        self.world.all_reduce_(self._worst, MAX, kind="control")
+        loss, squares = local_loss if self.mesh.coord("tp") == 0 else 0.0, sum(reducer.sum_of_squares() for reducer in self._reducers)
+        self._verdict = judge(self.device, self.world, self._step, loss, squares, train.clip, self._verdict, self._advice)
+        self._worst = self.world.reduce_numbers([self.stop_requested, self.device.peak_bytes() or peak_rss()], MAX)
         if not self.lag:
             self._verdict.numbers()
         self._lr = learning_rate(
@@ -147,10 +142,7 @@ class Trainer:
         self._optimizer_seconds = time.perf_counter() - started
 
     def _exposed(self) -> float:
-        return sum(reducer.exposed_seconds for reducer in self._reducers())
-
-    def _reducers(self) -> list[Reducer]:
-        return [stage.reducer for stage in self.stages.values() if stage.reducer is not None]
+        return sum(reducer.exposed_seconds for reducer in self._reducers)
 
     def state(self) -> list[StateTensor]:
         """Everything a resumed run needs besides the step: weights and optimizer state."""

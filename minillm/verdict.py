@@ -59,9 +59,9 @@ def judge(
     `before` is the last step's verdict, `advice` what a user may try where a step fails.
     """
     if device is CPU:
-        loss, squares = (float(total) for total in world.all_reduce_(np.array([loss, squares]), kind="control"))
+        loss, squares = world.reduce_numbers([loss, squares])
         norm = math.sqrt(squares) if squares >= 0 else math.nan
-        return Verdict(step, Later(np.array([loss, norm])), clip_scale(norm, max_norm), None, advice)
+        return Verdict(step, Later((loss, norm)), clip_scale(norm, max_norm), None, advice)
     xp = device.xp
     totals = xp.zeros(2, np.float64)
     for place, part in enumerate((loss, squares)):

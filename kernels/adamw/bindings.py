@@ -9,6 +9,11 @@ import numpy as np
 from minillm.kernels.native import c_kernel, pool
 
 
+def _number(grad_scale: Any) -> float:
+    """A number, or what an array of one holds."""
+    return grad_scale if isinstance(grad_scale, float) else float(np.ravel(grad_scale)[0])
+
+
 @c_kernel("adamw_")
 def adamw_(
     c: Any,
@@ -27,7 +32,7 @@ def adamw_(
     param_out: Any = None,
 ) -> None:
     grad = grad.astype(param.dtype, copy=False)
-    grad_scale = float(np.ravel(grad_scale)[0])
+    grad_scale = _number(grad_scale)
     if math.isnan(grad_scale):
         return
     rate, inverse_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
@@ -39,6 +44,6 @@ def adamw_(
 
 @c_kernel("sgd_")
 def sgd_(c: Any, param: Any, grad: Any, *, lr: float, grad_scale: Any = 1.0) -> None:
-    grad_scale = float(np.ravel(grad_scale)[0])
+    grad_scale = _number(grad_scale)
     if not math.isnan(grad_scale):
         c.sgd(pool(), param, grad, param.size, lr * grad_scale)

@@ -14,7 +14,7 @@ from minillm.kernels.pool import get_threads
 def sum_of_squares(c: Any, x: Any) -> float:
     partials = np.zeros(get_threads())
     c.sum_of_squares(pool(), dense(x), partials, x.size)
-    return float(partials.sum())
+    return float(np.add.reduce(partials))
 
 
 @c_kernel("sum_arrays")

@@ -12,7 +12,7 @@ from minillm.kernels.pool import get_threads
 @c_kernel("layernorm_forward")
 def layernorm_forward(c: Any, x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any, Any]:
     x, delta = dense(x), None if delta is None else dense(delta)
-    num_rows, D = x.shape
+    num_rows, D = x.size // x.shape[-1], x.shape[-1]
     y, mean, rstd = np.empty(x.shape, x.dtype), np.empty(num_rows, x.dtype), np.empty(num_rows, x.dtype)
     c.layernorm_forward(pool(), x, delta, weight, bias, sum_out, y, mean, rstd, num_rows, D, eps)
     return y, mean, rstd
@@ -32,7 +32,7 @@ def layernorm_backward(
     grad_x_out: Any = None,
     grad_sum: Any = None,
 ) -> tuple[Any, Any, Any]:
-    num_rows, D = x.shape
+    num_rows, D = x.size // x.shape[-1], x.shape[-1]
     grad_x = out_like(x, grad_x_out) if need_x else None
     partials = np.zeros((get_threads(), 2, D), x.dtype) if need_params else None
     grad_sum = None if grad_sum is None else dense(grad_sum)
@@ -41,5 +41,7 @@ def layernorm_backward(
         grad_x = deliver(grad_x, grad_x_out)
     if partials is None:
         return grad_x, None, None
-    grad_weight, grad_bias = partials.sum(0) if len(partials) > 1 else partials[0]
-    return grad_x, grad_weight, grad_bias if has_bias else None
+    sums = partials[0]
+    for part in partials[1:]:
+        sums += part
+    return grad_x, sums[0], sums[1] if has_bias else None

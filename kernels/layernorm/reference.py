@@ -12,12 +12,12 @@ from minillm.kernels.rows import row_blocks
 
 @kernel("layernorm_forward")
 def layernorm_forward(x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any, Any]:
-    """x [rows, D], weight [D], bias [D] or None -> y [rows, D], mean [rows], rstd [rows]; variance is the mean squared deviation.
+    """x [..., D], weight [D], bias [D] or None -> y [..., D], mean [rows], rstd [rows]; variance is the mean squared deviation.
 
-    With a residual branch `delta` [rows, D], x + delta is normalised, and written into `sum_out`.
+    With a residual branch `delta` [..., D], x + delta is normalised, and written into `sum_out`.
     """
-    if delta is not None:
-        x = np.add(x, delta, out=sum_out)
+    shape = x.shape
+    x = (x if delta is None else np.add(x, delta, out=sum_out)).reshape(-1, shape[-1])
     y = np.empty_like(x)
     mean, rstd = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     averages = np.full(x.shape[1], 1 / x.shape[1], x.dtype)
@@ -35,7 +35,7 @@ def layernorm_forward(x: Any, weight: Any, bias: Any, eps: float, delta: Any = N
         mean[rows], rstd[rows] = mu, scale
 
     row_blocks(len(x), x.shape[1] * x.itemsize * 2, run)
-    return y, mean, rstd
+    return y.reshape(shape), mean, rstd
 
 
 @kernel("layernorm_backward")
@@ -51,13 +51,14 @@ def layernorm_backward(
     grad_x_out: Any = None,
     grad_sum: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """Gradients of x [rows, D], weight [D] and bias [D]; with z = (x - mean) rstd, g = grad_y weight: grad_x = (g - mean(g) - z mean(g z))
+    """Gradients of x [..., D], weight [D] and bias [D]; with z = (x - mean) rstd, g = grad_y weight: grad_x = (g - mean(g) - z mean(g z))
     rstd.
 
-    `grad_x_out` may be `grad_y` itself, which is then overwritten. `grad_sum` [rows, D], what arrives at x past the norm, is
-    added to grad_x.
+    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself, which is then overwritten. `grad_sum` [..., D], what arrives
+    at x past the norm, is added to grad_x.
     """
-    rows_, D = x.shape
+    shape, D = x.shape, x.shape[-1]
+    x, grad_y, grad_x_out, grad_sum = (None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum))
     grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
     partial: list[tuple[int, Any, Any]] = []
     averages = np.full(D, 1 / D, x.dtype)
@@ -78,7 +79,9 @@ def layernorm_backward(
             if grad_sum is not None:
                 grad_x[rows] += grad_sum[rows]
 
-    _with_sums(rows_, D, x, partial, block)
+    _with_sums(len(x), D, x, partial, block)
+    if grad_x is not None:
+        grad_x = grad_x.reshape(shape)
     if not need_params:
         return grad_x, None, None
     ordered = [sums for _, *sums in sorted(partial, key=lambda item: item[0])]

@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-from minillm.kernels.pool import get_threads
+from minillm.kernels.pool import num_threads
 from minillm.kernels.registry import kernel
 
 _BLAS_LIBRARIES = ("lib/libscipy_openblas64_.so", "lib/libscipy_openblas64_.dylib")
@@ -97,11 +97,19 @@ def prepare_process() -> None:
 _blas_limit: Any = None  # keeps threadpoolctl's limit in force
 
 
+class _BySize(dict[int, Any]):
+    """Pools by their number of threads, made when they are first asked for."""
+
+    def __missing__(self, size: int) -> Any:
+        made = self[size] = extension.Pool(size)  # type: ignore[union-attr]
+        return made
+
+
 class _Pools(threading.local):
-    """The calling thread's pools, by size."""
+    """The calling thread's pools."""
 
     def __init__(self) -> None:
-        self.by_size: dict[int, Any] = {}
+        self.by_size = _BySize()
 
 
 _pools = _Pools()
@@ -109,11 +117,7 @@ _pools = _Pools()
 
 def pool() -> Any:
     """The calling thread's pool of the size that its context asks for. Each Python thread has its own: a pool runs one call at a time."""
-    n = get_threads()
-    found = _pools.by_size.get(n)
-    if found is None:
-        found = _pools.by_size[n] = extension.Pool(n)  # type: ignore[union-attr]
-    return found
+    return _pools.by_size[num_threads.get()]
 
 
 def dense(x: Any) -> Any:

@@ -18,7 +18,7 @@ _FILE = Path(__file__).with_name("v1.cu")
 @cuda_kernel("rmsnorm_forward")
 def rmsnorm_forward(x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any]:
     same_dtype(x, weight, delta, sum_out)
-    num_rows, D = x.shape
+    num_rows, D = x.size // x.shape[-1], x.shape[-1]
     layout = rows_in_registers(D)
     y, rstd = empty(x.shape, x.dtype, x), empty(num_rows, np.float32, x)
     total = None if sum_out is None else out_like(x, sum_out)
@@ -52,7 +52,7 @@ def rmsnorm_backward(
     grad_sum: Any = None,
 ) -> tuple[Any, Any]:
     same_dtype(x, grad_y, weight, grad_x_out, grad_sum)
-    num_rows, D = x.shape
+    num_rows, D = x.size // x.shape[-1], x.shape[-1]
     layout = rows_in_registers(D, 16 if x.dtype.itemsize == 4 and D <= 4096 else 32)
     defines: Defines = {"ELEMENT": element(x), "VALUES": layout.values}
     grid = min(blocks(num_rows, layout.rows), resident_blocks(_FILE, "rmsnorm_backward", defines, layout.block, x))

@@ -12,12 +12,12 @@ from minillm.kernels.rows import row_blocks
 
 @kernel("rmsnorm_forward")
 def rmsnorm_forward(x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any]:
-    """x [rows, D], weight [D] -> y = x rstd weight [rows, D], rstd = 1 / sqrt(mean(x^2) + eps) [rows].
+    """x [..., D], weight [D] -> y = x rstd weight [..., D], rstd = 1 / sqrt(mean(x^2) + eps) [rows].
 
-    With a residual branch `delta` [rows, D], x + delta is normalised, and written into `sum_out`.
+    With a residual branch `delta` [..., D], x + delta is normalised, and written into `sum_out`.
     """
-    if delta is not None:
-        x = np.add(x, delta, out=sum_out)
+    shape = x.shape
+    x = (x if delta is None else np.add(x, delta, out=sum_out)).reshape(-1, shape[-1])
     y, rstd = np.empty_like(x), np.empty(len(x), x.dtype)
 
     def run(rows: slice) -> None:
@@ -28,7 +28,7 @@ def rmsnorm_forward(x: Any, weight: Any, eps: float, delta: Any = None, sum_out:
         rstd[rows] = scale
 
     row_blocks(len(x), x.shape[1] * x.itemsize * 2, run)
-    return y, rstd
+    return y.reshape(shape), rstd
 
 
 @kernel("rmsnorm_backward")
@@ -42,11 +42,13 @@ def rmsnorm_backward(
     grad_x_out: Any = None,
     grad_sum: Any = None,
 ) -> tuple[Any, Any]:
-    """Gradients of x [rows, D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z mean(g z)) rstd.
+    """Gradients of x [..., D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z mean(g z)) rstd.
 
-    `grad_x_out` may be `grad_y` itself. `grad_sum` [rows, D], what arrives at x past the norm, is added to grad_x.
+    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself. `grad_sum` [..., D], what arrives at x past the norm, is added
+    to grad_x.
     """
-    num_rows, D = x.shape
+    shape, D = x.shape, x.shape[-1]
+    x, grad_y, grad_x_out, grad_sum = (None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum))
     grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
     partial: list[tuple[int, Any]] = []
     step = max(1, (128 << 10) // (D * x.itemsize))
@@ -67,6 +69,6 @@ def rmsnorm_backward(
                     grad_x[rows] += grad_sum[rows]
         partial.append((start, total))
 
-    parallel_for(num_rows, run, step)
+    parallel_for(len(x), run, step)
     grad_weight = sum((s for _, s in sorted(partial, key=lambda item: item[0])), np.zeros(D, x.dtype)) if need_params else None
-    return grad_x, grad_weight
+    return None if grad_x is None else grad_x.reshape(shape), grad_weight

@@ -74,6 +74,10 @@ class BaseCommunicator:
                 x[...] = flat.reshape(x.shape)
         return x
 
+    def reduce_numbers(self, numbers: Sequence[float], op: ReduceOp = SUM) -> list[float]:
+        """`all_reduce_` of a few numbers for control, in float64."""
+        return self.all_reduce_(np.array(numbers, np.float64), op, kind="control").tolist()
+
     def iall_reduce_(self, x: Array, op: ReduceOp = SUM, kind: str = "payload") -> Work:
         """Launch `all_reduce_`. `x` holds nothing meaningful and must be neither read nor written until the Work is done."""
         self._check_reducible(x, op)

@@ -43,6 +43,9 @@ class SelfCommunicator(BaseCommunicator):
         self._check_reducible(x, op)
         return x
 
+    def reduce_numbers(self, numbers: Sequence[float], op: ReduceOp = SUM) -> list[float]:
+        return list(numbers)
+
     def iall_reduce_(self, x: Array, op: ReduceOp = SUM, kind: str = "payload") -> Work:
         self._check_reducible(x, op)
         return DoneWork()

@@ -16,7 +16,7 @@ is seen once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Batches:
                 f"{max(1, len(tokens) - 1)} or less"
             )
         self.tokens = np.asarray(tokens)
+        self._windows = np.lib.stride_tricks.sliding_window_view(self.tokens, context + 1)  # [N - T, T + 1]: one from every position
         self.context = context
         self.batch = batch
         self.seed = seed
@@ -48,42 +49,37 @@ class Batches:
         """Windows in an epoch: as many as fit behind the largest offset."""
         self._num_offsets = min(context, len(tokens) - self.num_sequences * context)
 
-    def starts(self, step: int, rows: Any) -> np.ndarray:
+    def starts(self, step: int, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         """Where in the corpus the sequences in `rows` [b] (0 to batch - 1) of `step` (from 0) begin: int64 [b]. Raises IndexError for
         another row."""
-        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if rows.size and not (rows.min() >= 0 and rows.max() < self.batch):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} do not lie in a batch of {self.batch}")
-        epochs, indices = np.divmod(step * self.batch + rows, self.num_sequences)
-        starts = np.empty_like(indices)
-        for epoch in set(epochs.tolist()):
-            of_epoch = epochs == epoch
-            starts[of_epoch] = self.offset(epoch) + self._order(epoch, indices[of_epoch]) * self.context
-        return starts
+        rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
+        if rows and not (min(rows) >= 0 and max(rows) < self.batch):
+            raise IndexError(f"rows {min(rows)} to {max(rows)} do not lie in a batch of {self.batch}")
+        first = step * self.batch
+        return np.array([self._start(first + row) for row in rows], np.int64)
 
-    def _order(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        """Which windows stand at `indices` [b] of the epoch's order: int64 [b]. Made by the block, since a permutation costs much for the
-        first index and little for the next thousand."""
-        windows = np.empty_like(indices)
-        blocks = indices // _BLOCK
-        for number in set(blocks.tolist()):
-            inside = blocks == number
-            windows[inside] = self._block(epoch, number)[indices[inside] - number * _BLOCK]
-        return windows
+    def _start(self, number: int) -> int:
+        """Where sequence `number` of the run begins."""
+        epoch, index = divmod(number, self.num_sequences)
+        block, place = divmod(index, _BLOCK)
+        return self._block(epoch, block)[place]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (a run has one or two of these, for all its time)
-    def _block(self, epoch: int, number: int) -> np.ndarray:
+    def _block(self, epoch: int, number: int) -> list[int]:
+        """Where the windows begin that stand at `number` * _BLOCK and behind in the epoch's order. Made by the block, since a permutation
+        costs much for the first index and little for the next thousand."""
         indices = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, self.num_sequences))
-        return rng.permute(rng.key(self.seed, "data", "order", epoch), self.num_sequences, indices)
+        windows = rng.permute(rng.key(self.seed, "data", "order", epoch), self.num_sequences, indices)
+        return (self.offset(epoch) + windows * self.context).tolist()
 
     def offset(self, epoch: int) -> int:
         """Where the first window of `epoch` starts."""
         return int(rng.key(self.seed, "data", "offset", epoch) % self._num_offsets)
 
-    def microbatch(self, step: int, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    def microbatch(self, step: int, rows: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets, int64 [b, context] each, of the given rows [b] of `step`: the same on any mesh."""
-        both = _gather(self.tokens, self.starts(step, rows), self.context + 1)  # [b, T + 1]
-        return np.ascontiguousarray(both[:, :-1]), np.ascontiguousarray(both[:, 1:])
+        both = self._windows[self.starts(step, rows)]  # [b, T + 1]; of a mapped file only those pages are touched
+        return both[:, :-1].astype(np.int64, order="C"), both[:, 1:].astype(np.int64, order="C")
 
     def epoch(self, step: int) -> float:
         """How often the corpus has been gone through before `step`."""
@@ -131,8 +127,3 @@ def eval_windows(tokens: np.ndarray, context: int, max_tokens: int | None = None
     if len(tokens) < 2:
         raise ConfigError(f"{len(tokens)} held-out tokens leave nothing to predict; hold out a larger part of the corpus")
     return EvalWindows(tokens, context, min(len(tokens) - 1, max_tokens or len(tokens)))
-
-
-def _gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """tokens[start : start + length] for every start [b], as int64 [b, length]; touches only those pages of a mapped file."""
-    return tokens[starts[:, None] + np.arange(length)].astype(np.int64)

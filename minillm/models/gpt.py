@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
 
 from minillm import ops
 from minillm.arrays import Array
 from minillm.autograd import Tensor
 from minillm.config import ModelConfig
 from minillm.nn.attention import Attention
-from minillm.nn.block import Block
+from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
 from minillm.nn.mlp import MLP
 from minillm.nn.module import Module, Normal, Parameter, Where
@@ -91,11 +90,14 @@ class GPT(Module):
         """Token ids [B, T] (first stage) or hidden states [B, T_local, D] -> hidden states [B, T_local, D]. `where` is that of the whole
         sequence."""
         outside = self.region.outside(where)
-        hidden = self._embed(x, where, outside) if self.embedding is not None else x
+        stream = Stream(self._embed(x, where, outside) if self.embedding is not None else x)
         for block in self.blocks.values():
-            run = partial(block, where=outside)
-            hidden = checkpoint(run, hidden) if self.recompute == "full" else run(hidden)
-        return hidden if self.norm is None else self.norm(hidden, outside)
+            stream = self._recomputed(block, stream, outside) if self.recompute == "full" else block(stream, outside)
+        return stream.sum() if self.norm is None else self.norm.residual(*stream)[1]
+
+    def _recomputed(self, block: Block, stream: Stream, where: Where) -> Stream:
+        """What `block` makes of the stream, keeping the sum alone."""
+        return Stream(checkpoint(lambda x: block(Stream(x), where).sum(), stream.sum()))
 
     def loss(self, hidden: Tensor, targets: Array, divisor: float) -> Tensor:
         """Sum of the token cross-entropies of hidden states [B, T_local, D] against targets [B, T], over `divisor`: a float64 scalar (last

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from minillm import ops
 from minillm.autograd import Tensor
 from minillm.nn.dropout import Dropout
 from minillm.nn.module import Module, Where
 from minillm.nn.norm import LayerNorm, RMSNorm
+
+
+class Stream(NamedTuple):
+    """The residual stream between two blocks, `x` + `delta` [B, T_local, D]: the norm that comes next takes the sum in its own pass over
+    memory. A delta of None counts as zero."""
+
+    x: Tensor
+    delta: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """The stream where no norm comes next."""
+        return self.x if self.delta is None else ops.add(self.x, self.delta)
 
 
 class Block(Module):
@@ -24,8 +38,8 @@ class Block(Module):
         self.norm1, self.attention, self.dropout1 = norm1, attention, dropout1
         self.norm2, self.mlp, self.dropout2 = norm2, mlp, dropout2
 
-    def forward(self, x: Tensor, where: Where) -> Tensor:
-        """x [B, T_local, D] -> [B, T_local, D]."""
-        x, y = self.norm1.residual(x, None)
+    def forward(self, stream: Stream, where: Where) -> Stream:
+        """The residual stream [B, T_local, D] behind this block."""
+        x, y = self.norm1.residual(*stream)
         x, y = self.norm2.residual(x, self.dropout1(self.attention(y, where), where))
-        return ops.add(x, self.dropout2(self.mlp(y, where), where))
+        return Stream(x, self.dropout2(self.mlp(y, where), where))

@@ -148,6 +148,7 @@ class FlatBuffers:
             value = self.values[span.start : span.stop].reshape(shape)
             grad = self.grads[span.start : span.stop].reshape(shape) if gradients else None
             span.parameter.storage = PlainStorage(value, grad)
+        self.slots = tuple(parameter.slot() for parameter in self.parameters) if gradients else ()
 
     def spans(self) -> list[Span]:
         """Every parameter's span in buffer order."""
@@ -181,8 +182,8 @@ class FlatBuffers:
 
     def start_step(self) -> None:
         """Forget last step's gradients: the next write to each slot overwrites."""
-        for parameter in self.parameters:
-            parameter.slot().writes = 0
+        for slot in self.slots:
+            slot.writes = 0
 
 
 def share(length: int, rank: int, size: int, step: int) -> slice:

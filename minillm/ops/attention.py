@@ -24,7 +24,8 @@ def attention(
     Grouped-query when kv_heads < heads. `times` [T] are global positions for the causal mask; key_mask [B, T] is true where a key may be
     seen.
     """
-    return _FusedAttention.apply(qkv, heads=heads, kv_heads=kv_heads, options=_options(causal, times, times, key_mask, dropout))
+    options = _options(qkv.shape[-1] // (heads + 2 * kv_heads), causal, times, times, key_mask, dropout)
+    return _FusedAttention.apply(qkv, heads=heads, kv_heads=kv_heads, options=options)
 
 
 def attention_qkv(
@@ -39,50 +40,49 @@ def attention_qkv(
     dropout: kernels.AttentionDropout | None = None,
 ) -> Tensor:
     """Attention of q [B, Tq, H, K] over k, v [B, Tk, Hkv, K] -> [B, Tq, H, K]."""
-    return _Attention.apply(q, k, v, options=_options(causal, times_q, times_k, key_mask, dropout))
+    return _Attention.apply(q, k, v, options=_options(q.shape[-1], causal, times_q, times_k, key_mask, dropout))
 
 
-def _options(causal: bool, times_q: Any, times_k: Any, key_mask: Any, dropout: Any) -> dict[str, Any]:
-    return {"causal": causal, "times_q": times_q, "times_k": times_k, "key_mask": key_mask, "dropout": dropout}
+def _options(head_width: int, causal: bool, times_q: Any, times_k: Any, key_mask: Any, dropout: Any) -> dict[str, Any]:
+    scale = head_width**-0.5
+    return {"scale": scale, "causal": causal, "times_q": times_q, "times_k": times_k, "key_mask": key_mask, "dropout": dropout}
 
 
 def split_heads(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
     """Views q [B, T, H, K], k, v [B, T, Hkv, K] of a fused projection [B, T, (H + 2 Hkv) K]."""
     B, T, width = qkv.shape
-    by_head = qkv.reshape(B, T, heads + 2 * kv_heads, width // (heads + 2 * kv_heads))
-    return by_head[:, :, :heads], by_head[:, :, heads : heads + kv_heads], by_head[:, :, heads + kv_heads :]
+    values = heads + kv_heads
+    by_head = qkv.reshape(B, T, values + kv_heads, width // (values + kv_heads))
+    return by_head[:, :, :heads], by_head[:, :, heads:values], by_head[:, :, values:]
 
 
 class _FusedAttention(Function):
     @staticmethod
     def forward(ctx: Context, qkv: Array, *, heads: int, kv_heads: int, options: dict[str, Any]) -> Array:
         q, k, v = split_heads(qkv, heads, kv_heads)
-        scale = q.shape[-1] ** -0.5
-        o, lse = kernels.attention_forward(q, k, v, scale=scale, **options)
-        ctx.save(qkv, o, lse, heads, kv_heads, scale, options)
+        o, lse = kernels.attention_forward(q, k, v, **options)
+        ctx.save(q, k, v, o, lse, options)
         return o.reshape(*o.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
-        qkv, o, lse, heads, kv_heads, scale, options = ctx.saved
-        grad = namespace(qkv).empty_like(qkv)
+        q, k, v, o, lse, options = ctx.saved
+        (B, T, heads, width), kv_heads = q.shape, k.shape[2]
+        grad = namespace(q).empty((B, T, (heads + 2 * kv_heads) * width), q.dtype)
         gq, gk, gv = split_heads(grad, heads, kv_heads)
         grad_o = grad_outs[0].reshape(o.shape)
-        kernels.attention_backward(
-            grad_o, *split_heads(qkv, heads, kv_heads), o, lse, scale=scale, **options, grad_q=gq, grad_k=gk, grad_v=gv
-        )
+        kernels.attention_backward(grad_o, q, k, v, o, lse, **options, grad_q=gq, grad_k=gk, grad_v=gv)
         return (grad,)
 
 
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Context, q: Array, k: Array, v: Array, *, options: dict[str, Any]) -> Array:
-        scale = q.shape[-1] ** -0.5
-        o, lse = kernels.attention_forward(q, k, v, scale=scale, **options)
-        ctx.save(q, k, v, o, lse, scale, options)
+        o, lse = kernels.attention_forward(q, k, v, **options)
+        ctx.save(q, k, v, o, lse, options)
         return o
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array, Array, Array]:
-        q, k, v, o, lse, scale, options = ctx.saved
-        return kernels.attention_backward(grad_outs[0], q, k, v, o, lse, scale=scale, **options)
+        q, k, v, o, lse, options = ctx.saved
+        return kernels.attention_backward(grad_outs[0], q, k, v, o, lse, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,15 @@ class _AddPosition(Function):
 
 def _rows_at(times: np.ndarray) -> slice | np.ndarray:
     """Global positions as an index: a range where they follow one another, as they nearly always do."""
-    first = int(times[0]) if len(times) else 0
-    return slice(first, first + len(times)) if np.array_equal(times, np.arange(first, first + len(times))) else times
+    return _as_range(times.tobytes(), times.dtype) or times
+
+
+@functools.lru_cache(maxsize=16)  # the same positions in every step
+def _as_range(times: bytes, dtype: np.dtype) -> slice | None:
+    positions = np.frombuffer(times, dtype)
+    first = int(positions[0]) if len(positions) else 0
+    stop = first + len(positions)
+    return slice(first, stop) if np.array_equal(positions, np.arange(first, stop)) else None
 
 
 class _AddConstant(Function):

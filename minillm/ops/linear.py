@@ -36,7 +36,7 @@ class _Linear(Function):
             weight = ctx.load(1)
             grad_x = kernels.matmul(grad, weight).reshape(*grad_outs[0].shape[:-1], weight.shape[1])
         if needs[1]:
-            grad_bias = namespace(grad).empty(grad.shape[1], sum_dtype(grad.dtype)) if needs[2] else None
+            grad_bias = _sums_of(grad, into[2]) if needs[2] else None
             grad_weight = _product_into(into[1], grad.T, _rows(ctx.load(0)), grad_bias)
         elif needs[2]:
             grad_bias = kernels.column_sum(grad)
@@ -59,6 +59,12 @@ class _AddBias(Function):
 
 def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
+
+
+def _sums_of(grad: Array, slot: GradSlot | None) -> Array:
+    """An array for the sums of the columns of `grad`, a bias's gradient: if it may be, the slot's own."""
+    fresh = None if slot is None else slot.fresh
+    return namespace(grad).empty(grad.shape[1], sum_dtype(grad.dtype)) if fresh is None else fresh
 
 
 def _product_into(slot: GradSlot | None, a: Array, b: Array, sums: Array | None) -> Any:

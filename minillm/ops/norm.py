@@ -28,32 +28,28 @@ def residual_layer_norm(
     `recompute` the norm is computed from the sum again in the backward pass instead of being kept.
     """
     total, y = _LayerNorm.apply(x, delta, weight, bias, eps=eps)
-    data = total.data
-
-    def again() -> Array:
-        return kernels.layernorm_forward(_rows(data), value_of(weight), value_of(bias), eps)[0].reshape(data.shape)
-
-    return total, recomputable(y, again) if recompute else y
+    if recompute:
+        data = total.data
+        recomputable(y, lambda: kernels.layernorm_forward(data, value_of(weight), value_of(bias), eps)[0])
+    return total, y
 
 
 def residual_rms_norm(x: Tensor, delta: Tensor | None, weight: Any, eps: float = 1e-5, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
     """x + delta and its RMS norm; see `residual_layer_norm`."""
     total, y = _RMSNorm.apply(x, delta, weight, eps=eps)
-    data = total.data
-
-    def again() -> Array:
-        return kernels.rmsnorm_forward(_rows(data), value_of(weight), eps)[0].reshape(data.shape)
-
-    return total, recomputable(y, again) if recompute else y
+    if recompute:
+        data = total.data
+        recomputable(y, lambda: kernels.rmsnorm_forward(data, value_of(weight), eps)[0])
+    return total, y
 
 
 class _LayerNorm(Function):
     @staticmethod
     def forward(ctx: Context, x: Array, delta: Array | None, weight: Array, bias: Array | None, *, eps: float) -> tuple[Array, Array]:
-        total = x if delta is None else namespace(x).empty_like(x)
-        y, mean, rstd = kernels.layernorm_forward(_rows(x), weight, bias, eps, delta=_rows(delta), sum_out=_rows(total))
+        total = x if delta is None else namespace(x).empty(x.shape, x.dtype)
+        y, mean, rstd = kernels.layernorm_forward(x, weight, bias, eps, delta, total)
         ctx.save(total, weight, mean, rstd)
-        return total, y.reshape(x.shape)
+        return total, y
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any, Any]:
@@ -61,40 +57,31 @@ class _LayerNorm(Function):
         need_x, need_params = needs[0] or needs[1], needs[2] or needs[3]
         grad_sum, grad, out = _incoming(ctx, grad_outs, x)
         grad_x, grad_weight, grad_bias = kernels.layernorm_backward(
-            grad, _rows(x), weight, mean, rstd, need_x, need_params, needs[3], grad_x_out=out, grad_sum=_rows(grad_sum)
+            grad, x, weight, mean, rstd, need_x, need_params, needs[3], out, grad_sum
         )
-        grad_x = grad_x.reshape(x.shape) if need_x else None
         return grad_x if needs[0] else None, grad_x if needs[1] else None, grad_weight, grad_bias
 
 
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Context, x: Array, delta: Array | None, weight: Array, *, eps: float) -> tuple[Array, Array]:
-        total = x if delta is None else namespace(x).empty_like(x)
-        y, rstd = kernels.rmsnorm_forward(_rows(x), weight, eps, delta=_rows(delta), sum_out=_rows(total))
+        total = x if delta is None else namespace(x).empty(x.shape, x.dtype)
+        y, rstd = kernels.rmsnorm_forward(x, weight, eps, delta, total)
         ctx.save(total, weight, rstd)
-        return total, y.reshape(x.shape)
+        return total, y
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any]:
         x, weight, rstd = ctx.saved
         need_x = needs[0] or needs[1]
         grad_sum, grad, out = _incoming(ctx, grad_outs, x)
-        grad_x, grad_weight = kernels.rmsnorm_backward(
-            grad, _rows(x), weight, rstd, need_x, needs[2], grad_x_out=out, grad_sum=_rows(grad_sum)
-        )
-        grad_x = grad_x.reshape(x.shape) if need_x else None
+        grad_x, grad_weight = kernels.rmsnorm_backward(grad, x, weight, rstd, need_x, needs[2], out, grad_sum)
         return grad_x if needs[0] else None, grad_x if needs[1] else None, grad_weight
 
 
 def _incoming(ctx: Context, grad_outs: Any, x: Array) -> tuple[Array | None, Array, Array | None]:
     """The gradients of the sum and of the norm's result (zero if nobody used it), and the latter as a buffer if it may be overwritten."""
-    grad_sum, grad = (*grad_outs, None)[:2]  # one entry only where the norm's result was not used
+    grad_sum, grad = grad_outs
     if grad is None:
-        return grad_sum, namespace(x).zeros_like(_rows(x)), None
-    rows = _rows(grad)
-    return grad_sum, rows, rows if ctx.owns(1) and writeable(rows) else None
-
-
-def _rows(x: Array | None) -> Any:
-    return None if x is None else x.reshape(-1, x.shape[-1])
+        return grad_sum, namespace(x).zeros_like(x), None
+    return grad_sum, grad, grad if ctx.owns(1) and writeable(grad) and grad.flags.c_contiguous else None

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from minillm import kernels
-from minillm.autograd import Leaf
+from minillm.autograd import GradSlot, Leaf
+from minillm.backward import BackwardObserver
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import TOKEN_AXES, Mesh
 from minillm.nn.module import Parameter
@@ -26,19 +27,17 @@ from minillm.nn.storage import FlatBuffers, Run, Span
 
 
 class Reducer(Protocol):
-    """Turns the gradients that each rank has computed into their sum, for one stage; a BackwardObserver of its last backward pass."""
+    """Turns the gradients that each rank has computed into their sum, for one stage."""
 
     exposed_seconds: float
     """Time that backward did not hide, since the start."""
 
+    @property
+    def observer(self) -> BackwardObserver | None:
+        """Who is told of the stage's last backward pass, to overlap the sums with it; None where there is nothing to overlap."""
+
     def start_step(self) -> None:
         """Forget the last step: every parameter is awaited again."""
-
-    def leaf_ready(self, leaf: Leaf) -> None:
-        """The gradient of `leaf` is complete on this rank."""
-
-    def between_nodes(self) -> None:
-        """Let what is under way make progress."""
 
     def tie_reduce(self) -> None:
         """Add up the gradients of the tied weights' copies on their stages, before the sum over the data."""
@@ -55,6 +54,7 @@ class Bucket:
     """A slice of the flat gradient buffer that is reduced at once, and the parameters in it that are still being computed."""
 
     spans: tuple[Span, ...]
+    slots: tuple[GradSlot, ...]
     comm: Communicator
     tied: bool
     waiting: int = 0
@@ -67,16 +67,23 @@ class Bucket:
 
 
 class GradReducer:
-    """The `Reducer` that all-reduces buckets while backward runs."""
+    """The `Reducer` that all-reduces buckets while backward runs, which it observes if there is anybody to reduce with."""
 
     def __init__(self, buffers: FlatBuffers, mesh: Mesh, bucket_bytes: int) -> None:
         self.buffers = buffers
         self.mesh = mesh
         self.exposed_seconds = 0.0  # time that backward did not hide, since the start
         self.buckets = [bucket for run in buffers.runs for bucket in self._cut(run, bucket_bytes)]
-        self._counted = [part for part, counts in by_counting(buffers, mesh) if counts]
+        self._counted = [buffers.grads[part] for part, counts in by_counting(buffers, mesh) if counts]
+        self._first_replica = mesh.axis(*TOKEN_AXES).rank == 0
+        self._overlaps = any(bucket.comm.size > 1 for bucket in self.buckets)
         self._bucket_of = {id(span.parameter): bucket for bucket in self.buckets for span in bucket.spans}
         self._next = 0
+
+    @property
+    def observer(self) -> BackwardObserver | None:
+        """See `Reducer`."""
+        return self if self._overlaps else None
 
     def _cut(self, run: Run, bucket_bytes: int) -> list[Bucket]:
         axes = TOKEN_AXES + tuple(axis for axis in run.partial_over if axis not in TOKEN_AXES)
@@ -87,7 +94,7 @@ class GradReducer:
             if groups[-1] and size >= bucket_bytes:
                 groups.append([])
             groups[-1].append(span)
-        return [Bucket(tuple(group), comm, run.tied) for group in groups]
+        return [Bucket(tuple(group), tuple(span.parameter.slot() for span in group), comm, run.tied) for group in groups]
 
     def start_step(self) -> None:
         """See `Reducer`."""
@@ -97,14 +104,14 @@ class GradReducer:
             bucket.waiting, bucket.work = len(bucket.spans), None
 
     def leaf_ready(self, leaf: Leaf) -> None:
-        """See `Reducer`. A tied weight's gradient is not complete: its other copies are added by `tie_reduce` first."""
+        """See `BackwardObserver`. A tied weight's gradient is not complete: its other copies are added by `tie_reduce` first."""
         bucket = self._bucket_of[id(leaf)]
         if not bucket.tied:
             bucket.waiting -= 1
             self._launch_ready()
 
     def between_nodes(self) -> None:
-        """See `Reducer`."""
+        """See `BackwardObserver`."""
         for bucket in self.buckets[: self._next]:
             if bucket.work is not None and bucket.work.test():
                 bucket.work = None
@@ -129,17 +136,15 @@ class GradReducer:
 
     def sum_of_squares(self) -> float:
         """See `Reducer`. Replicas hold the same sums: the first one counts."""
-        if self.mesh.axis(*TOKEN_AXES).rank:
-            return 0.0
-        return sum(kernels.sum_of_squares(self.buffers.grads[part]) for part in self._counted)
+        return sum(map(kernels.sum_of_squares, self._counted)) if self._first_replica else 0.0
 
     def _launch_ready(self) -> None:
         while self._next < len(self.buckets) and self.buckets[self._next].waiting == 0:
             self._launch(self.buckets[self._next])
 
     def _launch(self, bucket: Bucket) -> None:
-        for span in bucket.spans:
-            span.parameter.slot().finish()
+        for slot in bucket.slots:
+            slot.finish()
         if bucket.comm.size > 1:
             bucket.work = bucket.comm.iall_reduce_(self.buffers.grads[bucket.slice])
         self._next += 1

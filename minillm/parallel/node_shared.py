@@ -28,7 +28,6 @@ import numpy as np
 
 from minillm import kernels
 from minillm.arrays import ALIGNMENT, Array
-from minillm.autograd import Leaf
 from minillm.comm.communicator import Communicator, SharedWindow
 from minillm.comm.ledger import ledger
 from minillm.comm.mesh import TOKEN_AXES, Mesh
@@ -141,6 +140,8 @@ class Piece:
 class NodeReducer:
     """The `Reducer` of ranks that share memory: nothing happens before all have finished their backward pass."""
 
+    observer = None
+
     def __init__(self, buffers: FlatBuffers, mesh: Mesh, memory: NodeMemory, piece_bytes: int) -> None:
         self.buffers, self.mesh, self.memory = buffers, mesh, memory
         self.node, self.peers = memory.group.node, memory.group.peers
@@ -162,12 +163,6 @@ class NodeReducer:
         """See `Reducer`."""
         self.buffers.start_step()
 
-    def leaf_ready(self, leaf: Leaf) -> None:
-        """See `Reducer`."""
-
-    def between_nodes(self) -> None:
-        """See `Reducer`."""
-
     def tie_reduce(self) -> None:
         """See `Reducer`."""
         sum_tied_copies(self.buffers, self.mesh)
@@ -175,8 +170,8 @@ class NodeReducer:
     def finish(self) -> None:
         """See `Reducer`. Afterwards this rank's share of its gradients holds the sum, and the rest of them nothing of use."""
         started = time.perf_counter()
-        for parameter in self.buffers.parameters:
-            parameter.slot().finish()
+        for slot in self.buffers.slots:
+            slot.finish()
         self.memory.sync()
         works = []
         self._squares = 0.0

@@ -149,9 +149,10 @@ class _VocabParallelLoss(Function):
         xp = namespace(x)
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
         counted = flat != ignore_index
-        head = (_Head if xp is np else _HeadOnGpu)(len(weight), comm, vocab)
-        grad_x = xp.empty_like(rows) if ctx.needs[0] else None
         wide = sum_dtype(x.dtype)
+        row_scale = counted.astype(wide) / wide.type(divisor)
+        head = (_Head if xp is np else _HeadOnGpu)(len(weight), comm, vocab)
+        grad_x = xp.empty(rows.shape, x.dtype) if ctx.needs[0] else None
         slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
         total: Any = 0.0
         most = max(128, (CHUNK_BYTES if xp is np else GPU_CHUNK_BYTES) // max(1, weight.shape[0] * x.dtype.itemsize))
@@ -164,8 +165,7 @@ class _VocabParallelLoss(Function):
             sum_exp, target_logit = head.softmax_(logits, flat[part])
             total = total + _counted_sum(xp.log(sum_exp) - target_logit, counted[part])
             if ctx.recording:
-                row_scale = counted[part].astype(wide) / wide.type(divisor)
-                head.grad_(logits, sum_exp, flat[part], row_scale)
+                head.grad_(logits, sum_exp, flat[part], row_scale[part])
                 if grad_x is not None:
                     kernels.matmul(logits, weight, out=grad_x[part])
                 if slot is not None:
@@ -186,7 +186,7 @@ class _VocabParallelLoss(Function):
 def _counted_sum(losses: Array, counted: Array) -> Any:
     """The float64 sum of the losses [R] that count: a number, or on a GPU an array without dims, for which the host does not wait."""
     if isinstance(losses, np.ndarray):
-        return float(np.sum(losses[counted], dtype=np.float64))
+        return float(np.add.reduce(losses[counted], dtype=np.float64))
     xp = namespace(losses)
     return xp.where(counted, losses, 0.0).sum(dtype=np.float64)
 
@@ -202,12 +202,14 @@ class _Head:
     def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
         """Overwrite `logits` [R, V_local] by exp(logits - max); returns its sum over the whole vocabulary [R] and the shifted logit of
         targets [R]."""
-        xp = namespace(logits)
-        row_max = kernels.xent_max(logits, valid_columns=self.valid)
+        row_max = kernels.xent_max(logits, self.valid)
         self.comm.all_reduce_(row_max, ReduceOp.MAX)
-        sums = xp.stack(kernels.xent_shifted_sum_(logits, row_max, targets, self.first_class, valid_columns=self.valid))
-        self.comm.all_reduce_(sums)
-        return sums[0], sums[1]
+        sums, target_logit = kernels.xent_shifted_sum_(logits, row_max, targets, self.first_class, self.valid)
+        if self.comm.size > 1:
+            both = namespace(logits).stack([sums, target_logit])
+            self.comm.all_reduce_(both)
+            sums, target_logit = both[0], both[1]
+        return sums, target_logit
 
     def grad_(self, logits: Array, sum_exp: Array, targets: Array, row_scale: Array) -> None:
         """Overwrite what `softmax_` left in `logits` by (softmax - onehot(target)) row_scale."""

@@ -21,6 +21,8 @@ from minillm.pipeline.action import Action, ActionKind, Link, Schedule
 from minillm.pipeline.stage import Live, Microbatch, Stage
 from minillm.trace import Tracer
 
+_ONE = np.ones(())  # the gradient of the loss
+
 Mailbox = dict[tuple[int, int], tuple[Array, ...]]
 """(destination stage, microbatch) -> the arrays for it. Computation puts and takes; a send takes what is for another rank, a receive puts
 what came."""
@@ -83,12 +85,19 @@ class PipelineRuntime:
                 stage.reducer.start_step()
         with nullcontext() if self.train else no_grad():
             for action in self.row:
-                with self.tracer.span(str(action), "compute") if self.tracer else nullcontext():
-                    self._methods[action.kind](action)
-                self._sends = [work for work in self._sends if not work.test()]
+                self._execute(action)
+                if self._sends:
+                    self._sends = [work for work in self._sends if not work.test()]
         for work in self._sends:
             work.wait()
         return sum(self._losses.values(), 0.0)
+
+    def _execute(self, action: Action) -> None:
+        if self.tracer is None:
+            self._methods[action.kind](action)
+            return
+        with self.tracer.span(str(action), "compute"):
+            self._methods[action.kind](action)
 
     def _forward(self, action: Action) -> None:
         stage, key = self.stages[action.stage], _key(action)
@@ -110,18 +119,21 @@ class PipelineRuntime:
 
     def _weight_grad(self, action: Action) -> None:
         reducer = self.stages[action.stage].reducer
-        for work in self._live.pop(_key(action)).deferred:
-            work.run()
-            if reducer is not None:
-                reducer.between_nodes()
+        observer = None if reducer is None else reducer.observer
+        deferred = self._live.pop(_key(action)).deferred
+        deferred.reverse()
+        while deferred:  # emptied, because each work refers to the list: a cycle that nobody would collect
+            deferred.pop().run()
+            if observer is not None:
+                observer.between_nodes()
 
     def _differentiate(self, action: Action, live: Live, defer: list[WeightGradWork] | None) -> None:
         """B or I: from the gradients of the stage's results to those of its inputs."""
         stage, key = self.stages[action.stage], _key(action)
-        grads = (np.ones(()),) if stage.last else self._grads.pop(key)
+        grads = (_ONE,) if stage.last else self._grads.pop(key)
         roots = list(zip(live.result, grads, strict=True))
         source, live.source, live.result = live.source, (), ()
-        backward(roots, defer=defer, observer=stage.reducer if self._arms(key) else None)
+        backward(roots, defer=defer, observer=stage.reducer.observer if stage.reducer is not None and self._arms(key) else None)
         if not stage.first:
             self._grads[self._source[action.stage], key[1]] = tuple(t.grad for t in source)
 

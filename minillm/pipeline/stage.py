@@ -29,8 +29,7 @@ class ArraySpec(NamedTuple):
 BoundarySpec = tuple[ArraySpec, ...]
 
 
-@dataclass(frozen=True)
-class Microbatch:
+class Microbatch(NamedTuple):
     """This rank's share of one microbatch: token ids and targets [B, T], and where they sit in the global batch."""
 
     inputs: Array

@@ -179,7 +179,7 @@ def test_the_emulator_runs_only_where_it_is_asked_for(monkeypatch: pytest.Monkey
         assert kernels.chosen(op, x).backend != "emulator"
     monkeypatch.setattr(registry, "_kernels", {"add": [k for k in kernels.available("add") if k.backend == "emulator"]})
     with pytest.raises(kernels.KernelUnavailable):
-        registry._find("add", x, "")
+        registry._find("add", type(x), x.dtype, "")
 
 
 def test_without_a_gpu_the_reason_is_named() -> None:

@@ -74,9 +74,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(registry, "_kernels", {op: list(entries) for op, entries in registry._kernels.items()})
         patch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
         yield
-    registry._cache.clear()
-    for found in registry._defaults:
-        found.clear()
+    registry.forget()
 
 
 def test_the_cases_run_on_a_device(own_registry: None) -> None:

@@ -57,9 +57,7 @@ def _forget(caches: tuple[Any, ...]) -> None:
     for cache in caches:
         cache.cache_clear()
     launch._functions.clear()
-    registry._cache.clear()
-    for found in registry._defaults:
-        found.clear()
+    registry.forget()
 
 
 # ---- the emulator
