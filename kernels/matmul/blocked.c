@@ -199,6 +199,7 @@ static void matmul_parts(Pool *pool, const void *state, int64_t start, int64_t s
 
 static void matmul_blocked(Pool *pool, const MatMul *p) {
     if (!p->M || !p->N) return;
-    const Grid grid = best_grid(p, pool_size(pool));
+    enum { WORTHWHILE = 1 << 17 }; /* products of two elements for a thread: less is done before it is awake */
+    const Grid grid = best_grid(p, least(pool_size(pool), p->M * p->N * p->K / WORTHWHILE + 1));
     pool_run(pool, matmul_parts, &grid, grid.down * grid.across, 1);
 }
