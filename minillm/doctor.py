@@ -114,7 +114,7 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_numpy() -> Iterator[Finding]:
-    """NumPy and the BLAS behind it, which does most of the work."""
+    """NumPy and the BLAS behind it."""
     try:
         import numpy as np
         import threadpoolctl

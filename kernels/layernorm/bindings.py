@@ -41,7 +41,5 @@ def layernorm_backward(
         grad_x = deliver(grad_x, grad_x_out)
     if partials is None:
         return grad_x, None, None
-    sums = partials[0]
-    for part in partials[1:]:
-        sums += part
-    return grad_x, sums[0], sums[1] if has_bias else None
+    grad_weight, grad_bias = np.add.reduce(partials)
+    return grad_x, grad_weight, grad_bias if has_bias else None

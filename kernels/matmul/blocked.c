@@ -48,12 +48,13 @@ static Block block_of(const Plan *plan, int64_t number) {
     return (Block){first, least(plan->depth, plan->product->K - first), plan->part.column + column, least(plan->width, plan->part.columns - column)};
 }
 
+static const float *start_of(const MatMul *p, Block block) { return p->b.start + block.first * p->b.row + block.column * p->b.column; }
+
 static void pack_block(const MatMul *p, Block block, float *panels) {
-    const float *b = p->b.start + block.first * p->b.row + block.column * p->b.column;
     if (p->b.column == 1)
-        pack(b, p->b.row, block.depth, block.columns, panels);
+        pack(start_of(p, block), p->b.row, block.depth, block.columns, panels);
     else
-        pack_transposed(b, p->b.column, block.columns, block.depth, 1.0f, panels);
+        pack_transposed(start_of(p, block), p->b.column, block.columns, block.depth, 1.0f, panels);
 }
 
 /* A tile's rows of a, copied where they would not stay in the first-level cache: rows that lie whole pages apart all fall into one set of
@@ -81,7 +82,7 @@ typedef struct {
 } Ahead;
 
 static Ahead ahead_of_block(const MatMul *p, Block block, int64_t times) {
-    Ahead next = {p->b.start + block.first * p->b.row + block.column * p->b.column, p->b.row, block.depth, block.columns};
+    Ahead next = {start_of(p, block), p->b.row, block.depth, block.columns};
     if (p->b.column != 1) next = (Ahead){next.start, p->b.column, block.columns, block.depth};
     next.count = (next.rows * (next.length / LINE + 1) + times - 1) / times;
     return next;

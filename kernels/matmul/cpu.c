@@ -3,7 +3,7 @@
 typedef struct {
     Matrix a, b; /* [M, K], [K, N]; of each, the rows or the columns are contiguous */
     float *out;  /* [M, N] */
-    int64_t stride_out, one;
+    int64_t stride_out, stride_column; /* the latter 1 */
     const float *bias; /* [N] or NULL */
     float *sums;       /* [M]: sums of the rows of a, whose columns are then contiguous and dense; or NULL */
     int64_t M, N, K, accumulate, by_blas;

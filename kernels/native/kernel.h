@@ -19,8 +19,8 @@ typedef void KernelFunction(Pool *pool, const Argument *arguments);
 
 /* `signature` has one letter an argument; module.c reads it:
    f read float32, F write float32, D write float64, q int64, u uint32, U uint64, b bool (arrays, C-contiguous);
-   2 4 read, @ $ (the same keys with shift) write a float32 array of 2 or 4 dims that may lie anyhow: it arrives as its address followed by
-   the stride of each dim, in elements; i integer; d number. A letter followed by ? may be None, which arrives as NULL. */
+   m read, M write a float32 matrix, h read, H write float32 heads [B, T, H, K], that may lie anyhow: such an array arrives as its address
+   followed by the stride of each dim, in elements; i integer; d number. A letter followed by ? may be None, which arrives as NULL. */
 typedef struct {
     const char *name;
     const char *signature;

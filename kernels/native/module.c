@@ -66,7 +66,7 @@ static void release(Views *views) {
 /* The element formats (struct module's letters) and the size that a signature letter stands for. */
 static const char *formats_of(char letter, Py_ssize_t *itemsize) {
     switch (letter) {
-        case 'f': case 'F': case '2': case '4': case '@': case '$': *itemsize = 4; return "f";
+        case 'f': case 'F': case 'm': case 'M': case 'h': case 'H': *itemsize = 4; return "f";
         case 'D': *itemsize = 8; return "d";
         case 'q': *itemsize = 8; return "lq";
         case 'u': *itemsize = 4; return "I";
@@ -79,8 +79,8 @@ static const char *formats_of(char letter, Py_ssize_t *itemsize) {
 /* How many dims an array has that comes with its strides; 0 for other letters. */
 static int dims_of(char letter) {
     switch (letter) {
-        case '2': case '@': return 2;
-        case '4': case '$': return 4;
+        case 'm': case 'M': return 2;
+        case 'h': case 'H': return 4;
         default: return 0;
     }
 }
@@ -108,7 +108,7 @@ static int read_array(const Kernel *kernel, int number, char letter, PyObject *o
         PyErr_Format(PyExc_SystemError, "%s: bad signature", kernel->name);
         return -1;
     }
-    const int dims = dims_of(letter), written = strchr("FD@$", letter) != NULL;
+    const int dims = dims_of(letter), written = strchr("FDMH", letter) != NULL;
     const int flags = PyBUF_FORMAT | (dims ? PyBUF_STRIDES : PyBUF_C_CONTIGUOUS) | (written ? PyBUF_WRITABLE : 0);
     Py_buffer *view = &views->views[views->count];
     if (PyObject_GetBuffer(object, view, flags)) return -1;

@@ -4,7 +4,7 @@
 
    The right operand is packed into panels, [depth][PANEL] each; the left one is read where it lies, by any two strides. Every element is
    the sum over k in order, whatever tile it falls in. (Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication"; Van
-   Zee and van de Geijn 2015, "BLIS".) */
+   Zee and van de Geijn 2015, "BLIS: a framework for rapidly instantiating BLAS functionality".) */
 #ifndef MINILLM_TILE_H
 #define MINILLM_TILE_H
 

@@ -17,13 +17,13 @@
 
 #include "../attention/cpu.c" /* uses the dropout above */
 
-#define ATTENTION_ARGUMENTS "444qb?U?u?iiiiiiidd"
+#define ATTENTION_ARGUMENTS "hhhqb?U?u?iiiiiiidd"
 
 const Kernel VARIANT[] = {
     {"add", "ffFi", add},
     {"adamw", "FfFFiddddddd", adamw},
-    {"attention_backward", ATTENTION_ARGUMENTS "44f$$$", attention_backward},
-    {"attention_forward", ATTENTION_ARGUMENTS "$F", attention_forward},
+    {"attention_backward", ATTENTION_ARGUMENTS "hhfHHH", attention_backward},
+    {"attention_forward", ATTENTION_ARGUMENTS "HF", attention_forward},
     {"column_sum", "fFii", column_sum},
     {"dropout", "fFUuiiid", dropout},
     {"embedding_backward", "fqFiiiii", embedding_backward},
@@ -34,12 +34,12 @@ const Kernel VARIANT[] = {
     {"gelu_tanh_forward", "fFi", gelu_tanh_forward},
     {"layernorm_backward", "ff?ffffF?F?ii", layernorm_backward},
     {"layernorm_forward", "ff?ff?F?FFFiid", layernorm_forward},
-    {"matmul", "22@f?F?iiiii", matmul},
+    {"matmul", "mmMf?F?iiiii", matmul},
     {"relu_backward", "ffFi", relu_backward},
     {"relu_forward", "fFi", relu_forward},
     {"rmsnorm_backward", "ff?fffF?F?ii", rmsnorm_backward},
     {"rmsnorm_forward", "ff?fF?FFiid", rmsnorm_forward},
-    {"rope", "$ffiiiii", rope},
+    {"rope", "Hffiiiii", rope},
     {"sgd", "Ffid", sgd},
     {"sum_arrays", "UFDii", sum_arrays},
     {"sum_of_squares", "fDi", sum_of_squares},

@@ -37,9 +37,4 @@ def rmsnorm_backward(
     c.rmsnorm_backward(pool(), dense(grad_y), grad_sum, dense(x), weight, rstd, grad_x, partials, num_rows, D)
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
-    if partials is None:
-        return grad_x, None
-    grad_weight = partials[0]
-    for part in partials[1:]:
-        grad_weight += part
-    return grad_x, grad_weight
+    return grad_x, None if partials is None else np.add.reduce(partials)

@@ -67,7 +67,7 @@ def test_a_product_has_the_same_bits_on_any_number_of_threads(variant: str, M: i
             out = c.copy()
             kernels.matmul(a, b, out=out[:, :N], accumulate=True)
         if threads == 1:
-            once = found[0]  # few rows of a times b lying across go their own way
+            once = found[0]
             assert np.allclose(once, a.astype(np.float64) @ b + bias, atol=1e-3)
         assert all(np.array_equal(once, product) for product in found)
         assert np.allclose(out[:, :N], c[:, :N] + a @ b, atol=1e-3) and np.array_equal(out[:, N:], c[:, N:])
@@ -125,6 +125,8 @@ def test_wrong_arguments_are_refused() -> None:
         c.relu_forward(pool, x.astype(np.float64), out, 6)
     with pytest.raises(ValueError, match="contiguous"):
         c.relu_forward(pool, x.T, out, 6)
+    with pytest.raises(TypeError, match="argument 0 has 2 dims, not 4"):
+        c.rope(pool, out, x, x, 1, 1, 2, 3, False)
     out.flags.writeable = False
     with pytest.raises(ValueError, match=r"read-only|writable"):
         c.relu_forward(pool, x, out, 6)
