@@ -1,7 +1,8 @@
 """Kernels: arrays in, arrays out, nothing known of the rest of minillm.
 
-Every operation has a folder with `reference.py`, its definition in NumPy; faster implementations register themselves beside it. Calling an
-operation here runs the fastest one available for its arrays, or what `use` forces.
+Every operation has a folder with `reference.py`, its definition in NumPy; faster implementations
+register themselves beside it. Calling an operation here runs the fastest one available for its
+arrays, or what `use` forces.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ from minillm.kernels.native import prepare_process
 from minillm.kernels.pool import get_threads, parallel_for, threads
 from minillm.kernels.random import reference as random_reference
 from minillm.kernels.random.reference import random_bits, random_uniform
-from minillm.kernels.registry import Kernel, KernelUnavailable, available, choices_from, chosen, dispatch, lookup, ops, resolved, use
+from minillm.kernels.registry import (
+    Kernel,
+    KernelUnavailable,
+    available,
+    choices_from,
+    chosen,
+    dispatch,
+    lookup,
+    ops,
+    resolved,
+    use,
+)
 from minillm.kernels.residual import reference as residual_reference
 from minillm.kernels.rmsnorm import reference as rmsnorm_reference
 from minillm.kernels.rope import reference as rope_reference
@@ -87,21 +99,51 @@ __all__ = [
 
 add, cast = dispatch(residual_reference.add), dispatch(cast_reference.cast)
 matmul, column_sum = dispatch(matmul_reference.matmul), dispatch(matmul_reference.column_sum)
-layernorm_forward, layernorm_backward = dispatch(layernorm_reference.layernorm_forward), dispatch(layernorm_reference.layernorm_backward)
-rmsnorm_forward, rmsnorm_backward = dispatch(rmsnorm_reference.rmsnorm_forward), dispatch(rmsnorm_reference.rmsnorm_backward)
-gelu_forward, gelu_backward = dispatch(activation_reference.gelu_forward), dispatch(activation_reference.gelu_backward)
-relu_forward, relu_backward = dispatch(activation_reference.relu_forward), dispatch(activation_reference.relu_backward)
-swiglu_forward, swiglu_backward = dispatch(activation_reference.swiglu_forward), dispatch(activation_reference.swiglu_backward)
-softmax_forward, softmax_backward = dispatch(softmax_reference.softmax_forward), dispatch(softmax_reference.softmax_backward)
-xent_max, xent_grad_ = dispatch(softmax_xent_reference.xent_max), dispatch(softmax_xent_reference.xent_grad_)
+layernorm_forward, layernorm_backward = (
+    dispatch(layernorm_reference.layernorm_forward),
+    dispatch(layernorm_reference.layernorm_backward),
+)
+rmsnorm_forward, rmsnorm_backward = (
+    dispatch(rmsnorm_reference.rmsnorm_forward),
+    dispatch(rmsnorm_reference.rmsnorm_backward),
+)
+gelu_forward, gelu_backward = (
+    dispatch(activation_reference.gelu_forward),
+    dispatch(activation_reference.gelu_backward),
+)
+relu_forward, relu_backward = (
+    dispatch(activation_reference.relu_forward),
+    dispatch(activation_reference.relu_backward),
+)
+swiglu_forward, swiglu_backward = (
+    dispatch(activation_reference.swiglu_forward),
+    dispatch(activation_reference.swiglu_backward),
+)
+softmax_forward, softmax_backward = (
+    dispatch(softmax_reference.softmax_forward),
+    dispatch(softmax_reference.softmax_backward),
+)
+xent_max, xent_grad_ = (
+    dispatch(softmax_xent_reference.xent_max),
+    dispatch(softmax_xent_reference.xent_grad_),
+)
 xent_shifted_sum_ = dispatch(softmax_xent_reference.xent_shifted_sum_)
 xent_statistics = dispatch(softmax_xent_reference.xent_statistics)
 xent_grad_from_logits_ = dispatch(softmax_xent_reference.xent_grad_from_logits_)
-attention_forward, attention_backward = dispatch(attention_reference.attention_forward), dispatch(attention_reference.attention_backward)
+attention_forward, attention_backward = (
+    dispatch(attention_reference.attention_forward),
+    dispatch(attention_reference.attention_backward),
+)
 embedding_forward = dispatch(embedding_reference.embedding_forward, like=1)
 embedding_backward_ = dispatch(embedding_reference.embedding_backward_)
 rope_ = dispatch(rope_reference.rope_)
-dropout_forward, dropout_mask = dispatch(dropout_reference.dropout_forward), dropout_reference.dropout_mask
+dropout_forward, dropout_mask = (
+    dispatch(dropout_reference.dropout_forward),
+    dropout_reference.dropout_mask,
+)
 adamw_, sgd_ = dispatch(adamw_reference.adamw_), dispatch(adamw_reference.sgd_)
 random_normal = dispatch(random_reference.random_normal, like=1)
-sum_of_squares, sum_arrays = dispatch(grad_norm_reference.sum_of_squares), dispatch(grad_norm_reference.sum_arrays)
+sum_of_squares, sum_arrays = (
+    dispatch(grad_norm_reference.sum_of_squares),
+    dispatch(grad_norm_reference.sum_arrays),
+)

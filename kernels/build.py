@@ -1,4 +1,5 @@
-"""From a `.cu` file to a cubin: NVRTC from the pip wheels, no CUDA toolkit and no GPU needed, and every result kept on disk.
+"""From a `.cu` file to a cubin: NVRTC from the pip wheels, no CUDA toolkit and no GPU needed, and
+every result kept on disk.
 
     cubin = compile_cuda(folder / "v1.cu", {"ELEMENT": "bfloat16"}, "sm_90a")
 
@@ -9,7 +10,8 @@ A file may say in comments how it is to be built:
     // minillm-build: -DELEMENT=bfloat16          one set of macros to compile it with when all are checked; one line a set
     // minillm-sass: HMMA                         an instruction that its machine code must hold
 
-`python -m minillm.kernels.precompile` compiles all of them for one device, in as many processes as there are cores.
+`python -m minillm.kernels.precompile` compiles all of them for one device, in as many processes as
+there are cores.
 """
 
 from __future__ import annotations
@@ -39,16 +41,22 @@ class BuildError(Exception):
 
 
 def inlined_source(path: Path) -> str:
-    """The text of a file with its quoted includes put in their places, each once, and `#line` marks so that messages name the real files.
+    """The text of a file with its quoted includes put in their places, each once, and `#line` marks
+    so that messages name the real files.
 
-    What is not found beside the file stays: the compiler's own headers. The result alone decides what is compiled, so it is the key.
+    What is not found beside the file stays: the compiler's own headers. The result alone decides
+    what is compiled, so it is the key.
     """
     return "\n".join(_inlined(path.resolve(), set())) + "\n"
 
 
 def _inlined(path: Path, seen: set[Path]) -> Iterable[str]:
     seen.add(path)
-    shown = path.relative_to(FOLDER.parent).as_posix() if path.is_relative_to(FOLDER.parent) else path.as_posix()
+    shown = (
+        path.relative_to(FOLDER.parent).as_posix()
+        if path.is_relative_to(FOLDER.parent)
+        else path.as_posix()
+    )
     yield f'#line 1 "{shown}"'
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         include = _INCLUDE.match(line)
@@ -63,22 +71,36 @@ def _inlined(path: Path, seen: set[Path]) -> Iterable[str]:
 
 def marks(path: Path, name: str) -> list[str]:
     """What the lines `// minillm-<name>: ...` of a file say."""
-    return [found.strip() for found in re.findall(rf"^//\s*minillm-{name}:(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    return [
+        found.strip()
+        for found in re.findall(
+            rf"^//\s*minillm-{name}:(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    ]
 
 
 def build_sets(path: Path) -> list[dict[str, str]]:
     """The sets of macros that a file is to be checked with; one empty set where it names none."""
     lines = marks(path, "build") or [""]
-    return [{name: value or "1" for name, _, value in (word.removeprefix("-D").partition("=") for word in line.split())} for line in lines]
+    return [
+        {
+            name: value or "1"
+            for name, _, value in (word.removeprefix("-D").partition("=") for word in line.split())
+        }
+        for line in lines
+    ]
 
 
 def architecture(path: Path, capability: str) -> str:
-    """What to compile a file for on a device of a compute capability such as "90". Raises KernelUnavailable if the file is for another."""
+    """What to compile a file for on a device of a compute capability such as "90". Raises
+    KernelUnavailable if the file is for another."""
     wanted = next(iter(marks(path, "arch")), None)
     if wanted is None:
         return f"sm_{capability}"
     if wanted.rstrip("a") != f"sm_{capability}":
-        raise KernelUnavailable(f"{path.parent.name}/{path.name} is for {wanted}, and this device is sm_{capability}")
+        raise KernelUnavailable(
+            f"{path.parent.name}/{path.name} is for {wanted}, and this device is sm_{capability}"
+        )
     return wanted
 
 
@@ -88,12 +110,17 @@ def architecture(path: Path, capability: str) -> str:
 def cache_folder() -> Path:
     """Where compiled kernels are kept: $MINILLM_CACHE, or ~/.cache/minillm."""
     chosen = os.environ.get("MINILLM_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm"
+    return (
+        Path(chosen)
+        if chosen
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm"
+    )
 
 
 def cached(suffix: str, key: Iterable[str], make: Callable[[Path], object]) -> Path:
-    """The file that `make(path)` writes, made only if no earlier call with the same key has. Many processes may ask at once: each writes a
-    file of its own and renames it, so nobody sees half a file."""
+    """The file that `make(path)` writes, made only if no earlier call with the same key has. Many
+    processes may ask at once: each writes a file of its own and renames it, so nobody sees half a
+    file."""
     digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:40]
     path = cache_folder() / f"{digest}{suffix}"
     if not path.exists():
@@ -118,8 +145,8 @@ class _Nvrtc(NamedTuple):
 
 
 def nvidia_folders() -> list[Path]:
-    """Folders of NVIDIA's pip wheels, newest first: one for each release from CUDA 13 on (nvidia/cu13), before that one for each part
-    (nvidia/cuda_nvrtc)."""
+    """Folders of NVIDIA's pip wheels, newest first: one for each release from CUDA 13 on
+    (nvidia/cu13), before that one for each part (nvidia/cuda_nvrtc)."""
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or ()) if spec else []
     folders = [folder for root in roots for folder in Path(root).iterdir() if folder.is_dir()]
@@ -138,15 +165,23 @@ def toolkit_folders() -> list[Path]:
 
 
 def _library_files() -> list[Path]:
-    wheels = [file for folder in nvidia_folders() for file in sorted(folder.glob("lib/libnvrtc.so.*"))]
-    return wheels + [file for folder in toolkit_folders() for file in sorted(folder.glob("lib64/libnvrtc.so.*[0-9]"))[:1]]
+    wheels = [
+        file for folder in nvidia_folders() for file in sorted(folder.glob("lib/libnvrtc.so.*"))
+    ]
+    return wheels + [
+        file
+        for folder in toolkit_folders()
+        for file in sorted(folder.glob("lib64/libnvrtc.so.*[0-9]"))[:1]
+    ]
 
 
 @functools.cache
 def _nvrtc() -> _Nvrtc:
     files = [file for file in _library_files() if ".alt." not in file.name]
     if not files:
-        raise BuildError("NVRTC, the compiler of CUDA kernels, is not installed: pip install 'cupy-cuda13x[ctk]'")
+        raise BuildError(
+            "NVRTC, the compiler of CUDA kernels, is not installed: pip install 'cupy-cuda13x[ctk]'"
+        )
     for builtins in sorted(files[0].parent.glob("libnvrtc-builtins.so.*")):
         if ".alt." not in builtins.name:  # NVRTC looks for it by name, outside its own folder
             ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
@@ -154,12 +189,17 @@ def _nvrtc() -> _Nvrtc:
     major, minor = ctypes.c_int(), ctypes.c_int()
     library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
-    include = [str(f / "include") for f in nvidia_folders() + toolkit_folders() if (f / "include" / "cuda_bf16.h").is_file()]
+    include = [
+        str(f / "include")
+        for f in nvidia_folders() + toolkit_folders()
+        if (f / "include" / "cuda_bf16.h").is_file()
+    ]
     return _Nvrtc(library, f"{major.value}.{minor.value}", tuple(include[:1]))
 
 
 def nvrtc_missing() -> str | None:
-    """Why nothing can be compiled for a GPU here; None if it can. Looks for files only: nothing is loaded."""
+    """Why nothing can be compiled for a GPU here; None if it can. Looks for files only: nothing is
+    loaded."""
     return None if _library_files() else "NVRTC is not installed (pip install 'cupy-cuda13x[ctk]')"
 
 
@@ -169,13 +209,19 @@ def nvrtc_version() -> str:
 
 
 def compile_text(text: str, name: str, options: Sequence[str]) -> tuple[bytes, str]:
-    """The cubin and the compiler's log for a source text. Raises BuildError with the log if it does not compile."""
+    """The cubin and the compiler's log for a source text. Raises BuildError with the log if it does
+    not compile."""
     lib = _nvrtc().library
     program = ctypes.c_void_p()
-    _check(lib, lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None))
+    _check(
+        lib,
+        lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None),
+    )
     try:
         words = [option.encode() for option in options]
-        status = lib.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words))
+        status = lib.nvrtcCompileProgram(
+            program, len(words), (ctypes.c_char_p * len(words))(*words)
+        )
         log = _fetch(lib, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if status:
             raise BuildError(f"{name} does not compile with {' '.join(options)}:\n{log}")
@@ -205,26 +251,37 @@ def options_for(path: Path, defines: Defines, arch: str) -> list[str]:
 
 
 def compile_cuda(path: Path, defines: Defines, arch: str) -> bytes:
-    """The cubin of a `.cu` file, from the cache where it has been compiled before. Raises BuildError if it does not compile."""
+    """The cubin of a `.cu` file, from the cache where it has been compiled before. Raises
+    BuildError if it does not compile."""
     text, options = inlined_source(path), options_for(path, defines, arch)
     nvrtc = _nvrtc()
 
     def make(target: Path) -> None:
-        cubin, _ = compile_text(text, path.name, [*options, *(f"-I{folder}" for folder in nvrtc.include)])
+        cubin, _ = compile_text(
+            text, path.name, [*options, *(f"-I{folder}" for folder in nvrtc.include)]
+        )
         target.write_bytes(cubin)
 
     return cached(".cubin", (text, *options, f"nvrtc {nvrtc.version}"), make).read_bytes()
 
 
 def report(path: Path, defines: Defines, arch: str) -> str:
-    """The compiler's log with registers, spills and warnings of every kernel of a file. Compiles anew. Raises BuildError."""
-    options = [*options_for(path, defines, arch), "--ptxas-options=-v", *(f"-I{folder}" for folder in _nvrtc().include)]
+    """The compiler's log with registers, spills and warnings of every kernel of a file. Compiles
+    anew. Raises BuildError."""
+    options = [
+        *options_for(path, defines, arch),
+        "--ptxas-options=-v",
+        *(f"-I{folder}" for folder in _nvrtc().include),
+    ]
     return compile_text(inlined_source(path), path.name, options)[1]
 
 
 def complaints(log: str) -> list[str]:
-    """What a compiler's log holds that no kernel of ours may have: registers spilled to memory, asynchronous products made synchronous."""
-    spilled = [line.strip() for line in log.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
+    """What a compiler's log holds that no kernel of ours may have: registers spilled to memory,
+    asynchronous products made synchronous."""
+    spilled = [
+        line.strip() for line in log.splitlines() if re.search(r"[1-9]\d* bytes spill", line)
+    ]
     return spilled + [line.strip() for line in log.splitlines() if re.search(r"\bC75\d\d\b", line)]
 
 

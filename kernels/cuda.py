@@ -1,7 +1,8 @@
 """The CUDA kernels: why they cannot run where they cannot, and how their bindings register.
 
-A binding is written once and registered twice: as backend `cuda` for CuPy arrays, and as backend `emulator` for NumPy arrays, where the
-same `.cu` file runs on the CPU, thread by thread. The emulator is for tests and for study, and runs only where `use` asks for it.
+A binding is written once and registered twice: as backend `cuda` for CuPy arrays, and as backend
+`emulator` for NumPy arrays, where the same `.cu` file runs on the CPU, thread by thread. The
+emulator is for tests and for study, and runs only where `use` asks for it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _no_gpu() -> str | None:
-    """Looks at files only: importing CuPy or starting the driver would cost every process half a second."""
+    """Looks at files only: importing CuPy or starting the driver would cost every process half a
+    second."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed"
-    if not any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap")):
+    if not any(
+        Path(name).exists() for name in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap")
+    ):
         return "no GPU: this machine has no NVIDIA device"
     return nvrtc_missing()
 
@@ -43,14 +47,20 @@ emulator_unavailable: str | None = (
 def cuda_kernel(
     op: str, variant: str = "v1", *, dtypes: tuple[str, ...] = DTYPES, missing: str | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a binding as the implementation `variant` of `op` on the GPU and in the emulator; `missing` says why it cannot run on the
-    GPU although there is one."""
+    """Register a binding as the implementation `variant` of `op` on the GPU and in the emulator;
+    `missing` says why it cannot run on the GPU although there is one."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        kernel(op, backend="cuda", variant=variant, dtypes=dtypes, unavailable=unavailable or missing)(fn)
-        emulated = functools.partial(fn)  # a function of its own, so that the registry tells the two apart
+        kernel(
+            op, backend="cuda", variant=variant, dtypes=dtypes, unavailable=unavailable or missing
+        )(fn)
+        emulated = functools.partial(
+            fn
+        )  # a function of its own, so that the registry tells the two apart
         emulated.__module__ = fn.__module__
-        kernel(op, backend="emulator", variant=variant, dtypes=dtypes, unavailable=emulator_unavailable)(emulated)
+        kernel(
+            op, backend="emulator", variant=variant, dtypes=dtypes, unavailable=emulator_unavailable
+        )(emulated)
         return fn
 
     return register

@@ -1,11 +1,14 @@
-"""The one thread pool: kernels and matrix products are cut over it, and BLAS itself runs on one thread.
+"""The one thread pool: kernels and matrix products are cut over it, and BLAS itself runs on one
+thread.
 
-Two pools on the same cores (ours and the BLAS library's) wait for each other and can make a step many times slower, so `prepare_process`
-(native/__init__.py) is part of using this one. The number of threads belongs to the context, not to the process: ranks that are threads of
-one process each have their own. NumPy's kernels are cut here, by `parallel_for`; the C kernels have a pool of the same size in C.
+Two pools on the same cores (ours and the BLAS library's) wait for each other and can make a step
+many times slower, so `prepare_process` (native/__init__.py) is part of using this one. The number
+of threads belongs to the context, not to the process: ranks that are threads of one process each
+have their own. NumPy's kernels are cut here, by `parallel_for`; the C kernels have a pool of the
+same size in C.
 
-The cut is static (contiguous ranges, decided by the number of items and threads alone), so results do not depend on which thread was
-faster.
+The cut is static (contiguous ranges, decided by the number of items and threads alone), so results
+do not depend on which thread was faster.
 """
 
 from __future__ import annotations
@@ -42,11 +45,12 @@ def threads(n: int) -> Iterator[None]:
 
 
 def parallel_for(num_items: int, fn: Callable[[int, int], None], grain: int = 1) -> None:
-    """Call fn(start, stop) on contiguous ranges that cover 0 to `num_items`, at most one per thread and each of at least `grain` items.
+    """Call fn(start, stop) on contiguous ranges that cover 0 to `num_items`, at most one per thread
+    and each of at least `grain` items.
 
-    The calling thread works too. `fn` runs in a copy of the caller's context in which the number of threads is 1, so a nested call stays
-    inline. An exception in any range is raised here once all ranges have ended (the one of the lowest range if there are several). No
-    items: no call.
+    The calling thread works too. `fn` runs in a copy of the caller's context in which the number of
+    threads is 1, so a nested call stays inline. An exception in any range is raised here once all
+    ranges have ended (the one of the lowest range if there are several). No items: no call.
     """
     parts = min(num_threads.get(), num_items // grain)
     if parts <= 1:
@@ -76,7 +80,8 @@ def _take_worker() -> _Worker:
 
 
 def _finish(workers: list[_Worker]) -> list[BaseException | None]:
-    """Wait for all workers, also when the wait is interrupted: they write into the caller's arrays."""
+    """Wait for all workers, also when the wait is interrupted: they write into the caller's
+    arrays."""
     errors: list[BaseException | None] = []
     interrupt: BaseException | None = None
     while len(errors) < len(workers):

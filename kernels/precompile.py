@@ -1,4 +1,5 @@
-"""`python -m minillm.kernels.precompile`: compile every CUDA kernel into the cache, side by side, before many processes need it."""
+"""`python -m minillm.kernels.precompile`: compile every CUDA kernel into the cache, side by side,
+before many processes need it."""
 
 from __future__ import annotations
 
@@ -14,27 +15,48 @@ from minillm.kernels.registry import KernelUnavailable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile every file with every set of macros that it names, for one device. Returns 1 if one does not compile."""
-    parser = argparse.ArgumentParser(prog="minillm.kernels.precompile", description="Compile every CUDA kernel into the cache.")
-    parser.add_argument("--capability", default="90", help="compute capability of the device, such as 80 or 90 (default: 90)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilers side by side (default: one for each core)")
+    """Compile every file with every set of macros that it names, for one device. Returns 1 if one
+    does not compile."""
+    parser = argparse.ArgumentParser(
+        prog="minillm.kernels.precompile", description="Compile every CUDA kernel into the cache."
+    )
+    parser.add_argument(
+        "--capability",
+        default="90",
+        help="compute capability of the device, such as 80 or 90 (default: 90)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        help="compilers side by side (default: one for each core)",
+    )
     parser.add_argument("--only", default="", help="only files whose folder/name holds this")
     parser.add_argument("--seconds", type=float, help="start no compiler after this time")
     args = parser.parse_args(argv)
     files = [path for path in build.cuda_files() if args.only in f"{path.parent.name}/{path.name}"]
-    work = [(path, defines, args.capability) for path in files for defines in build.build_sets(path)]
+    work = [
+        (path, defines, args.capability) for path in files for defines in build.build_sets(path)
+    ]
     with ProcessPoolExecutor(args.processes) as pool:
         futures = [pool.submit(compile_one, each) for each in work]
         late = wait(futures, timeout=args.seconds).not_done
         unstarted = {future for future in late if future.cancel()}
-        results = ["FAILED: not run, no time" if future in unstarted else future.result() for future in futures]
+        results = [
+            "FAILED: not run, no time" if future in unstarted else future.result()
+            for future in futures
+        ]
     for (path, defines, _), result in zip(work, results, strict=True):
-        print(f"{path.parent.name}/{path.name} {' '.join(f'-D{k}={v}' for k, v in defines.items())}: {result}")
+        print(
+            f"{path.parent.name}/{path.name} {' '.join(f'-D{k}={v}' for k, v in defines.items())}: "
+            f"{result}"
+        )
     return int(any(result.startswith("FAILED") for result in results))
 
 
 def compile_one(work: tuple[Path, build.Defines, str]) -> str:
-    """What became of one file with one set of macros for one capability: ok, left out or FAILED, and more words."""
+    """What became of one file with one set of macros for one capability: ok, left out or FAILED,
+    and more words."""
     path, defines, capability = work
     try:
         return f"ok, {len(build.compile_cuda(path, defines, build.architecture(path, capability)))} bytes"

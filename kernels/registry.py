@@ -1,12 +1,13 @@
-"""Which implementation of an op runs: the registry behind every function that `minillm.kernels` exports.
+"""Which implementation of an op runs: the registry behind every function that `minillm.kernels`
+exports.
 
     @kernel("softmax_forward", backend="c")            an implementation announces itself
     softmax_forward = dispatch(reference.softmax_forward)   the public function: same signature, runs the best implementation for its
     argument with use(softmax="numpy"): ...                     in this context, force a backend ("numpy") or one variant
     ("numpy:reference")
 
-An op is a function name such as `attention_forward`; a family is the folder it lives in, such as `attention`. All implementations of an op
-have one signature, which the NumPy reference defines.
+An op is a function name such as `attention_forward`; a family is the folder it lives in, such as
+`attention`. All implementations of an op have one signature, which the NumPy reference defines.
 """
 
 from __future__ import annotations
@@ -23,19 +24,24 @@ import numpy as np
 Array = Any  # numpy.ndarray or cupy.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
-# The backends that can take an array of a module, fastest first. The NumPy reference is written for either module's arrays. The emulator
-# runs only where `use` names it.
-BACKENDS: Mapping[str, tuple[str, ...]] = {"numpy": ("c", "numpy", "emulator"), "cupy": ("cuda", "numpy")}
+# The backends that can take an array of a module, fastest first. The NumPy reference is written for
+# either module's arrays. The emulator runs only where `use` names it.
+BACKENDS: Mapping[str, tuple[str, ...]] = {
+    "numpy": ("c", "numpy", "emulator"),
+    "cupy": ("cuda", "numpy"),
+}
 
 
 class KernelUnavailable(Exception):
-    """No implementation of an op fits the choice made and the array given. The message lists what exists and why something is missing."""
+    """No implementation of an op fits the choice made and the array given. The message lists what
+    exists and why something is missing."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of one op. `dtypes` are the dtype names it takes (empty: any); `unavailable` says why it cannot run here, None if
-    it can. `takes` is there where it leaves the work to one of several variants; see `resolved`. `fuses_bias`: its bias costs no pass over
+    """One implementation of one op. `dtypes` are the dtype names it takes (empty: any);
+    `unavailable` says why it cannot run here, None if it can. `takes` is there where it leaves the
+    work to one of several variants; see `resolved`. `fuses_bias`: its bias costs no pass over
     memory."""
 
     op: str
@@ -66,7 +72,8 @@ _kernels: dict[str, list[Kernel]] = {}
 
 
 class _Table(dict[tuple[str, type, Any], Callable[..., Any]]):
-    """What runs an op on arrays of a type and dtype, under one set of choices; found at the first use."""
+    """What runs an op on arrays of a type and dtype, under one set of choices; found at the first
+    use."""
 
     def __init__(self, choices: Mapping[str, str]) -> None:
         super().__init__()
@@ -92,7 +99,8 @@ def kernel(
     takes: Callable[..., str] | None = None,
     fuses_bias: bool = False,
 ) -> Callable[[F], F]:
-    """Register the decorated function as an implementation of `op`. Within a backend, the first variant registered is the default."""
+    """Register the decorated function as an implementation of `op`. Within a backend, the first
+    variant registered is the default."""
 
     def register(fn: F) -> F:
         entries = _kernels.setdefault(op, [])
@@ -111,8 +119,8 @@ def forget() -> None:
 
 
 def available(op: str) -> list[Kernel]:
-    """Every implementation of the op, or of every op of the family, called `op`, those that cannot run here included. Raises
-    KernelUnavailable for an unknown name."""
+    """Every implementation of the op, or of every op of the family, called `op`, those that cannot
+    run here included. Raises KernelUnavailable for an unknown name."""
     return [k for name in _ops_named(op) for k in _kernels[name]]
 
 
@@ -123,8 +131,8 @@ def ops() -> list[str]:
 
 @contextmanager
 def use(**choices: str) -> Iterator[None]:
-    """In this context, run the ops named (or all ops of a family named) on the backend given, "numpy", or on one variant,
-    "numpy:reference".
+    """In this context, run the ops named (or all ops of a family named) on the backend given,
+    "numpy", or on one variant, "numpy:reference".
 
     Raises KernelUnavailable at once if there is no such implementation, or none that can run here.
     """
@@ -133,7 +141,9 @@ def use(**choices: str) -> Iterator[None]:
         for op in _ops_named(name):
             matching = [k for k in _kernels[op] if _fits(k, choice)]
             if not matching or all(k.unavailable for k in matching):
-                raise KernelUnavailable(f"{op} has no implementation {choice!r} that can run here. {_listing(op)}")
+                raise KernelUnavailable(
+                    f"{op} has no implementation {choice!r} that can run here. {_listing(op)}"
+                )
             wanted[op] = choice
     key = tuple(sorted(wanted.items()))
     token = _table.set(_tables.setdefault(key, _Table(wanted)))
@@ -144,23 +154,29 @@ def use(**choices: str) -> Iterator[None]:
 
 
 def choices_from(text: str) -> dict[str, str]:
-    """What `use` is to be given for a choice in words: "auto" (nothing), a backend for every op that it has ("numpy", "c"), or single
-    choices such as "attention=numpy,matmul=c:avx2". Raises KernelUnavailable where a backend can run nothing here."""
+    """What `use` is to be given for a choice in words: "auto" (nothing), a backend for every op
+    that it has ("numpy", "c"), or single choices such as "attention=numpy,matmul=c:avx2". Raises
+    KernelUnavailable where a backend can run nothing here."""
     if text == "auto":
         return {}
     if "=" in text:
         parts = [part.partition("=") for part in text.split(",")]
         return {name.strip(): choice.strip() for name, _, choice in parts}
     having = {op: [k for k in entries if _fits(k, text)] for op, entries in _kernels.items()}
-    found = {op: text for op, entries in having.items() if any(k.unavailable is None for k in entries)}
+    found = {
+        op: text for op, entries in having.items() if any(k.unavailable is None for k in entries)
+    }
     if not found:
         reasons = sorted({k.unavailable or "" for entries in having.values() for k in entries})
-        raise KernelUnavailable(f"no op can run on {text!r} here: {'; '.join(reasons) or 'there is no such backend'}")
+        raise KernelUnavailable(
+            f"no op can run on {text!r} here: {'; '.join(reasons) or 'there is no such backend'}"
+        )
     return found
 
 
 def lookup(op: str, like: Array) -> Callable[..., Any]:
-    """The implementation of `op` to run on the array `like`: the fastest one that takes its module and dtype, or the one that `use` chose.
+    """The implementation of `op` to run on the array `like`: the fastest one that takes its module
+    and dtype, or the one that `use` chose.
 
     Raises KernelUnavailable if there is none.
     """
@@ -168,21 +184,27 @@ def lookup(op: str, like: Array) -> Callable[..., Any]:
 
 
 def chosen(op: str, like: Array) -> Kernel:
-    """The implementation that `lookup` finds, with what is known about it. Raises KernelUnavailable if there is none."""
+    """The implementation that `lookup` finds, with what is known about it. Raises KernelUnavailable
+    if there is none."""
     fn = lookup(op, like)
     return next(k for k in _kernels[op] if k.fn is fn)
 
 
 def resolved(op: str, like: Array, *, head_width: int, dropout: bool) -> str:
-    """What runs when a causal model with heads of this width is trained on arrays such as `like`, as `use` calls it: the choice of
-    `chosen`, but where that picks among variants ("cuda:auto") the one it takes ("cuda:v3"). Raises KernelUnavailable if there is none."""
+    """What runs when a causal model with heads of this width is trained on arrays such as `like`,
+    as `use` calls it: the choice of `chosen`, but where that picks among variants ("cuda:auto") the
+    one it takes ("cuda:v3"). Raises KernelUnavailable if there is none."""
     found = chosen(op, like)
-    return found.choice if found.takes is None else f"{found.backend}:{found.takes(like, head_width, dropout)}"
+    return (
+        found.choice
+        if found.takes is None
+        else f"{found.backend}:{found.takes(like, head_width, dropout)}"
+    )
 
 
 def dispatch(reference: F, like: int = 0) -> F:
-    """The public function of an op: the signature and docstring of its NumPy reference, running what `lookup` finds for argument number
-    `like`."""
+    """The public function of an op: the signature and docstring of its NumPy reference, running
+    what `lookup` finds for argument number `like`."""
     op = reference.__name__
     name = reference.__code__.co_varnames[like]
 
@@ -198,17 +220,26 @@ def dispatch(reference: F, like: int = 0) -> F:
 
 
 def _find(op: str, kind: type, dtype: Any, choice: str) -> Callable[..., Any]:
-    module = "numpy" if issubclass(kind, np.ndarray | np.generic) else kind.__module__.partition(".")[0]
+    module = (
+        "numpy" if issubclass(kind, np.ndarray | np.generic) else kind.__module__.partition(".")[0]
+    )
     entries = _kernels[_ops_named(op)[0]]
     for backend in BACKENDS.get(module, ()):
         for entry in entries:
             takes = not entry.dtypes or str(dtype) in entry.dtypes
             if entry.backend == "emulator" and not choice:
                 continue
-            if entry.backend == backend and takes and entry.unavailable is None and (not choice or _fits(entry, choice)):
+            if (
+                entry.backend == backend
+                and takes
+                and entry.unavailable is None
+                and (not choice or _fits(entry, choice))
+            ):
                 return entry.fn
     wanted = f" as {choice}" if choice else ""
-    raise KernelUnavailable(f"{op} cannot run{wanted} on a {module} array of {dtype}. {_listing(op)}")
+    raise KernelUnavailable(
+        f"{op} cannot run{wanted} on a {module} array of {dtype}. {_listing(op)}"
+    )
 
 
 def _fits(entry: Kernel, choice: str) -> bool:
@@ -217,7 +248,11 @@ def _fits(entry: Kernel, choice: str) -> bool:
 
 def _ops_named(name: str) -> list[str]:
     """The op called `name`, or all ops of the family of that name."""
-    found = [name] if name in _kernels else [op for op, entries in _kernels.items() if entries[0].family == name]
+    found = (
+        [name]
+        if name in _kernels
+        else [op for op, entries in _kernels.items() if entries[0].family == name]
+    )
     if not found:
         raise KernelUnavailable(f"there is no op {name!r}; there are {', '.join(ops())}")
     return found

@@ -1,4 +1,5 @@
-"""The `minillm` command: each program is a module of the package with a `main`, imported only when it is chosen."""
+"""The `minillm` command: each program is a module of the package with a `main`, imported only when
+it is chosen."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ PROGRAMS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program that `argv` names with the arguments after its name (default: the process's own). Returns the exit status."""
+    """Run the program that `argv` names with the arguments after its name (default: the process's
+    own). Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -43,7 +45,15 @@ def usage() -> str:
     width = max(map(len, PROGRAMS)) + 2
     lines = [f"  {name:<{width}}{sentence}" for name, sentence in PROGRAMS.items()]
     head = ["usage: minillm PROGRAM [OPTIONS]", "       minillm --version", "", "programs:"]
-    return "\n".join([*head, *lines, "", "minillm PROGRAM --help lists the options of one; python -m minillm.PROGRAM is the same program."])
+    return "\n".join(
+        [
+            *head,
+            *lines,
+            "",
+            "minillm PROGRAM --help lists the options of one; python -m minillm.PROGRAM is the "
+            "same program.",
+        ]
+    )
 
 
 if __name__ == "__main__":

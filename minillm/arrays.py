@@ -1,7 +1,7 @@
 """Arrays of either namespace: NumPy on the CPU, CuPy on the GPU.
 
-Code that works on both asks `namespace(x)` for the module that made `x`. CuPy is never imported here: an array that comes from it brings it
-along.
+Code that works on both asks `namespace(x)` for the module that made `x`. CuPy is never imported
+here: an array that comes from it brings it along.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from minillm.errors import ConfigError
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
-FLOAT_DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+FLOAT_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 def namespace(x: Array) -> ModuleType:
@@ -45,12 +49,15 @@ def dtype_name(dtype: Any) -> str:
 def float_dtype(name: str) -> np.dtype:
     """The training dtype called `name`. Raises ConfigError for one that nothing is trained in."""
     if name not in FLOAT_DTYPES:
-        raise ConfigError(f"dtype {name!r} is not one to train in; choose one of {', '.join(FLOAT_DTYPES)}")
+        raise ConfigError(
+            f"dtype {name!r} is not one to train in; choose one of {', '.join(FLOAT_DTYPES)}"
+        )
     return FLOAT_DTYPES[name]
 
 
 def is_narrow(dtype: Any) -> bool:
-    """Whether sums, gradients and the optimizer's copy of arrays of this dtype are float32: bfloat16 and float16."""
+    """Whether sums, gradients and the optimizer's copy of arrays of this dtype are float32:
+    bfloat16 and float16."""
     return dtype.itemsize == 2 and (dtype.kind == "f" or dtype_name(dtype) == "bfloat16")
 
 
@@ -65,13 +72,21 @@ def writeable(x: Array) -> bool:
 
 
 def to_host(x: Array | float) -> np.ndarray:
-    """`x` as a NumPy array: itself if it is one, else a copy, for which the host waits. It travels as bytes: not every release of CuPy
-    copies bfloat16."""
+    """`x` as a NumPy array: itself if it is one, else a copy, for which the host waits. It travels
+    as bytes: not every release of CuPy copies bfloat16."""
     if isinstance(x, np.ndarray | np.generic | float | int):
         return np.asarray(x)
     if not x.size:
         return np.empty(x.shape, x.dtype)
-    return namespace(x).ascontiguousarray(x).reshape(-1).view(np.uint8).get().view(x.dtype).reshape(x.shape)
+    return (
+        namespace(x)
+        .ascontiguousarray(x)
+        .reshape(-1)
+        .view(np.uint8)
+        .get()
+        .view(x.dtype)
+        .reshape(x.shape)
+    )
 
 
 def to_device(x: np.ndarray, xp: ModuleType) -> Array:
@@ -80,7 +95,11 @@ def to_device(x: np.ndarray, xp: ModuleType) -> Array:
         return x
     if not x.size:
         return xp.empty(x.shape, x.dtype)
-    return xp.asarray(np.ascontiguousarray(x).reshape(-1).view(np.uint8)).view(x.dtype).reshape(x.shape)
+    return (
+        xp.asarray(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+        .view(x.dtype)
+        .reshape(x.shape)
+    )
 
 
 def root(x: Array) -> Array:

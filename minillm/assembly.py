@@ -1,4 +1,5 @@
-"""From a resolved configuration to what one rank holds: its mesh, its stages, the tensors of a checkpoint."""
+"""From a resolved configuration to what one rank holds: its mesh, its stages, the tensors of a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from minillm.resolve import ResolvedConfig
 
 
 def build_mesh(world: Communicator, config: ResolvedConfig) -> Mesh:
-    """The mesh of the run, with a group for the embedding that the first and the last stage share."""
+    """The mesh of the run, with a group for the embedding that the first and the last stage
+    share."""
     ties = {TIED_WEIGHT: (0, config.pp - 1)} if config.model.tied and config.pp > 1 else {}
     return Mesh(world, MeshShape(pp=config.pp, dp=config.dp, tp=config.tp), ties)
 
@@ -30,13 +32,23 @@ def build_mesh(world: Communicator, config: ResolvedConfig) -> Mesh:
 def build_region(config: ResolvedConfig, mesh: Mesh) -> Region:
     """How activations enter and leave the tensor-parallel parts."""
     comm = mesh.axis("tp")
-    return SequenceParallel(comm) if config.train.sequence_parallel and comm.size > 1 else TensorParallel(comm)
+    return (
+        SequenceParallel(comm)
+        if config.train.sequence_parallel and comm.size > 1
+        else TensorParallel(comm)
+    )
 
 
 def build_stages(
-    config: ResolvedConfig, mesh: Mesh, *, training: bool = True, std: float = INIT_STD, device: Device = CPU
+    config: ResolvedConfig,
+    mesh: Mesh,
+    *,
+    training: bool = True,
+    std: float = INIT_STD,
+    device: Device = CPU,
 ) -> dict[int, Stage]:
-    """This rank's pipeline stages, parameters allocated and initialised on `device`; with `training`, gradient reducers too."""
+    """This rank's pipeline stages, parameters allocated and initialised on `device`; with
+    `training`, gradient reducers too."""
     stops = list(itertools.accumulate(config.stage_layers))
     models = {}
     for index in [mesh.coord("pp")]:
@@ -52,18 +64,31 @@ def build_stages(
             std=std,
         )
     dtype = float_dtype(config.train.dtype)
-    num_values = sum(parameter.spec.local_size(mesh.shape) for model in models.values() for parameter in model.parameters())
-    memory = choose_memory(mesh, config.train.node_shared, num_values, dtype, device) if training else PrivateMemory(device=device)
+    num_values = sum(
+        parameter.spec.local_size(mesh.shape)
+        for model in models.values()
+        for parameter in model.parameters()
+    )
+    memory = (
+        choose_memory(mesh, config.train.node_shared, num_values, dtype, device)
+        if training
+        else PrivateMemory(device=device)
+    )
     stages = {}
     for index, model in models.items():
-        buffers = FlatBuffers(model.parameters(), mesh.shape, dtype, gradients=training, memory=memory)
+        buffers = FlatBuffers(
+            model.parameters(), mesh.shape, dtype, gradients=training, memory=memory
+        )
         buffers.initialise(config.train.seed, mesh.shape, mesh.coords)
-        stages[index] = Stage(index, model, buffers, build_reducer(config, buffers, mesh) if training else None)
+        stages[index] = Stage(
+            index, model, buffers, build_reducer(config, buffers, mesh) if training else None
+        )
     return stages
 
 
 def build_reducer(config: ResolvedConfig, buffers: FlatBuffers, mesh: Mesh) -> Reducer:
-    """What sums the gradients over the replicas: through shared memory where the buffers lie there, else by all-reduce."""
+    """What sums the gradients over the replicas: through shared memory where the buffers lie there,
+    else by all-reduce."""
     size = int(config.train.bucket_mb * 1e6)
     if isinstance(buffers.memory, NodeMemory):
         return NodeReducer(buffers, mesh, buffers.memory, size)
@@ -78,10 +103,16 @@ def build_adamw(config: ResolvedConfig, stages: Mapping[int, Stage]) -> AdamW:
 
 
 def weights(stages: Mapping[int, Stage]) -> Iterator[StateTensor]:
-    """The model's tensors under their global names; the later copy of a tied weight is read but never written."""
+    """The model's tensors under their global names; the later copy of a tied weight is read but
+    never written."""
     for stage in stages.values():
         for parameter in stage.buffers.parameters:
-            yield StateTensor(f"model/{parameter.name}", parameter.spec, parameter.get(), owned=parameter.spec.tie is None or stage.first)
+            yield StateTensor(
+                f"model/{parameter.name}",
+                parameter.spec,
+                parameter.get(),
+                owned=parameter.spec.tie is None or stage.first,
+            )
 
 
 def optimizer_state(stages: Mapping[int, Stage], optimizer: AdamW | SGD) -> Iterator[StateTensor]:
@@ -90,4 +121,9 @@ def optimizer_state(stages: Mapping[int, Stage], optimizer: AdamW | SGD) -> Iter
         for stage in stages.values():
             for parameter in stage.buffers.parameters:
                 owned = parameter.spec.tie is None or stage.first
-                yield StateTensor(f"optimizer/{state}/{parameter.name}", parameter.spec, arrays[id(parameter)], owned=owned)
+                yield StateTensor(
+                    f"optimizer/{state}/{parameter.name}",
+                    parameter.spec,
+                    arrays[id(parameter)],
+                    owned=owned,
+                )

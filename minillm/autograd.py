@@ -1,8 +1,8 @@
 """Reverse-mode differentiation over coarse operations: the tape. backward.py goes through it.
 
-A `Function` is one operation with its hand-written derivative; it sees arrays, never tensors. `Function.apply` runs the forward pass and
-leaves a `Node` on the tape. Nodes point at their parents only: nothing is cyclic, and memory is freed by reference counting while the
-backward pass goes on.
+A `Function` is one operation with its hand-written derivative; it sees arrays, never tensors.
+`Function.apply` runs the forward pass and leaves a `Node` on the tape. Nodes point at their parents
+only: nothing is cyclic, and memory is freed by reference counting while the backward pass goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class GradSlot:
-    """Where a parameter's gradient accumulates: `buf` holds garbage until the first write, the sum of all writes after that."""
+    """Where a parameter's gradient accumulates: `buf` holds garbage until the first write, the sum
+    of all writes after that."""
 
     __slots__ = ("buf", "writes")
 
@@ -31,8 +32,8 @@ class GradSlot:
         self.writes = 0
 
     def add(self, grad: Array) -> None:
-        """Add `grad` (of the buffer's shape); the first write overwrites, so that no pass has to zero the buffer. It may be `fresh`, with
-        the gradient computed into it."""
+        """Add `grad` (of the buffer's shape); the first write overwrites, so that no pass has to
+        zero the buffer. It may be `fresh`, with the gradient computed into it."""
         if self.writes:
             self.buf += grad
         elif grad is not self.buf:
@@ -51,9 +52,11 @@ class GradSlot:
 
 
 class Recipe:
-    """What the tape keeps in place of an array that can be had again when the backward pass wants it.
+    """What the tape keeps in place of an array that can be had again when the backward pass wants
+    it.
 
-    A plain base class: the tape asks a few hundred times a step what is a recipe, and for an abstract one that takes five times as long.
+    A plain base class: the tape asks a few hundred times a step what is a recipe, and for an
+    abstract one that takes five times as long.
     """
 
     __slots__ = ()
@@ -73,7 +76,8 @@ class Again(Recipe):
 
 
 class Leaf(Recipe):
-    """What a parameter looks like to the tape: a value that may be gathered on demand, and a slot for its gradient."""
+    """What a parameter looks like to the tape: a value that may be gathered on demand, and a slot
+    for its gradient."""
 
     def slot(self) -> GradSlot:
         """Where its gradient accumulates."""
@@ -88,12 +92,15 @@ WRITTEN = Written()
 
 
 class Tensor:
-    """An array on the tape. `source` is (the node that made it, as which of its results); a tensor without one is a leaf, whose gradient
-    arrives in `grad`. An operation that wants `data` in its backward pass keeps the `recipe` instead, where there is one."""
+    """An array on the tape. `source` is (the node that made it, as which of its results); a tensor
+    without one is a leaf, whose gradient arrives in `grad`. An operation that wants `data` in its
+    backward pass keeps the `recipe` instead, where there is one."""
 
     __slots__ = ("data", "grad", "recipe", "requires_grad", "source")
 
-    def __init__(self, data: Array, requires_grad: bool = False, source: tuple[Node, int] | None = None) -> None:
+    def __init__(
+        self, data: Array, requires_grad: bool = False, source: tuple[Node, int] | None = None
+    ) -> None:
         self.data = data
         self.requires_grad = requires_grad
         self.source = source
@@ -124,8 +131,8 @@ def value_of(x: Any) -> Any:
 
 
 def recomputable(tensor: Tensor, compute: Callable[[], Array]) -> Tensor:
-    """`tensor`, whose array is computed again by operations that would have kept it for their backward pass. `compute` gives the same bits
-    from arrays that the tape keeps anyway."""
+    """`tensor`, whose array is computed again by operations that would have kept it for their
+    backward pass. `compute` gives the same bits from arrays that the tape keeps anyway."""
     if tensor.source is not None:
         tensor.recipe = Again(compute)
     return tensor
@@ -134,16 +141,30 @@ def recomputable(tensor: Tensor, compute: Callable[[], Array]) -> Tensor:
 class Context:
     """What one call of a Function remembers for its backward pass.
 
-    `needs[i]` says whether input `i` wants a gradient; `recording` whether any does. While it is false `save` keeps nothing. `run` and
-    `owned` are there in the backward pass alone.
+    `needs[i]` says whether input `i` wants a gradient; `recording` whether any does. While it is
+    false `save` keeps nothing. `run` and `owned` are there in the backward pass alone.
     """
 
-    __slots__ = ("_leaves", "_recipes", "_saved", "extra_leaves", "needs", "owned", "recording", "run")
+    __slots__ = (
+        "_leaves",
+        "_recipes",
+        "_saved",
+        "extra_leaves",
+        "needs",
+        "owned",
+        "recording",
+        "run",
+    )
 
     run: BackwardRun
     owned: Sequence[bool]
 
-    def __init__(self, needs: tuple[bool, ...], leaves: Sequence[tuple[int, Leaf]], recipes: dict[int, Recipe]) -> None:
+    def __init__(
+        self,
+        needs: tuple[bool, ...],
+        leaves: Sequence[tuple[int, Leaf]],
+        recipes: dict[int, Recipe],
+    ) -> None:
         self.needs = needs
         self.recording = True in needs
         self.extra_leaves: tuple[Leaf, ...] = ()
@@ -152,8 +173,9 @@ class Context:
         self._saved: Sequence[Any] = ()
 
     def save(self, *values: Any) -> None:
-        """Keep arrays, plain values, or recipes for backward. A parameter's own array is kept as the parameter, so that it may be sharded
-        meanwhile, and that of a recomputable tensor as its recipe."""
+        """Keep arrays, plain values, or recipes for backward. A parameter's own array is kept as
+        the parameter, so that it may be sharded meanwhile, and that of a recomputable tensor as its
+        recipe."""
         if self.recording:
             recipes = self._recipes
             self._saved = [recipes.get(id(value), value) for value in values] if recipes else values
@@ -164,13 +186,14 @@ class Context:
         return tuple([value.get() if isinstance(value, Recipe) else value for value in self._saved])
 
     def load(self, i: int) -> Any:
-        """Saved value number `i` alone, resolved: for a backward pass that may not need all of them."""
+        """Saved value number `i` alone, resolved: for a backward pass that may not need all of
+        them."""
         value = self._saved[i]
         return value.get() if isinstance(value, Recipe) else value
 
     def slot(self, i: int) -> GradSlot | None:
-        """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations that compute gradients in their forward
-        pass."""
+        """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations
+        that compute gradients in their forward pass."""
         return next((leaf.slot() for number, leaf in self._leaves if number == i), None)
 
     def owns(self, i: int) -> bool:
@@ -178,25 +201,28 @@ class Context:
         return self.owned[i]
 
     def end_forward(self) -> None:
-        """Let go of what only the forward pass may ask for: the recipes stand for arrays that `save` has left out."""
+        """Let go of what only the forward pass may ask for: the recipes stand for arrays that
+        `save` has left out."""
         self._leaves, self._recipes = (), {}
 
 
 class Function:
     """One differentiable operation. Subclasses define two static methods over arrays.
 
-    `forward(ctx, *inputs, **attrs)` returns an array or a tuple of arrays. `backward(ctx, grad_outs, needs, into)` returns one entry per
-    input: an array, None, or `WRITTEN` if it has added the gradient to `into[i]` (a GradSlot for parameters, else None). An output that
-    nobody used has grad None. What backward returns is fresh memory or (a view of) an incoming gradient, never a saved array that is used
-    again.
+    `forward(ctx, *inputs, **attrs)` returns an array or a tuple of arrays. `backward(ctx,
+    grad_outs, needs, into)` returns one entry per input: an array, None, or `WRITTEN` if it has
+    added the gradient to `into[i]` (a GradSlot for parameters, else None). An output that nobody
+    used has grad None. What backward returns is fresh memory or (a view of) an incoming gradient,
+    never a saved array that is used again.
     """
 
     splits_weight_grad: ClassVar[bool] = False
-    """True if backward may be called twice, for the inputs first and for the parameters later. Others compute everything in the first
-    call."""
+    """True if backward may be called twice, for the inputs first and for the parameters later.
+    Others compute everything in the first call."""
 
     grad_in_forward: ClassVar[bool] = False
-    """True if gradients are computed in the forward pass; the schedule simulator charges them to F."""
+    """True if gradients are computed in the forward pass; the schedule simulator charges them to
+    F."""
 
     @staticmethod
     def forward(ctx: Context, *inputs: Any, **attrs: Any) -> Any:
@@ -204,13 +230,17 @@ class Function:
 
     @staticmethod
     def backward(
-        ctx: Context, grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], into: tuple[GradSlot | None, ...]
+        ctx: Context,
+        grad_outs: tuple[Array | None, ...],
+        needs: tuple[bool, ...],
+        into: tuple[GradSlot | None, ...],
     ) -> tuple[Any, ...]:
         raise TypeError("a Function defines backward")
 
     @classmethod
     def apply(cls, *inputs: Any, **attrs: Any) -> Any:
-        """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if a gradient will be wanted."""
+        """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if
+        a gradient will be wanted."""
         taping = _grad_enabled.get()
         values: list[Any] = []
         needs = [False] * len(inputs)
@@ -239,7 +269,11 @@ class Function:
         out = cls.forward(ctx, *values, **attrs)
         ctx.end_forward()
         if not isinstance(out, tuple):
-            return Tensor(out, True, (Node(cls, ctx, sources, leaves, 1), 0)) if ctx.recording else Tensor(out)
+            return (
+                Tensor(out, True, (Node(cls, ctx, sources, leaves, 1), 0))
+                if ctx.recording
+                else Tensor(out)
+            )
         if not ctx.recording:
             return tuple([Tensor(data) for data in out])
         node = Node(cls, ctx, sources, leaves, len(out))
@@ -247,9 +281,10 @@ class Function:
 
 
 class Node:
-    """One executed Function on the tape, and where its inputs that need a gradient came from: `sources` are (input number, what a tensor
-    is the result of, or the tensor itself if it is a leaf), `leaves` (input number, parameter). `grads` are the gradients of its outputs,
-    summed, once one has arrived, and `owned` says of each whether nobody else can see it."""
+    """One executed Function on the tape, and where its inputs that need a gradient came from:
+    `sources` are (input number, what a tensor is the result of, or the tensor itself if it is a
+    leaf), `leaves` (input number, parameter). `grads` are the gradients of its outputs, summed,
+    once one has arrived, and `owned` says of each whether nobody else can see it."""
 
     __slots__ = ("ctx", "fn", "grads", "leaves", "num_outputs", "number", "owned", "sources")
 
@@ -258,7 +293,12 @@ class Node:
     _numbers = itertools.count()
 
     def __init__(
-        self, fn: type[Function], ctx: Context, sources: Sequence[tuple[int, Any]], leaves: Sequence[tuple[int, Leaf]], num_outputs: int
+        self,
+        fn: type[Function],
+        ctx: Context,
+        sources: Sequence[tuple[int, Any]],
+        leaves: Sequence[tuple[int, Leaf]],
+        num_outputs: int,
     ) -> None:
         self.fn = fn
         self.ctx: Context | None = ctx
@@ -271,7 +311,8 @@ class Node:
 
 _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
 leaf_recorder: ContextVar[list[Leaf] | None] = ContextVar("leaf_recorder", default=None)
-"""Where `Function.apply` notes the parameters it meets, for a recomputed part whose own tape is not kept."""
+"""Where `Function.apply` notes the parameters it meets, for a recomputed part whose own tape is not
+kept."""
 
 
 def _note_leaf(leaf: Leaf) -> None:

@@ -1,9 +1,11 @@
 """The backward pass: from the gradients of some tensors to those of parameters and leaf tensors.
 
-`backward` takes the nodes that gradients have arrived at in reverse order of creation, which is a topological order and the same on every
-rank, so that collectives on the tape cannot deadlock. Gradients of parameters accumulate in a `GradSlot`. The input gradient and the weight
-gradient of one operation are the same `Function.backward` called with complementary `needs` masks, so a pipeline schedule may run the
-second part later (`defer`): zero-bubble schedules need no second engine.
+`backward` takes the nodes that gradients have arrived at in reverse order of creation, which is a
+topological order and the same on every rank, so that collectives on the tape cannot deadlock.
+Gradients of parameters accumulate in a `GradSlot`. The input gradient and the weight gradient of
+one operation are the same `Function.backward` called with complementary `needs` masks, so a
+pipeline schedule may run the second part later (`defer`): zero-bubble schedules need no second
+engine.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ class BackwardObserver(Protocol):
 
 @dataclass
 class BackwardRun:
-    """The state that one backward pass shares with its deferred work and its replays: who watches, what is deferred, and, if somebody
-    watches, uses left per parameter. The nodes that gradients have arrived at are `waiting` in a heap, the last one made on top."""
+    """The state that one backward pass shares with its deferred work and its replays: who watches,
+    what is deferred, and, if somebody watches, uses left per parameter. The nodes that gradients
+    have arrived at are `waiting` in a heap, the last one made on top."""
 
     defer: list[WeightGradWork] | None
     observer: BackwardObserver | None
@@ -39,7 +42,8 @@ class BackwardRun:
     outer: BackwardRun | None = None
 
     def used(self, leaf: Leaf) -> None:
-        """One use of `leaf` has delivered its gradient; after the last, tell the pass around this one, or the observer."""
+        """One use of `leaf` has delivered its gradient; after the last, tell the pass around this
+        one, or the observer."""
         assert self.observer is not None
         self.uses[id(leaf)] -= 1
         if self.uses[id(leaf)] == 0:
@@ -51,7 +55,8 @@ class BackwardRun:
 
 @dataclass
 class WeightGradWork:
-    """A weight gradient put off until later: the same `Function.backward`, called with the parameters' half of the mask."""
+    """A weight gradient put off until later: the same `Function.backward`, called with the
+    parameters' half of the mask."""
 
     fn: type[Function]
     ctx: Context
@@ -72,10 +77,12 @@ def backward(
     defer: list[WeightGradWork] | None = None,
     observer: BackwardObserver | None = None,
 ) -> None:
-    """Differentiate the sum over `roots` of <grad, tensor>, accumulating into parameters' slots and leaf tensors' `grad`.
+    """Differentiate the sum over `roots` of <grad, tensor>, accumulating into parameters' slots and
+    leaf tensors' `grad`.
 
-    With `defer`, weight gradients of operations that can be split are appended there as `WeightGradWork` instead of being computed. The
-    tape is consumed: a second backward through the same nodes raises RuntimeError.
+    With `defer`, weight gradients of operations that can be split are appended there as
+    `WeightGradWork` instead of being computed. The tape is consumed: a second backward through the
+    same nodes raises RuntimeError.
     """
     run_backward(roots, BackwardRun(defer, observer))
 
@@ -97,7 +104,8 @@ def run_backward(roots: Sequence[tuple[Tensor, Array]], run: BackwardRun) -> Non
 
 
 def _count_uses(start: Sequence[Node], uses: dict[int, int]) -> None:
-    """Count how often the nodes behind `start` use each parameter; iterative, because a tape may be deeper than the interpreter's stack."""
+    """Count how often the nodes behind `start` use each parameter; iterative, because a tape may be
+    deeper than the interpreter's stack."""
     seen: set[int] = set()
     stack = list(start)
     while stack:
@@ -114,7 +122,13 @@ def _count_uses(start: Sequence[Node], uses: dict[int, int]) -> None:
 
 def _step(node: Node, run: BackwardRun) -> None:
     """Differentiate one node, hand its gradients on, and free what it saved."""
-    fn, ctx, sources, leaves, grad_outs = node.fn, node.ctx, node.sources, node.leaves, tuple(node.grads)
+    fn, ctx, sources, leaves, grad_outs = (
+        node.fn,
+        node.ctx,
+        node.sources,
+        node.leaves,
+        tuple(node.grads),
+    )
     assert ctx is not None
     ctx.run, ctx.owned = run, node.owned
     node.ctx, node.sources, node.grads = None, (), []
@@ -126,7 +140,11 @@ def _step(node: Node, run: BackwardRun) -> None:
     if sources:
         needs = tuple([need and i not in weights for i, need in enumerate(ctx.needs)])
         _differentiate(fn, ctx, sources, (), needs, grad_outs, run)
-    run.defer.append(WeightGradWork(fn, ctx, leaves, tuple([i in weights for i in range(len(ctx.needs))]), grad_outs, run))
+    run.defer.append(
+        WeightGradWork(
+            fn, ctx, leaves, tuple([i in weights for i in range(len(ctx.needs))]), grad_outs, run
+        )
+    )
 
 
 def _differentiate(
@@ -138,7 +156,8 @@ def _differentiate(
     grad_outs: tuple[Array | None, ...],
     run: BackwardRun,
 ) -> None:
-    """Run `fn.backward` for the inputs that `needs` names, which come from `sources` and `leaves`, and hand their gradients on."""
+    """Run `fn.backward` for the inputs that `needs` names, which come from `sources` and `leaves`,
+    and hand their gradients on."""
     into: list[GradSlot | None] = [None] * len(needs)
     for i, leaf in leaves:
         into[i] = leaf.slot()
@@ -160,17 +179,23 @@ def _differentiate(
         _deliver(source, grad, own, run)
 
 
-def _owned(grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Sequence[bool]) -> list[bool]:
-    """Which of `grads`, made of `grad_outs`, nobody else can see: each is fresh memory, or an incoming gradient that is owned, handed on
-    once."""
-    shared = [id(root(grad)) for grad, own in zip(grad_outs, owned, strict=True) if grad is not None and not own]
+def _owned(
+    grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Sequence[bool]
+) -> list[bool]:
+    """Which of `grads`, made of `grad_outs`, nobody else can see: each is fresh memory, or an
+    incoming gradient that is owned, handed on once."""
+    shared = [
+        id(root(grad))
+        for grad, own in zip(grad_outs, owned, strict=True)
+        if grad is not None and not own
+    ]
     memory = [id(root(grad)) for grad in grads]
     return [place not in shared and memory.count(place) == 1 for place in memory]
 
 
 def _deliver(source: Any, grad: Array, owned: bool, run: BackwardRun) -> None:
-    """Add `grad` to what has arrived at a leaf tensor or at (node, output), which from its first gradient on waits for its turn. What is
-    owned is summed in place."""
+    """Add `grad` to what has arrived at a leaf tensor or at (node, output), which from its first
+    gradient on waits for its turn. What is owned is summed in place."""
     if isinstance(source, Tensor):
         source.grad = grad if source.grad is None else source.grad + grad
         return
@@ -187,7 +212,10 @@ def _deliver(source: Any, grad: Array, owned: bool, run: BackwardRun) -> None:
 
 
 def _consumed(node: Node) -> RuntimeError:
-    return RuntimeError(f"backward reached {node.fn.__name__} a second time; its saved arrays were freed by the first pass")
+    return RuntimeError(
+        f"backward reached {node.fn.__name__} a second time; its saved arrays were freed by the "
+        "first pass"
+    )
 
 
 def _sum(a: tuple[Array, bool], b: tuple[Array, bool]) -> Array:

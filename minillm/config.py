@@ -1,8 +1,10 @@
-"""What a run is made of: the model, the training options and the presets, as frozen dataclasses with checks beside the data.
+"""What a run is made of: the model, the training options and the presets, as frozen dataclasses
+with checks beside the data.
 
-Every field of `TrainConfig` is one flag of `python -m minillm.train` and one key of a `--config` file; the sentence under it is the flag's
-help. A field left at None follows from the others: `minillm.resolve` fills it in once the number of ranks and the vocabulary are known.
-`minillm.flags` reads the command line.
+Every field of `TrainConfig` is one flag of `python -m minillm.train` and one key of a `--config`
+file; the sentence under it is the flag's help. A field left at None follows from the others:
+`minillm.resolve` fills it in once the number of ranks and the vocabulary are known. `minillm.flags`
+reads the command line.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from minillm.errors import ConfigError
 
 
 class Record:
-    """Base of the configuration dataclasses: to and from plain values, as JSON and TOML hold them."""
+    """Base of the configuration dataclasses: to and from plain values, as JSON and TOML hold
+    them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Field name -> value, in the order of the fields."""
@@ -28,19 +31,25 @@ class Record:
     def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> Self:
         """The record holding `values`, the rest at their defaults.
 
-        Raises ConfigError for unknown names and wrong types, naming `source`, where the values stand.
+        Raises ConfigError for unknown names and wrong types, naming `source`, where the values
+        stand.
         """
         return cls(**checked_values(cls, values, source))
 
 
 def checked_values(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`values` with every name and type checked against the fields of the dataclass `cls`. Raises ConfigError naming `source`."""
+    """`values` with every name and type checked against the fields of the dataclass `cls`. Raises
+    ConfigError naming `source`."""
     hints = get_type_hints(cls)
-    return {name: _typed(name, value, hints[known_name(name, hints, f"option in {source}")], source) for name, value in values.items()}
+    return {
+        name: _typed(name, value, hints[known_name(name, hints, f"option in {source}")], source)
+        for name, value in values.items()
+    }
 
 
 def known_name(name: str, known: Iterable[str], what: str) -> str:
-    """`name` if it is one of `known`; else ConfigError with the nearest names, or all of them when none is near."""
+    """`name` if it is one of `known`; else ConfigError with the nearest names, or all of them when
+    none is near."""
     known = list(known)
     if name in known:
         return name
@@ -86,9 +95,11 @@ class Architecture(Record):
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention and MLP."""
     mlp: Literal["gelu", "gelu-erf", "relu", "swiglu"] = "gelu"
-    """Activation of the MLP: gelu by tanh as in GPT-2, gelu-erf exactly, relu, or swiglu as in Llama."""
+    """Activation of the MLP: gelu by tanh as in GPT-2, gelu-erf exactly, relu, or swiglu as in
+    Llama."""
     position: Literal["learned", "sinusoidal", "rotary"] = "learned"
-    """How the model knows positions: a learned table, a fixed table, or rotated queries and keys."""
+    """How the model knows positions: a learned table, a fixed table, or rotated queries and
+    keys."""
     bias: bool = True
     """Biases in the linear layers and in layernorm."""
     dropout: float = 0.0
@@ -118,7 +129,8 @@ class ModelConfig(Architecture):
         even = self.position != "rotary" or self.head_width % 2 == 0
         _require(
             even,
-            f"rotary positions turn pairs of channels, but dim / heads = {self.dim} / {self.heads} = {self.head_width} is odd; "
+            f"rotary positions turn pairs of channels, but dim / heads = {self.dim} / {self.heads} "
+            f"= {self.head_width} is odd; "
             f"try --dim {self.heads * (self.head_width + 1)}",
         )
 
@@ -128,23 +140,28 @@ class ModelConfig(Architecture):
         return self.dim // self.heads
 
     def num_parameters(self) -> int:
-        """Number of different trainable values: a tied head counts once, the padding of the vocabulary not at all."""
+        """Number of different trainable values: a tied head counts once, the padding of the
+        vocabulary not at all."""
         bias = int(self.bias)
         norm = self.dim * (1 + (bias if self.norm == "layernorm" else 0))
         qkv = (self.heads + 2 * self.kv_heads) * self.head_width
         up = self.ffn_dim * (2 if self.mlp == "swiglu" else 1)
         attention = (self.dim + bias) * qkv + (self.dim + bias) * self.dim
         mlp = (self.dim + bias) * up + (self.ffn_dim + bias) * self.dim
-        tables = self.vocab * (1 if self.tied else 2) + (self.context if self.position == "learned" else 0)
+        tables = self.vocab * (1 if self.tied else 2) + (
+            self.context if self.position == "learned" else 0
+        )
         return tables * self.dim + self.layers * (2 * norm + attention + mlp) + norm
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Architecture):
-    """Every option of a training run. The defaults are the preset `nano` on text that every Python installation has."""
+    """Every option of a training run. The defaults are the preset `nano` on text that every Python
+    installation has."""
 
     preset: str = "nano"
-    """Named set of defaults: nano, shakespeare-char, gpt2, gpt2-medium, gpt2-large, gpt2-xl or llama-tiny."""
+    """Named set of defaults: nano, shakespeare-char, gpt2, gpt2-medium, gpt2-large, gpt2-xl or
+    llama-tiny."""
     kv_heads: int | None = None
     """Number of key-value heads (grouped-query attention); left out: heads."""
     ffn_dim: int | None = None
@@ -154,10 +171,12 @@ class TrainConfig(Architecture):
 
     # What it reads
     data: str = "stdlib"
-    """What to learn: stdlib (the source of Python's standard library), austen (a novel that comes along), shakespeare (fetched once),
-    a text file, a folder of text files, or a .bin or .npy file of tokens."""
+    """What to learn: stdlib (the source of Python's standard library), austen (a novel that comes
+    along), shakespeare (fetched once), a text file, a folder of text files, or a .bin or .npy file
+    of tokens."""
     tokenizer: str | None = None
-    """How text becomes tokens: byte, char, or the path of a tokenizer.json; left out: byte for text, none for files of tokens."""
+    """How text becomes tokens: byte, char, or the path of a tokenizer.json; left out: byte for
+    text, none for files of tokens."""
 
     # How it learns
     batch: int = 16
@@ -171,7 +190,8 @@ class TrainConfig(Architecture):
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from lr to min-lr after the warm-up."""
     warmup: int | None = None
-    """Steps over which the learning rate rises from zero; left out: a tenth of steps, at most 100."""
+    """Steps over which the learning rate rises from zero; left out: a tenth of steps, at most
+    100."""
     weight_decay: float = 0.1
     """Decay of matrices and embeddings per unit of learning rate; never of norms and biases."""
     beta1: float = 0.9
@@ -183,11 +203,13 @@ class TrainConfig(Architecture):
     seed: int = 1337
     """Decides initial weights, dropout and the order of sequences."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Type of weights and activations; bfloat16 on a GPU, where gradients, masters and statistics stay float32."""
+    """Type of weights and activations; bfloat16 on a GPU, where gradients, masters and statistics
+    stay float32."""
 
     # How it is spread over ranks
     dp: int | None = None
-    """Data-parallel ranks, each with its share of the batch; left out: the ranks that tp and pp leave."""
+    """Data-parallel ranks, each with its share of the batch; left out: the ranks that tp and pp
+    leave."""
     tp: int = 1
     """Tensor-parallel ranks, each with its share of every matrix."""
     pp: int = 1
@@ -195,20 +217,25 @@ class TrainConfig(Architecture):
     schedule: Literal["gpipe", "1f1b"] = "1f1b"
     """Order of the microbatches in the pipeline."""
     microbatch: int | None = None
-    """Sequences per microbatch and data-parallel rank; left out: all at once, with a pipeline about 2 pp microbatches."""
+    """Sequences per microbatch and data-parallel rank; left out: all at once, with a pipeline about
+    2 pp microbatches."""
     stage_layers: str | None = None
     """Layers of each pipeline stage, as in 3,5; left out: the same number each."""
     sequence_parallel: bool = False
     """Shard norms and dropout along time over the tensor-parallel ranks."""
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
-    """What the backward pass computes again instead of keeping it: selective (what norms and activations return: about 1 % more work), full
-    (all but the input of each block: a third more work), none; auto: selective where that saves 16 MB or more."""
+    """What the backward pass computes again instead of keeping it: selective (what norms and
+    activations return: about 1 % more work), full (all but the input of each block: a third more
+    work), none; auto: selective where that saves 16 MB or more."""
     bucket_mb: float = 4.0
-    """Size in MB (10^6 bytes) of the pieces in which gradients are reduced while backward still runs."""
+    """Size in MB (10^6 bytes) of the pieces in which gradients are reduced while backward still
+    runs."""
     node_shared: Literal["auto", "on", "off"] = "auto"
-    """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in shared memory: auto (where possible)."""
+    """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in
+    shared memory: auto (where possible)."""
     kernels: str = "auto"
-    """Implementation of the operations: auto (the fastest), numpy, c, cuda, or by operation as attention=cuda:v2,matmul=c:avx2."""
+    """Implementation of the operations: auto (the fastest), numpy, c, cuda, or by operation as
+    attention=cuda:v2,matmul=c:avx2."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where arrays live."""
 
@@ -238,14 +265,18 @@ class TrainConfig(Architecture):
 
 
 def _gpt2(layers: int, heads: int, dim: int, lr: float, microbatch: int) -> dict[str, Any]:
-    """GPT-2 (Radford et al. 2019), its batch of 512 x 1024 tokens, and the learning rate of GPT-3 at its size (Brown et al. 2020)."""
-    model = dict(layers=layers, heads=heads, dim=dim, context=1024, vocab=50257, bias=True, tied=True)
+    """GPT-2 (Radford et al. 2019), its batch of 512 x 1024 tokens, and the learning rate of GPT-3
+    at its size (Brown et al. 2020)."""
+    model = dict(
+        layers=layers, heads=heads, dim=dim, context=1024, vocab=50257, bias=True, tied=True
+    )
     training = dict(batch=512, microbatch=microbatch, steps=600_000, lr=lr, warmup=2000, beta2=0.95)
     return model | training | dict(eval_every=1000, eval_tokens=1 << 20, save_every=1000)
 
 
 def _shakespeare_char() -> dict[str, Any]:
-    """nanoGPT's setting for a laptop: its config/train_shakespeare_char.py with the CPU flags of its README."""
+    """nanoGPT's setting for a laptop: its config/train_shakespeare_char.py with the CPU flags of
+    its README."""
     model = dict(layers=4, heads=4, dim=128, context=64, dropout=0.0, bias=False)
     training = dict(batch=12, steps=2000, lr=1e-3, min_lr=1e-4, warmup=100, beta2=0.99)
     return dict(data="shakespeare", tokenizer="char") | model | training | dict(eval_every=250)
@@ -259,10 +290,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": _gpt2(24, 16, 1024, 3e-4, microbatch=2),
     "gpt2-large": _gpt2(36, 20, 1280, 2.5e-4, microbatch=1),
     "gpt2-xl": _gpt2(48, 25, 1600, 2e-4, microbatch=1),
-    "llama-tiny": dict(kv_heads=2, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False),
+    "llama-tiny": dict(
+        kv_heads=2, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False
+    ),
 }
 
-# What may differ between a run and its continuation: where and how it computes and what it reports, never what it computes.
+# What may differ between a run and its continuation: where and how it computes and what it reports,
+# never what it computes.
 RESUMABLE = frozenset(
     {
         "dp",
@@ -282,13 +316,32 @@ RESUMABLE = frozenset(
     | {"stop_after", "check_every", "check_order", "comm_timeout"}
 )
 
-# Field -> (smallest value, whether that value itself is allowed); `_BELOW_ONE` are shares in [0, 1).
+# Field -> (smallest value, whether that value itself is allowed); `_BELOW_ONE` are shares in [0,
+# 1).
 _AT_LEAST: dict[str, tuple[float, bool]] = {
-    **dict.fromkeys(("layers", "heads", "kv_heads", "dim", "ffn_dim", "context", "vocab", "batch", "microbatch", "steps"), (1, True)),
+    **dict.fromkeys(
+        (
+            "layers",
+            "heads",
+            "kv_heads",
+            "dim",
+            "ffn_dim",
+            "context",
+            "vocab",
+            "batch",
+            "microbatch",
+            "steps",
+        ),
+        (1, True),
+    ),
     **dict.fromkeys(("dp", "tp", "pp", "keep", "stop_after"), (1, True)),
     **dict.fromkeys(("lr", "bucket_mb", "comm_timeout"), (0, False)),
-    **dict.fromkeys(("min_lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "seed", "dropout"), (0, True)),
-    **dict.fromkeys(("save_every", "eval_every", "eval_tokens", "sample_tokens", "check_every"), (0, True)),
+    **dict.fromkeys(
+        ("min_lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "seed", "dropout"), (0, True)
+    ),
+    **dict.fromkeys(
+        ("save_every", "eval_every", "eval_tokens", "sample_tokens", "check_every"), (0, True)
+    ),
 }
 _BELOW_ONE: Collection[str] = ("dropout", "beta1", "beta2")
 
@@ -304,8 +357,14 @@ def _check_bounds(record: Record) -> None:
         if value is None or name not in _AT_LEAST:
             continue
         bound, reached = _AT_LEAST[name]
-        wanted = f"{'at least' if reached else 'more than'} {bound}" + (" and below 1" if name in _BELOW_ONE else "")
-        good = math.isfinite(value) and (value >= bound if reached else value > bound) and (value < 1 or name not in _BELOW_ONE)
+        wanted = f"{'at least' if reached else 'more than'} {bound}" + (
+            " and below 1" if name in _BELOW_ONE else ""
+        )
+        good = (
+            math.isfinite(value)
+            and (value >= bound if reached else value > bound)
+            and (value < 1 or name not in _BELOW_ONE)
+        )
         _require(good, f"{flag(name)} {value} must be {wanted}")
 
 
@@ -313,7 +372,8 @@ def _check_divides(part: str, size: int, whole: str, total: int) -> None:
     """Raises ConfigError with the sizes that would do unless `size` divides `total`."""
     if total % size:
         raise ConfigError(
-            f"{flag(part)} {size} does not divide {flag(whole)} {total}; {flag(part)} can be {some_divisors(total, near=size)}"
+            f"{flag(part)} {size} does not divide {flag(whole)} {total}; {flag(part)} can be "
+            f"{some_divisors(total, near=size)}"
         )
 
 

@@ -1,8 +1,8 @@
-"""Where a run's arrays live: the CPU, with NumPy, or a GPU, with CuPy. One `Device` is made when a run starts and passed to whoever
-allocates, or brings numbers to or from it.
+"""Where a run's arrays live: the CPU, with NumPy, or a GPU, with CuPy. One `Device` is made when a
+run starts and passed to whoever allocates, or brings numbers to or from it.
 
-CuPy is imported here, and by the kernels, only for a GPU. The host queues work and runs ahead of the GPU; it waits only where `Later.read`
-or `to_host` is called, and where ranks exchange arrays.
+CuPy is imported here, and by the kernels, only for a GPU. The host queues work and runs ahead of
+the GPU; it waits only where `Later.read` or `to_host` is called, and where ranks exchange arrays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import numpy as np
 from minillm.arrays import Array, float_dtype, sum_dtype, to_device
 from minillm.errors import ConfigError
 
-OLDEST_DRIVER = {12: 525, 13: 580}  # CUDA version -> the oldest NVIDIA driver series that runs it, on Linux
+OLDEST_DRIVER = {
+    12: 525,
+    13: 580,
+}  # CUDA version -> the oldest NVIDIA driver series that runs it, on Linux
 OPTIMIZERS = ("adamw_", "sgd_")
 INSTALL_CUPY = "pip install -e '.[cuda13]' (for drivers from 580 on), or '.[cuda12]' (from 525 on)"
 
@@ -34,7 +37,8 @@ class Later:
         return self._ready is None or bool(self._ready.done)
 
     def read(self) -> np.ndarray | Sequence[float]:
-        """The values. The host waits for the device to write them, and for nothing that was queued after."""
+        """The values. The host waits for the device to write them, and for nothing that was queued
+        after."""
         if self._ready is not None:
             self._ready.synchronize()
             self._ready = None
@@ -60,17 +64,20 @@ class Device:
         return Later(np.asarray(x))
 
     def reserve(self, num_bytes: int) -> None:
-        """Take memory for activations in one piece before the first step, so that no step has to ask the driver for more."""
+        """Take memory for activations in one piece before the first step, so that no step has to
+        ask the driver for more."""
 
     def peak_bytes(self) -> int:
-        """The most memory that arrays of this process have held on the device; 0 where that is the host's memory."""
+        """The most memory that arrays of this process have held on the device; 0 where that is the
+        host's memory."""
         return 0
 
     def synchronize(self) -> None:
         """Wait until everything queued has been done."""
 
     def like(self, op: str, dtype: str) -> Array:
-        """An empty array of the kind that the operation `op` runs on when a model of `dtype` is trained: optimizers update wide values."""
+        """An empty array of the kind that the operation `op` runs on when a model of `dtype` is
+        trained: optimizers update wide values."""
         kind = float_dtype(dtype)
         return self.xp.empty(0, sum_dtype(kind) if op in OPTIMIZERS else kind)
 
@@ -87,7 +94,8 @@ CPU = Device()
 
 
 class CudaDevice(Device):
-    """A GPU of this machine, current for this thread from here on. Ranks of a node take its GPUs in turn, and several may share one."""
+    """A GPU of this machine, current for this thread from here on. Ranks of a node take its GPUs in
+    turn, and several may share one."""
 
     name = "cuda"
 
@@ -115,9 +123,10 @@ class CudaDevice(Device):
         return Later(values, ready)
 
     def reserve(self, num_bytes: int) -> None:
-        """See `Device`. The piece becomes a free block of CuPy's pool, which cuts later requests from it, whoever makes them, and asks the
-        driver again for what does not fit. What the pool has kept of arrays that are gone it gives back first: small pieces, which the
-        driver may need for the large one. Raises ConfigError where there is not so much."""
+        """See `Device`. The piece becomes a free block of CuPy's pool, which cuts later requests
+        from it, whoever makes them, and asks the driver again for what does not fit. What the pool
+        has kept of arrays that are gone it gives back first: small pieces, which the driver may
+        need for the large one. Raises ConfigError where there is not so much."""
         pool = self.xp.get_default_memory_pool()
         pool.free_all_blocks()
         try:
@@ -127,12 +136,14 @@ class CudaDevice(Device):
             if pool.get_limit():
                 free = min(free, pool.get_limit() - pool.total_bytes())
             raise ConfigError(
-                f"activations and logits need about {num_bytes / 1e9:.1f} GB, and {self.describe()} has {free / 1e9:.1f} of its "
+                f"activations and logits need about {num_bytes / 1e9:.1f} GB, and "
+                f"{self.describe()} has {free / 1e9:.1f} of its "
                 f"{total / 1e9:.1f} GB free; use a smaller --microbatch or --recompute full"
             ) from None
 
     def peak_bytes(self) -> int:
-        """See `Device`: what the pool has taken from the driver, of which it gives nothing back after `reserve`."""
+        """See `Device`: what the pool has taken from the driver, of which it gives nothing back
+        after `reserve`."""
         return int(self.xp.get_default_memory_pool().total_bytes())
 
     def synchronize(self) -> None:
@@ -150,25 +161,34 @@ class CudaDevice(Device):
 
 
 def open_device(name: str, local_rank: int = 0) -> Device:
-    """The device called `name`; the ranks of a node take its GPUs in turn by `local_rank`. Raises ConfigError saying what is missing."""
+    """The device called `name`; the ranks of a node take its GPUs in turn by `local_rank`. Raises
+    ConfigError saying what is missing."""
     if name == "cpu":
         return CPU
     try:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
-        raise ConfigError(f"--device cuda needs CuPy ({error}): {INSTALL_CUPY}; or use --device cpu") from None
+        raise ConfigError(
+            f"--device cuda needs CuPy ({error}): {INSTALL_CUPY}; or use --device cpu"
+        ) from None
     return CudaDevice(cupy, local_rank % _count(cupy))
 
 
 def _count(cupy: ModuleType) -> int:
-    """The number of GPUs. Raises ConfigError where CUDA cannot start: no GPU, no driver, or one too old for CuPy's CUDA."""
+    """The number of GPUs. Raises ConfigError where CUDA cannot start: no GPU, no driver, or one too
+    old for CuPy's CUDA."""
     runtime = cupy.cuda.runtime
     try:
         count = int(runtime.getDeviceCount())
     except Exception as error:  # CUDARuntimeError, whose class is CuPy's
-        raise ConfigError(f"--device cuda: {_why_not(runtime, error)}; or use --device cpu") from None
+        raise ConfigError(
+            f"--device cuda: {_why_not(runtime, error)}; or use --device cpu"
+        ) from None
     if not count:
-        raise ConfigError("--device cuda: CUDA sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi, or use --device cpu")
+        raise ConfigError(
+            "--device cuda: CUDA sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi, or use "
+            "--device cpu"
+        )
     return count
 
 
@@ -185,7 +205,11 @@ def _why_not(runtime: Any, error: Exception) -> str:
     if "InsufficientDriver" in text and driver:
         series = OLDEST_DRIVER.get(wanted // 1000, "a newer series")
         return (
-            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10} and CuPy was built for CUDA {wanted // 1000}; "
-            f"update the driver to {series} or newer, or install the CuPy of the driver's version: {INSTALL_CUPY}"
+            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10} and CuPy was "
+            f"built for CUDA {wanted // 1000}; "
+            f"update the driver to {series} or newer, or install the CuPy of the driver's version: "
+            f"{INSTALL_CUPY}"
         )
-    return "no GPU: this machine has no NVIDIA device or no driver for it (nvidia-smi should list one)"
+    return (
+        "no GPU: this machine has no NVIDIA device or no driver for it (nvidia-smi should list one)"
+    )

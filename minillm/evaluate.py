@@ -1,4 +1,5 @@
-"""The loss of a trained model on held-out or other text, as JSON: `python -m minillm.evaluate --checkpoint DIR`, on any mesh."""
+"""The loss of a trained model on held-out or other text, as JSON: `python -m minillm.evaluate
+--checkpoint DIR`, on any mesh."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from dataclasses import asdict, dataclass
 from minillm import kernels
 from minillm.assembly import build_mesh
 from minillm.comm.communicator import Communicator
-from minillm.comm.world import agree, known_to_all, main_guard, quiet_unless_first, threads_per_rank, world
+from minillm.comm.world import (
+    agree,
+    known_to_all,
+    main_guard,
+    quiet_unless_first,
+    threads_per_rank,
+    world,
+)
 from minillm.data.batches import eval_windows
 from minillm.data.corpus import load_corpus
 from minillm.errors import ConfigError
@@ -21,12 +29,14 @@ from minillm.loading import Layout, load_trained, open_checkpoint, place
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs(Layout):
-    """Measure a trained model's loss on text and print JSON: loss (nats per token), perplexity, bits_per_byte, tokens."""
+    """Measure a trained model's loss on text and print JSON: loss (nats per token), perplexity,
+    bits_per_byte, tokens."""
 
     checkpoint: str
     """Folder of a run, or one of its checkpoints."""
     data: str | None = None
-    """Text to measure on, all of it; left out: the held-out part of the text that the model was trained on."""
+    """Text to measure on, all of it; left out: the held-out part of the text that the model was
+    trained on."""
     tokens: int | None = None
     """Tokens to predict, from the beginning; left out: all."""
 
@@ -60,7 +70,14 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> Evaluation:
         config = opened.resolve(args, comm.size)
         held_out = None if args.data is None else 0.0
         source = opened.config.data if args.data is None else args.data
-        corpus = load_corpus(source, opened.tokenizer, context=1, vocab=config.model.vocab, held_out=held_out, comm=comm)
+        corpus = load_corpus(
+            source,
+            opened.tokenizer,
+            context=1,
+            vocab=config.model.vocab,
+            held_out=held_out,
+            comm=comm,
+        )
         tokens = corpus.held_out if args.data is None else corpus.train
         windows = eval_windows(tokens, config.model.context, args.tokens)
         mesh = build_mesh(comm, config)

@@ -1,4 +1,5 @@
-"""The loss on held-out text, on any mesh: the forward-only schedule, the one place where a ragged last microbatch is legal."""
+"""The loss on held-out text, on any mesh: the forward-only schedule, the one place where a ragged
+last microbatch is legal."""
 
 from __future__ import annotations
 
@@ -23,12 +24,18 @@ from minillm.resolve import ResolvedConfig
 
 
 def evaluate_windows(
-    config: ResolvedConfig, mesh: Mesh, world: Communicator, stages: Mapping[int, Stage], windows: EvalWindows
+    config: ResolvedConfig,
+    mesh: Mesh,
+    world: Communicator,
+    stages: Mapping[int, Stage],
+    windows: EvalWindows,
 ) -> tuple[float, int]:
-    """Mean loss in nats over the targets of `windows`, and their count; the same values on every rank. Each dp rank takes every dp-th
-    window."""
+    """Mean loss in nats over the targets of `windows`, and their count; the same values on every
+    rank. Each dp rank takes every dp-th window."""
     device = next(iter(stages.values())).buffers.memory.device
-    microbatches = _microbatches(config, device, windows, np.arange(mesh.coord("dp"), windows.num_windows, config.dp))
+    microbatches = _microbatches(
+        config, device, windows, np.arange(mesh.coord("dp"), windows.num_windows, config.dp)
+    )
     total = 0.0
     if microbatches:
         schedule = lower(forward_only(config.pp, len(microbatches)), train=False)
@@ -52,12 +59,17 @@ def evaluating(stages: Mapping[int, Stage]) -> Iterator[None]:
             stage.model.train(True)
 
 
-def _microbatches(config: ResolvedConfig, device: Device, windows: EvalWindows, rows: np.ndarray) -> list[Microbatch]:
+def _microbatches(
+    config: ResolvedConfig, device: Device, windows: EvalWindows, rows: np.ndarray
+) -> list[Microbatch]:
     size, times = config.microbatch, np.arange(config.model.context)
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     places = [Where(0, part, times, device=device) for part in parts]
     found = ((windows.microbatch(where.samples), where) for where in places)
-    return [Microbatch(device.upload(inputs), device.upload(targets), where) for (inputs, targets), where in found]
+    return [
+        Microbatch(device.upload(inputs), device.upload(targets), where)
+        for (inputs, targets), where in found
+    ]
 
 
 def perplexity(loss: float) -> float:
@@ -67,7 +79,8 @@ def perplexity(loss: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `minillm.evaluate` prints: mean loss in nats per token, exp of it, bits per byte of the original text, tokens counted."""
+    """What `minillm.evaluate` prints: mean loss in nats per token, exp of it, bits per byte of the
+    original text, tokens counted."""
 
     loss: float
     perplexity: float

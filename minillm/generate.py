@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from minillm import kernels
 from minillm.assembly import build_mesh
 from minillm.comm.communicator import Communicator
-from minillm.comm.world import agree, known_to_all, main_guard, quiet_unless_first, threads_per_rank, world
+from minillm.comm.world import (
+    agree,
+    known_to_all,
+    main_guard,
+    quiet_unless_first,
+    threads_per_rank,
+    world,
+)
 from minillm.errors import ConfigError
 from minillm.flags import parse_flags
 from minillm.generation import Generator, Sampling

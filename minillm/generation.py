@@ -1,7 +1,9 @@
-"""Sampling text from a trained model, token by token with a key-value cache, over tensor-parallel ranks and pipeline stages.
+"""Sampling text from a trained model, token by token with a key-value cache, over tensor-parallel
+ranks and pipeline stages.
 
-The prompt goes through the model once and leaves keys and values in each layer's cache; every further token costs one position. Stages pass
-hidden states on as in training; the last one samples, and its choice is broadcast to all.
+The prompt goes through the model once and leaves keys and values in each layer's cache; every
+further token costs one position. Stages pass hidden states on as in training; the last one samples,
+and its choice is broadcast to all.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ _TAG = 90
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from its logits: temperature 0 takes the most likely; top_k keeps the k most likely; top_p the smallest set of
-    that total probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+    """How a token is chosen from its logits: temperature 0 takes the most likely; top_k keeps the k
+    most likely; top_p the smallest set of that total probability (Holtzman et al. 2020,
+    arXiv:1904.09751)."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -40,18 +43,22 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ConfigError(
-                f"--temperature {self.temperature} and --top-k {self.top_k} must be at least 0, --top-p {self.top_p} above 0 and at most 1"
+                f"--temperature {self.temperature} and --top-k {self.top_k} must be at least 0, "
+                f"--top-p {self.top_p} above 0 and at most 1"
             )
 
     def choose(self, logits: np.ndarray, position: int) -> np.ndarray:
-        """One token id per row of logits [B, V]; the random number is addressed by (seed, position, row)."""
+        """One token id per row of logits [B, V]; the random number is addressed by (seed, position,
+        row)."""
         if self.temperature == 0:
             return logits.argmax(-1)
         probabilities = self.probabilities(logits)
         key = rng.key(self.seed, "sample", "token", position)
         uniform = rng.uniform(key, (len(logits),), (slice(0, len(logits)),), np.dtype(np.float64))
         cumulative = probabilities.cumsum(-1)
-        return np.minimum((cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1), logits.shape[-1] - 1)
+        return np.minimum(
+            (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1), logits.shape[-1] - 1
+        )
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """The distribution [B, V] that `choose` samples from, in float64."""
@@ -79,19 +86,27 @@ class Generator:
         self.device = self.stage.buffers.memory.device
 
     def generate(self, prompt: Sequence[int], num_tokens: int, sampling: Sampling) -> list[int]:
-        """`num_tokens` ids that continue `prompt` (at least one id). Past the model's context, the last half of it is read anew."""
+        """`num_tokens` ids that continue `prompt` (at least one id). Past the model's context, the
+        last half of it is read anew."""
         context = self.model.config.context
         ids = list(prompt)
         with no_grad():
             while len(ids) < len(prompt) + num_tokens:
                 window = ids[-context:] if len(ids) <= context else ids[-(context // 2 or 1) :]
-                ids += self._fill(window, min(context - len(window) + 1, len(prompt) + num_tokens - len(ids)), sampling, len(ids))
+                ids += self._fill(
+                    window,
+                    min(context - len(window) + 1, len(prompt) + num_tokens - len(ids)),
+                    sampling,
+                    len(ids),
+                )
         return ids[len(prompt) :]
 
     def _fill(self, window: list[int], count: int, sampling: Sampling, position: int) -> list[int]:
         """`count` tokens after `window`, with one cache."""
         chosen: list[int] = []
-        with caches(self.model, 1, self.model.config.context, self.stage.buffers.values.dtype, self.device):
+        with caches(
+            self.model, 1, self.model.config.context, self.stage.buffers.values.dtype, self.device
+        ):
             new, start = window, 0
             for i in range(count):
                 logits = self.logits(np.array([new]), np.arange(start, start + len(new)))
@@ -101,12 +116,15 @@ class Generator:
         return chosen
 
     def logits(self, ids: np.ndarray, times: np.ndarray) -> np.ndarray | None:
-        """Logits [B, V] of the last position of ids [B, T] at positions `times`, on ranks of the last stage; None on others."""
+        """Logits [B, V] of the last position of ids [B, T] at positions `times`, on ranks of the
+        last stage; None on others."""
         links, index = self.mesh.axis("pp"), self.mesh.coord("pp")
         where = Where(0, np.arange(len(ids)), times, device=self.device)
         source: Array | Tensor = self.device.upload(ids)
         if not self.stage.first:
-            arrived = self.device.xp.empty((*ids.shape, self.model.config.dim), self.stage.buffers.values.dtype)
+            arrived = self.device.xp.empty(
+                (*ids.shape, self.model.config.dim), self.stage.buffers.values.dtype
+            )
             source = Tensor(links.recv(arrived, index - 1, _TAG))
         hidden = self.model(source, where)
         if not self.stage.last:
@@ -125,8 +143,8 @@ class Generator:
 
 
 def inference_model(model: GPT, mesh: Mesh) -> GPT:
-    """The same model, sharing the parameters' memory, with activations outside the parallel parts replicated: single positions cannot be
-    sharded along time."""
+    """The same model, sharing the parameters' memory, with activations outside the parallel parts
+    replicated: single positions cannot be sharded along time."""
     twin = GPT(
         model.config,
         TensorParallel(mesh.axis("tp")),
@@ -142,7 +160,9 @@ def inference_model(model: GPT, mesh: Mesh) -> GPT:
 
 
 @contextmanager
-def caches(model: GPT, batch: int, capacity: int, dtype: np.dtype, device: Device = CPU) -> Iterator[None]:
+def caches(
+    model: GPT, batch: int, capacity: int, dtype: np.dtype, device: Device = CPU
+) -> Iterator[None]:
     """Give every attention layer an empty key-value cache inside the block."""
     layers = list(_attentions(model))
     for layer in layers:

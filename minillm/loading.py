@@ -31,7 +31,8 @@ class Layout:
     pp: int = 1
     """Pipeline stages, each with its share of the layers."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute: on the CPU, where a model trained in bfloat16 is one in float32, or on a GPU (cuda)."""
+    """Where to compute: on the CPU, where a model trained in bfloat16 is one in float32, or on a
+    GPU (cuda)."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,42 @@ class Opened:
     vocab: int
     tokenizer: Tokenizer
 
-    def resolve(self, layout: Layout, num_ranks: int, *, generating: bool = False) -> ResolvedConfig:
-        """The model on `num_ranks` ranks, dp taking what tp and pp leave. Raises ConfigError for a layout that cannot be, or where the
-        device has no kernels for the model."""
+    def resolve(
+        self, layout: Layout, num_ranks: int, *, generating: bool = False
+    ) -> ResolvedConfig:
+        """The model on `num_ranks` ranks, dp taking what tp and pp leave. Raises ConfigError for a
+        layout that cannot be, or where the device has no kernels for the model."""
         dp = max(1, num_ranks // (layout.tp * layout.pp))
         if generating and num_ranks != layout.tp * layout.pp:
             raise ConfigError(
-                f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * {layout.pp} ranks; use --tp "
+                f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * "
+                f"{layout.pp} ranks; use --tp "
                 f"{num_ranks}, or one rank"
             )
         narrow_on_cpu = layout.device == "cpu" and self.config.dtype == "bfloat16"
-        dtype: Any = "float32" if narrow_on_cpu else self.config.dtype  # in which those values are exact
-        own: dict[str, Any] = dict(device=layout.device, dtype=dtype, node_shared="auto", kernels="auto")
+        dtype: Any = (
+            "float32" if narrow_on_cpu else self.config.dtype
+        )  # in which those values are exact
+        own: dict[str, Any] = dict(
+            device=layout.device, dtype=dtype, node_shared="auto", kernels="auto"
+        )
         free = dataclasses.replace(
-            self.config, **own, dp=dp, tp=layout.tp, pp=layout.pp, sequence_parallel=False, stage_layers=None, microbatch=None, batch=8 * dp
+            self.config,
+            **own,
+            dp=dp,
+            tp=layout.tp,
+            pp=layout.pp,
+            sequence_parallel=False,
+            stage_layers=None,
+            microbatch=None,
+            batch=8 * dp,
         )
         return resolve(free, num_ranks, self.vocab)
 
 
 def open_checkpoint(path: str, comm: Communicator) -> Opened:
-    """Find and verify the checkpoint at `path`. Collective. Raises CheckpointError on every rank if it is missing or damaged."""
+    """Find and verify the checkpoint at `path`. Collective. Raises CheckpointError on every rank if
+    it is missing or damaged."""
     found = checkpoint.find(Path(path))
     checkpoint.verify(found, comm)
     meta = checkpoint.read_manifest(found).meta
@@ -71,17 +88,24 @@ def open_checkpoint(path: str, comm: Communicator) -> Opened:
 
 
 def place(comm: Communicator, layout: Layout) -> tuple[Communicator, Device]:
-    """The ranks, for arrays of the device that the program is to compute on, and that device. Collective. Raises ConfigError on every rank
-    if one has no such device."""
+    """The ranks, for arrays of the device that the program is to compute on, and that device.
+    Collective. Raises ConfigError on every rank if one has no such device."""
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(layout.device, local_rank))
     return on_device(comm, device), device
 
 
-def load_trained(opened: Opened, config: ResolvedConfig, mesh: Mesh, device: Device = CPU) -> Mapping[int, Stage]:
-    """This rank's stages on `device` with the checkpoint's weights and no room for gradients. Collective; raises on every rank if one
-    cannot read its part."""
+def load_trained(
+    opened: Opened, config: ResolvedConfig, mesh: Mesh, device: Device = CPU
+) -> Mapping[int, Stage]:
+    """This rank's stages on `device` with the checkpoint's weights and no room for gradients.
+    Collective; raises on every rank if one cannot read its part."""
     stages = build_stages(config, mesh, training=False, device=device)
     tensors = list(weights(stages))
-    agree(mesh.world, lambda: checkpoint.load(checkpoint.CheckpointSource(opened.path), tensors, mesh.shape, mesh.coords))
+    agree(
+        mesh.world,
+        lambda: checkpoint.load(
+            checkpoint.CheckpointSource(opened.path), tensors, mesh.shape, mesh.coords
+        ),
+    )
     return stages

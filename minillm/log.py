@@ -1,4 +1,5 @@
-"""What a run says: lines on the screen (first rank only), a progress display, and metrics as JSON lines."""
+"""What a run says: lines on the screen (first rank only), a progress display, and metrics as JSON
+lines."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Log:
 
 
 class Progress:
-    """How far the run is: a bar on a terminal, otherwise (mpirun pipes its output) a line every few seconds with the time that is left."""
+    """How far the run is: a bar on a terminal, otherwise (mpirun pipes its output) a line every few
+    seconds with the time that is left."""
 
     def __init__(self, log: Log, first: int, total: int, tokens_per_step: int) -> None:
         self.log, self.total, self.tokens_per_step = log, total, tokens_per_step
@@ -38,14 +40,18 @@ class Progress:
         if log.rank == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, leave=True)
+            self._bar = tqdm(
+                total=total, initial=first, unit="step", dynamic_ncols=True, leave=True
+            )
 
     def update(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
         """Show step `step` (from 0) as done."""
         if self.log.rank:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.7f}, {compact(self.rate(step))} tokens/s", refresh=False)
+            self._bar.set_postfix_str(
+                f"loss {loss:.7f}, {compact(self.rate(step))} tokens/s", refresh=False
+            )
             self._bar.update(1)
             return
         now = time.perf_counter()
@@ -53,9 +59,11 @@ class Progress:
             self._last_line = now
             left = (self.total - step - 1) * self.tokens_per_step / max(self.rate(step), 1e-9)
             self.log(
-                f"step {step + 1:>{len(str(self.total))}}/{self.total}  {100 * (step + 1) / self.total:3.0f} %  loss "
+                f"step {step + 1:>{len(str(self.total))}}/{self.total}  "
+                f"{100 * (step + 1) / self.total:3.0f} %  loss "
                 f"{loss:.7f}  lr {lr:.2e}  "
-                f"grad norm {grad_norm:.2f}  {compact(self.rate(step))} tokens/s  {clock(left)} left"
+                f"grad norm {grad_norm:.2f}  {compact(self.rate(step))} tokens/s  {clock(left)} "
+                "left"
             )
 
     def rate(self, step: int) -> float:
@@ -81,8 +89,8 @@ class Progress:
 
 
 class MetricsFile:
-    """JSON lines, one a step or evaluation, on rank 0. When a run is continued, lines from its first step on are dropped: they will be
-    written again."""
+    """JSON lines, one a step or evaluation, on rank 0. When a run is continued, lines from its
+    first step on are dropped: they will be written again."""
 
     def __init__(self, path: Path | None, first_step: int) -> None:
         self._file = None
@@ -101,7 +109,10 @@ class MetricsFile:
         try:
             self._file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise MinillmError(f"{self._file.name} cannot be written: {error.strerror}; free some space and --resume") from None
+            raise MinillmError(
+                f"{self._file.name} cannot be written: {error.strerror}; free some space and "
+                "--resume"
+            ) from None
 
     def close(self) -> None:
         """Close the file."""

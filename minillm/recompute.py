@@ -1,7 +1,8 @@
-"""Recomputation: a part of the tape that keeps its inputs alone and is run again by the backward pass.
+"""Recomputation: a part of the tape that keeps its inputs alone and is run again by the backward
+pass.
 
-The replay is a backward pass within the backward pass: it shares what is deferred and who observes, so a parameter is reported complete
-after its last use, wherever that is.
+The replay is a backward pass within the backward pass: it shares what is deferred and who observes,
+so a parameter is reported complete after its last use, wherever that is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 from minillm.arrays import Array
-from minillm.autograd import Context, Function, GradSlot, Leaf, Tensor, is_grad_enabled, leaf_recorder, no_grad, with_grad
+from minillm.autograd import (
+    Context,
+    Function,
+    GradSlot,
+    Leaf,
+    Tensor,
+    is_grad_enabled,
+    leaf_recorder,
+    no_grad,
+    with_grad,
+)
 from minillm.backward import BackwardRun, run_backward
 
 
@@ -35,7 +46,10 @@ class _Checkpoint(Function):
 
     @staticmethod
     def backward(
-        ctx: Context, grad_outs: tuple[Array | None, ...], needs: tuple[bool, ...], into: tuple[GradSlot | None, ...]
+        ctx: Context,
+        grad_outs: tuple[Array | None, ...],
+        needs: tuple[bool, ...],
+        into: tuple[GradSlot | None, ...],
     ) -> tuple[Any, ...]:
         fn, *inputs = ctx.saved
         leaves = [Tensor(x, need) for x, need in zip(inputs, needs, strict=True)]
@@ -43,7 +57,9 @@ class _Checkpoint(Function):
             out = fn(*leaves)
         outs = out if isinstance(out, tuple) else (out,)
         replay = BackwardRun(ctx.run.defer, ctx.run.observer, outer=ctx.run)
-        run_backward([(t, g) for t, g in zip(outs, grad_outs, strict=False) if g is not None], replay)
+        run_backward(
+            [(t, g) for t, g in zip(outs, grad_outs, strict=False) if g is not None], replay
+        )
         if ctx.run.observer is not None:
             for leaf in ctx.extra_leaves:
                 if id(leaf) not in replay.uses:
@@ -52,8 +68,10 @@ class _Checkpoint(Function):
 
 
 def checkpoint(fn: Callable[..., Any], *inputs: Tensor) -> Any:
-    """Run `fn(*inputs)` without keeping its intermediate arrays; backward runs it again (Chen et al. 2016, arXiv:1604.06174).
+    """Run `fn(*inputs)` without keeping its intermediate arrays; backward runs it again (Chen et
+    al. 2016, arXiv:1604.06174).
 
-    `fn` takes and returns tensors and must compute the same thing twice: dropout does, because masks are addressed, not drawn.
+    `fn` takes and returns tensors and must compute the same thing twice: dropout does, because
+    masks are addressed, not drawn.
     """
     return _Checkpoint.apply(*inputs, fn=fn)

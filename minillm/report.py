@@ -1,4 +1,5 @@
-"""What a training run says of itself: the plan before it starts, the metrics of a step, and where the time went."""
+"""What a training run says of itself: the plan before it starts, the metrics of a step, and where
+the time went."""
 
 from __future__ import annotations
 
@@ -19,13 +20,23 @@ from minillm.resolve import ResolvedConfig
 from minillm.trainer import StepReport
 
 
-def plan(config: ResolvedConfig, corpus: Corpus, stages: Mapping[int, Stage], threads: int, comm: Communicator) -> list[str]:
-    """The resolved plan as lines: data, model, layout, batch, and the memory that the largest rank will need. Collective."""
+def plan(
+    config: ResolvedConfig,
+    corpus: Corpus,
+    stages: Mapping[int, Stage],
+    threads: int,
+    comm: Communicator,
+) -> list[str]:
+    """The resolved plan as lines: data, model, layout, batch, and the memory that the largest rank
+    will need. Collective."""
     model, train = config.model, config.train
     own = sum(stage.buffers.values.size for stage in stages.values())
     index, buffers = _first(stages)
     kinds = predicted(config, index, buffers)
-    needs = {kind: sum(predicted(config, i, s.buffers)[kind] for i, s in stages.items()) for kind in kinds}
+    needs = {
+        kind: sum(predicted(config, i, s.buffers)[kind] for i, s in stages.items())
+        for kind in kinds
+    }
     everyone = comm.gather_json([own, needs])
     most = max((entry[1] for entry in everyone), key=lambda kinds: sum(kinds.values()))
     parts = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in most.items() if size)
@@ -33,10 +44,14 @@ def plan(config: ResolvedConfig, corpus: Corpus, stages: Mapping[int, Stage], th
     sequence = " (sequence-parallel)" if train.sequence_parallel and config.tp > 1 else ""
     return [
         f"data    {corpus.describe()}",
-        f"model   {train.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, context {model.context}, {train.dtype}; "
-        f"{compact(model.num_parameters())} parameters, at most {compact(max(entry[0] for entry in everyone))} per rank",
-        f"layout  {plural(config.num_ranks, 'rank')}: dp {config.dp} x tp {config.tp}{sequence} x pp {config.pp}{pipeline}, "
-        f"{plural(threads, 'thread')} each{'; ' + buffers.memory.description if buffers.memory.description else ''}",
+        f"model   {train.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, "
+        f"context {model.context}, {train.dtype}; "
+        f"{compact(model.num_parameters())} parameters, at most "
+        f"{compact(max(entry[0] for entry in everyone))} per rank",
+        f"layout  {plural(config.num_ranks, 'rank')}: dp {config.dp} x tp {config.tp}{sequence} x "
+        f"pp {config.pp}{pipeline}, "
+        f"{plural(threads, 'thread')} "
+        f"each{'; ' + buffers.memory.description if buffers.memory.description else ''}",
         f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in "
         f"{plural(config.num_microbatches, 'microbatch', 'es')} "
         f"of {config.microbatch} per dp rank; {train.steps} steps",
@@ -46,12 +61,18 @@ def plan(config: ResolvedConfig, corpus: Corpus, stages: Mapping[int, Stage], th
 
 
 def _kernels(config: ResolvedConfig, device: Device) -> str:
-    """What the operations run on, most used first; on a GPU, which attention; and why not on C where that could be faster."""
+    """What the operations run on, most used first; on a GPU, which attention; and why not on C
+    where that could be faster."""
     choices = kernel_choices(config, device)
-    words = ", ".join(f"{choice} for {plural(count, 'operation')}" for choice, count in Counter(choices.values()).most_common())
+    words = ", ".join(
+        f"{choice} for {plural(count, 'operation')}"
+        for choice, count in Counter(choices.values()).most_common()
+    )
     if device is not CPU:
         return f"{words}; attention {choices['attention_forward']}"
-    missing = native.unavailable or (native.blas_unavailable if choices["matmul"] == "c:baseline" else None)
+    missing = native.unavailable or (
+        native.blas_unavailable if choices["matmul"] == "c:baseline" else None
+    )
     return f"{words} ({missing})" if missing else words
 
 
@@ -65,9 +86,11 @@ def plural(number: int, word: str, ending: str = "s") -> str:
     return f"{number} {word}{ending if number != 1 else ''}"
 
 
-def step_metrics(report: StepReport, tokens: int, moved: Mapping[RowKey, Row], device: Device = CPU) -> dict[str, Any]:
-    """One line of metrics.jsonl; waits for the step's numbers. `comm` holds the first rank's bytes and seconds by axis and operation;
-    control messages are one entry."""
+def step_metrics(
+    report: StepReport, tokens: int, moved: Mapping[RowKey, Row], device: Device = CPU
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; waits for the step's numbers. `comm` holds the first rank's bytes
+    and seconds by axis and operation; control messages are one entry."""
     comm: dict[str, Any] = defaultdict(dict)
     for (axis, operation, kind), row in moved.items():
         entry = comm["control"] if kind == "control" else comm[axis].setdefault(operation, {})
@@ -88,7 +111,8 @@ def step_metrics(report: StepReport, tokens: int, moved: Mapping[RowKey, Row], d
 
 
 class TimeShares:
-    """Where the time of the steps went on this rank: compute, each axis' communication, waiting in the pipeline, the optimizer."""
+    """Where the time of the steps went on this rank: compute, each axis' communication, waiting in
+    the pipeline, the optimizer."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -100,18 +124,30 @@ class TimeShares:
         self.seconds["optimizer"] += report.optimizer_seconds
         for (axis, operation, kind), row in moved.items():
             waits = axis == "pp" and operation == "receive"
-            self.seconds["pipeline wait" if waits else "agreement" if kind == "control" else f"communication {axis}"] += row.seconds
+            self.seconds[
+                "pipeline wait"
+                if waits
+                else "agreement"
+                if kind == "control"
+                else f"communication {axis}"
+            ] += row.seconds
 
     def summary(self, comm: Communicator) -> str:
         """The shares, averaged over the ranks, largest first. Collective."""
         everyone = comm.gather_json([self.total, self.seconds])
         total = sum(entry[0] for entry in everyone) or 1.0
         kinds = sorted({kind for entry in everyone for kind in entry[1]})
-        shares = {kind: sum(entry[1].get(kind, 0.0) for entry in everyone) / total for kind in kinds}
+        shares = {
+            kind: sum(entry[1].get(kind, 0.0) for entry in everyone) / total for kind in kinds
+        }
         shares["compute"] = max(0.0, 1 - sum(shares.values()))
-        return ", ".join(f"{kind} {share:.1%}" for kind, share in sorted(shares.items(), key=lambda item: -item[1]))
+        return ", ".join(
+            f"{kind} {share:.1%}"
+            for kind, share in sorted(shares.items(), key=lambda item: -item[1])
+        )
 
 
 def peak_mb(comm: Communicator, device: Device = CPU) -> int:
-    """The most memory that any rank has held so far, in MB (10^6 bytes); on a GPU, of the device. Collective."""
+    """The most memory that any rank has held so far, in MB (10^6 bytes); on a GPU, of the device.
+    Collective."""
     return round(max(comm.gather_json(device.peak_bytes() or peak_rss())) / 1e6)

@@ -1,4 +1,5 @@
-"""Look at a pipeline schedule: `python -m minillm.schedule 1f1b --ranks 4 --microbatches 8 --svg schedule.svg`."""
+"""Look at a pipeline schedule: `python -m minillm.schedule 1f1b --ranks 4 --microbatches 8 --svg
+schedule.svg`."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from minillm.pipeline.simulate import Cost, Timeline, simulate
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleArgs:
-    """Draw a pipeline schedule (the first word: gpipe or 1f1b) with its idle time and the activations it holds."""
+    """Draw a pipeline schedule (the first word: gpipe or 1f1b) with its idle time and the
+    activations it holds."""
 
     ranks: int = 4
     """Pipeline ranks."""
@@ -36,7 +38,10 @@ class ScheduleArgs:
     """File to draw into."""
 
     def __post_init__(self) -> None:
-        for name, value in (("--forward-cost", self.forward_cost), ("--backward-cost", self.backward_cost)):
+        for name, value in (
+            ("--forward-cost", self.forward_cost),
+            ("--backward-cost", self.backward_cost),
+        ):
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{name} {value} must be more than 0")
 
@@ -53,7 +58,9 @@ def _main(argv: list[str]) -> int:
     args = parse_flags(ScheduleArgs, argv, prog="python -m minillm.schedule SCHEDULE")
     make = SCHEDULES[known_name(name, SCHEDULES, "schedule")]
     schedule = make(args.ranks, args.microbatches)
-    cost = Cost(forward=Fraction(str(args.forward_cost)), backward=Fraction(str(args.backward_cost)))  # 0.1 is a tenth exactly
+    cost = Cost(
+        forward=Fraction(str(args.forward_cost)), backward=Fraction(str(args.backward_cost))
+    )  # 0.1 is a tenth exactly
     timeline = simulate(lower(schedule), cost)  # with its messages, as it would be executed
     print(draw_text(timeline, shutil.get_terminal_size((160, 24)).columns))
     print(_summary(name, timeline, args))
@@ -70,9 +77,12 @@ def _summary(name: str, timeline: Timeline, args: ScheduleArgs) -> str:
     formula = "1 on one rank" if p == 1 else "m" if name == "gpipe" else "min(m, p - rank)"
     expected = [1 if p == 1 else m if name == "gpipe" else min(m, p - rank) for rank in range(p)]
     return (
-        f"\ntime       {float(timeline.makespan):g}, of which each rank computes {float(timeline.busy(0)):g}\n"
-        f"bubble     {float(timeline.bubble):.4f} simulated, {(p - 1) / (m + p - 1):.4f} by (p - 1) / (m + p - 1)\n"
-        f"in flight  {' '.join(map(str, in_flight))} microbatches held at most by each rank, {' '.join(map(str, expected))} by {formula}"
+        f"\ntime       {float(timeline.makespan):g}, of which each rank computes "
+        f"{float(timeline.busy(0)):g}\n"
+        f"bubble     {float(timeline.bubble):.4f} simulated, {(p - 1) / (m + p - 1):.4f} by (p - "
+        "1) / (m + p - 1)\n"
+        f"in flight  {' '.join(map(str, in_flight))} microbatches held at most by each rank, "
+        f"{' '.join(map(str, expected))} by {formula}"
     )
 
 

@@ -1,7 +1,8 @@
 """How a parameter's global array is cut over the mesh: plain arithmetic on slices.
 
-A `ShardSpec` stands on every parameter. Initial values, checkpoints, gradient reduction and norms all ask it the same question, "which
-slices of the global array does this rank hold, and where do they lie in its local array?", and nobody else reads its fields to answer that.
+A `ShardSpec` stands on every parameter. Initial values, checkpoints, gradient reduction and norms
+all ask it the same question, "which slices of the global array does this rank hold, and where do
+they lie in its local array?", and nobody else reads its fields to answer that.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ Slices: TypeAlias = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of `size` indices along one dim, cut evenly over the mesh `axes` (none: every rank holds it all).
+    """A run of `size` indices along one dim, cut evenly over the mesh `axes` (none: every rank
+    holds it all).
 
-    `unit` is what must not be cut: the head width for a projection into heads, so that a rank gets whole heads.
+    `unit` is what must not be cut: the head width for a projection into heads, so that a rank gets
+    whole heads.
     """
 
     size: int
@@ -34,10 +37,11 @@ class Segment:
 class ShardSpec:
     """The global shape of an array and how each dim is cut.
 
-    `dims[d]` lists the segments that follow one another along dim `d`: a fused query-key-value projection has three, so that each rank
-    holds its part of each. `pad` rounds an indivisible segment up, the last ranks' surplus rows being padding that no piece covers and no
-    file holds. `partial_over` names the mesh axes over which local gradients are partial sums although the array is replicated there. `tie`
-    names the weight that several pipeline stages hold a copy of.
+    `dims[d]` lists the segments that follow one another along dim `d`: a fused query-key-value
+    projection has three, so that each rank holds its part of each. `pad` rounds an indivisible
+    segment up, the last ranks' surplus rows being padding that no piece covers and no file holds.
+    `partial_over` names the mesh axes over which local gradients are partial sums although the
+    array is replicated there. `tie` names the weight that several pipeline stages hold a copy of.
     """
 
     shape: tuple[int, ...]
@@ -52,25 +56,35 @@ class ShardSpec:
             raise ValueError(f"segments of sizes {sums} do not add up to shape {self.shape}")
 
     @staticmethod
-    def replicated(*shape: int, partial_over: tuple[str, ...] = (), tie: str | None = None) -> ShardSpec:
+    def replicated(
+        *shape: int, partial_over: tuple[str, ...] = (), tie: str | None = None
+    ) -> ShardSpec:
         """An array that every rank of a stage holds whole."""
-        return ShardSpec(shape, tuple((Segment(size),) for size in shape), partial_over=partial_over, tie=tie)
+        return ShardSpec(
+            shape, tuple((Segment(size),) for size in shape), partial_over=partial_over, tie=tie
+        )
 
     @property
     def axes(self) -> frozenset[str]:
         """The mesh axes that this array is cut over; over all others it is replicated."""
-        return frozenset(axis for segments in self.dims for segment in segments for axis in segment.axes)
+        return frozenset(
+            axis for segments in self.dims for segment in segments for axis in segment.axes
+        )
 
     def local_shape(self, mesh: MeshShape) -> tuple[int, ...]:
-        """The shape every rank allocates, padding included. Raises ConfigError for a size that cannot be cut evenly."""
-        return tuple(sum(self._local_size(segment, mesh) for segment in segments) for segments in self.dims)
+        """The shape every rank allocates, padding included. Raises ConfigError for a size that
+        cannot be cut evenly."""
+        return tuple(
+            sum(self._local_size(segment, mesh) for segment in segments) for segments in self.dims
+        )
 
     def local_size(self, mesh: MeshShape) -> int:
         """The number of elements of `local_shape`."""
         return math.prod(self.local_shape(mesh))
 
     def pieces(self, mesh: MeshShape, coords: Mapping[str, int]) -> Iterator[tuple[Slices, Slices]]:
-        """Yield (global slices, local slices) of every non-empty block that the rank at `coords` holds, in order of the local array."""
+        """Yield (global slices, local slices) of every non-empty block that the rank at `coords`
+        holds, in order of the local array."""
         per_dim = [list(self._dim_pieces(segments, mesh, coords)) for segments in self.dims]
         for combination in itertools.product(*per_dim):
             yield tuple(piece[0] for piece in combination), tuple(piece[1] for piece in combination)
@@ -80,13 +94,16 @@ class ShardSpec:
         units, rest = divmod(segment.size, segment.unit)
         if rest or (units % ways and not self.pad):
             raise ConfigError(
-                f"{units} units of {segment.unit} in shape {self.shape} cannot be cut into {ways} equal parts over "
+                f"{units} units of {segment.unit} in shape {self.shape} cannot be cut into {ways} "
+                "equal parts over "
                 f"{'+'.join(segment.axes)}; "
                 f"choose a size of {'+'.join(segment.axes)} that divides {units}"
             )
         return -(-units // ways) * segment.unit
 
-    def _dim_pieces(self, segments: tuple[Segment, ...], mesh: MeshShape, coords: Mapping[str, int]) -> Iterator[tuple[slice, slice]]:
+    def _dim_pieces(
+        self, segments: tuple[Segment, ...], mesh: MeshShape, coords: Mapping[str, int]
+    ) -> Iterator[tuple[slice, slice]]:
         global_start = local_start = 0
         for segment in segments:
             size = self._local_size(segment, mesh)

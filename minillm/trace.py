@@ -1,5 +1,5 @@
-"""Chrome-trace recording: what each rank computed and communicated, and when. The file opens in Perfetto (ui.perfetto.dev) or
-chrome://tracing."""
+"""Chrome-trace recording: what each rank computed and communicated, and when. The file opens in
+Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TRACKS = {"compute": 0, "communication": 1}
 
 
 class Tracer:
-    """Collects spans on two tracks of one rank. Times come from `time.perf_counter` and are moved to the machine's clock, so ranks of one
-    node share an axis."""
+    """Collects spans on two tracks of one rank. Times come from `time.perf_counter` and are moved
+    to the machine's clock, so ranks of one node share an axis."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -58,7 +58,10 @@ class Tracer:
         names = [
             {"name": kind, "ph": "M", "pid": rank, "tid": tid, "args": {"name": name}}
             for rank in range(comm.size)
-            for kind, tid, name in (("process_name", 0, f"rank {rank}"), *(("thread_name", tid, track) for track, tid in TRACKS.items()))
+            for kind, tid, name in (
+                ("process_name", 0, f"rank {rank}"),
+                *(("thread_name", tid, track) for track, tid in TRACKS.items()),
+            )
         ]
         origin = min((event["ts"] for events in everyone for event in events), default=0.0)
         events = [event | {"ts": event["ts"] - origin} for events in everyone for event in events]

@@ -1,7 +1,8 @@
-"""Train a GPT: `python -m minillm.train`, or `mpirun -n 4 python -m minillm.train --tp 2` for several ranks.
+"""Train a GPT: `python -m minillm.train`, or `mpirun -n 4 python -m minillm.train --tp 2` for
+several ranks.
 
-This file is the loop around `Trainer`: read the options, load the text, build or resume, step, report, evaluate, save, and show a sample at
-the end.
+This file is the loop around `Trainer`: read the options, load the text, build or resume, step,
+report, evaluate, save, and show a sample at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from minillm import checkpoint, kernels
 from minillm.comm.communicator import Communicator
 from minillm.comm.device import on_device
 from minillm.comm.ledger import Row, RowKey, ledger, recording
-from minillm.comm.world import AgreedError, StopRequest, agree, known_to_all, main_guard, quiet_unless_first, threads_per_rank, world
+from minillm.comm.world import (
+    AgreedError,
+    StopRequest,
+    agree,
+    known_to_all,
+    main_guard,
+    quiet_unless_first,
+    threads_per_rank,
+    world,
+)
 from minillm.config import TrainConfig
 from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
@@ -63,8 +73,14 @@ def _main(argv: Sequence[str] | None) -> int:
     with ExitStack() as stack:
         kernels.prepare_process()
         stack.enter_context(kernels.threads(threads_per_rank(comm)))
-        stack.enter_context(kernels.use(**agree(comm, lambda: _kernel_choices(config.train, device))))
-        stack.enter_context(recording(check_order=args.check_order, on_event=tracer.communication if tracer else None))
+        stack.enter_context(
+            kernels.use(**agree(comm, lambda: _kernel_choices(config.train, device)))
+        )
+        stack.enter_context(
+            recording(
+                check_order=args.check_order, on_event=tracer.communication if tracer else None
+            )
+        )
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
         run = Run(comm, device, config, corpus, found, tracer, stop)
         run.train()
@@ -89,13 +105,16 @@ def _saved_values(path: str) -> dict[str, Any]:
 
 
 def _plan(comm: Communicator, args: TrainArgs, found: Path | None) -> tuple[Corpus, ResolvedConfig]:
-    """The text and the resolved configuration, checked on every rank before anything is allocated."""
+    """The text and the resolved configuration, checked on every rank before anything is
+    allocated."""
     train = args.train_config()
     with known_to_all(comm):
         tokenizer: Any = train.tokenizer
         if found is not None:
             tokenizer = tokenizer_from_json(checkpoint.read_manifest(found).meta["tokenizer"])
-        corpus = load_corpus(train.data, tokenizer, context=train.context, vocab=train.vocab, comm=comm)
+        corpus = load_corpus(
+            train.data, tokenizer, context=train.context, vocab=train.vocab, comm=comm
+        )
         config = resolve(train, comm.size, corpus.vocab_size)
     return corpus, config
 
@@ -113,7 +132,14 @@ class Run:
         tracer: Tracer | None,
         stop: StopRequest,
     ) -> None:
-        self.comm, self.device, self.config, self.corpus, self.tracer, self.stop = comm, device, config, corpus, tracer, stop
+        self.comm, self.device, self.config, self.corpus, self.tracer, self.stop = (
+            comm,
+            device,
+            config,
+            corpus,
+            tracer,
+            stop,
+        )
         self.log = Log(comm.rank)
         self.out = agree(comm, lambda: _prepare_out(comm.rank, config, found))
         self.out = Path(comm.broadcast_json(str(self.out)))
@@ -123,7 +149,9 @@ class Run:
         self.key = checkpoint.numeric_key(config, comm, self.trainer.memory.size, device)
         self.first_step = self._resume(found) if found is not None else 0
         self.saved_step = self.first_step if found is not None else -1
-        self.metrics = MetricsFile(self.out / "metrics.jsonl" if comm.rank == 0 else None, self.first_step)
+        self.metrics = MetricsFile(
+            self.out / "metrics.jsonl" if comm.rank == 0 else None, self.first_step
+        )
         self.shares = TimeShares()
         for line in [
             *plan(config, corpus, self.trainer.stages, kernels.get_threads(), comm),
@@ -138,10 +166,14 @@ class Run:
         last = min(train.steps, train.stop_after or train.steps)
         progress = Progress(self.log, self.first_step, train.steps, self.config.tokens_per_step)
         gc.collect()
-        gc.disable()  # the tape is freed by reference counts; the collector would only look for cycles that are not there
+        # the tape is freed by reference counts; the collector would only look for cycles that are
+        # not there
+        gc.disable()
         started, stopped = time.perf_counter(), False
         step, found = self.first_step, None
-        waiting: deque[tuple[StepReport, Mapping[RowKey, Row]]] = deque()  # steps whose numbers have not been read
+        waiting: deque[tuple[StepReport, Mapping[RowKey, Row]]] = (
+            deque()
+        )  # steps whose numbers have not been read
         while step < last and not stopped:
             before = ledger().snapshot()
             report = self._step(step)
@@ -150,15 +182,25 @@ class Run:
             stopped = report.stop
             due = self._is_due(step, last, stopped)
             while len(waiting) > (0 if due else self.trainer.lag):
-                found = self._settle(*waiting.popleft(), last, stopped, progress, due=due and not waiting)
+                found = self._settle(
+                    *waiting.popleft(), last, stopped, progress, due=due and not waiting
+                )
         progress.close()
         gc.enable()
         self._finish(step, time.perf_counter() - started, stopped, progress, found)
 
     def _settle(
-        self, report: StepReport, moved: Mapping[RowKey, Row], last: int, stopped: bool, progress: Progress, *, due: bool
+        self,
+        report: StepReport,
+        moved: Mapping[RowKey, Row],
+        last: int,
+        stopped: bool,
+        progress: Progress,
+        *,
+        due: bool,
     ) -> Evaluation | None:
-        """Read a step's numbers, show and write them, and do what is due after it; returns the evaluation, if that was."""
+        """Read a step's numbers, show and write them, and do what is due after it; returns the
+        evaluation, if that was."""
         step = report.step + 1
         with self._saving_before_a_failure():
             progress.update(step - 1, report.loss, report.lr, report.grad_norm)
@@ -174,7 +216,12 @@ class Run:
         """Whether something happens after `step` steps that needs them finished."""
         train = self.config.train
         return (
-            stopped or step == last or any(every and step % every == 0 for every in (train.check_every, train.eval_every, train.save_every))
+            stopped
+            or step == last
+            or any(
+                every and step % every == 0
+                for every in (train.check_every, train.eval_every, train.save_every)
+            )
         )
 
     def _step(self, step: int) -> StepReport:
@@ -189,10 +236,16 @@ class Run:
             yield
         except NotFinite as error:
             self._save(error.step)
-            raise AgreedError(f"{error}. The weights before this step are saved in {self.out}", self.comm.rank == 0) from None
+            raise AgreedError(
+                f"{error}. The weights before this step are saved in {self.out}",
+                self.comm.rank == 0,
+            ) from None
 
-    def _between_steps(self, step: int, last: int, stopped: bool, progress: Progress) -> Evaluation | None:
-        """What is due after `step` steps: a comparison of replicas, an evaluation (returned), a checkpoint."""
+    def _between_steps(
+        self, step: int, last: int, stopped: bool, progress: Progress
+    ) -> Evaluation | None:
+        """What is due after `step` steps: a comparison of replicas, an evaluation (returned), a
+        checkpoint."""
         train, found = self.config.train, None
         if train.check_every and step % train.check_every == 0:
             with known_to_all(self.comm):
@@ -211,7 +264,9 @@ class Run:
         if not tokens or len(self.corpus.held_out) < 2:
             return None
         windows = eval_windows(self.corpus.held_out, self.config.model.context, tokens)
-        loss, counted = evaluate_windows(self.config, self.trainer.mesh, self.comm, self.trainer.stages, windows)
+        loss, counted = evaluate_windows(
+            self.config, self.trainer.mesh, self.comm, self.trainer.stages, windows
+        )
         return Evaluation.of(loss, counted, self.corpus.bytes_per_token)
 
     def _save(self, step: int) -> None:
@@ -245,7 +300,8 @@ class Run:
             manifest = checkpoint.read_manifest(found)
             if manifest.meta["corpus"] != self.corpus.sha256:
                 raise ConfigError(
-                    f"{found} was trained on {manifest.meta['source']} with sha256 {manifest.meta['corpus'][:12]}, but "
+                    f"{found} was trained on {manifest.meta['source']} with sha256 "
+                    f"{manifest.meta['corpus'][:12]}, but "
                     f"{self.corpus.source} now has "
                     f"{self.corpus.sha256[:12]}; resume with the same text"
                 )
@@ -256,17 +312,27 @@ class Run:
             self.log(f"results continue to rounding, not bit for bit: {difference}")
         return manifest.step
 
-    def _finish(self, step: int, seconds: float, stopped: bool, progress: Progress, found: Evaluation | None) -> None:
+    def _finish(
+        self, step: int, seconds: float, stopped: bool, progress: Progress, found: Evaluation | None
+    ) -> None:
         """The totals, and a sample unless the run was interrupted."""
         self._save(step)
         self.metrics.close()
         if self.tracer is not None:
             self.tracer.write(self.out / "trace.json", self.comm)
-            self.log(f"trace   {self.out / 'trace.json'}: a timeline of all ranks, to open in ui.perfetto.dev")
-        if step > self.first_step:
-            steps = f"steps {self.first_step + 1} to {step}" if self.first_step else plural(step, "step")
             self.log(
-                f"done    {steps} in {clock(seconds)}, {compact(progress.rate(step - 1))} tokens/s, at most "
+                f"trace   {self.out / 'trace.json'}: a timeline of all ranks, to open in "
+                "ui.perfetto.dev"
+            )
+        if step > self.first_step:
+            steps = (
+                f"steps {self.first_step + 1} to {step}"
+                if self.first_step
+                else plural(step, "step")
+            )
+            self.log(
+                f"done    {steps} in {clock(seconds)}, {compact(progress.rate(step - 1))} "
+                "tokens/s, at most "
                 f"{peak_mb(self.comm, self.device)} MB per rank"
             )
             self.log(f"time    {self.shares.summary(self.comm)}")
@@ -274,18 +340,35 @@ class Run:
             self.log(f"stopped at step {step} as asked; go on with --resume {self.out}")
             return
         if found is not None:
-            self.log(f"result  held-out loss {found.loss:.7f}, perplexity {found.perplexity:.2f}{_bits(found)}, over {found.tokens} tokens")
-        self.log(f"saved   {self.out}; write text with: python -m minillm.generate --checkpoint {self.out}")
+            self.log(
+                f"result  held-out loss {found.loss:.7f}, perplexity "
+                f"{found.perplexity:.2f}{_bits(found)}, over {found.tokens} tokens"
+            )
+        self.log(
+            f"saved   {self.out}; write text with: python -m minillm.generate --checkpoint "
+            f"{self.out}"
+        )
         if self.config.train.sample_tokens:
             self._sample()
 
     def _sample(self) -> None:
-        """Show what the model writes, from one token of the held-out text on. One data-parallel replica does it."""
+        """Show what the model writes, from one token of the held-out text on. One data-parallel
+        replica does it."""
         if self.trainer.mesh.coord("dp") == 0:
-            prompt = [int(token) for token in (self.corpus.held_out if len(self.corpus.held_out) else self.corpus.train)[:1]]
+            prompt = [
+                int(token)
+                for token in (
+                    self.corpus.held_out if len(self.corpus.held_out) else self.corpus.train
+                )[:1]
+            ]
             sampling = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.config.train.seed)
-            ids = Generator(self.trainer.stages, self.trainer.mesh).generate(prompt, self.config.train.sample_tokens, sampling)
-            self.log(f"\n--- a sample at temperature {SAMPLE_TEMPERATURE} ---\n{self.corpus.tokenizer.decode(prompt + ids)}\n---")
+            ids = Generator(self.trainer.stages, self.trainer.mesh).generate(
+                prompt, self.config.train.sample_tokens, sampling
+            )
+            self.log(
+                f"\n--- a sample at temperature {SAMPLE_TEMPERATURE} "
+                f"---\n{self.corpus.tokenizer.decode(prompt + ids)}\n---"
+            )
         self.comm.barrier()
 
 
@@ -294,7 +377,8 @@ def _bits(found: Evaluation) -> str:
 
 
 def _prepare_out(rank: int, config: ResolvedConfig, found: Path | None) -> Path:
-    """The run's folder, made and tried by the first rank. A new run never writes into the folder of another."""
+    """The run's folder, made and tried by the first rank. A new run never writes into the folder of
+    another."""
     asked = config.asked.out
     if found is not None and asked is None:
         return found.parent.parent if found.parent.name == checkpoint.SUBFOLDER else found.parent
@@ -303,8 +387,13 @@ def _prepare_out(rank: int, config: ResolvedConfig, found: Path | None) -> Path:
         return path
     if found is None and _holds_run(path):
         if asked is not None:
-            raise ConfigError(f"--out {path} holds an earlier run; continue it with --resume {path}, or choose another folder")
-        path = next(p for n in range(2, 10_000) if not _holds_run(p := path.with_name(f"{path.name}-{n}")))
+            raise ConfigError(
+                f"--out {path} holds an earlier run; continue it with --resume {path}, or choose "
+                "another folder"
+            )
+        path = next(
+            p for n in range(2, 10_000) if not _holds_run(p := path.with_name(f"{path.name}-{n}"))
+        )
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise ConfigError(f"--out {path} is not writable; choose another folder")

@@ -1,8 +1,10 @@
-"""Training: one step from batch to updated weights, evaluation, and what a checkpoint holds. The loop around it is train.py.
+"""Training: one step from batch to updated weights, evaluation, and what a checkpoint holds. The
+loop around it is train.py.
 
-A step: every rank runs its row of the schedule over its microbatches; gradients are reduced while the last backward runs; all ranks agree
-on the loss, the norm and whether somebody asked to stop; then all update, or none does. On a GPU that decision stays on the device, and the
-host reads the numbers of a step only after it has queued the next one.
+A step: every rank runs its row of the schedule over its microbatches; gradients are reduced while
+the last backward runs; all ranks agree on the loss, the norm and whether somebody asked to stop;
+then all update, or none does. On a GPU that decision stays on the device, and the host reads the
+numbers of a step only after it has queued the next one.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ from minillm.verdict import Verdict, judge
 
 
 class StepReport(NamedTuple):
-    """One step: what all ranks agreed on, learning rate, whether any rank was asked to stop, and the peak memory in bytes of the largest
-    rank (on a GPU, of the device), the same on every rank; this rank's seconds in all, in reductions that backward did not hide, and in the
-    optimizer.
+    """One step: what all ranks agreed on, learning rate, whether any rank was asked to stop, and
+    the peak memory in bytes of the largest rank (on a GPU, of the device), the same on every rank;
+    this rank's seconds in all, in reductions that backward did not hide, and in the optimizer.
 
     On a GPU `loss` and `grad_norm` wait for the device, and raise NotFinite if they are not finite.
     """
@@ -64,7 +66,8 @@ class StepReport(NamedTuple):
 
 
 class Trainer:
-    """One rank's part of a training run. `std` is the scale of the initial weights; `optimizer` defaults to AdamW."""
+    """One rank's part of a training run. `std` is the scale of the initial weights; `optimizer`
+    defaults to AdamW."""
 
     def __init__(
         self,
@@ -78,26 +81,44 @@ class Trainer:
         optimizer: type[AdamW] | type[SGD] = AdamW,
         device: Device = CPU,
     ) -> None:
-        self.config, self.world, self.batches, self.tracer, self.device = config, world, batches, tracer, device
+        self.config, self.world, self.batches, self.tracer, self.device = (
+            config,
+            world,
+            batches,
+            tracer,
+            device,
+        )
         self.mesh = mesh or build_mesh(world, config)
         self.stages = build_stages(config, self.mesh, std=std, device=device)
         self.buffers = [stage.buffers for stage in self.stages.values()]
         self.memory = self.buffers[0].memory
-        self.optimizer = build_adamw(config, self.stages) if optimizer is AdamW else SGD(self.buffers)
+        self.optimizer = (
+            build_adamw(config, self.stages) if optimizer is AdamW else SGD(self.buffers)
+        )
         self.stop_requested = False
         if device is not CPU:
-            needs = [predicted(config, index, stage.buffers) for index, stage in self.stages.items()]
+            needs = [
+                predicted(config, index, stage.buffers) for index, stage in self.stages.items()
+            ]
             device.reserve(sum(kinds["activations"] + kinds["logits"] for kinds in needs))
         schedule = SCHEDULES[config.train.schedule](config.pp, config.num_microbatches)
         ties = (0, config.pp - 1) if config.model.tied and config.pp > 1 else ()
         self.runtime = PipelineRuntime(
-            lower(schedule, ties=ties), self.stages, self.mesh.axis("pp"), tracer=tracer, optimizer_step=self._optimizer_step
+            lower(schedule, ties=ties),
+            self.stages,
+            self.mesh.axis("pp"),
+            tracer=tracer,
+            optimizer_step=self._optimizer_step,
         )
-        self._reducers = [stage.reducer for stage in self.stages.values() if stage.reducer is not None]
+        self._reducers = [
+            stage.reducer for stage in self.stages.values() if stage.reducer is not None
+        ]
         self._times = np.arange(config.model.context)
         first = self.mesh.coord("dp") * config.microbatch * config.num_microbatches
         rows = np.arange(first, first + config.microbatch * config.num_microbatches)
-        self._rows = np.split(rows, config.num_microbatches)  # this rank's sequences of the global batch, by microbatches
+        self._rows = np.split(
+            rows, config.num_microbatches
+        )  # this rank's sequences of the global batch, by microbatches
         train = config.train
         self._advice = f"try a smaller --lr (now {train.lr:g}), a longer --warmup (now {config.warmup}) or a smaller --clip"
         self._verdict: Verdict | None = None
@@ -108,17 +129,29 @@ class Trainer:
         return int(self.device is not CPU)
 
     def step(self, step: int) -> StepReport:
-        """Run step `step` (from 0). Raises NotFinite, on every rank and before any update, if the loss or the gradient is not finite: on a
-        GPU those of the step before, with no update since."""
+        """Run step `step` (from 0). Raises NotFinite, on every rank and before any update, if the
+        loss or the gradient is not finite: on a GPU those of the step before, with no update
+        since."""
         started, exposed = time.perf_counter(), self._exposed()
         self._step, before = step, self._verdict
-        self.runtime.run([self._microbatch(step, rows) for rows in self._rows], self.config.tokens_per_step)
+        self.runtime.run(
+            [self._microbatch(step, rows) for rows in self._rows], self.config.tokens_per_step
+        )
         if before is not None and self.lag:
             before.numbers()  # so that the host is never more than a step ahead
         seconds = time.perf_counter() - started
         stop, peak = self._worst[0] > 0, int(self._worst[1])
         assert self._verdict is not None
-        return StepReport(step, self._verdict, self._lr, stop, peak, seconds, self._exposed() - exposed, self._optimizer_seconds)
+        return StepReport(
+            step,
+            self._verdict,
+            self._lr,
+            stop,
+            peak,
+            seconds,
+            self._exposed() - exposed,
+            self._optimizer_seconds,
+        )
 
     def _microbatch(self, step: int, rows: np.ndarray) -> Microbatch:
         inputs, targets = self.batches.microbatch(step, rows)
@@ -128,13 +161,32 @@ class Trainer:
     def _optimizer_step(self, local_loss: Any) -> None:
         """Agree on loss, norm and stopping over all ranks, then update everywhere or nowhere."""
         train = self.config.train
-        loss, squares = local_loss if self.mesh.coord("tp") == 0 else 0.0, sum(reducer.sum_of_squares() for reducer in self._reducers)
-        self._verdict = judge(self.device, self.world, self._step, loss, squares, train.clip, self._verdict, self._advice)
-        self._worst = self.world.reduce_numbers([self.stop_requested, self.device.peak_bytes() or peak_rss()], MAX)
+        loss, squares = (
+            local_loss if self.mesh.coord("tp") == 0 else 0.0,
+            sum(reducer.sum_of_squares() for reducer in self._reducers),
+        )
+        self._verdict = judge(
+            self.device,
+            self.world,
+            self._step,
+            loss,
+            squares,
+            train.clip,
+            self._verdict,
+            self._advice,
+        )
+        self._worst = self.world.reduce_numbers(
+            [self.stop_requested, self.device.peak_bytes() or peak_rss()], MAX
+        )
         if not self.lag:
             self._verdict.numbers()
         self._lr = learning_rate(
-            self._step, lr=train.lr, min_lr=self.config.min_lr, warmup=self.config.warmup, steps=train.steps, schedule=train.lr_schedule
+            self._step,
+            lr=train.lr,
+            min_lr=self.config.min_lr,
+            warmup=self.config.warmup,
+            steps=train.steps,
+            schedule=train.lr_schedule,
         )
         started = time.perf_counter()
         self.optimizer.step(self._step, self._lr, self._verdict.scale)
@@ -149,14 +201,15 @@ class Trainer:
         return [*weights(self.stages), *optimizer_state(self.stages, self.optimizer)]
 
     def load(self, source: StateSource) -> None:
-        """Fill weights and optimizer state. Collective: every rank reads its part, those who share memory each a part of the tensors.
-        Raises CheckpointError on every rank if one cannot."""
+        """Fill weights and optimizer state. Collective: every rank reads its part, those who share
+        memory each a part of the tensors. Raises CheckpointError on every rank if one cannot."""
         mine = self.state()[self.memory.rank :: self.memory.size]
         agree(self.world, lambda: load(source, mine, self.mesh.shape, self.mesh.coords))
         self.memory.sync()
 
     def check_replicas(self) -> None:
-        """Compare a hash of the parameters over the data-parallel replicas. Raises CommError naming the ranks that differ."""
+        """Compare a hash of the parameters over the data-parallel replicas. Raises CommError naming
+        the ranks that differ."""
         digest = hashlib.blake2b(digest_size=16)
         for buffers in self.buffers:
             digest.update(to_host(buffers.values).view(np.uint8).data)
@@ -165,6 +218,7 @@ class Trainer:
         odd = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
         if odd:
             raise CommError(
-                f"data-parallel replicas hold different parameters: dp ranks {odd} differ from dp rank 0; the run cannot "
+                f"data-parallel replicas hold different parameters: dp ranks {odd} differ from dp "
+                "rank 0; the run cannot "
                 f"be trusted from here"
             )

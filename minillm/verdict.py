@@ -1,8 +1,10 @@
-"""Whether a step's update is to be: all ranks agree on the loss and on the gradient's norm, and by what the gradient is scaled.
+"""Whether a step's update is to be: all ranks agree on the loss and on the gradient's norm, and by
+what the gradient is scaled.
 
-On the CPU the numbers are known at once. On a GPU they stay on the device: the scale is an array that the optimizer's kernel reads, NaN if
-the step is not to be, and the host reads loss and norm later. Until it has seen that a step failed, no further step changes anything
-either: a verdict is good only if the one before it was.
+On the CPU the numbers are known at once. On a GPU they stay on the device: the scale is an array
+that the optimizer's kernel reads, NaN if the step is not to be, and the host reads loss and norm
+later. Until it has seen that a step failed, no further step changes anything either: a verdict is
+good only if the one before it was.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from minillm.optim import clip_scale
 
 
 class NotFinite(MinillmError):
-    """The loss or gradient of `step` was infinite or not a number; the weights are those before that step."""
+    """The loss or gradient of `step` was infinite or not a number; the weights are those before
+    that step."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -28,9 +31,12 @@ class NotFinite(MinillmError):
 
 
 class Verdict:
-    """What was agreed on a step. `scale` is for the optimizer: a number or an array of one on the device; `good` lives there, too."""
+    """What was agreed on a step. `scale` is for the optimizer: a number or an array of one on the
+    device; `good` lives there, too."""
 
-    def __init__(self, step: int, numbers: Later, scale: Any, good: Array | None, advice: str) -> None:
+    def __init__(
+        self, step: int, numbers: Later, scale: Any, good: Array | None, advice: str
+    ) -> None:
         self.step, self.scale, self.good = step, scale, good
         self._numbers, self._advice = numbers, advice
 
@@ -53,8 +59,8 @@ def judge(
     before: Verdict | None,
     advice: str,
 ) -> Verdict:
-    """Agree on a step from this rank's parts of the loss and of the squared norm, which are numbers or arrays without dims on the device.
-    Collective.
+    """Agree on a step from this rank's parts of the loss and of the squared norm, which are numbers
+    or arrays without dims on the device. Collective.
 
     `before` is the last step's verdict, `advice` what a user may try where a step fails.
     """
@@ -65,7 +71,9 @@ def judge(
     xp = device.xp
     totals = xp.zeros(2, np.float64)
     for place, part in enumerate((loss, squares)):
-        if not isinstance(part, int | float):  # a rank without the last stage has no loss, and replicas count no squares: zero
+        if not isinstance(
+            part, int | float
+        ):  # a rank without the last stage has no loss, and replicas count no squares: zero
             totals[place] = part
     world.all_reduce_(totals, kind="control")
     norm = xp.sqrt(totals[1:])

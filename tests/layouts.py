@@ -1,4 +1,5 @@
-"""The layouts that law 1 is tested on: a small table for every run of the tests, and all of them for `pytest -m full`."""
+"""The layouts that law 1 is tested on: a small table for every run of the tests, and all of them
+for `pytest -m full`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ ALONE = [
     *(Layout(dp=n) for n in (2, 4, 8)),
     *(Layout(tp=n, sp=sp) for n in (2, 4) for sp in (False, True)),
     *(Layout(num_microbatches=m) for m in (2, 4)),
-    *(Layout(pp=2, schedule=s, num_microbatches=m) for s in ("gpipe", "1f1b") for m in (1, 2, 4, 8)),
+    *(
+        Layout(pp=2, schedule=s, num_microbatches=m)
+        for s in ("gpipe", "1f1b")
+        for m in (1, 2, 4, 8)
+    ),
     *(Layout(pp=4, schedule=s, num_microbatches=m) for s in ("gpipe", "1f1b") for m in (1, 4)),
     *(Layout(pp=2, stage_layers=split, num_microbatches=4) for split in ("1,3", "3,1")),
     Layout(pp=3, stage_layers="1,2,1", num_microbatches=2),
@@ -19,7 +24,11 @@ ALONE = [
 PAIRS = [
     *(Layout(dp=2, tp=2, sp=sp, num_microbatches=2) for sp in (False, True)),
     *(Layout(dp=2, pp=2, schedule=s, num_microbatches=4) for s in ("gpipe", "1f1b")),
-    *(Layout(tp=2, pp=2, sp=sp, schedule=s, num_microbatches=4) for sp in (False, True) for s in ("gpipe", "1f1b")),
+    *(
+        Layout(tp=2, pp=2, sp=sp, schedule=s, num_microbatches=4)
+        for sp in (False, True)
+        for s in ("gpipe", "1f1b")
+    ),
     Layout(dp=4, tp=2),
     Layout(dp=2, tp=4, sp=True),
     Layout(dp=4, pp=2, num_microbatches=2),
@@ -31,7 +40,12 @@ PAIRS = [
 TRIPLES = [
     *(
         Layout(dp=2, tp=2, pp=2, sp=sp, schedule=s, num_microbatches=m)
-        for sp, s, m in ((False, "gpipe", 4), (True, "1f1b", 4), (True, "gpipe", 1), (False, "1f1b", 8))
+        for sp, s, m in (
+            (False, "gpipe", 4),
+            (True, "1f1b", 4),
+            (True, "gpipe", 1),
+            (False, "1f1b", 8),
+        )
     ),
     Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2, stage_layers="3,1"),
 ]
@@ -54,8 +68,13 @@ def all_layouts() -> list[Layout]:
     sizes = (1, 2, 4, 8)
     return [
         Layout(dp=dp, tp=tp, pp=pp, sp=sp, schedule=schedule, num_microbatches=m)
-        for dp, tp, pp, sp, schedule, m in itertools.product(sizes, sizes, (1, 2, 4), (False, True), ("gpipe", "1f1b"), (1, 2, 4, 8))
-        if dp * tp * pp <= 8 and dp * m <= BASE["batch"] and not (sp and tp == 1) and not (schedule == "gpipe" and pp == 1)
+        for dp, tp, pp, sp, schedule, m in itertools.product(
+            sizes, sizes, (1, 2, 4), (False, True), ("gpipe", "1f1b"), (1, 2, 4, 8)
+        )
+        if dp * tp * pp <= 8
+        and dp * m <= BASE["batch"]
+        and not (sp and tp == 1)
+        and not (schedule == "gpipe" and pp == 1)
     ]
 
 

@@ -14,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
-MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+MPIRUN = shutil.which(
+    "mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+)
 
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun; install one with: pip install -e '.[mpich]'")
+needs_mpirun = pytest.mark.skipif(
+    MPIRUN is None, reason="no mpirun; install one with: pip install -e '.[mpich]'"
+)
 
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -36,12 +40,20 @@ class Finished:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a launch: one thread a rank, and no trace of a launcher around the tests."""
+    """The environment of a launch: one thread a rank, and no trace of a launcher around the
+    tests."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
-    return clean | OPEN_MPI | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(extra or {})
+    return (
+        clean
+        | OPEN_MPI
+        | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        | dict(extra or {})
+    )
 
 
-def start(n: int, args: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
+def start(
+    n: int, args: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
     """`mpirun -n N python ARGS` in a process group of its own; n = 0 starts plain `python ARGS`."""
     launcher = [str(MPIRUN), "-n", str(n)] if n else []
     command = [*launcher, sys.executable, *args]
@@ -52,7 +64,8 @@ def start(n: int, args: Sequence[str], env: Mapping[str, str] | None = None, cwd
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 60) -> Finished:
-    """Wait for a launch; fail the test, after ending the launch, when it takes longer than `timeout` seconds."""
+    """Wait for a launch; fail the test, after ending the launch, when it takes longer than
+    `timeout` seconds."""
     started = time.monotonic()
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -63,6 +76,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> Finished:
     return Finished(process.returncode, output, time.monotonic() - started)
 
 
-def mpirun(n: int, args: Sequence[str], timeout: float = 60, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Finished:
+def mpirun(
+    n: int,
+    args: Sequence[str],
+    timeout: float = 60,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Finished:
     """Run `mpirun -n N python ARGS` to its end."""
     return finish(start(n, args, env, cwd), timeout)

@@ -87,7 +87,9 @@ def test_a_chain_of_20000_needs_no_recursion_and_frees_its_memory() -> None:
             y = Double.apply(y)
         backward([(y, np.ones(3))])
         assert x.grad is not None and np.allclose(x.grad, 1.0001**20_000)
-        assert not any(ref() is not None for ref in alive), "saved arrays outlive the pass without the cycle collector"
+        assert not any(ref() is not None for ref in alive), (
+            "saved arrays outlive the pass without the cycle collector"
+        )
         assert counts[-1] < 50, "saved arrays are only freed at the end"
         node = weakref.ref(Tensor(np.ones(1)).__class__)
         assert node() is Tensor
@@ -128,7 +130,8 @@ def test_input_and_weight_gradients_apart_equal_both_at_once() -> None:
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_parameter_is_ready_once_after_its_last_use(split: bool, recompute: bool) -> None:
-    """The first weight is used three times, twice inside the recomputed part; ready means that all its gradients have been written."""
+    """The first weight is used three times, twice inside the recomputed part; ready means that all
+    its gradients have been written."""
     shared, other = Weight(4, 4), Weight(4, 4)
     x = Tensor(RNG.standard_normal((3, 4)), True)
 
@@ -139,7 +142,10 @@ def test_a_parameter_is_ready_once_after_its_last_use(split: bool, recompute: bo
     y = checkpoint(part, y) if recompute else part(y)
     watcher = Watcher()
     watcher_writes: list[int] = []
-    watcher.leaf_ready = lambda leaf: (watcher.ready.append(leaf), watcher_writes.append(leaf.slot().writes))  # type: ignore[method-assign]
+    watcher.leaf_ready = lambda leaf: (
+        watcher.ready.append(leaf),
+        watcher_writes.append(leaf.slot().writes),
+    )  # type: ignore[method-assign]
     deferred: list[WeightGradWork] | None = [] if split else None
     backward([(y, np.ones((3, 4)))], defer=deferred, observer=watcher)
     if deferred is not None:
@@ -147,7 +153,10 @@ def test_a_parameter_is_ready_once_after_its_last_use(split: bool, recompute: bo
         for work in deferred:
             work.run()
     assert sorted(map(id, watcher.ready)) == sorted([id(shared), id(other)])
-    assert watcher_writes[watcher.ready.index(shared)] == 3 and watcher_writes[watcher.ready.index(other)] == 1
+    assert (
+        watcher_writes[watcher.ready.index(shared)] == 3
+        and watcher_writes[watcher.ready.index(other)] == 1
+    )
 
 
 def test_recomputation_changes_no_bit_and_keeps_less() -> None:
@@ -160,7 +169,9 @@ def test_recomputation_changes_no_bit_and_keeps_less() -> None:
         y = checkpoint(lambda h: _mlp(h, weights), x) if recompute else _mlp(x, weights)
         if recompute:
             assert y.node is not None and y.node.ctx is not None
-            assert len(y.node.sources) == 1 and len(y.node.ctx.extra_leaves) == 2  # one node for all
+            assert (
+                len(y.node.sources) == 1 and len(y.node.ctx.extra_leaves) == 2
+            )  # one node for all
         backward([(y, np.ones((5, 6)))])
         assert x.grad is not None
         outs.append((y.data, x.grad))
@@ -175,7 +186,9 @@ def test_a_recomputable_array_is_not_kept() -> None:
     results = []
 
     def run(recompute: bool) -> None:
-        hidden = ops.gelu(ops.linear(Tensor(np.ones((5, 6)), True), weights[0]), recompute=recompute)
+        hidden = ops.gelu(
+            ops.linear(Tensor(np.ones((5, 6)), True), weights[0]), recompute=recompute
+        )
         kept = weakref.ref(hidden.data)
         y = ops.linear(hidden, weights[1])
         del hidden

@@ -9,7 +9,9 @@ from minillm import __version__
 from minillm.__main__ import PROGRAMS, main
 
 
-def test_it_starts_the_program_with_the_rest_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_starts_the_program_with_the_rest_of_the_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[list[str]] = []
     fake = types.ModuleType("minillm.train")
     fake.main = lambda argv: seen.append(argv) or 5  # type: ignore[attr-defined]
@@ -26,7 +28,10 @@ def test_unknown_programs_are_refused_with_the_nearest(capsys: pytest.CaptureFix
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all(any(line.split()[:1] == [name] and len(line.split()) > 3 for line in lines) for name in PROGRAMS)
+    assert all(
+        any(line.split()[:1] == [name] and len(line.split()) > 3 for line in lines)
+        for name in PROGRAMS
+    )
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"minillm {__version__}\n"
     assert main([]) == 2

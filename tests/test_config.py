@@ -1,4 +1,5 @@
-"""Configuration: presets, files and flags in their order, sizes that follow, and one clear error for everything that cannot work."""
+"""Configuration: presets, files and flags in their order, sizes that follow, and one clear error
+for everything that cannot work."""
 
 import dataclasses
 import itertools
@@ -11,10 +12,19 @@ import pytest
 
 from minillm.config import PRESETS, RESUMABLE, ModelConfig, TrainConfig, divisors, flag, or_list
 from minillm.errors import ConfigError
-from minillm.flags import TrainArgs, parse_flags, parse_train_args, preset_values, read_toml, to_toml
+from minillm.flags import (
+    TrainArgs,
+    parse_flags,
+    parse_train_args,
+    preset_values,
+    read_toml,
+    to_toml,
+)
 from minillm.resolve import check_resume, even_split, resolve, resolve_model, valid_layouts
 
-SMALL: dict[str, Any] = dict(layers=2, heads=4, kv_heads=2, dim=32, ffn_dim=64, context=16, vocab=50)
+SMALL: dict[str, Any] = dict(
+    layers=2, heads=4, kv_heads=2, dim=32, ffn_dim=64, context=16, vocab=50
+)
 
 
 def preset(name: str, **changes: Any) -> TrainConfig:
@@ -25,7 +35,13 @@ def preset(name: str, **changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("gpt2", 124.439808), ("gpt2-medium", 354.823168), ("gpt2-large", 774.030080), ("gpt2-xl", 1557.611200)]
+    ("name", "millions"),
+    [
+        ("gpt2", 124.439808),
+        ("gpt2-medium", 354.823168),
+        ("gpt2-large", 774.030080),
+        ("gpt2-xl", 1557.611200),
+    ],
 )
 def test_gpt2_presets_have_the_published_number_of_parameters(name: str, millions: float) -> None:
     model = resolve_model(preset(name))
@@ -35,8 +51,20 @@ def test_gpt2_presets_have_the_published_number_of_parameters(name: str, million
 
 
 def test_num_parameters_of_a_llama_counts_every_matrix() -> None:
-    model = ModelConfig(**SMALL, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False)
-    block = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64), (32,), (32,)]  # q k v o, gate up down, two norms
+    model = ModelConfig(
+        **SMALL, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False
+    )
+    block = [
+        (32, 32),
+        (16, 32),
+        (16, 32),
+        (32, 32),
+        (64, 32),
+        (64, 32),
+        (32, 64),
+        (32,),
+        (32,),
+    ]  # q k v o, gate up down, two norms
     assert model.num_parameters() == 2 * sum(map(math.prod, block)) + 2 * 50 * 32 + 32
     assert model.head_width == 8
 
@@ -46,8 +74,13 @@ def test_num_parameters_of_biases_and_positions() -> None:
     biased = dataclasses.replace(plain, bias=True)
     per_block = (32 + 16 + 16) + 32 + 64 + 32 + 2 * 32  # qkv, out, up, down, two norms
     assert biased.num_parameters() - plain.num_parameters() == 2 * per_block + 32
-    assert dataclasses.replace(plain, position="learned").num_parameters() - plain.num_parameters() == 16 * 32
-    assert dataclasses.replace(plain, position="sinusoidal").num_parameters() == plain.num_parameters()
+    assert (
+        dataclasses.replace(plain, position="learned").num_parameters() - plain.num_parameters()
+        == 16 * 32
+    )
+    assert (
+        dataclasses.replace(plain, position="sinusoidal").num_parameters() == plain.num_parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,13 +115,34 @@ def test_model_config_travels_as_plain_values() -> None:
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('layers = 6\nkv-heads = 1\nmin_lr = 1\ntied = true\nnorm = "layernorm"\n')
-    args = parse_train_args(["--preset", "llama-tiny", f"--config={file}", "--layers", "8", "--no-bias", "--norm", "rmsnorm"])
-    assert (args.layers, args.kv_heads, args.tied, args.norm, args.mlp, args.bias) == (8, 1, True, "rmsnorm", "swiglu", False)
+    args = parse_train_args(
+        [
+            "--preset",
+            "llama-tiny",
+            f"--config={file}",
+            "--layers",
+            "8",
+            "--no-bias",
+            "--norm",
+            "rmsnorm",
+        ]
+    )
+    assert (args.layers, args.kv_heads, args.tied, args.norm, args.mlp, args.bias) == (
+        8,
+        1,
+        True,
+        "rmsnorm",
+        "swiglu",
+        False,
+    )
     assert args.min_lr == 1.0 and isinstance(args.min_lr, float)
 
 
 def test_three_state_flags_leave_the_preset_to_decide() -> None:
-    assert (parse_train_args(["--preset", "llama-tiny"]).tied, parse_train_args([]).tied) == (False, True)
+    assert (parse_train_args(["--preset", "llama-tiny"]).tied, parse_train_args([]).tied) == (
+        False,
+        True,
+    )
     assert parse_train_args(["--preset", "llama-tiny", "--tied"]).tied is True
     assert parse_train_args(["--no-tied"]).tied is False
 
@@ -96,14 +150,30 @@ def test_three_state_flags_leave_the_preset_to_decide() -> None:
 def test_the_file_may_name_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('preset = "gpt2"\nlayers = 2\n')
-    assert (parse_train_args(["--config", str(file)]).dim, parse_train_args(["--config", str(file)]).layers) == (768, 2)
+    assert (
+        parse_train_args(["--config", str(file)]).dim,
+        parse_train_args(["--config", str(file)]).layers,
+    ) == (768, 2)
     assert parse_train_args(["--config", str(file), "--preset", "nano"]).dim == TrainConfig().dim
 
 
 def test_shakespeare_char_is_nanogpts_setting() -> None:
     config = preset("shakespeare-char")
-    assert (config.layers, config.heads, config.dim, config.context, config.batch, config.steps) == (4, 4, 128, 64, 12, 2000)
-    assert (config.dropout, config.lr, config.min_lr, config.beta2, config.warmup) == (0.0, 1e-3, 1e-4, 0.99, 100)
+    assert (
+        config.layers,
+        config.heads,
+        config.dim,
+        config.context,
+        config.batch,
+        config.steps,
+    ) == (4, 4, 128, 64, 12, 2000)
+    assert (config.dropout, config.lr, config.min_lr, config.beta2, config.warmup) == (
+        0.0,
+        1e-3,
+        1e-4,
+        0.99,
+        100,
+    )
     assert (config.data, config.tokenizer) == ("shakespeare", "char")
 
 
@@ -132,7 +202,9 @@ def test_every_preset_resolves_on_one_and_on_four_ranks(name: str) -> None:
         (["--config", "/nowhere/run.toml"], ("/nowhere/run.toml", "No such file")),
     ],
 )
-def test_bad_flags_give_one_clear_error(argv: list[str], words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags_give_one_clear_error(
+    argv: list[str], words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError) as error:
         parse_train_args(argv)
     assert all(word in str(error.value) for word in words), error.value
@@ -167,9 +239,13 @@ def test_every_option_has_a_sentence_of_help(capsys: pytest.CaptureFixture[str])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for field in dataclasses.fields(TrainArgs):
-        after = text.partition(f"{flag(field.name)} ")[2] or text.partition(f"{flag(field.name)}, ")[2]
+        after = (
+            text.partition(f"{flag(field.name)} ")[2] or text.partition(f"{flag(field.name)}, ")[2]
+        )
         sentence = after.partition("(default:")[0]
-        assert sentence.rstrip().endswith(".") and len(sentence.split()) >= 4, f"{field.name}: {sentence!r}"
+        assert sentence.rstrip().endswith(".") and len(sentence.split()) >= 4, (
+            f"{field.name}: {sentence!r}"
+        )
 
 
 def test_flags_of_the_issue_are_all_there() -> None:
@@ -199,7 +275,11 @@ def test_other_programs_parse_through_the_same_door() -> None:
 
 def test_printed_configuration_reads_back_to_the_same(tmp_path: Path) -> None:
     for name in PRESETS:
-        changes = dict(out='a "b"\\c\n\x7f \u00e9 \U0001f600', stop_after=5, lr=1e-05, stage_layers="3,1") if name == "nano" else {}
+        changes = (
+            dict(out='a "b"\\c\n\x7f \u00e9 \U0001f600', stop_after=5, lr=1e-05, stage_layers="3,1")
+            if name == "nano"
+            else {}
+        )
         resolved = resolve(preset(name, **changes, pp=2 if changes else 1), 2, vocab=65)
         file = tmp_path / f"{name}.toml"
         file.write_text(to_toml(resolved.train), encoding="utf-8")
@@ -215,7 +295,14 @@ def test_printed_configuration_reads_back_to_the_same(tmp_path: Path) -> None:
 def test_sizes_left_out_follow() -> None:
     resolved = resolve(TrainConfig(batch=16, dim=96, steps=300, lr=3e-3), 4, vocab=256)
     train = resolved.train
-    assert (train.dp, train.kv_heads, train.ffn_dim, train.vocab, train.microbatch, train.warmup) == (4, 4, 384, 256, 4, 30)
+    assert (
+        train.dp,
+        train.kv_heads,
+        train.ffn_dim,
+        train.vocab,
+        train.microbatch,
+        train.warmup,
+    ) == (4, 4, 384, 256, 4, 30)
     assert (resolved.num_microbatches, resolved.stage_layers, train.stage_layers) == (1, (4,), "4")
     assert resolved.min_lr == train.min_lr == pytest.approx(3e-4)
     assert resolved.tokens_per_step == 16 * train.context
@@ -224,7 +311,10 @@ def test_sizes_left_out_follow() -> None:
 
 
 def test_swiglu_width_is_two_thirds_rounded_up_to_64() -> None:
-    widths = {dim: resolve_model(TrainConfig(mlp="swiglu", dim=dim), 256).ffn_dim for dim in (96, 128, 768, 4096)}
+    widths = {
+        dim: resolve_model(TrainConfig(mlp="swiglu", dim=dim), 256).ffn_dim
+        for dim in (96, 128, 768, 4096)
+    }
     assert widths == {96: 256, 128: 384, 768: 2048, 4096: 10944}
 
 
@@ -261,12 +351,25 @@ def test_even_split_is_even_with_the_larger_stages_inside() -> None:
 @pytest.mark.parametrize(
     ("options", "num_ranks", "words"),
     [
-        (dict(tp=2), 3, ("1 * 2 * 1 = 2", "3 ranks run", "mpirun -n 2", "--dp 1 --tp 1 --pp 3 --stage-layers 1,2,1")),
+        (
+            dict(tp=2),
+            3,
+            (
+                "1 * 2 * 1 = 2",
+                "3 ranks run",
+                "mpirun -n 2",
+                "--dp 1 --tp 1 --pp 3 --stage-layers 1,2,1",
+            ),
+        ),
         (dict(dp=4), 1, ("4 * 1 * 1 = 4", "1 rank runs", "mpirun -n 4", "--dp 1 --tp 1 --pp 1")),
         (dict(tp=5), 5, ("--heads 4", "--tp 5", "1, 2 or 4")),
         (dict(tp=4, kv_heads=2), 4, ("--kv-heads 2", "--tp 4", "1 or 2")),
         (dict(tp=4, ffn_dim=130), 4, ("--ffn-dim 130", "--tp 4")),
-        (dict(tp=4, context=126, sequence_parallel=True), 4, ("--context 126", "--tp 4", "--sequence-parallel")),
+        (
+            dict(tp=4, context=126, sequence_parallel=True),
+            4,
+            ("--context 126", "--tp 4", "--sequence-parallel"),
+        ),
         (dict(pp=3), 3, ("--layers 4", "--pp 3", "--stage-layers 1,2,1", "1, 2 or 4")),
         (dict(pp=5), 5, ("--pp 5", "--layers 4")),
         (dict(pp=2, stage_layers="3,2"), 2, ("3,2", "5", "--layers is 4", "2,2")),
@@ -274,14 +377,23 @@ def test_even_split_is_even_with_the_larger_stages_inside() -> None:
         (dict(pp=2, stage_layers="4,0"), 2, ("'4,0'", "above 0")),
         (dict(pp=2, stage_layers="2;2"), 2, ("'2;2'",)),
         (dict(batch=10), 4, ("--batch 10", "dp = 4", "--batch 12", "--dp 1, 2, 5 or 10")),
-        (dict(batch=16, microbatch=3), 4, ("--batch 16", "dp = 4", "4 sequences", "--microbatch 3", "1, 2 or 4")),
+        (
+            dict(batch=16, microbatch=3),
+            4,
+            ("--batch 16", "dp = 4", "4 sequences", "--microbatch 3", "1, 2 or 4"),
+        ),
         (dict(warmup=500), 1, ("--warmup 500", "--steps 400")),
         (dict(min_lr=1.0), 1, ("--min-lr 1.0", "--lr")),
         (dict(vocab=100), 1, ("--vocab 100", "256")),
     ],
 )
-def test_what_does_not_divide_is_refused_with_a_way_out(options: dict[str, Any], num_ranks: int, words: tuple[str, ...]) -> None:
-    settings: dict[str, Any] = {**dict(layers=4, heads=4, dim=128, context=128, batch=16, steps=400), **options}
+def test_what_does_not_divide_is_refused_with_a_way_out(
+    options: dict[str, Any], num_ranks: int, words: tuple[str, ...]
+) -> None:
+    settings: dict[str, Any] = {
+        **dict(layers=4, heads=4, dim=128, context=128, batch=16, steps=400),
+        **options,
+    }
     with pytest.raises(ConfigError) as error:
         resolve(TrainConfig(**settings), num_ranks, vocab=256)
     assert all(word in str(error.value) for word in words), error.value
@@ -294,16 +406,24 @@ def test_vocabulary_must_come_from_somewhere_and_need_not_divide() -> None:
     assert resolve(TrainConfig(vocab=300), 1, vocab=256).model.vocab == 300
 
 
-@pytest.mark.parametrize("changes", [{}, dict(microbatch=2), dict(sequence_parallel=True, kv_heads=4, context=130)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(microbatch=2), dict(sequence_parallel=True, kv_heads=4, context=130)]
+)
 def test_valid_layouts_are_exactly_those_that_resolve(changes: dict[str, Any]) -> None:
-    config = TrainConfig(**{**dict(layers=3, heads=4, kv_heads=2, batch=12, context=128), **changes})
+    config = TrainConfig(
+        **{**dict(layers=3, heads=4, kv_heads=2, batch=12, context=128), **changes}
+    )
     model = resolve_model(config, 256)
     for num_ranks in (1, 2, 4, 6, 8, 12):
         fits = set()
         for dp, tp, pp in itertools.product(divisors(num_ranks), repeat=3):
             try:
                 split = ",".join(map(str, even_split(3, pp))) if pp <= 3 else None
-                resolve(dataclasses.replace(config, dp=dp, tp=tp, pp=pp, stage_layers=split), num_ranks, vocab=256)
+                resolve(
+                    dataclasses.replace(config, dp=dp, tp=tp, pp=pp, stage_layers=split),
+                    num_ranks,
+                    vocab=256,
+                )
                 fits.add((dp, tp, pp))
             except ConfigError:
                 pass
@@ -315,28 +435,89 @@ def test_valid_layouts_are_exactly_those_that_resolve(changes: dict[str, Any]) -
 
 def test_resume_starts_from_what_was_saved_and_layout_may_change(tmp_path: Path) -> None:
     saved = resolve(preset("llama-tiny", steps=50, tp=2), 4, vocab=256).saved_values()
-    assert saved["dp"] is None and saved["kv_heads"] == 2 and saved["vocab"] == 256 and saved["warmup"] == 5
-    args = parse_train_args(["--resume", "runs/x", "--tp", "1", "--pp", "2", "--stop-after", "7"], saved=lambda path: saved)
-    assert (args.resume, args.preset, args.steps, args.mlp, args.tp, args.stop_after) == ("runs/x", "llama-tiny", 50, "swiglu", 1, 7)
+    assert (
+        saved["dp"] is None
+        and saved["kv_heads"] == 2
+        and saved["vocab"] == 256
+        and saved["warmup"] == 5
+    )
+    args = parse_train_args(
+        ["--resume", "runs/x", "--tp", "1", "--pp", "2", "--stop-after", "7"],
+        saved=lambda path: saved,
+    )
+    assert (args.resume, args.preset, args.steps, args.mlp, args.tp, args.stop_after) == (
+        "runs/x",
+        "llama-tiny",
+        50,
+        "swiglu",
+        1,
+        7,
+    )
     assert resolve(args.train_config(), 8, vocab=256).dp == 4
-    assert parse_train_args(["--resume", "runs/x", "--steps", "50"], saved=lambda path: saved).steps == 50
+    assert (
+        parse_train_args(["--resume", "runs/x", "--steps", "50"], saved=lambda path: saved).steps
+        == 50
+    )
 
 
 @pytest.mark.parametrize(
-    "argv", [["--steps", "60"], ["--lr", "0.5"], ["--layers", "8"], ["--no-tied"], ["--seed", "1"], ["--preset", "gpt2"]]
+    "argv",
+    [
+        ["--steps", "60"],
+        ["--lr", "0.5"],
+        ["--layers", "8"],
+        ["--no-tied"],
+        ["--seed", "1"],
+        ["--preset", "gpt2"],
+    ],
 )
 def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
     saved = resolve(TrainConfig(steps=50), 1, vocab=256).saved_values()
     with pytest.raises(ConfigError) as error:
         parse_train_args(["--resume", "runs/x", *argv], saved=lambda path: saved)
-    assert argv[0].replace("--no-", "--") in str(error.value) and "was" in str(error.value) and "--tp" in str(error.value)
+    assert (
+        argv[0].replace("--no-", "--") in str(error.value)
+        and "was" in str(error.value)
+        and "--tp" in str(error.value)
+    )
 
 
 def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
     other: dict[str, Any] = dict(
-        **dict(layers=8, heads=2, dim=64, context=64, norm="rmsnorm", mlp="relu", position="rotary", bias=False, dropout=0.5, tied=False),
-        **dict(kv_heads=2, ffn_dim=64, vocab=512, preset="gpt2", data="austen", tokenizer="char", batch=32, steps=7, lr=0.5, min_lr=1e-9),
-        **dict(lr_schedule="linear", warmup=3, weight_decay=0.5, beta1=0.5, beta2=0.5, clip=0.5, seed=7, dtype="float64"),
+        **dict(
+            layers=8,
+            heads=2,
+            dim=64,
+            context=64,
+            norm="rmsnorm",
+            mlp="relu",
+            position="rotary",
+            bias=False,
+            dropout=0.5,
+            tied=False,
+        ),
+        **dict(
+            kv_heads=2,
+            ffn_dim=64,
+            vocab=512,
+            preset="gpt2",
+            data="austen",
+            tokenizer="char",
+            batch=32,
+            steps=7,
+            lr=0.5,
+            min_lr=1e-9,
+        ),
+        **dict(
+            lr_schedule="linear",
+            warmup=3,
+            weight_decay=0.5,
+            beta1=0.5,
+            beta2=0.5,
+            clip=0.5,
+            seed=7,
+            dtype="float64",
+        ),
     )
     assert {field.name for field in dataclasses.fields(TrainConfig)} == other.keys() | RESUMABLE
     config = TrainConfig(vocab=256)

@@ -1,4 +1,5 @@
-"""The doctor finds what is missing and says how to mend it; a trial start decides whether mpirun and the MPI library belong together."""
+"""The doctor finds what is missing and says how to mend it; a trial start decides whether mpirun
+and the MPI library belong together."""
 
 import os
 import shutil
@@ -28,7 +29,11 @@ def script(folder: Path, name: str, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "family", "version"),
     [
-        ("HYDRA build details:\n    Version:                                 5.0.2\n", "MPICH", "5.0.2"),
+        (
+            "HYDRA build details:\n    Version:                                 5.0.2\n",
+            "MPICH",
+            "5.0.2",
+        ),
         ("MPICH Version:      4.3.0\nMPICH Release date: ...", "MPICH", "4.3.0"),
         ("mpirun (Open MPI) 5.0.11\n\nReport bugs to ...", "Open MPI", "5.0.11"),
         ("Open MPI v4.1.6, package: Debian OpenMPI, ident: 4.1.6", "Open MPI", "4.1.6"),
@@ -45,17 +50,31 @@ def test_versions_are_recognised(text: str, family: str | None, version: str) ->
 def test_two_ranks_that_know_each_other_are_the_proof() -> None:
     assert judge_launch("MPICH", "MPICH", 0, "size 2\nsize 2\n").mark == "ok"
     alone = judge_launch("MPICH", "Open MPI", 0, "size 1\nsize 1\n")
-    assert alone.mark == "problem" and "2 runs of one rank" in alone.found and "MPICH" in alone.found and alone.remedy
+    assert (
+        alone.mark == "problem"
+        and "2 runs of one rank" in alone.found
+        and "MPICH" in alone.found
+        and alone.remedy
+    )
     failed = judge_launch("MPICH", "MPICH", 1, "error: no route\n\n")
-    assert failed.mark == "problem" and "status 1: error: no route" in failed.found and failed.remedy
+    assert (
+        failed.mark == "problem" and "status 1: error: no route" in failed.found and failed.remedy
+    )
     slots = judge_launch("Open MPI", "Open MPI", 1, "There are not enough slots available")
     assert slots.mark == "problem" and "oversubscribe" in slots.remedy
     assert judge_launch("MPICH", "MPICH", 1, "size 2\nsize 2\n").mark == "problem"
 
 
-def test_a_foreign_mpirun_is_found_by_starting_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_mpirun_is_found_by_starting_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mpi4py")
-    script(tmp_path, "mpirun", 'if [ "$1" = --version ]; then echo "mpirun (Open MPI) 5.0.1"; exit; fi\nshift 2\n"$@"\n"$@"\n')
+    script(
+        tmp_path,
+        "mpirun",
+        'if [ "$1" = --version ]; then echo "mpirun (Open MPI) 5.0.1"; exit; fi\nshift '
+        '2\n"$@"\n"$@"\n',
+    )
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
     findings = list(doctor.check_mpi())
     assert "Open MPI 5.0.1" in named(iter(findings), "mpirun").found
@@ -66,13 +85,21 @@ def test_a_foreign_mpirun_is_found_by_starting_it(tmp_path: Path, monkeypatch: p
 def test_missing_mpirun_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     finding = named(doctor.check_mpi(), "mpirun")
-    assert finding.mark == "problem" and ("PATH" in finding.remedy or "pip install" in finding.remedy)
+    assert finding.mark == "problem" and (
+        "PATH" in finding.remedy or "pip install" in finding.remedy
+    )
 
 
 def test_library_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "run", lambda command: (1, "Traceback\nRuntimeError: cannot load MPI library\n"))
+    monkeypatch.setattr(
+        doctor, "run", lambda command: (1, "Traceback\nRuntimeError: cannot load MPI library\n")
+    )
     finding = named(doctor.check_mpi(), "libmpi")
-    assert finding.mark == "problem" and "cannot load MPI library" in finding.found and finding.remedy == doctor.INSTALL
+    assert (
+        finding.mark == "problem"
+        and "cannot load MPI library" in finding.found
+        and finding.remedy == doctor.INSTALL
+    )
 
 
 def test_both_wheels_at_once_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +109,15 @@ def test_both_wheels_at_once_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> N
     assert finding.mark == "problem" and "pip uninstall" in finding.remedy
 
 
-def test_missing_and_old_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_old_packages_are_named_with_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     versions = {"numpy": "1.20.3", "tqdm": None}
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["numpy>=1.26", "tqdm>=4.66", "tyro>=0.9", 'pooch>=1.8; extra == "data"'])
+    monkeypatch.setattr(
+        doctor.metadata,
+        "requires",
+        lambda name: ["numpy>=1.26", "tqdm>=4.66", "tyro>=0.9", 'pooch>=1.8; extra == "data"'],
+    )
     monkeypatch.setattr(doctor, "installed_version", lambda name: versions.get(name, "9.0"))
     finding = named(doctor.check_packages(), "packages")
     assert finding.mark == "problem"
@@ -93,9 +126,18 @@ def test_missing_and_old_packages_are_named_with_the_command(monkeypatch: pytest
 
 def test_requirements_are_read() -> None:
     assert parse_requirement("numpy>=1.26") == ("numpy", "1.26", "")
-    assert parse_requirement('cupy-cuda12x[ctk]>=14; extra == "cuda12"') == ("cupy-cuda12x", "14", "cuda12")
+    assert parse_requirement('cupy-cuda12x[ctk]>=14; extra == "cuda12"') == (
+        "cupy-cuda12x",
+        "14",
+        "cuda12",
+    )
     assert parse_requirement("mpich; extra == 'mpich'") == ("mpich", "", "mpich")
-    assert new_enough("1.26.4", "1.26") and new_enough("10.0", "9.1") and new_enough("2.0rc1", "2.0") and new_enough("5", "")
+    assert (
+        new_enough("1.26.4", "1.26")
+        and new_enough("10.0", "9.1")
+        and new_enough("2.0rc1", "2.0")
+        and new_enough("5", "")
+    )
     assert not new_enough("1.9", "1.26") and not new_enough(None, "")
 
 
@@ -103,16 +145,25 @@ def test_kernels_are_counted_by_what_runs_them() -> None:
     from minillm import kernels
 
     (finding,) = (f for f in doctor.check_kernels() if f.subject == "kernels")
-    assert finding.mark == "ok" and f"of {len(kernels.ops())} operations" in finding.found and "numpy:reference for" in finding.found
+    assert (
+        finding.mark == "ok"
+        and f"of {len(kernels.ops())} operations" in finding.found
+        and "numpy:reference for" in finding.found
+    )
 
 
-def test_cuda_kernels_are_counted_and_it_says_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_kernels_are_counted_and_it_says_where_they_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from minillm.kernels import cuda
 
     monkeypatch.setattr(cuda, "unavailable", "no GPU: x")
     monkeypatch.setattr(cuda, "emulator_unavailable", None)
     (finding,) = (f for f in doctor.check_kernels() if f.subject == "CUDA kernels")
-    assert finding.mark == "ok" and "operations: cannot run on a GPU (no GPU: x); can run in the emulator" in finding.found
+    assert (
+        finding.mark == "ok"
+        and "operations: cannot run on a GPU (no GPU: x); can run in the emulator" in finding.found
+    )
     assert int(finding.found.split()[1]) >= 28
     monkeypatch.setattr(cuda, "unavailable", None)
     assert any("operations: run on CuPy arrays" in f.found for f in doctor.check_kernels())
@@ -132,7 +183,9 @@ def test_missing_c_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "scipy-openblas64" in list(doctor.check_kernels())[-1].remedy
 
 
-def test_a_check_that_breaks_is_reported_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_breaks_is_reported_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken() -> Iterator[Finding]:
         yield Finding("ok", "first", "fine")
         raise ValueError("planted")
@@ -147,7 +200,11 @@ def test_report_shows_marks_remedies_and_a_verdict() -> None:
     good = Finding("ok", "Python", "3.11")
     bad = Finding("problem", "mpirun", "not found", "pip install it")
     text = report([good, bad])
-    assert "ok       Python  3.11" in text and "problem  mpirun  not found" in text and "-> pip install it" in text
+    assert (
+        "ok       Python  3.11" in text
+        and "problem  mpirun  not found" in text
+        and "-> pip install it" in text
+    )
     assert text.splitlines()[-1].startswith("1 problem:")
     assert report([good, Finding("warning", "CuPy", "idle")]).splitlines()[-1] == "train can run."
 
@@ -155,19 +212,32 @@ def test_report_shows_marks_remedies_and_a_verdict() -> None:
 def test_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "examine", lambda ranks: iter([Finding("warning", "a", "b")]))
     assert doctor.main([]) == 0
-    monkeypatch.setattr(doctor, "examine", lambda ranks: iter([Finding("ok", "ranks", str(ranks)), Finding("problem", "a", "b")]))
+    monkeypatch.setattr(
+        doctor,
+        "examine",
+        lambda ranks: iter([Finding("ok", "ranks", str(ranks)), Finding("problem", "a", "b")]),
+    )
     assert doctor.main(["--ranks", "7"]) == 1
     assert "ranks  7" in capsys.readouterr().out
 
 
 def test_it_runs_as_a_program_and_says_where_this_machine_stands() -> None:
-    done = subprocess.run([sys.executable, "-m", "minillm.doctor", "--ranks", "2"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "minillm.doctor", "--ranks", "2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     lines = done.stdout.splitlines()
     assert done.stderr == ""
     assert done.returncode == int(any(line.startswith("problem") for line in lines))
-    assert {"Python", "NumPy", "BLAS", "libmpi", "mpirun", "kernels", "GPU", "cores"} <= {line[9:].split("  ")[0] for line in lines}
+    assert {"Python", "NumPy", "BLAS", "libmpi", "mpirun", "kernels", "GPU", "cores"} <= {
+        line[9:].split("  ")[0] for line in lines
+    }
     if shutil.which("mpirun"):
-        assert any(line.startswith("ok") and "know each other" in line for line in lines), done.stdout
+        assert any(line.startswith("ok") and "know each other" in line for line in lines), (
+            done.stdout
+        )
 
 
 def test_the_trial_start_works_from_inside_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +246,12 @@ def test_the_trial_start_works_from_inside_a_rank(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
     status, text = doctor.run([sys.executable, "-c", "import os; print(*sorted(os.environ))"])
     assert status == 0
-    assert "OMPI_ALLOW_RUN_AS_ROOT" in text.split() and not {"PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "HYDI_CONTROL_FD"} & set(
-        text.split()
-    )
+    assert "OMPI_ALLOW_RUN_AS_ROOT" in text.split() and not {
+        "PMI_RANK",
+        "PMIX_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "HYDI_CONTROL_FD",
+    } & set(text.split())
 
 
 def test_commands_that_hang_or_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""The order of the files, read from the syntax tree: each imports only from those above it, and what is heavy only where it is needed."""
+"""The order of the files, read from the syntax tree: each imports only from those above it, and
+what is heavy only where it is needed."""
 
 import ast
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From the ground up: what a line names may be imported by the lines below it. A line is a file or a folder; files of one folder line may
-# import each other. A new file needs a line, or a folder that has one.
+# From the ground up: what a line names may be imported by the lines below it. A line is a file or a
+# folder; files of one folder line may import each other. A new file needs a line, or a folder that
+# has one.
 ORDER = """\
 minillm/__init__.py
 kernels/
@@ -87,10 +89,19 @@ launch/
 minillm/__main__.py
 """.splitlines()
 
-PACKAGES = {"minillm": ROOT / "minillm", "minillm.kernels": ROOT / "kernels", "minillm.launch": ROOT / "launch"}
+PACKAGES = {
+    "minillm": ROOT / "minillm",
+    "minillm.kernels": ROOT / "kernels",
+    "minillm.launch": ROOT / "launch",
+}
 ONLY_WHEN_ASKED = {"cupy", "torch", "tokenizers", "pooch"}
-STANDARD_LIBRARY_ONLY = [f"minillm/pipeline/{name}.py" for name in ("action", "schedules", "lower", "simulate", "draw")]
-YARDSTICKS = ("minillm/bench/torch_gpt.py", "minillm/bench/torch_parts.py")  # programs of their own, in PyTorch, that nothing imports
+STANDARD_LIBRARY_ONLY = [
+    f"minillm/pipeline/{name}.py" for name in ("action", "schedules", "lower", "simulate", "draw")
+]
+YARDSTICKS = (
+    "minillm/bench/torch_gpt.py",
+    "minillm/bench/torch_parts.py",
+)  # programs of their own, in PyTorch, that nothing imports
 MPI_AT_TOP = {"minillm/comm/mpi.py"}
 
 
@@ -112,7 +123,9 @@ def line_of(path: str) -> int:
 
 def dotted(path: Path) -> str:
     """The import name of a file: kernels/registry.py is minillm.kernels.registry."""
-    package, folder = next((name, folder) for name, folder in reversed(PACKAGES.items()) if path.is_relative_to(folder))
+    package, folder = next(
+        (name, folder) for name, folder in reversed(PACKAGES.items()) if path.is_relative_to(folder)
+    )
     parts = path.relative_to(folder).with_suffix("").parts
     return ".".join((package, *(part for part in parts if part != "__init__")))
 
@@ -122,12 +135,20 @@ def file_of(module: str) -> Path | None:
     for package, folder in reversed(PACKAGES.items()):
         if module == package or module.startswith(package + "."):
             base = folder.joinpath(*module.removeprefix(package).strip(".").split("."))
-            return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+            return next(
+                (
+                    path
+                    for path in (base.with_suffix(".py"), base / "__init__.py")
+                    if path.is_file()
+                ),
+                None,
+            )
     return None
 
 
 def imports(path: Path, *, module_level: bool = False) -> Iterator[tuple[str, int]]:
-    """(imported name, line) of every import statement; `from a import b` also gives a.b. Imports for types alone are left out."""
+    """(imported name, line) of every import statement; `from a import b` also gives a.b. Imports
+    for types alone are left out."""
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
@@ -171,8 +192,12 @@ def test_a_wrong_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     planted = ROOT / "minillm" / "comm" / "mesh.py"
     text = "def late():\n    from minillm import train\n"
     read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, **kwargs: text if self == planted else read(self, **kwargs))
-    assert broken_order(planted) == ["minillm/comm/mesh.py:2 imports minillm.train, which stands below it"]
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, **kwargs: text if self == planted else read(self, **kwargs)
+    )
+    assert broken_order(planted) == [
+        "minillm/comm/mesh.py:2 imports minillm.train, which stands below it"
+    ]
 
 
 def test_kernels_know_nothing_of_minillm() -> None:
@@ -214,7 +239,9 @@ def test_schedules_need_only_the_standard_library() -> None:
         f"{path}:{number} imports {name}"
         for path in STANDARD_LIBRARY_ONLY
         for name, number in imports(ROOT / path)
-        if name.split(".")[0] not in sys.stdlib_module_names and ".".join(name.split(".")[:2]) not in allowed and name != "minillm"
+        if name.split(".")[0] not in sys.stdlib_module_names
+        and ".".join(name.split(".")[:2]) not in allowed
+        and name != "minillm"
     ]
     assert not broken, "\n".join(broken)
 
@@ -222,13 +249,23 @@ def test_schedules_need_only_the_standard_library() -> None:
 def loaded_by(statement: str) -> set[str]:
     """Top-level names of the modules that a fresh interpreter has loaded after `statement`."""
     script = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
 
 @pytest.mark.parametrize(
-    "module", ["minillm", "minillm.train", "minillm.evaluate", "minillm.generate", "minillm.schedule", "minillm.doctor"]
+    "module",
+    [
+        "minillm",
+        "minillm.train",
+        "minillm.evaluate",
+        "minillm.generate",
+        "minillm.schedule",
+        "minillm.doctor",
+    ],
 )
 def test_importing_a_program_starts_no_mpi_and_nothing_optional(module: str) -> None:
     loaded = loaded_by(f"import {module}")
@@ -238,5 +275,7 @@ def test_importing_a_program_starts_no_mpi_and_nothing_optional(module: str) -> 
 
 def test_import_is_fast() -> None:
     script = "import time\nstart = time.perf_counter()\nimport minillm\nprint(time.perf_counter() - start)"
-    runs = [float(subprocess.check_output([sys.executable, "-c", script], timeout=60)) for _ in range(3)]
+    runs = [
+        float(subprocess.check_output([sys.executable, "-c", script], timeout=60)) for _ in range(3)
+    ]
     assert min(runs) < 0.3  # seconds; the best of three, since the machine may be busy

@@ -9,11 +9,19 @@ from minillm.log import Log, MetricsFile, Progress, clock, compact
 
 
 def test_numbers_and_times_read_well() -> None:
-    assert [compact(number) for number in (7, 999.4, 12345, 1234567, 2.5e9)] == ["7", "999", "12.3k", "1.23M", "2.5G"]
+    assert [compact(number) for number in (7, 999.4, 12345, 1234567, 2.5e9)] == [
+        "7",
+        "999",
+        "12.3k",
+        "1.23M",
+        "2.5G",
+    ]
     assert [clock(seconds) for seconds in (0, 5.4, 75, 3661)] == ["0:00", "0:05", "1:15", "1:01:01"]
 
 
-def test_progress_speaks_at_the_first_and_last_step_from_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_speaks_at_the_first_and_last_step_from_one_rank(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for rank in (0, 1):
         progress = Progress(Log(rank), 0, 3, 100)
         for step in range(3):

@@ -19,12 +19,21 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 def extracted(name: str) -> str:
     return subprocess.run(
-        [sys.executable, str(ROOT / ".ci" / "readme_command"), name], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, str(ROOT / ".ci" / "readme_command"), name],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     ).stdout.rstrip("\n")
 
 
-@pytest.mark.parametrize(("name", "position", "end"), [("train", 0, "mpirun -n 4 python -m minillm.train"), ("test", 1, "pytest")])
-def test_both_commands_are_complete_and_ci_extracts_them(name: str, position: int, end: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "position", "end"),
+    [("train", 0, "mpirun -n 4 python -m minillm.train"), ("test", 1, "pytest")],
+)
+def test_both_commands_are_complete_and_ci_extracts_them(
+    name: str, position: int, end: str
+) -> None:
     command = BLOCKS[position].strip()
     steps = [step.strip() for step in command.split("&&")]
     assert steps[-1] == end
@@ -40,7 +49,11 @@ def test_both_commands_stand_on_the_first_screen() -> None:
 
 
 def test_ci_runs_the_extracted_test_command_last() -> None:
-    lines = [line for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [
+        line
+        for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
     assert "command=$(python3 .ci/readme_command test)" in lines
     assert lines[-1] == 'bash -euo pipefail -c "$command"'
     assert "set -euo pipefail" in lines
@@ -48,8 +61,17 @@ def test_ci_runs_the_extracted_test_command_last() -> None:
 
 def test_train_flags_in_the_readme_exist() -> None:
     known = {flag(field.name) for field in dataclasses.fields(TrainArgs)}
-    lines = [line.partition("#")[0] for block in BLOCKS for line in block.splitlines() if "minillm.train" in line]
-    used = {word for line in lines for word in re.findall(r"(?<=\s)--[a-z][\w-]*", line.partition("minillm.train")[2])}
+    lines = [
+        line.partition("#")[0]
+        for block in BLOCKS
+        for line in block.splitlines()
+        if "minillm.train" in line
+    ]
+    used = {
+        word
+        for line in lines
+        for word in re.findall(r"(?<=\s)--[a-z][\w-]*", line.partition("minillm.train")[2])
+    }
     assert len(used) >= 8
     assert used <= known
     inline = set(re.findall(r"`(--[a-z][\w-]*)`", README))
@@ -57,7 +79,9 @@ def test_train_flags_in_the_readme_exist() -> None:
 
 
 def test_programs_in_the_readme_exist() -> None:
-    named = set(re.findall(r"python -m minillm\.(\w+)", README)) | set(re.findall(r"`?minillm (\w+)(?=`| 1f1b)", README))
+    named = set(re.findall(r"python -m minillm\.(\w+)", README)) | set(
+        re.findall(r"`?minillm (\w+)(?=`| 1f1b)", README)
+    )
     assert {"train", "evaluate", "generate", "schedule", "doctor"} <= named <= set(PROGRAMS)
 
 

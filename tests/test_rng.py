@@ -1,4 +1,5 @@
-"""Addressed random numbers: a block is the same whoever asks for it, and the values have the distribution they claim."""
+"""Addressed random numbers: a block is the same whoever asks for it, and the values have the
+distribution they claim."""
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ WHOLE = tuple(slice(0, n) for n in SHAPE)
 
 @pytest.mark.parametrize("make", [rng.normal, rng.uniform])
 @pytest.mark.parametrize(
-    "block", [(slice(1, 4), slice(0, 7), slice(3, 9)), (slice(4, 5), slice(6, 7), slice(10, 11)), (slice(0, 0), *WHOLE[1:])]
+    "block",
+    [
+        (slice(1, 4), slice(0, 7), slice(3, 9)),
+        (slice(4, 5), slice(6, 7), slice(10, 11)),
+        (slice(0, 0), *WHOLE[1:]),
+    ],
 )
 def test_a_block_is_that_part_of_the_whole(make, block) -> None:
     whole = make(KEY, SHAPE, WHOLE, np.dtype(np.float64))
@@ -56,4 +62,6 @@ def test_permute_is_a_permutation_that_depends_on_the_key(n: int) -> None:
     assert sorted(order) == list(range(n))
     np.testing.assert_array_equal(rng.permute(KEY, n, np.arange(n)[::-1]), order[::-1])
     if n > 16:
-        assert not np.array_equal(order, rng.permute(KEY + 1, n, np.arange(n))) and not np.array_equal(order, np.arange(n))
+        assert not np.array_equal(
+            order, rng.permute(KEY + 1, n, np.arange(n))
+        ) and not np.array_equal(order, np.arange(n))

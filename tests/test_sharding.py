@@ -1,4 +1,5 @@
-"""Every element of a sharded array is held by exactly one rank of each replica group, whatever the mesh and however the array is cut."""
+"""Every element of a sharded array is held by exactly one rank of each replica group, whatever the
+mesh and however the array is cut."""
 
 import itertools
 import math
@@ -25,7 +26,13 @@ SPECS = {
     "rows": ShardSpec((5, 24), ((Segment(5),), (Segment(24, ("tp",)),))),
     "two axes": ShardSpec((24, 4), ((Segment(24, ("ep", "tp")),), (Segment(4),)), pad=True),
     "both dims": ShardSpec((12, 12), ((Segment(12, ("tp",)),), (Segment(12, ("dp",)),))),
-    "fused qkv": ShardSpec((60, 3), ((Segment(36, ("tp",), 3), Segment(12, ("tp",), 1), Segment(12, ("tp",), 1)), (Segment(3),))),
+    "fused qkv": ShardSpec(
+        (60, 3),
+        (
+            (Segment(36, ("tp",), 3), Segment(12, ("tp",), 1), Segment(12, ("tp",), 1)),
+            (Segment(3),),
+        ),
+    ),
     "cut and whole": ShardSpec((16,), ((Segment(12, ("tp",)), Segment(4)),)),
     "vocabulary 29": ShardSpec((29, 4), ((Segment(29, ("tp",)),), (Segment(4),)), pad=True),
     "vocabulary 1": ShardSpec((1, 2), ((Segment(1, ("tp",)),), (Segment(2),)), pad=True),
@@ -85,10 +92,18 @@ def test_vocabulary_padding_lies_at_the_end_of_the_last_ranks(vocab: int, tp: in
 
 
 def test_fused_segments_give_each_rank_its_part_of_each() -> None:
-    """Queries of 4 heads, keys and values of 2, head width 3, over two ranks: whole heads, in the order q, k, v."""
-    spec = ShardSpec((24,), ((Segment(12, ("tp",), 3), Segment(6, ("tp",), 3), Segment(6, ("tp",), 3)),))
+    """Queries of 4 heads, keys and values of 2, head width 3, over two ranks: whole heads, in the
+    order q, k, v."""
+    spec = ShardSpec(
+        (24,), ((Segment(12, ("tp",), 3), Segment(6, ("tp",), 3), Segment(6, ("tp",), 3)),)
+    )
     mesh, whole = MeshShape(tp=2), np.arange(24)
-    for rank, expected in enumerate([[*range(6), *range(12, 15), *range(18, 21)], [*range(6, 12), *range(15, 18), *range(21, 24)]]):
+    for rank, expected in enumerate(
+        [
+            [*range(6), *range(12, 15), *range(18, 21)],
+            [*range(6, 12), *range(15, 18), *range(21, 24)],
+        ]
+    ):
         local = np.full(spec.local_shape(mesh), -1)
         for global_slices, local_slices in spec.pieces(mesh, mesh.coords(rank)):
             local[local_slices] = whole[global_slices]
@@ -96,7 +111,8 @@ def test_fused_segments_give_each_rank_its_part_of_each() -> None:
 
 
 def test_padding_of_one_segment_does_not_move_the_next() -> None:
-    """Local arrays are laid out alike on all ranks, also on those whose part of a padded segment is short or empty."""
+    """Local arrays are laid out alike on all ranks, also on those whose part of a padded segment is
+    short or empty."""
     spec, mesh = ShardSpec((9,), ((Segment(5, ("tp",)), Segment(4)),), pad=True), MeshShape(tp=4)
     assert spec.local_shape(mesh) == (6,)
     for rank in range(4):
@@ -108,7 +124,8 @@ def test_padding_of_one_segment_does_not_move_the_next() -> None:
 def test_two_axes_count_the_later_one_faster() -> None:
     spec, mesh = ShardSpec((12,), ((Segment(12, ("ep", "tp")),),)), MeshShape(ep=2, tp=3)
     starts = {
-        (ep, tp): next(spec.pieces(mesh, {"ep": ep, "tp": tp}))[0][0].start for ep, tp in itertools.product(range(mesh.ep), range(mesh.tp))
+        (ep, tp): next(spec.pieces(mesh, {"ep": ep, "tp": tp}))[0][0].start
+        for ep, tp in itertools.product(range(mesh.ep), range(mesh.tp))
     }
     assert starts == {(ep, tp): 2 * (3 * ep + tp) for ep, tp in starts}
 

@@ -1,11 +1,14 @@
-"""The same weights and the same batch in PyTorch give the same logits, loss, gradients and training."""
+"""The same weights and the same batch in PyTorch give the same logits, loss, gradients and
+training."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed; .ci/run installs its CPU build for these tests")
+torch = pytest.importorskip(
+    "torch", reason="PyTorch is not installed; .ci/run installs its CPU build for these tests"
+)
 
 from torch_models import TorchGPT, adamw  # noqa: E402
 
@@ -22,18 +25,24 @@ from minillm.trainer import Trainer  # noqa: E402
 VOCAB = 65
 MODELS = {
     "gpt2": dict(),
-    "llama": dict(kv_heads=2, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False),
+    "llama": dict(
+        kv_heads=2, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False
+    ),
 }
 
 
 def _trainer(**options) -> Trainer:
     config = resolve(TrainConfig(**options), 1, VOCAB)
     tokens = np.random.default_rng(5).integers(0, VOCAB, 20_000)
-    return Trainer(config, SelfCommunicator(), Batches(tokens, config.model.context, config.train.batch, 1))
+    return Trainer(
+        config, SelfCommunicator(), Batches(tokens, config.model.context, config.train.batch, 1)
+    )
 
 
 def _twin(trainer: Trainer) -> TorchGPT:
-    return TorchGPT(trainer.config.model, {p.name: p.get() for b in trainer.buffers for p in b.parameters})
+    return TorchGPT(
+        trainer.config.model, {p.name: p.get() for b in trainer.buffers for p in b.parameters}
+    )
 
 
 @pytest.mark.parametrize("model", list(MODELS))
@@ -46,7 +55,12 @@ def test_logits_loss_and_gradients(model: str) -> None:
     with no_grad():
         logits = stage.model.logits(stage.model(inputs, where))
     expected = twin.logits(torch.tensor(inputs))
-    np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
+    np.testing.assert_allclose(
+        logits,
+        expected.detach().numpy(),
+        rtol=1e-5,
+        atol=1e-5 * float(expected.detach().abs().max()),
+    )
 
     assert stage.reducer is not None
     stage.reducer.start_step()
@@ -67,7 +81,14 @@ def test_fifty_steps_of_shakespeare_char() -> None:
     config, train = trainer.config, trainer.config.train
     twin = _twin(trainer)
     decayed = {p.name for b in trainer.buffers for p in b.parameters if p.decay}
-    optimizer = adamw(twin, decayed, lr=1.0, betas=(train.beta1, train.beta2), eps=1e-8, weight_decay=train.weight_decay)
+    optimizer = adamw(
+        twin,
+        decayed,
+        lr=1.0,
+        betas=(train.beta1, train.beta2),
+        eps=1e-8,
+        weight_decay=train.weight_decay,
+    )
     for step in range(50):
         inputs, targets = trainer.batches.microbatch(step, np.arange(train.batch))
         report = trainer.step(step)
@@ -77,7 +98,14 @@ def test_fifty_steps_of_shakespeare_char() -> None:
         torch.nn.utils.clip_grad_norm_(list(twin.p.values()), train.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
-                step, lr=train.lr, min_lr=config.min_lr, warmup=config.warmup, steps=train.steps, schedule=train.lr_schedule
+                step,
+                lr=train.lr,
+                min_lr=config.min_lr,
+                warmup=config.warmup,
+                steps=train.steps,
+                schedule=train.lr_schedule,
             )
         optimizer.step()
-        assert abs(report.loss - loss.item()) <= 1e-4, f"step {step}: {report.loss} against {loss.item()}"
+        assert abs(report.loss - loss.item()) <= 1e-4, (
+            f"step {step}: {report.loss} against {loss.item()}"
+        )

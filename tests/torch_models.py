@@ -1,4 +1,5 @@
-"""A plain PyTorch GPT that takes minillm's weights by name: the independent witness of the parity tests."""
+"""A plain PyTorch GPT that takes minillm's weights by name: the independent witness of the parity
+tests."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ class TorchGPT:
 
     def __init__(self, config: ModelConfig, weights: dict[str, np.ndarray]) -> None:
         self.config = config
-        self.p = {name: torch.tensor(np.ascontiguousarray(value), requires_grad=True) for name, value in weights.items()}
+        self.p = {
+            name: torch.tensor(np.ascontiguousarray(value), requires_grad=True)
+            for name, value in weights.items()
+        }
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [B, T] -> logits [B, T, V]."""
@@ -48,11 +52,15 @@ class TorchGPT:
         c = self.config
         B, T, _ = x.shape
         K = c.head_width
-        q, k, v = self._linear(prefix + "qkv", x).split([c.heads * K, c.kv_heads * K, c.kv_heads * K], -1)
+        q, k, v = self._linear(prefix + "qkv", x).split(
+            [c.heads * K, c.kv_heads * K, c.kv_heads * K], -1
+        )
         q, k, v = (t.view(B, T, -1, K).transpose(1, 2) for t in (q, k, v))
         if c.position == "rotary":
             q, k = _rotate(q), _rotate(k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads
+        )
         return self._linear(prefix + "out", y.transpose(1, 2).reshape(B, T, -1))
 
     def _mlp(self, prefix: str, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Run a few training steps of a tiny model on any layout with thread ranks, and put the global arrays together again for comparison."""
+"""Run a few training steps of a tiny model on any layout with thread ranks, and put the global
+arrays together again for comparison."""
 
 from __future__ import annotations
 
@@ -46,8 +47,12 @@ BASE: dict[str, Any] = dict(
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2-untied": dict(tied=False),
-    "llama": dict(kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False),
-    "llama-tied": dict(kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=True),
+    "llama": dict(
+        kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False
+    ),
+    "llama-tied": dict(
+        kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=True
+    ),
     "sinusoidal": dict(position="sinusoidal", mlp="gelu-erf"),
     "relu": dict(mlp="relu", bias=False),
 }
@@ -81,8 +86,8 @@ class Layout:
 
 @dataclass
 class Outcome:
-    """Losses of all steps, global gradients of every step's reduction (name -> array, first and last step), and the final global
-    weights."""
+    """Losses of all steps, global gradients of every step's reduction (name -> array, first and
+    last step), and the final global weights."""
 
     losses: list[float]
     norms: list[float]
@@ -123,11 +128,13 @@ def train_rank(
     direct: bool = False,
     std: float = INIT_STD,
 ) -> tuple[list[float], list[float], list[dict[str, Any]]]:
-    """What one rank does: returns losses, norms, and pieces of (first gradients, last gradients, weights). `direct`: device arrays travel
-    by address, else through host memory."""
+    """What one rank does: returns losses, norms, and pieces of (first gradients, last gradients,
+    weights). `direct`: device arrays travel by address, else through host memory."""
     device = open_device(config.train.device)
     comm = on_device(comm, device, direct)
-    trainer = Trainer(config, comm, make_batches(config), std=std, optimizer=OPTIMIZERS[optimizer], device=device)
+    trainer = Trainer(
+        config, comm, make_batches(config), std=std, optimizer=OPTIMIZERS[optimizer], device=device
+    )
     if prepare is not None:
         prepare(trainer)
     losses, norms, first = [], [], {}
@@ -141,7 +148,8 @@ def train_rank(
 
 
 def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
-    """name -> (global shape, [(global slices, copy of the local block)]) of this rank's gradients or values."""
+    """name -> (global shape, [(global slices, copy of the local block)]) of this rank's gradients
+    or values."""
     mesh = trainer.mesh
     found = {}
     trainer.world.barrier()
@@ -151,7 +159,10 @@ def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
         for span in buffers.spans():
             parameter = span.parameter
             local = flat[span.start : span.stop].reshape(parameter.spec.local_shape(mesh.shape))
-            blocks = [(globally, local[locally].copy()) for globally, locally in parameter.spec.pieces(mesh.shape, mesh.coords)]
+            blocks = [
+                (globally, local[locally].copy())
+                for globally, locally in parameter.spec.pieces(mesh.shape, mesh.coords)
+            ]
             found[parameter.name] = (parameter.spec.shape, blocks)
     trainer.world.barrier()
     return found
@@ -164,11 +175,14 @@ def reduced_grads(buffers: FlatBuffers) -> np.ndarray:
         return buffers.grads
     step = ALIGNMENT // buffers.grads.itemsize
     shares = [share(buffers.grads.size, rank, memory.size, step) for rank in range(memory.size)]
-    return np.concatenate([grads[part] for grads, part in zip(memory.everyones(buffers.grads), shares, strict=True)])
+    return np.concatenate(
+        [grads[part] for grads, part in zip(memory.everyones(buffers.grads), shares, strict=True)]
+    )
 
 
 def assemble(per_rank: list[dict[str, Any]], tolerance: float = 1e-12) -> dict[str, np.ndarray]:
-    """Global arrays from all ranks' pieces; replicas must agree and every element must be covered."""
+    """Global arrays from all ranks' pieces; replicas must agree and every element must be
+    covered."""
     out: dict[str, np.ndarray] = {}
     for found in per_rank:
         for name, (shape, blocks) in found.items():
@@ -176,7 +190,9 @@ def assemble(per_rank: list[dict[str, Any]], tolerance: float = 1e-12) -> dict[s
             for where, block in blocks:
                 seen = whole[where]
                 fresh = np.isnan(seen)
-                assert np.all(fresh | (np.abs(seen - block) <= tolerance * (1 + np.abs(block)))), f"replicas of {name} differ"
+                assert np.all(fresh | (np.abs(seen - block) <= tolerance * (1 + np.abs(block)))), (
+                    f"replicas of {name} differ"
+                )
                 whole[where] = np.where(fresh, block, seen)
     for name, whole in out.items():
         assert not np.isnan(whole).any(), f"{name} is not covered or holds NaN"
@@ -199,7 +215,10 @@ def train(
     """Train on thread ranks."""
     config = make_config(model, layout, **changes)
     results = run_ranks(
-        layout.num_ranks, lambda comm: train_rank(comm, config, optimizer, steps, prepare, direct, std), rendezvous=rendezvous, nodes=nodes
+        layout.num_ranks,
+        lambda comm: train_rank(comm, config, optimizer, steps, prepare, direct, std),
+        rendezvous=rendezvous,
+        nodes=nodes,
     )
     losses = results[0][0]
     for other, _, _ in results:
@@ -210,20 +229,25 @@ def train(
 
 
 @cache
-def reference(model: str, optimizer: str = "sgd", steps: int = 5, changes: tuple[tuple[str, Any], ...] = ()) -> Outcome:
+def reference(
+    model: str, optimizer: str = "sgd", steps: int = 5, changes: tuple[tuple[str, Any], ...] = ()
+) -> Outcome:
     """The one-rank run, in one microbatch."""
     return train(model, Layout(), optimizer=optimizer, steps=steps, **dict(changes))
 
 
 def assert_same(found: Outcome, expected: Outcome, tolerance: float) -> None:
-    """Losses, norms, every gradient and every weight agree norm-wise to `tolerance`; a failure names the worst tensor and index."""
+    """Losses, norms, every gradient and every weight agree norm-wise to `tolerance`; a failure
+    names the worst tensor and index."""
     np.testing.assert_allclose(found.losses, expected.losses, rtol=tolerance, atol=0)
     np.testing.assert_allclose(found.norms, expected.norms, rtol=tolerance, atol=0)
     for what in ("first_grads", "last_grads", "weights"):
         compare(getattr(found, what), getattr(expected, what), tolerance, what)
 
 
-def compare(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float, what: str) -> None:
+def compare(
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float, what: str
+) -> None:
     """Norm-wise comparison of named arrays; NaN fails."""
     assert found.keys() == expected.keys()
     for name, e in expected.items():
@@ -231,11 +255,17 @@ def compare(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray],
         scale = np.linalg.norm(e)
         error = np.linalg.norm(f - e)
         if name.endswith("qkv.bias") and what.endswith("grads"):
-            scale = max(scale, 1e-3)  # the key bias has a true gradient of zero; its part is noise beside the query and value parts
+            scale = max(
+                scale,
+                1e-3,
+                # the key bias has a true gradient of zero; its part is noise beside the query and value
+                # parts
+            )
         if not error <= tolerance * scale:
             worst = np.unravel_index(np.abs(f - e).argmax(), e.shape)
             raise AssertionError(
-                f"{what} {name}: norm-wise error {error / scale:.2e} > {tolerance:.0e}; worst at {worst}: {f[worst]!r} for {e[worst]!r}"
+                f"{what} {name}: norm-wise error {error / scale:.2e} > {tolerance:.0e}; worst at "
+                f"{worst}: {f[worst]!r} for {e[worst]!r}"
             )
 
 

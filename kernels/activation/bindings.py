@@ -23,13 +23,20 @@ def _backward(function: Any, grad_y: Any, x: Any, out: Any) -> Any:
 
 @c_kernel("gelu_forward")
 def gelu_forward(c: Any, x: Any, approximate: str, bias: Any = None) -> Any:
-    return _forward({"tanh": c.gelu_tanh_forward, "erf": c.gelu_erf_forward}[approximate], x if bias is None else x + bias)
+    return _forward(
+        {"tanh": c.gelu_tanh_forward, "erf": c.gelu_erf_forward}[approximate],
+        x if bias is None else x + bias,
+    )
 
 
 @c_kernel("gelu_backward")
-def gelu_backward(c: Any, grad_y: Any, x: Any, approximate: str, out: Any = None, bias: Any = None) -> Any:
+def gelu_backward(
+    c: Any, grad_y: Any, x: Any, approximate: str, out: Any = None, bias: Any = None
+) -> Any:
     x = x if bias is None else x + bias
-    return _backward({"tanh": c.gelu_tanh_backward, "erf": c.gelu_erf_backward}[approximate], grad_y, x, out)
+    return _backward(
+        {"tanh": c.gelu_tanh_backward, "erf": c.gelu_erf_backward}[approximate], grad_y, x, out
+    )
 
 
 @c_kernel("relu_forward")

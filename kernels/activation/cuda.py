@@ -19,7 +19,14 @@ def _launch(name: str, rows: int, F: int, *arrays: Any) -> Any:
     same_dtype(*arrays)
     out = arrays[-1]
     tiles = blocks(runs(F, out.dtype), _THREADS)
-    launch(_FILE, name, {"ELEMENT": element(out)}, (rows * tiles,), (_THREADS,), (*arrays, np.int64(F), np.int32(tiles)))
+    launch(
+        _FILE,
+        name,
+        {"ELEMENT": element(out)},
+        (rows * tiles,),
+        (_THREADS,),
+        (*arrays, np.int64(F), np.int32(tiles)),
+    )
     return out
 
 
@@ -30,7 +37,13 @@ def _shape(x: Any, bias: Any) -> tuple[int, int]:
 
 
 def _forward(name: str, x: Any, bias: Any = None) -> Any:
-    return _launch(f"{name}_forward", *_shape(x, bias), dense(x), None if bias is None else dense(bias), empty(x.shape, x.dtype, x))
+    return _launch(
+        f"{name}_forward",
+        *_shape(x, bias),
+        dense(x),
+        None if bias is None else dense(bias),
+        empty(x.shape, x.dtype, x),
+    )
 
 
 def _backward(name: str, grad_y: Any, x: Any, out: Any, bias: Any = None) -> Any:
@@ -61,10 +74,19 @@ def relu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
 @cuda_kernel("swiglu_forward")
 def swiglu_forward(gate_up: Any) -> Any:
     rows, F = len(gate_up), gate_up.shape[1] // 2
-    return _launch("swiglu_forward", rows, F, dense(gate_up), empty((rows, F), gate_up.dtype, gate_up))
+    return _launch(
+        "swiglu_forward", rows, F, dense(gate_up), empty((rows, F), gate_up.dtype, gate_up)
+    )
 
 
 @cuda_kernel("swiglu_backward")
 def swiglu_backward(grad_y: Any, gate_up: Any) -> Any:
     rows, F = grad_y.shape
-    return _launch("swiglu_backward", rows, F, dense(grad_y), dense(gate_up), empty(gate_up.shape, gate_up.dtype, gate_up))
+    return _launch(
+        "swiglu_backward",
+        rows,
+        F,
+        dense(grad_y),
+        dense(gate_up),
+        empty(gate_up.shape, gate_up.dtype, gate_up),
+    )

@@ -1,4 +1,5 @@
-"""Activations of the MLP. Backward passes start from the pre-activation, so that the forward pass keeps one array, not two."""
+"""Activations of the MLP. Backward passes start from the pre-activation, so that the forward pass
+keeps one array, not two."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def _gelu_erf(x: Any, out: Any) -> None:
 
 def _gelu_erf_backward(x: Any, grad: Any, out: Any) -> None:
     wide = x.astype(np.float64)
-    slope = 0.5 * (1 + erf(wide * math.sqrt(0.5))) + wide * np.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    slope = 0.5 * (1 + erf(wide * math.sqrt(0.5))) + wide * np.exp(-0.5 * wide * wide) / math.sqrt(
+        2 * math.pi
+    )
     np.multiply(slope.astype(x.dtype), grad, out=out)
 
 
@@ -80,8 +83,9 @@ _BACKWARD = {"tanh": _gelu_tanh_backward, "erf": _gelu_erf_backward}
 
 @kernel("gelu_forward")
 def gelu_forward(x: Any, approximate: str, bias: Any = None) -> Any:
-    """GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x Phi(x) exactly for "erf", by the tanh formula of GPT-2 for "tanh". Any shape,
-    contiguous. With a `bias` [F], of x + bias, whose last dim is F."""
+    """GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x Phi(x) exactly for "erf", by the tanh
+    formula of GPT-2 for "tanh". Any shape, contiguous. With a `bias` [F], of x + bias, whose last
+    dim is F."""
     x = np.ascontiguousarray(x if bias is None else x + bias)
     return _flat(x, np.empty_like(x), _FORWARD[approximate])
 
@@ -91,7 +95,12 @@ def gelu_backward(grad_y: Any, x: Any, approximate: str, out: Any = None, bias: 
     """grad_y times the derivative at x, or at x + bias; `out` may be grad_y itself."""
     x = x if bias is None else x + bias
     grad_y = np.ascontiguousarray(grad_y)
-    return _flat(np.ascontiguousarray(x), np.empty_like(x) if out is None else out, _BACKWARD[approximate], grad_y)
+    return _flat(
+        np.ascontiguousarray(x),
+        np.empty_like(x) if out is None else out,
+        _BACKWARD[approximate],
+        grad_y,
+    )
 
 
 @kernel("relu_forward")
@@ -108,7 +117,8 @@ def relu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
 
 @kernel("swiglu_forward")
 def swiglu_forward(gate_up: Any) -> Any:
-    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202): gate_up [rows, 2F] = [gate | up] -> [rows, F]."""
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202): gate_up [rows, 2F] = [gate | up] -> [rows,
+    F]."""
     F = gate_up.shape[1] // 2
     y = np.empty((len(gate_up), F), gate_up.dtype)
 

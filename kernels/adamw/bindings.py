@@ -37,7 +37,21 @@ def adamw_(
         return
     rate, inverse_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     keep = 1 - lr * weight_decay
-    c.adamw(pool(), param, grad, exp_avg, exp_avg_sq, param.size, rate, inverse_root, beta1, beta2, eps, keep, grad_scale)
+    c.adamw(
+        pool(),
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        param.size,
+        rate,
+        inverse_root,
+        beta1,
+        beta2,
+        eps,
+        keep,
+        grad_scale,
+    )
     if param_out is not None:
         param_out[...] = param
 

@@ -19,7 +19,10 @@ def _flat(*arrays: Any) -> None:
     """Raises ValueError for an array that cannot be updated as flat memory."""
     for a in arrays:
         if a is not None and not a.flags.c_contiguous:
-            raise ValueError(f"optimizers update C-contiguous buffers in place, and this one has strides {a.strides} for shape {a.shape}")
+            raise ValueError(
+                "optimizers update C-contiguous buffers in place, and this one has strides "
+                f"{a.strides} for shape {a.shape}"
+            )
 
 
 def _split(grad_scale: Any, like: Any) -> tuple[float, Any]:
@@ -52,8 +55,20 @@ def adamw_(
         *(scale, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)),
         *(beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay),
     )
-    args = (param, grad, exp_avg, exp_avg_sq, param_out, on_device, *map(np.float32, numbers), np.int64(param.size))
-    defines = {"ELEMENT": element(grad), "COPY": "float32" if param_out is None else element(param_out)}
+    args = (
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        param_out,
+        on_device,
+        *map(np.float32, numbers),
+        np.int64(param.size),
+    )
+    defines = {
+        "ELEMENT": element(grad),
+        "COPY": "float32" if param_out is None else element(param_out),
+    }
     launch(_FILE, "adamw", defines, (blocks(param.size, _THREADS * _TAKEN),), (_THREADS,), args)
 
 

@@ -17,7 +17,8 @@ def _contiguous_heads(x: Any) -> Any:
 
 
 def visible_keys(Tq: int, Tk: int, causal: bool, times_q: Any, times_k: Any) -> tuple[Any, Any]:
-    """How many keys each query sees, int64 [Tq], if keys are put in the order returned (None: as they stand)."""
+    """How many keys each query sees, int64 [Tq], if keys are put in the order returned (None: as
+    they stand)."""
     if not causal or (times_q is None and times_k is None):
         return _first_keys(Tq, Tk, causal), None
     times_q = np.arange(Tq) if times_q is None else np.asarray(times_q)
@@ -33,15 +34,31 @@ def _first_keys(Tq: int, Tk: int, causal: bool) -> Any:
 
 
 def _dropout(dropout: AttentionDropout | None, H: int, order: Any) -> tuple[Any, Any, int, float]:
-    """Row words uint64 [B, H, Tq], column words uint32 [Tk], the threshold, and what is kept times what."""
+    """Row words uint64 [B, H, Tq], column words uint32 [Tk], the threshold, and what is kept times
+    what."""
     if dropout is None:
         return None, None, 0, 1.0
-    heads = address_words(dropout.key, np.asarray(dropout.samples), np.arange(dropout.head0, dropout.head0 + H))
+    heads = address_words(
+        dropout.key, np.asarray(dropout.samples), np.arange(dropout.head0, dropout.head0 + H)
+    )
     columns = column_words(np.asarray(dropout.times_k))
-    return row_words(heads, dropout.times_q), columns if order is None else columns[order], threshold(dropout.p), 1 / (1 - dropout.p)
+    return (
+        row_words(heads, dropout.times_q),
+        columns if order is None else columns[order],
+        threshold(dropout.p),
+        1 / (1 - dropout.p),
+    )
 
 
-def _common(q: Any, k: Any, v: Any, scale: float, limits: Any, key_mask: Any, dropped: tuple[Any, Any, int, float]) -> tuple[Any, ...]:
+def _common(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: float,
+    limits: Any,
+    key_mask: Any,
+    dropped: tuple[Any, Any, int, float],
+) -> tuple[Any, ...]:
     (B, Tq, H, K), (Tk, Hkv) = q.shape, k.shape[1:3]
     rows, columns, limit, keep_scale = dropped
     mask = None if key_mask is None else np.ascontiguousarray(key_mask, bool)
@@ -104,7 +121,9 @@ def attention_backward(
     grad_o, q, k, v, o = map(_contiguous_heads, (grad_o, q, k, v, o))
     wanted = (grad_q, grad_k, grad_v)
     into = [
-        g if g is not None and g.strides[3] == 4 and (order is None or i == 0) else np.empty(x.shape, x.dtype)
+        g
+        if g is not None and g.strides[3] == 4 and (order is None or i == 0)
+        else np.empty(x.shape, x.dtype)
         for i, (g, x) in enumerate(zip(wanted, (q, k, v), strict=True))
     ]
     common = _common(q, k, v, scale, limits, key_mask, _dropout(dropout, q.shape[2], order))

@@ -1,8 +1,9 @@
-"""Attention on the GPU: v1 (float32 tiles, any GPU and dtype), v2 (tensor cores, 16-bit, compute capability 8.0 and up) and v3 (the
-instructions of Hopper, 16-bit, compute capability 9.0; launched in hopper.py).
+"""Attention on the GPU: v1 (float32 tiles, any GPU and dtype), v2 (tensor cores, 16-bit, compute
+capability 8.0 and up) and v3 (the instructions of Hopper, 16-bit, compute capability 9.0; launched
+in hopper.py).
 
-Variant `auto`, the default, takes the fastest one for the arrays at hand. All variants give and take the log-sum-exp as float32, so one may
-do the forward pass and another the backward pass.
+Variant `auto`, the default, takes the fastest one for the arrays at hand. All variants give and
+take the log-sum-exp as float32, so one may do the forward pass and another the backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from minillm.kernels.attention.bindings import visible_keys
 from minillm.kernels.attention.mask import AttentionDropout
 from minillm.kernels.cuda import DTYPES, cuda_kernel, unavailable
 from minillm.kernels.dropout.cuda import mask_words
-from minillm.kernels.launch import address, compute_capability, deliver, dense, element, empty, launch, namespace, same_dtype
+from minillm.kernels.launch import (
+    address,
+    compute_capability,
+    deliver,
+    dense,
+    element,
+    empty,
+    launch,
+    namespace,
+    same_dtype,
+)
 from minillm.kernels.random.hashing import threshold
 from minillm.kernels.registry import KernelUnavailable, kernel
 
@@ -43,7 +54,8 @@ _ATTENTION = np.dtype(
 
 
 class _Tiles(NamedTuple):
-    """How a kernel of a file, compiled with `defines`, is cut: a block owns `own` rows and walks over `loop` rows at a time."""
+    """How a kernel of a file, compiled with `defines`, is cut: a block owns `own` rows and walks
+    over `loop` rows at a time."""
 
     path: Path
     defines: dict[str, str | int]
@@ -76,8 +88,8 @@ def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
 @functools.cache
 def _plan_v2(name: str, width: int, dropout: bool, shared_bytes: int) -> _Plan:
     wide = width == 128
-    # As many rows at a time as registers hold without spills, and two blocks a multiprocessor, or one of twice the warps. Dropout's words
-    # need registers, too.
+    # As many rows at a time as registers hold without spills, and two blocks a multiprocessor, or
+    # one of twice the warps. Dropout's words need registers, too.
     if dropout:
         warps, rows, loop = (8, 16, 64) if wide else (4, 32, 32)
     else:
@@ -85,13 +97,21 @@ def _plan_v2(name: str, width: int, dropout: bool, shared_bytes: int) -> _Plan:
     forward = _cut_v2("v2_forward.cu", name, width, dropout, warps, rows, loop)
     forward = forward._replace(shared_bytes=forward.shared_bytes + 4 * loop * 2 * width)
     loop = 32 if wide and shared_bytes < 160 << 10 else 64
-    backward = _cut_v2("v2_backward.cu", name, width, dropout, 8 if wide else 4, 32 if width <= 64 else 16, loop)
+    backward = _cut_v2(
+        "v2_backward.cu", name, width, dropout, 8 if wide else 4, 32 if width <= 64 else 16, loop
+    )
     tiles = 2 * backward.shared_bytes + 4 * loop * 2 * width
     statistics = 2 * loop * (4 + 4 + (8 if dropout else 0))
-    return _Plan(forward, backward._replace(shared_bytes=tiles + statistics), backward._replace(shared_bytes=tiles))
+    return _Plan(
+        forward,
+        backward._replace(shared_bytes=tiles + statistics),
+        backward._replace(shared_bytes=tiles),
+    )
 
 
-def _cut_v2(file: str, name: str, width: int, dropout: bool, warps: int, rows: int, loop: int) -> _Tiles:
+def _cut_v2(
+    file: str, name: str, width: int, dropout: bool, warps: int, rows: int, loop: int
+) -> _Tiles:
     """With the shared memory of one tile of own rows, so far."""
     defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "DROPOUT": int(dropout)}
     defines |= {"WARPS": warps, "WARP_ROWS": rows, "LOOP": loop}
@@ -100,8 +120,13 @@ def _cut_v2(file: str, name: str, width: int, dropout: bool, warps: int, rows: i
 
 @functools.cache
 def _shared_bytes(device: int) -> int:
-    """How much shared memory a block can have: 64 KB on compute capability 7.5, 99 KB on 8.6 and 8.9, 163 KB on 8.0, 227 KB on 9.0."""
-    return importlib.import_module("cupy").cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+    """How much shared memory a block can have: 64 KB on compute capability 7.5, 99 KB on 8.6 and
+    8.9, 163 KB on 8.0, 227 KB on 9.0."""
+    return (
+        importlib.import_module("cupy")
+        .cuda.Device(device)
+        .attributes["MaxSharedMemoryPerBlockOptin"]
+    )
 
 
 _EMULATED_SHARED = 227 << 10
@@ -111,14 +136,18 @@ def _plan(variant: str, q: Any, scale: float, dropout: AttentionDropout | None) 
     width, name = q.shape[3], element(q)
     if width not in HEAD_WIDTHS:
         raise KernelUnavailable(
-            f"attention has no CUDA kernel for head width {width}, only for {', '.join(map(str, HEAD_WIDTHS))}: "
+            f"attention has no CUDA kernel for head width {width}, only for "
+            f"{', '.join(map(str, HEAD_WIDTHS))}: "
             "choose dim and heads for one of them, or use(attention='numpy')"
         )
     shared_bytes = _EMULATED_SHARED if isinstance(q, np.ndarray) else _shared_bytes(q.device.id)
     if variant == "v1":
         return _plan_v1(name, width, shared_bytes)
     if not scale > 0:
-        raise KernelUnavailable(f"attention v2 takes scores times a positive scale, not {scale}; use(attention='cuda:v1')")
+        raise KernelUnavailable(
+            f"attention v2 takes scores times a positive scale, not {scale}; "
+            "use(attention='cuda:v1')"
+        )
     return _plan_v2(name, width, dropout is not None, shared_bytes)
 
 
@@ -138,7 +167,8 @@ class _Seen(NamedTuple):
         return x if self.order is None else x[:, self.order]
 
     def unsorted(self, x: Any, out: Any) -> Any:
-        """Gradients [B, Tk, Hkv, K] that the kernels have written, as the caller knows them: in `out` if given."""
+        """Gradients [B, Tk, Hkv, K] that the kernels have written, as the caller knows them: in
+        `out` if given."""
         if self.order is None:
             return deliver(x, out)
         out = empty(x.shape, x.dtype, x) if out is None else out
@@ -151,7 +181,9 @@ def _seen(q: Any, k: Any, causal: bool, times_q: Any, times_k: Any, key_mask: An
     limits = order = None
     if causal and (times_q is not None or times_k is not None):
         limits, order = visible_keys(Tq, Tk, True, _on_host(times_q), _on_host(times_k))
-        causal = bool((limits == np.minimum(np.arange(1, Tq + 1), Tk)).all())  # the usual times after all
+        causal = bool(
+            (limits == np.minimum(np.arange(1, Tq + 1), Tk)).all()
+        )  # the usual times after all
         everything = bool((limits == Tk).all())
         limits = None if causal or everything else xp.asarray(limits.astype(np.int32))
         order = None if order is None else xp.asarray(order)
@@ -166,21 +198,31 @@ def _on_host(x: Any) -> Any:
 
 
 def _words(dropout: AttentionDropout | None, order: Any, q: Any) -> tuple[Any, Any, Any]:
-    """Dropout's addresses: a word for each sample and head uint64 [B H], query times int64 [Tq], a word for each key uint32 [Tk]."""
+    """Dropout's addresses: a word for each sample and head uint64 [B H], query times int64 [Tq], a
+    word for each key uint32 [Tk]."""
     if dropout is None:
         return None, None, None
     xp, H = namespace(q), q.shape[2]
     heads = xp.arange(dropout.head0, dropout.head0 + H)
     words, columns = mask_words(q, dropout.key, dropout.samples, heads, dropout.times_k)
-    return words, dense(xp.asarray(dropout.times_q, np.int64)), columns if order is None else columns[order]
+    return (
+        words,
+        dense(xp.asarray(dropout.times_q, np.int64)),
+        columns if order is None else columns[order],
+    )
 
 
 # ---- arguments
 
 
 def _fits(x: Any) -> bool:
-    """Whether kernels can use `x` as it lies: the last dim contiguous, all else in multiples of the 16 bytes that v2 moves at a time."""
-    return x.strides[3] == x.itemsize and address(x) % 16 == 0 and not any(stride % 16 for stride in x.strides[:3])
+    """Whether kernels can use `x` as it lies: the last dim contiguous, all else in multiples of the
+    16 bytes that v2 moves at a time."""
+    return (
+        x.strides[3] == x.itemsize
+        and address(x) % 16 == 0
+        and not any(stride % 16 for stride in x.strides[:3])
+    )
 
 
 def _readable(x: Any) -> Any:
@@ -188,19 +230,27 @@ def _readable(x: Any) -> Any:
 
 
 def _writable(x: Any, like: Any) -> Any:
-    """An array to write a result into: `x` if given and fit, else a new one like `like`, to be given to `deliver`."""
+    """An array to write a result into: `x` if given and fit, else a new one like `like`, to be
+    given to `deliver`."""
     return x if x is not None and _fits(x) else empty(like.shape, like.dtype, like)
 
 
 def _struct(seen: _Seen, scale: float, dropout: AttentionDropout | None, **arrays: Any) -> Any:
     """The struct Attention for arrays q, k and so on, by name."""
-    strides = tuple((name, tuple(stride // x.itemsize for stride in x.strides[:3])) for name, x in arrays.items())
+    strides = tuple(
+        (name, tuple(stride // x.itemsize for stride in x.strides[:3]))
+        for name, x in arrays.items()
+    )
     (_, Tq, H, _), (_, Tk, Hkv, _) = arrays["q"].shape, arrays["k"].shape
-    return _packed(strides, (Tq, Tk, H, Hkv, int(seen.causal)), scale, 0.0 if dropout is None else dropout.p)
+    return _packed(
+        strides, (Tq, Tk, H, Hkv, int(seen.causal)), scale, 0.0 if dropout is None else dropout.p
+    )
 
 
 @functools.lru_cache(1024)
-def _packed(strides: tuple[tuple[str, tuple[int, ...]], ...], sizes: tuple[int, ...], scale: float, p: float) -> Any:
+def _packed(
+    strides: tuple[tuple[str, tuple[int, ...]], ...], sizes: tuple[int, ...], scale: float, p: float
+) -> Any:
     a = np.zeros((), _ATTENTION)
     for name, value in (*strides, *zip(_SIZES, sizes, strict=True)):
         a[name] = value
@@ -267,14 +317,21 @@ def _backward(
     same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
     seen = _seen(q, k, causal, times_q, times_k, key_mask)
     if variant == "v3":
-        return _backward_v3((grad_o, o, q, k, v), lse, seen, scale, dropout, (grad_q, grad_k, grad_v))
+        return _backward_v3(
+            (grad_o, o, q, k, v), lse, seen, scale, dropout, (grad_q, grad_k, grad_v)
+        )
     plan = _plan(variant, q, scale, dropout)
     (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
     grad_o, o, q, k, v = map(_readable, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
     lse = dense(lse.astype(np.float32, copy=False))
-    gq, gk, gv = _writable(grad_q, q), *(_writable(g if seen.order is None else None, k) for g in (grad_k, grad_v))
+    gq, gk, gv = (
+        _writable(grad_q, q),
+        *(_writable(g if seen.order is None else None, k) for g in (grad_k, grad_v)),
+    )
     extras = (seen.limits, seen.key_mask, *_words(dropout, seen.order, q))
-    a = _struct(seen, scale, dropout, q=q, k=k, v=v, o=o, grad_o=grad_o, grad_q=gq, grad_k=gk, grad_v=gv)
+    a = _struct(
+        seen, scale, dropout, q=q, k=k, v=v, o=o, grad_o=grad_o, grad_q=gq, grad_k=gk, grad_v=gv
+    )
     padded = -(-Tq // plan.grad_kv.loop) * plan.grad_kv.loop
     lse_2, delta = empty((2, B, H, padded), np.float32, q)
     known = (grad_o, q, k, v, lse_2, delta, np.int32(padded))
@@ -285,7 +342,9 @@ def _backward(
     return deliver(gq, grad_q), seen.unsorted(gk, grad_k), seen.unsorted(gv, grad_v)
 
 
-def _forward_v3(q: Any, k: Any, v: Any, seen: _Seen, scale: float, dropout: AttentionDropout | None, out: Any) -> tuple[Any, Any]:
+def _forward_v3(
+    q: Any, k: Any, v: Any, seen: _Seen, scale: float, dropout: AttentionDropout | None, out: Any
+) -> tuple[Any, Any]:
     _require_v3(q, scale, seen, dropout)
     q, k, v = hopper.tiled(q), hopper.tiled(seen.sorted(k)), hopper.tiled(seen.sorted(v))
     o = out if out is not None and hopper.can_be_tiled(out) else empty(q.shape, q.dtype, q)
@@ -295,7 +354,12 @@ def _forward_v3(q: Any, k: Any, v: Any, seen: _Seen, scale: float, dropout: Atte
 
 
 def _backward_v3(
-    arrays: tuple[Any, ...], lse: Any, seen: _Seen, scale: float, dropout: AttentionDropout | None, grads: tuple[Any, Any, Any]
+    arrays: tuple[Any, ...],
+    lse: Any,
+    seen: _Seen,
+    scale: float,
+    dropout: AttentionDropout | None,
+    grads: tuple[Any, Any, Any],
 ) -> tuple[Any, Any, Any]:
     """`arrays`: grad_o, o, q, k, v."""
     grad_o, o, q, k, v = arrays
@@ -303,7 +367,8 @@ def _backward_v3(
     grad_o, o, q, k, v = map(hopper.tiled, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
     wanted = (grads[0], *(g if seen.order is None else None for g in grads[1:]))
     gq, gk, gv = (
-        g if g is not None and hopper.can_be_tiled(g) else empty(x.shape, x.dtype, x) for g, x in zip(wanted, (q, k, v), strict=True)
+        g if g is not None and hopper.can_be_tiled(g) else empty(x.shape, x.dtype, x)
+        for g, x in zip(wanted, (q, k, v), strict=True)
     )
     hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen.causal, seen.key_mask)
     return deliver(gq, grads[0]), seen.unsorted(gk, grads[1]), seen.unsorted(gv, grads[2])
@@ -312,11 +377,15 @@ def _backward_v3(
 def _require_v3(q: Any, scale: float, seen: _Seen, dropout: AttentionDropout | None) -> None:
     """Raises KernelUnavailable for what v3 does not do."""
     if reason := hopper.refusal(q, scale, seen.limits, dropout):
-        raise KernelUnavailable(f"attention v3 does not take {reason}; use(attention='cuda:v2') does, or leave the choice to auto")
+        raise KernelUnavailable(
+            f"attention v3 does not take {reason}; use(attention='cuda:v2') does, or leave the "
+            "choice to auto"
+        )
 
 
 def fastest(q: Any, k: Any, options: Mapping[str, Any]) -> str:
-    """The variant that `auto` takes for these queries, keys and options of an attention op, on their device."""
+    """The variant that `auto` takes for these queries, keys and options of an attention op, on
+    their device."""
     capability, scale = int(compute_capability(q.device.id)), options["scale"]
     if element(q) not in HALF_DTYPES or capability < 80 or not scale > 0:
         return "v1"
@@ -336,7 +405,9 @@ def _auto_forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
     return _forward(fastest(q, k, options), q, k, v, **options)
 
 
-def _auto_backward(grad_o: Any, q: Any, k: Any, *arrays: Any, **options: Any) -> tuple[Any, Any, Any]:
+def _auto_backward(
+    grad_o: Any, q: Any, k: Any, *arrays: Any, **options: Any
+) -> tuple[Any, Any, Any]:
     return _backward(fastest(q, k, options), grad_o, q, k, *arrays, **options)
 
 
@@ -347,7 +418,9 @@ def _register(op: str, variant: str, fn: Any, dtypes: tuple[str, ...]) -> None:
 
 
 for _op, _auto in (("attention_forward", _auto_forward), ("attention_backward", _auto_backward)):
-    kernel(_op, backend="cuda", variant="auto", dtypes=DTYPES, unavailable=unavailable, takes=_taken)(_auto)
+    kernel(
+        _op, backend="cuda", variant="auto", dtypes=DTYPES, unavailable=unavailable, takes=_taken
+    )(_auto)
 for _variant, _dtypes in (("v1", DTYPES), ("v2", HALF_DTYPES), ("v3", HALF_DTYPES)):
     _register("attention_forward", _variant, _forward, _dtypes)
     _register("attention_backward", _variant, _backward, _dtypes)

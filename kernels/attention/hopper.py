@@ -1,4 +1,5 @@
-"""Attention v3, on Hopper: when it can run, and its launches. Arguments are checked and results handed out in cuda.py."""
+"""Attention v3, on Hopper: when it can run, and its launches. Arguments are checked and results
+handed out in cuda.py."""
 
 from __future__ import annotations
 
@@ -7,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from minillm.kernels.launch import address, compute_capability, dense, element, empty, launch, multiprocessors, namespace, tensor_map
+from minillm.kernels.launch import (
+    address,
+    compute_capability,
+    dense,
+    element,
+    empty,
+    launch,
+    multiprocessors,
+    namespace,
+    tensor_map,
+)
 
 HEAD_WIDTHS = (32, 64, 96, 128)
 _FOLDER = Path(__file__).parent
@@ -41,17 +52,28 @@ def tiled(x: Any) -> Any:
 def can_be_tiled(x: Any) -> bool:
     """Whether the last dim is contiguous and all else goes forward in multiples of 16 bytes."""
     steps = x.strides[:3]
-    return x.strides[3] == x.itemsize and address(x) % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    return (
+        x.strides[3] == x.itemsize
+        and address(x) % 16 == 0
+        and all(step > 0 and step % 16 == 0 for step in steps)
+    )
 
 
-def forward(q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, causal: bool, key_mask: Any) -> None:
-    """q, o [B, Tq, H, K], k, v [B, Tk, Hkv, K], all `tiled`; lse [B, H, Tq] float32; key_mask bool [B, Tk] or None."""
+def forward(
+    q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, causal: bool, key_mask: Any
+) -> None:
+    """q, o [B, Tq, H, K], k, v [B, Tk, Hkv, K], all `tiled`; lse [B, H, Tq] float32; key_mask bool
+    [B, Tk] or None."""
     (B, Tq, H, K), Tk = q.shape, k.shape[1]
     if 0 in (B, Tq, H, Tk):  # nobody sees anything
         o[...], lse[...] = 0, -np.inf
         return
     consumers, stages = (2, 2) if K > 64 else (3, 4)
-    shared_bytes = 2 * consumers * _tile_bytes(64, K) + 2 * stages * _tile_bytes(_KEYS, K) + _BARRIER_BYTES * (2 + 4 * stages)
+    shared_bytes = (
+        2 * consumers * _tile_bytes(64, K)
+        + 2 * stages * _tile_bytes(_KEYS, K)
+        + _BARRIER_BYTES * (2 + 4 * stages)
+    )
     maps = [_map(q, 64), _map(k, _KEYS), _map(v, _KEYS), _map(o, 64)]
     section = max(1, _CACHE_BYTES // (2 * _head_bytes(k))) * (H // k.shape[2])
     parts = -(-Tq // (64 * consumers)) * H * B
@@ -61,7 +83,16 @@ def forward(q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, causal: bool
 
 
 def backward(
-    grad_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, grads: tuple[Any, Any, Any], scale: float, causal: bool, key_mask: Any
+    grad_o: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    grads: tuple[Any, Any, Any],
+    scale: float,
+    causal: bool,
+    key_mask: Any,
 ) -> None:
     """Write the gradients of q, k and v into `grads`. All arrays of four dims are `tiled`."""
     (B, Tq, H, K), (Tk, Hkv) = q.shape, k.shape[1:3]
@@ -77,17 +108,46 @@ def backward(
     key_tiles = _key_tiles(q, key_mask)
 
     statistics_map = tensor_map(statistics.reshape(B * H, 2, padded), (1, 2, queries), 0)
-    shared_bytes = (4 * consumers * _tile_bytes(64, K)) + stages * (2 * _tile_bytes(queries, K) + 2 * 4 * queries) + barriers
-    args = [*maps[queries][:2], *maps[64][2:], statistics_map, _map(grads[1], 64), _map(grads[2], 64), key_tiles]
+    shared_bytes = (
+        (4 * consumers * _tile_bytes(64, K))
+        + stages * (2 * _tile_bytes(queries, K) + 2 * 4 * queries)
+        + barriers
+    )
+    args = [
+        *maps[queries][:2],
+        *maps[64][2:],
+        statistics_map,
+        _map(grads[1], 64),
+        _map(grads[2], 64),
+        key_tiles,
+    ]
     section = max(1, _CACHE_BYTES // (2 * _head_bytes(q) * (H // Hkv)))
     problem = _problem(q, k, scale, causal, section)
-    _launch("v3_backward.cu", "attention_grad_kv", q, -(-Tk // own) * Hkv * B, consumers, [*args, problem], shared_bytes)
+    _launch(
+        "v3_backward.cu",
+        "attention_grad_kv",
+        q,
+        -(-Tk // own) * Hkv * B,
+        consumers,
+        [*args, problem],
+        shared_bytes,
+    )
 
-    shared_bytes = 3 * consumers * _tile_bytes(64, K) + 2 * stages * _tile_bytes(_KEYS, K) + barriers
+    shared_bytes = (
+        3 * consumers * _tile_bytes(64, K) + 2 * stages * _tile_bytes(_KEYS, K) + barriers
+    )
     args = [*maps[64][:2], *maps[_KEYS][2:], statistics, _map(grads[0], 64), key_tiles]
     section = max(1, _CACHE_BYTES // (2 * _head_bytes(k))) * (H // Hkv)
     problem = _problem(q, k, scale, causal, section)
-    _launch("v3_backward.cu", "attention_grad_q", q, -(-Tq // own) * H * B, consumers, [*args, problem, np.int32(padded)], shared_bytes)
+    _launch(
+        "v3_backward.cu",
+        "attention_grad_q",
+        q,
+        -(-Tq // own) * H * B,
+        consumers,
+        [*args, problem, np.int32(padded)],
+        shared_bytes,
+    )
 
 
 def _key_tiles(like: Any, key_mask: Any) -> Any:
@@ -96,7 +156,14 @@ def _key_tiles(like: Any, key_mask: Any) -> Any:
         return None
     B, Tk = key_mask.shape
     tiles = empty((B, -(-Tk // _KEYS) + 1, 8), np.int32, like)
-    launch(_FOLDER / "v3_mask.cu", "attention_key_tiles", {"ELEMENT": element(like)}, (B,), (_KEYS,), (key_mask, tiles, np.int32(Tk)))
+    launch(
+        _FOLDER / "v3_mask.cu",
+        "attention_key_tiles",
+        {"ELEMENT": element(like)},
+        (B,),
+        (_KEYS,),
+        (key_mask, tiles, np.int32(Tk)),
+    )
     return tiles
 
 
@@ -140,7 +207,15 @@ def _problem(q: Any, k: Any, scale: float, causal: bool, section: int) -> Any:
     return np.array((B, H, Hkv, Tq, Tk, causal, min(section, B * H), scale), _PROBLEM)[()]
 
 
-def _launch(file: str, name: str, like: Any, parts: int, consumers: int, args: Sequence[Any], shared_bytes: int) -> None:
+def _launch(
+    file: str,
+    name: str,
+    like: Any,
+    parts: int,
+    consumers: int,
+    args: Sequence[Any],
+    shared_bytes: int,
+) -> None:
     """As many blocks as run at once; each takes a part of the work after the other."""
     grid = (min(parts, multiprocessors(like)),)
     launch(_FOLDER / file, name, _defines(like), grid, (128 * (consumers + 1),), args, shared_bytes)

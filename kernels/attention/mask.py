@@ -1,4 +1,5 @@
-"""Who sees what in attention: blocks of queries with the keys they can see, and dropout of probabilities."""
+"""Who sees what in attention: blocks of queries with the keys they can see, and dropout of
+probabilities."""
 
 from __future__ import annotations
 
@@ -10,21 +11,29 @@ from minillm.kernels.random.reference import random_bits
 
 Array = Any
 
-QUERY_ROWS = 128  # a block: large enough for full-speed products, small enough to leave out most of what a causal mask hides
+# a block: large enough for full-speed products, small enough to leave out most of what a causal
+# mask hides
+QUERY_ROWS = 128
 
 
 class QueryBlock(NamedTuple):
-    """Some queries, the keys [0, stop) that any of them sees, those [0, clear) that all of them see, and what is hidden in between."""
+    """Some queries, the keys [0, stop) that any of them sees, those [0, clear) that all of them
+    see, and what is hidden in between."""
 
     rows: slice
     size: int
     stop: int
     clear: int
-    hidden: Array | None  # [size, stop - clear]: 0 where seen, minus infinity where hidden; None if nothing is hidden
+    hidden: (
+        Array | None
+    )  # [size, stop - clear]: 0 where seen, minus infinity where hidden; None if nothing is hidden
 
 
-def query_blocks(Tq: int, Tk: int, causal: bool, times_q: Array | None, times_k: Array | None, dtype: Any) -> list[QueryBlock]:
-    """Cut Tq queries into blocks. Causal: query i sees key j if times_q[i] >= times_k[j], in any order; times default to the indices."""
+def query_blocks(
+    Tq: int, Tk: int, causal: bool, times_q: Array | None, times_k: Array | None, dtype: Any
+) -> list[QueryBlock]:
+    """Cut Tq queries into blocks. Causal: query i sees key j if times_q[i] >= times_k[j], in any
+    order; times default to the indices."""
     parts = [slice(start, min(start + QUERY_ROWS, Tq)) for start in range(0, Tq, QUERY_ROWS)]
     if not causal:
         return [QueryBlock(rows, rows.stop - rows.start, Tk, Tk, None) for rows in parts]
@@ -45,10 +54,12 @@ def _causal_block(rows: slice, times_q: Array, times_k: Array, dtype: Any) -> Qu
 
 
 class AttentionDropout(NamedTuple):
-    """Dropout of attention probabilities, addressed by (key, sample, global head, query time, key time).
+    """Dropout of attention probabilities, addressed by (key, sample, global head, query time, key
+    time).
 
-    `samples` [B], `times_q` [Tq] and `times_k` [Tk] are global positions, `head0` is the first global head of this shard. For kernels on
-    a GPU the arrays may lie there, and cost a copy if they do not.
+    `samples` [B], `times_q` [Tq] and `times_k` [Tk] are global positions, `head0` is the first
+    global head of this shard. For kernels on a GPU the arrays may lie there, and cost a copy if
+    they do not.
     """
 
     p: float
@@ -59,7 +70,12 @@ class AttentionDropout(NamedTuple):
     times_k: Array
 
     def mask(self, b: int, h: int, queries: slice, num_keys: int, dtype: Any) -> Array:
-        """The scaled keep mask [queries, num_keys] of local head `h`: 0 with probability p, else 1 / (1 - p)."""
-        head_key = address_words(self.key, np.asarray(self.samples)[b : b + 1], np.asarray([self.head0 + h]))
+        """The scaled keep mask [queries, num_keys] of local head `h`: 0 with probability p, else 1
+        / (1 - p)."""
+        head_key = address_words(
+            self.key, np.asarray(self.samples)[b : b + 1], np.asarray([self.head0 + h])
+        )
         rows = random_bits(int(head_key[0, 0]), np.asarray(self.times_q)[queries].astype(np.uint64))
-        return keep(self.p, rows, column_words(np.asarray(self.times_k)[:num_keys])) * dtype.type(1 / (1 - self.p))
+        return keep(self.p, rows, column_words(np.asarray(self.times_k)[:num_keys])) * dtype.type(
+            1 / (1 - self.p)
+        )

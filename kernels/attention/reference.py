@@ -1,12 +1,14 @@
-"""Scaled dot-product attention in blocks of queries: never a T x T array, only the log-sum-exp of each row is kept.
+"""Scaled dot-product attention in blocks of queries: never a T x T array, only the log-sum-exp of
+each row is kept.
 
-A job is a sample and a few key-value heads, whose gradients then belong to one thread. Its queries go through in blocks: two matrix
-products a block forward, five backward, batched over the job's heads in one NumPy call each (threads that make few long calls do not
-wait for one another). A block sees keys only up to the last one visible to it, so most of what a causal mask hides is never computed.
-Query heads that share a key-value head are rows of the same product.
+A job is a sample and a few key-value heads, whose gradients then belong to one thread. Its queries
+go through in blocks: two matrix products a block forward, five backward, batched over the job's
+heads in one NumPy call each (threads that make few long calls do not wait for one another). A block
+sees keys only up to the last one visible to it, so most of what a causal mask hides is never
+computed. Query heads that share a key-value head are rows of the same product.
 
-Backward recomputes the probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135). It subtracts by multiplying:
-[q | -lse] [k | 1]^T = q k^T - lse.
+Backward recomputes the probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135). It
+subtracts by multiplying: [q | -lse] [k | 1]^T = q k^T - lse.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ from minillm.kernels.registry import kernel
 
 Array = Any
 
-SCORE_BYTES = 1 << 19  # of the scores of a block, over the heads of a job: a quarter of a second-level cache
+SCORE_BYTES = (
+    1 << 19
+)  # of the scores of a block, over the heads of a job: a quarter of a second-level cache
 SAFE_MAX = 60.0  # exp of scores up to this, summed over any number of keys, is a float32
 SAFE_SUM = 1e-20  # a sum of exponentials above this has lost nothing to underflow
-BLIND = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass: every probability is then exp(-1e30) = 0
+# the log-sum-exp of a row that sees nothing, for the backward pass: every probability is then
+# exp(-1e30) = 0
+BLIND = 1e30
 
 
 class _Job(NamedTuple):
@@ -55,11 +61,13 @@ def attention_forward(
     dropout: AttentionDropout | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Array]:
-    """q [B, Tq, H, K]; k, v [B, Tk, Hkv, K], any strides -> o [B, Tq, H, K] (written into `out` if given), lse [B, H, Tq].
+    """q [B, Tq, H, K]; k, v [B, Tk, Hkv, K], any strides -> o [B, Tq, H, K] (written into `out` if
+    given), lse [B, H, Tq].
 
-    Head h reads key-value head h // (H / Hkv). Causal: query i sees key j if times_q[i] >= times_k[j] (default: their indices).
-    key_mask [B, Tk] is true where a key may be seen. A query that sees nothing gives o = 0, lse = -inf.
-    `dropout` acts on the probabilities after the softmax.
+    Head h reads key-value head h // (H / Hkv). Causal: query i sees key j if times_q[i] >=
+    times_k[j] (default: their indices). key_mask [B, Tk] is true where a key may be seen. A query
+    that sees nothing gives o = 0, lse = -inf. `dropout` acts on the probabilities after the
+    softmax.
     """
     B, Tq, H, K = q.shape
     Tk = k.shape[1]
@@ -68,19 +76,27 @@ def attention_forward(
     blocks = query_blocks(Tq, Tk, causal, times_q, times_k, q.dtype)
 
     def work(job: _Job, scores: Array) -> None:
-        keys, values = (x[job.sample, :, job.kv_heads].transpose(1, 0, 2) for x in (k, v))  # [heads, Tk, K]
+        keys, values = (
+            x[job.sample, :, job.kv_heads].transpose(1, 0, 2) for x in (k, v)
+        )  # [heads, Tk, K]
         for block in blocks:
-            s = scores[: job.num_heads * block.size * block.stop].reshape(job.num_kv, job.kv_rows(block), block.stop)
+            s = scores[: job.num_heads * block.size * block.stop].reshape(
+                job.num_kv, job.kv_rows(block), block.stop
+            )
             queries = _rows(q, job, block, scale).reshape(job.num_kv, job.kv_rows(block), K)
             total, shift = _exponentials_(s, queries, keys[:, : block.stop], block, job, key_mask)
             with np.errstate(divide="ignore"):
-                lse[job.sample, job.heads, block.rows] = (np.log(total) + shift).reshape(job.num_heads, block.size)
+                lse[job.sample, job.heads, block.rows] = (np.log(total) + shift).reshape(
+                    job.num_heads, block.size
+                )
             total[total == 0] = 1
             if dropout is not None:
                 _drop_(s, dropout, job, block)
             y = np.matmul(s, values[:, : block.stop])
             y /= total
-            o[job.sample, block.rows, job.heads] = y.reshape(job.num_heads, block.size, K).transpose(1, 0, 2)
+            o[job.sample, block.rows, job.heads] = y.reshape(
+                job.num_heads, block.size, K
+            ).transpose(1, 0, 2)
 
     _for_jobs(q, k, blocks, work, num_scores=1)
     return o, lse
@@ -105,12 +121,17 @@ def attention_backward(
     grad_k: Array | None = None,
     grad_v: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, k, v from that of o, written into grad_q, grad_k, grad_v (any strides) if given.
+    """Gradients of q, k, v from that of o, written into grad_q, grad_k, grad_v (any strides) if
+    given.
 
-    o and lse are as the forward pass returned them. With p = exp(scale q k^T - lse): grad_v = p^T grad_o,
-    grad_s = p (grad_o v^T - <grad_o, o>), grad_q = scale grad_s k, grad_k = scale grad_s^T q.
+    o and lse are as the forward pass returned them. With p = exp(scale q k^T - lse): grad_v = p^T
+    grad_o, grad_s = p (grad_o v^T - <grad_o, o>), grad_q = scale grad_s k, grad_k = scale grad_s^T
+    q.
     """
-    grad_q, grad_k, grad_v = (np.empty(x.shape, x.dtype) if g is None else g for g, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
+    grad_q, grad_k, grad_v = (
+        np.empty(x.shape, x.dtype) if g is None else g
+        for g, x in ((grad_q, q), (grad_k, k), (grad_v, v))
+    )
     blocks = query_blocks(q.shape[1], k.shape[1], causal, times_q, times_k, q.dtype)
     K = q.shape[3]
 
@@ -119,7 +140,10 @@ def attention_backward(
         grad_keys, grad_values = np.zeros((2, job.num_kv, k.shape[1], K), q.dtype)
         for block in blocks:
             n = block.stop
-            s, grad_s = (x[: job.num_heads * block.size * n].reshape(job.num_kv, job.kv_rows(block), n) for x in (scores, grad_scores))
+            s, grad_s = (
+                x[: job.num_heads * block.size * n].reshape(job.num_kv, job.kv_rows(block), n)
+                for x in (scores, grad_scores)
+            )
             queries, grads = _with_shifts(grad_o, q, o, lse, job, block, scale)
             np.matmul(queries, keys[:, :n].transpose(0, 2, 1), out=s)
             _hide_(s, block, job, key_mask)
@@ -136,7 +160,11 @@ def attention_backward(
             grad_values[:, :n] += np.matmul(s.transpose(0, 2, 1), grads[..., :K])
             grad_keys[:, :n] += np.matmul(grad_s.transpose(0, 2, 1), queries[..., :K])
             grad_rows = np.matmul(grad_s, keys[:, :n, :K]).reshape(job.num_heads, block.size, K)
-            np.multiply(grad_rows.transpose(1, 0, 2), q.dtype.type(scale), out=grad_q[job.sample, block.rows, job.heads])
+            np.multiply(
+                grad_rows.transpose(1, 0, 2),
+                q.dtype.type(scale),
+                out=grad_q[job.sample, block.rows, job.heads],
+            )
         grad_k[job.sample, :, job.kv_heads] = grad_keys.transpose(1, 0, 2)
         grad_v[job.sample, :, job.kv_heads] = grad_values.transpose(1, 0, 2)
 
@@ -144,15 +172,22 @@ def attention_backward(
     return grad_q, grad_k, grad_v
 
 
-def _for_jobs(q: Array, k: Array, blocks: list[QueryBlock], work: Callable[..., None], *, num_scores: int) -> None:
-    """Run work(job, *scratch) on all samples and heads over the pool, with `num_scores` flat scratch arrays for a block's scores.
+def _for_jobs(
+    q: Array, k: Array, blocks: list[QueryBlock], work: Callable[..., None], *, num_scores: int
+) -> None:
+    """Run work(job, *scratch) on all samples and heads over the pool, with `num_scores` flat
+    scratch arrays for a block's scores.
 
     How many heads make a job changes no bit of the result.
     """
     (B, _, H, _), Hkv = q.shape, k.shape[2]
     group = H // Hkv
-    per_kv = max((block.size * block.stop for block in blocks), default=0) * group  # scores of the largest block
-    together = max(1, min(Hkv, SCORE_BYTES // max(1, per_kv * q.itemsize), B * Hkv // (2 * get_threads())))
+    per_kv = (
+        max((block.size * block.stop for block in blocks), default=0) * group
+    )  # scores of the largest block
+    together = max(
+        1, min(Hkv, SCORE_BYTES // max(1, per_kv * q.itemsize), B * Hkv // (2 * get_threads()))
+    )
     per_sample = -(-Hkv // together)
 
     def run(start: int, stop: int) -> None:
@@ -160,7 +195,16 @@ def _for_jobs(q: Array, k: Array, blocks: list[QueryBlock], work: Callable[..., 
         for i in range(start, stop):
             sample, part = divmod(i, per_sample)
             first, last = part * together, min((part + 1) * together, Hkv)
-            work(_Job(sample, slice(first * group, last * group), slice(first, last), last - first, (last - first) * group), *scratch)
+            work(
+                _Job(
+                    sample,
+                    slice(first * group, last * group),
+                    slice(first, last),
+                    last - first,
+                    (last - first) * group,
+                ),
+                *scratch,
+            )
 
     parallel_for(B * per_sample, run)
 
@@ -174,10 +218,11 @@ def _rows(x: Array, job: _Job, block: QueryBlock, scale: float) -> Array:
 def _exponentials_(
     s: Array, queries: Array, keys: Array, block: QueryBlock, job: _Job, key_mask: Array | None
 ) -> tuple[Array, Array | float]:
-    """Overwrite s [heads, rows, n] with exp(queries keys^T - shift), 0 where hidden; returns its row sums [heads, rows, 1] and the shift.
+    """Overwrite s [heads, rows, n] with exp(queries keys^T - shift), 0 where hidden; returns its
+    row sums [heads, rows, 1] and the shift.
 
-    The usual shift, each row's maximum, costs as much as the exponential. Scores are rarely large enough to need it: it is taken only if
-    one of them could overflow or a whole row underflow.
+    The usual shift, each row's maximum, costs as much as the exponential. Scores are rarely large
+    enough to need it: it is taken only if one of them could overflow or a whole row underflow.
     """
     ones = np.ones((s.shape[-1], 1), s.dtype)
     np.matmul(queries, keys.transpose(0, 2, 1), out=s)
@@ -219,8 +264,11 @@ def _with_ones(x: Array, job: _Job) -> Array:
     return wide
 
 
-def _with_shifts(grad_o: Array, q: Array, o: Array, lse: Array, job: _Job, block: QueryBlock, scale: float) -> tuple[Array, Array]:
-    """[scale q | -lse] and [grad_o | -<grad_o, o>] for a block: [kv heads, group * rows, K + 1] each."""
+def _with_shifts(
+    grad_o: Array, q: Array, o: Array, lse: Array, job: _Job, block: QueryBlock, scale: float
+) -> tuple[Array, Array]:
+    """[scale q | -lse] and [grad_o | -<grad_o, o>] for a block: [kv heads, group * rows, K + 1]
+    each."""
     at = (job.sample, block.rows, job.heads)
     K = q.shape[3]
     queries, grads = np.empty((2, job.num_heads, block.size, K + 1), q.dtype)
@@ -229,4 +277,6 @@ def _with_shifts(grad_o: Array, q: Array, o: Array, lse: Array, job: _Job, block
     kept = lse[job.sample, job.heads, block.rows]
     queries[..., K] = np.where(kept == -np.inf, -BLIND, -kept)
     grads[..., K] = -np.einsum("ihk,ihk->hi", grad_o[at], o[at])
-    return queries.reshape(job.num_kv, job.kv_rows(block), K + 1), grads.reshape(job.num_kv, job.kv_rows(block), K + 1)
+    return queries.reshape(job.num_kv, job.kv_rows(block), K + 1), grads.reshape(
+        job.num_kv, job.kv_rows(block), K + 1
+    )

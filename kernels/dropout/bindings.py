@@ -9,9 +9,13 @@ from minillm.kernels.random.hashing import address_words, column_words, threshol
 
 
 @c_kernel("dropout_forward")
-def dropout_forward(c: Any, x: Any, p: float, key: int, samples: Any, times: Any, channels: Any, out: Any = None) -> Any:
+def dropout_forward(
+    c: Any, x: Any, p: float, key: int, samples: Any, times: Any, channels: Any, out: Any = None
+) -> Any:
     B, T, C = x.shape
     y = out_like(x, out)
     rows = address_words(key, samples, times)
-    c.dropout(pool(), dense(x), y, rows, column_words(channels), B * T, C, threshold(p), 1 / (1 - p))
+    c.dropout(
+        pool(), dense(x), y, rows, column_words(channels), B * T, C, threshold(p), 1 / (1 - p)
+    )
     return deliver(y, out)

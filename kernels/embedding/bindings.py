@@ -12,12 +12,18 @@ from minillm.kernels.native import c_kernel, dense, pool
 def embedding_forward(c: Any, ids: Any, weight: Any, first_row: int = 0) -> Any:
     V, D = weight.shape
     out = np.empty((*ids.shape, D), weight.dtype)
-    c.embedding_forward(pool(), np.ascontiguousarray(ids, np.int64), dense(weight), out, ids.size, V, D, first_row)
+    c.embedding_forward(
+        pool(), np.ascontiguousarray(ids, np.int64), dense(weight), out, ids.size, V, D, first_row
+    )
     return out
 
 
 @c_kernel("embedding_backward_")
-def embedding_backward_(c: Any, grad_y: Any, ids: Any, grad_weight: Any, first_row: int = 0, accumulate: bool = True) -> None:
+def embedding_backward_(
+    c: Any, grad_y: Any, ids: Any, grad_weight: Any, first_row: int = 0, accumulate: bool = True
+) -> None:
     V, D = grad_weight.shape
     ids = np.ascontiguousarray(ids, np.int64)
-    c.embedding_backward(pool(), dense(grad_y), ids, grad_weight, ids.size, V, D, first_row, accumulate)
+    c.embedding_backward(
+        pool(), dense(grad_y), ids, grad_weight, ids.size, V, D, first_row, accumulate
+    )

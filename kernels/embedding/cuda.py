@@ -22,14 +22,24 @@ def _ids(ids: Any) -> Any:
 def embedding_forward(ids: Any, weight: Any, first_row: int = 0) -> Any:
     V, D = weight.shape
     out = empty((*ids.shape, D), weight.dtype, weight)
-    args = (_ids(ids), dense(weight), out, np.int64(ids.size), np.int64(V), np.int32(D), np.int64(first_row))
+    args = (
+        _ids(ids),
+        dense(weight),
+        out,
+        np.int64(ids.size),
+        np.int64(V),
+        np.int32(D),
+        np.int64(first_row),
+    )
     defines = {"ELEMENT": element(weight), "SUM": element(weight)}
     launch(_FILE, "embedding_forward", defines, (blocks(ids.size, _WARPS),), (32, _WARPS), args)
     return out
 
 
 @cuda_kernel("embedding_backward_")
-def embedding_backward_(grad_y: Any, ids: Any, grad_weight: Any, first_row: int = 0, accumulate: bool = True) -> None:
+def embedding_backward_(
+    grad_y: Any, ids: Any, grad_weight: Any, first_row: int = 0, accumulate: bool = True
+) -> None:
     if not grad_weight.flags.c_contiguous:
         raise ValueError("grad_weight is added to in place, and must be C-contiguous")
     V, D = grad_weight.shape
@@ -46,4 +56,11 @@ def embedding_backward_(grad_y: Any, ids: Any, grad_weight: Any, first_row: int 
     launch(_FILE, "embedding_backward", defines, (chunks, tiles), (32, _WARPS), args)
     if chunks > 1:
         grid = (blocks(chunks, _WARPS), tiles)
-        launch(_FILE, "embedding_backward_long", defines, grid, (32, _WARPS), (keys, partials, grad_weight, *counts))
+        launch(
+            _FILE,
+            "embedding_backward_long",
+            defines,
+            grid,
+            (32, _WARPS),
+            (keys, partials, grad_weight, *counts),
+        )

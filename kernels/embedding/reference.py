@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 from minillm.kernels.registry import kernel
 
-ONE_HOT_ROWS = 512  # up to this many rows of the table a product with a one-hot matrix is faster than sorting
+ONE_HOT_ROWS = (
+    512  # up to this many rows of the table a product with a one-hot matrix is faster than sorting
+)
 
 
 @kernel("embedding_forward")
 def embedding_forward(ids: Any, weight: Any, first_row: int = 0) -> Any:
-    """Rows of weight [V_local, D] for ids of any shape -> [*ids.shape, D]; ids outside [first_row, first_row + V_local) give zeros."""
+    """Rows of weight [V_local, D] for ids of any shape -> [*ids.shape, D]; ids outside [first_row,
+    first_row + V_local) give zeros."""
     local = ids - first_row
     inside = (local >= 0) & (local < len(weight))
     if inside.all():
@@ -25,8 +28,11 @@ def embedding_forward(ids: Any, weight: Any, first_row: int = 0) -> Any:
 
 
 @kernel("embedding_backward_")
-def embedding_backward_(grad_y: Any, ids: Any, grad_weight: Any, first_row: int = 0, accumulate: bool = True) -> None:
-    """Add the rows of grad_y [*ids.shape, D] to the rows of grad_weight [V_local, D] that `ids` names (or overwrite), in a fixed order."""
+def embedding_backward_(
+    grad_y: Any, ids: Any, grad_weight: Any, first_row: int = 0, accumulate: bool = True
+) -> None:
+    """Add the rows of grad_y [*ids.shape, D] to the rows of grad_weight [V_local, D] that `ids`
+    names (or overwrite), in a fixed order."""
     if not accumulate:
         grad_weight[...] = 0
     local = ids.reshape(-1) - first_row

@@ -23,35 +23,84 @@ from minillm.kernels.emulator.report import EmulatorError
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m minillm.kernels.emulator", description="Run a kernel on the CPU and watch one thread.")
-    parser.add_argument("op", help="an operation (attention_backward) or a family, whose first operation runs (attention)")
+    parser = argparse.ArgumentParser(
+        prog="python -m minillm.kernels.emulator",
+        description="Run a kernel on the CPU and watch one thread.",
+    )
+    parser.add_argument(
+        "op",
+        help="an operation (attention_backward) or a family, whose first operation runs "
+        "(attention)",
+    )
     parser.add_argument("variant", nargs="?", help="v1, v2 ... (default: the operation's first)")
     for name, default in vars(Sizes()).items():
         if name != "causal":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}"
+            )
     parser.add_argument("--full", action="store_true", help="attention without a causal mask")
-    parser.add_argument("--dtype", help="of the arrays (default: bfloat16 where the kernel takes it)")
-    parser.add_argument("--kernel", help="show only this kernel, where the operation launches several")
-    parser.add_argument("--block", type=int, default=0, help="number of the block to watch, x fastest (default 0)")
-    parser.add_argument("--thread", type=int, default=0, help="number of the thread in it (default 0)")
-    parser.add_argument("--watch", help="names to show, with commas (default: all that the kernel marks with WATCH)")
-    parser.add_argument("--accesses", type=int, metavar="N", help="list the thread's first N accesses (default: 20 if it shows no values)")
-    parser.add_argument("--heatmap", type=Path, metavar="FILE.svg", help="draw bank conflicts and coalescing of the block's accesses")
-    parser.add_argument("--edit", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help="replace a text of the source first")
-    parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help="which thread runs next (default: round robin)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs, and of the random order")
+    parser.add_argument(
+        "--dtype", help="of the arrays (default: bfloat16 where the kernel takes it)"
+    )
+    parser.add_argument(
+        "--kernel", help="show only this kernel, where the operation launches several"
+    )
+    parser.add_argument(
+        "--block", type=int, default=0, help="number of the block to watch, x fastest (default 0)"
+    )
+    parser.add_argument(
+        "--thread", type=int, default=0, help="number of the thread in it (default 0)"
+    )
+    parser.add_argument(
+        "--watch", help="names to show, with commas (default: all that the kernel marks with WATCH)"
+    )
+    parser.add_argument(
+        "--accesses",
+        type=int,
+        metavar="N",
+        help="list the thread's first N accesses (default: 20 if it shows no values)",
+    )
+    parser.add_argument(
+        "--heatmap",
+        type=Path,
+        metavar="FILE.svg",
+        help="draw bank conflicts and coalescing of the block's accesses",
+    )
+    parser.add_argument(
+        "--edit",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("OLD", "NEW"),
+        help="replace a text of the source first",
+    )
+    parser.add_argument(
+        "--order",
+        choices=ORDERS,
+        default=ORDERS[0],
+        help="which thread runs next (default: round robin)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the inputs, and of the random order"
+    )
     return parser
 
 
 def _chosen(name: str, variant: str | None) -> registry.Kernel:
     """The emulated implementation that is meant. Raises KernelUnavailable with what there is."""
     everything = (k for op in registry.ops() for k in registry.available(op))
-    entries = [k for k in everything if name in (k.op, k.family) and k.backend == "emulator" and k.op in EXAMPLES]
+    entries = [
+        k
+        for k in everything
+        if name in (k.op, k.family) and k.backend == "emulator" and k.op in EXAMPLES
+    ]
     entries.sort(key=lambda k: list(EXAMPLES).index(k.op))  # forward before backward
     found = next((k for k in entries if variant in (None, k.variant)), None)
     if found is None or found.unavailable:
         there = ", ".join(f"{k.op} {k.variant}" for k in entries) or "nothing of it"
-        raise registry.KernelUnavailable(f"{found.unavailable if found else f'the emulator runs {there}, not {name} {variant or str()}'}")
+        raise registry.KernelUnavailable(
+            f"{found.unavailable if found else f'the emulator runs {there}, not {name} {variant or str()}'}"
+        )
     return found
 
 
@@ -66,12 +115,16 @@ def _dtype(kernel: registry.Kernel, wanted: str | None) -> str:
     if wanted is None:
         return "bfloat16" if "bfloat16" in kernel.dtypes else "float32"
     if kernel.dtypes and wanted not in kernel.dtypes:
-        raise registry.KernelUnavailable(f"{kernel.op} {kernel.variant} takes {', '.join(kernel.dtypes)}, not {wanted}")
+        raise registry.KernelUnavailable(
+            f"{kernel.op} {kernel.variant} takes {', '.join(kernel.dtypes)}, not {wanted}"
+        )
     return wanted
 
 
 def _numbers(value: np.ndarray) -> str:
-    text = np.array2string(value, precision=4, suppress_small=True, max_line_width=110, threshold=512)
+    text = np.array2string(
+        value, precision=4, suppress_small=True, max_line_width=110, threshold=512
+    )
     return text.replace("\n", "\n        ")
 
 
@@ -96,13 +149,25 @@ def show_thread(launched: Launched, names: set[str] | None, accesses: int | None
 
 
 def _described(launched: Launched, row: np.void) -> str:
-    """Such as "reads x[3 .. 6] = 0.5 1.2 -0.1 0.3" or "writes byte 128 of dynamic shared memory, 16 bytes"."""
-    verb, address, size = "writes" if row["flags"] & IS_WRITE else "reads", int(row["address"]), int(row["bytes"])
+    """Such as "reads x[3 .. 6] = 0.5 1.2 -0.1 0.3" or "writes byte 128 of dynamic shared memory, 16
+    bytes"."""
+    verb, address, size = (
+        "writes" if row["flags"] & IS_WRITE else "reads",
+        int(row["address"]),
+        int(row["bytes"]),
+    )
     memory = launched.memory_at(address)
     if memory is None or memory.dtype is None or size % memory.dtype.itemsize:
-        place = f"byte {address - memory.address} of {memory.name}" if memory else "memory of no array"
-        return f"{verb} {place}, {size} bytes" + (" asynchronously" if row["flags"] & IS_ASYNCHRONOUS else "")
-    first, count = (address - memory.address) // memory.dtype.itemsize, size // memory.dtype.itemsize
+        place = (
+            f"byte {address - memory.address} of {memory.name}" if memory else "memory of no array"
+        )
+        return f"{verb} {place}, {size} bytes" + (
+            " asynchronously" if row["flags"] & IS_ASYNCHRONOUS else ""
+        )
+    first, count = (
+        (address - memory.address) // memory.dtype.itemsize,
+        size // memory.dtype.itemsize,
+    )
     values = row["data"].tobytes()[:size]
     shown = " ".join(f"{float(v):.4g}" for v in np.frombuffer(values, memory.dtype)[:4])
     index = f"{first}" if count == 1 else f"{first} .. {first + count - 1}"
@@ -127,29 +192,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         edits = tuple((old, new) for old, new in args.edit)
         _require_texts([old for old, _ in edits])
         watching = {"log_block": args.block, "watch": (args.block, args.thread), "record": record}
-        with registry.use(**{kernel.op: kernel.choice}), emulate(order=args.order, seed=args.seed, edits=edits, **watching):
+        with (
+            registry.use(**{kernel.op: kernel.choice}),
+            emulate(order=args.order, seed=args.seed, edits=edits, **watching),
+        ):
             results = example(kernel.op, sizes, dtype, args.seed)
     except (registry.KernelUnavailable, EmulatorError, BuildError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{kernel.op} {kernel.variant}, {dtype}, {sizes}")
     with registry.use(**{kernel.op: "numpy"}):
-        print(f"relative error against float64: {largest_error(results, example(kernel.op, sizes, dtype, args.seed, wide=True)):.1e}")
+        print(
+            "relative error against float64: "
+            f"{largest_error(results, example(kernel.op, sizes, dtype, args.seed, wide=True)):.1e}"
+        )
     names = set(args.watch.split(",")) if args.watch else None
     shown = [launched for launched in record if args.kernel in (None, launched.kernel)]
     for launched in shown:
-        picture = args.heatmap and (args.heatmap if len(shown) == 1 else args.heatmap.with_stem(f"{args.heatmap.stem}_{launched.kernel}"))
+        picture = args.heatmap and (
+            args.heatmap
+            if len(shown) == 1
+            else args.heatmap.with_stem(f"{args.heatmap.stem}_{launched.kernel}")
+        )
         _show(launched, args, names, picture)
     return 0
 
 
-def _show(launched: Launched, args: argparse.Namespace, names: set[str] | None, picture: Path | None) -> None:
+def _show(
+    launched: Launched, args: argparse.Namespace, names: set[str] | None, picture: Path | None
+) -> None:
     threads = int(np.prod(launched.block))
-    print(f"\n{launched.kernel} of {launched.path.parent.name}/{launched.path.name}: grid {launched.grid}, block {launched.block}")
+    print(
+        f"\n{launched.kernel} of {launched.path.parent.name}/{launched.path.name}: grid "
+        f"{launched.grid}, block {launched.block}"
+    )
     if args.block >= np.prod(launched.grid) or args.thread >= threads:
         print(f"  has no block {args.block} with a thread {args.thread}")
         return
-    print(f"block {args.block}, thread {args.thread} (warp {args.thread // 32}, lane {args.thread % 32})")
+    print(
+        f"block {args.block}, thread {args.thread} (warp {args.thread // 32}, lane "
+        f"{args.thread % 32})"
+    )
     show_thread(launched, names, args.accesses)
     if picture:
         found = heatmap.instructions(launched)

@@ -1,5 +1,5 @@
-"""From a `.cu` file to a shared library of the host: the kernels, compiled with a call before every memory access, and the emulator's own
-C++ linked to them."""
+"""From a `.cu` file to a shared library of the host: the kernels, compiled with a call before every
+memory access, and the emulator's own C++ linked to them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,35 @@ HERE = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 _CANDIDATES = (*filter(None, [os.environ.get("CXX")]), "g++", "clang++")
 HEADERS = ("cuda.h", "ampere.h", "hopper.h")  # put before a .cu file
-_COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", f"-ffile-prefix-map={ROOT}=.")
+_COMMON = (
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-strict-aliasing",
+    f"-ffile-prefix-map={ROOT}=.",
+)
 _RUNTIME = (*_COMMON, "-O2")  # without lines: reports name those of the kernel
-# Loads and stores are to stay as they are written: no vectorising, no merging. What a GPU has not initialised holds a pattern, not zero.
+# Loads and stores are to stay as they are written: no vectorising, no merging. What a GPU has not
+# initialised holds a pattern, not zero.
 _KERNEL = (
-    *(*_COMMON, "-O1", "-gdwarf-4", "-g1", "-w", "-DMINILLM_EMULATOR", "-fsanitize=thread", "-ffp-contract=off"),
+    *(
+        *_COMMON,
+        "-O1",
+        "-gdwarf-4",
+        "-g1",
+        "-w",
+        "-DMINILLM_EMULATOR",
+        "-fsanitize=thread",
+        "-ffp-contract=off",
+    ),
     *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-optimize-sibling-calls"),
 )
-_GCC_ONLY = ("-fsanitize=bounds", "-fno-tree-sra", "-fno-store-merging", "--param=tsan-distinguish-volatile=0")
+_GCC_ONLY = (
+    "-fsanitize=bounds",
+    "-fno-tree-sra",
+    "-fno-store-merging",
+    "--param=tsan-distinguish-volatile=0",
+)
 _CLANG_ONLY = ("-fsanitize=array-bounds",)
 
 
@@ -47,18 +68,26 @@ def host_compiler() -> Compiler | None:
     for name in _CANDIDATES:
         path = shutil.which(name)
         if path is not None:
-            lines = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+            lines = subprocess.run(
+                [path, "--version"], capture_output=True, text=True, check=False
+            ).stdout.splitlines()
             return Compiler(path, lines[0] if lines else path)
     return None
 
 
 def compiler_missing() -> str | None:
     """Why nothing can be emulated here; None if it can. Looks for a file only."""
-    return None if any(map(shutil.which, _CANDIDATES)) else "no host C++ compiler (install g++ or clang++)"
+    return (
+        None
+        if any(map(shutil.which, _CANDIDATES))
+        else "no host C++ compiler (install g++ or clang++)"
+    )
 
 
 def _run(command: list[str], text: str | None, what: str) -> None:
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, check=False, cwd=ROOT
+    )
     if done.returncode:
         raise BuildError(f"{what} does not compile for the emulator:\n{done.stderr}")
 
@@ -72,7 +101,13 @@ def _objects(compiler: Compiler) -> list[Path]:
     headers = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.h"))]
 
     def compiled(source: Path) -> Path:
-        key = (source.name, source.read_text(encoding="utf-8"), *headers, *_RUNTIME, compiler.version)
+        key = (
+            source.name,
+            source.read_text(encoding="utf-8"),
+            *headers,
+            *_RUNTIME,
+            compiler.version,
+        )
         return cached(".o", key, functools.partial(_compile_object, compiler, source))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -123,7 +158,8 @@ def _parameters(text: str) -> Iterator[Parameter]:
             yield Parameter(words[-1], " ".join(part.split()))
 
 
-# One function per kernel that calls it with arguments from an array of pointers, and one that says of what kinds they are.
+# One function per kernel that calls it with arguments from an array of pointers, and one that says
+# of what kinds they are.
 _ENTRIES = """
 namespace emulator_entries {
 template <typename P> struct Kind { static constexpr char letter = (P)0.5f != (P)0 ? 'f' : 'i'; static constexpr int bytes = sizeof(P); };
@@ -154,7 +190,8 @@ template <typename... P> int describe(void (*)(P...), char* letters, int* bytes)
 def _entry(name: str) -> str:
     visible = 'extern "C" __attribute__((visibility("default"), no_sanitize("thread")))'
     return (
-        f"{visible} void emulator_call_{name}(void** args) {{ emulator_entries::call({name}, args); }}\n"
+        f"{visible} void emulator_call_{name}(void** args) {{ emulator_entries::call({name}, "
+        f"args); }}\n"
         f"{visible} int emulator_describe_{name}(char* letters, int* bytes)\n"
         f"{{ return emulator_entries::describe({name}, letters, bytes); }}\n"
     )
@@ -167,18 +204,25 @@ class Compiled(NamedTuple):
     kernels: dict[str, list[Parameter]]
 
 
-_wanted: dict[Any, threading.Lock] = {}  # what has been asked for: threads that want the same wait for the first
+_wanted: dict[
+    Any, threading.Lock
+] = {}  # what has been asked for: threads that want the same wait for the first
 
 
-def compile_host(path: Path, defines: tuple[tuple[str, str | int], ...], edits: tuple[tuple[str, str], ...] = ()) -> Compiled:
-    """The library of a `.cu` file compiled with macros, from the cache where it has been compiled before; `edits` (old text, new text) are
-    made to its source, includes in their places, first. Raises BuildError."""
+def compile_host(
+    path: Path, defines: tuple[tuple[str, str | int], ...], edits: tuple[tuple[str, str], ...] = ()
+) -> Compiled:
+    """The library of a `.cu` file compiled with macros, from the cache where it has been compiled
+    before; `edits` (old text, new text) are made to its source, includes in their places, first.
+    Raises BuildError."""
     with _wanted.setdefault((path, defines, edits), threading.Lock()):
         return _compile_host(path, defines, edits)
 
 
 @functools.cache
-def _compile_host(path: Path, defines: tuple[tuple[str, str | int], ...], edits: tuple[tuple[str, str], ...]) -> Compiled:
+def _compile_host(
+    path: Path, defines: tuple[tuple[str, str | int], ...], edits: tuple[tuple[str, str], ...]
+) -> Compiled:
     text = inlined_source(path)
     for old, new in edits:
         text = text.replace(old, new)
@@ -186,14 +230,21 @@ def _compile_host(path: Path, defines: tuple[tuple[str, str | int], ...], edits:
 
 
 def compile_text(path: Path, text: str, defines: Defines) -> Compiled:
-    """The same for a text that stands for the file `path`. Raises BuildError if it does not compile."""
+    """The same for a text that stands for the file `path`. Raises BuildError if it does not
+    compile."""
     compiler = host_compiler()
     if compiler is None:
         raise BuildError(compiler_missing() or "no host C++ compiler")
     kernels = kernels_in(text)
-    source = text + '\n#line 1 "kernels/emulator/entries"\n' + _ENTRIES + "".join(map(_entry, kernels))
+    source = (
+        text + '\n#line 1 "kernels/emulator/entries"\n' + _ENTRIES + "".join(map(_entry, kernels))
+    )
     objects = _objects(compiler)
-    options = [*_KERNEL, *_initialisation(compiler), *(_GCC_ONLY if compiler.is_gcc else _CLANG_ONLY)]
+    options = [
+        *_KERNEL,
+        *_initialisation(compiler),
+        *(_GCC_ONLY if compiler.is_gcc else _CLANG_ONLY),
+    ]
     options += [f"-D{name}={value}" for name, value in defines.items()]
     for header in HEADERS:
         options += ["-include", str(HERE / header)]
@@ -201,8 +252,21 @@ def compile_text(path: Path, text: str, defines: Defines) -> Compiled:
     def make(target: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             kernel = Path(folder) / "kernel.o"
-            _run([compiler.path, *options, "-x", "c++", "-c", "-", "-o", str(kernel)], source, path.name)
-            link = [compiler.path, "-shared", "-Wl,-Bsymbolic", str(kernel), *map(str, objects), "-o", str(target), "-lm"]
+            _run(
+                [compiler.path, *options, "-x", "c++", "-c", "-", "-o", str(kernel)],
+                source,
+                path.name,
+            )
+            link = [
+                compiler.path,
+                "-shared",
+                "-Wl,-Bsymbolic",
+                str(kernel),
+                *map(str, objects),
+                "-o",
+                str(target),
+                "-lm",
+            ]
             _run(link, None, path.name)
 
     key = (source, *options, *(path.name for path in objects), compiler.version)
@@ -210,7 +274,8 @@ def compile_text(path: Path, text: str, defines: Defines) -> Compiled:
 
 
 def _initialisation(compiler: Compiler) -> tuple[str, ...]:
-    """The option that fills uninitialised local variables with a pattern, where the compiler has it (gcc from 12 on)."""
+    """The option that fills uninitialised local variables with a pattern, where the compiler has it
+    (gcc from 12 on)."""
     number = re.search(r"(\d+)\.\d+", compiler.version)
     new_enough = not compiler.is_gcc or (number is not None and int(number[1]) >= 12)
     return ("-ftrivial-auto-var-init=pattern",) if new_enough else ()

@@ -1,4 +1,5 @@
-"""Small inputs for every operation: what to call so that its kernels run. For the emulator's command line and for tests of it.
+"""Small inputs for every operation: what to call so that its kernels run. For the emulator's
+command line and for tests of it.
 
 An example returns all that its operation computes, arrays that it works on in place included.
 """
@@ -27,7 +28,9 @@ class Sizes:
     head_width: int = 64
     width: int = 256
     causal: bool = True
-    padding: int = 0  # so many keys at the start of the first sample are hidden, half as many of the second, ..., and every seventh key
+    # so many keys at the start of the first sample are hidden, half as many of the second, ..., and
+    # every seventh key
+    padding: int = 0
 
     def __str__(self) -> str:
         return ", ".join(f"{name} = {value}" for name, value in vars(self).items())
@@ -43,7 +46,9 @@ class _Maker:
         self.statistics = np.dtype(np.float64 if wide else np.float32)  # of sums and moments
 
     def __call__(self, *shape: int, dtype: Any = None) -> Array:
-        values = self._rng.standard_normal(shape).astype(self._narrow if dtype is None else np.float32)
+        values = self._rng.standard_normal(shape).astype(
+            self._narrow if dtype is None else np.float32
+        )
         return values.astype(self.dtype if dtype is None else dtype)
 
     def rows(self) -> Array:
@@ -55,12 +60,18 @@ class _Maker:
 
 def _attention(make: _Maker) -> tuple[Array, Array, Array]:
     s = make.sizes
-    return make(s.batch, s.T, s.heads, s.head_width), *(make(s.batch, s.T, s.kv_heads, s.head_width) for _ in range(2))
+    return make(s.batch, s.T, s.heads, s.head_width), *(
+        make(s.batch, s.T, s.kv_heads, s.head_width) for _ in range(2)
+    )
 
 
 def _attention_options(s: Sizes) -> dict[str, Any]:
     key = np.arange(s.T)
-    key_mask = np.array([(key >= s.padding // (b + 1)) & (key % 7 != 3) for b in range(s.batch)]) if s.padding else None
+    key_mask = (
+        np.array([(key >= s.padding // (b + 1)) & (key % 7 != 3) for b in range(s.batch)])
+        if s.padding
+        else None
+    )
     return {"scale": s.head_width**-0.5, "causal": s.causal, "key_mask": key_mask}
 
 
@@ -69,16 +80,21 @@ def attention_forward(make: _Maker) -> Any:
 
 
 def attention_backward(make: _Maker) -> Any:
-    """What the forward pass returns comes from the NumPy reference, so that only the backward kernels run."""
+    """What the forward pass returns comes from the NumPy reference, so that only the backward
+    kernels run."""
     q, k, v = _attention(make)
     options = _attention_options(make.sizes)
     with kernels.use(attention_forward="numpy"):
         o, lse = kernels.attention_forward(*(x.astype(np.float64) for x in (q, k, v)), **options)
-    return kernels.attention_backward(make(*q.shape), q, k, v, o.astype(q.dtype), lse.astype(make.statistics), **options)
+    return kernels.attention_backward(
+        make(*q.shape), q, k, v, o.astype(q.dtype), lse.astype(make.statistics), **options
+    )
 
 
 def layernorm_forward(make: _Maker) -> Any:
-    return kernels.layernorm_forward(make.rows(), make(make.sizes.width), make(make.sizes.width), 1e-5)
+    return kernels.layernorm_forward(
+        make.rows(), make(make.sizes.width), make(make.sizes.width), 1e-5
+    )
 
 
 def layernorm_backward(make: _Maker) -> Any:
@@ -91,7 +107,9 @@ def rmsnorm_forward(make: _Maker) -> Any:
 
 
 def rmsnorm_backward(make: _Maker) -> Any:
-    return kernels.rmsnorm_backward(make.rows(), make.rows(), make(make.sizes.width), np.ones(make.sizes.T, make.statistics))
+    return kernels.rmsnorm_backward(
+        make.rows(), make.rows(), make(make.sizes.width), np.ones(make.sizes.T, make.statistics)
+    )
 
 
 def gelu_forward(make: _Maker) -> Any:
@@ -123,7 +141,9 @@ def add(make: _Maker) -> Any:
 
 
 def cast(make: _Maker) -> Any:
-    return kernels.cast(make.rows(), "float32" if make.dtype.itemsize == 2 else "float16")  # either way values change by rounding only
+    return kernels.cast(
+        make.rows(), "float32" if make.dtype.itemsize == 2 else "float16"
+    )  # either way values change by rounding only
 
 
 def column_sum(make: _Maker) -> Any:
@@ -140,7 +160,14 @@ def rope_(make: _Maker) -> Any:
 
 def dropout_forward(make: _Maker) -> Any:
     s = make.sizes
-    return kernels.dropout_forward(make(s.batch, s.T, s.width), 0.1, 1234, np.arange(s.batch), np.arange(s.T), np.arange(s.width))
+    return kernels.dropout_forward(
+        make(s.batch, s.T, s.width),
+        0.1,
+        1234,
+        np.arange(s.batch),
+        np.arange(s.T),
+        np.arange(s.width),
+    )
 
 
 def random_normal(make: _Maker) -> Any:
@@ -171,7 +198,9 @@ def xent_max(make: _Maker) -> Any:
 
 def xent_shifted_sum_(make: _Maker) -> Any:
     s, logits = make.sizes, make.rows()
-    sums = kernels.xent_shifted_sum_(logits, np.full(s.T, 4, make.statistics), make.integers(s.width, s.T), 0)
+    sums = kernels.xent_shifted_sum_(
+        logits, np.full(s.T, 4, make.statistics), make.integers(s.width, s.T), 0
+    )
     return logits, *sums
 
 
@@ -196,7 +225,14 @@ def adamw_(make: _Maker) -> Any:
     n = make.sizes.T * make.sizes.width
     grad, param, exp_avg, exp_avg_sq = make(n), *(make(n, dtype=make.statistics) for _ in range(3))
     exp_avg_sq = abs(exp_avg_sq)
-    options: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+    options: dict[str, Any] = {
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "step": 1,
+    }
     kernels.adamw_(param, grad, exp_avg, exp_avg_sq, **options)
     return param, exp_avg, exp_avg_sq
 
@@ -221,17 +257,46 @@ def sum_arrays(make: _Maker) -> Any:
 EXAMPLES: dict[str, Callable[[_Maker], Any]] = {
     example.__name__: example
     for example in (
-        *(attention_forward, attention_backward, layernorm_forward, layernorm_backward, rmsnorm_forward, rmsnorm_backward),
-        *(gelu_forward, gelu_backward, relu_forward, relu_backward, swiglu_forward, swiglu_backward, add, cast, column_sum, rope_),
-        *(dropout_forward, random_normal, embedding_forward, embedding_backward_, xent_max, xent_shifted_sum_, xent_grad_),
+        *(
+            attention_forward,
+            attention_backward,
+            layernorm_forward,
+            layernorm_backward,
+            rmsnorm_forward,
+            rmsnorm_backward,
+        ),
+        *(
+            gelu_forward,
+            gelu_backward,
+            relu_forward,
+            relu_backward,
+            swiglu_forward,
+            swiglu_backward,
+            add,
+            cast,
+            column_sum,
+            rope_,
+        ),
+        *(
+            dropout_forward,
+            random_normal,
+            embedding_forward,
+            embedding_backward_,
+            xent_max,
+            xent_shifted_sum_,
+            xent_grad_,
+        ),
         *(softmax_forward, softmax_backward, xent_statistics, xent_grad_from_logits_),
         *(adamw_, sgd_, sum_of_squares, sum_arrays),
     )
 }
 
 
-def example(op: str, sizes: Sizes, dtype: str, seed: int = 0, *, wide: bool = False) -> tuple[Array, ...]:
-    """What `op` computes from small random inputs, or from the same values in float64. Raises KeyError for an op without an example."""
+def example(
+    op: str, sizes: Sizes, dtype: str, seed: int = 0, *, wide: bool = False
+) -> tuple[Array, ...]:
+    """What `op` computes from small random inputs, or from the same values in float64. Raises
+    KeyError for an op without an example."""
     results = EXAMPLES[op](_Maker(sizes, dtype, seed, wide))
     return results if isinstance(results, tuple) else (results,)
 
@@ -244,6 +309,8 @@ def largest_error(got: tuple[Array, ...], want: tuple[Array, ...]) -> float:
             g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
             with np.errstate(invalid="ignore"):
                 same = np.where(g == w, 0, g - w)  # infinities, too
-            error = float(np.linalg.norm(same)) / max(float(np.linalg.norm(w[np.isfinite(w)])), 1e-300)
+            error = float(np.linalg.norm(same)) / max(
+                float(np.linalg.norm(w[np.isfinite(w)])), 1e-300
+            )
             errors.append(error if np.isfinite(error) else np.inf)
     return max(errors)

@@ -1,8 +1,10 @@
-"""What a block's accesses cost: shared-memory banks and sectors of global memory, per instruction, as a table and as a picture.
+"""What a block's accesses cost: shared-memory banks and sectors of global memory, per instruction,
+as a table and as a picture.
 
-Shared memory has 32 banks of 4 bytes. The lanes of a warp are served together unless two of them want different words of one bank; each
-further word of the same bank costs another pass ("wavefront"). Accesses of 16 bytes go by eight lanes at a time, of 8 bytes by sixteen.
-Global memory moves in sectors of 32 bytes: what a warp asks for should fill the sectors that it touches.
+Shared memory has 32 banks of 4 bytes. The lanes of a warp are served together unless two of them
+want different words of one bank; each further word of the same bank costs another pass
+("wavefront"). Accesses of 16 bytes go by eight lanes at a time, of 8 bytes by sixteen. Global
+memory moves in sectors of 32 bytes: what a warp asks for should fill the sectors that it touches.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Instruction:
     executions: int
     cost: float  # wavefronts or sectors per execution
     ideal: float  # the fewest that its bytes need
-    banks: np.ndarray | None  # of shared memory: how many words each bank is asked for in the worst group of lanes
+    banks: (
+        np.ndarray | None
+    )  # of shared memory: how many words each bank is asked for in the worst group of lanes
 
     @property
     def text(self) -> str:
@@ -56,12 +60,16 @@ def instructions(launched: Launched) -> list[Instruction]:
     """The instructions that a launch's log holds, in the order of their lines."""
     log = launched.accesses[launched.accesses["flags"] & IS_ASYNCHRONOUS == 0].copy()
     address = log["address"].copy()
-    for memory in launched.memory:  # on a GPU allocations begin on a multiple of 256 bytes, on the host anywhere
+    for memory in (
+        launched.memory
+    ):  # on a GPU allocations begin on a multiple of 256 bytes, on the host anywhere
         inside = (address >= memory.address) & (address < memory.address + memory.bytes)
         log["address"][inside] = address[inside] - np.uint64(memory.origin % 256)
     frames = launched.symbols.frames(np.unique(log["site"]))
     found = []
-    keys = np.stack([log["site"], log["flags"].astype(np.uint64), log["bytes"].astype(np.uint64)], axis=1)
+    keys = np.stack(
+        [log["site"], log["flags"].astype(np.uint64), log["bytes"].astype(np.uint64)], axis=1
+    )
     for key in np.unique(keys, axis=0):
         mine = log[(keys == key).all(1)]
         found.append(_instruction(mine, _own_frames(frames[int(key[0])])))
@@ -70,7 +78,9 @@ def instructions(launched: Launched) -> list[Instruction]:
 
 def _own_frames(frames: Sequence[Frame]) -> tuple[Frame, ...]:
     """The places in the kernel's own file: an access inside load16 belongs to its caller."""
-    return tuple(frame for frame in frames if not frame.file.startswith(DEVICE_HEADERS)) or tuple(frames)
+    return tuple(frame for frame in frames if not frame.file.startswith(DEVICE_HEADERS)) or tuple(
+        frames
+    )
 
 
 def own_frame(frames: Sequence[Frame]) -> Frame | None:
@@ -106,7 +116,8 @@ def _instruction(log: np.ndarray, frames: tuple[Frame, ...]) -> Instruction:
 
 
 def _executions(log: np.ndarray) -> Iterator[np.ndarray]:
-    """The addresses of the lanes of a warp, for each time that it executed an instruction: the n-th time of each of its lanes."""
+    """The addresses of the lanes of a warp, for each time that it executed an instruction: the n-th
+    time of each of its lanes."""
     order = np.argsort(log["thread"], kind="stable")
     threads, addresses = log["thread"][order], log["address"][order]
     starts = np.r_[0, np.flatnonzero(np.diff(threads)) + 1]
@@ -140,10 +151,15 @@ def _words_by_bank(addresses: np.ndarray, size: int) -> np.ndarray:
 
 def table(found: Sequence[Instruction]) -> str:
     """One line an instruction; what costs more than it must is marked with its factor."""
-    lines = [f"{'line':>12}  {'instruction':<18} {'times':>6} {'cost':>7} {'ideal':>6}  {'':6} source"]
+    lines = [
+        f"{'line':>12}  {'instruction':<18} {'times':>6} {'cost':>7} {'ideal':>6}  {'':6} source"
+    ]
     for i in found:
         factor = f"x {i.ratio:.1f}" if i.ratio > 1.05 else ""
-        lines.append(f"{i.place:>12}  {i.name:<18} {i.executions:>6} {i.cost:>7.2f} {i.ideal:>6.2f}  {factor:6} {i.text[:80]}")
+        lines.append(
+            f"{i.place:>12}  {i.name:<18} {i.executions:>6} {i.cost:>7.2f} {i.ideal:>6.2f}  "
+            f"{factor:6} {i.text[:80]}"
+        )
     return "\n".join(lines)
 
 
@@ -153,13 +169,25 @@ _WIDTH = _CELLS_END + 640
 
 
 def draw(launched: Launched, found: Sequence[Instruction], path: Path) -> None:
-    """Write the picture as SVG: a row an instruction; for shared memory a cell a bank, the redder the more passes it needs; for global
-    memory a bar, as full as the sectors that it moves are of bytes that were asked for."""
+    """Write the picture as SVG: a row an instruction; for shared memory a cell a bank, the redder
+    the more passes it needs; for global memory a bar, as full as the sectors that it moves are of
+    bytes that were asked for."""
     shared, global_ = [i for i in found if i.is_shared], [i for i in found if not i.is_shared]
     height = _TOP + (len(found) + 5) * _ROW
     body = [
-        _text(12, 24, f"{launched.kernel} in {launched.path.parent.name}/{launched.path.name}", "title"),
-        _text(12, 44, f"one block of {int(np.prod(launched.block))} threads; cost and ideal are per execution by a warp", "note"),
+        _text(
+            12,
+            24,
+            f"{launched.kernel} in {launched.path.parent.name}/{launched.path.name}",
+            "title",
+        ),
+        _text(
+            12,
+            44,
+            f"one block of {int(np.prod(launched.block))} threads; cost and ideal are per "
+            "execution by a warp",
+            "note",
+        ),
     ]
     y = _TOP
     parts = (
@@ -175,11 +203,16 @@ def draw(launched: Launched, found: Sequence[Instruction], path: Path) -> None:
                 y += _ROW
             y += _ROW // 2
     style = (
-        "text{font:12px sans-serif;fill:#222}.title{font-size:16px;font-weight:bold}.note{fill:#666}.head{font-weight:bold}"
+        "text{font:12px "
+        "sans-serif;fill:#222}.title{font-size:16px;font-weight:bold}.note{fill:#666}.head{font-weight:bold}"
         ".code{font-family:monospace;font-size:11px;fill:#444}"
     )
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}">'
-    path.write_text(f'{svg}<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(body)}</svg>\n', encoding="utf-8")
+    path.write_text(
+        f'{svg}<style>{style}</style><rect width="100%" height="100%" '
+        f'fill="#fff"/>{"".join(body)}</svg>\n',
+        encoding="utf-8",
+    )
 
 
 def _row(i: Instruction, y: int) -> Iterator[str]:
@@ -195,7 +228,9 @@ def _row(i: Instruction, y: int) -> Iterator[str]:
         yield f'<rect x="{_LEFT}" y="{y + 3}" width="{width}" height="{_ROW - 6}" fill="#f3d3cc"/>'
         yield f'<rect x="{_LEFT}" y="{y + 3}" width="{width / i.ratio:.0f}" height="{_ROW - 6}" fill="#4a8f6a"/>'
         unit = "sectors"
-    yield _text(_CELLS_END + 10, y + 15, f"{i.cost:.2f} of {i.ideal:.2f} {unit}, {i.executions} times")
+    yield _text(
+        _CELLS_END + 10, y + 15, f"{i.cost:.2f} of {i.ideal:.2f} {unit}, {i.executions} times"
+    )
     yield _text(_CELLS_END + 240, y + 15, i.text[:60], "code")
 
 
@@ -204,11 +239,17 @@ def _colour(words: float) -> str:
     if words <= 1:
         return _mix((245, 245, 245), (120, 185, 140), words)
     share = min(1.0, np.log2(words) / 3)
-    return _mix((120, 185, 140), (240, 200, 80), 2 * share) if share < 0.5 else _mix((240, 200, 80), (200, 40, 40), 2 * share - 1)
+    return (
+        _mix((120, 185, 140), (240, 200, 80), 2 * share)
+        if share < 0.5
+        else _mix((240, 200, 80), (200, 40, 40), 2 * share - 1)
+    )
 
 
 def _mix(one: tuple[int, int, int], other: tuple[int, int, int], share: float) -> str:
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(one, other, strict=True))
+    return "#" + "".join(
+        f"{round(a + (b - a) * share):02x}" for a, b in zip(one, other, strict=True)
+    )
 
 
 def _text(x: int, y: int, words: str, kind: str = "") -> str:

@@ -1,4 +1,5 @@
-"""Launching: arguments checked against the kernel's signature, a library called, and what it found made readable."""
+"""Launching: arguments checked against the kernel's signature, a library called, and what it found
+made readable."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ ORDERS = ("round robin", "greedy warp", "reversed", "random")
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 232448  # of one block of an H100; also what a launch may ask for
 _lock = threading.Lock()  # a library holds one machine
-_stacks: list[Any] = [None, 0]  # of the fibers, and how many: shared by all libraries, which would exhaust the process's mappings else
+_stacks: list[Any] = [
+    None,
+    0,
+    # of the fibers, and how many: shared by all libraries, which would exhaust the process's mappings
+    # else
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +36,20 @@ class Options:
     """How kernels run in a context; see `emulate`."""
 
     order: str = "round robin"
-    """Which thread runs next: "round robin", "greedy warp" (one warp as far as it gets), "reversed", or "random"."""
+    """Which thread runs next: "round robin", "greedy warp" (one warp as far as it gets),
+    "reversed", or "random"."""
     seed: int = 0
     preempt: int = 0
-    """Also switch threads in the middle, at one memory access in so many (0: only where they wait)."""
+    """Also switch threads in the middle, at one memory access in so many (0: only where they
+    wait)."""
     races: bool = True
     uninitialised: bool = True
     unwritten: tuple[Array, ...] = ()
-    """Arrays that hold nothing yet: reading an element before the kernel has written it is an error."""
+    """Arrays that hold nothing yet: reading an element before the kernel has written it is an
+    error."""
     edits: tuple[tuple[str, str], ...] = ()
-    """(old text, new text) to replace in the sources of kernels before they are compiled: to try what a line is for."""
+    """(old text, new text) to replace in the sources of kernels before they are compiled: to try
+    what a line is for."""
     only_block: int | None = None
     run: bool = True
     """False: compile only, for a launch to come."""
@@ -94,7 +104,8 @@ _options: ContextVar[Options] = ContextVar("emulator options", default=Options()
 
 @contextmanager
 def emulate(**changes: Any) -> Iterator[None]:
-    """In this context, kernels run with these Options: `with emulate(order="random", seed=3): attention_forward(...)`."""
+    """In this context, kernels run with these Options: `with emulate(order="random", seed=3):
+    attention_forward(...)`."""
     options = replace(_options.get(), **changes)
     if options.order not in ORDERS:
         raise ValueError(f"there is no order {options.order!r}; there are {', '.join(ORDERS)}")
@@ -114,18 +125,47 @@ class _Index(ctypes.Structure):
 
 class _Array(ctypes.Structure):
     _fields_ = (
-        *(("address", ctypes.c_uint64), ("bytes", ctypes.c_uint64), ("written", ctypes.c_int32), ("item_bytes", ctypes.c_int32)),
+        *(
+            ("address", ctypes.c_uint64),
+            ("bytes", ctypes.c_uint64),
+            ("written", ctypes.c_int32),
+            ("item_bytes", ctypes.c_int32),
+        ),
         ("name", ctypes.c_char * 96),
     )
 
 
 class _Launch(ctypes.Structure):
     _fields_ = (
-        *(("kernel", ctypes.c_void_p), ("args", ctypes.c_void_p), ("args_bytes", ctypes.c_uint64), ("grid", _Index), ("block", _Index)),
-        *(("shared_bytes", ctypes.c_uint64), ("order", ctypes.c_int32), ("checks", ctypes.c_int32), ("seed", ctypes.c_uint64)),
-        *(("preempt", ctypes.c_uint32), ("num_arrays", ctypes.c_int32), ("arrays", ctypes.POINTER(_Array))),
-        *(("shared_variables", ctypes.POINTER(_Array)), ("num_shared_variables", ctypes.c_int64), ("only_block", ctypes.c_int64)),
-        *(("log_block", ctypes.c_int64), ("watch_block", ctypes.c_int64), ("watch_thread", ctypes.c_int32), ("num_stacks", ctypes.c_int32)),
+        *(
+            ("kernel", ctypes.c_void_p),
+            ("args", ctypes.c_void_p),
+            ("args_bytes", ctypes.c_uint64),
+            ("grid", _Index),
+            ("block", _Index),
+        ),
+        *(
+            ("shared_bytes", ctypes.c_uint64),
+            ("order", ctypes.c_int32),
+            ("checks", ctypes.c_int32),
+            ("seed", ctypes.c_uint64),
+        ),
+        *(
+            ("preempt", ctypes.c_uint32),
+            ("num_arrays", ctypes.c_int32),
+            ("arrays", ctypes.POINTER(_Array)),
+        ),
+        *(
+            ("shared_variables", ctypes.POINTER(_Array)),
+            ("num_shared_variables", ctypes.c_int64),
+            ("only_block", ctypes.c_int64),
+        ),
+        *(
+            ("log_block", ctypes.c_int64),
+            ("watch_block", ctypes.c_int64),
+            ("watch_thread", ctypes.c_int32),
+            ("num_stacks", ctypes.c_int32),
+        ),
         ("stacks", ctypes.c_void_p),
     )
 
@@ -134,17 +174,39 @@ class Report(ctypes.Structure):
     _fields_ = (
         *(("kind", ctypes.c_char * 64), ("text", ctypes.c_char * 6000), ("site", ctypes.c_uint64)),
         *(("block", ctypes.c_uint32 * 3), ("thread", ctypes.c_uint32 * 3)),
-        *(("num_accesses", ctypes.c_uint64), ("watched_bytes", ctypes.c_uint64), ("switches", ctypes.c_uint64)),
+        *(
+            ("num_accesses", ctypes.c_uint64),
+            ("watched_bytes", ctypes.c_uint64),
+            ("switches", ctypes.c_uint64),
+        ),
         *(("num_divergent", ctypes.c_uint64), ("divergent", ctypes.c_uint64 * 2 * 16)),
         *(("accesses", ctypes.c_void_p), ("watched", ctypes.c_void_p), ("trace", ctypes.c_void_p)),
         *(("num_traced", ctypes.c_uint64), ("dynamic_shared", ctypes.c_uint64)),
     )
 
 
-ACCESS = np.dtype([("site", "u8"), ("address", "u8"), ("block", "u4"), ("thread", "u2"), ("bytes", "u1"), ("flags", "u1")])
+ACCESS = np.dtype(
+    [
+        ("site", "u8"),
+        ("address", "u8"),
+        ("block", "u4"),
+        ("thread", "u2"),
+        ("bytes", "u1"),
+        ("flags", "u1"),
+    ]
+)
 IS_WRITE, IS_SHARED, IS_ASYNCHRONOUS = 1, 2, 4
 TRACED = np.dtype([*ACCESS.descr, ("data", "V16")])
-_WATCHED = np.dtype([("site", "u8"), ("count", "u8"), ("name", "S24"), ("type", "S4"), ("bytes", "i4"), ("shape", "i4", 4)])
+_WATCHED = np.dtype(
+    [
+        ("site", "u8"),
+        ("count", "u8"),
+        ("name", "S24"),
+        ("type", "S4"),
+        ("bytes", "i4"),
+        ("shape", "i4", 4),
+    ]
+)
 
 
 # ---- launching
@@ -160,12 +222,13 @@ def launch(
     shared_bytes: int = 0,
     **changes: Any,
 ) -> None:
-    """Run kernel `name` of the file `path`, compiled with `defines`, on `grid` blocks of `block` threads with `shared_bytes` of dynamic
-    shared memory.
+    """Run kernel `name` of the file `path`, compiled with `defines`, on `grid` blocks of `block`
+    threads with `shared_bytes` of dynamic shared memory.
 
-    `args`: NumPy arrays (passed as pointers; accesses outside them are reported), NumPy scalars of the types that the kernel declares,
-    structs as `np.void`, tensor maps, None. `changes` are fields of Options for this launch alone. Raises EmulatorError with a report when
-    the kernel does something that a GPU would punish or must not be relied on, BuildError if it does not compile.
+    `args`: NumPy arrays (passed as pointers; accesses outside them are reported), NumPy scalars of
+    the types that the kernel declares, structs as `np.void`, tensor maps, None. `changes` are
+    fields of Options for this launch alone. Raises EmulatorError with a report when the kernel does
+    something that a GPU would punish or must not be relied on, BuildError if it does not compile.
     """
     options = replace(_options.get(), **changes)
     compiled = compile_host(Path(path), tuple(defines.items()), options.edits)
@@ -186,7 +249,9 @@ def launch_compiled(
     """The same for a library already made."""
     options = replace(_options.get(), **changes)
     if name not in compiled.kernels:
-        raise EmulatorError(f"{path.name} has no kernel {name!r}; it has {', '.join(compiled.kernels) or 'none'}")
+        raise EmulatorError(
+            f"{path.name} has no kernel {name!r}; it has {', '.join(compiled.kernels) or 'none'}"
+        )
     library = ctypes.CDLL(str(compiled.library))
     parameters = compiled.kernels[name]
     pack = _Arguments(name, parameters, _described(library, name, len(parameters)), args)
@@ -194,7 +259,10 @@ def launch_compiled(
     _check_sizes(name, grid, block, shared_bytes)
     watch_block, watch_thread = options.watch or (-1, -1)
     arrays = _arrays(parameters, args, options.unwritten)
-    shared = [_Array(s.address, s.bytes, 0, 1, s.name.encode()[:95]) for s in shared_variables(compiled.library, library)]
+    shared = [
+        _Array(s.address, s.bytes, 0, 1, s.name.encode()[:95])
+        for s in shared_variables(compiled.library, library)
+    ]
     request = _Launch(
         kernel=ctypes.cast(getattr(library, f"emulator_call_{name}"), ctypes.c_void_p).value,
         args=pack.address,
@@ -223,8 +291,14 @@ def launch_compiled(
         symbols = Symbols(compiled.library, library, options.edits)
         if options.record is not None:
             memory = _memory(parameters, args, shared, report.dynamic_shared, shared_bytes)
-            rows = _rows(report.accesses, report.num_accesses, ACCESS), _watched(report), _rows(report.trace, report.num_traced, TRACED)
-            options.record.append(Launched(path, name, grid, block, *rows, memory, symbols, report.switches))
+            rows = (
+                _rows(report.accesses, report.num_accesses, ACCESS),
+                _watched(report),
+                _rows(report.trace, report.num_traced, TRACED),
+            )
+            options.record.append(
+                Launched(path, name, grid, block, *rows, memory, symbols, report.switches)
+            )
     where = f"{name} ({path.parent.name}/{path.name}), order {options.order}{f', seed {options.seed}' if options.order == 'random' else ''}"
     if failed:
         raise EmulatorError(explain(report, symbols, where))
@@ -238,29 +312,52 @@ def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _check_sizes(name: str, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int) -> None:
+def _check_sizes(
+    name: str, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int
+) -> None:
     if not 1 <= np.prod(block) <= MAX_THREADS:
-        raise EmulatorError(f"{name} is launched with blocks of {block} threads; a block has 1 to {MAX_THREADS}")
+        raise EmulatorError(
+            f"{name} is launched with blocks of {block} threads; a block has 1 to {MAX_THREADS}"
+        )
     if max(grid[1:]) > 65535 or min(grid) < 1:
-        raise EmulatorError(f"{name} is launched on a grid {grid}; its second and third size may be at most 65535, and none 0")
+        raise EmulatorError(
+            f"{name} is launched on a grid {grid}; its second and third size may be at most 65535, "
+            "and none 0"
+        )
     if shared_bytes > MAX_SHARED_BYTES:
-        raise EmulatorError(f"{name} asks for {shared_bytes} bytes of shared memory; a block has at most {MAX_SHARED_BYTES}")
+        raise EmulatorError(
+            f"{name} asks for {shared_bytes} bytes of shared memory; a block has at most "
+            f"{MAX_SHARED_BYTES}"
+        )
 
 
 def _described(library: ctypes.CDLL, name: str, count: int) -> list[tuple[str, int]]:
-    """Of each parameter: p (pointer), f, i (number) or s (struct), and the bytes it, or what it points to, has."""
+    """Of each parameter: p (pointer), f, i (number) or s (struct), and the bytes it, or what it
+    points to, has."""
     letters, sizes = ctypes.create_string_buffer(count + 1), (ctypes.c_int * (count + 1))()
     number = getattr(library, f"emulator_describe_{name}")(letters, sizes)
     return [(chr(letters[i][0]), sizes[i]) for i in range(number)]
 
 
 class _Arguments:
-    """The arguments in memory as the kernel's entry takes them: an array of pointers, then the values, each on a 64-byte boundary."""
+    """The arguments in memory as the kernel's entry takes them: an array of pointers, then the
+    values, each on a 64-byte boundary."""
 
-    def __init__(self, name: str, parameters: list[Parameter], kinds: list[tuple[str, int]], args: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: list[Parameter],
+        kinds: list[tuple[str, int]],
+        args: Sequence[Any],
+    ) -> None:
         if len(args) != len(kinds):
-            raise EmulatorError(f"{name} takes {len(kinds)} arguments ({', '.join(p.name for p in parameters)}), and {len(args)} are given")
-        values = [_value(p, kind, arg) for p, kind, arg in zip(parameters, kinds, args, strict=True)]
+            raise EmulatorError(
+                f"{name} takes {len(kinds)} arguments ({', '.join(p.name for p in parameters)}), "
+                f"and {len(args)} are given"
+            )
+        values = [
+            _value(p, kind, arg) for p, kind, arg in zip(parameters, kinds, args, strict=True)
+        ]
         table = -(-8 * max(1, len(values)) // 64) * 64
         rooms = [-(-max(1, len(v)) // 64) * 64 for v in values]
         self.size = table + sum(rooms)
@@ -275,26 +372,48 @@ class _Arguments:
 
 
 def _value(parameter: Parameter, kind: tuple[str, int], arg: Any) -> bytes:
-    """The bytes that a parameter gets. Raises EmulatorError where the argument is of another type than it declares."""
+    """The bytes that a parameter gets. Raises EmulatorError where the argument is of another type
+    than it declares."""
     letter, size = kind
     wrong = f"the parameter `{parameter.declaration}` is given "
     if arg is None or isinstance(arg, np.ndarray):
         if letter != "p":
-            raise EmulatorError(f"{wrong}{'None' if arg is None else 'an array'}, and it is no pointer")
-        if arg is not None and size > 1 and size not in (arg.itemsize, 16, 8) and arg.itemsize % size:
-            raise EmulatorError(f"{wrong}an array of {arg.dtype}, whose elements have {arg.itemsize} bytes, not {size}")
+            raise EmulatorError(
+                f"{wrong}{'None' if arg is None else 'an array'}, and it is no pointer"
+            )
+        if (
+            arg is not None
+            and size > 1
+            and size not in (arg.itemsize, 16, 8)
+            and arg.itemsize % size
+        ):
+            raise EmulatorError(
+                f"{wrong}an array of {arg.dtype}, whose elements have {arg.itemsize} bytes, not "
+                f"{size}"
+            )
         return np.uint64(0 if arg is None else arg.ctypes.data).tobytes()
     words = getattr(arg, "words", arg)
     if not isinstance(words, np.generic | np.ndarray | bytes):
-        raise EmulatorError(f"{wrong}{arg!r}: wrap numbers as NumPy scalars of the type that the kernel declares")
+        raise EmulatorError(
+            f"{wrong}{arg!r}: wrap numbers as NumPy scalars of the type that the kernel declares"
+        )
     data = words if isinstance(words, bytes) else words.tobytes()
-    same_kind = letter == "s" or isinstance(words, np.void | bytes | np.ndarray) or (words.dtype.kind == "f") == (letter == "f")
+    same_kind = (
+        letter == "s"
+        or isinstance(words, np.void | bytes | np.ndarray)
+        or (words.dtype.kind == "f") == (letter == "f")
+    )
     if letter == "p" or len(data) != size or not same_kind:
-        raise EmulatorError(f"{wrong}{arg!r} ({getattr(words, 'dtype', 'bytes')}, {len(data)} bytes), which is of another type")
+        raise EmulatorError(
+            f"{wrong}{arg!r} ({getattr(words, 'dtype', 'bytes')}, {len(data)} bytes), which is of "
+            "another type"
+        )
     return data
 
 
-def _arrays(parameters: list[Parameter], args: Sequence[Any], unwritten: Sequence[Array]) -> list[_Array]:
+def _arrays(
+    parameters: list[Parameter], args: Sequence[Any], unwritten: Sequence[Array]
+) -> list[_Array]:
     """The extents in memory of all arrays among the arguments."""
     found = []
     for parameter, arg in zip(parameters, args, strict=True):
@@ -312,14 +431,22 @@ def _rows(pointer: int, count: int, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(ctypes.string_at(pointer, count * dtype.itemsize) if count else b"", dtype)
 
 
-def _memory(parameters: list[Parameter], args: Sequence[Any], shared: list[_Array], dynamic: int, dynamic_bytes: int) -> list[Memory]:
+def _memory(
+    parameters: list[Parameter],
+    args: Sequence[Any],
+    shared: list[_Array],
+    dynamic: int,
+    dynamic_bytes: int,
+) -> list[Memory]:
     found = [Memory(s.address, s.bytes, s.name.decode(), None, s.address) for s in shared]
     found.append(Memory(dynamic, dynamic_bytes, "dynamic shared memory", None, dynamic))
     for parameter, arg in zip(parameters, args, strict=True):
         array = getattr(arg, "array", arg)
         if isinstance(array, np.ndarray) and array.size:
             low, high = _extent(array)
-            found.append(Memory(low, high - low, parameter.name, array.dtype, _extent(_owner(array))[0]))
+            found.append(
+                Memory(low, high - low, parameter.name, array.dtype, _extent(_owner(array))[0])
+            )
     return found
 
 
@@ -346,14 +473,17 @@ def _watched(report: Report) -> list[Watched]:
         header = np.frombuffer(data, _WATCHED, 1, at)[0]
         dtype = np.dtype(f"{header['type'].decode()}{header['bytes']}")
         at += _WATCHED.itemsize
-        value = np.frombuffer(data, dtype, int(header["count"]), at).reshape([n for n in header["shape"].tolist() if n])
+        value = np.frombuffer(data, dtype, int(header["count"]), at).reshape(
+            [n for n in header["shape"].tolist() if n]
+        )
         found.append(Watched(header["name"].decode(), int(header["site"]), value))
         at += -(-int(header["count"]) * dtype.itemsize // 8) * 8
     return found
 
 
 def _divergent(report: Report, symbols: Symbols) -> str:
-    """Why it is wrong that lanes of a warp met in one instruction: they stood at different source lines."""
+    """Why it is wrong that lanes of a warp met in one instruction: they stood at different source
+    lines."""
     for i in range(report.num_divergent):
         one, other = (symbols.place(site) for site in report.divergent[i])
         if one != other:

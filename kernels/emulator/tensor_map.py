@@ -1,4 +1,5 @@
-"""Tensor maps for the emulator: what the driver encodes for TMA on a GPU, checked by the same rules, laid out as tma.cpp reads it."""
+"""Tensor maps for the emulator: what the driver encodes for TMA on a GPU, checked by the same
+rules, laid out as tma.cpp reads it."""
 
 from __future__ import annotations
 
@@ -21,15 +22,30 @@ class TensorMap:
 
 
 def tensor_map(array: np.ndarray, box: Sequence[int], swizzle: int = 128) -> TensorMap:
-    """How TMA is to cut `array` (2 to 5 dims, strides that are multiples of 16 bytes, the last dim contiguous) into boxes with a size for
-    every dim in the array's order. `swizzle` spans 0, 32, 64 or 128 bytes. Raises ValueError for what the hardware cannot do."""
+    """How TMA is to cut `array` (2 to 5 dims, strides that are multiples of 16 bytes, the last dim
+    contiguous) into boxes with a size for every dim in the array's order. `swizzle` spans 0, 32, 64
+    or 128 bytes. Raises ValueError for what the hardware cannot do."""
     if problem := _problem(array, box, swizzle):
-        raise ValueError(f"no tensor map for shape {array.shape}, strides {array.strides}, {array.dtype}, box {tuple(box)}: {problem}")
+        raise ValueError(
+            f"no tensor map for shape {array.shape}, strides {array.strides}, {array.dtype}, box "
+            f"{tuple(box)}: {problem}"
+        )
     rank, pad = array.ndim, [0] * (5 - array.ndim)
     strides = [*reversed(array.strides[:-1]), *pad]
     sizes, boxes = [*reversed(array.shape), *pad], [*reversed(box), *pad]
     is_float32 = int(array.dtype == np.float32)
-    packed = struct.pack(_LAYOUT, _MAGIC, rank, array.itemsize, swizzle, array.ctypes.data, *strides, *sizes, *boxes, is_float32)
+    packed = struct.pack(
+        _LAYOUT,
+        _MAGIC,
+        rank,
+        array.itemsize,
+        swizzle,
+        array.ctypes.data,
+        *strides,
+        *sizes,
+        *boxes,
+        is_float32,
+    )
     return TensorMap(packed.ljust(_WORDS, b"\0"), array)
 
 
@@ -43,9 +59,15 @@ def _problem(array: np.ndarray, box: Sequence[int], swizzle: int) -> str | None:
         (all(0 < size <= 256 for size in box), "a box has 1 to 256 elements a dim"),
         (array.strides[-1] == array.itemsize, "the last dim is contiguous"),
         (array.ctypes.data % _ALIGNMENT == 0, f"the address is a multiple of {_ALIGNMENT} bytes"),
-        (all(0 < s < 1 << 40 and s % _ALIGNMENT == 0 for s in array.strides[:-1]), f"strides are multiples of {_ALIGNMENT} bytes"),
+        (
+            all(0 < s < 1 << 40 and s % _ALIGNMENT == 0 for s in array.strides[:-1]),
+            f"strides are multiples of {_ALIGNMENT} bytes",
+        ),
         (inner_bytes % 16 == 0, "the box's last dim is a multiple of 16 bytes"),
         (swizzle in (0, 32, 64, 128), "swizzles span 0, 32, 64 or 128 bytes"),
-        (swizzle == 0 or inner_bytes <= swizzle, "the box's last dim is no longer than the swizzle"),
+        (
+            swizzle == 0 or inner_bytes <= swizzle,
+            "the box's last dim is no longer than the swizzle",
+        ),
     )
     return next((rule for holds, rule in rules if not holds), None)

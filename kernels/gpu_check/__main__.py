@@ -25,7 +25,14 @@ from minillm.kernels.gpu_check import attention, checks, measure, report, smoke,
 from minillm.kernels.launch import compute_capability
 
 SECTIONS = ("ceilings", "smoke", "tests", "attention", "steps", "sanitizer", "training")
-PARTS = ("ceilings", "smoke", "random", "attention v2", "attention v3", "steps")  # what runs in a process of its own
+PARTS = (
+    "ceilings",
+    "smoke",
+    "random",
+    "attention v2",
+    "attention v3",
+    "steps",
+)  # what runs in a process of its own
 SHORT_SECONDS = 60  # for a part that has seconds of work
 KERNEL_SECONDS = 300  # for all sections but training, compiling included
 START_SECONDS = 15  # of a process, beside what it is for
@@ -35,12 +42,32 @@ NO_GPU = 2  # exit status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns 0 if all is well, 1 if a test fails, 2 where there is no GPU to test on."""
-    parser = argparse.ArgumentParser(prog="kernels/gpu_check.sh", description="Test and time the CUDA kernels on this machine's GPU.")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[2], help="the checkout, which holds tests/kernels")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: docs/gpu-results in the checkout)")
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
-    parser.add_argument("--repeats", type=int, default=checks.REPEATS, help="calls of each test case, which must agree in every bit")
+    """The program. Returns 0 if all is well, 1 if a test fails, 2 where there is no GPU to test
+    on."""
+    parser = argparse.ArgumentParser(
+        prog="kernels/gpu_check.sh",
+        description="Test and time the CUDA kernels on this machine's GPU.",
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path(__file__).resolve().parents[2],
+        help="the checkout, which holds tests/kernels",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the results (default: docs/gpu-results in the checkout)",
+    )
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=checks.REPEATS,
+        help="calls of each test case, which must agree in every bit",
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=SHORT_SECONDS, help=argparse.SUPPRESS)
@@ -53,7 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"there is no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     reason = no_gpu()
     if reason:
-        print(f"gpu_check needs a machine with an NVIDIA GPU, CuPy and NVRTC, and this one has none: {reason}", file=sys.stderr)
+        print(
+            "gpu_check needs a machine with an NVIDIA GPU, CuPy and NVRTC, and this one has none: "
+            f"{reason}",
+            file=sys.stderr,
+        )
         return NO_GPU
     folder = args.out or args.root / "docs" / "gpu-results"
     found = run(wanted, args.root, args.repeats, lambda found: write(found, folder))
@@ -75,9 +106,15 @@ def no_gpu() -> str | None:
     return None if count else "CuPy finds no device"
 
 
-def run(wanted: Sequence[str], root: Path, repeats: int, save: Callable[[report.Found], Any] = lambda found: None) -> report.Found:
-    """All sections asked for, in order; `save` gets what there is after each. One that breaks is reported and stops no other, and since a
-    kernel can end all work of its process on the device, or never end itself, each that launches any has processes of its own."""
+def run(
+    wanted: Sequence[str],
+    root: Path,
+    repeats: int,
+    save: Callable[[report.Found], Any] = lambda found: None,
+) -> report.Found:
+    """All sections asked for, in order; `save` gets what there is after each. One that breaks is
+    reported and stops no other, and since a kernel can end all work of its process on the device,
+    or never end itself, each that launches any has processes of its own."""
     start = time.perf_counter()
     tests = root / "tests" / "kernels"
     found: report.Found = {
@@ -87,7 +124,10 @@ def run(wanted: Sequence[str], root: Path, repeats: int, save: Callable[[report.
         "software": software(),
         "problems": [],
     }
-    print(json.dumps({**found["device"], **found["software"], "commit": found["commit"]}, indent=1), flush=True)
+    print(
+        json.dumps({**found["device"], **found["software"], "commit": found["commit"]}, indent=1),
+        flush=True,
+    )
 
     def left() -> float:
         return start + KERNEL_SECONDS - time.perf_counter()
@@ -110,7 +150,9 @@ def run(wanted: Sequence[str], root: Path, repeats: int, save: Callable[[report.
         if name not in wanted:
             continue
         if name != "training" and left() <= 0:
-            found["problems"].append(f"section {name}: not run, the {KERNEL_SECONDS} s for the kernels were over")
+            found["problems"].append(
+                f"section {name}: not run, the {KERNEL_SECONDS} s for the kernels were over"
+            )
             continue
         found[name] = _section(name, sections[name], start, problems)
         found["seconds"] = time.perf_counter() - start
@@ -120,11 +162,20 @@ def run(wanted: Sequence[str], root: Path, repeats: int, save: Callable[[report.
 
 
 def _apart(name: str, seconds: float, problems: list[str], *options: str) -> Any:
-    """What a part finds in a process of its own within `seconds`; what it had found until then if it breaks or is stopped. Raises
-    RuntimeError if that is nothing."""
+    """What a part finds in a process of its own within `seconds`; what it had found until then if
+    it breaks or is stopped. Raises RuntimeError if that is nothing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "minillm.kernels.gpu_check", "--part", name, "--json", str(path), f"--seconds={seconds:.0f}"]
+        command = [
+            sys.executable,
+            "-m",
+            "minillm.kernels.gpu_check",
+            "--part",
+            name,
+            "--json",
+            str(path),
+            f"--seconds={seconds:.0f}",
+        ]
         words = _ended([*command, *options], seconds + START_SECONDS)
         if not path.exists():
             raise RuntimeError(words or "it found nothing")
@@ -139,7 +190,11 @@ def _ended(command: Sequence[str], seconds: float) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"it was stopped after {seconds:.0f} s"
-    return f"it ended with status {done.returncode}: {done.stderr.strip()[-400:]}" if done.returncode else None
+    return (
+        f"it ended with status {done.returncode}: {done.stderr.strip()[-400:]}"
+        if done.returncode
+        else None
+    )
 
 
 def _run_part(name: str, path: Path, seconds: float, copy_tbs: float) -> int:
@@ -170,7 +225,9 @@ def _attention(left: Callable[[], float], problems: list[str]) -> attention.Foun
             attention.add(found, _apart(name, (left() - STEPS_SECONDS) / (4 - number), problems))
         except RuntimeError as error:
             problems.append(f"{name}: {error}")
-    attention.add(found, attention.torch(timeout=min(attention.TORCH_SECONDS, left() - STEPS_SECONDS)))
+    attention.add(
+        found, attention.torch(timeout=min(attention.TORCH_SECONDS, left() - STEPS_SECONDS))
+    )
     return found
 
 
@@ -180,7 +237,9 @@ def _section(name: str, run: Callable[[], Any], start: float, problems: list[str
     try:
         found = run()
     except Exception as error:
-        problems.append(f"section {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        problems.append(
+            f"section {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        )
         print(f"broke: {problems[-1]}", flush=True)
         return None
     print(json.dumps(found, indent=1)[:20000], flush=True)
@@ -188,7 +247,8 @@ def _section(name: str, run: Callable[[], Any], start: float, problems: list[str
 
 
 def _training(problems: list[str]) -> dict[str, Any]:
-    """Training on this GPU, beside PyTorch's, by the program that knows how to train. It brings its own page."""
+    """Training on this GPU, beside PyTorch's, by the program that knows how to train. It brings its
+    own page."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "training.json"
         command = [sys.executable, "-m", "minillm.bench.gpu", "--json", str(path)]
@@ -197,21 +257,34 @@ def _training(problems: list[str]) -> dict[str, Any]:
             raise RuntimeError(f"minillm.bench.gpu: {words}")
         if words and "stopped" in words:
             problems.append(f"training: {words}")
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))  # written anew after each of its sections
+        found: dict[str, Any] = json.loads(
+            path.read_text(encoding="utf-8")
+        )  # written anew after each of its sections
     problems += [f"training, {words}" for words in found["problems"]]
     return found
 
 
-def _tests(tests: Path, repeats: int, left: Callable[[], float], problems: list[str]) -> dict[str, Any]:
+def _tests(
+    tests: Path, repeats: int, left: Callable[[], float], problems: list[str]
+) -> dict[str, Any]:
     """Compile everything side by side, then run all cases, while seconds are `left`."""
-    command = [sys.executable, "-m", "minillm.kernels.precompile", "--capability", compute_capability(), f"--seconds={left() / 2:.0f}"]
+    command = [
+        sys.executable,
+        "-m",
+        "minillm.kernels.precompile",
+        "--capability",
+        compute_capability(),
+        f"--seconds={left() / 2:.0f}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     start = time.perf_counter()
     runner = [sys.executable, "-m", "minillm.kernels.gpu_check.checks", str(tests), str(repeats)]
     found = checks.summary(checks.run_apart(runner, min(checks.SECONDS, left())))
     found |= {"repeats": repeats, "seconds": time.perf_counter() - start}
     if done.returncode:
-        lines = [line for line in done.stdout.splitlines() if "FAILED" in line] or done.stderr.splitlines()[-3:]
+        lines = [
+            line for line in done.stdout.splitlines() if "FAILED" in line
+        ] or done.stderr.splitlines()[-3:]
         found["failures"] += [{"case": "build", "words": line} for line in lines]
     try:
         words = _apart("random", SHORT_SECONDS, problems)
@@ -239,7 +312,8 @@ def device() -> dict[str, Any]:
 def software() -> dict[str, str]:
     """Releases of what takes part."""
     cupy = importlib.import_module("cupy")
-    # In a process of its own: an MPI library that does not start here may end the process that loads it.
+    # In a process of its own: an MPI library that does not start here may end the process that
+    # loads it.
     mpi = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version().strip('\\0'))"
     return {
         "Python": platform.python_version(),
@@ -247,7 +321,13 @@ def software() -> dict[str, str]:
         "CUDA driver": _release(cupy.cuda.runtime.driverGetVersion()),
         "CUDA runtime": _release(cupy.cuda.runtime.runtimeGetVersion()),
         "NVRTC": build.nvrtc_version(),
-        "NVIDIA driver": _output(["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]),
+        "NVIDIA driver": _output(
+            [
+                "nvidia-smi",
+                "--query-gpu=driver_version,clocks.max.sm,power.limit",
+                "--format=csv,noheader",
+            ]
+        ),
         "MPI": _output([sys.executable, "-c", mpi]),
     }
 
@@ -266,7 +346,8 @@ def _output(command: Sequence[str]) -> str:
 
 
 def commit(root: Path) -> str:
-    """The checkout's commit, marked where files differ from it; $MINILLM_COMMIT where there is no git."""
+    """The checkout's commit, marked where files differ from it; $MINILLM_COMMIT where there is no
+    git."""
     named = os.environ.get("MINILLM_COMMIT")
     if named:
         return named

@@ -32,7 +32,8 @@ class Shape(NamedTuple):
         return TOKENS // self.T, self.T, WIDTH // self.head_width, self.head_width
 
     def flops(self, backward: bool) -> float:
-        """4 B H T^2 K forward, half of it under the causal mask; backward counts 2.5 times, as published numbers do."""
+        """4 B H T^2 K forward, half of it under the causal mask; backward counts 2.5 times, as
+        published numbers do."""
         B, T, H, K = self.sizes
         return 4.0 * B * H * T * T * K / (2 if self.causal else 1) * (2.5 if backward else 1)
 
@@ -44,12 +45,19 @@ def shapes(lengths: tuple[int, ...] = LENGTHS) -> Iterator[Shape]:
             yield from (Shape(head_width, causal, T) for T in lengths)
 
 
-Found = dict[str, Any]  # {"rows": [...], "notes": [...]}; a row is a shape's fields with "forward" and "backward": names to TFLOP/s
+Found = dict[
+    str, Any
+    # {"rows": [...], "notes": [...]}; a row is a shape's fields with "forward" and "backward": names to
+    # TFLOP/s
+]
 
 
 def empty(lengths: tuple[int, ...] = LENGTHS) -> Found:
     """The table before anything is measured."""
-    return {"rows": [{**shape._asdict(), "forward": {}, "backward": {}} for shape in shapes(lengths)], "notes": []}
+    return {
+        "rows": [{**shape._asdict(), "forward": {}, "backward": {}} for shape in shapes(lengths)],
+        "notes": [],
+    }
 
 
 def add(found: Found, part: Found) -> None:
@@ -61,19 +69,26 @@ def add(found: Found, part: Found) -> None:
 
 
 def run(
-    variant: str, lengths: tuple[int, ...] = LENGTHS, deadline: float = TORCH_SECONDS, save: Callable[[Found], None] = lambda found: None
+    variant: str,
+    lengths: tuple[int, ...] = LENGTHS,
+    deadline: float = TORCH_SECONDS,
+    save: Callable[[Found], None] = lambda found: None,
 ) -> Found:
     """One of our variants, for at most `deadline` seconds; `save` gets the table after each row."""
     found = empty(lengths)
     start = time.perf_counter()
     for row, shape in zip(found["rows"], shapes(lengths), strict=True):
         if time.perf_counter() - start > deadline:
-            found["notes"].append(f"{variant} not run, no time: {shape.head_width} {shape.causal} {shape.T}")
+            found["notes"].append(
+                f"{variant} not run, no time: {shape.head_width} {shape.causal} {shape.T}"
+            )
             continue
         try:
             forward, backward = _calls(variant, shape)
         except Exception as error:
-            found["notes"].append(f"{variant}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            found["notes"].append(
+                f"{variant}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            )
         else:
             _time(row, variant, shape, forward, backward, found["notes"])
         save(found)
@@ -104,22 +119,32 @@ def _calls(variant: str, shape: Shape) -> tuple[Callable[[], Any], Callable[[], 
     return forward, backward
 
 
-def _time(row: dict[str, Any], name: str, shape: Shape, forward: Any, backward: Any, notes: list[str]) -> None:
+def _time(
+    row: dict[str, Any], name: str, shape: Shape, forward: Any, backward: Any, notes: list[str]
+) -> None:
     """Put the rates of one implementation into its row; what it cannot do becomes a note."""
     for way, call in (("forward", forward), ("backward", backward)):
         try:
             row[way][name] = shape.flops(way == "backward") / seconds(call, turns=5) / 1e12
         except Exception as error:
-            notes.append(f"{name} {way}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            notes.append(
+                f"{name} {way}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            )
 
 
 def torch(lengths: tuple[int, ...] = LENGTHS, timeout: float = TORCH_SECONDS) -> Found:
-    """PyTorch's back ends, from a process of its own: two CUDA libraries of different releases need not agree in one."""
+    """PyTorch's back ends, from a process of its own: two CUDA libraries of different releases need
+    not agree in one."""
     if importlib.util.find_spec("torch") is None:
         return _nothing("PyTorch is not installed: no yardstick")
     if timeout <= 0:
         return _nothing("not run, no time: PyTorch")
-    command = [sys.executable, "-m", "minillm.kernels.gpu_check.torch_attention", json.dumps(lengths)]
+    command = [
+        sys.executable,
+        "-m",
+        "minillm.kernels.gpu_check.torch_attention",
+        json.dumps(lengths),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:

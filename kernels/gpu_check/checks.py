@@ -1,4 +1,5 @@
-"""All kernel tests on the device: every case of tests/kernels, poisoned outputs, the same bits every time."""
+"""All kernel tests on the device: every case of tests/kernels, poisoned outputs, the same bits
+every time."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ CONTEXT_LOST = 3  # exit status of a process whose device answers no more
 
 
 class Result(NamedTuple):
-    """What became of a case: ok, failed, left out (a kernel for another device), no time, or just begun."""
+    """What became of a case: ok, failed, left out (a kernel for another device), no time, or just
+    begun."""
 
     number: int
     case: str
@@ -51,8 +53,9 @@ def run(
     device: Any = None,
     source: str = "cuda",
 ) -> dict[str, Any]:
-    """Run the cases in the folder `tests` on `device`, by default the GPU, with the kernels of backend `source`, for at most `deadline`
-    seconds. Returns how many ran, the failures with their words, and how many there was no time for."""
+    """Run the cases in the folder `tests` on `device`, by default the GPU, with the kernels of
+    backend `source`, for at most `deadline` seconds. Returns how many ran, the failures with their
+    words, and how many there was no time for."""
     device_arrays, _ = _import(tests)
     device = device or device_arrays.CupyDevice()
     device_arrays.register(device, source)
@@ -70,7 +73,8 @@ def results(
     first: int = 0,
     skipped: Sequence[str] = (),
 ) -> Iterator[Result]:
-    """Run what is `todo` from number `first` on, for at most `deadline` seconds, without the implementations `skipped`."""
+    """Run what is `todo` from number `first` on, for at most `deadline` seconds, without the
+    implementations `skipped`."""
     _, kernel_check = _import(tests)
     start = time.perf_counter()
     with contextlib.ExitStack() as poisoned:
@@ -79,7 +83,9 @@ def results(
         for index, (case, choice, dtype) in list(enumerate(todo))[first:]:
             begun = Result(index, f"{case}-{choice}-{dtype}", f"{case.op} {choice}", "begun")
             if begun.implementation in skipped:
-                yield begun._replace(outcome="left out", words=f"{begun.implementation}: hung {MOST_HANGS} times")
+                yield begun._replace(
+                    outcome="left out", words=f"{begun.implementation}: hung {MOST_HANGS} times"
+                )
                 continue
             if time.perf_counter() - start > deadline:
                 yield begun._replace(outcome="no time")
@@ -88,7 +94,9 @@ def results(
             try:
                 kernel_check.check_case(case, choice, dtype, repeats=repeats)
             except KernelUnavailable as reason:
-                yield begun._replace(outcome="left out", words=f"{choice}: {' '.join(str(reason).split())[:200]}")
+                yield begun._replace(
+                    outcome="left out", words=f"{choice}: {' '.join(str(reason).split())[:200]}"
+                )
             except Exception as error:
                 yield begun._replace(outcome="failed", words=_words(error))
             else:
@@ -100,18 +108,27 @@ def summary(found: Sequence[Result]) -> dict[str, Any]:
     failures = [{"case": r.case, "words": r.words} for r in found if r.outcome == "failed"]
     left_out = sorted({r.words for r in found if r.outcome == "left out"})
     count = collections.Counter(r.outcome for r in found)
-    return {"ran": count["ok"] + count["failed"], "failures": failures, "left_out": left_out, "no_time": count["no time"]}
+    return {
+        "ran": count["ok"] + count["failed"],
+        "failures": failures,
+        "left_out": left_out,
+        "no_time": count["no time"],
+    }
 
 
 # ---- in processes of their own
 
 
 def run_apart(
-    command: Sequence[str], deadline: float, case_seconds: float = CASE_SECONDS, start_seconds: float = START_SECONDS
+    command: Sequence[str],
+    deadline: float,
+    case_seconds: float = CASE_SECONDS,
+    start_seconds: float = START_SECONDS,
 ) -> list[Result]:
-    """The results of all cases from processes that print them (`worker`). A case that hangs, or after which the device answers no more,
-    ends its process: it counts as failed, and another process goes on with the next case. After some hangs of an implementation its other
-    cases are left out."""
+    """The results of all cases from processes that print them (`worker`). A case that hangs, or
+    after which the device answers no more, ends its process: it counts as failed, and another
+    process goes on with the next case. After some hangs of an implementation its other cases are
+    left out."""
     end = time.perf_counter() + deadline
     found: list[Result] = []
     hangs: collections.Counter[str] = collections.Counter()
@@ -121,22 +138,38 @@ def run_apart(
 
     for _ in range(MOST_STARTS):
         skipped = [name for name, count in hangs.items() if count >= MOST_HANGS]
-        task = {"first": found[-1].number + 1 if found else 0, "skipped": skipped, "deadline": end - time.perf_counter()}
-        finished, last = _follow([*command, json.dumps(task)], found, end, case_seconds, start_seconds)
+        task = {
+            "first": found[-1].number + 1 if found else 0,
+            "skipped": skipped,
+            "deadline": end - time.perf_counter(),
+        }
+        finished, last = _follow(
+            [*command, json.dumps(task)], found, end, case_seconds, start_seconds
+        )
         if finished:
             return found
         if last is None:
             return [*found, lost("all further cases", "the process that runs them does not start")]
         if last.outcome == "begun":
             hangs[last.implementation] += 1
-            found.append(last._replace(outcome="failed", words=f"no end within {case_seconds:.0f} s, or its process ended with it"))
+            found.append(
+                last._replace(
+                    outcome="failed",
+                    words=f"no end within {case_seconds:.0f} s, or its process ended with it",
+                )
+            )
     return [*found, lost("all further cases", f"given up after {MOST_STARTS} processes")]
 
 
 def _follow(
-    command: Sequence[str], found: list[Result], end: float, case_seconds: float, start_seconds: float
+    command: Sequence[str],
+    found: list[Result],
+    end: float,
+    case_seconds: float,
+    start_seconds: float,
 ) -> tuple[bool, Result | None]:
-    """Add what a process prints to `found` until it ends or hangs. Returns whether it did all there was to do, and the last it said."""
+    """Add what a process prints to `found` until it ends or hangs. Returns whether it did all there
+    was to do, and the last it said."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines: queue.Queue[str | None] = queue.Queue()
@@ -150,7 +183,11 @@ def _follow(
     threading.Thread(target=read, daemon=True).start()
     last, patience = None, start_seconds
     try:
-        while (line := lines.get(timeout=max(1.0, min(patience, end + case_seconds - time.perf_counter())))) is not None:
+        while (
+            line := lines.get(
+                timeout=max(1.0, min(patience, end + case_seconds - time.perf_counter()))
+            )
+        ) is not None:
             if not line.startswith("["):
                 continue
             last, patience = Result(*json.loads(line)), case_seconds
@@ -164,14 +201,21 @@ def _follow(
         process.wait()
 
 
-def worker(tests: Path, repeats: int, task: dict[str, Any], device: Any = None, source: str = "cuda") -> int:
-    """Run cases and print their results, a line each. Returns an exit status: CONTEXT_LOST after a case that broke the device."""
+def worker(
+    tests: Path, repeats: int, task: dict[str, Any], device: Any = None, source: str = "cuda"
+) -> int:
+    """Run cases and print their results, a line each. Returns an exit status: CONTEXT_LOST after a
+    case that broke the device."""
     device_arrays, _ = _import(tests)
     device = device or device_arrays.CupyDevice()
     device_arrays.register(device, source)
     newest = ("device:auto", "device:v3")  # which may well hang, and come last
-    todo = sorted(crossing(tests), key=lambda run: newest.index(run[1]) + 1 if run[1] in newest else 0)
-    for result in results(todo, tests, repeats, task["deadline"], device, task["first"], task["skipped"]):
+    todo = sorted(
+        crossing(tests), key=lambda run: newest.index(run[1]) + 1 if run[1] in newest else 0
+    )
+    for result in results(
+        todo, tests, repeats, task["deadline"], device, task["first"], task["skipped"]
+    ):
         print(json.dumps(result), flush=True)
         if result.outcome == "failed" and not _answers(device):
             return CONTEXT_LOST
@@ -179,7 +223,8 @@ def worker(tests: Path, repeats: int, task: dict[str, Any], device: Any = None, 
 
 
 def _answers(device: Any) -> bool:
-    """Whether the device can still be used: after some errors, such as an access outside all arrays, a process can do nothing there."""
+    """Whether the device can still be used: after some errors, such as an access outside all
+    arrays, a process can do nothing there."""
     if device.module is np:
         return True
     try:
@@ -192,11 +237,17 @@ def _answers(device: Any) -> bool:
 # ---- cases
 
 
-def crossing(tests: Path, most_elements: int | None = None, backend: str = "device") -> Iterator[tuple[Any, str, str]]:
-    """Case, choice and dtype of everything there is to run; small cases only where `most_elements` says so."""
+def crossing(
+    tests: Path, most_elements: int | None = None, backend: str = "device"
+) -> Iterator[tuple[Any, str, str]]:
+    """Case, choice and dtype of everything there is to run; small cases only where `most_elements`
+    says so."""
     _, kernel_check = _import(tests)
     for case in importlib.import_module("kernel_cases").all_cases():
-        if most_elements is not None and sum(x.size for x in case.inputs(np.random.default_rng(0))) > most_elements:
+        if (
+            most_elements is not None
+            and sum(x.size for x in case.inputs(np.random.default_rng(0))) > most_elements
+        ):
             continue
         for dtype in DTYPES:
             for choice in kernel_check.implementations(case, dtype, (backend,)):
@@ -221,15 +272,24 @@ def random_bits_agree() -> str | None:
     from minillm import kernels
 
     cupy = importlib.import_module("cupy")
-    indices = np.r_[np.arange(50_000), np.random.default_rng(0).integers(0, 2**63, 50_000)].astype(np.uint64)
+    indices = np.r_[np.arange(50_000), np.random.default_rng(0).integers(0, 2**63, 50_000)].astype(
+        np.uint64
+    )
     found = cupy.asnumpy(kernels.random_normal(2**64 - 5, cupy.asarray(indices)))
     want = kernels.random_normal(2**64 - 5, indices)
-    return None if found.tobytes() == want.tobytes() else f"{int((found != want).sum())} of {len(want)} normals differ from NumPy's"
+    return (
+        None
+        if found.tobytes() == want.tobytes()
+        else f"{int((found != want).sum())} of {len(want)} normals differ from NumPy's"
+    )
 
 
 def sanitize(tests: Path, deadline: float = SANITIZER_SECONDS + SANITIZER_START) -> dict[str, Any]:
-    """The small cases once more under compute-sanitizer's memory checker, where it is installed, if it can end in `deadline` seconds."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    """The small cases once more under compute-sanitizer's memory checker, where it is installed, if
+    it can end in `deadline` seconds."""
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
     if tool is None:
         return {"outcome": "left out", "words": "compute-sanitizer is not on this machine"}
     seconds = min(SANITIZER_SECONDS, int(deadline) - SANITIZER_START)
@@ -237,9 +297,20 @@ def sanitize(tests: Path, deadline: float = SANITIZER_SECONDS + SANITIZER_START)
         return {"outcome": "not run", "words": "no time"}
     program = [sys.executable, "-m", "minillm.kernels.gpu_check.checks", str(tests), str(seconds)]
     # CuPy asks for attributes that a device may lack, and takes no for an answer: no error of ours.
-    command = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "86", *program]
+    command = [
+        tool,
+        "--tool",
+        "memcheck",
+        "--report-api-errors",
+        "no",
+        "--error-exitcode",
+        "86",
+        *program,
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + SANITIZER_START)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds + SANITIZER_START
+        )
     except subprocess.TimeoutExpired:
         return {"outcome": "failed", "words": f"no end within {seconds + SANITIZER_START} s"}
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
@@ -248,13 +319,18 @@ def sanitize(tests: Path, deadline: float = SANITIZER_SECONDS + SANITIZER_START)
 
 
 def main() -> int:
-    """With a task as third argument (`run_apart`), the cases that it names. Without: what runs under the sanitizer, small cases, once each,
-    without the memory pool, in which nothing ends where its array ends."""
+    """With a task as third argument (`run_apart`), the cases that it names. Without: what runs
+    under the sanitizer, small cases, once each, without the memory pool, in which nothing ends
+    where its array ends."""
     if len(sys.argv) > 3:
         return worker(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
     importlib.import_module("cupy").cuda.set_allocator(None)
-    found = run(Path(sys.argv[1]), repeats=1, most_elements=SANITIZER_ELEMENTS, deadline=float(sys.argv[2]))
-    print(f"{found['ran']} cases, {len(found['failures'])} failures, no time for {found['no_time']}")
+    found = run(
+        Path(sys.argv[1]), repeats=1, most_elements=SANITIZER_ELEMENTS, deadline=float(sys.argv[2])
+    )
+    print(
+        f"{found['ran']} cases, {len(found['failures'])} failures, no time for {found['no_time']}"
+    )
     return int(bool(found["failures"]))
 
 

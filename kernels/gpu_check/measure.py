@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-TURN_SECONDS = 5e-3  # of one timed turn: long beside a launch, so that what Python does between launches is hidden
+# of one timed turn: long beside a launch, so that what Python does between launches is hidden
+TURN_SECONDS = 5e-3
 TURNS = 7
 
 
 def seconds(run: Callable[[], Any], turns: int = TURNS) -> float:
-    """GPU seconds of one `run()`: the median of several turns, each of as many calls as fill it, after one turn to warm up."""
+    """GPU seconds of one `run()`: the median of several turns, each of as many calls as fill it,
+    after one turn to warm up."""
     cuda = importlib.import_module("cupy").cuda
     start, end = cuda.Event(), cuda.Event()
 
@@ -43,7 +45,8 @@ def bfloat16() -> np.dtype:
 
 
 def ceilings(size: int = 8192, copy_bytes: int = 1 << 30) -> dict[str, float]:
-    """TFLOP/s of a large bfloat16 product in cuBLAS, and TB/s, read and written, of a copy on the device."""
+    """TFLOP/s of a large bfloat16 product in cuBLAS, and TB/s, read and written, of a copy on the
+    device."""
     cupy = importlib.import_module("cupy")
     a, b = (normal((size, size), bfloat16(), seed) for seed in (0, 1))
     gemm = 2.0 * size**3 / seconds(lambda: cupy.matmul(a, b)) / 1e12
@@ -52,6 +55,12 @@ def ceilings(size: int = 8192, copy_bytes: int = 1 << 30) -> dict[str, float]:
     device_to_device = 3
 
     def copy() -> None:
-        cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, copy_bytes, device_to_device, cupy.cuda.get_current_stream().ptr)
+        cupy.cuda.runtime.memcpyAsync(
+            target.data.ptr,
+            source.data.ptr,
+            copy_bytes,
+            device_to_device,
+            cupy.cuda.get_current_stream().ptr,
+        )
 
     return {"gemm_tflops": gemm, "copy_tbs": 2.0 * copy_bytes / seconds(copy) / 1e12}

@@ -15,12 +15,20 @@ def markdown(found: Found) -> str:
     parts = [_head(found), _smoke(found), _tests(found)]
     if found.get("attention"):
         parts += [_attention(found["attention"], way) for way in ("forward", "backward")]
-        parts += ["\n".join(f"- {note}" for note in found["attention"]["notes"])] if found["attention"]["notes"] else []
+        parts += (
+            ["\n".join(f"- {note}" for note in found["attention"]["notes"])]
+            if found["attention"]["notes"]
+            else []
+        )
     if found.get("steps"):
         parts.append(_steps(found["steps"]))
     if found.get("training"):
         parts.append(found["training"]["page"])
-    missing = [name for name in ("ceilings", "attention", "steps", "sanitizer", "training") if not found.get(name)]
+    missing = [
+        name
+        for name in ("ceilings", "attention", "steps", "sanitizer", "training")
+        if not found.get(name)
+    ]
     parts += [f"Not run, or not to the end: {', '.join(missing)}."] if missing else []
     parts.append(_goals(found))
     return "\n\n".join(parts) + "\n"
@@ -29,7 +37,11 @@ def markdown(found: Found) -> str:
 def failed(found: Found) -> list[str]:
     """What went wrong, in words: nothing of it may be so where a kernel is called right."""
     words = list(found.get("problems", ()))
-    words += [f"smoke test {t['name']}: {t['words']}" for t in found.get("smoke") or () if t["outcome"] == "failed"]
+    words += [
+        f"smoke test {t['name']}: {t['words']}"
+        for t in found.get("smoke") or ()
+        if t["outcome"] == "failed"
+    ]
     tests = found.get("tests")
     if tests:
         words += [f"{f['case']}: {f['words']}" for f in tests["failures"]]
@@ -37,7 +49,9 @@ def failed(found: Found) -> list[str]:
         words += [] if tests["ran"] else ["no case ran"]
     if (found.get("sanitizer") or {}).get("outcome") == "failed":
         words.append(f"compute-sanitizer: {found['sanitizer']['words']}")
-    return words + [f"{row['name']}: {row['error']}" for row in found.get("steps") or () if "error" in row]
+    return words + [
+        f"{row['name']}: {row['error']}" for row in found.get("steps") or () if "error" in row
+    ]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -45,9 +59,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))) + " |"
+        return (
+            "| "
+            + " | ".join(
+                c.rjust(w) if i else c.ljust(w)
+                for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+            )
+            + " |"
+        )
 
-    rule = "|" + "|".join(("-" * (w + 1) + ":" if i else "-" * (w + 2)) for i, w in enumerate(widths)) + "|"
+    rule = (
+        "|"
+        + "|".join(("-" * (w + 1) + ":" if i else "-" * (w + 2)) for i, w in enumerate(widths))
+        + "|"
+    )
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
@@ -56,9 +81,16 @@ def _head(found: Found) -> str:
     lines = [
         f"# Kernels on {device['name']}",
         "",
-        f"Commit {found['commit']}, {found['date']}, `kernels/gpu_check.sh`, {found['seconds']:.0f} s.",
+        f"Commit {found['commit']}, {found['date']}, `kernels/gpu_check.sh`, "
+        f"{found['seconds']:.0f} s.",
     ]
-    lines += ["", table(("what", "which"), [[name, str(value)] for name, value in {**device, **found["software"]}.items()])]
+    lines += [
+        "",
+        table(
+            ("what", "which"),
+            [[name, str(value)] for name, value in {**device, **found["software"]}.items()],
+        ),
+    ]
     if ceilings:
         measured = f"{ceilings['gemm_tflops']:.0f} TFLOP/s in a bfloat16 product of 8192, {ceilings['copy_tbs']:.2f} TB/s in a copy"
         lines += ["", f"Ceilings: {measured} (read and written)."]
@@ -66,8 +98,13 @@ def _head(found: Found) -> str:
 
 
 def _smoke(found: Found) -> str:
-    rows = [[t["name"], t["outcome"], t["words"].replace("|", "\\|")[:200]] for t in found.get("smoke") or ()]
-    return "## Smoke tests\n\n" + (table(("test", "outcome", "words"), rows) if rows else "Not run.")
+    rows = [
+        [t["name"], t["outcome"], t["words"].replace("|", "\\|")[:200]]
+        for t in found.get("smoke") or ()
+    ]
+    return "## Smoke tests\n\n" + (
+        table(("test", "outcome", "words"), rows) if rows else "Not run."
+    )
 
 
 def _tests(found: Found) -> str:
@@ -79,7 +116,9 @@ def _tests(found: Found) -> str:
     lines += [f"- {f['case']}: {f['words']}" for f in tests["failures"][:50]]
     lines += [f"- left out: {reason}" for reason in tests.get("left_out", ())]
     lines += [f"- no time for {tests['no_time']} cases"] if tests["no_time"] else []
-    lines += [f"- compute-sanitizer: {sanitizer['outcome']}, {sanitizer['words']}"] if sanitizer else []
+    lines += (
+        [f"- compute-sanitizer: {sanitizer['outcome']}, {sanitizer['words']}"] if sanitizer else []
+    )
     return "\n".join(lines)
 
 
@@ -92,13 +131,16 @@ def _attention(attention: Found, way: str) -> str:
         share = best_of(row, way)
         cells = [f"{rates[name]:.0f}" if name in rates else "" for name in names]
         mask = "causal" if row["causal"] else "full"
-        rows.append([f"{row['head_width']} {mask} {row['T']}", *cells, f"{share:.2f}" if share else ""])
+        rows.append(
+            [f"{row['head_width']} {mask} {row['T']}", *cells, f"{share:.2f}" if share else ""]
+        )
     title = f"## Attention {way}, bfloat16, TFLOP/s ({'4 B H T^2 K' if way == 'forward' else '10 B H T^2 K'}, half under the causal mask)"
     return f"{title}\n\n" + table(("head width, mask, T", *names, "of the better peer"), rows)
 
 
 def best_of(row: Found, way: str, peers: Sequence[str] = _PEERS) -> float | None:
-    """Our fastest variant over the fastest of `peers`; None where one of the two sides is missing."""
+    """Our fastest variant over the fastest of `peers`; None where one of the two sides is
+    missing."""
     ours = [rate for name, rate in row[way].items() if name not in _PEERS]
     theirs = [row[way][name] for name in peers if name in row[way]]
     return max(ours) / max(theirs) if ours and theirs else None
@@ -108,10 +150,18 @@ def _steps(steps: Sequence[Found]) -> str:
     cells = [
         [row["name"], f"error: {row['error'][:80]}", "", "", ""]
         if "error" in row
-        else [row["name"], f"{row['microseconds']:.0f}", f"{row['megabytes']:.0f}", f"{row['tbs']:.2f}", f"{row['share']:.2f}"]
+        else [
+            row["name"],
+            f"{row['microseconds']:.0f}",
+            f"{row['megabytes']:.0f}",
+            f"{row['tbs']:.2f}",
+            f"{row['share']:.2f}",
+        ]
         for row in steps
     ]
-    return "## Other kernels, bfloat16\n\n" + table(("kernel", "us", "MB", "TB/s", "of the copy"), cells)
+    return "## Other kernels, bfloat16\n\n" + table(
+        ("kernel", "us", "MB", "TB/s", "of the copy"), cells
+    )
 
 
 def _goals(found: Found) -> str:
@@ -122,13 +172,23 @@ def _goals(found: Found) -> str:
             rows.append([name, wanted, "not measured", ""])
         else:
             reached = [target for target in targets if measured >= target]
-            rows.append([name, wanted, f"{measured:.2f}", f"reached {reached[-1]:g}" if reached else "missed"])
+            rows.append(
+                [
+                    name,
+                    wanted,
+                    f"{measured:.2f}",
+                    f"reached {reached[-1]:g}" if reached else "missed",
+                ]
+            )
     return "## Goals\n\n" + table(("goal", "at least, by stages", "found", ""), rows)
 
 
 def goals(found: Found) -> list[tuple[str, tuple[float, ...], float | None]]:
     """Each goal, what it asks for in stages, and what was found."""
-    rows = {(r["head_width"], r["causal"], r["T"]): r for r in (found.get("attention") or {"rows": []})["rows"]}
+    rows = {
+        (r["head_width"], r["causal"], r["T"]): r
+        for r in (found.get("attention") or {"rows": []})["rows"]
+    }
 
     def ratio(shape: tuple[int, bool, int], way: str, peers: Sequence[str]) -> float | None:
         return best_of(rows[shape], way, peers) if shape in rows else None
@@ -145,14 +205,49 @@ def goals(found: Found) -> list[tuple[str, tuple[float, ...], float | None]]:
 
     families = ("layernorm", "rmsnorm", "gelu", "swiglu", "xent", "adamw")
     return [
-        ("attention forward, width 64 causal 1k, of flash", (0.9, 1.0), ratio(short, "forward", ("flash",))),
-        ("attention forward, width 64 causal 1k, of the better peer", (1.1,), ratio(short, "forward", _PEERS)),
-        ("attention forward, width 128 causal 4k, of flash", (0.9, 1.4), ratio(long, "forward", ("flash",))),
-        ("attention forward, width 128 causal 4k, of cuDNN", (1.0,), ratio(long, "forward", ("cuDNN",))),
+        (
+            "attention forward, width 64 causal 1k, of flash",
+            (0.9, 1.0),
+            ratio(short, "forward", ("flash",)),
+        ),
+        (
+            "attention forward, width 64 causal 1k, of the better peer",
+            (1.1,),
+            ratio(short, "forward", _PEERS),
+        ),
+        (
+            "attention forward, width 128 causal 4k, of flash",
+            (0.9, 1.4),
+            ratio(long, "forward", ("flash",)),
+        ),
+        (
+            "attention forward, width 128 causal 4k, of cuDNN",
+            (1.0,),
+            ratio(long, "forward", ("cuDNN",)),
+        ),
         ("attention forward, width 128 causal 4k, TFLOP/s", (450.0,), rate(long, "forward")),
-        ("attention backward, width 64 causal 1k, of flash", (0.8, 1.0), ratio(short, "backward", ("flash",))),
-        ("attention backward, width 64 causal 1k, of cuDNN", (1.0,), ratio(short, "backward", ("cuDNN",))),
-        ("attention backward, width 128 causal 4k, of flash", (0.8, 1.0), ratio(long, "backward", ("flash",))),
-        ("attention backward, width 128 causal 4k, of cuDNN", (1.0,), ratio(long, "backward", ("cuDNN",))),
-        *((f"slowest {family} kernel, of the copy", (0.8, 0.9, 0.95), slowest(family)) for family in families),
+        (
+            "attention backward, width 64 causal 1k, of flash",
+            (0.8, 1.0),
+            ratio(short, "backward", ("flash",)),
+        ),
+        (
+            "attention backward, width 64 causal 1k, of cuDNN",
+            (1.0,),
+            ratio(short, "backward", ("cuDNN",)),
+        ),
+        (
+            "attention backward, width 128 causal 4k, of flash",
+            (0.8, 1.0),
+            ratio(long, "backward", ("flash",)),
+        ),
+        (
+            "attention backward, width 128 causal 4k, of cuDNN",
+            (1.0,),
+            ratio(long, "backward", ("cuDNN",)),
+        ),
+        *(
+            (f"slowest {family} kernel, of the copy", (0.8, 0.9, 0.95), slowest(family))
+            for family in families
+        ),
     ]

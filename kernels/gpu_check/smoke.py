@@ -1,4 +1,5 @@
-"""Smoke tests: each thing that the kernels take for granted, alone, so that a failure has a name."""
+"""Smoke tests: each thing that the kernels take for granted, alone, so that a failure has a
+name."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _ROWS, _COLUMNS = 8, 32
 
 
 def run() -> list[dict[str, Any]]:
-    """Name, outcome ("ok", "failed", "left out") and words of each test. A failure stops nothing."""
+    """Name, outcome ("ok", "failed", "left out") and words of each test. A failure stops
+    nothing."""
     tests: tuple[tuple[str, Callable[[], str]], ...] = (
         ("NVRTC to sm_90a", compile_for_hopper),
         ("tensor map by value, TMA", copy_by_tma),
@@ -56,7 +58,8 @@ def copy_by_tma() -> str:
 
 
 def check_boxes(matrix: Any) -> None:
-    """Copy boxes of `matrix` [40, 80] with smoke.cu and compare them with slices padded with zeros. Raises ValueError if one differs."""
+    """Copy boxes of `matrix` [40, 80] with smoke.cu and compare them with slices padded with zeros.
+    Raises ValueError if one differs."""
     host = (matrix.get() if hasattr(matrix, "get") else matrix).astype(np.float32)
     padded = np.pad(host, ((0, _ROWS), (0, _COLUMNS)))
     xp = importlib.import_module(type(matrix).__module__.partition(".")[0])
@@ -96,7 +99,13 @@ class Lt:
 
     def layout(self, dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
         """A dense matrix, column by column."""
-        return self.create("MatrixLayout", ctypes.c_int(dtype), ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(rows))
+        return self.create(
+            "MatrixLayout",
+            ctypes.c_int(dtype),
+            ctypes.c_uint64(rows),
+            ctypes.c_uint64(columns),
+            ctypes.c_int64(rows),
+        )
 
     def product(self, bias: int, aux: int, rows: int) -> ctypes.c_void_p:
         """D = gelu(A B + bias), with A B + bias kept in `aux`."""
@@ -109,13 +118,25 @@ class Lt:
         )
         for attribute, value in values:
             size = ctypes.c_size_t(ctypes.sizeof(value))
-            self.call("cublasLtMatmulDescSetAttribute", desc, ctypes.c_int(attribute), ctypes.byref(value), size)
+            self.call(
+                "cublasLtMatmulDescSetAttribute",
+                desc,
+                ctypes.c_int(attribute),
+                ctypes.byref(value),
+                size,
+            )
         return desc
 
     def preference(self, workspace_bytes: int) -> ctypes.c_void_p:
         preference, value = self.create("MatmulPreference"), ctypes.c_uint64(workspace_bytes)
         size = ctypes.c_size_t(8)
-        self.call("cublasLtMatmulPreferenceSetAttribute", preference, ctypes.c_int(_MAX_WORKSPACE), ctypes.byref(value), size)
+        self.call(
+            "cublasLtMatmulPreferenceSetAttribute",
+            preference,
+            ctypes.c_int(_MAX_WORKSPACE),
+            ctypes.byref(value),
+            size,
+        )
         return preference
 
 
@@ -133,17 +154,32 @@ class _Heuristic(ctypes.Structure):
 
 def _library(name: str) -> Path | str:
     """The library of a pip wheel or a toolkit, else the name for the system's search."""
-    wheels = [f for folder in build.nvidia_folders() for f in sorted(folder.glob(f"lib/lib{name}.so.*"))]
-    toolkits = [f for folder in build.toolkit_folders() for f in sorted(folder.glob(f"lib64/lib{name}.so.*"))]
+    wheels = [
+        f for folder in build.nvidia_folders() for f in sorted(folder.glob(f"lib/lib{name}.so.*"))
+    ]
+    toolkits = [
+        f
+        for folder in build.toolkit_folders()
+        for f in sorted(folder.glob(f"lib64/lib{name}.so.*"))
+    ]
     found = [f for f in (*wheels, *toolkits) if ".alt." not in f.name]
     return found[0] if found else f"lib{name}.so"
 
 
 def product_with_gelu(M: int = 256, N: int = 384, K: int = 512) -> str:
-    """gelu(x w + bias) in one call, against NumPy. Row by row, x w is w' x' column by column, and the bias runs along its columns."""
+    """gelu(x w + bias) in one call, against NumPy. Row by row, x w is w' x' column by column, and
+    the bias runs along its columns."""
     cupy = importlib.import_module("cupy")
-    x, w, bias = normal((M, K), bfloat16(), 1), normal((K, N), bfloat16(), 2), normal((N,), bfloat16(), 3)
-    y, aux, workspace = cupy.empty((M, N), bfloat16()), cupy.empty((M, N), bfloat16()), cupy.empty(32 << 20, cupy.uint8)
+    x, w, bias = (
+        normal((M, K), bfloat16(), 1),
+        normal((K, N), bfloat16(), 2),
+        normal((N,), bfloat16(), 3),
+    )
+    y, aux, workspace = (
+        cupy.empty((M, N), bfloat16()),
+        cupy.empty((M, N), bfloat16()),
+        cupy.empty(32 << 20, cupy.uint8),
+    )
     lt = Lt()
     handle = ctypes.c_void_p()
     lt.call("cublasLtCreate", ctypes.byref(handle))
@@ -151,21 +187,49 @@ def product_with_gelu(M: int = 256, N: int = 384, K: int = 512) -> str:
     layouts = (lt.layout(_BF16, N, K), lt.layout(_BF16, K, M), lt.layout(_BF16, N, M))
     found, count = _Heuristic(), ctypes.c_int()
     wanted = (*layouts, layouts[2], lt.preference(workspace.nbytes), ctypes.c_int(1))
-    lt.call("cublasLtMatmulAlgoGetHeuristic", handle, desc, *wanted, ctypes.byref(found), ctypes.byref(count))
+    lt.call(
+        "cublasLtMatmulAlgoGetHeuristic",
+        handle,
+        desc,
+        *wanted,
+        ctypes.byref(found),
+        ctypes.byref(count),
+    )
     if not count.value:
         raise RuntimeError("cuBLASLt has no algorithm for GELU_AUX_BIAS here")
     one, zero = ctypes.c_float(1), ctypes.c_float(0)
     lt.call(
         "cublasLtMatmul",
-        *(handle, desc, ctypes.byref(one), ctypes.c_void_p(w.data.ptr), layouts[0], ctypes.c_void_p(x.data.ptr), layouts[1]),
-        *(ctypes.byref(zero), ctypes.c_void_p(y.data.ptr), layouts[2], ctypes.c_void_p(y.data.ptr), layouts[2]),
-        *(ctypes.byref(found), ctypes.c_void_p(workspace.data.ptr), ctypes.c_size_t(workspace.nbytes)),
+        *(
+            handle,
+            desc,
+            ctypes.byref(one),
+            ctypes.c_void_p(w.data.ptr),
+            layouts[0],
+            ctypes.c_void_p(x.data.ptr),
+            layouts[1],
+        ),
+        *(
+            ctypes.byref(zero),
+            ctypes.c_void_p(y.data.ptr),
+            layouts[2],
+            ctypes.c_void_p(y.data.ptr),
+            layouts[2],
+        ),
+        *(
+            ctypes.byref(found),
+            ctypes.c_void_p(workspace.data.ptr),
+            ctypes.c_size_t(workspace.nbytes),
+        ),
         ctypes.c_void_p(cupy.cuda.get_current_stream().ptr),
     )
     wide = [a.astype(np.float32).get().astype(np.float64) for a in (x, w, bias, y, aux)]
     before = wide[0] @ wide[1] + wide[2]
     after = 0.5 * before * (1 + np.tanh(math.sqrt(2 / math.pi) * (before + 0.044715 * before**3)))
-    errors = [float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in ((wide[4], before), (wide[3], after))]
+    errors = [
+        float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        for got, want in ((wide[4], before), (wide[3], after))
+    ]
     if not max(errors) < 1e-2:
         raise ValueError(f"relative errors {errors[0]:.1e} before and {errors[1]:.1e} after GELU")
     return f"GELU_AUX_BIAS, relative error {max(errors):.1e}"

@@ -1,4 +1,5 @@
-"""PyTorch's scaled_dot_product_attention, with its flash and its cuDNN back end, over the shapes of attention.py; prints JSON."""
+"""PyTorch's scaled_dot_product_attention, with its flash and its cuDNN back end, over the shapes of
+attention.py; prints JSON."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def _row(torch: Any, shape: Shape, notes: list[str]) -> dict[str, Any]:
             with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
 
                 def forward() -> Any:
-                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
+                    return torch.nn.functional.scaled_dot_product_attention(
+                        q, k, v, is_causal=shape.causal
+                    )
 
                 with torch.no_grad():
                     row["forward"][name] = shape.flops(False) / _seconds(torch, forward) / 1e12
@@ -54,7 +57,9 @@ def _row(torch: Any, shape: Shape, notes: list[str]) -> dict[str, Any]:
                 run = lambda o=o: torch.autograd.grad(o, (q, k, v), grad, retain_graph=True)  # noqa: E731
                 row["backward"][name] = shape.flops(True) / _seconds(torch, run) / 1e12
         except Exception as error:
-            notes.append(f"PyTorch {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            notes.append(
+                f"PyTorch {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            )
     return row
 
 

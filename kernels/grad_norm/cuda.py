@@ -1,4 +1,5 @@
-"""Sums of arrays and of squares on the GPU. The sums come back as float64 arrays without dims, which nobody has waited for."""
+"""Sums of arrays and of squares on the GPU. The sums come back as float64 arrays without dims,
+which nobody has waited for."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ from typing import Any
 import numpy as np
 from minillm.kernels.cuda import cuda_kernel
 from minillm.kernels.grids import blocks, runs
-from minillm.kernels.launch import address, dense, element, empty, launch, resident_blocks, same_dtype
+from minillm.kernels.launch import (
+    address,
+    dense,
+    element,
+    empty,
+    launch,
+    resident_blocks,
+    same_dtype,
+)
 
 _FILE = Path(__file__).with_name("v1.cu")
 _THREADS = 512
@@ -17,9 +26,16 @@ _PARTS = 8  # arrays that one launch adds
 
 
 def _partials(name: str, x: Any, before: tuple[Any, ...]) -> Any:
-    """Launch a kernel that leaves partial sums, and add them up. `before`: its arguments before the partials."""
+    """Launch a kernel that leaves partial sums, and add them up. `before`: its arguments before the
+    partials."""
     defines = {"ELEMENT": element(x)}
-    grid = max(1, min(blocks(runs(x.size, x.dtype), _THREADS), resident_blocks(_FILE, name, defines, (_THREADS,), x)))
+    grid = max(
+        1,
+        min(
+            blocks(runs(x.size, x.dtype), _THREADS),
+            resident_blocks(_FILE, name, defines, (_THREADS,), x),
+        ),
+    )
     partials, out = empty(grid, np.float64, x), empty((), np.float64, x)
     launch(_FILE, name, defines, (grid,), (_THREADS,), (*before, partials, np.int64(x.size)))
     launch(_FILE, "sum_partials", defines, (1,), (_THREADS,), (partials, out, np.int32(grid)))
@@ -38,7 +54,9 @@ def sum_arrays(out: Any, parts: Sequence[Any]) -> Any:
         raise ValueError("out is written in place, and must be C-contiguous")
     parts = [dense(part) for part in parts]
     if len(parts) > _PARTS and any(address(part) == address(out) for part in parts[_PARTS:]):
-        parts = [part.copy() if address(part) == address(out) else part for part in parts]  # the first launch overwrites it
+        parts = [
+            part.copy() if address(part) == address(out) else part for part in parts
+        ]  # the first launch overwrites it
     while True:
         now, parts = parts[:_PARTS], parts[_PARTS:]
         padded = (*now, *[None] * (_PARTS - len(now)))

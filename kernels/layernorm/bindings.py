@@ -10,10 +10,16 @@ from minillm.kernels.pool import get_threads
 
 
 @c_kernel("layernorm_forward")
-def layernorm_forward(c: Any, x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any, Any]:
+def layernorm_forward(
+    c: Any, x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None
+) -> tuple[Any, Any, Any]:
     x, delta = dense(x), None if delta is None else dense(delta)
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
-    y, mean, rstd = np.empty(x.shape, x.dtype), np.empty(num_rows, x.dtype), np.empty(num_rows, x.dtype)
+    y, mean, rstd = (
+        np.empty(x.shape, x.dtype),
+        np.empty(num_rows, x.dtype),
+        np.empty(num_rows, x.dtype),
+    )
     c.layernorm_forward(pool(), x, delta, weight, bias, sum_out, y, mean, rstd, num_rows, D, eps)
     return y, mean, rstd
 
@@ -36,7 +42,9 @@ def layernorm_backward(
     grad_x = out_like(x, grad_x_out) if need_x else None
     partials = np.zeros((get_threads(), 2, D), x.dtype) if need_params else None
     grad_sum = None if grad_sum is None else dense(grad_sum)
-    c.layernorm_backward(pool(), dense(grad_y), grad_sum, dense(x), weight, mean, rstd, grad_x, partials, num_rows, D)
+    c.layernorm_backward(
+        pool(), dense(grad_y), grad_sum, dense(x), weight, mean, rstd, grad_x, partials, num_rows, D
+    )
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
     if partials is None:

@@ -1,4 +1,5 @@
-"""Layer normalisation on the GPU. Means, reciprocal deviations and the gradients of parameters are float32 whatever x is."""
+"""Layer normalisation on the GPU. Means, reciprocal deviations and the gradients of parameters are
+float32 whatever x is."""
 
 from __future__ import annotations
 
@@ -9,23 +10,49 @@ import numpy as np
 from minillm.kernels.build import Defines
 from minillm.kernels.cuda import cuda_kernel
 from minillm.kernels.grids import blocks, rows_in_registers
-from minillm.kernels.launch import deliver, dense, element, empty, launch, out_like, resident_blocks, same_dtype
+from minillm.kernels.launch import (
+    deliver,
+    dense,
+    element,
+    empty,
+    launch,
+    out_like,
+    resident_blocks,
+    same_dtype,
+)
 from minillm.kernels.matmul.cuda import sum_rows
 
 _FILE = Path(__file__).with_name("v1.cu")
 
 
 @cuda_kernel("layernorm_forward")
-def layernorm_forward(x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any, Any]:
+def layernorm_forward(
+    x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None
+) -> tuple[Any, Any, Any]:
     same_dtype(x, weight, bias, delta, sum_out)
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     layout = rows_in_registers(D)
-    y, mean, rstd = empty(x.shape, x.dtype, x), empty(num_rows, np.float32, x), empty(num_rows, np.float32, x)
+    y, mean, rstd = (
+        empty(x.shape, x.dtype, x),
+        empty(num_rows, np.float32, x),
+        empty(num_rows, np.float32, x),
+    )
     total = None if sum_out is None else out_like(x, sum_out)
-    arrays = (dense(x), None if delta is None else dense(delta), dense(weight), None if bias is None else dense(bias), total, y, mean, rstd)
+    arrays = (
+        dense(x),
+        None if delta is None else dense(delta),
+        dense(weight),
+        None if bias is None else dense(bias),
+        total,
+        y,
+        mean,
+        rstd,
+    )
     args = (*arrays, np.int64(num_rows), np.int32(D), np.float32(eps))
     defines: Defines = {"ELEMENT": element(x), "VALUES": layout.values}
-    launch(_FILE, "layernorm_forward", defines, (blocks(num_rows, layout.rows),), layout.block, args)
+    launch(
+        _FILE, "layernorm_forward", defines, (blocks(num_rows, layout.rows),), layout.block, args
+    )
     if total is not None:
         deliver(total, sum_out)
     return y, mean, rstd
@@ -48,11 +75,30 @@ def layernorm_backward(
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     layout = rows_in_registers(D, 16 if x.dtype.itemsize == 4 and D <= 4096 else 32)
     defines: Defines = {"ELEMENT": element(x), "VALUES": layout.values}
-    grid = min(blocks(num_rows, layout.rows), resident_blocks(_FILE, "layernorm_backward", defines, layout.block, x))
+    grid = min(
+        blocks(num_rows, layout.rows),
+        resident_blocks(_FILE, "layernorm_backward", defines, layout.block, x),
+    )
     grad_x = out_like(x, grad_x_out) if need_x else None
     partials = empty((2, grid, D), np.float32, x) if need_params else None
-    arrays = (dense(grad_y), None if grad_sum is None else dense(grad_sum), dense(x), dense(weight), mean, rstd, grad_x, partials)
-    launch(_FILE, "layernorm_backward", defines, (grid,), layout.block, (*arrays, np.int64(num_rows), np.int32(D)))
+    arrays = (
+        dense(grad_y),
+        None if grad_sum is None else dense(grad_sum),
+        dense(x),
+        dense(weight),
+        mean,
+        rstd,
+        grad_x,
+        partials,
+    )
+    launch(
+        _FILE,
+        "layernorm_backward",
+        defines,
+        (grid,),
+        layout.block,
+        (*arrays, np.int64(num_rows), np.int32(D)),
+    )
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
     if partials is None:

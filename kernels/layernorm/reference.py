@@ -11,8 +11,11 @@ from minillm.kernels.rows import row_blocks
 
 
 @kernel("layernorm_forward")
-def layernorm_forward(x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any, Any]:
-    """x [..., D], weight [D], bias [D] or None -> y [..., D], mean [rows], rstd [rows]; variance is the mean squared deviation.
+def layernorm_forward(
+    x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None
+) -> tuple[Any, Any, Any]:
+    """x [..., D], weight [D], bias [D] or None -> y [..., D], mean [rows], rstd [rows]; variance is
+    the mean squared deviation.
 
     With a residual branch `delta` [..., D], x + delta is normalised, and written into `sum_out`.
     """
@@ -51,14 +54,16 @@ def layernorm_backward(
     grad_x_out: Any = None,
     grad_sum: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """Gradients of x [..., D], weight [D] and bias [D]; with z = (x - mean) rstd, g = grad_y weight: grad_x = (g - mean(g) - z mean(g z))
-    rstd.
+    """Gradients of x [..., D], weight [D] and bias [D]; with z = (x - mean) rstd, g = grad_y
+    weight: grad_x = (g - mean(g) - z mean(g z)) rstd.
 
-    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself, which is then overwritten. `grad_sum` [..., D], what arrives
-    at x past the norm, is added to grad_x.
+    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself, which is then
+    overwritten. `grad_sum` [..., D], what arrives at x past the norm, is added to grad_x.
     """
     shape, D = x.shape, x.shape[-1]
-    x, grad_y, grad_x_out, grad_sum = (None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum))
+    x, grad_y, grad_x_out, grad_sum = (
+        None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum)
+    )
     grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
     partial: list[tuple[int, Any, Any]] = []
     averages = np.full(D, 1 / D, x.dtype)
@@ -86,11 +91,16 @@ def layernorm_backward(
         return grad_x, None, None
     ordered = [sums for _, *sums in sorted(partial, key=lambda item: item[0])]
     grad_weight = sum((s[0] for s in ordered), np.zeros(D, x.dtype))
-    return grad_x, grad_weight, sum((s[1] for s in ordered), np.zeros(D, x.dtype)) if has_bias else None
+    return (
+        grad_x,
+        grad_weight,
+        sum((s[1] for s in ordered), np.zeros(D, x.dtype)) if has_bias else None,
+    )
 
 
 def _with_sums(num_rows: int, D: int, x: Any, partial: list, block: Any) -> None:
-    """Run `block` over cache-sized row blocks; each thread has its own parameter sums, appended to `partial` with their position."""
+    """Run `block` over cache-sized row blocks; each thread has its own parameter sums, appended to
+    `partial` with their position."""
     step = max(1, (128 << 10) // (D * x.itemsize))
 
     def run(start: int, stop: int) -> None:

@@ -1,6 +1,8 @@
-"""Matrix products in C: by our own blocks, or by a BLAS on one thread that is called for slices of the result.
+"""Matrix products in C: by our own blocks, or by a BLAS on one thread that is called for slices of
+the result.
 
-Ours are faster with the vectors of AVX2 and AVX-512 (docs/performance.md); with those of the baseline a BLAS is.
+Ours are faster with the vectors of AVX2 and AVX-512 (docs/performance.md); with those of the
+baseline a BLAS is.
 """
 
 from __future__ import annotations
@@ -17,15 +19,28 @@ def _operand(x: Any) -> Any:
     if x.flags.forc:
         return x
     (rows, columns), (along, across) = x.shape, x.strides
-    return x if (across == 4 and along >= 4 * columns) or (along == 4 and across >= 4 * rows) else np.ascontiguousarray(x)
+    return (
+        x
+        if (across == 4 and along >= 4 * columns) or (along == 4 and across >= 4 * rows)
+        else np.ascontiguousarray(x)
+    )
 
 
 @c_kernel("matmul", VARIANTS[:-1])
 def matmul(
-    c: Any, a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None, by_blas: bool = False
+    c: Any,
+    a: Any,
+    b: Any,
+    out: Any = None,
+    accumulate: bool = False,
+    bias: Any = None,
+    sums: Any = None,
+    by_blas: bool = False,
 ) -> Any:
     (M, K), N = a.shape, b.shape[1]
-    if sums is not None and not (N and a.T.flags.c_contiguous and sums.flags.c_contiguous and sums.dtype == np.float32):
+    if sums is not None and not (
+        N and a.T.flags.c_contiguous and sums.flags.c_contiguous and sums.dtype == np.float32
+    ):
         sums[...], sums = column_sum(c, a.T), None
     if out is not None and (out.strides[1] != 4 or out.strides[0] < 4 * N):
         product = matmul(c, a, b, bias=bias, sums=sums, by_blas=by_blas)
@@ -38,7 +53,9 @@ def matmul(
 
 
 @kernel("matmul", backend="c", variant="blas", dtypes=("float32",), unavailable=blas_unavailable)
-def matmul_by_blas(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None) -> Any:
+def matmul_by_blas(
+    a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None
+) -> Any:
     fastest = next(variant.functions for variant in VARIANTS if variant.unavailable is None)
     return matmul(fastest, a, b, out, accumulate, bias, sums, by_blas=True)
 

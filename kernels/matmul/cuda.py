@@ -21,11 +21,15 @@ _FEW_ROWS = 512  # that one launch sums
 CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
 COMPUTE_FLOAT32 = 68  # products of 16-bit numbers are exact in it, and float32 is not cut to TF32
 DEFAULT_ALGORITHM = -1
-_ONE, _ZERO = np.array(1, np.float32), np.array(0, np.float32)  # alpha and beta are read on the host, by address
+_ONE, _ZERO = (
+    np.array(1, np.float32),
+    np.array(0, np.float32),
+)  # alpha and beta are read on the host, by address
 
 
 class Operand(NamedTuple):
-    """A matrix as cuBLAS sees it, column by column: its address, leading dim, and whether it is read transposed."""
+    """A matrix as cuBLAS sees it, column by column: its address, leading dim, and whether it is
+    read transposed."""
 
     pointer: int
     leading: int
@@ -33,19 +37,27 @@ class Operand(NamedTuple):
 
 
 def operand(x: Any) -> Operand:
-    """A row-major matrix is its own transpose column by column, so a C-contiguous one is read as it is and the transposed view of one
-    transposed. Raises ValueError for other strides: a copy would be one that nobody asked for."""
+    """A row-major matrix is its own transpose column by column, so a C-contiguous one is read as it
+    is and the transposed view of one transposed. Raises ValueError for other strides: a copy would
+    be one that nobody asked for."""
     item = x.dtype.itemsize
     (rows, columns), (down, across) = x.shape, x.strides
     if (across == item or columns == 1) and (down >= columns * item or rows == 1):
         return Operand(x.data.ptr, down // item if rows > 1 else max(columns, 1), False)
     if (down == item or rows == 1) and (across >= rows * item or columns == 1):
         return Operand(x.data.ptr, across // item if columns > 1 else max(rows, 1), True)
-    raise ValueError(f"a product takes matrices whose rows or columns lie together, not strides {x.strides} for shape {x.shape}")
+    raise ValueError(
+        f"a product takes matrices whose rows or columns lie together, not strides {x.strides} for "
+        f"shape {x.shape}"
+    )
 
 
-@kernel("matmul", backend="cuda", variant="cublas", dtypes=tuple(CUDA_TYPES), unavailable=unavailable)
-def matmul(a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None) -> Any:
+@kernel(
+    "matmul", backend="cuda", variant="cublas", dtypes=tuple(CUDA_TYPES), unavailable=unavailable
+)
+def matmul(
+    a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None
+) -> Any:
     out, done = checked_product(a, b, out, accumulate, bias, sums)
     if sums is not None:
         sums[...] = row_sums(a)
@@ -61,23 +73,35 @@ def row_sums(a: Any) -> Any:
     return lookup("column_sum", a)(a.T)
 
 
-def checked_product(a: Any, b: Any, out: Any, accumulate: bool, bias: Any, sums: Any) -> tuple[Any, bool]:
-    """Where the product of a [M, K] and b [K, N] goes, and whether that is all because one of the sizes is 0. Raises ValueError for
-    what is no product, TypeError for mixed dtypes."""
+def checked_product(
+    a: Any, b: Any, out: Any, accumulate: bool, bias: Any, sums: Any
+) -> tuple[Any, bool]:
+    """Where the product of a [M, K] and b [K, N] goes, and whether that is all because one of the
+    sizes is 0. Raises ValueError for what is no product, TypeError for mixed dtypes."""
     same_dtype(a, b, bias)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-        raise ValueError(f"a product of {a.shape} and {b.shape}: two matrices are wanted whose inner sizes agree")
+        raise ValueError(
+            f"a product of {a.shape} and {b.shape}: two matrices are wanted whose inner sizes agree"
+        )
     (M, K), N = a.shape, b.shape[1]
     if out is None:
         out = empty((M, N), a.dtype, a)
     if out.shape != (M, N) or (out.dtype != a.dtype and element(out) != "float32"):
-        raise ValueError(f"the product of {a.shape} and {b.shape} in {a.dtype} does not go into {out.shape} of {out.dtype}")
+        raise ValueError(
+            f"the product of {a.shape} and {b.shape} in {a.dtype} does not go into {out.shape} of "
+            f"{out.dtype}"
+        )
     if accumulate and bias is not None:
         raise ValueError("a product that is added to another takes no bias")
     if sums is not None and (sums.shape != (M,) or element(sums) != "float32" or bias is not None):
-        raise ValueError(f"sums of {M} rows, of a product without a bias, go into as many float32, not into {sums.shape} of {sums.dtype}")
+        raise ValueError(
+            f"sums of {M} rows, of a product without a bias, go into as many float32, not into "
+            f"{sums.shape} of {sums.dtype}"
+        )
     if M and N and operand(out).transposed:
-        raise ValueError(f"a product is written row by row, not with strides {out.strides} for shape {out.shape}")
+        raise ValueError(
+            f"a product is written row by row, not with strides {out.strides} for shape {out.shape}"
+        )
     if M and N and K:
         return out, False
     if not accumulate:
@@ -88,7 +112,8 @@ def checked_product(a: Any, b: Any, out: Any, accumulate: bool, bias: Any, sums:
 
 
 def gemm(a: Any, b: Any, out: Any, accumulate: bool) -> None:
-    """out [M, N] (+)= a [M, K] b [K, N], none of them empty. Column by column that is out^T = b^T a^T."""
+    """out [M, N] (+)= a [M, K] b [K, N], none of them empty. Column by column that is out^T = b^T
+    a^T."""
     left, right, target = operand(b), operand(a), operand(out)
     cupy = importlib.import_module("cupy")
     cupy.cuda.cublas.gemmEx(
@@ -109,10 +134,15 @@ def column_sum(x: Any) -> Any:
 
 
 def sum_rows(x: Any) -> Any:
-    """The sums over rows, float32 [n, D], of a contiguous x [n, rows, D]. The order of the sum depends on the sizes and the device only."""
+    """The sums over rows, float32 [n, D], of a contiguous x [n, rows, D]. The order of the sum
+    depends on the sizes and the device only."""
     n, rows, D = x.shape
     tiles = blocks(runs(D, x.dtype), 32)
-    parts = 1 if rows <= _FEW_ROWS else min(blocks(rows, 8 * _WARPS), max(1, 8 * multiprocessors(x) // max(1, n * tiles)))
+    parts = (
+        1
+        if rows <= _FEW_ROWS
+        else min(blocks(rows, 8 * _WARPS), max(1, 8 * multiprocessors(x) // max(1, n * tiles)))
+    )
     out = empty((n, parts, D), np.float32, x)
     each = blocks(rows, parts)
     args = (x, out, np.int64(rows), np.int64(each), np.int32(D))

@@ -1,7 +1,8 @@
 """The C kernels: what this processor can run, and how their bindings register.
 
-A binding is written once, as a function whose first argument `c` holds the C functions of one instruction set, and is registered for each:
-variants `avx512`, `avx2` and `baseline` of backend `c`, the fastest first. C kernels take float32; float64 stays with NumPy.
+A binding is written once, as a function whose first argument `c` holds the C functions of one
+instruction set, and is registered for each: variants `avx512`, `avx2` and `baseline` of backend
+`c`, the fastest first. C kernels take float32; float64 stays with NumPy.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _BLAS_LIBRARIES = ("lib/libscipy_openblas64_.so", "lib/libscipy_openblas64_.dyli
 
 
 class Variant(NamedTuple):
-    """The C functions compiled for one instruction set; `unavailable` says why they cannot run here."""
+    """The C functions compiled for one instruction set; `unavailable` says why they cannot run
+    here."""
 
     name: str
     functions: SimpleNamespace
@@ -48,7 +50,9 @@ def _load_blas() -> str | None:
     for name in _BLAS_LIBRARIES:
         if (folder / name).exists():
             try:
-                extension.load_blas(str(folder / name), "scipy_cblas_sgemm64_", "scipy_openblas_set_num_threads64_")  # type: ignore[union-attr]
+                extension.load_blas(
+                    str(folder / name), "scipy_cblas_sgemm64_", "scipy_openblas_set_num_threads64_"
+                )  # type: ignore[union-attr]
             except OSError as error:
                 return str(error)
             return None
@@ -66,27 +70,38 @@ if extension is None:
     VARIANTS: tuple[Variant, ...] = (Variant("baseline", SimpleNamespace(), unavailable),)
 else:
     VARIANTS = tuple(
-        Variant(name, SimpleNamespace(**functions), None if runs else f"this processor has no {name}")
+        Variant(
+            name, SimpleNamespace(**functions), None if runs else f"this processor has no {name}"
+        )
         for name, functions, runs in extension.variants()
     )
 
 
-def c_kernel(op: str, variants: Sequence[Variant] = VARIANTS) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def c_kernel(
+    op: str, variants: Sequence[Variant] = VARIANTS
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register `fn(c, *args)` as the C implementations of `op`."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         for variant in variants:
             bound = functools.partial(fn, variant.functions)
             bound.__module__ = fn.__module__
-            kernel(op, backend="c", variant=variant.name, dtypes=("float32",), unavailable=variant.unavailable)(bound)
+            kernel(
+                op,
+                backend="c",
+                variant=variant.name,
+                dtypes=("float32",),
+                unavailable=variant.unavailable,
+            )(bound)
         return fn
 
     return register
 
 
 def prepare_process() -> None:
-    """For a program to call once, at its start: hold every BLAS loaded so far to one thread, since the pool is ours, and let the memory of
-    freed arrays stay with the process. Without threadpoolctl (gpu_check needs little) the BLAS keeps its threads: slower, not wrong."""
+    """For a program to call once, at its start: hold every BLAS loaded so far to one thread, since
+    the pool is ours, and let the memory of freed arrays stay with the process. Without
+    threadpoolctl (gpu_check needs little) the BLAS keeps its threads: slower, not wrong."""
     global _blas_limit
     with contextlib.suppress(ImportError):
         _blas_limit = importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
@@ -116,7 +131,8 @@ _pools = _Pools()
 
 
 def pool() -> Any:
-    """The calling thread's pool of the size that its context asks for. Each Python thread has its own: a pool runs one call at a time."""
+    """The calling thread's pool of the size that its context asks for. Each Python thread has its
+    own: a pool runs one call at a time."""
     return _pools.by_size[num_threads.get()]
 
 
@@ -126,12 +142,14 @@ def dense(x: Any) -> Any:
 
 
 def out_like(x: Any, out: Any) -> Any:
-    """A C-contiguous array to compute into: `out` where it is one, else a new one, to be given to `deliver`."""
+    """A C-contiguous array to compute into: `out` where it is one, else a new one, to be given to
+    `deliver`."""
     return out if out is not None and out.flags.c_contiguous else np.empty(x.shape, x.dtype)
 
 
 def deliver(computed: Any, out: Any) -> Any:
-    """The result of a computation into `out_like(x, out)`, copied into `out` if that could not be used itself."""
+    """The result of a computation into `out_like(x, out)`, copied into `out` if that could not be
+    used itself."""
     if out is None or computed is out:
         return computed
     out[...] = computed

@@ -1,6 +1,8 @@
-"""Keep-or-drop decisions for a grid of addresses: row words and column words are hashed once, and a few 32-bit steps mix each pair.
+"""Keep-or-drop decisions for a grid of addresses: row words and column words are hashed once, and a
+few 32-bit steps mix each pair.
 
-A 64-bit hash for every element would cost several times as much as the rest of dropout; processors vectorise 32-bit multiplications.
+A 64-bit hash for every element would cost several times as much as the rest of dropout; processors
+vectorise 32-bit multiplications.
 """
 
 from __future__ import annotations
@@ -13,25 +15,34 @@ from minillm.kernels.random.reference import random_bits
 Array = Any
 
 COLUMN_KEY = 0x5851F42D4C957F2D
-_MIX_1, _MIX_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)  # the multipliers of Wellons' lowbias32
+_MIX_1, _MIX_2 = (
+    np.uint32(0x7FEB352D),
+    np.uint32(0x846CA68B),
+)  # the multipliers of Wellons' lowbias32
 
 
 def address_words(key: int, outer: Array, inner: Array) -> Array:
-    """64 random bits for each pair of outer [A] and inner [B] (integers from 0 to 2^32 - 1): uint64 [A, B]."""
-    index = (np.asarray(outer).astype(np.uint64) << np.uint64(32))[:, None] | np.asarray(inner).astype(np.uint64)
+    """64 random bits for each pair of outer [A] and inner [B] (integers from 0 to 2^32 - 1): uint64
+    [A, B]."""
+    index = (np.asarray(outer).astype(np.uint64) << np.uint64(32))[:, None] | np.asarray(
+        inner
+    ).astype(np.uint64)
     return random_bits(key, index)
 
 
 def column_words(columns: Array) -> Array:
     """A random word for each column address [C] (integers from 0): uint32 [C]."""
-    return (random_bits(COLUMN_KEY, np.asarray(columns).astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
+    return (random_bits(COLUMN_KEY, np.asarray(columns).astype(np.uint64)) >> np.uint64(32)).astype(
+        np.uint32
+    )
 
 
 def keep(p: float, rows: Array, columns: Array) -> Array:
-    """Whether to keep each element, with probability 1 - p: row words uint64 [R], column words uint32 [C] -> bool [R, C].
+    """Whether to keep each element, with probability 1 - p: row words uint64 [R], column words
+    uint32 [C] -> bool [R, C].
 
-    Element (r, c) depends on rows[r] and columns[c] only. p counts in steps of 2^-32. Two rows differ in how they mix, not only in where
-    they start, so no two rows of a run share a pattern.
+    Element (r, c) depends on rows[r] and columns[c] only. p counts in steps of 2^-32. Two rows
+    differ in how they mix, not only in where they start, so no two rows of a run share a pattern.
     """
     low, high = rows.astype(np.uint32)[:, None], (rows >> np.uint64(32)).astype(np.uint32)[:, None]
     z = low ^ columns
@@ -48,6 +59,9 @@ def threshold(p: float) -> int:
 
 
 def row_words(head_keys: Array, times: Array) -> Array:
-    """64 random bits for each query of each head, keyed by the heads' words: uint64 [B, H], integers [Tq] -> uint64 [B, H, Tq]."""
+    """64 random bits for each query of each head, keyed by the heads' words: uint64 [B, H],
+    integers [Tq] -> uint64 [B, H, Tq]."""
     index = np.asarray(times).astype(np.uint64)
-    return np.stack([random_bits(int(key), index) for key in head_keys.reshape(-1)]).reshape(*head_keys.shape, len(index))
+    return np.stack([random_bits(int(key), index) for key in head_keys.reshape(-1)]).reshape(
+        *head_keys.shape, len(index)
+    )

@@ -19,5 +19,12 @@ def add(x: Any, y: Any, out: Any = None) -> Any:
     same_dtype(x, y, out)
     computed = out_like(x, out)
     grid = (blocks(runs(x.size, x.dtype), _THREADS),)
-    launch(_FILE, "add", {"ELEMENT": element(x)}, grid, (_THREADS,), (dense(x), dense(y), computed, np.int64(x.size)))
+    launch(
+        _FILE,
+        "add",
+        {"ELEMENT": element(x)},
+        grid,
+        (_THREADS,),
+        (dense(x), dense(y), computed, np.int64(x.size)),
+    )
     return deliver(computed, out)

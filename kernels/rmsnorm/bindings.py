@@ -10,7 +10,9 @@ from minillm.kernels.pool import get_threads
 
 
 @c_kernel("rmsnorm_forward")
-def rmsnorm_forward(c: Any, x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any]:
+def rmsnorm_forward(
+    c: Any, x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None
+) -> tuple[Any, Any]:
     x, delta = dense(x), None if delta is None else dense(delta)
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     y, rstd = np.empty(x.shape, x.dtype), np.empty(num_rows, x.dtype)
@@ -34,7 +36,9 @@ def rmsnorm_backward(
     grad_x = out_like(x, grad_x_out) if need_x else None
     partials = np.zeros((get_threads(), D), x.dtype) if need_params else None
     grad_sum = None if grad_sum is None else dense(grad_sum)
-    c.rmsnorm_backward(pool(), dense(grad_y), grad_sum, dense(x), weight, rstd, grad_x, partials, num_rows, D)
+    c.rmsnorm_backward(
+        pool(), dense(grad_y), grad_sum, dense(x), weight, rstd, grad_x, partials, num_rows, D
+    )
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
     return grad_x, None if partials is None else np.add.reduce(partials)

@@ -1,4 +1,5 @@
-"""Root-mean-square normalisation on the GPU. Reciprocal deviations and the weight's gradient are float32 whatever x is."""
+"""Root-mean-square normalisation on the GPU. Reciprocal deviations and the weight's gradient are
+float32 whatever x is."""
 
 from __future__ import annotations
 
@@ -9,14 +10,25 @@ import numpy as np
 from minillm.kernels.build import Defines
 from minillm.kernels.cuda import cuda_kernel
 from minillm.kernels.grids import blocks, rows_in_registers
-from minillm.kernels.launch import deliver, dense, element, empty, launch, out_like, resident_blocks, same_dtype
+from minillm.kernels.launch import (
+    deliver,
+    dense,
+    element,
+    empty,
+    launch,
+    out_like,
+    resident_blocks,
+    same_dtype,
+)
 from minillm.kernels.matmul.cuda import sum_rows
 
 _FILE = Path(__file__).with_name("v1.cu")
 
 
 @cuda_kernel("rmsnorm_forward")
-def rmsnorm_forward(x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any]:
+def rmsnorm_forward(
+    x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None
+) -> tuple[Any, Any]:
     same_dtype(x, weight, delta, sum_out)
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     layout = rows_in_registers(D)
@@ -55,11 +67,29 @@ def rmsnorm_backward(
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     layout = rows_in_registers(D, 16 if x.dtype.itemsize == 4 and D <= 4096 else 32)
     defines: Defines = {"ELEMENT": element(x), "VALUES": layout.values}
-    grid = min(blocks(num_rows, layout.rows), resident_blocks(_FILE, "rmsnorm_backward", defines, layout.block, x))
+    grid = min(
+        blocks(num_rows, layout.rows),
+        resident_blocks(_FILE, "rmsnorm_backward", defines, layout.block, x),
+    )
     grad_x = out_like(x, grad_x_out) if need_x else None
     partials = empty((1, grid, D), np.float32, x) if need_params else None
-    arrays = (dense(grad_y), None if grad_sum is None else dense(grad_sum), dense(x), dense(weight), rstd, grad_x, partials)
-    launch(_FILE, "rmsnorm_backward", defines, (grid,), layout.block, (*arrays, np.int64(num_rows), np.int32(D)))
+    arrays = (
+        dense(grad_y),
+        None if grad_sum is None else dense(grad_sum),
+        dense(x),
+        dense(weight),
+        rstd,
+        grad_x,
+        partials,
+    )
+    launch(
+        _FILE,
+        "rmsnorm_backward",
+        defines,
+        (grid,),
+        layout.block,
+        (*arrays, np.int64(num_rows), np.int32(D)),
+    )
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
     return grad_x, None if partials is None else sum_rows(partials)[0]

@@ -11,8 +11,11 @@ from minillm.kernels.rows import row_blocks
 
 
 @kernel("rmsnorm_forward")
-def rmsnorm_forward(x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None) -> tuple[Any, Any]:
-    """x [..., D], weight [D] -> y = x rstd weight [..., D], rstd = 1 / sqrt(mean(x^2) + eps) [rows].
+def rmsnorm_forward(
+    x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None
+) -> tuple[Any, Any]:
+    """x [..., D], weight [D] -> y = x rstd weight [..., D], rstd = 1 / sqrt(mean(x^2) + eps)
+    [rows].
 
     With a residual branch `delta` [..., D], x + delta is normalised, and written into `sum_out`.
     """
@@ -22,7 +25,9 @@ def rmsnorm_forward(x: Any, weight: Any, eps: float, delta: Any = None, sum_out:
 
     def run(rows: slice) -> None:
         block = x[rows]
-        scale = 1 / np.sqrt(np.einsum("ij,ij->i", block, block) / x.dtype.type(x.shape[1]) + x.dtype.type(eps))
+        scale = 1 / np.sqrt(
+            np.einsum("ij,ij->i", block, block) / x.dtype.type(x.shape[1]) + x.dtype.type(eps)
+        )
         np.multiply(block, scale[:, None], out=y[rows])
         y[rows] *= weight
         rstd[rows] = scale
@@ -42,13 +47,16 @@ def rmsnorm_backward(
     grad_x_out: Any = None,
     grad_sum: Any = None,
 ) -> tuple[Any, Any]:
-    """Gradients of x [..., D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z mean(g z)) rstd.
+    """Gradients of x [..., D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z
+    mean(g z)) rstd.
 
-    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself. `grad_sum` [..., D], what arrives at x past the norm, is added
-    to grad_x.
+    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself. `grad_sum` [..., D],
+    what arrives at x past the norm, is added to grad_x.
     """
     shape, D = x.shape, x.shape[-1]
-    x, grad_y, grad_x_out, grad_sum = (None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum))
+    x, grad_y, grad_x_out, grad_sum = (
+        None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum)
+    )
     grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
     partial: list[tuple[int, Any]] = []
     step = max(1, (128 << 10) // (D * x.itemsize))
@@ -70,5 +78,9 @@ def rmsnorm_backward(
         partial.append((start, total))
 
     parallel_for(len(x), run, step)
-    grad_weight = sum((s for _, s in sorted(partial, key=lambda item: item[0])), np.zeros(D, x.dtype)) if need_params else None
+    grad_weight = (
+        sum((s for _, s in sorted(partial, key=lambda item: item[0])), np.zeros(D, x.dtype))
+        if need_params
+        else None
+    )
     return None if grad_x is None else grad_x.reshape(shape), grad_weight

@@ -28,6 +28,22 @@ def rope_(x: Any, cos: Any, sin: Any, inverse: bool = False) -> None:
     if total >= 1 << 32:
         raise ValueError(f"rope_ numbers its threads with 32 bits, and x {x.shape} needs {total}")
     strides = (np.int64(s // size) for s in x.strides[:3])
-    args = (x, dense(cos), dense(sin), np.uint32(total), np.int32(T), np.int32(H), np.int32(K // 2), *strides)
+    args = (
+        x,
+        dense(cos),
+        dense(sin),
+        np.uint32(total),
+        np.int32(T),
+        np.int32(H),
+        np.int32(K // 2),
+        *strides,
+    )
     defines = {"ELEMENT": element(x), "TABLE": element(cos)}
-    launch(_FILE, "rope", defines, (blocks(total, _THREADS),), (_THREADS,), (*args, np.float32(-1 if inverse else 1)))
+    launch(
+        _FILE,
+        "rope",
+        defines,
+        (blocks(total, _THREADS),),
+        (_THREADS,),
+        (*args, np.float32(-1 if inverse else 1)),
+    )

@@ -19,7 +19,14 @@ def _rows(name: str, *arrays: Any) -> Any:
     out = arrays[-1]
     D = out.shape[-1]
     rows = out.size // D if D else 0
-    launch(_FILE, name, {"ELEMENT": element(out)}, (rows,), (threads_for(D, out.dtype),), (*arrays, np.int32(D)))
+    launch(
+        _FILE,
+        name,
+        {"ELEMENT": element(out)},
+        (rows,),
+        (threads_for(D, out.dtype),),
+        (*arrays, np.int32(D)),
+    )
     return out
 
 

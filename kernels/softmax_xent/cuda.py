@@ -1,4 +1,5 @@
-"""Softmax cross-entropy on the GPU. Logits are worked on in place, so they must be C-contiguous; what there is one of a row is float32."""
+"""Softmax cross-entropy on the GPU. Logits are worked on in place, so they must be C-contiguous;
+what there is one of a row is float32."""
 
 from __future__ import annotations
 
@@ -33,38 +34,82 @@ def _ids(targets: Any) -> Any:
 def xent_max(logits: Any, valid_columns: int | None = None) -> Any:
     num_rows, V = logits.shape
     out = empty(num_rows, np.float32, logits)
-    _launch("xent_max", dense(logits), out, np.int32(V), np.int32(V if valid_columns is None else valid_columns))
+    _launch(
+        "xent_max",
+        dense(logits),
+        out,
+        np.int32(V),
+        np.int32(V if valid_columns is None else valid_columns),
+    )
     return out
 
 
 @cuda_kernel("xent_shifted_sum_")
-def xent_shifted_sum_(logits: Any, row_max: Any, targets: Any, first_class: int, valid_columns: int | None = None) -> tuple[Any, Any]:
+def xent_shifted_sum_(
+    logits: Any, row_max: Any, targets: Any, first_class: int, valid_columns: int | None = None
+) -> tuple[Any, Any]:
     num_rows, V = logits.shape
     sums, target_logit = empty(num_rows, np.float32, logits), empty(num_rows, np.float32, logits)
     valid = np.int32(V if valid_columns is None else valid_columns)
-    args = (_floats(row_max), _ids(targets), sums, target_logit, np.int32(V), valid, np.int64(first_class))
+    args = (
+        _floats(row_max),
+        _ids(targets),
+        sums,
+        target_logit,
+        np.int32(V),
+        valid,
+        np.int64(first_class),
+    )
     _launch("xent_shifted_sum", logits, *args)
     return sums, target_logit
 
 
 @cuda_kernel("xent_grad_")
-def xent_grad_(exp_logits: Any, sum_exp: Any, targets: Any, first_class: int, row_scale: Any) -> None:
+def xent_grad_(
+    exp_logits: Any, sum_exp: Any, targets: Any, first_class: int, row_scale: Any
+) -> None:
     V = np.int32(exp_logits.shape[1])
-    _launch("xent_grad", exp_logits, _floats(sum_exp), _ids(targets), _floats(row_scale), V, np.int64(first_class))
+    _launch(
+        "xent_grad",
+        exp_logits,
+        _floats(sum_exp),
+        _ids(targets),
+        _floats(row_scale),
+        V,
+        np.int64(first_class),
+    )
 
 
 @cuda_kernel("xent_statistics")
-def xent_statistics(logits: Any, targets: Any, first_class: int, valid_columns: int | None = None) -> tuple[Any, Any, Any]:
+def xent_statistics(
+    logits: Any, targets: Any, first_class: int, valid_columns: int | None = None
+) -> tuple[Any, Any, Any]:
     num_rows, V = logits.shape
     row_max, sums, target_logit = (empty(num_rows, np.float32, logits) for _ in range(3))
     valid = np.int32(V if valid_columns is None else valid_columns)
-    _launch("xent_statistics", dense(logits), _ids(targets), row_max, sums, target_logit, np.int32(V), valid, np.int64(first_class))
+    _launch(
+        "xent_statistics",
+        dense(logits),
+        _ids(targets),
+        row_max,
+        sums,
+        target_logit,
+        np.int32(V),
+        valid,
+        np.int64(first_class),
+    )
     return row_max, sums, target_logit
 
 
 @cuda_kernel("xent_grad_from_logits_")
 def xent_grad_from_logits_(
-    logits: Any, row_max: Any, sum_exp: Any, targets: Any, first_class: int, row_scale: Any, valid_columns: int | None = None
+    logits: Any,
+    row_max: Any,
+    sum_exp: Any,
+    targets: Any,
+    first_class: int,
+    row_scale: Any,
+    valid_columns: int | None = None,
 ) -> None:
     V = logits.shape[1]
     valid = np.int32(V if valid_columns is None else valid_columns)

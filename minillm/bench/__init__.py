@@ -1,5 +1,5 @@
-"""Benchmarks: `python -m minillm.bench train`, `kernels`, `attention`, `head`, `generate` and `comm`. What is compared takes turns in one
-run."""
+"""Benchmarks: `python -m minillm.bench train`, `kernels`, `attention`, `head`, `generate` and
+`comm`. What is compared takes turns in one run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        about = "\n".join(f"  {name:10s} {(options.__doc__ or '').splitlines()[0]}" for name, (options, _) in BENCHMARKS.items())
-        print(f"usage: python -m minillm.bench BENCHMARK [options]\n\n{about}\n\nOptions of each: python -m minillm.bench BENCHMARK --help")
+        about = "\n".join(
+            f"  {name:10s} {(options.__doc__ or '').splitlines()[0]}"
+            for name, (options, _) in BENCHMARKS.items()
+        )
+        print(
+            f"usage: python -m minillm.bench BENCHMARK [options]\n\n{about}\n\nOptions of each: "
+            "python -m minillm.bench BENCHMARK --help"
+        )
         return 0
     options, run = BENCHMARKS[known_name(argv[0], BENCHMARKS, "benchmark")]
     run(parse_flags(options, argv[1:], prog=f"python -m minillm.bench {argv[0]}"))

@@ -1,7 +1,9 @@
-"""`mpirun -n N python -m minillm.bench comm`: latency and bandwidth of the operations between ranks, by messages and by shared memory.
+"""`mpirun -n N python -m minillm.bench comm`: latency and bandwidth of the operations between
+ranks, by messages and by shared memory.
 
-Algorithm bandwidth is the payload over the time; bus bandwidth is what each rank sends in a ring, which does not depend on the number of
-ranks (the convention of NCCL's tests): 2 (n - 1) / n of an all-reduce's payload, (n - 1) / n of the others', all of a message's.
+Algorithm bandwidth is the payload over the time; bus bandwidth is what each rank sends in a ring,
+which does not depend on the number of ranks (the convention of NCCL's tests): 2 (n - 1) / n of an
+all-reduce's payload, (n - 1) / n of the others', all of a message's.
 """
 
 from __future__ import annotations
@@ -35,8 +37,12 @@ class CommBench:
     """File to write the results to."""
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or not all(word.isdigit() and int(word) for word in self.sizes.split(",")):
-            raise ConfigError(f"--sizes {self.sizes} and --repeats {self.repeats} must be numbers from 1 up")
+        if self.repeats < 1 or not all(
+            word.isdigit() and int(word) for word in self.sizes.split(",")
+        ):
+            raise ConfigError(
+                f"--sizes {self.sizes} and --repeats {self.repeats} must be numbers from 1 up"
+            )
 
 
 def operations(comm: Communicator, num_bytes: int) -> Iterator[tuple[str, str, Callable[[], Any]]]:
@@ -56,7 +62,8 @@ def operations(comm: Communicator, num_bytes: int) -> Iterator[tuple[str, str, C
 
 
 def _shared_sum(node: Communicator, count: int) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """What --node-shared does in place of an all-reduce: each rank adds up its share of everybody's array, between two barriers."""
+    """What --node-shared does in place of an all-reduce: each rank adds up its share of everybody's
+    array, between two barriers."""
     window = node.alloc_shared(4 * count)
     arrays = [part.view(np.float32) for part in window.parts]
     share = slice(count * node.rank // node.size, count * (node.rank + 1) // node.size)
@@ -74,22 +81,37 @@ def run(args: CommBench) -> None:
     """Time everything; the first rank prints the table."""
     comm = world()
     if comm.size == 1:
-        raise AgreedError("bench comm needs several ranks: mpirun -n 2 python -m minillm.bench comm", True)
+        raise AgreedError(
+            "bench comm needs several ranks: mpirun -n 2 python -m minillm.bench comm", True
+        )
     kernels.prepare_process()
     rows, results = [], []
     with kernels.threads(threads_per_rank(comm)):
         for num_bytes in map(int, args.sizes.split(",")):
             for transport, operation, call in operations(comm, num_bytes):
                 seconds = _median(comm, call, args.repeats)
-                bus = wire_bytes(operation, num_bytes, comm.size) if operation != "send" else num_bytes
+                bus = (
+                    wire_bytes(operation, num_bytes, comm.size)
+                    if operation != "send"
+                    else num_bytes
+                )
                 rates = [f"{amount / seconds / 1e9:.2f}" for amount in (num_bytes, bus)]
                 rows.append([operation, transport, str(num_bytes), f"{seconds * 1e6:.1f}", *rates])
-                results.append({"operation": operation, "transport": transport, "bytes": num_bytes, "seconds": seconds})
+                results.append(
+                    {
+                        "operation": operation,
+                        "transport": transport,
+                        "bytes": num_bytes,
+                        "seconds": seconds,
+                    }
+                )
     if comm.rank == 0:
         print(f"{comm.size} ranks, float32")
         print(table(("operation", "transport", "bytes", "us", "algorithm GB/s", "bus GB/s"), rows))
         if args.json:
-            Path(args.json).write_text(json.dumps({"ranks": comm.size, "results": results}, indent=1) + "\n")
+            Path(args.json).write_text(
+                json.dumps({"ranks": comm.size, "results": results}, indent=1) + "\n"
+            )
 
 
 def _median(comm: Communicator, call: Callable[[], Any], repeats: int) -> float:

@@ -1,4 +1,5 @@
-"""One turn of the shipped trainer at the sizes of a benchmark, one line of JSON. Run by `minillm.bench train`."""
+"""One turn of the shipped trainer at the sizes of a benchmark, one line of JSON. Run by
+`minillm.bench train`."""
 
 from __future__ import annotations
 
@@ -40,18 +41,26 @@ def main() -> None:
     device = open_device(args.device, comm.split_by_node().rank)
     comm = on_device(comm, device)
     sizes = {name: getattr(shape, name) for name in ("layers", "heads", "dim", "context", "batch")}
-    config = resolve(TrainConfig(**sizes, device=args.device, dtype=args.dtype), comm.size, shape.vocab)
+    config = resolve(
+        TrainConfig(**sizes, device=args.device, dtype=args.dtype), comm.size, shape.vocab
+    )
     tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)
     kernels.prepare_process()
     with kernels.threads(args.threads), kernels.use(**kernels.choices_from(args.kernels)):
-        trainer = Trainer(config, comm, Batches(tokens, shape.context, shape.batch, seed=1), device=device)
+        trainer = Trainer(
+            config, comm, Batches(tokens, shape.context, shape.batch, seed=1), device=device
+        )
         gc.disable()
         for step in range(args.warmup):
             trainer.step(step)
         times: list[float] = []
-        while len(times) < 3 or sum(times) < args.seconds:  # ranks agree: the seconds of a step include its last all-reduce
+        while (
+            len(times) < 3 or sum(times) < args.seconds
+        ):  # ranks agree: the seconds of a step include its last all-reduce
             start = np.array([time.perf_counter()])
-            trainer.step(args.warmup + len(times))  # on a GPU it ends when the step before has, so steps follow one another
+            trainer.step(
+                args.warmup + len(times)
+            )  # on a GPU it ends when the step before has, so steps follow one another
             spent = comm.broadcast_(np.array([time.perf_counter()]) - start, kind="control")
             times.append(float(spent[0]))
         used = device.peak_bytes() or (peak_rss() if comm.size == 1 else proportional_rss())
@@ -62,9 +71,12 @@ def main() -> None:
 
 
 def _gemm_rate(device: Device, dtype: str) -> float:
-    """FLOP/s of a large product on this rank's threads or GPU, by our product or the BLAS, whichever is faster: a step's ceiling."""
+    """FLOP/s of a large product on this rank's threads or GPU, by our product or the BLAS,
+    whichever is faster: a step's ceiling."""
     n = 1536 if device is CPU else 8192
-    normals = np.random.default_rng(0).standard_normal((n, n), np.float32)  # zeros would flatter a GPU, by way of its power limit
+    normals = np.random.default_rng(0).standard_normal(
+        (n, n), np.float32
+    )  # zeros would flatter a GPU, by way of its power limit
     a, b = (device.upload(normals.astype(float_dtype(dtype))) for _ in range(2))
     out = device.xp.empty((n, n), a.dtype)
 
@@ -73,7 +85,10 @@ def _gemm_rate(device: Device, dtype: str) -> float:
         device.synchronize()
 
     seconds = [median_seconds(product, at_least=0.3)]
-    if any(k.choice == "c:blas" and k.unavailable is None for k in kernels.available("matmul")) and device is CPU:
+    if (
+        any(k.choice == "c:blas" and k.unavailable is None for k in kernels.available("matmul"))
+        and device is CPU
+    ):
         with kernels.use(matmul="c:blas"):
             seconds.append(median_seconds(product, at_least=0.3))
     return 2 * n**3 / min(seconds)

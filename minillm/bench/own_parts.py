@@ -23,7 +23,9 @@ from minillm.resolve import resolve
 Times = dict[str, list[float]]
 
 
-def attention(seconds: float, *, batch: int, context: int, heads: int, width: int, causal: int) -> Times:
+def attention(
+    seconds: float, *, batch: int, context: int, heads: int, width: int, causal: int
+) -> Times:
     """Forward and backward on views into a fused projection."""
     rng = np.random.default_rng(0)
     qkv = rng.standard_normal((batch, context, 3 * heads, width), np.float32)
@@ -33,22 +35,44 @@ def attention(seconds: float, *, batch: int, context: int, heads: int, width: in
     grad = rng.standard_normal(o.shape, np.float32)
     return {
         "forward": repeated(lambda: kernels.attention_forward(q, k, v, **options), seconds),
-        "backward": repeated(lambda: kernels.attention_backward(grad, q, k, v, o, lse, **options), seconds),
+        "backward": repeated(
+            lambda: kernels.attention_backward(grad, q, k, v, o, lse, **options), seconds
+        ),
     }
 
 
 def head(seconds: float, *, rows: int, dim: int, vocab: int) -> Times:
     """Loss, dX and dW."""
     rng = np.random.default_rng(0)
-    x, weight = (Tensor(rng.standard_normal(shape, np.float32), True) for shape in ((1, rows, dim), (vocab, dim)))
+    x, weight = (
+        Tensor(rng.standard_normal(shape, np.float32), True)
+        for shape in ((1, rows, dim), (vocab, dim))
+    )
     targets = rng.integers(0, vocab, (1, rows))
     comm = SelfCommunicator()
-    return {"loss and gradients": repeated(lambda: vocab_parallel_loss(x, weight, targets, comm, vocab=vocab, divisor=rows), seconds)}
+    return {
+        "loss and gradients": repeated(
+            lambda: vocab_parallel_loss(x, weight, targets, comm, vocab=vocab, divisor=rows),
+            seconds,
+        )
+    }
 
 
-def generate(seconds: float, *, layers: int, heads: int, dim: int, context: int, vocab: int, prompt: int, batch: int) -> Times:
+def generate(
+    seconds: float,
+    *,
+    layers: int,
+    heads: int,
+    dim: int,
+    context: int,
+    vocab: int,
+    prompt: int,
+    batch: int,
+) -> Times:
     """The prompt at once, then the likeliest token, again and again."""
-    config = resolve(TrainConfig(layers=layers, heads=heads, dim=dim, context=context, batch=1), 1, vocab)
+    config = resolve(
+        TrainConfig(layers=layers, heads=heads, dim=dim, context=context, batch=1), 1, vocab
+    )
     mesh = build_mesh(SelfCommunicator(), config)
     generator = Generator(build_stages(config, mesh, training=False), mesh)
     ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
@@ -74,7 +98,11 @@ def generate(seconds: float, *, layers: int, heads: int, dim: int, context: int,
     return {"prompt": prompts, "token": times}
 
 
-PARTS: dict[str, Callable[..., Times]] = {"attention": attention, "head": head, "generate": generate}
+PARTS: dict[str, Callable[..., Times]] = {
+    "attention": attention,
+    "head": head,
+    "generate": generate,
+}
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""`python -m minillm.bench attention`, `head` and `generate`: parts of a model beside PyTorch's, in processes that take turns."""
+"""`python -m minillm.bench attention`, `head` and `generate`: parts of a model beside PyTorch's, in
+processes that take turns."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class PartBench:
 
 @dataclass(frozen=True)
 class Part:
-    """One size of a part: the options of its turn, and for each time that the turn reports how much is done in it."""
+    """One size of a part: the options of its turn, and for each time that the turn reports how much
+    is done in it."""
 
     label: str
     options: dict[str, Any]
@@ -68,8 +70,16 @@ class AttentionBench(PartBench):
         for context in _numbers("contexts", self.contexts):
             batch = max(1, self.tokens // context)
             flops = batch * self.heads * context**2 * self.width * (0.5 if self.causal else 1.0)
-            options = dict(batch=batch, context=context, heads=self.heads, width=self.width, causal=int(self.causal))
-            parts.append(Part(f"T = {context}", options, {"forward": 4 * flops, "backward": 10 * flops}))
+            options = dict(
+                batch=batch,
+                context=context,
+                heads=self.heads,
+                width=self.width,
+                causal=int(self.causal),
+            )
+            parts.append(
+                Part(f"T = {context}", options, {"forward": 4 * flops, "backward": 10 * flops})
+            )
         return parts
 
 
@@ -88,7 +98,9 @@ class HeadBench(PartBench):
         """One for each vocabulary: three products."""
         return [
             Part(
-                f"V = {vocab}", dict(rows=self.rows, dim=self.dim, vocab=vocab), {"loss and gradients": 6.0 * self.rows * self.dim * vocab}
+                f"V = {vocab}",
+                dict(rows=self.rows, dim=self.dim, vocab=vocab),
+                {"loss and gradients": 6.0 * self.rows * self.dim * vocab},
             )
             for vocab in _numbers("vocabs", self.vocabs)
         ]
@@ -115,14 +127,25 @@ class GenerateBench(PartBench):
 
     def parts(self) -> list[Part]:
         """One for each batch: tokens read, tokens written."""
-        sizes = {name: getattr(self, name) for name in ("layers", "heads", "dim", "context", "vocab", "prompt")}
+        sizes = {
+            name: getattr(self, name)
+            for name in ("layers", "heads", "dim", "context", "vocab", "prompt")
+        }
         return [
-            Part(f"batch {batch}", sizes | dict(batch=batch), {"prompt": float(batch * self.prompt), "token": float(batch)})
+            Part(
+                f"batch {batch}",
+                sizes | dict(batch=batch),
+                {"prompt": float(batch * self.prompt), "token": float(batch)},
+            )
             for batch in _numbers("batches", self.batches)
         ]
 
 
-UNITS = {AttentionBench: ("GFLOP/s", 1e-9), HeadBench: ("GFLOP/s", 1e-9), GenerateBench: ("tokens/s", 1.0)}
+UNITS = {
+    AttentionBench: ("GFLOP/s", 1e-9),
+    HeadBench: ("GFLOP/s", 1e-9),
+    GenerateBench: ("tokens/s", 1.0),
+}
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -139,12 +162,25 @@ def _numbers(name: str, text: str) -> list[int]:
 def contestants(kind: str, part: Part, args: PartBench) -> list[Contestant]:
     """Ours, and PyTorch's if asked for."""
     threads = args.threads or usable_cores()
-    turn = [kind, *(f"--{name}={value}" for name, value in part.options.items()), f"--threads={threads}", f"--seconds={args.seconds}"]
+    turn = [
+        kind,
+        *(f"--{name}={value}" for name, value in part.options.items()),
+        f"--threads={threads}",
+        f"--seconds={args.seconds}",
+    ]
     own = [sys.executable, "-m", "minillm.bench.own_parts", *turn]
-    field = [Contestant("minillm", own, {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"})]
+    field = [
+        Contestant("minillm", own, {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"})
+    ]
     if args.against == "torch":
         require_torch()
-        field.append(Contestant("torch", [sys.executable, "-m", "minillm.bench.torch_parts", *turn], {"OMP_NUM_THREADS": str(threads)}))
+        field.append(
+            Contestant(
+                "torch",
+                [sys.executable, "-m", "minillm.bench.torch_parts", *turn],
+                {"OMP_NUM_THREADS": str(threads)},
+            )
+        )
     return field
 
 
@@ -164,12 +200,21 @@ def run(args: Any) -> None:
                 if not times:
                     continue
                 seconds = float(np.median(times))
-                cells = [f"{part.label} {what}", one.name, f"{seconds * 1e3:.2f}", f"{amount / seconds * scale:.0f}"]
-                rows.append([*cells, f"{one.peak_rss() / 1e6:.0f}", *advantage(field[0], one, what)])
+                cells = [
+                    f"{part.label} {what}",
+                    one.name,
+                    f"{seconds * 1e3:.2f}",
+                    f"{amount / seconds * scale:.0f}",
+                ]
+                rows.append(
+                    [*cells, f"{one.peak_rss() / 1e6:.0f}", *advantage(field[0], one, what)]
+                )
         results.append({"options": part.options, "turns": {one.name: one.turns for one in field}})
     print("\n" + table(("", "", "ms", unit, "peak MB", "minillm is faster by", "95 %"), rows))
     if args.json:
-        Path(args.json).write_text(json.dumps({"options": dataclasses.asdict(args), "results": results}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"options": dataclasses.asdict(args), "results": results}, indent=1) + "\n"
+        )
 
 
 def turn_options() -> tuple[str, dict[str, int], float]:

@@ -21,7 +21,8 @@ class Shape(NamedTuple):
         return self.context * self.batch
 
     def step_flops(self) -> float:
-        """6 N tokens + 12 L D T tokens, N without the position table (Narayanan et al. 2021, appendix): causal attention counted whole."""
+        """6 N tokens + 12 L D T tokens, N without the position table (Narayanan et al. 2021,
+        appendix): causal attention counted whole."""
         matrices = 12 * self.layers * self.dim**2 + self.vocab * self.dim
         return self.tokens * (6 * matrices + 12 * self.layers * self.dim * self.context)
 
@@ -32,4 +33,5 @@ CONFIGS = {
     "c3": Shape(4, 8, 512, 256, 4, 50304),
     "g2": Shape(12, 12, 768, 256, 2, 50304),
 }
-"""c1: nanoGPT's CPU setting; c2: a 10M model; c3: a small model with GPT-2's vocabulary; g2: GPT-2 124M."""
+"""c1: nanoGPT's CPU setting; c2: a 10M model; c3: a small model with GPT-2's vocabulary; g2: GPT-2
+124M."""

@@ -1,6 +1,8 @@
-"""The yardstick: GPT-2 in PyTorch as a PyTorch user would write it, one turn of steps, one line of JSON.
+"""The yardstick: GPT-2 in PyTorch as a PyTorch user would write it, one turn of steps, one line of
+JSON.
 
-A step is forward, backward, clipping the gradient's global norm at 1, and AdamW. Run by `minillm.bench train --against torch`.
+A step is forward, backward, clipping the gradient's global norm at 1, and AdamW. Run by
+`minillm.bench train --against torch`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         B, T, D = x.shape
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=2))
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm1(x)).chunk(3, dim=2)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
@@ -43,7 +48,10 @@ class GPT2(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(shape.vocab, shape.dim), nn.Embedding(shape.context, shape.dim)
+        self.tokens, self.positions = (
+            nn.Embedding(shape.vocab, shape.dim),
+            nn.Embedding(shape.context, shape.dim),
+        )
         self.blocks = nn.Sequential(*(Block(shape) for _ in range(shape.layers)))
         self.norm = nn.LayerNorm(shape.dim)
         for parameter in self.parameters():
@@ -53,7 +61,9 @@ class GPT2(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The loss."""
         x = self.blocks(self.tokens(ids) + self.positions.weight[: ids.shape[1]])
-        return F.cross_entropy(F.linear(self.norm(x), self.tokens.weight).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(
+            F.linear(self.norm(x), self.tokens.weight).flatten(0, 1), targets.flatten()
+        )
 
 
 def main() -> None:
@@ -67,7 +77,9 @@ def main() -> None:
     parser.add_argument("--fused", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="bfloat16: under autocast, the weights stay float32")
+    parser.add_argument(
+        "--dtype", default="float32", help="bfloat16: under autocast, the weights stay float32"
+    )
     args = parser.parse_args()
     shape = Shape(*(getattr(args, name) for name in Shape._fields))
     torch.set_num_threads(args.threads)

@@ -1,4 +1,5 @@
-"""Contestants in processes of their own that take turns, so that a slow minute of the machine meets all of them."""
+"""Contestants in processes of their own that take turns, so that a slow minute of the machine meets
+all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ from minillm.errors import ConfigError, MinillmError
 TRIES = 3  # at a turn, while others use the machine
 
 # What a PyTorch user who knows the allocator sets: freed memory stays with the process.
-TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "MALLOC_TOP_PAD_": str(1 << 26)}
+TUNED = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 
 
 @dataclass
@@ -32,12 +37,20 @@ class Contestant:
     turns: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
 
     def take_turn(self) -> None:
-        """Run once, and again while others use the machine; a turn that was disturbed to the end is kept as None."""
+        """Run once, and again while others use the machine; a turn that was disturbed to the end is
+        kept as None."""
         for _ in range(TRIES):
             with ForeignLoad() as load:
-                done = subprocess.run(self.command, env={**os.environ, **self.environment}, capture_output=True, text=True)
+                done = subprocess.run(
+                    self.command,
+                    env={**os.environ, **self.environment},
+                    capture_output=True,
+                    text=True,
+                )
             if done.returncode:
-                raise MinillmError(f"{self.name} ended with status {done.returncode}: {done.stderr.strip()[-800:]}")
+                raise MinillmError(
+                    f"{self.name} ended with status {done.returncode}: {done.stderr.strip()[-800:]}"
+                )
             if load.share <= FOREIGN_LIMIT:
                 self.turns.append(json.loads(done.stdout.strip().splitlines()[-1]))
                 return
@@ -54,21 +67,30 @@ class Contestant:
 
     def peak_rss(self) -> float:
         """Largest peak memory of a turn, in bytes."""
-        return max((turn["peak_rss"] for turn in self.turns if turn is not None), default=float("nan"))
+        return max(
+            (turn["peak_rss"] for turn in self.turns if turn is not None), default=float("nan")
+        )
 
 
-def take_turns(field: Sequence[Contestant], rounds: int, what: str = "times", label: str = "") -> None:
+def take_turns(
+    field: Sequence[Contestant], rounds: int, what: str = "times", label: str = ""
+) -> None:
     """Let everybody have `rounds` turns, one line printed for each."""
     for i in range(rounds):
         for one in field:
             one.take_turn()
             seconds = one.seconds(i, what)
-            note = "left out: others used the machine" if seconds is None else f"{seconds * 1e3:9.2f} ms"
+            note = (
+                "left out: others used the machine"
+                if seconds is None
+                else f"{seconds * 1e3:9.2f} ms"
+            )
             print(f"round {i + 1}  {label}{one.name:24s} {note}", flush=True)
 
 
 def advantage(own: Contestant, other: Contestant, what: str = "times") -> tuple[str, str]:
-    """How many times faster `own` is, and the 95 % interval, as the cells of a table; paired by round."""
+    """How many times faster `own` is, and the 95 % interval, as the cells of a table; paired by
+    round."""
     pairs = [(other.seconds(i, what), own.seconds(i, what)) for i in range(len(own.turns))]
     ratios = [theirs / ours for theirs, ours in pairs if theirs is not None and ours is not None]
     if own is other or not ratios:

@@ -1,8 +1,9 @@
 """Checkpoints: what a run needs to go on, in safetensors files that any mesh can read.
 
-A checkpoint is a folder `step-00000100` with one file per rank that had something to write and `manifest.json`, written last, which says
-where every piece of every global tensor lies. `save` writes one, `find` and `verify` judge one, `load` fills a rank's arrays from one (or
-from any other `StateSource`), and `numeric_key` says under which conditions a resumed run gives the same bits.
+A checkpoint is a folder `step-00000100` with one file per rank that had something to write and
+`manifest.json`, written last, which says where every piece of every global tensor lies. `save`
+writes one, `find` and `verify` judge one, `load` fills a rank's arrays from one (or from any other
+`StateSource`), and `numeric_key` says under which conditions a resumed run gives the same bits.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from minillm.comm.communicator import Communicator
 from minillm.errors import CheckpointError
 
 SUBFOLDER = "checkpoints"
-_STEP = re.compile(r"(?:\.old-)?step-(\d{8,})")  # .old-: set aside by a replacement that died between its two renames
+_STEP = re.compile(
+    r"(?:\.old-)?step-(\d{8,})"
+)  # .old-: set aside by a replacement that died between its two renames
 _CHUNK = 1 << 22  # bytes hashed at once
 
 
@@ -23,7 +25,9 @@ def step_name(step: int) -> str:
 def steps(directory: Path) -> dict[int, Path]:
     """Step -> folder of every checkpoint in `directory`, oldest first. Nothing is opened."""
     found: dict[int, Path] = {}
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:  # .old-step-* sorts before step-*, which wins
+    for path in (
+        sorted(directory.iterdir()) if directory.is_dir() else []
+    ):  # .old-step-* sorts before step-*, which wins
         match = _STEP.fullmatch(path.name)
         if match and path.is_dir():
             found[int(match[1])] = path
@@ -31,19 +35,24 @@ def steps(directory: Path) -> dict[int, Path]:
 
 
 def find(path: Path) -> Path:
-    """The folder of a checkpoint: `path` itself, or the newest one in the run directory `path` (or in its subfolder `checkpoints`).
+    """The folder of a checkpoint: `path` itself, or the newest one in the run directory `path` (or
+    in its subfolder `checkpoints`).
 
-    Its manifest is read and the sizes of its files are compared; `verify` also checks their contents. Raises CheckpointError if there is
-    none, saying what was looked for, and if it is damaged, naming the file and offering the newest older one that is complete.
+    Its manifest is read and the sizes of its files are compared; `verify` also checks their
+    contents. Raises CheckpointError if there is none, saying what was looked for, and if it is
+    damaged, naming the file and offering the newest older one that is complete.
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; pass the folder of a run, or one of its step-* folders")
+        raise CheckpointError(
+            f"{path} does not exist; pass the folder of a run, or one of its step-* folders"
+        )
     if not (path / MANIFEST).exists() and not _STEP.fullmatch(path.name):
         found = steps(path) or steps(path / SUBFOLDER)
         if not found:
             raise CheckpointError(
-                f"no checkpoint in {path}: looked for folders like {step_name(100)} there and in {path / SUBFOLDER}, "
+                f"no checkpoint in {path}: looked for folders like {step_name(100)} there and in "
+                f"{path / SUBFOLDER}, "
                 f"and for {path / MANIFEST}; pass the folder of a run that has saved"
             )
         path = list(found.values())[-1]
@@ -55,9 +64,11 @@ def find(path: Path) -> Path:
 
 
 def verify(path: Path, comm: Communicator) -> None:
-    """Check the contents of all files of the checkpoint folder `path`, shared out over the ranks. Collective.
+    """Check the contents of all files of the checkpoint folder `path`, shared out over the ranks.
+    Collective.
 
-    Raises the same CheckpointError on every rank, naming the first damaged file and offering the newest older checkpoint that is complete.
+    Raises the same CheckpointError on every rank, naming the first damaged file and offering the
+    newest older checkpoint that is complete.
     """
     path, problem = Path(path), None
     try:
@@ -81,7 +92,9 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
         except OSError as error:
             raise Damaged(f"{file} is missing or cannot be read: {error.strerror}") from None
         if size != entry.size:
-            raise Damaged(f"{file} is truncated or altered: it has {size} bytes instead of {entry.size}")
+            raise Damaged(
+                f"{file} is truncated or altered: it has {size} bytes instead of {entry.size}"
+            )
 
 
 def check_contents(file: Path, entry: FileEntry) -> None:
@@ -98,7 +111,8 @@ def check_contents(file: Path, entry: FileEntry) -> None:
 
 
 def with_older(path: Path, error: Damaged) -> Damaged:
-    """`error` about the checkpoint at `path`, with the way out: the newest older checkpoint beside it that is complete."""
+    """`error` about the checkpoint at `path`, with the way out: the newest older checkpoint beside
+    it that is complete."""
     match = _STEP.fullmatch(path.name)
     before = int(match[1]) if match else 0
     for step, other in reversed(steps(path.parent).items()):

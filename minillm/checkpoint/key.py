@@ -1,4 +1,5 @@
-"""The numeric key: everything besides the configuration that decides in which order numbers are added, and so the last bits of a result."""
+"""The numeric key: everything besides the configuration that decides in which order numbers are
+added, and so the last bits of a result."""
 
 from __future__ import annotations
 
@@ -15,11 +16,15 @@ from minillm.resolve import ResolvedConfig
 _MOST_NAMED = 5  # how many differences the line lists
 
 
-def numeric_key(config: ResolvedConfig, world: Communicator, shared_by: int, device: Device = CPU) -> dict[str, Any]:
-    """What must be equal for two runs to give the same bits, as a JSON value; the same on every rank. Collective.
+def numeric_key(
+    config: ResolvedConfig, world: Communicator, shared_by: int, device: Device = CPU
+) -> dict[str, Any]:
+    """What must be equal for two runs to give the same bits, as a JSON value; the same on every
+    rank. Collective.
 
-    Mesh and division of the batch, bucket size, how many ranks share memory (`shared_by`), schedule, threads per rank, the kernels in use,
-    NumPy and its BLAS, the GPU, and how many ranks each host has.
+    Mesh and division of the batch, bucket size, how many ranks share memory (`shared_by`),
+    schedule, threads per rank, the kernels in use, NumPy and its BLAS, the GPU, and how many ranks
+    each host has.
     """
     node = world.split_by_node()
     local = {"threads": kernels.get_threads(), "numpy": np.__version__, "blas": _blas()}
@@ -45,7 +50,12 @@ def numeric_key(config: ResolvedConfig, world: Communicator, shared_by: int, dev
 def kernel_choices(config: ResolvedConfig, device: Device) -> dict[str, str]:
     """Op -> the implementation that runs when this configuration is trained on `device`."""
     width, dropout = config.model.head_width, config.model.dropout > 0
-    return {op: kernels.resolved(op, device.like(op, config.train.dtype), head_width=width, dropout=dropout) for op in kernels.ops()}
+    return {
+        op: kernels.resolved(
+            op, device.like(op, config.train.dtype), head_width=width, dropout=dropout
+        )
+        for op in kernels.ops()
+    }
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -77,11 +87,16 @@ def _common(values: list[Any]) -> Any:
 
 
 def _blas() -> str:
-    """Name, version and processor architecture of the BLAS that NumPy uses: it chooses its code by the processor."""
+    """Name, version and processor architecture of the BLAS that NumPy uses: it chooses its code by
+    the processor."""
     import threadpoolctl
 
     found = {
-        " ".join(str(pool[field]) for field in ("internal_api", "version", "architecture") if pool.get(field))
+        " ".join(
+            str(pool[field])
+            for field in ("internal_api", "version", "architecture")
+            if pool.get(field)
+        )
         for pool in threadpoolctl.threadpool_info()
         if pool["user_api"] == "blas" and "torch" not in pool["filepath"]
     }

@@ -1,6 +1,8 @@
-"""The manifest of a checkpoint: which tensors there are, and in which file every piece of them lies.
+"""The manifest of a checkpoint: which tensors there are, and in which file every piece of them
+lies.
 
-`manifest.json` is written last, so a folder that has one was written to the end. It carries a checksum of itself beside those of the files.
+`manifest.json` is written last, so a folder that has one was written to the end. It carries a
+checksum of itself beside those of the files.
 """
 
 from __future__ import annotations
@@ -20,16 +22,19 @@ FORMAT = "minillm-checkpoint"
 VERSION = 1
 
 Bounds = tuple[tuple[int, int], ...]
-"""The slices of a block as (start, stop) per dim: what JSON can hold and a dictionary can look up."""
+"""The slices of a block as (start, stop) per dim: what JSON can hold and a dictionary can look
+up."""
 
 
 class Damaged(CheckpointError):
-    """A file of a checkpoint is missing, truncated, altered or of another kind. The message starts with its path."""
+    """A file of a checkpoint is missing, truncated, altered or of another kind. The message starts
+    with its path."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor: where it lies in the global array, the file it is in, and its key there."""
+    """A block of a tensor: where it lies in the global array, the file it is in, and its key
+    there."""
 
     bounds: Bounds
     file: str
@@ -43,7 +48,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A global tensor: its shape without padding, its dtype as NumPy spells it, and the pieces that cover it exactly once."""
+    """A global tensor: its shape without padding, its dtype as NumPy spells it, and the pieces that
+    cover it exactly once."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -60,7 +66,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint's table of contents. `step` is the number of steps done; `meta` is whatever JSON value was given to `save`."""
+    """A checkpoint's table of contents. `step` is the number of steps done; `meta` is whatever JSON
+    value was given to `save`."""
 
     step: int
     meta: dict[str, Any]
@@ -73,20 +80,35 @@ class Manifest:
             name: {
                 "shape": list(entry.shape),
                 "dtype": entry.dtype,
-                "pieces": [{"slices": [list(bound) for bound in p.bounds], "file": p.file, "key": p.key} for p in entry.pieces],
+                "pieces": [
+                    {"slices": [list(bound) for bound in p.bounds], "file": p.file, "key": p.key}
+                    for p in entry.pieces
+                ],
             }
             for name, entry in self.tensors.items()
         }
-        files = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in self.files.items()}
-        body = {"format": FORMAT, "version": VERSION, "step": self.step, "meta": self.meta, "files": files, "tensors": tensors}
-        body = json.loads(json.dumps(body))  # so that what is hashed is what will be read: names as strings, tuples as lists
+        files = {
+            name: {"size": entry.size, "sha256": entry.sha256} for name, entry in self.files.items()
+        }
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "meta": self.meta,
+            "files": files,
+            "tensors": tensors,
+        }
+        body = json.loads(
+            json.dumps(body)
+        )  # so that what is hashed is what will be read: names as strings, tuples as lists
         return json.dumps(body | {"sha256": _digest(body)}, indent=1) + "\n"
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint folder `path`.
 
-    Raises CheckpointError naming the file if it is missing, truncated, altered, of another kind, or of a later version.
+    Raises CheckpointError naming the file if it is missing, truncated, altered, of another kind, or
+    of a later version.
     """
     file = Path(path) / MANIFEST
     try:
@@ -98,10 +120,13 @@ def read_manifest(path: Path) -> Manifest:
     except ValueError as error:  # JSON and UTF-8 errors
         raise Damaged(f"{file} is truncated or altered: {error}") from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise Damaged(f"{file} is not the manifest of a minillm checkpoint: its format is not {FORMAT!r}")
+        raise Damaged(
+            f"{file} is not the manifest of a minillm checkpoint: its format is not {FORMAT!r}"
+        )
     if body.get("version") != VERSION:
         raise Damaged(
-            f"{file} has format version {body.get('version')!r}, but this minillm reads version {VERSION}; use the one that wrote it"
+            f"{file} has format version {body.get('version')!r}, but this minillm reads version "
+            f"{VERSION}; use the one that wrote it"
         )
     if body.pop("sha256", None) != _digest(body):
         raise Damaged(f"{file} was altered: its checksum does not fit its contents")
@@ -112,19 +137,25 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def check_coverage(tensors: Mapping[str, TensorEntry]) -> None:
-    """Raises ValueError unless the pieces of every tensor lie inside it, do not overlap, and leave nothing out."""
+    """Raises ValueError unless the pieces of every tensor lie inside it, do not overlap, and leave
+    nothing out."""
     for name, entry in tensors.items():
         if not all(_lies_inside(piece.bounds, entry.shape) for piece in entry.pieces):
             raise ValueError(f"a piece of {name} does not lie inside shape {entry.shape}")
         covered = sum(piece.num_elements for piece in entry.pieces)
         if covered != math.prod(entry.shape):
-            raise ValueError(f"the pieces of {name} have {covered} elements, but shape {entry.shape} has {math.prod(entry.shape)}")
+            raise ValueError(
+                f"the pieces of {name} have {covered} elements, but shape {entry.shape} has "
+                f"{math.prod(entry.shape)}"
+            )
         if len({piece.bounds for piece in entry.pieces}) != len(entry.pieces):
             raise ValueError(f"{name} holds a piece twice")
 
 
 def _lies_inside(bounds: Bounds, shape: tuple[int, ...]) -> bool:
-    return len(bounds) == len(shape) and all(0 <= start <= stop <= size for (start, stop), size in zip(bounds, shape, strict=True))
+    return len(bounds) == len(shape) and all(
+        0 <= start <= stop <= size for (start, stop), size in zip(bounds, shape, strict=True)
+    )
 
 
 def _parse(body: dict[str, Any]) -> Manifest:
@@ -132,11 +163,21 @@ def _parse(body: dict[str, Any]) -> Manifest:
         name: TensorEntry(
             tuple(int(size) for size in entry["shape"]),
             str(entry["dtype"]),
-            tuple(Piece(tuple((int(lo), int(hi)) for lo, hi in p["slices"]), str(p["file"]), str(p["key"])) for p in entry["pieces"]),
+            tuple(
+                Piece(
+                    tuple((int(lo), int(hi)) for lo, hi in p["slices"]),
+                    str(p["file"]),
+                    str(p["key"]),
+                )
+                for p in entry["pieces"]
+            ),
         )
         for name, entry in body["tensors"].items()
     }
-    files = {name: FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in body["files"].items()}
+    files = {
+        name: FileEntry(int(entry["size"]), str(entry["sha256"]))
+        for name, entry in body["files"].items()
+    }
     for name in files:
         if Path(name).name != name:
             raise ValueError(f"file name {name!r} leads out of the folder")

@@ -1,7 +1,9 @@
-"""Writing a checkpoint: each unique piece by exactly one rank, and visible only once all of it is on disk.
+"""Writing a checkpoint: each unique piece by exactly one rank, and visible only once all of it is
+on disk.
 
-Everything is written into `.tmp-step-00000100` and synced; then the folder is renamed. A run that dies on the way leaves the checkpoints it
-had, and a temporary folder that the next save removes. What goes wrong on one rank is an error on all.
+Everything is written into `.tmp-step-00000100` and synced; then the folder is renamed. A run that
+dies on the way leaves the checkpoints it had, and a temporary folder that the next save removes.
+What goes wrong on one rank is an error on all.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ import numpy as np
 
 from minillm.arrays import Array, dtype_name, to_host
 from minillm.checkpoint.find import step_name, steps
-from minillm.checkpoint.manifest import MANIFEST, Bounds, FileEntry, Manifest, Piece, TensorEntry, check_coverage
+from minillm.checkpoint.manifest import (
+    MANIFEST,
+    Bounds,
+    FileEntry,
+    Manifest,
+    Piece,
+    TensorEntry,
+    check_coverage,
+)
 from minillm.checkpoint.state import StateTensor
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import MeshShape
@@ -33,7 +43,15 @@ ASIDE = ".old-"
 LEFT = "left-"
 
 # NumPy's name of a dtype -> the one in a safetensors header.
-_DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "uint8": "U8"}
+_DTYPES = {
+    "float32": "F32",
+    "float64": "F64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+}
 
 Block = tuple[str, str, Array]
 """Key in the file, dtype name, contents."""
@@ -50,13 +68,14 @@ def save(
     step: int,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` into `directory` and return its folder. Collective: every rank of `world` gives the `tensors` that it
-    holds.
+    """Write the checkpoint of `step` into `directory` and return its folder. Collective: every rank
+    of `world` gives the `tensors` that it holds.
 
-    An earlier checkpoint of the same step is replaced. Afterwards the newest `keep` (at least 1) remain. Those of later steps, left from a
-    course that this run abandoned by resuming from an earlier step, are renamed to `left-step-...`, so that nobody goes on from them by
-    accident. Raises the same CheckpointError on every rank if the folder cannot be written or the disk is full; all earlier checkpoints are
-    then still there and nothing half written is.
+    An earlier checkpoint of the same step is replaced. Afterwards the newest `keep` (at least 1)
+    remain. Those of later steps, left from a course that this run abandoned by resuming from an
+    earlier step, are renamed to `left-step-...`, so that nobody goes on from them by accident.
+    Raises the same CheckpointError on every rank if the folder cannot be written or the disk is
+    full; all earlier checkpoints are then still there and nothing half written is.
     """
     directory = Path(directory)
     final = directory / step_name(step)
@@ -78,7 +97,8 @@ class _Attempt:
         self.world, self.final, self.temporary = world, final, temporary
 
     def run(self, phase: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of `phase`, a JSON value. Raises CheckpointError on all ranks, if it failed on any."""
+        """Every rank's result of `phase`, a JSON value. Raises CheckpointError on all ranks, if it
+        failed on any."""
         result, failure = None, None
         try:
             result = phase()
@@ -94,7 +114,8 @@ class _Attempt:
         others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
         raise CheckpointError(
             f"checkpoint {self.final} could not be written: rank {rank}{others}: {text}. "
-            "Earlier checkpoints are untouched; free some space, or choose a folder that all ranks can write to"
+            "Earlier checkpoints are untouched; free some space, or choose a folder that all ranks "
+            "can write to"
         )
 
 
@@ -108,12 +129,18 @@ def _describe(error: Exception) -> str:
 
 
 def own_pieces(
-    spec: ShardSpec, mesh: MeshShape, coords: Mapping[str, int], name: str, holders: dict[tuple[ShardSpec, int], dict[Bounds, list[int]]]
+    spec: ShardSpec,
+    mesh: MeshShape,
+    coords: Mapping[str, int],
+    name: str,
+    holders: dict[tuple[ShardSpec, int], dict[Bounds, list[int]]],
 ) -> list[tuple[Slices, Slices]]:
-    """The pieces (global slices, local slices) that the rank at `coords` writes of the tensor `name`.
+    """The pieces (global slices, local slices) that the rank at `coords` writes of the tensor
+    `name`.
 
-    Every rank of a stage finds by itself who holds the same piece; of these, a hash of the name chooses one, so that replicas share the
-    work and no message is needed. `holders` remembers the answers, since many tensors have one spec.
+    Every rank of a stage finds by itself who holds the same piece; of these, a hash of the name
+    chooses one, so that replicas share the work and no message is needed. `holders` remembers the
+    answers, since many tensors have one spec.
     """
     me, stage = mesh.rank(coords), coords["pp"]
     if (spec, stage) not in holders:
@@ -121,7 +148,9 @@ def own_pieces(
     found = holders[spec, stage]
     number = zlib.crc32(name.encode())
     pieces = spec.pieces(mesh, coords)
-    return [piece for piece in pieces if (ranks := found[_bounds(piece[0])])[number % len(ranks)] == me]
+    return [
+        piece for piece in pieces if (ranks := found[_bounds(piece[0])])[number % len(ranks)] == me
+    ]
 
 
 def _holders(spec: ShardSpec, mesh: MeshShape, stage: int) -> dict[Bounds, list[int]]:
@@ -157,9 +186,14 @@ def _prepare(directory: Path, temporary: Path) -> None:
 
 
 def _write_own(
-    temporary: Path, rank: int, tensors: Sequence[StateTensor], mesh: MeshShape, coords: Mapping[str, int]
+    temporary: Path,
+    rank: int,
+    tensors: Sequence[StateTensor],
+    mesh: MeshShape,
+    coords: Mapping[str, int],
 ) -> dict[str, Any] | None:
-    """Write this rank's file; returns what the manifest says of it, as a JSON value, or None if this rank has nothing to write."""
+    """Write this rank's file; returns what the manifest says of it, as a JSON value, or None if
+    this rank has nothing to write."""
     blocks: list[Block] = []
     written: dict[str, Any] = {}
     holders: dict[tuple[ShardSpec, int], dict[Bounds, list[int]]] = {}
@@ -167,12 +201,20 @@ def _write_own(
         if not tensor.owned:
             continue
         dtype = dtype_name(tensor.data.dtype)
-        for global_slices, local_slices in own_pieces(tensor.spec, mesh, coords, tensor.name, holders):
+        for global_slices, local_slices in own_pieces(
+            tensor.spec, mesh, coords, tensor.name, holders
+        ):
             bounds = _bounds(global_slices)
             whole = slice_shape(global_slices) == tensor.spec.shape
-            key = tensor.name if whole else f"{tensor.name}[{','.join(f'{lo}:{hi}' for lo, hi in bounds)}]"
+            key = (
+                tensor.name
+                if whole
+                else f"{tensor.name}[{','.join(f'{lo}:{hi}' for lo, hi in bounds)}]"
+            )
             blocks.append((key, dtype, tensor.data[local_slices]))
-            entry = written.setdefault(tensor.name, {"shape": tensor.spec.shape, "dtype": dtype, "pieces": []})
+            entry = written.setdefault(
+                tensor.name, {"shape": tensor.spec.shape, "dtype": dtype, "pieces": []}
+            )
             entry["pieces"].append([bounds, key])
     if not blocks:
         return None
@@ -182,17 +224,25 @@ def _write_own(
 
 
 def write_safetensors(path: Path, blocks: Sequence[Block]) -> tuple[int, str]:
-    """Write `blocks` as a safetensors file and sync it; returns its size in bytes and its SHA-256. One block is copied at a time.
+    """Write `blocks` as a safetensors file and sync it; returns its size in bytes and its SHA-256.
+    One block is copied at a time.
 
-    The format is a length in 8 bytes, a JSON header, and the arrays one after another (https://huggingface.co/docs/safetensors). Raises
-    OSError.
+    The format is a length in 8 bytes, a JSON header, and the arrays one after another
+    (https://huggingface.co/docs/safetensors). Raises OSError.
     """
     header: dict[str, Any] = {}
     offset = 0
     for key, dtype, data in blocks:
         if dtype not in _DTYPES:
-            raise CheckpointError(f"{key} has dtype {dtype}, which no checkpoint can hold; there are {', '.join(_DTYPES)}")
-        header[key] = {"dtype": _DTYPES[dtype], "shape": data.shape, "data_offsets": [offset, offset + data.nbytes]}
+            raise CheckpointError(
+                f"{key} has dtype {dtype}, which no checkpoint can hold; there are "
+                f"{', '.join(_DTYPES)}"
+            )
+        header[key] = {
+            "dtype": _DTYPES[dtype],
+            "shape": data.shape,
+            "data_offsets": [offset, offset + data.nbytes],
+        }
         offset += data.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the arrays start at a multiple of 8
@@ -213,7 +263,13 @@ def _chunks(header: bytes, blocks: Sequence[Block]) -> Iterable[bytes | memoryvi
         yield np.ascontiguousarray(to_host(data)).reshape(-1).view(np.uint8).data
 
 
-def _complete(parts: Sequence[dict[str, Any] | None], temporary: Path, final: Path, meta: dict[str, Any], step: int) -> None:
+def _complete(
+    parts: Sequence[dict[str, Any] | None],
+    temporary: Path,
+    final: Path,
+    meta: dict[str, Any],
+    step: int,
+) -> None:
     """Write the manifest from what the ranks wrote, and give the folder its name."""
     manifest = _merge(parts, meta, step)
     with (temporary / MANIFEST).open("w", encoding="utf-8") as stream:
@@ -234,7 +290,8 @@ def _complete(parts: Sequence[dict[str, Any] | None], temporary: Path, final: Pa
 
 
 def _merge(parts: Sequence[dict[str, Any] | None], meta: dict[str, Any], step: int) -> Manifest:
-    """The manifest of all ranks' files. Raises CheckpointError unless every tensor is covered exactly once."""
+    """The manifest of all ranks' files. Raises CheckpointError unless every tensor is covered
+    exactly once."""
     tensors: dict[str, TensorEntry] = {}
     files = {}
     for part in parts:
@@ -242,7 +299,10 @@ def _merge(parts: Sequence[dict[str, Any] | None], meta: dict[str, Any], step: i
             continue
         files[part["file"]] = FileEntry(part["size"], part["sha256"])
         for name, entry in part["tensors"].items():
-            pieces = tuple(Piece(tuple((lo, hi) for lo, hi in bounds), part["file"], key) for bounds, key in entry["pieces"])
+            pieces = tuple(
+                Piece(tuple((lo, hi) for lo, hi in bounds), part["file"], key)
+                for bounds, key in entry["pieces"]
+            )
             before = tensors[name].pieces if name in tensors else ()
             tensors[name] = TensorEntry(tuple(entry["shape"]), entry["dtype"], before + pieces)
     try:
@@ -253,7 +313,8 @@ def _merge(parts: Sequence[dict[str, Any] | None], meta: dict[str, Any], step: i
 
 
 def _prune(directory: Path, step: int, keep: int) -> None:
-    """Keep the newest `keep` checkpoints up to `step`, and rename later ones. The next save tries again what cannot be removed now."""
+    """Keep the newest `keep` checkpoints up to `step`, and rename later ones. The next save tries
+    again what cannot be removed now."""
     found = steps(directory)
     for later in [path for number, path in found.items() if number > step]:
         left = directory / f"{LEFT}{later.name}"

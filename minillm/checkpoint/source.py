@@ -14,8 +14,8 @@ from minillm.sharding import Slices, slice_shape
 
 
 class CheckpointSource:
-    """The tensors of the checkpoint folder `path`, as a `StateSource`. Files are opened when first needed, and mapped instead of read
-    whole.
+    """The tensors of the checkpoint folder `path`, as a `StateSource`. Files are opened when first
+    needed, and mapped instead of read whole.
 
     Raises CheckpointError if the manifest is damaged, here, or a file is, on reading from it.
     """
@@ -49,16 +49,31 @@ class CheckpointSource:
         out = np.empty(slice_shape(global_slices), np.dtype(entry.dtype))
         filled = 0
         for piece in entry.pieces:
-            common = tuple((max(part.start, lo), min(part.stop, hi)) for part, (lo, hi) in zip(global_slices, piece.bounds, strict=True))
+            common = tuple(
+                (max(part.start, lo), min(part.stop, hi))
+                for part, (lo, hi) in zip(global_slices, piece.bounds, strict=True)
+            )
             if all(lo < hi for lo, hi in common):
-                target = tuple(slice(lo - part.start, hi - part.start) for (lo, hi), part in zip(common, global_slices, strict=True))
-                out[target] = self._read_piece(piece.file, piece.key, piece.bounds, common, out.dtype)
+                target = tuple(
+                    slice(lo - part.start, hi - part.start)
+                    for (lo, hi), part in zip(common, global_slices, strict=True)
+                )
+                out[target] = self._read_piece(
+                    piece.file, piece.key, piece.bounds, common, out.dtype
+                )
                 filled += math.prod(hi - lo for lo, hi in common)
         if filled != out.size:
-            raise with_older(self.path, Damaged(f"{self.path} holds {filled} of the {out.size} elements asked for of {name}"))
+            raise with_older(
+                self.path,
+                Damaged(
+                    f"{self.path} holds {filled} of the {out.size} elements asked for of {name}"
+                ),
+            )
         return out
 
-    def _read_piece(self, file: str, key: str, bounds: Bounds, common: Bounds, dtype: np.dtype) -> np.ndarray:
+    def _read_piece(
+        self, file: str, key: str, bounds: Bounds, common: Bounds, dtype: np.dtype
+    ) -> np.ndarray:
         """The part `common` (in global indices) of the piece at `bounds`."""
         from safetensors import SafetensorError
 
@@ -68,12 +83,28 @@ class CheckpointSource:
             else:
                 view = self._open(file).get_slice(key)
                 if tuple(view.get_shape()) != tuple(hi - lo for lo, hi in bounds):
-                    raise ValueError(f"{key} has shape {tuple(view.get_shape())}, which is not what the manifest says")
-                block = view[tuple(slice(lo - first, hi - first) for (lo, hi), (first, _) in zip(common, bounds, strict=True))]
+                    raise ValueError(
+                        f"{key} has shape {tuple(view.get_shape())}, which is not what the "
+                        "manifest says"
+                    )
+                block = view[
+                    tuple(
+                        slice(lo - first, hi - first)
+                        for (lo, hi), (first, _) in zip(common, bounds, strict=True)
+                    )
+                ]
         except (SafetensorError, OSError, ValueError) as error:
-            raise with_older(self.path, Damaged(f"{self.path / file} cannot be read: {error}")) from None
+            raise with_older(
+                self.path, Damaged(f"{self.path / file} cannot be read: {error}")
+            ) from None
         if block.dtype != dtype:
-            raise with_older(self.path, Damaged(f"{self.path / file} holds {key} as {block.dtype}, but the manifest says {dtype}"))
+            raise with_older(
+                self.path,
+                Damaged(
+                    f"{self.path / file} holds {key} as {block.dtype}, but the manifest says "
+                    f"{dtype}"
+                ),
+            )
         return block
 
     def _open(self, file: str) -> Any:

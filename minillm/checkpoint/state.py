@@ -19,9 +19,11 @@ MOST_NAMED = 4  # how many tensors an error lists
 
 @dataclass
 class StateTensor:
-    """One rank's part of a global tensor. `data` is its local array, padding included, in the shape of `spec.local_shape`.
+    """One rank's part of a global tensor. `data` is its local array, padding included, in the shape
+    of `spec.local_shape`.
 
-    `owned` is false for the second copy of a tied weight: it is filled by `load`, but never written by `save`.
+    `owned` is false for the second copy of a tied weight: it is filled by `load`, but never written
+    by `save`.
     """
 
     name: str
@@ -43,16 +45,23 @@ class StateSource(Protocol):
         """The dtype of the tensor called `name`, as NumPy spells it: float32."""
 
     def read(self, name: str, global_slices: Slices) -> np.ndarray:
-        """The block of the global tensor that `global_slices` (one slice with start and stop per dim) cut out. Raises CheckpointError if it
-        cannot be read.
+        """The block of the global tensor that `global_slices` (one slice with start and stop per
+        dim) cut out. Raises CheckpointError if it cannot be read.
         """
 
 
-def load(source: StateSource, tensors: Sequence[StateTensor], mesh_shape: MeshShape, coords: Mapping[str, int]) -> None:
-    """Fill the local arrays of `tensors`, in place, with what the rank at `coords` holds of them; padding becomes zero.
+def load(
+    source: StateSource,
+    tensors: Sequence[StateTensor],
+    mesh_shape: MeshShape,
+    coords: Mapping[str, int],
+) -> None:
+    """Fill the local arrays of `tensors`, in place, with what the rank at `coords` holds of them;
+    padding becomes zero.
 
-    Not collective: each rank reads what it needs. All names, shapes and dtypes are compared before the first array is touched; raises
-    CheckpointError naming the first tensors that do not fit, which means that the source is of another model. One rank may raise alone.
+    Not collective: each rank reads what it needs. All names, shapes and dtypes are compared before
+    the first array is touched; raises CheckpointError naming the first tensors that do not fit,
+    which means that the source is of another model. One rank may raise alone.
     """
     _check_fits(source, tensors)
     for tensor in tensors:
@@ -61,7 +70,9 @@ def load(source: StateSource, tensors: Sequence[StateTensor], mesh_shape: MeshSh
             tensor.data[...] = 0  # padding
         for global_slices, local_slices in pieces:
             block = source.read(tensor.name, global_slices)
-            tensor.data[local_slices] = to_device(block.astype(tensor.data.dtype, copy=False), namespace(tensor.data))
+            tensor.data[local_slices] = to_device(
+                block.astype(tensor.data.dtype, copy=False), namespace(tensor.data)
+            )
 
 
 def _check_fits(source: StateSource, tensors: Sequence[StateTensor]) -> None:
@@ -88,5 +99,6 @@ def _misfits(source: StateSource, tensors: Sequence[StateTensor]) -> Iterator[st
 
 
 def _widened(dtype: str) -> str:
-    """The dtype in which every value of a narrow one is exact: a model trained in bfloat16 is also one of float32."""
+    """The dtype in which every value of a narrow one is exact: a model trained in bfloat16 is also
+    one of float32."""
     return dtype_name(sum_dtype(float_dtype(dtype))) if dtype == "bfloat16" else dtype

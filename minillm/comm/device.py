@@ -1,9 +1,12 @@
-"""Arrays on GPUs between ranks: a `Communicator` around another one, which moves what lies in host memory.
+"""Arrays on GPUs between ranks: a `Communicator` around another one, which moves what lies in host
+memory.
 
-Where MPI takes device memory, it gets the device's addresses. Elsewhere arrays travel through pinned host memory, chunk by chunk
-(staging.py); what is reduced in the background, a bucket of gradients, is one chunk. Nothing is sent before the device has written it: the
-host waits, or, for a reduction in the background, looks again whenever it is polled, so that it can go on queueing work. Sums of 2-byte
-floats are exchanged by slices, added in rank order in float32 and rounded once, as among hosts. Arrays of the host pass through untouched.
+Where MPI takes device memory, it gets the device's addresses. Elsewhere arrays travel through
+pinned host memory, chunk by chunk (staging.py); what is reduced in the background, a bucket of
+gradients, is one chunk. Nothing is sent before the device has written it: the host waits, or, for a
+reduction in the background, looks again whenever it is polled, so that it can go on queueing work.
+Sums of 2-byte floats are exchanged by slices, added in rank order in float32 and rounded once, as
+among hosts. Arrays of the host pass through untouched.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from minillm.device import CPU, Device
 
 
 def on_device(comm: Communicator, device: Device, direct: bool | None = None) -> Communicator:
-    """`comm` for arrays of `device` as well. `direct` says whether it takes device memory as it is (None: as the MPI library says)."""
+    """`comm` for arrays of `device` as well. `direct` says whether it takes device memory as it is
+    (None: as the MPI library says)."""
     if device is CPU or comm.size == 1:
         return comm
     if direct is None:
@@ -37,7 +41,8 @@ def on_device(comm: Communicator, device: Device, direct: bool | None = None) ->
 
 
 class _Then:
-    """A Work that does something more once the inner one is done, and keeps an array alive until then."""
+    """A Work that does something more once the inner one is done, and keeps an array alive until
+    then."""
 
     def __init__(self, work: Work, keep: Array, then: Callable[[], None] | None = None) -> None:
         self._work: Work | None = work
@@ -71,7 +76,9 @@ class _DeviceCommunicator(BaseCommunicator):
 
     def __init__(self, inner: BaseCommunicator, device: Device) -> None:
         super().__init__(inner.rank, inner.size, inner.name, inner.timeout)
-        self.inner: Any = inner  # a BaseCommunicator, whose operations on flat buffers are called here
+        self.inner: Any = (
+            inner  # a BaseCommunicator, whose operations on flat buffers are called here
+        )
         self.device = device
 
     def _wrap(self, made: Any) -> Any:
@@ -80,8 +87,11 @@ class _DeviceCommunicator(BaseCommunicator):
     def _around(self, made: Any) -> Communicator:
         return type(self)(made, self.device)
 
-    def split(self, color: int | None, key: int | None = None, name: str = "") -> Communicator | None:
-        """A group of the ranks with the same `color`, ordered by (key, rank); None where the color is None. Collective."""
+    def split(
+        self, color: int | None, key: int | None = None, name: str = ""
+    ) -> Communicator | None:
+        """A group of the ranks with the same `color`, ordered by (key, rank); None where the color
+        is None. Collective."""
         self._start_reductions()
         return self._wrap(self.inner.split(color, key, name))
 
@@ -112,16 +122,22 @@ class _DeviceCommunicator(BaseCommunicator):
         self._start_reductions()
         if _on_host(parts[0]):
             return self.inner._all_to_all(parts, counts)
-        received = [self.device.xp.empty(count, part.dtype) for count, part in zip(counts, parts, strict=True)]
+        received = [
+            self.device.xp.empty(count, part.dtype)
+            for count, part in zip(counts, parts, strict=True)
+        ]
         received[self.rank][...] = parts[self.rank]
         others = [r for r in range(self.size) if r != self.rank]
-        AllWork([self._irecv(received[r], r, MAX_TAG) for r in others] + [self._isend(parts[r], r, MAX_TAG) for r in others]).wait()
+        AllWork(
+            [self._irecv(received[r], r, MAX_TAG) for r in others]
+            + [self._isend(parts[r], r, MAX_TAG) for r in others]
+        ).wait()
         return received
 
 
 class _Reduction:
-    """A Work that reduces in the background what has first to come down from the device. Those of a group start in their order, since all
-    ranks must run the same collectives in the same order."""
+    """A Work that reduces in the background what has first to come down from the device. Those of a
+    group start in their order, since all ranks must run the same collectives in the same order."""
 
     def __init__(self, comm: StagedCommunicator, flat: Array, op: ReduceOp) -> None:
         self._comm, self._flat, self._op = comm, flat, op
@@ -155,9 +171,12 @@ class _Reduction:
 
 
 class StagedCommunicator(_DeviceCommunicator):
-    """Device arrays by way of pinned host memory, which groups share with the communicator that they were made from."""
+    """Device arrays by way of pinned host memory, which groups share with the communicator that
+    they were made from."""
 
-    def __init__(self, inner: BaseCommunicator, device: Device, staging: Staging | None = None) -> None:
+    def __init__(
+        self, inner: BaseCommunicator, device: Device, staging: Staging | None = None
+    ) -> None:
         super().__init__(inner, device)
         self.staging = staging or Staging(device)
         self._coming: deque[_Reduction] = deque()
@@ -166,7 +185,8 @@ class StagedCommunicator(_DeviceCommunicator):
         return StagedCommunicator(made, self.device, self.staging)
 
     def _start_reductions(self, wait: bool = True) -> None:
-        """Start those background reductions that have come down; with `wait`, all of them: before any other collective of this group."""
+        """Start those background reductions that have come down; with `wait`, all of them: before
+        any other collective of this group."""
         while self._coming and (wait or self._coming[0].down.done):
             self._coming[0].down.synchronize()
             self._coming.popleft().start()
@@ -177,14 +197,19 @@ class StagedCommunicator(_DeviceCommunicator):
         self._start_reductions()
         if _on_host(flat):
             return self.inner._all_reduce(flat, op)
-        turns = [Turn(part.size, [(0, part)], lambda host: self.inner._all_reduce(host, op), [(0, part)]) for part in pieces(flat)]
+        turns = [
+            Turn(part.size, [(0, part)], lambda host: self.inner._all_reduce(host, op), [(0, part)])
+            for part in pieces(flat)
+        ]
         self.staging.through(flat.dtype, turns)
 
     def _iall_reduce(self, flat: Array, op: ReduceOp) -> Work:
         if _on_host(flat) or not flat.size:
             self._start_reductions()
             return self.inner._iall_reduce(flat if _on_host(flat) else np.empty(0, flat.dtype), op)
-        if is_narrow(flat.dtype) or flat.dtype.kind == "b":  # by messages for which ranks wait: not from within a poll
+        if (
+            is_narrow(flat.dtype) or flat.dtype.kind == "b"
+        ):  # by messages for which ranks wait: not from within a poll
             self._all_reduce(flat, op)
             return DoneWork()
         self._coming.append(_Reduction(self, flat, op))
@@ -201,7 +226,14 @@ class StagedCommunicator(_DeviceCommunicator):
         for parts in slices(shards):
             sizes, places = _layout(parts)
             up = [place for r, place in enumerate(places) if r != self.rank]
-            turns.append(Turn(sum(sizes), [places[self.rank]], partial(self.inner._gather_into, counts=sizes), up))
+            turns.append(
+                Turn(
+                    sum(sizes),
+                    [places[self.rank]],
+                    partial(self.inner._gather_into, counts=sizes),
+                    up,
+                )
+            )
         self.staging.through(flat.dtype, turns)
         return out
 
@@ -242,7 +274,9 @@ class StagedCommunicator(_DeviceCommunicator):
     def _isend(self, flat: Array, dest: int, tag: int) -> Work:
         if _on_host(flat):
             return self.inner._isend(flat, dest, tag)
-        coming = [(host, self.staging.start_download(part, host)) for part, host in self._chunks(flat)]
+        coming = [
+            (host, self.staging.start_download(part, host)) for part, host in self._chunks(flat)
+        ]
         works = []
         for host, down in coming:
             down.synchronize()
@@ -252,10 +286,16 @@ class StagedCommunicator(_DeviceCommunicator):
     def _irecv(self, flat: Array, source: int, tag: int) -> Work:
         if _on_host(flat):
             return self.inner._irecv(flat, source, tag)
-        return AllWork([self._receive(part, host, source, tag) for part, host in self._chunks(flat)])
+        return AllWork(
+            [self._receive(part, host, source, tag) for part, host in self._chunks(flat)]
+        )
 
     def _receive(self, part: Array, host: np.ndarray, source: int, tag: int) -> Work:
-        return _Then(self.inner._irecv(host.view(part.dtype), source, tag), part, lambda: self.staging.upload(host, part))
+        return _Then(
+            self.inner._irecv(host.view(part.dtype), source, tag),
+            part,
+            lambda: self.staging.upload(host, part),
+        )
 
     def _recv_any(self, flat: Array, tag: int) -> int:
         if _on_host(flat):
@@ -268,10 +308,12 @@ class StagedCommunicator(_DeviceCommunicator):
 
 
 class DirectCommunicator(_DeviceCommunicator):
-    """Device arrays by their addresses, for an MPI library that takes those. Nothing here reads them on the host."""
+    """Device arrays by their addresses, for an MPI library that takes those. Nothing here reads
+    them on the host."""
 
     def _address(self, flat: Array) -> np.ndarray:
-        """A NumPy array over device memory, to be handed to MPI and to nobody else. The device has done all that writes it."""
+        """A NumPy array over device memory, to be handed to MPI and to nobody else. The device has
+        done all that writes it."""
         if _on_host(flat) or not flat.size:
             return flat if _on_host(flat) else np.empty(0, flat.dtype)
         self.device.synchronize()
@@ -292,7 +334,9 @@ class DirectCommunicator(_DeviceCommunicator):
 
     def _reduce_slices(self, flat: Array, op: ReduceOp) -> None:
         """All-reduce by exchanging slices, adding in rank order on the device, and gathering."""
-        counts = [flat.size * (r + 1) // self.size - flat.size * r // self.size for r in range(self.size)]
+        counts = [
+            flat.size * (r + 1) // self.size - flat.size * r // self.size for r in range(self.size)
+        ]
         mine = self._all_to_all(_cut(flat, counts), [counts[self.rank]] * self.size)
         flat[...] = self._all_gather(reduce_in_order(mine, op), counts)
 
@@ -308,7 +352,9 @@ class DirectCommunicator(_DeviceCommunicator):
     def _reduce_scatter(self, flat: Array, counts: list[int]) -> Array:
         if _on_host(flat):
             return self.inner._reduce_scatter(flat, counts)
-        return reduce_in_order(self._all_to_all(_cut(flat, counts), [counts[self.rank]] * self.size), SUM)
+        return reduce_in_order(
+            self._all_to_all(_cut(flat, counts), [counts[self.rank]] * self.size), SUM
+        )
 
     def _broadcast(self, flat: Array, root: int) -> None:
         self.inner._broadcast(self._address(flat), root)

@@ -1,6 +1,8 @@
-"""What was sent: per mesh axis, operation and kind the calls, bytes and seconds; and the order of operations, compared across ranks.
+"""What was sent: per mesh axis, operation and kind the calls, bytes and seconds; and the order of
+operations, compared across ranks.
 
-Every `Communicator` writes here before and after each operation, so the tests can hold each parallel method to its closed formula.
+Every `Communicator` writes here before and after each operation, so the tests can hold each
+parallel method to its closed formula.
 *Payload* bytes are what a rank asked to move, whatever the library makes of it:
 
 | operation | bytes counted on each rank |
@@ -11,7 +13,8 @@ Every `Communicator` writes here before and after each operation, so the tests c
 | `broadcast_json`, `gather_json` | the encoded text (always kind `control`) |
 | `barrier` | 0 (always kind `control`) |
 
-`sendrecv` writes one row as `send` and one as `receive`. Groups of size 1 move nothing and write nothing.
+`sendrecv` writes one row as `send` and one as `receive`. Groups of size 1 move nothing and write
+nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ EventHook = Callable[[str, str, float, float, int], None]
 
 @dataclass(slots=True)
 class Row:
-    """Sums over the calls of one operation on one axis. `seconds` is time blocked; `wire` is ring-equivalent bytes sent by this rank."""
+    """Sums over the calls of one operation on one axis. `seconds` is time blocked; `wire` is
+    ring-equivalent bytes sent by this rank."""
 
     calls: int = 0
     bytes: int = 0
@@ -56,15 +60,18 @@ class Operation:
     ended: float | None = None
 
     def __str__(self) -> str:
-        state = "not finished" if self.ended is None else f"{(self.ended - self.started) * 1e3:.2f} ms"
+        state = (
+            "not finished" if self.ended is None else f"{(self.ended - self.started) * 1e3:.2f} ms"
+        )
         return f"{self.name} on {self.axis!r}, {self.detail}{self.num_bytes} bytes: {state}"
 
 
 def wire_bytes(operation: str, num_bytes: int, group_size: int) -> float:
-    """Bytes this rank puts on the wire if the operation runs as a ring of `group_size` ranks, given its payload bytes.
+    """Bytes this rank puts on the wire if the operation runs as a ring of `group_size` ranks, given
+    its payload bytes.
 
-    An all-reduce is a reduce-scatter followed by an all-gather, each moving (n-1)/n of the array (Patarasuk and Yuan 2009). A receive costs
-    its sender.
+    An all-reduce is a reduce-scatter followed by an all-gather, each moving (n-1)/n of the array
+    (Patarasuk and Yuan 2009). A receive costs its sender.
     """
     if operation == "send":
         return float(num_bytes)
@@ -75,9 +82,11 @@ def wire_bytes(operation: str, num_bytes: int, group_size: int) -> float:
 
 
 class OrderRecord:
-    """The sequence of collectives one communicator has run: a running checksum, their number, and the last few as text.
+    """The sequence of collectives one communicator has run: a running checksum, their number, and
+    the last few as text.
 
-    Ranks that took part in the same collectives in the same order have equal records; sends and receives differ by rank and are left out.
+    Ranks that took part in the same collectives in the same order have equal records; sends and
+    receives differ by rank and are left out.
     """
 
     __slots__ = ("checksum", "count", "recent")
@@ -88,19 +97,22 @@ class OrderRecord:
         self.recent: deque[tuple[int, str]] = deque(maxlen=NUM_RECENT)
 
     def add(self, signature: str) -> None:
-        """Append one collective, described by what must agree between ranks: operation, shape, dtype."""
+        """Append one collective, described by what must agree between ranks: operation, shape,
+        dtype."""
         self.checksum = zlib.crc32(signature.encode(), self.checksum)
         self.recent.append((self.count, signature))
         self.count += 1
 
 
 class Ledger:
-    """The record of one rank. `on_event(name, axis, start, end, num_bytes)` is called after each operation, with times of
-    `time.perf_counter`.
+    """The record of one rank. `on_event(name, axis, start, end, num_bytes)` is called after each
+    operation, with times of `time.perf_counter`.
 
-    Event names are those of the rows; a non-blocking operation appears as `iall_reduce`, `isend` or `ireceive` (launch to completion) and,
-    where the rank had to wait for it, as `wait`. With `check_order` every collective first compares its signature with all other ranks of
-    its group and raises CommError where they differ; slow, and the quickest way to find out which collective deadlocks.
+    Event names are those of the rows; a non-blocking operation appears as `iall_reduce`, `isend` or
+    `ireceive` (launch to completion) and, where the rank had to wait for it, as `wait`. With
+    `check_order` every collective first compares its signature with all other ranks of its group
+    and raises CommError where they differ; slow, and the quickest way to find out which collective
+    deadlocks.
     """
 
     def __init__(self, *, check_order: bool = False, on_event: EventHook | None = None) -> None:
@@ -115,27 +127,55 @@ class Ledger:
         row = self.rows.get(key)
         if row is None:
             if kind not in KINDS:
-                raise CommError(f"kind {kind!r} of {operation} on {axis!r} is unknown; choose one of {', '.join(KINDS)}")
+                raise CommError(
+                    f"kind {kind!r} of {operation} on {axis!r} is unknown; choose one of "
+                    f"{', '.join(KINDS)}"
+                )
             row = self.rows[key] = Row()
         return row
 
-    def record(self, axis: str, operation: str, kind: str, num_bytes: int, seconds: float = 0.0, group_size: int = 1) -> None:
-        """Add one call. Communicators do this by themselves; call it for kind `window`: bytes read from or written to shared memory."""
+    def record(
+        self,
+        axis: str,
+        operation: str,
+        kind: str,
+        num_bytes: int,
+        seconds: float = 0.0,
+        group_size: int = 1,
+    ) -> None:
+        """Add one call. Communicators do this by themselves; call it for kind `window`: bytes read
+        from or written to shared memory."""
         row = self.row(axis, operation, kind)
         row.calls += 1
         row.bytes += num_bytes
         row.seconds += seconds
         row.wire += wire_bytes(operation, num_bytes, group_size)
 
-    def total(self, field_name: str = "bytes", *, axis: str | None = None, operation: str | None = None, kind: str | None = None) -> Any:
+    def total(
+        self,
+        field_name: str = "bytes",
+        *,
+        axis: str | None = None,
+        operation: str | None = None,
+        kind: str | None = None,
+    ) -> Any:
         """The sum of one field (`calls`, `bytes`, `seconds` or `wire`) over the rows that match."""
         wanted = (axis, operation, kind)
-        rows = (row for key, row in self.rows.items() if all(want in (None, have) for want, have in zip(wanted, key, strict=True)))
+        rows = (
+            row
+            for key, row in self.rows.items()
+            if all(want in (None, have) for want, have in zip(wanted, key, strict=True))
+        )
         return sum(getattr(row, field_name) for row in rows)
 
     def payload(self) -> dict[tuple[str, str], int]:
-        """Payload bytes by (axis, operation): what the closed formulas of the parallel methods predict."""
-        return {(axis, operation): row.bytes for (axis, operation, kind), row in self.rows.items() if kind == "payload"}
+        """Payload bytes by (axis, operation): what the closed formulas of the parallel methods
+        predict."""
+        return {
+            (axis, operation): row.bytes
+            for (axis, operation, kind), row in self.rows.items()
+            if kind == "payload"
+        }
 
     def wire_bytes(self, axis: str | None = None, kind: str | None = None) -> float:
         """Ring-equivalent bytes this rank has sent, see `wire_bytes` of this module."""
@@ -143,16 +183,24 @@ class Ledger:
 
     def snapshot(self) -> dict[RowKey, Row]:
         """A copy of the rows, to take differences with `since`."""
-        return {key: Row(row.calls, row.bytes, row.seconds, row.wire) for key, row in self.rows.items()}
+        return {
+            key: Row(row.calls, row.bytes, row.seconds, row.wire) for key, row in self.rows.items()
+        }
 
     def since(self, before: dict[RowKey, Row]) -> dict[RowKey, Row]:
-        """What was added after `before = ledger.snapshot()`; rows without new calls or seconds are left out."""
+        """What was added after `before = ledger.snapshot()`; rows without new calls or seconds are
+        left out."""
         none = Row()
         changes = {}
         for key, row in self.rows.items():
             old = before.get(key, none)
             if row.calls != old.calls or row.seconds != old.seconds:
-                changes[key] = Row(row.calls - old.calls, row.bytes - old.bytes, row.seconds - old.seconds, row.wire - old.wire)
+                changes[key] = Row(
+                    row.calls - old.calls,
+                    row.bytes - old.bytes,
+                    row.seconds - old.seconds,
+                    row.wire - old.wire,
+                )
         return changes
 
     def clear(self) -> None:
@@ -167,20 +215,42 @@ class Ledger:
 
     def report(self) -> str:
         """The rows as a text table."""
-        lines = [f"{'axis':<12} {'operation':<16} {'kind':<9} {'calls':>8} {'bytes':>16} {'ring bytes':>16} {'seconds':>10}"]
+        lines = [
+            f"{'axis':<12} {'operation':<16} {'kind':<9} {'calls':>8} {'bytes':>16} "
+            f"{'ring bytes':>16} {'seconds':>10}"
+        ]
         for (axis, operation, kind), row in sorted(self.rows.items()):
-            lines.append(f"{axis:<12} {operation:<16} {kind:<9} {row.calls:>8} {row.bytes:>16,} {row.wire:>16,.0f} {row.seconds:>10.4f}")
+            lines.append(
+                f"{axis:<12} {operation:<16} {kind:<9} {row.calls:>8} {row.bytes:>16,} "
+                f"{row.wire:>16,.0f} {row.seconds:>10.4f}"
+            )
         return "\n".join(lines)
 
 
 class Recording:
-    """Context manager around one blocking operation: one row, one entry among the recent operations, one event."""
+    """Context manager around one blocking operation: one row, one entry among the recent
+    operations, one event."""
 
     __slots__ = ("axis", "group_size", "kind", "ledger", "name", "num_bytes", "operation", "row")
 
-    def __init__(self, ledger: Ledger, axis: str, name: str, kind: str, num_bytes: int, group_size: int, detail: str = "") -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        axis: str,
+        name: str,
+        kind: str,
+        num_bytes: int,
+        group_size: int,
+        detail: str = "",
+    ) -> None:
         self.ledger = ledger
-        self.name, self.axis, self.kind, self.num_bytes, self.group_size = name, axis, kind, num_bytes, group_size
+        self.name, self.axis, self.kind, self.num_bytes, self.group_size = (
+            name,
+            axis,
+            kind,
+            num_bytes,
+            group_size,
+        )
         self.row = ledger.row(axis, name, kind)
         self.operation = Operation(name, axis, detail, num_bytes, time.perf_counter())
         ledger.operations.append(self.operation)
@@ -215,7 +285,8 @@ def ledger() -> Ledger:
 
 @contextmanager
 def recording(**options: Any) -> Iterator[Ledger]:
-    """Use a fresh `Ledger(**options)` within the block: `with recording() as counted: ...; counted.payload()`."""
+    """Use a fresh `Ledger(**options)` within the block: `with recording() as counted: ...;
+    counted.payload()`."""
     fresh = Ledger(**options)
     token = current_ledger.set(fresh)
     try:
@@ -252,13 +323,17 @@ class _Sequence:
 def check_order(comm: _Ordered) -> None:
     """Compare what collectives the ranks of `comm` have run on it. Collective.
 
-    Raises CommError on every rank, naming the first operation among the last NUM_RECENT in which they differ and which ranks ran what.
+    Raises CommError on every rank, naming the first operation among the last NUM_RECENT in which
+    they differ and which ranks ran what.
     """
     if comm.size == 1:
         return
     order = comm.order
     mine = {"checksum": order.checksum, "count": order.count, "recent": list(order.recent)}
-    records = [_Sequence(r["checksum"], r["count"], {i: text for i, text in r["recent"]}) for r in comm.gather_json(mine)]
+    records = [
+        _Sequence(r["checksum"], r["count"], {i: text for i, text in r["recent"]})
+        for r in comm.gather_json(mine)
+    ]
     if len({(record.checksum, record.count) for record in records}) == 1:
         return
     last = max(record.count for record in records)
@@ -268,13 +343,19 @@ def check_order(comm: _Ordered) -> None:
         for rank, record in enumerate(records):
             seen.setdefault(record.at(index), []).append(rank)
         if len(seen) > 1:
-            raise CommError(f"ranks of {comm.name!r} ran different collectives: {describe_difference(index, seen)}")
+            raise CommError(
+                f"ranks of {comm.name!r} ran different collectives: "
+                f"{describe_difference(index, seen)}"
+            )
     raise CommError(
-        f"ranks of {comm.name!r} ran different collectives before the last {NUM_RECENT} of {[record.count for record in records]}; "
+        f"ranks of {comm.name!r} ran different collectives before the last {NUM_RECENT} of "
+        f"{[record.count for record in records]}; "
         "call check_order more often to find the first"
     )
 
 
 def describe_difference(index: int, seen: dict[str, list[int]]) -> str:
     """Text for "operation `index` differs": which ranks ran what."""
-    return f"operation {index} was " + ", but ".join(f"{what} on ranks {ranks}" for what, ranks in seen.items())
+    return f"operation {index} was " + ", but ".join(
+        f"{what} on ranks {ranks}" for what, ranks in seen.items()
+    )

@@ -1,11 +1,13 @@
 """Ranks as MPI processes, through mpi4py's buffer interface; nothing is pickled.
 
-MPI counts are 32-bit in many libraries and some fail on large messages (users report it), so everything is cut into chunks below 1 GiB.
-Sums of 2-byte floats, which no MPI library knows, are exchanged by slices, summed in rank order in float32 and rounded once.
+MPI counts are 32-bit in many libraries and some fail on large messages (users report it), so
+everything is cut into chunks below 1 GiB. Sums of 2-byte floats, which no MPI library knows, are
+exchanged by slices, summed in rank order in float32 and rounded once.
 
-Waiting: small collectives block inside MPI, which spins and is fastest. Receives, barriers and non-blocking operations may wait long for
-another rank's computation, so they poll: for about 5 ms giving up the core between polls, so that a rank with work goes first and the many
-steps of a large reduction follow one another at once, then sleeping.
+Waiting: small collectives block inside MPI, which spins and is fastest. Receives, barriers and
+non-blocking operations may wait long for another rank's computation, so they poll: for about 5 ms
+giving up the core between polls, so that a rank with work goes first and the many steps of a large
+reduction follow one another at once, then sleeping.
 """
 
 from __future__ import annotations
@@ -25,7 +27,14 @@ from mpi4py import MPI
 
 from minillm.arrays import is_narrow
 from minillm.comm.base import BaseCommunicator, reduce_in_order
-from minillm.comm.communicator import DEFAULT_TIMEOUT, MAX_TAG, Communicator, ReduceOp, SharedWindow, Work
+from minillm.comm.communicator import (
+    DEFAULT_TIMEOUT,
+    MAX_TAG,
+    Communicator,
+    ReduceOp,
+    SharedWindow,
+    Work,
+)
 from minillm.comm.ledger import ledger
 from minillm.comm.single import SelfCommunicator
 from minillm.errors import CommError, CommTimeout
@@ -41,23 +50,37 @@ _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
 
 
 def _chunks(flat: np.ndarray) -> list[np.ndarray]:
-    """Contiguous pieces of at most CHUNK_BYTES; one empty piece for an empty array, since no message is skipped."""
+    """Contiguous pieces of at most CHUNK_BYTES; one empty piece for an empty array, since no
+    message is skipped."""
     step = max(1, CHUNK_BYTES.get() // flat.itemsize)
     return [flat[i : i + step] for i in range(0, flat.size, step)] or [flat]
 
 
 def _bytes(flat: np.ndarray) -> np.ndarray:
-    """The same memory as bytes: for dtypes that MPI does not know, and for moves that do not compute."""
+    """The same memory as bytes: for dtypes that MPI does not know, and for moves that do not
+    compute."""
     return flat.view(np.uint8)
 
 
 class _Requests:
-    """A Work over MPI requests. Keeps the buffers alive; polls, then sleeps; names what it waits for when time is up."""
+    """A Work over MPI requests. Keeps the buffers alive; polls, then sleeps; names what it waits
+    for when time is up."""
 
     def __init__(
-        self, requests: Sequence[MPI.Request], keep: Any, what: str, timeout: float, then: Callable[[], None] | None = None
+        self,
+        requests: Sequence[MPI.Request],
+        keep: Any,
+        what: str,
+        timeout: float,
+        then: Callable[[], None] | None = None,
     ) -> None:
-        self._requests, self._keep, self._what, self._timeout, self._then = list(requests), keep, what, timeout, then
+        self._requests, self._keep, self._what, self._timeout, self._then = (
+            list(requests),
+            keep,
+            what,
+            timeout,
+            then,
+        )
 
     def test(self) -> bool:
         """See `Work`."""
@@ -77,7 +100,10 @@ class _Requests:
                 os.sched_yield()
                 continue
             if waited > self._timeout:
-                raise CommTimeout(f"waited {self._timeout:g} s for {self._what}; last operations here:\n{ledger().recent()}")
+                raise CommTimeout(
+                    f"waited {self._timeout:g} s for {self._what}; last operations "
+                    f"here:\n{ledger().recent()}"
+                )
             time.sleep(sleep)
             sleep = min(SLEEP_SECONDS[1], sleep * 1.5)
 
@@ -85,7 +111,9 @@ class _Requests:
 class MPICommunicator(BaseCommunicator):
     """A group of MPI processes."""
 
-    def __init__(self, comm: MPI.Comm, name: str = "world", timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(
+        self, comm: MPI.Comm, name: str = "world", timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size(), name, timeout)
         self.mpi = comm
         self.intra = comm if isinstance(comm, MPI.Intracomm) else MPI.COMM_SELF
@@ -108,8 +136,11 @@ class MPICommunicator(BaseCommunicator):
         return self._work(requests, flat, f"an all_reduce of {flat.nbytes} bytes")
 
     def _reduce_slices(self, flat: np.ndarray, op: ReduceOp) -> None:
-        """All-reduce by exchanging slices, reducing in rank order, and gathering: one rounding, the same bits everywhere."""
-        counts = [flat.size * (r + 1) // self.size - flat.size * r // self.size for r in range(self.size)]
+        """All-reduce by exchanging slices, reducing in rank order, and gathering: one rounding, the
+        same bits everywhere."""
+        counts = [
+            flat.size * (r + 1) // self.size - flat.size * r // self.size for r in range(self.size)
+        ]
         parts = np.split(flat, np.cumsum(counts)[:-1])
         mine = self._all_to_all(parts, [counts[self.rank]] * self.size)
         flat[...] = self._all_gather(reduce_in_order(mine, op), counts)
@@ -122,9 +153,12 @@ class MPICommunicator(BaseCommunicator):
         return out
 
     def _gather_into(self, out: np.ndarray, counts: list[int]) -> None:
-        """Fill `out`, in which this rank's own part stands already, with everybody's. Reads and writes it by MPI alone."""
+        """Fill `out`, in which this rank's own part stands already, with everybody's. Reads and
+        writes it by MPI alone."""
         if out.nbytes <= CHUNK_BYTES.get():
-            self.mpi.Allgatherv(MPI.IN_PLACE, [_bytes(out), [count * out.itemsize for count in counts]])
+            self.mpi.Allgatherv(
+                MPI.IN_PLACE, [_bytes(out), [count * out.itemsize for count in counts]]
+            )
             return
         ends = np.cumsum(counts)
         for root in range(self.size):
@@ -136,14 +170,18 @@ class MPICommunicator(BaseCommunicator):
             self.mpi.Reduce_scatter(flat, out, counts, MPI.SUM)
             return out
         parts = np.split(flat, np.cumsum(counts)[:-1])
-        return reduce_in_order(self._all_to_all(parts, [counts[self.rank]] * self.size), ReduceOp.SUM)
+        return reduce_in_order(
+            self._all_to_all(parts, [counts[self.rank]] * self.size), ReduceOp.SUM
+        )
 
     def _all_to_all(self, parts: list[np.ndarray], counts: list[int]) -> list[np.ndarray]:
         """Pairwise messages, so that each can be chunked and of any size."""
         received = [np.empty(count, part.dtype) for count, part in zip(counts, parts, strict=True)]
         received[self.rank][...] = parts[self.rank]
         others = [r for r in range(self.size) if r != self.rank]
-        waiting = [self._irecv(received[r], r, MAX_TAG) for r in others] + [self._isend(parts[r], r, MAX_TAG) for r in others]
+        waiting = [self._irecv(received[r], r, MAX_TAG) for r in others] + [
+            self._isend(parts[r], r, MAX_TAG) for r in others
+        ]
         for work in waiting:
             work.wait()
         return received
@@ -159,7 +197,11 @@ class MPICommunicator(BaseCommunicator):
 
     def _isend(self, flat: np.ndarray, dest: int, tag: int) -> Work:
         requests = [self.mpi.Isend(_bytes(chunk), dest, tag) for chunk in _chunks(flat)]
-        return self._work(requests, flat, f"rank {dest} of {self.name!r} to receive {flat.nbytes} bytes, tag {tag}")
+        return self._work(
+            requests,
+            flat,
+            f"rank {dest} of {self.name!r} to receive {flat.nbytes} bytes, tag {tag}",
+        )
 
     def _irecv(self, flat: np.ndarray, source: int, tag: int) -> Work:
         what = f"{flat.nbytes} bytes from rank {source} of {self.name!r}, tag {tag}"
@@ -171,7 +213,10 @@ class MPICommunicator(BaseCommunicator):
         started = time.monotonic()
         while not self.mpi.Iprobe(MPI.ANY_SOURCE, tag, status):
             if time.monotonic() - started > self.timeout:
-                raise CommTimeout(f"waited {self.timeout:g} s for any message with tag {tag}; last operations here:\n{ledger().recent()}")
+                raise CommTimeout(
+                    f"waited {self.timeout:g} s for any message with tag {tag}; last operations "
+                    f"here:\n{ledger().recent()}"
+                )
             time.sleep(SLEEP_SECONDS[0])
         self._irecv(flat, status.Get_source(), tag).wait()
         return status.Get_source()
@@ -181,9 +226,14 @@ class MPICommunicator(BaseCommunicator):
 
     # ---- groups and shared memory
 
-    def split(self, color: int | None, key: int | None = None, name: str = "") -> Communicator | None:
-        """A group of the ranks with the same `color`, ordered by (key, rank); None where the color is None. Collective."""
-        made = self.mpi.Split(MPI.UNDEFINED if color is None else color, self.rank if key is None else key)
+    def split(
+        self, color: int | None, key: int | None = None, name: str = ""
+    ) -> Communicator | None:
+        """A group of the ranks with the same `color`, ordered by (key, rank); None where the color
+        is None. Collective."""
+        made = self.mpi.Split(
+            MPI.UNDEFINED if color is None else color, self.rank if key is None else key
+        )
         return None if made == MPI.COMM_NULL else _wrap(made, name or self.name, self.timeout)
 
     def split_by_node(self) -> Communicator:
@@ -198,7 +248,10 @@ class MPICommunicator(BaseCommunicator):
         """Memory that every rank of the group sees. Collective; all ranks must be on one node."""
         node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
         if node.Get_size() != self.size:
-            raise CommError(f"the {self.size} ranks of {self.name!r} lie on several nodes and cannot share memory; use split_by_node()")
+            raise CommError(
+                f"the {self.size} ranks of {self.name!r} lie on several nodes and cannot share "
+                "memory; use split_by_node()"
+            )
         return _MPIWindow(self, nbytes)
 
 
@@ -234,14 +287,22 @@ class _MPIWindow:
 
 
 def _wrap(comm: MPI.Comm, name: str, timeout: float) -> Communicator:
-    return SelfCommunicator(name, timeout) if comm.Get_size() == 1 else MPICommunicator(comm, name, timeout)
+    return (
+        SelfCommunicator(name, timeout)
+        if comm.Get_size() == 1
+        else MPICommunicator(comm, name, timeout)
+    )
 
 
 def takes_device_memory() -> bool:
-    """Whether the MPI library says that it reads and writes a GPU's memory. A trial with a device pointer would end the process where it
-    does not."""
+    """Whether the MPI library says that it reads and writes a GPU's memory. A trial with a device
+    pointer would end the process where it does not."""
     try:
-        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"/libmpi\S*\.so", line)}
+        loaded = {
+            line.split()[-1]
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if re.search(r"/libmpi\S*\.so", line)
+        }
     except OSError:
         return False
     for name in sorted(loaded):

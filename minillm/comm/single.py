@@ -10,7 +10,14 @@ import numpy as np
 
 from minillm.arrays import Array, aligned_empty
 from minillm.comm.base import BaseCommunicator
-from minillm.comm.communicator import DEFAULT_TIMEOUT, SUM, Communicator, ReduceOp, SharedWindow, Work
+from minillm.comm.communicator import (
+    DEFAULT_TIMEOUT,
+    SUM,
+    Communicator,
+    ReduceOp,
+    SharedWindow,
+    Work,
+)
 from minillm.comm.work import DoneWork
 from minillm.errors import CommError
 
@@ -30,9 +37,11 @@ class _SelfWindow:
 
 
 class SelfCommunicator(BaseCommunicator):
-    """The group of one rank: collectives return their input, nothing is copied and nothing is written into the ledger.
+    """The group of one rank: collectives return their input, nothing is copied and nothing is
+    written into the ledger.
 
-    A message to oneself is kept until it is received; a receive without one is an error, since it would wait for ever.
+    A message to oneself is kept until it is received; a receive without one is an error, since it
+    would wait for ever.
     """
 
     def __init__(self, name: str = "self", timeout: float = DEFAULT_TIMEOUT) -> None:
@@ -50,17 +59,24 @@ class SelfCommunicator(BaseCommunicator):
         self._check_reducible(x, op)
         return DoneWork()
 
-    def all_gather(self, x: Array, dim: int = 0, sizes: Sequence[int] | None = None, kind: str = "payload") -> Array:
+    def all_gather(
+        self, x: Array, dim: int = 0, sizes: Sequence[int] | None = None, kind: str = "payload"
+    ) -> Array:
         self._check_whole("all_gather", x, dim, sizes)
         return x
 
-    def reduce_scatter(self, x: Array, dim: int = 0, sizes: Sequence[int] | None = None, kind: str = "payload") -> Array:
+    def reduce_scatter(
+        self, x: Array, dim: int = 0, sizes: Sequence[int] | None = None, kind: str = "payload"
+    ) -> Array:
         self._check_reducible(x, SUM)
         self._check_whole("reduce_scatter", x, dim, sizes)
         return x
 
     def all_to_all(
-        self, parts: Sequence[Array], out_sizes: Sequence[int | tuple[int, ...]] | None = None, kind: str = "payload"
+        self,
+        parts: Sequence[Array],
+        out_sizes: Sequence[int | tuple[int, ...]] | None = None,
+        kind: str = "payload",
     ) -> list[Array]:
         if len(parts) != 1:
             raise CommError(f"all_to_all on {self.name!r} got {len(parts)} parts for 1 rank")
@@ -82,11 +98,15 @@ class SelfCommunicator(BaseCommunicator):
         self._check_rank(source, "source", tag)
         waiting = self._messages.get(tag)
         if not waiting:
-            raise CommError(f"receive of tag {tag} on {self.name!r}, a group of one rank that has sent nothing, would wait for ever")
+            raise CommError(
+                f"receive of tag {tag} on {self.name!r}, a group of one rank that has sent "
+                "nothing, would wait for ever"
+            )
         message = waiting.pop(0)
         if message.nbytes != out.nbytes:
             raise CommError(
-                f"message of {message.nbytes} bytes does not fit the receive of {out.nbytes} bytes (tag {tag} on {self.name!r})"
+                f"message of {message.nbytes} bytes does not fit the receive of {out.nbytes} bytes "
+                f"(tag {tag} on {self.name!r})"
             )
         out[...] = message.reshape(out.shape)
         return out
@@ -99,7 +119,9 @@ class SelfCommunicator(BaseCommunicator):
         self.recv(out, 0, tag)
         return 0
 
-    def sendrecv(self, x: Array, dest: int, out: Array, source: int, tag: int = 0, kind: str = "payload") -> Array:
+    def sendrecv(
+        self, x: Array, dest: int, out: Array, source: int, tag: int = 0, kind: str = "payload"
+    ) -> Array:
         self.send(x, dest, tag)
         return self.recv(out, source, tag)
 
@@ -113,7 +135,9 @@ class SelfCommunicator(BaseCommunicator):
     def gather_json(self, obj: Any) -> list[Any]:
         return [json.loads(json.dumps(obj))]
 
-    def split(self, color: int | None, key: int | None = None, name: str = "") -> Communicator | None:
+    def split(
+        self, color: int | None, key: int | None = None, name: str = ""
+    ) -> Communicator | None:
         return None if color is None else SelfCommunicator(name or self.name, self.timeout)
 
     def split_by_node(self) -> Communicator:

@@ -1,8 +1,11 @@
-"""Ranks as threads of one process: the same program, the same communicators, no MPI. For tests and for study.
+"""Ranks as threads of one process: the same program, the same communicators, no MPI. For tests and
+for study.
 
-`run_ranks(4, fn)` calls fn(comm) on four threads. Groups meet at a `_Board` that they share: each rank puts down what it brings, the last
-one to arrive computes, all pick up. Reductions sum in rank order, so every rank gets the same bits. With `rendezvous=True` a send completes
-only when its receiver has arrived, which turns an order that relies on buffering into a deadlock that the test sees.
+`run_ranks(4, fn)` calls fn(comm) on four threads. Groups meet at a `_Board` that they share: each
+rank puts down what it brings, the last one to arrive computes, all pick up. Reductions sum in rank
+order, so every rank gets the same bits. With `rendezvous=True` a send completes only when its
+receiver has arrived, which turns an order that relies on buffering into a deadlock that the test
+sees.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ T = TypeVar("T")
 
 
 class _World:
-    """What all ranks of one `run_ranks` share: one lock, who has failed, and what everyone waits for."""
+    """What all ranks of one `run_ranks` share: one lock, who has failed, and what everyone waits
+    for."""
 
     def __init__(self, rendezvous: bool) -> None:
         self.changed = threading.Condition()
@@ -36,8 +40,8 @@ class _World:
         self.waiting: dict[str, str] = {}
 
     def wait_for(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
-        """Wait, holding the lock, until `ready()`. Raises PeerFailed when another rank has failed, CommTimeout with everybody's wait when
-        time is up."""
+        """Wait, holding the lock, until `ready()`. Raises PeerFailed when another rank has failed,
+        CommTimeout with everybody's wait when time is up."""
         name = threading.current_thread().name
         deadline = time.monotonic() + timeout
         while not ready():
@@ -46,14 +50,19 @@ class _World:
             self.waiting[name] = what
             left = deadline - time.monotonic()
             if left <= 0:
-                others = "; ".join(f"{who} waits for {which}" for who, which in sorted(self.waiting.items()))
-                raise CommTimeout(f"waited {timeout:g} s: {others}. Last operations here:\n{ledger().recent()}")
+                others = "; ".join(
+                    f"{who} waits for {which}" for who, which in sorted(self.waiting.items())
+                )
+                raise CommTimeout(
+                    f"waited {timeout:g} s: {others}. Last operations here:\n{ledger().recent()}"
+                )
             self.changed.wait(min(left, 1.0))
         self.waiting.pop(name, None)
 
 
 class _Meeting:
-    """One collective under way: what each rank brought, and what each takes away once the last has come."""
+    """One collective under way: what each rank brought, and what each takes away once the last has
+    come."""
 
     def __init__(self, size: int) -> None:
         self.brought: list[Any] = [None] * size
@@ -68,7 +77,9 @@ class _Board:
     def __init__(self, world: _World, size: int) -> None:
         self.world, self.size = world, size
         self.meetings: dict[int, _Meeting] = {}
-        self.messages: dict[tuple[int, int, int], collections.deque[_Message]] = collections.defaultdict(collections.deque)
+        self.messages: dict[tuple[int, int, int], collections.deque[_Message]] = (
+            collections.defaultdict(collections.deque)
+        )
 
 
 class _Message:
@@ -82,7 +93,9 @@ class _Message:
 class _MeetingWork:
     """A collective that this rank has joined and not yet finished."""
 
-    def __init__(self, comm: ThreadCommunicator, number: int, finish: Callable[[Any], None]) -> None:
+    def __init__(
+        self, comm: ThreadCommunicator, number: int, finish: Callable[[Any], None]
+    ) -> None:
         self._comm, self._number, self._finish = comm, number, finish
         self._done = False
 
@@ -140,7 +153,9 @@ class _ReceiveWork:
 class ThreadCommunicator(BaseCommunicator):
     """A group of threads of one process."""
 
-    def __init__(self, board: _Board, rank: int, name: str, timeout: float, nodes: Sequence[int]) -> None:
+    def __init__(
+        self, board: _Board, rank: int, name: str, timeout: float, nodes: Sequence[int]
+    ) -> None:
         super().__init__(rank, board.size, name, timeout)
         self._board, self._world = board, board.world
         self._nodes = tuple(nodes)
@@ -149,11 +164,15 @@ class ThreadCommunicator(BaseCommunicator):
     # ---- meetings
 
     def _join(self, value: Any, compute: Callable[[list[Any]], list[Any]]) -> int:
-        """Put `value` down at this group's next meeting; the last to arrive computes everybody's result. Returns the meeting's number."""
+        """Put `value` down at this group's next meeting; the last to arrive computes everybody's
+        result. Returns the meeting's number."""
         number, self._number = self._number, self._number + 1
         with self._world.changed:
             if self._world.failed is not None:
-                raise PeerFailed(f"rank {self._world.failed} has failed, so operations on {self.name!r} cannot complete")
+                raise PeerFailed(
+                    f"rank {self._world.failed} has failed, so operations on {self.name!r} cannot "
+                    "complete"
+                )
             meeting = self._board.meetings.setdefault(number, _Meeting(self.size))
             meeting.brought[self.rank] = value
             meeting.arrived += 1
@@ -165,7 +184,10 @@ class ThreadCommunicator(BaseCommunicator):
 
     def _is_complete(self, number: int) -> bool:
         if self._world.failed is not None:
-            raise PeerFailed(f"rank {self._world.failed} has failed, so operations on {self.name!r} cannot complete")
+            raise PeerFailed(
+                f"rank {self._world.failed} has failed, so operations on {self.name!r} cannot "
+                "complete"
+            )
         meeting = self._board.meetings.get(number)
         return meeting is not None and meeting.results is not None
 
@@ -187,7 +209,8 @@ class ThreadCommunicator(BaseCommunicator):
     def _meet(self, value: Any, compute: Callable[[list[Any]], list[Any]]) -> Any:
         return self._take(self._join(value, compute))
 
-    # ---- collectives; what a meeting hands out may be shared, so ranks that may write to it get copies
+    # ---- collectives; what a meeting hands out may be shared, so ranks that may write to it get
+    # copies
 
     def _all_reduce(self, flat: np.ndarray, op: ReduceOp) -> None:
         flat[...] = self._meet(flat.copy(), lambda parts: [self._reduced(parts, op)] * self.size)
@@ -204,7 +227,9 @@ class ThreadCommunicator(BaseCommunicator):
     def _reduced(self, parts: list[np.ndarray], op: ReduceOp) -> np.ndarray:
         kinds = {(part.shape, part.dtype) for part in parts}
         if len(kinds) > 1:
-            raise CommError(f"ranks of {self.name!r} reduce different arrays: {sorted(map(str, kinds))}")
+            raise CommError(
+                f"ranks of {self.name!r} reduce different arrays: {sorted(map(str, kinds))}"
+            )
         return reduce_in_order(parts, op)
 
     def _all_gather(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
@@ -221,17 +246,28 @@ class ThreadCommunicator(BaseCommunicator):
         return self._meet(flat.copy(), compute).copy()
 
     def _all_to_all(self, parts: list[np.ndarray], counts: list[int]) -> list[np.ndarray]:
-        received = self._meet([part.copy() for part in parts], lambda table: [list(column) for column in zip(*table, strict=True)])
+        received = self._meet(
+            [part.copy() for part in parts],
+            lambda table: [list(column) for column in zip(*table, strict=True)],
+        )
         for source, (part, count) in enumerate(zip(received, counts, strict=True)):
             if part.size != count:
-                raise CommError(f"all_to_all on {self.name!r}: rank {source} sent {part.size} elements where {count} were expected")
+                raise CommError(
+                    f"all_to_all on {self.name!r}: rank {source} sent {part.size} elements where "
+                    f"{count} were expected"
+                )
         return received
 
     def _broadcast(self, flat: np.ndarray, root: int) -> None:
-        data = self._meet(flat.copy() if self.rank == root else None, lambda parts: [parts[root]] * self.size)
+        data = self._meet(
+            flat.copy() if self.rank == root else None, lambda parts: [parts[root]] * self.size
+        )
         if self.rank != root:
             if data.nbytes != flat.nbytes:
-                raise CommError(f"broadcast on {self.name!r}: the root has {data.nbytes} bytes, rank {self.rank} expects {flat.nbytes}")
+                raise CommError(
+                    f"broadcast on {self.name!r}: the root has {data.nbytes} bytes, rank "
+                    f"{self.rank} expects {flat.nbytes}"
+                )
             flat[...] = data
 
     def _barrier(self) -> None:
@@ -267,20 +303,30 @@ class ThreadCommunicator(BaseCommunicator):
             self._world.changed.notify_all()
         if message.data.nbytes != out.nbytes:
             raise CommError(
-                f"message of {message.data.nbytes} bytes does not fit the receive of {out.nbytes} bytes (tag {key[2]} on {self.name!r})"
+                f"message of {message.data.nbytes} bytes does not fit the receive of {out.nbytes} "
+                f"bytes (tag {key[2]} on {self.name!r})"
             )
         out[...] = message.data
         return key[0]
 
     # ---- groups and shared memory
 
-    def split(self, color: int | None, key: int | None = None, name: str = "") -> Communicator | None:
-        """A group of the ranks with the same `color`, ordered by (key, rank); None where the color is None. Collective."""
+    def split(
+        self, color: int | None, key: int | None = None, name: str = ""
+    ) -> Communicator | None:
+        """A group of the ranks with the same `color`, ordered by (key, rank); None where the color
+        is None. Collective."""
 
         def compute(wishes: list[tuple[int | None, int, int]]) -> list[Any]:
             boards: dict[int, tuple[_Board, list[int]]] = {}
             for wanted in {c for c, _, _ in wishes if c is not None}:
-                members = [rank for c, _, rank in sorted((w for w in wishes if w[0] == wanted), key=lambda w: (w[1], w[2])) if c == wanted]
+                members = [
+                    rank
+                    for c, _, rank in sorted(
+                        (w for w in wishes if w[0] == wanted), key=lambda w: (w[1], w[2])
+                    )
+                    if c == wanted
+                ]
                 boards[wanted] = _Board(self._world, len(members)), members
             return [None if c is None else boards[c] for c, _, _ in wishes]
 
@@ -291,7 +337,13 @@ class ThreadCommunicator(BaseCommunicator):
         name = name or self.name
         if board.size == 1:
             return SelfCommunicator(name, self.timeout)
-        return ThreadCommunicator(board, members.index(self.rank), name, self.timeout, [self._nodes[rank] for rank in members])
+        return ThreadCommunicator(
+            board,
+            members.index(self.rank),
+            name,
+            self.timeout,
+            [self._nodes[rank] for rank in members],
+        )
 
     def split_by_node(self) -> Communicator:
         """The ranks that run on the same node, as `run_ranks(nodes=...)` says."""
@@ -308,7 +360,10 @@ class ThreadCommunicator(BaseCommunicator):
     def alloc_shared(self, nbytes: int) -> SharedWindow:
         """Memory that every rank of the group sees. Collective; all ranks must be on one node."""
         if len(set(self._nodes)) > 1:
-            raise CommError(f"ranks of {self.name!r} lie on nodes {sorted(set(self._nodes))} and cannot share memory; use split_by_node()")
+            raise CommError(
+                f"ranks of {self.name!r} lie on nodes {sorted(set(self._nodes))} and cannot share "
+                "memory; use split_by_node()"
+            )
         own = aligned_empty((nbytes,), np.uint8)
         own[...] = 0
         return _ThreadWindow(self, self._meet(own, lambda parts: [list(parts)] * self.size))
@@ -332,13 +387,19 @@ class _ThreadWindow:
 
 
 def run_ranks(
-    n: int, fn: Callable[[Communicator], T], *, nodes: Sequence[int] | None = None, timeout: float = 60.0, rendezvous: bool = False
+    n: int,
+    fn: Callable[[Communicator], T],
+    *,
+    nodes: Sequence[int] | None = None,
+    timeout: float = 60.0,
+    rendezvous: bool = False,
 ) -> list[T]:
-    """Run fn(comm) on `n` ranks, each a thread with a copy of the caller's context and a ledger of its own; returns their results in rank
-    order.
+    """Run fn(comm) on `n` ranks, each a thread with a copy of the caller's context and a ledger of
+    its own; returns their results in rank order.
 
-    `nodes[r]` is the node that rank r pretends to run on. When a rank raises, the others get PeerFailed at their next operation, and the
-    first error is raised here with a note that names the rank. Raises CommTimeout for a rank that waits longer than `timeout` seconds.
+    `nodes[r]` is the node that rank r pretends to run on. When a rank raises, the others get
+    PeerFailed at their next operation, and the first error is raised here with a note that names
+    the rank. Raises CommTimeout for a rank that waits longer than `timeout` seconds.
     """
     world = _World(rendezvous)
     board = _Board(world, n)
@@ -347,7 +408,9 @@ def run_ranks(
 
     def rank(r: int) -> None:
         comm: Communicator = (
-            SelfCommunicator("world", timeout) if n == 1 else ThreadCommunicator(board, r, "world", timeout, nodes or [0] * n)
+            SelfCommunicator("world", timeout)
+            if n == 1
+            else ThreadCommunicator(board, r, "world", timeout, nodes or [0] * n)
         )
         try:
             with recording(check_order=ledger().check_order):
@@ -360,7 +423,10 @@ def run_ranks(
                 world.changed.notify_all()
 
     contexts = [copy_context() for _ in range(n)]
-    threads = [threading.Thread(target=contexts[r].run, args=(rank, r), name=f"rank {r}", daemon=True) for r in range(n)]
+    threads = [
+        threading.Thread(target=contexts[r].run, args=(rank, r), name=f"rank {r}", daemon=True)
+        for r in range(n)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,5 @@
-"""Operations under way: the one that is already done, several as one, and the one that keeps the ledger."""
+"""Operations under way: the one that is already done, several as one, and the one that keeps the
+ledger."""
 
 from __future__ import annotations
 
@@ -41,13 +42,29 @@ class AllWork:
 
 
 class TrackedWork:
-    """A Work that writes its blocked time and its completion into the ledger, and copies back into a non-contiguous array."""
+    """A Work that writes its blocked time and its completion into the ledger, and copies back into
+    a non-contiguous array."""
 
-    __slots__ = ("_copy_back", "_done", "_event", "_group", "_inner", "_ledger", "_operation", "_row")
+    __slots__ = (
+        "_copy_back",
+        "_done",
+        "_event",
+        "_group",
+        "_inner",
+        "_ledger",
+        "_operation",
+        "_row",
+    )
 
-    def __init__(self, inner: Work, recording: Recording, event: str, copy_back: Callable[[], None] | None) -> None:
+    def __init__(
+        self, inner: Work, recording: Recording, event: str, copy_back: Callable[[], None] | None
+    ) -> None:
         self._inner: Work | None = inner
-        self._ledger, self._row, self._operation = recording.ledger, recording.row, recording.operation
+        self._ledger, self._row, self._operation = (
+            recording.ledger,
+            recording.row,
+            recording.operation,
+        )
         self._event, self._copy_back = event, copy_back
         self._done = False
         num_bytes = recording.num_bytes
@@ -77,7 +94,9 @@ class TrackedWork:
         end = time.perf_counter()
         self._row.seconds += end - start
         if self._ledger.on_event is not None:
-            self._ledger.on_event("wait", self._operation.axis, start, end, self._operation.num_bytes)
+            self._ledger.on_event(
+                "wait", self._operation.axis, start, end, self._operation.num_bytes
+            )
         self._finish(end)
 
     def _finish(self, end: float) -> None:
@@ -87,4 +106,10 @@ class TrackedWork:
             self._copy_back = None
         self._operation.ended = end
         if self._ledger.on_event is not None:
-            self._ledger.on_event(self._event, self._operation.axis, self._operation.started, end, self._operation.num_bytes)
+            self._ledger.on_event(
+                self._event,
+                self._operation.axis,
+                self._operation.started,
+                end,
+                self._operation.num_bytes,
+            )

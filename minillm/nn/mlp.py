@@ -22,16 +22,32 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 class MLP(Module):
-    """down(activation(up(x))), the F features cut over tp. SwiGLU (Shazeer 2020, arXiv:2002.05202) has gate and up in one product, as
-    segments (F, F). With `recompute` the activation is not kept for the backward pass but computed again."""
+    """down(activation(up(x))), the F features cut over tp. SwiGLU (Shazeer 2020, arXiv:2002.05202)
+    has gate and up in one product, as segments (F, F). With `recompute` the activation is not kept
+    for the backward pass but computed again."""
 
     def __init__(
-        self, kind: str, dim: int, ffn_dim: int, region: Region, *, bias: bool, std: float, out_std: float, recompute: bool = False
+        self,
+        kind: str,
+        dim: int,
+        ffn_dim: int,
+        region: Region,
+        *,
+        bias: bool,
+        std: float,
+        out_std: float,
+        recompute: bool = False,
     ) -> None:
         features = Segment(ffn_dim, ("tp",))
         self.activation, self.recompute = ACTIVATIONS[kind], recompute
         self.takes_bias = kind.startswith("gelu")
-        self.up = ColumnParallelLinear(dim, (features, features) if kind == "swiglu" else (features,), region, bias=bias, std=std)
+        self.up = ColumnParallelLinear(
+            dim,
+            (features, features) if kind == "swiglu" else (features,),
+            region,
+            bias=bias,
+            std=std,
+        )
         self.down = RowParallelLinear(features, dim, region, bias=bias, std=out_std)
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
@@ -39,7 +55,8 @@ class MLP(Module):
         return self.down(self._hidden(x, where), where)
 
     def _hidden(self, x: Tensor, where: Where) -> Tensor:
-        """activation(up(x)). On a GPU, where a pass over memory costs more than arithmetic, GELU adds the bias of a product that cannot."""
+        """activation(up(x)). On a GPU, where a pass over memory costs more than arithmetic, GELU
+        adds the bias of a product that cannot."""
         added = isinstance(x.data, np.ndarray) or kernels.chosen("matmul", x.data).fuses_bias
         if added or not self.takes_bias or self.up.bias is None:
             return self.activation(self.up(x, where), recompute=self.recompute)

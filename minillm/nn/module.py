@@ -19,9 +19,11 @@ from minillm.sharding import ShardSpec, Slices
 class Where:
     """Where a local array [B, T_local, ...] sits in the global batch.
 
-    `samples` [B] are rows of the step's global batch, `times` [T_local] global positions in the sequence (None for data without time).
-    Dropout, causal masks and positions are addressed by these, never by local indices. In a time-sharded region, `gathered` is the Where of
-    the whole sequence. These are numbers for the host, wherever the arrays are; `device` is where operations want their tables.
+    `samples` [B] are rows of the step's global batch, `times` [T_local] global positions in the
+    sequence (None for data without time). Dropout, causal masks and positions are addressed by
+    these, never by local indices. In a time-sharded region, `gathered` is the Where of the whole
+    sequence. These are numbers for the host, wherever the arrays are; `device` is where operations
+    want their tables.
     """
 
     step: int
@@ -31,27 +33,33 @@ class Where:
     device: Device = CPU
 
     def table(self, kind: Hashable, make: Callable[[], np.ndarray]) -> Array:
-        """What `make` computes from `times`, on the device: made once for all microbatches with the same times."""
+        """What `make` computes from `times`, on the device: made once for all microbatches with the
+        same times."""
         if self.device is CPU:
             return make()
         times = None if self.times is None else self.times.tobytes()
         return self.device.constant((kind, times), make)
 
     def addresses(self) -> tuple[Array, Array]:
-        """`samples` int64 [B] and `times` int64 [T_local] on the device, for operations that hash them. Those of every step are the same,
-        so they go up once."""
+        """`samples` int64 [B] and `times` int64 [T_local] on the device, for operations that hash
+        them. Those of every step are the same, so they go up once."""
         samples, times = self.samples, self.times
         assert times is not None
-        return self.device.constant(("samples", samples.tobytes()), lambda: samples), self.table("times", lambda: times)
+        return self.device.constant(("samples", samples.tobytes()), lambda: samples), self.table(
+            "times", lambda: times
+        )
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Initial values from a normal distribution of standard deviation `std`, addressed by (seed, name, global index)."""
+    """Initial values from a normal distribution of standard deviation `std`, addressed by (seed,
+    name, global index)."""
 
     std: float
 
-    def values(self, seed: int, name: str, shape: tuple[int, ...], slices: Slices, dtype: np.dtype) -> np.ndarray:
+    def values(
+        self, seed: int, name: str, shape: tuple[int, ...], slices: Slices, dtype: np.dtype
+    ) -> np.ndarray:
         """The block `slices` of the global array."""
         block = rng.normal(rng.key(seed, "init", name), shape, slices, dtype)
         block *= dtype.type(self.std)
@@ -64,7 +72,9 @@ class Constant:
 
     value: float
 
-    def values(self, seed: int, name: str, shape: tuple[int, ...], slices: Slices, dtype: np.dtype) -> np.ndarray:
+    def values(
+        self, seed: int, name: str, shape: tuple[int, ...], slices: Slices, dtype: np.dtype
+    ) -> np.ndarray:
         """The block `slices` of the global array."""
         return np.full(tuple(part.stop - part.start for part in slices), self.value, dtype)
 
@@ -80,8 +90,8 @@ class ParamStorage(Protocol):
 
 
 class Parameter(Leaf):
-    """A weight: its global name, how it is sharded, how it starts, whether weight decay applies. Storage is attached when the model is
-    allocated."""
+    """A weight: its global name, how it is sharded, how it starts, whether weight decay applies.
+    Storage is attached when the model is allocated."""
 
     def __init__(self, spec: ShardSpec, init: Normal | Constant, *, decay: bool) -> None:
         self.name = ""
@@ -105,8 +115,8 @@ class Parameter(Leaf):
 
 
 class Module:
-    """A part of a model. Attributes that are modules, parameters, or lists and dicts of modules are found by name, in order of
-    assignment."""
+    """A part of a model. Attributes that are modules, parameters, or lists and dicts of modules are
+    found by name, in order of assignment."""
 
     name = ""
 
@@ -123,12 +133,21 @@ class Module:
             if isinstance(value, (Module, Parameter)):
                 yield name, value
             elif isinstance(value, (list, tuple)):
-                yield from ((f"{name}.{i}", child) for i, child in enumerate(value) if isinstance(child, (Module, Parameter)))
+                yield from (
+                    (f"{name}.{i}", child)
+                    for i, child in enumerate(value)
+                    if isinstance(child, (Module, Parameter))
+                )
             elif isinstance(value, dict):
-                yield from ((f"{name}.{key}", child) for key, child in value.items() if isinstance(child, (Module, Parameter)))
+                yield from (
+                    (f"{name}.{key}", child)
+                    for key, child in value.items()
+                    if isinstance(child, (Module, Parameter))
+                )
 
     def assign_names(self, prefix: str = "") -> None:
-        """Give every module and parameter its global dotted name. A parameter that stands in two places keeps the first."""
+        """Give every module and parameter its global dotted name. A parameter that stands in two
+        places keeps the first."""
         self.name = prefix
         for name, child in self.children():
             path = f"{prefix}.{name}" if prefix else name

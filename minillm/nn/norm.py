@@ -27,15 +27,20 @@ class LayerNorm(Module):
 
     def residual(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """x + delta [B, T, D] and its norm."""
-        return ops.residual_layer_norm(x, delta, self.weight, self.bias, LAYER_NORM_EPS, recompute=self.recompute)
+        return ops.residual_layer_norm(
+            x, delta, self.weight, self.bias, LAYER_NORM_EPS, recompute=self.recompute
+        )
 
 
 class RMSNorm(Module):
-    """Root-mean-square normalisation over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """Root-mean-square normalisation over the last dim (Zhang and Sennrich 2019,
+    arXiv:1910.07467)."""
 
     def __init__(self, dim: int, region: Region, *, recompute: bool = False) -> None:
         self.recompute = recompute
-        self.weight = Parameter(ShardSpec.replicated(dim, partial_over=region.partial_over), Constant(1.0), decay=False)
+        self.weight = Parameter(
+            ShardSpec.replicated(dim, partial_over=region.partial_over), Constant(1.0), decay=False
+        )
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
@@ -46,6 +51,13 @@ class RMSNorm(Module):
         return ops.residual_rms_norm(x, delta, self.weight, RMS_NORM_EPS, recompute=self.recompute)
 
 
-def norm(kind: str, dim: int, region: Region, *, bias: bool, recompute: bool = False) -> LayerNorm | RMSNorm:
-    """The norm called `kind`: layernorm or rmsnorm. With `recompute` its result is not kept for the backward pass but computed again."""
-    return LayerNorm(dim, region, bias=bias, recompute=recompute) if kind == "layernorm" else RMSNorm(dim, region, recompute=recompute)
+def norm(
+    kind: str, dim: int, region: Region, *, bias: bool, recompute: bool = False
+) -> LayerNorm | RMSNorm:
+    """The norm called `kind`: layernorm or rmsnorm. With `recompute` its result is not kept for the
+    backward pass but computed again."""
+    return (
+        LayerNorm(dim, region, bias=bias, recompute=recompute)
+        if kind == "layernorm"
+        else RMSNorm(dim, region, recompute=recompute)
+    )

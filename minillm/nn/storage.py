@@ -1,7 +1,8 @@
 """Flat memory for a stage's parameters and gradients.
 
-All parameters of a pipeline stage are views into one buffer, their gradients views into another, in the same layout: a gradient bucket is a
-slice, and the optimizer walks over long runs instead of many small arrays.
+All parameters of a pipeline stage are views into one buffer, their gradients views into another, in
+the same layout: a gradient bucket is a slice, and the optimizer walks over long runs instead of
+many small arrays.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class PlainStorage:
 
 @dataclass(frozen=True)
 class Span:
-    """One parameter's place in the flat buffers, in elements; `stop` leaves out the padding that aligns the next one."""
+    """One parameter's place in the flat buffers, in elements; `stop` leaves out the padding that
+    aligns the next one."""
 
     parameter: Parameter
     start: int
@@ -49,7 +51,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbours in the flat buffers that are treated alike: reduced over the same axes, decayed or not, tied or not."""
+    """Neighbours in the flat buffers that are treated alike: reduced over the same axes, decayed or
+    not, tied or not."""
 
     partial_over: tuple[str, ...]
     tied: bool
@@ -66,7 +69,8 @@ class Run:
 
 
 class Memory(Protocol):
-    """Where flat buffers live, and which part of them this rank reduces, updates and initialises: one of `size` shares.
+    """Where flat buffers live, and which part of them this rank reduces, updates and initialises:
+    one of `size` shares.
 
     `description` is for people, and may be empty.
     """
@@ -109,20 +113,30 @@ class PrivateMemory:
 
 
 class FlatBuffers:
-    """Parameters and gradients of one stage in flat, aligned memory; attaches the storage to the parameters.
+    """Parameters and gradients of one stage in flat, aligned memory; attaches the storage to the
+    parameters.
 
-    Without `gradients` (inference), no memory is spent on them. `share` is the part of the buffers that is this rank's to update:
-    everything, unless `memory` is shared. Collective over those who share.
+    Without `gradients` (inference), no memory is spent on them. `share` is the part of the buffers
+    that is this rank's to update: everything, unless `memory` is shared. Collective over those who
+    share.
 
-    Order: runs that can be reduced first come first (weights, then the small undecayed parameters, tied weights last); within a run the
-    parameters stand in reverse, as the backward pass completes them.
+    Order: runs that can be reduced first come first (weights, then the small undecayed parameters,
+    tied weights last); within a run the parameters stand in reverse, as the backward pass completes
+    them.
 
-    `values` of a narrow dtype have gradients in float32, and if those are wanted, `masters` too: the values in float32, which the optimizer
-    updates and of which `values` are the rounded copy. Otherwise `masters` is None.
+    `values` of a narrow dtype have gradients in float32, and if those are wanted, `masters` too:
+    the values in float32, which the optimizer updates and of which `values` are the rounded copy.
+    Otherwise `masters` is None.
     """
 
     def __init__(
-        self, parameters: Sequence[Parameter], mesh: MeshShape, dtype: np.dtype, *, gradients: bool = True, memory: Memory | None = None
+        self,
+        parameters: Sequence[Parameter],
+        mesh: MeshShape,
+        dtype: np.dtype,
+        *,
+        gradients: bool = True,
+        memory: Memory | None = None,
     ) -> None:
         self.memory = memory or PrivateMemory()
         wide = sum_dtype(dtype)
@@ -139,7 +153,9 @@ class FlatBuffers:
             runs.append(Run(partial_over, tied, not small, tuple(spans)))
         self.runs = tuple(runs)
         self.parameters = tuple(parameters)
-        self.values = self.memory.common(offset, dtype)  # zeros: the gaps are read by whole-run operations
+        self.values = self.memory.common(
+            offset, dtype
+        )  # zeros: the gaps are read by whole-run operations
         self.grads = self.memory.own(offset if gradients else 0, wide)
         self.masters = self.memory.common(offset, wide) if gradients and wide != dtype else None
         self.share = share(offset, self.memory.rank, self.memory.size, step)
@@ -155,23 +171,30 @@ class FlatBuffers:
         return [span for run in self.runs for span in run.spans]
 
     def initialise(self, seed: int, mesh: MeshShape, coords: Mapping[str, int]) -> None:
-        """Fill this rank's shard of every parameter with addressed initial values; padding stays zero. Ranks that share memory share the
-        work."""
+        """Fill this rank's shard of every parameter with addressed initial values; padding stays
+        zero. Ranks that share memory share the work."""
         wide = sum_dtype(self.values.dtype)
         masters = {} if self.masters is None else self.shaped(self.masters)
         for parameter in self.parameters[self.memory.rank :: self.memory.size]:
             local = parameter.get()
             for global_slices, local_slices in parameter.spec.pieces(mesh, coords):
-                drawn = parameter.init.values(seed, parameter.name, parameter.spec.shape, global_slices, wide)
+                drawn = parameter.init.values(
+                    seed, parameter.name, parameter.spec.shape, global_slices, wide
+                )
                 block = self.memory.device.upload(drawn)
                 if masters:
                     masters[id(parameter)][local_slices] = block
-                local[local_slices] = block if wide == local.dtype else kernels.cast(block, local.dtype)
+                local[local_slices] = (
+                    block if wide == local.dtype else kernels.cast(block, local.dtype)
+                )
         self.memory.sync()
 
     def shaped(self, flat: Array) -> dict[int, Array]:
         """id(parameter) -> its part of a buffer that is laid out like these, in its local shape."""
-        return {id(s.parameter): flat[s.start : s.stop].reshape(s.parameter.get().shape) for s in self.spans()}
+        return {
+            id(s.parameter): flat[s.start : s.stop].reshape(s.parameter.get().shape)
+            for s in self.spans()
+        }
 
     def shared_runs(self) -> Iterator[tuple[Run, slice]]:
         """The runs that reach into this rank's share, with the part that does."""
@@ -187,9 +210,12 @@ class FlatBuffers:
 
 
 def share(length: int, rank: int, size: int, step: int) -> slice:
-    """Share `rank` of `size` of a buffer of `length` elements: nearly equal parts that begin at multiples of `step`."""
+    """Share `rank` of `size` of a buffer of `length` elements: nearly equal parts that begin at
+    multiples of `step`."""
     steps = -(-length // step)
-    return slice(min(length, steps * rank // size * step), min(length, steps * (rank + 1) // size * step))
+    return slice(
+        min(length, steps * rank // size * step), min(length, steps * (rank + 1) // size * step)
+    )
 
 
 def overlap(a: slice, b: slice) -> slice:

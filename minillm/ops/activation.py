@@ -1,4 +1,5 @@
-"""Activations and softmax. With `recompute`, what an activation returns is computed again in the backward pass instead of being kept."""
+"""Activations and softmax. With `recompute`, what an activation returns is computed again in the
+backward pass instead of being kept."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from minillm.arrays import Array, writeable
 from minillm.autograd import Context, Function, Tensor, recomputable, value_of
 
 
-def gelu(x: Tensor, approximate: str = "tanh", *, bias: Any = None, recompute: bool = False) -> Tensor:
-    """GELU, by GPT-2's tanh formula ("tanh") or exactly ("erf") (Hendrycks and Gimpel 2016, arXiv:1606.08415); with a `bias` [F], of
-    x + bias, which then costs no pass over memory of its own."""
+def gelu(
+    x: Tensor, approximate: str = "tanh", *, bias: Any = None, recompute: bool = False
+) -> Tensor:
+    """GELU, by GPT-2's tanh formula ("tanh") or exactly ("erf") (Hendrycks and Gimpel 2016,
+    arXiv:1606.08415); with a `bias` [F], of x + bias, which then costs no pass over memory of its
+    own."""
     y, data = _GELU.apply(x, bias, approximate=approximate), x.data
     return recomputable(y, lambda: _gelu(data, approximate, value_of(bias))) if recompute else y
 
@@ -23,7 +27,8 @@ def relu(x: Tensor, *, recompute: bool = False) -> Tensor:
 
 
 def swiglu(gate_up: Tensor, *, recompute: bool = False) -> Tensor:
-    """silu(gate) * up of gate_up [..., 2F] = [gate | up] -> [..., F] (Shazeer 2020, arXiv:2002.05202)."""
+    """silu(gate) * up of gate_up [..., 2F] = [gate | up] -> [..., F] (Shazeer 2020,
+    arXiv:2002.05202)."""
     y, data = _SwiGLU.apply(gate_up), gate_up.data
     return recomputable(y, lambda: _swiglu(data)) if recompute else y
 
@@ -48,12 +53,18 @@ class _GELU(Function):
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array, Array | None]:
         x, bias, approximate = ctx.saved
         more = {} if bias is None else {"bias": bias}
-        grad = kernels.gelu_backward(grad_outs[0], x, approximate, out=_reusable(ctx, grad_outs[0]), **more)
+        grad = kernels.gelu_backward(
+            grad_outs[0], x, approximate, out=_reusable(ctx, grad_outs[0]), **more
+        )
         return grad, kernels.column_sum(grad.reshape(-1, grad.shape[-1])) if needs[1] else None
 
 
 def _gelu(x: Array, approximate: str, bias: Array | None) -> Array:
-    return kernels.gelu_forward(x, approximate) if bias is None else kernels.gelu_forward(x, approximate, bias)
+    return (
+        kernels.gelu_forward(x, approximate)
+        if bias is None
+        else kernels.gelu_forward(x, approximate, bias)
+    )
 
 
 class _ReLU(Function):
@@ -78,11 +89,17 @@ class _SwiGLU(Function):
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
         (gate_up,) = ctx.saved
         grad = grad_outs[0]
-        return (kernels.swiglu_backward(grad.reshape(-1, grad.shape[-1]), gate_up.reshape(-1, gate_up.shape[-1])).reshape(gate_up.shape),)
+        return (
+            kernels.swiglu_backward(
+                grad.reshape(-1, grad.shape[-1]), gate_up.reshape(-1, gate_up.shape[-1])
+            ).reshape(gate_up.shape),
+        )
 
 
 def _swiglu(gate_up: Array) -> Array:
-    return kernels.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1])).reshape(*gate_up.shape[:-1], -1)
+    return kernels.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1])).reshape(
+        *gate_up.shape[:-1], -1
+    )
 
 
 class _Softmax(Function):

@@ -1,4 +1,5 @@
-"""Scaled dot-product attention over a fused projection, or over separate queries, keys and values."""
+"""Scaled dot-product attention over a fused projection, or over separate queries, keys and
+values."""
 
 from __future__ import annotations
 
@@ -21,10 +22,12 @@ def attention(
 ) -> Tensor:
     """Self-attention of qkv [B, T, (H + 2 Hkv) K] = [q heads | k heads | v heads] -> [B, T, H K].
 
-    Grouped-query when kv_heads < heads. `times` [T] are global positions for the causal mask; key_mask [B, T] is true where a key may be
-    seen.
+    Grouped-query when kv_heads < heads. `times` [T] are global positions for the causal mask;
+    key_mask [B, T] is true where a key may be seen.
     """
-    options = _options(qkv.shape[-1] // (heads + 2 * kv_heads), causal, times, times, key_mask, dropout)
+    options = _options(
+        qkv.shape[-1] // (heads + 2 * kv_heads), causal, times, times, key_mask, dropout
+    )
     return _FusedAttention.apply(qkv, heads=heads, kv_heads=kv_heads, options=options)
 
 
@@ -40,12 +43,23 @@ def attention_qkv(
     dropout: kernels.AttentionDropout | None = None,
 ) -> Tensor:
     """Attention of q [B, Tq, H, K] over k, v [B, Tk, Hkv, K] -> [B, Tq, H, K]."""
-    return _Attention.apply(q, k, v, options=_options(q.shape[-1], causal, times_q, times_k, key_mask, dropout))
+    return _Attention.apply(
+        q, k, v, options=_options(q.shape[-1], causal, times_q, times_k, key_mask, dropout)
+    )
 
 
-def _options(head_width: int, causal: bool, times_q: Any, times_k: Any, key_mask: Any, dropout: Any) -> dict[str, Any]:
+def _options(
+    head_width: int, causal: bool, times_q: Any, times_k: Any, key_mask: Any, dropout: Any
+) -> dict[str, Any]:
     scale = head_width**-0.5
-    return {"scale": scale, "causal": causal, "times_q": times_q, "times_k": times_k, "key_mask": key_mask, "dropout": dropout}
+    return {
+        "scale": scale,
+        "causal": causal,
+        "times_q": times_q,
+        "times_k": times_k,
+        "key_mask": key_mask,
+        "dropout": dropout,
+    }
 
 
 def split_heads(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
@@ -58,7 +72,9 @@ def split_heads(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Ar
 
 class _FusedAttention(Function):
     @staticmethod
-    def forward(ctx: Context, qkv: Array, *, heads: int, kv_heads: int, options: dict[str, Any]) -> Array:
+    def forward(
+        ctx: Context, qkv: Array, *, heads: int, kv_heads: int, options: dict[str, Any]
+    ) -> Array:
         q, k, v = split_heads(qkv, heads, kv_heads)
         o, lse = kernels.attention_forward(q, k, v, **options)
         ctx.save(q, k, v, o, lse, options)
@@ -71,7 +87,9 @@ class _FusedAttention(Function):
         grad = namespace(q).empty((B, T, (heads + 2 * kv_heads) * width), q.dtype)
         gq, gk, gv = split_heads(grad, heads, kv_heads)
         grad_o = grad_outs[0].reshape(o.shape)
-        kernels.attention_backward(grad_o, q, k, v, o, lse, **options, grad_q=gq, grad_k=gk, grad_v=gv)
+        kernels.attention_backward(
+            grad_o, q, k, v, o, lse, **options, grad_q=gq, grad_k=gk, grad_v=gv
+        )
         return (grad,)
 
 

@@ -9,10 +9,13 @@ from minillm.arrays import Array, writeable
 from minillm.autograd import Context, Function, Tensor
 
 
-def dropout(x: Tensor, p: float, *, key: int, samples: Array, times: Array, channels: Array) -> Tensor:
+def dropout(
+    x: Tensor, p: float, *, key: int, samples: Array, times: Array, channels: Array
+) -> Tensor:
     """x [B, T, C] with each element zeroed with probability p, the rest times 1 / (1 - p).
 
-    The mask is a function of (key, sample, time, channel), all global, and is made again in backward instead of being kept.
+    The mask is a function of (key, sample, time, channel), all global, and is made again in
+    backward instead of being kept.
     """
     return _Dropout.apply(x, p=p, address=(key, samples, times, channels)) if p else x
 

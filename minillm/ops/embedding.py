@@ -13,13 +13,14 @@ from minillm.autograd import WRITTEN, Context, Function, Tensor
 
 
 def embedding(ids: Array, weight: Any, first_row: int = 0) -> Tensor:
-    """Rows of weight [V_local, D] for ids [...] -> [..., D]; ids outside [first_row, first_row + V_local) give zeros."""
+    """Rows of weight [V_local, D] for ids [...] -> [..., D]; ids outside [first_row, first_row +
+    V_local) give zeros."""
     return _Embedding.apply(weight, ids=ids, first_row=first_row)
 
 
 def add_position(x: Tensor, table: Any, times: np.ndarray) -> Tensor:
-    """x [B, T, D] + table[times] ([T_max, D] at global positions [T]). Overwrites `x`, which must be the fresh result of an operation that
-    does not keep it."""
+    """x [B, T, D] + table[times] ([T_max, D] at global positions [T]). Overwrites `x`, which must
+    be the fresh result of an operation that does not keep it."""
     return _AddPosition.apply(x, table, times=times)
 
 
@@ -70,7 +71,9 @@ class _AddPosition(Function):
         grad = grad_outs[0]
         if not needs[1]:
             return grad, None
-        sums = kernels.column_sum(grad.reshape(len(grad), -1)).reshape(grad.shape[1:])  # over the samples
+        sums = kernels.column_sum(grad.reshape(len(grad), -1)).reshape(
+            grad.shape[1:]
+        )  # over the samples
         if sums.shape == shape and isinstance(rows, slice):
             return grad, sums
         grad_table = namespace(grad).zeros(shape, sums.dtype)
@@ -79,7 +82,8 @@ class _AddPosition(Function):
 
 
 def _rows_at(times: np.ndarray) -> slice | np.ndarray:
-    """Global positions as an index: a range where they follow one another, as they nearly always do."""
+    """Global positions as an index: a range where they follow one another, as they nearly always
+    do."""
     return _as_range(times.tobytes(), times.dtype) or times
 
 

@@ -15,7 +15,8 @@ def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
 
 
 def add_bias(x: Tensor, bias: Any) -> Tensor:
-    """x [..., D] + bias [D]. Overwrites `x`, which must be the fresh result of an operation that does not keep it."""
+    """x [..., D] + bias [D]. Overwrites `x`, which must be the fresh result of an operation that
+    does not keep it."""
     return _AddBias.apply(x, bias)
 
 
@@ -62,13 +63,15 @@ def _rows(x: Array) -> Array:
 
 
 def _sums_of(grad: Array, slot: GradSlot | None) -> Array:
-    """An array for the sums of the columns of `grad`, a bias's gradient: if it may be, the slot's own."""
+    """An array for the sums of the columns of `grad`, a bias's gradient: if it may be, the slot's
+    own."""
     fresh = None if slot is None else slot.fresh
     return namespace(grad).empty(grad.shape[1], sum_dtype(grad.dtype)) if fresh is None else fresh
 
 
 def _product_into(slot: GradSlot | None, a: Array, b: Array, sums: Array | None) -> Any:
-    """a @ b accumulated straight into the slot, or returned where there is none; `sums`, if given, gets the sums of the rows of `a`."""
+    """a @ b accumulated straight into the slot, or returned where there is none; `sums`, if given,
+    gets the sums of the rows of `a`."""
     if slot is None:
         return kernels.matmul(a, b, sums=sums)
     kernels.matmul(a, b, out=slot.buf, accumulate=slot.writes > 0, sums=sums)

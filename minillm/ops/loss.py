@@ -1,4 +1,5 @@
-"""Losses. Each has one divisor, the count of what it averages over in the global batch; nothing else scales a loss."""
+"""Losses. Each has one divisor, the count of what it averages over in the global batch; nothing
+else scales a loss."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from minillm.arrays import Array
 from minillm.autograd import Context, Function, Tensor
 
 
-def cross_entropy(logits: Tensor, targets: Array, *, divisor: float, ignore_index: int = -100) -> Tensor:
-    """Sum of -log softmax(logits)[target] over the targets that are not `ignore_index`, over `divisor`: logits [..., V], targets [...] ->
-    float64 scalar."""
+def cross_entropy(
+    logits: Tensor, targets: Array, *, divisor: float, ignore_index: int = -100
+) -> Tensor:
+    """Sum of -log softmax(logits)[target] over the targets that are not `ignore_index`, over
+    `divisor`: logits [..., V], targets [...] -> float64 scalar."""
     return _CrossEntropy.apply(logits, targets=targets, divisor=divisor, ignore_index=ignore_index)
 
 
@@ -24,18 +27,24 @@ def mse_loss(x: Tensor, target: Array, *, divisor: float) -> Tensor:
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Context, logits: Array, *, targets: Array, divisor: float, ignore_index: int) -> Array:
+    def forward(
+        ctx: Context, logits: Array, *, targets: Array, divisor: float, ignore_index: int
+    ) -> Array:
         rows, flat = logits.reshape(-1, logits.shape[-1]).copy(), targets.reshape(-1)
         counted = flat != ignore_index
         row_max = kernels.xent_max(rows)
         sums, target_logit = kernels.xent_shifted_sum_(rows, row_max, flat, 0)
         ctx.save(rows, sums, flat, counted, divisor, logits.shape)
-        return np.asarray(float(np.sum((np.log(sums) - target_logit)[counted], dtype=np.float64)) / divisor)
+        return np.asarray(
+            float(np.sum((np.log(sums) - target_logit)[counted], dtype=np.float64)) / divisor
+        )
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
         rows, sums, flat, counted, divisor, shape = ctx.saved
-        kernels.xent_grad_(rows, sums, flat, 0, (counted * (float(grad_outs[0]) / divisor)).astype(rows.dtype))
+        kernels.xent_grad_(
+            rows, sums, flat, 0, (counted * (float(grad_outs[0]) / divisor)).astype(rows.dtype)
+        )
         return (rows.reshape(shape),)
 
 

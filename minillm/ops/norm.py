@@ -10,31 +10,44 @@ from minillm.autograd import Context, Function, Tensor, recomputable, value_of
 
 
 def layer_norm(x: Tensor, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dim (Ba et al. 2016, arXiv:1607.06450)."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dim (Ba et al. 2016,
+    arXiv:1607.06450)."""
     return _LayerNorm.apply(x, None, weight, bias, eps=eps)[1]
 
 
 def rms_norm(x: Tensor, weight: Any, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019,
+    arXiv:1910.07467)."""
     return _RMSNorm.apply(x, None, weight, eps=eps)[1]
 
 
 def residual_layer_norm(
-    x: Tensor, delta: Tensor | None, weight: Any, bias: Any = None, eps: float = 1e-5, *, recompute: bool = False
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Any,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x + delta and its layer norm in one pass over memory; a delta of None counts as zero.
 
-    Taking the sum from here even where delta is None lets the backward pass add the two gradients of x in its one pass, too. With
-    `recompute` the norm is computed from the sum again in the backward pass instead of being kept.
+    Taking the sum from here even where delta is None lets the backward pass add the two gradients
+    of x in its one pass, too. With `recompute` the norm is computed from the sum again in the
+    backward pass instead of being kept.
     """
     total, y = _LayerNorm.apply(x, delta, weight, bias, eps=eps)
     if recompute:
         data = total.data
-        recomputable(y, lambda: kernels.layernorm_forward(data, value_of(weight), value_of(bias), eps)[0])
+        recomputable(
+            y, lambda: kernels.layernorm_forward(data, value_of(weight), value_of(bias), eps)[0]
+        )
     return total, y
 
 
-def residual_rms_norm(x: Tensor, delta: Tensor | None, weight: Any, eps: float = 1e-5, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
+def residual_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Any, eps: float = 1e-5, *, recompute: bool = False
+) -> tuple[Tensor, Tensor]:
     """x + delta and its RMS norm; see `residual_layer_norm`."""
     total, y = _RMSNorm.apply(x, delta, weight, eps=eps)
     if recompute:
@@ -45,7 +58,15 @@ def residual_rms_norm(x: Tensor, delta: Tensor | None, weight: Any, eps: float =
 
 class _LayerNorm(Function):
     @staticmethod
-    def forward(ctx: Context, x: Array, delta: Array | None, weight: Array, bias: Array | None, *, eps: float) -> tuple[Array, Array]:
+    def forward(
+        ctx: Context,
+        x: Array,
+        delta: Array | None,
+        weight: Array,
+        bias: Array | None,
+        *,
+        eps: float,
+    ) -> tuple[Array, Array]:
         total = x if delta is None else namespace(x).empty(x.shape, x.dtype)
         y, mean, rstd = kernels.layernorm_forward(x, weight, bias, eps, delta, total)
         ctx.save(total, weight, mean, rstd)
@@ -64,7 +85,9 @@ class _LayerNorm(Function):
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Context, x: Array, delta: Array | None, weight: Array, *, eps: float) -> tuple[Array, Array]:
+    def forward(
+        ctx: Context, x: Array, delta: Array | None, weight: Array, *, eps: float
+    ) -> tuple[Array, Array]:
         total = x if delta is None else namespace(x).empty(x.shape, x.dtype)
         y, rstd = kernels.rmsnorm_forward(x, weight, eps, delta, total)
         ctx.save(total, weight, rstd)
@@ -75,13 +98,20 @@ class _RMSNorm(Function):
         x, weight, rstd = ctx.saved
         need_x = needs[0] or needs[1]
         grad_sum, grad, out = _incoming(ctx, grad_outs, x)
-        grad_x, grad_weight = kernels.rmsnorm_backward(grad, x, weight, rstd, need_x, needs[2], out, grad_sum)
+        grad_x, grad_weight = kernels.rmsnorm_backward(
+            grad, x, weight, rstd, need_x, needs[2], out, grad_sum
+        )
         return grad_x if needs[0] else None, grad_x if needs[1] else None, grad_weight
 
 
 def _incoming(ctx: Context, grad_outs: Any, x: Array) -> tuple[Array | None, Array, Array | None]:
-    """The gradients of the sum and of the norm's result (zero if nobody used it), and the latter as a buffer if it may be overwritten."""
+    """The gradients of the sum and of the norm's result (zero if nobody used it), and the latter as
+    a buffer if it may be overwritten."""
     grad_sum, grad = grad_outs
     if grad is None:
         return grad_sum, namespace(x).zeros_like(x), None
-    return grad_sum, grad, grad if ctx.owns(1) and writeable(grad) and grad.flags.c_contiguous else None
+    return (
+        grad_sum,
+        grad,
+        grad if ctx.owns(1) and writeable(grad) and grad.flags.c_contiguous else None,
+    )

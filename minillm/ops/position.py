@@ -11,16 +11,20 @@ from minillm.ops.attention import split_heads
 
 
 def rotary(qkv: Tensor, *, heads: int, kv_heads: int, cos: Array, sin: Array) -> Tensor:
-    """Rotate the queries and keys of qkv [B, T, (H + 2 Hkv) K] by cos, sin [T, K/2] (Su et al. 2021, arXiv:2104.09864).
+    """Rotate the queries and keys of qkv [B, T, (H + 2 Hkv) K] by cos, sin [T, K/2] (Su et al.
+    2021, arXiv:2104.09864).
 
-    Overwrites `qkv`, which must be the fresh result of an operation that does not keep it: a projection keeps its input, not its output.
+    Overwrites `qkv`, which must be the fresh result of an operation that does not keep it: a
+    projection keeps its input, not its output.
     """
     return _Rotary.apply(qkv, heads=heads, kv_heads=kv_heads, cos=cos, sin=sin)
 
 
 class _Rotary(Function):
     @staticmethod
-    def forward(ctx: Context, qkv: Array, *, heads: int, kv_heads: int, cos: Array, sin: Array) -> Array:
+    def forward(
+        ctx: Context, qkv: Array, *, heads: int, kv_heads: int, cos: Array, sin: Array
+    ) -> Array:
         ctx.save(heads, kv_heads, cos, sin)
         for part in split_heads(qkv, heads, kv_heads)[:2]:
             kernels.rope_(part, cos, sin)

@@ -1,6 +1,7 @@
 """Differentiable collectives: how activations change layout between the ranks of one mesh axis.
 
-R replicated, S(d) sharded on dim d, P partial sum. Each function is the adjoint of another one in the table, which is all there is to know.
+R replicated, S(d) sharded on dim d, P partial sum. Each function is the adjoint of another one in
+the table, which is all there is to know.
 
 | function | value | gradient | forward / backward | used by |
 |---|---|---|---|---|
@@ -12,8 +13,8 @@ R replicated, S(d) sharded on dim d, P partial sum. Each function is the adjoint
 | `scatter_to(x, comm, dim)` | R -> S(d) | S(d) -> R | slice / all-gather | replicated regions |
 | `all_to_all(x, comm, s, c)` | S(c) -> S(s) | S(s) -> S(c) | split s, concat c / the reverse | context and expert parallel |
 
-On a communicator of size 1 every function returns its input and adds no node. (Shoeybi et al. 2019, arXiv:1909.08053, section 3;
-Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2.)
+On a communicator of size 1 every function returns its input and adds no node. (Shoeybi et al. 2019,
+arXiv:1909.08053, section 3; Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from minillm.comm.communicator import Communicator
 
 
 def copy_to(x: Tensor, comm: Communicator) -> Tensor:
-    """R -> R; every rank goes on with its own part of the work, so the gradients that come back are partial sums."""
+    """R -> R; every rank goes on with its own part of the work, so the gradients that come back are
+    partial sums."""
     if comm.size == 1:
         return x
     y = _CopyTo.apply(x, comm=comm)
@@ -35,7 +37,8 @@ def copy_to(x: Tensor, comm: Communicator) -> Tensor:
 
 
 def reduce_from(x: Tensor, comm: Communicator) -> Tensor:
-    """P -> R. Overwrites `x`, which must be the fresh result of an operation that does not keep it (a matrix product, an embedding)."""
+    """P -> R. Overwrites `x`, which must be the fresh result of an operation that does not keep it
+    (a matrix product, an embedding)."""
     return x if comm.size == 1 else _ReduceFrom.apply(x, comm=comm)
 
 
@@ -60,8 +63,13 @@ def scatter_to(x: Tensor, comm: Communicator, dim: int) -> Tensor:
 
 
 def all_to_all(x: Tensor, comm: Communicator, split_dim: int, concat_dim: int) -> Tensor:
-    """S(concat_dim) -> S(split_dim): send slices of `split_dim`, join what arrives along `concat_dim`."""
-    return x if comm.size == 1 else _AllToAll.apply(x, comm=comm, split_dim=split_dim, concat_dim=concat_dim)
+    """S(concat_dim) -> S(split_dim): send slices of `split_dim`, join what arrives along
+    `concat_dim`."""
+    return (
+        x
+        if comm.size == 1
+        else _AllToAll.apply(x, comm=comm, split_dim=split_dim, concat_dim=concat_dim)
+    )
 
 
 def own_slice(x: Array, comm: Communicator, dim: int) -> Array:
@@ -73,7 +81,11 @@ def own_slice(x: Array, comm: Communicator, dim: int) -> Array:
 def _writable(ctx: Context, grad: Array) -> Array:
     """`grad` itself if backward may overwrite it, else a copy; contiguous either way."""
     xp = namespace(grad)
-    return grad if ctx.owns(0) and grad.flags.c_contiguous and writeable(grad) else xp.array(grad, order="C")
+    return (
+        grad
+        if ctx.owns(0) and grad.flags.c_contiguous and writeable(grad)
+        else xp.array(grad, order="C")
+    )
 
 
 class _CopyTo(Function):
@@ -151,7 +163,9 @@ class _ScatterTo(Function):
 
 class _AllToAll(Function):
     @staticmethod
-    def forward(ctx: Context, x: Array, *, comm: Communicator, split_dim: int, concat_dim: int) -> Array:
+    def forward(
+        ctx: Context, x: Array, *, comm: Communicator, split_dim: int, concat_dim: int
+    ) -> Array:
         ctx.save(comm, split_dim, concat_dim)
         return _exchange(x, comm, split_dim, concat_dim)
 

@@ -1,12 +1,16 @@
-"""Data parallelism: every rank of the dp axis computes the gradient of its own sequences; the sum is everybody's gradient.
+"""Data parallelism: every rank of the dp axis computes the gradient of its own sequences; the sum
+is everybody's gradient.
 
-Gradients lie in flat buffers. They are cut into buckets of about `bucket_bytes`, in the order in which the backward pass completes them,
-and a bucket's all-reduce starts as soon as its last gradient is written, while backward goes on (Li et al. 2020, arXiv:2006.15704). Two
-rules keep all ranks in step: buckets are fixed by the order of the parameters, and they are launched in that order, never in the order of
-readiness. Only a stage's last backward of the step arms the reducer, so gradient accumulation costs no communication. MPI makes progress
-only inside MPI calls, hence the polling between nodes.
+Gradients lie in flat buffers. They are cut into buckets of about `bucket_bytes`, in the order in
+which the backward pass completes them, and a bucket's all-reduce starts as soon as its last
+gradient is written, while backward goes on (Li et al. 2020, arXiv:2006.15704). Two rules keep all
+ranks in step: buckets are fixed by the order of the parameters, and they are launched in that
+order, never in the order of readiness. Only a stage's last backward of the step arms the reducer,
+so gradient accumulation costs no communication. MPI makes progress only inside MPI calls, hence the
+polling between nodes.
 
-Losses are divided by a global count before backward starts, so a sum is all that is needed: nothing here divides by the number of ranks.
+Losses are divided by a global count before backward starts, so a sum is all that is needed: nothing
+here divides by the number of ranks.
 """
 
 from __future__ import annotations
@@ -34,24 +38,28 @@ class Reducer(Protocol):
 
     @property
     def observer(self) -> BackwardObserver | None:
-        """Who is told of the stage's last backward pass, to overlap the sums with it; None where there is nothing to overlap."""
+        """Who is told of the stage's last backward pass, to overlap the sums with it; None where
+        there is nothing to overlap."""
 
     def start_step(self) -> None:
         """Forget the last step: every parameter is awaited again."""
 
     def tie_reduce(self) -> None:
-        """Add up the gradients of the tied weights' copies on their stages, before the sum over the data."""
+        """Add up the gradients of the tied weights' copies on their stages, before the sum over the
+        data."""
 
     def finish(self) -> None:
         """Return once the sums are there, those of parameters without any use being zero."""
 
     def sum_of_squares(self) -> float:
-        """This rank's part of the squared norm of the whole model's gradient: added over all ranks, every parameter counts once."""
+        """This rank's part of the squared norm of the whole model's gradient: added over all ranks,
+        every parameter counts once."""
 
 
 @dataclass
 class Bucket:
-    """A slice of the flat gradient buffer that is reduced at once, and the parameters in it that are still being computed."""
+    """A slice of the flat gradient buffer that is reduced at once, and the parameters in it that
+    are still being computed."""
 
     spans: tuple[Span, ...]
     slots: tuple[GradSlot, ...]
@@ -67,17 +75,22 @@ class Bucket:
 
 
 class GradReducer:
-    """The `Reducer` that all-reduces buckets while backward runs, which it observes if there is anybody to reduce with."""
+    """The `Reducer` that all-reduces buckets while backward runs, which it observes if there is
+    anybody to reduce with."""
 
     def __init__(self, buffers: FlatBuffers, mesh: Mesh, bucket_bytes: int) -> None:
         self.buffers = buffers
         self.mesh = mesh
         self.exposed_seconds = 0.0  # time that backward did not hide, since the start
         self.buckets = [bucket for run in buffers.runs for bucket in self._cut(run, bucket_bytes)]
-        self._counted = [buffers.grads[part] for part, counts in by_counting(buffers, mesh) if counts]
+        self._counted = [
+            buffers.grads[part] for part, counts in by_counting(buffers, mesh) if counts
+        ]
         self._first_replica = mesh.axis(*TOKEN_AXES).rank == 0
         self._overlaps = any(bucket.comm.size > 1 for bucket in self.buckets)
-        self._bucket_of = {id(span.parameter): bucket for bucket in self.buckets for span in bucket.spans}
+        self._bucket_of = {
+            id(span.parameter): bucket for bucket in self.buckets for span in bucket.spans
+        }
         self._next = 0
 
     @property
@@ -94,7 +107,10 @@ class GradReducer:
             if groups[-1] and size >= bucket_bytes:
                 groups.append([])
             groups[-1].append(span)
-        return [Bucket(tuple(group), tuple(span.parameter.slot() for span in group), comm, run.tied) for group in groups]
+        return [
+            Bucket(tuple(group), tuple(span.parameter.slot() for span in group), comm, run.tied)
+            for group in groups
+        ]
 
     def start_step(self) -> None:
         """See `Reducer`."""
@@ -104,7 +120,8 @@ class GradReducer:
             bucket.waiting, bucket.work = len(bucket.spans), None
 
     def leaf_ready(self, leaf: Leaf) -> None:
-        """See `BackwardObserver`. A tied weight's gradient is not complete: its other copies are added by `tie_reduce` first."""
+        """See `BackwardObserver`. A tied weight's gradient is not complete: its other copies are
+        added by `tie_reduce` first."""
         bucket = self._bucket_of[id(leaf)]
         if not bucket.tied:
             bucket.waiting -= 1
@@ -164,13 +181,18 @@ def sum_tied_copies(buffers: FlatBuffers, mesh: Mesh) -> None:
 
 
 def counted(parameter: Parameter, mesh: Mesh) -> bool:
-    """Whether this rank counts its part of `parameter` in sums over the tp and pp ranks: a replicated parameter counts on one rank, a tied
-    one in its first copy."""
-    return ("tp" in parameter.spec.axes or mesh.coord("tp") == 0) and (parameter.spec.tie is None or mesh.coord("pp") == 0)
+    """Whether this rank counts its part of `parameter` in sums over the tp and pp ranks: a
+    replicated parameter counts on one rank, a tied one in its first copy."""
+    return ("tp" in parameter.spec.axes or mesh.coord("tp") == 0) and (
+        parameter.spec.tie is None or mesh.coord("pp") == 0
+    )
 
 
 def by_counting(buffers: FlatBuffers, mesh: Mesh) -> Iterator[tuple[slice, bool]]:
-    """The flat buffers cut where `counted` changes: long parts, since neighbours are joined and the gaps between them hold zeros."""
-    for counts, spans in itertools.groupby(buffers.spans(), lambda span: counted(span.parameter, mesh)):
+    """The flat buffers cut where `counted` changes: long parts, since neighbours are joined and the
+    gaps between them hold zeros."""
+    for counts, spans in itertools.groupby(
+        buffers.spans(), lambda span: counted(span.parameter, mesh)
+    ):
         members = list(spans)
         yield slice(members[0].start, members[-1].stop), counts

@@ -1,17 +1,22 @@
-"""Data parallelism within a node: ranks that share memory hold one copy of the parameters and reduce without messages.
+"""Data parallelism within a node: ranks that share memory hold one copy of the parameters and
+reduce without messages.
 
-The parameters and the optimizer's state of a stage exist once on each node, in a window of shared memory; every rank has its gradients in a
-window too, where the others can read them. A step of n ranks: each computes its gradients; a barrier; rank r adds up share r of all n
-gradients, and their squares on the way; rank r updates share r of the parameters with share r of the optimizer's state; a barrier. No
-all-reduce, no all-gather, and the work of the optimizer is divided by n (the idea of MPI-3 shared memory, Hoefler et al. 2013,
-doi:10.1007/s00607-013-0324-2, applied to a sharded update as in ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054).
+The parameters and the optimizer's state of a stage exist once on each node, in a window of shared
+memory; every rank has its gradients in a window too, where the others can read them. A step of n
+ranks: each computes its gradients; a barrier; rank r adds up share r of all n gradients, and their
+squares on the way; rank r updates share r of the parameters with share r of the optimizer's state;
+a barrier. No all-reduce, no all-gather, and the work of the optimizer is divided by n (the idea of
+MPI-3 shared memory, Hoefler et al. 2013, doi:10.1007/s00607-013-0324-2, applied to a sharded update
+as in ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054).
 
-With several nodes, the ranks that have the same share on their nodes all-reduce it among themselves before the update, so each byte crosses
-the network once for each node, not for each rank. Every node updates its own copy.
+With several nodes, the ranks that have the same share on their nodes all-reduce it among themselves
+before the update, so each byte crosses the network once for each node, not for each rank. Every
+node updates its own copy.
 
-Sums are taken in the order of the ranks. A rank's next backward pass may not overwrite a gradient that another still reads, and no rank may
-read parameters half updated: the first barrier of a step covers evaluation and checkpoints since the last, the agreement on the loss covers
-the reading of gradients, the second barrier the update.
+Sums are taken in the order of the ranks. A rank's next backward pass may not overwrite a gradient
+that another still reads, and no rank may read parameters half updated: the first barrier of a step
+covers evaluation and checkpoints since the last, the agreement on the loss covers the reading of
+gradients, the second barrier the update.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ SPARE_BYTES = 64 << 20  # of shared memory, left for MPI's own messages
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """The data-parallel replicas of one node, and those that have this rank's place on the other nodes."""
+    """The data-parallel replicas of one node, and those that have this rank's place on the other
+    nodes."""
 
     node: Communicator
     peers: Communicator
@@ -56,7 +62,9 @@ class NodeMemory:
     def __init__(self, group: NodeGroup) -> None:
         self.group = group
         self.rank, self.size = group.node.rank, group.node.size
-        self.description = f"parameters and optimizer state shared by {self.size} ranks of each node"
+        self.description = (
+            f"parameters and optimizer state shared by {self.size} ranks of each node"
+        )
         self._windows: list[tuple[Array, SharedWindow]] = []
 
     def common(self, size: int, dtype: np.dtype) -> Array:
@@ -68,7 +76,8 @@ class NodeMemory:
         return self._allocate(size, dtype, of=self.rank)
 
     def everyones(self, array: Array) -> list[Array]:
-        """What the ranks of the node hold where this one holds `array`, which `own` has made, in rank order."""
+        """What the ranks of the node hold where this one holds `array`, which `own` has made, in
+        rank order."""
         window = next(window for made, window in self._windows if made is array)
         return [part.view(array.dtype) for part in window.parts]
 
@@ -83,9 +92,11 @@ class NodeMemory:
         return array
 
 
-def choose_memory(mesh: Mesh, wanted: str, num_values: int, dtype: np.dtype, device: Device = CPU) -> Memory:
-    """Shared memory for buffers of `num_values` elements if `wanted` ("auto", "on", "off") and the machine allow it, else private memory;
-    on a GPU always private. Collective over the mesh.
+def choose_memory(
+    mesh: Mesh, wanted: str, num_values: int, dtype: np.dtype, device: Device = CPU
+) -> Memory:
+    """Shared memory for buffers of `num_values` elements if `wanted` ("auto", "on", "off") and the
+    machine allow it, else private memory; on a GPU always private. Collective over the mesh.
 
     Raises ConfigError on every rank if it is "on" but impossible.
     """
@@ -95,9 +106,15 @@ def choose_memory(mesh: Mesh, wanted: str, num_values: int, dtype: np.dtype, dev
     if wanted == "off" or (wanted == "auto" and replicas.size == 1):
         return PrivateMemory()
     node = replicas.split_by_node()
-    own = num_values * dtype.itemsize * (1 + 3 / node.size)  # its gradients, its share of the parameters and of AdamW's state
+    own = (
+        num_values * dtype.itemsize * (1 + 3 / node.size)
+    )  # its gradients, its share of the parameters and of AdamW's state
     needed = mesh.world.split_by_node().all_reduce_(np.array([own]), kind="control")
-    problem = _obstacle(mesh.world.gather_json([node.size, node.rank, replicas.rank, float(needed[0]), _free_bytes()]))
+    problem = _obstacle(
+        mesh.world.gather_json(
+            [node.size, node.rank, replicas.rank, float(needed[0]), _free_bytes()]
+        )
+    )
     if problem and wanted == "on":
         raise ConfigError(f"--node-shared on: {problem}; use --node-shared off")
     if problem:
@@ -109,13 +126,16 @@ def choose_memory(mesh: Mesh, wanted: str, num_values: int, dtype: np.dtype, dev
 
 
 def _obstacle(places: list[list[Any]]) -> str:
-    """Why the replicas cannot share memory; empty if they can. `places` holds for every rank of the mesh: how many of its replicas are on
-    its node, its place among them and among all replicas, the bytes that its node needs of shared memory, and the bytes free there."""
+    """Why the replicas cannot share memory; empty if they can. `places` holds for every rank of the
+    mesh: how many of its replicas are on its node, its place among them and among all replicas, the
+    bytes that its node needs of shared memory, and the bytes free there."""
     sizes = sorted({place[0] for place in places})
     if sizes == [1]:
         return "every data-parallel rank is on a node of its own"
     if len(sizes) > 1:
-        return f"nodes hold different numbers of data-parallel ranks ({' and '.join(map(str, sizes))})"
+        return (
+            f"nodes hold different numbers of data-parallel ranks ({' and '.join(map(str, sizes))})"
+        )
     if len({(place[1], place[2]) for place in places}) > len({place[2] for place in places}):
         return "the ranks of a replica have different places on their nodes"
     for *_, needed, free in places:
@@ -138,11 +158,14 @@ class Piece:
 
 
 class NodeReducer:
-    """The `Reducer` of ranks that share memory: nothing happens before all have finished their backward pass."""
+    """The `Reducer` of ranks that share memory: nothing happens before all have finished their
+    backward pass."""
 
     observer = None
 
-    def __init__(self, buffers: FlatBuffers, mesh: Mesh, memory: NodeMemory, piece_bytes: int) -> None:
+    def __init__(
+        self, buffers: FlatBuffers, mesh: Mesh, memory: NodeMemory, piece_bytes: int
+    ) -> None:
         self.buffers, self.mesh, self.memory = buffers, mesh, memory
         self.node, self.peers = memory.group.node, memory.group.peers
         self.exposed_seconds = 0.0
@@ -168,7 +191,8 @@ class NodeReducer:
         sum_tied_copies(self.buffers, self.mesh)
 
     def finish(self) -> None:
-        """See `Reducer`. Afterwards this rank's share of its gradients holds the sum, and the rest of them nothing of use."""
+        """See `Reducer`. Afterwards this rank's share of its gradients holds the sum, and the rest
+        of them nothing of use."""
         started = time.perf_counter()
         for slot in self.buffers.slots:
             slot.finish()
@@ -197,7 +221,9 @@ class NodeReducer:
         started = time.perf_counter()
         squares = kernels.sum_arrays(parts[self.node.rank], parts)
         read = (len(parts) - 1) * parts[0].nbytes
-        ledger().record(self.node.name, "sum", "window", read, time.perf_counter() - started, self.node.size)
+        ledger().record(
+            self.node.name, "sum", "window", read, time.perf_counter() - started, self.node.size
+        )
         return squares
 
     def _sum_over_mesh(self, piece: Piece) -> None:

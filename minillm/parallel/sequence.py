@@ -1,11 +1,12 @@
-"""Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198): norms, dropout and residuals sharded along time over the
-tensor-parallel ranks.
+"""Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198): norms, dropout and residuals
+sharded along time over the tensor-parallel ranks.
 
-Tensor parallelism leaves everything between the matrix products replicated: each of the tp ranks normalises the same activations. Here each
-rank keeps 1/tp of the time steps there. The all-reduce at each end of a block's parallel part becomes a reduce-scatter on the way out and
-an all-gather on the way in, which together move the same bytes; activations between blocks (and between pipeline stages) shrink by tp.
-Parameters of the sharded region (norms, biases after the reduction, positions) see only some time steps, so their gradients are partial
-sums over tp: `partial_over`.
+Tensor parallelism leaves everything between the matrix products replicated: each of the tp ranks
+normalises the same activations. Here each rank keeps 1/tp of the time steps there. The all-reduce
+at each end of a block's parallel part becomes a reduce-scatter on the way out and an all-gather on
+the way in, which together move the same bytes; activations between blocks (and between pipeline
+stages) shrink by tp. Parameters of the sharded region (norms, biases after the reduction,
+positions) see only some time steps, so their gradients are partial sums over tp: `partial_over`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from minillm.parallel.collectives import all_gather, reduce_scatter
 
 
 class SequenceParallel:
-    """The tensor-parallel part of a model with its surroundings sharded along time. Same interface as `TensorParallel`."""
+    """The tensor-parallel part of a model with its surroundings sharded along time. Same interface
+    as `TensorParallel`."""
 
     partial_over: tuple[str, ...] = ("tp",)
 
@@ -34,12 +36,16 @@ class SequenceParallel:
         return reduce_scatter(x, self.comm, 1)
 
     def outside(self, where: Where) -> Where:
-        """The Where of this rank's time shard, from that of the whole sequence. Raises ConfigError if the time steps do not divide."""
+        """The Where of this rank's time shard, from that of the whole sequence. Raises ConfigError
+        if the time steps do not divide."""
         if where.times is None:
-            raise ConfigError("sequence parallelism shards along time, but these data have no time dim")
+            raise ConfigError(
+                "sequence parallelism shards along time, but these data have no time dim"
+            )
         if len(where.times) % self.comm.size:
             raise ConfigError(
-                f"{len(where.times)} time steps cannot be cut into {self.comm.size} equal shards; choose a context that tp divides"
+                f"{len(where.times)} time steps cannot be cut into {self.comm.size} equal shards; "
+                "choose a context that tp divides"
             )
         size = len(where.times) // self.comm.size
         times = where.times[self.comm.rank * size : (self.comm.rank + 1) * size]

@@ -1,12 +1,14 @@
-"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): each matrix product cut over the ranks of the `tp` axis.
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): each matrix product cut over the
+ranks of the `tp` axis.
 
     x --enter--> [column-parallel] -> own heads / own features -> [row-parallel] --leave--> y
       copy_to     W_qkv, W_up: rows       no communication          W_out, W_down:    reduce_from
                   of the weight cut                                 columns cut
 
-A pair of products costs one all-reduce forward (leaving) and one backward (entering). The vocabulary is cut too: the embedding looks up its
-own rows, and the loss needs three numbers per token from each rank instead of the logits. With sequence parallelism (sequence.py) the same
-layers enter and leave by other collectives; a layer only knows its region.
+A pair of products costs one all-reduce forward (leaving) and one backward (entering). The
+vocabulary is cut too: the embedding looks up its own rows, and the loss needs three numbers per
+token from each rank instead of the logits. With sequence parallelism (sequence.py) the same layers
+enter and leave by other collectives; a layer only knows its region.
 """
 
 from __future__ import annotations
@@ -23,8 +25,16 @@ from minillm.nn.module import Constant, Module, Normal, Parameter, Where
 from minillm.parallel.collectives import copy_to, gather_from, reduce_from
 from minillm.sharding import Segment, ShardSpec
 
-CHUNK_BYTES = 64 << 20  # logits that exist at once in the head: large enough for full-speed products, small beside the model
-GPU_CHUNK_BYTES = 512 << 20  # on a GPU, whose products want more rows and where every chunk reads and writes the weight's gradient
+CHUNK_BYTES = (
+    64 << 20
+    # logits that exist at once in the head: large enough for full-speed products, small beside the
+    # model
+)
+GPU_CHUNK_BYTES = (
+    512 << 20
+    # on a GPU, whose products want more rows and where every chunk reads and writes the weight's
+    # gradient
+)
 
 
 class Region(Protocol):
@@ -64,15 +74,21 @@ class TensorParallel:
 class ColumnParallelLinear(Module):
     """y_local = enter(x) @ W_local^T + b_local: the output features cut over tp.
 
-    `out` are the segments of the output dim (three for a fused query-key-value projection, two for gate and up), each cut over tp in whole
-    units.
+    `out` are the segments of the output dim (three for a fused query-key-value projection, two for
+    gate and up), each cut over tp in whole units.
     """
 
-    def __init__(self, in_size: int, out: tuple[Segment, ...], region: Region, *, bias: bool, std: float) -> None:
+    def __init__(
+        self, in_size: int, out: tuple[Segment, ...], region: Region, *, bias: bool, std: float
+    ) -> None:
         out_size = sum(segment.size for segment in out)
         self.region = region
-        self.weight = Parameter(ShardSpec((out_size, in_size), (out, (Segment(in_size),))), Normal(std), decay=True)
-        self.bias = Parameter(ShardSpec((out_size,), (out,)), Constant(0.0), decay=False) if bias else None
+        self.weight = Parameter(
+            ShardSpec((out_size, in_size), (out, (Segment(in_size),))), Normal(std), decay=True
+        )
+        self.bias = (
+            Parameter(ShardSpec((out_size,), (out,)), Constant(0.0), decay=False) if bias else None
+        )
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         """x [B, T, D] outside the region -> [B, T, out_local]."""
@@ -84,12 +100,16 @@ class ColumnParallelLinear(Module):
 
 
 class RowParallelLinear(Module):
-    """y = leave(x_local @ W_local^T) + b: the input features cut over tp, the products partial sums. The bias is added once, after the
-    sum."""
+    """y = leave(x_local @ W_local^T) + b: the input features cut over tp, the products partial
+    sums. The bias is added once, after the sum."""
 
-    def __init__(self, in_: Segment, out_size: int, region: Region, *, bias: bool, std: float) -> None:
+    def __init__(
+        self, in_: Segment, out_size: int, region: Region, *, bias: bool, std: float
+    ) -> None:
         self.region = region
-        self.weight = Parameter(ShardSpec((out_size, in_.size), ((Segment(out_size),), (in_,))), Normal(std), decay=True)
+        self.weight = Parameter(
+            ShardSpec((out_size, in_.size), ((Segment(out_size),), (in_,))), Normal(std), decay=True
+        )
         spec = ShardSpec.replicated(out_size, partial_over=region.partial_over)
         self.bias = Parameter(spec, Constant(0.0), decay=False) if bias else None
 
@@ -102,10 +122,12 @@ class RowParallelLinear(Module):
 
 
 class VocabParallelEmbedding(Module):
-    """Token embedding with the vocabulary's rows cut over tp (padded up to a multiple): each rank looks up its own rows and the sum is
-    whole."""
+    """Token embedding with the vocabulary's rows cut over tp (padded up to a multiple): each rank
+    looks up its own rows and the sum is whole."""
 
-    def __init__(self, vocab: int, dim: int, region: Region, *, std: float, tie: str | None = None) -> None:
+    def __init__(
+        self, vocab: int, dim: int, region: Region, *, std: float, tie: str | None = None
+    ) -> None:
         self.region = region
         self.weight = vocab_weight(vocab, dim, std=std, tie=tie)
 
@@ -122,21 +144,39 @@ def vocab_weight(vocab: int, dim: int, *, std: float, tie: str | None) -> Parame
 
 
 def vocab_parallel_logits(x: Tensor, weight: Parameter, region: Region) -> Array:
-    """Logits [B, T, V] over the whole vocabulary on every rank, for sampling: x [B, T, D] outside the region. Not differentiable."""
+    """Logits [B, T, V] over the whole vocabulary on every rank, for sampling: x [B, T, D] outside
+    the region. Not differentiable."""
     with no_grad():
         logits = gather_from(ops.linear(region.enter(x), weight), region.comm, 2)
     return logits.data[..., : weight.spec.shape[0]]
 
 
 def vocab_parallel_loss(
-    x: Tensor, weight: Any, targets: Array, comm: Communicator, *, vocab: int, divisor: float, ignore_index: int = -100
+    x: Tensor,
+    weight: Any,
+    targets: Array,
+    comm: Communicator,
+    *,
+    vocab: int,
+    divisor: float,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """The language-model head: sum of token cross-entropies / divisor, a float64 scalar, without the logits ever existing at once.
+    """The language-model head: sum of token cross-entropies / divisor, a float64 scalar, without
+    the logits ever existing at once.
 
-    x [B, T, D] inside the region, weight [V_local, D], targets [B, T] int. While gradients are on, dX and dW are computed here, chunk by
-    chunk, because recomputing the logits in backward would cost a fourth product; the gradient of the result must then be 1.
+    x [B, T, D] inside the region, weight [V_local, D], targets [B, T] int. While gradients are on,
+    dX and dW are computed here, chunk by chunk, because recomputing the logits in backward would
+    cost a fourth product; the gradient of the result must then be 1.
     """
-    return _VocabParallelLoss.apply(x, weight, targets=targets, comm=comm, vocab=vocab, divisor=divisor, ignore_index=ignore_index)
+    return _VocabParallelLoss.apply(
+        x,
+        weight,
+        targets=targets,
+        comm=comm,
+        vocab=vocab,
+        divisor=divisor,
+        ignore_index=ignore_index,
+    )
 
 
 class _VocabParallelLoss(Function):
@@ -144,7 +184,15 @@ class _VocabParallelLoss(Function):
 
     @staticmethod
     def forward(
-        ctx: Context, x: Array, weight: Array, *, targets: Array, comm: Communicator, vocab: int, divisor: float, ignore_index: int
+        ctx: Context,
+        x: Array,
+        weight: Array,
+        *,
+        targets: Array,
+        comm: Communicator,
+        vocab: int,
+        divisor: float,
+        ignore_index: int,
     ) -> Array:
         xp = namespace(x)
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
@@ -155,9 +203,17 @@ class _VocabParallelLoss(Function):
         grad_x = xp.empty(rows.shape, x.dtype) if ctx.needs[0] else None
         slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
         total: Any = 0.0
-        most = max(128, (CHUNK_BYTES if xp is np else GPU_CHUNK_BYTES) // max(1, weight.shape[0] * x.dtype.itemsize))
-        chunk = max(1, -(-len(rows) // max(1, -(-len(rows) // most))))  # as few as need be, of equal size
-        buffer = xp.empty((min(chunk, len(rows)), weight.shape[0]), x.dtype)  # of the logits: one for all chunks
+        most = max(
+            128,
+            (CHUNK_BYTES if xp is np else GPU_CHUNK_BYTES)
+            // max(1, weight.shape[0] * x.dtype.itemsize),
+        )
+        chunk = max(
+            1, -(-len(rows) // max(1, -(-len(rows) // most)))
+        )  # as few as need be, of equal size
+        buffer = xp.empty(
+            (min(chunk, len(rows)), weight.shape[0]), x.dtype
+        )  # of the logits: one for all chunks
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = buffer[: len(rows[part])]
@@ -171,20 +227,25 @@ class _VocabParallelLoss(Function):
                 if slot is not None:
                     kernels.matmul(logits.T, rows[part], out=slot.buf, accumulate=slot.writes > 0)
                     slot.writes += 1
-        ctx.save(None if grad_x is None else grad_x.reshape(x.shape), slot.buf if slot is not None and ctx.slot(1) is None else WRITTEN)
+        ctx.save(
+            None if grad_x is None else grad_x.reshape(x.shape),
+            slot.buf if slot is not None and ctx.slot(1) is None else WRITTEN,
+        )
         return xp.asarray(total / divisor)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
         if float(grad_outs[0]) != 1.0:
             raise ValueError(
-                f"the head computed its gradients in forward, for a grad of 1, not {float(grad_outs[0])}; scale through `divisor`"
+                "the head computed its gradients in forward, for a grad of 1, not "
+                f"{float(grad_outs[0])}; scale through `divisor`"
             )
         return ctx.saved
 
 
 def _counted_sum(losses: Array, counted: Array) -> Any:
-    """The float64 sum of the losses [R] that count: a number, or on a GPU an array without dims, for which the host does not wait."""
+    """The float64 sum of the losses [R] that count: a number, or on a GPU an array without dims,
+    for which the host does not wait."""
     if isinstance(losses, np.ndarray):
         return float(np.add.reduce(losses[counted], dtype=np.float64))
     xp = namespace(losses)
@@ -200,11 +261,13 @@ class _Head:
         self.valid = min(max(vocab - self.first_class, 0), num_rows)  # columns that are no padding
 
     def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
-        """Overwrite `logits` [R, V_local] by exp(logits - max); returns its sum over the whole vocabulary [R] and the shifted logit of
-        targets [R]."""
+        """Overwrite `logits` [R, V_local] by exp(logits - max); returns its sum over the whole
+        vocabulary [R] and the shifted logit of targets [R]."""
         row_max = kernels.xent_max(logits, self.valid)
         self.comm.all_reduce_(row_max, ReduceOp.MAX)
-        sums, target_logit = kernels.xent_shifted_sum_(logits, row_max, targets, self.first_class, self.valid)
+        sums, target_logit = kernels.xent_shifted_sum_(
+            logits, row_max, targets, self.first_class, self.valid
+        )
         if self.comm.size > 1:
             both = namespace(logits).stack([sums, target_logit])
             self.comm.all_reduce_(both)
@@ -217,13 +280,16 @@ class _Head:
 
 
 class _HeadOnGpu(_Head):
-    """The same in one reading of the logits, which stay as they are until the gradient overwrites them: exponentials cost a GPU less than
-    memory, and are never rounded to 16 bits."""
+    """The same in one reading of the logits, which stay as they are until the gradient overwrites
+    them: exponentials cost a GPU less than memory, and are never rounded to 16 bits."""
 
     def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
-        """The sum of exp(logits - max) over the whole vocabulary [R] and the shifted logit of targets [R]; `logits` stay."""
+        """The sum of exp(logits - max) over the whole vocabulary [R] and the shifted logit of
+        targets [R]; `logits` stay."""
         xp = namespace(logits)
-        own_max, sums, target_logit = kernels.xent_statistics(logits, targets, self.first_class, self.valid)
+        own_max, sums, target_logit = kernels.xent_statistics(
+            logits, targets, self.first_class, self.valid
+        )
         self.row_max = own_max
         if self.comm.size > 1:
             self.row_max = own_max.copy()
@@ -235,4 +301,6 @@ class _HeadOnGpu(_Head):
 
     def grad_(self, logits: Array, sum_exp: Array, targets: Array, row_scale: Array) -> None:
         """See `_Head`."""
-        kernels.xent_grad_from_logits_(logits, self.row_max, sum_exp, targets, self.first_class, row_scale, self.valid)
+        kernels.xent_grad_from_logits_(
+            logits, self.row_max, sum_exp, targets, self.first_class, row_scale, self.valid
+        )

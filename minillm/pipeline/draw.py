@@ -19,10 +19,11 @@ MAX_CELLS = 4
 
 
 def draw_text(timeline: Timeline, width: int = 160) -> str:
-    """One row a rank, time from left to right: F3 is microbatch 3 forward, dots are idle time. The last line is the bubble fraction.
+    """One row a rank, time from left to right: F3 is microbatch 3 forward, dots are idle time. The
+    last line is the bubble fraction.
 
-    A cell is the longest time of which all actions are multiples, or, where that is too fine, the shortest action. A drawing wider than
-    `width` characters is cut, and says so.
+    A cell is the longest time of which all actions are multiples, or, where that is too fine, the
+    shortest action. A drawing wider than `width` characters is cut, and says so.
     """
     unit = _unit(timeline)
     cell = 1 + max((len(_label(event)) for event in timeline.events), default=1)
@@ -53,7 +54,9 @@ def _unit(timeline: Timeline) -> Time:
 
 
 def _shortest(timeline: Timeline) -> Time:
-    return min((event.end - event.start for event in timeline.events if event.end > event.start), default=1)
+    return min(
+        (event.end - event.start for event in timeline.events if event.end > event.start), default=1
+    )
 
 
 def _label(event: Event) -> str:
@@ -62,8 +65,8 @@ def _label(event: Event) -> str:
 
 
 def draw_svg(timeline: Timeline, title: str) -> str:
-    """A self-contained SVG: one track a rank, one box an action with its microbatch, idle time as background, a legend, the bubble
-    fraction."""
+    """A self-contained SVG: one track a rank, one box an action with its microbatch, idle time as
+    background, a legend, the bubble fraction."""
     left, top, height, gap = 70, 56, 34, 10
     ranks = timeline.schedule.num_ranks
     span, shortest = float(timeline.makespan) or 1.0, float(_shortest(timeline))
@@ -74,14 +77,22 @@ def draw_svg(timeline: Timeline, title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {bottom + 44}"',
         '     font-family="system-ui, sans-serif" font-size="13">',
         f'<rect width="{width:.0f}" height="{bottom + 44}" rx="8" fill="#fbfbfd"/>',
-        f'<text x="16" y="28" font-size="16" font-weight="600" fill="#22252b">{html.escape(title)}</text>',
-        f'<text x="{width - 16:.0f}" y="28" text-anchor="end" fill="#5a606b">bubble {float(timeline.bubble):.1%}</text>',
+        '<text x="16" y="28" font-size="16" font-weight="600" '
+        f'fill="#22252b">{html.escape(title)}</text>',
+        f'<text x="{width - 16:.0f}" y="28" text-anchor="end" fill="#5a606b">bubble '
+        f"{float(timeline.bubble):.1%}</text>",
     ]
     for rank in range(ranks):
         y = top + rank * (height + gap)
         parts.append(f'<text x="16" y="{y + height / 2 + 4:.0f}" fill="#22252b">rank {rank}</text>')
-        parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{height}" rx="4" fill="#e7e9ef"/>')
-    parts += [_box(event, left, top + event.rank * (height + gap), height, scale, ranks) for event in timeline.events]
+        parts.append(
+            f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{height}" rx="4" '
+            'fill="#e7e9ef"/>'
+        )
+    parts += [
+        _box(event, left, top + event.rank * (height + gap), height, scale, ranks)
+        for event in timeline.events
+    ]
     parts += _legend(timeline, left, bottom + 20)
     return "\n".join([*parts, "</svg>", ""])
 
@@ -92,7 +103,11 @@ def _box(event: Event, left: int, y: int, height: int, scale: float, ranks: int)
     kind, stage, microbatch = event.action
     edge = ' stroke="#22252b" stroke-width="1.2"' if stage >= ranks else ""
     place = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}"'
-    label = f'<text {place} text-anchor="middle" fill="#14161a">{microbatch}</text>' if width > 12 else ""
+    label = (
+        f'<text {place} text-anchor="middle" fill="#14161a">{microbatch}</text>'
+        if width > 12
+        else ""
+    )
     box = f'<rect x="{x + 1:.1f}" y="{y + 1}" width="{max(width - 2, 1):.1f}" height="{height - 2}" rx="3" fill="{COLOURS[kind]}"{edge}>'
     return f"{box}<title>{event.action}: {float(event.start):g} to {float(event.end):g}</title></rect>{label}"
 
@@ -101,7 +116,13 @@ def _legend(timeline: Timeline, x: float, y: float) -> list[str]:
     parts = []
     used = {event.action.kind for event in timeline.events}
     for kind in (kind for kind in COLOURS if kind in used):
-        parts.append(f'<rect x="{x}" y="{y - 11}" width="14" height="14" rx="3" fill="{COLOURS[kind]}"/>')
+        parts.append(
+            f'<rect x="{x}" y="{y - 11}" width="14" height="14" rx="3" fill="{COLOURS[kind]}"/>'
+        )
         parts.append(f'<text x="{x + 20}" y="{y + 1}" fill="#5a606b">{NAMES[kind]}</text>')
         x += 40 + 8 * len(NAMES[kind])
-    return [*parts, f'<text x="{x}" y="{y + 1}" fill="#5a606b">numbers are microbatches, grey is idle time</text>']
+    return [
+        *parts,
+        f'<text x="{x}" y="{y + 1}" fill="#5a606b">numbers are microbatches, grey is idle '
+        "time</text>",
+    ]

@@ -1,8 +1,9 @@
 """The one loop that executes any schedule: training on one rank, pipelines, evaluation.
 
-A schedule is data (schedules.py, lower.py). The runtime looks up each action's kind in one dict and calls the method found there; it has no
-notion of GPipe or 1F1B. Receives go into fresh buffers, because the tape may still refer to the last ones. Sends are non-blocking and
-retired as the step goes on.
+A schedule is data (schedules.py, lower.py). The runtime looks up each action's kind in one dict and
+calls the method found there; it has no notion of GPipe or 1F1B. Receives go into fresh buffers,
+because the tape may still refer to the last ones. Sends are non-blocking and retired as the step
+goes on.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from minillm.trace import Tracer
 _ONE = np.ones(())  # the gradient of the loss
 
 Mailbox = dict[tuple[int, int], tuple[Array, ...]]
-"""(destination stage, microbatch) -> the arrays for it. Computation puts and takes; a send takes what is for another rank, a receive puts
-what came."""
+"""(destination stage, microbatch) -> the arrays for it. Computation puts and takes; a send takes
+what is for another rank, a receive puts what came."""
 
 
 class PipelineRuntime:
     """Executes one rank's row of a lowered schedule over its stages.
 
-    `links` sends between the ranks of the pp axis; `optimizer_step` is called for OPTIMIZER_STEP with this rank's part of the loss. With
-    `train` false, nothing is put on the tape.
+    `links` sends between the ranks of the pp axis; `optimizer_step` is called for OPTIMIZER_STEP
+    with this rank's part of the loss. With `train` false, nothing is put on the tape.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class PipelineRuntime:
         }
 
     def run(self, microbatches: Sequence[Microbatch], divisor: float) -> Any:
-        """Execute the row. `divisor` is what the loss is divided by: the tokens of the global batch. Returns this rank's part of the loss,
-        a sum over its microbatches (0 on ranks without the last stage): a number, or on a GPU an array without dims, for which nobody has
+        """Execute the row. `divisor` is what the loss is divided by: the tokens of the global
+        batch. Returns this rank's part of the loss, a sum over its microbatches (0 on ranks without
+        the last stage): a number, or on a GPU an array without dims, for which nobody has
         waited."""
         self._microbatches, self._divisor = microbatches, divisor
         self._live: dict[tuple[int, int], Live] = {}
@@ -101,12 +103,16 @@ class PipelineRuntime:
 
     def _forward(self, action: Action) -> None:
         stage, key = self.stages[action.stage], _key(action)
-        live = stage.forward(self._activations.pop(key, None), self._microbatches[key[1]], self._divisor)
+        live = stage.forward(
+            self._activations.pop(key, None), self._microbatches[key[1]], self._divisor
+        )
         if stage.last:
             loss = live.result[0].data
             self._losses[key[1]] = float(loss) if isinstance(loss, np.ndarray) else loss
         else:
-            self._activations[self._target[action.stage], key[1]] = tuple(t.data for t in live.result)
+            self._activations[self._target[action.stage], key[1]] = tuple(
+                t.data for t in live.result
+            )
         if self.train:
             self._live[key] = live
 
@@ -122,23 +128,34 @@ class PipelineRuntime:
         observer = None if reducer is None else reducer.observer
         deferred = self._live.pop(_key(action)).deferred
         deferred.reverse()
-        while deferred:  # emptied, because each work refers to the list: a cycle that nobody would collect
+        while (
+            deferred
+        ):  # emptied, because each work refers to the list: a cycle that nobody would collect
             deferred.pop().run()
             if observer is not None:
                 observer.between_nodes()
 
-    def _differentiate(self, action: Action, live: Live, defer: list[WeightGradWork] | None) -> None:
+    def _differentiate(
+        self, action: Action, live: Live, defer: list[WeightGradWork] | None
+    ) -> None:
         """B or I: from the gradients of the stage's results to those of its inputs."""
         stage, key = self.stages[action.stage], _key(action)
         grads = (_ONE,) if stage.last else self._grads.pop(key)
         roots = list(zip(live.result, grads, strict=True))
         source, live.source, live.result = live.source, (), ()
-        backward(roots, defer=defer, observer=stage.reducer.observer if stage.reducer is not None and self._arms(key) else None)
+        backward(
+            roots,
+            defer=defer,
+            observer=stage.reducer.observer
+            if stage.reducer is not None and self._arms(key)
+            else None,
+        )
         if not stage.first:
             self._grads[self._source[action.stage], key[1]] = tuple(t.grad for t in source)
 
     def _arms(self, key: tuple[int, int]) -> bool:
-        """Whether this microbatch's backward is its stage's last of the step, so that finished gradients may be reduced."""
+        """Whether this microbatch's backward is its stage's last of the step, so that finished
+        gradients may be reduced."""
         return key in self._arming
 
     def _send_activation(self, action: Action) -> None:
@@ -159,13 +176,17 @@ class PipelineRuntime:
             self._sends.append(self.links.isend(array, rank, tag))
 
     def _receive(self, mailbox: Mailbox, from_stage: int, action: Action) -> None:
-        """Receive what a neighbour computed for `action.stage`, into fresh buffers: the tape may still refer to those of earlier
-        microbatches."""
+        """Receive what a neighbour computed for `action.stage`, into fresh buffers: the tape may
+        still refer to those of earlier microbatches."""
         key = _key(action)
         rank, tag = self.schedule.rank_of_stage[from_stage], self._tag(from_stage, action.stage)
         boundary = self.stages[action.stage].boundary(self._microbatches[key[1]].where)
         xp = namespace(self.stages[action.stage].buffers.values)
-        arrays = tuple(xp.empty(spec.shape, spec.dtype) for spec in boundary if spec.differentiable or from_stage < action.stage)
+        arrays = tuple(
+            xp.empty(spec.shape, spec.dtype)
+            for spec in boundary
+            if spec.differentiable or from_stage < action.stage
+        )
         for array in arrays:
             self.links.recv(array, rank, tag)
         mailbox[key] = arrays

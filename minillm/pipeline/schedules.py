@@ -1,8 +1,9 @@
 """Pipeline schedules as pure functions from (ranks, microbatches) to data.
 
-Each returns the compute actions only; `lower` adds the messages and the reductions. Whatever the schedule, a stage runs its backward passes
-in the order of the microbatches, so gradients are summed in one order and all schedules give the same bits. On one rank every schedule is
-plain gradient accumulation, F0 B0 F1 B1 ..., which holds the activations of one microbatch.
+Each returns the compute actions only; `lower` adds the messages and the reductions. Whatever the
+schedule, a stage runs its backward passes in the order of the microbatches, so gradients are summed
+in one order and all schedules give the same bits. On one rank every schedule is plain gradient
+accumulation, F0 B0 F1 B1 ..., which holds the activations of one microbatch.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from minillm.pipeline.action import Action, ActionKind, Schedule
 def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     """All forward passes, then all backward passes (Huang et al. 2019, arXiv:1811.06965).
 
-    Every rank waits while the pipeline fills and drains: the bubble is (p - 1) / (m + p - 1) of the time. All m microbatches' activations
-    are held at once.
+    Every rank waits while the pipeline fills and drains: the bubble is (p - 1) / (m + p - 1) of the
+    time. All m microbatches' activations are held at once.
     """
     if num_ranks == 1:
         return _accumulate(num_microbatches)
@@ -25,11 +26,12 @@ def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
-    """1F1B, also PipeDream-Flush (Narayanan et al. 2021, arXiv:2104.04473): after a warm-up each rank alternates one forward and one
-    backward pass.
+    """1F1B, also PipeDream-Flush (Narayanan et al. 2021, arXiv:2104.04473): after a warm-up each
+    rank alternates one forward and one backward pass.
 
-    Rank r starts with p - r - 1 forward passes: so long does it take until the first microbatch's gradient has come back to it. The bubble
-    is that of GPipe, (p - 1) / (m + p - 1), but a rank holds the activations of at most p - r microbatches, however many there are.
+    Rank r starts with p - r - 1 forward passes: so long does it take until the first microbatch's
+    gradient has come back to it. The bubble is that of GPipe, (p - 1) / (m + p - 1), but a rank
+    holds the activations of at most p - r microbatches, however many there are.
     """
     if num_ranks == 1:
         return _accumulate(num_microbatches)
@@ -39,7 +41,9 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
 def forward_only(num_ranks: int, num_microbatches: int) -> Schedule:
     """Evaluation: every microbatch forward, nothing back."""
     _check(num_ranks, num_microbatches)
-    rows = tuple(tuple(Action(ActionKind.F, r, m) for m in range(num_microbatches)) for r in range(num_ranks))
+    rows = tuple(
+        tuple(Action(ActionKind.F, r, m) for m in range(num_microbatches)) for r in range(num_ranks)
+    )
     return Schedule(num_ranks, num_microbatches, tuple(range(num_ranks)), rows)
 
 
@@ -51,19 +55,24 @@ def _accumulate(num_microbatches: int) -> Schedule:
 
 
 def _chain(num_ranks: int, num_microbatches: int, warmup: Callable[[int], int]) -> Schedule:
-    """Rank r runs warmup(r) forward passes, then alternates F and B while there are forward passes left, then the remaining backward
-    passes."""
+    """Rank r runs warmup(r) forward passes, then alternates F and B while there are forward passes
+    left, then the remaining backward passes."""
     _check(num_ranks, num_microbatches)
     rows = []
     for r in range(num_ranks):
         ahead = min(warmup(r), num_microbatches)
         forward = [Action(ActionKind.F, r, m) for m in range(num_microbatches)]
         backward = [Action(ActionKind.B, r, m) for m in range(num_microbatches)]
-        steady = [action for pair in zip(forward[ahead:], backward, strict=False) for action in pair]
+        steady = [
+            action for pair in zip(forward[ahead:], backward, strict=False) for action in pair
+        ]
         rows.append((*forward[:ahead], *steady, *backward[num_microbatches - ahead :]))
     return Schedule(num_ranks, num_microbatches, tuple(range(num_ranks)), tuple(rows))
 
 
 def _check(num_ranks: int, num_microbatches: int) -> None:
     if num_ranks < 1 or num_microbatches < 1:
-        raise ScheduleError(f"a schedule needs at least 1 rank and 1 microbatch, not {num_ranks} and {num_microbatches}")
+        raise ScheduleError(
+            f"a schedule needs at least 1 rank and 1 microbatch, not {num_ranks} and "
+            f"{num_microbatches}"
+        )

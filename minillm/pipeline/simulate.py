@@ -1,8 +1,9 @@
 """What a schedule would take: run it on paper with given costs.
 
-The same rows that ranks execute are played against a clock: an action starts when its rank is free and its inputs are there. The result
-says how long a step takes, how much of it each rank idles, and how many microbatches' activations each rank holds at once. A schedule that
-cannot finish is an error that names who waits for what.
+The same rows that ranks execute are played against a clock: an action starts when its rank is free
+and its inputs are there. The result says how long a step takes, how much of it each rank idles, and
+how many microbatches' activations each rank holds at once. A schedule that cannot finish is an
+error that names who waits for what.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ Time: TypeAlias = int | float | Fraction
 
 @dataclass(frozen=True)
 class Cost:
-    """How long actions take, in any unit. `stage_factor` scales the compute of single stages: the last one has the head, which computes
-    gradients in F.
+    """How long actions take, in any unit. `stage_factor` scales the compute of single stages: the
+    last one has the head, which computes gradients in F.
 
-    B costs `backward`; I and W, its two halves, cost `backward / 2` each unless given. A message arrives `send` after it was sent.
+    B costs `backward`; I and W, its two halves, cost `backward / 2` each unless given. A message
+    arrives `send` after it was sent.
     """
 
     forward: Time = 1
@@ -74,13 +76,15 @@ class Timeline:
 
     @property
     def bubble(self) -> Time:
-        """The share of all ranks' time in which they idle, exact for integer and fractional costs."""
+        """The share of all ranks' time in which they idle, exact for integer and fractional
+        costs."""
         total = self.makespan * self.schedule.num_ranks
         busy = sum(self.busy(rank) for rank in range(self.schedule.num_ranks))
         return Fraction(total - busy) / Fraction(total) if total else 0
 
     def peak_in_flight(self, rank: int) -> int:
-        """The most microbatches whose activations `rank` holds at once, counted per stage: from F to B (or W); none without a backward."""
+        """The most microbatches whose activations `rank` holds at once, counted per stage: from F
+        to B (or W); none without a backward."""
         events = [event for event in self.events if event.rank == rank]  # in the order of the row
         trained = any(event.action.kind is not K.F for event in events)
         held = peak = 0
@@ -94,10 +98,12 @@ class Timeline:
 
 
 def simulate(schedule: Schedule, cost: Cost | None = None, *, rendezvous: bool = False) -> Timeline:
-    """Play `schedule`, lowered or not. Raises ScheduleError naming what is stuck if it cannot finish.
+    """Play `schedule`, lowered or not. Raises ScheduleError naming what is stuck if it cannot
+    finish.
 
-    Compute actions alone wait for their inputs as if messages were free; a lowered schedule waits in its receives. With `rendezvous`, a
-    send holds its rank until the receiver has arrived at the receive: the harshest transport there can be.
+    Compute actions alone wait for their inputs as if messages were free; a lowered schedule waits
+    in its receives. With `rendezvous`, a send holds its rank until the receiver has arrived at the
+    receive: the harshest transport there can be.
     """
     return _Player(schedule, cost or Cost(), rendezvous).play()
 
@@ -107,7 +113,9 @@ class _Player:
         self.schedule, self.cost, self.rendezvous = schedule, cost, rendezvous
         self.source = {link.dst_stage: link.src_stage for link in schedule.links}
         self.target = {link.src_stage: link.dst_stage for link in schedule.links}
-        self.split = {action[1:] for row in schedule.actions for action in row if action.kind is K.I}
+        self.split = {
+            action[1:] for row in schedule.actions for action in row if action.kind is K.I
+        }
         self.lowered = any(action.kind is K.SEND_F for row in schedule.actions for action in row)
         self.ended: dict[Action, Time] = {}
         self.position = [0] * schedule.num_ranks
@@ -117,9 +125,15 @@ class _Player:
     def play(self) -> Timeline:
         while any(self._advance(rank) for rank in range(self.schedule.num_ranks)):
             pass
-        stuck = [rank for rank, row in enumerate(self.schedule.actions) if self.position[rank] < len(row)]
+        stuck = [
+            rank for rank, row in enumerate(self.schedule.actions) if self.position[rank] < len(row)
+        ]
         if stuck:
-            lines = [f"rank {rank} at {self._next(rank)}, waiting for {', '.join(map(str, self._missing(rank)))}" for rank in stuck]
+            lines = [
+                f"rank {rank} at {self._next(rank)}, waiting for "
+                f"{', '.join(map(str, self._missing(rank)))}"
+                for rank in stuck
+            ]
             raise ScheduleError(f"this schedule never finishes; stuck: {'; '.join(lines)}")
         return Timeline(self.schedule, tuple(self.events))
 
@@ -135,17 +149,26 @@ class _Player:
         return missing
 
     def _advance(self, rank: int) -> bool:
-        """Run the next action of a rank if it can; with rendezvous, a send and its receive happen together."""
+        """Run the next action of a rank if it can; with rendezvous, a send and its receive happen
+        together."""
         if self.position[rank] >= len(self.schedule.actions[rank]):
             return False
         action = self._next(rank)
         if any(need not in self.ended for need in self._needs(action)):
             return False
-        start = max([self.free[rank], *(self.ended[need] + self._travel(need, action) for need in self._needs(action))])
+        start = max(
+            [
+                self.free[rank],
+                *(self.ended[need] + self._travel(need, action) for need in self._needs(action)),
+            ]
+        )
         if self.rendezvous and action.kind in (K.SEND_F, K.SEND_B):
             partner = self._partner(action)
             other = self.schedule.rank_of_stage[partner.stage]
-            if self.position[other] >= len(self.schedule.actions[other]) or self._next(other) != partner:
+            if (
+                self.position[other] >= len(self.schedule.actions[other])
+                or self._next(other) != partner
+            ):
                 return False
             start = max(start, self.free[other])
         end = start + self.cost.of(action)
@@ -162,11 +185,14 @@ class _Player:
 
     def _travel(self, need: Action, action: Action) -> Time:
         """The time from a result to its use on another rank."""
-        crosses = self.schedule.rank_of_stage[need.stage] != self.schedule.rank_of_stage[action.stage]
+        crosses = (
+            self.schedule.rank_of_stage[need.stage] != self.schedule.rank_of_stage[action.stage]
+        )
         return self.cost.send if crosses else 0
 
     def _needs(self, action: Action) -> list[Action]:
-        """The actions that must have ended before `action` starts, besides those before it in its row."""
+        """The actions that must have ended before `action` starts, besides those before it in its
+        row."""
         return list(self._inputs(action.kind, action.stage, action.microbatch))
 
     def _inputs(self, kind: ActionKind, stage: int, m: int | None) -> Iterator[Action]:
@@ -188,10 +214,17 @@ class _Player:
         elif kind is K.RECV_B and target is not None:
             yield Action(K.SEND_B, target, m)
 
-    def _delivery(self, receive: ActionKind, stage: int, other: int, made_by: ActionKind, m: int | None) -> Iterator[Action]:
-        """The receive that brings an input, or, without messages, the neighbour's action that makes it."""
+    def _delivery(
+        self, receive: ActionKind, stage: int, other: int, made_by: ActionKind, m: int | None
+    ) -> Iterator[Action]:
+        """The receive that brings an input, or, without messages, the neighbour's action that makes
+        it."""
         ranks = self.schedule.rank_of_stage
-        yield Action(receive, stage, m) if self.lowered and ranks[stage] != ranks[other] else Action(made_by, other, m)
+        yield (
+            Action(receive, stage, m)
+            if self.lowered and ranks[stage] != ranks[other]
+            else Action(made_by, other, m)
+        )
 
     def _back_kind(self, stage: int, m: int | None) -> ActionKind:
         """Whether `stage` runs B or I for microbatch `m`."""

@@ -1,4 +1,5 @@
-"""One pipeline stage on one rank: its part of the model, the memory of its parameters, and the reducer of its gradients."""
+"""One pipeline stage on one rank: its part of the model, the memory of its parameters, and the
+reducer of its gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ BoundarySpec = tuple[ArraySpec, ...]
 
 
 class Microbatch(NamedTuple):
-    """This rank's share of one microbatch: token ids and targets [B, T], and where they sit in the global batch."""
+    """This rank's share of one microbatch: token ids and targets [B, T], and where they sit in the
+    global batch."""
 
     inputs: Array
     targets: Array
@@ -66,13 +68,16 @@ class Stage:
         return self.model.head is not None
 
     def boundary(self, where: Where) -> BoundarySpec:
-        """The arrays that cross each link of the pipeline: hidden states [B, T_local, D] of this rank's time shard."""
+        """The arrays that cross each link of the pipeline: hidden states [B, T_local, D] of this
+        rank's time shard."""
         outside = self.model.region.outside(where)
         assert outside.times is not None
         shape = (len(where.samples), len(outside.times), self.model.config.dim)
         return (ArraySpec("hidden", shape, self.buffers.values.dtype, True),)
 
-    def forward(self, arrived: Sequence[Array] | None, microbatch: Microbatch, divisor: float) -> Live:
+    def forward(
+        self, arrived: Sequence[Array] | None, microbatch: Microbatch, divisor: float
+    ) -> Live:
         """Run the stage on a microbatch; the last stage's result is its loss, a float64 scalar."""
         if self.first:
             source: tuple[Tensor, ...] = ()

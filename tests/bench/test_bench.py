@@ -20,7 +20,14 @@ def test_flops_count_the_parameters() -> None:
     for shape in CONFIGS.values():
         sizes = shape._asdict()
         del sizes["batch"]
-        model = ModelConfig(**sizes, kv_heads=shape.heads, ffn_dim=4 * shape.dim, bias=False, norm="rmsnorm", position="sinusoidal")
+        model = ModelConfig(
+            **sizes,
+            kv_heads=shape.heads,
+            ffn_dim=4 * shape.dim,
+            bias=False,
+            norm="rmsnorm",
+            position="sinusoidal",
+        )
         matrices = model.num_parameters() - shape.dim * (2 * shape.layers + 1)  # without the norms
         attention = 12 * shape.layers * shape.dim * shape.context
         assert shape.step_flops() == shape.tokens * (6 * matrices + attention)
@@ -41,49 +48,97 @@ def test_median_and_foreign_load_are_measured() -> None:
 
 
 def test_table_is_aligned() -> None:
-    assert table(("a", "b"), [["long name", "1"]]) == "| a         | b |\n|-----------|--:|\n| long name | 1 |"
+    assert (
+        table(("a", "b"), [["long name", "1"]])
+        == "| a         | b |\n|-----------|--:|\n| long name | 1 |"
+    )
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "minillm.bench", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "minillm.bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("ranks", ["1", pytest.param("2", marks=needs_mpirun)])
 def test_train_prints_a_table_and_writes_its_turns(tmp_path: Path, ranks: str) -> None:
     sizes = ["--layers=1", "--heads=2", "--dim=32", "--context=16", "--batch=2", "--vocab=40"]
-    done = bench("train", *sizes, "--rounds=1", "--seconds=0.05", f"--ranks={ranks}", f"--json={tmp_path / 'turns.json'}")
+    done = bench(
+        "train",
+        *sizes,
+        "--rounds=1",
+        "--seconds=0.05",
+        f"--ranks={ranks}",
+        f"--json={tmp_path / 'turns.json'}",
+    )
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout and "of SGEMM" in done.stdout
     report = json.loads((tmp_path / "turns.json").read_text())
-    assert [name[: len("minillm 1 x")] for name in report["turns"]] == [f"minillm {n} x" for n in sorted({ranks, "1"}, reverse=True)]
+    assert [name[: len("minillm 1 x")] for name in report["turns"]] == [
+        f"minillm {n} x" for n in sorted({ranks, "1"}, reverse=True)
+    ]
     for turns in report["turns"].values():  # several ranks, and one process beside them
-        assert turns == [None] or (min(turns[0]["times"]) > 0 and turns[0]["peak_rss"] > 1e7 and turns[0]["gemm_flops"] > 1e8)
+        assert turns == [None] or (
+            min(turns[0]["times"]) > 0
+            and turns[0]["peak_rss"] > 1e7
+            and turns[0]["gemm_flops"] > 1e8
+        )
 
 
 def test_kernels_times_every_implementation(tmp_path: Path) -> None:
-    done = bench("kernels", "--rows=64", "--dim=64", "--context=32", "--vocab=50", "--only=norm_forward", f"--json={tmp_path / 'k.json'}")
+    done = bench(
+        "kernels",
+        "--rows=64",
+        "--dim=64",
+        "--context=32",
+        "--vocab=50",
+        "--only=norm_forward",
+        f"--json={tmp_path / 'k.json'}",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "k.json").read_text())["results"]
     assert {entry["op"] for entry in found} == {"layernorm_forward", "rmsnorm_forward"}
-    assert "numpy:reference" in {entry["choice"] for entry in found} and all(entry["seconds"] > 0 for entry in found)
+    assert "numpy:reference" in {entry["choice"] for entry in found} and all(
+        entry["seconds"] > 0 for entry in found
+    )
 
 
 PARTS = {
     "attention": ["--tokens=64", "--contexts=16,32", "--heads=2", "--width=8"],
     "head": ["--rows=64", "--dim=16", "--vocabs=50,300"],
-    "generate": ["--layers=1", "--heads=2", "--dim=32", "--context=12", "--vocab=40", "--prompt=4", "--batches=1,2"],
+    "generate": [
+        "--layers=1",
+        "--heads=2",
+        "--dim=32",
+        "--context=12",
+        "--vocab=40",
+        "--prompt=4",
+        "--batches=1,2",
+    ],
 }
 
 
 @pytest.mark.parametrize("part", list(PARTS))
 def test_parts_of_a_model_are_timed(tmp_path: Path, part: str) -> None:
-    done = bench(part, *PARTS[part], "--rounds=1", "--seconds=0.01", "--threads=1", f"--json={tmp_path / 'part.json'}")
+    done = bench(
+        part,
+        *PARTS[part],
+        "--rounds=1",
+        "--seconds=0.01",
+        "--threads=1",
+        f"--json={tmp_path / 'part.json'}",
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "part.json").read_text())["results"]
     assert len(results) == 2
     for result in results:
         (turn,) = result["turns"]["minillm"]
-        assert turn is None or all(min(times) > 0 for name, times in turn.items() if name != "peak_rss")
+        assert turn is None or all(
+            min(times) > 0 for name, times in turn.items() if name != "peak_rss"
+        )
 
 
 @needs_mpirun
@@ -94,7 +149,10 @@ def test_comm_times_messages_and_shared_memory(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "comm.json").read_text())["results"]
     messages = {entry["operation"] for entry in results if entry["transport"] == "messages"}
     assert messages == {"all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send"}
-    assert {entry["bytes"] for entry in results if entry["transport"] == "shared memory"} == {8, 4096}
+    assert {entry["bytes"] for entry in results if entry["transport"] == "shared memory"} == {
+        8,
+        4096,
+    }
     assert all(entry["seconds"] > 0 for entry in results)
 
 

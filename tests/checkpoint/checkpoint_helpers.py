@@ -26,7 +26,9 @@ def new_trainer(comm: Communicator, config: ResolvedConfig) -> Trainer:
     return Trainer(config, comm, make_batches(config), std=INIT_STD)
 
 
-def save_trainer(trainer: Trainer, directory: Path, step: int, keep: int = 2, meta: dict[str, Any] | None = None) -> Path:
+def save_trainer(
+    trainer: Trainer, directory: Path, step: int, keep: int = 2, meta: dict[str, Any] | None = None
+) -> Path:
     mesh = trainer.mesh
     return save(
         directory,
@@ -41,18 +43,26 @@ def save_trainer(trainer: Trainer, directory: Path, step: int, keep: int = 2, me
 
 
 def load_trainer(trainer: Trainer, path: Path) -> None:
-    checkpoint.load(CheckpointSource(path), trainer.state(), trainer.mesh.shape, trainer.mesh.coords)
+    checkpoint.load(
+        CheckpointSource(path), trainer.state(), trainer.mesh.shape, trainer.mesh.coords
+    )
 
 
 def state_pieces(trainer: Trainer) -> dict[str, Any]:
     """As `training_helpers.pieces`, of everything that a checkpoint holds."""
     mesh = trainer.mesh
     return {
-        t.name: (t.spec.shape, [(g, t.data[here].copy()) for g, here in t.spec.pieces(mesh.shape, mesh.coords)]) for t in trainer.state()
+        t.name: (
+            t.spec.shape,
+            [(g, t.data[here].copy()) for g, here in t.spec.pieces(mesh.shape, mesh.coords)],
+        )
+        for t in trainer.state()
     }
 
 
-def trained(layout: Layout, directory: Path, model: str = "gpt2", steps: int = 2, **changes: Any) -> dict[str, np.ndarray]:
+def trained(
+    layout: Layout, directory: Path, model: str = "gpt2", steps: int = 2, **changes: Any
+) -> dict[str, np.ndarray]:
     """Train, save, and return the global state."""
 
     def rank(comm: Communicator) -> dict[str, Any]:
@@ -66,7 +76,12 @@ def trained(layout: Layout, directory: Path, model: str = "gpt2", steps: int = 2
 
 
 def small_save(
-    comm: Communicator, directory: Path, step: int, value: float = 1.0, keep: int = 9, meta: dict[str, Any] | None = None
+    comm: Communicator,
+    directory: Path,
+    step: int,
+    value: float = 1.0,
+    keep: int = 9,
+    meta: dict[str, Any] | None = None,
 ) -> Path:
     """Save one array cut over tp and one that all ranks hold."""
     mesh = MeshShape(tp=comm.size)
@@ -76,16 +91,34 @@ def small_save(
         StateTensor("whole", ShardSpec.replicated(3), np.full(3, value, np.float32)),
     ]
     coords = mesh.coords(comm.rank)
-    return save(directory, world=comm, mesh_shape=mesh, coords=coords, tensors=tensors, meta=meta or {}, step=step, keep=keep)
+    return save(
+        directory,
+        world=comm,
+        mesh_shape=mesh,
+        coords=coords,
+        tensors=tensors,
+        meta=meta or {},
+        step=step,
+        keep=keep,
+    )
 
 
 def small_run(directory: Path, *steps: int, num_ranks: int = 2, **options: Any) -> list[Path]:
-    return [run_ranks(num_ranks, lambda comm, s=step: small_save(comm, directory, s, float(s), **options))[0] for step in steps]
+    return [
+        run_ranks(
+            num_ranks, lambda comm, s=step: small_save(comm, directory, s, float(s), **options)
+        )[0]
+        for step in steps
+    ]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -94,5 +127,7 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> No
     body = json.loads(file.read_text())
     del body["sha256"]
     change(body)
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
     file.write_text(json.dumps(body | {"sha256": digest}))

@@ -18,7 +18,10 @@ from minillm.errors import CheckpointError
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"runs/none does not exist"):
         checkpoint.find(Path("runs/none"))
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .*looked for folders like step-00000100 .*manifest\.json"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"no checkpoint in .*looked for folders like step-00000100 .*manifest\.json",
+    ):
         checkpoint.find(tmp_path)
 
 
@@ -104,7 +107,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damage_is_refused_and_an_older_one_offered(damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_damage_is_refused_and_an_older_one_offered(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
     paths = small_run(tmp_path, 10, 20, 30)
     truncate(paths[1])  # the one before is no good either
     damage(paths[2])
@@ -127,7 +132,9 @@ def test_a_flipped_byte_in_any_file_is_found_by_all_ranks(tmp_path: Path) -> Non
     run_ranks(3, lambda comm: checkpoint.verify(path, comm))
 
     def rank(comm: Communicator, name: str) -> str:
-        with pytest.raises(CheckpointError, match=rf"{name} was altered.*no older complete checkpoint") as caught:
+        with pytest.raises(
+            CheckpointError, match=rf"{name} was altered.*no older complete checkpoint"
+        ) as caught:
             checkpoint.verify(path, comm)
         return str(caught.value)
 
@@ -138,15 +145,22 @@ def test_a_flipped_byte_in_any_file_is_found_by_all_ranks(tmp_path: Path) -> Non
         file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
         assert checkpoint.find(tmp_path) == path  # sizes alone do not show it
         for num_ranks in (1, 3, 6):
-            assert len(set(run_ranks(num_ranks, lambda comm, name=file.name: rank(comm, name)))) == 1
+            assert (
+                len(set(run_ranks(num_ranks, lambda comm, name=file.name: rank(comm, name)))) == 1
+            )
         file.write_bytes(intact)
 
 
 def test_a_file_damaged_after_the_check_is_still_an_error(tmp_path: Path) -> None:
-    """Damage between `find` and `load`: a header that is no header, and a file of another checkpoint."""
+    """Damage between `find` and `load`: a header that is no header, and a file of another
+    checkpoint."""
     first, second = small_run(tmp_path, 10, 20)
     source = CheckpointSource(second)
     (second / "rank-00001.safetensors").write_bytes(b"\xff" * 300)
-    with pytest.raises(CheckpointError, match=rf"rank-00001\.safetensors cannot be read.*{first.name}"):
+    with pytest.raises(
+        CheckpointError, match=rf"rank-00001\.safetensors cannot be read.*{first.name}"
+    ):
         source.read("cut", (slice(0, 6), slice(0, 4)))
-    np.testing.assert_array_equal(source.read("cut", (slice(0, 3), slice(1, 2))), np.full((3, 1), 20))  # only the other file is needed
+    np.testing.assert_array_equal(
+        source.read("cut", (slice(0, 3), slice(1, 2))), np.full((3, 1), 20)
+    )  # only the other file is needed

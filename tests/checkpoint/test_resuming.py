@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_helpers import TINY, WIDE, load_trainer, new_trainer, save_trainer, state_pieces, trained
+from checkpoint_helpers import (
+    TINY,
+    WIDE,
+    load_trainer,
+    new_trainer,
+    save_trainer,
+    state_pieces,
+    trained,
+)
 from training_helpers import Layout, assemble, make_config, pieces, with_layout
 
 from minillm import checkpoint
@@ -17,7 +25,14 @@ from minillm.errors import CheckpointError
 from minillm.resolve import ResolvedConfig
 
 
-def run_steps(comm: Communicator, config: ResolvedConfig, first: int, last: int, start: Path | None, end: Path | None) -> Any:
+def run_steps(
+    comm: Communicator,
+    config: ResolvedConfig,
+    first: int,
+    last: int,
+    start: Path | None,
+    end: Path | None,
+) -> Any:
     trainer = new_trainer(comm, config)
     if start is not None:
         for tensor in trainer.state():
@@ -35,13 +50,22 @@ def test_resuming_on_the_same_mesh_gives_the_same_bits(tmp_path: Path) -> None:
     run_ranks(8, lambda comm: run_steps(comm, config, 0, 3, None, tmp_path))
     second = run_ranks(8, lambda comm: run_steps(comm, config, 3, 6, tmp_path, None))
     assert second[0][0] == whole[0][0][3:]
-    expected, found = (assemble([result[1] for result in results], 0.0) for results in (whole, second))
-    assert {name.split("/")[1] for name in expected if name.startswith("optimizer/")} == {"exp_avg", "exp_avg_sq"}
+    expected, found = (
+        assemble([result[1] for result in results], 0.0) for results in (whole, second)
+    )
+    assert {name.split("/")[1] for name in expected if name.startswith("optimizer/")} == {
+        "exp_avg",
+        "exp_avg_sq",
+    }
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=4, sp=True), Layout(pp=2, dp=2, num_microbatches=2, schedule="gpipe")], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tp=4, sp=True), Layout(pp=2, dp=2, num_microbatches=2, schedule="gpipe")],
+    ids=str,
+)
 def test_resuming_on_another_mesh_agrees_to_rounding(layout: Layout, tmp_path: Path) -> None:
     before = make_config("gpt2", Layout(tp=2, dp=2), **TINY)
     after = make_config("gpt2", layout, **TINY)
@@ -51,11 +75,15 @@ def test_resuming_on_another_mesh_agrees_to_rounding(layout: Layout, tmp_path: P
     np.testing.assert_allclose(second[0][0], whole[0][0][3:], rtol=1e-10)
     expected, found = (assemble([result[2] for result in results]) for results in (whole, second))
     for name, array in expected.items():
-        if not name.endswith("qkv.bias"):  # the key bias has a true gradient of 0, which AdamW turns into steps of rounding noise
+        if not name.endswith(
+            "qkv.bias"
+        ):  # the key bias has a true gradient of 0, which AdamW turns into steps of rounding noise
             assert np.linalg.norm(found[name] - array) <= 1e-10 * np.linalg.norm(array), name
 
 
-def refusal(directory: Path, model: str = "gpt2", layout: Layout | None = None, **changes: Any) -> str:
+def refusal(
+    directory: Path, model: str = "gpt2", layout: Layout | None = None, **changes: Any
+) -> str:
     """The error of loading the newest checkpoint into a model; checks that nothing was changed."""
 
     def rank(comm: Communicator) -> str:
@@ -86,7 +114,11 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_numeric_key_is_json_and_the_same_on_all_ranks() -> None:
     config = make_config("gpt2", WIDE, **TINY)
-    keys = run_ranks(8, lambda comm: checkpoint.numeric_key(config, comm, shared_by=1), nodes=[0, 0, 0, 0, 0, 1, 1, 1])
+    keys = run_ranks(
+        8,
+        lambda comm: checkpoint.numeric_key(config, comm, shared_by=1),
+        nodes=[0, 0, 0, 0, 0, 1, 1, 1],
+    )
     assert all(key == keys[0] for key in keys)
     assert json.loads(json.dumps(keys[0])) == keys[0]
     assert keys[0]["ranks_per_host"] == [5, 3]
@@ -98,12 +130,19 @@ def test_numeric_key_is_json_and_the_same_on_all_ranks() -> None:
 def test_difference_names_what_changed() -> None:
     def key(layout: Layout, **changes: Any) -> dict[str, Any]:
         config = make_config("gpt2", layout, **(TINY | changes))
-        return run_ranks(layout.num_ranks, lambda comm: checkpoint.numeric_key(config, comm, shared_by=1))[0]
+        return run_ranks(
+            layout.num_ranks, lambda comm: checkpoint.numeric_key(config, comm, shared_by=1)
+        )[0]
 
     old = key(Layout(dp=2))
     assert checkpoint.difference(old, key(Layout(dp=2))) is None
-    assert checkpoint.difference(old, key(Layout(dp=2), bucket_mb=1.0)) == "bucket mb 1.0 (was 0.004)"
-    assert checkpoint.difference(old, key(Layout(dp=2), recompute="full")) == "recompute full (was none)"
+    assert (
+        checkpoint.difference(old, key(Layout(dp=2), bucket_mb=1.0)) == "bucket mb 1.0 (was 0.004)"
+    )
+    assert (
+        checkpoint.difference(old, key(Layout(dp=2), recompute="full"))
+        == "recompute full (was none)"
+    )
     halves = checkpoint.difference(old, key(with_layout(Layout(dp=2), num_microbatches=2)))
     assert halves == "microbatch 2 (was 4), num microbatches 2 (was 1)"
     moved = checkpoint.difference(old, key(Layout(tp=2)))

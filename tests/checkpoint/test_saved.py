@@ -26,7 +26,9 @@ def test_saved_on_eight_ranks_loads_on_any_mesh(model: str, tmp_path: Path) -> N
     source = CheckpointSource(found)
     assert set(source.names()) == set(expected)
     for name, array in expected.items():
-        np.testing.assert_array_equal(source.read(name, tuple(slice(0, size) for size in array.shape)), array)
+        np.testing.assert_array_equal(
+            source.read(name, tuple(slice(0, size) for size in array.shape)), array
+        )
 
     def rank(comm: Communicator, layout: Layout) -> dict[str, Any]:
         trainer = new_trainer(comm, make_config(model, layout, **TINY))
@@ -37,8 +39,16 @@ def test_saved_on_eight_ranks_loads_on_any_mesh(model: str, tmp_path: Path) -> N
             assert not np.isnan(tensor.data).any(), f"{tensor.name}: padding was not zeroed"
         return state_pieces(trainer)
 
-    for layout in (Layout(), Layout(tp=4), Layout(pp=2, num_microbatches=2), Layout(tp=2, dp=2), Layout(dp=4)):
-        loaded = assemble(run_ranks(layout.num_ranks, lambda comm, layout=layout: rank(comm, layout)))
+    for layout in (
+        Layout(),
+        Layout(tp=4),
+        Layout(pp=2, num_microbatches=2),
+        Layout(tp=2, dp=2),
+        Layout(dp=4),
+    ):
+        loaded = assemble(
+            run_ranks(layout.num_ranks, lambda comm, layout=layout: rank(comm, layout))
+        )
         for name, array in expected.items():
             np.testing.assert_array_equal(loaded[name], array)
 
@@ -50,9 +60,13 @@ def test_every_element_lies_in_exactly_one_file(tmp_path: Path) -> None:
     path = checkpoint.find(tmp_path)
     files = {file.name: load_file(file) for file in path.glob("*.safetensors")}
     num_stored = sum(array.size for arrays in files.values() for array in arrays.values())
-    assert num_stored == sum(array.size for array in expected.values())  # padding nowhere, tied weights and replicas once
+    assert num_stored == sum(
+        array.size for array in expected.values()
+    )  # padding nowhere, tied weights and replicas once
     manifest = checkpoint.read_manifest(path)
-    listed = Counter((piece.file, piece.key) for entry in manifest.tensors.values() for piece in entry.pieces)
+    listed = Counter(
+        (piece.file, piece.key) for entry in manifest.tensors.values() for piece in entry.pieces
+    )
     assert set(listed.values()) == {1}
     assert set(listed) == {(file, key) for file, arrays in files.items() for key in arrays}
     for name, entry in manifest.tensors.items():
@@ -86,7 +100,10 @@ def test_tied_weight_is_written_by_the_first_stage_and_read_by_both(tmp_path: Pa
     layout = Layout(pp=2, num_microbatches=2)
     expected = trained(layout, tmp_path, steps=1)["model/embedding.weight"]
     path = checkpoint.find(tmp_path)
-    assert [piece.file for piece in checkpoint.read_manifest(path).tensors["model/embedding.weight"].pieces] == ["rank-00000.safetensors"]
+    assert [
+        piece.file
+        for piece in checkpoint.read_manifest(path).tensors["model/embedding.weight"].pieces
+    ] == ["rank-00000.safetensors"]
 
     def rank(comm: Communicator) -> np.ndarray:
         trainer = new_trainer(comm, make_config("gpt2", layout, seed=8, **TINY))
@@ -99,13 +116,16 @@ def test_tied_weight_is_written_by_the_first_stage_and_read_by_both(tmp_path: Pa
 
 def test_replicas_share_the_writing(tmp_path: Path) -> None:
     trained(Layout(dp=4), tmp_path, steps=1)
-    sizes = [entry.size for entry in checkpoint.read_manifest(checkpoint.find(tmp_path)).files.values()]
+    sizes = [
+        entry.size for entry in checkpoint.read_manifest(checkpoint.find(tmp_path)).files.values()
+    ]
     assert len(sizes) == 4
     assert max(sizes) < 0.6 * sum(sizes)
 
 
 def test_pieces_of_one_array_may_have_different_holders(tmp_path: Path) -> None:
-    """A segment that is cut beside one that is not: the second is on all ranks, but written by one."""
+    """A segment that is cut beside one that is not: the second is on all ranks, but written by
+    one."""
     spec = ShardSpec((10,), ((Segment(4, ("tp",)), Segment(6)),))
     mesh, whole = MeshShape(dp=2, tp=2), np.arange(10.0)
 
@@ -114,14 +134,29 @@ def test_pieces_of_one_array_may_have_different_holders(tmp_path: Path) -> None:
         data = np.zeros(spec.local_shape(mesh))
         for global_slices, local_slices in spec.pieces(mesh, coords):
             data[local_slices] = whole[global_slices]
-        save(tmp_path, world=comm, mesh_shape=mesh, coords=coords, tensors=[StateTensor("x", spec, data)], meta={}, step=1, keep=1)
+        save(
+            tmp_path,
+            world=comm,
+            mesh_shape=mesh,
+            coords=coords,
+            tensors=[StateTensor("x", spec, data)],
+            meta={},
+            step=1,
+            keep=1,
+        )
 
     run_ranks(4, rank)
-    np.testing.assert_array_equal(CheckpointSource(checkpoint.find(tmp_path)).read("x", (slice(1, 9),)), whole[1:9])
+    np.testing.assert_array_equal(
+        CheckpointSource(checkpoint.find(tmp_path)).read("x", (slice(1, 9),)), whole[1:9]
+    )
 
 
 def test_meta_step_and_scalars_come_back(tmp_path: Path) -> None:
-    meta = {"config": {"lr": 0.1, "out": None, "beta": 1e-300}, "sizes": (1, 2), "by number": {3: "ü", 20: "x"}}
+    meta = {
+        "config": {"lr": 0.1, "out": None, "beta": 1e-300},
+        "sizes": (1, 2),
+        "by number": {3: "ü", 20: "x"},
+    }
     data = np.array(2.5)
     path = run_ranks(
         1,

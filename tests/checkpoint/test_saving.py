@@ -27,7 +27,9 @@ save_module = sys.modules["minillm.checkpoint.save"]  # the name in the package 
 
 
 @pytest.mark.parametrize("where", ["rank-00001.safetensors", "manifest.json", "rename"])
-def test_full_disk_leaves_what_was_there(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_what_was_there(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_run(tmp_path, 10, 20, num_ranks=4)
     before = contents(tmp_path)
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -47,7 +49,10 @@ def test_full_disk_leaves_what_was_there(where: str, tmp_path: Path, monkeypatch
         return rename(path, target)
 
     def rank(comm: Communicator) -> str:
-        with pytest.raises(CheckpointError, match=r"step-00000020 could not be written: rank [01]: No space left on device") as caught:
+        with pytest.raises(
+            CheckpointError,
+            match=r"step-00000020 could not be written: rank [01]: No space left on device",
+        ) as caught:
             small_save(comm, tmp_path, 20, 5.0, keep=1)
         return str(caught.value)
 
@@ -62,14 +67,18 @@ def test_full_disk_leaves_what_was_there(where: str, tmp_path: Path, monkeypatch
     assert checkpoint.find(tmp_path).name == "step-00000030"
 
 
-def test_several_failing_ranks_make_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_failing_ranks_make_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(path: Path, blocks: Any) -> Any:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
 
     monkeypatch.setattr(save_module, "write_safetensors", fails)
 
     def rank(comm: Communicator) -> str:
-        with pytest.raises(CheckpointError, match=r"rank 0 \(and 2 more ranks\).*rank-00000\.safetensors") as caught:
+        with pytest.raises(
+            CheckpointError, match=r"rank 0 \(and 2 more ranks\).*rank-00000\.safetensors"
+        ) as caught:
             small_save(comm, tmp_path, 1)
         return str(caught.value)
 
@@ -81,7 +90,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     def rank(comm: Communicator) -> str:
-        with pytest.raises(CheckpointError, match=r"could not be written: rank 0.*folder that all ranks can write to") as caught:
+        with pytest.raises(
+            CheckpointError,
+            match=r"could not be written: rank 0.*folder that all ranks can write to",
+        ) as caught:
             small_save(comm, tmp_path / "file" / "run", 1)
         return str(caught.value)
 
@@ -92,8 +104,19 @@ def test_ranks_that_disagree_about_shards_are_found(tmp_path: Path) -> None:
     def rank(comm: Communicator) -> None:
         mesh = MeshShape(pp=2)
         tensors = [StateTensor("x", ShardSpec.replicated(2), np.zeros(2))]  # both stages claim it
-        with pytest.raises(CheckpointError, match="disagree about who holds what: the pieces of x have 4 elements"):
-            save(tmp_path, world=comm, mesh_shape=mesh, coords=mesh.coords(comm.rank), tensors=tensors, meta={}, step=1, keep=1)
+        with pytest.raises(
+            CheckpointError, match="disagree about who holds what: the pieces of x have 4 elements"
+        ):
+            save(
+                tmp_path,
+                world=comm,
+                mesh_shape=mesh,
+                coords=mesh.coords(comm.rank),
+                tensors=tensors,
+                meta={},
+                step=1,
+                keep=1,
+            )
 
     run_ranks(2, rank)
     assert not list(tmp_path.iterdir())

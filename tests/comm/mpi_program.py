@@ -1,4 +1,5 @@
-"""Run by test_mpi.py under mpirun: one check a function, chosen by name; `all` runs the collective checks."""
+"""Run by test_mpi.py under mpirun: one check a function, chosen by name; `all` runs the collective
+checks."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def collectives(comm: Communicator) -> None:
         for dim in (0, 1):
             assert np.array_equal(comm.all_gather(parts[r], dim), np.concatenate(parts, dim))
         wide = np.concatenate(parts, 1)
-        assert np.array_equal(comm.reduce_scatter(wide, 1).astype(float), n * parts[r].astype(float))
+        assert np.array_equal(
+            comm.reduce_scatter(wide, 1).astype(float), n * parts[r].astype(float)
+        )
         got = comm.all_to_all([parts[r] + dtype(10 * d) for d in range(n)])
         assert all(np.array_equal(g, parts[s] + dtype(10 * r)) for s, g in enumerate(got))
         z = parts[r].copy()
@@ -51,7 +54,9 @@ def uneven(comm: Communicator) -> None:
     """Shards of different lengths, none among them, and arrays that are not contiguous."""
     n, r = comm.size, comm.rank
     sizes = [(3 * i) % 4 for i in range(n)]
-    shards = [np.random.default_rng(i).standard_normal((2, size, 3)) for i, size in enumerate(sizes)]
+    shards = [
+        np.random.default_rng(i).standard_normal((2, size, 3)) for i, size in enumerate(sizes)
+    ]
     whole = np.concatenate(shards, 1)
     assert np.array_equal(comm.all_gather(shards[r], 1, sizes), whole)
     assert np.allclose(comm.reduce_scatter(whole, 1, sizes), n * shards[r])
@@ -72,7 +77,9 @@ def identical_bits(comm: Communicator) -> None:
         for result in (x, y):
             root = result.copy()
             comm.broadcast_(root)
-            assert np.array_equal(root, result), f"rank {comm.rank} differs from rank 0 at size {size}"
+            assert np.array_equal(root, result), (
+                f"rank {comm.rank} differs from rank 0 at size {size}"
+            )
 
 
 def chunked(comm: Communicator) -> None:
@@ -89,7 +96,9 @@ def shared(comm: Communicator) -> None:
     window = comm.alloc_shared(100)
     window.parts[comm.rank][:] = comm.rank + 1
     window.sync()
-    assert all((part == rank + 1).all() and part.size == 100 for rank, part in enumerate(window.parts))
+    assert all(
+        (part == rank + 1).all() and part.size == 100 for rank, part in enumerate(window.parts)
+    )
     assert window.parts[0].ctypes.data % 64 == 0
     window.sync()
     window.free()
@@ -98,11 +107,15 @@ def shared(comm: Communicator) -> None:
 def groups(comm: Communicator) -> None:
     """Splits have their own ranks and ledger rows."""
     half = comm.split(comm.rank % 2, -comm.rank, "half")
-    assert half is not None and half.gather_json(comm.rank) == sorted((r for r in range(comm.size) if r % 2 == comm.rank % 2), reverse=True)
+    assert half is not None and half.gather_json(comm.rank) == sorted(
+        (r for r in range(comm.size) if r % 2 == comm.rank % 2), reverse=True
+    )
     assert comm.split(None) is None
     before = ledger().payload().get(("half", "all_reduce"), 0)
     half.all_reduce_(np.zeros(10))
-    assert ledger().payload().get(("half", "all_reduce"), 0) - before == (80 if half.size > 1 else 0)
+    assert ledger().payload().get(("half", "all_reduce"), 0) - before == (
+        80 if half.size > 1 else 0
+    )
 
 
 def time_out(comm: Communicator) -> None:

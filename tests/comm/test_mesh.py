@@ -1,4 +1,5 @@
-"""The mesh: coordinates and groups, and what happens to ranks as threads when one fails or waits for what never comes."""
+"""The mesh: coordinates and groups, and what happens to ranks as threads when one fails or waits
+for what never comes."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def test_coordinates_and_ranks_are_inverse_and_tp_ranks_are_neighbours() -> None
 def test_groups_hold_the_ranks_that_differ_in_their_axes_only() -> None:
     def members(comm: Communicator) -> dict[str, list[int]]:
         mesh = Mesh(comm, SHAPE, {"shared": (0, 1)})
-        groups = {axis: mesh.axis(axis) for axis in ("pp", "dp", "tp")} | {"tie": mesh.tie("shared")}
+        groups = {axis: mesh.axis(axis) for axis in ("pp", "dp", "tp")} | {
+            "tie": mesh.tie("shared")
+        }
         return {name: group.gather_json(comm.rank) for name, group in groups.items()}
 
     assert run_ranks(8, members)[5] == {"pp": [1, 5], "dp": [5, 7], "tp": [4, 5], "tie": [1, 5]}

@@ -42,4 +42,7 @@ def test_the_launcher_of_another_mpi_is_named() -> None:
     """Such an mpirun starts N programs whose MPI sees one rank."""
     done = finish(start(0, [PROGRAM, "all", "1"], env={"OMPI_COMM_WORLD_SIZE": "4"}))
     assert done.returncode == 1
-    assert "started 4 ranks, but the MPI library in use sees 1" in done.output and "pip install" in done.output
+    assert (
+        "started 4 ranks, but the MPI library in use sees 1" in done.output
+        and "pip install" in done.output
+    )

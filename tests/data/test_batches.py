@@ -1,4 +1,5 @@
-"""Which tokens a step reads: a function of seed and step, every sequence once an epoch; held-out targets once each."""
+"""Which tokens a step reads: a function of seed and step, every sequence once an epoch; held-out
+targets once each."""
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ def batches() -> Batches:
 def test_rows_are_the_same_however_they_are_asked_for(batches: Batches) -> None:
     inputs, targets = batches.microbatch(40, np.arange(BATCH))
     for cut in (slice(0, 2), slice(2, 3), slice(3, 6)):
-        part_inputs, part_targets = Batches(TOKENS, CONTEXT, BATCH, seed=3).microbatch(40, np.arange(BATCH)[cut])
+        part_inputs, part_targets = Batches(TOKENS, CONTEXT, BATCH, seed=3).microbatch(
+            40, np.arange(BATCH)[cut]
+        )
         np.testing.assert_array_equal(part_inputs, inputs[cut])
         np.testing.assert_array_equal(part_targets, targets[cut])
 
@@ -40,7 +43,9 @@ def test_an_epoch_reads_every_window_once(batches: Batches, epoch: int) -> None:
 
 def test_another_seed_reads_in_another_order(batches: Batches) -> None:
     other = Batches(TOKENS, CONTEXT, BATCH, seed=4)
-    assert not np.array_equal(batches.starts(0, np.arange(BATCH)), other.starts(0, np.arange(BATCH)))
+    assert not np.array_equal(
+        batches.starts(0, np.arange(BATCH)), other.starts(0, np.arange(BATCH))
+    )
 
 
 @pytest.mark.parametrize("length", [CONTEXT + 1, CONTEXT + 2, 2 * CONTEXT, 2 * CONTEXT + 1])
@@ -57,7 +62,9 @@ def test_too_short_a_text_and_foreign_rows_are_refused(batches: Batches) -> None
         batches.starts(0, [BATCH])
 
 
-@pytest.mark.parametrize(("length", "most"), [(1000, None), (100, None), (100, 33), (17, 16), (2, None), (100, 5000)])
+@pytest.mark.parametrize(
+    ("length", "most"), [(1000, None), (100, None), (100, 33), (17, 16), (2, None), (100, 5000)]
+)
 def test_evaluation_counts_every_target_once(length: int, most: int | None) -> None:
     windows = eval_windows(TOKENS[:length], CONTEXT, most)
     counted = []
@@ -66,7 +73,10 @@ def test_evaluation_counts_every_target_once(length: int, most: int | None) -> N
         seen = targets != IGNORE_INDEX
         np.testing.assert_array_equal(targets[seen], inputs[seen] + 1)
         counted += targets[seen].tolist()
-    assert counted == list(range(1, min(length - 1, most or length) + 1)) and len(counted) == windows.num_tokens
+    assert (
+        counted == list(range(1, min(length - 1, most or length) + 1))
+        and len(counted) == windows.num_tokens
+    )
 
 
 def test_evaluation_of_nothing_is_refused() -> None:

@@ -31,7 +31,11 @@ def test_stdlib_is_in_fixed_order_and_leaves_out_tests_and_packages() -> None:
     root = Path(sysconfig.get_path("stdlib"))
     names = [file.relative_to(root).as_posix() for file in stdlib_files()]
     assert names == sorted(names, key=str.encode) and {"abc.py", "json/decoder.py"} <= set(names)
-    assert not [name for name in names if {"test", "tests", "site-packages", "_bundled"} & set(name.split("/")[:-1])]
+    assert not [
+        name
+        for name in names
+        if {"test", "tests", "site-packages", "_bundled"} & set(name.split("/")[:-1])
+    ]
 
 
 def test_stdlib_holds_out_its_last_twentieth() -> None:
@@ -72,19 +76,30 @@ def test_token_files(tmp_path: Path) -> None:
     header[:3] = 20240520, 1, len(ids)
     (tmp_path / "llmc.bin").write_bytes(header.tobytes() + ids.tobytes())
     whole = load_corpus(str(tmp_path / "train.bin"), context=16)
-    assert isinstance(whole.train, np.memmap) and np.array_equal(whole.train, ids) and np.array_equal(whole.held_out, ids[:100])
+    assert (
+        isinstance(whole.train, np.memmap)
+        and np.array_equal(whole.train, ids)
+        and np.array_equal(whole.held_out, ids[:100])
+    )
     for name in ("other.npy", "llmc.bin"):
         corpus = load_corpus(str(tmp_path / name), context=16)
-        assert np.array_equal(np.concatenate([corpus.train, corpus.held_out]), ids) and len(corpus.held_out) == 500
+        assert (
+            np.array_equal(np.concatenate([corpus.train, corpus.held_out]), ids)
+            and len(corpus.held_out) == 500
+        )
         assert corpus.vocab_size == int(ids.max()) + 1 and corpus.bytes_per_token is None
 
 
 def test_all_ranks_have_the_same(path: Path) -> None:
-    found: list[Corpus] = run_ranks(3, lambda comm: load_corpus(str(path), "char", context=16, comm=comm))
+    found: list[Corpus] = run_ranks(
+        3, lambda comm: load_corpus(str(path), "char", context=16, comm=comm)
+    )
     assert len({(c.sha256, c.train.tobytes(), c.held_out.tobytes()) for c in found}) == 1
 
 
-def test_a_text_that_differs_on_one_rank_is_refused_on_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_differs_on_one_rank_is_refused_on_all(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from minillm.data import corpus as module
 
     usual = module.read_text
@@ -103,7 +118,12 @@ def test_a_text_that_differs_on_one_rank_is_refused_on_all(path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("source", "words"), [("stdlb", "Did you mean 'stdlib'"), ("/nowhere", "no such file or folder"), ("/dev/null", "neither a file nor")]
+    ("source", "words"),
+    [
+        ("stdlb", "Did you mean 'stdlib'"),
+        ("/nowhere", "no such file or folder"),
+        ("/dev/null", "neither a file nor"),
+    ],
 )
 def test_unknown_sources_are_named(source: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -117,5 +137,7 @@ def test_shakespeare_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(pooch, "retrieve", offline)
-    with pytest.raises(ConfigError, match=r"could not fetch --data shakespeare .*no route to host.*--data stdlib"):
+    with pytest.raises(
+        ConfigError, match=r"could not fetch --data shakespeare .*no route to host.*--data stdlib"
+    ):
         load_corpus("shakespeare", context=16)

@@ -1,4 +1,5 @@
-"""Run by test_gpu_bench.py under mpirun: a rank of minillm.bench.agreement on the stand-in, or one that hangs or fails."""
+"""Run by test_gpu_bench.py under mpirun: a rank of minillm.bench.agreement on the stand-in, or one
+that hangs or fails."""
 
 from __future__ import annotations
 

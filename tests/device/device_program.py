@@ -1,4 +1,5 @@
-"""Run by test_device_mpi.py under mpirun: train on the stand-in over real messages, staged and by address, and compare with one rank."""
+"""Run by test_device_mpi.py under mpirun: train on the stand-in over real messages, staged and by
+address, and compare with one rank."""
 
 from __future__ import annotations
 
@@ -49,18 +50,30 @@ def main() -> int:
 
 def check_bfloat16(comm: Any, direct: bool) -> None:
     """Sums in rank order, rounded once; also where MPI's messages are cut."""
-    parts = [np.random.default_rng(r).standard_normal(3001).astype(BFLOAT16) for r in range(comm.size)]
+    parts = [
+        np.random.default_rng(r).standard_normal(3001).astype(BFLOAT16) for r in range(comm.size)
+    ]
     device = open_device("cuda")
     there = on_device(comm, device, direct)
     for limit in (1 << 30, 512):
         with chunk_limit(limit):
-            assert to_host(there.all_reduce_(device.upload(parts[comm.rank]))).tobytes() == reduce_in_order(parts, SUM).tobytes()
-            assert to_host(there.all_gather(device.upload(parts[comm.rank]))).tobytes() == np.concatenate(parts).tobytes()
+            assert (
+                to_host(there.all_reduce_(device.upload(parts[comm.rank]))).tobytes()
+                == reduce_in_order(parts, SUM).tobytes()
+            )
+            assert (
+                to_host(there.all_gather(device.upload(parts[comm.rank]))).tobytes()
+                == np.concatenate(parts).tobytes()
+            )
 
 
 def check_training(comm: Any, layout: Layout, direct: bool) -> None:
-    losses, _, found = train_rank(comm, make_config("gpt2", layout, **SIZES), "sgd", STEPS, direct=direct)
-    want_losses, _, want = train_rank(SelfCommunicator(), make_config("gpt2", Layout(), **SIZES), "sgd", STEPS)
+    losses, _, found = train_rank(
+        comm, make_config("gpt2", layout, **SIZES), "sgd", STEPS, direct=direct
+    )
+    want_losses, _, want = train_rank(
+        SelfCommunicator(), make_config("gpt2", Layout(), **SIZES), "sgd", STEPS
+    )
     np.testing.assert_allclose(losses, want_losses, rtol=TOLERANCE)
     weights = assemble([want[2]])
     for name, (_, blocks) in found[2].items():

@@ -1,4 +1,5 @@
-"""What a product passes to cuBLASLt: a stand-in for the library reads it and multiplies in NumPy; the real one takes the descriptors."""
+"""What a product passes to cuBLASLt: a stand-in for the library reads it and multiplies in NumPy;
+the real one takes the descriptors."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class FakeLibrary:
     def cublasLtCreate(self, out: Any) -> int:
         return self._new(out, "handle")
 
-    def cublasLtMatrixLayoutCreate(self, out: Any, dtype: Any, rows: Any, columns: Any, leading: Any) -> int:
+    def cublasLtMatrixLayoutCreate(
+        self, out: Any, dtype: Any, rows: Any, columns: Any, leading: Any
+    ) -> int:
         return self._new(out, (rows.value, columns.value, leading.value, dtype.value))
 
     def cublasLtMatmulDescCreate(self, out: Any, compute: Any, scale: Any) -> int:
@@ -58,8 +61,12 @@ class FakeLibrary:
         self.calls["heuristic"] += 1
         *layouts, wishes, _, found, count = rest
         kept, with_ = self.table[wishes.value], self.table[desc.value]
-        assert with_.get(8) in ((None,) if with_[7] == 1 else (64, 128, 256)), "the vector's alignment is known by now"
-        assert kept[1] == 32 << 20 and all(kept[a] in (2, 4, 8, 16, 32, 64, 128, 256) for a in (5, 6, 7, 8))
+        assert with_.get(8) in ((None,) if with_[7] == 1 else (64, 128, 256)), (
+            "the vector's alignment is known by now"
+        )
+        assert kept[1] == 32 << 20 and all(
+            kept[a] in (2, 4, 8, 16, 32, 64, 128, 256) for a in (5, 6, 7, 8)
+        )
         assert len(layouts) == 4 and layouts[2].value == layouts[3].value
         found._obj.algo[0] = 77
         count._obj.value = 1
@@ -68,21 +75,33 @@ class FakeLibrary:
     def cublasLtMatmul(self, handle: Any, desc: Any, alpha: Any, *rest: Any) -> int:
         self.calls["products"] += 1
         a, A, b, B, beta, c, C, d, D, algo, workspace, size, _ = rest
-        assert c.value == d.value and C.value == D.value and algo._obj[0] == 77 and workspace.value % 256 == 0 and size.value == 32 << 20
+        assert (
+            c.value == d.value
+            and C.value == D.value
+            and algo._obj[0] == 77
+            and workspace.value % 256 == 0
+            and size.value == 32 << 20
+        )
         with_, (m, n, ldc, c_type) = self.table[desc.value], self.table[C.value]
         left, right = (
-            _matrix(x.value, *self.table[layout.value][:3], _TYPES[self.table[layout.value][3]]).astype(np.float32)
+            _matrix(
+                x.value, *self.table[layout.value][:3], _TYPES[self.table[layout.value][3]]
+            ).astype(np.float32)
             for x, layout in ((a, A), (b, B))
         )
         target = _matrix(c.value, m, n, ldc, _TYPES[c_type])
-        result = alpha._obj.value * ((left.T if with_[3] else left) @ (right.T if with_[4] else right))
+        result = alpha._obj.value * (
+            (left.T if with_[3] else left) @ (right.T if with_[4] else right)
+        )
         if beta._obj.value:
             result += beta._obj.value * target.astype(np.float32)
         self.epilogues[with_[7]] += 1
         if with_[7] == 4:
             result += _matrix(with_[8], m, 1, m, _TYPES[c_type]).astype(np.float32)
         elif with_[7] == 512:
-            _matrix(with_[8], n, 1, n, _TYPES[c_type])[:, 0] = (right.T if with_[4] else right).sum(0)
+            _matrix(with_[8], n, 1, n, _TYPES[c_type])[:, 0] = (right.T if with_[4] else right).sum(
+                0
+            )
         else:
             assert with_[7] == 1
         target[...] = result.astype(target.dtype)
@@ -103,7 +122,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLibrary]:
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("way", ["plain", "bias", "accumulate", "sums"])
-def test_every_layout(shape: tuple[int, int, int], left: bool, right: bool, dtype: str, way: str) -> None:
+def test_every_layout(
+    shape: tuple[int, int, int], left: bool, right: bool, dtype: str, way: str
+) -> None:
     import cupy
 
     M, K, N = shape
@@ -122,11 +143,19 @@ def test_every_layout(shape: tuple[int, int, int], left: bool, right: bool, dtyp
         found = matmul(a, b)
     if sums is not None:
         np.testing.assert_allclose(to_host(sums), a64.sum(1), rtol=1e-5, atol=1e-5)
-    tolerance = 1e-6 if way in ("accumulate", "sums") or dtype == "float32" else float(ml_dtypes.finfo(dtype).eps)
-    assert np.abs(to_host(found).astype(np.float64) - want).max() <= 2 * tolerance * max(1.0, np.abs(want).max())
+    tolerance = (
+        1e-6
+        if way in ("accumulate", "sums") or dtype == "float32"
+        else float(ml_dtypes.finfo(dtype).eps)
+    )
+    assert np.abs(to_host(found).astype(np.float64) - want).max() <= 2 * tolerance * max(
+        1.0, np.abs(want).max()
+    )
 
 
-def test_sums_of_another_dtype_than_the_result_and_of_an_empty_product(library: FakeLibrary) -> None:
+def test_sums_of_another_dtype_than_the_result_and_of_an_empty_product(
+    library: FakeLibrary,
+) -> None:
     import cupy
 
     sums, ones = cupy.empty(4, np.float32), to_device(np.ones((4, 8), TYPES["bfloat16"]), cupy)
@@ -141,7 +170,10 @@ def test_sums_of_another_dtype_than_the_result_and_of_an_empty_product(library: 
 def test_a_bias_of_another_dtype_than_the_result() -> None:
     import cupy
 
-    bias, out = to_device(np.array([1, 2, 3], TYPES["bfloat16"]), cupy), cupy.zeros((4, 3), np.float32)
+    bias, out = (
+        to_device(np.array([1, 2, 3], TYPES["bfloat16"]), cupy),
+        cupy.zeros((4, 3), np.float32),
+    )
     ones = to_device(np.ones((4, 8), TYPES["bfloat16"]), cupy)
     assert (to_host(matmul(ones, ones[:3].T, out, bias=bias)) == [9, 10, 11]).all()
 
@@ -177,10 +209,13 @@ def test_a_step_makes_its_plans_once(library: FakeLibrary) -> None:
         found = losses()
     layers, microbatches, steps = 2, 2, 3
     every = layers * microbatches * steps
-    # Of a layer's four products all have a bias: added forward, and its gradient made with that of the weight.
+    # Of a layer's four products all have a bias: added forward, and its gradient made with that of
+    # the weight.
     assert library.epilogues[4] == library.epilogues[512] == 4 * every
     assert library.epilogues[1] > 4 * every  # gradients of inputs, and the head
-    np.testing.assert_allclose(found, plain, rtol=0.02)  # a bias is rounded with its product, not after it
+    np.testing.assert_allclose(
+        found, plain, rtol=0.02
+    )  # a bias is rounded with its product, not after it
 
 
 def test_a_status_is_an_error(library: FakeLibrary) -> None:

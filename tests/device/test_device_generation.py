@@ -1,5 +1,5 @@
-"""Generation with the key-value cache on the device: its logits are the CPU's, on every kind of layout, with the references and with our
-kernels."""
+"""Generation with the key-value cache on the device: its logits are the CPU's, on every kind of
+layout, with the references and with our kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ IDS = np.random.default_rng(5).integers(0, VOCAB, (1, LENGTH))
 
 
 def logits(comm: Communicator, config: ResolvedConfig) -> np.ndarray | None:
-    """Of the prompt's last position and of each further token, on ranks of the last stage [steps, V]."""
+    """Of the prompt's last position and of each further token, on ranks of the last stage [steps,
+    V]."""
     device = open_device(config.train.device)
     mesh = build_mesh(on_device(comm, device, direct=False), config)
     made = Generator(build_stages(config, mesh, training=False, std=0.1, device=device), mesh)
@@ -42,7 +43,9 @@ def everywhere(model: str, layout: Layout, **options: Any) -> list[np.ndarray]:
     return [one for one in found if one is not None]
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)], ids=str
+)
 @pytest.mark.parametrize("model", ["gpt2", "llama", "sinusoidal"])
 def test_float32_logits_are_those_of_the_cpu(model: str, layout: Layout) -> None:
     (want,) = everywhere(model, Layout(), dtype="float32")
@@ -53,13 +56,18 @@ def test_float32_logits_are_those_of_the_cpu(model: str, layout: Layout) -> None
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "capability"), [("gpt2", "float32", "80"), ("llama", "bfloat16", "80"), ("gpt2", "bfloat16", "90")]
+    ("model", "dtype", "capability"),
+    [("gpt2", "float32", "80"), ("llama", "bfloat16", "80"), ("gpt2", "bfloat16", "90")],
 )
-def test_our_kernels_generate(model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_kernels_generate(
+    model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The `.cu` files, with their bindings, on one new token at a time."""
     if cuda.emulator_unavailable:
         pytest.skip(cuda.emulator_unavailable)
-    small: dict[str, Any] = dict(layers=1, heads=2, dim=64, ffn_dim=48, **dict(kv_heads=1) if model == "llama" else {})
+    small: dict[str, Any] = dict(
+        layers=1, heads=2, dim=64, ffn_dim=48, **dict(kv_heads=1) if model == "llama" else {}
+    )
     (want,) = everywhere(model, Layout(), dtype="float64", **small)
     monkeypatch.setattr("standin.cuda.Device.compute_capability", capability)
     with installed("emulator"):

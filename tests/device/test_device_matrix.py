@@ -1,4 +1,5 @@
-"""Law 1 on the stand-in: training with device arrays on a mesh equals training on one rank, on the layouts of the CPU's matrix."""
+"""Law 1 on the stand-in: training with device arrays on a mesh equals training on one rank, on the
+layouts of the CPU's matrix."""
 
 from __future__ import annotations
 
@@ -22,9 +23,16 @@ SPREAD = [
     Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4),
 ]
 CELLS = [(model, layout) for model in ("gpt2", "llama") for layout in SPREAD]
-EVERY = [(model, layout) for model in MODELS for layout in layouts.all_layouts() if layouts.kv_heads_divide(model, layout)]
+EVERY = [
+    (model, layout)
+    for model in MODELS
+    for layout in layouts.all_layouts()
+    if layouts.kv_heads_divide(model, layout)
+]
 FULL = list(dict.fromkeys([*layouts.CELLS, *EVERY]))
-WHOLE: dict[str, Any] = dict(layers=BASE["layers"], heads=BASE["heads"], dim=32 * BASE["heads"])  # for stages and heads of every layout
+WHOLE: dict[str, Any] = dict(
+    layers=BASE["layers"], heads=BASE["heads"], dim=32 * BASE["heads"]
+)  # for stages and heads of every layout
 
 
 def scale(model_sizes: dict[str, Any]) -> float:
@@ -40,17 +48,22 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @cache
-def alone(model: str, optimizer: str, steps: int, std: float, options: tuple[tuple[str, Any], ...]) -> Outcome:
+def alone(
+    model: str, optimizer: str, steps: int, std: float, options: tuple[tuple[str, Any], ...]
+) -> Outcome:
     """One rank, in one microbatch."""
     with installed():
         return train(model, Layout(), optimizer=optimizer, steps=steps, std=std, **dict(options))
 
 
 def check_float32(model: str, layout: Layout, model_sizes: dict[str, Any]) -> None:
-    """Losses, norms, gradients and weights after two steps by SGD, dropout on, are those of one rank to rounding."""
+    """Losses, norms, gradients and weights after two steps by SGD, dropout on, are those of one
+    rank to rounding."""
     options, std = model_sizes | dict(dtype="float32", device="cuda"), scale(model_sizes)
     want = alone(model, "sgd", 2, std, tuple(options.items()))
-    found = train(model, layout, steps=2, std=std, direct=layout.tp == 2, **options)  # device memory goes both ways
+    found = train(
+        model, layout, steps=2, std=std, direct=layout.tp == 2, **options
+    )  # device memory goes both ways
     np.testing.assert_allclose(found.losses, want.losses, rtol=FLOAT32)
     np.testing.assert_allclose(found.norms, want.norms, rtol=FLOAT32)
     compare(found.first_grads, want.first_grads, FLOAT32, "first_grads")
@@ -58,12 +71,15 @@ def check_float32(model: str, layout: Layout, model_sizes: dict[str, Any]) -> No
 
 
 def check_bfloat16(model: str, layout: Layout, model_sizes: dict[str, Any]) -> None:
-    """Gradients differ from the one-rank run in bfloat16 by at most twice what that differs from float64."""
+    """Gradients differ from the one-rank run in bfloat16 by at most twice what that differs from
+    float64."""
     options = model_sizes | dict(dropout=0.0)
     narrow, std = options | dict(dtype="bfloat16", device="cuda"), scale(model_sizes)
     exact = alone(model, "sgd", 1, std, tuple((options | dict(dtype="float64")).items()))
     want = alone(model, "adamw", 1, std, tuple(narrow.items()))
-    found = train(model, layout, optimizer="adamw", steps=1, std=std, direct=layout.pp == 2, **narrow)
+    found = train(
+        model, layout, optimizer="adamw", steps=1, std=std, direct=layout.pp == 2, **narrow
+    )
     assert error(found, want) <= 2 * error(want, exact)
     assert math.isclose(found.losses[0], want.losses[0], rel_tol=2.0**-9)
 

@@ -1,4 +1,5 @@
-"""Device arrays over real MPI processes, on the stand-in: staged, and by address, which here are addresses of the host."""
+"""Device arrays over real MPI processes, on the stand-in: staged, and by address, which here are
+addresses of the host."""
 
 from __future__ import annotations
 
@@ -15,4 +16,6 @@ PROGRAM = str(Path(__file__).with_name("device_program.py"))
 def test_ranks_train_as_one_does(n: int, cells: int) -> None:
     done = mpirun(n, [PROGRAM], timeout=180)
     assert done.returncode == 0, done.output
-    assert done.output.count("same staged") == done.output.count("same direct") == n * cells, done.output
+    assert done.output.count("same staged") == done.output.count("same direct") == n * cells, (
+        done.output
+    )

@@ -28,9 +28,15 @@ TINY = Shape(2, 2, 64, 32, 4, 97)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes for the stand-in, and ranks that find it."""
     monkeypatch.setattr(agreement, "STEPS", 4)
-    monkeypatch.setattr(agreement, "SMALL", agreement.SMALL | dict(layers=2, dim=64, heads=2, context=16))
-    monkeypatch.setattr(agreement, "LAYOUTS", (dict(dp=2), dict(tp=2, pp=2, microbatch=4, sequence_parallel=True)))
-    monkeypatch.setattr(agreement, "PROGRAM", (str(Path(__file__).with_name("agreement_program.py")),))
+    monkeypatch.setattr(
+        agreement, "SMALL", agreement.SMALL | dict(layers=2, dim=64, heads=2, context=16)
+    )
+    monkeypatch.setattr(
+        agreement, "LAYOUTS", (dict(dp=2), dict(tp=2, pp=2, microbatch=4, sequence_parallel=True))
+    )
+    monkeypatch.setattr(
+        agreement, "PROGRAM", (str(Path(__file__).with_name("agreement_program.py")),)
+    )
 
 
 @needs_mpirun
@@ -43,40 +49,68 @@ def test_losses_and_ranks_agree(small: None) -> None:
     assert "Ranks that share the GPU (processes of mpirun), against one" in page
 
 
-def test_ranks_are_threads_where_there_is_no_mpirun(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_threads_where_there_is_no_mpirun(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(agreement, "LAYOUTS", (dict(tp=2),))
     monkeypatch.setattr(agreement.shutil, "which", lambda name, path: None)
     with installed():
         found = gpu.run(["ranks"], TINY)
     assert found["problems"] == [] and len(found["ranks"]) == 4
-    assert "(threads, since there is no mpirun here: pip install mpi4py mpich)" in gpu.markdown(found)
+    assert "(threads, since there is no mpirun here: pip install mpi4py mpich)" in gpu.markdown(
+        found
+    )
 
 
 @needs_mpirun
-@pytest.mark.parametrize(("ending", "words"), [("stay", "mpirun -n 2 was stopped after 2 s"), ("fail", "rank 1: .*no such layout")])
-def test_ranks_that_hang_or_fail_are_a_problem(ending: str, words: str, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [("stay", "mpirun -n 2 was stopped after 2 s"), ("fail", "rank 1: .*no such layout")],
+)
+def test_ranks_that_hang_or_fail_are_a_problem(
+    ending: str, words: str, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(agreement, "PROGRAM", (*agreement.PROGRAM, ending))
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=words):
-        agreement._processes(str(agreement.started_by()[0]), 2, agreement.Job({}, (), 1), 2 if ending == "stay" else 30)
+        agreement._processes(
+            str(agreement.started_by()[0]),
+            2,
+            agreement.Job({}, (), 1),
+            2 if ending == "stay" else 30,
+        )
     assert time.monotonic() - started < 20
 
 
-def test_a_wrong_loss_and_a_broken_section_are_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+def test_a_wrong_loss_and_a_broken_section_are_problems(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
     monkeypatch.setattr(
-        gpu, "losses", lambda: [agreement.losses_row("float32", [1.0, 2.1], [1.0, 2.0], 1e-4), agreement.row("nan", float("nan"), 1)]
+        gpu,
+        "losses",
+        lambda: [
+            agreement.losses_row("float32", [1.0, 2.1], [1.0, 2.0], 1e-4),
+            agreement.row("nan", float("nan"), 1),
+        ],
     )
     monkeypatch.setattr(gpu, "ranks", lambda seconds: 1 / 0)
     assert gpu.main(["--only=losses,ranks", f"--json={tmp_path / 'found.json'}"]) == 1
     problems = json.loads((tmp_path / "found.json").read_text())["problems"]
-    assert problems == ["losses: float32 is off by 5.0e-02", "losses: nan is off by nan", "ranks: ZeroDivisionError: division by zero"]
+    assert problems == [
+        "losses: float32 is off by 5.0e-02",
+        "losses: nan is off by nan",
+        "ranks: ZeroDivisionError: division by zero",
+    ]
     assert "PROBLEM losses" in capsys.readouterr().out
 
 
 def test_wrong_weights_of_one_rank_are_seen() -> None:
     whole = (slice(0, 4),)
     want = Trained([], [Block("w", (4,), whole, np.zeros(4), np.ones(4))])
-    good, bad = (Trained([], [Block("w", (4,), (slice(2, 4),), np.zeros(2), np.full(2, x))]) for x in (1.0, 1.5))
+    good, bad = (
+        Trained([], [Block("w", (4,), (slice(2, 4),), np.zeros(2), np.full(2, x))])
+        for x in (1.0, 1.5)
+    )
 
     def error(*ranks: Trained) -> float:
         return agreement.weights_error([agreement._squares(found, want) for found in ranks])
@@ -90,7 +124,9 @@ def test_what_there_is_no_time_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -
     saved: list[list[str]] = []
     found = gpu.run(["profile", "losses"], TINY, lambda found: saved.append(list(found["not_run"])))
     assert found["problems"] == ["losses: not run, no time", "profile: not run, no time"]
-    assert saved == [["losses", "profile"]] * 3 and "Not run: losses, profile." in gpu.markdown(found)
+    assert saved == [["losses", "profile"]] * 3 and "Not run: losses, profile." in gpu.markdown(
+        found
+    )
 
 
 def test_it_needs_numpy_cupy_and_ml_dtypes_only() -> None:
@@ -116,23 +152,54 @@ def test_the_profile_accounts_for_the_step(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gpu, "BUSY", 64)
     with installed():
         found = gpu.profile(open_device("cuda"), TINY)
-    assert found["launches"] > 0 and {"products", "CuPy's kernels", "host gaps"} <= set(found["shares"])
+    assert found["launches"] > 0 and {"products", "CuPy's kernels", "host gaps"} <= set(
+        found["shares"]
+    )
 
 
 def test_a_kernel_under_the_clock_still_has_an_occupancy() -> None:
     parts: dict[str, list[Any]] = {}
     with installed("emulator") as cupy:
-        x, ones, device = cupy.ones((4, 32), np.float32), cupy.ones(4, np.float32), open_device("cuda")
+        x, ones, device = (
+            cupy.ones((4, 32), np.float32),
+            cupy.ones(4, np.float32),
+            open_device("cuda"),
+        )
         with gpu._bracketed(device, parts):
             kernels.layernorm_backward(x, x, x[0], ones, ones)
     assert len(parts["other kernels"]) == 2  # a second one adds up the parameters' gradients
 
 
 def test_the_page_holds_every_number() -> None:
-    turn = {"times": [0.1], "seconds": 0.1, "tokens_per_second": 327680.0, "flops": 2e14, "peak_rss": 2e10, "gemm_flops": 8e14}
+    turn = {
+        "times": [0.1],
+        "seconds": 0.1,
+        "tokens_per_second": 327680.0,
+        "flops": 2e14,
+        "peak_rss": 2e10,
+        "gemm_flops": 8e14,
+    }
     other = turn | {"tokens_per_second": 163840.0, "peak_rss": 4e10}
     profile = {"launches": 7, "shares": {"products": 0.6, "host gaps": 0.004}}
-    found = {"problems": [], "not_run": ["torch eager"], "shape": {}, "gpt2": turn, "torch compile": other, "profile": profile}
+    found = {
+        "problems": [],
+        "not_run": ["torch eager"],
+        "shape": {},
+        "gpt2": turn,
+        "torch compile": other,
+        "profile": profile,
+    }
     page = gpu.markdown(found | {"cublaslt": turn | {"tokens_per_second": 360448.0}})
-    for words in ("327680", "360448", "0.25", "20.00", "60.0%", "| 2.00", "| 0.50", "0.00", "| 1.10", "Not run: torch eager."):
+    for words in (
+        "327680",
+        "360448",
+        "0.25",
+        "20.00",
+        "60.0%",
+        "| 2.00",
+        "| 0.50",
+        "0.00",
+        "| 1.10",
+        "Not run: torch eager.",
+    ):
         assert words.replace("| ", "") in page, words

@@ -24,19 +24,27 @@ def gpu() -> Iterator[Any]:
         yield module
 
 
-def made(rng: np.random.Generator, shape: tuple[int, int], dtype: str, transposed: bool, gpu: Any) -> tuple[Any, np.ndarray]:
+def made(
+    rng: np.random.Generator, shape: tuple[int, int], dtype: str, transposed: bool, gpu: Any
+) -> tuple[Any, np.ndarray]:
     """A device matrix, as it is or as the transposed view of another, and its values in float64."""
     host = rng.standard_normal(shape[::-1] if transposed else shape).astype(TYPES[dtype])
     device = to_device(host, gpu)
-    return (device.T, host.T.astype(np.float64)) if transposed else (device, host.astype(np.float64))
+    return (
+        (device.T, host.T.astype(np.float64)) if transposed else (device, host.astype(np.float64))
+    )
 
 
-@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 4, 6), (6, 4, 1), (4, 1, 5), (1, 1, 1), (33, 8, 17)])
+@pytest.mark.parametrize(
+    "shape", [(5, 7, 3), (1, 4, 6), (6, 4, 1), (4, 1, 5), (1, 1, 1), (33, 8, 17)]
+)
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("dtype", list(TYPES))
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_every_layout(shape: tuple[int, int, int], left: bool, right: bool, dtype: str, accumulate: bool, gpu: Any) -> None:
+def test_every_layout(
+    shape: tuple[int, int, int], left: bool, right: bool, dtype: str, accumulate: bool, gpu: Any
+) -> None:
     M, K, N = shape
     rng = np.random.default_rng(0)
     a, a64 = made(rng, (M, K), dtype, left, gpu)
@@ -48,7 +56,10 @@ def test_every_layout(shape: tuple[int, int, int], left: bool, right: bool, dtyp
     want = a64 @ b64 + (start if accumulate else 0)
     assert str(found.dtype) == ("float32" if accumulate else dtype)
     tolerance = 1e-6 if accumulate or dtype == "float32" else float(ml_dtypes.finfo(dtype).eps)
-    assert np.abs(to_host(found).astype(np.float64) - want).max() <= tolerance * max(1.0, np.abs(want).max()) * 2
+    assert (
+        np.abs(to_host(found).astype(np.float64) - want).max()
+        <= tolerance * max(1.0, np.abs(want).max()) * 2
+    )
     (call,) = products
     assert call.sizes == (N, M, K) and call.beta == float(accumulate) and call.compute == 68
     assert call.types == (dtype, dtype, "float32" if accumulate else dtype)
@@ -75,7 +86,10 @@ def test_rows_of_a_larger_matrix_are_taken_as_they_lie(gpu: Any) -> None:
     assert products[0].leading[:2] == (8, 8)
     target = gpu.zeros((5, 8), np.float32)
     matmul(big[1:3, 2:5], big[0:3, 0:2], out=target[1:3, 4:6])
-    assert np.array_equal(to_host(target)[1:3, 4:6], to_host(found)) and not to_host(target)[:, :4].any()
+    assert (
+        np.array_equal(to_host(target)[1:3, 4:6], to_host(found))
+        and not to_host(target)[:, :4].any()
+    )
 
 
 def test_what_would_need_a_copy_is_refused(gpu: Any) -> None:

@@ -1,4 +1,5 @@
-"""The training program on the stand-in: options, evaluation, checkpoints, a sample; and what is said where it cannot run."""
+"""The training program on the stand-in: options, evaluation, checkpoints, a sample; and what is
+said where it cannot run."""
 
 from __future__ import annotations
 
@@ -19,8 +20,25 @@ from minillm.device import open_device
 from minillm.errors import ConfigError
 from minillm.resolve import resolve
 
-OPTIONS = ["--device=cuda", "--layers=2", "--heads=2", "--dim=64", "--context=32", "--batch=8", "--microbatch=4", "--steps=6", "--warmup=1"]
-OPTIONS += ["--data=austen", "--eval-tokens=256", "--eval-every=4", "--save-every=3", "--sample-tokens=5", "--lr=0.01"]
+OPTIONS = [
+    "--device=cuda",
+    "--layers=2",
+    "--heads=2",
+    "--dim=64",
+    "--context=32",
+    "--batch=8",
+    "--microbatch=4",
+    "--steps=6",
+    "--warmup=1",
+]
+OPTIONS += [
+    "--data=austen",
+    "--eval-tokens=256",
+    "--eval-every=4",
+    "--save-every=3",
+    "--sample-tokens=5",
+    "--lr=0.01",
+]
 
 
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -36,15 +54,21 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_train_save_resume_evaluate_and_generate(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_save_resume_evaluate_and_generate(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     text = run(capsys, f"--dtype={dtype}", f"--out={whole}")
     assert "stand-in, device 0" in text and "--- a sample" in text and "held-out loss" in text
     run(capsys, f"--dtype={dtype}", f"--out={parts}", "--stop-after=3")
     run(capsys, f"--resume={parts}")
     first, second = lines(whole), lines(parts)
-    assert [line["step"] for line in first] == [line["step"] for line in second] == list(range(1, 7))
-    assert [line["loss"] for line in first] == [line["loss"] for line in second], "a resumed run goes on bit for bit"
+    assert (
+        [line["step"] for line in first] == [line["step"] for line in second] == list(range(1, 7))
+    )
+    assert [line["loss"] for line in first] == [line["loss"] for line in second], (
+        "a resumed run goes on bit for bit"
+    )
     assert first[3]["val_loss"] == second[3]["val_loss"] and "peak_device_mb" in first[0]
     assert first[-1]["loss"] < first[0]["loss"]
     # Elsewhere the checkpoint is a model in float32, as evaluated on the CPU.
@@ -55,27 +79,49 @@ def test_train_save_resume_evaluate_and_generate(dtype: str, tmp_path: Path, cap
     with installed() as gpu, gpu.counting() as events:
         assert evaluate.main([f"--checkpoint={whole}", "--tokens=256", "--device=cuda"]) == 0
     assert [what for what, _ in events].count("download") == 1, "the loss comes down, once"
-    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(held_out, rel=1e-5), "on the device, the dtype is that of training"
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(held_out, rel=1e-5), (
+        "on the device, the dtype is that of training"
+    )
 
 
 @pytest.mark.parametrize("how", [["--temperature=0"], ["--temperature=1", "--seed=3"]])
-def test_the_device_writes_the_text_of_the_cpu(how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_device_writes_the_text_of_the_cpu(
+    how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(capsys, "--dtype=float32", f"--out={tmp_path / 'run'}")
-    options = [f"--checkpoint={tmp_path / 'run'}", "--tokens=50", "--prompt=She ", *how]  # past the context of 32
+    options = [
+        f"--checkpoint={tmp_path / 'run'}",
+        "--tokens=50",
+        "--prompt=She ",
+        *how,
+    ]  # past the context of 32
     assert generate.main(options) == 0
     want = capsys.readouterr().out
     with installed() as gpu, gpu.counting() as events:
         assert generate.main([*options, "--device=cuda"]) == 0
     assert capsys.readouterr().out == want and len(want) > 50
-    assert sum(what == "download" for what, _ in events) == 50, "the logits of each token come down, and nothing else"
+    assert sum(what == "download" for what, _ in events) == 50, (
+        "the logits of each token come down, and nothing else"
+    )
     if how == ["--temperature=0"]:
         assert generate.main([*options, "--device=cuda"]) == 1  # where there is no GPU
         assert re.search("no GPU|needs CuPy", capsys.readouterr().err)
 
 
-def test_a_step_that_is_not_finite_ends_the_run_with_the_weights_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_that_is_not_finite_ends_the_run_with_the_weights_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with installed():
-        status = train.main([*OPTIONS, "--dtype=bfloat16", f"--out={tmp_path / 'run'}", "--lr=1e30", "--clip=0", "--eval-every=0"])
+        status = train.main(
+            [
+                *OPTIONS,
+                "--dtype=bfloat16",
+                f"--out={tmp_path / 'run'}",
+                "--lr=1e30",
+                "--clip=0",
+                "--eval-every=0",
+            ]
+        )
     out = capsys.readouterr()
     assert status == 1 and re.search(r"step \d: the loss is (nan|inf)", out.err), out.err
     step = int(re.findall(r"step (\d): the loss", out.err)[0])
@@ -88,8 +134,14 @@ def test_a_step_that_is_not_finite_ends_the_run_with_the_weights_before(tmp_path
         (dict(dtype="bfloat16"), "bfloat16 needs --device cuda"),
         (dict(device="cuda", dtype="float64"), "float64 needs --device cpu"),
         (dict(device="cuda", node_shared="on"), "node-shared on needs --device cpu"),
-        (dict(device="cuda", dim=120, heads=4), "attention's CUDA kernels are for heads of 32, 64, 96 or 128; use a --dim that"),
-        (dict(device="cuda", dim=128, heads=8), "= 16, and attention's CUDA kernels .* use --heads 4 or 2 or 1|use --heads 1, 2 or 4"),
+        (
+            dict(device="cuda", dim=120, heads=4),
+            "attention's CUDA kernels are for heads of 32, 64, 96 or 128; use a --dim that",
+        ),
+        (
+            dict(device="cuda", dim=128, heads=8),
+            "= 16, and attention's CUDA kernels .* use --heads 4 or 2 or 1|use --heads 1, 2 or 4",
+        ),
         (dict(device="cuda", dim=16384, heads=128), "16384 is more than the 8192 channels"),
     ],
 )
@@ -98,10 +150,27 @@ def test_what_the_kernels_cannot_do_is_an_error(options: dict[str, Any], message
         resolve(TrainConfig(**options), 1, 100)
 
 
-def test_activations_that_do_not_fit_are_named_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_activations_that_do_not_fit_are_named_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with installed():
-        assert train.main([*OPTIONS, f"--out={tmp_path / 'run'}", "--layers=200", "--context=4096", "--recompute=none"]) == 1
-    assert re.search(r"need about [\d.]+ GB, and stand-in, device 0 has [\d.]+ of its 2\.1 GB free; use a smaller", capsys.readouterr().err)
+        assert (
+            train.main(
+                [
+                    *OPTIONS,
+                    f"--out={tmp_path / 'run'}",
+                    "--layers=200",
+                    "--context=4096",
+                    "--recompute=none",
+                ]
+            )
+            == 1
+        )
+    assert re.search(
+        r"need about [\d.]+ GB, and stand-in, device 0 has [\d.]+ of its 2\.1 GB free; use a "
+        r"smaller",
+        capsys.readouterr().err,
+    )
 
 
 def test_the_arena_is_one_piece_that_arrays_are_cut_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +186,11 @@ def test_the_arena_is_one_piece_that_arrays_are_cut_from(monkeypatch: pytest.Mon
         assert pool.total_bytes() == device.peak_bytes() == pool.used_bytes() + 60 * mb
         more = cupy.zeros(50 * mb, np.uint8)
         assert pool.total_bytes() == pool.used_bytes() + 10 * mb, "cut from the arena"
-        with pytest.raises(ConfigError, match=r"need about 0\.1 GB, and stand-in, device 0 has 0\.0 of its 2\.1 GB free; use a smaller"):
+        with pytest.raises(
+            ConfigError,
+            match=r"need about 0\.1 GB, and stand-in, device 0 has 0\.0 of its 2\.1 GB free; use a "
+            r"smaller",
+        ):
             device.reserve(60 * mb)
         del kept, more
 
@@ -130,7 +203,11 @@ def _cupy(error: Exception | None, driver: int = 0, count: int = 0) -> Any:
 
     return SimpleNamespace(
         cuda=SimpleNamespace(
-            runtime=SimpleNamespace(getDeviceCount=devices_or_error, driverGetVersion=lambda: driver, runtimeGetVersion=lambda: 13020)
+            runtime=SimpleNamespace(
+                getDeviceCount=devices_or_error,
+                driverGetVersion=lambda: driver,
+                runtimeGetVersion=lambda: 13020,
+            )
         )
     )
 
@@ -139,13 +216,19 @@ def _cupy(error: Exception | None, driver: int = 0, count: int = 0) -> Any:
     ("cupy", "message"),
     [
         (None, r"needs CuPy .*pip install -e '\.\[cuda13\]'.*--device cpu"),
-        (_cupy(RuntimeError("cudaErrorInsufficientDriver: ...")), "no GPU: this machine has no NVIDIA device or no driver.*--device cpu"),
+        (
+            _cupy(RuntimeError("cudaErrorInsufficientDriver: ...")),
+            "no GPU: this machine has no NVIDIA device or no driver.*--device cpu",
+        ),
         (
             _cupy(RuntimeError("cudaErrorInsufficientDriver: ..."), 12040),
             r"supports CUDA 12\.4 and .* for CUDA 13; update the driver to 580",
         ),
         (_cupy(RuntimeError("cudaErrorNoDevice: no CUDA-capable device"), 13000), "no GPU"),
-        (_cupy(RuntimeError("cudaErrorUnknown: unknown error")), r"cannot start \(cudaErrorUnknown.*minillm doctor"),
+        (
+            _cupy(RuntimeError("cudaErrorUnknown: unknown error")),
+            r"cannot start \(cudaErrorUnknown.*minillm doctor",
+        ),
         (_cupy(None), "CUDA sees no GPU; check CUDA_VISIBLE_DEVICES"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Device arrays between ranks: every operation of the communicators, on the stand-in and thread ranks."""
+"""Device arrays between ranks: every operation of the communicators, on the stand-in and thread
+ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ from minillm.comm.work import DoneWork
 from minillm.device import CPU, open_device
 
 RANKS = 3
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int64": np.int64, "float64": np.float64}
+DTYPES = {
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int64": np.int64,
+    "float64": np.float64,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +56,9 @@ def everywhere(fn: Callable[[Communicator, Any], Any], direct: bool) -> list[Any
 @pytest.mark.parametrize("direct", [False, True], ids=["staged", "direct"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("shape", [(7, 9), (1, 1), (0, 4), (200,)])
-def test_collectives_equal_those_of_the_host(shape: tuple[int, ...], dtype: str, direct: bool) -> None:
+def test_collectives_equal_those_of_the_host(
+    shape: tuple[int, ...], dtype: str, direct: bool
+) -> None:
     parts = [values(r, shape, dtype) for r in range(RANKS)]
 
     def rank(comm: Communicator, upload: Any) -> Any:
@@ -67,7 +75,9 @@ def test_collectives_equal_those_of_the_host(shape: tuple[int, ...], dtype: str,
         found["exchange"] = comm.all_to_all([upload(own)] * RANKS)[1]
         found["broadcast"] = comm.broadcast_(upload(own), 2)
         source, target = (comm.rank - 1) % RANKS, (comm.rank + 1) % RANKS
-        found["ring"] = comm.sendrecv(upload(own), target, upload(np.zeros_like(own)), source, tag=3)
+        found["ring"] = comm.sendrecv(
+            upload(own), target, upload(np.zeros_like(own)), source, tag=3
+        )
         comm.send(upload(own), target, tag=4)
         found["any"] = upload(np.zeros_like(own))
         assert comm.recv_any(found["any"], tag=4) == source
@@ -81,10 +91,24 @@ def test_collectives_equal_those_of_the_host(shape: tuple[int, ...], dtype: str,
     total = reduce_in_order(parts, SUM)
     for r, (found, payload) in enumerate(everyone):
         before = parts[(r - 1) % RANKS]
-        want = {"sum": total, "later": total, "max": reduce_in_order(parts, MAX), "gather": np.concatenate(parts, -1)}
-        want |= {"scatter": total, "exchange": parts[1], "broadcast": parts[2], "ring": before, "any": before}
+        want = {
+            "sum": total,
+            "later": total,
+            "max": reduce_in_order(parts, MAX),
+            "gather": np.concatenate(parts, -1),
+        }
+        want |= {
+            "scatter": total,
+            "exchange": parts[1],
+            "broadcast": parts[2],
+            "ring": before,
+            "any": before,
+        }
         for name, x in want.items():
-            assert found[name].dtype == x.dtype and found[name].tobytes() == np.ascontiguousarray(x).tobytes(), name
+            assert (
+                found[name].dtype == x.dtype
+                and found[name].tobytes() == np.ascontiguousarray(x).tobytes()
+            ), name
         assert payload == everyone[0][1]
 
 
@@ -92,7 +116,9 @@ def test_narrow_sums_are_rounded_once() -> None:
     """1 + 2^-8 + 2^-8 is 1 + 2^-7 in bfloat16, but 1 where each sum is rounded."""
     parts = [np.full(100, x, ml_dtypes.bfloat16) for x in (1.0, 2.0**-8, 2.0**-8)]
     for direct in (False, True):
-        found = everywhere(lambda comm, upload: to_host(comm.all_reduce_(upload(parts[comm.rank]))), direct)
+        found = everywhere(
+            lambda comm, upload: to_host(comm.all_reduce_(upload(parts[comm.rank]))), direct
+        )
         assert all((x.astype(np.float32) == 1 + 2.0**-7).all() for x in found)
 
 
@@ -100,7 +126,12 @@ def test_groups_keep_the_way_of_their_parent() -> None:
     def rank(comm: Communicator, upload: Any) -> Any:
         pair = comm.split(0 if comm.rank < 2 else 1)
         assert pair is not None
-        return type(comm).__name__, type(pair).__name__, type(comm.dup("other")).__name__, type(comm.split_by_node()).__name__
+        return (
+            type(comm).__name__,
+            type(pair).__name__,
+            type(comm.dup("other")).__name__,
+            type(comm.split_by_node()).__name__,
+        )
 
     staged, direct = everywhere(rank, False), everywhere(rank, True)
     name = StagedCommunicator.__name__
@@ -126,10 +157,16 @@ def test_the_device_is_waited_for_before_a_message(direct: bool, gpu: Any) -> No
                 act()
             assert ("wait", 0) in events
 
-    run_ranks(2, lambda comm: rank(on_device(comm, open_device("cuda"), direct), open_device("cuda").upload), timeout=20)
+    run_ranks(
+        2,
+        lambda comm: rank(on_device(comm, open_device("cuda"), direct), open_device("cuda").upload),
+        timeout=20,
+    )
 
 
-def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Planted: what the stand-in is for."""
     x = np.arange(100, dtype=np.float32)
 
@@ -148,7 +185,9 @@ def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(monkeypatch: pytest
         return Event()
 
     monkeypatch.setattr(staging.Staging, "_start_upload", forget_the_event)
-    with pytest.raises(RuntimeError, match="overwritten while a copy to the device could still be reading them"):
+    with pytest.raises(
+        RuntimeError, match="overwritten while a copy to the device could still be reading them"
+    ):
         everywhere(lambda comm, upload: to_host(comm.broadcast_(upload(x))), False)
 
 
@@ -156,7 +195,8 @@ def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(monkeypatch: pytest
 
 
 class Partner(BaseCommunicator):
-    """The inner communicator of the first of two ranks, where every exchange is an event and all that comes is zeros."""
+    """The inner communicator of the first of two ranks, where every exchange is an event and all
+    that comes is zeros."""
 
     def __init__(self, gpu: Any) -> None:
         super().__init__(0, 2, "pair", 1.0)
@@ -197,8 +237,11 @@ class Partner(BaseCommunicator):
         (lambda comm, x: comm.all_to_all([x, x]), "EEEE dddd wE wE wE wE uuuu"),
     ],
 )
-def test_copies_overlap_with_messages(act: Callable[[Communicator, Any], Any], order: str, gpu: Any) -> None:
-    """Four chunks: while one is exchanged (E), the next comes down (d), the last goes up (u), and the host waits (w) for neither."""
+def test_copies_overlap_with_messages(
+    act: Callable[[Communicator, Any], Any], order: str, gpu: Any
+) -> None:
+    """Four chunks: while one is exchanged (E), the next comes down (d), the last goes up (u), and
+    the host waits (w) for neither."""
     x = gpu.ones(64, np.float32)
     comm = on_device(Partner(gpu), open_device("cuda"), direct=False)
     with gpu.counting() as events:

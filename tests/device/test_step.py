@@ -1,4 +1,5 @@
-"""The training step of the GPU path on a stand-in for CuPy: what it computes, when the host waits, and what is copied."""
+"""The training step of the GPU path on a stand-in for CuPy: what it computes, when the host waits,
+and what is copied."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from minillm.device import open_device
 from minillm.trainer import Trainer
 from minillm.verdict import NotFinite
 
-SIZES: dict[str, Any] = dict(layers=2, heads=4, dim=128, ffn_dim=96)  # heads as wide as CUDA kernels have them
+SIZES: dict[str, Any] = dict(
+    layers=2, heads=4, dim=128, ffn_dim=96
+)  # heads as wide as CUDA kernels have them
 LLAMA: dict[str, Any] = dict(kv_heads=2)
 MILD = 0.1  # of the weights: the model is not so steep that rounding them changes what it does
 FLOAT32 = 8 * np.finfo(np.float32).eps * math.sqrt(BASE["batch"] * BASE["context"])
@@ -58,8 +61,13 @@ def test_float32_equals_the_cpu(model: str, gpu: Any) -> None:
 
 def error(found: Outcome, want: Outcome) -> float:
     """Norm of the difference of the first gradients over that of the gradient."""
-    gaps = [np.linalg.norm(found.first_grads[name] - grad) for name, grad in want.first_grads.items()]
-    return float(np.linalg.norm(gaps) / np.linalg.norm([np.linalg.norm(grad) for grad in want.first_grads.values()]))
+    gaps = [
+        np.linalg.norm(found.first_grads[name] - grad) for name, grad in want.first_grads.items()
+    ]
+    return float(
+        np.linalg.norm(gaps)
+        / np.linalg.norm([np.linalg.norm(grad) for grad in want.first_grads.values()])
+    )
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
@@ -71,8 +79,17 @@ def test_bfloat16_is_as_exact_as_its_rounding(model: str, gpu: Any) -> None:
             buffers.values[...] = buffers.values.astype(ml_dtypes.bfloat16)
 
     want = expected(model, "float64", steps=1, std=MILD)
-    rounded = train(model, Layout(), steps=1, prepare=round_weights, std=MILD, **sizes(model, dtype="float64"))
-    found = train(model, Layout(), optimizer="adamw", steps=1, std=MILD, **sizes(model, dtype="bfloat16", device="cuda"))
+    rounded = train(
+        model, Layout(), steps=1, prepare=round_weights, std=MILD, **sizes(model, dtype="float64")
+    )
+    found = train(
+        model,
+        Layout(),
+        optimizer="adamw",
+        steps=1,
+        std=MILD,
+        **sizes(model, dtype="bfloat16", device="cuda"),
+    )
     assert error(found, want) <= 2 * error(rounded, want)
     assert abs(found.losses[0] - want.losses[0]) < 2.0**-9 * want.losses[0]
 
@@ -80,16 +97,23 @@ def test_bfloat16_is_as_exact_as_its_rounding(model: str, gpu: Any) -> None:
 def trainer(gpu: Any, model: str = "gpt2", num_microbatches: int = 2, **changes: Any) -> Trainer:
     options = sizes(model, device="cuda", dtype="bfloat16", dropout=0.0) | changes
     config = make_config(model, Layout(num_microbatches=num_microbatches), **options)
-    return Trainer(config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda"))
+    return Trainer(
+        config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda")
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_the_host_waits_once_a_step_and_copies_tokens_and_the_loss(model: str, recompute: str, dropout: float, gpu: Any) -> None:
+def test_the_host_waits_once_a_step_and_copies_tokens_and_the_loss(
+    model: str, recompute: str, dropout: float, gpu: Any
+) -> None:
     one = trainer(gpu, model, recompute=recompute, dropout=dropout)
     with gpu.forbidding("wait"):
-        first = one.step(0)  # nothing to wait for yet: the first step's numbers are read while the second is under way
+        first = one.step(
+            0
+            # nothing to wait for yet: the first step's numbers are read while the second is under way
+        )
     one.step(1)
     with gpu.counting() as events:
         one.step(2)
@@ -103,7 +127,12 @@ def test_a_wait_within_the_step_is_seen(gpu: Any) -> None:
     grads = one.buffers[0].grads
     with gpu.forbidding("wait"), pytest.raises(RuntimeError, match="a wait"):
         to_host(grads)
-    for implicit in (lambda: float(grads[0]), lambda: bool(grads[0] > 0), lambda: grads[grads > 0], lambda: np.asarray(grads)):
+    for implicit in (
+        lambda: float(grads[0]),
+        lambda: bool(grads[0] > 0),
+        lambda: grads[grads > 0],
+        lambda: np.asarray(grads),
+    ):
         with pytest.raises(TypeError):
             implicit()
 
@@ -114,8 +143,14 @@ def test_weights_are_narrow_and_what_adds_up_is_not(gpu: Any) -> None:
     buffers = one.buffers[0]
     assert str(buffers.values.dtype) == "bfloat16"
     assert str(buffers.grads.dtype) == str(buffers.masters.dtype) == "float32"
-    assert all(str(x.dtype) == "float32" for state in one.optimizer.state().values() for x in state.values())
-    assert np.array_equal(to_host(buffers.values), to_host(buffers.masters).astype(buffers.values.dtype)), "values are masters, rounded"
+    assert all(
+        str(x.dtype) == "float32"
+        for state in one.optimizer.state().values()
+        for x in state.values()
+    )
+    assert np.array_equal(
+        to_host(buffers.values), to_host(buffers.masters).astype(buffers.values.dtype)
+    ), "values are masters, rounded"
 
 
 def test_products_accumulate_in_float32_without_copies(gpu: Any) -> None:
@@ -124,9 +159,18 @@ def test_products_accumulate_in_float32_without_copies(gpu: Any) -> None:
     one.step(0)
     weight_grads = [p for p in products if p.types[2] == "float32"]
     assert weight_grads and all(p.transposed == (False, True) for p in weight_grads)
-    assert {p.beta for p in weight_grads} == {0.0, 1.0}, "the first microbatch overwrites, the second adds"
-    assert all(p.types == ("bfloat16", "bfloat16", "bfloat16") and p.beta == 0 for p in products if p not in weight_grads)
-    assert {p.transposed for p in products if p not in weight_grads} == {(True, False), (False, False)}
+    assert {p.beta for p in weight_grads} == {0.0, 1.0}, (
+        "the first microbatch overwrites, the second adds"
+    )
+    assert all(
+        p.types == ("bfloat16", "bfloat16", "bfloat16") and p.beta == 0
+        for p in products
+        if p not in weight_grads
+    )
+    assert {p.transposed for p in products if p not in weight_grads} == {
+        (True, False),
+        (False, False),
+    }
     assert {p.compute for p in products} == {68}
 
 
@@ -134,9 +178,18 @@ def test_products_accumulate_in_float32_without_copies(gpu: Any) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, gpu: Any) -> None:
     from minillm.optim import SGD, AdamW
 
-    config = make_config("gpt2", Layout(), **sizes("gpt2", device="cuda", dtype="bfloat16", dropout=0.0))
+    config = make_config(
+        "gpt2", Layout(), **sizes("gpt2", device="cuda", dtype="bfloat16", dropout=0.0)
+    )
     kind: Any = {"adamw": AdamW, "sgd": SGD}[optimizer]
-    one = Trainer(config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda"), optimizer=kind)
+    one = Trainer(
+        config,
+        SelfCommunicator(),
+        make_batches(config),
+        std=0.25,
+        device=open_device("cuda"),
+        optimizer=kind,
+    )
     one.step(0)
     one.step(1)
     values = one.buffers[0].values
@@ -151,19 +204,28 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, gpu: Any) -> 
     assert failure.value.step == 2
     with pytest.raises(NotFinite):
         _ = report.loss
-    assert np.array_equal(to_host(values), before) and np.array_equal(to_host(one.buffers[0].masters), masters)
+    assert np.array_equal(to_host(values), before) and np.array_equal(
+        to_host(one.buffers[0].masters), masters
+    )
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "dropout", "variant"),
-    [("80", "bfloat16", 0.0, "v2"), ("90", "bfloat16", 0.0, "v3"), ("90", "bfloat16", 0.1, "v2"), ("90", "float32", 0.0, "v1")],
+    [
+        ("80", "bfloat16", 0.0, "v2"),
+        ("90", "bfloat16", 0.0, "v3"),
+        ("90", "bfloat16", 0.1, "v2"),
+        ("90", "float32", 0.0, "v1"),
+    ],
 )
 def test_the_plan_and_the_numeric_key_name_the_attention_that_runs(
     capability: str, dtype: str, dropout: float, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(standin.cuda.Device, "compute_capability", capability)
     with installed("emulator"):
-        config = make_config("gpt2", Layout(), **sizes("gpt2", device="cuda", dtype=dtype, dropout=dropout))
+        config = make_config(
+            "gpt2", Layout(), **sizes("gpt2", device="cuda", dtype=dtype, dropout=dropout)
+        )
         device = open_device("cuda")
         choices = numeric_key(config, SelfCommunicator(), 1, device)["kernels"]
         line = report._kernels(config, device)
@@ -172,10 +234,14 @@ def test_the_plan_and_the_numeric_key_name_the_attention_that_runs(
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "capability"), [("gpt2", "float32", "80"), ("gpt2", "bfloat16", "80"), ("llama", "bfloat16", "90")]
+    ("model", "dtype", "capability"),
+    [("gpt2", "float32", "80"), ("gpt2", "bfloat16", "80"), ("llama", "bfloat16", "90")],
 )
-def test_our_kernels_run_the_step(model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The `.cu` files and their bindings, every access to memory checked, on a model small enough for that."""
+def test_our_kernels_run_the_step(
+    model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The `.cu` files and their bindings, every access to memory checked, on a model small enough
+    for that."""
     if cuda.emulator_unavailable:
         pytest.skip(cuda.emulator_unavailable)
     small: dict[str, Any] = dict(layers=1, heads=2, dim=64, ffn_dim=48, batch=2, dropout=0.1)
@@ -185,13 +251,19 @@ def test_our_kernels_run_the_step(model: str, dtype: str, capability: str, monke
     want = train(model, Layout(), optimizer="adamw", steps=3, dtype="float64", **small)
     with installed("emulator") as module:
         config = make_config(model, Layout(), dtype=dtype, device="cuda", **small)
-        one = Trainer(config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda"))
+        one = Trainer(
+            config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda")
+        )
         with module.forbidding("wait"):
             reports = [one.step(0)]
         reports.append(one.step(1))
         with module.counting() as events:
             reports.append(one.step(2))
-        assert Counter(events) == {("upload", small["batch"] * BASE["context"] * 8): 2, ("download", 16): 1, ("wait", 0): 1}
+        assert Counter(events) == {
+            ("upload", small["batch"] * BASE["context"] * 8): 2,
+            ("download", 16): 1,
+            ("wait", 0): 1,
+        }
         losses, norms = [r.loss for r in reports], [r.grad_norm for r in reports]
     tolerance = FLOAT32 if dtype == "float32" else 2.0**-8
     np.testing.assert_allclose(losses[0], want.losses[0], rtol=tolerance)

@@ -45,20 +45,40 @@ def attention_cases() -> Iterator[Case]:
     offset = dict(times_q=np.arange(50, 190), times_k=np.arange(90))
     late = dict(times_q=np.arange(140), times_k=np.arange(60, 150))  # queries before 60 see nothing
     for name, times in (("shuffled", shuffled), ("offset", offset), ("blind", late)):
-        yield from attention_pair(name, sizes, seen=times["times_q"][:, None] >= times["times_k"], causal=True, **times)
+        yield from attention_pair(
+            name, sizes, seen=times["times_q"][:, None] >= times["times_k"], causal=True, **times
+        )
     key_mask = rng.random((2, 90)) < 0.6
     key_mask[0, :80] = False
     blind = np.zeros((2, 90), bool)
-    yield from attention_pair("padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask)
-    yield from attention_pair("all-padding", sizes, seen=blind[:, None, None, :], causal=False, key_mask=blind)
-    both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
-    yield from attention_pair("padding-causal", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled)
     yield from attention_pair(
-        "large-scores", (1, 130, 130, 2, 2, 8), seen=np.arange(130)[:, None] >= np.arange(130), causal=True, scale=30.0, slack=20.0
+        "padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask
     )
-    dropout = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))
     yield from attention_pair(
-        "dropout", sizes, seen=offset["times_q"][:, None] >= offset["times_k"], causal=True, dropout=dropout, **offset
+        "all-padding", sizes, seen=blind[:, None, None, :], causal=False, key_mask=blind
+    )
+    both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
+    yield from attention_pair(
+        "padding-causal", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled
+    )
+    yield from attention_pair(
+        "large-scores",
+        (1, 130, 130, 2, 2, 8),
+        seen=np.arange(130)[:, None] >= np.arange(130),
+        causal=True,
+        scale=30.0,
+        slack=20.0,
+    )
+    dropout = kernels.AttentionDropout(
+        0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90)
+    )
+    yield from attention_pair(
+        "dropout",
+        sizes,
+        seen=offset["times_q"][:, None] >= offset["times_k"],
+        causal=True,
+        dropout=dropout,
+        **offset,
     )
     yield from attention_pair("dropout-full", sizes, seen=np.True_, causal=False, dropout=dropout)
 
@@ -69,7 +89,8 @@ def odd_attention_cases() -> Iterator[Case]:
 
 
 def wide_attention_cases() -> Iterator[Case]:
-    """Head widths that the CUDA kernels have, at sizes that leave the last tile of each kind part full and make every kernel walk."""
+    """Head widths that the CUDA kernels have, at sizes that leave the last tile of each kind part
+    full and make every kernel walk."""
     for shape in (
         (1, 70, 70, 2, 1, 64, True),
         (1, 150, 150, 1, 1, 32, True),
@@ -86,40 +107,81 @@ def wide_attention_cases() -> Iterator[Case]:
     rng = np.random.default_rng(6)
     sizes = (2, 140, 90, 2, 1, 32)
     shuffled = dict(times_q=rng.permutation(140) - 20, times_k=rng.permutation(90))
-    zigzag = dict(times_q=np.r_[0:70, 210:280], times_k=np.r_[0:45, 235:280])  # what a rank of a context-parallel group holds
+    zigzag = dict(
+        times_q=np.r_[0:70, 210:280], times_k=np.r_[0:45, 235:280]
+    )  # what a rank of a context-parallel group holds
     late = dict(times_q=np.arange(140), times_k=np.arange(60, 150))  # queries before 60 see nothing
     for name, times in (("shuffled", shuffled), ("zigzag", zigzag), ("blind", late)):
-        yield from attention_pair(f"wide-{name}", sizes, seen=times["times_q"][:, None] >= times["times_k"], causal=True, **times)
+        yield from attention_pair(
+            f"wide-{name}",
+            sizes,
+            seen=times["times_q"][:, None] >= times["times_k"],
+            causal=True,
+            **times,
+        )
     key_mask = rng.random((2, 90)) < 0.6
     key_mask[0, :80] = False
     key_mask[1] = False
     both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
-    yield from attention_pair("wide-padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask)
-    yield from attention_pair("wide-padding-shuffled", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled)
     yield from attention_pair(
-        "wide-large-scores", (1, 130, 130, 1, 1, 32), seen=np.arange(130)[:, None] >= np.arange(130), causal=True, scale=20.0, slack=20.0
+        "wide-padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask
     )
-    dropout = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))
+    yield from attention_pair(
+        "wide-padding-shuffled", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled
+    )
+    yield from attention_pair(
+        "wide-large-scores",
+        (1, 130, 130, 1, 1, 32),
+        seen=np.arange(130)[:, None] >= np.arange(130),
+        causal=True,
+        scale=20.0,
+        slack=20.0,
+    )
+    dropout = kernels.AttentionDropout(
+        0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90)
+    )
     offset = dict(times_q=np.arange(50, 190), times_k=np.arange(90))
     yield from attention_pair(
-        "wide-dropout", sizes, seen=offset["times_q"][:, None] >= offset["times_k"], causal=True, dropout=dropout, **offset
+        "wide-dropout",
+        sizes,
+        seen=offset["times_q"][:, None] >= offset["times_k"],
+        causal=True,
+        dropout=dropout,
+        **offset,
     )
     short = dropout._replace(samples=np.array([7]), times_q=np.arange(40), times_k=np.arange(70))
     for H, K in ((2, 64), (1, 96), (1, 128)):
-        yield from attention_pair(f"wide-dropout-full-K{K}", (1, 40, 70, H, H, K), seen=np.True_, causal=False, dropout=short)
+        yield from attention_pair(
+            f"wide-dropout-full-K{K}",
+            (1, 40, 70, H, H, K),
+            seen=np.True_,
+            causal=False,
+            dropout=short,
+        )
 
 
 def attention_pair(
-    name: str, sizes: tuple[int, ...], *, seen: Any, scale: float = 0.4, slack: float = 1.0, **options: Any
+    name: str,
+    sizes: tuple[int, ...],
+    *,
+    seen: Any,
+    scale: float = 0.4,
+    slack: float = 1.0,
+    **options: Any,
 ) -> Iterator[Case]:
-    """The forward and the backward case on views of a fused projection, with strided and poisoned outputs."""
+    """The forward and the backward case on views of a fused projection, with strided and poisoned
+    outputs."""
     B, Tq, Tk, H, Hkv, K = sizes
     make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
     without = ("v3",) if options.keys() & {"times_q", "dropout"} else ()
-    keep = cache(lambda: 1.0 if options.get("dropout") is None else keep_mask(options["dropout"], H))
+    keep = cache(
+        lambda: 1.0 if options.get("dropout") is None else keep_mask(options["dropout"], H)
+    )
 
     def forward(q: Any, kv: Any, _: Any) -> Arrays:
-        return kernels.attention_forward(q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale=scale, out=poisoned(q), **options)
+        return kernels.attention_forward(
+            q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale=scale, out=poisoned(q), **options
+        )
 
     def backward(q: Any, kv: Any, grad_o: Any) -> Arrays:
         k, v = kv[:, :, :Hkv], kv[:, :, Hkv:]
@@ -144,14 +206,17 @@ def attention_pair(
         f"{name}-backward",
         make,
         backward,
-        lambda q, kv, g: plain.attention_grads(g, q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
+        lambda q, kv, g: plain.attention_grads(
+            g, q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()
+        ),
         slack,
         without=without,
     )
 
 
 def keep_mask(dropout: kernels.AttentionDropout, H: int) -> Any:
-    """The scaled mask [B, H, Tq, Tk], one element at a time: each is what the address alone gives."""
+    """The scaled mask [B, H, Tq, Tk], one element at a time: each is what the address alone
+    gives."""
     B, Tq, Tk = len(dropout.samples), len(dropout.times_q), len(dropout.times_k)
     mask = np.empty((B, H, Tq, Tk))
     for b in range(B):
@@ -161,9 +226,16 @@ def keep_mask(dropout: kernels.AttentionDropout, H: int) -> Any:
             )  # as a rank that holds only this head would see it
             for j in range(0, Tk, 30):
                 part = shard._replace(times_k=dropout.times_k[j : j + 30])
-                n = len(part.times_k)  # equal scores give every key the probability 1 / n, unit values return it
+                n = len(
+                    part.times_k
+                )  # equal scores give every key the probability 1 / n, unit values return it
                 o, _ = kernels.attention_forward(
-                    np.zeros((1, Tq, 1, n)), np.zeros((1, n, 1, n)), np.eye(n)[None, :, None, :], scale=1.0, causal=False, dropout=part
+                    np.zeros((1, Tq, 1, n)),
+                    np.zeros((1, n, 1, n)),
+                    np.eye(n)[None, :, None, :],
+                    scale=1.0,
+                    causal=False,
+                    dropout=part,
                 )
                 mask[b, h, :, j : j + 30] = o[0, :, 0] * n
     return mask

@@ -1,4 +1,5 @@
-"""Compile for the emulator on all cores what tests are about to run: a compiler of its own for each library takes longer than the runs."""
+"""Compile for the emulator on all cores what tests are about to run: a compiler of its own for each
+library takes longer than the runs."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from minillm.kernels.emulator import emulate
 
 @contextmanager
 def compiled_ahead(calls: Iterable[Callable[[], Any]]) -> Iterator[None]:
-    """While the block runs, make the calls, one after another, with kernels that are compiled and not run. A launch that needs a library
-    which is being made waits for it."""
+    """While the block runs, make the calls, one after another, with kernels that are compiled and
+    not run. A launch that needs a library which is being made waits for it."""
 
     def prepare(call: Callable[[], Any]) -> None:
         # Without kernels the numbers mean nothing, and what does not compile fails in the test.

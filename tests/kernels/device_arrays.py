@@ -1,7 +1,8 @@
-"""CUDA kernels called with NumPy arrays: the cases of the kernel test, written for NumPy, run on a GPU as they are.
+"""CUDA kernels called with NumPy arrays: the cases of the kernel test, written for NumPy, run on a
+GPU as they are.
 
-Whole allocations travel, not views: a strided view of a fused projection is the same strided view on the device, and what a kernel writes
-beside it is seen when the allocation comes back.
+Whole allocations travel, not views: a strided view of a fused projection is the same strided view
+on the device, and what a kernel writes beside it is seen when the allocation comes back.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ class CupyDevice:
         return self.module.asnumpy(data)
 
     def view(self, data: Any, offset: int, like: np.ndarray) -> Any:
-        return self.module.ndarray(like.shape, like.dtype, memptr=data.data + offset, strides=like.strides)
+        return self.module.ndarray(
+            like.shape, like.dtype, memptr=data.data + offset, strides=like.strides
+        )
 
     def to_numpy(self, x: Any) -> np.ndarray:
-        """A copy of a device array; by way of its bytes, since not every release of CuPy copies bfloat16."""
+        """A copy of a device array; by way of its bytes, since not every release of CuPy copies
+        bfloat16."""
         dense = self.module.ascontiguousarray(x)
         if not dense.size:
             return np.empty(x.shape, x.dtype)
@@ -62,7 +66,9 @@ def on_device(fn: Callable[..., Any], device: Any) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        there: dict[int, tuple[np.ndarray, Any]] = {}  # id of an allocation -> its bytes here and there
+        there: dict[
+            int, tuple[np.ndarray, Any]
+        ] = {}  # id of an allocation -> its bytes here and there
         here: dict[int, np.ndarray] = {}  # id of a device view -> the NumPy view it stands for
         views: list[Any] = []
 
@@ -98,11 +104,21 @@ def on_device(fn: Callable[..., Any], device: Any) -> Callable[..., Any]:
 
 
 def register(device: Any, source: str = "cuda") -> None:
-    """Make every implementation of backend `source` available to NumPy arrays as backend `device`, for `use(layernorm="device:v1")`."""
-    registry.BACKENDS = {**registry.BACKENDS, "numpy": (*dict.fromkeys((*registry.BACKENDS["numpy"], "device")),)}
+    """Make every implementation of backend `source` available to NumPy arrays as backend `device`,
+    for `use(layernorm="device:v1")`."""
+    registry.BACKENDS = {
+        **registry.BACKENDS,
+        "numpy": (*dict.fromkeys((*registry.BACKENDS["numpy"], "device")),),
+    }
     for op in kernels.ops():
         for k in kernels.available(op):
             if k.op == op and k.backend == source:
                 run = on_device(k.fn, device)
                 run.__module__ = k.fn.__module__
-                registry.kernel(op, backend="device", variant=k.variant, dtypes=k.dtypes, unavailable=k.unavailable)(run)
+                registry.kernel(
+                    op,
+                    backend="device",
+                    variant=k.variant,
+                    dtypes=k.dtypes,
+                    unavailable=k.unavailable,
+                )(run)

@@ -13,15 +13,17 @@ Arrays = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """`inputs(rng)` in float64; `call(*inputs)` in the dtype under test; `expected(*inputs)` from the same values in float64."""
+    """`inputs(rng)` in float64; `call(*inputs)` in the dtype under test; `expected(*inputs)` from
+    the same values in float64."""
 
     op: str
     name: str
     inputs: Callable[[np.random.Generator], Arrays]
     call: Callable[..., Arrays]
     expected: Callable[..., Arrays]
-    # Times the tolerance of float32 and float64, where rounding is amplified: a score of 100 has an error of 100 eps, as has its
-    # exponential. 16-bit results are judged by what rounding the inputs does, which is amplified alike.
+    # Times the tolerance of float32 and float64, where rounding is amplified: a score of 100 has an
+    # error of 100 eps, as has its exponential. 16-bit results are judged by what rounding the
+    # inputs does, which is amplified alike.
     slack: float = 1.0
     backends: tuple[str, ...] = ()  # that take the case; empty: all that take its dtype
     without: tuple[str, ...] = ()  # variants that refuse it
@@ -31,7 +33,8 @@ class Case:
 
 
 def strided(x: Any) -> Any:
-    """The same values as `x` [rows, ...] as a view into every second row of a larger array of NaN."""
+    """The same values as `x` [rows, ...] as a view into every second row of a larger array of
+    NaN."""
     holder = np.full((2 * len(x), *x.shape[1:]), np.nan, x.dtype)
     holder[::2] = x
     return holder[::2]

@@ -1,5 +1,5 @@
-"""The cases of the kernel test: op x sizes and options. A case makes inputs, calls the kernel, and names what the plain reference
-gives. Those of attention are in attention_cases.py."""
+"""The cases of the kernel test: op x sizes and options. A case makes inputs, calls the kernel, and
+names what the plain reference gives. Those of attention are in attention_cases.py."""
 
 from __future__ import annotations
 
@@ -36,11 +36,27 @@ def norm_cases() -> Iterator[Case]:
             lambda x, w, b: kernels.layernorm_forward(x, w, b, eps),
             lambda x, w, b: plain.layernorm(x, w, b, eps),
         )
-        yield Case("layernorm", f"backward-{size}", two, layer_back, lambda gy, x, w: plain.layernorm_grads(gy, x, w, eps))
         yield Case(
-            "rmsnorm", f"forward-{size}", one, lambda x, w, b: kernels.rmsnorm_forward(x, w, eps), lambda x, w, b: plain.rmsnorm(x, w, eps)
+            "layernorm",
+            f"backward-{size}",
+            two,
+            layer_back,
+            lambda gy, x, w: plain.layernorm_grads(gy, x, w, eps),
         )
-        yield Case("rmsnorm", f"backward-{size}", two, rms_back, lambda gy, x, w: plain.rmsnorm_grads(gy, x, w, eps))
+        yield Case(
+            "rmsnorm",
+            f"forward-{size}",
+            one,
+            lambda x, w, b: kernels.rmsnorm_forward(x, w, eps),
+            lambda x, w, b: plain.rmsnorm(x, w, eps),
+        )
+        yield Case(
+            "rmsnorm",
+            f"backward-{size}",
+            two,
+            rms_back,
+            lambda gy, x, w: plain.rmsnorm_grads(gy, x, w, eps),
+        )
     small = normals((7, 12), (7, 12), (12,))
     yield Case(
         "layernorm",
@@ -58,14 +74,25 @@ def norm_cases() -> Iterator[Case]:
     )
     three = normals((7, 12), (7, 12), (12,))
     for family, forward, reference in (
-        ("layernorm", lambda *a, **o: kernels.layernorm_forward(*a[:2], None, eps, **o), lambda x, w: plain.layernorm(x, w, None, eps)),
-        ("rmsnorm", lambda *a, **o: kernels.rmsnorm_forward(*a, eps, **o), lambda x, w: plain.rmsnorm(x, w, eps)),
+        (
+            "layernorm",
+            lambda *a, **o: kernels.layernorm_forward(*a[:2], None, eps, **o),
+            lambda x, w: plain.layernorm(x, w, None, eps),
+        ),
+        (
+            "rmsnorm",
+            lambda *a, **o: kernels.rmsnorm_forward(*a, eps, **o),
+            lambda x, w: plain.rmsnorm(x, w, eps),
+        ),
     ):
         yield Case(
             family,
             "residual",
             three,
-            lambda x, d, w, forward=forward: (*forward(x, w, delta=strided(d), sum_out=(total := poisoned(x))), total),
+            lambda x, d, w, forward=forward: (
+                *forward(x, w, delta=strided(d), sum_out=(total := poisoned(x))),
+                total,
+            ),
             lambda x, d, w, reference=reference: (*reference(x + d, w), x + d),
         )
     yield Case(
@@ -73,14 +100,18 @@ def norm_cases() -> Iterator[Case]:
         "residual-backward",
         small,
         lambda gy, x, w: layer_back(gy, x, w, grad_sum=strided(3 * gy)),
-        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(*plain.layernorm_grads(gy, x, w, eps)),
+        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(
+            *plain.layernorm_grads(gy, x, w, eps)
+        ),
     )
     yield Case(
         "rmsnorm",
         "residual-backward",
         small,
         lambda gy, x, w: rms_back(g := gy.copy(), x, w, grad_x_out=g, grad_sum=3 * gy),
-        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(*plain.rmsnorm_grads(gy, x, w, eps)),
+        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(
+            *plain.rmsnorm_grads(gy, x, w, eps)
+        ),
     )
     yield Case(
         "layernorm",
@@ -143,10 +174,19 @@ def activation_cases() -> Iterator[Case]:
             "activation",
             f"gelu-bias-{size}",
             lambda rng, make=two, F=shape[-1]: (*make(rng), rng.standard_normal(F)),
-            lambda g, x, b: (kernels.gelu_forward(x, "tanh", b), kernels.gelu_backward(g, x, "erf", bias=b)),
+            lambda g, x, b: (
+                kernels.gelu_forward(x, "tanh", b),
+                kernels.gelu_backward(g, x, "erf", bias=b),
+            ),
             lambda g, x, b: (*plain.gelu(x + b, "tanh"), *plain.gelu_grads(g, x + b, "erf")),
         )
-        yield Case("activation", f"relu-{size}", one, lambda x: (kernels.relu_forward(x),), lambda x: (np.maximum(x, 0),))
+        yield Case(
+            "activation",
+            f"relu-{size}",
+            one,
+            lambda x: (kernels.relu_forward(x),),
+            lambda x: (np.maximum(x, 0),),
+        )
         yield Case(
             "activation",
             f"relu-backward-{size}",
@@ -154,17 +194,28 @@ def activation_cases() -> Iterator[Case]:
             lambda g, x: (kernels.relu_backward(g, x, out=poisoned(x)),),
             lambda g, x: (g * (x > 0),),
         )
-    extreme = lambda rng: (np.array([[-200.0, -60, -12, -6, -0.0, 0, 1e-9, 6, 12, 60, 200, 1e4, -1e4]]),)  # noqa: E731
+    extreme = lambda rng: (
+        np.array([[-200.0, -60, -12, -6, -0.0, 0, 1e-9, 6, 12, 60, 200, 1e4, -1e4]]),
+    )  # noqa: E731
     for kind in ("tanh", "erf"):
         yield Case(
             "activation",
             f"gelu-{kind}-extreme",
             extreme,
-            lambda x, kind=kind: (kernels.gelu_forward(x, kind), kernels.gelu_backward(np.ones_like(x), x, kind)),
+            lambda x, kind=kind: (
+                kernels.gelu_forward(x, kind),
+                kernels.gelu_backward(np.ones_like(x), x, kind),
+            ),
             lambda x, kind=kind: (*plain.gelu(x, kind), *plain.gelu_grads(1.0, x, kind)),
         )
     for R, F in SIZES:
-        yield Case("activation", f"swiglu-{R}x{F}", normals((R, 2 * F)), lambda x: (kernels.swiglu_forward(x),), plain.swiglu)
+        yield Case(
+            "activation",
+            f"swiglu-{R}x{F}",
+            normals((R, 2 * F)),
+            lambda x: (kernels.swiglu_forward(x),),
+            plain.swiglu,
+        )
         yield Case(
             "activation",
             f"swiglu-backward-{R}x{F}",
@@ -207,7 +258,11 @@ def softmax_cases() -> Iterator[Case]:
         (2, 20_000, 20_000, 1),
         (5, 8, 3, 4),
     ):
-        make = lambda rng, R=R, V=V, valid=valid: (20 * rng.standard_normal((R, V)), rng.integers(0, valid, R), rng.random(R))  # noqa: E731
+        make = lambda rng, R=R, V=V, valid=valid: (
+            20 * rng.standard_normal((R, V)),
+            rng.integers(0, valid, R),
+            rng.random(R),
+        )  # noqa: E731
         for name, call in (("", cut_cross_entropy), ("two-steps-", cut_cross_entropy_in_two_steps)):
             yield Case(
                 "softmax_xent",
@@ -219,9 +274,12 @@ def softmax_cases() -> Iterator[Case]:
 
 
 def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, parts: int) -> Arrays:
-    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine them."""
+    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine
+    them."""
     width, pieces, valids = cut_logits(logits, valid, parts)
-    row_max = np.max([kernels.xent_max(p, valid_columns=n) for p, n in zip(pieces, valids, strict=True)], axis=0)
+    row_max = np.max(
+        [kernels.xent_max(p, valid_columns=n) for p, n in zip(pieces, valids, strict=True)], axis=0
+    )
     sums = [
         kernels.xent_shifted_sum_(p, row_max, targets, i * width, valid_columns=n)
         for i, (p, n) in enumerate(zip(pieces, valids, strict=True))
@@ -232,7 +290,9 @@ def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, par
     return np.log(sum_exp) - target_logit, np.concatenate(pieces, axis=1)
 
 
-def cut_cross_entropy_in_two_steps(logits: Any, targets: Any, row_scale: Any, valid: int, parts: int) -> Arrays:
+def cut_cross_entropy_in_two_steps(
+    logits: Any, targets: Any, row_scale: Any, valid: int, parts: int
+) -> Arrays:
     """The same by statistics and a gradient that starts from the logits."""
     width, pieces, valids = cut_logits(logits, valid, parts)
     cuts = list(enumerate(zip(pieces, valids, strict=True)))
@@ -240,12 +300,17 @@ def cut_cross_entropy_in_two_steps(logits: Any, targets: Any, row_scale: Any, va
     row_max = np.max([top for top, _, _ in found], axis=0)
     sum_exp = sum(total * np.exp(top - row_max) for top, total, _ in found)
     for i, (p, n) in cuts:
-        kernels.xent_grad_from_logits_(p, row_max, sum_exp, targets, i * width, row_scale, valid_columns=n)
-    return np.log(sum_exp) + row_max - sum(logit for _, _, logit in found), np.concatenate(pieces, axis=1)
+        kernels.xent_grad_from_logits_(
+            p, row_max, sum_exp, targets, i * width, row_scale, valid_columns=n
+        )
+    return np.log(sum_exp) + row_max - sum(logit for _, _, logit in found), np.concatenate(
+        pieces, axis=1
+    )
 
 
 def cut_logits(logits: Any, valid: int, parts: int) -> tuple[int, list[Any], list[int]]:
-    """The width of each part, copies of the parts, whose padding holds large values, and how many columns of each are none."""
+    """The width of each part, copies of the parts, whose padding holds large values, and how many
+    columns of each are none."""
     width = logits.shape[1] // parts
     pieces = [logits[:, i * width : (i + 1) * width].copy() for i in range(parts)]
     valids = [min(max(valid - i * width, 0), width) for i in range(parts)]
@@ -261,9 +326,21 @@ def product_and_sums(a: Any, b: Any, c: Any) -> Arrays:
 
 def matmul_cases() -> Iterator[Case]:
     few_rows, deep = ((1, 70, 300), (6, 33, 50), (8, 129, 1025)), ((30, 1100, 47), (65, 550, 9))
-    for M, K, N in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (5, 7, 3), *few_rows, *deep, (300, 257, 129), (33, 300, 1025), (900, 64, 130)):
+    for M, K, N in (
+        (0, 3, 4),
+        (3, 0, 4),
+        (1, 1, 1),
+        (5, 7, 3),
+        *few_rows,
+        *deep,
+        (300, 257, 129),
+        (33, 300, 1025),
+        (900, 64, 130),
+    ):
         size, make = f"{M}x{K}x{N}", normals((M, K), (K, N), (M, N))
-        yield Case("matmul", size, make, lambda a, b, c: (kernels.matmul(a, b),), lambda a, b, c: (a @ b,))
+        yield Case(
+            "matmul", size, make, lambda a, b, c: (kernels.matmul(a, b),), lambda a, b, c: (a @ b,)
+        )
         yield Case(
             "matmul",
             f"bias-{size}",
@@ -278,17 +355,27 @@ def matmul_cases() -> Iterator[Case]:
             "matmul",
             f"{size}-out-transposed",
             make,
-            lambda a, b, c: (kernels.matmul(np.ascontiguousarray(a.T).T, np.ascontiguousarray(b.T).T, out=poisoned(c)),),
+            lambda a, b, c: (
+                kernels.matmul(
+                    np.ascontiguousarray(a.T).T, np.ascontiguousarray(b.T).T, out=poisoned(c)
+                ),
+            ),
             lambda a, b, c: (a @ b,),
         )
         yield Case(
             "matmul",
             f"{size}-accumulate",
             make,
-            lambda a, b, c: (kernels.matmul(strided(a), np.ascontiguousarray(b.T).T, out=c.copy(), accumulate=True),),
+            lambda a, b, c: (
+                kernels.matmul(
+                    strided(a), np.ascontiguousarray(b.T).T, out=c.copy(), accumulate=True
+                ),
+            ),
             lambda a, b, c: (c + a @ b,),
         )
-        yield Case("matmul", f"sums-{size}", make, product_and_sums, lambda a, b, c: (a @ b, a.sum(1)))
+        yield Case(
+            "matmul", f"sums-{size}", make, product_and_sums, lambda a, b, c: (a @ b, a.sum(1))
+        )
     for shape in ((0, 3), (1, 1), (5, 7), (2000, 130)):
         yield Case(
             "residual",
@@ -297,7 +384,13 @@ def matmul_cases() -> Iterator[Case]:
             lambda x, y: (kernels.add(x, y), kernels.add(t := x.copy(), strided(y), out=t)),
             lambda x, y: (x + y, x + y),
         )
-        yield Case("column_sum", f"{shape}", normals(shape), lambda x: (kernels.column_sum(x),), lambda x: (x.sum(0),))
+        yield Case(
+            "column_sum",
+            f"{shape}",
+            normals(shape),
+            lambda x: (kernels.column_sum(x),),
+            lambda x: (x.sum(0),),
+        )
         yield Case(
             "cast",
             f"{shape}",
@@ -313,7 +406,9 @@ def position_cases() -> Iterator[Case]:
 
         def turn(x: Any, inverse: bool = inverse) -> Arrays:
             cos, sin = kernels.rope_tables(times, x.shape[-1], 10_000.0, x.dtype)
-            holder = np.zeros((*x.shape[:2], 3 * x.shape[2], x.shape[3]), x.dtype)  # the fused projection
+            holder = np.zeros(
+                (*x.shape[:2], 3 * x.shape[2], x.shape[3]), x.dtype
+            )  # the fused projection
             view = holder[:, :, 1 : 1 + x.shape[2]]
             view[...] = x
             kernels.rope_(view, cos, sin, inverse=inverse)
@@ -327,21 +422,39 @@ def position_cases() -> Iterator[Case]:
             turn,
             lambda x, s=-1.0 if inverse else 1.0: plain.rope(x, times, 10_000.0, s),
         )
-    address = (0.3, 7, np.array([5, 2, 900]), np.array([0, 1, 5, 1000, 40_000]), np.arange(100, 137))
+    address = (
+        0.3,
+        7,
+        np.array([5, 2, 900]),
+        np.array([0, 1, 5, 1000, 40_000]),
+        np.arange(100, 137),
+    )
     for C in (37, 8):
         places = (*address[:4], address[4][:C])
         yield Case(
             "dropout_forward",
             f"3x5x{C}",
             normals((3, 5, C)),
-            lambda x, places=places: (kernels.dropout_forward(x, *places), kernels.dropout_forward(y := x.copy(), *places, out=y)),
+            lambda x, places=places: (
+                kernels.dropout_forward(x, *places),
+                kernels.dropout_forward(y := x.copy(), *places, out=y),
+            ),
             lambda x, places=places: (x * plain.keep_mask(*places),) * 2,
         )
-    for V, first, T in ((5, 0, 41), (7, 3, 41), (700, 100, 41), (3000, 0, 41), (1, 0, 100), (3, 0, 100)):
+    for V, first, T in (
+        (5, 0, 41),
+        (7, 3, 41),
+        (700, 100, 41),
+        (3000, 0, 41),
+        (1, 0, 100),
+        (3, 0, 100),
+    ):
         ids = np.random.default_rng(V).integers(0, V + 2 * first, (3, T))
         inside = (ids >= first) & (ids < first + V)
         rows = np.where(inside, ids - first, 0)
-        scatter = (inside[..., None] * (rows[..., None] == np.arange(V))).reshape(-1, V)  # [ids, V] one-hot, zero rows outside
+        scatter = (inside[..., None] * (rows[..., None] == np.arange(V))).reshape(
+            -1, V
+        )  # [ids, V] one-hot, zero rows outside
         make = normals((V, 6), (3, T, 6))
         yield Case(
             "embedding",
@@ -352,7 +465,9 @@ def position_cases() -> Iterator[Case]:
         )
         for accumulate in (False, True):
 
-            def back(w: Any, g: Any, i: Any = ids, f: int = first, accumulate: bool = accumulate) -> Arrays:
+            def back(
+                w: Any, g: Any, i: Any = ids, f: int = first, accumulate: bool = accumulate
+            ) -> Arrays:
                 grad = w.copy() if accumulate else poisoned(w)
                 kernels.embedding_backward_(g, i, grad, f, accumulate=accumulate)
                 return (grad,)
@@ -367,7 +482,9 @@ def position_cases() -> Iterator[Case]:
 
 
 def optimizer_cases() -> Iterator[Case]:
-    options = dict(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.25)
+    options = dict(
+        lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.25
+    )
     for n in (0, 1, 1000, 70_001):
 
         def update(p: Any, g: Any, m: Any, v: Any) -> Arrays:
@@ -376,10 +493,13 @@ def optimizer_cases() -> Iterator[Case]:
             return p, m, v
 
         def update_mixed(p: Any, g: Any, m: Any, v: Any) -> Arrays:
-            """As a model trained in bfloat16: narrow gradients, a narrow copy of the parameters, and a scale that is an array."""
+            """As a model trained in bfloat16: narrow gradients, a narrow copy of the parameters,
+            and a scale that is an array."""
             p, m, v, copy = p.copy(), m.copy(), v * v, poisoned(g.astype("bfloat16"))
             scale = np.full(1, 0.25, p.dtype)
-            kernels.adamw_(p, g.astype("bfloat16"), m, v, **{**options, "grad_scale": scale}, param_out=copy)
+            kernels.adamw_(
+                p, g.astype("bfloat16"), m, v, **{**options, "grad_scale": scale}, param_out=copy
+            )
             assert np.array_equal(copy, p.astype("bfloat16"))
             return p, m, v
 
@@ -389,18 +509,26 @@ def optimizer_cases() -> Iterator[Case]:
             return (p,)
 
         make = normals((n,), (n,), (n,), (n,))
-        yield Case("adamw_", f"{n}", make, update, lambda p, g, m, v: plain.adamw(p, g, m, v * v, options))
+        yield Case(
+            "adamw_", f"{n}", make, update, lambda p, g, m, v: plain.adamw(p, g, m, v * v, options)
+        )
         yield Case(
             "adamw_",
             f"mixed-{n}",
             make,
             update_mixed,
-            lambda p, g, m, v: plain.adamw(p, g.astype("bfloat16").astype(np.float64), m, v * v, options),
+            lambda p, g, m, v: plain.adamw(
+                p, g.astype("bfloat16").astype(np.float64), m, v * v, options
+            ),
         )
         yield Case("sgd_", f"{n}", make, descend, lambda p, g, *_: (p - 0.05 * g,))
         yield from (sum_case(n, num_parts) for num_parts in (1, 2, 5))
         yield Case(
-            "grad_norm", str(n), make, lambda x, *_: (np.asarray(kernels.sum_of_squares(x)),), lambda x, *_: (np.asarray((x * x).sum()),)
+            "grad_norm",
+            str(n),
+            make,
+            lambda x, *_: (np.asarray(kernels.sum_of_squares(x)),),
+            lambda x, *_: (np.asarray((x * x).sum()),),
         )
 
 
@@ -416,7 +544,9 @@ def sum_case(n: int, num_parts: int) -> Case:
         total = sum(parts)
         return total, np.asarray((total * total).sum())
 
-    return Case("grad_norm", f"{n}-sum-of-{num_parts}", normals(*[(n,)] * num_parts), add_up, expected)
+    return Case(
+        "grad_norm", f"{n}-sum-of-{num_parts}", normals(*[(n,)] * num_parts), add_up, expected
+    )
 
 
 def all_cases() -> list[Case]:

@@ -1,5 +1,5 @@
-"""How a kernel's results are judged, and the memory that shows what it forgets to write. Without pytest, so that kernels/gpu_check/ can
-use it where there is none."""
+"""How a kernel's results are judged, and the memory that shows what it forgets to write. Without
+pytest, so that kernels/gpu_check/ can use it where there is none."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from kernel_case import Case
 
 from minillm import kernels
 
-# Of the largest value expected. Sums here have up to 2000 terms; CUDA's exponentials are good to 2 units in the last place.
+# Of the largest value expected. Sums here have up to 2000 terms; CUDA's exponentials are good to 2
+# units in the last place.
 TOLERANCE = {"float32": 3e-6, "float64": 1e-12}
 CUDA_TOLERANCE = 1e-5
 NARROW = ("bfloat16", "float16")
-NARROW_FACTOR = 2.0  # times the error of rounding inputs and results: what the arithmetic between may add
-FEW = 16  # results among which rounding errors may cancel by luck: these may be off by the unit in their last place
+NARROW_FACTOR = (
+    2.0  # times the error of rounding inputs and results: what the arithmetic between may add
+)
+# results among which rounding errors may cancel by luck: these may be off by the unit in their last
+# place
+FEW = 16
 EMULATOR_ELEMENTS = 100_000  # of a case's inputs: larger ones would take the emulator seconds
 
 
@@ -36,7 +41,8 @@ def widen(x: Any) -> Any:
 
 
 def check(got: Any, want: Any, dtype: str, tolerance: float) -> None:
-    """Compare two tuples of arrays (None where nothing is expected) by their largest error; infinities must match, NaN fails."""
+    """Compare two tuples of arrays (None where nothing is expected) by their largest error;
+    infinities must match, NaN fails."""
     for i, g, w in _pairs(got, want, dtype):
         finite = np.isfinite(w)
         assert np.array_equal(g[~finite], w[~finite]), f"result {i}: infinities differ"
@@ -46,21 +52,28 @@ def check(got: Any, want: Any, dtype: str, tolerance: float) -> None:
 
 
 def check_narrow(got: Any, want: Any, rounded: Any, dtype: str) -> None:
-    """Compare 16-bit results with exact ones by the norm of the error: at most NARROW_FACTOR times that of `rounded`, the exact
-    results for the rounded inputs, rounded here to the dtype of each result. Where those are exact, CUDA_TOLERANCE remains."""
+    """Compare 16-bit results with exact ones by the norm of the error: at most NARROW_FACTOR times
+    that of `rounded`, the exact results for the rounded inputs, rounded here to the dtype of each
+    result. Where those are exact, CUDA_TOLERANCE remains."""
     for i, g, w in _pairs(got, want, dtype):
         with np.errstate(over="ignore"):
             nearest = widen(rounded[i].astype(got[i].dtype))
         finite = np.isfinite(w) & np.isfinite(nearest)
         assert np.array_equal(g[~finite], nearest[~finite]), f"result {i}: infinities differ"
-        error, allowed = np.linalg.norm(g[finite] - w[finite]), np.linalg.norm(nearest[finite] - w[finite])
+        error, allowed = (
+            np.linalg.norm(g[finite] - w[finite]),
+            np.linalg.norm(nearest[finite] - w[finite]),
+        )
         least = float(ml_dtypes.finfo(dtype).eps) if w.size < FEW else CUDA_TOLERANCE
         limit = max(NARROW_FACTOR * allowed, least * np.linalg.norm(w[finite]))
-        assert error <= limit, f"result {i}: error {error:.3g}, where {dtype} rounding alone makes {allowed:.3g}"  # false for NaN
+        assert error <= limit, (
+            f"result {i}: error {error:.3g}, where {dtype} rounding alone makes {allowed:.3g}"
+        )  # false for NaN
 
 
 def _pairs(got: Any, want: Any, dtype: str) -> Iterator[tuple[int, Any, Any]]:
-    """Number, result and expectation in float64, after their shapes and dtypes are checked. Statistics of 16-bit arrays are float32."""
+    """Number, result and expectation in float64, after their shapes and dtypes are checked.
+    Statistics of 16-bit arrays are float32."""
     assert len(got) == len(want)
     allowed = (dtype, "float32") if dtype in NARROW else (dtype,)
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -89,7 +102,8 @@ def call_case(case: Case, choice: str, dtype: str) -> Any:
 
 
 def check_case(case: Case, choice: str, dtype: str, threads: int = 1, repeats: int = 1) -> None:
-    """Run a case on one implementation and judge its results; with `repeats`, the same bits must come every time."""
+    """Run a case on one implementation and judge its results; with `repeats`, the same bits must
+    come every time."""
     exact = exact_inputs(case)
     inputs = tuple(cast(x, dtype) for x in exact)
     copies = tuple(x.copy() for x in inputs)
@@ -97,8 +111,12 @@ def check_case(case: Case, choice: str, dtype: str, threads: int = 1, repeats: i
         got = case.call(*inputs)
         for _ in range(repeats - 1):
             again = case.call(*inputs)
-            assert all(_bits(a) == _bits(b) for a, b in zip(got, again, strict=True)), "the bits of a repeated call differ"
-    assert all(np.array_equal(x, copy) for x, copy in zip(inputs, copies, strict=True)), "an input was changed"
+            assert all(_bits(a) == _bits(b) for a, b in zip(got, again, strict=True)), (
+                "the bits of a repeated call differ"
+            )
+    assert all(np.array_equal(x, copy) for x, copy in zip(inputs, copies, strict=True)), (
+        "an input was changed"
+    )
     want = case.expected(*(widen(x) for x in inputs))
     if dtype in NARROW:
         check_narrow(got, case.expected(*exact), want, dtype)
@@ -114,14 +132,22 @@ def _bits(x: Any) -> bytes | None:
 
 def implementations(case: Case, dtype: str, backends: tuple[str, ...]) -> list[str]:
     """The choices of `use` that can be asked to run a case, of the backends named."""
-    found = [k for k in kernels.available(case.op) if k.backend in backends and (not k.dtypes or dtype in k.dtypes)]
-    taking = [k for k in found if (not case.backends or k.backend in case.backends) and k.variant not in case.without]
+    found = [
+        k
+        for k in kernels.available(case.op)
+        if k.backend in backends and (not k.dtypes or dtype in k.dtypes)
+    ]
+    taking = [
+        k
+        for k in found
+        if (not case.backends or k.backend in case.backends) and k.variant not in case.without
+    ]
     return list(dict.fromkeys(k.choice for k in taking))
 
 
 def emulator_crossing(cases: list[Case]) -> Iterator[tuple[Case, str, str]]:
-    """The cases that the emulator runs: small ones, in float32 and bfloat16. float16 compiles the same templates: one case an op
-    and direction."""
+    """The cases that the emulator runs: small ones, in float32 and bfloat16. float16 compiles the
+    same templates: one case an op and direction."""
     seen: set[tuple[str, bool]] = set()
     for case in cases:
         if not any(implementations(case, dtype, ("emulator",)) for dtype in ("float32", *NARROW)):
@@ -141,7 +167,8 @@ def emulator_crossing(cases: list[Case]) -> Iterator[tuple[Case, str, str]]:
 
 @contextmanager
 def poisoned_memory(module: ModuleType = np) -> Iterator[None]:
-    """`module.empty` gives NaN, so that an element nobody writes is seen; integers are 0 in NumPy and -1 in CuPy."""
+    """`module.empty` gives NaN, so that an element nobody writes is seen; integers are 0 in NumPy
+    and -1 in CuPy."""
     plain, plain_like = module.empty, module.empty_like
 
     def empty(shape: Any, dtype: Any = float, order: Any = "C") -> Any:

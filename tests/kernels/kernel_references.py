@@ -1,6 +1,8 @@
-"""What every kernel computes, written once more as plainly as possible in float64: whole matrices, no blocks, no tricks.
+"""What every kernel computes, written once more as plainly as possible in float64: whole matrices,
+no blocks, no tricks.
 
-Each function takes float64 arrays and returns a tuple of arrays in the order of the kernel's results.
+Each function takes float64 arrays and returns a tuple of arrays in the order of the kernel's
+results.
 """
 
 from __future__ import annotations
@@ -57,8 +59,14 @@ def gelu(x: Any, approximate: str) -> tuple[Any, ...]:
 def gelu_grads(grad_y: Any, x: Any, approximate: str) -> tuple[Any, ...]:
     if approximate == "tanh":
         t = np.tanh(SQRT_2_PI * (x + 0.044715 * x**3))
-        return (grad_y * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * SQRT_2_PI * (1 + 3 * 0.044715 * x * x)),)
-    return (grad_y * (0.5 * (1 + erf(x / math.sqrt(2))) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)),)
+        return (
+            grad_y
+            * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * SQRT_2_PI * (1 + 3 * 0.044715 * x * x)),
+        )
+    return (
+        grad_y
+        * (0.5 * (1 + erf(x / math.sqrt(2))) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)),
+    )
 
 
 def swiglu(gate_up: Any) -> tuple[Any, ...]:
@@ -78,11 +86,16 @@ def softmax(x: Any) -> Any:
 
 
 def softmax_grads(grad_y: Any, y: Any) -> tuple[Any, ...]:
-    return (np.einsum("...j,...jk->...k", grad_y, y[..., None] * (np.eye(y.shape[-1]) - y[..., None, :])),)
+    return (
+        np.einsum(
+            "...j,...jk->...k", grad_y, y[..., None] * (np.eye(y.shape[-1]) - y[..., None, :])
+        ),
+    )
 
 
 def cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int) -> tuple[Any, ...]:
-    """Losses [rows], and the gradient of sum(row_scale * loss) by the logits; columns from `valid` on do not exist."""
+    """Losses [rows], and the gradient of sum(row_scale * loss) by the logits; columns from `valid`
+    on do not exist."""
     p = np.zeros_like(logits)
     p[:, :valid] = softmax(logits[:, :valid])
     rows = np.arange(len(logits))
@@ -100,10 +113,14 @@ def attention_scores(q: Any, k: Any, scale: float, seen: Any) -> Any:
 def attention(q: Any, k: Any, v: Any, scale: float, seen: Any, keep: Any = 1.0) -> tuple[Any, ...]:
     """o [B, Tq, H, K], lse [B, H, Tq]; `keep` is the scaled dropout mask of the probabilities."""
     p, lse = _probabilities(attention_scores(q, k, scale, seen))
-    return np.einsum("bhij,bjhd->bihd", p * keep, np.repeat(v, q.shape[2] // v.shape[2], axis=2)), lse
+    return np.einsum(
+        "bhij,bjhd->bihd", p * keep, np.repeat(v, q.shape[2] // v.shape[2], axis=2)
+    ), lse
 
 
-def attention_grads(grad_o: Any, q: Any, k: Any, v: Any, scale: float, seen: Any, keep: Any = 1.0) -> tuple[Any, ...]:
+def attention_grads(
+    grad_o: Any, q: Any, k: Any, v: Any, scale: float, seen: Any, keep: Any = 1.0
+) -> tuple[Any, ...]:
     group = q.shape[2] // k.shape[2]
     p, _ = _probabilities(attention_scores(q, k, scale, seen))
     grad_p = np.einsum("bihd,bjhd->bhij", grad_o, np.repeat(v, group, axis=2)) * keep
@@ -112,7 +129,11 @@ def attention_grads(grad_o: Any, q: Any, k: Any, v: Any, scale: float, seen: Any
     grad_k = np.einsum("bhij,bihd->bjhd", grad_s, q) * scale
     grad_v = np.einsum("bhij,bihd->bjhd", p * keep, grad_o)
     B, Tk, Hkv, K = k.shape
-    return grad_q, grad_k.reshape(B, Tk, Hkv, group, K).sum(3), grad_v.reshape(B, Tk, Hkv, group, K).sum(3)
+    return (
+        grad_q,
+        grad_k.reshape(B, Tk, Hkv, group, K).sum(3),
+        grad_v.reshape(B, Tk, Hkv, group, K).sum(3),
+    )
 
 
 def _probabilities(scores: Any) -> tuple[Any, Any]:
@@ -144,11 +165,19 @@ def adamw(p: Any, g: Any, m: Any, v: Any, h: dict[str, Any]) -> tuple[Any, ...]:
 
 def keep_mask(p: float, key: int, samples: Any, times: Any, channels: Any) -> Any:
     """The scaled dropout mask [B, T, C], one element at a time in Python's integers."""
-    return np.array([[[_kept(p, key, int(b), int(t), int(c)) for c in channels] for t in times] for b in samples]) / (1 - p)
+    return np.array(
+        [
+            [[_kept(p, key, int(b), int(t), int(c)) for c in channels] for t in times]
+            for b in samples
+        ]
+    ) / (1 - p)
 
 
 def _kept(p: float, key: int, sample: int, time: int, channel: int) -> bool:
-    row, column = random_bits(key, sample << 32 | time), random_bits(0x5851F42D4C957F2D, channel) >> 32
+    row, column = (
+        random_bits(key, sample << 32 | time),
+        random_bits(0x5851F42D4C957F2D, channel) >> 32,
+    )
     z = ((row & 0xFFFFFFFF) ^ column) * 0x7FEB352D & 0xFFFFFFFF
     z = ((z ^ z >> 15) + (row >> 32) & 0xFFFFFFFF) * 0x846CA68B & 0xFFFFFFFF
     return z >= round(p * 2**32)

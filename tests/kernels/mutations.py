@@ -1,4 +1,5 @@
-"""Bugs to plant into the CUDA kernels, as data: each is a line that somebody could well have written."""
+"""Bugs to plant into the CUDA kernels, as data: each is a line that somebody could well have
+written."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ ATTENTION = Sizes(T=200, heads=2, kv_heads=1, head_width=64)
 # Keys enough that the ring of tiles comes round.
 WIDE_ATTENTION = Sizes(T=600, heads=1, kv_heads=1, head_width=128)
 LONG_ATTENTION = Sizes(T=520, heads=2, kv_heads=1, head_width=64)
-# A mask that hides whole tiles and parts of others: some queries see nothing, some warpgroups of a block, and then others of the next part.
+# A mask that hides whole tiles and parts of others: some queries see nothing, some warpgroups of a
+# block, and then others of the next part.
 PADDED_ATTENTION = Sizes(T=400, batch=2, heads=2, kv_heads=1, head_width=64, padding=260)
 ROWS = Sizes(T=37, width=200)
 WIDE_ROWS = Sizes(T=5, width=3000)
@@ -19,7 +21,8 @@ WIDE_ROWS = Sizes(T=5, width=3000)
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, which stands once in `file` (a path in kernels/), becomes `new`: seen when `op` runs as `variant`."""
+    """`old`, which stands once in `file` (a path in kernels/), becomes `new`: seen when `op` runs
+    as `variant`."""
 
     name: str
     file: str
@@ -54,32 +57,59 @@ def _v2_back(name: str, old: str, new: str) -> Mutation:
     return Mutation(name, "attention/v2_backward.cu", old, new, "attention_backward", "v2")
 
 
-def _v3(name: str, old: str, new: str, file: str = "attention/v3_forward.cu", op: str = "attention_forward") -> Mutation:
+def _v3(
+    name: str,
+    old: str,
+    new: str,
+    file: str = "attention/v3_forward.cu",
+    op: str = "attention_forward",
+) -> Mutation:
     return Mutation(name, file, old, new, op, "v3", WIDE_ATTENTION)
 
 
 def _v3_back(name: str, old: str, new: str) -> Mutation:
-    return Mutation(name, "attention/v3_backward.cu", old, new, "attention_backward", "v3", LONG_ATTENTION)
+    return Mutation(
+        name, "attention/v3_backward.cu", old, new, "attention_backward", "v3", LONG_ATTENTION
+    )
 
 
 def _v3_masked(name: str, file: str, old: str, new: str, op: str = "attention_forward") -> Mutation:
     return Mutation(name, f"attention/{file}", old, new, op, "v3", PADDED_ATTENTION)
 
 
-def _step(name: str, file: str, old: str, new: str, op: str, sizes: Sizes = ROWS, dtype: str = "bfloat16") -> Mutation:
+def _step(
+    name: str, file: str, old: str, new: str, op: str, sizes: Sizes = ROWS, dtype: str = "bfloat16"
+) -> Mutation:
     return Mutation(name, file, old, new, op, "v1", sizes, dtype)
 
 
 MUTATIONS = [
     # ---- attention v1
-    _v1("mask off by one", "const bool seen = key < limit[i] &&", "const bool seen = key <= limit[i] &&"),
+    _v1(
+        "mask off by one",
+        "const bool seen = key < limit[i] &&",
+        "const bool seen = key <= limit[i] &&",
+    ),
     _v1("missing rescale", "sums[i][c] *= shrink;", "sums[i][c] *= 1;"),
-    _v1("missing barrier before tiles are overwritten", "__syncthreads();  // nobody reads the tiles any more", ""),
+    _v1(
+        "missing barrier before tiles are overwritten",
+        "__syncthreads();  // nobody reads the tiles any more",
+        "",
+    ),
     _v1("missing barrier after tiles are written", "__syncthreads();  // all has been written", ""),
     _v1("missing warp barrier", "__syncwarp();  // a row's scores come from this warp", ""),
     _v1("row beyond the end", "if (row >= end) return;", "if (row > end) return;"),
-    _v1_back("queries begin a tile too late", "a.causal ? key / tile * tile : 0", "a.causal ? key / tile * tile + tile : 0", "common.cuh"),
-    _v1_back("queries of one head of a group only", "h < (kv_head + 1) * group; h++)", "h < kv_head * group + 1; h++)"),
+    _v1_back(
+        "queries begin a tile too late",
+        "a.causal ? key / tile * tile : 0",
+        "a.causal ? key / tile * tile + tile : 0",
+        "common.cuh",
+    ),
+    _v1_back(
+        "queries of one head of a group only",
+        "h < (kv_head + 1) * group; h++)",
+        "h < kv_head * group + 1; h++)",
+    ),
     _v1_back(
         "scores in the place of their gradients",
         "add_weighted_rows(k_sums, grad_scores, q_tile);",
@@ -105,7 +135,12 @@ MUTATIONS = [
         "return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 4));",
     ),
     _v2("lane missing in the sum", "return x + __shfl_xor_sync(0xffffffffu, x, 2);", "return x;"),
-    _v2("missing barrier", "__syncthreads();  // this tile has arrived for all, and nobody reads the other buffer any more", ""),
+    _v2(
+        "missing barrier",
+        "__syncthreads();  // this tile has arrived for all, and nobody reads the other buffer any "
+        "more",
+        "",
+    ),
     _v2(
         "copy not waited for",
         "cp_async_wait<0>();\n        __syncthreads();  // this tile",
@@ -117,19 +152,41 @@ MUTATIONS = [
         "    __syncwarp();\n    for (int i = LANE; i < 16 * M * CHUNKS;",
         "    for (int i = LANE; i < 16 * M * CHUNKS;",
     ),
-    _v2_tiles("row read beyond the end", "const bool inside = first + row + r < end;", "const bool inside = first + row + r <= end;"),
-    _v2_tiles("row written beyond the end", "if (row + r < end) store16(", "if (row + r <= end) store16("),
+    _v2_tiles(
+        "row read beyond the end",
+        "const bool inside = first + row + r < end;",
+        "const bool inside = first + row + r <= end;",
+    ),
+    _v2_tiles(
+        "row written beyond the end", "if (row + r < end) store16(", "if (row + r <= end) store16("
+    ),
     _v2_tiles(
         "halves of a fragment exchanged",
         "place(first + LANE % 16, LANE / 16), step)",
         "place(first + LANE % 16, 1 - LANE / 16), step)",
     ),
-    _v2_tiles("group of chunks forgotten", "+ 8 * EXCHANGED * (step / STEPS_A_GROUP)", "+ 8 * EXCHANGED * (step % STEPS_A_GROUP)"),
-    _v2_back("statistics of the other buffer", "const int at = buffer * LOOP + slice;", "const int at = slice;"),
+    _v2_tiles(
+        "group of chunks forgotten",
+        "+ 8 * EXCHANGED * (step / STEPS_A_GROUP)",
+        "+ 8 * EXCHANGED * (step % STEPS_A_GROUP)",
+    ),
+    _v2_back(
+        "statistics of the other buffer",
+        "const int at = buffer * LOOP + slice;",
+        "const int at = slice;",
+    ),
     _v2_back("queries of one head of a group only", "steps = group * tiles;", "steps = tiles;"),
     _v2_back("probability without its shift", "exp2_(p * scale - lse_2)", "exp2_(p * scale)"),
-    _v2_back("mask transposed", "if (16 * m + 8 * half >= limit) s[m]", "if (16 * m + 8 * half > limit) s[m]"),
-    _v2_back("gradient not lowered by delta", "before * (grad_s * factor - delta)", "before * (grad_s * factor)"),
+    _v2_back(
+        "mask transposed",
+        "if (16 * m + 8 * half >= limit) s[m]",
+        "if (16 * m + 8 * half > limit) s[m]",
+    ),
+    _v2_back(
+        "gradient not lowered by delta",
+        "before * (grad_s * factor - delta)",
+        "before * (grad_s * factor)",
+    ),
     _v2_back("padding of queries not copied", "if (i < LOOP / 4) {", "if (i < LOOP / 8) {"),
     # ---- attention v3
     _v3(
@@ -138,7 +195,11 @@ MUTATIONS = [
         "mbarrier_wait(&shared.k_empty[at.stage], at.parity);",
         "attention/v3_common.cuh",
     ),
-    _v3("wrong phase of the queries", "mbarrier_wait(&shared.q_full, round % 2);", "mbarrier_wait(&shared.q_full, round % 2 ^ 1);"),
+    _v3(
+        "wrong phase of the queries",
+        "mbarrier_wait(&shared.q_full, round % 2);",
+        "mbarrier_wait(&shared.q_full, round % 2 ^ 1);",
+    ),
     _v3(
         "fewer bytes expected than come",
         "mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>));",
@@ -161,7 +222,11 @@ MUTATIONS = [
         "        wait_for<0>(out);\n        release(&shared.v_empty[at.stage]);\n        #p",
         "        release(&shared.v_empty[at.stage]);\n        wait_for<0>(out);\n        #p",
     ),
-    _v3("sums read while they are computed", "        wait_for<0>(out);\n        release", "        release"),
+    _v3(
+        "sums read while they are computed",
+        "        wait_for<0>(out);\n        release",
+        "        release",
+    ),
     _v3(
         "values never given back",
         "        wait_for<0>(out);\n        release(&shared.v_empty[at.stage]);\n        #p",
@@ -169,15 +234,25 @@ MUTATIONS = [
     ),
     _v3("missing rescale", "out[i] *= correction[i / 2 % 2];", ";"),
     _v3("mask off by one", "if (i / 4 * 8 + i % 2 >= (i", "if (i / 4 * 8 + i % 2 > (i"),
-    _v3("lane missing in the maximum", "        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));\n", ""),
+    _v3(
+        "lane missing in the maximum",
+        "        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));\n",
+        "",
+    ),
     _v3(
         "too few arrivals for an mbarrier",
         "mbarrier_init(&shared.q_empty, CONSUMERS * WARPS_PER_GROUP);",
         "mbarrier_init(&shared.q_empty, 1);",
     ),
     _v3("mbarriers not announced to the copy engine", "        fence_barrier_init();\n", ""),
-    _v3("mbarriers used before they are made", "    __syncthreads();\n    const int group", "    const int group"),
-    _v3("tile stored before the fence", "    fence_async_proxy();\n", "", "attention/v3_common.cuh"),
+    _v3(
+        "mbarriers used before they are made",
+        "    __syncthreads();\n    const int group",
+        "    const int group",
+    ),
+    _v3(
+        "tile stored before the fence", "    fence_async_proxy();\n", "", "attention/v3_common.cuh"
+    ),
     _v3(
         "tile stored before all have written",
         "    fence_async_proxy();\n    named_barrier_sync(barrier, 128);",
@@ -190,36 +265,90 @@ MUTATIONS = [
         "    if (false) tma_wait_read<OTHERS>();",
         "attention/v3_common.cuh",
     ),
-    _v3("wrong swizzle", "(column % PANEL_COLUMNS / 8) ^ (row % 8)", "(column % PANEL_COLUMNS / 8) ^ (row / 2 % 8)", "device/tiles.cuh"),
+    _v3(
+        "wrong swizzle",
+        "(column % PANEL_COLUMNS / 8) ^ (row % 8)",
+        "(column % PANEL_COLUMNS / 8) ^ (row / 2 % 8)",
+        "device/tiles.cuh",
+    ),
     _v3(
         "wrong stride in a descriptor",
         "ROWS * PANEL_ROW_BYTES, PANEL_EIGHT_ROWS, SWIZZLE",
         "PANEL_EIGHT_ROWS, PANEL_EIGHT_ROWS, SWIZZLE",
         "device/tiles.cuh",
     ),
-    _v3_back("mask off by one", "if (i / 4 * 8 + i % 2 < key + i", "if (i / 4 * 8 + i % 2 <= key + i"),
-    _v3_back("tile overwritten while it is stored", "store_rows<1>(grad_k_map", "store_rows<2>(grad_k_map"),
-    _v3_back("statistics not expected", "sizeof(Tile<QUERIES>) + sizeof(shared.statistics[0]));", "sizeof(Tile<QUERIES>));"),
+    _v3_back(
+        "mask off by one", "if (i / 4 * 8 + i % 2 < key + i", "if (i / 4 * 8 + i % 2 <= key + i"
+    ),
+    _v3_back(
+        "tile overwritten while it is stored",
+        "store_rows<1>(grad_k_map",
+        "store_rows<2>(grad_k_map",
+    ),
+    _v3_back(
+        "statistics not expected",
+        "sizeof(Tile<QUERIES>) + sizeof(shared.statistics[0]));",
+        "sizeof(Tile<QUERIES>));",
+    ),
     _v3_back(
         "queries given back while they are read",
         "    wait_for<0>(grad_k);\n    release(&shared.q_empty[at.stage]);",
         "    release(&shared.q_empty[at.stage]);\n    wait_for<0>(grad_k);",
     ),
-    _v3_masked("bits of another column", "v3_common.cuh", "const int shift = accumulator_column();", "const int shift = 0;"),
-    _v3_masked("hidden tiles loaded", "v3_common.cuh", "const int first = mask.tile(i) * KEYS;", "const int first = i * KEYS;"),
-    _v3_masked("tiles listed with gaps", "v3_mask.cu", "if (any) tiles[8 * seen + 4] = tile;", "if (any) tiles[8 * tile + 4] = tile;"),
-    _v3_masked("missing barrier", "v3_mask.cu", "        __syncthreads();  // the words have been read\n", ""),
-    _v3_masked("turn for a first tile", "v3_forward.cu", "if (i > 0) await_turn(consumer);", "await_turn(consumer);"),
+    _v3_masked(
+        "bits of another column",
+        "v3_common.cuh",
+        "const int shift = accumulator_column();",
+        "const int shift = 0;",
+    ),
+    _v3_masked(
+        "hidden tiles loaded",
+        "v3_common.cuh",
+        "const int first = mask.tile(i) * KEYS;",
+        "const int first = i * KEYS;",
+    ),
+    _v3_masked(
+        "tiles listed with gaps",
+        "v3_mask.cu",
+        "if (any) tiles[8 * seen + 4] = tile;",
+        "if (any) tiles[8 * tile + 4] = tile;",
+    ),
+    _v3_masked(
+        "missing barrier",
+        "v3_mask.cu",
+        "        __syncthreads();  // the words have been read\n",
+        "",
+    ),
+    _v3_masked(
+        "turn for a first tile",
+        "v3_forward.cu",
+        "if (i > 0) await_turn(consumer);",
+        "await_turn(consumer);",
+    ),
     _v3_masked(
         "queries kept by those who see nothing",
         "v3_forward.cu",
         "release(&shared.q_empty);  // the mask hides all that these queries might see",
         ";",
     ),
-    _v3_masked("hidden keys seen", "v3_forward.cu", "        hide_masked(scores, mask, tile, -INFINITY);\n", ""),
-    _v3_masked("hidden keys in the first tile seen", "v3_forward.cu", "    hide_masked(scores, mask, first_tile, -INFINITY);\n", ""),
     _v3_masked(
-        "hidden keys seen by gradients of queries", "v3_backward.cu", "    hide_masked(scores, mask, tile, 0);\n", "", "attention_backward"
+        "hidden keys seen",
+        "v3_forward.cu",
+        "        hide_masked(scores, mask, tile, -INFINITY);\n",
+        "",
+    ),
+    _v3_masked(
+        "hidden keys in the first tile seen",
+        "v3_forward.cu",
+        "    hide_masked(scores, mask, first_tile, -INFINITY);\n",
+        "",
+    ),
+    _v3_masked(
+        "hidden keys seen by gradients of queries",
+        "v3_backward.cu",
+        "    hide_masked(scores, mask, tile, 0);\n",
+        "",
+        "attention_backward",
     ),
     _v3_masked(
         "gradients of hidden keys",
@@ -273,7 +402,13 @@ MUTATIONS = [
         "        }\n",
         "layernorm_backward",
     ),
-    _step("missing barrier in a column sum", "matmul/column_sum.cu", "    __syncthreads();\n", "", "column_sum"),
+    _step(
+        "missing barrier in a column sum",
+        "matmul/column_sum.cu",
+        "    __syncthreads();\n",
+        "",
+        "column_sum",
+    ),
     _step(
         "target overwritten before it is read",
         "softmax_xent/v1.cu",
@@ -304,7 +439,14 @@ MUTATIONS = [
         "shared[threadIdx.x + half], __syncthreads();",
         "sum_of_squares",
     ),
-    _step("run cut one too late", "device/vectors.cuh", "if (i < left) to[i]", "if (i <= left) to[i]", "add", Sizes(T=3, width=333)),
+    _step(
+        "run cut one too late",
+        "device/vectors.cuh",
+        "if (i < left) to[i]",
+        "if (i <= left) to[i]",
+        "add",
+        Sizes(T=3, width=333),
+    ),
     _step(
         "wide access from an odd place",
         "device/vectors.cuh",
@@ -327,5 +469,12 @@ MUTATIONS = [
         "i < end && sorted[i] <= sorted[start] + 1",
         "embedding_backward_",
     ),
-    _step("two moments mixed up", "adamw/v1.cu", "v[i] = beta2 * v[i]", "v[i] = beta1 * v[i]", "adamw_", dtype="float32"),
+    _step(
+        "two moments mixed up",
+        "adamw/v1.cu",
+        "v[i] = beta2 * v[i]",
+        "v[i] = beta1 * v[i]",
+        "adamw_",
+        dtype="float32",
+    ),
 ]

@@ -1,4 +1,5 @@
-"""The CUDA attention kernels under the emulator: schedules of threads, arrays that lie awkwardly, smaller GPUs, and what is refused."""
+"""The CUDA attention kernels under the emulator: schedules of threads, arrays that lie awkwardly,
+smaller GPUs, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,13 +13,19 @@ from minillm.kernels.attention import cuda as bindings
 
 from minillm import kernels
 
-pytestmark = pytest.mark.skipif(bool(emulator.compiler_missing()), reason=str(emulator.compiler_missing()))
+pytestmark = pytest.mark.skipif(
+    bool(emulator.compiler_missing()), reason=str(emulator.compiler_missing())
+)
 
 DTYPES = {"v1": np.dtype(np.float32), "v2": np.dtype(ml_dtypes.bfloat16)}
-FULL_GPU, AMPERE, SMALL_AMPERE, TURING = (kb << 10 for kb in (227, 163, 99, 64))  # shared memory that a block can have
+FULL_GPU, AMPERE, SMALL_AMPERE, TURING = (
+    kb << 10 for kb in (227, 163, 99, 64)
+)  # shared memory that a block can have
 
 
-def both_passes(variant: str, q: Any, k: Any, v: Any, grad_o: Any, **options: Any) -> tuple[Any, ...]:
+def both_passes(
+    variant: str, q: Any, k: Any, v: Any, grad_o: Any, **options: Any
+) -> tuple[Any, ...]:
     """o, lse and the three gradients."""
     options = {"scale": 0.2, "causal": True} | options
     with kernels.use(attention=f"emulator:{variant}"):
@@ -40,7 +47,12 @@ def test_no_schedule_of_threads_changes_a_bit(variant: str) -> None:
     arrays = inputs(DTYPES[variant], 1, 150, 2, 1, 32)
     dropout = kernels.AttentionDropout(0.3, 99, np.array([7]), 5, np.arange(150), np.arange(150))
     plain, dropped = both_passes(variant, *arrays), both_passes(variant, *arrays, dropout=dropout)
-    for schedule in ({"order": "greedy warp"}, {"order": "reversed"}, {"order": "random", "seed": 1}, {"preempt": 50}):
+    for schedule in (
+        {"order": "greedy warp"},
+        {"order": "reversed"},
+        {"order": "random", "seed": 1},
+        {"preempt": 50},
+    ):
         with emulator.emulate(**schedule):
             assert same_bits(both_passes(variant, *arrays), plain), schedule
             assert same_bits(both_passes(variant, *arrays, dropout=dropout), dropped), schedule
@@ -64,9 +76,13 @@ def test_arrays_that_cannot_be_read_as_they_lie_are_copied(variant: str) -> None
     assert o is out and o.tobytes() == wanted[0].tobytes()
 
 
-@pytest.mark.parametrize(("variant", "shared_bytes"), [("v1", TURING), ("v2", AMPERE), ("v2", SMALL_AMPERE)])
+@pytest.mark.parametrize(
+    ("variant", "shared_bytes"), [("v1", TURING), ("v2", AMPERE), ("v2", SMALL_AMPERE)]
+)
 @pytest.mark.parametrize("K", (64, 128))
-def test_gpus_with_less_shared_memory(variant: str, shared_bytes: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_with_less_shared_memory(
+    variant: str, shared_bytes: int, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arrays = inputs(DTYPES[variant], 1, 70, 1, 1, K)
     wanted = both_passes(variant, *arrays)
     monkeypatch.setattr(bindings, "_EMULATED_SHARED", shared_bytes)
@@ -79,7 +95,11 @@ def test_gpus_with_less_shared_memory(variant: str, shared_bytes: int, K: int, m
 def test_every_plan_fits_its_gpu_and_is_compiled_in_ci(shared_bytes: int) -> None:
     plans = [bindings._plan_v1("float32", K, shared_bytes) for K in bindings.HEAD_WIDTHS]
     if shared_bytes != TURING:
-        plans += [bindings._plan_v2("bfloat16", K, dropout, shared_bytes) for K in bindings.HEAD_WIDTHS for dropout in (False, True)]
+        plans += [
+            bindings._plan_v2("bfloat16", K, dropout, shared_bytes)
+            for K in bindings.HEAD_WIDTHS
+            for dropout in (False, True)
+        ]
     for tiles in (tiles for plan in plans for tiles in plan):
         assert tiles.shared_bytes <= shared_bytes
         defines = {macro: str(value) for macro, value in tiles.defines.items()}
@@ -98,7 +118,10 @@ def test_usual_times_need_no_limits() -> None:
 
 def test_what_no_kernel_takes_is_refused_with_the_way_out() -> None:
     narrow = inputs(DTYPES["v1"], 1, 4, 1, 1, 48)
-    with pytest.raises(kernels.KernelUnavailable, match=r"head width 48, only for 32, 64, 96, 128.*use\(attention='numpy'\)"):
+    with pytest.raises(
+        kernels.KernelUnavailable,
+        match=r"head width 48, only for 32, 64, 96, 128.*use\(attention='numpy'\)",
+    ):
         both_passes("v1", *narrow)
     with pytest.raises(kernels.KernelUnavailable, match=r"positive scale, not -1.*cuda:v1"):
         both_passes("v2", *inputs(DTYPES["v2"], 1, 4, 1, 1, 32), scale=-1.0)

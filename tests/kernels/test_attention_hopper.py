@@ -1,5 +1,5 @@
-"""Attention v3 under the emulator beyond the cases of the kernel test: rings that come round, many parts a block, schedules of threads, and
-what it leaves to other variants."""
+"""Attention v3 under the emulator beyond the cases of the kernel test: rings that come round, many
+parts a block, schedules of threads, and what it leaves to other variants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from minillm.kernels.attention import hopper
 
 from minillm import kernels
 
-pytestmark = pytest.mark.skipif(emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing()))
+pytestmark = pytest.mark.skipif(
+    emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing())
+)
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SCALE = 0.2
@@ -30,7 +32,8 @@ def exact_inputs(B: int, T: int, H: int, Hkv: int, K: int) -> tuple[Any, ...]:
 
 
 def padding(T: int) -> Any:
-    """A mask [3, T] of keys: with holes and a whole tile hidden; the first tiles hidden, all that the first queries may see; all hidden."""
+    """A mask [3, T] of keys: with holes and a whole tile hidden; the first tiles hidden, all that
+    the first queries may see; all hidden."""
     mask = np.random.default_rng(T).random((3, T)) < 0.7
     mask[0, 128:256] = mask[1, :300] = mask[2] = False
     return mask
@@ -45,11 +48,16 @@ def both_passes(arrays: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
         return (o, lse, *kernels.attention_backward(grad_o, q, k, v, o, lse, **options))
 
 
-def expected(q: Any, k: Any, v: Any, grad_o: Any, key_mask: Any = None, causal: bool = True) -> tuple[Any, ...]:
+def expected(
+    q: Any, k: Any, v: Any, grad_o: Any, key_mask: Any = None, causal: bool = True
+) -> tuple[Any, ...]:
     seen = np.tri(q.shape[1], dtype=bool) if causal else np.True_
     if key_mask is not None:
         seen = seen & key_mask[:, None, None, :]
-    return (*plain.attention(q, k, v, SCALE, seen), *plain.attention_grads(grad_o, q, k, v, SCALE, seen))
+    return (
+        *plain.attention(q, k, v, SCALE, seen),
+        *plain.attention_grads(grad_o, q, k, v, SCALE, seen),
+    )
 
 
 def rounded(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -64,10 +72,17 @@ def same_bits(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 def test_rings_that_come_round(T: int, K: int) -> None:
     exact = exact_inputs(1, T, 2, 1, K)
     arrays = rounded(exact)
-    check_narrow(both_passes(arrays), expected(*exact), expected(*(x.astype(np.float64) for x in arrays)), "bfloat16")
+    check_narrow(
+        both_passes(arrays),
+        expected(*exact),
+        expected(*(x.astype(np.float64) for x in arrays)),
+        "bfloat16",
+    )
 
 
-@pytest.mark.parametrize(("T", "K", "causal"), [(450, 32, True), (450, 32, False), (300, 128, True)])
+@pytest.mark.parametrize(
+    ("T", "K", "causal"), [(450, 32, True), (450, 32, False), (300, 128, True)]
+)
 def test_a_padding_mask(T: int, K: int, causal: bool) -> None:
     exact, mask = exact_inputs(3, T, 1, 1, K), padding(T)
     arrays = rounded(exact)
@@ -95,7 +110,9 @@ def test_a_mask_that_hides_nothing_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("blocks", [1, 3, 100])
 @pytest.mark.parametrize("cache_bytes", [1, 1 << 30])
-def test_the_order_of_the_work_changes_no_bit(blocks: int, cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_the_work_changes_no_bit(
+    blocks: int, cache_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arrays = rounded(exact_inputs(2, 300, 4, 2, 32))
     wanted = both_passes(arrays)
     monkeypatch.setattr(hopper, "multiprocessors", lambda like: blocks)
@@ -107,7 +124,12 @@ def test_no_schedule_of_threads_changes_a_bit() -> None:
     arrays = rounded(exact_inputs(1, 300, 2, 1, 64))
     mask = padding(300)[1:2]
     wanted, masked = both_passes(arrays), both_passes(arrays, key_mask=mask)
-    for schedule in ({"order": "greedy warp"}, {"order": "reversed"}, {"order": "random", "seed": 1}, {"preempt": 50}):
+    for schedule in (
+        {"order": "greedy warp"},
+        {"order": "reversed"},
+        {"order": "random", "seed": 1},
+        {"preempt": 50},
+    ):
         with emulator.emulate(**schedule):
             assert same_bits(both_passes(arrays), wanted), schedule
             assert same_bits(both_passes(arrays, key_mask=mask), masked), schedule
@@ -132,8 +154,12 @@ def test_a_fused_projection_is_read_as_it_lies() -> None:
     got = both_passes((*parts, grad_o))
     assert same_bits(got, wanted)
     with kernels.use(attention="emulator:v3"):
-        outs = dict(zip(("grad_q", "grad_k", "grad_v"), (grads[:, :, i] for i in range(3)), strict=True))
-        kernels.attention_backward(grad_o, *parts, wanted[0], wanted[1], scale=SCALE, causal=True, **outs)
+        outs = dict(
+            zip(("grad_q", "grad_k", "grad_v"), (grads[:, :, i] for i in range(3)), strict=True)
+        )
+        kernels.attention_backward(
+            grad_o, *parts, wanted[0], wanted[1], scale=SCALE, causal=True, **outs
+        )
     assert same_bits(tuple(np.ascontiguousarray(grads[:, :, i]) for i in range(3)), wanted[2:])
 
 
@@ -160,14 +186,22 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "reason"), REFUSED)
 def test_what_v3_leaves_to_others_is_refused(options: dict[str, Any], reason: str) -> None:
     arrays = rounded(exact_inputs(1, 20, 1, 1, 32))
-    with pytest.raises(kernels.KernelUnavailable, match=rf"v3 does not take {reason}.*use\(attention='cuda:v2'\)"):
+    with pytest.raises(
+        kernels.KernelUnavailable, match=rf"v3 does not take {reason}.*use\(attention='cuda:v2'\)"
+    ):
         both_passes(arrays, **options)
-    with pytest.raises(kernels.KernelUnavailable, match="head width 48, not one of 32, 64, 96, 128"):
+    with pytest.raises(
+        kernels.KernelUnavailable, match="head width 48, not one of 32, 64, 96, 128"
+    ):
         both_passes(rounded(exact_inputs(1, 20, 1, 1, 48)))
 
 
-@pytest.mark.parametrize(("capability", "best"), [("90", "v3"), ("80", "v2"), ("100", "v2"), ("75", "v1")])
-def test_auto_takes_v3_where_it_can_run(capability: str, best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "best"), [("90", "v3"), ("80", "v2"), ("100", "v2"), ("75", "v1")]
+)
+def test_auto_takes_v3_where_it_can_run(
+    capability: str, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bindings, "compute_capability", lambda device: capability)
     monkeypatch.setattr(hopper, "compute_capability", lambda device: capability)
     q = SimpleNamespace(dtype=BFLOAT16, shape=(1, 20, 1, 32), device=SimpleNamespace(id=0))

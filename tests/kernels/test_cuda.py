@@ -1,4 +1,5 @@
-"""Building and launching CUDA kernels, as far as that goes without a GPU; what they compute is in test_kernels.py."""
+"""Building and launching CUDA kernels, as far as that goes without a GPU; what they compute is in
+test_kernels.py."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def test_kernels_for_all_devices_compile_for_hopper() -> None:
         pytest.skip(build.nvrtc_missing() or "")
     for path in FILES:
         if not build.marks(path, "arch"):
-            assert not build.complaints(build.report(path, build.build_sets(path)[0], "sm_90a")), path
+            assert not build.complaints(build.report(path, build.build_sets(path)[0], "sm_90a")), (
+                path
+            )
 
 
 @pytest.fixture
@@ -45,9 +48,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "part.cuh").write_text("#pragma once\n#define TWO 2\n")
     (tmp_path / "more.cuh").write_text('#include "part.cuh"\n#include "elsewhere.h"\n')
-    kernel = (
-        '// minillm-build: -DWIDE=3 -DON\n#include "part.cuh"\n#include "more.cuh"\nextern "C" __global__ void two(int* x) { *x = TWO; }\n'
-    )
+    kernel = '// minillm-build: -DWIDE=3 -DON\n#include "part.cuh"\n#include "more.cuh"\nextern "C" __global__ void two(int* x) { *x = TWO; }\n'
     (tmp_path / "k.cu").write_text(kernel)
     return tmp_path
 
@@ -60,7 +61,9 @@ def test_includes_are_part_of_the_source(sources: Path) -> None:
     at = next(i for i, line in enumerate(lines) if "void two" in line)
     marks = [(i, line) for i, line in enumerate(lines[:at]) if line.startswith("#line")]
     number, name = marks[-1][1].split()[1:]
-    assert name.endswith('k.cu"') and int(number) + at - marks[-1][0] - 1 == 4, "messages name the line of the file"
+    assert name.endswith('k.cu"') and int(number) + at - marks[-1][0] - 1 == 4, (
+        "messages name the line of the file"
+    )
 
 
 def test_a_file_says_how_it_is_built(sources: Path) -> None:
@@ -85,7 +88,9 @@ def test_the_cache_is_made_once_and_whole(sources: Path) -> None:
     assert len(paths) == 1 and paths.pop().read_text() == "whole"
     before = len(calls)
     build.cached(".x", ("a", "b"), make)
-    assert len(calls) == before and build.cached(".x", ("ab", ""), make) != build.cached(".x", ("a", "b"), make)
+    assert len(calls) == before and build.cached(".x", ("ab", ""), make) != build.cached(
+        ".x", ("a", "b"), make
+    )
 
     def fail(path: Path) -> None:
         path.write_text("half")
@@ -93,7 +98,9 @@ def test_the_cache_is_made_once_and_whole(sources: Path) -> None:
 
     with pytest.raises(ValueError):
         build.cached(".x", ("c",), fail)
-    assert sorted({f.read_text() for f in build.cache_folder().iterdir()}) == ["whole"], "a failed build leaves nothing"
+    assert sorted({f.read_text() for f in build.cache_folder().iterdir()}) == ["whole"], (
+        "a failed build leaves nothing"
+    )
 
 
 def test_what_decides_the_binary_is_in_the_key(sources: Path) -> None:
@@ -125,18 +132,31 @@ def test_the_newest_release_is_the_first(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name).mkdir()
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
-    assert [folder.name for folder in build.nvidia_folders()] == ["cu100", "cu14", "cu13", "cuda_nvrtc", "cuda_runtime"]
+    assert [folder.name for folder in build.nvidia_folders()] == [
+        "cu100",
+        "cu14",
+        "cu13",
+        "cuda_nvrtc",
+        "cuda_runtime",
+    ]
 
 
 def test_complaints_are_found() -> None:
     good = "ptxas . 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nptxas info : Used 40 registers"
     assert build.complaints(good) == []
-    assert build.complaints("ptxas . 8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads")
-    assert build.complaints("ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized")
+    assert build.complaints(
+        "ptxas . 8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads"
+    )
+    assert build.complaints(
+        "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized"
+    )
 
 
 def test_arguments_are_what_the_kernel_declares() -> None:
-    assert launch._argument(None) == np.uint64(0) and launch._argument(np.int32(3)).dtype == np.int32
+    assert (
+        launch._argument(None) == np.uint64(0) and launch._argument(np.int32(3)).dtype == np.int32
+    )
     struct = np.zeros((), [("a", np.int64), ("b", np.float32)])[()]
     passed = launch._argument(struct)
     assert passed.shape == (1,) and passed.tobytes() == struct.tobytes()
@@ -145,16 +165,22 @@ def test_arguments_are_what_the_kernel_declares() -> None:
             launch._argument(number)
 
 
-def test_the_limit_of_shared_memory_only_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It belongs to the kernel: a small launch after a large one must not lower it for the next large one."""
+def test_the_limit_of_shared_memory_only_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It belongs to the kernel: a small launch after a large one must not lower it for the next
+    large one."""
     limits: list[int] = []
     driver = SimpleNamespace(
-        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, funcSetAttribute=lambda function, attribute, value: limits.append(value)
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+        funcSetAttribute=lambda function, attribute, value: limits.append(value),
     )
     cuda_module = SimpleNamespace(driver=driver, runtime=SimpleNamespace(getDevice=lambda: 0))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda_module))
     function = SimpleNamespace(ptr=1)
-    monkeypatch.setattr(launch, "_module", lambda *key: SimpleNamespace(get_function=lambda name: function))
+    monkeypatch.setattr(
+        launch, "_module", lambda *key: SimpleNamespace(get_function=lambda name: function)
+    )
     monkeypatch.setattr(launch, "_functions", {})
     for shared_bytes in (0, 40 << 10, 100 << 10, 60 << 10, 100 << 10, 200 << 10):
         assert launch._function(tmp_path / "k.cu", "k", {}, shared_bytes) is function
@@ -177,7 +203,11 @@ def test_the_emulator_runs_only_where_it_is_asked_for(monkeypatch: pytest.Monkey
     x = np.ones(4, np.float32)
     for op in kernels.ops():
         assert kernels.chosen(op, x).backend != "emulator"
-    monkeypatch.setattr(registry, "_kernels", {"add": [k for k in kernels.available("add") if k.backend == "emulator"]})
+    monkeypatch.setattr(
+        registry,
+        "_kernels",
+        {"add": [k for k in kernels.available("add") if k.backend == "emulator"]},
+    )
     with pytest.raises(kernels.KernelUnavailable):
         registry._find("add", type(x), x.dtype, "")
 
@@ -185,7 +215,12 @@ def test_the_emulator_runs_only_where_it_is_asked_for(monkeypatch: pytest.Monkey
 def test_without_a_gpu_the_reason_is_named() -> None:
     if cuda.unavailable is None:
         pytest.skip("this machine has a GPU")
-    with pytest.raises(kernels.KernelUnavailable, match=r"CuPy is not installed|no NVIDIA device|NVRTC"), kernels.use(add="cuda:v1"):
+    with (
+        pytest.raises(
+            kernels.KernelUnavailable, match=r"CuPy is not installed|no NVIDIA device|NVRTC"
+        ),
+        kernels.use(add="cuda:v1"),
+    ):
         pass
 
 
@@ -196,7 +231,9 @@ def _needs_emulator() -> None:
 
 def test_random_normals_have_the_bits_of_numpy() -> None:
     _needs_emulator()
-    indices = np.r_[np.arange(3000), np.random.default_rng(0).integers(0, 2**63, 3000)].astype(np.uint64)
+    indices = np.r_[np.arange(3000), np.random.default_rng(0).integers(0, 2**63, 3000)].astype(
+        np.uint64
+    )
     with kernels.use(random_normal="emulator"):
         found = kernels.random_normal(2**64 - 5, indices)
     with kernels.use(random_normal="numpy"):
@@ -217,7 +254,10 @@ def test_dropout_has_the_bits_of_numpy(dtype: Any) -> None:
 def test_an_array_of_another_dtype_is_refused() -> None:
     _needs_emulator()
     x = np.ones((2, 8), np.float32)
-    with kernels.use(layernorm="emulator"), pytest.raises(TypeError, match="one dtype, not float32, float64"):
+    with (
+        kernels.use(layernorm="emulator"),
+        pytest.raises(TypeError, match="one dtype, not float32, float64"),
+    ):
         kernels.layernorm_forward(x, np.ones(8), None, 1e-5)
 
 
@@ -230,7 +270,8 @@ def test_more_arrays_are_added_than_one_launch_takes() -> None:
 
 
 class HostDevice:
-    """A device whose memory is the host's: shows that the cases travel and come back as they are."""
+    """A device whose memory is the host's: shows that the cases travel and come back as they
+    are."""
 
     module = np
 
@@ -259,12 +300,16 @@ def test_numpy_arrays_travel_to_a_device_and_back() -> None:
     seen = []
 
     def binding(x: Any, parts: tuple[Any, ...], *, out: Any) -> tuple[Any, Any, None]:
-        seen.append((x.strides, np.shares_memory(x, out), np.shares_memory(x, holder), parts[0].strides))
+        seen.append(
+            (x.strides, np.shares_memory(x, out), np.shares_memory(x, holder), parts[0].strides)
+        )
         out[...] = x + parts[0]
         return out, x * 2, None
 
     out = holder[:, 4:]
-    result, doubled, nothing = device_arrays.on_device(binding, HostDevice())(holder[:, :2], (other,), out=out)
+    result, doubled, nothing = device_arrays.on_device(binding, HostDevice())(
+        holder[:, :2], (other,), out=out
+    )
     assert seen == [((48, 8), False, False, other.strides)]
     assert result is out and nothing is None
     assert np.array_equal(out, holder[:, :2] + 1) and np.array_equal(doubled, 2 * holder[:, :2])
@@ -274,7 +319,19 @@ def test_numpy_arrays_travel_to_a_device_and_back() -> None:
 def test_building_all_kernels_is_a_program(tmp_path: Path) -> None:
     if build.nvrtc_missing():
         pytest.skip(build.nvrtc_missing() or "")
-    command = [sys.executable, "-m", "minillm.kernels.precompile", "--capability", "90", "--processes", "1", "--only", "residual/"]
-    done = subprocess.run(command, env={**os.environ, "MINILLM_CACHE": str(tmp_path)}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "minillm.kernels.precompile",
+        "--capability",
+        "90",
+        "--processes",
+        "1",
+        "--only",
+        "residual/",
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "MINILLM_CACHE": str(tmp_path)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("residual/v1.cu") == 3 and len(list(tmp_path.iterdir())) == 3

@@ -1,4 +1,5 @@
-"""The emulator: that it reports every fault it promises to, at the line where it is, and that each instruction does what the GPU's does."""
+"""The emulator: that it reports every fault it promises to, at the line where it is, and that each
+instruction does what the GPU's does."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from minillm.kernels.emulator.__main__ import main
 from minillm.kernels.emulator.compiler import compile_text, kernels_in
 from minillm.kernels.emulator.examples import EXAMPLES
 
-pytestmark = pytest.mark.skipif(emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing()))
+pytestmark = pytest.mark.skipif(
+    emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing())
+)
 
 CUDA = Path(__file__).resolve().parent / "cuda"
 FAULTS, INSTRUCTIONS = CUDA / "faults.cu", CUDA / "instructions.cu"
@@ -34,7 +37,8 @@ def floats(n: int) -> np.ndarray:
 
 
 class Fault(NamedTuple):
-    """A kernel of faults.cu: how it is launched, what the report is called (under some orders, another), and what else it says."""
+    """A kernel of faults.cu: how it is launched, what the report is called (under some orders,
+    another), and what else it says."""
 
     kernel: str
     kinds: str
@@ -47,36 +51,136 @@ class Fault(NamedTuple):
 
 FAULT_LIST = [
     Fault(
-        "read_past_array", "out of bounds", "reads 4 bytes at element 32 of x: float32 [32], which has 32", lambda: (floats(32), floats(32))
+        "read_past_array",
+        "out of bounds",
+        "reads 4 bytes at element 32 of x: float32 [32], which has 32",
+        lambda: (floats(32), floats(32)),
     ),
-    Fault("write_before_array", "out of bounds", "writes 4 bytes that begin 4 bytes before the start of y", lambda: (floats(32),)),
+    Fault(
+        "write_before_array",
+        "out of bounds",
+        "writes 4 bytes that begin 4 bytes before the start of y",
+        lambda: (floats(32),),
+    ),
     Fault("null_pointer", "out of bounds", "a null pointer", lambda: (None, floats(32))),
-    Fault("past_dynamic_shared", "out of bounds", "byte 128 of dynamic shared memory", lambda: (floats(64),), 33, 1, 128),
-    Fault("past_static_shared", "out of bounds", "index 32 of an array of type 'float", lambda: (floats(32),)),
-    Fault("past_registers", "out of bounds", "index 4 of an array of type 'float", lambda: (floats(32), np.int32(5))),
-    Fault("misaligned_vector", "misaligned access", "16 bytes at once at element", lambda: (floats(200), floats(200))),
-    Fault("uninitialised_shared", "uninitialised read", "byte 128 of shared array tile", lambda: (floats(32),)),
-    Fault("uninitialised_global", "uninitialised read", "element 0 (byte 0) of y: float32 [32]", lambda: (floats(32), floats(32))),
-    Fault("left_over_from_block_before", "uninitialised read", "shared array tile", lambda: (floats(64),), 32, 2),
-    Fault("read_without_barrier", "race|uninitialised read", "shared array tile", lambda: (floats(128),), 128),
+    Fault(
+        "past_dynamic_shared",
+        "out of bounds",
+        "byte 128 of dynamic shared memory",
+        lambda: (floats(64),),
+        33,
+        1,
+        128,
+    ),
+    Fault(
+        "past_static_shared",
+        "out of bounds",
+        "index 32 of an array of type 'float",
+        lambda: (floats(32),),
+    ),
+    Fault(
+        "past_registers",
+        "out of bounds",
+        "index 4 of an array of type 'float",
+        lambda: (floats(32), np.int32(5)),
+    ),
+    Fault(
+        "misaligned_vector",
+        "misaligned access",
+        "16 bytes at once at element",
+        lambda: (floats(200), floats(200)),
+    ),
+    Fault(
+        "uninitialised_shared",
+        "uninitialised read",
+        "byte 128 of shared array tile",
+        lambda: (floats(32),),
+    ),
+    Fault(
+        "uninitialised_global",
+        "uninitialised read",
+        "element 0 (byte 0) of y: float32 [32]",
+        lambda: (floats(32), floats(32)),
+    ),
+    Fault(
+        "left_over_from_block_before",
+        "uninitialised read",
+        "shared array tile",
+        lambda: (floats(64),),
+        32,
+        2,
+    ),
+    Fault(
+        "read_without_barrier",
+        "race|uninitialised read",
+        "shared array tile",
+        lambda: (floats(128),),
+        128,
+    ),
     Fault("write_after_read", "race", "no barrier lies between", lambda: (floats(64),), 64),
-    Fault("barrier_of_the_wrong_warp", "race|uninitialised read", "shared array tile", lambda: (floats(64),), 64),
-    Fault("blocks_share_a_sum", "race between blocks", "blocks have no order", lambda: (floats(1),), 32, 2),
-    Fault("barrier_not_reached", "deadlock", "threads 40-63 have returned", lambda: (floats(64),), 64),
-    Fault("divergent_barriers", "divergent instruction", "lanes of one warp", lambda: (floats(32),)),
-    Fault("lane_missing_in_shuffle", "deadlock", "threads 0-4, 6-31 wait in __shfl_xor_sync", lambda: (floats(32),)),
+    Fault(
+        "barrier_of_the_wrong_warp",
+        "race|uninitialised read",
+        "shared array tile",
+        lambda: (floats(64),),
+        64,
+    ),
+    Fault(
+        "blocks_share_a_sum",
+        "race between blocks",
+        "blocks have no order",
+        lambda: (floats(1),),
+        32,
+        2,
+    ),
+    Fault(
+        "barrier_not_reached", "deadlock", "threads 40-63 have returned", lambda: (floats(64),), 64
+    ),
+    Fault(
+        "divergent_barriers", "divergent instruction", "lanes of one warp", lambda: (floats(32),)
+    ),
+    Fault(
+        "lane_missing_in_shuffle",
+        "deadlock",
+        "threads 0-4, 6-31 wait in __shfl_xor_sync",
+        lambda: (floats(32),),
+    ),
     Fault("lane_outside_its_mask", "wrong mask", "in which it is not", lambda: (floats(32),)),
-    Fault("shuffle_from_absent_lane", "wrong mask", "which does not take part", lambda: (floats(32),)),
-    Fault("copy_not_waited_for", "read before it arrived", "nobody has waited for it", lambda: (floats(128), floats(32))),
-    Fault("copy_waited_for_by_another", "race|uninitialised read|read before it arrived", "array tile", lambda: (floats(128), floats(32))),
-    Fault("one_group_too_few", "read before it arrived", "nobody has waited for it", lambda: (floats(128), floats(32))),
-    Fault("ldmatrix_of_a_bad_row", "misaligned access", "16 bytes at once at byte", lambda: (floats(32),)),
+    Fault(
+        "shuffle_from_absent_lane", "wrong mask", "which does not take part", lambda: (floats(32),)
+    ),
+    Fault(
+        "copy_not_waited_for",
+        "read before it arrived",
+        "nobody has waited for it",
+        lambda: (floats(128), floats(32)),
+    ),
+    Fault(
+        "copy_waited_for_by_another",
+        "race|uninitialised read|read before it arrived",
+        "array tile",
+        lambda: (floats(128), floats(32)),
+    ),
+    Fault(
+        "one_group_too_few",
+        "read before it arrived",
+        "nobody has waited for it",
+        lambda: (floats(128), floats(32)),
+    ),
+    Fault(
+        "ldmatrix_of_a_bad_row",
+        "misaligned access",
+        "16 bytes at once at byte",
+        lambda: (floats(32),),
+    ),
 ]
 
 
 def line_of(kernel: str) -> int:
     lines = FAULTS.read_text(encoding="utf-8").splitlines()
-    return next(number for number, line in enumerate(lines, 1) if line.endswith(f"// FAULT {kernel}"))
+    return next(
+        number for number, line in enumerate(lines, 1) if line.endswith(f"// FAULT {kernel}")
+    )
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
@@ -85,7 +189,17 @@ def test_a_fault_is_reported_at_its_line(fault: Fault, order: str) -> None:
     args = fault.args()
     unwritten = args[:1] if fault.kernel == "uninitialised_global" else ()
     with pytest.raises(EmulatorError) as caught:
-        launch(FAULTS, fault.kernel, {}, (fault.grid,), (fault.block,), args, fault.shared_bytes, order=order, unwritten=unwritten)
+        launch(
+            FAULTS,
+            fault.kernel,
+            {},
+            (fault.grid,),
+            (fault.block,),
+            args,
+            fault.shared_bytes,
+            order=order,
+            unwritten=unwritten,
+        )
     report = str(caught.value)
     assert re.match(rf"({fault.kinds}) in {fault.kernel} ", report), report
     assert re.search(rf"(faults\.cu:|at line ){line_of(fault.kernel)}\b", report), report
@@ -93,7 +207,9 @@ def test_a_fault_is_reported_at_its_line(fault: Fault, order: str) -> None:
         assert fault.says in report
 
 
-@pytest.mark.parametrize("name", ["read_past_array", "past_static_shared", "read_without_barrier", "barrier_not_reached"])
+@pytest.mark.parametrize(
+    "name", ["read_past_array", "past_static_shared", "read_without_barrier", "barrier_not_reached"]
+)
 def test_clang_finds_the_same_faults(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("clang++") is None:
         pytest.skip("clang++ is not on this machine")
@@ -102,13 +218,17 @@ def test_clang_finds_the_same_faults(name: str, monkeypatch: pytest.MonkeyPatch)
     for cache in caches:
         cache.cache_clear()
     try:
-        test_a_fault_is_reported_at_its_line(next(fault for fault in FAULT_LIST if fault.kernel == name), "round robin")
+        test_a_fault_is_reported_at_its_line(
+            next(fault for fault in FAULT_LIST if fault.kernel == name), "round robin"
+        )
     finally:
         for cache in caches:
             cache.cache_clear()
 
 
-def test_threads_that_want_the_same_library_compile_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_want_the_same_library_compile_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, made, cached = tmp_path / "one.cu", [], compiler.cached
     source.write_text('extern "C" __global__ void one(float* x) { *x = 1; }\n')
 
@@ -129,7 +249,9 @@ def test_threads_that_want_the_same_library_compile_it_once(tmp_path: Path, monk
 
 
 def test_every_kernel_of_the_file_is_tried() -> None:
-    assert set(kernels_in(FAULTS.read_text(encoding="utf-8"))) == {fault.kernel for fault in FAULT_LIST}
+    assert set(kernels_in(FAULTS.read_text(encoding="utf-8"))) == {
+        fault.kernel for fault in FAULT_LIST
+    }
 
 
 def test_a_report_names_block_thread_and_line() -> None:
@@ -137,9 +259,11 @@ def test_a_report_names_block_thread_and_line() -> None:
         launch(FAULTS, "left_over_from_block_before", {}, (2,), (32,), (floats(64),))
     assert str(caught.value) == (
         "uninitialised read in left_over_from_block_before (cuda/faults.cu), order round robin\n"
-        "  block 1, thread 0: reads byte 0 of shared array tile, which nothing has written in this block\n"
+        "  block 1, thread 0: reads byte 0 of shared array tile, which nothing has written in this "
+        "block\n"
         f"  at tests/kernels/cuda/faults.cu:{line_of('left_over_from_block_before')}: "
-        "y[threadIdx.x + 32 * blockIdx.x] = tile[threadIdx.x];  // FAULT left_over_from_block_before"
+        "y[threadIdx.x + 32 * blockIdx.x] = tile[threadIdx.x];  // FAULT "
+        "left_over_from_block_before"
     )
 
 
@@ -187,7 +311,9 @@ def test_a_view_ends_where_its_last_element_does() -> None:
 # ---- instructions
 
 
-def run(kernel: str, *args: Any, block: int = 32, grid: int = 1, shared_bytes: int = 0, **defines: str) -> None:
+def run(
+    kernel: str, *args: Any, block: int = 32, grid: int = 1, shared_bytes: int = 0, **defines: str
+) -> None:
     """Launch a kernel of instructions.cu under every order; the last result stays in the arrays."""
     for order in emulator.ORDERS:
         launch(INSTRUCTIONS, kernel, defines, (grid,), (block,), args, shared_bytes, order=order)
@@ -208,12 +334,23 @@ def test_shuffles_read_the_lane_they_name() -> None:
     t = np.arange(32)
     down8 = np.where(t % 8 + 3 < 8, t + 3, t)
     for row, lanes in zip(
-        y, [7 * t % 32, t ^ 5, np.where(t < 29, t + 3, t), np.where(t < 3, t, t - 3), down8, t // 8 * 8 + 2], strict=True
+        y,
+        [
+            7 * t % 32,
+            t ^ 5,
+            np.where(t < 29, t + 3, t),
+            np.where(t < 3, t, t - 3),
+            down8,
+            t // 8 * 8 + 2,
+        ],
+        strict=True,
     ):
         np.testing.assert_array_equal(row, x[lanes])
 
 
-@pytest.mark.parametrize("x", [np.arange(-40, 24), np.full(64, 3), np.full(64, -3)], ids=["some", "all", "none"])
+@pytest.mark.parametrize(
+    "x", [np.arange(-40, 24), np.full(64, 3), np.full(64, -3)], ids=["some", "all", "none"]
+)
 def test_votes(x: np.ndarray) -> None:
     x, y = x.astype(np.int32), np.zeros((6, 64), np.uint32)
     run("votes", x, y, block=64)
@@ -221,7 +358,9 @@ def test_votes(x: np.ndarray) -> None:
     ballots = (yes * (1 << np.arange(32, dtype=np.uint64))).sum(1)
     for row, want in zip(y[:3], [ballots, yes.any(1), yes.all(1)], strict=True):
         np.testing.assert_array_equal(row, want.astype(np.uint32).repeat(32))
-    np.testing.assert_array_equal(y[3:], np.array([yes.any(), yes.all(), yes.sum()])[:, None].repeat(64, 1))
+    np.testing.assert_array_equal(
+        y[3:], np.array([yes.any(), yes.all(), yes.sum()])[:, None].repeat(64, 1)
+    )
 
 
 def test_atomics_work_between_threads_and_blocks() -> None:
@@ -235,13 +374,43 @@ def test_atomics_work_between_threads_and_blocks() -> None:
 def test_conversions_round_to_nearest_even() -> None:
     bits = np.random.default_rng(1).integers(0, 2**32, 6000, dtype=np.uint32)
     near = np.float32(1) + np.arange(-40, 40, dtype=np.float32) * np.float32(2**-12)  # around ties
-    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.9, 65520, 6e-8, 2.9e-8, 6.1e-5, 1e-45, 3.4e38], np.float32)
-    x = np.concatenate([bits.view(np.float32), near, special, np.random.default_rng(2).standard_normal(2000).astype(np.float32) * 1e-5])
-    bf, half, back = np.zeros(x.size, np.uint16), np.zeros(x.size, np.uint16), np.zeros((x.size, 2), np.float32)
+    special = np.array(
+        [
+            0,
+            -0.0,
+            np.inf,
+            -np.inf,
+            np.nan,
+            65504,
+            65519.9,
+            65520,
+            6e-8,
+            2.9e-8,
+            6.1e-5,
+            1e-45,
+            3.4e38,
+        ],
+        np.float32,
+    )
+    x = np.concatenate(
+        [
+            bits.view(np.float32),
+            near,
+            special,
+            np.random.default_rng(2).standard_normal(2000).astype(np.float32) * 1e-5,
+        ]
+    )
+    bf, half, back = (
+        np.zeros(x.size, np.uint16),
+        np.zeros(x.size, np.uint16),
+        np.zeros((x.size, 2), np.float32),
+    )
     run("conversions", x, bf, half, back, np.int32(x.size), block=64)
     with np.errstate(over="ignore", invalid="ignore"):
         want = x.astype(BFLOAT16), x.astype(np.float16)
-    for got, wanted, wide in zip((bf.view(BFLOAT16), half.view(np.float16)), want, back.T, strict=True):
+    for got, wanted, wide in zip(
+        (bf.view(BFLOAT16), half.view(np.float16)), want, back.T, strict=True
+    ):
         np.testing.assert_array_equal(got.astype(np.float64), wanted.astype(np.float64))
         np.testing.assert_array_equal(wide, wanted.astype(np.float32))
 
@@ -266,16 +435,27 @@ def test_copies_fill_what_they_do_not_read_with_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float16)], ids=str)
 def test_mma_multiplies_fragments_from_ldmatrix(dtype: np.dtype) -> None:
-    """Distinct small integers are exact in 16 bits, and so is their product in float32: any element in a wrong place shows."""
+    """Distinct small integers are exact in 16 bits, and so is their product in float32: any element
+    in a wrong place shows."""
     rng = np.random.default_rng(3)
     a, b = rng.permutation(256).reshape(16, 16) - 128, rng.permutation(128).reshape(16, 8) - 64
     d = np.zeros((2, 16, 8), np.float32)
-    run(f"multiply_{dtype}", a.astype(dtype), b.T.copy().astype(dtype), b.astype(dtype), d, shared_bytes=1024)
+    run(
+        f"multiply_{dtype}",
+        a.astype(dtype),
+        b.T.copy().astype(dtype),
+        b.astype(dtype),
+        d,
+        shared_bytes=1024,
+    )
     np.testing.assert_array_equal(d, [a @ b, a @ b + 1])
 
 
 def test_ldmatrix_gives_lane_l_two_elements_of_row_l_over_4() -> None:
-    x, plain, transposed = np.arange(256, dtype=np.uint16).reshape(4, 8, 8), *np.zeros((2, 4, 8, 8), np.uint16)
+    x, plain, transposed = (
+        np.arange(256, dtype=np.uint16).reshape(4, 8, 8),
+        *np.zeros((2, 4, 8, 8), np.uint16),
+    )
     run("matrices", x, plain, transposed, shared_bytes=512)
     np.testing.assert_array_equal(plain, x)
     np.testing.assert_array_equal(transposed, x.transpose(0, 2, 1))
@@ -326,7 +506,10 @@ def test_a_watched_thread_shows_its_values(counting: Path) -> None:
     record: list[emulator.Launched] = []
     arrivals(counting, watch=(0, 37), record=record)
     (launched,) = record
-    assert [(w.name, w.value.tolist()) for w in launched.watched] == [("place", 37), ("both", [[1, 2], [3, 37]])]
+    assert [(w.name, w.value.tolist()) for w in launched.watched] == [
+        ("place", 37),
+        ("both", [[1, 2], [3, 37]]),
+    ]
     assert [launched.symbols.frames([w.site])[w.site][0].line for w in launched.watched] == [6, 8]
 
 
@@ -340,7 +523,10 @@ def test_kernels_and_parameters_are_found_in_a_source() -> None:
     extern "C" __global__ void __launch_bounds__(ROWS * 32, (1)) a(const __grid_constant__ Map map, float (&x)[2], int64_t n) {}
     __global__ __launch_bounds__(64) void b(/* none */) {}"""
     found = kernels_in(text)
-    assert {name: [p.name for p in parameters] for name, parameters in found.items()} == {"a": ["map", "2", "n"], "b": []}
+    assert {name: [p.name for p in parameters] for name, parameters in found.items()} == {
+        "a": ["map", "2", "n"],
+        "b": [],
+    }
 
 
 # ---- what it shows
@@ -349,7 +535,16 @@ def test_kernels_and_parameters_are_found_in_a_source() -> None:
 def test_costs_of_accesses_are_those_of_the_hardware() -> None:
     record: list[emulator.Launched] = []
     x = np.zeros(300, np.float32)[:256]
-    launch(INSTRUCTIONS, "access_patterns", {}, (1,), (32,), (x, floats(32)), log_block=0, record=record)
+    launch(
+        INSTRUCTIONS,
+        "access_patterns",
+        {},
+        (1,),
+        (32,),
+        (x, floats(32)),
+        log_block=0,
+        record=record,
+    )
     found = {i.frames[0].line: (i.cost, i.ideal) for i in heatmap.instructions(record[0])}
     wanted = {}
     for number, line in enumerate(INSTRUCTIONS.read_text(encoding="utf-8").splitlines(), 1):
@@ -364,7 +559,9 @@ def show(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     return status, "".join(capsys.readouterr())
 
 
-def test_the_command_shows_what_a_thread_sees(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_shows_what_a_thread_sees(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     picture = tmp_path / "v2.svg"
     words = "attention v2 --T 128 --block 1 --thread 37 --watch S,m,l --accesses 2 --heatmap"
     status, text = show(capsys, *words.split(), str(picture))
@@ -385,7 +582,9 @@ def test_the_command_knows_every_operation(capsys: pytest.CaptureFixture[str], o
 
 
 def test_every_emulated_operation_has_an_example() -> None:
-    emulated = {k.op for op in registry.ops() for k in registry.available(op) if k.backend == "emulator"}
+    emulated = {
+        k.op for op in registry.ops() for k in registry.available(op) if k.backend == "emulator"
+    }
     assert emulated == set(EXAMPLES)
 
 

@@ -11,10 +11,15 @@ import pytest
 from minillm.kernels import emulator
 from minillm.kernels.emulator.__main__ import main
 
-pytestmark = pytest.mark.skipif(emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing()))
+pytestmark = pytest.mark.skipif(
+    emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing())
+)
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "emulator.md"
-COMMAND = re.compile(r"^    python -m minillm\.kernels\.emulator ([^\n]*)\n\n```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(
+    r"^    python -m minillm\.kernels\.emulator ([^\n]*)\n\n```\n(.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 class Shown(NamedTuple):
@@ -24,17 +29,24 @@ class Shown(NamedTuple):
     lines: list[str]
 
 
-SHOWN = [Shown(words, output.splitlines()) for words, output in COMMAND.findall(PAGE.read_text(encoding="utf-8"))]
+SHOWN = [
+    Shown(words, output.splitlines())
+    for words, output in COMMAND.findall(PAGE.read_text(encoding="utf-8"))
+]
 
 
 def without_numbers(line: str) -> str:
-    """Line numbers move, and a compiler may round otherwise: what is left is the text, and minus infinities."""
+    """Line numbers move, and a compiler may round otherwise: what is left is the text, and minus
+    infinities."""
     return re.sub(r"[\d.e+-]*\d[\d.]*", "#", re.sub(r"\s+", " ", line.strip()))
 
 
 @pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.words[:60])
 def test_the_page_shows_what_the_command_prints(
-    shown: Shown, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shown: Shown,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main(shlex.split(shown.words))

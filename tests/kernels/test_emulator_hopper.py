@@ -1,5 +1,6 @@
-"""Hopper's instructions under the emulator: single products of tiles in every layout that kernels use, with integers that are exact in 16
-bits, so that any element in a wrong place shows; and the reports on what a kernel can do wrong with them."""
+"""Hopper's instructions under the emulator: single products of tiles in every layout that kernels
+use, with integers that are exact in 16 bits, so that any element in a wrong place shows; and the
+reports on what a kernel can do wrong with them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ import pytest
 from minillm.kernels import emulator
 from minillm.kernels.emulator import EmulatorError, launch, tensor_map
 
-pytestmark = pytest.mark.skipif(emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing()))
+pytestmark = pytest.mark.skipif(
+    emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing())
+)
 
 FILE = Path(__file__).resolve().parent / "cuda" / "hopper.cu"
 BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
@@ -25,7 +28,8 @@ def integers(*shape: int) -> np.ndarray:
 
 
 def in_time(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A matrix [T, K] as one head of a strided array [B, T, H, K] that holds NaN everywhere else."""
+    """A matrix [T, K] as one head of a strided array [B, T, H, K] that holds NaN everywhere
+    else."""
     holder = np.full((2, x.shape[0], 3, x.shape[1]), np.nan, dtype)
     holder[1:, :, 1:2] = x[None, :, None]
     return holder[1:, :, 1:2]
@@ -41,7 +45,9 @@ def run(kernel: str, args: tuple[Any, ...], **defines: str | int) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize(("N", "columns", "rows"), [(128, 64, 128), (64, 128, 64), (96, 96, 50), (32, 32, 7)])
+@pytest.mark.parametrize(
+    ("N", "columns", "rows"), [(128, 64, 128), (64, 128, 64), (96, 96, 50), (32, 32, 7)]
+)
 def test_a_product_of_two_tiles(N: int, columns: int, rows: int, dtype: np.dtype) -> None:
     """`rows` of both factors exist: the rest of the tiles is zero, and is not copied back."""
     a, b = integers(min(rows, 64), columns), integers(rows, columns)
@@ -53,7 +59,10 @@ def test_a_product_of_two_tiles(N: int, columns: int, rows: int, dtype: np.dtype
     want[: len(a), : len(b)] = a @ b.T
     np.testing.assert_array_equal(d, want)
     np.testing.assert_array_equal(copy[0, :, 0].astype(np.float64), a)
-    assert np.isnan(copy.base.astype(np.float32)[:, :, 0]).all() and np.isnan(copy.base.astype(np.float32)[0]).all()
+    assert (
+        np.isnan(copy.base.astype(np.float32)[:, :, 0]).all()
+        and np.isnan(copy.base.astype(np.float32)[0]).all()
+    )
 
 
 @DTYPES
@@ -72,33 +81,69 @@ def test_a_product_of_registers_and_a_tile(N: int, depth: int, dtype: np.dtype) 
 def test_every_swizzle(swizzle: int, first: int) -> None:
     width = swizzle // 2
     a, b, c = integers(64, width), integers(64, width), integers(16, 64)
-    maps = [tensor_map(x.astype(BFLOAT16), (rows, width), swizzle) for x, rows in ((a, 64), (b, 64), (c, 16))]
+    maps = [
+        tensor_map(x.astype(BFLOAT16), (rows, width), swizzle)
+        for x, rows in ((a, 64), (b, 64), (c, 16))
+    ]
     d = np.full((2, 64, 64), np.nan, np.float32)
     run("swizzles", (*maps, d, np.int32(first)), TEST_WIDTH=64, SWIZZLE_BYTES=swizzle)
     left = a[:, first : first + 16]
     np.testing.assert_array_equal(d, [left @ b[:, first : first + 16].T, left @ c])
 
 
-# What a kernel may not do, as an edit of product_transposed: what stands there, what is to stand there, and what is reported.
+# What a kernel may not do, as an edit of product_transposed: what stands there, what is to stand
+# there, and what is reported.
 _WAIT, _EXPECT = (
     "    mbarrier_wait(&shared.full, 0);\n    float sums[TEST_WIDTH / 2];\n",
     "sizeof(shared.a) + sizeof(shared.b));\n        load",
 )
 _START = "    start_product_transposed<TEST_WIDTH, TEST_DEPTH>(sums, shared.a, shared.b);\n"
 FAULTS = {
-    "a tile is used before it arrives": (_WAIT, "    float sums[TEST_WIDTH / 2];\n", "nobody has waited for it"),
-    "fewer bytes are expected than come": (_EXPECT, _EXPECT.replace("sizeof(shared.a) +", ""), "arrived|still under way|did not come|race"),
+    "a tile is used before it arrives": (
+        _WAIT,
+        "    float sums[TEST_WIDTH / 2];\n",
+        "nobody has waited for it",
+    ),
+    "fewer bytes are expected than come": (
+        _EXPECT,
+        _EXPECT.replace("sizeof(shared.a) +", ""),
+        "arrived|still under way|did not come|race",
+    ),
     "more bytes are expected than come": (
         _EXPECT,
         _EXPECT.replace("sizeof(shared.a) +", "2 * sizeof(shared.a) +"),
         "lacks 0 arrivals and 8192",
     ),
-    "the wrong phase is waited for": (_WAIT, _WAIT.replace("full, 0", "full, 1"), "nobody has waited for it"),
-    "the copy engine does not know the barrier": ("        fence_barrier_init();\n", "", "no fence_barrier_init"),
-    "nobody waits for the product": ("    wait_for<0>(sums);\n    write_accumulators(d, sums);\n    if", "    if", "still under way"),
-    "accumulators are written under way": (_START, f"{_START}    sums[3] = 5;\n", "accumulator 3 was written between"),
-    "the tile is written under way": (_START, f"{_START}    shared.a[threadIdx.x] = shared.b[0];\n", "race"),
-    "a product without its fence": (_START, "    wgmma_m64_k16<Element, TEST_WIDTH, 0>(sums, 0, 0, false);\n", "no warpgroup_fence"),
+    "the wrong phase is waited for": (
+        _WAIT,
+        _WAIT.replace("full, 0", "full, 1"),
+        "nobody has waited for it",
+    ),
+    "the copy engine does not know the barrier": (
+        "        fence_barrier_init();\n",
+        "",
+        "no fence_barrier_init",
+    ),
+    "nobody waits for the product": (
+        "    wait_for<0>(sums);\n    write_accumulators(d, sums);\n    if",
+        "    if",
+        "still under way",
+    ),
+    "accumulators are written under way": (
+        _START,
+        f"{_START}    sums[3] = 5;\n",
+        "accumulator 3 was written between",
+    ),
+    "the tile is written under way": (
+        _START,
+        f"{_START}    shared.a[threadIdx.x] = shared.b[0];\n",
+        "race",
+    ),
+    "a product without its fence": (
+        _START,
+        "    wgmma_m64_k16<Element, TEST_WIDTH, 0>(sums, 0, 0, false);\n",
+        "no warpgroup_fence",
+    ),
     "a copy that nobody waits for": (
         "        tma_commit();\n        tma_wait<0>();\n    }\n}\n\n// d [64, TEST_WIDTH] = 1",
         "    }\n}\n\n// d [64, TEST_WIDTH] = 1",
@@ -114,7 +159,11 @@ FAULTS = {
         "    mbarrier_wait(&shared.full + 1, 0);\n    float sums",
         "never initialised",
     ),
-    "a tile off its boundary": ("load_tile<64, TEST_DEPTH>(shared.a, ", "load_tile<64, TEST_DEPTH>(shared.a + 8, ", "misaligned"),
+    "a tile off its boundary": (
+        "load_tile<64, TEST_DEPTH>(shared.a, ",
+        "load_tile<64, TEST_DEPTH>(shared.a + 8, ",
+        "misaligned",
+    ),
 }
 
 
@@ -125,7 +174,15 @@ def test_a_fault_is_reported(fault: str) -> None:
     a, b, copy = (in_time(integers(rows, 64), BFLOAT16) for rows in (64, 128, 64))
     args = (tile_map(a, 64), tile_map(b, 128), tile_map(copy, 64), np.zeros((64, 128), np.float32))
     with emulator.emulate(edits=((old, new),)), pytest.raises(EmulatorError, match=says):
-        launch(FILE, "product_transposed", {"TEST_WIDTH": 128, "TEST_DEPTH": 64}, (1,), (128,), args, SHARED_BYTES)
+        launch(
+            FILE,
+            "product_transposed",
+            {"TEST_WIDTH": 128, "TEST_DEPTH": 64},
+            (1,),
+            (128,),
+            args,
+            SHARED_BYTES,
+        )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +194,10 @@ def test_a_fault_is_reported(fault: str) -> None:
         (lambda x: (x, (1, 300, 1, 64)), "1 to 256"),
         (lambda x: (x, (1, 8, 1, 128)), "no longer than the swizzle"),
         (lambda x: (x, (8, 1, 64)), "a size for each dim"),
-        (lambda x: (np.zeros((1, 4, 1, 65), BFLOAT16)[..., :64], (1, 4, 1, 64)), "strides are multiples"),
+        (
+            lambda x: (np.zeros((1, 4, 1, 65), BFLOAT16)[..., :64], (1, 4, 1, 64)),
+            "strides are multiples",
+        ),
         (lambda x: (x.astype(np.float64), (1, 8, 1, 16)), "float16, bfloat16 or float32"),
     ],
 )

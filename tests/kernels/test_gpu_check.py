@@ -1,4 +1,5 @@
-"""kernels/gpu_check.sh where there is no GPU: what it says then, and all of it that does not need one."""
+"""kernels/gpu_check.sh where there is no GPU: what it says then, and all of it that does not need
+one."""
 
 from __future__ import annotations
 
@@ -26,10 +27,16 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
     if cuda.unavailable is None:
         pytest.skip("this machine has a GPU")
     done = subprocess.run(
-        ["bash", ROOT / "kernels/gpu_check.sh"], capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
+        ["bash", ROOT / "kernels/gpu_check.sh"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
     )
     assert done.returncode == program.NO_GPU, done.stderr
-    assert "gpu_check needs a machine with an NVIDIA GPU" in done.stderr and (cuda.unavailable or "") in done.stderr
+    assert (
+        "gpu_check needs a machine with an NVIDIA GPU" in done.stderr
+        and (cuda.unavailable or "") in done.stderr
+    )
 
 
 def test_unknown_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +59,11 @@ def test_a_failed_smoke_test_is_reported() -> None:
     def unfit() -> str:
         raise smoke.LeftOut("capability 80")
 
-    assert smoke._outcome("a", breaks) == {"name": "a", "outcome": "failed", "words": "OSError: no such library"}
+    assert smoke._outcome("a", breaks) == {
+        "name": "a",
+        "outcome": "failed",
+        "words": "OSError: no such library",
+    }
     assert smoke._outcome("b", unfit)["outcome"] == "left out"
 
 
@@ -62,7 +73,11 @@ def test_cublaslt_takes_our_descriptors() -> None:
         lt = smoke.Lt()
     except OSError as error:
         pytest.skip(f"cuBLASLt is not here: {error}")
-    assert lt.product(0x1000, 0x2000, 384).value and lt.layout(smoke._BF16, 384, 512).value and lt.preference(1 << 20).value
+    assert (
+        lt.product(0x1000, 0x2000, 384).value
+        and lt.layout(smoke._BF16, 384, 512).value
+        and lt.preference(1 << 20).value
+    )
     with pytest.raises(RuntimeError, match="MatmulDescSetAttribute returned status"):
         lt.call("cublasLtMatmulDescSetAttribute", None, 0, None, 0)
 
@@ -71,14 +86,17 @@ def test_cublaslt_takes_our_descriptors() -> None:
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A copy of the registry, for tests that add to it."""
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_kernels", {op: list(entries) for op, entries in registry._kernels.items()})
+        patch.setattr(
+            registry, "_kernels", {op: list(entries) for op, entries in registry._kernels.items()}
+        )
         patch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
         yield
     registry.forget()
 
 
 def test_the_cases_run_on_a_device(own_registry: None) -> None:
-    """The whole of the device's kernel test, on a device that is the host and runs the emulator; and a kernel gone wrong is seen."""
+    """The whole of the device's kernel test, on a device that is the host and runs the emulator;
+    and a kernel gone wrong is seen."""
     if cuda.emulator_unavailable:
         pytest.skip(cuda.emulator_unavailable)
     found = checks.run(TESTS, repeats=2, most_elements=100, device=HostDevice(), source="emulator")
@@ -94,8 +112,13 @@ def test_the_cases_run_on_a_device(own_registry: None) -> None:
     found = checks.run(TESTS, repeats=2, most_elements=100, device=HostDevice(), source="emulator")
     assert len(found["failures"]) >= 3
     assert all(f["case"].startswith("residual-add") for f in found["failures"])
-    assert "AssertionError" in found["failures"][0]["words"] and "kernel_check.py" in found["failures"][0]["words"]
-    found = checks.run(TESTS, repeats=1, most_elements=100, deadline=-1, device=HostDevice(), source="emulator")
+    assert (
+        "AssertionError" in found["failures"][0]["words"]
+        and "kernel_check.py" in found["failures"][0]["words"]
+    )
+    found = checks.run(
+        TESTS, repeats=1, most_elements=100, deadline=-1, device=HostDevice(), source="emulator"
+    )
     assert found["ran"] == 0 and found["no_time"] > 100
 
 
@@ -127,7 +150,16 @@ def results_of(program: str, seconds: float = 1.0) -> list[checks.Result]:
 def test_a_case_that_hangs_or_breaks_the_device_takes_no_other_with_it() -> None:
     found = results_of(WORKER.replace("HANGS", "(0, 4, 6, 7)"))
     assert [r.number for r in found] == list(range(8))
-    assert [r.outcome for r in found] == ["failed", "failed", "ok", "failed", "failed", "ok", "left out", "left out"]
+    assert [r.outcome for r in found] == [
+        "failed",
+        "failed",
+        "ok",
+        "failed",
+        "failed",
+        "ok",
+        "left out",
+        "left out",
+    ]
     assert "no end within 1 s" in found[0].words and found[3].words == "illegal address"
     assert checks.summary(found) == {
         "ran": 6,
@@ -143,13 +175,22 @@ def test_tests_that_cannot_start_are_a_failure() -> None:
     ]
 
 
-def test_cases_print_what_became_of_them(own_registry: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The process that run_apart follows, here and on the host: from the case it is told, without what it is told to leave out."""
+def test_cases_print_what_became_of_them(
+    own_registry: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process that run_apart follows, here and on the host: from the case it is told, without
+    what it is told to leave out."""
     if cuda.emulator_unavailable:
         pytest.skip(cuda.emulator_unavailable)
-    small = [run for run in checks.crossing(TESTS, 40, "emulator") if run[0].op in ("residual", "cast")]
+    small = [
+        run for run in checks.crossing(TESTS, 40, "emulator") if run[0].op in ("residual", "cast")
+    ]
     assert len(small) > 4
-    monkeypatch.setattr(checks, "crossing", lambda tests: iter([(case, "device:v1", dtype) for case, _, dtype in small]))
+    monkeypatch.setattr(
+        checks,
+        "crossing",
+        lambda tests: iter([(case, "device:v1", dtype) for case, _, dtype in small]),
+    )
     task = {"first": 2, "skipped": ["cast device:v1"], "deadline": 100.0}
     assert checks.worker(TESTS, 1, task, HostDevice(), "emulator") == 0
     said = [checks.Result(*json.loads(line)) for line in capsys.readouterr().out.splitlines()]
@@ -160,7 +201,8 @@ def test_cases_print_what_became_of_them(own_registry: None, monkeypatch: pytest
 
 @pytest.fixture
 def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A script that stands for the Python that runs a part; its fourth argument is the name of the part, its sixth where to write."""
+    """A script that stands for the Python that runs a part; its fourth argument is the name of the
+    part, its sixth where to write."""
     path = tmp_path / "python"
     monkeypatch.setattr(program.sys, "executable", str(path))
     monkeypatch.setattr(program, "START_SECONDS", 0)
@@ -178,20 +220,33 @@ def test_what_a_part_had_found_is_kept(part: Path) -> None:
         part.chmod(0o755)
         problems.clear()
         assert program._apart("steps", 1, problems) == [1, 2]
-        assert [problem.partition(":")[0] for problem in problems] == [w.partition(":")[0] for w in words]
-        assert all(problem.startswith(w) and problem.endswith("kept") for problem, w in zip(problems, words, strict=True))
+        assert [problem.partition(":")[0] for problem in problems] == [
+            w.partition(":")[0] for w in words
+        ]
+        assert all(
+            problem.startswith(w) and problem.endswith("kept")
+            for problem, w in zip(problems, words, strict=True)
+        )
     part.write_text("#!/bin/sh\necho 'no such kernel' >&2\nexit 1\n")
     with pytest.raises(RuntimeError, match="status 1: no such kernel"):
         program._apart("steps", 1, problems)
 
 
-def test_a_variant_that_breaks_leaves_the_others_their_numbers(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_breaks_leaves_the_others_their_numbers(
+    part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = attention.empty()
     mine["rows"][0]["forward"]["v2"] = 200.0
     (part.parent / "found").write_text(json.dumps(mine))
-    part.write_text(f'#!/bin/sh\n[ "$4" = "attention v2" ] && cp "{part.parent}/found" "$6" || exit 1\n')
+    part.write_text(
+        f'#!/bin/sh\n[ "$4" = "attention v2" ] && cp "{part.parent}/found" "$6" || exit 1\n'
+    )
     part.chmod(0o755)
-    monkeypatch.setattr(attention, "torch", lambda timeout: {"rows": [{"forward": {"flash": 230.0}, "backward": {}}], "notes": ["a"]})
+    monkeypatch.setattr(
+        attention,
+        "torch",
+        lambda timeout: {"rows": [{"forward": {"flash": 230.0}, "backward": {}}], "notes": ["a"]},
+    )
     problems: list[str] = []
     found = program._attention(lambda: 40.0, problems)
     assert found["rows"][0]["forward"] == {"v2": 200.0, "flash": 230.0} and found["notes"] == ["a"]
@@ -203,11 +258,15 @@ def test_without_the_sanitizer_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     assert checks.sanitize(TESTS)["outcome"] == "left out"
 
 
-def test_the_sanitizer_runs_and_its_verdict_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sanitizer_runs_and_its_verdict_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool = tmp_path / "compute-sanitizer"
     monkeypatch.setattr(checks.shutil, "which", lambda *_, **__: str(tool))
     for status, outcome in ((0, "ok"), (86, "failed")):
-        tool.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/args\necho "ERROR SUMMARY"\nexit {status}\n')
+        tool.write_text(
+            f'#!/bin/sh\necho "$@" >{tmp_path}/args\necho "ERROR SUMMARY"\nexit {status}\n'
+        )
         tool.chmod(0o755)
         found = checks.sanitize(TESTS)
         assert found == {"outcome": outcome, "words": "ERROR SUMMARY"}
@@ -220,7 +279,9 @@ def test_the_sanitizer_runs_and_its_verdict_counts(tmp_path: Path, monkeypatch: 
 def test_attention_is_counted_as_published() -> None:
     shape = attention.Shape(64, True, 1024)
     assert shape.sizes == (16, 1024, 32, 64)
-    assert shape.flops(False) == 4 * 16 * 32 * 1024**2 * 64 / 2 and shape.flops(True) == 2.5 * shape.flops(False)
+    assert shape.flops(False) == 4 * 16 * 32 * 1024**2 * 64 / 2 and shape.flops(
+        True
+    ) == 2.5 * shape.flops(False)
     assert len(list(attention.shapes())) == 24
 
 
@@ -234,7 +295,14 @@ FOUND: dict[str, Any] = {
     "seconds": 201.4,
     "ceilings": {"gemm_tflops": 760.2, "copy_tbs": 3.01},
     "smoke": [{"name": "TMA", "outcome": "ok", "words": "a | b"}],
-    "tests": {"ran": 900, "failures": [], "left_out": ["device:v3: not here"], "no_time": 0, "repeats": 10, "seconds": 80.0},
+    "tests": {
+        "ran": 900,
+        "failures": [],
+        "left_out": ["device:v3: not here"],
+        "no_time": 0,
+        "repeats": 10,
+        "seconds": 80.0,
+    },
     "sanitizer": {"outcome": "ok", "words": "ERROR SUMMARY: 0 errors"},
     "attention": {
         "rows": [
@@ -245,12 +313,24 @@ FOUND: dict[str, Any] = {
                 "forward": {"v2": 220.0, "flash": 230.0, "cuDNN": 290.0},
                 "backward": {"v2": 190.0},
             },
-            {"head_width": 128, "causal": True, "T": 4096, "forward": {"v2": 300.0, "v3": 470.0, "flash": 320.0}, "backward": {}},
+            {
+                "head_width": 128,
+                "causal": True,
+                "T": 4096,
+                "forward": {"v2": 300.0, "v3": 470.0, "flash": 320.0},
+                "backward": {},
+            },
         ],
         "notes": ["v3 backward: KernelUnavailable"],
     },
     "steps": [
-        {"name": "gelu_forward, tanh", "microseconds": 300.0, "megabytes": 800.0, "tbs": 2.7, "share": 0.897},
+        {
+            "name": "gelu_forward, tanh",
+            "microseconds": 300.0,
+            "megabytes": 800.0,
+            "tbs": 2.7,
+            "share": 0.897,
+        },
         {"name": "adamw_", "error": "ValueError: no"},
     ],
 }
@@ -258,7 +338,11 @@ FOUND: dict[str, Any] = {
 
 def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     page = report.markdown(FOUND)
-    assert "# Kernels on NVIDIA H100" in page and "760 TFLOP/s" in page and "3.01 TB/s in a copy" in page
+    assert (
+        "# Kernels on NVIDIA H100" in page
+        and "760 TFLOP/s" in page
+        and "3.01 TB/s in a copy" in page
+    )
     assert "| TMA  |      ok | a \\| b |" in page
     assert "900 cases, 10 times each" in page and "left out: device:v3: not here" in page
     assert "| 64 causal 1024" in page and "0.76 |" in page, "220 of 290"
@@ -268,13 +352,21 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     goals = {name: (target, found) for name, target, found in report.goals(FOUND)}
     assert goals["attention forward, width 64 causal 1k, of flash"] == ((0.9, 1.0), 220 / 230)
     assert goals["attention forward, width 128 causal 4k, of flash"] == ((0.9, 1.4), 470 / 320)
-    assert goals["attention forward, width 128 causal 4k, TFLOP/s"] == ((450.0,), 470.0) and "450" in page
+    assert (
+        goals["attention forward, width 128 causal 4k, TFLOP/s"] == ((450.0,), 470.0)
+        and "450" in page
+    )
     assert goals["attention forward, width 128 causal 4k, of cuDNN"][1] is None
-    assert goals["slowest gelu kernel, of the copy"] == ((0.8, 0.9, 0.95), 0.897) and goals["slowest adamw kernel, of the copy"][1] is None
+    assert (
+        goals["slowest gelu kernel, of the copy"] == ((0.8, 0.9, 0.95), 0.897)
+        and goals["slowest adamw kernel, of the copy"][1] is None
+    )
     assert report.failed(FOUND) == ["adamw_: ValueError: no"]
 
     paths = program.write(FOUND, tmp_path / "results")
-    assert [p.name for p in paths] == [f"nvidia-h100-80gb-hbm3-0123456789-2026-11-25-03-00.{end}" for end in ("json", "md")]
+    assert [p.name for p in paths] == [
+        f"nvidia-h100-80gb-hbm3-0123456789-2026-11-25-03-00.{end}" for end in ("json", "md")
+    ]
     assert json.loads(paths[0].read_text()) == FOUND and paths[1].read_text() == page
 
 
@@ -282,9 +374,23 @@ def test_a_run_cut_short_still_makes_a_page() -> None:
     bare = {key: FOUND[key] for key in ("commit", "date", "device", "software", "seconds")}
     assert "Not run, or not to the end: ceilings, attention, steps" in report.markdown(bare)
     assert "Not run." in report.markdown(bare) and report.failed(bare) == []
-    broken = {**bare, "problems": ["section smoke: ValueError: x"], **dict.fromkeys(program.SECTIONS)}
-    assert "not measured" in report.markdown(broken) and report.failed(broken) == ["section smoke: ValueError: x"]
-    worst = {**bare, "tests": {**FOUND["tests"], "ran": 0, "no_time": 3, "failures": [{"case": "a", "words": "b"}]}}
+    broken = {
+        **bare,
+        "problems": ["section smoke: ValueError: x"],
+        **dict.fromkeys(program.SECTIONS),
+    }
+    assert "not measured" in report.markdown(broken) and report.failed(broken) == [
+        "section smoke: ValueError: x"
+    ]
+    worst = {
+        **bare,
+        "tests": {
+            **FOUND["tests"],
+            "ran": 0,
+            "no_time": 3,
+            "failures": [{"case": "a", "words": "b"}],
+        },
+    }
     assert report.failed(worst) == ["a: b", "there was no time for 3 cases", "no case ran"]
     assert "- a: b" in report.markdown(worst)
 
@@ -302,19 +408,32 @@ def test_a_variant_that_cannot_run_is_a_note(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_there_is_no_time_for_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_calls", lambda variant, shape: pytest.fail("there is no time"))
     found = attention.run("v3", (1024,), deadline=-1)
-    assert "v3 not run, no time: 128 True 1024" in found["notes"] and not found["rows"][0]["forward"]
+    assert (
+        "v3 not run, no time: 128 True 1024" in found["notes"] and not found["rows"][0]["forward"]
+    )
     assert {row["error"] for row in steps.run(1.0, -1)} == {"not run, no time"}
     for name in ("device", "software"):
         monkeypatch.setattr(program, name, dict)
     monkeypatch.setattr(program, "KERNEL_SECONDS", 0)
     problems = program.run(["ceilings", "steps"], ROOT, 1)["problems"]
-    assert problems == [f"section {name}: not run, the 0 s for the kernels were over" for name in ("ceilings", "steps")]
+    assert problems == [
+        f"section {name}: not run, the 0 s for the kernels were over"
+        for name in ("ceilings", "steps")
+    ]
 
 
-def test_the_kernels_of_a_machine_are_compiled_until_there_is_no_time(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_kernels_of_a_machine_are_compiled_until_there_is_no_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setattr(precompile, "compile_one", str)
-    assert precompile.main(["--only=cast/", "--processes=1"]) == 0 and "cast/v1.cu" in capsys.readouterr().out
-    assert precompile.main(["--processes=1", "--seconds=0"]) == 1 and "FAILED: not run, no time" in capsys.readouterr().out
+    assert (
+        precompile.main(["--only=cast/", "--processes=1"]) == 0
+        and "cast/v1.cu" in capsys.readouterr().out
+    )
+    assert (
+        precompile.main(["--processes=1", "--seconds=0"]) == 1
+        and "FAILED: not run, no time" in capsys.readouterr().out
+    )
 
 
 def test_what_there_is_is_written_after_each_section(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +441,12 @@ def test_what_there_is_is_written_after_each_section(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(program, name, dict)
     monkeypatch.setattr(program, "_apart", lambda name, seconds, problems, *options: name)
     saved: list[list[str]] = []
-    program.run(["ceilings", "smoke", "steps"], ROOT, 1, lambda found: saved.append([s for s in program.SECTIONS if s in found]))
+    program.run(
+        ["ceilings", "smoke", "steps"],
+        ROOT,
+        1,
+        lambda found: saved.append([s for s in program.SECTIONS if s in found]),
+    )
     assert saved == [["ceilings"], ["ceilings", "smoke"], ["ceilings", "smoke", "steps"]]
 
 
@@ -331,7 +455,9 @@ def test_sections_that_break_are_problems() -> None:
         raise ValueError("x\ny")
 
     problems: list[str] = []
-    assert program._section("smoke", breaks, 0.0, problems) is None and problems == ["section smoke: ValueError: x y"]
+    assert program._section("smoke", breaks, 0.0, problems) is None and problems == [
+        "section smoke: ValueError: x y"
+    ]
     assert program._section("smoke", lambda: [1], 0.0, problems) == [1]
 
 

@@ -1,4 +1,5 @@
-"""Every implementation of every op against the plain float64 reference: one test, crossed over case, dtype, implementation and threads."""
+"""Every implementation of every op against the plain float64 reference: one test, crossed over
+case, dtype, implementation and threads."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def crossed() -> Iterator[Any]:
         for dtype in TOLERANCE:
             for choice in implementations(case, dtype, ("numpy", "c")):
                 for threads in (1, 2):
-                    yield pytest.param(case, choice, dtype, threads, id=f"{case}-{choice}-{dtype}-{threads}t")
+                    yield pytest.param(
+                        case, choice, dtype, threads, id=f"{case}-{choice}-{dtype}-{threads}t"
+                    )
         for dtype in ("float32", *NARROW):
             for choice in implementations(case, dtype, ("device",)):
                 yield pytest.param(case, choice, dtype, 1, id=f"{case}-{choice}-{dtype}")
@@ -51,8 +54,16 @@ def crossed() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def emulated_compiled_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
-    tests = [item for item in request.session.items if getattr(item, "originalname", "") == "test_kernel_equals_reference"]
-    found = [item.callspec.params for item in tests if item.callspec.params["choice"].startswith("emulator:")]
+    tests = [
+        item
+        for item in request.session.items
+        if getattr(item, "originalname", "") == "test_kernel_equals_reference"
+    ]
+    found = [
+        item.callspec.params
+        for item in tests
+        if item.callspec.params["choice"].startswith("emulator:")
+    ]
     with compiled_ahead(partial(call_case, p["case"], p["choice"], p["dtype"]) for p in found):
         yield
 
@@ -67,7 +78,11 @@ def test_kernel_equals_reference(case: Case, choice: str, dtype: str, threads: i
         check_case(case, choice, dtype, threads)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "1030x384" in c.name or "Tq300" in c.name or "70001" in c.name], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if "1030x384" in c.name or "Tq300" in c.name or "70001" in c.name],
+    ids=str,
+)
 def test_bits_repeat(case: Case) -> None:
     inputs = tuple(cast(x, "float32") for x in case.inputs(np.random.default_rng(1)))
     with kernels.threads(2):
@@ -94,6 +109,10 @@ def test_a_wrong_narrow_result_fails() -> None:
     exact = np.random.default_rng(0).standard_normal(1000)
     rounded = widen(exact.astype("bfloat16"))
     check_narrow((rounded.astype("bfloat16"),), (exact,), (rounded,), "bfloat16")
-    for wrong in (rounded * 1.02, np.where(np.arange(1000) == 3, np.nan, rounded), np.roll(rounded, 1)):
+    for wrong in (
+        rounded * 1.02,
+        np.where(np.arange(1000) == 3, np.nan, rounded),
+        np.roll(rounded, 1),
+    ):
         with pytest.raises(AssertionError, match="error"):
             check_narrow((wrong.astype("bfloat16"),), (exact,), (rounded,), "bfloat16")

@@ -1,4 +1,5 @@
-"""Planted bugs: each is caught by the emulator, by a report or by a wrong result; the kernels as they are pass in the same harness."""
+"""Planted bugs: each is caught by the emulator, by a report or by a wrong result; the kernels as
+they are pass in the same harness."""
 
 from __future__ import annotations
 
@@ -14,10 +15,15 @@ from minillm.kernels.emulator import EmulatorError, emulate
 from minillm.kernels.emulator.examples import Sizes, example, largest_error
 from mutations import MUTATIONS, Mutation
 
-pytestmark = pytest.mark.skipif(emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing()))
+pytestmark = pytest.mark.skipif(
+    emulator.compiler_missing() is not None, reason=str(emulator.compiler_missing())
+)
 
 KERNELS = Path(registry.__file__).resolve().parent
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # norm-wise, what rounding leaves; the planted bugs change far more
+TOLERANCE = {
+    "float32": 1e-5,
+    "bfloat16": 1e-2,
+}  # norm-wise, what rounding leaves; the planted bugs change far more
 
 
 def expected(op: str, sizes: Sizes, dtype: str) -> tuple[Any, ...]:
@@ -50,15 +56,25 @@ def verdict(mutation: Mutation) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def all_compiled_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
-    tests = [item for item in request.session.items if item.fspath == request.fspath and "mutation" in item.callspec.params]
-    planted = [item.callspec.params["mutation"] for item in tests if item.originalname == "test_a_planted_bug_is_caught"]
+    tests = [
+        item
+        for item in request.session.items
+        if item.fspath == request.fspath and "mutation" in item.callspec.params
+    ]
+    planted = [
+        item.callspec.params["mutation"]
+        for item in tests
+        if item.originalname == "test_a_planted_bug_is_caught"
+    ]
     with compiled_ahead(partial(mutated, mutation, "round robin") for mutation in planted):
         yield
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_a_planted_bug_is_caught(mutation: Mutation) -> None:
-    assert (KERNELS / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, "the text to replace has changed"
+    assert (KERNELS / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, (
+        "the text to replace has changed"
+    )
     assert verdict(mutation)
 
 

@@ -54,12 +54,18 @@ def pages_apart(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("variant", [v.name for v in native.VARIANTS])
-@pytest.mark.parametrize(("M", "K", "N"), [(20, 2500, 24), (200, 700, 450), (31, 40, 1000), (1000, 40, 31), (9, 1, 1)])
-def test_a_product_has_the_same_bits_on_any_number_of_threads(variant: str, M: int, K: int, N: int) -> None:
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(20, 2500, 24), (200, 700, 450), (31, 40, 1000), (1000, 40, 31), (9, 1, 1)]
+)
+def test_a_product_has_the_same_bits_on_any_number_of_threads(
+    variant: str, M: int, K: int, N: int
+) -> None:
     if any(v.name == variant and v.unavailable for v in native.VARIANTS):
         pytest.skip(f"this processor has no {variant}")
     rng = np.random.default_rng(0)
-    a, b, bias, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((M, K), (K, N), N, (M, N + 6)))
+    a, b, bias, c = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((M, K), (K, N), N, (M, N + 6))
+    )
     for threads in (1, 2, 3, 8, 64):
         with kernels.use(matmul=f"c:{variant}"), kernels.threads(threads):
             lefts, rights = (a, lying_across(a), pages_apart(a)), (b, lying_across(b))
@@ -70,7 +76,9 @@ def test_a_product_has_the_same_bits_on_any_number_of_threads(variant: str, M: i
             once = found[0]
             assert np.allclose(once, a.astype(np.float64) @ b + bias, atol=1e-3)
         assert all(np.array_equal(once, product) for product in found)
-        assert np.allclose(out[:, :N], c[:, :N] + a @ b, atol=1e-3) and np.array_equal(out[:, N:], c[:, N:])
+        assert np.allclose(out[:, :N], c[:, :N] + a @ b, atol=1e-3) and np.array_equal(
+            out[:, N:], c[:, N:]
+        )
 
 
 def test_pools_of_several_python_threads_work_at_once() -> None:
@@ -114,7 +122,11 @@ def test_a_forked_child_computes_without_the_threads() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    pool, x, out = native.extension.Pool(1), np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
+    pool, x, out = (
+        native.extension.Pool(1),
+        np.ones((2, 3), np.float32),
+        np.zeros((2, 3), np.float32),
+    )
     with pytest.raises(TypeError, match="first argument is a Pool"):
         c.relu_forward(x, out, 6)
     with pytest.raises(TypeError, match="takes a pool and"):
@@ -142,7 +154,10 @@ def test_normals_have_the_bits_of_the_reference() -> None:
 
 
 def test_dropout_keeps_what_the_reference_keeps() -> None:
-    x, address = np.ones((3, 5, 70), np.float32), (99, np.array([4, 0, 7]), np.arange(5), np.arange(70))
+    x, address = (
+        np.ones((3, 5, 70), np.float32),
+        (99, np.array([4, 0, 7]), np.arange(5), np.arange(70)),
+    )
     found = kernels.dropout_forward(x, 0.3, *address)
     with kernels.use(dropout="numpy"):
         assert np.array_equal(found, kernels.dropout_forward(x, 0.3, *address))
@@ -150,7 +165,13 @@ def test_dropout_keeps_what_the_reference_keeps() -> None:
 
 def test_choices_in_words() -> None:
     assert kernels.choices_from("auto") == {}
-    assert kernels.choices_from("attention=numpy, matmul=c:baseline") == {"attention": "numpy", "matmul": "c:baseline"}
-    assert "softmax_forward" not in kernels.choices_from("c") and kernels.choices_from("c")["add"] == "c"
+    assert kernels.choices_from("attention=numpy, matmul=c:baseline") == {
+        "attention": "numpy",
+        "matmul": "c:baseline",
+    }
+    assert (
+        "softmax_forward" not in kernels.choices_from("c")
+        and kernels.choices_from("c")["add"] == "c"
+    )
     with pytest.raises(KernelUnavailable, match="no such backend"):
         kernels.choices_from("fortran")

@@ -1,4 +1,5 @@
-"""Every operation passes the adjoint gradient check in float64: odd sizes, masks, grouped queries, ignored targets."""
+"""Every operation passes the adjoint gradient check in float64: odd sizes, masks, grouped queries,
+ignored targets."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ TARGETS = np.where(R.random((3, 5)) < 0.3, -100, R.integers(0, 7, (3, 5)))
 KEY_MASK = np.array([[True] * 5, [True, True, False, True, False]])
 COS, SIN = kernels.rope_tables(np.array([0, 3, 4, 9, 20]), 6, 10000.0, np.float64)
 DROP = kernels.AttentionDropout(0.3, 12345, np.array([4, 9]), 2, np.arange(5), np.arange(5))
-ADDRESS: dict[str, Any] = dict(key=77, samples=np.array([3, 8]), times=np.array([5, 6, 7]), channels=np.arange(4))
+ADDRESS: dict[str, Any] = dict(
+    key=77, samples=np.array([3, 8]), times=np.array([5, 6, 7]), channels=np.arange(4)
+)
 
 
 def _fresh(x: Tensor) -> Tensor:
@@ -46,10 +49,13 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "layer norm without bias": (ops.layer_norm, (_n(5, 7), _n(7))),
     "rms norm": (ops.rms_norm, (_n(2, 3, 7), _n(7))),
     "residual layer norm": (ops.residual_layer_norm, (_n(2, 3, 7), _n(2, 3, 7), _n(7), _n(7))),
-    "residual layer norm without a branch": (lambda x, w: ops.residual_layer_norm(x, None, w), (_n(5, 7), _n(7))),
-    "residual layer norm of which only the sum is used": (lambda x, d, w: ops.residual_layer_norm(x, d, w)[0], (_n(5, 7), _n(5, 7), _n(7))),
+    "residual layer norm without a "
+    "branch": (lambda x, w: ops.residual_layer_norm(x, None, w), (_n(5, 7), _n(7))),
+    "residual layer norm of which only the sum is "
+    "used": (lambda x, d, w: ops.residual_layer_norm(x, d, w)[0], (_n(5, 7), _n(5, 7), _n(7))),
     "residual rms norm": (ops.residual_rms_norm, (_n(2, 3, 7), _n(2, 3, 7), _n(7))),
-    "residual rms norm without a branch": (lambda x, w: ops.residual_rms_norm(x, None, w), (_n(5, 7), _n(7))),
+    "residual rms norm without a "
+    "branch": (lambda x, w: ops.residual_rms_norm(x, None, w), (_n(5, 7), _n(7))),
     "gelu tanh": (lambda x: ops.gelu(x, "tanh"), (3 * _n(3, 11),)),
     "gelu erf": (lambda x: ops.gelu(x, "erf"), (3 * _n(3, 11),)),
     "relu": (ops.relu, (_n(3, 5) + 0.01,)),
@@ -57,9 +63,11 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "softmax": (ops.softmax, (_n(3, 4, 5),)),
     "add": (ops.add, (_n(2, 3), _n(2, 3))),
     "add to itself": (lambda x: ops.add(x, x), (_n(2, 3),)),
-    "add position everywhere": (lambda x, table: ops.add_position(_fresh(x), table, np.arange(3)), (_n(2, 3, 4), _n(3, 4))),
+    "add position "
+    "everywhere": (lambda x, table: ops.add_position(_fresh(x), table, np.arange(3)), (_n(2, 3, 4), _n(3, 4))),
     "add constant": (lambda x: ops.add_constant(x, np.arange(3.0)), (_n(2, 3),)),
-    "add position": (lambda x, table: ops.add_position(_fresh(x), table, np.array([1, 4, 5])), (_n(2, 3, 4), _n(8, 4))),
+    "add "
+    "position": (lambda x, table: ops.add_position(_fresh(x), table, np.array([1, 4, 5])), (_n(2, 3, 4), _n(8, 4))),
     "dropout": (lambda x: ops.dropout(x, 0.4, **ADDRESS), (_n(2, 3, 4),)),
     "embedding": (lambda w: ops.embedding(IDS, w), (_n(9, 4),)),
     "embedding of a part of the rows": (lambda w: ops.embedding(IDS, w, 3), (_n(4, 4),)),
@@ -90,7 +98,8 @@ def test_adjoint(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_gradients_are_written_afresh(name: str) -> None:
-    """Incoming gradients that the caller still holds are left alone, and running twice gives the same."""
+    """Incoming gradients that the caller still holds are left alone, and running twice gives the
+    same."""
     function, inputs = CASES[name]
     found = []
     for _ in range(2):
@@ -100,16 +109,31 @@ def test_gradients_are_written_afresh(name: str) -> None:
         seeds = [np.ones(out.shape) for out in outs]
         backward(list(zip(outs, seeds, strict=True)))
         assert all(np.array_equal(seed, np.ones(seed.shape)) for seed in seeds)
-        assert all(np.array_equal(t.data, x) for t, x in zip(tensors, inputs, strict=True)), "an input was overwritten"
+        assert all(np.array_equal(t.data, x) for t, x in zip(tensors, inputs, strict=True)), (
+            "an input was overwritten"
+        )
         found.append([t.grad for t in tensors])
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_every_operation_is_checked() -> None:
     checked = " ".join(CASES)
-    words = {"add_bias": "add bias", "add_constant": "add constant", "add_position": "add position", "attention_qkv": "cross attention"}
-    words |= {"cross_entropy": "cross entropy", "layer_norm": "layer norm", "rms_norm": "rms norm", "mse_loss": "mean squared error"}
-    words |= {"residual_layer_norm": "residual layer norm", "residual_rms_norm": "residual rms norm"}
+    words = {
+        "add_bias": "add bias",
+        "add_constant": "add constant",
+        "add_position": "add position",
+        "attention_qkv": "cross attention",
+    }
+    words |= {
+        "cross_entropy": "cross entropy",
+        "layer_norm": "layer norm",
+        "rms_norm": "rms norm",
+        "mse_loss": "mean squared error",
+    }
+    words |= {
+        "residual_layer_norm": "residual layer norm",
+        "residual_rms_norm": "residual rms norm",
+    }
     missing = [name for name in ops.__all__ if words.get(name, name) not in checked]
     assert not missing
 

@@ -1,4 +1,5 @@
-"""Run by test_matrix_mpi.py under mpirun: train in several layouts, and compare this rank's pieces with a run of its own on one rank."""
+"""Run by test_matrix_mpi.py under mpirun: train in several layouts, and compare this rank's pieces
+with a run of its own on one rank."""
 
 from __future__ import annotations
 
@@ -46,17 +47,29 @@ def main() -> int:
     kernels.prepare_process()
     comm = world()
     for model, layout, *changes in LAYOUTS[comm.size]:
-        losses, norms, found = train_rank(comm, make_config(model, layout, **dict(*changes)), "sgd", STEPS)
-        expected_losses, expected_norms, expected = train_rank(SelfCommunicator(), make_config(model, Layout()), "sgd", STEPS)
+        losses, norms, found = train_rank(
+            comm, make_config(model, layout, **dict(*changes)), "sgd", STEPS
+        )
+        expected_losses, expected_norms, expected = train_rank(
+            SelfCommunicator(), make_config(model, Layout()), "sgd", STEPS
+        )
         np.testing.assert_allclose(losses + norms, expected_losses + expected_norms, rtol=TOLERANCE)
-        for what, mine, pieces in zip(("first gradients", "last gradients", "weights"), found, expected, strict=True):
+        for what, mine, pieces in zip(
+            ("first gradients", "last gradients", "weights"), found, expected, strict=True
+        ):
             whole = assemble([pieces])
             for name, (_, blocks) in mine.items():
                 for where, block in blocks:
                     reference = whole[name]
-                    error, scale = np.linalg.norm(block - reference[where]), np.linalg.norm(reference)
+                    error, scale = (
+                        np.linalg.norm(block - reference[where]),
+                        np.linalg.norm(reference),
+                    )
                     if not error <= TOLERANCE * scale:
-                        raise AssertionError(f"{model} {layout}: {what} of {name} differ by {error / scale:.1e} on rank {comm.rank}")
+                        raise AssertionError(
+                            f"{model} {layout}: {what} of {name} differ by {error / scale:.1e} on "
+                            f"rank {comm.rank}"
+                        )
         if comm.rank == 0:
             print("same", model, layout, flush=True)
     return 0

@@ -1,4 +1,5 @@
-"""The held-out loss is the same on every mesh, every token counted once, the ragged end included."""
+"""The held-out loss is the same on every mesh, every token counted once, the ragged end
+included."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ def _evaluate(layout: Layout, num_tokens: int, **changes) -> list[tuple[float, i
 @pytest.mark.parametrize("num_tokens", [5, 16, 100, 333])
 @pytest.mark.parametrize(
     "layout",
-    [Layout(dp=4, num_microbatches=4), Layout(pp=2, num_microbatches=4), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2)],
+    [
+        Layout(dp=4, num_microbatches=4),
+        Layout(pp=2, num_microbatches=4),
+        Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2),
+    ],
     ids=str,
 )
 def test_equals_one_rank(layout: Layout, num_tokens: int) -> None:

@@ -63,7 +63,10 @@ def test_every_layout_writes_the_same(layout: Layout) -> None:
     def written(layout: Layout) -> list[list[int]]:
         config = make_config("llama", layout)
         choice = Sampling(temperature=1.0, top_k=10, top_p=0.9, seed=4)
-        return run_ranks(layout.num_ranks, lambda comm: generator(comm, config).generate([1, 2, 3], 2 * LENGTH, choice))
+        return run_ranks(
+            layout.num_ranks,
+            lambda comm: generator(comm, config).generate([1, 2, 3], 2 * LENGTH, choice),
+        )
 
     one = written(Layout())[0]
     assert len(one) == 2 * LENGTH and len(set(one)) > 3
@@ -90,7 +93,11 @@ def test_sampling_follows_its_options() -> None:
     np.testing.assert_allclose(Sampling().probabilities(logits), [[0.5, 0.3, 0.15, 0.05]])
     np.testing.assert_allclose(Sampling(top_k=2).probabilities(logits), [[0.625, 0.375, 0, 0]])
     np.testing.assert_allclose(Sampling(top_p=0.7).probabilities(logits), [[0.625, 0.375, 0, 0]])
-    np.testing.assert_allclose(Sampling(temperature=0.5).probabilities(logits), [np.array([25, 9, 2.25, 0.25]) / 36.5])
+    np.testing.assert_allclose(
+        Sampling(temperature=0.5).probabilities(logits), [np.array([25, 9, 2.25, 0.25]) / 36.5]
+    )
     assert Sampling(temperature=0).choose(logits, 0) == [0]
     drawn = np.array([Sampling(seed=1).choose(logits, position)[0] for position in range(4000)])
-    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    np.testing.assert_allclose(
+        np.bincount(drawn, minlength=4) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03
+    )

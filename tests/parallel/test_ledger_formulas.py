@@ -1,4 +1,5 @@
-"""Law 2: the payload that a training step moves equals the closed formula of its method, exactly, per rank and axis."""
+"""Law 2: the payload that a training step moves equals the closed formula of its method, exactly,
+per rank and axis."""
 
 from __future__ import annotations
 
@@ -21,13 +22,21 @@ def _payload(model: str, layout: Layout, **changes) -> list[dict[tuple[str, str]
         trainer.step(0)
         before = _rows()
         trainer.step(1)
-        return {key: count - before.get(key, 0) for key, count in _rows().items() if count != before.get(key, 0)}
+        return {
+            key: count - before.get(key, 0)
+            for key, count in _rows().items()
+            if count != before.get(key, 0)
+        }
 
     return run_ranks(layout.num_ranks, rank)
 
 
 def _rows() -> dict[tuple[str, str], int]:
-    return {(axis, operation): row.bytes for (axis, operation, kind), row in ledger().rows.items() if kind == "payload"}
+    return {
+        (axis, operation): row.bytes
+        for (axis, operation, kind), row in ledger().rows.items()
+        if kind == "payload"
+    }
 
 
 def _tokens(layout: Layout) -> int:
@@ -35,11 +44,14 @@ def _tokens(layout: Layout) -> int:
 
 
 def _flat_elements(model: str, layout: Layout) -> int:
-    """Elements of the flat gradient buffer of a one-stage rank, alignment gaps included where a bucket spans them."""
+    """Elements of the flat gradient buffer of a one-stage rank, alignment gaps included where a
+    bucket spans them."""
     config = make_config(model, layout)
     from minillm.comm.single import SelfCommunicator
 
-    trainer = Trainer(make_config(model, Layout()), SelfCommunicator(), make_batches(config), std=INIT_STD)
+    trainer = Trainer(
+        make_config(model, Layout()), SelfCommunicator(), make_batches(config), std=INIT_STD
+    )
     reducer = trainer.stages[0].reducer
     assert reducer is not None
     return sum(bucket.slice.stop - bucket.slice.start for bucket in reducer.buckets)
@@ -55,8 +67,9 @@ def test_data_parallel_moves_each_gradient_once(dp: int) -> None:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_tensor_parallel_all_reduces_activations(tp: int) -> None:
-    """Per block two sums forward (after attention, after the MLP) and two backward (before them); one forward for the embedding, one
-    backward for the head's input; and three numbers per token for the loss."""
+    """Per block two sums forward (after attention, after the MLP) and two backward (before them);
+    one forward for the embedding, one backward for the head's input; and three numbers per token
+    for the loss."""
     layout = Layout(tp=tp, num_microbatches=2)
     tokens = _tokens(layout)
     activations = (4 * BASE["layers"] + 2) * tokens * BASE["dim"] * ITEM
@@ -67,12 +80,14 @@ def test_tensor_parallel_all_reduces_activations(tp: int) -> None:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_sequence_parallel_halves_of_the_same_sums(tp: int) -> None:
-    """Every all-reduce of activations becomes a reduce-scatter (input: whole activations) or an all-gather (output: whole activations):
-    entering costs a gather forward and a scatter backward, leaving the reverse. Parameters outside the parallel part are summed over tp as
-    well."""
+    """Every all-reduce of activations becomes a reduce-scatter (input: whole activations) or an
+    all-gather (output: whole activations): entering costs a gather forward and a scatter backward,
+    leaving the reverse. Parameters outside the parallel part are summed over tp as well."""
     layout = Layout(tp=tp, sp=True, num_microbatches=2)
     whole = _tokens(layout) * BASE["dim"] * ITEM
-    crossings = 2 * BASE["layers"] + 1  # entering: attention, MLP, head; leaving: attention, MLP, embedding
+    crossings = (
+        2 * BASE["layers"] + 1
+    )  # entering: attention, MLP, head; leaving: attention, MLP, embedding
     for rank in _payload("gpt2", layout):
         assert rank["tp", "all_gather"] == 2 * crossings * whole
         assert rank["tp", "reduce_scatter"] == 2 * crossings * whole

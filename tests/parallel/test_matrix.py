@@ -1,4 +1,5 @@
-"""Law 1, one answer: loss, every gradient and the weights after five steps are the same on every layout as on one rank, dropout on."""
+"""Law 1, one answer: loss, every gradient and the weights after five steps are the same on every
+layout as on one rank, dropout on."""
 
 from __future__ import annotations
 
@@ -20,9 +21,14 @@ def test_float64_equals_one_rank(model: str, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(tp=2, sp=True), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(dp=2), Layout(tp=2, sp=True), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4)],
+    ids=str,
+)
 def test_float32_gradients_and_sgd_weights(model: str, layout: Layout) -> None:
-    """Norm-wise within 8 eps sqrt(n), n the longest reduction that a gradient goes through (tokens of the batch), over a few layers."""
+    """Norm-wise within 8 eps sqrt(n), n the longest reduction that a gradient goes through (tokens
+    of the batch), over a few layers."""
     expected = reference(model, changes=(("dtype", "float32"),))
     found = train(model, layout, dtype="float32")
     tolerance = 8 * np.finfo(np.float32).eps * np.sqrt(BASE["batch"] * BASE["context"])
@@ -32,10 +38,14 @@ def test_float32_gradients_and_sgd_weights(model: str, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-@pytest.mark.parametrize("layout", [Layout(dp=4), Layout(tp=4), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(dp=4), Layout(tp=4), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4)],
+    ids=str,
+)
 def test_float32_adamw(model: str, layout: Layout) -> None:
-    """AdamW divides by the gradient's own size, which turns rounding of tiny gradients into steps: 1e-2 lr a step. A key bias has no true
-    gradient."""
+    """AdamW divides by the gradient's own size, which turns rounding of tiny gradients into steps:
+    1e-2 lr a step. A key bias has no true gradient."""
     changes = dict(dtype="float32", lr=1e-3, warmup=0)
     expected = reference(model, "adamw", 5, tuple(changes.items()))
     found = train(model, layout, optimizer="adamw", **changes)
@@ -45,9 +55,16 @@ def test_float32_adamw(model: str, layout: Layout) -> None:
             assert np.abs(found.weights[name] - weight).max() <= 1e-2 * changes["lr"] * 5, name
 
 
-@pytest.mark.parametrize("layout", [Layout(pp=2, num_microbatches=4), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(pp=2, num_microbatches=4), Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4)],
+    ids=str,
+)
 def test_schedules_agree_bit_for_bit(layout: Layout) -> None:
-    runs = [train("gpt2", Layout(**{**vars(layout), "schedule": schedule}), dtype="float32") for schedule in ("gpipe", "1f1b")]
+    runs = [
+        train("gpt2", Layout(**{**vars(layout), "schedule": schedule}), dtype="float32")
+        for schedule in ("gpipe", "1f1b")
+    ]
     assert runs[0].losses == runs[1].losses
     for name, weight in runs[0].weights.items():
         assert np.array_equal(weight, runs[1].weights[name]), name
@@ -55,17 +72,26 @@ def test_schedules_agree_bit_for_bit(layout: Layout) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(dp=2, pp=2, num_microbatches=4), Layout(tp=2, pp=4, num_microbatches=2), Layout(pp=4, num_microbatches=8, schedule="gpipe")],
+    [
+        Layout(dp=2, pp=2, num_microbatches=4),
+        Layout(tp=2, pp=4, num_microbatches=2),
+        Layout(pp=4, num_microbatches=8, schedule="gpipe"),
+    ],
     ids=str,
 )
 def test_no_deadlock_without_buffering(layout: Layout) -> None:
-    assert_same(train("gpt2", layout, steps=2, rendezvous=True), reference("gpt2", steps=2), TOLERANCE)
+    assert_same(
+        train("gpt2", layout, steps=2, rendezvous=True), reference("gpt2", steps=2), TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_recompute_changes_no_bit(model: str, mode: str) -> None:
-    plain, again = (train(model, Layout(tp=2, pp=2, num_microbatches=2), recompute=how) for how in ("none", mode))
+    plain, again = (
+        train(model, Layout(tp=2, pp=2, num_microbatches=2), recompute=how)
+        for how in ("none", mode)
+    )
     assert plain.losses == again.losses
     for name, weight in plain.weights.items():
         assert np.array_equal(weight, again.weights[name]), name

@@ -1,4 +1,5 @@
-"""Ranks that share memory compute what one rank computes, hold one copy of what they share, and move what the formula says."""
+"""Ranks that share memory compute what one rank computes, hold one copy of what they share, and
+move what the formula says."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_helpers import INIT_STD, Layout, assert_same, make_batches, make_config, reference, train
+from training_helpers import (
+    INIT_STD,
+    Layout,
+    assert_same,
+    make_batches,
+    make_config,
+    reference,
+    train,
+)
 
 from minillm.arrays import root
 from minillm.comm.communicator import Communicator
@@ -47,7 +56,9 @@ def test_equals_one_rank(model: str, layout: Layout, nodes: list[int]) -> None:
         assert_same(found, reference(model, optimizer), 1e-10 if optimizer == "sgd" else 1e-6)
 
 
-def _trainers(layout: Layout, nodes: list[int], then: Callable[[Trainer], object], **changes: object) -> list[object]:
+def _trainers(
+    layout: Layout, nodes: list[int], then: Callable[[Trainer], object], **changes: object
+) -> list[object]:
     config = make_config("gpt2", layout, **changes)
     return run_ranks(layout.num_ranks, lambda comm: then(_trained(config, comm)), nodes=nodes)
 
@@ -59,7 +70,8 @@ def _trained(config: object, comm: Communicator) -> Trainer:
 
 
 def test_one_copy_on_a_node() -> None:
-    """Weights and optimizer state at the same addresses on the ranks of a node, at others on another node; gradients each their own."""
+    """Weights and optimizer state at the same addresses on the ranks of a node, at others on
+    another node; gradients each their own."""
 
     def addresses(trainer: Trainer) -> list[int]:
         (buffers,) = trainer.buffers
@@ -75,11 +87,15 @@ def test_one_copy_on_a_node() -> None:
 
 @pytest.mark.parametrize("nodes", [[0, 0, 0, 0], [0, 0, 1, 1]])
 def test_window_bytes_are_those_of_the_formula(nodes: list[int]) -> None:
-    """Of n ranks on a node each reads n - 1 shares; between nodes each share is all-reduced once; nothing else is payload."""
+    """Of n ranks on a node each reads n - 1 shares; between nodes each share is all-reduced once;
+    nothing else is payload."""
 
     def moved(trainer: Trainer) -> None:
         (buffers,) = trainer.buffers
-        share = sum(part.stop - part.start for _, part in buffers.shared_runs()) * buffers.grads.itemsize
+        share = (
+            sum(part.stop - part.start for _, part in buffers.shared_runs())
+            * buffers.grads.itemsize
+        )
         gaps = 64 * len(buffers.runs)  # between two runs: never read
         rows = {key: row.bytes for key, row in ledger().rows.items() if key[2] != "control"}
         per_node = nodes.count(0)
@@ -93,15 +109,26 @@ def test_window_bytes_are_those_of_the_formula(nodes: list[int]) -> None:
 
 
 def test_auto_shares_where_it_can() -> None:
-    kinds = _trainers(Layout(dp=4), [0, 0, 1, 1], lambda trainer: type(trainer.stages[0].reducer), node_shared="auto")
+    kinds = _trainers(
+        Layout(dp=4),
+        [0, 0, 1, 1],
+        lambda trainer: type(trainer.stages[0].reducer),
+        node_shared="auto",
+    )
     assert kinds == [NodeReducer] * 4
-    kinds = _trainers(Layout(tp=2), [0, 0], lambda trainer: type(trainer.stages[0].reducer), node_shared="auto")
+    kinds = _trainers(
+        Layout(tp=2), [0, 0], lambda trainer: type(trainer.stages[0].reducer), node_shared="auto"
+    )
     assert kinds == [GradReducer] * 2
 
 
 OBSTACLES = {
     "nodes of their own": (Layout(dp=2), [0, 1], "node of its own"),
-    "unequal nodes": (Layout(dp=4), [0, 0, 0, 1], "different numbers of data-parallel ranks (1 and 3)"),
+    "unequal nodes": (
+        Layout(dp=4),
+        [0, 0, 0, 1],
+        "different numbers of data-parallel ranks (1 and 3)",
+    ),
     "replicas torn apart": (Layout(dp=4, tp=2), [0, 1, 0, 1, 1, 0, 1, 0], "different places"),
 }
 
@@ -113,7 +140,12 @@ def test_what_cannot_be_shared_is_said(name: str) -> None:
         nodes = [0, 0, 1, 0, 0, 1, 1, 1]  # tp 0: nodes 0 1 0 1; tp 1: nodes 0 0 1 1
     with pytest.raises(ConfigError, match=re.escape(words)):
         _trainers(layout, nodes, lambda trainer: None, node_shared="on")
-    said = _trainers(layout, nodes, lambda trainer: (type(trainer.memory), trainer.memory.description), node_shared="auto")
+    said = _trainers(
+        layout,
+        nodes,
+        lambda trainer: (type(trainer.memory), trainer.memory.description),
+        node_shared="auto",
+    )
     assert all(kind is PrivateMemory and words in text for kind, text in said)  # type: ignore[misc]
 
 
@@ -152,7 +184,11 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 def _forget_a_rank(patch: Patch) -> None:
     original = node_shared.NodeMemory.everyones
-    patch.setattr(node_shared.NodeMemory, "everyones", lambda self, array: [*original(self, array)[:-1], np.zeros_like(array)])
+    patch.setattr(
+        node_shared.NodeMemory,
+        "everyones",
+        lambda self, array: [*original(self, array)[:-1], np.zeros_like(array)],
+    )
 
 
 def _forget_the_other_nodes(patch: Patch) -> None:
@@ -177,7 +213,11 @@ BUGS: dict[str, tuple[Callable[[Patch], None], Layout, list[int]]] = {
     "a rank left out": (_forget_a_rank, Layout(dp=2), [0, 0]),
     "a node left out": (_forget_the_other_nodes, Layout(dp=4), [0, 0, 1, 1]),
     "norm counted on every node": (_count_every_node, Layout(dp=4), [0, 0, 1, 1]),
-    "sequence-parallel norms not summed": (_forget_the_norms_of_other_time_shards, Layout(dp=2, tp=2, sp=True), [0] * 4),
+    "sequence-parallel norms not summed": (
+        _forget_the_norms_of_other_time_shards,
+        Layout(dp=2, tp=2, sp=True),
+        [0] * 4,
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""The proof of the proof: each classic bug of parallel training, planted, makes the comparison with one rank fail."""
+"""The proof of the proof: each classic bug of parallel training, planted, makes the comparison with
+one rank fail."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ Patch = pytest.MonkeyPatch
 
 
 def _drop_backward_all_reduce(patch: Patch) -> None:
-    patch.setattr(collectives._CopyTo, "backward", staticmethod(lambda ctx, grad_outs, needs, into: (grad_outs[0],)))
+    patch.setattr(
+        collectives._CopyTo,
+        "backward",
+        staticmethod(lambda ctx, grad_outs, needs, into: (grad_outs[0],)),
+    )
 
 
 def _forget_tied_sum(patch: Patch) -> None:
@@ -39,7 +44,9 @@ def _receive_into_live_buffer(patch: Patch) -> None:
         fresh = {}
         original(self, fresh, from_stage, action)
         for key, arrays in fresh.items():
-            kept = held.setdefault((id(mailbox) and from_stage, key[0]), tuple(np.empty_like(a) for a in arrays))
+            kept = held.setdefault(
+                (id(mailbox) and from_stage, key[0]), tuple(np.empty_like(a) for a in arrays)
+            )
             for target, array in zip(kept, arrays, strict=True):
                 target[...] = array
             mailbox[key] = kept
@@ -49,7 +56,11 @@ def _receive_into_live_buffer(patch: Patch) -> None:
 
 
 def _scale_by_microbatch(patch: Patch) -> None:
-    patch.setattr(ResolvedConfig, "tokens_per_step", property(lambda self: self.microbatch * self.dp * self.model.context))
+    patch.setattr(
+        ResolvedConfig,
+        "tokens_per_step",
+        property(lambda self: self.microbatch * self.dp * self.model.context),
+    )
 
 
 def _count_norm_twice(patch: Patch) -> None:
@@ -89,14 +100,20 @@ def _forget_last_microbatch(patch: Patch) -> None:
 BUGS: dict[str, tuple[Callable[[Patch], None], Layout]] = {
     "dropped tp all-reduce in backward": (_drop_backward_all_reduce, Layout(tp=2)),
     "missing tied-embedding sum": (_forget_tied_sum, Layout(pp=2, num_microbatches=2)),
-    "receive into a live buffer": (_receive_into_live_buffer, Layout(pp=2, schedule="gpipe", num_microbatches=4)),
+    "receive into a live buffer": (
+        _receive_into_live_buffer,
+        Layout(pp=2, schedule="gpipe", num_microbatches=4),
+    ),
     "microbatch scaling off": (_scale_by_microbatch, Layout(num_microbatches=2)),
     "norm counted twice": (_count_norm_twice, Layout(tp=2)),
     "norm of the tied weight counted twice": (_count_norm_twice, Layout(pp=2, num_microbatches=2)),
     "dropout by local index": (_dropout_by_local_index, Layout(dp=2)),
     "off-by-one vocabulary range": (_vocabulary_off_by_one, Layout(tp=2)),
     "missing last microbatch": (_forget_last_microbatch, Layout(num_microbatches=2)),
-    "missing last microbatch in a pipeline": (_forget_last_microbatch, Layout(pp=2, num_microbatches=4)),
+    "missing last microbatch in a pipeline": (
+        _forget_last_microbatch,
+        Layout(pp=2, num_microbatches=4),
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""Schedules as data: complete, free of deadlock even without buffering, with the bubble and the memory that the papers promise."""
+"""Schedules as data: complete, free of deadlock even without buffering, with the bubble and the
+memory that the papers promise."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_bubble_and_memory_equal_the_formulas(name: str) -> None:
             timeline = simulate(schedule, cost)
             assert timeline.bubble == Fraction(p - 1, m + p - 1), (p, m)
         held = [timeline.peak_in_flight(rank) for rank in range(p)]
-        assert held == [1 if p == 1 else m if name == "gpipe" else min(m, p - rank) for rank in range(p)], (p, m)
+        assert held == [
+            1 if p == 1 else m if name == "gpipe" else min(m, p - rank) for rank in range(p)
+        ], (p, m)
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))
@@ -55,7 +58,9 @@ def test_gradients_are_summed_in_the_order_of_the_microbatches(name: str) -> Non
 
 @pytest.mark.parametrize("name", list(SCHEDULES))
 @pytest.mark.parametrize("rendezvous", [False, True])
-def test_lowered_schedules_finish_even_if_sends_wait_for_their_receivers(name: str, rendezvous: bool) -> None:
+def test_lowered_schedules_finish_even_if_sends_wait_for_their_receivers(
+    name: str, rendezvous: bool
+) -> None:
     for p, m in SIZES:
         lowered = lower(SCHEDULES[name](p, m), ties=(0, p - 1))
         timeline = simulate(lowered, Cost(forward=1, backward=1), rendezvous=rendezvous)
@@ -66,7 +71,11 @@ def test_lowered_schedules_finish_even_if_sends_wait_for_their_receivers(name: s
 
 
 @pytest.mark.parametrize("name", [*SCHEDULES, "forward_only"])
-@pytest.mark.parametrize("cost", [Cost(1, 1), Cost(1, 2), Cost(3, 5), Cost(2, 1), Cost(1, 9)], ids=lambda c: f"{c.forward}-{c.backward}")
+@pytest.mark.parametrize(
+    "cost",
+    [Cost(1, 1), Cost(1, 2), Cost(3, 5), Cost(2, 1), Cost(1, 9)],
+    ids=lambda c: f"{c.forward}-{c.backward}",
+)
 def test_messages_cost_no_time_by_where_they_stand(name: str, cost: Cost) -> None:
     """A receive that stands too early would have its rank wait for what it needs only later."""
     for p, m in SIZES:
@@ -100,7 +109,17 @@ def test_two_stages_of_a_rank_hand_over_without_messages() -> None:
     schedule = Schedule(3, 1, (0, 0, 1), tuple(tuple(map(Action.parse, row)) for row in rows))
     lowered = lower(schedule)
     assert [str(a) for a in lowered.actions[0]] == [
-        *("0F0", "1F0", "1SEND_F0", "1RECV_B0", "1B0", "0B0", "0REDUCE_GRAD", "1REDUCE_GRAD", "0OPTIMIZER_STEP"),
+        *(
+            "0F0",
+            "1F0",
+            "1SEND_F0",
+            "1RECV_B0",
+            "1B0",
+            "0B0",
+            "0REDUCE_GRAD",
+            "1REDUCE_GRAD",
+            "0OPTIMIZER_STEP",
+        ),
     ]
     assert simulate(lowered, Cost(1, 1), rendezvous=True).makespan == 6
 
@@ -114,7 +133,14 @@ def test_nothing_to_do_is_refused(sizes: tuple[int, int]) -> None:
 
 def test_one_rank_is_plain_accumulation() -> None:
     assert SCHEDULES["gpipe"](1, 3) == SCHEDULES["1f1b"](1, 3)
-    assert [str(a) for a in lower(SCHEDULES["1f1b"](1, 2)).actions[0]] == ["0F0", "0B0", "0F1", "0B1", "0REDUCE_GRAD", "0OPTIMIZER_STEP"]
+    assert [str(a) for a in lower(SCHEDULES["1f1b"](1, 2)).actions[0]] == [
+        "0F0",
+        "0B0",
+        "0F1",
+        "0B1",
+        "0REDUCE_GRAD",
+        "0OPTIMIZER_STEP",
+    ]
 
 
 def test_the_last_backward_of_each_stage_arms() -> None:
@@ -128,15 +154,24 @@ def test_tied_weights_are_summed_before_the_data_reduction() -> None:
 
 
 def _with_row(schedule: Schedule, rank: int, row: list[Action]) -> Schedule:
-    return dataclasses.replace(schedule, actions=(*schedule.actions[:rank], tuple(row), *schedule.actions[rank + 1 :]))
+    return dataclasses.replace(
+        schedule, actions=(*schedule.actions[:rank], tuple(row), *schedule.actions[rank + 1 :])
+    )
 
 
 def test_a_deadlock_is_named() -> None:
-    """Both ranks wait for the other: rank 0 runs the backward of a microbatch before the forward that rank 1 needs first."""
+    """Both ranks wait for the other: rank 0 runs the backward of a microbatch before the forward
+    that rank 1 needs first."""
     schedule = SCHEDULES["gpipe"](2, 2)
     row = [Action.parse(text) for text in ("0F0", "0B0", "0F1", "0B1")]
-    crossed = _with_row(_with_row(schedule, 0, row), 1, [Action.parse(text) for text in ("1F0", "1F1", "1B0", "1B1")])
-    with pytest.raises(ScheduleError, match="rank 0 at 0B0, waiting for 1B0; rank 1 at 1F1, waiting for 0F1"):
+    crossed = _with_row(
+        _with_row(schedule, 0, row),
+        1,
+        [Action.parse(text) for text in ("1F0", "1F1", "1B0", "1B1")],
+    )
+    with pytest.raises(
+        ScheduleError, match="rank 0 at 0B0, waiting for 1B0; rank 1 at 1F1, waiting for 0F1"
+    ):
         simulate(crossed)
     with pytest.raises(ScheduleError, match="never finish"):
         lower(crossed)
@@ -165,7 +200,12 @@ def test_malformed_rows_are_named(row: list[str], message: str) -> None:
     [
         (0, "0SEND_F1", "", "1RECV_F1 has no send"),
         (1, "1RECV_F1", "", "0SEND_F1 is received by nobody"),
-        (1, "1RECV_F0 1F0 1B0 1RECV_F1", "1RECV_F1 1F0 1B0 1RECV_F0", "1RECV_F1 would receive 0SEND_F0"),
+        (
+            1,
+            "1RECV_F0 1F0 1B0 1RECV_F1",
+            "1RECV_F1 1F0 1B0 1RECV_F0",
+            "1RECV_F1 would receive 0SEND_F0",
+        ),
         (1, "1SEND_B1", "1SEND_B1 1SEND_F0", "1SEND_F0 has no partner"),
     ],
 )
@@ -173,7 +213,9 @@ def test_broken_messages_are_named(rank: int, old: str, new: str, message: str) 
     lowered = lower(SCHEDULES["1f1b"](2, 2))
     text = " ".join(map(str, lowered.actions[rank]))
     assert old in text
-    broken = _with_row(lowered, rank, [Action.parse(word) for word in text.replace(old, new).split()])
+    broken = _with_row(
+        lowered, rank, [Action.parse(word) for word in text.replace(old, new).split()]
+    )
     with pytest.raises(ScheduleError, match=message):
         broken.validate()
 
@@ -189,12 +231,16 @@ def test_a_message_lost_on_both_sides_is_named() -> None:
 
 
 def test_crossing_sends_deadlock_only_if_sends_block() -> None:
-    """Both ranks send before they receive: fine with buffers or non-blocking sends, and what the lowering must never need."""
+    """Both ranks send before they receive: fine with buffers or non-blocking sends, and what the
+    lowering must never need."""
     lowered = lower(SCHEDULES["1f1b"](2, 2))
     text = " ".join(map(str, lowered.actions[1])).replace("1RECV_F1 1SEND_B0", "1SEND_B0 1RECV_F1")
     crossed = _with_row(lowered, 1, [Action.parse(word) for word in text.split()])
     simulate(crossed)
-    with pytest.raises(ScheduleError, match="rank 0 at 0SEND_F1, waiting for 1RECV_F1; rank 1 at 1SEND_B0, waiting for 0RECV_B0"):
+    with pytest.raises(
+        ScheduleError,
+        match="rank 0 at 0SEND_F1, waiting for 1RECV_F1; rank 1 at 1SEND_B0, waiting for 0RECV_B0",
+    ):
         simulate(crossed, rendezvous=True)
 
 
@@ -237,7 +283,9 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["1f1b", "--ranks", "4", "--microbatches", "8", "--svg", str(target)]) == 0
     out = capsys.readouterr().out
     assert "0.2727 simulated, 0.2727 by" in out and "4 3 2 1 microbatches" in out
-    assert target.read_text().startswith("<svg") and [p.name for p in tmp_path.iterdir()] == ["out.svg"]
+    assert target.read_text().startswith("<svg") and [p.name for p in tmp_path.iterdir()] == [
+        "out.svg"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +302,9 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["gpipe", "--svg", "/nowhere/x.svg"], "cannot be written"),
     ],
 )
-def test_bad_input_is_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(argv) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

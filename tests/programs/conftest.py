@@ -4,7 +4,22 @@ from pathlib import Path
 
 import pytest
 
-TINY = ["--layers", "2", "--heads", "2", "--dim", "16", "--context", "16", "--batch", "8", "--eval-tokens", "64", "--sample-tokens", "8"]
+TINY = [
+    "--layers",
+    "2",
+    "--heads",
+    "2",
+    "--dim",
+    "16",
+    "--context",
+    "16",
+    "--batch",
+    "8",
+    "--eval-tokens",
+    "64",
+    "--sample-tokens",
+    "8",
+]
 
 
 @pytest.fixture

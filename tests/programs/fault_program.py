@@ -1,4 +1,5 @@
-"""A training run in which one rank meets a misfortune: `fault_program.py NAME RANK [options of minillm.train]`."""
+"""A training run in which one rank meets a misfortune: `fault_program.py NAME RANK [options of
+minillm.train]`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ FILE_LIMIT = 20_000  # bytes: enough for metrics, too little for a checkpoint
 
 
 def in_mid_step(fail: Callable[[], None], rank: int) -> None:
-    """Call `fail` on `rank` when it makes a microbatch of step STEP, while the others go on to their communication."""
+    """Call `fail` on `rank` when it makes a microbatch of step STEP, while the others go on to
+    their communication."""
     usual = Trainer._microbatch
 
     def microbatch(self: Trainer, step: int, rows: Any) -> Any:

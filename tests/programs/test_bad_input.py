@@ -1,4 +1,5 @@
-"""Whatever is wrong, a run says it once, ends on every rank with a status other than 0, and leaves nothing half written."""
+"""Whatever is wrong, a run says it once, ends on every rank with a status other than 0, and leaves
+nothing half written."""
 
 from __future__ import annotations
 
@@ -54,13 +55,27 @@ def unfinished(run: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tp", "3"], ["dp * tp * pp = 1 * 3 * 1 = 3, but 2 ranks run", "mpirun -n 3", "--dp 2 --tp 1 --pp 1", "--dp 1 --tp 2 --pp 1"]),
+        (
+            ["--tp", "3"],
+            [
+                "dp * tp * pp = 1 * 3 * 1 = 3, but 2 ranks run",
+                "mpirun -n 3",
+                "--dp 2 --tp 1 --pp 1",
+                "--dp 1 --tp 2 --pp 1",
+            ],
+        ),
         (["--heads", "3"], ["heads 3", "dim 16"]),
         (["--kv-heads", "3", "--heads", "4"], ["kv-heads 3", "heads 4"]),
-        (["--layers", "3", "--pp", "2"], ["--layers 3 does not divide over --pp 2", "--stage-layers"]),
+        (
+            ["--layers", "3", "--pp", "2"],
+            ["--layers 3 does not divide over --pp 2", "--stage-layers"],
+        ),
         (["--batch", "7"], ["--batch 7 does not divide over dp = 2", "--batch 8"]),
         (["--preset", "gtp2"], ["'gtp2'", "did you mean gpt2"]),
-        (["--data", "/nowhere/text.txt"], ["/nowhere/text.txt", "no such file or folder", "stdlib"]),
+        (
+            ["--data", "/nowhere/text.txt"],
+            ["/nowhere/text.txt", "no such file or folder", "stdlib"],
+        ),
         (["--dropuot", "0.1"], ["--dropuot", "did you mean --dropout"]),
         (["--steps", "two"], ["--steps", "two"]),
         (["--dropout", "1.5"], ["dropout", "1.5"]),
@@ -81,12 +96,19 @@ def test_options(options: list[str], words: list[str], tiny: list[str], tmp_path
         ("empty.txt", b"", [], ["empty", "0 bytes"]),
         ("short.txt", b"too short", [], ["is too short", "--context 16 needs 17"]),
         ("latin.txt", b"caf\xe9 " * 100, [], ["is not UTF-8", "0xe9 at position 3", "iconv"]),
-        ("ids.bin", np.arange(500, dtype=np.uint16).tobytes(), ["--vocab", "100"], ["token id 499 at position 499", "--vocab 500"]),
+        (
+            "ids.bin",
+            np.arange(500, dtype=np.uint16).tobytes(),
+            ["--vocab", "100"],
+            ["token id 499 at position 499", "--vocab 500"],
+        ),
         ("odd.bin", b"123", [], ["3 bytes", "uint16"]),
         ("text.npy", b"not an array", [], ["not an array file"]),
     ],
 )
-def test_data(name: str, content: bytes, options: list[str], words: list[str], tiny: list[str], tmp_path: Path) -> None:
+def test_data(
+    name: str, content: bytes, options: list[str], words: list[str], tiny: list[str], tmp_path: Path
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     refused(mpirun(2, [*TRAIN, *tiny, "--data", str(path), *options]), str(path), *words)
@@ -108,14 +130,20 @@ def test_full_disk(tiny: list[str], tmp_path: Path) -> None:
     found = mpirun(2, [PROGRAM, "full", "0", *tiny])
     refused(found, "could not be written", "File too large", "free some space")
     assert (tmp_path / "run" / "config.toml").exists()
-    assert not unfinished(tmp_path / "run") and not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not unfinished(tmp_path / "run") and not list(
+        (tmp_path / "run" / "checkpoints").iterdir()
+    )
 
 
 @needs_mpirun
 def test_resuming_another_model_or_a_damaged_checkpoint(tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mpirun(2, [*TRAIN, *tiny, "--save-every", "3"]).returncode == 0
-    refused(mpirun(2, [*TRAIN, "--resume", str(run), "--dim", "32"]), "--dim 32 (was 16)", "These may change")
+    refused(
+        mpirun(2, [*TRAIN, "--resume", str(run), "--dim", "32"]),
+        "--dim 32 (was 16)",
+        "These may change",
+    )
     refused(mpirun(2, [*TRAIN, "--resume", str(run), "--tp", "4"]), "but 2 ranks run")
     refused(mpirun(2, [*TRAIN, *tiny]), "holds an earlier run", "--resume")
     damaged = run / "checkpoints" / "step-00000006" / "rank-00001.safetensors"
@@ -132,7 +160,9 @@ def test_resuming_another_model_or_a_damaged_checkpoint(tiny: list[str], tmp_pat
 @needs_mpirun
 def test_a_loss_that_is_not_finite_stops_and_saves(tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    found = mpirun(2, [*TRAIN, *tiny, "--lr", "1e30", "--warmup", "0", "--clip", "0", "--min-lr", "1e30"])
+    found = mpirun(
+        2, [*TRAIN, *tiny, "--lr", "1e30", "--warmup", "0", "--clip", "0", "--min-lr", "1e30"]
+    )
     refused(found, "this update was not applied", "--lr", "saved in")
     step = int(re.findall(r"error: step (\d+):", found.output)[0])
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:08d}"]
@@ -151,7 +181,9 @@ def test_a_rank_that_raises_ends_all(ranks: int, tiny: list[str], tmp_path: Path
 
 @needs_mpirun
 @pytest.mark.parametrize("options", [["--dp", "2"], ["--tp", "2"], ["--pp", "2"]])
-def test_a_rank_that_is_killed_ends_all(options: list[str], tiny: list[str], tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_ends_all(
+    options: list[str], tiny: list[str], tmp_path: Path
+) -> None:
     found = mpirun(2, [PROGRAM, "kill", "0", *tiny, *options], timeout=30)
     assert found.returncode != 0
     assert re.search(r"signal:? 9|Killed", found.output, re.I), found.output
@@ -161,15 +193,26 @@ def test_a_rank_that_is_killed_ends_all(options: list[str], tiny: list[str], tmp
 def test_another_launcher_than_the_library_is_named(tiny: list[str]) -> None:
     pytest.importorskip("mpi4py.MPI", reason="no MPI library", exc_type=(ImportError, RuntimeError))  # type: ignore[arg-type]
     found = subprocess.run(
-        [sys.executable, *TRAIN, *tiny], env=environment({"MV2_COMM_WORLD_SIZE": "4"}), capture_output=True, text=True, timeout=60
+        [sys.executable, *TRAIN, *tiny],
+        env=environment({"MV2_COMM_WORLD_SIZE": "4"}),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert found.returncode == 1
-    assert "started 4 ranks, but the MPI library in use sees 1" in found.stderr and found.stderr.count("error: ") == 1
+    assert (
+        "started 4 ranks, but the MPI library in use sees 1" in found.stderr
+        and found.stderr.count("error: ") == 1
+    )
 
 
 def test_without_a_launcher_mpi_is_not_imported(tiny: list[str]) -> None:
     code = "import sys; from minillm.train import main; main(sys.argv[1:]); sys.exit('mpi4py.MPI' in sys.modules)"
     found = subprocess.run(
-        [sys.executable, "-c", code, *tiny, "--steps", "1"], env=environment(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *tiny, "--steps", "1"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert found.returncode == 0, found.stdout + found.stderr

@@ -19,7 +19,9 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int = 3) ->
     """Wait until the run has written `steps` lines of metrics."""
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
     while not metrics.exists() or metrics.read_text().count("\n") < steps:
-        assert process.poll() is None and time.monotonic() < deadline, "the run has not come to its steps"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run has not come to its steps"
+        )
         time.sleep(0.05)
 
 
@@ -28,7 +30,9 @@ def check_saved(run: Path, output: str, ranks: int) -> None:
     step = (run / "metrics.jsonl").read_text().count("\n")
     assert f"stopped at step {step} as asked" in output
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:08d}"]
-    again = mpirun(ranks, ["-m", "minillm.train", "--resume", str(run), "--stop-after", str(step + 2)])
+    again = mpirun(
+        ranks, ["-m", "minillm.train", "--resume", str(run), "--stop-after", str(step + 2)]
+    )
     assert again.returncode == 0 and f"at step {step}" in again.output, again.output
 
 
@@ -38,7 +42,9 @@ def test_one_process(number: signal.Signals, tiny: list[str], tmp_path: Path) ->
     wait_for_steps(process, tmp_path / "run")
     process.send_signal(number)
     found = finish(process)
-    assert found.returncode == 0 and f"{number.name}: finishing this step" in found.output, found.output
+    assert found.returncode == 0 and f"{number.name}: finishing this step" in found.output, (
+        found.output
+    )
     check_saved(tmp_path / "run", found.output, 0)
 
 
@@ -55,8 +61,13 @@ def test_ctrl_c_on_mpirun(options: list[str], tiny: list[str], tmp_path: Path) -
 def test_sigterm_of_one_rank_stops_all(tiny: list[str], tmp_path: Path) -> None:
     process = start(2, ["-m", "minillm.train", *tiny, *ENDLESS])
     wait_for_steps(process, tmp_path / "run")
-    ranks = subprocess.run(["pgrep", "-f", f"minillm.train.*{tmp_path}"], capture_output=True, text=True).stdout.split()
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode() for pid in ranks}
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"minillm.train.*{tmp_path}"], capture_output=True, text=True
+    ).stdout.split()
+    commands = {
+        int(pid): Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+        for pid in ranks
+    }
     os.kill(max(pid for pid, command in commands.items() if "python" in command), signal.SIGTERM)
     found = finish(process)
     assert found.returncode == 0, found.output
@@ -71,5 +82,7 @@ def test_a_second_signal_aborts(ranks: int, tiny: list[str], tmp_path: Path) -> 
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
     found = finish(process, timeout=20)
-    assert found.returncode != 0 and found.output.count("SIGINT: finishing this step") == 1, found.output
+    assert found.returncode != 0 and found.output.count("SIGINT: finishing this step") == 1, (
+        found.output
+    )
     assert "stopped at" not in found.output and not (tmp_path / "run" / "checkpoints").exists()

@@ -1,4 +1,5 @@
-"""What a run of `minillm.train` leaves behind, and that a stopped and resumed run is the uninterrupted one."""
+"""What a run of `minillm.train` leaves behind, and that a stopped and resumed run is the
+uninterrupted one."""
 
 from __future__ import annotations
 
@@ -36,12 +37,17 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny: list[str], tmp_path: Pat
 
 
 @needs_mpirun
-def test_resumed_on_another_mesh_says_so_and_agrees_to_rounding(tiny: list[str], tmp_path: Path) -> None:
+def test_resumed_on_another_mesh_says_so_and_agrees_to_rounding(
+    tiny: list[str], tmp_path: Path
+) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert mpirun(2, [*TRAIN, *tiny, "--out", str(whole)]).returncode == 0
     assert mpirun(2, [*TRAIN, *tiny, "--out", str(halves), "--stop-after", "3"]).returncode == 0
     resumed = mpirun(2, [*TRAIN, "--resume", str(halves), "--tp", "2"])
-    assert resumed.returncode == 0 and resumed.output.count("results continue to rounding, not bit for bit") == 1
+    assert (
+        resumed.returncode == 0
+        and resumed.output.count("results continue to rounding, not bit for bit") == 1
+    )
     losses = [[line["loss"] for line in metrics(run)] for run in (whole, halves)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -49,11 +55,35 @@ def test_resumed_on_another_mesh_says_so_and_agrees_to_rounding(tiny: list[str],
 @needs_mpirun
 def test_metrics_trace_and_checks(tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    found = mpirun(4, [*TRAIN, *tiny, "--tp", "2", "--trace", "--check-order", "--check-every", "2", "--eval-every", "3"])
+    found = mpirun(
+        4,
+        [
+            *TRAIN,
+            *tiny,
+            "--tp",
+            "2",
+            "--trace",
+            "--check-order",
+            "--check-every",
+            "2",
+            "--eval-every",
+            "3",
+        ],
+    )
     assert found.returncode == 0, found.output
     lines = metrics(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    wanted = {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "comm", "peak_rss_mb"}
+    wanted = {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "comm",
+        "peak_rss_mb",
+    }
     assert all(wanted <= set(line) for line in lines)
     assert [line["step"] for line in lines if "val_loss" in line] == [3, 6]
     assert lines[0]["tokens"] == 8 * 16 and lines[0]["comm"]["tp"]["all_reduce"]["bytes"] > 0
@@ -68,7 +98,13 @@ def test_every_layout_reports_the_same_loss(tiny: list[str], tmp_path: Path) -> 
     layouts = {"one": (0, []), "dp": (2, []), "tp": (2, ["--tp", "2"]), "pp": (2, ["--pp", "2"])}
     losses = {}
     for name, (ranks, options) in layouts.items():
-        assert mpirun(ranks, [*TRAIN, *tiny, *options, "--dtype", "float64", "--out", str(tmp_path / name)]).returncode == 0
+        assert (
+            mpirun(
+                ranks,
+                [*TRAIN, *tiny, *options, "--dtype", "float64", "--out", str(tmp_path / name)],
+            ).returncode
+            == 0
+        )
         losses[name] = [line["loss"] for line in metrics(tmp_path / name)]
     assert all(found == pytest.approx(losses["one"], rel=1e-10) for found in losses.values())
 
@@ -78,11 +114,15 @@ def test_evaluate_and_generate_on_any_mesh(tiny: list[str], tmp_path: Path) -> N
     assert mpirun(0, [*TRAIN, *tiny]).returncode == 0
     measured, written = [], []
     for ranks, options in ((0, []), (2, ["--tp", "2"]), (2, ["--pp", "2"])):
-        found = mpirun(ranks, ["-m", "minillm.evaluate", "--checkpoint", str(tmp_path / "run"), *options])
+        found = mpirun(
+            ranks, ["-m", "minillm.evaluate", "--checkpoint", str(tmp_path / "run"), *options]
+        )
         assert found.returncode == 0, found.output
         measured.append(json.loads(found.output))
         options = [*options, "--prompt", "line", "--tokens", "30"]
-        found = mpirun(ranks, ["-m", "minillm.generate", "--checkpoint", str(tmp_path / "run"), *options])
+        found = mpirun(
+            ranks, ["-m", "minillm.generate", "--checkpoint", str(tmp_path / "run"), *options]
+        )
         assert found.returncode == 0 and found.output.startswith("line"), found.output
         written.append(found.output)
     assert set(measured[0]) == {"loss", "perplexity", "bits_per_byte", "tokens"}

@@ -1,4 +1,5 @@
-"""A whole run of `minillm.train` on the CUDA kernels, which the emulator executes: the run on NumPy and C, to rounding."""
+"""A whole run of `minillm.train` on the CUDA kernels, which the emulator executes: the run on NumPy
+and C, to rounding."""
 
 from __future__ import annotations
 
@@ -11,16 +12,45 @@ import numpy as np
 import pytest
 from minillm.kernels import cuda
 
-SIZES = ["--layers", "1", "--dim", "32", "--heads", "1", "--context", "16", "--batch", "2", "--steps", "2", "--eval-tokens", "32"]
+SIZES = [
+    "--layers",
+    "1",
+    "--dim",
+    "32",
+    "--heads",
+    "1",
+    "--context",
+    "16",
+    "--batch",
+    "2",
+    "--steps",
+    "2",
+    "--eval-tokens",
+    "32",
+]
 LLAMA = ["--norm", "rmsnorm", "--position", "rotary", "--dropout", "0.1", "--device", "cpu"]
 
 
 def losses(out: Path, choice: str) -> list[float]:
     """Training losses of a run with --kernels `choice`."""
-    command = [sys.executable, "-m", "minillm.train", *SIZES, *LLAMA, "--kernels", choice, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "minillm.train",
+        *SIZES,
+        *LLAMA,
+        "--kernels",
+        choice,
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    return [
+        line["loss"]
+        for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if "loss" in line
+    ]
 
 
 def test_training_on_cuda_kernels_equals_training_on_the_cpu(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """A stand-in for CuPy: the training step of the GPU path runs on it without a GPU.
 
-Arrays lie in the host's memory, but they are a type of their own, which refuses what CuPy 14 refuses and what would make the host wait
-unseen: mixing with NumPy arrays, float(x), bool(x), iteration, boolean indexing, batched products of 16-bit floats. `empty` gives NaN.
-Every copy between host and "device" and every wait is written into `events`; copies to the host that do not block hold NaN until their
-event has been waited for, and host memory that a copy still reads may not be changed.
+Arrays lie in the host's memory, but they are a type of their own, which refuses what CuPy 14
+refuses and what would make the host wait unseen: mixing with NumPy arrays, float(x), bool(x),
+iteration, boolean indexing, batched products of 16-bit floats. `empty` gives NaN. Every copy
+between host and "device" and every wait is written into `events`; copies to the host that do not
+block hold NaN until their event has been waited for, and host memory that a copy still reads may
+not be changed.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ def _is_narrow(dtype: Any) -> bool:
 
 
 def _value(x: Any) -> Any:
-    """What NumPy computes with for an operand. Raises TypeError for what CuPy does not take beside its own arrays."""
+    """What NumPy computes with for an operand. Raises TypeError for what CuPy does not take beside
+    its own arrays."""
     if isinstance(x, ndarray):
         return x.host
     if isinstance(x, bool | int | float | np.generic):
@@ -106,7 +109,9 @@ def _wrap(result: Any) -> Any:
 def _waits(what: str) -> Callable[..., Any]:
     def method(self: ndarray, *args: Any) -> Any:
         note("wait")
-        raise TypeError(f"{what} of a device array makes the host wait; read it through Later or to_host")
+        raise TypeError(
+            f"{what} of a device array makes the host wait; read it through Later or to_host"
+        )
 
     return method
 
@@ -131,12 +136,25 @@ class ndarray:
     device = property(lambda self: cuda.Device(0))
     T = property(lambda self: self._view(self.host.T))
 
-    __float__, __int__, __bool__, __index__ = _waits("float"), _waits("int"), _waits("bool"), _waits("index")
-    item, tolist, nonzero, tobytes = _waits("item"), _waits("tolist"), _waits("nonzero"), _waits("tobytes")
+    __float__, __int__, __bool__, __index__ = (
+        _waits("float"),
+        _waits("int"),
+        _waits("bool"),
+        _waits("index"),
+    )
+    item, tolist, nonzero, tobytes = (
+        _waits("item"),
+        _waits("tolist"),
+        _waits("nonzero"),
+        _waits("tobytes"),
+    )
     __hash__ = None  # type: ignore[assignment]
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct a NumPy array explicitly.")
+        raise TypeError(
+            "Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct "
+            "a NumPy array explicitly."
+        )
 
     def __len__(self) -> int:
         return len(self.host)
@@ -152,7 +170,9 @@ class ndarray:
 
     def _kept(self, host: Any) -> ndarray:
         """A view where NumPy gave one, else new memory."""
-        return self._view(host) if np.shares_memory(host, self.host) or not host.size else _wrap(host)
+        return (
+            self._view(host) if np.shares_memory(host, self.host) or not host.size else _wrap(host)
+        )
 
     def reshape(self, *shape: Any) -> ndarray:
         return self._kept(self.host.reshape(*shape))
@@ -170,7 +190,9 @@ class ndarray:
         return _wrap(self.host.copy())
 
     def astype(self, dtype: Any, copy: bool = True) -> ndarray:
-        return self if not copy and self.dtype == np.dtype(dtype) else _wrap(self.host.astype(dtype))
+        return (
+            self if not copy and self.dtype == np.dtype(dtype) else _wrap(self.host.astype(dtype))
+        )
 
     def fill(self, value: Any) -> None:
         self.host.fill(_value(value))
@@ -179,7 +201,11 @@ class ndarray:
         """CuPy adds 16-bit floats up in float32."""
         wide = np.float32 if _is_narrow(self.dtype) and dtype is None else dtype
         total = np.sum(self.host.astype(wide) if _is_narrow(self.dtype) else self.host, axis, wide)
-        return _wrap(np.asarray(total).astype(self.dtype) if _is_narrow(self.dtype) and dtype is None else total)
+        return _wrap(
+            np.asarray(total).astype(self.dtype)
+            if _is_narrow(self.dtype) and dtype is None
+            else total
+        )
 
     def max(self, axis: Any = None, keepdims: bool = False) -> ndarray:
         return _wrap(self.host.max(axis, keepdims=keepdims))
@@ -189,9 +215,13 @@ class ndarray:
             raise ValueError(f"kind can be None or 'stable', not {kind}")
         return _wrap(np.argsort(self.host, axis, kind="stable"))
 
-    def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
+    def get(
+        self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True
+    ) -> np.ndarray:
         if _is_narrow(self.dtype):
-            raise TypeError("16-bit floats travel as bytes here: not every release of CuPy copies bfloat16")
+            raise TypeError(
+                "16-bit floats travel as bytes here: not every release of CuPy copies bfloat16"
+            )
         note("download", self.nbytes)
         if blocking:
             note("wait")
@@ -207,7 +237,11 @@ class ndarray:
         return out
 
     def set(self, source: np.ndarray, stream: Any = None) -> None:
-        assert isinstance(source, np.ndarray) and source.shape == self.shape and source.dtype == self.dtype
+        assert (
+            isinstance(source, np.ndarray)
+            and source.shape == self.shape
+            and source.dtype == self.dtype
+        )
         note("upload", self.nbytes)
         self.host[...] = source
         cuda.reading(source)
@@ -219,7 +253,9 @@ class ndarray:
         if isinstance(found, np.ndarray) and np.shares_memory(found, self.host):
             return self._view(found)
         if not isinstance(found, np.ndarray) and not _has_arrays(key):
-            return self._view(self.host[(*_tuple(_index(key)), ...)])  # a view without dims, as CuPy gives
+            return self._view(
+                self.host[(*_tuple(_index(key)), ...)]
+            )  # a view without dims, as CuPy gives
         return _wrap(found)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -235,11 +271,14 @@ def _has_arrays(key: Any) -> bool:
 
 
 def _index(key: Any) -> Any:
-    """An index for NumPy. Boolean ones make CuPy count on the host; an array of the host would be uploaded at every use."""
+    """An index for NumPy. Boolean ones make CuPy count on the host; an array of the host would be
+    uploaded at every use."""
     parts = []
     for part in _tuple(key):
         if isinstance(part, np.ndarray | list):
-            raise TypeError("index with a slice or with an array of the device, not with one of the host")
+            raise TypeError(
+                "index with a slice or with an array of the device, not with one of the host"
+            )
         if isinstance(part, ndarray):
             if part.dtype == bool:
                 _waits("boolean indexing")(part)
@@ -251,7 +290,9 @@ def _index(key: Any) -> Any:
 def _operator(name: str, fn: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
     def method(self: ndarray, other: Any) -> ndarray:
         with np.errstate(all="ignore"):
-            return _wrap(fn(_value(other), self.host) if reflected else fn(self.host, _value(other)))
+            return _wrap(
+                fn(_value(other), self.host) if reflected else fn(self.host, _value(other))
+            )
 
     method.__name__ = name
     return method
@@ -270,7 +311,19 @@ def _in_place(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
     _fn = getattr(operator, _name + "_" * (_name in ("and", "or")))
     setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__", _fn, False))
     setattr(ndarray, f"__r{_name}__", _operator(f"__r{_name}__", _fn, True))
@@ -312,9 +365,13 @@ def asarray(x: Any, dtype: Any = None) -> ndarray:
     if isinstance(x, ndarray):
         return x if dtype is None else x.astype(dtype, copy=False)
     if isinstance(x, float | int | np.generic):
-        raise TypeError(f"asarray({x!r}) would upload a number; pass it to a function or fill with it")
+        raise TypeError(
+            f"asarray({x!r}) would upload a number; pass it to a function or fill with it"
+        )
     if _is_narrow(x.dtype):
-        raise TypeError("16-bit floats travel as bytes here: not every release of CuPy copies bfloat16")
+        raise TypeError(
+            "16-bit floats travel as bytes here: not every release of CuPy copies bfloat16"
+        )
     x = np.asarray(x, dtype)
     note("upload", x.nbytes)
     return _wrap(x)
@@ -368,7 +425,12 @@ def _ufunc(name: str) -> Callable[..., ndarray]:
     return function
 
 
-add, multiply, minimum, maximum = _ufunc("add"), _ufunc("multiply"), _ufunc("minimum"), _ufunc("maximum")
+add, multiply, minimum, maximum = (
+    _ufunc("add"),
+    _ufunc("multiply"),
+    _ufunc("minimum"),
+    _ufunc("maximum"),
+)
 sqrt, log, exp, isfinite = _ufunc("sqrt"), _ufunc("log"), _ufunc("exp"), _ufunc("isfinite")
 
 

@@ -1,4 +1,5 @@
-"""What the stand-in has of `cupy.cuda`: streams and events that only count waiting, and cuBLAS's gemmEx in NumPy."""
+"""What the stand-in has of `cupy.cuda`: streams and events that only count waiting, and cuBLAS's
+gemmEx in NumPy."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ def _checksum(x: np.ndarray) -> int:
 
 
 def download_later(values: np.ndarray, out: np.ndarray) -> None:
-    """A copy to the host that nobody has waited for: until then, `out` holds nothing of use. Copies to the device that were queued before
-    have read what it overwrites."""
+    """A copy to the host that nobody has waited for: until then, `out` holds nothing of use. Copies
+    to the device that were queued before have read what it overwrites."""
     _finish([], [read for read in _queue.reads if np.shares_memory(read.source, out)])
     out.reshape(-1).view(np.uint8)[...] = 0xFF
     _queue.downloads.append(_Download(values, out))
@@ -62,7 +63,8 @@ def reading(source: np.ndarray) -> None:
 
 
 def _finish(downloads: list[_Download], reads: list[_Read]) -> None:
-    """These copies are over. Raises RuntimeError if the host has overwritten what was being read."""
+    """These copies are over. Raises RuntimeError if the host has overwritten what was being
+    read."""
     for values, out in downloads:
         out[...] = values
     done = {id(x) for x in (*downloads, *reads)}
@@ -70,7 +72,10 @@ def _finish(downloads: list[_Download], reads: list[_Read]) -> None:
     _queue.reads = [x for x in _queue.reads if id(x) not in done]
     for source, before in reads:
         if _checksum(source) != before:
-            raise RuntimeError(f"{source.nbytes} bytes of the host were overwritten while a copy to the device could still be reading them")
+            raise RuntimeError(
+                f"{source.nbytes} bytes of the host were overwritten while a copy to the device "
+                "could still be reading them"
+            )
 
 
 def finish_all() -> None:
@@ -103,7 +108,10 @@ class Event:
 
     def _arrive(self) -> None:
         living = {id(x) for x in (*_queue.downloads, *_queue.reads)}
-        _finish([x for x in self._due[0] if id(x) in living], [x for x in self._due[1] if id(x) in living])
+        _finish(
+            [x for x in self._due[0] if id(x) in living],
+            [x for x in self._due[1] if id(x) in living],
+        )
         self._due = [], []
 
 
@@ -174,13 +182,21 @@ runtime = types.SimpleNamespace(
     driverGetVersion=lambda: 13000,
     runtimeGetVersion=lambda: 13000,
 )
-driver = types.SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1)
+driver = types.SimpleNamespace(
+    occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1
+)
 
 
 # ---- cuBLAS
 
 _TYPES = {0: np.dtype(np.float32), 2: np.dtype(np.float16), 14: np.dtype(ml_dtypes.bfloat16)}
-_KNOWN = {(0, 0), (2, 2), (2, 0), (14, 14), (14, 0)}  # types of A and B, and of C, that cuBLAS computes in float32
+_KNOWN = {
+    (0, 0),
+    (2, 2),
+    (2, 0),
+    (14, 14),
+    (14, 0),
+}  # types of A and B, and of C, that cuBLAS computes in float32
 
 
 class Product(NamedTuple):
@@ -204,21 +220,36 @@ def get_cublas_handle() -> int:
 def _matrix(pointer: int, rows: int, columns: int, leading: int, dtype: np.dtype) -> np.ndarray:
     """A matrix [rows, columns] that lies column by column, `leading` elements apart."""
     if leading < max(1, rows):
-        raise RuntimeError(f"CUBLAS_STATUS_INVALID_VALUE: leading dim {leading} of a matrix of {rows} rows")
+        raise RuntimeError(
+            f"CUBLAS_STATUS_INVALID_VALUE: leading dim {leading} of a matrix of {rows} rows"
+        )
     num_bytes = ((columns - 1) * leading + rows) * dtype.itemsize
     _standin().memory.check_inside(pointer, num_bytes)
     memory = np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(pointer), np.uint8).view(dtype)
-    return np.lib.stride_tricks.as_strided(memory, (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
+    return np.lib.stride_tricks.as_strided(
+        memory, (rows, columns), (dtype.itemsize, leading * dtype.itemsize)
+    )
 
 
 def _gemm_ex(*args: Any) -> None:
-    """C [m, n] = alpha op(A) op(B) + beta C, all column by column; products and sums in float32, one rounding at the end."""
+    """C [m, n] = alpha op(A) op(B) + beta C, all column by column; products and sums in float32,
+    one rounding at the end."""
     wrong = [x for x in args if type(x) is not int]
     if len(args) != 19 or wrong:
         raise TypeError(f"gemmEx takes 19 integers, not {len(args)} arguments with {wrong}")
     ta, tb, m, n, k, alpha, A, At, lda, B, Bt, ldb, beta, C, Ct, ldc, compute = args[1:18]
-    if At != Bt or (At, Ct) not in _KNOWN or compute != 68 or ta not in (0, 1) or tb not in (0, 1) or min(m, n, k) < 1:
-        raise RuntimeError(f"CUBLAS_STATUS_NOT_SUPPORTED: types {At}, {Bt} -> {Ct}, compute type {compute}, sizes {m, n, k}")
+    if (
+        At != Bt
+        or (At, Ct) not in _KNOWN
+        or compute != 68
+        or ta not in (0, 1)
+        or tb not in (0, 1)
+        or min(m, n, k) < 1
+    ):
+        raise RuntimeError(
+            f"CUBLAS_STATUS_NOT_SUPPORTED: types {At}, {Bt} -> {Ct}, compute type {compute}, sizes "
+            f"{m, n, k}"
+        )
     a = _matrix(A, *((k, m) if ta else (m, k)), lda, _TYPES[At])
     b = _matrix(B, *((n, k) if tb else (k, n)), ldb, _TYPES[Bt])
     c = _matrix(C, m, n, ldc, _TYPES[Ct])

@@ -1,4 +1,5 @@
-"""Put the stand-in in CuPy's place for a while, with kernels: the NumPy references, or our `.cu` files in the emulator."""
+"""Put the stand-in in CuPy's place for a while, with kernels: the NumPy references, or our `.cu`
+files in the emulator."""
 
 from __future__ import annotations
 
@@ -20,25 +21,37 @@ import standin
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 STRIDED = ("attention", "rope")  # kernels that are told their arrays' strides
-OWN = ("matmul",)  # operations whose GPU implementation needs no kernel of ours: they run as they are
+OWN = (
+    "matmul",
+)  # operations whose GPU implementation needs no kernel of ours: they run as they are
 
 
 @contextmanager
 def installed(kernel_source: str = "reference") -> Iterator[Any]:
-    """`import cupy` gives the stand-in inside the block. `kernel_source`: "reference", or "emulator" for the bindings and `.cu` files."""
+    """`import cupy` gives the stand-in inside the block. `kernel_source`: "reference", or
+    "emulator" for the bindings and `.cu` files."""
     before = {op: list(entries) for op, entries in registry._kernels.items()}
     own_function, own_encode, cupy = launch._function, launch._encode, sys.modules.get("cupy")
-    caches = (launch.compute_capability, launch._multiprocessors, launch._module, attention.cuda._shared_bytes)
+    caches = (
+        launch.compute_capability,
+        launch._multiprocessors,
+        launch._module,
+        attention.cuda._shared_bytes,
+    )
     sys.modules["cupy"] = standin.as_module()
     try:
         for op, entries in before.items():
             for entry in [k for k in entries if k.backend == "cuda"]:
                 registry._kernels[op].remove(entry)
-                if kernel_source == "emulator" or op in OWN:  # in their order: the first is the default
+                if (
+                    kernel_source == "emulator" or op in OWN
+                ):  # in their order: the first is the default
                     registry._kernels[op].append(dataclasses.replace(entry, unavailable=None))
             if kernel_source == "reference" and op not in OWN:
                 reference = next(k for k in entries if k.backend == "numpy")
-                registry._kernels[op].append(registry.Kernel(op, "cuda", "reference", hosted(reference.fn)))
+                registry._kernels[op].append(
+                    registry.Kernel(op, "cuda", "reference", hosted(reference.fn))
+                )
         launch._function, launch._encode = _function, _encode
         _forget(caches)
         yield standin
@@ -75,9 +88,24 @@ class _Function:
         from minillm.kernels import emulator
 
         for x in args:
-            if isinstance(x, standin.ndarray) and not x.flags.c_contiguous and self.path.parent.name not in STRIDED:
-                raise TypeError(f"{self.name} of {self.path.parent.name} gets a pointer, and x has strides {x.strides} for {x.shape}")
-        emulator.launch(self.path, self.name, self.defines, grid, block, tuple(map(_unwrapped, args)), shared_mem)
+            if (
+                isinstance(x, standin.ndarray)
+                and not x.flags.c_contiguous
+                and self.path.parent.name not in STRIDED
+            ):
+                raise TypeError(
+                    f"{self.name} of {self.path.parent.name} gets a pointer, and x has strides "
+                    f"{x.strides} for {x.shape}"
+                )
+        emulator.launch(
+            self.path,
+            self.name,
+            self.defines,
+            grid,
+            block,
+            tuple(map(_unwrapped, args)),
+            shared_mem,
+        )
 
 
 def _unwrapped(x: Any) -> Any:
@@ -90,15 +118,26 @@ def _unwrapped(x: Any) -> Any:
     if isinstance(x, np.uint64) and not x:
         return None
     if not isinstance(x, np.generic):
-        raise TypeError(f"CuPy would pass {x!r} with a width of its own choice; wrap it as a NumPy scalar")
+        raise TypeError(
+            f"CuPy would pass {x!r} with a width of its own choice; wrap it as a NumPy scalar"
+        )
     return x
 
 
-def _encode(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, box: tuple[int, ...], swizzle: int) -> TensorMap:
+def _encode(
+    pointer: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: str,
+    box: tuple[int, ...],
+    swizzle: int,
+) -> TensorMap:
     """The emulator's map in place of the driver's."""
     kind = np.dtype(dtype)
     steps = (*strides, kind.itemsize)
-    num_bytes = kind.itemsize + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+    num_bytes = kind.itemsize + sum(
+        (size - 1) * step for size, step in zip(shape, steps, strict=True)
+    )
     standin.memory.check_inside(pointer, num_bytes)
     memory = (ctypes.c_char * num_bytes).from_address(pointer)
     return tensor_map(np.ndarray(shape, kind, memory, strides=steps), box, swizzle)
@@ -116,8 +155,9 @@ def _function(path: Path, name: str, defines: Any, shared_bytes: int) -> Any:
 
 
 def hosted(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A NumPy kernel for the stand-in's arrays. 16-bit arrays are computed on in float32 and rounded; what has one dim or none, and the
-    log-sum-exp of attention, is a statistic and stays float32, as the CUDA kernels have it."""
+    """A NumPy kernel for the stand-in's arrays. 16-bit arrays are computed on in float32 and
+    rounded; what has one dim or none, and the log-sum-exp of attention, is a statistic and stays
+    float32, as the CUDA kernels have it."""
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -135,10 +175,14 @@ def hosted(fn: Callable[..., Any]) -> Callable[..., Any]:
                     wide[key] = x, start, start.copy()
                 return wide[key][1]
             if isinstance(x, AttentionDropout):
-                return x._replace(**{name: enter(getattr(x, name)) for name in ("samples", "times_q", "times_k")})
+                return x._replace(
+                    **{name: enter(getattr(x, name)) for name in ("samples", "times_q", "times_k")}
+                )
             return [enter(part) for part in x] if isinstance(x, list) else x
 
-        named = {name: value if name in HOST_NUMBERS else enter(value) for name, value in kwargs.items()}
+        named = {
+            name: value if name in HOST_NUMBERS else enter(value) for name, value in kwargs.items()
+        }
         with np.errstate(all="ignore"):
             result = fn(*(enter(x) for x in args), **named)
         narrow = bool(wide)

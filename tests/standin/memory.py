@@ -14,7 +14,8 @@ _allocations: dict[int, tuple[int, Any]] = {}  # address -> (bytes, weak referen
 
 
 class Pool:
-    """How much the arrays hold, and how much the pool has taken from the driver for them: what is free of that serves any request."""
+    """How much the arrays hold, and how much the pool has taken from the driver for them: what is
+    free of that serves any request."""
 
     limit = 1 << 30
 
@@ -54,7 +55,8 @@ pool = Pool()
 
 
 def allocate(shape: Any, dtype: Any) -> np.ndarray:
-    """Memory that begins at a multiple of 256 bytes, as CuPy's pool gives it, and holds NaN, or -1."""
+    """Memory that begins at a multiple of 256 bytes, as CuPy's pool gives it, and holds NaN, or
+    -1."""
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -75,5 +77,11 @@ def check_inside(address: int, num_bytes: int) -> None:
     """Raises RuntimeError unless these bytes lie in one living allocation."""
     if num_bytes <= _allocations.get(address, (0, None))[0]:
         return
-    if not any(start <= address and address + num_bytes <= start + size for start, (size, _) in _allocations.copy().items()):
-        raise RuntimeError(f"{num_bytes} bytes at {address:#x} are in no array of the device: an illegal memory access")
+    if not any(
+        start <= address and address + num_bytes <= start + size
+        for start, (size, _) in _allocations.copy().items()
+    ):
+        raise RuntimeError(
+            f"{num_bytes} bytes at {address:#x} are in no array of the device: an illegal memory "
+            "access"
+        )
