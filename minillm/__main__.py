@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from minillm import __version__
-from minillm.config import known_name
-from minillm.errors import MinillmError
+from minillm.base.errors import MinillmError
+from minillm.training.config import known_name
 
 # Name of the program, which is also its module -> what it does.
 PROGRAMS = {

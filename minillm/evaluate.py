@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from minillm import kernels
-from minillm.assembly import build_mesh
+from minillm.base.errors import ConfigError
+from minillm.base.flags import parse_flags
 from minillm.comm.communicator import Communicator
-from minillm.comm.world import (
+from minillm.comm.process import (
     agree,
     known_to_all,
     main_guard,
@@ -21,10 +22,9 @@ from minillm.comm.world import (
 )
 from minillm.data.batches import eval_windows
 from minillm.data.corpus import load_corpus
-from minillm.errors import ConfigError
-from minillm.evaluation import Evaluation, evaluate_windows
-from minillm.flags import parse_flags
-from minillm.loading import Layout, load_trained, open_checkpoint, place
+from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
+from minillm.training.assembly import build_mesh
+from minillm.training.held_out import Evaluation, evaluate_windows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minillm import kernels
-from minillm.assembly import build_mesh
+from minillm.base.errors import ConfigError
+from minillm.base.flags import parse_flags
 from minillm.comm.communicator import Communicator
-from minillm.comm.world import (
+from minillm.comm.process import (
     agree,
     known_to_all,
     main_guard,
@@ -17,10 +18,9 @@ from minillm.comm.world import (
     threads_per_rank,
     world,
 )
-from minillm.errors import ConfigError
-from minillm.flags import parse_flags
-from minillm.generation import Generator, Sampling
-from minillm.loading import Layout, load_trained, open_checkpoint, place
+from minillm.inference.generation import Generator, Sampling
+from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
+from minillm.training.assembly import build_mesh
 
 
 @dataclass(frozen=True, kw_only=True)

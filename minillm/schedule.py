@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from minillm.comm.world import main_guard
-from minillm.config import known_name
-from minillm.errors import ConfigError
-from minillm.flags import parse_flags
+from minillm.base.errors import ConfigError
+from minillm.base.flags import parse_flags
+from minillm.comm.process import main_guard
 from minillm.pipeline.draw import draw_svg, draw_text
 from minillm.pipeline.lower import lower
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.pipeline.simulate import Cost, Timeline, simulate
+from minillm.training.config import known_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from minillm import checkpoint, kernels
+from minillm.base.device import CPU, Device, open_device
+from minillm.base.errors import ConfigError
+from minillm.base.flags import TrainArgs, parse_train_args, to_toml
+from minillm.base.log import Log, MetricsFile, Progress, clock, compact
+from minillm.base.trace import Tracer
 from minillm.comm.communicator import Communicator
-from minillm.comm.device import on_device
+from minillm.comm.device_arrays import on_device
 from minillm.comm.ledger import Row, RowKey, ledger, recording
-from minillm.comm.world import (
+from minillm.comm.process import (
     AgreedError,
     StopRequest,
     agree,
@@ -31,21 +36,16 @@ from minillm.comm.world import (
     threads_per_rank,
     world,
 )
-from minillm.config import TrainConfig
 from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.tokenizers import tokenizer_from_json
-from minillm.device import CPU, Device, open_device
-from minillm.errors import ConfigError
-from minillm.evaluation import Evaluation, evaluate_windows
-from minillm.flags import TrainArgs, parse_train_args, to_toml
-from minillm.generation import Generator, Sampling
-from minillm.log import Log, MetricsFile, Progress, clock, compact
-from minillm.report import TimeShares, peak_mb, plan, plural, step_metrics
-from minillm.resolve import ResolvedConfig, resolve
-from minillm.trace import Tracer
-from minillm.trainer import StepReport, Trainer
-from minillm.verdict import NotFinite
+from minillm.inference.generation import Generator, Sampling
+from minillm.training.config import TrainConfig
+from minillm.training.held_out import Evaluation, evaluate_windows
+from minillm.training.report import TimeShares, peak_mb, plan, plural, step_metrics
+from minillm.training.resolve import ResolvedConfig, resolve
+from minillm.training.trainer import StepReport, Trainer
+from minillm.training.verdict import NotFinite
 
 SAMPLE_TEMPERATURE = 0.8
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from minillm import ops
-from minillm.autograd import Function, GradSlot, Leaf, Tensor, no_grad
-from minillm.backward import WeightGradWork, backward
-from minillm.gradcheck import gradcheck
-from minillm.recompute import checkpoint
+from minillm.autograd.backward import WeightGradWork, backward
+from minillm.autograd.gradcheck import gradcheck
+from minillm.autograd.recompute import checkpoint
+from minillm.autograd.tape import Function, GradSlot, Leaf, Tensor, no_grad
 
 RNG = np.random.default_rng(0)
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from minillm.config import PRESETS, RESUMABLE, ModelConfig, TrainConfig, divisors, flag, or_list
-from minillm.errors import ConfigError
-from minillm.flags import (
+from minillm.base.errors import ConfigError
+from minillm.base.flags import (
     TrainArgs,
     parse_flags,
     parse_train_args,
@@ -20,7 +19,16 @@ from minillm.flags import (
     read_toml,
     to_toml,
 )
-from minillm.resolve import check_resume, even_split, resolve, resolve_model, valid_layouts
+from minillm.training.config import (
+    PRESETS,
+    RESUMABLE,
+    ModelConfig,
+    TrainConfig,
+    divisors,
+    flag,
+    or_list,
+)
+from minillm.training.resolve import check_resume, even_split, resolve, resolve_model, valid_layouts
 
 SMALL: dict[str, Any] = dict(
     layers=2, heads=4, kv_heads=2, dim=32, ffn_dim=64, context=16, vocab=50

@@ -17,73 +17,27 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = """\
 minillm/__init__.py
 kernels/
-minillm/errors.py
-minillm/arrays.py
-minillm/device.py
-minillm/log.py
-minillm/config.py
-minillm/resolve.py
-minillm/flags.py
-minillm/rng.py
-minillm/comm/__init__.py
-minillm/comm/ledger.py
-minillm/comm/communicator.py
-minillm/comm/work.py
-minillm/comm/base.py
-minillm/comm/single.py
-minillm/comm/mpi.py
-minillm/comm/threads.py
-minillm/comm/staging.py
-minillm/comm/device.py
-minillm/comm/world.py
-minillm/comm/mesh.py
-minillm/sharding.py
-minillm/autograd.py
-minillm/backward.py
-minillm/recompute.py
-minillm/gradcheck.py
+minillm/base/
+minillm/layout/
+minillm/comm/
+minillm/autograd/
 minillm/ops/
-minillm/nn/__init__.py
-minillm/nn/module.py
-minillm/nn/storage.py
-minillm/parallel/__init__.py
-minillm/parallel/collectives.py
-minillm/parallel/tensor.py
-minillm/parallel/sequence.py
-minillm/nn/dropout.py
-minillm/nn/position.py
-minillm/nn/norm.py
-minillm/nn/mlp.py
-minillm/nn/attention.py
-minillm/nn/block.py
-minillm/optim.py
-minillm/verdict.py
-minillm/parallel/data.py
-minillm/parallel/node_shared.py
-minillm/trace.py
+minillm/params/
+minillm/parallel/
+minillm/nn/
 minillm/models/
-minillm/pipeline/__init__.py
-minillm/pipeline/action.py
-minillm/pipeline/schedules.py
-minillm/pipeline/lower.py
-minillm/pipeline/simulate.py
-minillm/pipeline/draw.py
-minillm/pipeline/stage.py
-minillm/pipeline/runtime.py
 minillm/data/
+minillm/tasks/
+minillm/pipeline/
+minillm/replication/
 minillm/checkpoint/
-minillm/memory.py
-minillm/assembly.py
-minillm/trainer.py
-minillm/evaluation.py
-minillm/loading.py
-minillm/report.py
-minillm/generation.py
+minillm/training/
+minillm/inference/
+minillm/bench/
 minillm/train.py
 minillm/evaluate.py
 minillm/generate.py
 minillm/schedule.py
-minillm/bench/
 minillm/doctor.py
 launch/
 minillm/__main__.py
@@ -234,7 +188,7 @@ def test_optional_packages_are_imported_only_when_asked() -> None:
 
 
 def test_schedules_need_only_the_standard_library() -> None:
-    allowed = {"minillm.errors", "minillm.pipeline"}
+    allowed = {"minillm.base", "minillm.pipeline"}
     broken = [
         f"{path}:{number} imports {name}"
         for path in STANDARD_LIBRARY_ONLY

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.log import Log, MetricsFile, Progress, clock, compact
+from minillm.base.log import Log, MetricsFile, Progress, clock, compact
 
 
 def test_numbers_and_times_read_well() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minillm.__main__ import PROGRAMS
-from minillm.config import flag
-from minillm.flags import TrainArgs
+from minillm.base.flags import TrainArgs
+from minillm.training.config import flag
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ distribution they claim."""
 import numpy as np
 import pytest
 
-from minillm import rng
+from minillm.base import rng
 
 SHAPE = (5, 7, 11)
 KEY = rng.key(1, "weights", "block.0")

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from minillm.comm.mesh import AXES, MeshShape
-from minillm.errors import ConfigError
-from minillm.sharding import Segment, ShardSpec, num_elements, slice_shape
+from minillm.base.errors import ConfigError
+from minillm.layout.mesh_shape import AXES, MeshShape
+from minillm.layout.sharding import Segment, ShardSpec, num_elements, slice_shape
 
 MESHES = [
     MeshShape(),

@@ -12,15 +12,15 @@ torch = pytest.importorskip(
 
 from torch_models import TorchGPT, adamw  # noqa: E402
 
-from minillm.autograd import Tensor, no_grad  # noqa: E402
-from minillm.backward import backward  # noqa: E402
+from minillm.autograd.backward import backward  # noqa: E402
+from minillm.autograd.tape import Tensor, no_grad  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
-from minillm.config import PRESETS, TrainConfig  # noqa: E402
 from minillm.data.batches import Batches  # noqa: E402
-from minillm.nn.module import Where  # noqa: E402
-from minillm.optim import learning_rate  # noqa: E402
-from minillm.resolve import resolve  # noqa: E402
-from minillm.trainer import Trainer  # noqa: E402
+from minillm.params.module import Where  # noqa: E402
+from minillm.training.config import PRESETS, TrainConfig  # noqa: E402
+from minillm.training.optim import learning_rate  # noqa: E402
+from minillm.training.resolve import resolve  # noqa: E402
+from minillm.training.trainer import Trainer  # noqa: E402
 
 VOCAB = 65
 MODELS = {

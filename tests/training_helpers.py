@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import ALIGNMENT, to_host
+from minillm.base.arrays import ALIGNMENT, to_host
+from minillm.base.device import open_device
 from minillm.comm.communicator import Communicator
-from minillm.comm.device import on_device
+from minillm.comm.device_arrays import on_device
 from minillm.comm.threads import run_ranks
-from minillm.config import TrainConfig
 from minillm.data.batches import Batches
-from minillm.device import open_device
-from minillm.nn.storage import FlatBuffers, share
-from minillm.optim import SGD, AdamW
-from minillm.parallel.node_shared import NodeMemory
-from minillm.resolve import ResolvedConfig, resolve
-from minillm.trainer import Trainer
+from minillm.params.storage import FlatBuffers, share
+from minillm.replication.node_shared import NodeMemory
+from minillm.training.config import TrainConfig
+from minillm.training.optim import SGD, AdamW
+from minillm.training.resolve import ResolvedConfig, resolve
+from minillm.training.trainer import Trainer
 
 VOCAB = 29  # a prime: padded on every tp
 INIT_STD = 0.25  # large, so that no tensor's gradient is negligible

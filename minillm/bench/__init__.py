@@ -7,18 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minillm.bench import comm, kernels, parts, train
-from minillm.comm.world import main_guard
-from minillm.config import known_name
-from minillm.flags import parse_flags
+from minillm.base.flags import parse_flags
+from minillm.bench import kernel_times, messages, parts, training_step
+from minillm.comm.process import main_guard
+from minillm.training.config import known_name
 
 BENCHMARKS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "train": (train.TrainBench, train.run),
-    "kernels": (kernels.KernelBench, kernels.run),
+    "train": (training_step.TrainBench, training_step.run),
+    "kernels": (kernel_times.KernelBench, kernel_times.run),
     "attention": (parts.AttentionBench, parts.run),
     "head": (parts.HeadBench, parts.run),
     "generate": (parts.GenerateBench, parts.run),
-    "comm": (comm.CommBench, comm.run),
+    "comm": (messages.CommBench, messages.run),
 }
 
 

@@ -22,19 +22,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minillm import kernels
-from minillm.arrays import to_host
+from minillm.base.arrays import to_host
+from minillm.base.device import open_device
 from minillm.comm.communicator import Communicator
-from minillm.comm.device import on_device
+from minillm.comm.device_arrays import on_device
+from minillm.comm.process import main_guard, threads_per_rank, world
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import ThreadCommunicator, run_ranks
-from minillm.comm.world import main_guard, threads_per_rank, world
-from minillm.config import TrainConfig
 from minillm.data.batches import Batches
-from minillm.device import open_device
-from minillm.optim import SGD, AdamW
-from minillm.resolve import ResolvedConfig, resolve
-from minillm.sharding import Slices
-from minillm.trainer import Trainer
+from minillm.layout.sharding import Slices
+from minillm.training.config import TrainConfig
+from minillm.training.optim import SGD, AdamW
+from minillm.training.resolve import ResolvedConfig, resolve
+from minillm.training.trainer import Trainer
 
 STEPS, RANK_STEPS = 20, 5
 SMALL: dict[str, Any] = dict(

@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 
 from minillm import kernels
+from minillm.base.device import CPU, Device, open_device
 from minillm.bench.agreement import STEPS, losses, ranks, started_by
 from minillm.bench.shapes import Shape
 from minillm.bench.timing import table
 from minillm.comm.single import SelfCommunicator
-from minillm.config import TrainConfig
 from minillm.data.batches import Batches
-from minillm.device import CPU, Device, open_device
-from minillm.resolve import resolve
-from minillm.trainer import Trainer
+from minillm.training.config import TrainConfig
+from minillm.training.resolve import resolve
+from minillm.training.trainer import Trainer
 
 GPT2 = Shape(12, 12, 768, 1024, 32, 50304)
 SECONDS = 225

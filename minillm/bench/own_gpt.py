@@ -11,17 +11,17 @@ import time
 import numpy as np
 
 from minillm import kernels
-from minillm.arrays import float_dtype
+from minillm.base.arrays import float_dtype
+from minillm.base.device import CPU, Device, open_device
 from minillm.bench.shapes import Shape
 from minillm.bench.timing import median_seconds
-from minillm.comm.device import on_device
-from minillm.comm.world import world
-from minillm.config import TrainConfig
+from minillm.comm.device_arrays import on_device
+from minillm.comm.process import world
 from minillm.data.batches import Batches
-from minillm.device import CPU, Device, open_device
-from minillm.memory import peak_rss, proportional_rss
-from minillm.resolve import resolve
-from minillm.trainer import Trainer
+from minillm.training.config import TrainConfig
+from minillm.training.memory import peak_rss, proportional_rss
+from minillm.training.resolve import resolve
+from minillm.training.trainer import Trainer
 
 
 def main() -> None:

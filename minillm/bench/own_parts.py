@@ -9,16 +9,16 @@ from collections.abc import Callable
 import numpy as np
 
 from minillm import kernels
-from minillm.assembly import build_mesh, build_stages
-from minillm.autograd import Tensor, no_grad
+from minillm.autograd.tape import Tensor, no_grad
 from minillm.bench.parts import turn_options
 from minillm.bench.timing import repeated
 from minillm.comm.single import SelfCommunicator
-from minillm.config import TrainConfig
-from minillm.generation import Generator, caches
-from minillm.memory import peak_rss
+from minillm.inference.generation import Generator, caches
 from minillm.parallel.tensor import vocab_parallel_loss
-from minillm.resolve import resolve
+from minillm.training.assembly import build_mesh, build_stages
+from minillm.training.config import TrainConfig
+from minillm.training.memory import peak_rss
+from minillm.training.resolve import resolve
 
 Times = dict[str, list[float]]
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minillm.base.errors import ConfigError
 from minillm.bench.timing import table
 from minillm.bench.turns import Contestant, advantage, require_torch, take_turns
-from minillm.comm.world import usable_cores
-from minillm.errors import ConfigError
+from minillm.comm.process import usable_cores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from minillm.base.errors import ConfigError, MinillmError
 from minillm.bench.timing import FOREIGN_LIMIT, ForeignLoad, interval
-from minillm.errors import ConfigError, MinillmError
 
 TRIES = 3  # at a turn, while others use the machine
 

@@ -6,9 +6,9 @@ import hashlib
 import re
 from pathlib import Path
 
+from minillm.base.errors import CheckpointError
 from minillm.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, read_manifest
 from minillm.comm.communicator import Communicator
-from minillm.errors import CheckpointError
 
 SUBFOLDER = "checkpoints"
 _STEP = re.compile(

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from minillm import kernels
+from minillm.base.device import CPU, Device
 from minillm.comm.communicator import Communicator
-from minillm.device import CPU, Device
-from minillm.resolve import ResolvedConfig
+from minillm.training.resolve import ResolvedConfig
 
 _MOST_NAMED = 5  # how many differences the line lists
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import CheckpointError
+from minillm.base.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = "minillm-checkpoint"

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import Array, dtype_name, to_host
+from minillm.base.arrays import Array, dtype_name, to_host
+from minillm.base.errors import CheckpointError
 from minillm.checkpoint.find import step_name, steps
 from minillm.checkpoint.manifest import (
     MANIFEST,
@@ -34,9 +35,8 @@ from minillm.checkpoint.manifest import (
 )
 from minillm.checkpoint.state import StateTensor
 from minillm.comm.communicator import Communicator
-from minillm.comm.mesh import MeshShape
-from minillm.errors import CheckpointError
-from minillm.sharding import ShardSpec, Slices, slice_shape
+from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.sharding import ShardSpec, Slices, slice_shape
 
 TEMPORARY = ".tmp-"
 ASIDE = ".old-"

@@ -10,7 +10,7 @@ import numpy as np
 
 from minillm.checkpoint.find import with_older
 from minillm.checkpoint.manifest import Bounds, Damaged, TensorEntry, read_manifest
-from minillm.sharding import Slices, slice_shape
+from minillm.layout.sharding import Slices, slice_shape
 
 
 class CheckpointSource:

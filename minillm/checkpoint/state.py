@@ -9,10 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from minillm.arrays import Array, dtype_name, float_dtype, namespace, sum_dtype, to_device
-from minillm.comm.mesh import MeshShape
-from minillm.errors import CheckpointError
-from minillm.sharding import ShardSpec, Slices, slice_shape
+from minillm.base.arrays import Array, dtype_name, float_dtype, namespace, sum_dtype, to_device
+from minillm.base.errors import CheckpointError
+from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.sharding import ShardSpec, Slices, slice_shape
 
 MOST_NAMED = 4  # how many tensors an error lists
 

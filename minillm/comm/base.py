@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import Array, dtype_name, is_narrow, namespace
+from minillm.base.arrays import Array, dtype_name, is_narrow, namespace
+from minillm.base.errors import CommError
 from minillm.comm.communicator import MAX, MAX_TAG, MIN, SUM, ReduceOp, Work
 from minillm.comm.ledger import OrderRecord, Recording, describe_difference, ledger
 from minillm.comm.work import TrackedWork
-from minillm.errors import CommError
 
 _SIGNATURE_BYTES = 256
 

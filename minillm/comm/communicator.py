@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minillm.arrays import Array
+from minillm.base.arrays import Array
 from minillm.comm.ledger import OrderRecord
 
 DEFAULT_TIMEOUT = 300.0  # seconds

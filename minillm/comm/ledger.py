@@ -28,7 +28,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from minillm.errors import CommError
+from minillm.base.errors import CommError
 
 KINDS = ("payload", "control", "transport", "window")
 NUM_RECENT = 24  # operations kept for time-out messages and order comparisons

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from minillm.arrays import is_narrow
+from minillm.base.arrays import is_narrow
+from minillm.base.errors import CommError, CommTimeout
 from minillm.comm.base import BaseCommunicator, reduce_in_order
 from minillm.comm.communicator import (
     DEFAULT_TIMEOUT,
@@ -37,7 +38,6 @@ from minillm.comm.communicator import (
 )
 from minillm.comm.ledger import ledger
 from minillm.comm.single import SelfCommunicator
-from minillm.errors import CommError, CommTimeout
 
 CHUNK_BYTES: ContextVar[int] = ContextVar("chunk_bytes", default=1 << 30)
 """Largest message handed to MPI; tests make it tiny."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import Array, aligned_empty
+from minillm.base.arrays import Array, aligned_empty
+from minillm.base.errors import CommError
 from minillm.comm.base import BaseCommunicator
 from minillm.comm.communicator import (
     DEFAULT_TIMEOUT,
@@ -19,7 +20,6 @@ from minillm.comm.communicator import (
     Work,
 )
 from minillm.comm.work import DoneWork
-from minillm.errors import CommError
 
 
 class _SelfWindow:

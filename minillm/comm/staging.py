@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minillm.arrays import Array
-from minillm.device import Device
+from minillm.base.arrays import Array
+from minillm.base.device import Device
 
 CHUNK_BYTES = 8 << 20  # large enough for full speed over PCIe, small beside a gradient
 

@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from minillm.arrays import aligned_empty
+from minillm.base.arrays import aligned_empty
+from minillm.base.errors import CommError, CommTimeout, PeerFailed
 from minillm.comm.base import BaseCommunicator, reduce_in_order
 from minillm.comm.communicator import Communicator, ReduceOp, SharedWindow, Work
 from minillm.comm.ledger import ledger, recording
 from minillm.comm.single import SelfCommunicator
-from minillm.errors import CommError, CommTimeout, PeerFailed
 
 T = TypeVar("T")
 

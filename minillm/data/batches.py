@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from minillm import rng
-from minillm.errors import ConfigError
+from minillm.base import rng
+from minillm.base.errors import ConfigError
 
 _BLOCK = 1024  # sequences whose order is worked out at once
 IGNORE_INDEX = -100  # the target that the loss does not count

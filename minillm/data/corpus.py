@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from minillm.base.errors import ConfigError
 from minillm.data.sources import DEFAULT_SOURCE, TextSource, find_source, read_text
 from minillm.data.token_files import fingerprint, held_out_beside, inspect_tokens, open_tokens
 from minillm.data.tokenizers import IdTokenizer, Tokenizer, make_tokenizer, tokenizer_from_json
-from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator

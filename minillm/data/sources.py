@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import ConfigError
+from minillm.base.errors import ConfigError
 
 DEFAULT_SOURCE = "stdlib"
 

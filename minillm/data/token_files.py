@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm.errors import ConfigError
+from minillm.base.errors import ConfigError
 
 HEADER_INTS = 256
 LLMC_FORMATS = {

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minillm.errors import ConfigError
+from minillm.base.errors import ConfigError
 
 PIECE = (
     1 << 20

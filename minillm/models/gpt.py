@@ -13,14 +13,14 @@ import math
 from collections.abc import Iterable
 
 from minillm import ops
-from minillm.arrays import Array
-from minillm.autograd import Tensor
-from minillm.config import ModelConfig
+from minillm.autograd.recompute import checkpoint
+from minillm.autograd.tape import Tensor
+from minillm.base.arrays import Array
+from minillm.layout.sharding import ShardSpec
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
 from minillm.nn.mlp import MLP
-from minillm.nn.module import Module, Normal, Parameter, Where
 from minillm.nn.norm import norm
 from minillm.nn.position import sinusoidal_table
 from minillm.parallel.tensor import (
@@ -30,8 +30,8 @@ from minillm.parallel.tensor import (
     vocab_parallel_loss,
     vocab_weight,
 )
-from minillm.recompute import checkpoint
-from minillm.sharding import ShardSpec
+from minillm.params.module import Module, Normal, Parameter, Where
+from minillm.training.config import ModelConfig
 
 INIT_STD = 0.02
 TIED_WEIGHT = "embedding.weight"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from minillm import kernels, ops
-from minillm.arrays import Array, sum_dtype
-from minillm.autograd import Tensor
-from minillm.device import CPU, Device
+from minillm.autograd.tape import Tensor
+from minillm.base.arrays import Array, sum_dtype
+from minillm.base.device import CPU, Device
+from minillm.layout.sharding import Segment
 from minillm.nn.dropout import Dropout
-from minillm.nn.module import Module, Where
 from minillm.ops.attention import split_heads
 from minillm.parallel.tensor import ColumnParallelLinear, Region, RowParallelLinear
-from minillm.sharding import Segment
+from minillm.params.module import Module, Where
 
 ROTARY_BASE = 10000.0
 

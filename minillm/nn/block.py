@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from minillm import ops
-from minillm.autograd import Tensor
+from minillm.autograd.tape import Tensor
 from minillm.nn.dropout import Dropout
-from minillm.nn.module import Module, Where
 from minillm.nn.norm import LayerNorm, RMSNorm
+from minillm.params.module import Module, Where
 
 
 class Stream(NamedTuple):

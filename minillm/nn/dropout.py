@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from minillm import ops, rng
-from minillm.autograd import Tensor
-from minillm.nn.module import Module, Where
+from minillm import ops
+from minillm.autograd.tape import Tensor
+from minillm.base import rng
+from minillm.params.module import Module, Where
 
 
 class Dropout(Module):

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 
 from minillm import kernels, ops
-from minillm.autograd import Tensor
-from minillm.nn.module import Module, Where
+from minillm.autograd.tape import Tensor
+from minillm.layout.sharding import Segment
 from minillm.parallel.tensor import ColumnParallelLinear, Region, RowParallelLinear
-from minillm.sharding import Segment
+from minillm.params.module import Module, Where
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": partial(ops.gelu, approximate="tanh"),

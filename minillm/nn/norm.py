@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from minillm import ops
-from minillm.autograd import Tensor
-from minillm.nn.module import Constant, Module, Parameter, Where
+from minillm.autograd.tape import Tensor
+from minillm.layout.sharding import ShardSpec
 from minillm.parallel.tensor import Region
-from minillm.sharding import ShardSpec
+from minillm.params.module import Constant, Module, Parameter, Where
 
 LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-5

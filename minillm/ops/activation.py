@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array, writeable
-from minillm.autograd import Context, Function, Tensor, recomputable, value_of
+from minillm.autograd.tape import Context, Function, Tensor, recomputable, value_of
+from minillm.base.arrays import Array, writeable
 
 
 def gelu(

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array, namespace
-from minillm.autograd import Context, Function, Tensor
+from minillm.autograd.tape import Context, Function, Tensor
+from minillm.base.arrays import Array, namespace
 
 
 def attention(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from minillm import kernels
-from minillm.arrays import Array, namespace, sum_dtype
-from minillm.autograd import WRITTEN, Context, Function, Tensor
+from minillm.autograd.tape import WRITTEN, Context, Function, Tensor
+from minillm.base.arrays import Array, namespace, sum_dtype
 
 
 def embedding(ids: Array, weight: Any, first_row: int = 0) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array, namespace, sum_dtype
-from minillm.autograd import WRITTEN, Context, Function, GradSlot, Tensor
+from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Tensor
+from minillm.base.arrays import Array, namespace, sum_dtype
 
 
 def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from minillm import kernels
-from minillm.arrays import Array
-from minillm.autograd import Context, Function, Tensor
+from minillm.autograd.tape import Context, Function, Tensor
+from minillm.base.arrays import Array
 
 
 def cross_entropy(

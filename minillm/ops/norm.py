@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array, namespace, writeable
-from minillm.autograd import Context, Function, Tensor, recomputable, value_of
+from minillm.autograd.tape import Context, Function, Tensor, recomputable, value_of
+from minillm.base.arrays import Array, namespace, writeable
 
 
 def layer_norm(x: Tensor, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.arrays import Array, writeable
-from minillm.autograd import Context, Function, Tensor
+from minillm.autograd.tape import Context, Function, Tensor
+from minillm.base.arrays import Array, writeable
 from minillm.ops.attention import split_heads
 
 

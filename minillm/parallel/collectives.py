@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from minillm.arrays import Array, namespace, writeable
-from minillm.autograd import Context, Function, Tensor
+from minillm.autograd.tape import Context, Function, Tensor
+from minillm.base.arrays import Array, namespace, writeable
 from minillm.comm.communicator import Communicator
 
 

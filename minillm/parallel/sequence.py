@@ -11,11 +11,11 @@ positions) see only some time steps, so their gradients are partial sums over tp
 
 from __future__ import annotations
 
-from minillm.autograd import Tensor
+from minillm.autograd.tape import Tensor
+from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
-from minillm.errors import ConfigError
-from minillm.nn.module import Where
 from minillm.parallel.collectives import all_gather, reduce_scatter
+from minillm.params.module import Where
 
 
 class SequenceParallel:

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from minillm import kernels, ops
-from minillm.arrays import Array, namespace, sum_dtype
-from minillm.autograd import WRITTEN, Context, Function, GradSlot, Tensor, no_grad
+from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Tensor, no_grad
+from minillm.base.arrays import Array, namespace, sum_dtype
 from minillm.comm.communicator import Communicator, ReduceOp
-from minillm.nn.module import Constant, Module, Normal, Parameter, Where
+from minillm.layout.sharding import Segment, ShardSpec
 from minillm.parallel.collectives import copy_to, gather_from, reduce_from
-from minillm.sharding import Segment, ShardSpec
+from minillm.params.module import Constant, Module, Normal, Parameter, Where
 
 CHUNK_BYTES = (
     64 << 20

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from minillm.errors import ScheduleError
+from minillm.base.errors import ScheduleError
 
 
 class ActionKind(enum.StrEnum):

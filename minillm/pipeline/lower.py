@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from minillm.errors import ScheduleError
+from minillm.base.errors import ScheduleError
 from minillm.pipeline.action import Action, ActionKind, Schedule
 
 K = ActionKind

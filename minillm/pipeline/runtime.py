@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from minillm.arrays import Array, namespace
-from minillm.autograd import no_grad
-from minillm.backward import WeightGradWork, backward
+from minillm.autograd.backward import WeightGradWork, backward
+from minillm.autograd.tape import no_grad
+from minillm.base.arrays import Array, namespace
+from minillm.base.trace import Tracer
 from minillm.comm.communicator import Communicator, Work
 from minillm.pipeline.action import Action, ActionKind, Link, Schedule
 from minillm.pipeline.stage import Live, Microbatch, Stage
-from minillm.trace import Tracer
 
 _ONE = np.ones(())  # the gradient of the loss
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from minillm.errors import ScheduleError
+from minillm.base.errors import ScheduleError
 from minillm.pipeline.action import Action, ActionKind, Schedule
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TypeAlias
 
-from minillm.errors import ScheduleError
+from minillm.base.errors import ScheduleError
 from minillm.pipeline.action import Action, ActionKind, Schedule
 
 K = ActionKind

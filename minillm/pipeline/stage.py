@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minillm.arrays import Array
-from minillm.autograd import Tensor
-from minillm.backward import WeightGradWork
+from minillm.autograd.backward import WeightGradWork
+from minillm.autograd.tape import Tensor
+from minillm.base.arrays import Array
 from minillm.models.gpt import GPT
-from minillm.nn.module import Where
-from minillm.nn.storage import FlatBuffers
-from minillm.parallel.data import Reducer
+from minillm.params.module import Where
+from minillm.params.storage import FlatBuffers
+from minillm.replication.all_reduce import Reducer
 
 
 class ArraySpec(NamedTuple):

@@ -13,7 +13,7 @@ from mpi_helpers import mpirun, needs_mpirun
 
 from minillm.bench.shapes import CONFIGS
 from minillm.bench.timing import ForeignLoad, interval, median_seconds, table
-from minillm.config import ModelConfig
+from minillm.training.config import ModelConfig
 
 
 def test_flops_count_the_parameters() -> None:

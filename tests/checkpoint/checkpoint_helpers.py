@@ -12,11 +12,11 @@ from training_helpers import INIT_STD, Layout, assemble, make_batches, make_conf
 from minillm import checkpoint
 from minillm.checkpoint import CheckpointSource, StateTensor, save
 from minillm.comm.communicator import Communicator
-from minillm.comm.mesh import MeshShape
 from minillm.comm.threads import run_ranks
-from minillm.resolve import ResolvedConfig
-from minillm.sharding import Segment, ShardSpec
-from minillm.trainer import Trainer
+from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.sharding import Segment, ShardSpec
+from minillm.training.resolve import ResolvedConfig
+from minillm.training.trainer import Trainer
 
 WIDE = Layout(dp=2, tp=2, pp=2, num_microbatches=2)
 TINY = dict(layers=2, heads=4, dim=16, ffn_dim=24, context=8, batch=8)

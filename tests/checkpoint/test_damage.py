@@ -9,10 +9,10 @@ import pytest
 from checkpoint_helpers import rewrite_manifest, small_run
 
 from minillm import checkpoint
+from minillm.base.errors import CheckpointError
 from minillm.checkpoint import CheckpointSource
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
-from minillm.errors import CheckpointError
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:

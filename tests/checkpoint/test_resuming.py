@@ -18,11 +18,11 @@ from checkpoint_helpers import (
 from training_helpers import Layout, assemble, make_config, pieces, with_layout
 
 from minillm import checkpoint
+from minillm.base.errors import CheckpointError
 from minillm.checkpoint import CheckpointSource
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
-from minillm.errors import CheckpointError
-from minillm.resolve import ResolvedConfig
+from minillm.training.resolve import ResolvedConfig
 
 
 def run_steps(

@@ -13,9 +13,9 @@ from training_helpers import Layout, assemble, make_config
 from minillm import checkpoint
 from minillm.checkpoint import CheckpointSource, StateTensor, save
 from minillm.comm.communicator import Communicator
-from minillm.comm.mesh import MeshShape
 from minillm.comm.threads import run_ranks
-from minillm.sharding import Segment, ShardSpec
+from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.sharding import Segment, ShardSpec
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])

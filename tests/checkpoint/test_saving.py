@@ -16,12 +16,12 @@ from checkpoint_helpers import (
 )
 
 from minillm import checkpoint
+from minillm.base.errors import CheckpointError
 from minillm.checkpoint import CheckpointSource, StateTensor, save
 from minillm.comm.communicator import Communicator
-from minillm.comm.mesh import MeshShape
 from minillm.comm.threads import run_ranks
-from minillm.errors import CheckpointError
-from minillm.sharding import ShardSpec
+from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.sharding import ShardSpec
 
 save_module = sys.modules["minillm.checkpoint.save"]  # the name in the package is the function
 

@@ -8,10 +8,11 @@ import time
 import numpy as np
 import pytest
 
+from minillm.base.errors import CommError, ConfigError
 from minillm.comm.communicator import Communicator
-from minillm.comm.mesh import AXES, Mesh, MeshShape
+from minillm.comm.mesh import Mesh
 from minillm.comm.threads import run_ranks
-from minillm.errors import CommError, ConfigError
+from minillm.layout.mesh_shape import AXES, MeshShape
 
 SHAPE = MeshShape(pp=2, dp=2, tp=2)
 

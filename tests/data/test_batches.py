@@ -4,8 +4,8 @@ targets once each."""
 import numpy as np
 import pytest
 
+from minillm.base.errors import ConfigError
 from minillm.data.batches import IGNORE_INDEX, Batches, eval_windows
-from minillm.errors import ConfigError
 
 TOKENS = np.arange(1000)  # a token is its own position
 CONTEXT, BATCH = 16, 6

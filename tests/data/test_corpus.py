@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.sources import stdlib_files
 from minillm.data.tokenizers import tokenizer_from_json
-from minillm.errors import ConfigError
 
 TEXT = "".join(f"Zeile {i}: über {i * i}\n" for i in range(200))
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from standin.install import installed
 
 from minillm.bench import agreement
-from minillm.comm.world import main_guard, world
+from minillm.comm.process import main_guard, world
 
 
 def main() -> int:

@@ -15,15 +15,15 @@ from standin.install import BFLOAT16, installed
 from training_helpers import BASE, Layout, assemble, make_config, train_rank
 
 from minillm import kernels
-from minillm.arrays import to_host
+from minillm.base.arrays import to_host
+from minillm.base.device import open_device
 from minillm.comm import staging
 from minillm.comm.base import reduce_in_order
 from minillm.comm.communicator import SUM
-from minillm.comm.device import on_device
+from minillm.comm.device_arrays import on_device
 from minillm.comm.mpi import chunk_limit, takes_device_memory
+from minillm.comm.process import main_guard, world
 from minillm.comm.single import SelfCommunicator
-from minillm.comm.world import main_guard, world
-from minillm.device import open_device
 
 SIZES: dict[str, Any] = dict(layers=2, heads=2, dim=64, ffn_dim=48, dtype="float32", device="cuda")
 TOLERANCE = 8 * np.finfo(np.float32).eps * math.sqrt(BASE["batch"] * BASE["context"])

@@ -18,7 +18,7 @@ from standin.install import installed
 from test_matmul import TYPES, made
 
 from minillm import kernels
-from minillm.arrays import to_device, to_host
+from minillm.base.arrays import to_device, to_host
 
 
 class FakeLibrary:

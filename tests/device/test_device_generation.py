@@ -12,14 +12,14 @@ from standin.install import installed
 from test_step import FLOAT32, sizes
 from training_helpers import VOCAB, Layout, make_config
 
-from minillm.assembly import build_mesh, build_stages
-from minillm.autograd import no_grad
+from minillm.autograd.tape import no_grad
+from minillm.base.device import open_device
 from minillm.comm.communicator import Communicator
-from minillm.comm.device import on_device
+from minillm.comm.device_arrays import on_device
 from minillm.comm.threads import run_ranks
-from minillm.device import open_device
-from minillm.generation import Generator, caches
-from minillm.resolve import ResolvedConfig
+from minillm.inference.generation import Generator, caches
+from minillm.training.assembly import build_mesh, build_stages
+from minillm.training.resolve import ResolvedConfig
 
 PROMPT, LENGTH = 5, 12
 IDS = np.random.default_rng(5).integers(0, VOCAB, (1, LENGTH))

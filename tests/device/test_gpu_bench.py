@@ -15,10 +15,10 @@ from mpi_helpers import needs_mpirun
 from standin.install import installed
 
 from minillm import kernels
+from minillm.base.device import open_device
 from minillm.bench import agreement, gpu
 from minillm.bench.agreement import Block, Trained
 from minillm.bench.shapes import Shape
-from minillm.device import open_device
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Shape(2, 2, 64, 32, 4, 97)

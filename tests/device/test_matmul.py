@@ -12,7 +12,7 @@ from minillm.kernels.matmul.cuda import matmul, operand
 from standin.cuda import Product, products
 from standin.install import installed
 
-from minillm.arrays import to_device, to_host
+from minillm.base.arrays import to_device, to_host
 
 TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from standin.install import installed
 
-from minillm import device as devices
 from minillm import evaluate, generate, train
-from minillm.config import TrainConfig
-from minillm.device import open_device
-from minillm.errors import ConfigError
-from minillm.resolve import resolve
+from minillm.base import device as devices
+from minillm.base.device import open_device
+from minillm.base.errors import ConfigError
+from minillm.training.config import TrainConfig
+from minillm.training.resolve import resolve
 
 OPTIONS = [
     "--device=cuda",

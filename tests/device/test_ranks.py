@@ -12,15 +12,15 @@ import pytest
 from standin.cuda import Event
 from standin.install import installed
 
-from minillm.arrays import to_host
+from minillm.base.arrays import to_host
+from minillm.base.device import CPU, open_device
 from minillm.comm import staging
 from minillm.comm.base import BaseCommunicator, reduce_in_order
 from minillm.comm.communicator import MAX, SUM, Communicator, Work
-from minillm.comm.device import DirectCommunicator, StagedCommunicator, on_device
+from minillm.comm.device_arrays import DirectCommunicator, StagedCommunicator, on_device
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
 from minillm.comm.work import DoneWork
-from minillm.device import CPU, open_device
 
 RANKS = 3
 DTYPES = {

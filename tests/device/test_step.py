@@ -17,13 +17,13 @@ from standin.cuda import products
 from standin.install import installed
 from training_helpers import BASE, Layout, Outcome, compare, make_batches, make_config, train
 
-from minillm import report
-from minillm.arrays import to_host
+from minillm.base.arrays import to_host
+from minillm.base.device import open_device
 from minillm.checkpoint import numeric_key
 from minillm.comm.single import SelfCommunicator
-from minillm.device import open_device
-from minillm.trainer import Trainer
-from minillm.verdict import NotFinite
+from minillm.training import report
+from minillm.training.trainer import Trainer
+from minillm.training.verdict import NotFinite
 
 SIZES: dict[str, Any] = dict(
     layers=2, heads=4, dim=128, ffn_dim=96
@@ -176,7 +176,7 @@ def test_products_accumulate_in_float32_without_copies(gpu: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, gpu: Any) -> None:
-    from minillm.optim import SGD, AdamW
+    from minillm.training.optim import SGD, AdamW
 
     config = make_config(
         "gpt2", Layout(), **sizes("gpt2", device="cuda", dtype="bfloat16", dropout=0.0)

@@ -196,7 +196,7 @@ def activation_cases() -> Iterator[Case]:
         )
     extreme = lambda rng: (
         np.array([[-200.0, -60, -12, -6, -0.0, 0, 1e-9, 6, 12, 60, 200, 1e4, -1e4]]),
-    )  # noqa: E731
+    )
     for kind in ("tanh", "erf"):
         yield Case(
             "activation",
@@ -262,7 +262,7 @@ def softmax_cases() -> Iterator[Case]:
             20 * rng.standard_normal((R, V)),
             rng.integers(0, valid, R),
             rng.random(R),
-        )  # noqa: E731
+        )
         for name, call in (("", cut_cross_entropy), ("two-steps-", cut_cross_entropy_in_two_steps)):
             yield Case(
                 "softmax_xent",

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from minillm import kernels, ops
-from minillm.autograd import Function, Tensor
-from minillm.backward import backward
-from minillm.gradcheck import gradcheck
+from minillm.autograd.backward import backward
+from minillm.autograd.gradcheck import gradcheck
+from minillm.autograd.tape import Function, Tensor
 
 R = np.random.default_rng(1)
 

@@ -13,8 +13,8 @@ import numpy as np
 from training_helpers import Layout, assemble, make_config, train_rank
 
 from minillm import kernels
+from minillm.comm.process import main_guard, world
 from minillm.comm.single import SelfCommunicator
-from minillm.comm.world import main_guard, world
 
 TOLERANCE = 1e-10
 STEPS = 3

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from minillm.autograd import Tensor
-from minillm.backward import backward
+from minillm.autograd.backward import backward
+from minillm.autograd.tape import Tensor
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
 from minillm.parallel import collectives as c

@@ -9,8 +9,8 @@ from training_helpers import INIT_STD, VOCAB, Layout, make_batches, make_config
 
 from minillm.comm.threads import run_ranks
 from minillm.data.batches import eval_windows
-from minillm.evaluation import evaluate_windows
-from minillm.trainer import Trainer
+from minillm.training.held_out import evaluate_windows
+from minillm.training.trainer import Trainer
 
 
 def _evaluate(layout: Layout, num_tokens: int, **changes) -> list[tuple[float, int]]:

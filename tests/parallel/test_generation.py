@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from training_helpers import INIT_STD, MODELS, VOCAB, Layout, make_config
 
-from minillm.assembly import build_mesh, build_stages
-from minillm.autograd import no_grad
+from minillm.autograd.tape import no_grad
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
-from minillm.generation import Generator, Sampling, caches
-from minillm.resolve import ResolvedConfig
+from minillm.inference.generation import Generator, Sampling, caches
+from minillm.training.assembly import build_mesh, build_stages
+from minillm.training.resolve import ResolvedConfig
 
 PROMPT, LENGTH = 5, 16
 IDS = np.random.default_rng(5).integers(0, VOCAB, (1, LENGTH))

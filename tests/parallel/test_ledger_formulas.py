@@ -8,7 +8,7 @@ from training_helpers import BASE, INIT_STD, Layout, make_batches, make_config
 
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
-from minillm.trainer import Trainer
+from minillm.training.trainer import Trainer
 
 ITEM = 8  # float64
 

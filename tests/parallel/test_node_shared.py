@@ -19,16 +19,16 @@ from training_helpers import (
     train,
 )
 
-from minillm.arrays import root
+from minillm.base.arrays import root
+from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
-from minillm.errors import ConfigError
-from minillm.nn.storage import PrivateMemory
 from minillm.parallel import node_shared
-from minillm.parallel.data import GradReducer
-from minillm.parallel.node_shared import NodeReducer
-from minillm.trainer import Trainer
+from minillm.params.storage import PrivateMemory
+from minillm.replication.all_reduce import GradReducer
+from minillm.replication.node_shared import NodeReducer
+from minillm.training.trainer import Trainer
 
 Patch = pytest.MonkeyPatch
 

@@ -11,11 +11,11 @@ import pytest
 from training_helpers import Layout, assert_same, reference, train
 
 from minillm.nn.dropout import Dropout
-from minillm.nn.module import Where
 from minillm.parallel import collectives, data, tensor
-from minillm.parallel.data import GradReducer
+from minillm.params.module import Where
 from minillm.pipeline import runtime
-from minillm.resolve import ResolvedConfig
+from minillm.replication.all_reduce import GradReducer
+from minillm.training.resolve import ResolvedConfig
 
 Patch = pytest.MonkeyPatch
 

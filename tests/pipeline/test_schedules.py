@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from minillm.errors import ScheduleError
+from minillm.base.errors import ScheduleError
 from minillm.pipeline.action import Action, ActionKind, Link, Schedule
 from minillm.pipeline.draw import draw_svg, draw_text
 from minillm.pipeline.lower import lower

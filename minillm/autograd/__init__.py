@@ -1,0 +1,1 @@
+"""Reverse-mode automatic differentiation: the tape and the backward pass."""

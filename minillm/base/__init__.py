@@ -1,0 +1,1 @@
+"""Ground floor: errors, arrays and devices, flags, logging, random numbers, traces."""

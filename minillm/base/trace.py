@@ -1,0 +1,71 @@
+"""Chrome-trace recording: what each rank computed and communicated, and when. The file opens in
+Perfetto (ui.perfetto.dev) or chrome://tracing."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minillm.comm.communicator import Communicator
+
+TRACKS = {"compute": 0, "communication": 1}
+
+
+class Tracer:
+    """Collects spans on two tracks of one rank. Times come from `time.perf_counter` and are moved
+    to the machine's clock, so ranks of one node share an axis."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self._epoch = time.time() - time.perf_counter()
+        self._events: list[dict[str, Any]] = []
+
+    @contextmanager
+    def span(self, name: str, track: str) -> Iterator[None]:
+        """Record the enclosed block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, track, start, time.perf_counter())
+
+    def add(self, name: str, track: str, start: float, end: float, **args: Any) -> None:
+        """Record a span from `start` to `end`, in seconds of `time.perf_counter`."""
+        event = {
+            "name": name,
+            "ph": "X",
+            "pid": self.rank,
+            "tid": TRACKS[track],
+            "ts": (self._epoch + start) * 1e6,
+            "dur": (end - start) * 1e6,
+        }
+        self._events.append(event | ({"args": args} if args else {}))
+
+    def communication(self, name: str, axis: str, start: float, end: float, num_bytes: int) -> None:
+        """Record an operation of the ledger: the hook for `Ledger.on_event`."""
+        self.add(f"{name} {axis}", "communication", start, end, bytes=num_bytes)
+
+    def write(self, path: Path, comm: Communicator) -> None:
+        """Gather all ranks' spans and write one JSON file on rank 0, atomically."""
+        everyone = comm.gather_json(self._events)
+        if comm.rank:
+            return
+        names = [
+            {"name": kind, "ph": "M", "pid": rank, "tid": tid, "args": {"name": name}}
+            for rank in range(comm.size)
+            for kind, tid, name in (
+                ("process_name", 0, f"rank {rank}"),
+                *(("thread_name", tid, track) for track, tid in TRACKS.items()),
+            )
+        ]
+        origin = min((event["ts"] for events in everyone for event in events), default=0.0)
+        events = [event | {"ts": event["ts"] - origin} for events in everyone for event in events]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}))
+        os.replace(temporary, path)

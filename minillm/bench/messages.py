@@ -1,0 +1,126 @@
+"""`mpirun -n N python -m minillm.bench comm`: latency and bandwidth of the operations between
+ranks, by messages and by shared memory.
+
+Algorithm bandwidth is the payload over the time; bus bandwidth is what each rank sends in a ring,
+which does not depend on the number of ranks (the convention of NCCL's tests): 2 (n - 1) / n of an
+all-reduce's payload, (n - 1) / n of the others', all of a message's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm import kernels
+from minillm.base.errors import ConfigError
+from minillm.bench.timing import table
+from minillm.comm.communicator import Communicator
+from minillm.comm.ledger import wire_bytes
+from minillm.comm.process import AgreedError, threads_per_rank, world
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommBench:
+    """Time operations between the ranks of mpirun: messages, and sums in shared memory."""
+
+    sizes: str = "8,4096,262144,4194304,67108864"
+    """Payloads in bytes."""
+    repeats: int = 20
+    """Calls of each; the median counts."""
+    json: str | None = None
+    """File to write the results to."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or not all(
+            word.isdigit() and int(word) for word in self.sizes.split(",")
+        ):
+            raise ConfigError(
+                f"--sizes {self.sizes} and --repeats {self.repeats} must be numbers from 1 up"
+            )
+
+
+def operations(comm: Communicator, num_bytes: int) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """(transport, operation of the ledger, call) for a payload of about `num_bytes`."""
+    n, count = comm.size, max(comm.size, num_bytes // 4 // comm.size * comm.size)
+    whole, part = np.ones(count, np.float32), np.ones(count // n, np.float32)
+    right, left = (comm.rank + 1) % n, (comm.rank - 1) % n
+    received = np.empty_like(whole)
+    yield "messages", "all_reduce", lambda: comm.all_reduce_(whole)
+    yield "messages", "reduce_scatter", lambda: comm.reduce_scatter(whole)
+    yield "messages", "all_gather", lambda: comm.all_gather(part)
+    yield "messages", "all_to_all", lambda: comm.all_to_all(np.split(whole, n))
+    yield "messages", "send", lambda: comm.sendrecv(whole, right, received, left)
+    node = comm.split_by_node()
+    if node.size == n:
+        yield from _shared_sum(node, count)
+
+
+def _shared_sum(node: Communicator, count: int) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """What --node-shared does in place of an all-reduce: each rank adds up its share of everybody's
+    array, between two barriers."""
+    window = node.alloc_shared(4 * count)
+    arrays = [part.view(np.float32) for part in window.parts]
+    share = slice(count * node.rank // node.size, count * (node.rank + 1) // node.size)
+
+    def add_up() -> None:
+        window.sync()
+        kernels.sum_arrays(arrays[node.rank][share], [array[share] for array in arrays])
+        window.sync()
+
+    yield "shared memory", "all_reduce", add_up
+    window.free()
+
+
+def run(args: CommBench) -> None:
+    """Time everything; the first rank prints the table."""
+    comm = world()
+    if comm.size == 1:
+        raise AgreedError(
+            "bench comm needs several ranks: mpirun -n 2 python -m minillm.bench comm", True
+        )
+    kernels.prepare_process()
+    rows, results = [], []
+    with kernels.threads(threads_per_rank(comm)):
+        for num_bytes in map(int, args.sizes.split(",")):
+            for transport, operation, call in operations(comm, num_bytes):
+                seconds = _median(comm, call, args.repeats)
+                bus = (
+                    wire_bytes(operation, num_bytes, comm.size)
+                    if operation != "send"
+                    else num_bytes
+                )
+                rates = [f"{amount / seconds / 1e9:.2f}" for amount in (num_bytes, bus)]
+                rows.append([operation, transport, str(num_bytes), f"{seconds * 1e6:.1f}", *rates])
+                results.append(
+                    {
+                        "operation": operation,
+                        "transport": transport,
+                        "bytes": num_bytes,
+                        "seconds": seconds,
+                    }
+                )
+    if comm.rank == 0:
+        print(f"{comm.size} ranks, float32")
+        print(table(("operation", "transport", "bytes", "us", "algorithm GB/s", "bus GB/s"), rows))
+        if args.json:
+            Path(args.json).write_text(
+                json.dumps({"ranks": comm.size, "results": results}, indent=1) + "\n"
+            )
+
+
+def _median(comm: Communicator, call: Callable[[], Any], repeats: int) -> float:
+    """The median over the calls of the slowest rank's time."""
+    call()
+    times = np.empty(repeats)
+    for i in range(repeats):
+        comm.barrier()
+        start = time.perf_counter()
+        call()
+        times[i] = time.perf_counter() - start
+    return float(np.median(np.max(comm.gather_json(times.tolist()), axis=0)))

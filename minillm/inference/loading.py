@@ -1,0 +1,111 @@
+"""A trained model back from its checkpoint, on whatever mesh the reader has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from minillm import checkpoint
+from minillm.base.device import CPU, Device, open_device
+from minillm.base.errors import ConfigError
+from minillm.comm.communicator import Communicator
+from minillm.comm.device_arrays import on_device
+from minillm.comm.mesh import Mesh
+from minillm.comm.process import agree
+from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
+from minillm.pipeline.stage import Stage
+from minillm.training.assembly import build_stages, weights
+from minillm.training.config import TrainConfig
+from minillm.training.resolve import ResolvedConfig, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a program that reads a checkpoint spreads the model, and where."""
+
+    tp: int = 1
+    """Tensor-parallel ranks, each with its share of every matrix."""
+    pp: int = 1
+    """Pipeline stages, each with its share of the layers."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute: on the CPU, where a model trained in bfloat16 is one in float32, or on a
+    GPU (cuda)."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A verified checkpoint: where it is, what it was trained with, and its tokenizer."""
+
+    path: Path
+    config: TrainConfig
+    vocab: int
+    tokenizer: Tokenizer
+
+    def resolve(
+        self, layout: Layout, num_ranks: int, *, generating: bool = False
+    ) -> ResolvedConfig:
+        """The model on `num_ranks` ranks, dp taking what tp and pp leave. Raises ConfigError for a
+        layout that cannot be, or where the device has no kernels for the model."""
+        dp = max(1, num_ranks // (layout.tp * layout.pp))
+        if generating and num_ranks != layout.tp * layout.pp:
+            raise ConfigError(
+                f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * "
+                f"{layout.pp} ranks; use --tp "
+                f"{num_ranks}, or one rank"
+            )
+        narrow_on_cpu = layout.device == "cpu" and self.config.dtype == "bfloat16"
+        dtype: Any = (
+            "float32" if narrow_on_cpu else self.config.dtype
+        )  # in which those values are exact
+        own: dict[str, Any] = dict(
+            device=layout.device, dtype=dtype, node_shared="auto", kernels="auto"
+        )
+        free = dataclasses.replace(
+            self.config,
+            **own,
+            dp=dp,
+            tp=layout.tp,
+            pp=layout.pp,
+            sequence_parallel=False,
+            stage_layers=None,
+            microbatch=None,
+            batch=8 * dp,
+        )
+        return resolve(free, num_ranks, self.vocab)
+
+
+def open_checkpoint(path: str, comm: Communicator) -> Opened:
+    """Find and verify the checkpoint at `path`. Collective. Raises CheckpointError on every rank if
+    it is missing or damaged."""
+    found = checkpoint.find(Path(path))
+    checkpoint.verify(found, comm)
+    meta = checkpoint.read_manifest(found).meta
+    config = TrainConfig.from_dict(meta["config"], str(found))
+    return Opened(found, config, meta["vocab"], tokenizer_from_json(meta["tokenizer"]))
+
+
+def place(comm: Communicator, layout: Layout) -> tuple[Communicator, Device]:
+    """The ranks, for arrays of the device that the program is to compute on, and that device.
+    Collective. Raises ConfigError on every rank if one has no such device."""
+    local_rank = comm.split_by_node().rank
+    device = agree(comm, lambda: open_device(layout.device, local_rank))
+    return on_device(comm, device), device
+
+
+def load_trained(
+    opened: Opened, config: ResolvedConfig, mesh: Mesh, device: Device = CPU
+) -> Mapping[int, Stage]:
+    """This rank's stages on `device` with the checkpoint's weights and no room for gradients.
+    Collective; raises on every rank if one cannot read its part."""
+    stages = build_stages(config, mesh, training=False, device=device)
+    tensors = list(weights(stages))
+    agree(
+        mesh.world,
+        lambda: checkpoint.load(
+            checkpoint.CheckpointSource(opened.path), tensors, mesh.shape, mesh.coords
+        ),
+    )
+    return stages

@@ -1,0 +1,1 @@
+"""Pure arithmetic of meshes and shards: no ranks, no allocation."""

@@ -1,0 +1,1 @@
+"""Modules, parameters and their flat storage."""

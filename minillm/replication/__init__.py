@@ -1,0 +1,1 @@
+"""Methods that keep the data-parallel replicas equal: one file each."""

@@ -1,0 +1,153 @@
+"""What a training run says of itself: the plan before it starts, the metrics of a step, and where
+the time went."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from minillm.base.device import CPU, Device
+from minillm.base.log import compact
+from minillm.checkpoint.key import kernel_choices
+from minillm.comm.communicator import Communicator
+from minillm.comm.ledger import Row, RowKey
+from minillm.data.corpus import Corpus
+from minillm.kernels import native
+from minillm.pipeline.stage import Stage
+from minillm.training.memory import peak_rss, predicted
+from minillm.training.resolve import ResolvedConfig
+from minillm.training.trainer import StepReport
+
+
+def plan(
+    config: ResolvedConfig,
+    corpus: Corpus,
+    stages: Mapping[int, Stage],
+    threads: int,
+    comm: Communicator,
+) -> list[str]:
+    """The resolved plan as lines: data, model, layout, batch, and the memory that the largest rank
+    will need. Collective."""
+    model, train = config.model, config.train
+    own = sum(stage.buffers.values.size for stage in stages.values())
+    index, buffers = _first(stages)
+    kinds = predicted(config, index, buffers)
+    needs = {
+        kind: sum(predicted(config, i, s.buffers)[kind] for i, s in stages.items())
+        for kind in kinds
+    }
+    everyone = comm.gather_json([own, needs])
+    most = max((entry[1] for entry in everyone), key=lambda kinds: sum(kinds.values()))
+    parts = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in most.items() if size)
+    pipeline = f" ({train.schedule}, layers {train.stage_layers})" if config.pp > 1 else ""
+    sequence = " (sequence-parallel)" if train.sequence_parallel and config.tp > 1 else ""
+    return [
+        f"data    {corpus.describe()}",
+        f"model   {train.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, "
+        f"context {model.context}, {train.dtype}; "
+        f"{compact(model.num_parameters())} parameters, at most "
+        f"{compact(max(entry[0] for entry in everyone))} per rank",
+        f"layout  {plural(config.num_ranks, 'rank')}: dp {config.dp} x tp {config.tp}{sequence} x "
+        f"pp {config.pp}{pipeline}, "
+        f"{plural(threads, 'thread')} "
+        f"each{'; ' + buffers.memory.description if buffers.memory.description else ''}",
+        f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in "
+        f"{plural(config.num_microbatches, 'microbatch', 'es')} "
+        f"of {config.microbatch} per dp rank; {train.steps} steps",
+        f"kernels {_kernels(config, buffers.memory.device)}",
+        f"memory  {sum(most.values()) / 1e6:.0f} MB predicted for the largest rank ({parts})",
+    ]
+
+
+def _kernels(config: ResolvedConfig, device: Device) -> str:
+    """What the operations run on, most used first; on a GPU, which attention; and why not on C
+    where that could be faster."""
+    choices = kernel_choices(config, device)
+    words = ", ".join(
+        f"{choice} for {plural(count, 'operation')}"
+        for choice, count in Counter(choices.values()).most_common()
+    )
+    if device is not CPU:
+        return f"{words}; attention {choices['attention_forward']}"
+    missing = native.unavailable or (
+        native.blas_unavailable if choices["matmul"] == "c:baseline" else None
+    )
+    return f"{words} ({missing})" if missing else words
+
+
+def _first(stages: Mapping[int, Stage]) -> tuple[int, Any]:
+    index, stage = next(iter(stages.items()))
+    return index, stage.buffers
+
+
+def plural(number: int, word: str, ending: str = "s") -> str:
+    """1 rank, 2 ranks."""
+    return f"{number} {word}{ending if number != 1 else ''}"
+
+
+def step_metrics(
+    report: StepReport, tokens: int, moved: Mapping[RowKey, Row], device: Device = CPU
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; waits for the step's numbers. `comm` holds the first rank's bytes
+    and seconds by axis and operation; control messages are one entry."""
+    comm: dict[str, Any] = defaultdict(dict)
+    for (axis, operation, kind), row in moved.items():
+        entry = comm["control"] if kind == "control" else comm[axis].setdefault(operation, {})
+        entry["bytes"] = entry.get("bytes", 0) + row.bytes
+        entry["seconds"] = entry.get("seconds", 0.0) + row.seconds
+    return {
+        "step": report.step + 1,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "lr": report.lr,
+        "tokens": tokens,
+        "seconds": report.seconds,
+        "tokens_per_second": tokens / report.seconds,
+        "exposed_seconds": report.exposed_seconds,
+        "peak_rss_mb" if device is CPU else "peak_device_mb": report.peak_bytes / (1 << 20),
+        "comm": dict(comm),
+    }
+
+
+class TimeShares:
+    """Where the time of the steps went on this rank: compute, each axis' communication, waiting in
+    the pipeline, the optimizer."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.total = 0.0
+
+    def add(self, report: StepReport, moved: Mapping[RowKey, Row]) -> None:
+        """Account for a step."""
+        self.total += report.seconds
+        self.seconds["optimizer"] += report.optimizer_seconds
+        for (axis, operation, kind), row in moved.items():
+            waits = axis == "pp" and operation == "receive"
+            self.seconds[
+                "pipeline wait"
+                if waits
+                else "agreement"
+                if kind == "control"
+                else f"communication {axis}"
+            ] += row.seconds
+
+    def summary(self, comm: Communicator) -> str:
+        """The shares, averaged over the ranks, largest first. Collective."""
+        everyone = comm.gather_json([self.total, self.seconds])
+        total = sum(entry[0] for entry in everyone) or 1.0
+        kinds = sorted({kind for entry in everyone for kind in entry[1]})
+        shares = {
+            kind: sum(entry[1].get(kind, 0.0) for entry in everyone) / total for kind in kinds
+        }
+        shares["compute"] = max(0.0, 1 - sum(shares.values()))
+        return ", ".join(
+            f"{kind} {share:.1%}"
+            for kind, share in sorted(shares.items(), key=lambda item: -item[1])
+        )
+
+
+def peak_mb(comm: Communicator, device: Device = CPU) -> int:
+    """The most memory that any rank has held so far, in MB (10^6 bytes); on a GPU, of the device.
+    Collective."""
+    return round(max(comm.gather_json(device.peak_bytes() or peak_rss())) / 1e6)
