@@ -19,7 +19,7 @@ from minillm.autograd.tape import GradSlot
 from minillm.base.arrays import ALIGNMENT, Array, aligned_empty, sum_dtype
 from minillm.base.device import CPU, Device
 from minillm.layout.mesh_shape import MeshShape
-from minillm.params.module import Parameter
+from minillm.params.parameter import Parameter
 
 
 class PlainStorage:

@@ -27,7 +27,7 @@ from minillm.autograd.tape import GradSlot, Leaf
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import Mesh
 from minillm.layout.mesh_shape import TOKEN_AXES
-from minillm.params.module import Parameter
+from minillm.params.parameter import Parameter
 from minillm.params.storage import FlatBuffers, Run, Span
 
 
