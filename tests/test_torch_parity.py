@@ -16,7 +16,7 @@ from minillm.autograd.backward import backward  # noqa: E402
 from minillm.autograd.tape import Tensor, no_grad  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.data.batches import Batches  # noqa: E402
-from minillm.params.module import Where  # noqa: E402
+from minillm.params.where import Where  # noqa: E402
 from minillm.training.config import PRESETS, TrainConfig  # noqa: E402
 from minillm.training.optim import learning_rate  # noqa: E402
 from minillm.training.resolve import resolve  # noqa: E402

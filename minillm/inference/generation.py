@@ -23,7 +23,8 @@ from minillm.comm.mesh import Mesh
 from minillm.models.gpt import GPT
 from minillm.nn.attention import Attention, KVCache
 from minillm.parallel.tensor import TensorParallel
-from minillm.params.module import Module, Where
+from minillm.params.module import Module
+from minillm.params.where import Where
 from minillm.pipeline.stage import Stage
 
 _TAG = 90

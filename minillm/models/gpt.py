@@ -30,7 +30,9 @@ from minillm.parallel.tensor import (
     vocab_parallel_loss,
     vocab_weight,
 )
-from minillm.params.module import Module, Normal, Parameter, Where
+from minillm.params.module import Module
+from minillm.params.parameter import Normal, Parameter
+from minillm.params.where import Where
 from minillm.training.config import ModelConfig
 
 INIT_STD = 0.02

@@ -12,7 +12,8 @@ from minillm.layout.sharding import Segment
 from minillm.nn.dropout import Dropout
 from minillm.ops.attention import split_heads
 from minillm.parallel.tensor import ColumnParallelLinear, Region, RowParallelLinear
-from minillm.params.module import Module, Where
+from minillm.params.module import Module
+from minillm.params.where import Where
 
 ROTARY_BASE = 10000.0
 

@@ -8,7 +8,8 @@ from minillm import ops
 from minillm.autograd.tape import Tensor
 from minillm.nn.dropout import Dropout
 from minillm.nn.norm import LayerNorm, RMSNorm
-from minillm.params.module import Module, Where
+from minillm.params.module import Module
+from minillm.params.where import Where
 
 
 class Stream(NamedTuple):

@@ -8,7 +8,8 @@ import numpy as np
 from minillm import ops
 from minillm.autograd.tape import Tensor
 from minillm.base import rng
-from minillm.params.module import Module, Where
+from minillm.params.module import Module
+from minillm.params.where import Where
 
 
 class Dropout(Module):

@@ -11,7 +11,8 @@ from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
 from minillm.layout.sharding import Segment
 from minillm.parallel.tensor import ColumnParallelLinear, Region, RowParallelLinear
-from minillm.params.module import Module, Where
+from minillm.params.module import Module
+from minillm.params.where import Where
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": partial(ops.gelu, approximate="tanh"),

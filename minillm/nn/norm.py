@@ -6,7 +6,9 @@ from minillm import ops
 from minillm.autograd.tape import Tensor
 from minillm.layout.sharding import ShardSpec
 from minillm.parallel.tensor import Region
-from minillm.params.module import Constant, Module, Parameter, Where
+from minillm.params.module import Module
+from minillm.params.parameter import Constant, Parameter
+from minillm.params.where import Where
 
 LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-5

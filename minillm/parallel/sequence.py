@@ -15,7 +15,7 @@ from minillm.autograd.tape import Tensor
 from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.parallel.collectives import all_gather, reduce_scatter
-from minillm.params.module import Where
+from minillm.params.where import Where
 
 
 class SequenceParallel:

@@ -23,7 +23,9 @@ from minillm.base.arrays import Array, namespace, sum_dtype
 from minillm.comm.communicator import Communicator, ReduceOp
 from minillm.layout.sharding import Segment, ShardSpec
 from minillm.parallel.collectives import copy_to, gather_from, reduce_from
-from minillm.params.module import Constant, Module, Normal, Parameter, Where
+from minillm.params.module import Module
+from minillm.params.parameter import Constant, Normal, Parameter
+from minillm.params.where import Where
 
 CHUNK_BYTES = (
     64 << 20

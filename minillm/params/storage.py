@@ -19,7 +19,7 @@ from minillm.base.device import CPU, Device
 from minillm.layout.flat import FlatLayout, Run
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import overlap, share
-from minillm.params.module import Parameter
+from minillm.params.parameter import Parameter
 
 
 class PlainStorage:

@@ -13,7 +13,7 @@ from minillm.autograd.backward import WeightGradWork
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.models.gpt import GPT
-from minillm.params.module import Where
+from minillm.params.where import Where
 from minillm.params.storage import FlatBuffers
 from minillm.replication.all_reduce import Reducer
 

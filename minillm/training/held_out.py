@@ -15,7 +15,7 @@ from minillm.base.device import Device
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh
 from minillm.data.batches import EvalWindows
-from minillm.params.module import Where
+from minillm.params.where import Where
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import forward_only

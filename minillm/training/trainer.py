@@ -25,7 +25,7 @@ from minillm.comm.mesh import Mesh
 from minillm.comm.process import agree
 from minillm.data.batches import Batches
 from minillm.models.gpt import INIT_STD
-from minillm.params.module import Where
+from minillm.params.where import Where
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import SCHEDULES

@@ -12,7 +12,7 @@ from training_helpers import Layout, assert_same, reference, train
 
 from minillm.nn.dropout import Dropout
 from minillm.parallel import collectives, data, tensor
-from minillm.params.module import Where
+from minillm.params.where import Where
 from minillm.pipeline import runtime
 from minillm.replication.all_reduce import GradReducer
 from minillm.training.resolve import ResolvedConfig

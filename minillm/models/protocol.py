@@ -1,0 +1,94 @@
+"""Interfaces between models and what trains or runs them.
+
+The pipeline knows a model as a `StageModel` and its input as a `Batch`. The engine builds models
+through an `Architecture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from minillm.autograd.tape import Tensor
+from minillm.base.arrays import Array
+from minillm.layout.sharding import ShardSpec
+from minillm.parallel.tensor import Region
+from minillm.params.parameter import Parameter
+from minillm.params.where import KeyLimits, Where
+
+
+class ArraySpec(NamedTuple):
+    """Shape and dtype of one array that crosses a pipeline link."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    differentiable: bool  # its gradient travels back
+
+
+BoundarySpec = tuple[ArraySpec, ...]
+
+
+class Batch(NamedTuple):
+    """One microbatch of one rank."""
+
+    arrays: Mapping[str, Array]  # "tokens" [B, T], "targets" [B, T], ...: on the run's device
+    divisors: Mapping[str, float]  # loss name -> count over the global batch that divides its sum
+    where: Where  # addresses of the whole sequences, before any cut along time
+    limits: KeyLimits | None = None  # padding and document starts; None where there are neither
+
+
+class StageModel(Protocol):
+    """Model part of one pipeline stage: all that the pipeline knows of a model."""
+
+    def parameters(self) -> list[Parameter]:
+        """Return every parameter once, in an order that is the same on every rank."""
+
+    def receives(self, batch: Batch) -> BoundarySpec:
+        """Describe the arrays that the previous stage hands on; () on a first stage."""
+
+    def forward(
+        self, arrived: tuple[Tensor, ...], batch: Batch, training: bool
+    ) -> tuple[Tensor, ...]:
+        """Compute this stage's outputs from what `arrived`, as `receives` describes it.
+
+        The next stage receives the outputs. `training` enables dropout, not the tape.
+        """
+
+    def losses(
+        self, outputs: tuple[Tensor, ...], batch: Batch, training: bool
+    ) -> dict[str, Tensor]:
+        """Return this stage's losses by name: float64 scalars, divided by `batch.divisors[name]`.
+
+        {} where the stage has no loss. Their gradient in the backward pass must be 1.
+        """
+
+
+class StagePart(NamedTuple):
+    """Share of a model that one stage holds."""
+
+    layers: range
+    first: bool  # holds what comes before the layers: embeddings
+    last: bool  # holds what comes behind the layers: final norm and head
+
+
+class Architecture(Protocol):
+    """Family of models that the engine can build."""
+
+    name: str
+
+    def build(
+        self, config: Any, part: StagePart, region: Region, *, seed: int, recompute: str, std: float
+    ) -> StageModel:
+        """Build one stage's model. No memory is allocated for its parameters."""
+
+    def specs(self, config: Any) -> Mapping[str, ShardSpec]:
+        """Return the layout of every parameter of the whole model by global name."""
+
+    def ties(self, config: Any, num_stages: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the stages that hold a copy of each parameter that several stages share."""
+
+    def layer_costs(self, config: Any) -> Sequence[float]:
+        """Return multiply-adds per token of each layer."""

@@ -1,0 +1,67 @@
+"""Addresses of a local array in the global batch, and the state of one pass through a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minillm.base.arrays import Array
+from minillm.base.device import CPU, Device
+
+
+@dataclass(frozen=True)
+class Where:
+    """Global addresses of a local array [B, T_local, ...].
+
+    Dropout, causal masks and positions are functions of these addresses, never of local indices.
+    Index arrays stay on the host (NumPy) even when the tensors live on `device`.
+    """
+
+    step: int
+    samples: np.ndarray  # int64 [B]: rows of the step's global batch
+    times: np.ndarray | None = None  # int64 [T_local] or [B, T_local]: positions in the sequence
+    gathered: Where | None = None  # of the whole sequence, in a time-sharded region
+    device: Device = CPU  # holds the tables made from these addresses
+
+    def table(self, kind: Hashable, make: Callable[[], np.ndarray]) -> Array:
+        """Return `make()` on the device.
+
+        The result depends on `times` and `kind` alone, and is cached by them on a GPU.
+        """
+        if self.device is CPU:
+            return make()
+        times = None if self.times is None else (self.times.shape, self.times.tobytes())
+        return self.device.constant((kind, times), make)
+
+    def addresses(self) -> tuple[Array, Array]:
+        """Return `samples` [B] and `times` [T_local] or [B, T_local] on the device, cached there."""
+        samples, times = self.samples, self.times
+        assert times is not None
+        return self.device.constant(("samples", samples.tobytes()), lambda: samples), self.table(
+            "times", lambda: times
+        )
+
+
+class KeyLimits(NamedTuple):
+    """Bounds on the keys that the queries of each sample may attend to, besides causality."""
+
+    lengths: np.ndarray | None = None  # int64 [B]: number of valid keys; the rest is padding
+    first_time: np.ndarray | None = None  # int64 [B, Tq]: time at which a query's document starts
+
+
+@dataclass(frozen=True)
+class Pass:
+    """State of one pass of one microbatch through a model. Modules hold none of it.
+
+    Outside a sequence-parallel region, arrays hold this rank's time shard `where`; inside they hold
+    the sequence `whole`. Elsewhere both are the same object.
+    """
+
+    where: Where
+    whole: Where
+    training: bool = False  # enables dropout
+    limits: KeyLimits | None = None  # of the whole sequence
+    cache: Mapping[str, Any] | None = None  # attention layer's name -> its KVCache
