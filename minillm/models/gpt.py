@@ -174,3 +174,52 @@ def _dropouts(module: Module) -> Iterable[Dropout]:
             yield child
         elif isinstance(child, Module):
             yield from _dropouts(child)
+
+
+# ---- temporary bridge to the StageModel protocol
+
+
+class GPTStage(GPT):
+    def receives(self, batch):
+        if self.embedding is not None:
+            return ()
+        outside = self.region.outside(batch.where)
+        shape = (len(batch.where.samples), len(outside.times), self.config.dim)
+        from minillm.models.protocol import ArraySpec
+
+        return (ArraySpec("hidden", shape, self.parameters()[0].get().dtype, True),)
+
+    def __call__(self, x, where):
+        return GPT.forward(self, x, where)
+
+    def forward(self, arrived, batch, training):
+        self.train(training)
+        x = batch.arrays["tokens"] if self.embedding is not None else arrived[0]
+        return (GPT.forward(self, x, batch.where),)
+
+    def losses(self, outputs, batch, training):
+        if self.head is None:
+            return {}
+        return {"loss": self.loss(outputs[0], batch.arrays["targets"], batch.divisors["loss"])}
+
+
+class GPTArchitecture:
+    name = "gpt"
+
+    def build(self, config, part, region, *, seed, recompute, std):
+        return GPTStage(
+            config,
+            region,
+            seed=seed,
+            layers=part.layers,
+            first=part.first,
+            last=part.last,
+            recompute=recompute,
+            std=std,
+        )
+
+    def ties(self, config, num_stages):
+        return {TIED_WEIGHT: (0, num_stages - 1)} if config.tied and num_stages > 1 else {}
+
+
+ARCHITECTURE = GPTArchitecture()

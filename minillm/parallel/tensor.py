@@ -39,6 +39,13 @@ GPU_CHUNK_BYTES = (
 )
 
 
+class Group(Protocol):
+    """Place of a rank among the tensor-parallel ranks."""
+
+    rank: int
+    size: int
+
+
 class Region(Protocol):
     """How activations enter and leave the tensor-parallel part of a block."""
 

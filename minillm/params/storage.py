@@ -18,7 +18,7 @@ from minillm.base.arrays import ALIGNMENT, Array, aligned_empty, sum_dtype
 from minillm.base.device import CPU, Device
 from minillm.layout.flat import FlatLayout, Run
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import overlap, share
+from minillm.layout.sharding import FlatShard, Sharded, overlap, share
 from minillm.params.parameter import Parameter
 
 
@@ -50,6 +50,8 @@ class Memory(Protocol):
     size: int
     description: str
     device: Device
+    axes: tuple[str, ...]  # mesh axes over which optimizer state is sharded; () if it is not
+    alias: tuple[int, int]  # place among, and number of, the ranks with the same common arrays
 
     def common(self, size: int, dtype: np.dtype) -> Array:
         """Return zeros [size], one copy for all ranks that share: parameters. Collective."""
@@ -72,6 +74,8 @@ class PrivateMemory:
     """Memory of one rank: a single share, which is the whole."""
 
     rank, size = 0, 1
+    axes: tuple[str, ...] = ()
+    alias = (0, 1)
 
     def __init__(self, description: str = "", device: Device = CPU) -> None:
         self.description, self.device = description, device
@@ -139,7 +143,8 @@ class FlatBuffers:
         """
         wide = sum_dtype(self.dtype)
         masters = {} if self.masters is None else self.shaped(self.masters)
-        for parameter in self.parameters[self.memory.rank :: self.memory.size]:
+        first, step = self.memory.alias
+        for parameter in self.parameters[first::step]:
             local = parameter.get()
             for global_slices, local_slices in parameter.spec.pieces(mesh, coords):
                 drawn = parameter.init.values(
@@ -171,3 +176,37 @@ class FlatBuffers:
         """Discard last step's gradients: the next write to each slot overwrites."""
         for slot in self.slots:
             slot.writes = 0
+
+
+class FlatState:
+    """Optimizer state with one element per parameter value, in the layout of `buffers`.
+
+    Covers the whole buffer, or this rank's share where the memory shards it. Collective over the
+    ranks that share.
+    """
+
+    def __init__(self, buffers: FlatBuffers, array: Array | None = None) -> None:
+        self.buffers, self.first = buffers, 0
+        if array is None:
+            wide, layout = sum_dtype(buffers.dtype), buffers.layout
+            array, self.first = buffers.memory.state(layout.size, wide, layout.step)
+        self.array = array
+
+    def part(self, part: slice) -> Array:
+        """Return the state of the slice `part` of the flat buffer."""
+        return self.array[part.start - self.first : part.stop - self.first]
+
+    def tensors(self) -> Iterator[tuple[Parameter, Sharded, Array]]:
+        """Yield each parameter with the sharding of its state, and the state held here."""
+        layout, axes = self.buffers.layout, self.buffers.memory.axes
+        for span in layout.spans():
+            parameter = span.parameter
+            if self.array.size == layout.size:
+                yield parameter, parameter.spec, self.part(slice(span.start, span.stop)).reshape(
+                    parameter.get().shape
+                )
+                continue
+            shard = FlatShard(parameter.spec, span.start, layout.size, layout.step, axes)
+            held = overlap(slice(span.start, span.stop), self.buffers.share)
+            if held.start < held.stop:
+                yield parameter, shard, self.part(held)

@@ -60,10 +60,11 @@ class NodeMemory:
     """Memory of the replicas of one node: windows that all of them address."""
 
     device = CPU
+    axes: tuple[str, ...] = ()
 
     def __init__(self, group: NodeGroup) -> None:
         self.group = group
-        self.rank, self.size = group.node.rank, group.node.size
+        self.rank, self.size = self.alias = group.node.rank, group.node.size
         self.description = (
             f"parameters and optimizer state shared by {self.size} ranks of each node"
         )
