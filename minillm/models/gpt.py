@@ -24,6 +24,8 @@ from minillm.nn.mlp import MLP
 from minillm.nn.norm import norm
 from minillm.nn.position import sinusoidal_table
 from minillm.parallel.tensor import (
+    CHUNK_BYTES,
+    GPU_CHUNK_BYTES,
     Region,
     VocabParallelEmbedding,
     vocab_parallel_logits,
@@ -220,6 +222,35 @@ class GPTArchitecture:
 
     def ties(self, config, num_stages):
         return {TIED_WEIGHT: (0, num_stages - 1)} if config.tied and num_stages > 1 else {}
+
+    def activation_bytes(
+        self, config, num_layers, *, tokens, tp, sequence_parallel, recompute, itemsize
+    ):
+        """Return the bytes that the tape keeps of one microbatch in `num_layers` blocks on a rank.
+
+        A block keeps, per token: the inputs of its two norms (2 D, time-sharded with sequence
+        parallelism), the norms' outputs, which the column-parallel products read (2 D), and 1/tp
+        each of the fused projection, the attention's output, and the MLP's hidden layer before and
+        after the activation. Selective recomputation leaves out the hidden layer after the
+        activation, and the norms' outputs unless sequence parallelism has gathered them. Full
+        recomputation keeps the block's input alone (D).
+        """
+        outside = tp if sequence_parallel else 1
+        if recompute == "full":
+            return tokens * config.dim // outside * num_layers * itemsize
+        again = recompute == "selective"
+        hidden = config.ffn_dim * ((3 if config.mlp == "swiglu" else 2) - again)
+        projections = (config.heads + 2 * config.kv_heads) * config.head_width
+        inside = projections + config.dim + hidden
+        normed = 0 if again and outside == 1 else 2 * config.dim
+        kept = 2 * config.dim // outside + normed + inside // tp
+        return tokens * kept * num_layers * itemsize
+
+    def head_bytes(self, config, *, tokens, tp, itemsize, on_gpu):
+        """Return the bytes of the logits that exist at once on a rank with the head."""
+        columns = -(-config.vocab // tp)
+        chunk = max(GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES, 128 * columns * itemsize)
+        return min(chunk, tokens * columns * itemsize)
 
 
 ARCHITECTURE = GPTArchitecture()

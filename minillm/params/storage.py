@@ -202,8 +202,10 @@ class FlatState:
         for span in layout.spans():
             parameter = span.parameter
             if self.array.size == layout.size:
-                yield parameter, parameter.spec, self.part(slice(span.start, span.stop)).reshape(
-                    parameter.get().shape
+                yield (
+                    parameter,
+                    parameter.spec,
+                    self.part(slice(span.start, span.stop)).reshape(parameter.get().shape),
                 )
                 continue
             shard = FlatShard(parameter.spec, span.start, layout.size, layout.step, axes)

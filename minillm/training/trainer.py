@@ -104,9 +104,7 @@ class Trainer:
         self.mesh, self.replication = self.model.mesh, self.model.replication
         buffers = self.model.buffers
         self.optimizer: AdamW | SGD = (
-            AdamW(
-                buffers, beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay
-            )
+            AdamW(buffers, beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay)
             if optimizer is AdamW
             else SGD(buffers)
         )

@@ -76,9 +76,7 @@ class Judge:
     norm, 0 for no limit. `advice` tells the user what to try after a failure.
     """
 
-    def __init__(
-        self, device: Device, names: Sequence[str], max_norm: float, advice: str
-    ) -> None:
+    def __init__(self, device: Device, names: Sequence[str], max_norm: float, advice: str) -> None:
         self.device, self.names, self.max_norm, self.advice = device, names, max_norm, advice
         self.last: Verdict | None = None
 
