@@ -1,38 +1,34 @@
 """GPT: a decoder-only Transformer, one definition for every mesh and every pipeline stage.
 
-A rank builds the part of the model that it holds: blocks `layers`, the embedding if it is the first
-stage, the norm and the head if it is the last. Serial training is the same code on communicators of
-size 1. By configuration it is GPT-2 (layer norm, GELU, learned positions, biases, tied head;
-Radford et al. 2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no
-biases; Touvron et al. 2023, arXiv:2302.13971).
+By configuration it is GPT-2 (layer norm, GELU, learned positions, biases, tied head; Radford et al.
+2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no biases; Touvron et
+al. 2023, arXiv:2302.13971). Serial training is the same code on communicators of size 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from minillm import ops
-from minillm.autograd.recompute import checkpoint
+from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
+from minillm.comm.single import SelfCommunicator
 from minillm.layout.sharding import ShardSpec
+from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
+from minillm.nn.embedding import VocabParallelEmbedding, vocab_weight
+from minillm.nn.head import head_logits, head_loss
 from minillm.nn.mlp import MLP
 from minillm.nn.norm import norm
 from minillm.nn.position import sinusoidal_table
-from minillm.parallel.tensor import (
-    Region,
-    VocabParallelEmbedding,
-    vocab_parallel_logits,
-    vocab_parallel_loss,
-    vocab_weight,
-)
+from minillm.parallel.tensor import Region, TensorParallel
 from minillm.params.module import Module
 from minillm.params.parameter import Normal, Parameter
-from minillm.params.where import Where
+from minillm.params.where import Pass
 from minillm.training.config import ModelConfig
 
 INIT_STD = 0.02
@@ -40,51 +36,51 @@ TIED_WEIGHT = "embedding.weight"
 
 
 class GPT(Module):
-    """The stage of a GPT that holds blocks `layers`; `first` and `last` say whether it also holds
-    the embedding and the head.
+    """Stage of a GPT: the blocks of `part`, on a first stage the embedding, on a last one the head.
 
-    `std` is the standard deviation of the initial weights; projections into the residual stream get
-    std / sqrt(2 layers) (Radford et al. 2019, 2.3). With `recompute` "full" the tape keeps each
-    block's input alone, with "selective" everything but what norms and activations return.
+    The batch holds "tokens" and "targets" [B, T]. The loss is called "loss". Stages hand on
+    "hidden" [B, T_local, D], the residual stream.
+
+    `std` is the standard deviation of the initial weights. Projections into the residual stream get
+    std / sqrt(2 layers) (Radford et al. 2019, 2.3). `recompute` says what the tape leaves out:
+    "full" keeps each block's input alone, "selective" drops results of norms and activations.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         region: Region,
+        part: StagePart | None = None,
         *,
         seed: int,
-        layers: Iterable[int],
-        first: bool = True,
-        last: bool = True,
         recompute: str = "none",
         std: float = INIT_STD,
     ) -> None:
+        part = part or StagePart(range(config.layers), True, True)
         self.config, self.region, self.seed, self.std = config, region, seed, std
         self.recompute = recompute
-        tie = TIED_WEIGHT if config.tied and not (first and last) else None
+        tie = TIED_WEIGHT if config.tied and not (part.first and part.last) else None
         self.embedding = (
             VocabParallelEmbedding(config.vocab, config.dim, region, std=std, tie=tie)
-            if first
+            if part.first
             else None
         )
-        self.positions = self._position_table() if first else None
+        self.positions = self._position_table() if part.first else None
         self.dropout = Dropout(config.dropout, seed)
-        self.blocks = {layer: self._block() for layer in layers}
-        self.norm = norm(config.norm, config.dim, region, bias=config.bias) if last else None
-        self.head = self._head(tie) if last else None
+        self.blocks = {layer: self._block() for layer in part.layers}
+        self.norm = norm(config.norm, config.dim, region, bias=config.bias) if part.last else None
+        self.head = self._head(tie) if part.last else None
         self.assign_names()
 
     def _position_table(self) -> Parameter | None:
         if self.config.position != "learned":
             return None
-        spec = ShardSpec.replicated(
-            self.config.context, self.config.dim, partial_over=self.region.partial_over
-        )
+        shape, partial_over = (self.config.context, self.config.dim), self.region.partial_over
+        spec = ShardSpec.replicated(*shape, partial_over=partial_over)
         return Parameter(spec, Normal(self.std), decay=False)
 
     def _block(self) -> Block:
-        c, region = self.config, self.region
+        c, region, selective = self.config, self.region, self.recompute == "selective"
         out_std = self.std / math.sqrt(2 * c.layers)
         drops = [Dropout(c.dropout, self.seed) for _ in range(3)]
         attention = Attention(
@@ -98,7 +94,6 @@ class GPT(Module):
             out_std=out_std,
             dropout=drops[0],
         )
-        again = self.recompute == "selective"
         mlp = MLP(
             c.mlp,
             c.dim,
@@ -107,9 +102,9 @@ class GPT(Module):
             bias=c.bias,
             std=self.std,
             out_std=out_std,
-            recompute=again,
+            recompute=selective,
         )
-        norms = [norm(c.norm, c.dim, region, bias=c.bias, recompute=again) for _ in range(2)]
+        norms = [norm(c.norm, c.dim, region, bias=c.bias, recompute=selective) for _ in range(2)]
         return Block(norms[0], attention, norms[1], mlp, drops[1], drops[2])
 
     def _head(self, tie: str | None) -> Parameter:
@@ -119,58 +114,109 @@ class GPT(Module):
         head.name = TIED_WEIGHT if tie else ""
         return head
 
-    def forward(self, x: Array | Tensor, where: Where) -> Tensor:
-        """Token ids [B, T] (first stage) or hidden states [B, T_local, D] -> hidden states [B,
-        T_local, D]. `where` is that of the whole sequence."""
-        outside = self.region.outside(where)
-        stream = Stream(self._embed(x, where, outside) if self.embedding is not None else x)
+    def receives(self, batch: Batch) -> BoundarySpec:
+        """Describe "hidden" [B, T_local, D], in the dtype of the parameters; () on a first stage."""
+        if self.embedding is not None:
+            return ()
+        where = self._pass(batch, False).where
+        assert where.times is not None
+        shape = (len(where.samples), where.times.shape[-1], self.config.dim)
+        return (ArraySpec("hidden", shape, self.parameters()[0].dtype, True),)
+
+    def forward(
+        self, arrived: tuple[Tensor, ...], batch: Batch, training: bool
+    ) -> tuple[Tensor, ...]:
+        """Return ("hidden" [B, T_local, D],), from "tokens" [B, T] or from what `arrived`."""
+        pass_ = self._pass(batch, training)
+        if self.embedding is None:
+            (x,) = arrived
+        else:
+            x = self._embed(self.embedding, batch.arrays["tokens"], pass_)
+        stream = Stream(x)
         for block in self.blocks.values():
             stream = (
-                self._recomputed(block, stream, outside)
+                self._recomputed(block, stream, pass_)
                 if self.recompute == "full"
-                else block(stream, outside)
+                else block(stream, pass_)
             )
-        return stream.sum() if self.norm is None else self.norm.residual(*stream)[1]
+        return (stream.sum() if self.norm is None else self.norm.residual(*stream)[1],)
 
-    def _recomputed(self, block: Block, stream: Stream, where: Where) -> Stream:
-        """What `block` makes of the stream, keeping the sum alone."""
-        return Stream(checkpoint(lambda x: block(Stream(x), where).sum(), stream.sum()))
-
-    def loss(self, hidden: Tensor, targets: Array, divisor: float) -> Tensor:
-        """Sum of the token cross-entropies of hidden states [B, T_local, D] against targets [B, T],
-        over `divisor`: a float64 scalar (last stage)."""
-        inside = self.region.enter(hidden)
-        return vocab_parallel_loss(
-            inside, self.head, targets, self.region.comm, vocab=self.config.vocab, divisor=divisor
+    def losses(
+        self, outputs: tuple[Tensor, ...], batch: Batch, training: bool
+    ) -> dict[str, Tensor]:
+        """Return the summed cross-entropy of "targets" [B, T], divided; {} before the last stage."""
+        if self.head is None:
+            return {}
+        inside = self.region.enter(outputs[0], self._pass(batch, training))
+        loss = head_loss(
+            inside,
+            self.head,
+            batch.arrays["targets"],
+            self.region.comm,
+            vocab=self.config.vocab,
+            divisor=batch.divisors["loss"],
         )
+        return {"loss": loss}
 
-    def logits(self, hidden: Tensor) -> Array:
-        """Logits [B, T, V] of hidden states, whole on every rank (last stage)."""
-        assert self.head is not None
-        return vocab_parallel_logits(hidden, self.head, self.region)
+    def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
+        """Return the logits [B, T, V], whole on every rank (last stage only)."""
+        assert self.head is not None, "the head is on the last stage"
+        return head_logits(outputs[0], self.head, self.region, self._pass(batch, False))
 
-    def _embed(self, ids: Array, where: Where, outside: Where) -> Tensor:
-        assert self.embedding is not None and outside.times is not None
-        hidden = self.embedding(ids, where)
+    def _pass(self, batch: Batch, training: bool) -> Pass:
+        """Return the pass outside the region; one with a cache is not cut along time."""
+        pass_ = Pass(batch.where, batch.where, training, batch.limits, batch.cache)
+        return pass_ if batch.cache is not None else self.region.outside(pass_)
+
+    def _recomputed(self, block: Block, stream: Stream, pass_: Pass) -> Stream:
+        """Apply `block`, keeping the sum of the stream alone."""
+        return Stream(recomputed(lambda x: block(Stream(x), pass_).sum(), stream.sum()))
+
+    def _embed(self, embedding: VocabParallelEmbedding, ids: Array, pass_: Pass) -> Tensor:
+        times, dim = pass_.where.times, self.config.dim
+        assert times is not None
+        hidden = embedding(ids, pass_)
         if self.positions is not None:
-            hidden = ops.add_position(hidden, self.positions, outside.times)
+            hidden = ops.add_position(hidden, self.positions, times)
         elif self.config.position == "sinusoidal":
-            times, dim, dtype = outside.times, self.config.dim, hidden.dtype
-            table = outside.table(
+            dtype = hidden.dtype
+            table = pass_.where.table(
                 ("sinusoidal", dim, str(dtype)), lambda: sinusoidal_table(times, dim, dtype)
             )
             hidden = ops.add_constant(hidden, table)
-        return self.dropout(hidden, outside)
-
-    def train(self, training: bool) -> None:
-        """Switch dropout on or off."""
-        for dropout in _dropouts(self):
-            dropout.training = training
+        return self.dropout(hidden, pass_)
 
 
-def _dropouts(module: Module) -> Iterable[Dropout]:
-    for _, child in module.children():
-        if isinstance(child, Dropout):
-            yield child
-        elif isinstance(child, Module):
-            yield from _dropouts(child)
+class GPTArchitecture:
+    """Architecture "gpt", configured by a `ModelConfig`."""
+
+    name = "gpt"
+
+    def build(
+        self,
+        config: ModelConfig,
+        part: StagePart,
+        region: Region,
+        *,
+        seed: int,
+        recompute: str = "none",
+        std: float = INIT_STD,
+    ) -> GPT:
+        """Build one stage. No memory is allocated for its parameters."""
+        return GPT(config, region, part, seed=seed, recompute=recompute, std=std)
+
+    def specs(self, config: ModelConfig) -> Mapping[str, ShardSpec]:
+        """Return the layout of every parameter of the whole model by global name."""
+        whole = GPT(config, TensorParallel(SelfCommunicator()), seed=0)
+        return {parameter.name: parameter.spec for parameter in whole.parameters()}
+
+    def ties(self, config: ModelConfig, num_stages: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the first and the last stage as holders of a tied embedding."""
+        return {TIED_WEIGHT: (0, num_stages - 1)} if config.tied and num_stages > 1 else {}
+
+    def layer_costs(self, config: ModelConfig) -> list[float]:
+        """Return multiply-adds per token of each layer: its products and causal attention."""
+        c, width = config, config.dim // config.heads
+        up = c.ffn_dim * (2 if c.mlp == "swiglu" else 1)
+        products = c.dim * ((c.heads + 2 * c.kv_heads) * width + c.dim + up + c.ffn_dim)
+        return [float(products + c.dim * c.context)] * c.layers

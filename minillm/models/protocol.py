@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     divisors: Mapping[str, float]  # loss name -> count over the global batch that divides its sum
     where: Where  # addresses of the whole sequences, before any cut along time
     limits: KeyLimits | None = None  # padding and document starts; None where there are neither
+    cache: Mapping[str, Any] | None = None  # attention layer's name -> its KV cache (inference)
 
 
 class StageModel(Protocol):

@@ -23,7 +23,6 @@ class Where:
     step: int
     samples: np.ndarray  # int64 [B]: rows of the step's global batch
     times: np.ndarray | None = None  # int64 [T_local] or [B, T_local]: positions in the sequence
-    gathered: Where | None = None  # of the whole sequence, in a time-sharded region
     device: Device = CPU  # holds the tables made from these addresses
 
     def table(self, kind: Hashable, make: Callable[[], np.ndarray]) -> Array:
@@ -64,4 +63,4 @@ class Pass:
     whole: Where
     training: bool = False  # enables dropout
     limits: KeyLimits | None = None  # of the whole sequence
-    cache: Mapping[str, Any] | None = None  # attention layer's name -> its KVCache
+    cache: Mapping[str, Any] | None = None  # attention layer's name -> core that replaces its own
