@@ -23,8 +23,9 @@ from minillm.comm.process import (
 from minillm.data.batches import eval_windows
 from minillm.data.corpus import load_corpus
 from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
-from minillm.training.assembly import build_mesh
-from minillm.training.held_out import Evaluation, evaluate_windows
+from minillm.tasks.language_model import HeldOutText
+from minillm.tasks.protocol import Result
+from minillm.training.held_out import measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +64,26 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _evaluate(comm: Communicator, args: EvaluateArgs) -> Evaluation:
+def _evaluate(comm: Communicator, args: EvaluateArgs) -> Result:
     with known_to_all(comm):
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm)
         config = opened.resolve(args, comm.size)
-        held_out = None if args.data is None else 0.0
+        share = None if args.data is None else 0.0
         source = opened.config.data if args.data is None else args.data
         corpus = load_corpus(
             source,
             opened.tokenizer,
             context=1,
             vocab=config.model.vocab,
-            held_out=held_out,
+            held_out=share,
             comm=comm,
         )
         tokens = corpus.held_out if args.data is None else corpus.train
         windows = eval_windows(tokens, config.model.context, args.tokens)
-        mesh = build_mesh(comm, config)
-        stages = load_trained(opened, config, mesh, device)
-    loss, counted = evaluate_windows(config, mesh, comm, stages, windows)
-    return Evaluation.of(loss, counted, corpus.bytes_per_token)
+        model = load_trained(opened, config, comm, device)
+    held_out = HeldOutText(windows, corpus.bytes_per_token)
+    return measure(model, held_out, comm, config.microbatch)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from minillm.comm.process import (
 )
 from minillm.inference.generation import Generator, Sampling
 from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
-from minillm.training.assembly import build_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +77,8 @@ def _generate(comm: Communicator, args: GenerateArgs) -> str:
         prompt = [int(token) for token in opened.tokenizer.encode(args.prompt)]
         if not prompt:
             raise ConfigError("--prompt is empty; give at least one character to continue")
-        mesh = build_mesh(comm, config)
-        stages = load_trained(opened, config, mesh, device)
-    ids = Generator(stages, mesh).generate(prompt, args.tokens, args.sampling())
+        model = load_trained(opened, config, comm, device)
+    ids = Generator(model).generate(prompt, args.tokens, args.sampling())
     return opened.tokenizer.decode(prompt + ids)
 
 

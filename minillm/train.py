@@ -40,8 +40,11 @@ from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.tokenizers import tokenizer_from_json
 from minillm.inference.generation import Generator, Sampling
+from minillm.tasks.language_model import HeldOutText, LanguageModeling
+from minillm.tasks.protocol import Result
 from minillm.training.config import TrainConfig
-from minillm.training.held_out import Evaluation, evaluate_windows
+from minillm.training.held_out import measure
+from minillm.training.numeric_key import numeric_key
 from minillm.training.report import TimeShares, peak_mb, plan, plural, step_metrics
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import StepReport, Trainer
@@ -145,8 +148,9 @@ class Run:
         self.out = Path(comm.broadcast_json(str(self.out)))
         batches = Batches(corpus.train, config.model.context, config.train.batch, config.train.seed)
         with known_to_all(comm):
-            self.trainer = Trainer(config, comm, batches, tracer=tracer, device=device)
-        self.key = checkpoint.numeric_key(config, comm, self.trainer.memory.size, device)
+            task = LanguageModeling(batches)
+            self.trainer = Trainer(config, comm, task, tracer=tracer, device=device)
+        self.key = numeric_key(config, comm, self.trainer.replication.memory.alias[1], device)
         self.first_step = self._resume(found) if found is not None else 0
         self.saved_step = self.first_step if found is not None else -1
         self.metrics = MetricsFile(
@@ -154,7 +158,7 @@ class Run:
         )
         self.shares = TimeShares()
         for line in [
-            *plan(config, corpus, self.trainer.stages, kernels.get_threads(), comm),
+            *plan(config, corpus, self.trainer.model, kernels.get_threads(), comm),
             f"output  {self.out}",
             "",
         ]:
@@ -198,7 +202,7 @@ class Run:
         progress: Progress,
         *,
         due: bool,
-    ) -> Evaluation | None:
+    ) -> Result | None:
         """Read a step's numbers, show and write them, and do what is due after it; returns the
         evaluation, if that was."""
         step = report.step + 1
@@ -208,7 +212,7 @@ class Run:
         paused = time.perf_counter()
         found = self._between_steps(step, last, stopped, progress) if due else None
         line = step_metrics(report, self.config.tokens_per_step, moved, self.device)
-        self.metrics.write(**line, **({} if found is None else {"val_loss": found.loss}))
+        self.metrics.write(**line, **({} if found is None else found.values()))
         progress.pause(time.perf_counter() - paused)
         return found
 
@@ -243,7 +247,7 @@ class Run:
 
     def _between_steps(
         self, step: int, last: int, stopped: bool, progress: Progress
-    ) -> Evaluation | None:
+    ) -> Result | None:
         """What is due after `step` steps: a comparison of replicas, an evaluation (returned), a
         checkpoint."""
         train, found = self.config.train, None
@@ -253,21 +257,19 @@ class Run:
         if not stopped and (step == last or (train.eval_every and step % train.eval_every == 0)):
             found = self._evaluate()
             if found is not None and step != last:
-                progress.say(f"step {step}: held-out loss {found.loss:.7f}{_bits(found)}")
+                progress.say(f"step {step}: {found.describe()}")
         if stopped or step == last or (train.save_every and step % train.save_every == 0):
             self._save(step)
         return found
 
-    def _evaluate(self) -> Evaluation | None:
+    def _evaluate(self) -> Result | None:
         """The held-out loss; None where nothing is held out."""
         tokens = self.config.train.eval_tokens
         if not tokens or len(self.corpus.held_out) < 2:
             return None
         windows = eval_windows(self.corpus.held_out, self.config.model.context, tokens)
-        loss, counted = evaluate_windows(
-            self.config, self.trainer.mesh, self.comm, self.trainer.stages, windows
-        )
-        return Evaluation.of(loss, counted, self.corpus.bytes_per_token)
+        held_out = HeldOutText(windows, self.corpus.bytes_per_token)
+        return measure(self.trainer.model, held_out, self.comm, self.config.microbatch)
 
     def _save(self, step: int) -> None:
         if step == self.saved_step:
@@ -286,7 +288,7 @@ class Run:
                 world=self.comm,
                 mesh_shape=self.trainer.mesh.shape,
                 coords=self.trainer.mesh.coords,
-                tensors=self.trainer.state(),
+                tensors=list(self.trainer.state()),
                 meta=meta,
                 step=step,
                 keep=self.config.train.keep,
@@ -313,7 +315,7 @@ class Run:
         return manifest.step
 
     def _finish(
-        self, step: int, seconds: float, stopped: bool, progress: Progress, found: Evaluation | None
+        self, step: int, seconds: float, stopped: bool, progress: Progress, found: Result | None
     ) -> None:
         """The totals, and a sample unless the run was interrupted."""
         self._save(step)
@@ -340,10 +342,7 @@ class Run:
             self.log(f"stopped at step {step} as asked; go on with --resume {self.out}")
             return
         if found is not None:
-            self.log(
-                f"result  held-out loss {found.loss:.7f}, perplexity "
-                f"{found.perplexity:.2f}{_bits(found)}, over {found.tokens} tokens"
-            )
+            self.log(f"result  {found.summary()}")
         self.log(
             f"saved   {self.out}; write text with: python -m minillm.generate --checkpoint "
             f"{self.out}"
@@ -362,7 +361,7 @@ class Run:
                 )[:1]
             ]
             sampling = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.config.train.seed)
-            ids = Generator(self.trainer.stages, self.trainer.mesh).generate(
+            ids = Generator(self.trainer.model).generate(
                 prompt, self.config.train.sample_tokens, sampling
             )
             self.log(
@@ -370,10 +369,6 @@ class Run:
                 f"---\n{self.corpus.tokenizer.decode(prompt + ids)}\n---"
             )
         self.comm.barrier()
-
-
-def _bits(found: Evaluation) -> str:
-    return "" if found.bits_per_byte is None else f", {found.bits_per_byte:.3f} bits per byte"
 
 
 def _prepare_out(rank: int, config: ResolvedConfig, found: Path | None) -> Path:

@@ -28,8 +28,8 @@ minillm/nn/
 minillm/models/
 minillm/data/
 minillm/tasks/
-minillm/pipeline/
 minillm/replication/
+minillm/pipeline/
 minillm/checkpoint/
 minillm/training/
 minillm/inference/

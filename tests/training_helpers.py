@@ -17,11 +17,13 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.threads import run_ranks
 from minillm.data.batches import Batches
-from minillm.params.storage import FlatBuffers, share
+from minillm.layout.sharding import share
+from minillm.params.storage import FlatBuffers
 from minillm.replication.node_shared import NodeMemory
 from minillm.training.config import TrainConfig
 from minillm.training.optim import SGD, AdamW
 from minillm.training.resolve import ResolvedConfig, resolve
+from minillm.tasks.language_model import LanguageModeling
 from minillm.training.trainer import Trainer
 
 VOCAB = 29  # a prime: padded on every tp
@@ -133,7 +135,7 @@ def train_rank(
     device = open_device(config.train.device)
     comm = on_device(comm, device, direct)
     trainer = Trainer(
-        config, comm, make_batches(config), std=std, optimizer=OPTIMIZERS[optimizer], device=device
+        config, comm, LanguageModeling(make_batches(config)), std=std, optimizer=OPTIMIZERS[optimizer], device=device
     )
     if prepare is not None:
         prepare(trainer)
@@ -153,10 +155,10 @@ def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
     mesh = trainer.mesh
     found = {}
     trainer.world.barrier()
-    for buffers in trainer.buffers:
+    for buffers in trainer.model.buffers:
         values = buffers.values if buffers.masters is None else buffers.masters
         flat = to_host(values if what == "value" else reduced_grads(buffers))
-        for span in buffers.spans():
+        for span in buffers.layout.spans():
             parameter = span.parameter
             local = flat[span.start : span.stop].reshape(parameter.spec.local_shape(mesh.shape))
             blocks = [

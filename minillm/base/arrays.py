@@ -17,6 +17,7 @@ import numpy as np
 from minillm.base.errors import ConfigError
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
+IntArray: TypeAlias = np.ndarray  # of integers, on the host
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 FLOAT_DTYPES = {

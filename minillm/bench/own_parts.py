@@ -15,7 +15,7 @@ from minillm.bench.timing import repeated
 from minillm.comm.single import SelfCommunicator
 from minillm.inference.generation import Generator, caches
 from minillm.parallel.tensor import vocab_parallel_loss
-from minillm.training.assembly import build_mesh, build_stages
+from minillm.training.assembly import assemble
 from minillm.training.config import TrainConfig
 from minillm.training.memory import peak_rss
 from minillm.training.resolve import resolve
@@ -73,8 +73,7 @@ def generate(
     config = resolve(
         TrainConfig(layers=layers, heads=heads, dim=dim, context=context, batch=1), 1, vocab
     )
-    mesh = build_mesh(SelfCommunicator(), config)
-    generator = Generator(build_stages(config, mesh, training=False), mesh)
+    generator = Generator(assemble(config, SelfCommunicator(), training=False))
     ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
 
     def forward(ids: np.ndarray, start: int) -> np.ndarray:

@@ -3,13 +3,13 @@
 A checkpoint is a folder `step-00000100` with one file per rank that had something to write and
 `manifest.json`, written last, which says where every piece of every global tensor lies. `save`
 writes one, `find` and `verify` judge one, `load` fills a rank's arrays from one (or from any other
-`StateSource`), and `numeric_key` says under which conditions a resumed run gives the same bits.
+`StateSource`), and `difference` compares the conditions under which a resumed run gives the same bits.
 """
 
 from __future__ import annotations
 
 from minillm.checkpoint.find import SUBFOLDER, find, verify
-from minillm.checkpoint.key import difference, numeric_key
+from minillm.checkpoint.key import difference
 from minillm.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, read_manifest
 from minillm.checkpoint.save import save
 from minillm.checkpoint.source import CheckpointSource
@@ -27,7 +27,6 @@ __all__ = [
     "difference",
     "find",
     "load",
-    "numeric_key",
     "read_manifest",
     "save",
     "verify",

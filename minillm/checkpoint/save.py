@@ -36,7 +36,7 @@ from minillm.checkpoint.manifest import (
 from minillm.checkpoint.state import StateTensor
 from minillm.comm.communicator import Communicator
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import ShardSpec, Slices, slice_shape
+from minillm.layout.sharding import Sharded, Slices, slice_shape
 
 TEMPORARY = ".tmp-"
 ASIDE = ".old-"
@@ -129,11 +129,11 @@ def _describe(error: Exception) -> str:
 
 
 def own_pieces(
-    spec: ShardSpec,
+    spec: Sharded,
     mesh: MeshShape,
     coords: Mapping[str, int],
     name: str,
-    holders: dict[tuple[ShardSpec, int], dict[Bounds, list[int]]],
+    holders: dict[tuple[Sharded, int], dict[Bounds, list[int]]],
 ) -> list[tuple[Slices, Slices]]:
     """The pieces (global slices, local slices) that the rank at `coords` writes of the tensor
     `name`.
@@ -153,7 +153,7 @@ def own_pieces(
     ]
 
 
-def _holders(spec: ShardSpec, mesh: MeshShape, stage: int) -> dict[Bounds, list[int]]:
+def _holders(spec: Sharded, mesh: MeshShape, stage: int) -> dict[Bounds, list[int]]:
     """Piece -> the ranks of the stage that hold it, in order."""
     found: dict[Bounds, list[int]] = {}
     for rank in range(mesh.num_ranks):
@@ -196,7 +196,7 @@ def _write_own(
     this rank has nothing to write."""
     blocks: list[Block] = []
     written: dict[str, Any] = {}
-    holders: dict[tuple[ShardSpec, int], dict[Bounds, list[int]]] = {}
+    holders: dict[tuple[Sharded, int], dict[Bounds, list[int]]] = {}
     for tensor in tensors:
         if not tensor.owned:
             continue
@@ -211,7 +211,8 @@ def _write_own(
                 if whole
                 else f"{tensor.name}[{','.join(f'{lo}:{hi}' for lo, hi in bounds)}]"
             )
-            blocks.append((key, dtype, tensor.data[local_slices]))
+            block = tensor.data[local_slices].reshape(slice_shape(global_slices))
+            blocks.append((key, dtype, block))
             entry = written.setdefault(
                 tensor.name, {"shape": tensor.spec.shape, "dtype": dtype, "pieces": []}
             )

@@ -12,22 +12,21 @@ import numpy as np
 from minillm.base.arrays import Array, dtype_name, float_dtype, namespace, sum_dtype, to_device
 from minillm.base.errors import CheckpointError
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import ShardSpec, Slices, slice_shape
+from minillm.layout.sharding import Sharded, Slices, slice_shape
 
 MOST_NAMED = 4  # how many tensors an error lists
 
 
 @dataclass
 class StateTensor:
-    """One rank's part of a global tensor. `data` is its local array, padding included, in the shape
-    of `spec.local_shape`.
+    """One rank's part of a global tensor.
 
-    `owned` is false for the second copy of a tied weight: it is filled by `load`, but never written
-    by `save`.
+    `data` is the local array that the local slices of `spec` address, padding included. `owned` is
+    false for the second copy of a tied weight: `load` fills it, `save` never writes it.
     """
 
     name: str
-    spec: ShardSpec
+    spec: Sharded
     data: Array
     owned: bool = True
 
@@ -69,10 +68,9 @@ def load(
         if sum(math.prod(slice_shape(local)) for _, local in pieces) < tensor.data.size:
             tensor.data[...] = 0  # padding
         for global_slices, local_slices in pieces:
-            block = source.read(tensor.name, global_slices)
-            tensor.data[local_slices] = to_device(
-                block.astype(tensor.data.dtype, copy=False), namespace(tensor.data)
-            )
+            block = source.read(tensor.name, global_slices).astype(tensor.data.dtype, copy=False)
+            block = block.reshape(slice_shape(local_slices))
+            tensor.data[local_slices] = to_device(block, namespace(tensor.data))
 
 
 def _check_fits(source: StateSource, tensors: Sequence[StateTensor]) -> None:

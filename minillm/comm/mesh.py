@@ -1,5 +1,7 @@
-"""The mesh: ranks laid out over named axes, and every communicator that a method may ask for, made
-once and passed to whoever needs it."""
+"""Mesh of ranks over named axes, with every communicator that a method may ask for.
+
+Communicators are made once and passed to whoever needs them: no global state.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,18 @@ from minillm.layout.mesh_shape import AXES, GROUPS, MeshShape
 
 
 class Mesh:
-    """One rank's view of the mesh on `comm`, with the communicators of all `GROUPS` and of the tied
-    weights' stages.
+    """One rank's view of the mesh on `comm`, with the communicators of all `GROUPS`.
 
-    `tie_groups` maps a name to the pp coordinates that hold a copy of a tied weight. Collective:
-    all ranks of `comm` construct it together. Raises ConfigError if the sizes do not multiply to
-    the number of ranks.
+    `ties` maps a tied weight to the pp coordinates that hold a copy. Collective: all ranks of
+    `comm` construct it together. Raises ConfigError if the sizes do not multiply to the number of
+    ranks.
     """
 
     def __init__(
         self,
         comm: Communicator,
         shape: MeshShape,
-        tie_groups: Mapping[str, Sequence[int]] | None = None,
+        ties: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if shape.num_ranks != comm.size:
             sizes = " x ".join(
@@ -37,26 +38,39 @@ class Mesh:
             )
         self.shape, self.world = shape, comm
         self.coords = shape.coords(comm.rank)
-        self._groups = {axes: self._make_group(comm, axes) for axes in GROUPS}
+        # Axes of size 1 add no ranks: combinations with equal longer axes share a communicator.
+        made: dict[tuple[str, ...], Communicator] = {}
+        self._groups: dict[frozenset[str], Communicator] = {}
+        for axes in GROUPS:
+            live = tuple(axis for axis in axes if self.size(axis) > 1)
+            if live not in made:
+                made[live] = self._make_group(comm, live or axes)
+            self._groups[frozenset(axes)] = made[live]
         self._ties: dict[str, Communicator | None] = {}
-        for name, stages in sorted((tie_groups or {}).items()):
-            inside = self.coords["pp"] in stages
+        for name, ranks in sorted((ties or {}).items()):
+            inside = self.coords["pp"] in ranks
             self._ties[name] = comm.split(
                 self._color(("pp",)) if inside else None, self.coords["pp"], f"tie:{name}"
             )
 
     def axis(self, *axes: str) -> Communicator:
-        """The communicator over `axes`. Raises ConfigError for a combination that has none."""
-        if axes not in self._groups:
-            declared = ", ".join("+".join(group) for group in self._groups)
+        """Return the communicator over `axes`, in any order.
+
+        Raises ConfigError for a combination that has none.
+        """
+        found = self._groups.get(frozenset(axes))
+        if found is None:
+            declared = ", ".join("+".join(group) for group in GROUPS)
             raise ConfigError(
                 f"there is no communicator over {'+'.join(axes)}; declared groups: {declared}"
             )
-        return self._groups[axes]
+        return found
 
     def tie(self, name: str) -> Communicator | None:
-        """The communicator of the stages that hold the tied weight `name`; None on other stages.
-        Raises ConfigError for an undeclared name."""
+        """Return the communicator of the pp ranks that hold the tied weight `name`, None elsewhere.
+
+        Raises ConfigError for an undeclared name.
+        """
         if name not in self._ties:
             raise ConfigError(
                 f"no tie group {name!r} was declared; declared: {', '.join(self._ties) or 'none'}"
@@ -64,20 +78,18 @@ class Mesh:
         return self._ties[name]
 
     def size(self, *axes: str) -> int:
-        """The number of ranks over `axes`."""
+        """Return the number of ranks over `axes`."""
         return self.shape.size(*axes)
 
     def coord(self, axis: str) -> int:
-        """This rank's coordinate on `axis`."""
+        """Return this rank's coordinate on `axis`."""
         return self.coords[axis]
 
     def _make_group(self, comm: Communicator, axes: tuple[str, ...]) -> Communicator:
-        """Split off the ranks that differ from this one on `axes` only; a group of one costs
-        nothing."""
-        name = "+".join(axis for axis in axes if self.size(axis) > 1) or axes[0]
+        """Split off the ranks that differ from this one on `axes` only."""
         if self.size(*axes) == 1:
-            return SelfCommunicator(name, comm.timeout)
-        group = comm.split(self._color(axes), comm.rank, name)
+            return SelfCommunicator(axes[0], comm.timeout)
+        group = comm.split(self._color(axes), comm.rank, "+".join(axes))
         assert group is not None
         return group
 

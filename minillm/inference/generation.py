@@ -8,7 +8,7 @@ and its choice is broadcast to all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from minillm.nn.attention import Attention, KVCache
 from minillm.parallel.tensor import TensorParallel
 from minillm.params.module import Module
 from minillm.params.where import Where
-from minillm.pipeline.stage import Stage
+from minillm.training.assembly import Assembly
 
 _TAG = 90
 
@@ -80,11 +80,10 @@ class Sampling:
 class Generator:
     """The ranks of one dp coordinate generating together; collective over their tp and pp axes."""
 
-    def __init__(self, stages: Mapping[int, Stage], mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.stage = next(iter(stages.values()))
-        self.model = inference_model(self.stage.model, mesh)
-        self.device = self.stage.buffers.memory.device
+    def __init__(self, model: Assembly) -> None:
+        self.mesh, self.device = model.mesh, model.device
+        self.stage = next(iter(model.stages.values()))
+        self.model = inference_model(self.stage.model, self.mesh)
 
     def generate(self, prompt: Sequence[int], num_tokens: int, sampling: Sampling) -> list[int]:
         """`num_tokens` ids that continue `prompt` (at least one id). Past the model's context, the
@@ -122,13 +121,13 @@ class Generator:
         links, index = self.mesh.axis("pp"), self.mesh.coord("pp")
         where = Where(0, np.arange(len(ids)), times, device=self.device)
         source: Array | Tensor = self.device.upload(ids)
-        if not self.stage.first:
+        if self.model.embedding is None:
             arrived = self.device.xp.empty(
                 (*ids.shape, self.model.config.dim), self.stage.buffers.values.dtype
             )
             source = Tensor(links.recv(arrived, index - 1, _TAG))
         hidden = self.model(source, where)
-        if not self.stage.last:
+        if self.model.head is None:
             links.send(hidden.data, index + 1, _TAG)
             return None
         last = to_host(self.model.logits(Tensor(hidden.data[:, -1:]))[:, 0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +12,9 @@ from minillm.base.device import CPU, Device, open_device
 from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
-from minillm.comm.mesh import Mesh
 from minillm.comm.process import agree
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
-from minillm.pipeline.stage import Stage
-from minillm.training.assembly import build_stages, weights
+from minillm.training.assembly import Assembly, assemble
 from minillm.training.config import TrainConfig
 from minillm.training.resolve import ResolvedConfig, resolve
 
@@ -96,16 +93,14 @@ def place(comm: Communicator, layout: Layout) -> tuple[Communicator, Device]:
 
 
 def load_trained(
-    opened: Opened, config: ResolvedConfig, mesh: Mesh, device: Device = CPU
-) -> Mapping[int, Stage]:
-    """This rank's stages on `device` with the checkpoint's weights and no room for gradients.
-    Collective; raises on every rank if one cannot read its part."""
-    stages = build_stages(config, mesh, training=False, device=device)
-    tensors = list(weights(stages))
-    agree(
-        mesh.world,
-        lambda: checkpoint.load(
-            checkpoint.CheckpointSource(opened.path), tensors, mesh.shape, mesh.coords
-        ),
-    )
-    return stages
+    opened: Opened, config: ResolvedConfig, world: Communicator, device: Device = CPU
+) -> Assembly:
+    """Return this rank's stages on `device` with the checkpoint's weights, without gradients.
+
+    Collective. Raises on every rank if one cannot read its part.
+    """
+    model = assemble(config, world, training=False, device=device)
+    tensors, mesh = list(model.weights()), model.mesh
+    source = checkpoint.CheckpointSource(opened.path)
+    agree(world, lambda: checkpoint.load(source, tensors, mesh.shape, mesh.coords))
+    return model

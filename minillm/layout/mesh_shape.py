@@ -18,8 +18,10 @@ TOKEN_AXES = ("dp", "ep", "cp")
 GROUPS: tuple[tuple[str, ...], ...] = (
     *((axis,) for axis in AXES),
     ("dp", "ep"),
+    ("dp", "cp"),
     TOKEN_AXES,
     (*TOKEN_AXES, "tp"),
+    ("dp", "cp", "tp"),
 )
 """The axis combinations that have a communicator."""
 

@@ -1,8 +1,8 @@
-"""How a parameter's global array is cut over the mesh: plain arithmetic on slices.
+"""Sharding of global arrays over the mesh: plain arithmetic on slices.
 
-A `ShardSpec` stands on every parameter. Initial values, checkpoints, gradient reduction and norms
-all ask it the same question, "which slices of the global array does this rank hold, and where do
-they lie in its local array?", and nobody else reads its fields to answer that.
+Every `Sharded` value answers one question: which slices of the global array does a rank hold, and
+where do they lie in its local array? Initial values, checkpoints, reductions and norms read no
+more than that. A `ShardSpec` cuts dims, a `FlatShard` cuts the flattened local array.
 """
 
 from __future__ import annotations
@@ -11,12 +11,27 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from minillm.base.errors import ConfigError
 from minillm.layout.mesh_shape import MeshShape
 
 Slices: TypeAlias = tuple[slice, ...]
+
+
+class Sharded(Protocol):
+    """Global array of which each rank holds some blocks."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The global shape, padding excluded."""
+
+    def pieces(self, mesh: MeshShape, coords: Mapping[str, int]) -> Iterator[tuple[Slices, Slices]]:
+        """Yield (global slices, local slices) of every non-empty block held at `coords`.
+
+        The local slices may cut another number of dims: the block's elements stand there in C
+        order.
+        """
 
 
 @dataclass(frozen=True)
@@ -121,11 +136,106 @@ class ShardSpec:
             local_start += size
 
 
+@dataclass(frozen=True)
+class FlatShard:
+    """One of several shares of a flat buffer, as far as it reaches into one parameter.
+
+    The parameter, sharded by `spec`, lies at `offset` in a buffer of `length` elements, of which
+    the ranks over the mesh `axes` hold one `share` each (ZeRO: Rajbhandari et al. 2020,
+    arXiv:1910.02054). The local array is 1-d.
+    """
+
+    spec: ShardSpec
+    offset: int
+    length: int
+    step: int
+    axes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's global shape."""
+        return self.spec.shape
+
+    def range(self, mesh: MeshShape, coords: Mapping[str, int]) -> slice:
+        """Return the part of the parameter's flattened local array that `coords` holds."""
+        index = 0
+        for axis in self.axes:
+            index = index * mesh.size(axis) + coords[axis]
+        held = share(self.length, index, mesh.size(*self.axes), self.step)
+        stop = self.offset + self.spec.local_size(mesh)
+        part = overlap(held, slice(self.offset, stop))
+        return slice(part.start - self.offset, part.stop - self.offset)
+
+    def pieces(self, mesh: MeshShape, coords: Mapping[str, int]) -> Iterator[tuple[Slices, Slices]]:
+        """Yield (global slices, local slice) of every block, each contiguous in the local array."""
+        local_shape, held = self.spec.local_shape(mesh), self.range(mesh, coords)
+        for whole, local in self.spec.pieces(mesh, coords):
+            for box in _boxes(local_shape, held.start, held.stop):
+                common = tuple(overlap(a, b) for a, b in zip(box, local, strict=True))
+                if all(part.start < part.stop for part in common):
+                    for block, start in _contiguous(common, local_shape):
+                        size = math.prod(slice_shape(block))
+                        first = start - held.start
+                        yield _shifted(block, local, whole), (slice(first, first + size),)
+
+
+def _shifted(block: Slices, local: Slices, whole: Slices) -> Slices:
+    """Move a block of the local array to where it lies in the global one."""
+    moves = [g.start - part.start for g, part in zip(whole, local, strict=True)]
+    return tuple(slice(b.start + m, b.stop + m) for b, m in zip(block, moves, strict=True))
+
+
+def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Slices]:
+    """Cut the C-order range [start, stop) of an array into boxes, in order: part of a first row,
+    whole rows, part of a last row, the same in each row."""
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:  # inside one row
+        for box in _boxes(shape[1:], start - last * row, stop - last * row):
+            yield (slice(last, last + 1), *box)
+        return
+    if start < first * row:
+        for box in _boxes(shape[1:], start - (first - 1) * row, row):
+            yield (slice(first - 1, first), *box)
+    if first < last:
+        yield (slice(first, last), *(slice(0, size) for size in shape[1:]))
+    if last * row < stop:
+        for box in _boxes(shape[1:], 0, stop - last * row):
+            yield (slice(last, last + 1), *box)
+
+
+def _contiguous(box: Slices, shape: tuple[int, ...]) -> Iterator[tuple[Slices, int]]:
+    """Cut a box of an array into blocks that are contiguous in C order, each with its start."""
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    dim = len(shape)
+    while dim and slice_shape(box[dim - 1 :]) == shape[dim - 1 :]:
+        dim -= 1
+    cut = max(0, dim - 1)  # dims before this one are walked index by index
+    for index in itertools.product(*(range(part.start, part.stop) for part in box[:cut])):
+        block = (*(slice(i, i + 1) for i in index), *box[cut:])
+        yield block, sum(part.start * stride for part, stride in zip(block, strides, strict=True))
+
+
+def share(length: int, rank: int, size: int, step: int) -> slice:
+    """Return share `rank` of `size` nearly equal parts of a buffer; parts begin at multiples of
+    `step` elements."""
+    steps = -(-length // step)
+    return slice(
+        min(length, steps * rank // size * step), min(length, steps * (rank + 1) // size * step)
+    )
+
+
+def overlap(a: slice, b: slice) -> slice:
+    """Return the range that two ranges have in common, possibly empty."""
+    start = max(a.start, b.start)
+    return slice(start, max(start, min(a.stop, b.stop)))
+
+
 def slice_shape(slices: Slices) -> tuple[int, ...]:
     """The shape of an array cut by `slices` that have a start and a stop."""
     return tuple(part.stop - part.start for part in slices)
-
-
-def num_elements(spec: ShardSpec) -> int:
-    """The number of elements of the global array, padding excluded."""
-    return math.prod(spec.shape)

@@ -14,18 +14,17 @@ from minillm import ops
 from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
-from minillm.comm.single import SelfCommunicator
 from minillm.layout.sharding import ShardSpec
 from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
 from minillm.nn.embedding import VocabParallelEmbedding, vocab_weight
-from minillm.nn.head import head_logits, head_loss
+from minillm.nn.head import head_logits, head_loss, most_rows
 from minillm.nn.mlp import MLP
 from minillm.nn.norm import norm
 from minillm.nn.position import sinusoidal_table
-from minillm.parallel.tensor import Region, TensorParallel
+from minillm.parallel.tensor import PlannedGroup, Region, TensorParallel
 from minillm.params.module import Module
 from minillm.params.parameter import Normal, Parameter
 from minillm.params.where import Pass
@@ -207,16 +206,57 @@ class GPTArchitecture:
 
     def specs(self, config: ModelConfig) -> Mapping[str, ShardSpec]:
         """Return the layout of every parameter of the whole model by global name."""
-        whole = GPT(config, TensorParallel(SelfCommunicator()), seed=0)
+        whole = GPT(config, TensorParallel(PlannedGroup()), seed=0)
         return {parameter.name: parameter.spec for parameter in whole.parameters()}
 
     def ties(self, config: ModelConfig, num_stages: int) -> Mapping[str, tuple[int, ...]]:
         """Return the first and the last stage as holders of a tied embedding."""
         return {TIED_WEIGHT: (0, num_stages - 1)} if config.tied and num_stages > 1 else {}
 
+    def activation_bytes(
+        self,
+        config: ModelConfig,
+        num_layers: int,
+        *,
+        tokens: int,
+        tp: int,
+        sequence_parallel: bool,
+        recompute: str,
+        itemsize: int,
+    ) -> int:
+        """Return the bytes that the tape keeps of one microbatch in `num_layers` blocks on a rank.
+
+        A block keeps, per token: the inputs of its two norms (2 D, time-sharded with sequence
+        parallelism), the norms' outputs, which the column-parallel products read (2 D), and 1/tp
+        each of the fused projection, the attention's output, and the MLP's hidden layer before and
+        after the activation. Selective recomputation leaves out the hidden layer after the
+        activation, and the norms' outputs unless sequence parallelism has gathered them. Full
+        recomputation keeps the block's input alone (D).
+        """
+        outside = tp if sequence_parallel else 1
+        if recompute == "full":
+            return tokens * config.dim // outside * num_layers * itemsize
+        selective = recompute == "selective"
+        hidden = config.ffn_dim * ((3 if config.mlp == "swiglu" else 2) - selective)
+        projections = (config.heads + 2 * config.kv_heads) * config.head_width
+        inside = projections + config.dim + hidden
+        normed = 0 if selective and outside == 1 else 2 * config.dim
+        kept = 2 * config.dim // outside + normed + inside // tp
+        return tokens * kept * num_layers * itemsize
+
+    def head_bytes(
+        self, config: ModelConfig, *, tokens: int, tp: int, itemsize: int, on_gpu: bool
+    ) -> int:
+        """Return the bytes of the logits that exist at once on a rank with the head."""
+        row_bytes = -(-config.vocab // tp) * itemsize
+        return min(tokens, most_rows(row_bytes, on_gpu=on_gpu)) * row_bytes
+
     def layer_costs(self, config: ModelConfig) -> list[float]:
         """Return multiply-adds per token of each layer: its products and causal attention."""
-        c, width = config, config.dim // config.heads
+        c = config
         up = c.ffn_dim * (2 if c.mlp == "swiglu" else 1)
-        products = c.dim * ((c.heads + 2 * c.kv_heads) * width + c.dim + up + c.ffn_dim)
+        products = c.dim * ((c.heads + 2 * c.kv_heads) * c.head_width + c.dim + up + c.ffn_dim)
         return [float(products + c.dim * c.context)] * c.layers
+
+
+ARCHITECTURE = GPTArchitecture()

@@ -7,7 +7,7 @@ through an `Architecture`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -90,6 +90,24 @@ class Architecture(Protocol):
 
     def ties(self, config: Any, num_stages: int) -> Mapping[str, tuple[int, ...]]:
         """Return the stages that hold a copy of each parameter that several stages share."""
+
+    def activation_bytes(
+        self,
+        config: Any,
+        num_layers: int,
+        *,
+        tokens: int,
+        tp: int,
+        sequence_parallel: bool,
+        recompute: str,
+        itemsize: int,
+    ) -> int:
+        """Return the bytes that the tape keeps of one microbatch in `num_layers` on a rank."""
+
+    def head_bytes(
+        self, config: Any, *, tokens: int, tp: int, itemsize: int, on_gpu: bool
+    ) -> int:
+        """Return the bytes that exist at once in the head and its loss."""
 
     def layer_costs(self, config: Any) -> Sequence[float]:
         """Return multiply-adds per token of each layer."""

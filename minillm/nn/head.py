@@ -120,9 +120,13 @@ class _HeadLoss(Function):
 
 def _chunk(num_rows: int, row_bytes: int, *, on_gpu: bool) -> int:
     """Return the rows of one chunk of logits: as few chunks as fit, of equal size."""
-    most = max(128, (GPU_LOGITS_BYTES if on_gpu else LOGITS_BYTES) // max(1, row_bytes))
-    num_chunks = max(1, -(-num_rows // most))
+    num_chunks = max(1, -(-num_rows // most_rows(row_bytes, on_gpu=on_gpu)))
     return max(1, -(-num_rows // num_chunks))
+
+
+def most_rows(row_bytes: int, *, on_gpu: bool) -> int:
+    """Return the most rows of logits, of `row_bytes` each, that exist at once."""
+    return max(128, (GPU_LOGITS_BYTES if on_gpu else LOGITS_BYTES) // max(1, row_bytes))
 
 
 def _counted_sum(losses: Array, counted: Array) -> Any:

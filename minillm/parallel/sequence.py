@@ -12,11 +12,13 @@ see only some time steps, so their gradients are partial sums over tp: `partial_
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 from minillm.autograd.tape import Tensor
 from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
+from minillm.parallel.tensor import Group
 from minillm.params.where import Pass
 
 
@@ -29,8 +31,8 @@ class SequenceParallel:
 
     partial_over: tuple[str, ...] = ("tp",)
 
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
+    def __init__(self, comm: Group) -> None:
+        self.comm = cast(Communicator, comm)  # planning needs no more than a Group
 
     def outside(self, pass_: Pass) -> Pass:
         """Return the pass of this rank's time shard, from that of whole sequences.

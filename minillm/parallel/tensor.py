@@ -12,12 +12,29 @@ enter and leave by other collectives.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol, cast
 
 from minillm.autograd.tape import Tensor
 from minillm.comm.communicator import Communicator
 from minillm.parallel.collectives import copy_to, reduce_from
 from minillm.params.where import Pass
+
+
+class Group(Protocol):
+    """Place of a rank among the tensor-parallel ranks."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+class PlannedGroup(NamedTuple):
+    """Group of a model that is planned but never run: it has no communicator."""
+
+    rank: int = 0
+    size: int = 1
 
 
 class Region(Protocol):
@@ -44,8 +61,8 @@ class TensorParallel:
 
     partial_over: tuple[str, ...] = ()
 
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
+    def __init__(self, comm: Group) -> None:
+        self.comm = cast(Communicator, comm)  # planning needs no more than a Group
 
     def outside(self, pass_: Pass) -> Pass:
         """Return `pass_`: every rank holds all time steps."""

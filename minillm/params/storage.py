@@ -7,9 +7,7 @@ many small arrays.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +16,9 @@ from minillm import kernels
 from minillm.autograd.tape import GradSlot
 from minillm.base.arrays import ALIGNMENT, Array, aligned_empty, sum_dtype
 from minillm.base.device import CPU, Device
+from minillm.layout.flat import FlatLayout, Run
 from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.sharding import FlatShard, Sharded, overlap, share
 from minillm.params.parameter import Parameter
 
 
@@ -39,67 +39,49 @@ class PlainStorage:
         return self._slot
 
 
-@dataclass(frozen=True)
-class Span:
-    """One parameter's place in the flat buffers, in elements; `stop` leaves out the padding that
-    aligns the next one."""
-
-    parameter: Parameter
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """Neighbours in the flat buffers that are treated alike: reduced over the same axes, decayed or
-    not, tied or not."""
-
-    partial_over: tuple[str, ...]
-    tied: bool
-    decay: bool
-    spans: tuple[Span, ...]
-
-    @property
-    def start(self) -> int:
-        return self.spans[0].start
-
-    @property
-    def stop(self) -> int:
-        return self.spans[-1].stop
-
-
 class Memory(Protocol):
-    """Where flat buffers live, and which part of them this rank reduces, updates and initialises:
-    one of `size` shares.
+    """Allocator of flat buffers, and this rank's share of the work on them.
 
-    `description` is for people, and may be empty.
+    A rank reduces, updates and initialises share `rank` of `size`. `description` is shown in the
+    plan and may be empty.
     """
 
     rank: int
     size: int
     description: str
     device: Device
+    axes: tuple[str, ...]  # mesh axes over which optimizer state is sharded; () if it is not
+    alias: tuple[int, int]  # place among, and number of, the ranks with the same common arrays
 
     def common(self, size: int, dtype: np.dtype) -> Array:
-        """Zeros [size], one copy for all who share: parameters and optimizer state. Collective."""
+        """Return zeros [size], one copy for all ranks that share: parameters. Collective."""
 
     def own(self, size: int, dtype: np.dtype) -> Array:
-        """Zeros [size] that this rank alone writes: gradients. Collective."""
+        """Return zeros [size] that this rank alone writes: gradients. Collective."""
+
+    def state(self, size: int, dtype: np.dtype, step: int) -> tuple[Array, int]:
+        """Return zeros for optimizer state of a buffer of `size` elements, and the index of the
+        first element that they stand for. Collective.
+
+        They cover the whole buffer, or no more than this rank's `share` of it.
+        """
 
     def sync(self) -> None:
-        """Return once everybody is here and sees what the others have written. Collective."""
+        """Wait for all ranks that share, then see what they have written. Collective."""
 
 
 class PrivateMemory:
-    """Every rank has everything to itself, and one share, which is the whole."""
+    """Memory of one rank: a single share, which is the whole."""
 
     rank, size = 0, 1
+    axes: tuple[str, ...] = ()
+    alias = (0, 1)
 
     def __init__(self, description: str = "", device: Device = CPU) -> None:
         self.description, self.device = description, device
 
     def common(self, size: int, dtype: np.dtype) -> Array:
-        """See `Memory`."""
+        """Return zeros [size]."""
         if self.device.xp is not np:
             return self.device.xp.zeros(size, dtype)
         zeros = aligned_empty((size,), dtype)
@@ -108,25 +90,23 @@ class PrivateMemory:
 
     own = common
 
+    def state(self, size: int, dtype: np.dtype, step: int) -> tuple[Array, int]:
+        """Return zeros [size], which begin at element 0."""
+        return self.common(size, dtype), 0
+
     def sync(self) -> None:
-        """Nobody to wait for."""
+        """Do nothing: there is no other rank."""
 
 
 class FlatBuffers:
-    """Parameters and gradients of one stage in flat, aligned memory; attaches the storage to the
-    parameters.
+    """Parameters and gradients of one stage in flat, aligned memory.
 
-    Without `gradients` (inference), no memory is spent on them. `share` is the part of the buffers
-    that is this rank's to update: everything, unless `memory` is shared. Collective over those who
-    share.
+    Attaches the storage to the parameters. Without `gradients` (inference), no memory is spent on
+    them. `share` is the slice of the buffers that this rank updates: everything, unless `memory`
+    is shared. `layout` says where each parameter lies. Collective over the ranks that share.
 
-    Order: runs that can be reduced first come first (weights, then the small undecayed parameters,
-    tied weights last); within a run the parameters stand in reverse, as the backward pass completes
-    them.
-
-    `values` of a narrow dtype have gradients in float32, and if those are wanted, `masters` too:
-    the values in float32, which the optimizer updates and of which `values` are the rounded copy.
-    Otherwise `masters` is None.
+    `values` of a narrow dtype have float32 gradients and, for training, float32 `masters`. The
+    optimizer updates the masters, and `values` are their rounded copy. Otherwise `masters` is None.
     """
 
     def __init__(
@@ -139,43 +119,32 @@ class FlatBuffers:
         memory: Memory | None = None,
     ) -> None:
         self.memory = memory or PrivateMemory()
+        self.dtype = dtype
         wide = sum_dtype(dtype)
-        step = ALIGNMENT // dtype.itemsize
-        ordered = sorted(reversed(parameters), key=_run_key)
-        shapes = {id(p): p.spec.local_shape(mesh) for p in ordered}
-        runs, offset = [], 0
-        for (tied, partial_over, small), members in itertools.groupby(ordered, _run_key):
-            spans = []
-            for parameter in members:
-                stop = offset + int(np.prod(shapes[id(parameter)]))
-                spans.append(Span(parameter, offset, stop))
-                offset = -(-stop // step) * step
-            runs.append(Run(partial_over, tied, not small, tuple(spans)))
-        self.runs = tuple(runs)
+        self.layout = FlatLayout(parameters, mesh, ALIGNMENT // dtype.itemsize)
         self.parameters = tuple(parameters)
-        self.values = self.memory.common(
-            offset, dtype
-        )  # zeros: the gaps are read by whole-run operations
-        self.grads = self.memory.own(offset if gradients else 0, wide)
-        self.masters = self.memory.common(offset, wide) if gradients and wide != dtype else None
-        self.share = share(offset, self.memory.rank, self.memory.size, step)
-        for span in self.spans():
-            shape = shapes[id(span.parameter)]
+        size = self.layout.size
+        # Zeros, because whole-run operations read the gaps between parameters.
+        self.values = self.memory.common(size, dtype)
+        self.grads = self.memory.own(size if gradients else 0, wide)
+        self.masters = self.memory.common(size, wide) if gradients and wide != dtype else None
+        self.share = share(size, self.memory.rank, self.memory.size, self.layout.step)
+        for span in self.layout.spans():
+            shape = span.parameter.spec.local_shape(mesh)
             value = self.values[span.start : span.stop].reshape(shape)
             grad = self.grads[span.start : span.stop].reshape(shape) if gradients else None
             span.parameter.storage = PlainStorage(value, grad)
         self.slots = tuple(parameter.slot() for parameter in self.parameters) if gradients else ()
 
-    def spans(self) -> list[Span]:
-        """Every parameter's span in buffer order."""
-        return [span for run in self.runs for span in run.spans]
-
     def initialise(self, seed: int, mesh: MeshShape, coords: Mapping[str, int]) -> None:
-        """Fill this rank's shard of every parameter with addressed initial values; padding stays
-        zero. Ranks that share memory share the work."""
-        wide = sum_dtype(self.values.dtype)
+        """Fill this rank's shard of every parameter with addressed initial values.
+
+        Padding stays zero. Ranks that share memory divide the parameters. Collective over them.
+        """
+        wide = sum_dtype(self.dtype)
         masters = {} if self.masters is None else self.shaped(self.masters)
-        for parameter in self.parameters[self.memory.rank :: self.memory.size]:
+        first, step = self.memory.alias
+        for parameter in self.parameters[first::step]:
             local = parameter.get()
             for global_slices, local_slices in parameter.spec.pieces(mesh, coords):
                 drawn = parameter.init.values(
@@ -190,40 +159,56 @@ class FlatBuffers:
         self.memory.sync()
 
     def shaped(self, flat: Array) -> dict[int, Array]:
-        """id(parameter) -> its part of a buffer that is laid out like these, in its local shape."""
+        """Return id(parameter) -> its part of a buffer in this layout, in its local shape."""
         return {
             id(s.parameter): flat[s.start : s.stop].reshape(s.parameter.get().shape)
-            for s in self.spans()
+            for s in self.layout.spans()
         }
 
     def shared_runs(self) -> Iterator[tuple[Run, slice]]:
-        """The runs that reach into this rank's share, with the part that does."""
-        for run in self.runs:
+        """Yield the runs that reach into this rank's share, each with the part that does."""
+        for run in self.layout.runs:
             part = overlap(slice(run.start, run.stop), self.share)
             if part.start < part.stop:
                 yield run, part
 
     def start_step(self) -> None:
-        """Forget last step's gradients: the next write to each slot overwrites."""
+        """Discard last step's gradients: the next write to each slot overwrites."""
         for slot in self.slots:
             slot.writes = 0
 
 
-def share(length: int, rank: int, size: int, step: int) -> slice:
-    """Share `rank` of `size` of a buffer of `length` elements: nearly equal parts that begin at
-    multiples of `step`."""
-    steps = -(-length // step)
-    return slice(
-        min(length, steps * rank // size * step), min(length, steps * (rank + 1) // size * step)
-    )
+class FlatState:
+    """Optimizer state with one element per parameter value, in the layout of `buffers`.
 
+    Covers the whole buffer, or this rank's share where the memory shards it. Collective over the
+    ranks that share.
+    """
 
-def overlap(a: slice, b: slice) -> slice:
-    """What two ranges have in common, possibly nothing."""
-    start = max(a.start, b.start)
-    return slice(start, max(start, min(a.stop, b.stop)))
+    def __init__(self, buffers: FlatBuffers, array: Array | None = None) -> None:
+        self.buffers, self.first = buffers, 0
+        if array is None:
+            wide, layout = sum_dtype(buffers.dtype), buffers.layout
+            array, self.first = buffers.memory.state(layout.size, wide, layout.step)
+        self.array = array
 
+    def part(self, part: slice) -> Array:
+        """Return the state of the slice `part` of the flat buffer."""
+        return self.array[part.start - self.first : part.stop - self.first]
 
-def _run_key(parameter: Parameter) -> tuple[bool, tuple[str, ...], bool]:
-    spec = parameter.spec
-    return spec.tie is not None, spec.partial_over, not parameter.decay
+    def tensors(self) -> Iterator[tuple[Parameter, Sharded, Array]]:
+        """Yield each parameter with the sharding of its state, and the state held here."""
+        layout, axes = self.buffers.layout, self.buffers.memory.axes
+        for span in layout.spans():
+            parameter = span.parameter
+            if self.array.size == layout.size:
+                yield (
+                    parameter,
+                    parameter.spec,
+                    self.part(slice(span.start, span.stop)).reshape(parameter.get().shape),
+                )
+                continue
+            shard = FlatShard(parameter.spec, span.start, layout.size, layout.step, axes)
+            held = overlap(slice(span.start, span.stop), self.buffers.share)
+            if held.start < held.stop:
+                yield parameter, shard, self.part(held)

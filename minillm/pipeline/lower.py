@@ -4,6 +4,7 @@ optimizer step."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from minillm.base.errors import ScheduleError
 from minillm.pipeline.action import Action, ActionKind, Schedule
@@ -14,7 +15,7 @@ PAPER_COST: dict[ActionKind, int] = {K.F: 1, K.B: 2, K.I: 1, K.W: 1}
 """Times by which add_communication orders messages; only their order matters."""
 
 
-def lower(schedule: Schedule, *, train: bool = True, ties: tuple[int, ...] = ()) -> Schedule:
+def lower(schedule: Schedule, *, train: bool = True, ties: Collection[int] = ()) -> Schedule:
     """The schedule ready to execute: with messages, and for training with the gradient reductions
     and the optimizer step at the end of each row.
 
@@ -158,15 +159,16 @@ def _upstream_last(action: Action) -> tuple[int, int]:
     return (0, -action.stage) if action.kind is K.F else (1, action.stage)
 
 
-def add_reductions(schedule: Schedule, ties: tuple[int, ...] = ()) -> Schedule:
-    """At the end of each row: the tied weights' copies are summed first, then each stage's
-    gradients over the data, then the optimizer steps."""
+def add_reductions(schedule: Schedule, ties: Collection[int] = ()) -> Schedule:
+    """Append to each row: sum the tied weights, reduce each stage over the data, step.
+
+    A rank sums all its tied weights at once, in the action of its first stage that holds one: both
+    copies of a weight may lie on the same rank.
+    """
     rows = []
     for rank, row in enumerate(schedule.actions):
-        stages = [
-            stage for stage in range(schedule.num_stages) if schedule.rank_of_stage[stage] == rank
-        ]
-        tail = [Action(K.TIE_REDUCE, stage) for stage in stages if stage in ties]
+        stages = [s for s in range(schedule.num_stages) if schedule.rank_of_stage[s] == rank]
+        tail = [Action(K.TIE_REDUCE, stage) for stage in stages if stage in ties][:1]
         tail += [Action(K.REDUCE_GRAD, stage) for stage in stages]
         tail.append(Action(K.OPTIMIZER_STEP, stages[0]))
         rows.append((*row, *tail))

@@ -1,9 +1,9 @@
-"""The one loop that executes any schedule: training on one rank, pipelines, evaluation.
+"""Executor of schedules: one loop for training on one rank, pipelines and evaluation.
 
 A schedule is data (schedules.py, lower.py). The runtime looks up each action's kind in one dict and
-calls the method found there; it has no notion of GPipe or 1F1B. Receives go into fresh buffers,
-because the tape may still refer to the last ones. Sends are non-blocking and retired as the step
-goes on.
+calls the method found there. It knows neither GPipe nor 1F1B, neither the model nor the method of
+data parallelism. Receives go into fresh buffers, because the tape may still refer to earlier ones.
+Sends are non-blocking and retired as the step continues.
 """
 
 from __future__ import annotations
@@ -15,25 +15,38 @@ from typing import Any
 import numpy as np
 
 from minillm.autograd.backward import WeightGradWork, backward
-from minillm.autograd.tape import no_grad
+from minillm.autograd.tape import Tensor, no_grad
 from minillm.base.arrays import Array, namespace
 from minillm.base.trace import Tracer
 from minillm.comm.communicator import Communicator, Work
-from minillm.pipeline.action import Action, ActionKind, Link, Schedule
-from minillm.pipeline.stage import Live, Microbatch, Stage
+from minillm.models.protocol import ArraySpec, Batch
+from minillm.pipeline.action import Action, ActionKind, Schedule
+from minillm.pipeline.stage import Live, Stage
+from minillm.replication.protocol import Replication
 
-_ONE = np.ones(())  # the gradient of the loss
+Sums = dict[str, Any]
+"""Name -> sum over this rank's microbatches: a float, or on a GPU an array without dims."""
 
-Mailbox = dict[tuple[int, int], tuple[Array, ...]]
-"""(destination stage, microbatch) -> the arrays for it. Computation puts and takes; a send takes
-what is for another rank, a receive puts what came."""
+Counter = Callable[[tuple[Tensor, ...], Batch], Mapping[str, Any]]
+"""Counts of a last stage's outputs, by name, that evaluation adds up over microbatches."""
+
+Key = tuple[int, int]  # (stage, microbatch)
+
+Mailbox = dict[Key, tuple[Array, ...]]
+"""(destination stage, microbatch) -> arrays for it.
+
+Computation puts and takes. A send takes what is for another rank, a receive puts what arrived.
+"""
+
+_ONE = np.ones(())  # the gradient of each loss
 
 
 class PipelineRuntime:
-    """Executes one rank's row of a lowered schedule over its stages.
+    """Executor of one rank's row of a lowered schedule over its stages.
 
-    `links` sends between the ranks of the pp axis; `optimizer_step` is called for OPTIMIZER_STEP
-    with this rank's part of the loss. With `train` false, nothing is put on the tape.
+    `links` sends between the ranks of the pp axis. `optimizer_step` is called for OPTIMIZER_STEP
+    with this rank's sums of losses. Without it nothing is put on the tape, and `count` is called
+    with the outputs of the last stage.
     """
 
     def __init__(
@@ -41,22 +54,29 @@ class PipelineRuntime:
         schedule: Schedule,
         stages: Mapping[int, Stage],
         links: Communicator,
+        replication: Replication,
         *,
-        train: bool = True,
         tracer: Tracer | None = None,
-        optimizer_step: Callable[[Any], None] | None = None,
+        optimizer_step: Callable[[Sums], None] | None = None,
+        count: Counter | None = None,
     ) -> None:
         self.schedule = schedule
         self.row = schedule.actions[links.rank]
         self.stages = dict(stages)
         self.links = links
-        self.train = train
+        self.replication = replication
         self.tracer = tracer
-        self.optimizer_step = optimizer_step
+        self.train = optimizer_step is not None
+        self.count = count
+        self._optimizer_step = optimizer_step or (lambda sums: None)
         self._arming = {_key(action) for action in schedule.arming}
         self._source = {link.dst_stage: link.src_stage for link in schedule.links}
         self._target = {link.src_stage: link.dst_stage for link in schedule.links}
-        self._tags = {pair: tag for link in schedule.links for pair, tag in _link_tags(link)}
+        # One tag per link and direction: links between the same two ranks do not mix.
+        self._tags = {(link.src_stage, link.dst_stage): 2 * link.tag for link in schedule.links}
+        self._tags |= {
+            (link.dst_stage, link.src_stage): 2 * link.tag + 1 for link in schedule.links
+        }
         self._methods: dict[ActionKind, Callable[[Action], None]] = {
             ActionKind.F: self._forward,
             ActionKind.B: self._backward,
@@ -66,25 +86,27 @@ class PipelineRuntime:
             ActionKind.RECV_F: self._receive_activation,
             ActionKind.SEND_B: self._send_grad,
             ActionKind.RECV_B: self._receive_grad,
-            ActionKind.TIE_REDUCE: self._tie_reduce,
-            ActionKind.REDUCE_GRAD: self._reduce_grad,
-            ActionKind.OPTIMIZER_STEP: self._optimizer_step,
+            ActionKind.UNSHARD: lambda action: replication.unshard(action.stage),
+            ActionKind.RESHARD: lambda action: replication.reshard(action.stage),
+            ActionKind.TIE_REDUCE: lambda action: replication.reduce_ties(),
+            ActionKind.REDUCE_GRAD: lambda action: replication.reduce(action.stage),
+            ActionKind.OPTIMIZER_STEP: lambda action: self._optimizer_step(self._totals()),
         }
 
-    def run(self, microbatches: Sequence[Microbatch], divisor: float) -> Any:
-        """Execute the row. `divisor` is what the loss is divided by: the tokens of the global
-        batch. Returns this rank's part of the loss, a sum over its microbatches (0 on ranks without
-        the last stage): a number, or on a GPU an array without dims, for which nobody has
-        waited."""
-        self._microbatches, self._divisor = microbatches, divisor
-        self._live: dict[tuple[int, int], Live] = {}
+    def run(self, batches: Sequence[Batch]) -> Sums:
+        """Execute the row on this rank's microbatches.
+
+        Returns this rank's sums by name: losses of the stages it holds, and counts in evaluation.
+        On a GPU they are arrays that the host has not waited for.
+        """
+        self._batches = batches
+        self._live: dict[Key, Live] = {}
         self._activations: Mailbox = {}
         self._grads: Mailbox = {}
         self._sends: list[Work] = []
-        self._losses: dict[int, Any] = {}
-        for stage in self.stages.values():
-            if stage.reducer is not None and self.train:
-                stage.reducer.start_step()
+        self._sums: dict[str, list[Any]] = {}
+        if self.train:
+            self.replication.begin_step()
         with nullcontext() if self.train else no_grad():
             for action in self.row:
                 self._execute(action)
@@ -92,7 +114,7 @@ class PipelineRuntime:
                     self._sends = [work for work in self._sends if not work.test()]
         for work in self._sends:
             work.wait()
-        return sum(self._losses.values(), 0.0)
+        return self._totals()
 
     def _execute(self, action: Action) -> None:
         if self.tracer is None:
@@ -101,20 +123,33 @@ class PipelineRuntime:
         with self.tracer.span(str(action), "compute"):
             self._methods[action.kind](action)
 
+    def _totals(self) -> Sums:
+        return {name: sum(values, 0.0) for name, values in self._sums.items()}
+
+    def _add(self, sums: Mapping[str, Any]) -> None:
+        for name, value in sums.items():
+            value = float(value) if isinstance(value, np.ndarray) else value
+            self._sums.setdefault(name, []).append(value)
+
     def _forward(self, action: Action) -> None:
         stage, key = self.stages[action.stage], _key(action)
-        live = stage.forward(
-            self._activations.pop(key, None), self._microbatches[key[1]], self._divisor
+        batch = self._batches[key[1]]
+        specs = stage.model.receives(batch)
+        arrived = tuple(
+            Tensor(array, spec.differentiable and self.train)
+            for array, spec in zip(self._activations.pop(key, ()), specs, strict=True)
         )
-        if stage.last:
-            loss = live.result[0].data
-            self._losses[key[1]] = float(loss) if isinstance(loss, np.ndarray) else loss
-        else:
-            self._activations[self._target[action.stage], key[1]] = tuple(
-                t.data for t in live.result
-            )
+        outputs = stage.model.forward(arrived, batch, self.train)
+        losses = stage.model.losses(outputs, batch, self.train)
+        self._add({name: loss.data for name, loss in losses.items()})
+        handed_on = action.stage in self._target
+        if handed_on:
+            self._activations[self._target[action.stage], key[1]] = tuple(t.data for t in outputs)
+        elif self.count is not None:
+            self._add(self.count(outputs, batch))
         if self.train:
-            self._live[key] = live
+            kept = tuple(t for t in outputs if t.requires_grad) if handed_on else ()
+            self._live[key] = Live(arrived, kept, tuple(losses.values()))
 
     def _backward(self, action: Action) -> None:
         self._differentiate(action, self._live.pop(_key(action)), None)
@@ -124,13 +159,11 @@ class PipelineRuntime:
         self._differentiate(action, live, live.deferred)
 
     def _weight_grad(self, action: Action) -> None:
-        reducer = self.stages[action.stage].reducer
-        observer = None if reducer is None else reducer.observer
+        observer = self.replication.observer(action.stage)
         deferred = self._live.pop(_key(action)).deferred
         deferred.reverse()
-        while (
-            deferred
-        ):  # emptied, because each work refers to the list: a cycle that nobody would collect
+        # Emptied, because each work refers to the list: a cycle that reference counts never free.
+        while deferred:
             deferred.pop().run()
             if observer is not None:
                 observer.between_nodes()
@@ -138,84 +171,63 @@ class PipelineRuntime:
     def _differentiate(
         self, action: Action, live: Live, defer: list[WeightGradWork] | None
     ) -> None:
-        """B or I: from the gradients of the stage's results to those of its inputs."""
-        stage, key = self.stages[action.stage], _key(action)
-        grads = (_ONE,) if stage.last else self._grads.pop(key)
-        roots = list(zip(live.result, grads, strict=True))
-        source, live.source, live.result = live.source, (), ()
-        backward(
-            roots,
-            defer=defer,
-            observer=stage.reducer.observer
-            if stage.reducer is not None and self._arms(key)
-            else None,
-        )
-        if not stage.first:
-            self._grads[self._source[action.stage], key[1]] = tuple(t.grad for t in source)
+        """Run B or I: from the gradients of the stage's outputs and losses to those of its inputs.
 
-    def _arms(self, key: tuple[int, int]) -> bool:
-        """Whether this microbatch's backward is its stage's last of the step, so that finished
-        gradients may be reduced."""
-        return key in self._arming
+        Every loss has gradient 1: `divisors` have scaled it already.
+        """
+        key = _key(action)
+        roots = [(loss, _ONE) for loss in live.losses if loss.requires_grad]
+        if live.outputs:
+            roots += zip(live.outputs, self._grads.pop(key), strict=True)
+        arrived, live.arrived, live.outputs, live.losses = live.arrived, (), (), ()
+        armed = key in self._arming
+        observer = self.replication.observer(action.stage) if armed else None
+        backward(roots, defer=defer, observer=observer)
+        if action.stage in self._source:
+            self._grads[self._source[action.stage], key[1]] = tuple(
+                _grad(tensor) for tensor in arrived if tensor.requires_grad
+            )
 
     def _send_activation(self, action: Action) -> None:
         self._send(self._activations, self._target[action.stage], action)
 
     def _receive_activation(self, action: Action) -> None:
-        self._receive(self._activations, self._source[action.stage], action)
+        specs = self.stages[action.stage].model.receives(self._batches[_key(action)[1]])
+        self._receive(self._activations, self._source[action.stage], action, specs)
 
     def _send_grad(self, action: Action) -> None:
         self._send(self._grads, self._source[action.stage], action)
 
     def _receive_grad(self, action: Action) -> None:
-        self._receive(self._grads, self._target[action.stage], action)
+        outputs = self._live[_key(action)].outputs
+        specs = [ArraySpec("", t.shape, t.dtype, True) for t in outputs]
+        self._receive(self._grads, self._target[action.stage], action, specs)
 
     def _send(self, mailbox: Mailbox, to_stage: int, action: Action) -> None:
-        rank, tag = self.schedule.rank_of_stage[to_stage], self._tag(action.stage, to_stage)
+        rank, tag = self.schedule.rank_of_stage[to_stage], self._tags[action.stage, to_stage]
         for array in mailbox.pop((to_stage, _key(action)[1])):
             self._sends.append(self.links.isend(array, rank, tag))
 
-    def _receive(self, mailbox: Mailbox, from_stage: int, action: Action) -> None:
-        """Receive what a neighbour computed for `action.stage`, into fresh buffers: the tape may
-        still refer to those of earlier microbatches."""
-        key = _key(action)
-        rank, tag = self.schedule.rank_of_stage[from_stage], self._tag(from_stage, action.stage)
-        boundary = self.stages[action.stage].boundary(self._microbatches[key[1]].where)
+    def _receive(
+        self, mailbox: Mailbox, from_stage: int, action: Action, specs: Sequence[ArraySpec]
+    ) -> None:
+        """Receive arrays for `action.stage` into fresh buffers.
+
+        The tape may still refer to the buffers of earlier microbatches.
+        """
+        rank, tag = self.schedule.rank_of_stage[from_stage], self._tags[from_stage, action.stage]
         xp = namespace(self.stages[action.stage].buffers.values)
-        arrays = tuple(
-            xp.empty(spec.shape, spec.dtype)
-            for spec in boundary
-            if spec.differentiable or from_stage < action.stage
-        )
+        arrays = tuple(xp.empty(spec.shape, spec.dtype) for spec in specs)
         for array in arrays:
             self.links.recv(array, rank, tag)
-        mailbox[key] = arrays
-
-    def _tag(self, from_stage: int, to_stage: int) -> int:
-        """One tag per link and direction, so that links between the same two ranks do not mix."""
-        return self._tags[from_stage, to_stage]
-
-    def _tie_reduce(self, action: Action) -> None:
-        reducer = self.stages[action.stage].reducer
-        assert reducer is not None
-        reducer.tie_reduce()
-
-    def _reduce_grad(self, action: Action) -> None:
-        reducer = self.stages[action.stage].reducer
-        assert reducer is not None
-        reducer.finish()
-
-    def _optimizer_step(self, action: Action) -> None:
-        if self.optimizer_step is not None:
-            self.optimizer_step(sum(self._losses.values(), 0.0))
+        mailbox[_key(action)] = arrays
 
 
-def _link_tags(link: Link) -> list[tuple[tuple[int, int], int]]:
-    """The message tags of a link: activations forward, gradients back."""
-    forward, back = (link.src_stage, link.dst_stage), (link.dst_stage, link.src_stage)
-    return [(forward, 2 * link.tag), (back, 2 * link.tag + 1)]
+def _grad(tensor: Tensor) -> Array:
+    """Return the gradient of a stage's input, zero if no output depends on it."""
+    return namespace(tensor.data).zeros_like(tensor.data) if tensor.grad is None else tensor.grad
 
 
-def _key(action: Action) -> tuple[int, int]:
+def _key(action: Action) -> Key:
     assert action.microbatch is not None
     return action.stage, action.microbatch

@@ -8,7 +8,8 @@ accumulation, F0 B0 F1 B1 ..., which holds the activations of one microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 from minillm.base.errors import ScheduleError
 from minillm.pipeline.action import Action, ActionKind, Schedule
@@ -38,13 +39,22 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
     return _chain(num_ranks, num_microbatches, lambda rank: num_ranks - rank - 1)
 
 
-def forward_only(num_ranks: int, num_microbatches: int) -> Schedule:
-    """Evaluation: every microbatch forward, nothing back."""
+def forward_only(rank_of_stage: Sequence[int], num_microbatches: int) -> Schedule:
+    """Return the schedule of an evaluation: every microbatch forward, none back.
+
+    A rank runs the microbatches of its stages in the order in which they can arrive: stage s gets
+    microbatch m at time s + m at the earliest.
+    """
+    num_ranks, num_stages = max(rank_of_stage) + 1, len(rank_of_stage)
     _check(num_ranks, num_microbatches)
-    rows = tuple(
-        tuple(Action(ActionKind.F, r, m) for m in range(num_microbatches)) for r in range(num_ranks)
+    order = sorted(
+        itertools.product(range(num_stages), range(num_microbatches)), key=lambda at: (sum(at), at)
     )
-    return Schedule(num_ranks, num_microbatches, tuple(range(num_ranks)), rows)
+    rows = tuple(
+        tuple(Action(ActionKind.F, s, m) for s, m in order if rank_of_stage[s] == rank)
+        for rank in range(num_ranks)
+    )
+    return Schedule(num_stages, num_microbatches, tuple(rank_of_stage), rows)
 
 
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {"gpipe": gpipe, "1f1b": one_f_one_b}

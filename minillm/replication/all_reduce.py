@@ -1,15 +1,14 @@
-"""Data parallelism: every rank of the dp axis computes the gradient of its own sequences; the sum
-is everybody's gradient.
+"""Data parallelism by all-reduce: each rank computes the gradient of its sequences, all get the sum.
 
-Gradients lie in flat buffers. They are cut into buckets of about `bucket_bytes`, in the order in
-which the backward pass completes them, and a bucket's all-reduce starts as soon as its last
-gradient is written, while backward goes on (Li et al. 2020, arXiv:2006.15704). Two rules keep all
-ranks in step: buckets are fixed by the order of the parameters, and they are launched in that
-order, never in the order of readiness. Only a stage's last backward of the step arms the reducer,
-so gradient accumulation costs no communication. MPI makes progress only inside MPI calls, hence the
-polling between nodes.
+Gradients lie in flat buffers, cut into buckets of about `bucket_bytes` in the order in which the
+backward pass completes them. A bucket's all-reduce starts as soon as its last gradient is written,
+while backward continues (Li et al. 2020, arXiv:2006.15704).
 
-Losses are divided by a global count before backward starts, so a sum is all that is needed: nothing
+Invariant: buckets are fixed by the order of the parameters and launched in that order, never in
+the order of readiness. Only the last backward pass of a stage is observed, so gradient accumulation
+costs no communication. MPI makes progress only inside MPI calls, hence the polling between nodes.
+
+Losses are divided by a global count before backward starts. The sum is all that is needed: nothing
 here divides by the number of ranks.
 """
 
@@ -17,50 +16,28 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from minillm import kernels
 from minillm.autograd.backward import BackwardObserver
 from minillm.autograd.tape import GradSlot, Leaf
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import Mesh
+from minillm.layout.flat import FlatLayout, Run, Span
 from minillm.layout.mesh_shape import TOKEN_AXES
-from minillm.params.parameter import Parameter
-from minillm.params.storage import FlatBuffers, Run, Span
-
-
-class Reducer(Protocol):
-    """Turns the gradients that each rank has computed into their sum, for one stage."""
-
-    exposed_seconds: float
-    """Time that backward did not hide, since the start."""
-
-    @property
-    def observer(self) -> BackwardObserver | None:
-        """Who is told of the stage's last backward pass, to overlap the sums with it; None where
-        there is nothing to overlap."""
-
-    def start_step(self) -> None:
-        """Forget the last step: every parameter is awaited again."""
-
-    def tie_reduce(self) -> None:
-        """Add up the gradients of the tied weights' copies on their stages, before the sum over the
-        data."""
-
-    def finish(self) -> None:
-        """Return once the sums are there, those of parameters without any use being zero."""
-
-    def sum_of_squares(self) -> float:
-        """This rank's part of the squared norm of the whole model's gradient: added over all ranks,
-        every parameter counts once."""
+from minillm.layout.placement import Layout
+from minillm.params.storage import FlatBuffers, Memory
+from minillm.replication.protocol import Replication
 
 
 @dataclass
 class Bucket:
-    """A slice of the flat gradient buffer that is reduced at once, and the parameters in it that
-    are still being computed."""
+    """Gradient bucket: a slice of the flat buffer that is reduced at once.
+
+    `waiting` counts its parameters whose gradients are not complete.
+    """
 
     spans: tuple[Span, ...]
     slots: tuple[GradSlot, ...]
@@ -71,94 +48,69 @@ class Bucket:
 
     @property
     def slice(self) -> slice:
-        """The bucket's elements in the flat buffer."""
+        """The elements of the flat buffer."""
         return slice(self.spans[0].start, self.spans[-1].stop)
 
 
-class GradReducer:
-    """The `Reducer` that all-reduces buckets while backward runs, which it observes if there is
-    anybody to reduce with."""
+class BucketReducer:
+    """All-reduce of one stage's gradients in buckets, overlapped with its last backward pass.
+
+    Implements `BackwardObserver`.
+    """
 
     def __init__(self, buffers: FlatBuffers, mesh: Mesh, bucket_bytes: int) -> None:
-        self.buffers = buffers
-        self.mesh = mesh
-        self.exposed_seconds = 0.0  # time that backward did not hide, since the start
-        self.buckets = [bucket for run in buffers.runs for bucket in self._cut(run, bucket_bytes)]
-        self._counted = [
-            buffers.grads[part] for part, counts in by_counting(buffers, mesh) if counts
+        self.buffers, self.mesh = buffers, mesh
+        self.buckets = [
+            bucket for run in buffers.layout.runs for bucket in self._cut(run, bucket_bytes)
         ]
-        self._first_replica = mesh.axis(*TOKEN_AXES).rank == 0
-        self._overlaps = any(bucket.comm.size > 1 for bucket in self.buckets)
+        self.overlaps = any(bucket.comm.size > 1 for bucket in self.buckets)
         self._bucket_of = {
             id(span.parameter): bucket for bucket in self.buckets for span in bucket.spans
         }
-        self._next = 0
-
-    @property
-    def observer(self) -> BackwardObserver | None:
-        """See `Reducer`."""
-        return self if self._overlaps else None
+        self._next = 0  # the first bucket that has not been launched
 
     def _cut(self, run: Run, bucket_bytes: int) -> list[Bucket]:
-        axes = TOKEN_AXES + tuple(axis for axis in run.partial_over if axis not in TOKEN_AXES)
-        comm = self.mesh.axis(*axes)
+        comm = self.mesh.axis(*run.sum_axes)
         groups: list[list[Span]] = [[]]
         for span in run.spans:
             size = sum(s.stop - s.start for s in groups[-1]) * self.buffers.grads.itemsize
             if groups[-1] and size >= bucket_bytes:
                 groups.append([])
             groups[-1].append(span)
-        return [
-            Bucket(tuple(group), tuple(span.parameter.slot() for span in group), comm, run.tied)
-            for group in groups
-        ]
+        slots = [tuple(span.parameter.slot() for span in group) for group in groups]
+        return [Bucket(tuple(g), s, comm, run.tied) for g, s in zip(groups, slots, strict=True)]
 
     def start_step(self) -> None:
-        """See `Reducer`."""
-        self.buffers.start_step()
+        """Wait for every parameter again."""
         self._next = 0
         for bucket in self.buckets:
             bucket.waiting, bucket.work = len(bucket.spans), None
 
     def leaf_ready(self, leaf: Leaf) -> None:
-        """See `BackwardObserver`. A tied weight's gradient is not complete: its other copies are
-        added by `tie_reduce` first."""
+        """Launch the buckets that `leaf` completes.
+
+        Buckets of tied weights wait for `reduce_ties`, which adds the gradients of other copies.
+        """
         bucket = self._bucket_of[id(leaf)]
         if not bucket.tied:
             bucket.waiting -= 1
-            self._launch_ready()
+            while self._next < len(self.buckets) and self.buckets[self._next].waiting == 0:
+                self._launch(self.buckets[self._next])
 
     def between_nodes(self) -> None:
-        """See `BackwardObserver`."""
+        """Poll the reductions under way."""
         for bucket in self.buckets[: self._next]:
             if bucket.work is not None and bucket.work.test():
                 bucket.work = None
 
-    def tie_reduce(self) -> None:
-        """See `Reducer`."""
-        sum_tied_copies(self.buffers, self.mesh)
-        for bucket in self.buckets:
-            if bucket.tied:
-                bucket.waiting = 0
-
     def finish(self) -> None:
-        """See `Reducer`."""
-        started = time.perf_counter()
+        """Launch the remaining buckets and wait for all."""
         while self._next < len(self.buckets):
             self._launch(self.buckets[self._next])
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()
                 bucket.work = None
-        self.exposed_seconds += time.perf_counter() - started
-
-    def sum_of_squares(self) -> float:
-        """See `Reducer`. Replicas hold the same sums: the first one counts."""
-        return sum(map(kernels.sum_of_squares, self._counted)) if self._first_replica else 0.0
-
-    def _launch_ready(self) -> None:
-        while self._next < len(self.buckets) and self.buckets[self._next].waiting == 0:
-            self._launch(self.buckets[self._next])
 
     def _launch(self, bucket: Bucket) -> None:
         for slot in bucket.slots:
@@ -168,32 +120,66 @@ class GradReducer:
         self._next += 1
 
 
-def sum_tied_copies(buffers: FlatBuffers, mesh: Mesh) -> None:
-    """Add up the gradients of tied weights over the stages that hold a copy."""
-    for span in buffers.spans():
-        parameter = span.parameter
-        if parameter.spec.tie is not None:
-            comm = mesh.tie(parameter.spec.tie)
-            assert comm is not None, f"rank holds {parameter.name} but is not in its tie group"
-            slot = parameter.slot()
-            slot.finish()
-            comm.all_reduce_(slot.buf)
-            slot.writes += 1
+class AllReduce(Replication):
+    """Replicas that each hold everything and all-reduce their gradients in buckets."""
+
+    def __init__(self, mesh: Mesh, layout: Layout, memory: Memory, bucket_bytes: int) -> None:
+        super().__init__(mesh, layout, memory)
+        self.bucket_bytes = bucket_bytes
+
+    def attach(self, buffers: Mapping[int, FlatBuffers]) -> None:
+        """Cut the gradients of each stage into buckets."""
+        super().attach(buffers)
+        self._reducers = {
+            stage: BucketReducer(b, self.mesh, self.bucket_bytes) for stage, b in buffers.items()
+        }
+        self._counted = [
+            b.grads[part]
+            for stage, b in buffers.items()
+            for part, counts in counted_parts(b.layout, self.layout, stage, self.mesh.coords)
+            if counts
+        ]
+
+    def observer(self, stage: int) -> BackwardObserver | None:
+        """Return the stage's bucket reducer if there is another replica."""
+        reducer = self._reducers[stage]
+        return reducer if reducer.overlaps else None
+
+    def begin_step(self) -> None:
+        """Discard last step's gradients."""
+        super().begin_step()
+        for reducer in self._reducers.values():
+            reducer.start_step()
+
+    def reduce(self, stage: int) -> None:
+        """Wait for the sums of all buckets of the stage."""
+        started = time.perf_counter()
+        self._reducers[stage].finish()
+        self.exposed_seconds += time.perf_counter() - started
+
+    def sum_of_squares(self) -> Any:
+        """Return the squared norm of the parameters that this rank counts."""
+        return sum(map(kernels.sum_of_squares, self._counted))
 
 
-def counted(parameter: Parameter, mesh: Mesh) -> bool:
-    """Whether this rank counts its part of `parameter` in sums over the tp and pp ranks: a
-    replicated parameter counts on one rank, a tied one in its first copy."""
-    return ("tp" in parameter.spec.axes or mesh.coord("tp") == 0) and (
-        parameter.spec.tie is None or mesh.coord("pp") == 0
-    )
+def counted_parts(
+    flat: FlatLayout,
+    layout: Layout,
+    stage: int,
+    coords: Mapping[str, int],
+    axes: Sequence[str] = (*TOKEN_AXES, "tp"),
+) -> Iterator[tuple[slice, bool]]:
+    """Yield maximal slices of a stage's flat buffer with whether this rank counts them in a norm.
 
+    Of the ranks along `axes` that hold the same values, the first one counts; of a tied weight,
+    the owner's copy. Gaps between parameters hold zeros, so joining neighbours is exact.
+    """
 
-def by_counting(buffers: FlatBuffers, mesh: Mesh) -> Iterator[tuple[slice, bool]]:
-    """The flat buffers cut where `counted` changes: long parts, since neighbours are joined and the
-    gaps between them hold zeros."""
-    for counts, spans in itertools.groupby(
-        buffers.spans(), lambda span: counted(span.parameter, mesh)
-    ):
+    def counts(span: Span) -> bool:
+        spec = span.parameter.spec
+        first = all(axis in spec.axes or coords[axis] == 0 for axis in axes)
+        return first and layout.owns(stage, spec.tie)
+
+    for counted, spans in itertools.groupby(flat.spans(), counts):
         members = list(spans)
-        yield slice(members[0].start, members[-1].stop), counts
+        yield slice(members[0].start, members[-1].stop), counted

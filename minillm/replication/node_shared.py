@@ -1,22 +1,21 @@
-"""Data parallelism within a node: ranks that share memory hold one copy of the parameters and
-reduce without messages.
+"""Data parallelism in shared memory: the ranks of a node hold one copy of the parameters.
 
-The parameters and the optimizer's state of a stage exist once on each node, in a window of shared
-memory; every rank has its gradients in a window too, where the others can read them. A step of n
-ranks: each computes its gradients; a barrier; rank r adds up share r of all n gradients, and their
-squares on the way; rank r updates share r of the parameters with share r of the optimizer's state;
-a barrier. No all-reduce, no all-gather, and the work of the optimizer is divided by n (the idea of
-MPI-3 shared memory, Hoefler et al. 2013, doi:10.1007/s00607-013-0324-2, applied to a sharded update
-as in ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054).
+Parameters and optimizer state of a stage exist once a node, in a window of MPI-3 shared memory
+(Hoefler et al. 2013, doi:10.1007/s00607-013-0324-2). Each rank has its gradients in a window that
+the others can read. The update is sharded as in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
 
-With several nodes, the ranks that have the same share on their nodes all-reduce it among themselves
-before the update, so each byte crosses the network once for each node, not for each rank. Every
-node updates its own copy.
+A step of n ranks:
+1. Each rank computes its gradients. Barrier A.
+2. Rank r sums share r of all n gradients, in rank order, and the squares of the sum.
+3. All ranks agree on the loss.
+4. Rank r updates share r of the parameters. Barrier B.
 
-Sums are taken in the order of the ranks. A rank's next backward pass may not overwrite a gradient
-that another still reads, and no rank may read parameters half updated: the first barrier of a step
-covers evaluation and checkpoints since the last, the agreement on the loss covers the reading of
-gradients, the second barrier the update.
+There is no all-reduce and no all-gather inside a node. Between nodes, the ranks with equal shares
+all-reduce them before the update, so each byte crosses the network once a node.
+
+Three synchronisations protect three hazards. Barrier A: gradients are complete before another rank
+reads them. The agreement: all reads end before the next backward pass writes. Barrier B: parameters
+are updated before the next forward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,17 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.arrays import ALIGNMENT, Array
-from minillm.base.device import CPU, Device
-from minillm.base.errors import ConfigError
+from minillm.base.device import CPU
 from minillm.comm.communicator import Communicator, SharedWindow
 from minillm.comm.ledger import ledger
 from minillm.comm.mesh import Mesh
+from minillm.layout.flat import Run
 from minillm.layout.mesh_shape import TOKEN_AXES
-from minillm.params.storage import FlatBuffers, Memory, PrivateMemory, Run, overlap
-from minillm.replication.all_reduce import by_counting, sum_tied_copies
+from minillm.layout.placement import Layout
+from minillm.layout.sharding import overlap
+from minillm.params.storage import FlatBuffers
+from minillm.replication.all_reduce import counted_parts
+from minillm.replication.protocol import Replication
 
 SHARED_FOLDER = Path("/dev/shm")  # where MPI libraries keep windows on Linux
 SPARE_BYTES = 64 << 20  # of shared memory, left for MPI's own messages
@@ -48,42 +50,45 @@ SPARE_BYTES = 64 << 20  # of shared memory, left for MPI's own messages
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """The data-parallel replicas of one node, and those that have this rank's place on the other
-    nodes."""
+    """Replicas on this node, and the replicas with this rank's place on the other nodes."""
 
     node: Communicator
     peers: Communicator
 
 
 class NodeMemory:
-    """The `Memory` of a node's replicas: windows that all of them address."""
+    """Memory of the replicas of one node: windows that all of them address."""
 
     device = CPU
+    axes: tuple[str, ...] = ()
 
     def __init__(self, group: NodeGroup) -> None:
         self.group = group
-        self.rank, self.size = group.node.rank, group.node.size
+        self.rank, self.size = self.alias = group.node.rank, group.node.size
         self.description = (
             f"parameters and optimizer state shared by {self.size} ranks of each node"
         )
         self._windows: list[tuple[Array, SharedWindow]] = []
 
     def common(self, size: int, dtype: np.dtype) -> Array:
-        """See `Memory`. It lies in the window of the first rank."""
+        """Return zeros [size] in the window of the node's first rank."""
         return self._allocate(size if self.rank == 0 else 0, dtype, of=0)
 
     def own(self, size: int, dtype: np.dtype) -> Array:
-        """See `Memory`."""
+        """Return zeros [size] in this rank's window."""
         return self._allocate(size, dtype, of=self.rank)
 
+    def state(self, size: int, dtype: np.dtype, step: int) -> tuple[Array, int]:
+        """Return zeros [size] for all ranks of the node, which begin at element 0."""
+        return self.common(size, dtype), 0
+
     def everyones(self, array: Array) -> list[Array]:
-        """What the ranks of the node hold where this one holds `array`, which `own` has made, in
-        rank order."""
+        """Return the node's arrays, in rank order, that correspond to `array`, made by `own`."""
         window = next(window for made, window in self._windows if made is array)
         return [part.view(array.dtype) for part in window.parts]
 
     def sync(self) -> None:
-        """See `Memory`."""
+        """Barrier of the node."""
         self._windows[0][1].sync()
 
     def _allocate(self, size: int, dtype: np.dtype, of: int) -> Array:
@@ -93,43 +98,31 @@ class NodeMemory:
         return array
 
 
-def choose_memory(
-    mesh: Mesh, wanted: str, num_values: int, dtype: np.dtype, device: Device = CPU
-) -> Memory:
-    """Shared memory for buffers of `num_values` elements if `wanted` ("auto", "on", "off") and the
-    machine allow it, else private memory; on a GPU always private. Collective over the mesh.
+def find_group(mesh: Mesh, num_values: int, dtype: np.dtype) -> NodeGroup | str:
+    """Return the group that can share buffers of `num_values` elements, or why none can.
 
-    Raises ConfigError on every rank if it is "on" but impossible.
+    Collective over the mesh; all ranks get a group, or the same reason.
     """
-    if device is not CPU:
-        return PrivateMemory(device.describe(), device)
     replicas = mesh.axis(*TOKEN_AXES)
-    if wanted == "off" or (wanted == "auto" and replicas.size == 1):
-        return PrivateMemory()
     node = replicas.split_by_node()
-    own = (
-        num_values * dtype.itemsize * (1 + 3 / node.size)
-    )  # its gradients, its share of the parameters and of AdamW's state
+    # Its gradients, and its share of the parameters and of AdamW's two moments.
+    own = num_values * dtype.itemsize * (1 + 3 / node.size)
     needed = mesh.world.split_by_node().all_reduce_(np.array([own]), kind="control")
-    problem = _obstacle(
-        mesh.world.gather_json(
-            [node.size, node.rank, replicas.rank, float(needed[0]), _free_bytes()]
-        )
-    )
-    if problem and wanted == "on":
-        raise ConfigError(f"--node-shared on: {problem}; use --node-shared off")
+    places = [node.size, node.rank, replicas.rank, float(needed[0]), _free_bytes()]
+    problem = _obstacle(mesh.world.gather_json(places))
     if problem:
-        return PrivateMemory(f"not shared within nodes: {problem}")
+        return problem
     peers = replicas.split(node.rank, replicas.rank, f"{replicas.name} between nodes")
     assert peers is not None
-    group = NodeGroup(node.dup(f"{replicas.name} in node"), peers)
-    return NodeMemory(group)
+    return NodeGroup(node.dup(f"{replicas.name} in node"), peers)
 
 
 def _obstacle(places: list[list[Any]]) -> str:
-    """Why the replicas cannot share memory; empty if they can. `places` holds for every rank of the
-    mesh: how many of its replicas are on its node, its place among them and among all replicas, the
-    bytes that its node needs of shared memory, and the bytes free there."""
+    """Return why the replicas cannot share memory; empty if they can.
+
+    `places` holds for each rank of the mesh: the number of its replicas on its node, its place
+    among them and among all replicas, the bytes of shared memory its node needs, and those free.
+    """
     sizes = sorted({place[0] for place in places})
     if sizes == [1]:
         return "every data-parallel rank is on a node of its own"
@@ -151,74 +144,72 @@ def _free_bytes() -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of this rank's share that is reduced at once."""
+    """Part of this rank's share that is summed at once."""
 
     part: slice
     run: Run
-    counts: bool  # whether this rank counts it in the norm
+    counts: bool  # in the norm, on this rank
 
 
-class NodeReducer:
-    """The `Reducer` of ranks that share memory: nothing happens before all have finished their
-    backward pass."""
+class NodeShared(Replication):
+    """Replicas that share one copy of the parameters on each node."""
 
-    observer = None
+    memory: NodeMemory
 
-    def __init__(
-        self, buffers: FlatBuffers, mesh: Mesh, memory: NodeMemory, piece_bytes: int
-    ) -> None:
-        self.buffers, self.mesh, self.memory = buffers, mesh, memory
+    def __init__(self, mesh: Mesh, layout: Layout, memory: NodeMemory, piece_bytes: int) -> None:
+        super().__init__(mesh, layout, memory)
         self.node, self.peers = memory.group.node, memory.group.peers
-        self.exposed_seconds = 0.0
-        self.pieces = list(self._cut(max(1, piece_bytes // buffers.grads.itemsize)))
-        self._grads = memory.everyones(buffers.grads)
-        self._squares = 0.0
+        self.piece_bytes = piece_bytes
 
-    def _cut(self, length: int) -> Iterator[Piece]:
-        step = ALIGNMENT // self.buffers.grads.itemsize
-        length = max(1, length // step) * step
-        for run, part in self.buffers.shared_runs():
-            for zone, counts in by_counting(self.buffers, self.mesh):
+    def attach(self, buffers: Mapping[int, FlatBuffers]) -> None:
+        """Cut this rank's share of each stage into pieces."""
+        super().attach(buffers)
+        self.pieces = {stage: list(self._cut(stage, b)) for stage, b in buffers.items()}
+        self._grads = {stage: self.memory.everyones(b.grads) for stage, b in buffers.items()}
+        self._squares: dict[int, Any] = {}
+
+    def _cut(self, stage: int, buffers: FlatBuffers) -> Iterator[Piece]:
+        step = ALIGNMENT // buffers.grads.itemsize
+        length = max(1, self.piece_bytes // buffers.grads.itemsize // step) * step
+        zones = list(
+            counted_parts(buffers.layout, self.layout, stage, self.mesh.coords, axes=("tp",))
+        )
+        for run, part in buffers.shared_runs():
+            for zone, counts in zones:
                 whole = overlap(part, zone)
                 for start in range(whole.start, whole.stop, length):
                     yield Piece(slice(start, min(start + length, whole.stop)), run, counts)
 
-    def start_step(self) -> None:
-        """See `Reducer`."""
-        self.buffers.start_step()
+    def reduce(self, stage: int) -> None:
+        """Sum this rank's share of the stage's gradients over all replicas.
 
-    def tie_reduce(self) -> None:
-        """See `Reducer`."""
-        sum_tied_copies(self.buffers, self.mesh)
-
-    def finish(self) -> None:
-        """See `Reducer`. Afterwards this rank's share of its gradients holds the sum, and the rest
-        of them nothing of use."""
+        Afterwards the rest of its gradient buffer is undefined.
+        """
         started = time.perf_counter()
-        for slot in self.buffers.slots:
-            slot.finish()
+        super().reduce(stage)
         self.memory.sync()
-        works = []
-        self._squares = 0.0
-        for piece in self.pieces:
-            squares = self._sum_over_node(piece)
+        works, squares = [], 0.0
+        grads = self.buffers[stage].grads
+        for piece in self.pieces[stage]:
+            found = self._sum_over_node(stage, piece)
             if self.peers.size > 1:
-                works.append(self.peers.iall_reduce_(self.buffers.grads[piece.part]))
-            elif piece.counts and not piece.run.partial_over:
-                self._squares += squares
+                works.append(self.peers.iall_reduce_(grads[piece.part]))
+            elif piece.counts and not _beyond_tokens(piece.run):
+                squares += found
         for work in works:
             work.wait()
-        for piece in self.pieces:
-            self._sum_over_mesh(piece)
+        for piece in self.pieces[stage]:
+            squares += self._sum_over_mesh(grads[piece.part], piece)
+        self._squares[stage] = squares
         self.exposed_seconds += time.perf_counter() - started
 
-    def sum_of_squares(self) -> float:
-        """See `Reducer`. All nodes hold the same sums: the first one counts."""
-        return self._squares if self.peers.rank == 0 else 0.0
+    def sum_of_squares(self) -> Any:
+        """Return the squared norm of this rank's share; of all nodes the first one counts."""
+        return sum(self._squares.values()) if self.peers.rank == 0 else 0.0
 
-    def _sum_over_node(self, piece: Piece) -> float:
-        """Returns the sum of squares of the sum."""
-        parts = [grads[piece.part] for grads in self._grads]
+    def _sum_over_node(self, stage: int, piece: Piece) -> float:
+        """Sum a piece over the node in place; return the sum of squares of the result."""
+        parts = [grads[piece.part] for grads in self._grads[stage]]
         started = time.perf_counter()
         squares = kernels.sum_arrays(parts[self.node.rank], parts)
         read = (len(parts) - 1) * parts[0].nbytes
@@ -227,13 +218,16 @@ class NodeReducer:
         )
         return squares
 
-    def _sum_over_mesh(self, piece: Piece) -> None:
-        """What is left where the sum over this node's replicas is not all."""
-        if self.peers.size == 1 and not piece.run.partial_over:
-            return
-        part = self.buffers.grads[piece.part]
-        for axis in piece.run.partial_over:
-            if axis not in TOKEN_AXES:
-                self.mesh.axis(axis).all_reduce_(part)
-        if piece.counts:
-            self._squares += kernels.sum_of_squares(part)
+    def _sum_over_mesh(self, part: Array, piece: Piece) -> float:
+        """Finish a piece whose sum over this node is not all; return its squares if counted."""
+        beyond = _beyond_tokens(piece.run)
+        if self.peers.size == 1 and not beyond:
+            return 0.0
+        for axis in beyond:
+            self.mesh.axis(axis).all_reduce_(part)
+        return kernels.sum_of_squares(part) if piece.counts else 0.0
+
+
+def _beyond_tokens(run: Run) -> tuple[str, ...]:
+    """Return the reduction axes over which the replicas of the token axes do not extend."""
+    return tuple(axis for axis in run.sum_axes if axis not in TOKEN_AXES)

@@ -9,13 +9,14 @@ from typing import Any
 
 from minillm.base.device import CPU, Device
 from minillm.base.log import compact
-from minillm.checkpoint.key import kernel_choices
+from minillm.base.process_memory import peak_rss
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import Row, RowKey
 from minillm.data.corpus import Corpus
 from minillm.kernels import native
-from minillm.pipeline.stage import Stage
-from minillm.training.memory import peak_rss, predicted
+from minillm.training.assembly import Assembly
+from minillm.training.memory import predicted
+from minillm.training.numeric_key import kernel_choices
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import StepReport
 
@@ -23,20 +24,17 @@ from minillm.training.trainer import StepReport
 def plan(
     config: ResolvedConfig,
     corpus: Corpus,
-    stages: Mapping[int, Stage],
+    assembly: Assembly,
     threads: int,
     comm: Communicator,
 ) -> list[str]:
     """The resolved plan as lines: data, model, layout, batch, and the memory that the largest rank
     will need. Collective."""
     model, train = config.model, config.train
-    own = sum(stage.buffers.values.size for stage in stages.values())
-    index, buffers = _first(stages)
-    kinds = predicted(config, index, buffers)
-    needs = {
-        kind: sum(predicted(config, i, s.buffers)[kind] for i, s in stages.items())
-        for kind in kinds
-    }
+    own = sum(buffers.layout.size for buffers in assembly.buffers)
+    memory, pp_rank = assembly.replication.memory, assembly.mesh.coord("pp")
+    shared_by = memory.alias[1]
+    needs = predicted(config, assembly.layout, pp_rank, shared_by=shared_by)
     everyone = comm.gather_json([own, needs])
     most = max((entry[1] for entry in everyone), key=lambda kinds: sum(kinds.values()))
     parts = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in most.items() if size)
@@ -51,11 +49,11 @@ def plan(
         f"layout  {plural(config.num_ranks, 'rank')}: dp {config.dp} x tp {config.tp}{sequence} x "
         f"pp {config.pp}{pipeline}, "
         f"{plural(threads, 'thread')} "
-        f"each{'; ' + buffers.memory.description if buffers.memory.description else ''}",
+        f"each{'; ' + memory.description if memory.description else ''}",
         f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in "
         f"{plural(config.num_microbatches, 'microbatch', 'es')} "
         f"of {config.microbatch} per dp rank; {train.steps} steps",
-        f"kernels {_kernels(config, buffers.memory.device)}",
+        f"kernels {_kernels(config, assembly.device)}",
         f"memory  {sum(most.values()) / 1e6:.0f} MB predicted for the largest rank ({parts})",
     ]
 
@@ -74,11 +72,6 @@ def _kernels(config: ResolvedConfig, device: Device) -> str:
         native.blas_unavailable if choices["matmul"] == "c:baseline" else None
     )
     return f"{words} ({missing})" if missing else words
-
-
-def _first(stages: Mapping[int, Stage]) -> tuple[int, Any]:
-    index, stage = next(iter(stages.items()))
-    return index, stage.buffers
 
 
 def plural(number: int, word: str, ending: str = "s") -> str:

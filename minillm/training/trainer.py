@@ -1,133 +1,134 @@
-"""Training: one step from batch to updated weights, evaluation, and what a checkpoint holds. The
-loop around it is train.py.
+"""Training step: from the batches of a step to updated weights. The loop around it is train.py.
 
-A step: every rank runs its row of the schedule over its microbatches; gradients are reduced while
-the last backward runs; all ranks agree on the loss, the norm and whether somebody asked to stop;
-then all update, or none does. On a GPU that decision stays on the device, and the host reads the
-numbers of a step only after it has queued the next one.
+Every rank runs its row of the schedule over its microbatches. Gradients are reduced while the last
+backward pass runs. All ranks agree on the loss, the norm and requests to stop; then all update, or
+none does. On a GPU the decision stays on the device, and the host reads the numbers of a step only
+after it has queued the next one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from minillm.base.arrays import to_host
 from minillm.base.device import CPU, Device
 from minillm.base.errors import CommError
+from minillm.base.process_memory import peak_rss
 from minillm.base.trace import Tracer
 from minillm.checkpoint import StateSource, StateTensor, load
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.mesh import Mesh
 from minillm.comm.process import agree
-from minillm.data.batches import Batches
+from minillm.layout.placement import Layout
+from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.gpt import INIT_STD
-from minillm.params.where import Where
+from minillm.models.protocol import Architecture
+from minillm.pipeline.action import Schedule
 from minillm.pipeline.lower import lower
-from minillm.pipeline.runtime import PipelineRuntime
+from minillm.pipeline.runtime import PipelineRuntime, Sums
 from minillm.pipeline.schedules import SCHEDULES
-from minillm.pipeline.stage import Microbatch
-from minillm.training.assembly import (
-    build_adamw,
-    build_mesh,
-    build_stages,
-    optimizer_state,
-    weights,
-)
-from minillm.training.memory import peak_rss, predicted
+from minillm.replication.protocol import Replication
+from minillm.tasks.protocol import Task
+from minillm.training.assembly import assemble
+from minillm.training.memory import predicted
 from minillm.training.optim import SGD, AdamW, learning_rate
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.verdict import Verdict, judge
+from minillm.training.verdict import Judge, Verdict
 
 
 class StepReport(NamedTuple):
-    """One step: what all ranks agreed on, learning rate, whether any rank was asked to stop, and
-    the peak memory in bytes of the largest rank (on a GPU, of the device), the same on every rank;
-    this rank's seconds in all, in reductions that backward did not hide, and in the optimizer.
+    """Outcome of one step.
 
     On a GPU `loss` and `grad_norm` wait for the device, and raise NotFinite if they are not finite.
     """
 
     step: int
-    verdict: Verdict
+    verdict: Verdict  # agreed by all ranks
     lr: float
-    stop: bool
-    peak_bytes: int
-    seconds: float
-    exposed_seconds: float
-    optimizer_seconds: float
+    stop: bool  # a rank was asked to stop
+    peak_bytes: int  # of the largest rank; on a GPU, of the device
+    seconds: float  # of this rank, in all
+    exposed_seconds: float  # s this rank waited in reductions that backward did not hide
+    optimizer_seconds: float  # s of this rank
 
     @property
     def loss(self) -> float:
-        """Mean loss of the step's tokens."""
+        """The sum of the step's losses, each a mean over the global batch."""
         return self.verdict.numbers()[0]
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the whole gradient, before clipping."""
+        """The norm of the whole gradient before clipping."""
         return self.verdict.numbers()[1]
 
 
 class Trainer:
-    """One rank's part of a training run. `std` is the scale of the initial weights; `optimizer`
-    defaults to AdamW."""
+    """One rank's part of a training run.
+
+    `std` is the scale of the initial weights. `schedule` and `replicate` replace the pipeline
+    schedule and the data-parallel method that the configuration names. Collective over `world`.
+    """
 
     def __init__(
         self,
         config: ResolvedConfig,
         world: Communicator,
-        batches: Batches,
+        task: Task,
         *,
+        architecture: Architecture = GPT,
         tracer: Tracer | None = None,
         std: float = INIT_STD,
-        mesh: Mesh | None = None,
         optimizer: type[AdamW] | type[SGD] = AdamW,
         device: Device = CPU,
+        schedule: Schedule | None = None,
+        replicate: Callable[[Mesh, Layout], Replication] | None = None,
     ) -> None:
-        self.config, self.world, self.batches, self.tracer, self.device = (
+        self.config, self.world, self.task, self.device = config, world, task, device
+        train = config.train
+        if schedule is None:
+            schedule = SCHEDULES[train.schedule](config.pp, config.num_microbatches)
+        self.model = assemble(
             config,
             world,
-            batches,
-            tracer,
-            device,
+            architecture=architecture,
+            std=std,
+            device=device,
+            rank_of_stage=schedule.rank_of_stage,
+            replicate=replicate,
         )
-        self.mesh = mesh or build_mesh(world, config)
-        self.stages = build_stages(config, self.mesh, std=std, device=device)
-        self.buffers = [stage.buffers for stage in self.stages.values()]
-        self.memory = self.buffers[0].memory
-        self.optimizer = (
-            build_adamw(config, self.stages) if optimizer is AdamW else SGD(self.buffers)
+        self.mesh, self.replication = self.model.mesh, self.model.replication
+        buffers = self.model.buffers
+        self.optimizer: AdamW | SGD = (
+            AdamW(buffers, beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay)
+            if optimizer is AdamW
+            else SGD(buffers)
         )
-        self.stop_requested = False
         if device is not CPU:
-            needs = [
-                predicted(config, index, stage.buffers) for index, stage in self.stages.items()
-            ]
-            device.reserve(sum(kinds["activations"] + kinds["logits"] for kinds in needs))
-        schedule = SCHEDULES[config.train.schedule](config.pp, config.num_microbatches)
-        ties = (0, config.pp - 1) if config.model.tied and config.pp > 1 else ()
+            needs = predicted(config, self.model.layout, self.mesh.coord("pp"), architecture)
+            device.reserve(needs["activations"] + needs["logits"])
         self.runtime = PipelineRuntime(
-            lower(schedule, ties=ties),
-            self.stages,
+            lower(schedule, ties=self.model.layout.tied_stages),
+            self.model.stages,
             self.mesh.axis("pp"),
+            self.replication,
             tracer=tracer,
             optimizer_step=self._optimizer_step,
         )
-        self._reducers = [
-            stage.reducer for stage in self.stages.values() if stage.reducer is not None
-        ]
-        self._times = np.arange(config.model.context)
-        first = self.mesh.coord("dp") * config.microbatch * config.num_microbatches
-        rows = np.arange(first, first + config.microbatch * config.num_microbatches)
-        self._rows = np.split(
-            rows, config.num_microbatches
-        )  # this rank's sequences of the global batch, by microbatches
-        train = config.train
-        self._advice = f"try a smaller --lr (now {train.lr:g}), a longer --warmup (now {config.warmup}) or a smaller --clip"
-        self._verdict: Verdict | None = None
+        per_rank = config.microbatch * config.num_microbatches
+        rows = np.arange(per_rank) + self.mesh.axis("dp", "ep").rank * per_rank
+        # This rank's sequences of the global batch, by microbatches.
+        self._rows = np.split(rows, config.num_microbatches)
+        advice = (
+            f"try a smaller --lr (now {train.lr:g}), a longer --warmup (now {config.warmup}) or a "
+            "smaller --clip"
+        )
+        self._judge = Judge(device, task.losses, train.clip, advice)
+        self.stop_requested = False
 
     @property
     def lag(self) -> int:
@@ -135,55 +136,37 @@ class Trainer:
         return int(self.device is not CPU)
 
     def step(self, step: int) -> StepReport:
-        """Run step `step` (from 0). Raises NotFinite, on every rank and before any update, if the
-        loss or the gradient is not finite: on a GPU those of the step before, with no update
-        since."""
-        started, exposed = time.perf_counter(), self._exposed()
-        self._step, before = step, self._verdict
-        self.runtime.run(
-            [self._microbatch(step, rows) for rows in self._rows], self.config.tokens_per_step
-        )
+        """Run step `step` (from 0). Collective.
+
+        Raises NotFinite on every rank, before any update, if the loss or the gradient is not
+        finite. On a GPU the error arrives one step late; no later step has changed the weights.
+        """
+        started, exposed = time.perf_counter(), self.replication.exposed_seconds
+        self._step, before = step, self._judge.last
+        self.runtime.run([self.task.batch(step, rows, self.device) for rows in self._rows])
         if before is not None and self.lag:
             before.numbers()  # so that the host is never more than a step ahead
-        seconds = time.perf_counter() - started
-        stop, peak = self._worst[0] > 0, int(self._worst[1])
-        assert self._verdict is not None
+        stop, peak = self._worst
         return StepReport(
             step,
             self._verdict,
             self._lr,
-            stop,
-            peak,
-            seconds,
-            self._exposed() - exposed,
+            stop > 0,
+            int(peak),
+            time.perf_counter() - started,
+            self.replication.exposed_seconds - exposed,
             self._optimizer_seconds,
         )
 
-    def _microbatch(self, step: int, rows: np.ndarray) -> Microbatch:
-        inputs, targets = self.batches.microbatch(step, rows)
-        where = Where(step, rows, self._times, device=self.device)
-        return Microbatch(self.device.upload(inputs), self.device.upload(targets), where)
-
-    def _optimizer_step(self, local_loss: Any) -> None:
-        """Agree on loss, norm and stopping over all ranks, then update everywhere or nowhere."""
-        train = self.config.train
-        loss, squares = (
-            local_loss if self.mesh.coord("tp") == 0 else 0.0,
-            sum(reducer.sum_of_squares() for reducer in self._reducers),
-        )
-        self._verdict = judge(
-            self.device,
-            self.world,
-            self._step,
-            loss,
-            squares,
-            train.clip,
-            self._verdict,
-            self._advice,
-        )
-        self._worst = self.world.reduce_numbers(
-            [self.stop_requested, self.device.peak_bytes() or peak_rss()], MAX
-        )
+    def _optimizer_step(self, losses: Sums) -> None:
+        """Agree on losses, norm and stopping, then update everywhere or nowhere."""
+        train, ranks = self.config.train, self.replication.agreeing
+        # The ranks along tp compute equal losses: the first one counts.
+        own = losses if self.mesh.coord("tp") == 0 else {}
+        squares = self.replication.sum_of_squares()
+        self._verdict = self._judge.agree(ranks, self._step, own, squares)
+        peak = self.device.peak_bytes() or peak_rss()
+        self._worst = ranks.reduce_numbers([self.stop_requested, peak], MAX)
         if not self.lag:
             self._verdict.numbers()
         self._lr = learning_rate(
@@ -195,36 +178,44 @@ class Trainer:
             schedule=train.lr_schedule,
         )
         started = time.perf_counter()
-        self.optimizer.step(self._step, self._lr, self._verdict.scale)
-        self.memory.sync()
+        self.replication.update(self.optimizer, self._step, self._lr, self._verdict.scale)
         self._optimizer_seconds = time.perf_counter() - started
 
-    def _exposed(self) -> float:
-        return sum(reducer.exposed_seconds for reducer in self._reducers)
-
-    def state(self) -> list[StateTensor]:
-        """Everything a resumed run needs besides the step: weights and optimizer state."""
-        return [*weights(self.stages), *optimizer_state(self.stages, self.optimizer)]
+    def state(self) -> Iterator[StateTensor]:
+        """Yield everything a resumed run needs besides the step."""
+        yield from self.model.weights()
+        for name, states in self.optimizer.state().items():
+            for stage, state in zip(self.model.stages, states, strict=True):
+                for parameter, sharded, data in state.tensors():
+                    owned = self.model.layout.owns(stage, parameter.spec.tie)
+                    full_name = f"optimizer/{name}/{parameter.name}"
+                    yield StateTensor(full_name, sharded, data, owned=owned)
+        yield from self.replication.state()
 
     def load(self, source: StateSource) -> None:
-        """Fill weights and optimizer state. Collective: every rank reads its part, those who share
-        memory each a part of the tensors. Raises CheckpointError on every rank if one cannot."""
-        mine = self.state()[self.memory.rank :: self.memory.size]
+        """Fill weights and optimizer state.
+
+        Ranks that share memory read a part of the tensors each. Collective. Raises CheckpointError
+        on every rank if one cannot read.
+        """
+        memory = self.replication.memory
+        first, step = memory.alias
+        mine = list(self.state())[first::step]
         agree(self.world, lambda: load(source, mine, self.mesh.shape, self.mesh.coords))
-        self.memory.sync()
+        memory.sync()
 
     def check_replicas(self) -> None:
-        """Compare a hash of the parameters over the data-parallel replicas. Raises CommError naming
-        the ranks that differ."""
+        """Compare a hash of the parameters over the data-parallel replicas. Collective.
+
+        Raises CommError naming the ranks that differ.
+        """
         digest = hashlib.blake2b(digest_size=16)
-        for buffers in self.buffers:
+        for buffers in self.model.buffers:
             digest.update(to_host(buffers.values).view(np.uint8).data)
-        comm = self.mesh.axis("dp")
-        hashes = comm.gather_json(digest.hexdigest())
+        hashes = self.mesh.axis("dp").gather_json(digest.hexdigest())
         odd = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
         if odd:
             raise CommError(
                 f"data-parallel replicas hold different parameters: dp ranks {odd} differ from dp "
-                "rank 0; the run cannot "
-                f"be trusted from here"
+                "rank 0; the run cannot be trusted from here"
             )

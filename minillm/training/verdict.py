@@ -1,15 +1,15 @@
-"""Whether a step's update is to be: all ranks agree on the loss and on the gradient's norm, and by
-what the gradient is scaled.
+"""Verdict on a step: may it update the weights?
 
-On the CPU the numbers are known at once. On a GPU they stay on the device: the scale is an array
-that the optimizer's kernel reads, NaN if the step is not to be, and the host reads loss and norm
-later. Until it has seen that a step failed, no further step changes anything either: a verdict is
-good only if the one before it was.
+All ranks agree on the losses, the gradient norm and the clipping factor. On the CPU the numbers are
+known at once. On a GPU they stay on the device: the optimizer's kernel reads the scale there, NaN
+if the step must not update, and the host reads loss and norm later. A verdict is good only if the
+one before it was, so no later step changes the weights before the host has seen a failure.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from minillm.base.arrays import Array
 from minillm.base.device import CPU, Device, Later
 from minillm.base.errors import MinillmError
 from minillm.comm.communicator import Communicator
-from minillm.training.optim import clip_scale
+
+CLIP_EPS = 1e-6  # added to the norm before division, as in PyTorch
 
 
 class NotFinite(MinillmError):
-    """The loss or gradient of `step` was infinite or not a number; the weights are those before
-    that step."""
+    """Infinite or undefined loss or gradient of `step`; the weights are those before that step."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -31,55 +31,87 @@ class NotFinite(MinillmError):
 
 
 class Verdict:
-    """What was agreed on a step. `scale` is for the optimizer: a number or an array of one on the
-    device; `good` lives there, too."""
+    """Agreement on a step.
+
+    `scale` is for the optimizer: a float, or an array of one element on the device, where `good`
+    lies as well.
+    """
 
     def __init__(
-        self, step: int, numbers: Later, scale: Any, good: Array | None, advice: str
+        self,
+        step: int,
+        names: Sequence[str],
+        numbers: Later,
+        scale: Any,
+        good: Array | None,
+        advice: str,
     ) -> None:
         self.step, self.scale, self.good = step, scale, good
-        self._numbers, self._advice = numbers, advice
+        self._names, self._numbers, self._advice = names, numbers, advice
 
     def numbers(self) -> tuple[float, float]:
-        """Loss and norm; waits for them. Raises NotFinite, on all ranks alike."""
-        loss, norm = (float(number) for number in self._numbers.read())
+        """Return the sum of all losses and the norm, waiting for the device.
+
+        Raises NotFinite, on all ranks alike.
+        """
+        *losses, norm = (float(number) for number in self._numbers.read())
+        loss = sum(losses)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            text = f"step {self.step}: the loss is {loss} and the gradient norm {norm}, so this update was not applied"
-            raise NotFinite(f"{text}; {self._advice}", self.step)
+            raise NotFinite(
+                f"step {self.step}: the loss is {loss} and the gradient norm {norm}, so this "
+                f"update was not applied; {self._advice}",
+                self.step,
+            )
         return loss, norm
 
+    def losses(self) -> dict[str, float]:
+        """Return each loss by name, waiting for the device."""
+        return dict(zip(self._names, map(float, self._numbers.read()), strict=False))
 
-def judge(
-    device: Device,
-    world: Communicator,
-    step: int,
-    loss: Any,
-    squares: Any,
-    max_norm: float,
-    before: Verdict | None,
-    advice: str,
-) -> Verdict:
-    """Agree on a step from this rank's parts of the loss and of the squared norm, which are numbers
-    or arrays without dims on the device. Collective.
 
-    `before` is the last step's verdict, `advice` what a user may try where a step fails.
+class Judge:
+    """Decision maker of a run, on `device`.
+
+    `names` are the losses of the model, the same on every rank. `max_norm` is the largest gradient
+    norm, 0 for no limit. `advice` tells the user what to try after a failure.
     """
-    if device is CPU:
-        loss, squares = world.reduce_numbers([loss, squares])
+
+    def __init__(self, device: Device, names: Sequence[str], max_norm: float, advice: str) -> None:
+        self.device, self.names, self.max_norm, self.advice = device, names, max_norm, advice
+        self.last: Verdict | None = None
+
+    def agree(
+        self, ranks: Communicator, step: int, losses: Mapping[str, Any], squares: Any
+    ) -> Verdict:
+        """Return the verdict on a step from this rank's parts of the losses and squared norm.
+
+        The parts are floats, or arrays without dims on the device. Collective over `ranks`.
+        """
+        parts = [*(losses.get(name, 0.0) for name in self.names), squares]
+        on_host = self.device is CPU
+        self.last = (self._on_host if on_host else self._on_device)(ranks, step, parts)
+        return self.last
+
+    def _on_host(self, ranks: Communicator, step: int, parts: list[Any]) -> Verdict:
+        *losses, squares = ranks.reduce_numbers(parts)
         norm = math.sqrt(squares) if squares >= 0 else math.nan
-        return Verdict(step, Later((loss, norm)), clip_scale(norm, max_norm), None, advice)
-    xp = device.xp
-    totals = xp.zeros(2, np.float64)
-    for place, part in enumerate((loss, squares)):
-        if not isinstance(
-            part, int | float
-        ):  # a rank without the last stage has no loss, and replicas count no squares: zero
-            totals[place] = part
-    world.all_reduce_(totals, kind="control")
-    norm = xp.sqrt(totals[1:])
-    good = xp.isfinite(totals[:1]) & xp.isfinite(norm)
-    if before is not None and before.good is not None:
-        good &= before.good
-    clipped = xp.minimum(max_norm / (norm + 1e-6), 1.0) if max_norm else xp.ones(1, np.float64)
-    scale = xp.where(good, clipped, math.nan).astype(np.float32)
-    return Verdict(step, device.later(xp.concatenate([totals[:1], norm])), scale, good, advice)
+        scale = min(1.0, self.max_norm / (norm + CLIP_EPS)) if self.max_norm else 1.0
+        return Verdict(step, self.names, Later((*losses, norm)), scale, None, self.advice)
+
+    def _on_device(self, ranks: Communicator, step: int, parts: list[Any]) -> Verdict:
+        xp = self.device.xp
+        totals = xp.zeros(len(parts), np.float64)
+        for i, part in enumerate(parts):
+            if not isinstance(part, int | float):  # a rank that computes no loss, or counts nothing
+                totals[i] = part
+        ranks.all_reduce_(totals, kind="control")
+        norm = xp.sqrt(totals[-1:])
+        good = xp.isfinite(totals[:-1].sum(keepdims=True)) & xp.isfinite(norm)
+        if self.last is not None and self.last.good is not None:
+            good &= self.last.good
+        clipped = xp.ones(1, np.float64)
+        if self.max_norm:
+            clipped = xp.minimum(self.max_norm / (norm + CLIP_EPS), 1.0)
+        scale = xp.where(good, clipped, math.nan).astype(np.float32)
+        numbers = self.device.later(xp.concatenate([totals[:-1], norm]))
+        return Verdict(step, self.names, numbers, scale, good, self.advice)

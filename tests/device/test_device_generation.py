@@ -18,7 +18,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.threads import run_ranks
 from minillm.inference.generation import Generator, caches
-from minillm.training.assembly import build_mesh, build_stages
+from minillm.training.assembly import assemble
 from minillm.training.resolve import ResolvedConfig
 
 PROMPT, LENGTH = 5, 12
@@ -29,8 +29,8 @@ def logits(comm: Communicator, config: ResolvedConfig) -> np.ndarray | None:
     """Of the prompt's last position and of each further token, on ranks of the last stage [steps,
     V]."""
     device = open_device(config.train.device)
-    mesh = build_mesh(on_device(comm, device, direct=False), config)
-    made = Generator(build_stages(config, mesh, training=False, std=0.1, device=device), mesh)
+    world = on_device(comm, device, direct=False)
+    made = Generator(assemble(config, world, training=False, std=0.1, device=device))
     cuts = [slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, LENGTH))]
     with no_grad(), caches(made.model, 1, LENGTH, made.stage.buffers.values.dtype, device):
         found = [made.logits(IDS[:, cut], np.arange(LENGTH)[cut]) for cut in cuts]

@@ -10,7 +10,7 @@ from minillm.autograd.tape import no_grad
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.inference.generation import Generator, Sampling, caches
-from minillm.training.assembly import build_mesh, build_stages
+from minillm.training.assembly import assemble
 from minillm.training.resolve import ResolvedConfig
 
 PROMPT, LENGTH = 5, 16
@@ -19,8 +19,7 @@ LAYOUTS = [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, pp=2)
 
 
 def generator(comm: Communicator, config: ResolvedConfig) -> Generator:
-    mesh = build_mesh(comm, config)
-    return Generator(build_stages(config, mesh, std=INIT_STD), mesh)
+    return Generator(assemble(config, comm, std=INIT_STD))
 
 
 def cached(made: Generator, dtype: np.dtype) -> list[np.ndarray | None]:

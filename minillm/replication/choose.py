@@ -1,0 +1,44 @@
+"""Choice of the data-parallel method, by option and machine."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minillm.base.device import CPU, Device
+from minillm.base.errors import ConfigError
+from minillm.comm.mesh import Mesh
+from minillm.layout.mesh_shape import TOKEN_AXES
+from minillm.layout.placement import Layout
+from minillm.params.storage import PrivateMemory
+from minillm.replication.all_reduce import AllReduce
+from minillm.replication.node_shared import NodeMemory, NodeShared, find_group
+from minillm.replication.protocol import Replication
+
+
+def choose(
+    mesh: Mesh,
+    layout: Layout,
+    num_values: int,
+    *,
+    node_shared: str,
+    bucket_bytes: int,
+    dtype: np.dtype,
+    device: Device = CPU,
+) -> Replication:
+    """Return shared memory within nodes where `node_shared` ("auto", "on", "off") and the machine
+    allow it, else all-reduce.
+
+    `num_values` are this rank's parameters. On a GPU memory is never shared. Collective over the
+    mesh. Raises ConfigError on every rank if "on" is impossible.
+    """
+    if device is not CPU:
+        return AllReduce(mesh, layout, PrivateMemory(device.describe(), device), bucket_bytes)
+    alone = mesh.axis(*TOKEN_AXES).size == 1
+    if node_shared == "off" or (node_shared == "auto" and alone):
+        return AllReduce(mesh, layout, PrivateMemory(), bucket_bytes)
+    group = find_group(mesh, num_values, dtype)
+    if not isinstance(group, str):
+        return NodeShared(mesh, layout, NodeMemory(group), bucket_bytes)
+    if node_shared == "on":
+        raise ConfigError(f"--node-shared on: {group}; use --node-shared off")
+    return AllReduce(mesh, layout, PrivateMemory(f"not shared within nodes: {group}"), bucket_bytes)

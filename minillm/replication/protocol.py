@@ -1,0 +1,126 @@
+"""Replication protocol: everything between a backward pass and the next forward pass.
+
+A data-parallel method decides where parameters, gradients and optimizer state live (`memory`), how
+gradients become their sum (`reduce`), which ranks agree on a step (`agreeing`), and how updated
+parameters reach the other replicas (`update`). The pipeline runtime and the trainer call these
+methods and know no more. A new method is one file with one subclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from minillm.autograd.backward import BackwardObserver
+from minillm.comm.communicator import Communicator
+from minillm.comm.mesh import Mesh
+from minillm.layout.placement import Layout
+from minillm.params.storage import FlatBuffers, Memory
+
+if TYPE_CHECKING:
+    from minillm.checkpoint.state import StateTensor
+
+
+class Optimizer(Protocol):
+    """Update rule over flat buffers."""
+
+    def step(self, step: int, lr: float, grad_scale: Any) -> None:
+        """Update this rank's share from the reduced gradient times `grad_scale`."""
+
+
+class Replication:
+    """One copy of the model: nothing is reduced. Base class of the data-parallel methods.
+
+    A run calls, in order: the constructor, `attach` with the buffers allocated in `memory`, and
+    for each step `begin_step`, the schedule's actions (`unshard`, `reshard`, `reduce_ties`,
+    `reduce`), `sum_of_squares` and `update`. All ranks make the same calls.
+    """
+
+    def __init__(self, mesh: Mesh, layout: Layout, memory: Memory) -> None:
+        self.mesh, self.layout, self.memory = mesh, layout, memory
+        self.exposed_seconds = 0.0
+        """Seconds in reductions that backward did not hide, since the start."""
+        self.buffers: Mapping[int, FlatBuffers] = {}
+
+    @property
+    def agreeing(self) -> Communicator:
+        """The ranks that agree on loss, norm and stopping: all, a group, or this rank alone."""
+        return self.mesh.world
+
+    def attach(self, buffers: Mapping[int, FlatBuffers]) -> None:
+        """Take over the buffers of this rank's stages (stage -> buffers). Collective."""
+        self.buffers = buffers
+        self._ties = {
+            name: [
+                parameter
+                for stage in stages
+                if stage in buffers
+                for parameter in buffers[stage].parameters
+                if parameter.spec.tie == name
+            ]
+            for name, stages in sorted(self.layout.ties.items())
+        }
+
+    def observer(self, stage: int) -> BackwardObserver | None:
+        """Return the observer of the last backward pass of `stage`; None if nothing overlaps."""
+        return None
+
+    def begin_step(self) -> None:
+        """Discard last step's gradients."""
+        for buffers in self.buffers.values():
+            buffers.start_step()
+
+    def unshard(self, stage: int) -> None:
+        """Make the parameters of `stage` whole before they are used."""
+
+    def reshard(self, stage: int) -> None:
+        """Release what `unshard` gathered."""
+
+    def reduce_ties(self) -> None:
+        """Sum the gradients of each tied weight over all its copies, on this rank and on others.
+
+        Runs before `reduce`. Collective over the ranks that hold a copy.
+        """
+        for name, copies in self._ties.items():
+            if not copies:
+                continue
+            slots = [parameter.slot() for parameter in copies]
+            for slot in slots:
+                slot.finish()
+            for other in slots[1:]:
+                slots[0].buf += other.buf
+            group = self.mesh.tie(name)
+            if group is not None and group.size > 1:
+                group.all_reduce_(slots[0].buf)
+            for slot in slots:
+                if slot is not slots[0]:
+                    slot.buf[...] = slots[0].buf
+                slot.writes += 1
+
+    def reduce(self, stage: int) -> None:
+        """Return once the gradients of `stage` are summed over the replicas.
+
+        The gradient of a parameter that no microbatch used is zero.
+        """
+        for slot in self.buffers[stage].slots:
+            slot.finish()
+
+    def sum_of_squares(self) -> Any:
+        """Return this rank's part of the squared gradient norm of the whole model.
+
+        Added over all ranks, every parameter counts once.
+        """
+        raise TypeError(f"{type(self).__name__} does not define sum_of_squares")
+
+    def update(self, optimizer: Optimizer, step: int, lr: float, scale: Any) -> None:
+        """Update this rank's share of the parameters, then publish them to the replicas."""
+        optimizer.step(step, lr, scale)
+        self.memory.sync()
+
+    def state(self) -> Iterator[StateTensor]:
+        """Yield what a resumed run needs besides weights and optimizer state."""
+        return iter(())
+
+
+ReplicationFactory = Callable[[Mesh, Layout, int], Replication]
+"""Make a method from the mesh, the layout and the number of parameters on this rank. Collective."""

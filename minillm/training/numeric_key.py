@@ -1,0 +1,80 @@
+"""Numeric key: all that decides the order in which numbers are added, besides the options.
+
+Two runs with equal options and equal keys give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minillm import kernels
+from minillm.base.device import CPU, Device
+from minillm.comm.communicator import Communicator
+from minillm.training.resolve import ResolvedConfig
+
+
+def numeric_key(
+    config: ResolvedConfig, world: Communicator, shared_by: int, device: Device = CPU
+) -> dict[str, Any]:
+    """Return the numeric key as a JSON value, the same on every rank. Collective.
+
+    It names the mesh, the division of the batch, the bucket size, the number of ranks that share
+    memory (`shared_by`), the schedule, threads per rank, the kernels in use, NumPy and its BLAS,
+    the GPU, and the number of ranks on each host.
+    """
+    node = world.split_by_node()
+    local = {"threads": kernels.get_threads(), "numpy": np.__version__, "blas": _blas()}
+    ranks = world.gather_json(local | {"host": node.size if node.rank == 0 else None})
+    train = config.train
+    return {
+        "mesh": f"dp {config.dp} x tp {config.tp} x pp {config.pp}",
+        "stage_layers": list(config.stage_layers),
+        "microbatch": config.microbatch,
+        "num_microbatches": config.num_microbatches,
+        "bucket_mb": train.bucket_mb,
+        "shared_by": shared_by,
+        "schedule": train.schedule,
+        "sequence_parallel": train.sequence_parallel,
+        "recompute": train.recompute,
+        "ranks_per_host": [rank["host"] for rank in ranks if rank["host"] is not None],
+        **({} if device is CPU else {"device": device.kind()}),
+        "kernels": kernel_choices(config, device),
+        **{name: _common([rank[name] for rank in ranks]) for name in local},
+    }
+
+
+def kernel_choices(config: ResolvedConfig, device: Device) -> dict[str, str]:
+    """Return op -> the implementation that runs when the configuration is trained on `device`."""
+    width, dropout = config.model.head_width, config.model.dropout > 0
+    return {
+        op: kernels.resolved(
+            op, device.like(op, config.train.dtype), head_width=width, dropout=dropout
+        )
+        for op in kernels.ops()
+    }
+
+
+def _common(values: list[Any]) -> Any:
+    """Return the value that all ranks share, or the list of all."""
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def _blas() -> str:
+    """Return name, version and processor architecture of NumPy's BLAS.
+
+    The BLAS chooses its code by the processor.
+    """
+    import threadpoolctl
+
+    found = {
+        " ".join(
+            str(pool[field])
+            for field in ("internal_api", "version", "architecture")
+            if pool.get(field)
+        )
+        for pool in threadpoolctl.threadpool_info()
+        if pool["user_api"] == "blas" and "torch" not in pool["filepath"]
+    }
+    return ", ".join(sorted(found)) or "unknown"
