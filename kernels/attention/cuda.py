@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from minillm.kernels.attention import hopper
-from minillm.kernels.attention.bindings import visible_keys
-from minillm.kernels.attention.mask import AttentionDropout
+from minillm.kernels.attention.dropout import AttentionDropout
+from minillm.kernels.attention.visibility import Visibility, intervals
 from minillm.kernels.cuda import DTYPES, cuda_kernel, unavailable
 from minillm.kernels.dropout.cuda import mask_words
 from minillm.kernels.launch import (
@@ -176,25 +176,19 @@ class _Seen(NamedTuple):
         return out
 
 
-def _seen(q: Any, k: Any, causal: bool, times_q: Any, times_k: Any, key_mask: Any) -> _Seen:
-    xp, Tq, Tk = namespace(q), q.shape[1], k.shape[1]
-    limits = order = None
-    if causal and (times_q is not None or times_k is not None):
-        limits, order = visible_keys(Tq, Tk, True, _on_host(times_q), _on_host(times_k))
-        causal = bool(
-            (limits == np.minimum(np.arange(1, Tq + 1), Tk)).all()
-        )  # the usual times after all
-        everything = bool((limits == Tk).all())
-        limits = None if causal or everything else xp.asarray(limits.astype(np.int32))
-        order = None if order is None else xp.asarray(order)
-    if key_mask is not None:
-        key_mask = xp.asarray(key_mask, bool)
-        key_mask = xp.ascontiguousarray(key_mask if order is None else key_mask[:, order])
-    return _Seen(causal, limits, key_mask, order)
-
-
-def _on_host(x: Any) -> Any:
-    return x.get() if hasattr(x, "get") else x
+def _seen(q: Any, k: Any, visibility: Visibility) -> _Seen:
+    xp, (B, Tq), Tk = namespace(q), q.shape[:2], k.shape[1]
+    found = intervals(visibility, B, Tq, Tk)
+    if found.first is not None or len(found.limit) > 1:
+        raise KernelUnavailable(
+            "key lengths, first times and times by sample: use(attention='numpy')"
+        )
+    limits, order = found.limit[0], None if found.order is None else found.order[0]
+    causal = bool((limits == np.minimum(np.arange(1, Tq + 1), Tk)).all())
+    everything = bool((limits == Tk).all())
+    limits = None if causal or everything else xp.asarray(limits.astype(np.int32))
+    order = None if order is None else xp.asarray(order)
+    return _Seen(causal, limits, None, order)
 
 
 def _words(dropout: AttentionDropout | None, order: Any, q: Any) -> tuple[Any, Any, Any]:
@@ -274,15 +268,12 @@ def _forward(
     v: Any,
     *,
     scale: float,
-    causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
+    visibility: Visibility,
     dropout: AttentionDropout | None = None,
     out: Any = None,
 ) -> tuple[Any, Any]:
     same_dtype(q, k, v, out)
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    seen = _seen(q, k, visibility)
     if variant == "v3":
         return _forward_v3(q, k, v, seen, scale, dropout, out)
     plan = _plan(variant, q, scale, dropout)
@@ -305,17 +296,14 @@ def _backward(
     lse: Any,
     *,
     scale: float,
-    causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
+    visibility: Visibility,
     dropout: AttentionDropout | None = None,
     grad_q: Any = None,
     grad_k: Any = None,
     grad_v: Any = None,
 ) -> tuple[Any, Any, Any]:
     same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    seen = _seen(q, k, visibility)
     if variant == "v3":
         return _backward_v3(
             (grad_o, o, q, k, v), lse, seen, scale, dropout, (grad_q, grad_k, grad_v)
@@ -391,14 +379,14 @@ def fastest(q: Any, k: Any, options: Mapping[str, Any]) -> str:
         return "v1"
     if capability != 90:
         return "v2"
-    seen = _seen(q, k, options["causal"], options.get("times_q"), options.get("times_k"), None)
+    seen = _seen(q, k, options["visibility"])
     return "v2" if hopper.refusal(q, scale, seen.limits, options.get("dropout")) else "v3"
 
 
 def _taken(like: Any, head_width: int, dropout: bool) -> str:
     """`fastest` for the attention of a causal model in training, on arrays such as `like`."""
     q = namespace(like).empty((1, 1, 1, head_width), like.dtype)
-    return fastest(q, q, {"scale": 1.0, "causal": True, "dropout": dropout or None})
+    return fastest(q, q, {"scale": 1.0, "visibility": Visibility(), "dropout": dropout or None})
 
 
 def _auto_forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:

@@ -30,7 +30,8 @@ def attention(
     rng = np.random.default_rng(0)
     qkv = rng.standard_normal((batch, context, 3 * heads, width), np.float32)
     q, k, v = (qkv[:, :, i * heads : (i + 1) * heads] for i in range(3))
-    options = dict(scale=width**-0.5, causal=bool(causal))
+    seen = kernels.Visibility(causal=bool(causal))
+    options: dict[str, Any] = dict(scale=width**-0.5, visibility=seen)
     o, lse = kernels.attention_forward(q, k, v, **options)
     grad = rng.standard_normal(o.shape, np.float32)
     return {

@@ -74,7 +74,7 @@ class Attention(Module):
         self.first_head = region.comm.rank * self.heads
         self.head_width = width
         self.rotary = rotary
-        self.causal = causal
+        self.visibility = kernels.Visibility(causal)
         self.cache: KVCache | None = None
         self.qkv = ColumnParallelLinear(dim, (queries, groups, groups), region, bias=bias, std=std)
         self.out = RowParallelLinear(queries, dim, region, bias=bias, std=out_std)
@@ -93,7 +93,7 @@ class Attention(Module):
             qkv,
             heads=self.heads,
             kv_heads=self.kv_heads,
-            causal=self.causal,
+            visibility=self.visibility,
             dropout=self._dropout(whole),
         )
         return self.out(y, where)
@@ -124,8 +124,6 @@ class Attention(Module):
             k,
             v,
             scale=K**-0.5,
-            causal=self.causal,
-            times_q=where.times,
-            times_k=np.arange(k.shape[1]),
+            visibility=kernels.Visibility(self.visibility.causal, where.times),
         )
         return Tensor(o.reshape(B, T, H * K))
