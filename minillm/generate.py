@@ -18,7 +18,8 @@ from minillm.comm.process import (
     threads_per_rank,
     world,
 )
-from minillm.inference.generation import Generator, Sampling
+from minillm.inference.engine import Generator
+from minillm.inference.sampling import Sampling
 from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
 
 

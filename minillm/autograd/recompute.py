@@ -1,7 +1,7 @@
 """Recomputation: a part of the tape keeps its inputs alone, and the backward pass replays it.
 
-The replay is a backward pass within the backward pass. It shares the deferred work and the observer,
-so a parameter is reported complete after its last use, inside or outside the part.
+The replay is a backward pass within the backward pass. It shares the deferred work and the
+observer, so a parameter is reported complete after its last use, inside or outside the part.
 """
 
 from __future__ import annotations

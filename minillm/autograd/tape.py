@@ -79,7 +79,7 @@ class Recomputation(Recipe):
 
 
 class Leaf(Recipe):
-    """Parameter as the tape sees it: a value that may be gathered on demand, and a gradient slot."""
+    """Parameter on the tape: a value that may be gathered on demand, and a gradient slot."""
 
     def slot(self) -> GradSlot:
         """Return the slot in which the gradient accumulates."""
@@ -96,9 +96,9 @@ WRITTEN = Written()
 class Tensor:
     """Array on the tape.
 
-    `source` is (node that made it, number of the result). A tensor without a source is a leaf, whose
-    gradient arrives in `grad`. An operation that saves the tensor for backward saves its `recipe`
-    instead, if it has one.
+    `source` is (node that made it, number of the result). A tensor without a source is a leaf,
+    whose gradient arrives in `grad`. An operation that saves the tensor for backward saves its
+    `recipe` instead, if it has one.
     """
 
     __slots__ = ("data", "grad", "recipe", "requires_grad", "source")
@@ -152,7 +152,16 @@ class Context:
     false, `save` keeps nothing. `run` and `owned` exist in the backward pass alone.
     """
 
-    __slots__ = ("_inputs", "_leaves", "_saved", "extra_leaves", "needs", "owned", "recording", "run")
+    __slots__ = (
+        "_inputs",
+        "_leaves",
+        "_saved",
+        "extra_leaves",
+        "needs",
+        "owned",
+        "recording",
+        "run",
+    )
 
     run: BackwardRun
     owned: Sequence[bool]
@@ -309,11 +318,11 @@ class Node:
 
 _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
 leaf_recorder: ContextVar[list[Leaf] | None] = ContextVar("leaf_recorder", default=None)
-"""Parameters that `Function.apply` has met, noted for a recomputed part whose own tape is not kept."""
+"""Parameters that `Function.apply` has met in a recomputed part, whose own tape is not kept."""
 
 
 def _note_leaf(leaf: Leaf) -> None:
-    """Note a parameter that an operation without a tape used: the first run of a recomputed part."""
+    """Note a parameter used without a tape, as in the first run of a recomputed part."""
     recorder = leaf_recorder.get()
     if recorder is not None and leaf not in recorder:
         recorder.append(leaf)

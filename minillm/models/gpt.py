@@ -57,7 +57,7 @@ class GPT(Module):
     ) -> None:
         part = part or StagePart(range(config.layers), True, True)
         self.config, self.region, self.seed, self.std = config, region, seed, std
-        self.recompute = recompute
+        self.recompute, self.context = recompute, config.context
         tie = TIED_WEIGHT if config.tied and not (part.first and part.last) else None
         self.embedding = (
             VocabParallelEmbedding(config.vocab, config.dim, region, std=std, tie=tie)
@@ -114,7 +114,7 @@ class GPT(Module):
         return head
 
     def receives(self, batch: Batch) -> BoundarySpec:
-        """Describe "hidden" [B, T_local, D], in the dtype of the parameters; () on a first stage."""
+        """Describe "hidden" [B, T_local, D] in the parameters' dtype; () on a first stage."""
         if self.embedding is not None:
             return ()
         where = self._pass(batch, False).where
@@ -143,8 +143,8 @@ class GPT(Module):
     def losses(
         self, outputs: tuple[Tensor, ...], batch: Batch, training: bool
     ) -> dict[str, Tensor]:
-        """Return the summed cross-entropy of "targets" [B, T], divided; {} before the last stage."""
-        if self.head is None:
+        """Return the cross-entropy of "targets" [B, T], summed and divided, on the last stage."""
+        if self.head is None or "loss" not in batch.divisors:
             return {}
         inside = self.region.enter(outputs[0], self._pass(batch, training))
         loss = head_loss(
@@ -163,7 +163,7 @@ class GPT(Module):
         return head_logits(outputs[0], self.head, self.region, self._pass(batch, False))
 
     def _pass(self, batch: Batch, training: bool) -> Pass:
-        """Return the pass outside the region; one with a cache is not cut along time."""
+        """Return the pass outside the region. A batch with a cache is not cut along time."""
         pass_ = Pass(batch.where, batch.where, training, batch.limits, batch.cache)
         return pass_ if batch.cache is not None else self.region.outside(pass_)
 

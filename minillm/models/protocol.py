@@ -6,7 +6,7 @@ through an `Architecture`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec
 from minillm.parallel.tensor import Region
+from minillm.params.module import M
 from minillm.params.parameter import Parameter
 from minillm.params.where import KeyLimits, Where
 
@@ -38,7 +39,9 @@ class Batch(NamedTuple):
     divisors: Mapping[str, float]  # loss name -> count over the global batch that divides its sum
     where: Where  # addresses of the whole sequences, before any cut along time
     limits: KeyLimits | None = None  # padding and document starts; None where there are neither
-    cache: Mapping[str, Any] | None = None  # attention layer's name -> its KV cache (inference)
+    cache: Mapping[str, Any] | None = None
+    """Attention layer's name -> its KV cache. A batch with a cache, even one without layers, is not
+    cut along time: single positions cannot be."""
 
 
 class StageModel(Protocol):
@@ -63,8 +66,20 @@ class StageModel(Protocol):
     ) -> dict[str, Tensor]:
         """Return this stage's losses by name: float64 scalars, divided by `batch.divisors[name]`.
 
-        {} where the stage has no loss. Their gradient in the backward pass must be 1.
+        {} where the stage has none of them. Their gradient in the backward pass must be 1.
         """
+
+
+class Decoder(StageModel, Protocol):
+    """Stage model that generates text."""
+
+    context: int  # most positions that it can read
+
+    def modules(self, kind: type[M]) -> Iterator[M]:
+        """Yield its modules of a type, such as the attention layers that need a cache."""
+
+    def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
+        """Return the logits [B, T, V] of a last stage's outputs, whole on every tp rank."""
 
 
 class StagePart(NamedTuple):
@@ -104,9 +119,7 @@ class Architecture(Protocol):
     ) -> int:
         """Return the bytes that the tape keeps of one microbatch in `num_layers` on a rank."""
 
-    def head_bytes(
-        self, config: Any, *, tokens: int, tp: int, itemsize: int, on_gpu: bool
-    ) -> int:
+    def head_bytes(self, config: Any, *, tokens: int, tp: int, itemsize: int, on_gpu: bool) -> int:
         """Return the bytes that exist at once in the head and its loss."""
 
     def layer_costs(self, config: Any) -> Sequence[float]:

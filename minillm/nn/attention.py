@@ -30,14 +30,14 @@ class Heads(NamedTuple):
 class AttentionCore(Protocol):
     """Attention proper, between the projections of a layer.
 
-    The pass gives the addresses of queries and keys (`whole`) and their bounds (`limits`).
+    `visibility` is that of whole sequences. `pass_.whole` has the addresses of queries and keys.
     """
 
     def __call__(
         self,
         qkv: Tensor,
         heads: Heads,
-        causal: bool,
+        visibility: kernels.Visibility,
         dropout: kernels.AttentionDropout | None,
         pass_: Pass,
     ) -> Tensor:
@@ -47,13 +47,13 @@ class AttentionCore(Protocol):
 def full_attention(
     qkv: Tensor,
     heads: Heads,
-    causal: bool,
+    visibility: kernels.Visibility,
     dropout: kernels.AttentionDropout | None,
     pass_: Pass,
 ) -> Tensor:
     """Attend over whole sequences on one rank: the core of a layer that was given none."""
     return ops.attention(
-        qkv, heads=heads.queries, kv_heads=heads.kv, causal=causal, dropout=dropout
+        qkv, heads=heads.queries, kv_heads=heads.kv, visibility=visibility, dropout=dropout
     )
 
 
@@ -62,7 +62,7 @@ class Attention(Module):
     al. 2023, arXiv:2305.13245), with rotary positions on request.
 
     The fused projection is laid out [q heads | k heads | v heads]. Each rank holds heads / tp query
-    heads and kv_heads / tp key-value heads. The pass may replace `core` for a layer by its name.
+    heads and kv_heads / tp key-value heads. The pass may replace `core` by the layer's name.
     """
 
     def __init__(
@@ -99,8 +99,9 @@ class Attention(Module):
         if self.rotary:
             cos, sin = self._rotary_tables(pass_.whole, sum_dtype(qkv.dtype))
             qkv = ops.rotary(qkv, heads=heads.queries, kv_heads=heads.kv, cos=cos, sin=sin)
-        core = self.core if pass_.cache is None else pass_.cache[self.name]
-        return self.out(core(qkv, heads, self.causal, self._dropout(pass_), pass_), pass_)
+        core = self.core if pass_.cache is None else pass_.cache.get(self.name, self.core)
+        visibility = pass_.visibility(self.causal)
+        return self.out(core(qkv, heads, visibility, self._dropout(pass_), pass_), pass_)
 
     def _rotary_tables(self, where: Where, dtype: np.dtype) -> Array:
         """Return cos and sin [2, T or B T, K/2] of the positions."""

@@ -15,9 +15,9 @@ def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
 
 
 def add_bias(x: Tensor, bias: Any) -> Tensor:
-    """Add bias [D] to x [..., D] in place.
+    """Add bias [D] to x [..., D].
 
-    `x` must be the fresh result of an operation that does not keep it.
+    Overwrites `x`, which must be the fresh result of an operation that does not keep it.
     """
     return _AddBias.apply(x, bias)
 

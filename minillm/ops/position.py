@@ -109,7 +109,7 @@ class _Rotary(Function):
 def _rotate_(
     qkv: Array, heads: int, kv_heads: int, cos: Array, sin: Array, inverse: bool = False
 ) -> None:
-    """Rotate queries and keys in place. Each row of `cos` serves one time, or one (sample, time)."""
+    """Rotate queries and keys in place. A row of `cos` serves one time or one (sample, time)."""
     if len(cos) != qkv.shape[1]:
         qkv = qkv.reshape(1, -1, qkv.shape[2])  # a view: the samples as one sequence
     for part in split_heads(qkv, heads, kv_heads)[:2]:
