@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from minillm.kernels.activation import reference as activation_reference
 from minillm.kernels.adamw import reference as adamw_reference
-from minillm.kernels.attention import reference as attention_reference
-from minillm.kernels.attention.reference import AttentionDropout
+from minillm.kernels.attention import blocked as attention_blocked
+from minillm.kernels.attention.dropout import AttentionDropout
+from minillm.kernels.attention.visibility import Visibility
 from minillm.kernels.cast import reference as cast_reference
 from minillm.kernels.dropout import reference as dropout_reference
 from minillm.kernels.embedding import reference as embedding_reference
@@ -79,6 +80,7 @@ __all__ = [
     "AttentionDropout",
     "Kernel",
     "KernelUnavailable",
+    "Visibility",
     "available",
     "choices_from",
     "chosen",
@@ -131,8 +133,8 @@ xent_shifted_sum_ = dispatch(softmax_xent_reference.xent_shifted_sum_)
 xent_statistics = dispatch(softmax_xent_reference.xent_statistics)
 xent_grad_from_logits_ = dispatch(softmax_xent_reference.xent_grad_from_logits_)
 attention_forward, attention_backward = (
-    dispatch(attention_reference.attention_forward),
-    dispatch(attention_reference.attention_backward),
+    dispatch(attention_blocked.attention_forward),
+    dispatch(attention_blocked.attention_backward),
 )
 embedding_forward = dispatch(embedding_reference.embedding_forward, like=1)
 embedding_backward_ = dispatch(embedding_reference.embedding_backward_)

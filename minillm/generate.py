@@ -18,8 +18,9 @@ from minillm.comm.process import (
     threads_per_rank,
     world,
 )
-from minillm.inference.generation import Generator, Sampling
+from minillm.inference.engine import Generator
 from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
+from minillm.inference.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ from minillm.comm.process import (
 from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.tokenizers import tokenizer_from_json
-from minillm.inference.generation import Generator, Sampling
+from minillm.inference.engine import Generator
+from minillm.inference.sampling import Sampling
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
 from minillm.tasks.protocol import Result
 from minillm.training.config import TrainConfig

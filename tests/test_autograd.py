@@ -11,7 +11,7 @@ import pytest
 from minillm import ops
 from minillm.autograd.backward import WeightGradWork, backward
 from minillm.autograd.gradcheck import gradcheck
-from minillm.autograd.recompute import checkpoint
+from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Function, GradSlot, Leaf, Tensor, no_grad
 
 RNG = np.random.default_rng(0)
@@ -139,7 +139,7 @@ def test_a_parameter_is_ready_once_after_its_last_use(split: bool, recompute: bo
         return ops.linear(ops.linear(ops.linear(h, shared), other), shared)
 
     y = ops.linear(x, shared)
-    y = checkpoint(part, y) if recompute else part(y)
+    y = recomputed(part, y) if recompute else part(y)
     watcher = Watcher()
     watcher_writes: list[int] = []
     watcher.leaf_ready = lambda leaf: (
@@ -166,7 +166,7 @@ def test_recomputation_changes_no_bit_and_keeps_less() -> None:
 
     def run(recompute: bool) -> None:
         x = Tensor(data.copy(), True)
-        y = checkpoint(lambda h: _mlp(h, weights), x) if recompute else _mlp(x, weights)
+        y = recomputed(lambda h: _mlp(h, weights), x) if recompute else _mlp(x, weights)
         if recompute:
             assert y.node is not None and y.node.ctx is not None
             assert (
@@ -203,7 +203,7 @@ def test_a_recomputable_array_is_not_kept() -> None:
 def test_recomputation_of_parameters_alone() -> None:
     """A first block whose input is data: only parameters want gradients."""
     w = Weight(4, 4)
-    y = checkpoint(lambda h: ops.linear(h, w), Tensor(np.ones((2, 4))))
+    y = recomputed(lambda h: ops.linear(h, w), Tensor(np.ones((2, 4))))
     backward([(y, np.ones((2, 4)))])
     assert np.allclose(w.slot().buf, 2)
 

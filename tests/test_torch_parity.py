@@ -3,6 +3,8 @@ training."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from minillm.autograd.backward import backward  # noqa: E402
 from minillm.autograd.tape import Tensor, no_grad  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.data.batches import Batches  # noqa: E402
+from minillm.models.protocol import Batch  # noqa: E402
 from minillm.params.where import Where  # noqa: E402
 from minillm.training.config import PRESETS, TrainConfig  # noqa: E402
 from minillm.training.optim import learning_rate  # noqa: E402
@@ -51,9 +54,12 @@ def test_logits_loss_and_gradients(model: str) -> None:
     twin, stage = _twin(trainer), trainer.stages[0]
     inputs, targets = trainer.batches.microbatch(0, np.arange(3))
     where = Where(0, np.arange(3), np.arange(48))
+    arrays = {"tokens": inputs, "targets": targets}
+    batch = Batch(arrays, {"loss": float(targets.size)}, where)
+    model: Any = stage.model
 
     with no_grad():
-        logits = stage.model.logits(stage.model(inputs, where))
+        logits = model.logits(model.forward((), batch, False).outputs, batch)
     expected = twin.logits(torch.tensor(inputs))
     np.testing.assert_allclose(
         logits,
@@ -64,7 +70,7 @@ def test_logits_loss_and_gradients(model: str) -> None:
 
     assert stage.reducer is not None
     stage.reducer.start_step()
-    loss: Tensor = stage.model.loss(stage.model(inputs, where), targets, targets.size)
+    loss: Tensor = model.forward((), batch, False).losses["loss"]
     backward([(loss, np.ones(()))])
     expected_loss = twin.loss(torch.tensor(inputs), torch.tensor(targets))
     expected_loss.backward()

@@ -1,4 +1,4 @@
-// What v1 and v2 agree on: their arguments, which keys a query sees, and what dropout keeps. Array arguments that do not apply are null
+// What all variants agree on: arguments, the keys that a query sees, and what dropout keeps. Array arguments that do not apply are null
 // pointers; the bindings are cuda.py.
 #pragma once
 #include "../device/hashing.cuh"
@@ -12,8 +12,10 @@ struct Strides {
 struct Attention {
     Strides q, k, v, o, grad_o, grad_q, grad_k, grad_v; // the last four: backward only
     int32_t num_queries, num_keys, num_heads, num_kv_heads;
-    int32_t causal;     // query i sees the keys up to i; otherwise all. `limits` overrule this
-    uint32_t threshold; // dropout: what hashes below is dropped
+    int32_t causal;       // without a table of visible keys: query i sees the keys up to i; otherwise all
+    int32_t visible_step; // from one sample's table to the next, in elements; 0 where all samples are alike
+    int32_t column_step;  // the same for dropout's words of the keys
+    uint32_t threshold;   // dropout: what hashes below is dropped
     float scale, keep_scale;
 };
 
@@ -24,35 +26,68 @@ __device__ __forceinline__ T* head_start(T* x, Strides strides, int sample, int 
     return x + sample * strides.batch + head * strides.head;
 }
 
-// Query i sees the keys [0, limit) that `key_mask` does not hide; a query past the end sees none. `limits` [Tq] or null.
-__device__ __forceinline__ int limit_of(const Attention& a, const int* limits, int query) {
-    if (query >= a.num_queries) return 0;
-    if (limits) return limits[query];
-    return a.causal ? min(query + 1, a.num_keys) : a.num_keys;
-}
-
-// Of some queries: each sees the keys below `least`, none sees those from `most` on.
-struct Limits {
-    int least, most;
+// Keys or queries [first, end).
+struct Range {
+    int first, end;
 };
 
-__device__ __forceinline__ Limits limits_of(const Attention& a, const int* limits, int first_query, int rows) {
-    const int end = min(first_query + rows, a.num_queries);
-    if (first_query >= end) return {0, 0};
-    if (!limits) return {limit_of(a, limits, first_query), limit_of(a, limits, end - 1)};
-    Limits of = {a.num_keys, 0};
-    for (int query = first_query; query < end; query++) of = {min(of.least, limits[query]), max(of.most, limits[query])};
-    return of;
-}
+// Of some queries: none sees a key outside [first, end), all see those in [open, least).
+struct Seen {
+    int first, open, least, end;
 
-// A query before which none sees `key`: a multiple of `tile`, which divides the number of threads. The whole block calls it.
-__device__ __forceinline__ int first_query_seeing(const Attention& a, const int* limits, int key, int tile) {
-    if (!limits) return a.causal ? key / tile * tile : 0;
-    int first = 0;
-    for (; first < a.num_queries; first += blockDim.x)
-        if (__syncthreads_or(limit_of(a, limits, first + threadIdx.x) > key)) break;
-    return first;
-}
+    // Whether one of them does not see one of `n` keys from `key` on.
+    __device__ __forceinline__ bool hides(int key, int n) const { return key < open || key + n > least; }
+    // Whether none of them sees any of these.
+    __device__ __forceinline__ bool misses(int key, int n) const { return key >= end || key + n <= first; }
+};
+
+// Visible keys of the queries of one sample: an interval for each query. Where indices alone do not tell it, a table does (device_table.py),
+// of int32, sizes rounded up to 128:
+//     bounds  [queries]       first, end of the keys that a query sees; num_keys, 0 if it sees none
+//     blocks  [queries / 16]  struct Seen of 16 queries
+//     readers [keys / 16]     first, end of the queries that see any of 16 keys, in whole blocks
+struct Visible {
+    const int* table;  // null: a causal triangle, or all keys
+    int num_queries, num_keys, causal;
+
+    __device__ __forceinline__ Visible(const int* tables, int step, int sample, int num_queries, int num_keys, int causal)
+        : table(tables ? tables + int64_t(sample) * step : nullptr), num_queries(num_queries), num_keys(num_keys), causal(causal) {}
+    __device__ __forceinline__ Visible(const int* tables, const Attention& a, int sample)
+        : Visible(tables, a.visible_step, sample, a.num_queries, a.num_keys, a.causal) {}
+
+    // Keys of a query; none of one past the end.
+    __device__ __forceinline__ Range keys_of(int query) const {
+        if (query >= num_queries) return {0, 0};
+        if (!table) return {0, causal ? min(query + 1, num_keys) : num_keys};
+        const Pack<int, 2> keys = load<2>(table + 2 * query);
+        return {keys.v[0], keys.v[1]};
+    }
+    // Keys of `rows` queries from `first` on; both are multiples of 16.
+    __device__ __forceinline__ Seen of_queries(int first, int rows) const {
+        const int end = min(first + rows, num_queries);
+        if (first >= end) return {0, 0, 0, 0};
+        if (!table) return {0, 0, keys_of(first).end, keys_of(end - 1).end};
+        Seen seen = {num_keys, 0, num_keys, 0};
+        for (int query = first; query < end; query += 16) {
+            const Pack<int, 4> of = load<4>(table + 2 * round_up(num_queries) + query / 4);
+            seen = {min(seen.first, of.v[0]), max(seen.open, of.v[1]), min(seen.least, of.v[2]), max(seen.end, of.v[3])};
+        }
+        return seen;
+    }
+    // Queries outside of which none sees any of `rows` keys from `first` on; both are multiples of 16.
+    __device__ __forceinline__ Range readers(int first, int rows) const {
+        if (!table) return {causal ? first : 0, num_queries};
+        Range queries = {num_queries, 0};
+        for (int key = first; key < min(first + rows, num_keys); key += 16) {
+            const Pack<int, 2> of = load<2>(table + 2 * round_up(num_queries) + round_up(num_queries) / 4 + key / 8);
+            if (of.v[1]) queries = {min(queries.first, of.v[0]), max(queries.end, of.v[1])};
+        }
+        return queries;
+    }
+
+private:
+    static __device__ __forceinline__ int round_up(int n) { return (n + 127) / 128 * 128; }
+};
 
 // Dropout keeps the probability of (query, key) by a word of the query and head, this one, and a word of the key.
 __device__ __forceinline__ uint64_t row_word(uint64_t head_key, int64_t query_time) { return random_bits(head_key, uint64_t(query_time)); }

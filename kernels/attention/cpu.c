@@ -10,7 +10,8 @@ static void row_product(int rows, int64_t depth, Matrix a, const float *panels, 
         tile(rows, 2, depth, a, panels, c, stride_c, (Addend){add ? c : NULL, stride_c});
 }
 
-/* What both passes know. Query i sees the keys [0, limits[i]) that key_mask does not hide. */
+/* Arguments of both passes. Query i of sample b sees the keys [first[at], limits[at]), at = b * bound_step + i; NULL: all first are 0. A query
+   that sees no key has limit 0. */
 typedef struct {
     const float *q; /* strides in elements, those of channels 1 */
     int64_t q_b, q_t, q_h, q_k;
@@ -18,11 +19,12 @@ typedef struct {
     int64_t k_b, k_t, k_h, k_k;
     const float *v;
     int64_t v_b, v_t, v_h, v_k;
-    const int64_t *limits;        /* [Tq] */
-    const uint8_t *key_mask;      /* [B, Tk] or NULL */
-    const uint64_t *row_words;    /* dropout: [B, H, Tq] or NULL */
-    const uint32_t *column_words; /* dropout: [Tk] */
-    int64_t B, Tq, Tk, H, Hkv, K, threshold;
+    const int64_t *first, *limits; /* [Tq] or [B, Tq]; first may be NULL */
+    const uint64_t *row_words;     /* dropout: [B, H, Tq] or NULL */
+    const uint32_t *column_words;  /* dropout: [Tk] or [B, Tk] */
+    int64_t B, Tq, Tk, H, Hkv, K;
+    int64_t bound_step, column_step; /* from sample to sample; 0 where all samples are alike */
+    int64_t threshold;
     double scale, keep_scale;
 } Attention;
 
@@ -31,6 +33,7 @@ static void drop_keys(const Attention *a, int64_t b, int64_t h, int64_t first, i
     const uint64_t *words = a->row_words + (b * a->H + h) * a->Tq + first;
     const uint32_t threshold = (uint32_t)a->threshold;
     const float scale = (float)a->keep_scale;
+    const uint32_t *columns = a->column_words + b * a->column_step + key;
     uint32_t low[PANEL] = {0}, high[PANEL] = {0};
     for (int64_t r = 0; r < rows; r++) {
         low[r] = (uint32_t)words[r];
@@ -38,16 +41,59 @@ static void drop_keys(const Attention *a, int64_t b, int64_t h, int64_t first, i
     }
     for (int64_t j = 0; j < n; j++) {
         float *row = s + j * PANEL;
-        const uint32_t column = a->column_words[key + j];
+        const uint32_t column = columns[j];
 #pragma omp simd
         for (int lane = 0; lane < PANEL; lane++) row[lane] *= keeps(low[lane], high[lane], column, threshold) ? scale : 0.0f;
     }
 }
 
-static int64_t largest_limit(const Attention *a, int64_t first, int64_t rows) {
-    int64_t limit = 0;
-    for (int64_t i = first; i < first + rows; i++) limit = a->limits[i] > limit ? a->limits[i] : limit;
-    return limit;
+/* Interval of the keys that any of `rows` queries from `query` on sees: [first, limit). */
+typedef struct {
+    int64_t first, limit;
+} Keys;
+
+static Keys keys_of(const Attention *a, int64_t b, int64_t query, int64_t rows) {
+    const int64_t at = b * a->bound_step + query;
+    Keys keys = {a->first ? a->Tk : 0, 0};
+    for (int64_t i = at; i < at + rows; i++) keys.limit = a->limits[i] > keys.limit ? a->limits[i] : keys.limit;
+    for (int64_t i = at; a->first && i < at + rows; i++) keys.first = least(a->first[i], keys.first);
+    return keys;
+}
+
+/* The part of it among the n keys from `key` on, counted from `key`: empty where limit <= first. */
+static Keys keys_within(Keys keys, int64_t key, int64_t n) {
+    return (Keys){keys.first > key ? keys.first - key : 0, least(n, keys.limit - key)};
+}
+
+/* Bounds of as many queries as a vector has lanes, a query a lane; a lane without a query sees no key. */
+typedef struct {
+    int32_t first[LANES], limit[LANES];
+    Keys any;     /* keys that some query sees */
+    int64_t open; /* queries that see a key see those from here on up to their limits */
+} Bounds;
+
+static void bounds_start(Bounds *m, const Attention *a, int64_t b, int64_t query, int64_t n) {
+    const int64_t at = b * a->bound_step + query;
+    m->any = (Keys){a->first ? a->Tk : 0, 0};
+    m->open = 0;
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        m->first[lane] = lane < n && a->first ? (int32_t)a->first[at + lane] : 0;
+        m->limit[lane] = lane < n ? (int32_t)a->limits[at + lane] : 0;
+        if (!m->limit[lane]) continue;
+        m->any = (Keys){least(m->any.first, m->first[lane]), m->limit[lane] > m->any.limit ? m->limit[lane] : m->any.limit};
+        m->open = m->first[lane] > m->open ? m->first[lane] : m->open;
+    }
+}
+
+/* Parts of the n keys from `key` on, counted from `key`: none sees those before `start` or from `stop` on; all see the first of [open, stop). */
+typedef struct {
+    int64_t start, open, stop;
+} Seen;
+
+static Seen bounds_within(const Bounds *m, int64_t key, int64_t n) {
+    const Keys any = keys_within(m->any, key, n);
+    const int64_t stop = any.limit > 0 ? any.limit : 0, start = least(any.first, stop);
+    return (Seen){start, m->open - key < start ? start : least(m->open - key, stop), stop};
 }
 
 /* Ask for rows [first, first + rows) of one head of x [B, T, H, K]: a head's rows lie far apart, so the processor does not foresee them, and

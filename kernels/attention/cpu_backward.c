@@ -28,41 +28,54 @@ typedef struct {
 
 /* What is known of as many queries as a vector has lanes. */
 typedef struct {
-    int32_t limit[LANES]; /* how many keys each sees; 0 where there is no query */
+    Bounds bounds;
     float lse[LANES], delta[LANES];
-    int64_t keys; /* the largest limit */
 } Queries;
 
 static void queries_start(const AttentionBackward *f, int64_t b, int64_t h, int64_t first, int64_t n, Queries *m) {
     const Attention *a = &f->common;
     const float *grad_o = f->grad_o + b * f->go_b + first * f->go_t + h * f->go_h, *o = f->o + b * f->o_b + first * f->o_t + h * f->o_h;
     *m = (Queries){0};
+    bounds_start(&m->bounds, a, b, first, n);
     for (int64_t lane = 0; lane < least(n, LANES); lane++) {
         const float lse = f->lse[(b * a->H + h) * a->Tq + first + lane];
-        if (lse == -__builtin_inff()) continue; /* sees nothing */
+        if (lse == -__builtin_inff()) { /* sees no key */
+            m->bounds.limit[lane] = 0;
+            continue;
+        }
         m->lse[lane] = lse;
         m->delta[lane] = dot(grad_o + lane * f->go_t, o + lane * f->o_t, a->K);
-        m->limit[lane] = (int32_t)a->limits[first + lane];
-        m->keys = m->limit[lane] > m->keys ? m->limit[lane] : m->keys;
+    }
+}
+
+/* The keys [key + start, key + stop) of score_grads; check_first as in hide_scores. */
+INLINE void score_grads_of(const Queries *m, int64_t key, int64_t start, int64_t stop, const int check_first, float *s, float *grad_s) {
+    for (int64_t j = start; j < stop; j++) {
+        float *row = s + j * PANEL, *grad_row = grad_s + j * PANEL;
+        const int32_t at = (int32_t)(key + j);
+#pragma omp simd
+        for (int lane = 0; lane < LANES; lane++) {
+            const int seen = at < m->bounds.limit[lane] && (!check_first || at >= m->bounds.first[lane]);
+            row[lane] = exp_(seen ? row[lane] - m->lse[lane] : -__builtin_inff());
+            grad_row[lane] = row[lane] * (grad_row[lane] - m->delta[lane]);
+        }
+    }
+}
+
+static void clear_scores(int64_t start, int64_t stop, float *s, float *grad_s) {
+    for (int64_t j = start; j < stop; j++) {
+        store(s + j * PANEL, (Vector){0});
+        store(grad_s + j * PANEL, (Vector){0});
     }
 }
 
 /* From scores s and <grad_o, v> of the keys [key, key + n), one a row of PANEL floats, to probabilities and the gradient of the scores. */
-static void score_grads(const Queries *m, const uint8_t *key_mask, int64_t key, int64_t n, float *s, float *grad_s) {
-    const int64_t seen = m->keys - key < 0 ? 0 : least(n, m->keys - key);
-    for (int64_t j = 0; j < seen; j++) {
-        float *row = s + j * PANEL, *grad_row = grad_s + j * PANEL;
-        const int32_t at = key_mask && !key_mask[key + j] ? INT32_MAX : (int32_t)(key + j);
-#pragma omp simd
-        for (int lane = 0; lane < LANES; lane++) {
-            row[lane] = exp_(at < m->limit[lane] ? row[lane] - m->lse[lane] : -__builtin_inff());
-            grad_row[lane] = row[lane] * (grad_row[lane] - m->delta[lane]);
-        }
-    }
-    for (int64_t j = seen; j < n; j++) {
-        store(s + j * PANEL, (Vector){0});
-        store(grad_s + j * PANEL, (Vector){0});
-    }
+static void score_grads(const Queries *m, int64_t key, int64_t n, float *s, float *grad_s) {
+    const Seen seen = bounds_within(&m->bounds, key, n);
+    clear_scores(0, seen.start, s, grad_s);
+    score_grads_of(m, key, seen.start, seen.open, 1, s, grad_s);
+    score_grads_of(m, key, seen.open, seen.stop, 0, s, grad_s);
+    clear_scores(seen.stop, n, s, grad_s);
 }
 
 /* Probabilities and gradients of the scores of PANEL queries and of the keys [key, key + n), transposed as in the forward pass. */
@@ -77,32 +90,38 @@ static void backward_scores(const AttentionBackward *f, int64_t b, int64_t h, in
     }
     if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->grad_s);
     for (int half = 0; half < 2; half++)
-        score_grads(&queries[half], a->key_mask ? a->key_mask + b * a->Tk : NULL, key, n, w->s + half * LANES, w->grad_s + half * LANES);
+        score_grads(&queries[half], key, n, w->s + half * LANES, w->grad_s + half * LANES);
     if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->s);
 }
 
-/* What the tiles s and grad_s add to grad_v, grad_k and grad_q. Each group of keys leaves out the queries before the first that sees one of
-   it, each group of queries the keys behind its last. */
-static void backward_products(const Attention *a, int64_t first, int64_t rows, int64_t key, int64_t n, const BackwardScratch *w) {
-    const int64_t width = w->width, panels = width / PANEL;
+/* Add the products of the tiles s and grad_s to grad_v, grad_k and grad_q. Each group of keys leaves out the queries before the first and
+   behind the last that sees one of it, each group of queries the keys that none of it sees. */
+static void backward_products(const Attention *a, int64_t b, int64_t first, int64_t rows, int64_t key, int64_t n, const BackwardScratch *w) {
+    const int64_t width = w->width, panels = width / PANEL, bound = b * a->bound_step + first;
     for (int64_t j = 0, r = 0; j < n; j += TILE_ROWS) {
-        while (r < rows && a->limits[first + r] <= key + j) r++;
+        while (r < rows && a->limits[bound + r] <= key + j) r++;
         const int count = (int)least(TILE_ROWS, n - j);
+        int64_t end = rows;
+        while (a->first && end > r && a->first[bound + end - 1] >= key + j + count) end--;
+        if (end <= r) continue;
         const int64_t at = j * PANEL + r, to = (key + j) * width;
-        row_product(count, rows - r, (Matrix){w->s + at, PANEL, 1}, w->grads + r * PANEL, rows * PANEL, panels, w->grad_v + to, width, 1);
-        row_product(count, rows - r, (Matrix){w->grad_s + at, PANEL, 1}, w->queries + r * PANEL, rows * PANEL, panels, w->grad_k + to, width, 1);
+        row_product(count, end - r, (Matrix){w->s + at, PANEL, 1}, w->grads + r * PANEL, rows * PANEL, panels, w->grad_v + to, width, 1);
+        row_product(count, end - r, (Matrix){w->grad_s + at, PANEL, 1}, w->queries + r * PANEL, rows * PANEL, panels, w->grad_k + to, width, 1);
     }
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
         const int count = (int)least(TILE_ROWS, rows - r);
-        const int64_t depth = least(n, largest_limit(a, first + r, count) - key);
-        if (depth > 0) row_product(count, depth, (Matrix){w->grad_s + r, 1, PANEL}, w->keys + key * PANEL, a->Tk * PANEL, panels, w->grad_q + r * width, width, 1);
+        const Keys seen = keys_within(keys_of(a, b, first + r, count), key, n);
+        if (seen.limit <= seen.first) continue;
+        const Matrix grads = {w->grad_s + seen.first * PANEL + r, 1, PANEL};
+        row_product(count, seen.limit - seen.first, grads, w->keys + (key + seen.first) * PANEL, a->Tk * PANEL, panels, w->grad_q + r * width, width, 1);
     }
 }
 
-/* At most PANEL queries of one head over all keys, KEY_COLUMNS at a time. */
+/* At most PANEL queries of one head over the keys that they see, KEY_COLUMNS at a time. */
 static void attention_backward_queries(const AttentionBackward *f, int64_t b, int64_t h, int64_t first, int64_t rows, const BackwardScratch *w) {
     const Attention *a = &f->common;
-    const int64_t K = a->K, width = w->width, limit = largest_limit(a, first, rows);
+    const int64_t K = a->K, width = w->width;
+    const Keys keys = keys_of(a, b, first, rows);
     const float *q = a->q + b * a->q_b + first * a->q_t + h * a->q_h, *grad_o = f->grad_o + b * f->go_b + first * f->go_t + h * f->go_h;
     Queries queries[2];
     for (int half = 0; half < 2; half++) queries_start(f, b, h, first + half * LANES, rows - half * LANES, &queries[half]);
@@ -111,10 +130,10 @@ static void attention_backward_queries(const AttentionBackward *f, int64_t b, in
     pack(q, a->q_t, rows, K, w->queries);
     pack(grad_o, f->go_t, rows, K, w->grads);
     memset(w->grad_q, 0, (size_t)(rows * width) * sizeof(float));
-    for (int64_t key = 0; key < limit; key += KEY_COLUMNS) {
-        const int64_t n = least(KEY_COLUMNS, limit - key);
+    for (int64_t key = keys.first; key < keys.limit; key += KEY_COLUMNS) {
+        const int64_t n = least(KEY_COLUMNS, keys.limit - key);
         backward_scores(f, b, h, first, rows, queries, key, n, w);
-        backward_products(a, first, rows, key, n, w);
+        backward_products(a, b, first, rows, key, n, w);
     }
     for (int64_t r = 0; r < rows; r++) {
         float *to = f->grad_q + b * f->gq_b + (first + r) * f->gq_t + h * f->gq_h;

@@ -7,47 +7,52 @@ typedef struct {
     float *lse; /* [B, H, Tq] */
 } AttentionForward;
 
-/* Softmax of as many queries as a vector has lanes: how many keys each sees, and of the keys so far its largest score (minus infinity if it
-   saw none) and the sum of exp(score - top). A query a lane: maxima and sums need nothing across the lanes. */
+/* Softmax of as many queries as a vector has lanes: of the keys so far the largest score of each (minus infinity if it saw none) and the sum
+   of exp(score - top). A query a lane: maxima and sums need nothing across the lanes. */
 typedef struct {
-    int32_t limit[LANES];
+    Bounds bounds;
     float top[LANES], total[LANES];
-    int64_t keys; /* the largest limit */
 } Softmax;
 
-static void softmax_start(Softmax *m, const int64_t *limits, int64_t n) {
-    m->keys = 0;
+static void softmax_start(Softmax *m, const Attention *a, int64_t b, int64_t query, int64_t n) {
+    bounds_start(&m->bounds, a, b, query, n);
     for (int64_t lane = 0; lane < LANES; lane++) {
-        m->limit[lane] = lane < n ? (int32_t)limits[lane] : 0;
         m->top[lane] = -__builtin_inff();
         m->total[lane] = 0;
-        m->keys = m->limit[lane] > m->keys ? m->limit[lane] : m->keys;
+    }
+}
+
+/* Hide the scores s of the keys [key + start, key + stop), and raise `top` to the largest that is seen. check_first: 0 where every query sees
+   these keys' lower end, which saves a comparison. */
+INLINE void hide_scores(const Bounds *m, int64_t key, int64_t start, int64_t stop, const int check_first, float *s, float *top) {
+    for (int64_t j = start; j < stop; j++) {
+        float *row = s + j * PANEL;
+        const int32_t at = (int32_t)(key + j);
+#pragma omp simd
+        for (int lane = 0; lane < LANES; lane++) {
+            const float x = at < m->limit[lane] && (!check_first || at >= m->first[lane]) ? row[lane] : -__builtin_inff();
+            row[lane] = x;
+            top[lane] = x > top[lane] ? x : top[lane];
+        }
     }
 }
 
 /* Overwrite the scores s of the keys [key, key + n), one a row of PANEL floats, by exp(score - top). What was computed with the largest
    scores so far is to be multiplied by `rescale` [LANES]. */
-static void softmax_keys(Softmax *m, const uint8_t *key_mask, int64_t key, int64_t n, float *s, float *rescale) {
-    const int64_t seen = m->keys - key < 0 ? 0 : least(n, m->keys - key);
+static void softmax_keys(Softmax *m, int64_t key, int64_t n, float *s, float *rescale) {
+    const Seen seen = bounds_within(&m->bounds, key, n);
     float top[LANES], total[LANES] = {0};
     memcpy(top, m->top, sizeof top);
-    for (int64_t j = 0; j < seen; j++) {
-        float *row = s + j * PANEL;
-        const int32_t at = key_mask && !key_mask[key + j] ? INT32_MAX : (int32_t)(key + j);
-#pragma omp simd
-        for (int lane = 0; lane < LANES; lane++) {
-            const float x = at < m->limit[lane] ? row[lane] : -__builtin_inff();
-            row[lane] = x;
-            top[lane] = x > top[lane] ? x : top[lane];
-        }
-    }
+    hide_scores(&m->bounds, key, seen.start, seen.open, 1, s, top);
+    hide_scores(&m->bounds, key, seen.open, seen.stop, 0, s, top);
     float shift[LANES];
 #pragma omp simd
     for (int lane = 0; lane < LANES; lane++) {
         shift[lane] = top[lane] == -__builtin_inff() ? 0 : top[lane];
         rescale[lane] = exp_(m->top[lane] - shift[lane]);
     }
-    for (int64_t j = 0; j < seen; j++) {
+    for (int64_t j = 0; j < seen.start; j++) store(s + j * PANEL, (Vector){0});
+    for (int64_t j = seen.start; j < seen.stop; j++) {
         float *row = s + j * PANEL;
 #pragma omp simd
         for (int lane = 0; lane < LANES; lane++) {
@@ -55,7 +60,7 @@ static void softmax_keys(Softmax *m, const uint8_t *key_mask, int64_t key, int64
             total[lane] += row[lane];
         }
     }
-    for (int64_t j = seen; j < n; j++) store(s + j * PANEL, (Vector){0});
+    for (int64_t j = seen.stop; j < n; j++) store(s + j * PANEL, (Vector){0});
 #pragma omp simd
     for (int lane = 0; lane < LANES; lane++) {
         m->top[lane] = top[lane];
@@ -72,30 +77,32 @@ typedef struct {
     int64_t width;  /* K rounded up to whole panels */
 } ForwardScratch;
 
-/* At most PANEL queries of one head over all keys, KEY_COLUMNS at a time (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867).
+/* At most PANEL queries of one head over the keys that they see, KEY_COLUMNS at a time (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867).
    The scores are computed transposed, a key a row and a query a lane. */
 static void attention_forward_queries(const AttentionForward *f, int64_t b, int64_t h, int64_t first, int64_t rows, const ForwardScratch *w) {
     const Attention *a = &f->common;
-    const int64_t K = a->K, width = w->width, panels = width / PANEL, limit = largest_limit(a, first, rows);
+    const int64_t K = a->K, width = w->width, panels = width / PANEL;
+    const Keys keys = keys_of(a, b, first, rows);
     const float *k = a->k + b * a->k_b + h / (a->H / a->Hkv) * a->k_h;
-    const uint8_t *key_mask = a->key_mask ? a->key_mask + b * a->Tk : NULL;
     Softmax softmax[2];
-    for (int half = 0; half < 2; half++) softmax_start(&softmax[half], a->limits + first + half * LANES, rows - half * LANES);
+    for (int half = 0; half < 2; half++) softmax_start(&softmax[half], a, b, first + half * LANES, rows - half * LANES);
     pack_transposed(a->q + b * a->q_b + first * a->q_t + h * a->q_h, a->q_t, rows, K, (float)a->scale, w->queries);
     memset(w->out, 0, (size_t)(PANEL * width) * sizeof(float));
-    for (int64_t key = 0; key < limit; key += KEY_COLUMNS) {
-        const int64_t n = least(KEY_COLUMNS, limit - key);
+    for (int64_t key = keys.first; key < keys.limit; key += KEY_COLUMNS) {
+        const int64_t n = least(KEY_COLUMNS, keys.limit - key);
         float rescale[PANEL];
         for (int64_t j = 0; j < n; j += TILE_ROWS)
             row_product((int)least(TILE_ROWS, n - j), K, (Matrix){k + (key + j) * a->k_t, a->k_t, 1}, w->queries, 0, 1, w->s + j * PANEL, PANEL, 0);
-        for (int half = 0; half < 2; half++) softmax_keys(&softmax[half], key_mask, key, n, w->s + half * LANES, rescale + half * LANES);
+        for (int half = 0; half < 2; half++) softmax_keys(&softmax[half], key, n, w->s + half * LANES, rescale + half * LANES);
         if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->s);
-        for (int64_t r = 0; key && r < rows; r++)
+        for (int64_t r = 0; key > keys.first && r < rows; r++)
             for (int64_t i = 0; i < width; i++) w->out[r * width + i] *= rescale[r];
         for (int64_t r = 0; r < rows; r += TILE_ROWS) {
             const int count = (int)least(TILE_ROWS, rows - r);
-            const int64_t depth = least(n, largest_limit(a, first + r, count) - key);
-            if (depth > 0) row_product(count, depth, (Matrix){w->s + r, 1, PANEL}, w->values + key * PANEL, a->Tk * PANEL, panels, w->out + r * width, width, 1);
+            const Keys seen = keys_within(keys_of(a, b, first + r, count), key, n);
+            if (seen.limit <= seen.first) continue;
+            const Matrix weights = {w->s + seen.first * PANEL + r, 1, PANEL};
+            row_product(count, seen.limit - seen.first, weights, w->values + (key + seen.first) * PANEL, a->Tk * PANEL, panels, w->out + r * width, width, 1);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -117,12 +124,7 @@ INLINE int64_t fill_vector(float *row, int64_t n, float value) {
 
 /* Overwrite the scores s [n] of one query by unnormalised probabilities. Returns their sum and the shift: log(sum) + shift is the
    log-sum-exp. */
-static float probabilities(const Attention *a, int64_t b, int64_t n, float *s, float *shift) {
-    if (a->key_mask) {
-        const uint8_t *seen = a->key_mask + b * a->Tk;
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) s[j] = seen[j] ? s[j] : -__builtin_inff();
-    }
+static float probabilities(int64_t n, float *s, float *shift) {
     const int64_t whole = fill_vector(s, n, -__builtin_inff());
     float top = maximum(s, whole), total = 0;
     if (top == -__builtin_inff()) top = 0; /* sees nothing */
@@ -140,7 +142,7 @@ static float probabilities(const Attention *a, int64_t b, int64_t n, float *s, f
 static void drop(const Attention *a, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n, float *x) {
     const uint64_t word = a->row_words[(b * a->H + h) * a->Tq + i];
     const uint32_t low = (uint32_t)word, high = (uint32_t)(word >> 32), threshold = (uint32_t)a->threshold;
-    const uint32_t *columns = a->column_words + first;
+    const uint32_t *columns = a->column_words + b * a->column_step + first;
     const float scale = (float)a->keep_scale;
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) x[j] *= keeps(low, high, columns[j], threshold) ? scale : 0.0f;
@@ -149,14 +151,16 @@ static void drop(const Attention *a, int64_t b, int64_t h, int64_t i, int64_t fi
 /* One query row without packing, for generation: packing the keys would cost as much as the products. */
 static void attention_forward_row(const AttentionForward *f, int64_t b, int64_t h, int64_t i, float *s) {
     const Attention *a = &f->common;
-    const int64_t K = a->K, group = a->H / a->Hkv, n = a->limits[i];
+    const int64_t K = a->K, group = a->H / a->Hkv;
+    const Keys keys = keys_of(a, b, i, 1);
+    const int64_t first = keys.first, n = keys.limit > first ? keys.limit - first : 0;
     const float *q = a->q + b * a->q_b + i * a->q_t + h * a->q_h;
-    const float *k = a->k + b * a->k_b + h / group * a->k_h, *v = a->v + b * a->v_b + h / group * a->v_h;
+    const float *k = a->k + b * a->k_b + first * a->k_t + h / group * a->k_h, *v = a->v + b * a->v_b + first * a->v_t + h / group * a->v_h;
     float *o = f->o + b * f->o_b + i * f->o_t + h * f->o_h, shift;
     for (int64_t j = 0; j < n; j++) s[j] = dot(q, k + j * a->k_t, K) * (float)a->scale;
-    const float total = probabilities(a, b, n, s, &shift);
+    const float total = probabilities(n, s, &shift);
     f->lse[(b * a->H + h) * a->Tq + i] = __builtin_logf(total) + shift;
-    if (a->row_words) drop(a, b, h, i, 0, n, s);
+    if (a->row_words) drop(a, b, h, i, first, n, s);
     memset(o, 0, (size_t)K * sizeof(float));
     const float factor = total > 0 ? 1 / total : total == 0 ? 0 : total;
     for (int64_t j = 0; j < n; j++) {

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from minillm.kernels.attention import hopper
-from minillm.kernels.attention.bindings import visible_keys
-from minillm.kernels.attention.mask import AttentionDropout
+from minillm.kernels.attention.device_table import DeviceTable, device_table
+from minillm.kernels.attention.dropout import AttentionDropout
+from minillm.kernels.attention.visibility import Visibility
 from minillm.kernels.cuda import DTYPES, cuda_kernel, unavailable
 from minillm.kernels.dropout.cuda import mask_words
 from minillm.kernels.launch import (
@@ -42,10 +43,11 @@ _FOLDER = Path(__file__).parent
 _STRIDES = np.dtype([("batch", np.int64), ("time", np.int64), ("head", np.int64)])
 _STRIDED = ("q", "k", "v", "o", "grad_o", "grad_q", "grad_k", "grad_v")
 _SIZES = ("num_queries", "num_keys", "num_heads", "num_kv_heads", "causal")
+_STEPS = ("visible_step", "column_step")
 _ATTENTION = np.dtype(
     [
         *((name, _STRIDES) for name in _STRIDED),
-        *((name, np.int32) for name in _SIZES),
+        *((name, np.int32) for name in (*_SIZES, *_STEPS)),
         ("threshold", np.uint32),
         ("scale", np.float32),
         ("keep_scale", np.float32),
@@ -151,68 +153,25 @@ def _plan(variant: str, q: Any, scale: float, dropout: AttentionDropout | None) 
     return _plan_v2(name, width, dropout is not None, shared_bytes)
 
 
-# ---- who sees what
+# ---- arguments
 
 
-class _Seen(NamedTuple):
-    """Which keys each query sees, as common.cuh has it; the arrays are where the kernels run."""
-
-    causal: bool
-    limits: Any  # int32 [Tq] or None: overrule `causal`
-    key_mask: Any  # bool [B, Tk] or None
-    order: Any  # what puts the keys in the order of their times; None if they are
-
-    def sorted(self, x: Any) -> Any:
-        """Keys or values x [B, Tk, Hkv, K] as the kernels are to see them."""
-        return x if self.order is None else x[:, self.order]
-
-    def unsorted(self, x: Any, out: Any) -> Any:
-        """Gradients [B, Tk, Hkv, K] that the kernels have written, as the caller knows them: in
-        `out` if given."""
-        if self.order is None:
-            return deliver(x, out)
-        out = empty(x.shape, x.dtype, x) if out is None else out
-        out[:, self.order] = x
-        return out
-
-
-def _seen(q: Any, k: Any, causal: bool, times_q: Any, times_k: Any, key_mask: Any) -> _Seen:
-    xp, Tq, Tk = namespace(q), q.shape[1], k.shape[1]
-    limits = order = None
-    if causal and (times_q is not None or times_k is not None):
-        limits, order = visible_keys(Tq, Tk, True, _on_host(times_q), _on_host(times_k))
-        causal = bool(
-            (limits == np.minimum(np.arange(1, Tq + 1), Tk)).all()
-        )  # the usual times after all
-        everything = bool((limits == Tk).all())
-        limits = None if causal or everything else xp.asarray(limits.astype(np.int32))
-        order = None if order is None else xp.asarray(order)
-    if key_mask is not None:
-        key_mask = xp.asarray(key_mask, bool)
-        key_mask = xp.ascontiguousarray(key_mask if order is None else key_mask[:, order])
-    return _Seen(causal, limits, key_mask, order)
-
-
-def _on_host(x: Any) -> Any:
-    return x.get() if hasattr(x, "get") else x
-
-
-def _words(dropout: AttentionDropout | None, order: Any, q: Any) -> tuple[Any, Any, Any]:
-    """Dropout's addresses: a word for each sample and head uint64 [B H], query times int64 [Tq], a
-    word for each key uint32 [Tk]."""
+def _words(dropout: AttentionDropout | None, seen: DeviceTable, q: Any) -> tuple[Any, Any, Any]:
+    """Dropout's addresses: a word for each sample and head uint64 [B H], query times int64
+    [B, Tq], a word for each key uint32 [S, Tk]."""
     if dropout is None:
         return None, None, None
-    xp, H = namespace(q), q.shape[2]
+    xp, (B, Tq, H) = namespace(q), q.shape[:3]
     heads = xp.arange(dropout.head0, dropout.head0 + H)
-    words, columns = mask_words(q, dropout.key, dropout.samples, heads, dropout.times_k)
-    return (
-        words,
-        dense(xp.asarray(dropout.times_q, np.int64)),
-        columns if order is None else columns[order],
-    )
-
-
-# ---- arguments
+    times_k = xp.atleast_2d(xp.asarray(dropout.times_k))
+    words, columns = mask_words(q, dropout.key, dropout.samples, heads, times_k.reshape(-1))
+    columns = columns.reshape(times_k.shape)
+    if seen.order is not None:
+        S = max(len(columns), len(seen.order))
+        both = (xp.broadcast_to(x, (S, x.shape[1])) for x in (columns, seen.order))
+        columns = xp.take_along_axis(*both, axis=1)
+    times_q = xp.broadcast_to(xp.asarray(dropout.times_q, np.int64), (B, Tq))
+    return words, dense(times_q), dense(columns)
 
 
 def _fits(x: Any) -> bool:
@@ -235,16 +194,22 @@ def _writable(x: Any, like: Any) -> Any:
     return x if x is not None and _fits(x) else empty(like.shape, like.dtype, like)
 
 
-def _struct(seen: _Seen, scale: float, dropout: AttentionDropout | None, **arrays: Any) -> Any:
+def _struct(
+    seen: DeviceTable,
+    scale: float,
+    dropout: AttentionDropout | None,
+    columns: Any,
+    **arrays: Any,
+) -> Any:
     """The struct Attention for arrays q, k and so on, by name."""
     strides = tuple(
         (name, tuple(stride // x.itemsize for stride in x.strides[:3]))
         for name, x in arrays.items()
     )
     (_, Tq, H, _), (_, Tk, Hkv, _) = arrays["q"].shape, arrays["k"].shape
-    return _packed(
-        strides, (Tq, Tk, H, Hkv, int(seen.causal)), scale, 0.0 if dropout is None else dropout.p
-    )
+    column_step = Tk if columns is not None and len(columns) > 1 else 0
+    sizes = Tq, Tk, H, Hkv, int(seen.causal), seen.step, column_step
+    return _packed(strides, sizes, scale, 0.0 if dropout is None else dropout.p)
 
 
 @functools.lru_cache(1024)
@@ -252,7 +217,7 @@ def _packed(
     strides: tuple[tuple[str, tuple[int, ...]], ...], sizes: tuple[int, ...], scale: float, p: float
 ) -> Any:
     a = np.zeros((), _ATTENTION)
-    for name, value in (*strides, *zip(_SIZES, sizes, strict=True)):
+    for name, value in (*strides, *zip((*_SIZES, *_STEPS), sizes, strict=True)):
         a[name] = value
     a["scale"], a["threshold"], a["keep_scale"] = scale, threshold(p), 1 / (1 - p)
     return a[()]
@@ -274,23 +239,20 @@ def _forward(
     v: Any,
     *,
     scale: float,
-    causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
+    visibility: Visibility,
     dropout: AttentionDropout | None = None,
     out: Any = None,
 ) -> tuple[Any, Any]:
     same_dtype(q, k, v, out)
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    seen = device_table(visibility, q, k)
     if variant == "v3":
         return _forward_v3(q, k, v, seen, scale, dropout, out)
     plan = _plan(variant, q, scale, dropout)
     B, Tq, H, _ = q.shape
     q, k, v = _readable(q), _readable(seen.sorted(k)), _readable(seen.sorted(v))
     o, lse = _writable(out, q), empty((B, H, Tq), np.float32, q)
-    extras = (seen.limits, seen.key_mask, *_words(dropout, seen.order, q))
-    a = _struct(seen, scale, dropout, q=q, k=k, v=v, o=o)
+    extras = (seen.table, *_words(dropout, seen, q))
+    a = _struct(seen, scale, dropout, extras[-1], q=q, k=k, v=v, o=o)
     _launch("attention_forward", plan.forward, B, H, Tq, q, k, v, o, lse, *extras, a)
     return deliver(o, out), lse
 
@@ -305,17 +267,14 @@ def _backward(
     lse: Any,
     *,
     scale: float,
-    causal: bool,
-    times_q: Any = None,
-    times_k: Any = None,
-    key_mask: Any = None,
+    visibility: Visibility,
     dropout: AttentionDropout | None = None,
     grad_q: Any = None,
     grad_k: Any = None,
     grad_v: Any = None,
 ) -> tuple[Any, Any, Any]:
     same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
-    seen = _seen(q, k, causal, times_q, times_k, key_mask)
+    seen = device_table(visibility, q, k)
     if variant == "v3":
         return _backward_v3(
             (grad_o, o, q, k, v), lse, seen, scale, dropout, (grad_q, grad_k, grad_v)
@@ -328,10 +287,9 @@ def _backward(
         _writable(grad_q, q),
         *(_writable(g if seen.order is None else None, k) for g in (grad_k, grad_v)),
     )
-    extras = (seen.limits, seen.key_mask, *_words(dropout, seen.order, q))
-    a = _struct(
-        seen, scale, dropout, q=q, k=k, v=v, o=o, grad_o=grad_o, grad_q=gq, grad_k=gk, grad_v=gv
-    )
+    extras = (seen.table, *_words(dropout, seen, q))
+    arrays = dict(q=q, k=k, v=v, o=o, grad_o=grad_o, grad_q=gq, grad_k=gk, grad_v=gv)
+    a = _struct(seen, scale, dropout, extras[-1], **arrays)
     padded = -(-Tq // plan.grad_kv.loop) * plan.grad_kv.loop
     lse_2, delta = empty((2, B, H, padded), np.float32, q)
     known = (grad_o, q, k, v, lse_2, delta, np.int32(padded))
@@ -343,72 +301,70 @@ def _backward(
 
 
 def _forward_v3(
-    q: Any, k: Any, v: Any, seen: _Seen, scale: float, dropout: AttentionDropout | None, out: Any
+    q: Any, k: Any, v: Any, seen: DeviceTable, scale: float, dropout: AttentionDropout | None, out: Any
 ) -> tuple[Any, Any]:
-    _require_v3(q, scale, seen, dropout)
+    _require_v3(q, scale, dropout)
     q, k, v = hopper.tiled(q), hopper.tiled(seen.sorted(k)), hopper.tiled(seen.sorted(v))
     o = out if out is not None and hopper.can_be_tiled(out) else empty(q.shape, q.dtype, q)
     lse = empty((q.shape[0], q.shape[2], q.shape[1]), np.float32, q)
-    hopper.forward(q, k, v, o, lse, scale, seen.causal, seen.key_mask)
+    hopper.forward(q, k, v, o, lse, scale, seen)
     return deliver(o, out), lse
 
 
 def _backward_v3(
     arrays: tuple[Any, ...],
     lse: Any,
-    seen: _Seen,
+    seen: DeviceTable,
     scale: float,
     dropout: AttentionDropout | None,
     grads: tuple[Any, Any, Any],
 ) -> tuple[Any, Any, Any]:
     """`arrays`: grad_o, o, q, k, v."""
     grad_o, o, q, k, v = arrays
-    _require_v3(q, scale, seen, dropout)
+    _require_v3(q, scale, dropout)
     grad_o, o, q, k, v = map(hopper.tiled, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
     wanted = (grads[0], *(g if seen.order is None else None for g in grads[1:]))
     gq, gk, gv = (
         g if g is not None and hopper.can_be_tiled(g) else empty(x.shape, x.dtype, x)
         for g, x in zip(wanted, (q, k, v), strict=True)
     )
-    hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen.causal, seen.key_mask)
+    hopper.backward(grad_o, q, k, v, o, lse, (gq, gk, gv), scale, seen)
     return deliver(gq, grads[0]), seen.unsorted(gk, grads[1]), seen.unsorted(gv, grads[2])
 
 
-def _require_v3(q: Any, scale: float, seen: _Seen, dropout: AttentionDropout | None) -> None:
+def _require_v3(q: Any, scale: float, dropout: AttentionDropout | None) -> None:
     """Raises KernelUnavailable for what v3 does not do."""
-    if reason := hopper.refusal(q, scale, seen.limits, dropout):
+    if reason := hopper.refusal(q, scale, dropout):
         raise KernelUnavailable(
             f"attention v3 does not take {reason}; use(attention='cuda:v2') does, or leave the "
             "choice to auto"
         )
 
 
-def fastest(q: Any, k: Any, options: Mapping[str, Any]) -> str:
-    """The variant that `auto` takes for these queries, keys and options of an attention op, on
-    their device."""
+def fastest(q: Any, options: Mapping[str, Any]) -> str:
+    """Variant that `auto` takes for these queries and options of an attention op."""
     capability, scale = int(compute_capability(q.device.id)), options["scale"]
     if element(q) not in HALF_DTYPES or capability < 80 or not scale > 0:
         return "v1"
     if capability != 90:
         return "v2"
-    seen = _seen(q, k, options["causal"], options.get("times_q"), options.get("times_k"), None)
-    return "v2" if hopper.refusal(q, scale, seen.limits, options.get("dropout")) else "v3"
+    return "v2" if hopper.refusal(q, scale, options.get("dropout")) else "v3"
 
 
 def _taken(like: Any, head_width: int, dropout: bool) -> str:
     """`fastest` for the attention of a causal model in training, on arrays such as `like`."""
     q = namespace(like).empty((1, 1, 1, head_width), like.dtype)
-    return fastest(q, q, {"scale": 1.0, "causal": True, "dropout": dropout or None})
+    return fastest(q, {"scale": 1.0, "dropout": dropout or None})
 
 
 def _auto_forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
-    return _forward(fastest(q, k, options), q, k, v, **options)
+    return _forward(fastest(q, options), q, k, v, **options)
 
 
 def _auto_backward(
     grad_o: Any, q: Any, k: Any, *arrays: Any, **options: Any
 ) -> tuple[Any, Any, Any]:
-    return _backward(fastest(q, k, options), grad_o, q, k, *arrays, **options)
+    return _backward(fastest(q, options), grad_o, q, k, *arrays, **options)
 
 
 def _register(op: str, variant: str, fn: Any, dtypes: tuple[str, ...]) -> None:

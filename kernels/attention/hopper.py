@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minillm.kernels.attention.device_table import DeviceTable
 from minillm.kernels.launch import (
     address,
     compute_capability,
@@ -28,11 +29,14 @@ _BARRIER_BYTES = 8
 _KEYS = 128  # of a tile, in v3_common.cuh
 
 # Its C twin: Problem in v3_common.cuh.
-_COUNTS = ("samples", "heads", "kv_heads", "num_queries", "num_keys", "causal", "section")
+_COUNTS = (
+    *("samples", "heads", "kv_heads", "num_queries", "num_keys"),
+    *("causal", "visible_step", "section"),
+)
 _PROBLEM = np.dtype([*((name, np.int32) for name in _COUNTS), ("scale", np.float32)])
 
 
-def refusal(q: Any, scale: float, limits: Any, dropout: Any) -> str | None:
+def refusal(q: Any, scale: float, dropout: Any) -> str | None:
     """Why v3 cannot do this attention; None if it can."""
     if q.shape[3] not in HEAD_WIDTHS:
         return f"head width {q.shape[3]}, not one of {', '.join(map(str, HEAD_WIDTHS))}"
@@ -40,8 +44,7 @@ def refusal(q: Any, scale: float, limits: Any, dropout: Any) -> str | None:
         return f"a device of compute capability {compute_capability(q.device.id)}, not 90 (Hopper)"
     if not scale > 0:
         return f"a scale of {scale}, which is not positive"
-    options = {"dropout": dropout, "times other than the indices": limits}
-    return next((name for name, value in options.items() if value is not None), None)
+    return None if dropout is None else "dropout"
 
 
 def tiled(x: Any) -> Any:
@@ -59,11 +62,9 @@ def can_be_tiled(x: Any) -> bool:
     )
 
 
-def forward(
-    q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, causal: bool, key_mask: Any
-) -> None:
-    """q, o [B, Tq, H, K], k, v [B, Tk, Hkv, K], all `tiled`; lse [B, H, Tq] float32; key_mask bool
-    [B, Tk] or None."""
+def forward(q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, seen: DeviceTable) -> None:
+    """Write o and lse. q, o: [B, Tq, H, K]; k, v: [B, Tk, Hkv, K], all `tiled`; lse: [B, H, Tq]
+    float32."""
     (B, Tq, H, K), Tk = q.shape, k.shape[1]
     if 0 in (B, Tq, H, Tk):  # nobody sees anything
         o[...], lse[...] = 0, -np.inf
@@ -77,8 +78,8 @@ def forward(
     maps = [_map(q, 64), _map(k, _KEYS), _map(v, _KEYS), _map(o, 64)]
     section = max(1, _CACHE_BYTES // (2 * _head_bytes(k))) * (H // k.shape[2])
     parts = -(-Tq // (64 * consumers)) * H * B
-    problem = _problem(q, k, scale, causal, section)
-    args = [*maps, lse, _key_tiles(q, key_mask), problem]
+    problem = _problem(q, k, scale, seen, section)
+    args = [*maps, lse, seen.table, problem]
     _launch("v3_forward.cu", "attention_forward", q, parts, consumers, args, shared_bytes)
 
 
@@ -91,8 +92,7 @@ def backward(
     lse: Any,
     grads: tuple[Any, Any, Any],
     scale: float,
-    causal: bool,
-    key_mask: Any,
+    seen: DeviceTable,
 ) -> None:
     """Write the gradients of q, k and v into `grads`. All arrays of four dims are `tiled`."""
     (B, Tq, H, K), (Tk, Hkv) = q.shape, k.shape[1:3]
@@ -105,7 +105,6 @@ def backward(
     statistics, padded = _statistics(grad_o, o, lse, own)
     barriers = _BARRIER_BYTES * (2 + 4 * stages)
     maps = {rows: [_map(x, rows) for x in (grad_o, q, k, v)] for rows in {64, queries, _KEYS}}
-    key_tiles = _key_tiles(q, key_mask)
 
     statistics_map = tensor_map(statistics.reshape(B * H, 2, padded), (1, 2, queries), 0)
     shared_bytes = (
@@ -119,10 +118,10 @@ def backward(
         statistics_map,
         _map(grads[1], 64),
         _map(grads[2], 64),
-        key_tiles,
+        seen.table,
     ]
     section = max(1, _CACHE_BYTES // (2 * _head_bytes(q) * (H // Hkv)))
-    problem = _problem(q, k, scale, causal, section)
+    problem = _problem(q, k, scale, seen, section)
     _launch(
         "v3_backward.cu",
         "attention_grad_kv",
@@ -136,9 +135,9 @@ def backward(
     shared_bytes = (
         3 * consumers * _tile_bytes(64, K) + 2 * stages * _tile_bytes(_KEYS, K) + barriers
     )
-    args = [*maps[64][:2], *maps[_KEYS][2:], statistics, _map(grads[0], 64), key_tiles]
+    args = [*maps[64][:2], *maps[_KEYS][2:], statistics, _map(grads[0], 64), seen.table]
     section = max(1, _CACHE_BYTES // (2 * _head_bytes(k))) * (H // Hkv)
-    problem = _problem(q, k, scale, causal, section)
+    problem = _problem(q, k, scale, seen, section)
     _launch(
         "v3_backward.cu",
         "attention_grad_q",
@@ -148,23 +147,6 @@ def backward(
         [*args, problem, np.int32(padded)],
         shared_bytes,
     )
-
-
-def _key_tiles(like: Any, key_mask: Any) -> Any:
-    """What KeyMask in v3_common.cuh reads, for a mask bool [B, Tk]; None for none."""
-    if key_mask is None:
-        return None
-    B, Tk = key_mask.shape
-    tiles = empty((B, -(-Tk // _KEYS) + 1, 8), np.int32, like)
-    launch(
-        _FOLDER / "v3_mask.cu",
-        "attention_key_tiles",
-        {"ELEMENT": element(like)},
-        (B,),
-        (_KEYS,),
-        (key_mask, tiles, np.int32(Tk)),
-    )
-    return tiles
 
 
 def _statistics(grad_o: Any, o: Any, lse: Any, multiple: int) -> tuple[Any, int]:
@@ -202,9 +184,10 @@ def _defines(x: Any) -> dict[str, str | int]:
     return {"HEAD_WIDTH": x.shape[3], "ELEMENT": element(x)}
 
 
-def _problem(q: Any, k: Any, scale: float, causal: bool, section: int) -> Any:
+def _problem(q: Any, k: Any, scale: float, seen: DeviceTable, section: int) -> Any:
     (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
-    return np.array((B, H, Hkv, Tq, Tk, causal, min(section, B * H), scale), _PROBLEM)[()]
+    counts = B, H, Hkv, Tq, Tk, seen.causal, seen.step, min(section, B * H)
+    return np.array((*counts, scale), _PROBLEM)[()]
 
 
 def _launch(

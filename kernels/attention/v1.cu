@@ -126,7 +126,7 @@ __device__ __forceinline__ void store_row(Element* x, int64_t stride, int row, i
 
 // Grid (query tiles, heads, samples). o [B, Tq, H, K]; lse [B, H, Tq].
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
-    const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int* limits, const uint8_t* key_mask,
+    const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int* tables,
     const uint64_t* head_keys, const int64_t* query_times, const uint32_t* column_words, const Attention a) {
     float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
     float* k_tile = q_tile + OWN * PITCH;           // [LOOP][PITCH]
@@ -136,26 +136,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     const int first = (gridDim.x - 1 - blockIdx.x) * OWN;  // under a causal mask the last queries see most: the longest work starts first
     k = head_start(k, a.k, b, kv_head);
     v = head_start(v, a.v, b, kv_head);
-    if (key_mask) key_mask += int64_t(b) * a.num_keys;
+    if (column_words) column_words += int64_t(b) * a.column_step;
+    const Visible visible(tables, a, b);
     const float scale = a.scale * LOG2_E;
 
     load_tile<OWN>(q_tile, head_start(q, a.q, b, h), a.q.time, first, a.num_queries);
-    int limit[OWN_ROWS];
+    Range keys[OWN_ROWS];
     uint64_t word[OWN_ROWS];
     float m[OWN_ROWS], l[OWN_ROWS], sums[OWN_ROWS][COLUMNS];
     #pragma unroll
     for (int i = 0; i < OWN_ROWS; i++) {
         const int query = first + Y + SIDE * i;
-        limit[i] = limit_of(a, limits, query);
-        word[i] = head_keys && query < a.num_queries ? row_word(head_keys[row_of_head], query_times[query]) : 0;
+        keys[i] = visible.keys_of(query);
+        word[i] = head_keys && query < a.num_queries ? row_word(head_keys[row_of_head], query_times[int64_t(b) * a.num_queries + query]) : 0;
         m[i] = -INFINITY;
         l[i] = 0;
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) sums[i][c] = 0;
     }
 
-    const int stop = limits_of(a, limits, first, OWN).most;
-    for (int first_key = 0; first_key < stop; first_key += LOOP) {
+    const Seen seen = visible.of_queries(first, OWN);
+    for (int first_key = seen.first; first_key < seen.end; first_key += LOOP) {
         __syncthreads();  // nobody reads the tiles any more
         load_tile<LOOP>(k_tile, k, a.k.time, first_key, a.num_keys);
         load_tile<LOOP>(v_tile, v, a.v.time, first_key, a.num_keys);
@@ -168,8 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
             #pragma unroll
             for (int j = 0; j < LOOP_ROWS; j++) {
                 const int key = first_key + X + SIDE * j;
-                const bool seen = key < limit[i] && (!key_mask || key_mask[key]);
-                s[i][j] = seen ? s[i][j] * scale : -INFINITY;
+                s[i][j] = key < keys[i].end && key >= keys[i].first ? s[i][j] * scale : -INFINITY;
                 top = fmaxf(top, s[i][j]);
             }
             top = row_max(top);
@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
                 const int key = first_key + X + SIDE * j;
                 float p = exp2_(s[i][j] - base);
                 l[i] += p;  // of this thread's keys alone; the row's threads meet at the end
-                if (head_keys && key < limit[i]) p = keeps(word[i], column_words[key], a.threshold) ? p * a.keep_scale : 0.0f;
+                if (head_keys && key < keys[i].end) p = keeps(word[i], column_words[key], a.threshold) ? p * a.keep_scale : 0.0f;
                 scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = p;
             }
         }
@@ -223,22 +223,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_delta(
 
 // What the backward pass knows of a query.
 struct Query {
-    int limit;
+    Range keys;
     float lse_2, delta;
     uint64_t word;
 };
 
-__device__ __forceinline__ Query query_at(const Attention& a, const float* lse_2, const float* delta, int padded, const int* limits,
-                                          const uint64_t* head_keys, const int64_t* query_times, int row_of_head, int query) {
-    if (query >= a.num_queries) return {0, 0.0f, 0.0f, 0};
+__device__ __forceinline__ Query query_at(const Attention& a, const Visible& visible, const float* lse_2, const float* delta, int padded,
+                                          const uint64_t* head_keys, const int64_t* query_times, int b, int h, int query) {
+    if (query >= a.num_queries) return {{0, 0}, 0.0f, 0.0f, 0};
+    const int row_of_head = b * a.num_heads + h;
     const int64_t at = int64_t(row_of_head) * padded + query;
-    return {limit_of(a, limits, query), lse_2[at], delta[at], head_keys ? row_word(head_keys[row_of_head], query_times[query]) : 0};
+    return {visible.keys_of(query), lse_2[at], delta[at], head_keys ? row_word(head_keys[row_of_head], query_times[int64_t(b) * a.num_queries + query]) : 0};
 }
 
 // From the dot products q.k and grad_o.v of a query and a key to what multiplies grad_o (p) and what multiplies q and k (grad_s).
 __device__ __forceinline__ void probability(float& p, float& grad_s, const Attention& a, const Query& query, int key,
-                                            const uint8_t* key_mask, const uint32_t* column_words) {
-    if (key >= query.limit || (key_mask && !key_mask[key])) {
+                                            const uint32_t* column_words) {
+    if (key >= query.keys.end || key < query.keys.first) {
         p = grad_s = 0;
         return;
     }
@@ -251,7 +252,7 @@ __device__ __forceinline__ void probability(float& p, float& grad_s, const Atten
 // Grid (key tiles, key-value heads, samples). The queries of all heads that read a key-value head come one head after another.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
     const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
-    Element* grad_k, Element* grad_v, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
+    Element* grad_k, Element* grad_v, const int* tables, const uint64_t* head_keys, const int64_t* query_times,
     const uint32_t* column_words, const Attention a) {
     float* k_tile = dynamic_shared<float>();        // [OWN][PITCH]
     float* v_tile = k_tile + OWN * PITCH;           // [OWN][PITCH]
@@ -260,7 +261,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
     float* scores = grad_o_tile + LOOP * PITCH;     // [OWN][SCORE_PITCH]
     float* grad_scores = scores + OWN * SCORE_PITCH;
     const int kv_head = blockIdx.y, b = blockIdx.z, group = a.num_heads / a.num_kv_heads, first = blockIdx.x * OWN;
-    if (key_mask) key_mask += int64_t(b) * a.num_keys;
+    if (column_words) column_words += int64_t(b) * a.column_step;
+    const Visible visible(tables, a, b);
 
     load_tile<OWN>(k_tile, head_start(k, a.k, b, kv_head), a.k.time, first, a.num_keys);
     load_tile<OWN>(v_tile, head_start(v, a.v, b, kv_head), a.v.time, first, a.num_keys);
@@ -270,9 +272,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) k_sums[i][c] = v_sums[i][c] = 0;
 
-    const int start = first_query_seeing(a, limits, first, LOOP);
+    const Range queries = visible.readers(first, OWN);
     for (int h = kv_head * group; h < (kv_head + 1) * group; h++)
-        for (int first_query = start; first_query < a.num_queries; first_query += LOOP) {
+        for (int first_query = queries.first / LOOP * LOOP; first_query < queries.end; first_query += LOOP) {
             __syncthreads();
             load_tile<LOOP>(q_tile, head_start(q, a.q, b, h), a.q.time, first_query, a.num_queries);
             load_tile<LOOP>(grad_o_tile, head_start(grad_o, a.grad_o, b, h), a.grad_o.time, first_query, a.num_queries);
@@ -283,10 +285,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
             #pragma unroll
             for (int j = 0; j < LOOP_ROWS; j++) {
                 const int column = first_query + X + SIDE * j;
-                const Query query = query_at(a, lse_2, delta, padded, limits, head_keys, query_times, b * a.num_heads + h, column);
+                const Query query = query_at(a, visible, lse_2, delta, padded, head_keys, query_times, b, h, column);
                 #pragma unroll
                 for (int i = 0; i < OWN_ROWS; i++) {
-                    probability(s[i][j], grad_s[i][j], a, query, first + Y + SIDE * i, key_mask, column_words);
+                    probability(s[i][j], grad_s[i][j], a, query, first + Y + SIDE * i, column_words);
                     scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = s[i][j];
                     grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
                 }
@@ -310,7 +312,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
 // Grid (query tiles, heads, samples).
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
     const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
-    Element* grad_q, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
+    Element* grad_q, const int* tables, const uint64_t* head_keys, const int64_t* query_times,
     const uint32_t* column_words, const Attention a) {
     float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
     float* grad_o_tile = q_tile + OWN * PITCH;      // [OWN][PITCH]
@@ -321,7 +323,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
     const int first = (gridDim.x - 1 - blockIdx.x) * OWN;
     k = head_start(k, a.k, b, kv_head);
     v = head_start(v, a.v, b, kv_head);
-    if (key_mask) key_mask += int64_t(b) * a.num_keys;
+    if (column_words) column_words += int64_t(b) * a.column_step;
+    const Visible visible(tables, a, b);
 
     load_tile<OWN>(q_tile, head_start(q, a.q, b, h), a.q.time, first, a.num_queries);
     load_tile<OWN>(grad_o_tile, head_start(grad_o, a.grad_o, b, h), a.grad_o.time, first, a.num_queries);
@@ -329,13 +332,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
     float sums[OWN_ROWS][COLUMNS];
     #pragma unroll
     for (int i = 0; i < OWN_ROWS; i++) {
-        query[i] = query_at(a, lse_2, delta, padded, limits, head_keys, query_times, b * a.num_heads + h, first + Y + SIDE * i);
+        query[i] = query_at(a, visible, lse_2, delta, padded, head_keys, query_times, b, h, first + Y + SIDE * i);
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) sums[i][c] = 0;
     }
 
-    const int stop = limits_of(a, limits, first, OWN).most;
-    for (int first_key = 0; first_key < stop; first_key += LOOP) {
+    const Seen seen = visible.of_queries(first, OWN);
+    for (int first_key = seen.first; first_key < seen.end; first_key += LOOP) {
         __syncthreads();
         load_tile<LOOP>(k_tile, k, a.k.time, first_key, a.num_keys);
         load_tile<LOOP>(v_tile, v, a.v.time, first_key, a.num_keys);
@@ -347,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
         for (int i = 0; i < OWN_ROWS; i++)
             #pragma unroll
             for (int j = 0; j < LOOP_ROWS; j++) {
-                probability(s[i][j], grad_s[i][j], a, query[i], first_key + X + SIDE * j, key_mask, column_words);
+                probability(s[i][j], grad_s[i][j], a, query[i], first_key + X + SIDE * j, column_words);
                 grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
             }
         WATCH(P, s);

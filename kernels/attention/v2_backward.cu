@@ -57,17 +57,18 @@ __device__ __forceinline__ void probability(float& p, float& grad_s, float scale
 
 // The same for own rows that are keys from `key` on, and walked rows that are queries from `query` on.
 template <int M, int N>
-__device__ __forceinline__ void hide_earlier_queries(float (&s)[M][N][4], const Attention& a, const int* limits, int key, int query) {
+__device__ __forceinline__ void hide_queries(float (&s)[M][N][4], const Visible& visible, int key, int query) {
     #pragma unroll
     for (int n = 0; n < N; n++)
         #pragma unroll
         for (int e = 0; e < 2; e++) {
-            const int limit = limit_of(a, limits, query + 8 * n + LANE % 4 * 2 + e) - key - LANE / 4;
+            const Range keys = visible.keys_of(query + 8 * n + LANE % 4 * 2 + e);
+            const int first = keys.first - key - LANE / 4, end = keys.end - key - LANE / 4;
             #pragma unroll
             for (int m = 0; m < M; m++)
                 #pragma unroll
                 for (int half = 0; half < 2; half++)
-                    if (16 * m + 8 * half >= limit) s[m][n][2 * half + e] = -INFINITY;
+                    if (16 * m + 8 * half >= end || 16 * m + 8 * half < first) s[m][n][2 * half + e] = -INFINITY;
         }
 }
 
@@ -92,24 +93,10 @@ __device__ __forceinline__ void probabilities_of_keys(float (&s)[M][N][4], float
         }
 }
 
-// A warp's own keys that the mask hides get no gradient, whatever was added up for them.
-template <int M>
-__device__ __forceinline__ void drop_masked_keys(float (&sums)[M][BLOCKS][4], const uint8_t* key_mask, int num_keys, int key) {
-    #pragma unroll
-    for (int m = 0; m < M; m++)
-        #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = key + 16 * m + 8 * half + LANE / 4;
-            if (row < num_keys && key_mask[row]) continue;
-            #pragma unroll
-            for (int c = 0; c < BLOCKS; c++) sums[m][c][2 * half] = sums[m][c][2 * half + 1] = 0;
-        }
-}
-
 // Grid (key tiles, key-value heads, samples). The queries of all heads that read a key-value head come one head after another.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_kv(
     const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
-    Element* grad_k, Element* grad_v, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
+    Element* grad_k, Element* grad_v, const int* tables, const uint64_t* head_keys, const int64_t* query_times,
     const uint32_t* column_words, const Attention a) {
     constexpr int TILE = LOOP * HEAD_WIDTH;
     Element* k_tile = dynamic_shared<Element>();                                 // [OWN]
@@ -121,12 +108,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_kv(
     uint64_t* word_tiles = reinterpret_cast<uint64_t*>(delta_tiles + 2 * LOOP);  // [2][LOOP], if there is dropout
     const int kv_head = blockIdx.y, b = blockIdx.z, group = a.num_heads / a.num_kv_heads;
     const int first = blockIdx.x * OWN, own = WARP * WARP_ROWS;
-    if (key_mask) key_mask += int64_t(b) * a.num_keys;
+    if (column_words) column_words += int64_t(b) * a.column_step;
+    const Visible visible(tables, a, b);
     const float scale = a.scale * LOG2_E;
 
     // Step i walks over queries [start + i % tiles * LOOP, ..) of head i / tiles of the group.
-    const int start = first_query_seeing(a, limits, first, LOOP);
-    const int tiles = start < a.num_queries ? (a.num_queries - start + LOOP - 1) / LOOP : 0, steps = group * tiles;
+    const Range queries = visible.readers(first, OWN);
+    const int start = queries.first / LOOP * LOOP, tiles = max(queries.end - start + LOOP - 1, 0) / LOOP, steps = group * tiles;
     auto copy_step = [&](int step, int buffer) {
         const int h = kv_head * group + step / tiles, query = start + step % tiles * LOOP, row_of_head = b * a.num_heads + h;
         const Element *q_head = head_start(q, a.q, b, h), *grad_o_head = head_start(grad_o, a.grad_o, b, h);
@@ -140,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_kv(
         }
         if (DROPOUT && i < LOOP) {
             const bool inside = query + i < a.num_queries;
-            word_tiles[buffer * LOOP + i] = inside ? row_word(head_keys[row_of_head], query_times[query + i]) : uint64_t(0);
+            word_tiles[buffer * LOOP + i] = inside ? row_word(head_keys[row_of_head], query_times[int64_t(b) * a.num_queries + query + i]) : uint64_t(0);
         }
     };
 
@@ -167,11 +155,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_kv(
         #pragma unroll 1
         for (int slice = 0; slice < LOOP; slice += SLICE) {
             float s[DOWN][ACROSS][4], grad_s[DOWN][ACROSS][4];
-            const Limits seen = limits_of(a, limits, query + slice, SLICE);
-            if (seen.most <= first + own) continue;  // none of this warp's keys
+            const Seen seen = visible.of_queries(query + slice, SLICE);
+            if (seen.misses(first + own, WARP_ROWS)) continue;  // none of this warp's keys
             dot_rows(s, keys, q_tile, slice);
             dot_rows(grad_s, values, grad_o_tile, slice);
-            if (seen.least < first + own + WARP_ROWS) hide_earlier_queries(s, a, limits, first + own, query + slice);
+            if (seen.hides(first + own, WARP_ROWS)) hide_queries(s, visible, first + own, query + slice);
             const int at = buffer * LOOP + slice;
             const uint64_t* words = DROPOUT ? word_tiles + at : nullptr;
             probabilities_of_keys(s, grad_s, a, scale, lse_tiles + at, delta_tiles + at, words, column_words, first + own);
@@ -190,10 +178,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_kv(
     cp_async_wait<0>();
     __syncthreads();
 
-    if (key_mask) {
-        drop_masked_keys(k_sums, key_mask, a.num_keys, first + own);
-        drop_masked_keys(v_sums, key_mask, a.num_keys, first + own);
-    }
     float factor[DOWN][2];
     #pragma unroll
     for (int m = 0; m < DOWN; m++) factor[m][0] = factor[m][1] = a.scale;
@@ -206,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_kv(
 // Grid (query tiles, heads, samples).
 extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q(
     const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
-    Element* grad_q, const int* limits, const uint8_t* key_mask, const uint64_t* head_keys, const int64_t* query_times,
+    Element* grad_q, const int* tables, const uint64_t* head_keys, const int64_t* query_times,
     const uint32_t* column_words, const Attention a) {
     constexpr int TILE = LOOP * HEAD_WIDTH;
     Element* q_tile = dynamic_shared<Element>();        // [OWN]
@@ -217,16 +201,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q(
     const int first = (gridDim.x - 1 - blockIdx.x) * OWN, own = WARP * WARP_ROWS;
     k = head_start(k, a.k, b, kv_head);
     v = head_start(v, a.v, b, kv_head);
-    if (key_mask) key_mask += int64_t(b) * a.num_keys;
-    const Limits seen = limits_of(a, limits, first + own, WARP_ROWS);
-    const int stop = limits_of(a, limits, first, OWN).most;
+    if (column_words) column_words += int64_t(b) * a.column_step;
+    const Visible visible(tables, a, b);
+    const Seen seen = visible.of_queries(first + own, WARP_ROWS), walked = visible.of_queries(first, OWN);
     const float scale = a.scale * LOG2_E;
 
     copy_tile<OWN, THREADS>(q_tile, head_start(q, a.q, b, h), a.q.time, first, a.num_queries);
     copy_tile<OWN, THREADS>(grad_o_tile, head_start(grad_o, a.grad_o, b, h), a.grad_o.time, first, a.num_queries);
-    if (stop > 0) {
-        copy_tile<LOOP, THREADS>(k_tiles, k, a.k.time, 0, a.num_keys);
-        copy_tile<LOOP, THREADS>(v_tiles, v, a.v.time, 0, a.num_keys);
+    if (walked.first < walked.end) {
+        copy_tile<LOOP, THREADS>(k_tiles, k, a.k.time, walked.first, a.num_keys);
+        copy_tile<LOOP, THREADS>(v_tiles, v, a.v.time, walked.first, a.num_keys);
     }
     cp_async_commit();
     OwnRows<DOWN, KEEP_OWN> queries = {q_tile, own}, grads = {grad_o_tile, own};
@@ -243,14 +227,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q(
         }
 #if DROPOUT
     uint64_t words[DOWN][2];
-    query_words(words, a, head_keys, query_times, row_of_head, first + own);
+    query_words(words, a, head_keys, query_times, b, h, first + own);
 #endif
 
-    for (int key = 0, buffer = 0; key < stop; key += LOOP, buffer ^= 1) {
+    for (int key = walked.first, buffer = 0; key < walked.end; key += LOOP, buffer ^= 1) {
         cp_async_wait<0>();
         __syncthreads();
-        if (key == 0) queries.keep(), grads.keep();
-        if (key + LOOP < stop) {
+        if (key == walked.first) queries.keep(), grads.keep();
+        if (key + LOOP < walked.end) {
             copy_tile<LOOP, THREADS>(k_tiles + (buffer ^ 1) * TILE, k, a.k.time, key + LOOP, a.num_keys);
             copy_tile<LOOP, THREADS>(v_tiles + (buffer ^ 1) * TILE, v, a.v.time, key + LOOP, a.num_keys);
             cp_async_commit();
@@ -258,12 +242,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_grad_q(
         const Element *k_tile = k_tiles + buffer * TILE, *v_tile = v_tiles + buffer * TILE;
         #pragma unroll 1
         for (int slice = 0; slice < LOOP; slice += SLICE) {
-            if (key + slice >= seen.most) break;
+            if (seen.misses(key + slice, SLICE)) continue;
             float s[DOWN][ACROSS][4], grad_s[DOWN][ACROSS][4];
             dot_rows(s, queries, k_tile, slice);
             dot_rows(grad_s, grads, v_tile, slice);
-            if (key + slice + SLICE > seen.least) hide_later_keys(s, a, limits, first + own, key + slice);
-            if (key_mask) hide_masked_keys(s, key_mask, a.num_keys, key + slice);
+            if (seen.hides(key + slice, SLICE)) hide_keys(s, visible, first + own, key + slice);
             #pragma unroll
             for (int m = 0; m < DOWN; m++)
                 #pragma unroll

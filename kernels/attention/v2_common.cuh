@@ -172,43 +172,31 @@ __device__ __forceinline__ void store_rows(Element* x, int64_t stride, int row, 
 
 // Minus infinity where a key is not seen. Own rows are queries from `query` on, walked rows keys from `key` on.
 template <int M, int N>
-__device__ __forceinline__ void hide_later_keys(float (&s)[M][N][4], const Attention& a, const int* limits, int query, int key) {
+__device__ __forceinline__ void hide_keys(float (&s)[M][N][4], const Visible& visible, int query, int key) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int limit = limit_of(a, limits, query + 16 * m + 8 * half + LANE / 4) - key - LANE % 4 * 2;
+            const Range keys = visible.keys_of(query + 16 * m + 8 * half + LANE / 4);
+            const int first = keys.first - key - LANE % 4 * 2, end = keys.end - key - LANE % 4 * 2;
             #pragma unroll
             for (int n = 0; n < N; n++)
                 #pragma unroll
                 for (int e = 0; e < 2; e++)
-                    if (8 * n + e >= limit) s[m][n][2 * half + e] = -INFINITY;
-        }
-}
-template <int M, int N>
-__device__ __forceinline__ void hide_masked_keys(float (&s)[M][N][4], const uint8_t* key_mask, int num_keys, int key) {
-    #pragma unroll
-    for (int n = 0; n < N; n++)
-        #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int column = key + 8 * n + LANE % 4 * 2 + e;
-            const bool seen = column < num_keys && key_mask[column];
-            #pragma unroll
-            for (int m = 0; m < M; m++)
-                if (!seen) s[m][n][e] = s[m][n][2 + e] = -INFINITY;
+                    if (8 * n + e >= end || 8 * n + e < first) s[m][n][2 * half + e] = -INFINITY;
         }
 }
 
 // Dropout's words of a thread's own rows, which are queries.
 template <int M>
 __device__ __forceinline__ void query_words(uint64_t (&words)[M][2], const Attention& a, const uint64_t* head_keys,
-                                            const int64_t* query_times, int row_of_head, int query) {
+                                            const int64_t* query_times, int b, int h, int query) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = query + 16 * m + 8 * half + LANE / 4;
-            words[m][half] = row < a.num_queries ? row_word(head_keys[row_of_head], query_times[row]) : uint64_t(0);
+            words[m][half] = row < a.num_queries ? row_word(head_keys[b * a.num_heads + h], query_times[int64_t(b) * a.num_queries + row]) : uint64_t(0);
         }
 }
 

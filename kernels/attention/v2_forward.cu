@@ -29,7 +29,7 @@
 // * 32 rows a warp where registers allow: what ldmatrix brings serves two products, without which shared memory, not the tensor core, is
 //   the limit. Own rows stay in registers as fragments where they fit (KEEP_..), else they are read again for each tile.
 //
-// * The tiles that a causal mask cuts are masked, the others pay nothing; a warp passes over those that it does not see at all (at head
+// * The tiles that a mask cuts are masked, the others pay nothing; a warp passes over those that it does not see at all (at head
 //   width 128, the forward pass has no registers left for that branch).
 //
 // Arrays are read in 16-byte pieces: pointers and strides must be multiples of 8 elements.
@@ -103,7 +103,7 @@ __device__ __forceinline__ void softmax_step(Softmax& of, float (&s)[DOWN][ACROS
 
 // Grid (query tiles, heads, samples). o [B, Tq, H, K]; lse [B, H, Tq].
 extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
-    const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int* limits, const uint8_t* key_mask,
+    const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int* tables,
     const uint64_t* head_keys, const int64_t* query_times, const uint32_t* column_words, const Attention a) {
     constexpr int TILE = LOOP * HEAD_WIDTH;
     Element* q_tile = dynamic_shared<Element>();   // [OWN]
@@ -114,15 +114,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
     const int own = WARP * WARP_ROWS;                           // this warp's rows of the tile
     k = head_start(k, a.k, b, kv_head);
     v = head_start(v, a.v, b, kv_head);
-    if (key_mask) key_mask += int64_t(b) * a.num_keys;
-    const Limits seen = limits_of(a, limits, first + own, WARP_ROWS);  // by this warp
-    const int stop = limits_of(a, limits, first, OWN).most;       // by the block
+    if (column_words) column_words += int64_t(b) * a.column_step;
+    const Visible visible(tables, a, b);
+    const Seen seen = visible.of_queries(first + own, WARP_ROWS);  // by this warp
+    const Seen walked = visible.of_queries(first, OWN);            // by the block
     const float scale = a.scale * LOG2_E;
 
     copy_tile<OWN, THREADS>(q_tile, head_start(q, a.q, b, h), a.q.time, first, a.num_queries);
-    if (stop > 0) {
-        copy_tile<LOOP, THREADS>(k_tiles, k, a.k.time, 0, a.num_keys);
-        copy_tile<LOOP, THREADS>(v_tiles, v, a.v.time, 0, a.num_keys);
+    if (walked.first < walked.end) {
+        copy_tile<LOOP, THREADS>(k_tiles, k, a.k.time, walked.first, a.num_keys);
+        copy_tile<LOOP, THREADS>(v_tiles, v, a.v.time, walked.first, a.num_keys);
     }
     cp_async_commit();
     OwnRows<DOWN, KEEP_QUERIES> queries = {q_tile, own};
@@ -133,23 +134,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
     for (int m = 0; m < DOWN; m++) softmax.m[m][0] = softmax.m[m][1] = -INFINITY, softmax.l[m][0] = softmax.l[m][1] = 0;
 #if DROPOUT
     uint64_t words[DOWN][2];
-    query_words(words, a, head_keys, query_times, row_of_head, first + own);
+    query_words(words, a, head_keys, query_times, b, h, first + own);
 #endif
 
-    for (int key = 0, buffer = 0; key < stop; key += LOOP, buffer ^= 1) {
+    for (int key = walked.first, buffer = 0; key < walked.end; key += LOOP, buffer ^= 1) {
         cp_async_wait<0>();
         __syncthreads();  // this tile has arrived for all, and nobody reads the other buffer any more
-        if (key == 0) queries.keep();
-        if (key + LOOP < stop) {
+        if (key == walked.first) queries.keep();
+        if (key + LOOP < walked.end) {
             copy_tile<LOOP, THREADS>(k_tiles + (buffer ^ 1) * TILE, k, a.k.time, key + LOOP, a.num_keys);
             copy_tile<LOOP, THREADS>(v_tiles + (buffer ^ 1) * TILE, v, a.v.time, key + LOOP, a.num_keys);
             cp_async_commit();
         }
-        if (HEAD_WIDTH < 128 && key >= seen.most) continue;  // at 128 the branch takes registers that are not there
+        if (HEAD_WIDTH < 128 && seen.misses(key, LOOP)) continue;  // at 128 the branch takes registers that are not there
         float s[DOWN][ACROSS][4];
         dot_rows(s, queries, k_tiles + buffer * TILE, 0);
-        if (key + LOOP > seen.least) hide_later_keys(s, a, limits, first + own, key);
-        if (key_mask) hide_masked_keys(s, key_mask, a.num_keys, key);
+        if (seen.hides(key, LOOP)) hide_keys(s, visible, first + own, key);
         WATCH(S, s);
         softmax_step(softmax, s, sums, scale);
         WATCH(m, softmax.m);

@@ -66,13 +66,9 @@ def _attention(make: _Maker) -> tuple[Array, Array, Array]:
 
 
 def _attention_options(s: Sizes) -> dict[str, Any]:
-    key = np.arange(s.T)
-    key_mask = (
-        np.array([(key >= s.padding // (b + 1)) & (key % 7 != 3) for b in range(s.batch)])
-        if s.padding
-        else None
-    )
-    return {"scale": s.head_width**-0.5, "causal": s.causal, "key_mask": key_mask}
+    lengths = s.T - s.padding // np.arange(1, s.batch + 1) if s.padding else None
+    seen = kernels.Visibility(causal=s.causal, key_lengths=lengths)
+    return {"scale": s.head_width**-0.5, "visibility": seen}
 
 
 def attention_forward(make: _Maker) -> Any:

@@ -103,7 +103,7 @@ def _calls(variant: str, shape: Shape) -> tuple[Callable[[], Any], Callable[[], 
     B, T, H, K = shape.sizes
     qkv, grad = normal((B, T, 3 * H, K), bfloat16()), normal((B, T, H, K), bfloat16(), 1)
     q, k, v = qkv[:, :, :H], qkv[:, :, H : 2 * H], qkv[:, :, 2 * H :]
-    options = dict(scale=K**-0.5, causal=shape.causal)
+    options = dict(scale=K**-0.5, visibility=kernels.Visibility(causal=shape.causal))
     choice = f"cuda:{variant}"
 
     def forward() -> Any:

@@ -17,7 +17,7 @@
 
 #include "../attention/cpu.c" /* uses the dropout above */
 
-#define ATTENTION_ARGUMENTS "hhhqb?U?u?iiiiiiidd"
+#define ATTENTION_ARGUMENTS "hhhq?qU?u?iiiiiiiiidd"
 
 const Kernel VARIANT[] = {
     {"add", "ffFi", add},

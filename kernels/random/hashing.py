@@ -59,9 +59,12 @@ def threshold(p: float) -> int:
 
 
 def row_words(head_keys: Array, times: Array) -> Array:
-    """64 random bits for each query of each head, keyed by the heads' words: uint64 [B, H],
-    integers [Tq] -> uint64 [B, H, Tq]."""
-    index = np.asarray(times).astype(np.uint64)
-    return np.stack([random_bits(int(key), index) for key in head_keys.reshape(-1)]).reshape(
-        *head_keys.shape, len(index)
-    )
+    """64 random bits for each query of each head, keyed by the heads' words.
+
+    head_keys: uint64 [B, H]; times: int [Tq] or [B, Tq]. Returns uint64 [B, H, Tq].
+    """
+    index = np.atleast_2d(times).astype(np.uint64)
+    words = np.empty((*head_keys.shape, index.shape[1]), np.uint64)
+    for (b, h), key in np.ndenumerate(head_keys):
+        words[b, h] = random_bits(int(key), index[b if len(index) > 1 else 0])
+    return words

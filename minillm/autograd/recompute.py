@@ -1,8 +1,7 @@
-"""Recomputation: a part of the tape that keeps its inputs alone and is run again by the backward
-pass.
+"""Recomputation: a part of the tape keeps its inputs alone, and the backward pass replays it.
 
-The replay is a backward pass within the backward pass: it shares what is deferred and who observes,
-so a parameter is reported complete after its last use, wherever that is.
+The replay is a backward pass within the backward pass. It shares the deferred work and the
+observer, so a parameter is reported complete after its last use, inside or outside the part.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from minillm.autograd.tape import (
 from minillm.base.arrays import Array
 
 
-class _Checkpoint(Function):
+class _Recomputed(Function):
     @staticmethod
     def forward(ctx: Context, *inputs: Array, fn: Callable[..., Any]) -> Any:
         used: list[Leaf] = []
@@ -41,7 +40,7 @@ class _Checkpoint(Function):
         if is_grad_enabled():
             ctx.extra_leaves = tuple(used)
             ctx.recording = ctx.recording or bool(used)
-        ctx.save(fn, *inputs)
+        ctx.save(fn, *(ctx.input(i) for i in range(len(inputs))))
         return tuple(t.data for t in out) if isinstance(out, tuple) else out.data
 
     @staticmethod
@@ -67,11 +66,10 @@ class _Checkpoint(Function):
         return tuple(leaf.grad for leaf in leaves)
 
 
-def checkpoint(fn: Callable[..., Any], *inputs: Tensor) -> Any:
-    """Run `fn(*inputs)` without keeping its intermediate arrays; backward runs it again (Chen et
-    al. 2016, arXiv:1604.06174).
+def recomputed(fn: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Run `fn(*inputs)` keeping its inputs alone: backward runs it a second time.
 
-    `fn` takes and returns tensors and must compute the same thing twice: dropout does, because
-    masks are addressed, not drawn.
+    Activation checkpointing (Chen et al. 2016, arXiv:1604.06174). `fn` takes and returns tensors,
+    and must be deterministic. Dropout is, because its masks are functions of addresses.
     """
-    return _Checkpoint.apply(*inputs, fn=fn)
+    return _Recomputed.apply(*inputs, fn=fn)

@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation over coarse operations: the tape. backward.py goes through it.
+"""Tape of reverse-mode differentiation over coarse operations. backward.py traverses it.
 
 A `Function` is one operation with its hand-written derivative; it sees arrays, never tensors.
 `Function.apply` runs the forward pass and leaves a `Node` on the tape. Nodes point at their parents
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 
 class GradSlot:
-    """Where a parameter's gradient accumulates: `buf` holds garbage until the first write, the sum
-    of all writes after that."""
+    """Accumulator of a parameter's gradient.
+
+    `buf` holds garbage until the first write, and the sum of all writes after that.
+    """
 
     __slots__ = ("buf", "writes")
 
@@ -32,8 +34,10 @@ class GradSlot:
         self.writes = 0
 
     def add(self, grad: Array) -> None:
-        """Add `grad` (of the buffer's shape); the first write overwrites, so that no pass has to
-        zero the buffer. It may be `fresh`, with the gradient computed into it."""
+        """Add `grad`, of the buffer's shape. It may be `fresh`, with the gradient computed into it.
+
+        The first write overwrites, so that no pass has to zero the buffer.
+        """
         if self.writes:
             self.buf += grad
         elif grad is not self.buf:
@@ -42,32 +46,31 @@ class GradSlot:
 
     @property
     def fresh(self) -> Array | None:
-        """The buffer, for the first write to be computed into it; None after that."""
+        """Buffer before the first write, for computing that write in place; None after it."""
         return None if self.writes else self.buf
 
     def finish(self) -> None:
-        """Make the buffer valid for a reduction: a slot that nobody wrote counts as zero."""
+        """Make the buffer valid for a reduction: zero it if it was never written."""
         if not self.writes:
             self.buf[...] = 0
 
 
 class Recipe:
-    """What the tape keeps in place of an array that can be had again when the backward pass wants
-    it.
+    """Placeholder for a saved array: `get()` recomputes or re-gathers it during backward.
 
-    A plain base class: the tape asks a few hundred times a step what is a recipe, and for an
-    abstract one that takes five times as long.
+    A plain base class, because `isinstance` with an abstract one takes five times as long and runs
+    a few hundred times a step.
     """
 
     __slots__ = ()
 
     def get(self) -> Array:
-        """The array."""
+        """Return the array."""
         raise TypeError(f"{type(self).__name__} does not define get")
 
 
-class Again(Recipe):
-    """An array that is computed a second time instead of being kept."""
+class Recomputation(Recipe):
+    """Recipe that computes the array a second time instead of keeping it."""
 
     __slots__ = ("get",)
 
@@ -76,25 +79,27 @@ class Again(Recipe):
 
 
 class Leaf(Recipe):
-    """What a parameter looks like to the tape: a value that may be gathered on demand, and a slot
-    for its gradient."""
+    """Parameter on the tape: a value that may be gathered on demand, and a gradient slot."""
 
     def slot(self) -> GradSlot:
-        """Where its gradient accumulates."""
+        """Return the slot in which the gradient accumulates."""
         raise TypeError(f"{type(self).__name__} does not define slot")
 
 
 class Written:
-    """What `Function.backward` returns for a gradient that it has written into its slot itself."""
+    """Marker that `Function.backward` returns for a gradient already added to its slot."""
 
 
 WRITTEN = Written()
 
 
 class Tensor:
-    """An array on the tape. `source` is (the node that made it, as which of its results); a tensor
-    without one is a leaf, whose gradient arrives in `grad`. An operation that wants `data` in its
-    backward pass keeps the `recipe` instead, where there is one."""
+    """Array on the tape.
+
+    `source` is (node that made it, number of the result). A tensor without a source is a leaf,
+    whose gradient arrives in `grad`. An operation that saves the tensor for backward saves its
+    `recipe` instead, if it has one.
+    """
 
     __slots__ = ("data", "grad", "recipe", "requires_grad", "source")
 
@@ -109,7 +114,7 @@ class Tensor:
 
     @property
     def node(self) -> Node | None:
-        """What made it."""
+        """Node that made it, None for a leaf."""
         return None if self.source is None else self.source[0]
 
     @property
@@ -126,28 +131,30 @@ class Tensor:
 
 
 def value_of(x: Any) -> Any:
-    """The array of a tensor or a parameter; anything else as it is."""
+    """Return the array of a tensor or a parameter, and anything else unchanged."""
     return x.data if isinstance(x, Tensor) else x.get() if isinstance(x, Leaf) else x
 
 
 def recomputable(tensor: Tensor, compute: Callable[[], Array]) -> Tensor:
-    """`tensor`, whose array is computed again by operations that would have kept it for their
-    backward pass. `compute` gives the same bits from arrays that the tape keeps anyway."""
+    """Mark `tensor` for recomputation by the operations that save it, and return it.
+
+    `compute` must give the same bits, from arrays that the tape keeps in any case.
+    """
     if tensor.source is not None:
-        tensor.recipe = Again(compute)
+        tensor.recipe = Recomputation(compute)
     return tensor
 
 
 class Context:
-    """What one call of a Function remembers for its backward pass.
+    """Memory of one call of a Function between its forward and its backward pass.
 
-    `needs[i]` says whether input `i` wants a gradient; `recording` whether any does. While it is
-    false `save` keeps nothing. `run` and `owned` are there in the backward pass alone.
+    `needs[i]` tells if input `i` wants a gradient, `recording` if any does. While `recording` is
+    false, `save` keeps nothing. `run` and `owned` exist in the backward pass alone.
     """
 
     __slots__ = (
+        "_inputs",
         "_leaves",
-        "_recipes",
         "_saved",
         "extra_leaves",
         "needs",
@@ -160,69 +167,68 @@ class Context:
     owned: Sequence[bool]
 
     def __init__(
-        self,
-        needs: tuple[bool, ...],
-        leaves: Sequence[tuple[int, Leaf]],
-        recipes: dict[int, Recipe],
+        self, needs: tuple[bool, ...], leaves: Sequence[tuple[int, Leaf]], inputs: Sequence[Any]
     ) -> None:
         self.needs = needs
         self.recording = True in needs
         self.extra_leaves: tuple[Leaf, ...] = ()
         self._leaves = leaves
-        self._recipes = recipes  # id(array) -> what to keep in its place
+        self._inputs = inputs
         self._saved: Sequence[Any] = ()
 
+    def input(self, i: int) -> Any:
+        """Return what to save for input `i`: its recipe if it has one, else the input itself.
+
+        The recipe of a parameter is the parameter, which may be sharded between forward and
+        backward. Invariant: an operation saves an input, or a view of it, only through this method.
+        Saving a parameter's array directly would pin the gathered copy.
+        """
+        return self._inputs[i]
+
     def save(self, *values: Any) -> None:
-        """Keep arrays, plain values, or recipes for backward. A parameter's own array is kept as
-        the parameter, so that it may be sharded meanwhile, and that of a recomputable tensor as its
-        recipe."""
+        """Keep arrays, plain values or recipes for backward."""
         if self.recording:
-            recipes = self._recipes
-            self._saved = [recipes.get(id(value), value) for value in values] if recipes else values
+            self._saved = values
 
     @property
     def saved(self) -> tuple[Any, ...]:
-        """The saved values, recipes resolved."""
+        """Saved values, with recipes resolved."""
         return tuple([value.get() if isinstance(value, Recipe) else value for value in self._saved])
 
     def load(self, i: int) -> Any:
-        """Saved value number `i` alone, resolved: for a backward pass that may not need all of
-        them."""
+        """Return saved value `i` alone, resolved, for a backward pass that may not need all."""
         value = self._saved[i]
         return value.get() if isinstance(value, Recipe) else value
 
     def slot(self, i: int) -> GradSlot | None:
-        """The gradient slot of input `i` if it is a parameter that needs a gradient: for operations
-        that compute gradients in their forward pass."""
+        """Return the gradient slot of input `i`, if that is a parameter that needs a gradient.
+
+        For operations that compute gradients in their forward pass.
+        """
         return next((leaf.slot() for number, leaf in self._leaves if number == i), None)
 
     def owns(self, i: int) -> bool:
-        """Whether backward may overwrite `grad_outs[i]`: nobody else will read it."""
+        """Tell if backward may overwrite `grad_outs[i]`, because it is the only reader."""
         return self.owned[i]
 
     def end_forward(self) -> None:
-        """Let go of what only the forward pass may ask for: the recipes stand for arrays that
-        `save` has left out."""
-        self._leaves, self._recipes = (), {}
+        """Release what only the forward pass needs: the inputs that were not saved."""
+        self._leaves = self._inputs = ()
 
 
 class Function:
-    """One differentiable operation. Subclasses define two static methods over arrays.
+    """Differentiable operation. Subclasses define two static methods over arrays.
 
     `forward(ctx, *inputs, **attrs)` returns an array or a tuple of arrays. `backward(ctx,
     grad_outs, needs, into)` returns one entry per input: an array, None, or `WRITTEN` if it has
-    added the gradient to `into[i]` (a GradSlot for parameters, else None). An output that nobody
-    used has grad None. What backward returns is fresh memory or (a view of) an incoming gradient,
-    never a saved array that is used again.
+    added the gradient to `into[i]` (a GradSlot for parameters, else None). The grad of an unused
+    output is None. Backward returns fresh memory or (a view of) an incoming gradient, never a saved
+    array that is used again.
     """
 
     splits_weight_grad: ClassVar[bool] = False
     """True if backward may be called twice, for the inputs first and for the parameters later.
     Others compute everything in the first call."""
-
-    grad_in_forward: ClassVar[bool] = False
-    """True if gradients are computed in the forward pass; the schedule simulator charges them to
-    F."""
 
     @staticmethod
     def forward(ctx: Context, *inputs: Any, **attrs: Any) -> Any:
@@ -239,33 +245,31 @@ class Function:
 
     @classmethod
     def apply(cls, *inputs: Any, **attrs: Any) -> Any:
-        """Run the operation on tensors, parameters, plain arrays or None, and put it on the tape if
-        a gradient will be wanted."""
+        """Run the operation on tensors, parameters, plain arrays or None.
+
+        It goes on the tape if gradients are on and an input needs one.
+        """
         taping = _grad_enabled.get()
-        values: list[Any] = []
+        values = list(inputs)
+        kept = list(inputs)  # what to save for each input
         needs = [False] * len(inputs)
         sources: list[tuple[int, Any]] = []
         leaves: list[tuple[int, Leaf]] = []
-        recipes: dict[int, Recipe] = {}
         for i, x in enumerate(inputs):
-            value: Any = x
             if isinstance(x, Tensor):
-                value = x.data
+                values[i] = x.data
+                kept[i] = x.data if x.recipe is None else x.recipe
                 if taping and x.requires_grad:
                     needs[i] = True
                     sources.append((i, x.source or x))
-                if x.recipe is not None:
-                    recipes[id(value)] = x.recipe
             elif isinstance(x, Leaf):
-                value = x.get()
-                recipes[id(value)] = x
+                values[i] = x.get()
                 if taping:
                     needs[i] = True
                     leaves.append((i, x))
                 else:
                     _note_leaf(x)
-            values.append(value)
-        ctx = Context(tuple(needs), leaves, recipes)
+        ctx = Context(tuple(needs), leaves, kept)
         out = cls.forward(ctx, *values, **attrs)
         ctx.end_forward()
         if not isinstance(out, tuple):
@@ -281,10 +285,13 @@ class Function:
 
 
 class Node:
-    """One executed Function on the tape, and where its inputs that need a gradient came from:
-    `sources` are (input number, what a tensor is the result of, or the tensor itself if it is a
-    leaf), `leaves` (input number, parameter). `grads` are the gradients of its outputs, summed,
-    once one has arrived, and `owned` says of each whether nobody else can see it."""
+    """One executed Function on the tape.
+
+    `sources` are (input number, source of the tensor, or the tensor itself if it is a leaf), and
+    `leaves` (input number, parameter), of the inputs that need a gradient. `grads` holds the summed
+    gradients of the outputs once one has arrived. `owned[i]` is true while the node is the only one
+    that refers to `grads[i]`.
+    """
 
     __slots__ = ("ctx", "fn", "grads", "leaves", "num_outputs", "number", "owned", "sources")
 
@@ -311,12 +318,11 @@ class Node:
 
 _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
 leaf_recorder: ContextVar[list[Leaf] | None] = ContextVar("leaf_recorder", default=None)
-"""Where `Function.apply` notes the parameters it meets, for a recomputed part whose own tape is not
-kept."""
+"""Parameters that `Function.apply` has met in a recomputed part, whose own tape is not kept."""
 
 
 def _note_leaf(leaf: Leaf) -> None:
-    """Only operations without a tape ask: a part that is recomputed runs without one at first."""
+    """Note a parameter used without a tape, as in the first run of a recomputed part."""
     recorder = leaf_recorder.get()
     if recorder is not None and leaf not in recorder:
         recorder.append(leaf)
@@ -343,5 +349,5 @@ def with_grad() -> Iterator[None]:
 
 
 def is_grad_enabled() -> bool:
-    """Whether operations are being put on the tape."""
+    """Tell if operations are being put on the tape."""
     return _grad_enabled.get()

@@ -138,7 +138,8 @@ def _attention(args: KernelBench, normal: Callable[..., np.ndarray]) -> Iterator
     qkv = normal(B, T, 3 * H, K)
     q, k, v = qkv[:, :, :H], qkv[:, :, H : 2 * H], qkv[:, :, 2 * H :]
     cos, sin = kernels.rope_tables(np.arange(T), K, 1e4, np.float32)
-    o, lse = kernels.attention_forward(q, k, v, scale=K**-0.5, causal=True)
+    seen = kernels.Visibility()
+    o, lse = kernels.attention_forward(q, k, v, scale=K**-0.5, visibility=seen)
     grad = normal(B, T, H, K)
     flops = 2.0 * B * H * T * T * K  # of the causal half, forward
     yield Work("rope_", 2 * grad.nbytes, 0, lambda: kernels.rope_(q, cos, sin))
@@ -146,13 +147,13 @@ def _attention(args: KernelBench, normal: Callable[..., np.ndarray]) -> Iterator
         "attention_forward",
         4 * grad.nbytes,
         flops,
-        lambda: kernels.attention_forward(q, k, v, scale=K**-0.5, causal=True),
+        lambda: kernels.attention_forward(q, k, v, scale=K**-0.5, visibility=seen),
     )
     yield Work(
         "attention_backward",
         8 * grad.nbytes,
         2.5 * flops,
-        lambda: kernels.attention_backward(grad, q, k, v, o, lse, scale=K**-0.5, causal=True),
+        lambda: kernels.attention_backward(grad, q, k, v, o, lse, scale=K**-0.5, visibility=seen),
     )
 
 

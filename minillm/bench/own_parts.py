@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from minillm import kernels
-from minillm.autograd.tape import Tensor, no_grad
+from minillm.autograd.tape import Tensor
 from minillm.bench.parts import turn_options
 from minillm.bench.timing import repeated
 from minillm.comm.single import SelfCommunicator
-from minillm.inference.generation import Generator, caches
-from minillm.parallel.tensor import vocab_parallel_loss
+from minillm.inference.cache import KVCache
+from minillm.inference.engine import Generator
+from minillm.nn.head import head_loss
 from minillm.training.assembly import assemble
 from minillm.training.config import TrainConfig
 from minillm.training.memory import peak_rss
@@ -30,7 +32,8 @@ def attention(
     rng = np.random.default_rng(0)
     qkv = rng.standard_normal((batch, context, 3 * heads, width), np.float32)
     q, k, v = (qkv[:, :, i * heads : (i + 1) * heads] for i in range(3))
-    options = dict(scale=width**-0.5, causal=bool(causal))
+    seen = kernels.Visibility(causal=bool(causal))
+    options: dict[str, Any] = dict(scale=width**-0.5, visibility=seen)
     o, lse = kernels.attention_forward(q, k, v, **options)
     grad = rng.standard_normal(o.shape, np.float32)
     return {
@@ -52,7 +55,7 @@ def head(seconds: float, *, rows: int, dim: int, vocab: int) -> Times:
     comm = SelfCommunicator()
     return {
         "loss and gradients": repeated(
-            lambda: vocab_parallel_loss(x, weight, targets, comm, vocab=vocab, divisor=rows),
+            lambda: head_loss(x, weight, targets, comm, vocab=vocab, divisor=rows),
             seconds,
         )
     }
@@ -76,24 +79,22 @@ def generate(
     generator = Generator(assemble(config, SelfCommunicator(), training=False))
     ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
 
-    def forward(ids: np.ndarray, start: int) -> np.ndarray:
-        logits = generator.logits(ids, np.arange(start, start + ids.shape[1]))
+    def forward(ids: np.ndarray, start: int, cache: dict[str, KVCache]) -> np.ndarray:
+        times = np.arange(start, start + ids.shape[1])
+        logits = generator.logits(ids, times, cache)
         assert logits is not None
         return logits.argmax(-1)[:, None]
 
     def read() -> None:
-        with caches(generator.model, batch, context, np.dtype(np.float32)):
-            forward(ids, 0)
+        forward(ids, 0, generator.new_cache(batch))
 
     times: list[float] = []
-    with no_grad():
-        prompts = repeated(read, seconds)
-        with caches(generator.model, batch, context, np.dtype(np.float32)):
-            new, position = forward(ids, 0), prompt
-            while position < context and sum(times) < seconds:
-                start = time.perf_counter()
-                new, position = forward(new, position), position + 1
-                times.append(time.perf_counter() - start)
+    prompts, cache = repeated(read, seconds), generator.new_cache(batch)
+    new, position = forward(ids, 0, cache), prompt
+    while position < context and sum(times) < seconds:
+        start = time.perf_counter()
+        new, position = forward(new, position, cache), position + 1
+        times.append(time.perf_counter() - start)
     return {"prompt": prompts, "token": times}
 
 

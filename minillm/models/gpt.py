@@ -1,40 +1,33 @@
 """GPT: a decoder-only Transformer, one definition for every mesh and every pipeline stage.
 
-A rank builds the part of the model that it holds: blocks `layers`, the embedding if it is the first
-stage, the norm and the head if it is the last. Serial training is the same code on communicators of
-size 1. By configuration it is GPT-2 (layer norm, GELU, learned positions, biases, tied head;
-Radford et al. 2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no
-biases; Touvron et al. 2023, arXiv:2302.13971).
+By configuration it is GPT-2 (layer norm, GELU, learned positions, biases, tied head; Radford et al.
+2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no biases; Touvron et
+al. 2023, arXiv:2302.13971). Serial training is the same code on communicators of size 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from minillm import ops
-from minillm.autograd.recompute import checkpoint
+from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec
+from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart, StageResult
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
+from minillm.nn.embedding import VocabParallelEmbedding, vocab_weight
+from minillm.nn.head import head_logits, head_loss, most_rows
 from minillm.nn.mlp import MLP
 from minillm.nn.norm import norm
 from minillm.nn.position import sinusoidal_table
-from minillm.parallel.tensor import (
-    CHUNK_BYTES,
-    GPU_CHUNK_BYTES,
-    Region,
-    VocabParallelEmbedding,
-    vocab_parallel_logits,
-    vocab_parallel_loss,
-    vocab_weight,
-)
+from minillm.parallel.tensor import PlannedGroup, Region, TensorParallel
 from minillm.params.module import Module
 from minillm.params.parameter import Normal, Parameter
-from minillm.params.where import Where
+from minillm.params.where import Pass
 from minillm.training.config import ModelConfig
 
 INIT_STD = 0.02
@@ -42,51 +35,51 @@ TIED_WEIGHT = "embedding.weight"
 
 
 class GPT(Module):
-    """The stage of a GPT that holds blocks `layers`; `first` and `last` say whether it also holds
-    the embedding and the head.
+    """Stage of a GPT: the blocks of `part`, on a first stage the embedding, on a last one the head.
 
-    `std` is the standard deviation of the initial weights; projections into the residual stream get
-    std / sqrt(2 layers) (Radford et al. 2019, 2.3). With `recompute` "full" the tape keeps each
-    block's input alone, with "selective" everything but what norms and activations return.
+    The batch holds "tokens" and "targets" [B, T]. The loss is called "loss". Stages hand on
+    "hidden" [B, T_local, D], the residual stream.
+
+    `std` is the standard deviation of the initial weights. Projections into the residual stream get
+    std / sqrt(2 layers) (Radford et al. 2019, 2.3). `recompute` says what the tape leaves out:
+    "full" keeps each block's input alone, "selective" drops results of norms and activations.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         region: Region,
+        part: StagePart | None = None,
         *,
         seed: int,
-        layers: Iterable[int],
-        first: bool = True,
-        last: bool = True,
         recompute: str = "none",
         std: float = INIT_STD,
     ) -> None:
+        part = part or StagePart(range(config.layers), True, True)
         self.config, self.region, self.seed, self.std = config, region, seed, std
-        self.recompute = recompute
-        tie = TIED_WEIGHT if config.tied and not (first and last) else None
+        self.recompute, self.context = recompute, config.context
+        tie = TIED_WEIGHT if config.tied and not (part.first and part.last) else None
         self.embedding = (
             VocabParallelEmbedding(config.vocab, config.dim, region, std=std, tie=tie)
-            if first
+            if part.first
             else None
         )
-        self.positions = self._position_table() if first else None
+        self.positions = self._position_table() if part.first else None
         self.dropout = Dropout(config.dropout, seed)
-        self.blocks = {layer: self._block() for layer in layers}
-        self.norm = norm(config.norm, config.dim, region, bias=config.bias) if last else None
-        self.head = self._head(tie) if last else None
+        self.blocks = {layer: self._block() for layer in part.layers}
+        self.norm = norm(config.norm, config.dim, region, bias=config.bias) if part.last else None
+        self.head = self._head(tie) if part.last else None
         self.assign_names()
 
     def _position_table(self) -> Parameter | None:
         if self.config.position != "learned":
             return None
-        spec = ShardSpec.replicated(
-            self.config.context, self.config.dim, partial_over=self.region.partial_over
-        )
+        shape, partial_over = (self.config.context, self.config.dim), self.region.partial_over
+        spec = ShardSpec.replicated(*shape, partial_over=partial_over)
         return Parameter(spec, Normal(self.std), decay=False)
 
     def _block(self) -> Block:
-        c, region = self.config, self.region
+        c, region, selective = self.config, self.region, self.recompute == "selective"
         out_std = self.std / math.sqrt(2 * c.layers)
         drops = [Dropout(c.dropout, self.seed) for _ in range(3)]
         attention = Attention(
@@ -100,7 +93,6 @@ class GPT(Module):
             out_std=out_std,
             dropout=drops[0],
         )
-        again = self.recompute == "selective"
         mlp = MLP(
             c.mlp,
             c.dim,
@@ -109,9 +101,9 @@ class GPT(Module):
             bias=c.bias,
             std=self.std,
             out_std=out_std,
-            recompute=again,
+            recompute=selective,
         )
-        norms = [norm(c.norm, c.dim, region, bias=c.bias, recompute=again) for _ in range(2)]
+        norms = [norm(c.norm, c.dim, region, bias=c.bias, recompute=selective) for _ in range(2)]
         return Block(norms[0], attention, norms[1], mlp, drops[1], drops[2])
 
     def _head(self, tie: str | None) -> Parameter:
@@ -121,111 +113,112 @@ class GPT(Module):
         head.name = TIED_WEIGHT if tie else ""
         return head
 
-    def forward(self, x: Array | Tensor, where: Where) -> Tensor:
-        """Token ids [B, T] (first stage) or hidden states [B, T_local, D] -> hidden states [B,
-        T_local, D]. `where` is that of the whole sequence."""
-        outside = self.region.outside(where)
-        stream = Stream(self._embed(x, where, outside) if self.embedding is not None else x)
+    def receives(self, batch: Batch) -> BoundarySpec:
+        """Describe "hidden" [B, T_local, D] in the parameters' dtype; () on a first stage."""
+        if self.embedding is not None:
+            return ()
+        where = self._pass(batch, False).where
+        assert where.times is not None
+        shape = (len(where.samples), where.times.shape[-1], self.config.dim)
+        return (ArraySpec("hidden", shape, self.parameters()[0].dtype, True),)
+
+    def forward(self, arrived: tuple[Tensor, ...], batch: Batch, training: bool) -> StageResult:
+        """Return "hidden" [B, T_local, D], from "tokens" [B, T] or from what `arrived`.
+
+        The last stage adds "loss": the cross-entropy of "targets" [B, T], summed and divided.
+        """
+        pass_ = self._pass(batch, training)
+        if self.embedding is None:
+            (x,) = arrived
+        else:
+            x = self._embed(self.embedding, batch.arrays["tokens"], pass_)
+        stream = Stream(x)
         for block in self.blocks.values():
             stream = (
-                self._recomputed(block, stream, outside)
+                self._recomputed(block, stream, pass_)
                 if self.recompute == "full"
-                else block(stream, outside)
+                else block(stream, pass_)
             )
-        return stream.sum() if self.norm is None else self.norm.residual(*stream)[1]
-
-    def _recomputed(self, block: Block, stream: Stream, where: Where) -> Stream:
-        """What `block` makes of the stream, keeping the sum alone."""
-        return Stream(checkpoint(lambda x: block(Stream(x), where).sum(), stream.sum()))
-
-    def loss(self, hidden: Tensor, targets: Array, divisor: float) -> Tensor:
-        """Sum of the token cross-entropies of hidden states [B, T_local, D] against targets [B, T],
-        over `divisor`: a float64 scalar (last stage)."""
-        inside = self.region.enter(hidden)
-        return vocab_parallel_loss(
-            inside, self.head, targets, self.region.comm, vocab=self.config.vocab, divisor=divisor
+        hidden = stream.sum() if self.norm is None else self.norm.residual(*stream)[1]
+        if self.head is None or "loss" not in batch.divisors:
+            return StageResult((hidden,), {})
+        loss = head_loss(
+            self.region.enter(hidden, pass_),
+            self.head,
+            batch.arrays["targets"],
+            self.region.comm,
+            vocab=self.config.vocab,
+            divisor=batch.divisors["loss"],
         )
+        return StageResult((hidden,), {"loss": loss})
 
-    def logits(self, hidden: Tensor) -> Array:
-        """Logits [B, T, V] of hidden states, whole on every rank (last stage)."""
-        assert self.head is not None
-        return vocab_parallel_logits(hidden, self.head, self.region)
+    def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
+        """Return the logits [B, T, V], whole on every rank (last stage only)."""
+        assert self.head is not None, "the head is on the last stage"
+        return head_logits(outputs[0], self.head, self.region, self._pass(batch, False))
 
-    def _embed(self, ids: Array, where: Where, outside: Where) -> Tensor:
-        assert self.embedding is not None and outside.times is not None
-        hidden = self.embedding(ids, where)
+    def _pass(self, batch: Batch, training: bool) -> Pass:
+        """Return the pass outside the region. A batch with a cache is not cut along time."""
+        pass_ = Pass(batch.where, batch.where, training, batch.limits, batch.cache)
+        return pass_ if batch.cache is not None else self.region.outside(pass_)
+
+    def _recomputed(self, block: Block, stream: Stream, pass_: Pass) -> Stream:
+        """Apply `block`, keeping the sum of the stream alone."""
+        return Stream(recomputed(lambda x: block(Stream(x), pass_).sum(), stream.sum()))
+
+    def _embed(self, embedding: VocabParallelEmbedding, ids: Array, pass_: Pass) -> Tensor:
+        times, dim = pass_.where.times, self.config.dim
+        assert times is not None
+        hidden = embedding(ids, pass_)
         if self.positions is not None:
-            hidden = ops.add_position(hidden, self.positions, outside.times)
+            hidden = ops.add_position(hidden, self.positions, times)
         elif self.config.position == "sinusoidal":
-            times, dim, dtype = outside.times, self.config.dim, hidden.dtype
-            table = outside.table(
+            dtype = hidden.dtype
+            table = pass_.where.table(
                 ("sinusoidal", dim, str(dtype)), lambda: sinusoidal_table(times, dim, dtype)
             )
             hidden = ops.add_constant(hidden, table)
-        return self.dropout(hidden, outside)
-
-    def train(self, training: bool) -> None:
-        """Switch dropout on or off."""
-        for dropout in _dropouts(self):
-            dropout.training = training
-
-
-def _dropouts(module: Module) -> Iterable[Dropout]:
-    for _, child in module.children():
-        if isinstance(child, Dropout):
-            yield child
-        elif isinstance(child, Module):
-            yield from _dropouts(child)
-
-
-# ---- temporary bridge to the StageModel protocol
-
-
-class GPTStage(GPT):
-    def receives(self, batch):
-        if self.embedding is not None:
-            return ()
-        outside = self.region.outside(batch.where)
-        shape = (len(batch.where.samples), len(outside.times), self.config.dim)
-        from minillm.models.protocol import ArraySpec
-
-        return (ArraySpec("hidden", shape, self.parameters()[0].get().dtype, True),)
-
-    def __call__(self, x, where):
-        return GPT.forward(self, x, where)
-
-    def forward(self, arrived, batch, training):
-        self.train(training)
-        x = batch.arrays["tokens"] if self.embedding is not None else arrived[0]
-        return (GPT.forward(self, x, batch.where),)
-
-    def losses(self, outputs, batch, training):
-        if self.head is None:
-            return {}
-        return {"loss": self.loss(outputs[0], batch.arrays["targets"], batch.divisors["loss"])}
+        return self.dropout(hidden, pass_)
 
 
 class GPTArchitecture:
+    """Architecture "gpt", configured by a `ModelConfig`."""
+
     name = "gpt"
 
-    def build(self, config, part, region, *, seed, recompute, std):
-        return GPTStage(
-            config,
-            region,
-            seed=seed,
-            layers=part.layers,
-            first=part.first,
-            last=part.last,
-            recompute=recompute,
-            std=std,
-        )
+    def build(
+        self,
+        config: ModelConfig,
+        part: StagePart,
+        region: Region,
+        *,
+        seed: int,
+        recompute: str = "none",
+        std: float = INIT_STD,
+    ) -> GPT:
+        """Build one stage. No memory is allocated for its parameters."""
+        return GPT(config, region, part, seed=seed, recompute=recompute, std=std)
 
-    def ties(self, config, num_stages):
+    def specs(self, config: ModelConfig) -> Mapping[str, ShardSpec]:
+        """Return the layout of every parameter of the whole model by global name."""
+        whole = GPT(config, TensorParallel(PlannedGroup()), seed=0)
+        return {parameter.name: parameter.spec for parameter in whole.parameters()}
+
+    def ties(self, config: ModelConfig, num_stages: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the first and the last stage as holders of a tied embedding."""
         return {TIED_WEIGHT: (0, num_stages - 1)} if config.tied and num_stages > 1 else {}
 
     def activation_bytes(
-        self, config, num_layers, *, tokens, tp, sequence_parallel, recompute, itemsize
-    ):
+        self,
+        config: ModelConfig,
+        num_layers: int,
+        *,
+        tokens: int,
+        tp: int,
+        sequence_parallel: bool,
+        recompute: str,
+        itemsize: int,
+    ) -> int:
         """Return the bytes that the tape keeps of one microbatch in `num_layers` blocks on a rank.
 
         A block keeps, per token: the inputs of its two norms (2 D, time-sharded with sequence
@@ -238,19 +231,27 @@ class GPTArchitecture:
         outside = tp if sequence_parallel else 1
         if recompute == "full":
             return tokens * config.dim // outside * num_layers * itemsize
-        again = recompute == "selective"
-        hidden = config.ffn_dim * ((3 if config.mlp == "swiglu" else 2) - again)
+        selective = recompute == "selective"
+        hidden = config.ffn_dim * ((3 if config.mlp == "swiglu" else 2) - selective)
         projections = (config.heads + 2 * config.kv_heads) * config.head_width
         inside = projections + config.dim + hidden
-        normed = 0 if again and outside == 1 else 2 * config.dim
+        normed = 0 if selective and outside == 1 else 2 * config.dim
         kept = 2 * config.dim // outside + normed + inside // tp
         return tokens * kept * num_layers * itemsize
 
-    def head_bytes(self, config, *, tokens, tp, itemsize, on_gpu):
+    def head_bytes(
+        self, config: ModelConfig, *, tokens: int, tp: int, itemsize: int, on_gpu: bool
+    ) -> int:
         """Return the bytes of the logits that exist at once on a rank with the head."""
-        columns = -(-config.vocab // tp)
-        chunk = max(GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES, 128 * columns * itemsize)
-        return min(chunk, tokens * columns * itemsize)
+        row_bytes = -(-config.vocab // tp) * itemsize
+        return min(tokens, most_rows(row_bytes, on_gpu=on_gpu)) * row_bytes
+
+    def layer_costs(self, config: ModelConfig) -> list[float]:
+        """Return multiply-adds per token of each layer: its products and causal attention."""
+        c = config
+        up = c.ffn_dim * (2 if c.mlp == "swiglu" else 1)
+        products = c.dim * ((c.heads + 2 * c.kv_heads) * c.head_width + c.dim + up + c.ffn_dim)
+        return [float(products + c.dim * c.context)] * c.layers
 
 
 ARCHITECTURE = GPTArchitecture()

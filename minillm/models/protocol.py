@@ -6,7 +6,7 @@ through an `Architecture`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec
 from minillm.parallel.tensor import Region
+from minillm.params.module import M
 from minillm.params.parameter import Parameter
 from minillm.params.where import KeyLimits, Where
 
@@ -38,6 +39,16 @@ class Batch(NamedTuple):
     divisors: Mapping[str, float]  # loss name -> count over the global batch that divides its sum
     where: Where  # addresses of the whole sequences, before any cut along time
     limits: KeyLimits | None = None  # padding and document starts; None where there are neither
+    cache: Mapping[str, Any] | None = None
+    """Attention layer's name -> its KV cache. A batch with a cache, even one without layers, is not
+    cut along time: single positions cannot be."""
+
+
+class StageResult(NamedTuple):
+    """Outcome of one stage's forward pass on a microbatch."""
+
+    outputs: tuple[Tensor, ...]  # the next stage receives them
+    losses: Mapping[str, Tensor]  # float64 scalars, each divided; backward starts from them at 1
 
 
 class StageModel(Protocol):
@@ -49,21 +60,24 @@ class StageModel(Protocol):
     def receives(self, batch: Batch) -> BoundarySpec:
         """Describe the arrays that the previous stage hands on; () on a first stage."""
 
-    def forward(
-        self, arrived: tuple[Tensor, ...], batch: Batch, training: bool
-    ) -> tuple[Tensor, ...]:
-        """Compute this stage's outputs from what `arrived`, as `receives` describes it.
+    def forward(self, arrived: tuple[Tensor, ...], batch: Batch, training: bool) -> StageResult:
+        """Compute this stage from what `arrived`, as `receives` describes it.
 
-        The next stage receives the outputs. `training` enables dropout, not the tape.
+        A stage computes those of its losses that `batch.divisors` names. `training` enables
+        dropout, not the tape.
         """
 
-    def losses(
-        self, outputs: tuple[Tensor, ...], batch: Batch, training: bool
-    ) -> dict[str, Tensor]:
-        """Return this stage's losses by name: float64 scalars, divided by `batch.divisors[name]`.
 
-        {} where the stage has no loss. Their gradient in the backward pass must be 1.
-        """
+class Decoder(StageModel, Protocol):
+    """Stage model that generates text."""
+
+    context: int  # most positions that it can read
+
+    def modules(self, kind: type[M]) -> Iterator[M]:
+        """Yield its modules of a type, such as the attention layers that need a cache."""
+
+    def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
+        """Return the logits [B, T, V] of a last stage's outputs, whole on every tp rank."""
 
 
 class StagePart(NamedTuple):
@@ -89,6 +103,22 @@ class Architecture(Protocol):
 
     def ties(self, config: Any, num_stages: int) -> Mapping[str, tuple[int, ...]]:
         """Return the stages that hold a copy of each parameter that several stages share."""
+
+    def activation_bytes(
+        self,
+        config: Any,
+        num_layers: int,
+        *,
+        tokens: int,
+        tp: int,
+        sequence_parallel: bool,
+        recompute: str,
+        itemsize: int,
+    ) -> int:
+        """Return the bytes that the tape keeps of one microbatch in `num_layers` on a rank."""
+
+    def head_bytes(self, config: Any, *, tokens: int, tp: int, itemsize: int, on_gpu: bool) -> int:
+        """Return the bytes that exist at once in the head and its loss."""
 
     def layer_costs(self, config: Any) -> Sequence[float]:
         """Return multiply-adds per token of each layer."""

@@ -1,55 +1,68 @@
-"""Self-attention over heads cut between the tensor-parallel ranks."""
+"""Self-attention with heads cut over tp: projections around an exchangeable core."""
 
 from __future__ import annotations
+
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array, sum_dtype
-from minillm.base.device import CPU, Device
 from minillm.layout.sharding import Segment
 from minillm.nn.dropout import Dropout
-from minillm.ops.attention import split_heads
-from minillm.parallel.tensor import ColumnParallelLinear, Region, RowParallelLinear
+from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
+from minillm.parallel.tensor import Region
 from minillm.params.module import Module
-from minillm.params.where import Where
+from minillm.params.where import Pass, Where
 
 ROTARY_BASE = 10000.0
 
 
-class KVCache:
-    """Keys and values of the positions seen so far, for generation: [B, capacity, Hkv_local, K]
-    each, the first `length` valid."""
+class Heads(NamedTuple):
+    """Head counts of one rank. Its fused projection holds [q heads | k heads | v heads]."""
 
-    def __init__(
+    queries: int
+    kv: int
+    width: int
+
+
+class AttentionCore(Protocol):
+    """Attention proper, between the projections of a layer.
+
+    `visibility` is that of whole sequences. `pass_.whole` has the addresses of queries and keys.
+    """
+
+    def __call__(
         self,
-        batch: int,
-        capacity: int,
-        kv_heads: int,
-        head_width: int,
-        dtype: np.dtype,
-        device: Device = CPU,
-    ) -> None:
-        self.keys = device.xp.empty((batch, capacity, kv_heads, head_width), dtype)
-        self.values = device.xp.empty_like(self.keys)
-        self.length = 0
+        qkv: Tensor,
+        heads: Heads,
+        visibility: kernels.Visibility,
+        dropout: kernels.AttentionDropout | None,
+        pass_: Pass,
+    ) -> Tensor:
+        """Attend from qkv [B, T, (H + 2 Hkv) K] to [B, T, H K], both inside the region."""
 
-    def append(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Store k, v [B, T_new, Hkv_local, K] and return views of everything so far."""
-        end = self.length + k.shape[1]
-        self.keys[:, self.length : end] = k
-        self.values[:, self.length : end] = v
-        self.length = end
-        return self.keys[:, :end], self.values[:, :end]
+
+def full_attention(
+    qkv: Tensor,
+    heads: Heads,
+    visibility: kernels.Visibility,
+    dropout: kernels.AttentionDropout | None,
+    pass_: Pass,
+) -> Tensor:
+    """Attend over whole sequences on one rank: the core of a layer that was given none."""
+    return ops.attention(
+        qkv, heads=heads.queries, kv_heads=heads.kv, visibility=visibility, dropout=dropout
+    )
 
 
 class Attention(Module):
     """Multi-head attention (Vaswani et al. 2017), grouped-query when kv_heads < heads (Ainslie et
-    al. 2023, arXiv:2305.13245), rotary positions on demand.
+    al. 2023, arXiv:2305.13245), with rotary positions on request.
 
-    The fused projection is laid out [q heads | k heads | v heads]; each rank holds heads/tp query
-    heads and kv_heads/tp key-value heads.
+    The fused projection is laid out [q heads | k heads | v heads]. Each rank holds heads / tp query
+    heads and kv_heads / tp key-value heads. The pass may replace `core` by the layer's name.
     """
 
     def __init__(
@@ -65,68 +78,44 @@ class Attention(Module):
         out_std: float,
         dropout: Dropout,
         causal: bool = True,
+        core: AttentionCore = full_attention,
     ) -> None:
-        width = dim // heads
+        width, comm = dim // heads, region.comm
         queries, groups = (
             Segment(heads * width, ("tp",), width),
             Segment(kv_heads * width, ("tp",), width),
         )
-        self.heads, self.kv_heads = heads // region.comm.size, kv_heads // region.comm.size
-        self.first_head = region.comm.rank * self.heads
-        self.head_width = width
-        self.rotary = rotary
-        self.causal = causal
-        self.cache: KVCache | None = None
+        self.heads = Heads(heads // comm.size, kv_heads // comm.size, width)
+        self.first_head = comm.rank * self.heads.queries
+        self.rotary, self.causal, self.core = rotary, causal, core
         self.qkv = ColumnParallelLinear(dim, (queries, groups, groups), region, bias=bias, std=std)
         self.out = RowParallelLinear(queries, dim, region, bias=bias, std=out_std)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, where: Where) -> Tensor:
-        """x [B, T, D] -> [B, T, D], both outside the region."""
-        whole = where.gathered or where
-        qkv = self.qkv(x, where)  # [B, T, (H + 2 Hkv) K] of the whole sequence
+    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Attend from x [B, T_local, D] to the same shape, both outside the region."""
+        qkv = self.qkv(x, pass_)  # [B, T, (H + 2 Hkv) K] of the whole sequence
+        heads = self.heads
         if self.rotary:
-            cos, sin = self._rotary_tables(whole, sum_dtype(qkv.dtype))
-            qkv = ops.rotary(qkv, heads=self.heads, kv_heads=self.kv_heads, cos=cos, sin=sin)
-        if self.cache is not None:
-            return self.out(self._attend_cached(qkv, whole, self.cache), where)
-        y = ops.attention(
-            qkv,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            causal=self.causal,
-            dropout=self._dropout(whole),
-        )
-        return self.out(y, where)
+            cos, sin = self._rotary_tables(pass_.whole, sum_dtype(qkv.dtype))
+            qkv = ops.rotary(qkv, heads=heads.queries, kv_heads=heads.kv, cos=cos, sin=sin)
+        core = self.core if pass_.cache is None else pass_.cache.get(self.name, self.core)
+        visibility = pass_.visibility(self.causal)
+        return self.out(core(qkv, heads, visibility, self._dropout(pass_), pass_), pass_)
 
     def _rotary_tables(self, where: Where, dtype: np.dtype) -> Array:
-        """cos and sin [2, T, K/2] of the positions."""
+        """Return cos and sin [2, T or B T, K/2] of the positions."""
+        width, times = self.heads.width, where.times
         return where.table(
-            ("rotary", self.head_width, str(dtype)),
-            lambda: np.stack(kernels.rope_tables(where.times, self.head_width, ROTARY_BASE, dtype)),
+            ("rotary", width, str(dtype)),
+            lambda: np.stack(kernels.rope_tables(np.ravel(times), width, ROTARY_BASE, dtype)),
         )
 
-    def _dropout(self, where: Where) -> kernels.AttentionDropout | None:
-        if not self.dropout.p or not self.dropout.training:
+    def _dropout(self, pass_: Pass) -> kernels.AttentionDropout | None:
+        if not self.dropout.p or not pass_.training:
             return None
+        where = pass_.whole
         samples, times = where.addresses()
         return kernels.AttentionDropout(
             self.dropout.p, self.dropout.key(where), samples, self.first_head, times, times
         )
-
-    def _attend_cached(self, qkv: Tensor, where: Where, cache: KVCache) -> Tensor:
-        """Attention of the new positions over all positions so far; for inference only."""
-        B, T, _ = qkv.shape
-        H, G, K = self.heads, self.kv_heads, self.head_width
-        q, k, v = split_heads(qkv.data, H, G)
-        k, v = cache.append(k, v)
-        o, _ = kernels.attention_forward(
-            q,
-            k,
-            v,
-            scale=K**-0.5,
-            causal=self.causal,
-            times_q=where.times,
-            times_k=np.arange(k.shape[1]),
-        )
-        return Tensor(o.reshape(B, T, H * K))

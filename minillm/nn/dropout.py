@@ -1,5 +1,4 @@
-"""Dropout whose mask is a function of global positions, so that every mesh drops the same
-elements."""
+"""Dropout with masks that are functions of global addresses, the same on every mesh."""
 
 from __future__ import annotations
 
@@ -9,30 +8,30 @@ from minillm import ops
 from minillm.autograd.tape import Tensor
 from minillm.base import rng
 from minillm.params.module import Module
-from minillm.params.where import Where
+from minillm.params.where import Pass, Where
 
 
 class Dropout(Module):
-    """Zero each element with probability `p` and scale the rest by 1 / (1 - p) (Srivastava et al.
-    2014).
+    """Dropout (Srivastava et al. 2014): zero each element with probability `p`, and scale the rest
+    by 1 / (1 - p).
 
-    The choice is addressed by (seed, this module's name, step, sample, global time, channel): no
-    state, and the same on any mesh and in any replay.
+    The mask is a function of (seed, this module's name, step, sample, global time, channel). It is
+    the same on any mesh and in any replay, and needs no state.
     """
 
     def __init__(self, p: float, seed: int) -> None:
         self.p = p
         self.seed = seed
-        self.training = True
 
     def key(self, where: Where) -> int:
-        """The 64-bit key of this module's masks in this step."""
+        """Return the 64-bit key of this module's masks in this step."""
         return rng.key(self.seed, "dropout", self.name, where.step)
 
-    def forward(self, x: Tensor, where: Where) -> Tensor:
-        """x [B, T_local, D] -> the same shape."""
-        if not self.p or not self.training:
+    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Drop elements of x [B, T_local, D] while training."""
+        if not self.p or not pass_.training:
             return x
+        where = pass_.where
         samples, times = where.addresses()
         channels = where.device.constant(("channels", x.shape[-1]), lambda: np.arange(x.shape[-1]))
         return ops.dropout(

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block."""
+"""Feed-forward half of a block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
 from minillm.layout.sharding import Segment
-from minillm.parallel.tensor import ColumnParallelLinear, Region, RowParallelLinear
+from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
+from minillm.parallel.tensor import Region
 from minillm.params.module import Module
-from minillm.params.where import Where
+from minillm.params.where import Pass
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": partial(ops.gelu, approximate="tanh"),
@@ -23,9 +24,11 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 class MLP(Module):
-    """down(activation(up(x))), the F features cut over tp. SwiGLU (Shazeer 2020, arXiv:2002.05202)
-    has gate and up in one product, as segments (F, F). With `recompute` the activation is not kept
-    for the backward pass but computed again."""
+    """Two-layer perceptron down(activation(up(x))) with its F features cut over tp.
+
+    SwiGLU (Shazeer 2020, arXiv:2002.05202) computes gate and up in one product, as segments (F, F).
+    With `recompute` the backward pass recomputes the activation instead of keeping it.
+    """
 
     def __init__(
         self,
@@ -40,25 +43,24 @@ class MLP(Module):
         recompute: bool = False,
     ) -> None:
         features = Segment(ffn_dim, ("tp",))
+        out = (features, features) if kind == "swiglu" else (features,)
         self.activation, self.recompute = ACTIVATIONS[kind], recompute
         self.takes_bias = kind.startswith("gelu")
-        self.up = ColumnParallelLinear(
-            dim,
-            (features, features) if kind == "swiglu" else (features,),
-            region,
-            bias=bias,
-            std=std,
-        )
+        self.up = ColumnParallelLinear(dim, out, region, bias=bias, std=std)
         self.down = RowParallelLinear(features, dim, region, bias=bias, std=out_std)
 
-    def forward(self, x: Tensor, where: Where) -> Tensor:
-        """x [B, T, D] -> [B, T, D], both outside the region."""
-        return self.down(self._hidden(x, where), where)
+    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Map x [B, T_local, D] to the same shape, both outside the region."""
+        return self.down(self._hidden(x, pass_), pass_)
 
-    def _hidden(self, x: Tensor, where: Where) -> Tensor:
-        """activation(up(x)). On a GPU, where a pass over memory costs more than arithmetic, GELU
-        adds the bias of a product that cannot."""
+    def _hidden(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Return activation(up(x)) [B, T, F_local].
+
+        On a GPU, where a pass over memory costs more than arithmetic, GELU adds the bias if the
+        matrix product cannot.
+        """
         added = isinstance(x.data, np.ndarray) or kernels.chosen("matmul", x.data).fuses_bias
         if added or not self.takes_bias or self.up.bias is None:
-            return self.activation(self.up(x, where), recompute=self.recompute)
-        return self.activation(self.up.product(x), bias=self.up.bias, recompute=self.recompute)
+            return self.activation(self.up(x, pass_), recompute=self.recompute)
+        product = self.up.product(x, pass_)
+        return self.activation(product, bias=self.up.bias, recompute=self.recompute)

@@ -1,5 +1,7 @@
-"""Activations and softmax. With `recompute`, what an activation returns is computed again in the
-backward pass instead of being kept."""
+"""Activations and softmax.
+
+With `recompute`, the backward pass recomputes the result of an activation instead of keeping it.
+"""
 
 from __future__ import annotations
 
@@ -13,40 +15,44 @@ from minillm.base.arrays import Array, writeable
 def gelu(
     x: Tensor, approximate: str = "tanh", *, bias: Any = None, recompute: bool = False
 ) -> Tensor:
-    """GELU, by GPT-2's tanh formula ("tanh") or exactly ("erf") (Hendrycks and Gimpel 2016,
-    arXiv:1606.08415); with a `bias` [F], of x + bias, which then costs no pass over memory of its
-    own."""
+    """Apply GELU to x + bias (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+
+    x: [..., F]; bias: [F] or None; approximate: "tanh", GPT-2's formula, or "erf", the exact one.
+    Adding the bias here costs no pass over memory of its own.
+    """
     y, data = _GELU.apply(x, bias, approximate=approximate), x.data
     return recomputable(y, lambda: _gelu(data, approximate, value_of(bias))) if recompute else y
 
 
 def relu(x: Tensor, *, recompute: bool = False) -> Tensor:
-    """max(x, 0)."""
+    """Return max(x, 0)."""
     y, data = _ReLU.apply(x), x.data
     return recomputable(y, lambda: kernels.relu_forward(data)) if recompute else y
 
 
 def swiglu(gate_up: Tensor, *, recompute: bool = False) -> Tensor:
-    """silu(gate) * up of gate_up [..., 2F] = [gate | up] -> [..., F] (Shazeer 2020,
-    arXiv:2002.05202)."""
+    """Return silu(gate) * up [..., F] of gate_up = [gate | up] [..., 2F].
+
+    (Shazeer 2020, arXiv:2002.05202.)
+    """
     y, data = _SwiGLU.apply(gate_up), gate_up.data
     return recomputable(y, lambda: _swiglu(data)) if recompute else y
 
 
 def softmax(x: Tensor) -> Tensor:
-    """Softmax over the last dim."""
+    """Apply softmax over the last dim."""
     return _Softmax.apply(x)
 
 
 def _reusable(ctx: Context, grad: Array) -> Array | None:
-    """The incoming gradient as an output buffer, if this operation may overwrite it."""
+    """Return the incoming gradient as an output buffer, if this operation may overwrite it."""
     return grad if ctx.owns(0) and writeable(grad) and grad.flags.c_contiguous else None
 
 
 class _GELU(Function):
     @staticmethod
     def forward(ctx: Context, x: Array, bias: Array | None, *, approximate: str) -> Array:
-        ctx.save(x, bias, approximate)
+        ctx.save(ctx.input(0), ctx.input(1), approximate)
         return _gelu(x, approximate, bias)
 
     @staticmethod
@@ -70,7 +76,7 @@ def _gelu(x: Array, approximate: str, bias: Array | None) -> Array:
 class _ReLU(Function):
     @staticmethod
     def forward(ctx: Context, x: Array) -> Array:
-        ctx.save(x)
+        ctx.save(ctx.input(0))
         return kernels.relu_forward(x)
 
     @staticmethod
@@ -82,7 +88,7 @@ class _ReLU(Function):
 class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Context, gate_up: Array) -> Array:
-        ctx.save(gate_up)
+        ctx.save(ctx.input(0))
         return _swiglu(gate_up)
 
     @staticmethod

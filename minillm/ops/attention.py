@@ -1,5 +1,4 @@
-"""Scaled dot-product attention over a fused projection, or over separate queries, keys and
-values."""
+"""Scaled dot-product attention over a fused projection, or over separate queries, keys, values."""
 
 from __future__ import annotations
 
@@ -9,25 +8,22 @@ from minillm import kernels
 from minillm.autograd.tape import Context, Function, Tensor
 from minillm.base.arrays import Array, namespace
 
+CAUSAL, EVERYTHING = kernels.Visibility(), kernels.Visibility(causal=False)
+
 
 def attention(
     qkv: Tensor,
     *,
     heads: int,
     kv_heads: int,
-    causal: bool = True,
-    times: Array | None = None,
-    key_mask: Array | None = None,
+    visibility: kernels.Visibility = CAUSAL,
     dropout: kernels.AttentionDropout | None = None,
 ) -> Tensor:
     """Self-attention of qkv [B, T, (H + 2 Hkv) K] = [q heads | k heads | v heads] -> [B, T, H K].
 
-    Grouped-query when kv_heads < heads. `times` [T] are global positions for the causal mask;
-    key_mask [B, T] is true where a key may be seen.
+    Grouped-query when kv_heads < heads.
     """
-    options = _options(
-        qkv.shape[-1] // (heads + 2 * kv_heads), causal, times, times, key_mask, dropout
-    )
+    options = _options(qkv.shape[-1] // (heads + 2 * kv_heads), visibility, dropout)
     return _FusedAttention.apply(qkv, heads=heads, kv_heads=kv_heads, options=options)
 
 
@@ -36,30 +32,17 @@ def attention_qkv(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = False,
-    times_q: Array | None = None,
-    times_k: Array | None = None,
-    key_mask: Array | None = None,
+    visibility: kernels.Visibility = EVERYTHING,
     dropout: kernels.AttentionDropout | None = None,
 ) -> Tensor:
     """Attention of q [B, Tq, H, K] over k, v [B, Tk, Hkv, K] -> [B, Tq, H, K]."""
-    return _Attention.apply(
-        q, k, v, options=_options(q.shape[-1], causal, times_q, times_k, key_mask, dropout)
-    )
+    return _Attention.apply(q, k, v, options=_options(q.shape[-1], visibility, dropout))
 
 
 def _options(
-    head_width: int, causal: bool, times_q: Any, times_k: Any, key_mask: Any, dropout: Any
+    head_width: int, visibility: kernels.Visibility, dropout: kernels.AttentionDropout | None
 ) -> dict[str, Any]:
-    scale = head_width**-0.5
-    return {
-        "scale": scale,
-        "causal": causal,
-        "times_q": times_q,
-        "times_k": times_k,
-        "key_mask": key_mask,
-        "dropout": dropout,
-    }
+    return {"scale": head_width**-0.5, "visibility": visibility, "dropout": dropout}
 
 
 def split_heads(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:

@@ -12,10 +12,9 @@ from minillm.base.arrays import Array, writeable
 def dropout(
     x: Tensor, p: float, *, key: int, samples: Array, times: Array, channels: Array
 ) -> Tensor:
-    """x [B, T, C] with each element zeroed with probability p, the rest times 1 / (1 - p).
+    """Zero each element of x [B, T, C] with probability p and scale the rest by 1 / (1 - p).
 
-    The mask is a function of (key, sample, time, channel), all global, and is made again in
-    backward instead of being kept.
+    The mask is a function of (key, sample, time, channel), all global. Backward recomputes it.
     """
     return _Dropout.apply(x, p=p, address=(key, samples, times, channels)) if p else x
 

@@ -1,11 +1,8 @@
-"""Embeddings of tokens and positions, and the residual sum."""
+"""Token embedding."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
-
-import numpy as np
 
 from minillm import kernels
 from minillm.autograd.tape import WRITTEN, Context, Function, Tensor
@@ -13,25 +10,11 @@ from minillm.base.arrays import Array, namespace, sum_dtype
 
 
 def embedding(ids: Array, weight: Any, first_row: int = 0) -> Tensor:
-    """Rows of weight [V_local, D] for ids [...] -> [..., D]; ids outside [first_row, first_row +
-    V_local) give zeros."""
+    """Look up rows of weight [V_local, D] for ids [...]: [..., D].
+
+    Ids outside [first_row, first_row + V_local) give zeros.
+    """
     return _Embedding.apply(weight, ids=ids, first_row=first_row)
-
-
-def add_position(x: Tensor, table: Any, times: np.ndarray) -> Tensor:
-    """x [B, T, D] + table[times] ([T_max, D] at global positions [T]). Overwrites `x`, which must
-    be the fresh result of an operation that does not keep it."""
-    return _AddPosition.apply(x, table, times=times)
-
-
-def add_constant(x: Tensor, constant: Array) -> Tensor:
-    """x + constant, broadcast; the constant gets no gradient."""
-    return _AddConstant.apply(x, constant=constant)
-
-
-def add(x: Tensor, y: Tensor) -> Tensor:
-    """The residual sum x + y of equal shapes."""
-    return _Add.apply(x, y)
 
 
 class _Embedding(Function):
@@ -53,63 +36,3 @@ class _Embedding(Function):
         kernels.embedding_backward_(grad, ids, slot.buf, first_row, accumulate=slot.writes > 0)
         slot.writes += 1
         return (WRITTEN,)
-
-
-class _AddPosition(Function):
-    splits_weight_grad = True
-
-    @staticmethod
-    def forward(ctx: Context, x: Array, table: Array, *, times: np.ndarray) -> Array:
-        rows = _rows_at(times)
-        ctx.save(rows, table.shape)
-        x += table[rows]
-        return x
-
-    @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
-        rows, shape = ctx.saved
-        grad = grad_outs[0]
-        if not needs[1]:
-            return grad, None
-        sums = kernels.column_sum(grad.reshape(len(grad), -1)).reshape(
-            grad.shape[1:]
-        )  # over the samples
-        if sums.shape == shape and isinstance(rows, slice):
-            return grad, sums
-        grad_table = namespace(grad).zeros(shape, sums.dtype)
-        grad_table[rows] = sums
-        return grad, grad_table
-
-
-def _rows_at(times: np.ndarray) -> slice | np.ndarray:
-    """Global positions as an index: a range where they follow one another, as they nearly always
-    do."""
-    return _as_range(times.tobytes(), times.dtype) or times
-
-
-@functools.lru_cache(maxsize=16)  # the same positions in every step
-def _as_range(times: bytes, dtype: np.dtype) -> slice | None:
-    positions = np.frombuffer(times, dtype)
-    first = int(positions[0]) if len(positions) else 0
-    stop = first + len(positions)
-    return slice(first, stop) if np.array_equal(positions, np.arange(first, stop)) else None
-
-
-class _AddConstant(Function):
-    @staticmethod
-    def forward(ctx: Context, x: Array, *, constant: Array) -> Array:
-        return x + constant
-
-    @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
-        return (grad_outs[0],)
-
-
-class _Add(Function):
-    @staticmethod
-    def forward(ctx: Context, x: Array, y: Array) -> Array:
-        return kernels.add(x, y)
-
-    @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array, Array]:
-        return grad_outs[0], grad_outs[0]

@@ -10,13 +10,15 @@ from minillm.base.arrays import Array, namespace, sum_dtype
 
 
 def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
-    """x [..., in] @ weight [out, in]^T + bias [out] -> [..., out]."""
+    """Return x [..., in] @ weight [out, in]^T + bias [out]: [..., out]."""
     return _Linear.apply(x, weight, bias)
 
 
 def add_bias(x: Tensor, bias: Any) -> Tensor:
-    """x [..., D] + bias [D]. Overwrites `x`, which must be the fresh result of an operation that
-    does not keep it."""
+    """Add bias [D] to x [..., D].
+
+    Overwrites `x`, which must be the fresh result of an operation that does not keep it.
+    """
     return _AddBias.apply(x, bias)
 
 
@@ -25,7 +27,7 @@ class _Linear(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
-        ctx.save(x, weight)
+        ctx.save(ctx.input(0), ctx.input(1))
         y = kernels.matmul(_rows(x), weight.T, bias=bias)
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -63,15 +65,16 @@ def _rows(x: Array) -> Array:
 
 
 def _sums_of(grad: Array, slot: GradSlot | None) -> Array:
-    """An array for the sums of the columns of `grad`, a bias's gradient: if it may be, the slot's
-    own."""
+    """Return an array for a bias's gradient, the column sums of `grad`: the slot's own if fresh."""
     fresh = None if slot is None else slot.fresh
     return namespace(grad).empty(grad.shape[1], sum_dtype(grad.dtype)) if fresh is None else fresh
 
 
 def _product_into(slot: GradSlot | None, a: Array, b: Array, sums: Array | None) -> Any:
-    """a @ b accumulated straight into the slot, or returned where there is none; `sums`, if given,
-    gets the sums of the rows of `a`."""
+    """Accumulate a @ b into the slot, or return it where there is none.
+
+    `sums`, if given, receives the sums of the rows of `a`.
+    """
     if slot is None:
         return kernels.matmul(a, b, sums=sums)
     kernels.matmul(a, b, out=slot.buf, accumulate=slot.writes > 0, sums=sums)

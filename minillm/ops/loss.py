@@ -1,5 +1,4 @@
-"""Losses. Each has one divisor, the count of what it averages over in the global batch; nothing
-else scales a loss."""
+"""Losses. Each is scaled by its divisor alone: the count over the global batch that it averages."""
 
 from __future__ import annotations
 
@@ -15,13 +14,15 @@ from minillm.base.arrays import Array
 def cross_entropy(
     logits: Tensor, targets: Array, *, divisor: float, ignore_index: int = -100
 ) -> Tensor:
-    """Sum of -log softmax(logits)[target] over the targets that are not `ignore_index`, over
-    `divisor`: logits [..., V], targets [...] -> float64 scalar."""
+    """Sum -log softmax(logits)[target], divided by `divisor`: a float64 scalar.
+
+    logits: [..., V]; targets: [...] int, of which those equal to `ignore_index` do not count.
+    """
     return _CrossEntropy.apply(logits, targets=targets, divisor=divisor, ignore_index=ignore_index)
 
 
 def mse_loss(x: Tensor, target: Array, *, divisor: float) -> Tensor:
-    """Sum of (x - target)^2 over `divisor`, a float64 scalar."""
+    """Sum (x - target)^2, divided by `divisor`: a float64 scalar."""
     return _MSE.apply(x, target=target, divisor=divisor)
 
 

@@ -10,14 +10,18 @@ from minillm.base.arrays import Array, namespace, writeable
 
 
 def layer_norm(x: Tensor, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dim (Ba et al. 2016,
-    arXiv:1607.06450)."""
+    """Return (x - mean) / sqrt(var + eps) * weight + bias over the last dim.
+
+    (Ba et al. 2016, arXiv:1607.06450.)
+    """
     return _LayerNorm.apply(x, None, weight, bias, eps=eps)[1]
 
 
 def rms_norm(x: Tensor, weight: Any, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019,
-    arXiv:1910.07467)."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dim.
+
+    (Zhang and Sennrich 2019, arXiv:1910.07467.)
+    """
     return _RMSNorm.apply(x, None, weight, eps=eps)[1]
 
 
@@ -30,11 +34,11 @@ def residual_layer_norm(
     *,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x + delta and its layer norm in one pass over memory; a delta of None counts as zero.
+    """Return x + delta and its layer norm, in one pass over memory. A delta of None counts as zero.
 
-    Taking the sum from here even where delta is None lets the backward pass add the two gradients
-    of x in its one pass, too. With `recompute` the norm is computed from the sum again in the
-    backward pass instead of being kept.
+    Use the returned sum even where delta is None: the backward pass then adds the two gradients of
+    x in its one pass. With `recompute`, backward recomputes the norm from the sum instead of
+    keeping it.
     """
     total, y = _LayerNorm.apply(x, delta, weight, bias, eps=eps)
     if recompute:
@@ -48,7 +52,7 @@ def residual_layer_norm(
 def residual_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Any, eps: float = 1e-5, *, recompute: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x + delta and its RMS norm; see `residual_layer_norm`."""
+    """Return x + delta and its RMS norm, as `residual_layer_norm` does."""
     total, y = _RMSNorm.apply(x, delta, weight, eps=eps)
     if recompute:
         data = total.data
@@ -69,7 +73,7 @@ class _LayerNorm(Function):
     ) -> tuple[Array, Array]:
         total = x if delta is None else namespace(x).empty(x.shape, x.dtype)
         y, mean, rstd = kernels.layernorm_forward(x, weight, bias, eps, delta, total)
-        ctx.save(total, weight, mean, rstd)
+        ctx.save(ctx.input(0) if delta is None else total, ctx.input(2), mean, rstd)
         return total, y
 
     @staticmethod
@@ -90,7 +94,7 @@ class _RMSNorm(Function):
     ) -> tuple[Array, Array]:
         total = x if delta is None else namespace(x).empty(x.shape, x.dtype)
         y, rstd = kernels.rmsnorm_forward(x, weight, eps, delta, total)
-        ctx.save(total, weight, rstd)
+        ctx.save(ctx.input(0) if delta is None else total, ctx.input(2), rstd)
         return total, y
 
     @staticmethod
@@ -105,8 +109,10 @@ class _RMSNorm(Function):
 
 
 def _incoming(ctx: Context, grad_outs: Any, x: Array) -> tuple[Array | None, Array, Array | None]:
-    """The gradients of the sum and of the norm's result (zero if nobody used it), and the latter as
-    a buffer if it may be overwritten."""
+    """Return the gradients of the sum and of the norm's result, and the latter as a buffer if free.
+
+    The gradient of an unused result is zero.
+    """
     grad_sum, grad = grad_outs
     if grad is None:
         return grad_sum, namespace(x).zeros_like(x), None

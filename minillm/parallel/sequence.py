@@ -4,49 +4,62 @@ sharded along time over the tensor-parallel ranks.
 Tensor parallelism leaves everything between the matrix products replicated: each of the tp ranks
 normalises the same activations. Here each rank keeps 1/tp of the time steps there. The all-reduce
 at each end of a block's parallel part becomes a reduce-scatter on the way out and an all-gather on
-the way in, which together move the same bytes; activations between blocks (and between pipeline
-stages) shrink by tp. Parameters of the sharded region (norms, biases after the reduction,
-positions) see only some time steps, so their gradients are partial sums over tp: `partial_over`.
+the way in, which together move the same bytes. Activations between blocks, and between pipeline
+stages, shrink by tp. Parameters of the sharded part (norms, biases after the reduction, positions)
+see only some time steps, so their gradients are partial sums over tp: `partial_over`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from typing import cast
+
 from minillm.autograd.tape import Tensor
 from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
-from minillm.parallel.collectives import all_gather, reduce_scatter
-from minillm.params.where import Where
+from minillm.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
+from minillm.parallel.tensor import Group
+from minillm.params.where import Pass
 
 
 class SequenceParallel:
-    """The tensor-parallel part of a model with its surroundings sharded along time. Same interface
-    as `TensorParallel`."""
+    """Region whose surroundings are sharded along time.
+
+    A pass that did not go through `outside` is replicated instead, as in `TensorParallel`: single
+    positions, as in generation, cannot be sharded.
+    """
 
     partial_over: tuple[str, ...] = ("tp",)
 
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
+    def __init__(self, comm: Group) -> None:
+        self.comm = cast(Communicator, comm)  # planning needs no more than a Group
 
-    def enter(self, x: Tensor) -> Tensor:
-        """x_shard_t [B, T/tp, D] -> [B, T, D], into a column-parallel product."""
-        return all_gather(x, self.comm, 1)
+    def outside(self, pass_: Pass) -> Pass:
+        """Return the pass of this rank's time shard, from that of whole sequences.
 
-    def leave(self, x: Tensor) -> Tensor:
-        """Partial sums [B, T, D] -> x_shard_t [B, T/tp, D], out of a row-parallel product."""
-        return reduce_scatter(x, self.comm, 1)
-
-    def outside(self, where: Where) -> Where:
-        """The Where of this rank's time shard, from that of the whole sequence. Raises ConfigError
-        if the time steps do not divide."""
-        if where.times is None:
+        Raises ConfigError if the time steps do not divide by the number of ranks.
+        """
+        whole = pass_.whole
+        if whole.times is None:
             raise ConfigError(
                 "sequence parallelism shards along time, but these data have no time dim"
             )
-        if len(where.times) % self.comm.size:
+        num_times, num_ranks = whole.times.shape[-1], self.comm.size
+        if num_times % num_ranks:
             raise ConfigError(
-                f"{len(where.times)} time steps cannot be cut into {self.comm.size} equal shards; "
+                f"{num_times} time steps cannot be cut into {num_ranks} equal shards; "
                 "choose a context that tp divides"
             )
-        size = len(where.times) // self.comm.size
-        times = where.times[self.comm.rank * size : (self.comm.rank + 1) * size]
-        return Where(where.step, where.samples, times, gathered=where, device=where.device)
+        size = num_times // num_ranks
+        times = whole.times[..., self.comm.rank * size : (self.comm.rank + 1) * size]
+        return dataclasses.replace(pass_, where=dataclasses.replace(whole, times=times))
+
+    def enter(self, x: Tensor, pass_: Pass) -> Tensor:
+        """All-gather x_shard_t [B, T/tp, D] -> [B, T, D]."""
+        sharded = pass_.where is not pass_.whole
+        return all_gather(x, self.comm, 1) if sharded else copy_to(x, self.comm)
+
+    def leave(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Reduce-scatter partial sums [B, T, D] -> x_shard_t [B, T/tp, D]."""
+        sharded = pass_.where is not pass_.whole
+        return reduce_scatter(x, self.comm, 1) if sharded else reduce_from(x, self.comm)

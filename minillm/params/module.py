@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from minillm.params.parameter import Parameter
-from minillm.params.where import Where
+from minillm.params.where import Pass
+
+M = TypeVar("M", bound="Module")
 
 
 class Module:
-    """A part of a model. Attributes that are modules, parameters, or lists and dicts of modules are
-    found by name, in order of assignment."""
+    """Part of a model.
+
+    Attributes that are modules, parameters, or lists and dicts of those are found by name, in order
+    of assignment. A module holds no state of a pass: `forward(x, pass_)` receives it.
+    """
 
     name = ""
+    forward: Callable[..., Any]
 
-    def forward(self, x: Any, where: Where) -> Any:
-        """Compute the result for the local arrays `x` that sit at `where`."""
-        raise TypeError(f"{type(self).__name__} does not define forward")
-
-    def __call__(self, x: Any, where: Where) -> Any:
-        return self.forward(x, where)
+    def __call__(self, x: Any, pass_: Pass) -> Any:
+        return self.forward(x, pass_)
 
     def children(self) -> Iterator[tuple[str, Module | Parameter]]:
-        """Direct children as (name, child)."""
+        """Yield direct children as (name, child)."""
         for name, value in vars(self).items():
             if isinstance(value, (Module, Parameter)):
                 yield name, value
-            elif isinstance(value, (list, tuple)):
-                yield from (
-                    (f"{name}.{i}", child)
-                    for i, child in enumerate(value)
-                    if isinstance(child, (Module, Parameter))
-                )
-            elif isinstance(value, dict):
+            elif isinstance(value, (list, tuple, dict)):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
                 yield from (
                     (f"{name}.{key}", child)
-                    for key, child in value.items()
+                    for key, child in items
                     if isinstance(child, (Module, Parameter))
                 )
 
+    def modules(self, kind: type[M]) -> Iterator[M]:
+        """Yield every module of type `kind` in this tree, in order, this one included."""
+        if isinstance(self, kind):
+            yield self
+        for _, child in self.children():
+            if isinstance(child, Module):
+                yield from child.modules(kind)
+
     def assign_names(self, prefix: str = "") -> None:
-        """Give every module and parameter its global dotted name. A parameter that stands in two
-        places keeps the first."""
+        """Give every module and parameter its global dotted name.
+
+        A parameter that appears in two places keeps the first name.
+        """
         self.name = prefix
         for name, child in self.children():
             path = f"{prefix}.{name}" if prefix else name
@@ -52,7 +59,7 @@ class Module:
                 child.name = path
 
     def parameters(self) -> list[Parameter]:
-        """Every parameter once, in order of the module tree."""
+        """Return every parameter once, in order of the module tree."""
         found: dict[int, Parameter] = {}
         for _, child in self.children():
             for parameter in child.parameters() if isinstance(child, Module) else [child]:

@@ -15,15 +15,17 @@ from minillm.layout.sharding import ShardSpec, Slices
 
 @dataclass(frozen=True)
 class Normal:
-    """Initial values from a normal distribution of standard deviation `std`, addressed by (seed,
-    name, global index)."""
+    """Initial values from a normal distribution of standard deviation `std`.
+
+    Each value is a function of (seed, name, global index), so every mesh draws the same ones.
+    """
 
     std: float
 
     def values(
         self, seed: int, name: str, shape: tuple[int, ...], slices: Slices, dtype: np.dtype
     ) -> np.ndarray:
-        """The block `slices` of the global array."""
+        """Return the block `slices` of the global array of `shape`."""
         block = rng.normal(rng.key(seed, "init", name), shape, slices, dtype)
         block *= dtype.type(self.std)
         return block
@@ -31,30 +33,34 @@ class Normal:
 
 @dataclass(frozen=True)
 class Constant:
-    """Every initial value equal."""
+    """One initial value for every element."""
 
     value: float
 
     def values(
         self, seed: int, name: str, shape: tuple[int, ...], slices: Slices, dtype: np.dtype
     ) -> np.ndarray:
-        """The block `slices` of the global array."""
+        """Return the block `slices` of the global array of `shape`."""
         return np.full(tuple(part.stop - part.start for part in slices), self.value, dtype)
 
 
 class ParamStorage(Protocol):
-    """Where a parameter's local array and its gradient live."""
+    """Memory of a parameter's local array and of its gradient."""
+
+    dtype: np.dtype
 
     def full(self) -> Array:
-        """The rank's whole local array."""
+        """Return the rank's whole local array."""
 
     def slot(self) -> GradSlot:
-        """Where the gradient accumulates."""
+        """Return the slot in which the gradient accumulates."""
 
 
 class Parameter(Leaf):
-    """A weight: its global name, how it is sharded, how it starts, whether weight decay applies.
-    Storage is attached when the model is allocated."""
+    """Trainable array: global name, sharding, initial values, and weight decay or none.
+
+    Storage is attached when the model is allocated.
+    """
 
     def __init__(self, spec: ShardSpec, init: Normal | Constant, *, decay: bool) -> None:
         self.name = ""
@@ -63,13 +69,19 @@ class Parameter(Leaf):
         self.decay = decay
         self.storage: ParamStorage | None = None
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the local array."""
+        assert self.storage is not None, f"parameter {self.name} has no storage yet"
+        return self.storage.dtype
+
     def get(self) -> Array:
-        """The local array."""
+        """Return the local array."""
         assert self.storage is not None, f"parameter {self.name} has no storage yet"
         return self.storage.full()
 
     def slot(self) -> GradSlot:
-        """The gradient slot."""
+        """Return the gradient slot."""
         assert self.storage is not None, f"parameter {self.name} has no storage yet"
         return self.storage.slot()
 

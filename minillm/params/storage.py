@@ -26,7 +26,7 @@ class PlainStorage:
     """A parameter's local array and gradient, both held by this rank alone."""
 
     def __init__(self, value: Array, grad: Array | None) -> None:
-        self._value = value
+        self._value, self.dtype = value, value.dtype
         self._slot = None if grad is None else GradSlot(grad)
 
     def full(self) -> Array:

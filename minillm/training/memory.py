@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from minillm.base.arrays import ALIGNMENT, float_dtype, sum_dtype
 from minillm.layout.flat import FlatLayout
 from minillm.layout.placement import Layout
 from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.protocol import Architecture
+from minillm.parallel.tensor import PlannedGroup
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.pipeline.simulate import simulate
 from minillm.training.assembly import build_model
 from minillm.training.resolve import ResolvedConfig
 
 PROGRAM_BYTES = 60 << 20  # the interpreter, NumPy and MPI themselves
-
-
-class PlannedGroup(NamedTuple):
-    """Place in a group of ranks that need not run."""
-
-    rank: int
-    size: int
 
 
 def predicted(

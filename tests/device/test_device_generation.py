@@ -12,12 +12,11 @@ from standin.install import installed
 from test_step import FLOAT32, sizes
 from training_helpers import VOCAB, Layout, make_config
 
-from minillm.autograd.tape import no_grad
 from minillm.base.device import open_device
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.threads import run_ranks
-from minillm.inference.generation import Generator, caches
+from minillm.inference.engine import Generator
 from minillm.training.assembly import assemble
 from minillm.training.resolve import ResolvedConfig
 
@@ -32,8 +31,8 @@ def logits(comm: Communicator, config: ResolvedConfig) -> np.ndarray | None:
     world = on_device(comm, device, direct=False)
     made = Generator(assemble(config, world, training=False, std=0.1, device=device))
     cuts = [slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, LENGTH))]
-    with no_grad(), caches(made.model, 1, LENGTH, made.stage.buffers.values.dtype, device):
-        found = [made.logits(IDS[:, cut], np.arange(LENGTH)[cut]) for cut in cuts]
+    cache = made.new_cache(1)
+    found = [made.logits(IDS[:, cut], np.arange(LENGTH)[cut], cache) for cut in cuts]
     return None if found[0] is None else np.concatenate(found)
 
 

@@ -1,27 +1,65 @@
-"""The cases of the kernel test for attention: sizes, who sees whom, and dropout."""
+"""Cases of the kernel test for attention: sizes, masks and dropout, and the plain reference."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
-import kernel_references as plain
 import numpy as np
 from kernel_case import Arrays, Case, normals, poisoned
+from minillm.kernels import Visibility
+from minillm.kernels.attention import reference
 
 from minillm import kernels
+
+ALL = Visibility(causal=False)
+DROPOUT = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))
 
 
 def plain_pair(B: int, Tq: int, Tk: int, H: int, Hkv: int, K: int, causal: bool) -> Iterator[Case]:
     """Both passes at these sizes, without masks."""
-    triangle = np.arange(Tq)[:, None] >= np.arange(Tk) if causal else np.True_
     name = f"B{B}-Tq{Tq}-Tk{Tk}-H{H}-{Hkv}-K{K}{'-causal' if causal else ''}"
-    yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), seen=triangle, causal=causal)
+    yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), Visibility(causal))
+
+
+def masks(B: int, Tq: int, Tk: int) -> dict[str, Visibility]:
+    """Every kind of mask, alone and with others, for sizes of at least 50 queries and keys.
+
+    Rows differ by sample where they can. Some queries see no key, and some tiles no query.
+    """
+    rng = np.random.default_rng(5)
+    shuffled = rng.permutation(Tq) - 20, rng.permutation(Tk)
+    zigzag = (
+        np.r_[0 : Tq // 2, 210 : 210 + Tq - Tq // 2],
+        np.r_[0 : Tk // 2, 235 : 235 + Tk - Tk // 2],
+    )
+    late = np.arange(Tq), np.arange(Tk) + Tk * 2 // 3  # the first queries see nothing
+    by_sample = rng.integers(0, Tq, (B, Tq)), np.sort(rng.integers(0, Tk, (B, Tk)), axis=1)
+    lengths = np.array([Tk, Tk * 2 // 3 + 1, 0])[:B]
+    starts = np.sort(rng.integers(0, Tq, (B, 3)), axis=1)  # of documents
+    documents = np.array(
+        [np.where(np.arange(Tq) < s[0], 0, s[np.searchsorted(s, np.arange(Tq), "right") - 1])
+         for s in starts]
+    )  # fmt: skip
+    return {
+        "shuffled": Visibility(True, *shuffled),
+        "zigzag": Visibility(True, *zigzag),
+        "blind": Visibility(True, *late),
+        "by-sample": Visibility(True, *by_sample),
+        "lengths": Visibility(False, key_lengths=lengths),
+        "lengths-causal": Visibility(True, *shuffled, key_lengths=lengths),
+        "documents": Visibility(True, first_time=documents),
+        "window": Visibility(True, first_time=np.arange(Tq) - 9),
+        "window-full": Visibility(False, first_time=np.arange(Tq) - 9),
+        "window-by-sample": Visibility(
+            True, *by_sample, first_time=by_sample[0] - 40, key_lengths=lengths
+        ),
+    }
 
 
 def attention_cases() -> Iterator[Case]:
+    """Cases of all implementations that take any head width."""
     for shape in (
         *(
             (1, 1, 1, 1, 1, 1, True),
@@ -39,48 +77,27 @@ def attention_cases() -> Iterator[Case]:
         ),
     ):
         yield from plain_pair(*shape)
-    rng = np.random.default_rng(5)
-    sizes = (2, 140, 90, 4, 2, 8)
-    shuffled = dict(times_q=rng.permutation(140) - 20, times_k=rng.permutation(90))
-    offset = dict(times_q=np.arange(50, 190), times_k=np.arange(90))
-    late = dict(times_q=np.arange(140), times_k=np.arange(60, 150))  # queries before 60 see nothing
-    for name, times in (("shuffled", shuffled), ("offset", offset), ("blind", late)):
-        yield from attention_pair(
-            name, sizes, seen=times["times_q"][:, None] >= times["times_k"], causal=True, **times
-        )
-    key_mask = rng.random((2, 90)) < 0.6
-    key_mask[0, :80] = False
-    blind = np.zeros((2, 90), bool)
-    yield from attention_pair(
-        "padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask
-    )
-    yield from attention_pair(
-        "all-padding", sizes, seen=blind[:, None, None, :], causal=False, key_mask=blind
-    )
-    both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
-    yield from attention_pair(
-        "padding-causal", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled
-    )
-    yield from attention_pair(
-        "large-scores",
-        (1, 130, 130, 2, 2, 8),
-        seen=np.arange(130)[:, None] >= np.arange(130),
-        causal=True,
-        scale=30.0,
-        slack=20.0,
-    )
-    dropout = kernels.AttentionDropout(
-        0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90)
-    )
-    yield from attention_pair(
-        "dropout",
-        sizes,
-        seen=offset["times_q"][:, None] >= offset["times_k"],
-        causal=True,
-        dropout=dropout,
-        **offset,
-    )
-    yield from attention_pair("dropout-full", sizes, seen=np.True_, causal=False, dropout=dropout)
+    for name, seen in masks(2, 140, 90).items():
+        yield from attention_pair(name, (2, 140, 90, 4, 2, 8), seen)
+    few = masks(3, 70, 90)["window-by-sample"]  # queries for which nothing is packed
+    few = replace(few, times_q=few.times_q[:, :3] + 30, first_time=few.first_time[:, :3] + 30)
+    yield from attention_pair("few-queries", (3, 3, 90, 2, 1, 8), few)
+    large = (1, 130, 130, 2, 2, 8)
+    yield from attention_pair("large-scores", large, Visibility(), scale=30.0, slack=20.0)
+    yield from dropout_cases("dropout", 4, 8)
+
+
+def dropout_cases(name: str, H: int, K: int) -> Iterator[Case]:
+    """Dropout with a causal mask, with none, and with times that differ by sample."""
+    offset = Visibility(True, DROPOUT.times_q, DROPOUT.times_k)
+    yield from attention_pair(name, (2, 140, 90, H, H // 2, K), offset, dropout=DROPOUT)
+    yield from attention_pair(f"{name}-full", (2, 140, 90, H, H // 2, K), ALL, dropout=DROPOUT)
+    seen = masks(2, 140, 90)["window-by-sample"]
+    assert seen.times_q is not None
+    shuffled = np.random.default_rng(1).permuted(seen.times_k, axis=1)
+    times = DROPOUT._replace(times_q=seen.times_q, times_k=shuffled)
+    seen = replace(seen, times_k=shuffled)
+    yield from attention_pair(f"{name}-by-sample", (2, 140, 90, H, H, K), seen, dropout=times)
 
 
 def odd_attention_cases() -> Iterator[Case]:
@@ -104,138 +121,53 @@ def wide_attention_cases() -> Iterator[Case]:
         (1, 4, 0, 2, 2, 32, False),
     ):
         yield from plain_pair(*shape)
-    rng = np.random.default_rng(6)
-    sizes = (2, 140, 90, 2, 1, 32)
-    shuffled = dict(times_q=rng.permutation(140) - 20, times_k=rng.permutation(90))
-    zigzag = dict(
-        times_q=np.r_[0:70, 210:280], times_k=np.r_[0:45, 235:280]
-    )  # what a rank of a context-parallel group holds
-    late = dict(times_q=np.arange(140), times_k=np.arange(60, 150))  # queries before 60 see nothing
-    for name, times in (("shuffled", shuffled), ("zigzag", zigzag), ("blind", late)):
-        yield from attention_pair(
-            f"wide-{name}",
-            sizes,
-            seen=times["times_q"][:, None] >= times["times_k"],
-            causal=True,
-            **times,
-        )
-    key_mask = rng.random((2, 90)) < 0.6
-    key_mask[0, :80] = False
-    key_mask[1] = False
-    both = key_mask[:, None, None, :] & (shuffled["times_q"][:, None] >= shuffled["times_k"])
-    yield from attention_pair(
-        "wide-padding", sizes, seen=key_mask[:, None, None, :], causal=False, key_mask=key_mask
-    )
-    yield from attention_pair(
-        "wide-padding-shuffled", sizes, seen=both, causal=True, key_mask=key_mask, **shuffled
-    )
-    yield from attention_pair(
-        "wide-large-scores",
-        (1, 130, 130, 1, 1, 32),
-        seen=np.arange(130)[:, None] >= np.arange(130),
-        causal=True,
-        scale=20.0,
-        slack=20.0,
-    )
-    dropout = kernels.AttentionDropout(
-        0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90)
-    )
-    offset = dict(times_q=np.arange(50, 190), times_k=np.arange(90))
-    yield from attention_pair(
-        "wide-dropout",
-        sizes,
-        seen=offset["times_q"][:, None] >= offset["times_k"],
-        causal=True,
-        dropout=dropout,
-        **offset,
-    )
-    short = dropout._replace(samples=np.array([7]), times_q=np.arange(40), times_k=np.arange(70))
+    for name, seen in masks(2, 140, 90).items():
+        yield from attention_pair(f"wide-{name}", (2, 140, 90, 2, 1, 32), seen)
+    large = (1, 130, 130, 1, 1, 32)
+    yield from attention_pair("wide-large-scores", large, Visibility(), scale=20.0, slack=20.0)
+    yield from dropout_cases("wide-dropout", 2, 32)
+    short = DROPOUT._replace(samples=np.array([7]), times_q=np.arange(40), times_k=np.arange(70))
     for H, K in ((2, 64), (1, 96), (1, 128)):
-        yield from attention_pair(
-            f"wide-dropout-full-K{K}",
-            (1, 40, 70, H, H, K),
-            seen=np.True_,
-            causal=False,
-            dropout=short,
-        )
+        name = f"wide-dropout-full-K{K}"
+        yield from attention_pair(name, (1, 40, 70, H, H, K), ALL, dropout=short)
 
 
 def attention_pair(
     name: str,
     sizes: tuple[int, ...],
+    seen: Visibility,
     *,
-    seen: Any,
     scale: float = 0.4,
     slack: float = 1.0,
-    **options: Any,
+    dropout: kernels.AttentionDropout | None = None,
 ) -> Iterator[Case]:
-    """The forward and the backward case on views of a fused projection, with strided and poisoned
+    """Forward and backward case on views of a fused projection, with strided and poisoned
     outputs."""
     B, Tq, Tk, H, Hkv, K = sizes
     make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
-    without = ("v3",) if options.keys() & {"times_q", "dropout"} else ()
-    keep = cache(
-        lambda: 1.0 if options.get("dropout") is None else keep_mask(options["dropout"], H)
-    )
+    without = () if dropout is None else ("v3",)
+    options: dict[str, Any] = dict(scale=scale, visibility=seen, dropout=dropout)
 
     def forward(q: Any, kv: Any, _: Any) -> Arrays:
-        return kernels.attention_forward(
-            q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale=scale, out=poisoned(q), **options
-        )
+        k, v = kv[:, :, :Hkv], kv[:, :, Hkv:]
+        return kernels.attention_forward(q, k, v, out=poisoned(q), **options)
 
     def backward(q: Any, kv: Any, grad_o: Any) -> Arrays:
         k, v = kv[:, :, :Hkv], kv[:, :, Hkv:]
-        o, lse = kernels.attention_forward(q, k, v, scale=scale, **options)
+        o, lse = kernels.attention_forward(q, k, v, **options)
         grad_kv = poisoned(kv)
         outs = dict(grad_q=poisoned(q), grad_k=grad_kv[:, :, :Hkv], grad_v=grad_kv[:, :, Hkv:])
-        grads = kernels.attention_backward(grad_o, q, k, v, o, lse, scale=scale, **options, **outs)
+        grads = kernels.attention_backward(grad_o, q, k, v, o, lse, **options, **outs)
         assert all(grad is out for grad, out in zip(grads, outs.values(), strict=True))
         return grads
 
-    yield Case(
-        "attention",
-        f"{name}-forward",
-        make,
-        forward,
-        lambda q, kv, _: plain.attention(q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()),
-        slack,
-        without=without,
-    )
-    yield Case(
-        "attention",
-        f"{name}-backward",
-        make,
-        backward,
-        lambda q, kv, g: plain.attention_grads(
-            g, q, kv[:, :, :Hkv], kv[:, :, Hkv:], scale, seen, keep()
-        ),
-        slack,
-        without=without,
-    )
+    def expected(q: Any, kv: Any, _: Any) -> Arrays:
+        return reference.attention_forward(q, kv[:, :, :Hkv], kv[:, :, Hkv:], **options)
 
+    def expected_grads(q: Any, kv: Any, grad_o: Any) -> Arrays:
+        k, v = kv[:, :, :Hkv], kv[:, :, Hkv:]
+        o, lse = reference.attention_forward(q, k, v, **options)
+        return reference.attention_backward(grad_o, q, k, v, o, lse, **options)
 
-def keep_mask(dropout: kernels.AttentionDropout, H: int) -> Any:
-    """The scaled mask [B, H, Tq, Tk], one element at a time: each is what the address alone
-    gives."""
-    B, Tq, Tk = len(dropout.samples), len(dropout.times_q), len(dropout.times_k)
-    mask = np.empty((B, H, Tq, Tk))
-    for b in range(B):
-        for h in range(H):
-            shard = dropout._replace(
-                samples=dropout.samples[b : b + 1], head0=dropout.head0 + h
-            )  # as a rank that holds only this head would see it
-            for j in range(0, Tk, 30):
-                part = shard._replace(times_k=dropout.times_k[j : j + 30])
-                n = len(
-                    part.times_k
-                )  # equal scores give every key the probability 1 / n, unit values return it
-                o, _ = kernels.attention_forward(
-                    np.zeros((1, Tq, 1, n)),
-                    np.zeros((1, n, 1, n)),
-                    np.eye(n)[None, :, None, :],
-                    scale=1.0,
-                    causal=False,
-                    dropout=part,
-                )
-                mask[b, h, :, j : j + 30] = o[0, :, 0] * n
-    return mask
+    for way, call, want in (("forward", forward, expected), ("backward", backward, expected_grads)):
+        yield Case("attention", f"{name}-{way}", make, call, want, slack, without=without)

@@ -4,9 +4,9 @@ The first tower embeds points, the second one adds an offset per group. Every di
 language model is on purpose: two losses at two stages with two divisors, masked targets, an integer
 array without gradient on the boundary, inputs that are no tokens, metrics that are counts.
 
-    points [B, T, F] -> in -> block ... -> block -> head -> value [B, T]
-                              |                      + offset[group]   (last stage: loss "value")
-                              level head (stage 0: loss "level")
+    points [B, T, F] -> enter -> block ... -> block -> head -> value [B, T]
+                          |                  + offset[group]   (last stage: loss "value")
+                          level head (stage 0: loss "level")
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import numpy as np
 
 from minillm import ops
 from minillm.autograd.tape import Context, Function, Tensor
-from minillm.base.device import Device
 from minillm.layout.sharding import Segment, ShardSpec
-from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart
+from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart, StageResult
 from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
 from minillm.parallel.collectives import reduce_from
 from minillm.parallel.tensor import Region
@@ -126,51 +125,27 @@ class Towers(Module):
             ArraySpec("group", (num_rows, len(whole)), np.dtype(np.int64), False),
         )
 
-    def forward(
-        self, arrived: tuple[Tensor, ...], batch: Batch, training: bool
-    ) -> tuple[Tensor, ...]:
+    def forward(self, arrived: tuple[Tensor, ...], batch: Batch, training: bool) -> StageResult:
         pass_ = self._pass(batch, training)
-        if self.enter is not None:
+        losses: dict[str, Tensor] = {}
+        if self.enter is not None and self.level is not None:
             points = batch.arrays["points"][:, pass_.where.times]
             x, group = ops.linear(Tensor(points), self.enter), Tensor(batch.arrays["group"])
+            losses["level"] = self._error("level", self.level(x, pass_), batch)
         else:
             x, group = arrived
         for block in self.blocks.values():
             x = block(x, pass_)
-        if self.head is None:
-            return x, group
-        assert self.offset is not None
+        if self.head is None or self.offset is None:
+            return StageResult((x, group), losses)
         offset = Squeeze.apply(ops.embedding(group.data, self.offset))
-        return (
-            (ops.add(self.head(x, pass_), offset),)
-            if not self.part.first
-            else (
-                ops.add(self.head(x, pass_), offset),
-                x,
-            )
-        )
+        value = ops.add(self.head(x, pass_), offset)
+        losses["value"] = self._error("value", value, batch)
+        return StageResult((value,), losses)
 
-    def losses(
-        self, outputs: tuple[Tensor, ...], batch: Batch, training: bool
-    ) -> dict[str, Tensor]:
-        found = {}
-        arrays, pass_ = batch.arrays, self._pass(batch, training)
-        if self.level is not None:
-            hidden = outputs[1] if self.part.last else outputs[0]
-            found["level"] = SquaredError.apply(
-                self.level(hidden, pass_),
-                target=arrays["level"],
-                mask=arrays["level_mask"],
-                divisor=batch.divisors["level"],
-            )
-        if self.head is not None:
-            found["value"] = SquaredError.apply(
-                outputs[0],
-                target=arrays["value"],
-                mask=arrays["value_mask"],
-                divisor=batch.divisors["value"],
-            )
-        return found
+    def _error(self, name: str, found: Tensor, batch: Batch) -> Tensor:
+        target, mask = batch.arrays[name], batch.arrays[f"{name}_mask"]
+        return SquaredError.apply(found, target=target, mask=mask, divisor=batch.divisors[name])
 
 
 class TowerArchitecture:

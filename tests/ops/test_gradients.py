@@ -23,8 +23,9 @@ def _n(*shape: int) -> np.ndarray:
 
 IDS = R.integers(0, 9, (2, 5))
 TARGETS = np.where(R.random((3, 5)) < 0.3, -100, R.integers(0, 7, (3, 5)))
-KEY_MASK = np.array([[True] * 5, [True, True, False, True, False]])
+LENGTHS, STARTS = np.array([5, 3]), np.array([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]])
 COS, SIN = kernels.rope_tables(np.array([0, 3, 4, 9, 20]), 6, 10000.0, np.float64)
+TIMES = np.array([2, 0, 5, 1, 9])
 DROP = kernels.AttentionDropout(0.3, 12345, np.array([4, 9]), 2, np.arange(5), np.arange(5))
 ADDRESS: dict[str, Any] = dict(
     key=77, samples=np.array([3, 8]), times=np.array([5, 6, 7]), channels=np.arange(4)
@@ -73,16 +74,16 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "embedding of a part of the rows": (lambda w: ops.embedding(IDS, w, 3), (_n(4, 4),)),
     "rotary": (lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS, sin=SIN), (_n(2, 5, 24),)),
     "attention causal": (_attention(2, 2), (_n(2, 5, 18),)),
-    "attention full": (_attention(2, 2, causal=False), (_n(2, 5, 18),)),
+    "attention full": (_attention(2, 2, visibility=kernels.Visibility(False)), (_n(2, 5, 18),)),
     "attention grouped": (_attention(4, 2), (_n(2, 5, 24),)),
-    "attention padded": (_attention(2, 1, causal=False, key_mask=KEY_MASK), (_n(2, 5, 12),)),
-    "attention causal and padded": (_attention(2, 1, key_mask=~KEY_MASK), (_n(2, 5, 12),)),
+    "attention padded": (_attention(2, 1, visibility=kernels.Visibility(False, key_lengths=LENGTHS)), (_n(2, 5, 12),)),
+    "attention packed": (_attention(2, 1, visibility=kernels.Visibility(first_time=STARTS)), (_n(2, 5, 12),)),
     "attention with dropout": (_attention(2, 2, dropout=DROP), (_n(2, 5, 12),)),
-    "attention by times": (_attention(2, 2, times=np.array([2, 0, 5, 1, 9])), (_n(2, 5, 12),)),
+    "attention by times": (_attention(2, 2, visibility=kernels.Visibility(True, TIMES, TIMES)), (_n(2, 5, 12),)),
     "attention long": (_attention(1, 1), (_n(1, 150, 6),)),
     "cross attention": (ops.attention_qkv, (_n(2, 3, 4, 5), _n(2, 6, 2, 5), _n(2, 6, 2, 5))),
     "cross attention, causal": (
-        lambda q, k, v: ops.attention_qkv(q, k, v, causal=True, times_q=np.array([4, 5]), times_k=np.arange(6)),
+        lambda q, k, v: ops.attention_qkv(q, k, v, visibility=kernels.Visibility(True, np.array([4, 5]))),
         (_n(1, 2, 2, 3), _n(1, 6, 2, 3), _n(1, 6, 2, 3)),
     ),
     "cross entropy": (lambda x: ops.cross_entropy(x, TARGETS, divisor=11.0), (_n(3, 5, 7),)),
@@ -145,11 +146,11 @@ def test_operations_that_overwrite_their_input_say_so() -> None:
 
 def test_a_row_that_may_see_nothing_has_zero_output_and_gradient() -> None:
     qkv = Tensor(_n(1, 4, 9), True)
-    mask = np.array([[False, False, True, True]])
-    out = ops.attention(qkv, heads=1, kv_heads=1, key_mask=mask)
+    seen = kernels.Visibility(times_q=np.arange(4), times_k=np.arange(2, 6))
+    out = ops.attention(qkv, heads=1, kv_heads=1, visibility=seen)
     assert np.array_equal(out.data[0, :2], np.zeros((2, 3))) and np.isfinite(out.data).all()
     backward([(out, np.ones(out.shape))])
-    assert np.isfinite(qkv.grad).all() and np.array_equal(qkv.grad[0, :2], np.zeros((2, 9)))
+    assert np.isfinite(qkv.grad).all() and np.array_equal(qkv.grad[0, :2, :3], np.zeros((2, 3)))
 
 
 def test_function_subclasses_are_complete() -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from training_helpers import INIT_STD, MODELS, VOCAB, Layout, make_config
 
-from minillm.autograd.tape import no_grad
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
-from minillm.inference.generation import Generator, Sampling, caches
+from minillm.inference.engine import Generator
+from minillm.inference.sampling import Sampling
 from minillm.training.assembly import assemble
 from minillm.training.resolve import ResolvedConfig
 
@@ -22,11 +22,11 @@ def generator(comm: Communicator, config: ResolvedConfig) -> Generator:
     return Generator(assemble(config, comm, std=INIT_STD))
 
 
-def cached(made: Generator, dtype: np.dtype) -> list[np.ndarray | None]:
+def cached(made: Generator) -> list[np.ndarray | None]:
     """Logits after the prompt and after each further token, which alone goes through the model."""
     cuts = [slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, LENGTH))]
-    with caches(made.model, 1, LENGTH, dtype):
-        return [made.logits(IDS[:, cut], np.arange(LENGTH)[cut]) for cut in cuts]
+    cache = made.new_cache(1)
+    return [made.logits(IDS[:, cut], np.arange(LENGTH)[cut], cache) for cut in cuts]
 
 
 def uncached(made: Generator) -> list[np.ndarray | None]:
@@ -48,8 +48,7 @@ def test_cached_logits_are_the_uncached_ones(model: str, layout: Layout) -> None
 
     def rank(comm: Communicator) -> tuple[list, list]:
         made = generator(comm, config)
-        with no_grad():
-            return cached(made, np.dtype(np.float64)), uncached(made)
+        return cached(made), uncached(made)
 
     results = run_ranks(layout.num_ranks, rank)
     fast, slow = (last_stage([result[which] for result in results]) for which in (0, 1))
@@ -78,9 +77,8 @@ def test_the_likeliest_text_is_the_one_without_a_cache() -> None:
     def rank(comm: Communicator) -> tuple[list[int], list[int]]:
         made, ids = generator(comm, config), IDS[0, :PROMPT].tolist()
         fast = made.generate(ids, LENGTH - PROMPT, Sampling(temperature=0))
-        with no_grad():
-            for end in range(PROMPT, LENGTH):
-                ids.append(int(made.logits(np.array([ids]), np.arange(end)).argmax()))  # type: ignore[union-attr]
+        for end in range(PROMPT, LENGTH):
+            ids.append(int(made.logits(np.array([ids]), np.arange(end)).argmax()))  # type: ignore[union-attr]
         return fast, ids[PROMPT:]
 
     fast, slow = run_ranks(1, rank)[0]

@@ -3,6 +3,7 @@ one rank fail."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from training_helpers import Layout, assert_same, reference, train
 
+from minillm.nn import head
 from minillm.nn.dropout import Dropout
-from minillm.parallel import collectives, tensor
-from minillm.params.where import Where
+from minillm.parallel import collectives
+from minillm.params.where import Pass
 from minillm.pipeline import runtime
 from minillm.replication import all_reduce
 from minillm.replication.protocol import Replication
@@ -70,20 +72,21 @@ def _count_norm_twice(patch: Patch) -> None:
 def _dropout_by_local_index(patch: Patch) -> None:
     original = Dropout.forward
 
-    def forward(self: Dropout, x: Any, where: Where) -> Any:
-        return original(self, x, Where(where.step, np.arange(len(where.samples)), where.times))
+    def forward(self: Dropout, x: Any, pass_: Pass) -> Any:
+        local = dataclasses.replace(pass_.where, samples=np.arange(len(pass_.where.samples)))
+        return original(self, x, dataclasses.replace(pass_, where=local))
 
     patch.setattr(Dropout, "forward", forward)
 
 
 def _vocabulary_off_by_one(patch: Patch) -> None:
-    original = tensor._Head.__init__
+    original = head._VocabSlice.__init__
 
     def init(self: Any, weight: Any, comm: Any, vocab: int) -> None:
         original(self, weight, comm, vocab)
         self.first_class += comm.rank > 0
 
-    patch.setattr(tensor._Head, "__init__", init)
+    patch.setattr(head._VocabSlice, "__init__", init)
 
 
 def _forget_last_microbatch(patch: Patch) -> None:

@@ -180,9 +180,7 @@ def hosted(fn: Callable[..., Any]) -> Callable[..., Any]:
                 )
             return [enter(part) for part in x] if isinstance(x, list) else x
 
-        named = {
-            name: value if name in HOST_NUMBERS else enter(value) for name, value in kwargs.items()
-        }
+        named = {name: enter(value) for name, value in kwargs.items()}
         with np.errstate(all="ignore"):
             result = fn(*(enter(x) for x in args), **named)
         narrow = bool(wide)
@@ -207,6 +205,3 @@ def hosted(fn: Callable[..., Any]) -> Callable[..., Any]:
         return standin._wrap(result)
 
     return run
-
-
-HOST_NUMBERS = ("times_q", "times_k")  # arguments that stay on the host

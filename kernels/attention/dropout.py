@@ -1,0 +1,39 @@
+"""Dropout of attention probabilities, addressed by sample, head, query time and key time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from minillm.kernels.random.hashing import address_words, column_words, keep
+from minillm.kernels.random.reference import random_bits
+
+Array = Any
+
+
+class AttentionDropout(NamedTuple):
+    """Dropout of attention probabilities, addressed by (key, sample, global head, query time, key
+    time).
+
+    `samples` [B], `times_q` [Tq] or [B, Tq] and `times_k` [Tk] or [B, Tk] are global positions,
+    `head0` is the first global head of this shard. For kernels on a GPU the arrays may lie there,
+    and cost a copy if they do not.
+    """
+
+    p: float
+    key: int
+    samples: Array
+    head0: int
+    times_q: Array
+    times_k: Array
+
+    def mask(self, b: int, h: int, queries: Any, keys: Any, dtype: Any) -> Array:
+        """Scaled keep mask [queries, keys] of local head `h`: 0 with probability p, else 1 /
+        (1 - p). `queries` and `keys` are slices or index arrays."""
+        samples = np.asarray(self.samples)
+        head_key = address_words(self.key, samples[b : b + 1], np.asarray([self.head0 + h]))
+        times_q, times_k = (
+            x if x.ndim == 1 else x[b] for x in map(np.asarray, (self.times_q, self.times_k))
+        )
+        rows = random_bits(int(head_key[0, 0]), times_q[queries].astype(np.uint64))
+        return keep(self.p, rows, column_words(times_k[keys])) * dtype.type(1 / (1 - self.p))

@@ -1,0 +1,107 @@
+"""Generation of text, token by token with a key-value cache, over tensor-parallel ranks and
+pipeline stages.
+
+The prompt goes through the model once and leaves keys and values in each layer's cache. Every
+further token costs one position. The stages run the forward-only schedule, as in evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from minillm.autograd.tape import Tensor
+from minillm.base.arrays import sum_dtype, to_host
+from minillm.inference.cache import KVCache, cached_keys, new_cache
+from minillm.inference.sampling import Sampling
+from minillm.models.protocol import Batch, Decoder
+from minillm.params.where import Where
+from minillm.pipeline.lower import lower
+from minillm.pipeline.runtime import PipelineRuntime
+from minillm.pipeline.schedules import forward_only
+from minillm.training.assembly import Assembly
+
+
+class Generator:
+    """Ranks of one dp coordinate that generate together. Collective over their tp and pp axes."""
+
+    def __init__(self, model: Assembly) -> None:
+        self.device, self.links = model.device, model.mesh.axis("pp")
+        self.models = {i: cast(Decoder, stage.model) for i, stage in model.stages.items()}
+        placement = model.layout.rank_of_stage
+        self._last_stage, self._last_rank = len(placement) - 1, placement[-1]
+        self._runtime = PipelineRuntime(
+            lower(forward_only(placement, 1), train=False),
+            model.stages,
+            self.links,
+            model.replication,
+            count=self._keep,
+        )
+
+    @property
+    def context(self) -> int:
+        """Most positions that the model can read."""
+        return next(iter(self.models.values())).context
+
+    def generate(self, prompt: Sequence[int], num_tokens: int, sampling: Sampling) -> list[int]:
+        """Return `num_tokens` ids that continue `prompt`, which has at least one id.
+
+        When the context is full, generation restarts from its last half.
+        """
+        context, ids = self.context, list(prompt)
+        while len(ids) < len(prompt) + num_tokens:
+            window = ids[-context:] if len(ids) <= context else ids[-(context // 2 or 1) :]
+            room = context - len(window) + 1
+            missing = len(prompt) + num_tokens - len(ids)
+            ids += self._fill(window, min(room, missing), sampling, len(ids))
+        return ids[len(prompt) :]
+
+    def _fill(self, window: list[int], count: int, sampling: Sampling, position: int) -> list[int]:
+        """Return `count` tokens after `window`, from one cache."""
+        chosen: list[int] = []
+        cache = self.new_cache(1)
+        new, start = window, 0
+        for i in range(count):
+            logits = self.logits(np.array([new]), np.arange(start, start + len(new)), cache)
+            start += len(new)
+            chosen.append(self._agree(logits, sampling, position + i))
+            new = chosen[-1:]
+        return chosen
+
+    def new_cache(self, batch: int) -> dict[str, KVCache]:
+        """Return an empty cache for `batch` sequences in this rank's layers."""
+        return new_cache(self.models.values(), batch, self.device)
+
+    def logits(
+        self, ids: np.ndarray, times: np.ndarray, cache: Mapping[str, KVCache] | None = None
+    ) -> np.ndarray | None:
+        """Return the logits [B, V] of the last position of ids [B, T], None before the last stage.
+
+        ids: int64 [B, T] at positions `times` int64 [T] or [B, T]. `cache` holds earlier positions
+        and receives these; without one, `ids` are whole sequences.
+        """
+        where = Where(0, np.arange(len(ids)), times, device=self.device)
+        limits = None if cache is None else cached_keys(times)
+        arrays = {"tokens": self.device.upload(ids)}
+        self._outputs: tuple[Tensor, ...] | None = None
+        batch = Batch(arrays, {}, where, limits, {} if cache is None else cache)
+        self._runtime.run([batch])
+        if self._outputs is None:
+            return None
+        last = (Tensor(self._outputs[0].data[:, -1:]),)
+        logits = to_host(self.models[self._last_stage].logits(last, batch)[:, 0])
+        return logits.astype(sum_dtype(logits.dtype), copy=False)
+
+    def _keep(self, outputs: tuple[Tensor, ...], batch: Batch) -> Mapping[str, Any]:
+        self._outputs = outputs
+        return {}
+
+    def _agree(self, logits: np.ndarray | None, sampling: Sampling, position: int) -> int:
+        """Choose a token on the last stage and broadcast it to the others."""
+        token = np.zeros(1, np.int64)
+        if logits is not None:
+            token[:] = sampling.choose(logits, position)
+        self.links.broadcast_(token, self._last_rank, kind="control")
+        return int(token[0])

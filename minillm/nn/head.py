@@ -1,0 +1,198 @@
+"""Language-model head with the vocabulary cut over tp: logits, and their cross-entropy by chunks.
+
+The loss needs three numbers per token from each rank instead of the logits: their maximum, the sum
+of their exponentials, and the target's logit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minillm import kernels, ops
+from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Tensor, no_grad
+from minillm.base.arrays import Array, namespace, sum_dtype
+from minillm.comm.communicator import Communicator, ReduceOp
+from minillm.parallel.collectives import gather_from
+from minillm.parallel.tensor import Region
+from minillm.params.parameter import Parameter
+from minillm.params.where import Pass
+
+# Bytes of logits that exist at once: enough for full-speed products, small beside the model.
+LOGITS_BYTES = 64 << 20
+# A GPU's products want more rows, and every chunk reads and writes the weight's gradient.
+GPU_LOGITS_BYTES = 512 << 20
+
+
+def head_logits(x: Tensor, weight: Parameter, region: Region, pass_: Pass) -> Array:
+    """Return the logits [B, T, V] of x [B, T_local, D] outside the region, whole on every rank.
+
+    Collective over tp. Nothing is put on the tape.
+    """
+    with no_grad():
+        logits = gather_from(ops.linear(region.enter(x, pass_), weight), region.comm, 2)
+    return logits.data[..., : weight.spec.shape[0]]
+
+
+def head_loss(
+    x: Tensor,
+    weight: Any,
+    targets: Array,
+    comm: Communicator,
+    *,
+    vocab: int,
+    divisor: float,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Sum the cross-entropies of the logits x @ weight^T, divided by `divisor`: a float64 scalar.
+
+    x: [B, T, D] inside the region; weight: [V_local, D]; targets: [B, T] int, of which those equal
+    to `ignore_index` do not count. Collective over `comm`.
+
+    The logits never exist all at once. While gradients are on, dX and dW are computed here, chunk
+    by chunk, because recomputing the logits in backward would cost a fourth product. The gradient
+    of the result must then be 1; backward raises ValueError for any other.
+    """
+    return _HeadLoss.apply(
+        x,
+        weight,
+        targets=targets,
+        comm=comm,
+        vocab=vocab,
+        divisor=divisor,
+        ignore_index=ignore_index,
+    )
+
+
+class _HeadLoss(Function):
+    @staticmethod
+    def forward(
+        ctx: Context,
+        x: Array,
+        weight: Array,
+        *,
+        targets: Array,
+        comm: Communicator,
+        vocab: int,
+        divisor: float,
+        ignore_index: int,
+    ) -> Array:
+        xp = namespace(x)
+        rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
+        counted = flat != ignore_index
+        wide = sum_dtype(x.dtype)
+        row_scale = counted.astype(wide) / wide.type(divisor)
+        vocab_slice = (_VocabSlice if xp is np else _VocabSliceOnGpu)(len(weight), comm, vocab)
+        grad_x = xp.empty(rows.shape, x.dtype) if ctx.needs[0] else None
+        slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
+        total: Any = 0.0
+        chunk = _chunk(len(rows), weight.shape[0] * x.dtype.itemsize, on_gpu=xp is not np)
+        buffer = xp.empty((min(chunk, len(rows)), weight.shape[0]), x.dtype)  # of every chunk
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            logits = buffer[: len(rows[part])]
+            kernels.matmul(rows[part], weight.T, out=logits)
+            sum_exp, target_logit = vocab_slice.softmax_(logits, flat[part])
+            total = total + _counted_sum(xp.log(sum_exp) - target_logit, counted[part])
+            if ctx.recording:
+                vocab_slice.grad_(logits, sum_exp, flat[part], row_scale[part])
+                if grad_x is not None:
+                    kernels.matmul(logits, weight, out=grad_x[part])
+                if slot is not None:
+                    kernels.matmul(logits.T, rows[part], out=slot.buf, accumulate=slot.writes > 0)
+                    slot.writes += 1
+        ctx.save(
+            None if grad_x is None else grad_x.reshape(x.shape),
+            slot.buf if slot is not None and ctx.slot(1) is None else WRITTEN,
+        )
+        return xp.asarray(total / divisor)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
+        if float(grad_outs[0]) != 1.0:
+            raise ValueError(
+                "the head computed its gradients in forward, for a grad of 1, not "
+                f"{float(grad_outs[0])}; scale through `divisor`"
+            )
+        return ctx.saved
+
+
+def _chunk(num_rows: int, row_bytes: int, *, on_gpu: bool) -> int:
+    """Return the rows of one chunk of logits: as few chunks as fit, of equal size."""
+    num_chunks = max(1, -(-num_rows // most_rows(row_bytes, on_gpu=on_gpu)))
+    return max(1, -(-num_rows // num_chunks))
+
+
+def most_rows(row_bytes: int, *, on_gpu: bool) -> int:
+    """Return the most rows of logits, of `row_bytes` each, that exist at once."""
+    return max(128, (GPU_LOGITS_BYTES if on_gpu else LOGITS_BYTES) // max(1, row_bytes))
+
+
+def _counted_sum(losses: Array, counted: Array) -> Any:
+    """Sum in float64 the losses [R] that count.
+
+    Returns a number, or on a GPU an array without dims: the host does not wait for it.
+    """
+    if isinstance(losses, np.ndarray):
+        return float(np.add.reduce(losses[counted], dtype=np.float64))
+    xp = namespace(losses)
+    return xp.where(counted, losses, 0.0).sum(dtype=np.float64)
+
+
+class _VocabSlice:
+    """This rank's slice of the vocabulary, and the softmax over all slices."""
+
+    def __init__(self, num_rows: int, comm: Communicator, vocab: int) -> None:
+        self.comm = comm
+        self.first_class = comm.rank * num_rows
+        self.valid = min(max(vocab - self.first_class, 0), num_rows)  # columns that are no padding
+
+    def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
+        """Overwrite `logits` [R, V_local] by exp(logits - max).
+
+        Returns the sum of that over the whole vocabulary [R] and the shifted logit of targets [R].
+        """
+        row_max = kernels.xent_max(logits, self.valid)
+        self.comm.all_reduce_(row_max, ReduceOp.MAX)
+        sums, target_logit = kernels.xent_shifted_sum_(
+            logits, row_max, targets, self.first_class, self.valid
+        )
+        if self.comm.size > 1:
+            both = namespace(logits).stack([sums, target_logit])
+            self.comm.all_reduce_(both)
+            sums, target_logit = both[0], both[1]
+        return sums, target_logit
+
+    def grad_(self, logits: Array, sum_exp: Array, targets: Array, row_scale: Array) -> None:
+        """Overwrite what `softmax_` left in `logits` by (softmax - onehot(target)) row_scale."""
+        kernels.xent_grad_(logits, sum_exp, targets, self.first_class, row_scale)
+
+
+class _VocabSliceOnGpu(_VocabSlice):
+    """The same with one pass over the logits, which the gradient alone overwrites.
+
+    On a GPU exponentials cost less than memory, and they are never rounded to 16 bits.
+    """
+
+    def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
+        """Return the sum of exp(logits - max) over the whole vocabulary [R] and the shifted logit
+        of targets [R]. `logits` stay."""
+        xp = namespace(logits)
+        own_max, sums, target_logit = kernels.xent_statistics(
+            logits, targets, self.first_class, self.valid
+        )
+        self.row_max = own_max
+        if self.comm.size > 1:
+            self.row_max = own_max.copy()
+            self.comm.all_reduce_(self.row_max, ReduceOp.MAX)
+            both = xp.stack([sums * xp.exp(own_max - self.row_max), target_logit])
+            self.comm.all_reduce_(both)
+            sums, target_logit = both[0], both[1]
+        return sums, target_logit - self.row_max
+
+    def grad_(self, logits: Array, sum_exp: Array, targets: Array, row_scale: Array) -> None:
+        """Overwrite `logits` by (softmax - onehot(target)) row_scale."""
+        kernels.xent_grad_from_logits_(
+            logits, self.row_max, sum_exp, targets, self.first_class, row_scale, self.valid
+        )
