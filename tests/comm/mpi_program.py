@@ -11,9 +11,10 @@ import time
 import numpy as np
 
 from minillm.base.errors import CommTimeout, ConfigError
+from minillm.comm.agreement import agree
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.ledger import ledger
-from minillm.comm.process import agree, main_guard, world
+from minillm.comm.process import main_guard, world
 
 
 def collectives(comm: Communicator) -> None:
