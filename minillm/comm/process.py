@@ -47,8 +47,8 @@ def launched(environment: Mapping[str, str] | None = None) -> tuple[int, str] | 
 def world(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
     """Return the group of all ranks: MPI's under a launcher, this process alone without one.
 
-    `timeout` is in seconds. Raises ConfigError if the launcher started another number of ranks than MPI sees, or if mpi4py
-    finds no MPI library.
+    `timeout` is in seconds. Raises ConfigError if the launcher started another number of ranks than
+    MPI sees, or if mpi4py finds no MPI library.
     """
     found = launched()
     if found is None:
@@ -94,7 +94,7 @@ def _install_abort_hook(mpi: Any) -> None:
 
 
 def _report(error: BaseException, rank: int | None, trace: TracebackType | None) -> None:
-    """Print an error and its rank: the message alone if it is a MinillmError, else the traceback."""
+    """Print an error and its rank: only the message of a MinillmError, else the traceback."""
     prefix = "" if rank is None else f"rank {rank}: "
     if isinstance(error, MinillmError):
         text = f"{prefix}error: {error}\n"
