@@ -20,9 +20,9 @@ from minillm.base.device import CPU, Device
 from minillm.base.errors import CommError
 from minillm.base.trace import Tracer
 from minillm.checkpoint import StateSource, StateTensor, load
+from minillm.comm.agreement import agree
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.mesh import Mesh
-from minillm.comm.process import agree
 from minillm.layout.placement import Layout
 from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.gpt import INIT_STD
