@@ -289,7 +289,7 @@ class Run:
                 world=self.comm,
                 mesh_shape=self.trainer.mesh.shape,
                 coords=self.trainer.mesh.coords,
-                tensors=list(self.trainer.state()),
+                tensors=self.trainer.state(),
                 meta=meta,
                 step=step,
                 keep=self.config.train.keep,

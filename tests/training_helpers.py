@@ -20,10 +20,10 @@ from minillm.data.batches import Batches
 from minillm.layout.sharding import share
 from minillm.params.storage import FlatBuffers
 from minillm.replication.node_shared import NodeMemory
+from minillm.tasks.language_model import LanguageModeling
 from minillm.training.config import TrainConfig
 from minillm.training.optim import SGD, AdamW
 from minillm.training.resolve import ResolvedConfig, resolve
-from minillm.tasks.language_model import LanguageModeling
 from minillm.training.trainer import Trainer
 
 VOCAB = 29  # a prime: padded on every tp
@@ -129,13 +129,23 @@ def train_rank(
     prepare: Callable[[Trainer], None] | None = None,
     direct: bool = False,
     std: float = INIT_STD,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[list[float], list[float], list[dict[str, Any]]]:
-    """What one rank does: returns losses, norms, and pieces of (first gradients, last gradients,
-    weights). `direct`: device arrays travel by address, else through host memory."""
+    """Train on one rank.
+
+    Returns losses, norms, and pieces of (first gradients, last gradients, weights). `direct`:
+    device arrays travel by address, else through host memory. `options` go to the Trainer.
+    """
     device = open_device(config.train.device)
     comm = on_device(comm, device, direct)
+    task = (options or {}).get("task") or LanguageModeling(make_batches(config))
     trainer = Trainer(
-        config, comm, LanguageModeling(make_batches(config)), std=std, optimizer=OPTIMIZERS[optimizer], device=device
+        config,
+        comm,
+        std=std,
+        optimizer=OPTIMIZERS[optimizer],
+        device=device,
+        **{"task": task, **(options or {})},
     )
     if prepare is not None:
         prepare(trainer)
@@ -212,13 +222,16 @@ def train(
     nodes: Sequence[int] | None = None,
     direct: bool = False,
     std: float = INIT_STD,
+    options: Mapping[str, Any] | None = None,
+    adapt: Callable[[ResolvedConfig], ResolvedConfig] | None = None,
     **changes: Any,
 ) -> Outcome:
-    """Train on thread ranks."""
+    """Train on thread ranks. `options` go to the Trainer, `adapt` changes the configuration."""
     config = make_config(model, layout, **changes)
+    config = config if adapt is None else adapt(config)
     results = run_ranks(
         layout.num_ranks,
-        lambda comm: train_rank(comm, config, optimizer, steps, prepare, direct, std),
+        lambda comm: train_rank(comm, config, optimizer, steps, prepare, direct, std, options),
         rendezvous=rendezvous,
         nodes=nodes,
     )

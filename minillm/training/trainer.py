@@ -181,16 +181,17 @@ class Trainer:
         self.replication.update(self.optimizer, self._step, self._lr, self._verdict.scale)
         self._optimizer_seconds = time.perf_counter() - started
 
-    def state(self) -> Iterator[StateTensor]:
-        """Yield everything a resumed run needs besides the step."""
-        yield from self.model.weights()
+    def state(self) -> list[StateTensor]:
+        """Return everything a resumed run needs besides the step."""
+        return [*self.model.weights(), *self._optimizer_state(), *self.replication.state()]
+
+    def _optimizer_state(self) -> Iterator[StateTensor]:
         for name, states in self.optimizer.state().items():
             for stage, state in zip(self.model.stages, states, strict=True):
                 for parameter, sharded, data in state.tensors():
                     owned = self.model.layout.owns(stage, parameter.spec.tie)
                     full_name = f"optimizer/{name}/{parameter.name}"
                     yield StateTensor(full_name, sharded, data, owned=owned)
-        yield from self.replication.state()
 
     def load(self, source: StateSource) -> None:
         """Fill weights and optimizer state.
@@ -200,7 +201,7 @@ class Trainer:
         """
         memory = self.replication.memory
         first, step = memory.alias
-        mine = list(self.state())[first::step]
+        mine = self.state()[first::step]
         agree(self.world, lambda: load(source, mine, self.mesh.shape, self.mesh.coords))
         memory.sync()
 

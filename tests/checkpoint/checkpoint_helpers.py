@@ -14,7 +14,8 @@ from minillm.checkpoint import CheckpointSource, StateTensor, save
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import Segment, ShardSpec
+from minillm.layout.sharding import Segment, ShardSpec, slice_shape
+from minillm.tasks.language_model import LanguageModeling
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import Trainer
 
@@ -23,7 +24,7 @@ TINY = dict(layers=2, heads=4, dim=16, ffn_dim=24, context=8, batch=8)
 
 
 def new_trainer(comm: Communicator, config: ResolvedConfig) -> Trainer:
-    return Trainer(config, comm, make_batches(config), std=INIT_STD)
+    return Trainer(config, comm, LanguageModeling(make_batches(config)), std=INIT_STD)
 
 
 def save_trainer(
@@ -54,7 +55,10 @@ def state_pieces(trainer: Trainer) -> dict[str, Any]:
     return {
         t.name: (
             t.spec.shape,
-            [(g, t.data[here].copy()) for g, here in t.spec.pieces(mesh.shape, mesh.coords)],
+            [
+                (g, t.data[here].reshape(slice_shape(g)).copy())
+                for g, here in t.spec.pieces(mesh.shape, mesh.coords)
+            ],
         )
         for t in trainer.state()
     }

@@ -9,7 +9,8 @@ from training_helpers import INIT_STD, VOCAB, Layout, make_batches, make_config
 
 from minillm.comm.threads import run_ranks
 from minillm.data.batches import eval_windows
-from minillm.training.held_out import evaluate_windows
+from minillm.tasks.language_model import HeldOutText, LanguageModeling
+from minillm.training.held_out import measure
 from minillm.training.trainer import Trainer
 
 
@@ -18,9 +19,11 @@ def _evaluate(layout: Layout, num_tokens: int, **changes) -> list[tuple[float, i
     tokens = np.random.default_rng(9).integers(0, VOCAB, 1000)
 
     def rank(comm):
-        trainer = Trainer(config, comm, make_batches(config), std=INIT_STD)
+        task = LanguageModeling(make_batches(config))
+        trainer = Trainer(config, comm, task, std=INIT_STD)
         windows = eval_windows(tokens, config.model.context, num_tokens)
-        return evaluate_windows(config, trainer.mesh, comm, trainer.stages, windows)
+        found = measure(trainer.model, HeldOutText(windows, None), comm, config.microbatch)
+        return found.loss, found.tokens
 
     return run_ranks(layout.num_ranks, rank)
 

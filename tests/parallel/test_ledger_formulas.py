@@ -4,10 +4,12 @@ per rank and axis."""
 from __future__ import annotations
 
 import pytest
-from training_helpers import BASE, INIT_STD, Layout, make_batches, make_config
+from training_helpers import BASE, INIT_STD, VOCAB, Layout, make_batches, make_config
 
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
+from minillm.replication.all_reduce import Bucket
+from minillm.tasks.language_model import LanguageModeling
 from minillm.training.trainer import Trainer
 
 ITEM = 8  # float64
@@ -18,7 +20,8 @@ def _payload(model: str, layout: Layout, **changes) -> list[dict[tuple[str, str]
     config = make_config(model, layout, **changes)
 
     def rank(comm):
-        trainer = Trainer(config, comm, make_batches(config), std=INIT_STD)
+        task = LanguageModeling(make_batches(config))
+        trainer = Trainer(config, comm, task, std=INIT_STD)
         trainer.step(0)
         before = _rows()
         trainer.step(1)
@@ -43,26 +46,30 @@ def _tokens(layout: Layout) -> int:
     return BASE["batch"] * BASE["context"] // layout.dp
 
 
-def _flat_elements(model: str, layout: Layout) -> int:
-    """Elements of the flat gradient buffer of a one-stage rank, alignment gaps included where a
-    bucket spans them."""
-    config = make_config(model, layout)
-    from minillm.comm.single import SelfCommunicator
-
-    trainer = Trainer(
-        make_config(model, Layout()), SelfCommunicator(), make_batches(config), std=INIT_STD
-    )
-    reducer = trainer.stages[0].reducer
-    assert reducer is not None
-    return sum(bucket.slice.stop - bucket.slice.start for bucket in reducer.buckets)
+def _gpt2_parameters(vocab: int) -> int:
+    """Count the parameters of the tied GPT-2 model of BASE, biases included."""
+    D, F, layers = BASE["dim"], BASE["ffn_dim"], BASE["layers"]
+    attention = D * 3 * D + 3 * D + D * D + D
+    mlp = D * F + F + F * D + D
+    norms = 2 * 2 * D
+    return vocab * D + BASE["context"] * D + layers * (attention + mlp + norms) + 2 * D
 
 
+@pytest.mark.parametrize("bucket_mb", [0.004, 4.0])
 @pytest.mark.parametrize("dp", [2, 4])
-def test_data_parallel_moves_each_gradient_once(dp: int) -> None:
+def test_data_parallel_moves_each_gradient_once(dp: int, bucket_mb: float) -> None:
+    """Every size of BASE is a multiple of 64 bytes, so the flat buffer has no gaps to send."""
     layout = Layout(dp=dp, num_microbatches=2)
-    expected = {("dp", "all_reduce"): _flat_elements("gpt2", layout) * ITEM}
-    for rank in _payload("gpt2", layout):
+    expected = {("dp", "all_reduce"): _gpt2_parameters(VOCAB) * ITEM}
+    for rank in _payload("gpt2", layout, bucket_mb=bucket_mb):
         assert rank == expected
+
+
+def test_a_bucket_that_is_too_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = property(lambda self: slice(self.spans[0].start, self.spans[-1].stop - 8))
+    monkeypatch.setattr(Bucket, "slice", short)
+    (found, _) = _payload("gpt2", Layout(dp=2))
+    assert found["dp", "all_reduce"] != _gpt2_parameters(VOCAB) * ITEM
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -24,10 +24,11 @@ from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
-from minillm.parallel import node_shared
 from minillm.params.storage import PrivateMemory
-from minillm.replication.all_reduce import GradReducer
-from minillm.replication.node_shared import NodeReducer
+from minillm.replication import node_shared
+from minillm.replication.all_reduce import AllReduce
+from minillm.replication.node_shared import NodeShared
+from minillm.tasks.language_model import LanguageModeling
 from minillm.training.trainer import Trainer
 
 Patch = pytest.MonkeyPatch
@@ -63,8 +64,14 @@ def _trainers(
     return run_ranks(layout.num_ranks, lambda comm: then(_trained(config, comm)), nodes=nodes)
 
 
+def _kind(trainer: Trainer) -> tuple[type, str]:
+    memory = trainer.replication.memory
+    return type(memory), memory.description
+
+
 def _trained(config: object, comm: Communicator) -> Trainer:
-    trainer = Trainer(config, comm, make_batches(config), std=INIT_STD)  # type: ignore[arg-type]
+    task = LanguageModeling(make_batches(config))  # type: ignore[arg-type]
+    trainer = Trainer(config, comm, task, std=INIT_STD)  # type: ignore[arg-type]
     trainer.step(0)
     return trainer
 
@@ -74,8 +81,8 @@ def test_one_copy_on_a_node() -> None:
     another node; gradients each their own."""
 
     def addresses(trainer: Trainer) -> list[int]:
-        (buffers,) = trainer.buffers
-        exp_avg = root(next(iter(trainer.optimizer.state()["exp_avg"].values())))
+        (buffers,) = trainer.model.buffers
+        exp_avg = root(trainer.optimizer.state()["exp_avg"][0].array)
         return [root(array).ctypes.data for array in (buffers.values, exp_avg, buffers.grads)]
 
     found = _trainers(Layout(dp=4), [0, 0, 1, 1], addresses, node_shared="on")
@@ -91,12 +98,12 @@ def test_window_bytes_are_those_of_the_formula(nodes: list[int]) -> None:
     nothing else is payload."""
 
     def moved(trainer: Trainer) -> None:
-        (buffers,) = trainer.buffers
+        (buffers,) = trainer.model.buffers
         share = (
             sum(part.stop - part.start for _, part in buffers.shared_runs())
             * buffers.grads.itemsize
         )
-        gaps = 64 * len(buffers.runs)  # between two runs: never read
+        gaps = 64 * len(buffers.layout.runs)  # between two runs: never read
         rows = {key: row.bytes for key, row in ledger().rows.items() if key[2] != "control"}
         per_node = nodes.count(0)
         assert rows.pop(("dp in node", "sum", "window")) == (per_node - 1) * share
@@ -112,14 +119,14 @@ def test_auto_shares_where_it_can() -> None:
     kinds = _trainers(
         Layout(dp=4),
         [0, 0, 1, 1],
-        lambda trainer: type(trainer.stages[0].reducer),
+        lambda trainer: type(trainer.replication),
         node_shared="auto",
     )
-    assert kinds == [NodeReducer] * 4
+    assert kinds == [NodeShared] * 4
     kinds = _trainers(
-        Layout(tp=2), [0, 0], lambda trainer: type(trainer.stages[0].reducer), node_shared="auto"
+        Layout(tp=2), [0, 0], lambda trainer: type(trainer.replication), node_shared="auto"
     )
-    assert kinds == [GradReducer] * 2
+    assert kinds == [AllReduce] * 2
 
 
 OBSTACLES = {
@@ -143,7 +150,7 @@ def test_what_cannot_be_shared_is_said(name: str) -> None:
     said = _trainers(
         layout,
         nodes,
-        lambda trainer: (type(trainer.memory), trainer.memory.description),
+        lambda trainer: _kind(trainer),
         node_shared="auto",
     )
     assert all(kind is PrivateMemory and words in text for kind, text in said)  # type: ignore[misc]
@@ -192,21 +199,21 @@ def _forget_a_rank(patch: Patch) -> None:
 
 
 def _forget_the_other_nodes(patch: Patch) -> None:
-    original = NodeReducer.__init__
+    original = NodeShared.__init__
 
-    def init(self: NodeReducer, *args: object) -> None:
+    def init(self: NodeShared, *args: object) -> None:
         original(self, *args)  # type: ignore[arg-type]
         self.peers = self.node.split(self.node.rank)  # type: ignore[assignment]
 
-    patch.setattr(NodeReducer, "__init__", init)
+    patch.setattr(NodeShared, "__init__", init)
 
 
 def _count_every_node(patch: Patch) -> None:
-    patch.setattr(NodeReducer, "sum_of_squares", lambda self: self._squares)
+    patch.setattr(NodeShared, "sum_of_squares", lambda self: sum(self._squares.values()))
 
 
 def _forget_the_norms_of_other_time_shards(patch: Patch) -> None:
-    patch.setattr(NodeReducer, "_sum_over_mesh", lambda self, piece: None)
+    patch.setattr(NodeShared, "_sum_over_mesh", lambda self, part, piece: 0.0)
 
 
 BUGS: dict[str, tuple[Callable[[Patch], None], Layout, list[int]]] = {

@@ -16,8 +16,9 @@ from minillm.nn import head
 from minillm.parallel import collectives
 from minillm.params.where import Pass
 from minillm.pipeline import runtime
-from minillm.replication.all_reduce import GradReducer
-from minillm.training.resolve import ResolvedConfig
+from minillm.replication import all_reduce
+from minillm.replication.protocol import Replication
+from minillm.tasks.language_model import LanguageModeling
 
 Patch = pytest.MonkeyPatch
 
@@ -31,24 +32,18 @@ def _drop_backward_all_reduce(patch: Patch) -> None:
 
 
 def _forget_tied_sum(patch: Patch) -> None:
-    def tie_reduce(self: GradReducer) -> None:
-        for bucket in self.buckets:
-            bucket.waiting = 0 if bucket.tied else bucket.waiting
-
-    patch.setattr(GradReducer, "tie_reduce", tie_reduce)
+    patch.setattr(Replication, "reduce_ties", lambda self: None)
 
 
 def _receive_into_live_buffer(patch: Patch) -> None:
     """One buffer per stage, as a well-meant optimisation would have it."""
 
-    def receive(self: Any, mailbox: Any, from_stage: int, action: Any) -> None:
+    def receive(self: Any, mailbox: Any, from_stage: int, action: Any, specs: Any) -> None:
         held = self.__dict__.setdefault("_held", {})
         fresh = {}
-        original(self, fresh, from_stage, action)
+        original(self, fresh, from_stage, action, specs)
         for key, arrays in fresh.items():
-            kept = held.setdefault(
-                (id(mailbox) and from_stage, key[0]), tuple(np.empty_like(a) for a in arrays)
-            )
+            kept = held.setdefault((from_stage, key[0]), tuple(np.empty_like(a) for a in arrays))
             for target, array in zip(kept, arrays, strict=True):
                 target[...] = array
             mailbox[key] = kept
@@ -58,15 +53,20 @@ def _receive_into_live_buffer(patch: Patch) -> None:
 
 
 def _scale_by_microbatch(patch: Patch) -> None:
-    patch.setattr(
-        ResolvedConfig,
-        "tokens_per_step",
-        property(lambda self: self.microbatch * self.dp * self.model.context),
-    )
+    original = LanguageModeling.batch
+
+    def batch(self: LanguageModeling, step: int, rows: Any, device: Any) -> Any:
+        made = original(self, step, rows, device)
+        return made._replace(divisors={"loss": float(made.arrays["targets"].size)})
+
+    patch.setattr(LanguageModeling, "batch", batch)
 
 
 def _count_norm_twice(patch: Patch) -> None:
-    patch.setattr(data, "counted", lambda parameter, mesh: True)
+    def parts(flat: Any, *args: Any) -> Any:
+        return ((slice(run.start, run.stop), True) for run in flat.runs)
+
+    patch.setattr(all_reduce, "counted_parts", parts)
 
 
 def _dropout_by_local_index(patch: Patch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from minillm.base.errors import ConfigError
 from minillm.layout.mesh_shape import AXES, MeshShape
-from minillm.layout.sharding import Segment, ShardSpec, num_elements, slice_shape
+from minillm.layout.sharding import Segment, ShardSpec, slice_shape
 
 MESHES = [
     MeshShape(),
@@ -49,7 +49,7 @@ def mesh_name(mesh: MeshShape) -> str:
 @pytest.mark.parametrize("name", SPECS)
 def test_pieces_cover_each_element_once_per_replica(name: str, mesh: MeshShape) -> None:
     spec = SPECS[name]
-    whole = np.arange(num_elements(spec), dtype=np.int64).reshape(spec.shape)
+    whole = np.arange(math.prod(spec.shape), dtype=np.int64).reshape(spec.shape)
     replicas: dict[tuple[int, ...], np.ndarray] = {}
     for rank in range(mesh.num_ranks):
         coords = mesh.coords(rank)
