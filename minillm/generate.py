@@ -19,8 +19,8 @@ from minillm.comm.process import (
     world,
 )
 from minillm.inference.engine import Generator
-from minillm.inference.sampling import Sampling
 from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
+from minillm.inference.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

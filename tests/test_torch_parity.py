@@ -59,7 +59,7 @@ def test_logits_loss_and_gradients(model: str) -> None:
     model: Any = stage.model
 
     with no_grad():
-        logits = model.logits(model.forward((), batch, False), batch)
+        logits = model.logits(model.forward((), batch, False).outputs, batch)
     expected = twin.logits(torch.tensor(inputs))
     np.testing.assert_allclose(
         logits,
@@ -70,7 +70,7 @@ def test_logits_loss_and_gradients(model: str) -> None:
 
     assert stage.reducer is not None
     stage.reducer.start_step()
-    loss: Tensor = model.losses(model.forward((), batch, False), batch, False)["loss"]
+    loss: Tensor = model.forward((), batch, False).losses["loss"]
     backward([(loss, np.ones(()))])
     expected_loss = twin.loss(torch.tensor(inputs), torch.tensor(targets))
     expected_loss.backward()

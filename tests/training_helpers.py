@@ -112,12 +112,12 @@ def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
         microbatch=options["batch"] // (layout.dp * layout.num_microbatches),
         stage_layers=layout.stage_layers,
     )
-    return resolve(config, layout.num_ranks, VOCAB)
+    return resolve(config, layout.num_ranks, options.get("vocab", VOCAB))
 
 
 def make_batches(config: ResolvedConfig) -> Batches:
-    """Random tokens, the same on every rank."""
-    tokens = np.random.default_rng(3).integers(0, VOCAB, 2000)
+    """Return random tokens, the same on every rank."""
+    tokens = np.random.default_rng(3).integers(0, config.model.vocab, 2000)
     return Batches(tokens, config.model.context, config.train.batch, config.train.seed)
 
 

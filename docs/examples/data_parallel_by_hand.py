@@ -51,8 +51,7 @@ def train(comm: Communicator, steps: int, context: int = 64, sequences: int = 16
             where=Where(step, rows, times),
         )
         weights.start_step()
-        hidden = model.forward((), batch, training=True)
-        loss = model.losses(hidden, batch, training=True)["loss"]
+        loss = model.forward((), batch, training=True).losses["loss"]
         backward([(loss, np.ones(()))])
         comm.all_reduce_(weights.grads)
         optimizer.step(step, lr=3e-3, grad_scale=1.0)

@@ -43,8 +43,7 @@ def train(steps: int, context: int = 64, sequences: int = 16) -> list[float]:
             where=Where(step, rows, times),
         )
         weights.start_step()
-        hidden = model.forward((), batch, training=True)
-        loss = model.losses(hidden, batch, training=True)["loss"]
+        loss = model.forward((), batch, training=True).losses["loss"]
         backward([(loss, np.ones(()))])
         optimizer.step(step, lr=3e-3, grad_scale=1.0)
         losses.append(float(loss.data))

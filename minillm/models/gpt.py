@@ -15,7 +15,7 @@ from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec
-from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart
+from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart, StageResult
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
@@ -122,10 +122,11 @@ class GPT(Module):
         shape = (len(where.samples), where.times.shape[-1], self.config.dim)
         return (ArraySpec("hidden", shape, self.parameters()[0].dtype, True),)
 
-    def forward(
-        self, arrived: tuple[Tensor, ...], batch: Batch, training: bool
-    ) -> tuple[Tensor, ...]:
-        """Return ("hidden" [B, T_local, D],), from "tokens" [B, T] or from what `arrived`."""
+    def forward(self, arrived: tuple[Tensor, ...], batch: Batch, training: bool) -> StageResult:
+        """Return "hidden" [B, T_local, D], from "tokens" [B, T] or from what `arrived`.
+
+        The last stage adds "loss": the cross-entropy of "targets" [B, T], summed and divided.
+        """
         pass_ = self._pass(batch, training)
         if self.embedding is None:
             (x,) = arrived
@@ -138,24 +139,18 @@ class GPT(Module):
                 if self.recompute == "full"
                 else block(stream, pass_)
             )
-        return (stream.sum() if self.norm is None else self.norm.residual(*stream)[1],)
-
-    def losses(
-        self, outputs: tuple[Tensor, ...], batch: Batch, training: bool
-    ) -> dict[str, Tensor]:
-        """Return the cross-entropy of "targets" [B, T], summed and divided, on the last stage."""
+        hidden = stream.sum() if self.norm is None else self.norm.residual(*stream)[1]
         if self.head is None or "loss" not in batch.divisors:
-            return {}
-        inside = self.region.enter(outputs[0], self._pass(batch, training))
+            return StageResult((hidden,), {})
         loss = head_loss(
-            inside,
+            self.region.enter(hidden, pass_),
             self.head,
             batch.arrays["targets"],
             self.region.comm,
             vocab=self.config.vocab,
             divisor=batch.divisors["loss"],
         )
-        return {"loss": loss}
+        return StageResult((hidden,), {"loss": loss})
 
     def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
         """Return the logits [B, T, V], whole on every rank (last stage only)."""

@@ -44,6 +44,13 @@ class Batch(NamedTuple):
     cut along time: single positions cannot be."""
 
 
+class StageResult(NamedTuple):
+    """Outcome of one stage's forward pass on a microbatch."""
+
+    outputs: tuple[Tensor, ...]  # the next stage receives them
+    losses: Mapping[str, Tensor]  # float64 scalars, each divided; backward starts from them at 1
+
+
 class StageModel(Protocol):
     """Model part of one pipeline stage: all that the pipeline knows of a model."""
 
@@ -53,20 +60,11 @@ class StageModel(Protocol):
     def receives(self, batch: Batch) -> BoundarySpec:
         """Describe the arrays that the previous stage hands on; () on a first stage."""
 
-    def forward(
-        self, arrived: tuple[Tensor, ...], batch: Batch, training: bool
-    ) -> tuple[Tensor, ...]:
-        """Compute this stage's outputs from what `arrived`, as `receives` describes it.
+    def forward(self, arrived: tuple[Tensor, ...], batch: Batch, training: bool) -> StageResult:
+        """Compute this stage from what `arrived`, as `receives` describes it.
 
-        The next stage receives the outputs. `training` enables dropout, not the tape.
-        """
-
-    def losses(
-        self, outputs: tuple[Tensor, ...], batch: Batch, training: bool
-    ) -> dict[str, Tensor]:
-        """Return this stage's losses by name: float64 scalars, divided by `batch.divisors[name]`.
-
-        {} where the stage has none of them. Their gradient in the backward pass must be 1.
+        A stage computes those of its losses that `batch.divisors` names. `training` enables
+        dropout, not the tape.
         """
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from minillm.kernels import Visibility
 from minillm.base.arrays import Array
 from minillm.base.device import CPU, Device
+from minillm.kernels import Visibility
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,7 @@ class PipelineRuntime:
             Tensor(array, spec.differentiable and self.train)
             for array, spec in zip(self._activations.pop(key, ()), specs, strict=True)
         )
-        outputs = stage.model.forward(arrived, batch, self.train)
-        losses = stage.model.losses(outputs, batch, self.train)
+        outputs, losses = stage.model.forward(arrived, batch, self.train)
         self._add({name: loss.data for name, loss in losses.items()})
         handed_on = action.stage in self._target
         if handed_on:

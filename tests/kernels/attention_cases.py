@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from kernel_case import Arrays, Case, normals, poisoned
+from minillm.kernels import Visibility
 from minillm.kernels.attention import reference
 
 from minillm import kernels
-from minillm.kernels import Visibility
 
 ALL = Visibility(causal=False)
 DROPOUT = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from training_helpers import Layout, assert_same, reference, train
 
-from minillm.nn.dropout import Dropout
 from minillm.nn import head
+from minillm.nn.dropout import Dropout
 from minillm.parallel import collectives
 from minillm.params.where import Pass
 from minillm.pipeline import runtime

@@ -1,0 +1,218 @@
+"""Two-tower regressor: a second kind of model, all of it in this file.
+
+The first tower embeds points, the second one adds an offset per group. Every difference from a
+language model is on purpose: two losses at two stages with two divisors, masked targets, an integer
+array without gradient on the boundary, inputs that are no tokens, metrics that are counts.
+
+    points [B, T, F] -> enter -> block ... -> block -> head -> value [B, T]
+                          |                  + offset[group]   (last stage: loss "value")
+                          level head (stage 0: loss "level")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minillm import ops
+from minillm.autograd.tape import Context, Function, Tensor
+from minillm.layout.sharding import Segment, ShardSpec
+from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart, StageResult
+from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
+from minillm.parallel.collectives import reduce_from
+from minillm.parallel.tensor import Region
+from minillm.params.module import Module
+from minillm.params.parameter import Normal, Parameter
+from minillm.params.where import Pass, Where
+
+NUM_GROUPS = 5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the regressor."""
+
+    features: int = 6
+    dim: int = 8
+    hidden: int = 16
+    context: int = 12
+    layers: int = 4
+    seed: int = 11
+
+
+class SquaredError(Function):
+    """Sum of squared errors where `mask` is set, divided by `divisor`: a float64 scalar."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, *, target: Any, mask: Any, divisor: float) -> Any:
+        error = np.where(mask, x - target, 0.0)
+        ctx.save(2 * error / divisor)
+        return np.asarray(np.square(error).sum() / divisor)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any]:
+        return (ctx.saved[0] * grad_outs[0],)
+
+
+class Squeeze(Function):
+    """Drop the last dim, of size 1."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        return x[..., 0]
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any]:
+        return (grad_outs[0][..., None],)
+
+
+class Residual(Module):
+    """x + row(gelu(column(x)))."""
+
+    def __init__(self, c: Config, region: Region, std: float) -> None:
+        features = Segment(c.hidden, ("tp",))
+        self.up = ColumnParallelLinear(c.dim, (features,), region, bias=True, std=std)
+        self.down = RowParallelLinear(features, c.dim, region, bias=True, std=std)
+
+    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
+        return ops.add(x, self.down(ops.gelu(self.up(x, pass_)), pass_))
+
+
+class ScalarHead(Module):
+    """One number a point [B, T]: two projections, the second a partial sum over tp."""
+
+    def __init__(self, c: Config, region: Region, std: float) -> None:
+        features = Segment(c.hidden, ("tp",))
+        self.region = region
+        self.up = ColumnParallelLinear(c.dim, (features,), region, bias=False, std=std)
+        spec = ShardSpec((1, c.hidden), ((Segment(1),), (features,)))
+        self.out = Parameter(spec, Normal(std), decay=True)
+
+    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
+        partial = ops.linear(self.up(x, pass_), self.out)
+        return Squeeze.apply(reduce_from(partial, self.region.comm))
+
+
+class Towers(Module):
+    """One stage of the regressor."""
+
+    def __init__(self, c: Config, part: StagePart, region: Region, std: float) -> None:
+        self.region, self.part, self.dim = region, part, c.dim
+        spec = ShardSpec.replicated(c.dim, c.features, partial_over=region.partial_over)
+        self.enter = Parameter(spec, Normal(std), decay=True) if part.first else None
+        self.blocks = {layer: Residual(c, region, std) for layer in part.layers}
+        self.level = ScalarHead(c, region, std) if part.first else None
+        self.head = ScalarHead(c, region, std) if part.last else None
+        table = ShardSpec.replicated(NUM_GROUPS, 1)
+        self.offset = Parameter(table, Normal(std), decay=False) if part.last else None
+        self.assign_names()
+
+    def _pass(self, batch: Batch, training: bool) -> Pass:
+        return self.region.outside(Pass(batch.where, batch.where, training))
+
+    def receives(self, batch: Batch) -> BoundarySpec:
+        if self.part.first:
+            return ()
+        num_rows = len(batch.where.samples)
+        local, whole = self._pass(batch, False).where.times, batch.where.times
+        assert local is not None and whole is not None
+        dtype = self.parameters()[0].get().dtype
+        return (
+            ArraySpec("hidden", (num_rows, len(local), self.dim), dtype, True),
+            ArraySpec("group", (num_rows, len(whole)), np.dtype(np.int64), False),
+        )
+
+    def forward(self, arrived: tuple[Tensor, ...], batch: Batch, training: bool) -> StageResult:
+        pass_ = self._pass(batch, training)
+        losses: dict[str, Tensor] = {}
+        if self.enter is not None and self.level is not None:
+            points = batch.arrays["points"][:, pass_.where.times]
+            x, group = ops.linear(Tensor(points), self.enter), Tensor(batch.arrays["group"])
+            losses["level"] = self._error("level", self.level(x, pass_), batch)
+        else:
+            x, group = arrived
+        for block in self.blocks.values():
+            x = block(x, pass_)
+        if self.head is None or self.offset is None:
+            return StageResult((x, group), losses)
+        offset = Squeeze.apply(ops.embedding(group.data, self.offset))
+        value = ops.add(self.head(x, pass_), offset)
+        losses["value"] = self._error("value", value, batch)
+        return StageResult((value,), losses)
+
+    def _error(self, name: str, found: Tensor, batch: Batch) -> Tensor:
+        target, mask = batch.arrays[name], batch.arrays[f"{name}_mask"]
+        return SquaredError.apply(found, target=target, mask=mask, divisor=batch.divisors[name])
+
+
+class TowerArchitecture:
+    """The regressor as the engine builds it."""
+
+    name = "two-towers"
+
+    def build(
+        self,
+        config: Config,
+        part: StagePart,
+        region: Region,
+        *,
+        seed: int,
+        recompute: str,
+        std: float,
+    ) -> Towers:
+        return Towers(config, part, region, std)
+
+    def ties(self, config: Config, num_stages: int) -> Mapping[str, tuple[int, ...]]:
+        return {}
+
+
+class Regression:
+    """Points in an order that depends on the step; ragged masks; also the metrics."""
+
+    losses = ("level", "value")
+    sums = ("level", "value", "hits", "counted")
+
+    def __init__(self, config: Config, batch: int, num_rows: int = 10) -> None:
+        self.config, self.batch_size, self.num_rows = config, batch, num_rows
+
+    def _examples(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Make every row from (seed, step, row) alone."""
+        c, made = self.config, []
+        for row in rows:
+            rng = np.random.default_rng([c.seed, step, int(row)])
+            points = rng.standard_normal((c.context, c.features))
+            made.append(
+                dict(
+                    points=points,
+                    group=rng.integers(0, NUM_GROUPS, c.context),
+                    level=points.mean(-1),
+                    value=points[:, 0] * points[:, 1],
+                    level_mask=rng.random(c.context) < 0.3 + 0.5 * (row % 2),
+                    value_mask=rng.random(c.context) < 0.8,
+                )
+            )
+        return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+    def _batch(self, step: int, rows: np.ndarray, divisors: dict[str, float]) -> Batch:
+        where = Where(step, rows, np.arange(self.config.context))
+        return Batch(self._examples(step, rows), divisors, where)
+
+    def batch(self, *args: Any) -> Batch:
+        """Serve as a Task (step, rows, device) and as a Measure (rows, device)."""
+        if len(args) == 2:
+            return self._batch(1000, args[0], {"level": 1.0, "value": 1.0})
+        step, rows, _ = args
+        whole = self._examples(step, np.arange(self.batch_size))
+        counts = {name: float(whole[f"{name}_mask"].sum()) for name in self.losses}
+        return self._batch(step, rows, counts)
+
+    def count(self, outputs: tuple[Tensor, ...], batch: Batch) -> Mapping[str, Any]:
+        mask = batch.arrays["value_mask"]
+        hits = np.abs(outputs[0].data - batch.arrays["value"]) < 0.5
+        return {"hits": float((hits & mask).sum()), "counted": float(mask.sum())}
+
+    def result(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return dict(sums)
