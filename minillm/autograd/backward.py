@@ -1,11 +1,14 @@
-"""The backward pass: from the gradients of some tensors to those of parameters and leaf tensors.
+"""Backward pass: from the gradients of some tensors to those of parameters and leaf tensors.
 
-`backward` takes the nodes that gradients have arrived at in reverse order of creation, which is a
-topological order and the same on every rank, so that collectives on the tape cannot deadlock.
-Gradients of parameters accumulate in a `GradSlot`. The input gradient and the weight gradient of
-one operation are the same `Function.backward` called with complementary `needs` masks, so a
-pipeline schedule may run the second part later (`defer`): zero-bubble schedules need no second
-engine.
+The idea fits in three lines: keep the nodes that gradients have reached in a heap, take the one
+made last, call its `Function.backward`, and add each result at the node that made the input.
+Reverse order of creation is a topological order and the same on every rank, so collectives on the
+tape cannot deadlock.
+
+Three things are added to that. Ownership: a gradient with one reader is accumulated in place.
+Deferral: the input gradient and the weight gradient of one operation are the same
+`Function.backward` with complementary `needs` masks, so a zero-bubble schedule may run the second
+part later. Replays: a recomputed part runs a backward pass of its own inside the outer one.
 """
 
 from __future__ import annotations
@@ -20,30 +23,30 @@ from minillm.base.arrays import Array, namespace, root, writeable
 
 
 class BackwardObserver(Protocol):
-    """Somebody who overlaps work with the backward pass, such as the gradient reducer."""
+    """Observer that overlaps work with the backward pass, such as a gradient reducer."""
 
     def leaf_ready(self, leaf: Any) -> None:
-        """Called once per parameter, after its last use in this pass: its gradient is complete."""
+        """Receive a parameter after its last use in this pass: its gradient is complete."""
 
     def between_nodes(self) -> None:
-        """Called after every node: the place to poll requests."""
+        """Poll requests. Called after every node."""
 
 
 @dataclass
 class BackwardRun:
-    """The state that one backward pass shares with its deferred work and its replays: who watches,
-    what is deferred, and, if somebody watches, uses left per parameter. The nodes that gradients
-    have arrived at are `waiting` in a heap, the last one made on top."""
+    """State that one backward pass shares with its deferred work and its replays."""
 
-    defer: list[WeightGradWork] | None
+    defer: list[WeightGradWork] | None  # takes the deferred work; None: nothing is deferred
     observer: BackwardObserver | None
-    uses: dict[int, int] = field(default_factory=dict)
-    waiting: list[tuple[int, Node]] = field(default_factory=list)
-    outer: BackwardRun | None = None
+    uses: dict[int, int] = field(default_factory=dict)  # id(parameter) -> uses left, if observed
+    waiting: list[tuple[int, Node]] = field(default_factory=list)  # heap, the last node made on top
+    outer: BackwardRun | None = None  # the pass around a replay
 
     def used(self, leaf: Leaf) -> None:
-        """One use of `leaf` has delivered its gradient; after the last, tell the pass around this
-        one, or the observer."""
+        """Count a use of `leaf` that has delivered its gradient.
+
+        After the last one, tell the outer pass, or the observer.
+        """
         assert self.observer is not None
         self.uses[id(leaf)] -= 1
         if self.uses[id(leaf)] == 0:
@@ -55,8 +58,7 @@ class BackwardRun:
 
 @dataclass
 class WeightGradWork:
-    """A weight gradient put off until later: the same `Function.backward`, called with the
-    parameters' half of the mask."""
+    """Deferred weight gradient: `Function.backward` with the parameters' half of `needs`."""
 
     fn: type[Function]
     ctx: Context
@@ -66,7 +68,7 @@ class WeightGradWork:
     pass_: BackwardRun
 
     def run(self) -> None:
-        """Accumulate the gradients into their slots and report the parameters that are complete."""
+        """Accumulate the gradients into their slots and report complete parameters."""
         self.ctx.owned = (False,) * len(self.grad_outs)
         _differentiate(self.fn, self.ctx, (), self.leaves, self.needs, self.grad_outs, self.pass_)
 
@@ -77,18 +79,17 @@ def backward(
     defer: list[WeightGradWork] | None = None,
     observer: BackwardObserver | None = None,
 ) -> None:
-    """Differentiate the sum over `roots` of <grad, tensor>, accumulating into parameters' slots and
-    leaf tensors' `grad`.
+    """Differentiate the sum over `roots` of <grad, tensor>.
 
-    With `defer`, weight gradients of operations that can be split are appended there as
-    `WeightGradWork` instead of being computed. The tape is consumed: a second backward through the
-    same nodes raises RuntimeError.
+    Accumulates into parameters' slots and leaf tensors' `grad`. With `defer`, weight gradients of
+    operations that can be split are appended there as `WeightGradWork` instead of being computed.
+    Consumes the tape: a second backward through the same nodes raises RuntimeError.
     """
     run_backward(roots, BackwardRun(defer, observer))
 
 
 def run_backward(roots: Sequence[tuple[Tensor, Array]], run: BackwardRun) -> None:
-    """`backward` within a run: also the replay of a recomputed part."""
+    """Run `backward` within `run`: a whole pass, or the replay of a recomputed part."""
     for tensor, grad in roots:
         if grad.shape != tensor.shape:
             raise ValueError(f"grad of shape {grad.shape} for a tensor of shape {tensor.shape}")
@@ -104,8 +105,10 @@ def run_backward(roots: Sequence[tuple[Tensor, Array]], run: BackwardRun) -> Non
 
 
 def _count_uses(start: Sequence[Node], uses: dict[int, int]) -> None:
-    """Count how often the nodes behind `start` use each parameter; iterative, because a tape may be
-    deeper than the interpreter's stack."""
+    """Count the uses of each parameter by the nodes behind `start`.
+
+    Iterative, because a tape may be deeper than the interpreter's stack.
+    """
     seen: set[int] = set()
     stack = list(start)
     while stack:
@@ -121,7 +124,7 @@ def _count_uses(start: Sequence[Node], uses: dict[int, int]) -> None:
 
 
 def _step(node: Node, run: BackwardRun) -> None:
-    """Differentiate one node, hand its gradients on, and free what it saved."""
+    """Differentiate one node, deliver its gradients, and free what it saved."""
     fn, ctx, sources, leaves, grad_outs = (
         node.fn,
         node.ctx,
@@ -156,8 +159,10 @@ def _differentiate(
     grad_outs: tuple[Array | None, ...],
     run: BackwardRun,
 ) -> None:
-    """Run `fn.backward` for the inputs that `needs` names, which come from `sources` and `leaves`,
-    and hand their gradients on."""
+    """Run `fn.backward` for the inputs in `needs`, and deliver their gradients to their origin.
+
+    The origin of an input is in `sources` or in `leaves`.
+    """
     into: list[GradSlot | None] = [None] * len(needs)
     for i, leaf in leaves:
         into[i] = leaf.slot()
@@ -182,8 +187,11 @@ def _differentiate(
 def _owned(
     grads: Sequence[Array], grad_outs: Sequence[Array | None], owned: Sequence[bool]
 ) -> list[bool]:
-    """Which of `grads`, made of `grad_outs`, nobody else can see: each is fresh memory, or an
-    incoming gradient that is owned, handed on once."""
+    """Return, for each of `grads`, whether it has a single owner and may be accumulated in place.
+
+    A gradient is fresh memory, or (a view of) one of `grad_outs`, which must be owned and delivered
+    only once.
+    """
     shared = [
         id(root(grad))
         for grad, own in zip(grad_outs, owned, strict=True)
@@ -194,8 +202,10 @@ def _owned(
 
 
 def _deliver(source: Any, grad: Array, owned: bool, run: BackwardRun) -> None:
-    """Add `grad` to what has arrived at a leaf tensor or at (node, output), which from its first
-    gradient on waits for its turn. What is owned is summed in place."""
+    """Accumulate `grad` at its source: a leaf tensor, or (node, output).
+
+    The node enters the heap with its first gradient. Owned gradients are summed in place.
+    """
     if isinstance(source, Tensor):
         source.grad = grad if source.grad is None else source.grad + grad
         return

@@ -1,4 +1,4 @@
-"""The adjoint test of a derivative: <u, J v> = <J^T u, v> for random u and v."""
+"""Adjoint test of a derivative: <u, J v> = <J^T u, v> for random u and v."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from minillm.base.arrays import Array
 def gradcheck(
     fn: Callable[..., Any], *inputs: Array, eps: float = 1e-6, tol: float = 1e-6, seed: int = 0
 ) -> float:
-    """Check <u, J v> = <J^T u, v> for random u, v at float64 `inputs`; J v by central differences.
-    Returns the relative error.
+    """Check <u, J v> = <J^T u, v> for random u, v at float64 `inputs`. Returns the relative error.
 
-    `fn` takes tensors and returns a tensor or a tuple of tensors. Raises ArithmeticError if the two
+    J v is computed by central differences. `fn` takes tensors and returns a tensor or a tuple of tensors. Raises ArithmeticError if the two
     sides differ by more than `tol`, or if either is NaN.
     """
     generator = np.random.default_rng(seed)

@@ -102,6 +102,7 @@ class Tensor:
     """
 
     __slots__ = ("data", "grad", "recipe", "requires_grad", "source")
+    __array_ufunc__ = None  # makes NumPy leave `array + tensor` to the tensor
 
     def __init__(
         self, data: Array, requires_grad: bool = False, source: tuple[Node, int] | None = None
@@ -125,9 +126,46 @@ class Tensor:
     def dtype(self) -> np.dtype:
         return self.data.dtype
 
+    def __add__(self, other: Any) -> Tensor:
+        return _arithmetic().Add.apply(self, other)
+
+    def __mul__(self, other: Any) -> Tensor:
+        return _arithmetic().Multiply.apply(self, other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __neg__(self) -> Tensor:
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self + other * -1.0
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return _arithmetic().MatMul.apply(self, other)
+
+    def sum(self, axis: int | tuple[int, ...] | None = None) -> Tensor:
+        """Sum over `axis`, None for all."""
+        return _arithmetic().Sum.apply(self, axis=axis)
+
+    def mean(self, axis: int | tuple[int, ...] | None = None) -> Tensor:
+        """Average over `axis`, None for all."""
+        total = self.sum(axis)
+        return total * (total.data.size / self.data.size)
+
+    def reshape(self, *shape: int) -> Tensor:
+        """Return the same elements in another shape; one size may be -1."""
+        return _arithmetic().Reshape.apply(self, shape=shape)
+
     def __repr__(self) -> str:
         made_by = self.node.fn.__name__ if self.node else "leaf"
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, {made_by})"
+
+
+def _arithmetic() -> Any:
+    """Import the operators on first use: they are built on this module."""
+    from minillm.autograd import arithmetic
+
+    return arithmetic
 
 
 def value_of(x: Any) -> Any:

@@ -106,9 +106,10 @@ class Attention(Module):
     def _rotary_tables(self, where: Where, dtype: np.dtype) -> Array:
         """Return cos and sin [2, T or B T, K/2] of the positions."""
         width, times = self.heads.width, where.times
+        assert times is not None
         return where.table(
             ("rotary", width, str(dtype)),
-            lambda: np.stack(kernels.rope_tables(np.ravel(times), width, ROTARY_BASE, dtype)),
+            lambda: np.stack(kernels.rope_tables(times.reshape(-1), width, ROTARY_BASE, dtype)),
         )
 
     def _dropout(self, pass_: Pass) -> kernels.AttentionDropout | None:

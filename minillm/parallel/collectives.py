@@ -1,17 +1,21 @@
-"""Differentiable collectives: how activations change layout between the ranks of one mesh axis.
+"""Differentiable collectives: changes of an activation's layout over the ranks of one mesh axis.
 
 R replicated, S(d) sharded on dim d, P partial sum. Each function is the adjoint of another one in
-the table, which is all there is to know.
+the table.
 
-| function | value | gradient | forward / backward | used by |
-|---|---|---|---|---|
-| `copy_to(x, comm)` | R -> R | P -> R | identity / all-reduce | into ColumnParallelLinear |
-| `reduce_from(x, comm)` | P -> R | R -> R | all-reduce / identity | out of RowParallelLinear |
-| `all_gather(x, comm, dim)` | S(d) -> R | P -> S(d) | all-gather / reduce-scatter | sequence parallel in |
-| `reduce_scatter(x, comm, dim)` | P -> S(d) | S(d) -> R | reduce-scatter / all-gather | sequence parallel out |
-| `gather_from(x, comm, dim)` | S(d) -> R | R -> S(d) | all-gather / slice | replicated regions |
-| `scatter_to(x, comm, dim)` | R -> S(d) | S(d) -> R | slice / all-gather | replicated regions |
-| `all_to_all(x, comm, s, c)` | S(c) -> S(s) | S(s) -> S(c) | split s, concat c / the reverse | context and expert parallel |
+| function | value | gradient | forward / backward |
+|---|---|---|---|
+| `copy_to(x, comm)` | R -> R | P -> R | identity / all-reduce |
+| `reduce_from(x, comm)` | P -> R | R -> R | all-reduce / identity |
+| `all_gather(x, comm, dim)` | S(d) -> R | P -> S(d) | all-gather / reduce-scatter |
+| `reduce_scatter(x, comm, dim)` | P -> S(d) | S(d) -> R | reduce-scatter / all-gather |
+| `gather_from(x, comm, dim)` | S(d) -> R | R -> S(d) | all-gather / slice |
+| `scatter_to(x, comm, dim)` | R -> S(d) | S(d) -> R | slice / all-gather |
+| `all_to_all(x, comm, s, c)` | S(c) -> S(s) | S(s) -> S(c) | split s, concat c / the reverse |
+
+Tensor parallelism enters a column-parallel product by `copy_to` and leaves a row-parallel one by
+`reduce_from`. Sequence parallelism uses `all_gather` and `reduce_scatter` instead. `gather_from`
+and `scatter_to` serve replicated parts, `all_to_all` context and expert parallelism.
 
 On a communicator of size 1 every function returns its input and adds no node. (Shoeybi et al. 2019,
 arXiv:1909.08053, section 3; Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2.)
@@ -27,8 +31,7 @@ from minillm.comm.communicator import Communicator
 
 
 def copy_to(x: Tensor, comm: Communicator) -> Tensor:
-    """R -> R; every rank goes on with its own part of the work, so the gradients that come back are
-    partial sums."""
+    """Return x, R -> R, for consumers whose gradients are partial sums: each does its part."""
     if comm.size == 1:
         return x
     y = _CopyTo.apply(x, comm=comm)
@@ -37,34 +40,39 @@ def copy_to(x: Tensor, comm: Communicator) -> Tensor:
 
 
 def reduce_from(x: Tensor, comm: Communicator) -> Tensor:
-    """P -> R. Overwrites `x`, which must be the fresh result of an operation that does not keep it
-    (a matrix product, an embedding)."""
+    """All-reduce x, P -> R.
+
+    Overwrites `x`, which must be the fresh result of an operation that does not keep it (a matrix
+    product, an embedding).
+    """
     return x if comm.size == 1 else _ReduceFrom.apply(x, comm=comm)
 
 
 def all_gather(x: Tensor, comm: Communicator, dim: int) -> Tensor:
-    """S(dim) -> R for consumers whose gradients are partial sums."""
+    """Gather x, S(dim) -> R, for consumers whose gradients are partial sums."""
     return x if comm.size == 1 else _AllGather.apply(x, comm=comm, dim=dim)
 
 
 def reduce_scatter(x: Tensor, comm: Communicator, dim: int) -> Tensor:
-    """P -> S(dim); `dim` must divide by the size of `comm`."""
+    """Sum x and scatter it, P -> S(dim). The size of `dim` must divide by that of `comm`."""
     return x if comm.size == 1 else _ReduceScatter.apply(x, comm=comm, dim=dim)
 
 
 def gather_from(x: Tensor, comm: Communicator, dim: int) -> Tensor:
-    """S(dim) -> R for consumers that are replicated and so agree on the gradient."""
+    """Gather x, S(dim) -> R, for replicated consumers, which agree on the gradient."""
     return x if comm.size == 1 else _GatherFrom.apply(x, comm=comm, dim=dim)
 
 
 def scatter_to(x: Tensor, comm: Communicator, dim: int) -> Tensor:
-    """R -> S(dim): keep this rank's slice."""
+    """Keep this rank's slice of x, R -> S(dim)."""
     return x if comm.size == 1 else _ScatterTo.apply(x, comm=comm, dim=dim)
 
 
 def all_to_all(x: Tensor, comm: Communicator, split_dim: int, concat_dim: int) -> Tensor:
-    """S(concat_dim) -> S(split_dim): send slices of `split_dim`, join what arrives along
-    `concat_dim`."""
+    """Exchange slices of x, S(concat_dim) -> S(split_dim).
+
+    Slices of `split_dim` are sent, and those received are joined along `concat_dim`.
+    """
     return (
         x
         if comm.size == 1
@@ -73,13 +81,13 @@ def all_to_all(x: Tensor, comm: Communicator, split_dim: int, concat_dim: int) -
 
 
 def own_slice(x: Array, comm: Communicator, dim: int) -> Array:
-    """This rank's view of `x` cut evenly along `dim`."""
+    """Return this rank's view of `x` cut evenly along `dim`."""
     size = x.shape[dim] // comm.size
     return x[(slice(None),) * dim + (slice(comm.rank * size, (comm.rank + 1) * size),)]
 
 
 def _writable(ctx: Context, grad: Array) -> Array:
-    """`grad` itself if backward may overwrite it, else a copy; contiguous either way."""
+    """Return `grad` if backward may overwrite it, else a copy; contiguous either way."""
     xp = namespace(grad)
     return (
         grad

@@ -25,6 +25,7 @@ IDS = R.integers(0, 9, (2, 5))
 TARGETS = np.where(R.random((3, 5)) < 0.3, -100, R.integers(0, 7, (3, 5)))
 LENGTHS, STARTS = np.array([5, 3]), np.array([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]])
 COS, SIN = kernels.rope_tables(np.array([0, 3, 4, 9, 20]), 6, 10000.0, np.float64)
+BY_SAMPLE = np.array([[1, 4, 5], [0, 1, 7]])
 TIMES = np.array([2, 0, 5, 1, 9])
 DROP = kernels.AttentionDropout(0.3, 12345, np.array([4, 9]), 2, np.arange(5), np.arange(5))
 ADDRESS: dict[str, Any] = dict(
@@ -69,10 +70,13 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "add constant": (lambda x: ops.add_constant(x, np.arange(3.0)), (_n(2, 3),)),
     "add "
     "position": (lambda x, table: ops.add_position(_fresh(x), table, np.array([1, 4, 5])), (_n(2, 3, 4), _n(8, 4))),
+    "add position by "
+    "sample": (lambda x, table: ops.add_position(_fresh(x), table, BY_SAMPLE), (_n(2, 3, 4), _n(8, 4))),
     "dropout": (lambda x: ops.dropout(x, 0.4, **ADDRESS), (_n(2, 3, 4),)),
     "embedding": (lambda w: ops.embedding(IDS, w), (_n(9, 4),)),
     "embedding of a part of the rows": (lambda w: ops.embedding(IDS, w, 3), (_n(4, 4),)),
     "rotary": (lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS, sin=SIN), (_n(2, 5, 24),)),
+    "rotary by sample": (lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS[:4], sin=SIN[:4]), (_n(2, 2, 24),)),
     "attention causal": (_attention(2, 2), (_n(2, 5, 18),)),
     "attention full": (_attention(2, 2, visibility=kernels.Visibility(False)), (_n(2, 5, 18),)),
     "attention grouped": (_attention(4, 2), (_n(2, 5, 24),)),

@@ -56,6 +56,36 @@ def test_cached_logits_are_the_uncached_ones(model: str, layout: Layout) -> None
     np.testing.assert_allclose(fast, slow, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize("model", ["gpt2", "llama", "sinusoidal"])
+def test_prompts_of_unequal_lengths_share_a_batch(model: str, layout: Layout) -> None:
+    """Prompts of 3 and 6 tokens, padded to one length, then one token at a time at their own
+    positions: the logits are those of each text alone."""
+    config, lengths, steps = make_config(model, layout), np.array([3, 6]), 5
+    texts = np.random.default_rng(6).integers(0, VOCAB, (2, LENGTH))
+    padded = np.where(np.arange(6) < lengths[:, None], texts[:, :6], 0)
+
+    def rank(comm: Communicator) -> tuple[list, list]:
+        made = generator(comm, config)
+        cache, rows = made.new_cache(2), np.arange(2)
+        made.logits(padded, np.arange(6), cache)
+        together = []
+        for step in range(steps):
+            times = (lengths + step)[:, None]
+            together.append(made.logits(texts[rows, times[:, 0]][:, None], times, cache))
+        alone = [
+            made.logits(text[None, : length + step + 1], np.arange(length + step + 1))
+            for step in range(steps)
+            for text, length in zip(texts, lengths, strict=True)
+        ]
+        return together, alone
+
+    results = run_ranks(layout.num_ranks, rank)
+    fast, slow = (last_stage([result[which] for result in results]) for which in (0, 1))
+    assert fast.shape == (2 * steps, VOCAB)
+    np.testing.assert_allclose(fast, slow, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_writes_the_same(layout: Layout) -> None:
     def written(layout: Layout) -> list[list[int]]:
