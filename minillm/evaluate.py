@@ -49,7 +49,7 @@ def _parse(argv: Sequence[str]) -> EvaluateArgs:
 
 def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
     """Return the measured numbers as one line of JSON. Collective."""
-    with known_to_all(comm):
+    with known_to_all():
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm)
         config = opened.resolve(args, comm.size)

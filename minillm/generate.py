@@ -56,7 +56,7 @@ def _parse(argv: Sequence[str]) -> GenerateArgs:
 
 def _generate(comm: Communicator, args: GenerateArgs) -> str:
     """Return the prompt and its continuation. Collective."""
-    with known_to_all(comm):
+    with known_to_all():
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm)
         config = opened.resolve(args, comm.size, generating=True)

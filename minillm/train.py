@@ -106,7 +106,7 @@ def _plan(comm: Communicator, args: TrainArgs, found: Path | None) -> tuple[Corp
     """The text and the resolved configuration, checked on every rank before anything is
     allocated."""
     train = args.train_config()
-    with known_to_all(comm):
+    with known_to_all():
         tokenizer: Any = train.tokenizer
         if found is not None:
             tokenizer = tokenizer_from_json(checkpoint.read_manifest(found).meta["tokenizer"])
@@ -142,7 +142,7 @@ class Run:
         self.out = agree(comm, lambda: _prepare_out(comm.rank, config, found))
         self.out = Path(comm.broadcast_json(str(self.out)))
         batches = Batches(corpus.train, config.model.context, config.train.batch, config.train.seed)
-        with known_to_all(comm):
+        with known_to_all():
             task = LanguageModeling(batches)
             self.trainer = Trainer(config, comm, task, tracer=tracer, device=device)
         self.key = numeric_key(config, comm, self.trainer.replication.memory.alias[1], device)
@@ -246,7 +246,7 @@ class Run:
         checkpoint."""
         train, found = self.config.train, None
         if train.check_every and step % train.check_every == 0:
-            with known_to_all(self.comm):
+            with known_to_all():
                 self.trainer.check_replicas()
         if not stopped and (step == last or (train.eval_every and step % train.eval_every == 0)):
             found = self._evaluate()
@@ -276,7 +276,7 @@ class Run:
             "source": self.corpus.source,
             "key": self.key,
         }
-        with known_to_all(self.comm):
+        with known_to_all():
             checkpoint.save(
                 self.out / checkpoint.SUBFOLDER,
                 world=self.comm,
@@ -291,7 +291,7 @@ class Run:
 
     def _resume(self, found: Path) -> int:
         """Fill weights and optimizer state from the checkpoint; returns the step to go on with."""
-        with known_to_all(self.comm):
+        with known_to_all():
             checkpoint.verify(found, self.comm)
             manifest = checkpoint.read_manifest(found)
             if manifest.meta["corpus"] != self.corpus.sha256:

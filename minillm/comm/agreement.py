@@ -58,7 +58,7 @@ def from_first(
 
 
 @contextmanager
-def known_to_all(comm: Communicator) -> Iterator[None]:
+def known_to_all() -> Iterator[None]:
     """Turn an error that every rank raises inside the block into an AgreedError."""
     try:
         yield

@@ -1,5 +1,7 @@
-"""Run by test_mpi.py under mpirun: one check a function, chosen by name; `all` runs the collective
-checks."""
+"""Program of test_mpi.py under mpirun: each function is one check, chosen by name.
+
+`all` runs the checks of COLLECTIVES.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ import numpy as np
 from minillm.base.errors import CommTimeout, ConfigError
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import MAX, Communicator
-from minillm.comm.ledger import ledger
+from minillm.comm.ledger import ledger, recording
 from minillm.comm.process import main_guard, world
 
 
 def collectives(comm: Communicator) -> None:
-    """Every collective against NumPy, in several dtypes."""
+    """Compare every collective with NumPy, in several dtypes."""
     import ml_dtypes
 
     n, r = comm.size, comm.rank
@@ -52,7 +54,7 @@ def collectives(comm: Communicator) -> None:
 
 
 def uneven(comm: Communicator) -> None:
-    """Shards of different lengths, none among them, and arrays that are not contiguous."""
+    """Check shards of different lengths, empty ones, and arrays that are not contiguous."""
     n, r = comm.size, comm.rank
     sizes = [(3 * i) % 4 for i in range(n)]
     shards = [
@@ -69,7 +71,7 @@ def uneven(comm: Communicator) -> None:
 
 
 def identical_bits(comm: Communicator) -> None:
-    """A sum has the same bits on every rank, small or large, blocking or not."""
+    """Compare the bits of sums on all ranks, small and large, blocking and not."""
     for size in (3, 1000, 300_000):
         x = np.random.default_rng(comm.rank).standard_normal(size).astype(np.float32)
         y = x.copy()
@@ -84,7 +86,7 @@ def identical_bits(comm: Communicator) -> None:
 
 
 def chunked(comm: Communicator) -> None:
-    """Everything again with messages of at most 64 bytes."""
+    """Repeat the checks with messages of at most 64 bytes."""
     from minillm.comm import mpi
 
     before, mpi.MAX_MESSAGE_BYTES = mpi.MAX_MESSAGE_BYTES, 64
@@ -94,7 +96,7 @@ def chunked(comm: Communicator) -> None:
 
 
 def shared(comm: Communicator) -> None:
-    """A window that all ranks of the node see."""
+    """Check a window that all ranks of the node address."""
     window = comm.alloc_shared(100)
     window.parts[comm.rank][:] = comm.rank + 1
     window.sync()
@@ -107,7 +109,7 @@ def shared(comm: Communicator) -> None:
 
 
 def groups(comm: Communicator) -> None:
-    """Splits have their own ranks and ledger rows."""
+    """Check the ranks and the ledger rows of split groups."""
     half = comm.split(comm.rank % 2, -comm.rank, "half")
     assert half is not None and half.gather_json(comm.rank) == sorted(
         (r for r in range(comm.size) if r % 2 == comm.rank % 2), reverse=True
@@ -121,26 +123,26 @@ def groups(comm: Communicator) -> None:
 
 
 def time_out(comm: Communicator) -> None:
-    """A receive that nobody answers ends with the last operations on the screen."""
+    """Check that a receive without a sender times out and names itself."""
     comm.timeout = 0.5
     try:
         comm.recv(np.empty(3), (comm.rank + 1) % comm.size, 7)
     except CommTimeout as error:
-        assert "tag 7" in str(error)
+        assert "tag 7" in str(error) and "24 bytes: not finished" in str(error), str(error)
         comm.timeout = 60
         return
     raise AssertionError("the receive should have timed out")
 
 
 def raises(comm: Communicator) -> None:
-    """One rank fails; the others wait for it."""
+    """Fail on one rank while the others wait for it."""
     if comm.rank == 1:
         raise ValueError("planted failure")
     comm.barrier()
 
 
 def killed(comm: Communicator) -> None:
-    """One rank dies without a word."""
+    """Kill one rank while the others wait for it."""
     comm.barrier()
     if comm.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -148,13 +150,24 @@ def killed(comm: Communicator) -> None:
 
 
 def bad_option(comm: Communicator) -> None:
-    """An error that only one rank sees, agreed on by all."""
+    """Agree on an error that only one rank sees."""
 
     def check() -> None:
         if comm.rank == 1:
             raise ConfigError("the planted option is wrong; choose another")
 
     agree(comm, check)
+
+
+def different(comm: Communicator) -> None:
+    """Call different collectives under --check-order."""
+    x = np.ones(3, np.float32)
+    with recording(check_order=True):
+        comm.barrier()
+        if comm.rank:
+            comm.all_reduce_(x)
+        else:
+            comm.all_gather(x)
 
 
 COLLECTIVES = (collectives, uneven, identical_bits, chunked, shared, groups, time_out)
