@@ -25,10 +25,9 @@ from minillm.base.log import Log, MetricsFile, Progress, clock, compact
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import AgreedError, agree, known_to_all
 from minillm.comm.communicator import Communicator
-from minillm.comm.cores import threads_per_rank
 from minillm.comm.device_arrays import on_device
 from minillm.comm.ledger import Row, RowKey, ledger, recording
-from minillm.comm.process import main_guard, quiet_unless_first, world
+from minillm.comm.process import run_program
 from minillm.comm.signals import StopRequest
 from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
@@ -49,14 +48,11 @@ SAMPLE_TEMPERATURE = 0.8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns the exit status."""
-    return main_guard(lambda: _main(argv))
+    """Run the program; return the exit status."""
+    return run_program(lambda words: parse_train_args(words, saved=_saved_values), _train, argv)
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    comm = world()
-    quiet_unless_first(comm)
-    args = agree(comm, lambda: parse_train_args(argv, saved=_saved_values))
+def _train(comm: Communicator, args: TrainArgs) -> None:
     comm.timeout = args.comm_timeout
     resume = args.resume
     found = agree(comm, lambda: checkpoint.find(Path(resume))) if resume else None
@@ -65,12 +61,10 @@ def _main(argv: Sequence[str] | None) -> int:
     corpus, config = _plan(comm, args, found)
     if args.print_config:
         Log(comm.rank)(to_toml(config.train).rstrip())
-        return 0
+        return
     comm = on_device(comm, device)
     tracer = Tracer(comm.rank) if args.trace else None
     with ExitStack() as stack:
-        kernels.prepare_process()
-        stack.enter_context(kernels.threads(threads_per_rank(comm)))
         stack.enter_context(
             kernels.use(**agree(comm, lambda: _kernel_choices(config.train, device)))
         )
@@ -82,7 +76,6 @@ def _main(argv: Sequence[str] | None) -> int:
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
         run = Run(comm, device, config, corpus, found, tracer, stop)
         run.train()
-    return 0
 
 
 def _kernel_choices(train: TrainConfig, device: Device) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Communication between ranks: transports, ledger, agreement, start and end of processes."""

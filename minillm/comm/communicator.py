@@ -273,9 +273,9 @@ class Communicator:
         Tuples become lists, on the root as well.
         """
         checks.rank(self, root, "root")
-        data = _encode(obj) if self.rank == root else np.empty(0, np.uint8)
         if self.size == 1:
-            return _decode(data)
+            return json.loads(json.dumps(obj))
+        data = _encode(obj) if self.rank == root else np.empty(0, np.uint8)
         with self._collective(
             "broadcast_json", "control", 0, "broadcast_json", "from", root
         ) as operation:
@@ -289,9 +289,9 @@ class Communicator:
 
     def gather_json(self, obj: Any) -> list[Any]:
         """Return every rank's `obj` in rank order on every rank, through JSON."""
-        data = _encode(obj)
         if self.size == 1:
-            return [_decode(data)]
+            return [json.loads(json.dumps(obj))]
+        data = _encode(obj)
         with self._collective("gather_json", "control", 0, "gather_json") as operation:
             own_length = np.array([data.size], np.int64)
             lengths = [int(n) for n in self._all_gather(own_length, [1] * self.size)]

@@ -122,7 +122,8 @@ def run_program(
 
     def program() -> int:
         comm = world()
-        quiet_unless_first(comm)
+        if comm.rank:  # help text and the like is printed once
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
         options = agree(comm, lambda: parse(list(sys.argv[1:] if argv is None else argv)))
         kernels.prepare_process()
         with kernels.threads(threads_per_rank(comm)):
@@ -130,12 +131,6 @@ def run_program(
         return 0
 
     return main_guard(program)
-
-
-def quiet_unless_first(comm: Communicator) -> None:
-    """Silence stdout on every rank except 0, so that help text is printed once."""
-    if comm.rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
 
 
 def main_guard(program: Callable[[], int]) -> int:
