@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from minillm import __version__
-from minillm.comm.process import usable_cores
+from minillm.comm.cores import usable_cores
 
 DISTRIBUTION = "minillm-mpi"
 OLDEST_PYTHON = (3, 11)

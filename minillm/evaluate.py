@@ -8,23 +8,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from minillm import kernels
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
+from minillm.comm.agreement import known_to_all
 from minillm.comm.communicator import Communicator
-from minillm.comm.process import (
-    agree,
-    known_to_all,
-    main_guard,
-    quiet_unless_first,
-    threads_per_rank,
-    world,
-)
+from minillm.comm.process import run_program
 from minillm.data.batches import eval_windows
 from minillm.data.corpus import load_corpus
 from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
 from minillm.tasks.language_model import HeldOutText
-from minillm.tasks.protocol import Result
 from minillm.training.held_out import measure
 
 
@@ -47,24 +39,16 @@ class EvaluateArgs(Layout):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns the exit status."""
-    return main_guard(lambda: _main(argv))
+    """Run the program; return the exit status."""
+    return run_program(_parse, lambda comm, args: print(_evaluate(comm, args)), argv)
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    comm = world()
-    quiet_unless_first(comm)
-    argv = sys.argv[1:] if argv is None else argv
-    args = agree(comm, lambda: parse_flags(EvaluateArgs, argv, prog="python -m minillm.evaluate"))
-    kernels.prepare_process()
-    with kernels.threads(threads_per_rank(comm)):
-        found = _evaluate(comm, args)
-    if comm.rank == 0:
-        print(json.dumps(asdict(found)))
-    return 0
+def _parse(argv: Sequence[str]) -> EvaluateArgs:
+    return parse_flags(EvaluateArgs, argv, prog="python -m minillm.evaluate")
 
 
-def _evaluate(comm: Communicator, args: EvaluateArgs) -> Result:
+def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
+    """Return the measured numbers as one line of JSON. Collective."""
     with known_to_all(comm):
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm)
@@ -83,7 +67,7 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> Result:
         windows = eval_windows(tokens, config.model.context, args.tokens)
         model = load_trained(opened, config, comm, device)
     held_out = HeldOutText(windows, corpus.bytes_per_token)
-    return measure(model, held_out, comm, config.microbatch)
+    return json.dumps(asdict(measure(model, held_out, comm, config.microbatch)))
 
 
 if __name__ == "__main__":

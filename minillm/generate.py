@@ -6,18 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minillm import kernels
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
+from minillm.comm.agreement import known_to_all
 from minillm.comm.communicator import Communicator
-from minillm.comm.process import (
-    agree,
-    known_to_all,
-    main_guard,
-    quiet_unless_first,
-    threads_per_rank,
-    world,
-)
+from minillm.comm.process import run_program
 from minillm.inference.engine import Generator
 from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
 from minillm.inference.sampling import Sampling
@@ -53,24 +46,16 @@ class GenerateArgs(Layout):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns the exit status."""
-    return main_guard(lambda: _main(argv))
+    """Run the program; return the exit status."""
+    return run_program(_parse, lambda comm, args: print(_generate(comm, args)), argv)
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    comm = world()
-    quiet_unless_first(comm)
-    argv = sys.argv[1:] if argv is None else argv
-    args = agree(comm, lambda: parse_flags(GenerateArgs, argv, prog="python -m minillm.generate"))
-    kernels.prepare_process()
-    with kernels.threads(threads_per_rank(comm)):
-        text = _generate(comm, args)
-    if comm.rank == 0:
-        print(text)
-    return 0
+def _parse(argv: Sequence[str]) -> GenerateArgs:
+    return parse_flags(GenerateArgs, argv, prog="python -m minillm.generate")
 
 
 def _generate(comm: Communicator, args: GenerateArgs) -> str:
+    """Return the prompt and its continuation. Collective."""
     with known_to_all(comm):
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
-from minillm.comm.process import main_guard
+from minillm.comm.process import run_program
 from minillm.pipeline.draw import draw_svg, draw_text
 from minillm.pipeline.lower import lower
 from minillm.pipeline.schedules import SCHEDULES
@@ -47,17 +47,21 @@ class ScheduleArgs:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns the exit status."""
-    return main_guard(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+    """Run the program; return the exit status."""
+    return run_program(_parse, lambda comm, options: _show(*options), argv)
 
 
-def _main(argv: list[str]) -> int:
+def _parse(argv: list[str]) -> tuple[str, ScheduleArgs]:
+    """Return the schedule's name, which is the first word, and the options."""
     name = argv.pop(0) if argv and not argv[0].startswith("-") else ""
     if not name and not {"-h", "--help"} & set(argv):
         raise ConfigError(f"name a schedule first: {' or '.join(SCHEDULES)}")
     args = parse_flags(ScheduleArgs, argv, prog="python -m minillm.schedule SCHEDULE")
-    make = SCHEDULES[known_name(name, SCHEDULES, "schedule")]
-    schedule = make(args.ranks, args.microbatches)
+    return known_name(name, SCHEDULES, "schedule"), args
+
+
+def _show(name: str, args: ScheduleArgs) -> None:
+    schedule = SCHEDULES[name](args.ranks, args.microbatches)
     cost = Cost(
         forward=Fraction(str(args.forward_cost)), backward=Fraction(str(args.backward_cost))
     )  # 0.1 is a tenth exactly
@@ -68,7 +72,6 @@ def _main(argv: list[str]) -> int:
         title = f"{name}, {args.ranks} ranks, {args.microbatches} microbatches"
         _write(Path(args.svg), draw_svg(timeline, title))
         print(f"drawn into {args.svg}")
-    return 0
 
 
 def _summary(name: str, timeline: Timeline, args: ScheduleArgs) -> str:

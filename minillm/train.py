@@ -23,19 +23,13 @@ from minillm.base.errors import ConfigError
 from minillm.base.flags import TrainArgs, parse_train_args, to_toml
 from minillm.base.log import Log, MetricsFile, Progress, clock, compact
 from minillm.base.trace import Tracer
+from minillm.comm.agreement import AgreedError, agree, known_to_all
 from minillm.comm.communicator import Communicator
+from minillm.comm.cores import threads_per_rank
 from minillm.comm.device_arrays import on_device
 from minillm.comm.ledger import Row, RowKey, ledger, recording
-from minillm.comm.process import (
-    AgreedError,
-    StopRequest,
-    agree,
-    known_to_all,
-    main_guard,
-    quiet_unless_first,
-    threads_per_rank,
-    world,
-)
+from minillm.comm.process import main_guard, quiet_unless_first, world
+from minillm.comm.signals import StopRequest
 from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.tokenizers import tokenizer_from_json
@@ -242,8 +236,7 @@ class Run:
         except NotFinite as error:
             self._save(error.step)
             raise AgreedError(
-                f"{error}. The weights before this step are saved in {self.out}",
-                self.comm.rank == 0,
+                f"{error}. The weights before this step are saved in {self.out}"
             ) from None
 
     def _between_steps(

@@ -27,6 +27,11 @@ FLOAT_DTYPES = {
 }
 
 
+def on_host(x: Any) -> bool:
+    """Return whether an array is NumPy's: the one test for "not on a GPU"."""
+    return isinstance(x, np.ndarray)
+
+
 def namespace(x: Array) -> ModuleType:
     """The module (`numpy` or `cupy`) whose array `x` is."""
     if isinstance(x, np.ndarray):

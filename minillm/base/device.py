@@ -1,14 +1,17 @@
-"""Where a run's arrays live: the CPU, with NumPy, or a GPU, with CuPy. One `Device` is made when a
-run starts and passed to whoever allocates, or brings numbers to or from it.
+"""Devices that arrays live on: the CPU, with NumPy, or a GPU, with CuPy.
 
-CuPy is imported here, and by the kernels, only for a GPU. The host queues work and runs ahead of
-the GPU; it waits only where `Later.read` or `to_host` is called, and where ranks exchange arrays.
+One `Device` is made when a run starts and passed to whoever allocates, or moves numbers between
+host and device. CuPy is imported here, and by the kernels, only for a GPU. The host queues work and
+runs ahead of the GPU. It waits in `Future.read`, in `to_host`, and where ranks exchange arrays.
 """
 
 from __future__ import annotations
 
 import importlib
+import resource
+import sys
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,16 +20,14 @@ import numpy as np
 from minillm.base.arrays import Array, float_dtype, sum_dtype, to_device
 from minillm.base.errors import ConfigError
 
-OLDEST_DRIVER = {
-    12: 525,
-    13: 580,
-}  # CUDA version -> the oldest NVIDIA driver series that runs it, on Linux
+# CUDA version -> the oldest NVIDIA driver series that runs it, on Linux.
+OLDEST_DRIVER = {12: 525, 13: 580}
 OPTIMIZERS = ("adamw_", "sgd_")
 INSTALL_CUPY = "pip install -e '.[cuda13]' (for drivers from 580 on), or '.[cuda12]' (from 525 on)"
 
 
-class Later:
-    """Numbers that are known, or will be once the device has come to them."""
+class Future:
+    """Future for a few host numbers. `read` blocks until the device has written them."""
 
     def __init__(self, values: np.ndarray | Sequence[float], ready: Any = None) -> None:
         self._values, self._ready = values, ready
@@ -37,8 +38,10 @@ class Later:
         return self._ready is None or bool(self._ready.done)
 
     def read(self) -> np.ndarray | Sequence[float]:
-        """The values. The host waits for the device to write them, and for nothing that was queued
-        after."""
+        """Return the values.
+
+        The host waits for the device to write them, not for work that was queued later.
+        """
         if self._ready is not None:
             self._ready.synchronize()
             self._ready = None
@@ -46,58 +49,84 @@ class Later:
 
 
 class Device:
-    """The CPU, and what a GPU overrides."""
+    """The CPU. A GPU overrides its methods."""
 
     name = "cpu"
     xp: ModuleType = np
+    on_host = True  # the one test for "not on a GPU"; of an array: `arrays.on_host`
 
     def upload(self, x: np.ndarray) -> Array:
-        """A NumPy array where this device computes. The host does not wait."""
+        """Return a NumPy array on this device, without waiting."""
         return to_device(x, self.xp)
 
     def constant(self, key: Hashable, make: Callable[[], np.ndarray]) -> Array:
-        """`upload(make())`, kept under `key` where that costs a copy."""
+        """Return `upload(make())`. A GPU caches it under `key`."""
         return make()
 
-    def later(self, x: Array) -> Later:
-        """Start to bring a small array to the host."""
-        return Later(np.asarray(x))
+    def fetch(self, x: Array) -> Future:
+        """Start to copy a small array to the host."""
+        return Future(np.asarray(x))
 
     def reserve(self, num_bytes: int) -> None:
-        """Take memory for activations in one piece before the first step, so that no step has to
-        ask the driver for more."""
+        """Reserve memory for activations in one piece before the first step.
+
+        No later step has to ask the driver for more.
+        """
 
     def peak_bytes(self) -> int:
-        """The most memory that arrays of this process have held on the device; 0 where that is the
-        host's memory."""
-        return 0
+        """Return the peak memory of this process: resident on the CPU, of arrays on a GPU."""
+        return peak_rss()
 
     def synchronize(self) -> None:
-        """Wait until everything queued has been done."""
+        """Wait until all queued work is done."""
 
     def like(self, op: str, dtype: str) -> Array:
-        """An empty array of the kind that the operation `op` runs on when a model of `dtype` is
-        trained: optimizers update wide values."""
+        """Return an empty array of the kind that `op` runs on when a model of `dtype` is trained.
+
+        Optimizers update wide values.
+        """
         kind = float_dtype(dtype)
         return self.xp.empty(0, sum_dtype(kind) if op in OPTIMIZERS else kind)
 
     def kind(self) -> str:
-        """What the device is; empty for the CPU."""
+        """Return the model of the device; empty for the CPU."""
         return ""
 
     def describe(self) -> str:
-        """`kind` and which of several it is."""
+        """Return the model of the device and its number; empty for the CPU."""
         return ""
 
 
 CPU = Device()
 
 
+def peak_rss() -> int:
+    """Return the peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def proportional_rss() -> int:
+    """Return the proportional set size (PSS) of this process, in bytes.
+
+    Memory shared by n processes counts 1/n in each, so values of several ranks may be added. Falls
+    back to `peak_rss` where the system does not report it.
+    """
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return peak_rss()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+
+
 class CudaDevice(Device):
-    """A GPU of this machine, current for this thread from here on. Ranks of a node take its GPUs in
-    turn, and several may share one."""
+    """A GPU of this machine, made current for this thread.
+
+    GPUs are assigned to the ranks of a node round-robin, so several may share one.
+    """
 
     name = "cuda"
+    on_host = False
 
     def __init__(self, cupy: ModuleType, number: int = 0) -> None:
         self.xp = cupy
@@ -106,27 +135,28 @@ class CudaDevice(Device):
         self._constants: dict[Hashable, Array] = {}
 
     def constant(self, key: Hashable, make: Callable[[], np.ndarray]) -> Array:
-        """See `Device`."""
+        """Return `upload(make())`, cached under `key`."""
         found = self._constants.get(key)
         if found is None:
             found = self._constants[key] = self.upload(make())
         return found
 
-    def later(self, x: Array) -> Later:
-        """See `Device`. The copy goes into pinned memory, so that the host need not wait for it."""
+    def fetch(self, x: Array) -> Future:
+        """Start to copy a small array into pinned host memory, without waiting."""
         cuda = self.xp.cuda
         memory = cuda.alloc_pinned_memory(x.nbytes)
         values = np.frombuffer(memory, x.dtype, x.size).reshape(x.shape)
         x.get(out=values, blocking=False)
         ready = cuda.Event(disable_timing=True)
         ready.record()
-        return Later(values, ready)
+        return Future(values, ready)
 
     def reserve(self, num_bytes: int) -> None:
-        """See `Device`. The piece becomes a free block of CuPy's pool, which cuts later requests
-        from it, whoever makes them, and asks the driver again for what does not fit. What the pool
-        has kept of arrays that are gone it gives back first: small pieces, which the driver may
-        need for the large one. Raises ConfigError where there is not so much."""
+        """Make one free block of CuPy's memory pool, from which later requests are cut.
+
+        The pool first returns its small free blocks, which the driver may need for the large one.
+        Raises ConfigError if there is not enough memory.
+        """
         pool = self.xp.get_default_memory_pool()
         pool.free_all_blocks()
         try:
@@ -142,27 +172,28 @@ class CudaDevice(Device):
             ) from None
 
     def peak_bytes(self) -> int:
-        """See `Device`: what the pool has taken from the driver, of which it gives nothing back
-        after `reserve`."""
+        """Return the bytes that the pool holds, which never shrink after `reserve`."""
         return int(self.xp.get_default_memory_pool().total_bytes())
 
     def synchronize(self) -> None:
-        """See `Device`."""
+        """Wait until all queued work is done."""
         self.xp.cuda.get_current_stream().synchronize()
 
     def kind(self) -> str:
-        """See `Device`."""
+        """Return the model of the GPU."""
         name = self.xp.cuda.runtime.getDeviceProperties(self.number)["name"]
         return name.decode() if isinstance(name, bytes) else str(name)
 
     def describe(self) -> str:
-        """See `Device`."""
+        """Return the model of the GPU and its number."""
         return f"{self.kind()}, device {self.number}"
 
 
 def open_device(name: str, local_rank: int = 0) -> Device:
-    """The device called `name`; the ranks of a node take its GPUs in turn by `local_rank`. Raises
-    ConfigError saying what is missing."""
+    """Open the device called `name`; `local_rank` assigns the GPUs of a node round-robin.
+
+    Raises ConfigError saying what is missing.
+    """
     if name == "cpu":
         return CPU
     try:
@@ -175,8 +206,10 @@ def open_device(name: str, local_rank: int = 0) -> Device:
 
 
 def _count(cupy: ModuleType) -> int:
-    """The number of GPUs. Raises ConfigError where CUDA cannot start: no GPU, no driver, or one too
-    old for CuPy's CUDA."""
+    """Return the number of GPUs.
+
+    Raises ConfigError where CUDA cannot start: no GPU, no driver, or one too old for CuPy's CUDA.
+    """
     runtime = cupy.cuda.runtime
     try:
         count = int(runtime.getDeviceCount())
@@ -193,7 +226,7 @@ def _count(cupy: ModuleType) -> int:
 
 
 def _why_not(runtime: Any, error: Exception) -> str:
-    """What keeps CUDA from starting, and the way out."""
+    """Return why CUDA cannot start, and the way out."""
     text = str(error)
     if "NoDevice" not in text and "InsufficientDriver" not in text:
         return f"CUDA cannot start ({text}); minillm doctor shows what is installed"

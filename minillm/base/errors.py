@@ -21,10 +21,6 @@ class PeerFailed(CommError):
     """Another rank has stopped, so this operation cannot complete."""
 
 
-class Revoked(CommError):
-    """The communicator was shut down while this rank was waiting on it."""
-
-
 class CommTimeout(CommError):
     """An operation waited longer than the communication time-out."""
 

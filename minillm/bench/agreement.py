@@ -25,8 +25,9 @@ from minillm import kernels
 from minillm.base.arrays import to_host
 from minillm.base.device import open_device
 from minillm.comm.communicator import Communicator
+from minillm.comm.cores import threads_per_rank
 from minillm.comm.device_arrays import on_device
-from minillm.comm.process import main_guard, threads_per_rank, world
+from minillm.comm.process import main_guard, world
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import ThreadCommunicator, run_ranks
 from minillm.data.batches import Batches

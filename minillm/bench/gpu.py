@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from minillm import kernels
-from minillm.base.device import CPU, Device, open_device
+from minillm.base.device import Device, open_device
 from minillm.bench.agreement import STEPS, losses, ranks, started_by
 from minillm.bench.shapes import Shape
 from minillm.bench.timing import table
@@ -145,7 +145,7 @@ def profile(device: Device, shape: Shape) -> dict[str, Any]:
     The GPU's own time is that of a step queued behind work that keeps it busy until the host has
     queued all of it.
     """
-    assert device is not CPU
+    assert not device.on_host
     sizes = {name: getattr(shape, name) for name in ("layers", "heads", "dim", "context", "batch")}
     config = resolve(TrainConfig(**sizes, device="cuda", dtype="bfloat16"), 1, shape.vocab)
     tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)

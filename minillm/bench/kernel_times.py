@@ -15,7 +15,7 @@ import numpy as np
 from minillm import kernels
 from minillm.base.errors import ConfigError
 from minillm.bench.timing import median_seconds, table
-from minillm.comm.process import usable_cores
+from minillm.comm.cores import usable_cores
 
 CPU_BACKENDS = ("numpy", "c")  # the emulator shows what a CUDA kernel does, not how fast it is
 

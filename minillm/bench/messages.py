@@ -21,8 +21,9 @@ from minillm import kernels
 from minillm.base.errors import ConfigError
 from minillm.bench.timing import table
 from minillm.comm.communicator import Communicator
+from minillm.comm.cores import threads_per_rank
 from minillm.comm.ledger import wire_bytes
-from minillm.comm.process import AgreedError, threads_per_rank, world
+from minillm.comm.process import world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,8 @@ def run(args: CommBench) -> None:
     """Time everything; the first rank prints the table."""
     comm = world()
     if comm.size == 1:
-        raise AgreedError(
-            "bench comm needs several ranks: mpirun -n 2 python -m minillm.bench comm", True
+        raise ConfigError(
+            "bench comm needs several ranks: mpirun -n 2 python -m minillm.bench comm"
         )
     kernels.prepare_process()
     rows, results = [], []

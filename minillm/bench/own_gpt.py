@@ -12,14 +12,13 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.arrays import float_dtype
-from minillm.base.device import CPU, Device, open_device
+from minillm.base.device import Device, open_device, proportional_rss
 from minillm.bench.shapes import Shape
 from minillm.bench.timing import median_seconds
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import world
 from minillm.data.batches import Batches
 from minillm.training.config import TrainConfig
-from minillm.training.memory import peak_rss, proportional_rss
 from minillm.training.resolve import resolve
 from minillm.training.trainer import Trainer
 
@@ -63,7 +62,7 @@ def main() -> None:
             )  # on a GPU it ends when the step before has, so steps follow one another
             spent = comm.broadcast_(np.array([time.perf_counter()]) - start, kind="control")
             times.append(float(spent[0]))
-        used = device.peak_bytes() or (peak_rss() if comm.size == 1 else proportional_rss())
+        used = proportional_rss() if device.on_host and comm.size > 1 else device.peak_bytes()
         ceiling = _gemm_rate(device, args.dtype)
     memory, rates = comm.gather_json(used), comm.gather_json(ceiling)
     if comm.rank == 0:
@@ -73,7 +72,7 @@ def main() -> None:
 def _gemm_rate(device: Device, dtype: str) -> float:
     """FLOP/s of a large product on this rank's threads or GPU, by our product or the BLAS,
     whichever is faster: a step's ceiling."""
-    n = 1536 if device is CPU else 8192
+    n = 1536 if device.on_host else 8192
     normals = np.random.default_rng(0).standard_normal(
         (n, n), np.float32
     )  # zeros would flatter a GPU, by way of its power limit
@@ -87,7 +86,7 @@ def _gemm_rate(device: Device, dtype: str) -> float:
     seconds = [median_seconds(product, at_least=0.3)]
     if (
         any(k.choice == "c:blas" and k.unavailable is None for k in kernels.available("matmul"))
-        and device is CPU
+        and device.on_host
     ):
         with kernels.use(matmul="c:blas"):
             seconds.append(median_seconds(product, at_least=0.3))

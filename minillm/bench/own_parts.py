@@ -11,6 +11,7 @@ import numpy as np
 
 from minillm import kernels
 from minillm.autograd.tape import Tensor
+from minillm.base.device import peak_rss
 from minillm.bench.parts import turn_options
 from minillm.bench.timing import repeated
 from minillm.comm.single import SelfCommunicator
@@ -19,7 +20,6 @@ from minillm.inference.engine import Generator
 from minillm.nn.head import head_loss
 from minillm.training.assembly import assemble
 from minillm.training.config import TrainConfig
-from minillm.training.memory import peak_rss
 from minillm.training.resolve import resolve
 
 Times = dict[str, list[float]]

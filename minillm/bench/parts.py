@@ -16,7 +16,7 @@ import numpy as np
 from minillm.base.errors import ConfigError
 from minillm.bench.timing import table
 from minillm.bench.turns import Contestant, advantage, require_torch, take_turns
-from minillm.comm.process import usable_cores
+from minillm.comm.cores import usable_cores
 
 
 @dataclass(frozen=True, kw_only=True)

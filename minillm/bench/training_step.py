@@ -16,7 +16,7 @@ from minillm.base.errors import ConfigError
 from minillm.bench.shapes import CONFIGS, Shape
 from minillm.bench.timing import table
 from minillm.bench.turns import TUNED, Contestant, advantage, require_torch, take_turns
-from minillm.comm.process import usable_cores
+from minillm.comm.cores import usable_cores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minillm.base.errors import CheckpointError
 from minillm.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, read_manifest
+from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 
 SUBFOLDER = "checkpoints"
@@ -64,23 +65,23 @@ def find(path: Path) -> Path:
 
 
 def verify(path: Path, comm: Communicator) -> None:
-    """Check the contents of all files of the checkpoint folder `path`, shared out over the ranks.
-    Collective.
+    """Check all files of the checkpoint folder `path`, each on one rank of `comm`. Collective.
 
     Raises the same CheckpointError on every rank, naming the first damaged file and offering the
     newest older checkpoint that is complete.
     """
-    path, problem = Path(path), None
-    try:
-        manifest = read_manifest(path)
-        check_sizes(path, manifest)
-        for name in sorted(manifest.files)[comm.rank :: comm.size]:
-            check_contents(path / name, manifest.files[name])
-    except Damaged as error:
-        problem = str(with_older(path, error))
-    problems = [text for text in comm.gather_json(problem) if text is not None]
-    if problems:
-        raise Damaged(problems[0])
+    path = Path(path)
+
+    def check_own_share() -> None:
+        try:
+            manifest = read_manifest(path)
+            check_sizes(path, manifest)
+            for name in sorted(manifest.files)[comm.rank :: comm.size]:
+                check_contents(path / name, manifest.files[name])
+        except Damaged as error:
+            raise with_older(path, error) from None
+
+    agree(comm, check_own_share, CheckpointError)
 
 
 def check_sizes(path: Path, manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from minillm.checkpoint.manifest import (
     check_coverage,
 )
 from minillm.checkpoint.state import StateTensor
+from minillm.comm.agreement import AgreedError, agree, gather
 from minillm.comm.communicator import Communicator
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import Sharded, Slices, slice_shape
@@ -80,49 +81,26 @@ def save(
     directory = Path(directory)
     final = directory / step_name(step)
     temporary = directory / f"{TEMPORARY}{final.name}"
-    attempt = _Attempt(world, final, temporary)
-    attempt.run(lambda: _prepare(directory, temporary) if world.rank == 0 else None)
-    parts = attempt.run(lambda: _write_own(temporary, world.rank, tensors, mesh_shape, coords))
-    attempt.run(lambda: _complete(parts, temporary, final, meta, step) if world.rank == 0 else None)
+    try:
+        agree(world, lambda: _prepare(directory, temporary) if world.rank == 0 else None)
+        parts = gather(
+            world, lambda: _write_own(temporary, world.rank, tensors, mesh_shape, coords)
+        )
+        agree(
+            world,
+            lambda: _complete(parts, temporary, final, meta, step) if world.rank == 0 else None,
+        )
+    except AgreedError as error:
+        if world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {error}. Earlier checkpoints are untouched; "
+            "free some space, or choose a folder that all ranks can write to"
+        ) from None
     if world.rank == 0:
         _prune(directory, step, max(keep, 1))
     world.barrier()
     return final
-
-
-class _Attempt:
-    """Runs the phases of a save on all ranks, so that all go on or all raise the same error."""
-
-    def __init__(self, world: Communicator, final: Path, temporary: Path) -> None:
-        self.world, self.final, self.temporary = world, final, temporary
-
-    def run(self, phase: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of `phase`, a JSON value. Raises CheckpointError on all ranks, if it
-        failed on any."""
-        result, failure = None, None
-        try:
-            result = phase()
-        except (OSError, CheckpointError) as error:
-            failure = _describe(error)
-        outcomes = self.world.gather_json([result, failure])
-        failures = [(rank, text) for rank, (_, text) in enumerate(outcomes) if text is not None]
-        if not failures:
-            return [value for value, _ in outcomes]
-        if self.world.rank == 0:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-        rank, text = failures[0]
-        others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
-        raise CheckpointError(
-            f"checkpoint {self.final} could not be written: rank {rank}{others}: {text}. "
-            "Earlier checkpoints are untouched; free some space, or choose a folder that all ranks "
-            "can write to"
-        )
-
-
-def _describe(error: Exception) -> str:
-    if not isinstance(error, OSError):
-        return str(error)
-    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
 
 # ---- who writes what

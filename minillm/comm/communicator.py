@@ -1,108 +1,424 @@
-"""What a group of ranks can do together: the `Communicator`, `Work` and `SharedWindow` protocols.
+"""The `Communicator`: everything a parallel method needs of other ranks.
 
-Everything a parallel method needs of other ranks goes through a `Communicator`, so the same layer
-runs on one rank, on threads of one process and on MPI. Arrays travel as raw buffers and metadata as
-JSON; nothing is pickled. All ranks of a group call its collectives in the same order. A trailing
-underscore mutates the argument, a leading `i` returns a `Work`, everything else returns new arrays
-(on a group of size 1 possibly the input itself). `BaseCommunicator` documents each method.
+The same layer runs on one rank (single.py), on threads of one process (threads.py) and on MPI
+(mpi.py), with arrays on the host or on a GPU (device_arrays.py). Arrays travel as raw buffers and
+metadata as JSON; nothing is pickled. All ranks of a group call its collectives in the same order. A
+trailing underscore mutates the argument, a leading `i` returns a `Work`, and everything else
+returns new arrays (in a group of one rank possibly the input itself).
 """
 
 from __future__ import annotations
 
-import enum
+import json
+import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from minillm.base.arrays import Array
-from minillm.comm.ledger import OrderRecord
+from minillm.base.arrays import Array, dtype_name, namespace
+from minillm.base.errors import CommError
+from minillm.comm import checks
+from minillm.comm.buffers import (
+    MAX,
+    SUM,
+    ReduceOp,
+    contiguous,
+    cut,
+    even_counts,
+    join,
+    rank_major,
+    reduce_in_order,
+)
+from minillm.comm.checks import MAX_TAG
+from minillm.comm.ledger import Ledger, Operation, ledger
+from minillm.comm.work import AllWork, DoneWork, SharedWindow, ThenWork, TrackedWork, Work
+
+__all__ = ["DEFAULT_TIMEOUT", "MAX", "SUM", "Communicator", "ReduceOp", "SharedWindow", "Work"]
 
 DEFAULT_TIMEOUT = 300.0  # seconds
-MAX_TAG = 32_766  # MPI promises tags up to 32767; the last one is ours
 
 
-class ReduceOp(enum.Enum):
-    """How an all-reduce combines two values."""
-
-    SUM = "sum"
-    MAX = "max"
-    MIN = "min"
-
-
-SUM, MAX, MIN = ReduceOp.SUM, ReduceOp.MAX, ReduceOp.MIN
-
-
-class Work(Protocol):
-    """An operation under way. It keeps its buffers alive; they must not be read or written before
-    it is done."""
-
-    def test(self) -> bool:
-        """Move the operation along and say whether it is done. Never blocks."""
-
-    def wait(self) -> None:
-        """Return once the operation is done. Calling it again does nothing. Raises CommTimeout,
-        PeerFailed, Revoked."""
-
-
-class SharedWindow(Protocol):
-    """Memory that all ranks of a node address: `parts[r]` is the uint8 array that rank `r` asked
-    for, 64-byte aligned."""
-
-    parts: list[np.ndarray]
-
-    def sync(self) -> None:
-        """Barrier after which every rank sees what every other rank had written before it.
-        Collective."""
-
-    def free(self) -> None:
-        """Give the memory back; the arrays must no longer be used. Collective."""
-
-
-class Communicator(Protocol):
+class Communicator:
     """A group of `size` ranks, of which this one is `rank`; `name` is its axis in the ledger.
 
-    `BaseCommunicator` says what each method does.
+    The public methods check their arguments, make arrays flat and write the ledger. A transport is
+    a subclass that implements operations on flat buffers (`_all_reduce` and so on) and the methods
+    that make groups. A group of one rank returns its input, copies nothing and records nothing.
+    `timeout` is in seconds.
     """
 
-    rank: int
-    size: int
-    name: str
-    timeout: float
+    def __init__(self, rank: int, size: int, name: str, timeout: float) -> None:
+        self.rank, self.size, self.name = rank, size, name
+        self.timeout = timeout
+        self.num_compared = 0  # collectives compared under `Ledger.check_order`
 
-    @property
-    def order(self) -> OrderRecord: ...
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, rank {self.rank} of {self.size})"
 
-    def all_reduce_(self, x: Array, op: ReduceOp = SUM, kind: str = "payload") -> Array: ...
-    def reduce_numbers(self, numbers: Sequence[float], op: ReduceOp = SUM) -> list[float]: ...
-    def iall_reduce_(self, x: Array, op: ReduceOp = SUM, kind: str = "payload") -> Work: ...
+    # ---- collectives on arrays
+
+    def all_reduce_(self, x: Array, op: ReduceOp = SUM, kind: str = "payload") -> Array:
+        """Reduce `x` in place over the ranks, with the same bits on each. Returns `x`.
+
+        `x` has the same shape and dtype on every rank.
+        """
+        checks.reducible(self, x, op)
+        if self.size == 1:
+            return x
+        with self._collective(
+            "all_reduce", kind, x.nbytes, "all_reduce", op.value, x.dtype, x.shape
+        ):
+            flat, copied = contiguous(x)
+            self._all_reduce(flat, op)
+            if copied:
+                x[...] = flat.reshape(x.shape)
+        return x
+
+    def reduce_numbers(self, numbers: Sequence[float], op: ReduceOp = SUM) -> list[float]:
+        """Reduce a few numbers for control over the ranks, in float64."""
+        if self.size == 1:
+            return list(numbers)
+        return self.all_reduce_(np.array(numbers, np.float64), op, kind="control").tolist()
+
+    def iall_reduce_(self, x: Array, op: ReduceOp = SUM, kind: str = "payload") -> Work:
+        """Launch `all_reduce_`; `x` must be neither read nor written until the Work is done."""
+        checks.reducible(self, x, op)
+        if self.size == 1:
+            return DoneWork()
+        operation = self._collective(
+            "all_reduce", kind, x.nbytes, "iall_reduce", op.value, x.dtype, x.shape
+        )
+        flat, copied = contiguous(x)
+        work = self._iall_reduce(flat, op)
+        return TrackedWork(_back_into(x, flat, work) if copied else work, operation, "iall_reduce")
+
     def all_gather(
         self, x: Array, dim: int = 0, sizes: Sequence[int] | None = None, kind: str = "payload"
-    ) -> Array: ...
+    ) -> Array:
+        """Join the ranks' shards along `dim` in rank order.
+
+        `sizes[r]` is the length of rank r's shard (None: all like this one); 0 is legal.
+        """
+        dim = checks.dim(self, x, dim)
+        shape = x.shape
+        if sizes is not None:
+            checks.sizes(self, "all_gather", sizes, x.shape[dim], own=True)
+            shape = (*x.shape[:dim], tuple(sizes), *x.shape[dim + 1 :])
+        if self.size == 1:
+            return x
+        sizes = [x.shape[dim]] * self.size if sizes is None else sizes
+        counts = _counts(x, dim, sizes)
+        with self._collective(
+            "all_gather", kind, sum(counts) * x.itemsize, "all_gather", x.dtype, shape, "dim", dim
+        ):
+            flat = self._all_gather(contiguous(x)[0], counts)
+            return join(flat, x.shape, dim, sizes, counts)
+
     def reduce_scatter(
         self, x: Array, dim: int = 0, sizes: Sequence[int] | None = None, kind: str = "payload"
-    ) -> Array: ...
+    ) -> Array:
+        """Sum `x` over the ranks and return this rank's slice along `dim`.
+
+        `x` has the same shape on every rank. `sizes[r]` is the length of rank r's slice (None:
+        equal slices, and CommError if they do not divide the dim).
+        """
+        checks.reducible(self, x, SUM)
+        dim = checks.dim(self, x, dim)
+        if sizes is None:
+            length, rest = divmod(x.shape[dim], self.size)
+            if rest:
+                raise CommError(
+                    f"reduce_scatter on {self.name!r}: dim {dim} of shape {x.shape} is not "
+                    f"divisible by {self.size} ranks; pass sizes="
+                )
+            sizes = [length] * self.size
+        else:
+            checks.sizes(self, "reduce_scatter", sizes, x.shape[dim], own=False)
+        if self.size == 1:
+            return x
+        counts = _counts(x, dim, sizes)
+        with self._collective(
+            "reduce_scatter", kind, x.nbytes, "reduce_scatter", x.dtype, x.shape, "dim", dim, sizes
+        ):
+            own = self._reduce_scatter(rank_major(x, dim, sizes), counts)
+            return own.reshape(*x.shape[:dim], sizes[self.rank], *x.shape[dim + 1 :])
+
     def all_to_all(
         self,
         parts: Sequence[Array],
         out_sizes: Sequence[int | tuple[int, ...]] | None = None,
         kind: str = "payload",
-    ) -> list[Array]: ...
-    def broadcast_(self, x: Array, root: int = 0, kind: str = "payload") -> Array: ...
-    def send(self, x: Array, dest: int, tag: int = 0, kind: str = "payload") -> None: ...
-    def isend(self, x: Array, dest: int, tag: int = 0, kind: str = "payload") -> Work: ...
-    def recv(self, out: Array, source: int, tag: int = 0, kind: str = "payload") -> Array: ...
-    def irecv(self, out: Array, source: int, tag: int = 0, kind: str = "payload") -> Work: ...
-    def recv_any(self, out: Array, tag: int = 0, kind: str = "payload") -> int: ...
+    ) -> list[Array]:
+        """Send `parts[r]` to rank r and return what each rank sent here, in rank order.
+
+        `out_sizes[r]` is the shape of what rank r sends here, or its number of rows (the other dims
+        as in this rank's own part). None: the shapes of `parts`. Any part may be empty.
+        """
+        if len(parts) != self.size:
+            raise CommError(
+                f"all_to_all on {self.name!r} got {len(parts)} parts for {self.size} ranks"
+            )
+        own = parts[self.rank]
+        if out_sizes is None:
+            shapes = [part.shape for part in parts]
+        else:
+            shapes = [
+                (entry, *own.shape[1:]) if isinstance(entry, (int, np.integer)) else tuple(entry)
+                for entry in out_sizes
+            ]
+        if len(shapes) != self.size or any(part.dtype != own.dtype for part in parts):
+            raise CommError(
+                f"all_to_all on {self.name!r}: {len(shapes)} out_sizes, dtypes "
+                f"{[dtype_name(p.dtype) for p in parts]}"
+            )
+        if math.prod(shapes[self.rank]) != own.size:
+            raise CommError(
+                f"all_to_all on {self.name!r}: own part has shape {own.shape} but out_sizes says "
+                f"{shapes[self.rank]}"
+            )
+        if self.size == 1:
+            return list(parts)
+        num_bytes = sum(part.nbytes for part in parts)
+        with self._collective("all_to_all", kind, num_bytes, "all_to_all", own.dtype):
+            flats = self._all_to_all(
+                [contiguous(part)[0] for part in parts], [math.prod(shape) for shape in shapes]
+            )
+            return [flat.reshape(shape) for flat, shape in zip(flats, shapes, strict=True)]
+
+    def broadcast_(self, x: Array, root: int = 0, kind: str = "payload") -> Array:
+        """Overwrite `x` (same shape and dtype on every rank) with the root's. Returns `x`."""
+        checks.rank(self, root, "root")
+        if self.size == 1:
+            return x
+        with self._collective(
+            "broadcast", kind, x.nbytes, "broadcast", x.dtype, x.shape, "from", root
+        ):
+            flat, copied = contiguous(x)
+            self._broadcast(flat, root)
+            if copied and self.rank != root:
+                x[...] = flat.reshape(x.shape)
+        return x
+
+    # ---- messages between two ranks
+
+    def send(self, x: Array, dest: int, tag: int = 0, kind: str = "payload") -> None:
+        """Send `x` and return when it may be overwritten, at the latest when it is received."""
+        checks.rank(self, dest, "dest", tag)
+        with self._message("send", kind, x, "to rank", dest, tag):
+            self._isend(contiguous(x)[0], dest, tag).wait()
+
+    def isend(self, x: Array, dest: int, tag: int = 0, kind: str = "payload") -> Work:
+        """Launch `send`; `x` must not be written until the Work is done."""
+        checks.rank(self, dest, "dest", tag)
+        operation = self._message("send", kind, x, "to rank", dest, tag)
+        return TrackedWork(self._isend(contiguous(x)[0], dest, tag), operation, "isend")
+
+    def recv(self, out: Array, source: int, tag: int = 0, kind: str = "payload") -> Array:
+        """Receive into `out` and return it. Messages of one tag arrive in order.
+
+        Raises CommError unless `out` has exactly the sender's number of bytes.
+        """
+        checks.rank(self, source, "source", tag)
+        with self._message("receive", kind, out, "from rank", source, tag):
+            flat, copied = contiguous(out)
+            self._irecv(flat, source, tag).wait()
+            if copied:
+                out[...] = flat.reshape(out.shape)
+        return out
+
+    def irecv(self, out: Array, source: int, tag: int = 0, kind: str = "payload") -> Work:
+        """Launch `recv` into `out`, a fresh buffer: its contents are undefined until the end."""
+        checks.rank(self, source, "source", tag)
+        operation = self._message("receive", kind, out, "from rank", source, tag)
+        flat, copied = contiguous(out)
+        work = self._irecv(flat, source, tag)
+        return TrackedWork(_back_into(out, flat, work) if copied else work, operation, "ireceive")
+
+    def recv_any(self, out: Array, tag: int = 0, kind: str = "payload") -> int:
+        """Receive into `out` from any rank that has sent with `tag`; return that rank."""
+        checks.rank(self, 0, "source", tag)
+        with self._message("receive", kind, out, "from rank", "any", tag):
+            flat, copied = contiguous(out)
+            source = self._recv_any(flat, tag)
+            if copied:
+                out[...] = flat.reshape(out.shape)
+        return source
+
     def sendrecv(
         self, x: Array, dest: int, out: Array, source: int, tag: int = 0, kind: str = "payload"
-    ) -> Array: ...
-    def barrier(self) -> None: ...
-    def broadcast_json(self, obj: Any, root: int = 0) -> Any: ...
-    def gather_json(self, obj: Any) -> list[Any]: ...
+    ) -> Array:
+        """Send `x` to `dest` while receiving `out` from `source`; return `out`.
+
+        This is the step of a ring. It cannot deadlock.
+        """
+        receive = self.irecv(out, source, tag, kind)
+        send = self.isend(x, dest, tag, kind)
+        receive.wait()
+        send.wait()
+        return out
+
+    # ---- control
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        if self.size == 1:
+            return
+        with self._collective("barrier", "control", 0, "barrier"):
+            self._barrier()
+
+    def broadcast_json(self, obj: Any, root: int = 0) -> Any:
+        """Return the root's `obj` on every rank, through JSON; `obj` is ignored elsewhere.
+
+        Tuples become lists, on the root as well.
+        """
+        checks.rank(self, root, "root")
+        data = _encode(obj) if self.rank == root else np.empty(0, np.uint8)
+        if self.size == 1:
+            return _decode(data)
+        with self._collective(
+            "broadcast_json", "control", 0, "broadcast_json", "from", root
+        ) as operation:
+            length = np.array([data.size], np.int64)
+            self._broadcast(length, root)
+            if self.rank != root:
+                data = np.empty(int(length[0]), np.uint8)
+            self._broadcast(data, root)
+            operation.num_bytes = data.nbytes
+        return _decode(data)
+
+    def gather_json(self, obj: Any) -> list[Any]:
+        """Return every rank's `obj` in rank order on every rank, through JSON."""
+        data = _encode(obj)
+        if self.size == 1:
+            return [_decode(data)]
+        with self._collective("gather_json", "control", 0, "gather_json") as operation:
+            own_length = np.array([data.size], np.int64)
+            lengths = [int(n) for n in self._all_gather(own_length, [1] * self.size)]
+            joined = self._all_gather(data, lengths)
+            operation.num_bytes = joined.nbytes
+        return [_decode(part) for part in cut(joined, lengths)]
+
+    # ---- groups and shared memory
+
     def split(
         self, color: int | None, key: int | None = None, name: str = ""
-    ) -> Communicator | None: ...
-    def split_by_node(self) -> Communicator: ...
-    def dup(self, name: str) -> Communicator: ...
-    def alloc_shared(self, nbytes: int) -> SharedWindow: ...
+    ) -> Communicator | None:
+        """Make a group of the ranks with the same `color`, ordered by (key, rank). Collective.
+
+        Returns None where the color is None. `key` defaults to the rank, `name` to this name.
+        """
+        raise self._unsupported("split")
+
+    def split_by_node(self) -> Communicator:
+        """Make a group of the ranks that share memory with this one. Collective."""
+        raise self._unsupported("split_by_node")
+
+    def dup(self, name: str) -> Communicator:
+        """Make a group of the same ranks under another name, with its own messages. Collective."""
+        raise self._unsupported("dup")
+
+    def alloc_shared(self, nbytes: int) -> SharedWindow:
+        """Allocate `nbytes` of host memory per rank that every rank of the group addresses.
+
+        Collective. Raises CommError if the ranks lie on several nodes.
+        """
+        raise self._unsupported("alloc_shared")
+
+    # ---- operations of a transport on flat, C-contiguous, 1-D buffers; counts are in elements
+
+    def _all_reduce(self, flat: Array, op: ReduceOp) -> None:
+        raise self._unsupported("all_reduce")
+
+    def _iall_reduce(self, flat: Array, op: ReduceOp) -> Work:
+        raise self._unsupported("iall_reduce")
+
+    def _all_gather(self, flat: Array, counts: list[int]) -> Array:
+        raise self._unsupported("all_gather")
+
+    def _gather_into(self, out: Array, counts: list[int]) -> None:
+        """Complete `out`, which holds this rank's part, with the parts of the other ranks."""
+        raise self._unsupported("all_gather")
+
+    def _reduce_scatter(self, flat: Array, counts: list[int]) -> Array:
+        raise self._unsupported("reduce_scatter")
+
+    def _all_to_all(self, parts: list[Array], counts: list[int]) -> list[Array]:
+        """Exchange by messages between each two ranks, each of any size."""
+        xp = namespace(parts[0])
+        received = [xp.empty(count, part.dtype) for count, part in zip(counts, parts, strict=True)]
+        received[self.rank][...] = parts[self.rank]
+        others = [r for r in range(self.size) if r != self.rank]
+        AllWork(
+            [self._irecv(received[r], r, MAX_TAG) for r in others]
+            + [self._isend(parts[r], r, MAX_TAG) for r in others]
+        ).wait()
+        return received
+
+    def _broadcast(self, flat: Array, root: int) -> None:
+        raise self._unsupported("broadcast")
+
+    def _isend(self, flat: Array, dest: int, tag: int) -> Work:
+        raise self._unsupported("send")
+
+    def _irecv(self, flat: Array, source: int, tag: int) -> Work:
+        raise self._unsupported("receive")
+
+    def _recv_any(self, flat: Array, tag: int) -> int:
+        raise self._unsupported("recv_any")
+
+    def _barrier(self) -> None:
+        raise self._unsupported("barrier")
+
+    def _reduce_slices(self, flat: Array, op: ReduceOp) -> None:
+        """All-reduce by exchanging slices, reducing each in rank order, and gathering.
+
+        2-byte floats are rounded once, and every rank has the same bits.
+        """
+        counts = even_counts(flat.size, self.size)
+        mine = self._all_to_all(cut(flat, counts), [counts[self.rank]] * self.size)
+        flat[...] = self._all_gather(reduce_in_order(mine, op), counts)
+
+    # ---- checks and records
+
+    def _unsupported(self, operation: str) -> CommError:
+        return CommError(f"{type(self).__name__} has no {operation}")
+
+    def _ledger(self) -> Ledger:
+        return ledger()
+
+    def _collective(self, name: str, kind: str, num_bytes: int, *signature: Any) -> Operation:
+        """Start the ledger entry of a collective; `signature` is what all ranks must agree on."""
+        book = self._ledger()
+        if book.check_order:
+            checks.same_collective(self, signature)
+        return Operation(book, self.name, self.size, name, kind, num_bytes, signature)
+
+    def _message(
+        self, name: str, kind: str, x: Array, direction: str, rank: int | str, tag: int
+    ) -> Operation:
+        signature = (name, direction, rank, "tag", tag)
+        return Operation(self._ledger(), self.name, self.size, name, kind, x.nbytes, signature)
+
+
+def _encode(obj: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(obj).encode(), np.uint8)
+
+
+def _decode(data: np.ndarray) -> Any:
+    return json.loads(data.tobytes())
+
+
+def _counts(x: Array, dim: int, sizes: Sequence[int]) -> list[int]:
+    """Return the elements of each slice of `x` along `dim`, given the slices' lengths there."""
+    rest = math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :])
+    return [int(size) * rest for size in sizes]
+
+
+def _back_into(x: Array, flat: Array, work: Work) -> Work:
+    """Return `work`, which then copies the flat copy of `x` back into `x`."""
+
+    def copy() -> None:
+        x[...] = flat.reshape(x.shape)
+
+    return ThenWork(work, flat, copy)

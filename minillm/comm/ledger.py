@@ -1,9 +1,8 @@
-"""What was sent: per mesh axis, operation and kind the calls, bytes and seconds; and the order of
-operations, compared across ranks.
+"""Ledger of communication: per mesh axis, operation and kind the calls, bytes and seconds.
 
 Every `Communicator` writes here before and after each operation, so the tests can hold each
-parallel method to its closed formula.
-*Payload* bytes are what a rank asked to move, whatever the library makes of it:
+parallel method to its closed formula. *Payload* bytes are what a rank asked to move, whatever the
+library makes of it:
 
 | operation | bytes counted on each rank |
 |---|---|
@@ -20,18 +19,17 @@ nothing.
 from __future__ import annotations
 
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from minillm.base.errors import CommError
 
 KINDS = ("payload", "control", "transport", "window")
-NUM_RECENT = 24  # operations kept for time-out messages and order comparisons
+NUM_RECENT = 24  # operations kept for time-out messages
 
 RowKey = tuple[str, str, str]  # (axis, operation, kind)
 EventHook = Callable[[str, str, float, float, int], None]
@@ -39,39 +37,26 @@ EventHook = Callable[[str, str, float, float, int], None]
 
 @dataclass(slots=True)
 class Row:
-    """Sums over the calls of one operation on one axis. `seconds` is time blocked; `wire` is
-    ring-equivalent bytes sent by this rank."""
+    """Sums over the calls of one operation on one axis."""
 
     calls: int = 0
     bytes: int = 0
-    seconds: float = 0.0
-    wire: float = 0.0
+    seconds: float = 0.0  # s this rank was blocked
+    wire: float = 0.0  # bytes this rank sends if the operation runs as a ring: `wire_bytes`
 
-
-@dataclass(slots=True)
-class Operation:
-    """One call, for time-out messages. `ended` is None while the call has not come back."""
-
-    name: str
-    axis: str
-    detail: str
-    num_bytes: int
-    started: float
-    ended: float | None = None
-
-    def __str__(self) -> str:
-        state = (
-            "not finished" if self.ended is None else f"{(self.ended - self.started) * 1e3:.2f} ms"
-        )
-        return f"{self.name} on {self.axis!r}, {self.detail}{self.num_bytes} bytes: {state}"
+    def add(self, operation: str, num_bytes: int, seconds: float, group_size: int) -> None:
+        """Add one call."""
+        self.calls += 1
+        self.bytes += num_bytes
+        self.seconds += seconds
+        self.wire += wire_bytes(operation, num_bytes, group_size)
 
 
 def wire_bytes(operation: str, num_bytes: int, group_size: int) -> float:
-    """Bytes this rank puts on the wire if the operation runs as a ring of `group_size` ranks, given
-    its payload bytes.
+    """Return the bytes that this rank sends if the operation runs as a ring of `group_size` ranks.
 
-    An all-reduce is a reduce-scatter followed by an all-gather, each moving (n-1)/n of the array
-    (Patarasuk and Yuan 2009). A receive costs its sender.
+    `num_bytes` is the payload. An all-reduce is a reduce-scatter followed by an all-gather, each
+    moving (n-1)/n of the array (Patarasuk and Yuan 2009). A receive is counted at its sender.
     """
     if operation == "send":
         return float(num_bytes)
@@ -81,38 +66,17 @@ def wire_bytes(operation: str, num_bytes: int, group_size: int) -> float:
     return 2 * share if operation == "all_reduce" else share
 
 
-class OrderRecord:
-    """The sequence of collectives one communicator has run: a running checksum, their number, and
-    the last few as text.
-
-    Ranks that took part in the same collectives in the same order have equal records; sends and
-    receives differ by rank and are left out.
-    """
-
-    __slots__ = ("checksum", "count", "recent")
-
-    def __init__(self) -> None:
-        self.checksum = 0
-        self.count = 0
-        self.recent: deque[tuple[int, str]] = deque(maxlen=NUM_RECENT)
-
-    def add(self, signature: str) -> None:
-        """Append one collective, described by what must agree between ranks: operation, shape,
-        dtype."""
-        self.checksum = zlib.crc32(signature.encode(), self.checksum)
-        self.recent.append((self.count, signature))
-        self.count += 1
-
-
 class Ledger:
-    """The record of one rank. `on_event(name, axis, start, end, num_bytes)` is called after each
-    operation, with times of `time.perf_counter`.
+    """Record of one rank's communication.
 
-    Event names are those of the rows; a non-blocking operation appears as `iall_reduce`, `isend` or
-    `ireceive` (launch to completion) and, where the rank had to wait for it, as `wait`. With
-    `check_order` every collective first compares its signature with all other ranks of its group
-    and raises CommError where they differ; slow, and the quickest way to find out which collective
-    deadlocks.
+    `on_event(name, axis, start, end, num_bytes)` is called after each operation, with times of
+    `time.perf_counter`. Event names are those of the rows. A non-blocking operation appears as
+    `iall_reduce`, `isend` or `ireceive` (launch to completion) and, where the rank had to wait for
+    it, as `wait`.
+
+    With `check_order` every collective first compares its signature with those of all other ranks
+    of its group, and raises CommError if they differ. This is slow, and it finds the collective
+    that would deadlock.
     """
 
     def __init__(self, *, check_order: bool = False, on_event: EventHook | None = None) -> None:
@@ -122,7 +86,7 @@ class Ledger:
         self.on_event = on_event
 
     def row(self, axis: str, operation: str, kind: str) -> Row:
-        """The row of that key, made if absent. Raises CommError for an unknown kind."""
+        """Return the row of that key, made if absent. Raises CommError for an unknown kind."""
         key = (axis, operation, kind)
         row = self.rows.get(key)
         if row is None:
@@ -143,53 +107,28 @@ class Ledger:
         seconds: float = 0.0,
         group_size: int = 1,
     ) -> None:
-        """Add one call. Communicators do this by themselves; call it for kind `window`: bytes read
-        from or written to shared memory."""
-        row = self.row(axis, operation, kind)
-        row.calls += 1
-        row.bytes += num_bytes
-        row.seconds += seconds
-        row.wire += wire_bytes(operation, num_bytes, group_size)
-
-    def total(
-        self,
-        field_name: str = "bytes",
-        *,
-        axis: str | None = None,
-        operation: str | None = None,
-        kind: str | None = None,
-    ) -> Any:
-        """The sum of one field (`calls`, `bytes`, `seconds` or `wire`) over the rows that match."""
-        wanted = (axis, operation, kind)
-        rows = (
-            row
-            for key, row in self.rows.items()
-            if all(want in (None, have) for want, have in zip(wanted, key, strict=True))
-        )
-        return sum(getattr(row, field_name) for row in rows)
+        """Add one call that no communicator makes: kind `window`, bytes of shared memory."""
+        self.row(axis, operation, kind).add(operation, num_bytes, seconds, group_size)
 
     def payload(self) -> dict[tuple[str, str], int]:
-        """Payload bytes by (axis, operation): what the closed formulas of the parallel methods
-        predict."""
+        """Return the payload bytes by (axis, operation), which the closed formulas predict."""
         return {
             (axis, operation): row.bytes
             for (axis, operation, kind), row in self.rows.items()
             if kind == "payload"
         }
 
-    def wire_bytes(self, axis: str | None = None, kind: str | None = None) -> float:
-        """Ring-equivalent bytes this rank has sent, see `wire_bytes` of this module."""
-        return float(self.total("wire", axis=axis, kind=kind))
-
     def snapshot(self) -> dict[RowKey, Row]:
-        """A copy of the rows, to take differences with `since`."""
+        """Return a copy of the rows, to take differences with `since`."""
         return {
             key: Row(row.calls, row.bytes, row.seconds, row.wire) for key, row in self.rows.items()
         }
 
     def since(self, before: dict[RowKey, Row]) -> dict[RowKey, Row]:
-        """What was added after `before = ledger.snapshot()`; rows without new calls or seconds are
-        left out."""
+        """Return what was added after `before = ledger.snapshot()`.
+
+        Rows without new calls or seconds are left out.
+        """
         none = Row()
         changes = {}
         for key, row in self.rows.items():
@@ -203,79 +142,75 @@ class Ledger:
                 )
         return changes
 
-    def clear(self) -> None:
-        """Forget all rows and operations."""
-        self.rows.clear()
-        self.operations.clear()
-
     def recent(self, count: int = 8) -> str:
-        """The last operations, one a line, oldest first: what a time-out prints."""
+        """Return the last operations, one a line, oldest first, for a time-out message."""
         lines = [f"  {operation}" for operation in list(self.operations)[-count:]]
         return "last operations of this rank:\n" + ("\n".join(lines) if lines else "  (none)")
 
-    def report(self) -> str:
-        """The rows as a text table."""
-        lines = [
-            f"{'axis':<12} {'operation':<16} {'kind':<9} {'calls':>8} {'bytes':>16} "
-            f"{'ring bytes':>16} {'seconds':>10}"
-        ]
-        for (axis, operation, kind), row in sorted(self.rows.items()):
-            lines.append(
-                f"{axis:<12} {operation:<16} {kind:<9} {row.calls:>8} {row.bytes:>16,} "
-                f"{row.wire:>16,.0f} {row.seconds:>10.4f}"
-            )
-        return "\n".join(lines)
 
+class Operation:
+    """Ledger entry of one call, and the context manager around a blocking one.
 
-class Recording:
-    """Context manager around one blocking operation: one row, one entry among the recent
-    operations, one event."""
+    `signature` describes the call, first the operation. Its parts are joined only when a message
+    needs them. `ended` is None while the call has not returned.
+    """
 
-    __slots__ = ("axis", "group_size", "kind", "ledger", "name", "num_bytes", "operation", "row")
+    __slots__ = (
+        "axis", "ended", "group_size", "ledger", "name", "num_bytes", "row", "signature", "started",
+    )  # fmt: skip
 
     def __init__(
         self,
         ledger: Ledger,
         axis: str,
+        group_size: int,
         name: str,
         kind: str,
         num_bytes: int,
-        group_size: int,
-        detail: str = "",
+        signature: tuple[Any, ...],
     ) -> None:
-        self.ledger = ledger
-        self.name, self.axis, self.kind, self.num_bytes, self.group_size = (
-            name,
-            axis,
-            kind,
-            num_bytes,
-            group_size,
-        )
+        self.ledger, self.axis, self.group_size = ledger, axis, group_size
+        self.name, self.num_bytes, self.signature = name, num_bytes, signature
         self.row = ledger.row(axis, name, kind)
-        self.operation = Operation(name, axis, detail, num_bytes, time.perf_counter())
-        ledger.operations.append(self.operation)
+        self.started = time.perf_counter()
+        self.ended: float | None = None
+        ledger.operations.append(self)
 
-    def __enter__(self) -> Recording:
+    def __str__(self) -> str:
+        state = (
+            "not finished" if self.ended is None else f"{(self.ended - self.started) * 1e3:.2f} ms"
+        )
+        return f"{describe(self.signature)} on {self.axis!r}, {self.num_bytes} bytes: {state}"
+
+    def __enter__(self) -> Operation:
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        if exc_type is not None:
-            return
-        end = self.operation.ended = time.perf_counter()
-        row, start = self.row, self.operation.started
-        row.calls += 1
-        row.bytes += self.num_bytes
-        row.seconds += end - start
-        row.wire += wire_bytes(self.name, self.num_bytes, self.group_size)
+        if exc_type is None:
+            self.ended = time.perf_counter()
+            self.count(self.ended)
+            self.event(self.name, self.started, self.ended)
+
+    def count(self, now: float) -> None:
+        """Add the call to its row, with the seconds from its start to `now`."""
+        self.row.add(self.name, self.num_bytes, now - self.started, self.group_size)
+
+    def event(self, name: str, start: float, end: float) -> None:
+        """Report an event of this call to the ledger's hook."""
         if self.ledger.on_event is not None:
-            self.ledger.on_event(self.name, self.axis, start, end, self.num_bytes)
+            self.ledger.on_event(name, self.axis, start, end, self.num_bytes)
+
+
+def describe(signature: tuple[Any, ...]) -> str:
+    """Return the text of a signature."""
+    return " ".join(map(str, signature))
 
 
 current_ledger: ContextVar[Ledger] = ContextVar("current_ledger")
 
 
 def ledger() -> Ledger:
-    """The ledger of this context (one per rank), made on first use."""
+    """Return the ledger of this context (one per rank), made on first use."""
     found = current_ledger.get(None)
     if found is None:
         found = Ledger()
@@ -285,77 +220,10 @@ def ledger() -> Ledger:
 
 @contextmanager
 def recording(**options: Any) -> Iterator[Ledger]:
-    """Use a fresh `Ledger(**options)` within the block: `with recording() as counted: ...;
-    counted.payload()`."""
+    """Use a fresh `Ledger(**options)` inside the block."""
     fresh = Ledger(**options)
     token = current_ledger.set(fresh)
     try:
         yield fresh
     finally:
         current_ledger.reset(token)
-
-
-class _Ordered(Protocol):
-    rank: int
-    size: int
-    name: str
-
-    @property
-    def order(self) -> OrderRecord: ...
-
-    def gather_json(self, obj: Any) -> list[Any]: ...
-
-
-@dataclass
-class _Sequence:
-    """One rank's order record as it arrived."""
-
-    checksum: int
-    count: int
-    recent: dict[int, str] = field(default_factory=dict)
-
-    def at(self, index: int) -> str:
-        if index >= self.count:
-            return "nothing"
-        return self.recent.get(index, "an operation before the recorded ones")
-
-
-def check_order(comm: _Ordered) -> None:
-    """Compare what collectives the ranks of `comm` have run on it. Collective.
-
-    Raises CommError on every rank, naming the first operation among the last NUM_RECENT in which
-    they differ and which ranks ran what.
-    """
-    if comm.size == 1:
-        return
-    order = comm.order
-    mine = {"checksum": order.checksum, "count": order.count, "recent": list(order.recent)}
-    records = [
-        _Sequence(r["checksum"], r["count"], {i: text for i, text in r["recent"]})
-        for r in comm.gather_json(mine)
-    ]
-    if len({(record.checksum, record.count) for record in records}) == 1:
-        return
-    last = max(record.count for record in records)
-    first = max(min(record.recent, default=0) for record in records)
-    for index in range(first, last):
-        seen: dict[str, list[int]] = {}
-        for rank, record in enumerate(records):
-            seen.setdefault(record.at(index), []).append(rank)
-        if len(seen) > 1:
-            raise CommError(
-                f"ranks of {comm.name!r} ran different collectives: "
-                f"{describe_difference(index, seen)}"
-            )
-    raise CommError(
-        f"ranks of {comm.name!r} ran different collectives before the last {NUM_RECENT} of "
-        f"{[record.count for record in records]}; "
-        "call check_order more often to find the first"
-    )
-
-
-def describe_difference(index: int, seen: dict[str, list[int]]) -> str:
-    """Text for "operation `index` differs": which ranks ran what."""
-    return f"operation {index} was " + ", but ".join(
-        f"{what} on ranks {ranks}" for what, ranks in seen.items()
-    )

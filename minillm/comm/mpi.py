@@ -1,13 +1,13 @@
 """Ranks as MPI processes, through mpi4py's buffer interface; nothing is pickled.
 
-MPI counts are 32-bit in many libraries and some fail on large messages (users report it), so
-everything is cut into chunks below 1 GiB. Sums of 2-byte floats, which no MPI library knows, are
-exchanged by slices, summed in rank order in float32 and rounded once.
+MPI counts are 32-bit in many libraries and some fail on large messages, so arrays are cut into
+messages of at most 1 GiB. No MPI library knows 2-byte floats. Their sums are exchanged by slices,
+added in rank order in float32 and rounded once.
 
-Waiting: small collectives block inside MPI, which spins and is fastest. Receives, barriers and
-non-blocking operations may wait long for another rank's computation, so they poll: for about 5 ms
-giving up the core between polls, so that a rank with work goes first and the many steps of a large
-reduction follow one another at once, then sleeping.
+Small collectives block inside MPI, which spins and is fastest. Receives, barriers and non-blocking
+operations may wait long for another rank's computation, so they poll. For about 5 ms they yield the
+core between polls: a rank with work runs first, and the steps of a large reduction follow without
+delay. After that they sleep between polls.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,72 +25,46 @@ from mpi4py import MPI
 
 from minillm.base.arrays import is_narrow
 from minillm.base.errors import CommError, CommTimeout
-from minillm.comm.base import BaseCommunicator, reduce_in_order
-from minillm.comm.communicator import (
-    DEFAULT_TIMEOUT,
-    MAX_TAG,
-    Communicator,
-    ReduceOp,
-    SharedWindow,
-    Work,
-)
+from minillm.comm.buffers import ReduceOp, chunks, cut, reduce_in_order
+from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.ledger import ledger
 from minillm.comm.single import SelfCommunicator
+from minillm.comm.work import SharedWindow, Work
 
-CHUNK_BYTES: ContextVar[int] = ContextVar("chunk_bytes", default=1 << 30)
-"""Largest message handed to MPI; tests make it tiny."""
-
-SPIN_SECONDS = 5e-3
+MAX_MESSAGE_BYTES = 1 << 30
+SPIN_SECONDS = 5e-3  # longer than a collective, shorter than a stage
 SLEEP_SECONDS = (50e-6, 500e-6)
 BLOCKING_BYTES = 64 << 10  # collectives up to this size block inside MPI
 
 _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
 
 
-def _chunks(flat: np.ndarray) -> list[np.ndarray]:
-    """Contiguous pieces of at most CHUNK_BYTES; one empty piece for an empty array, since no
-    message is skipped."""
-    step = max(1, CHUNK_BYTES.get() // flat.itemsize)
-    return [flat[i : i + step] for i in range(0, flat.size, step)] or [flat]
-
-
 def _bytes(flat: np.ndarray) -> np.ndarray:
-    """The same memory as bytes: for dtypes that MPI does not know, and for moves that do not
-    compute."""
+    """Return the same memory as bytes: a move computes nothing, and MPI knows few dtypes."""
     return flat.view(np.uint8)
 
 
+def _messages(flat: np.ndarray) -> list[np.ndarray]:
+    return chunks(flat, MAX_MESSAGE_BYTES)
+
+
 class _Requests:
-    """A Work over MPI requests. Keeps the buffers alive; polls, then sleeps; names what it waits
-    for when time is up."""
+    """Work over MPI requests: polls, then sleeps, and says in a time-out what it waits for."""
 
     def __init__(
-        self,
-        requests: Sequence[MPI.Request],
-        keep: Any,
-        what: str,
-        timeout: float,
-        then: Callable[[], None] | None = None,
+        self, requests: Sequence[MPI.Request], keep: Any, what: str, timeout: float
     ) -> None:
-        self._requests, self._keep, self._what, self._timeout, self._then = (
-            list(requests),
-            keep,
-            what,
-            timeout,
-            then,
-        )
+        self._requests, self._keep = list(requests), keep
+        self._what, self._timeout = what, timeout
 
     def test(self) -> bool:
-        """See `Work`."""
+        """Make progress and return True once all requests are done."""
         if self._requests and MPI.Request.Testall(self._requests):
-            self._requests = []
-            if self._then is not None:
-                self._then()
-            self._keep = None
+            self._requests, self._keep = [], None
         return not self._requests
 
     def wait(self) -> None:
-        """See `Work`."""
+        """Block until all requests are done. Raises CommTimeout."""
         started, sleep = time.monotonic(), SLEEP_SECONDS[0]
         while not self.test():
             waited = time.monotonic() - started
@@ -108,7 +80,7 @@ class _Requests:
             sleep = min(SLEEP_SECONDS[1], sleep * 1.5)
 
 
-class MPICommunicator(BaseCommunicator):
+class MPICommunicator(Communicator):
     """A group of MPI processes."""
 
     def __init__(
@@ -123,7 +95,7 @@ class MPICommunicator(BaseCommunicator):
     def _all_reduce(self, flat: np.ndarray, op: ReduceOp) -> None:
         if is_narrow(flat.dtype) or flat.dtype.kind == "b":
             self._reduce_slices(flat, op)
-        elif flat.nbytes <= min(BLOCKING_BYTES, CHUNK_BYTES.get()):
+        elif flat.nbytes <= min(BLOCKING_BYTES, MAX_MESSAGE_BYTES):
             self.mpi.Allreduce(MPI.IN_PLACE, flat, _OPS[op])
         else:
             self._iall_reduce(flat, op).wait()
@@ -132,18 +104,8 @@ class MPICommunicator(BaseCommunicator):
         if is_narrow(flat.dtype) or flat.dtype.kind == "b":
             self._reduce_slices(flat, op)
             return self._work([], flat, "all_reduce")
-        requests = [self.mpi.Iallreduce(MPI.IN_PLACE, chunk, _OPS[op]) for chunk in _chunks(flat)]
+        requests = [self.mpi.Iallreduce(MPI.IN_PLACE, chunk, _OPS[op]) for chunk in _messages(flat)]
         return self._work(requests, flat, f"an all_reduce of {flat.nbytes} bytes")
-
-    def _reduce_slices(self, flat: np.ndarray, op: ReduceOp) -> None:
-        """All-reduce by exchanging slices, reducing in rank order, and gathering: one rounding, the
-        same bits everywhere."""
-        counts = [
-            flat.size * (r + 1) // self.size - flat.size * r // self.size for r in range(self.size)
-        ]
-        parts = np.split(flat, np.cumsum(counts)[:-1])
-        mine = self._all_to_all(parts, [counts[self.rank]] * self.size)
-        flat[...] = self._all_gather(reduce_in_order(mine, op), counts)
 
     def _all_gather(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
         out = np.empty(sum(counts), flat.dtype)
@@ -153,41 +115,25 @@ class MPICommunicator(BaseCommunicator):
         return out
 
     def _gather_into(self, out: np.ndarray, counts: list[int]) -> None:
-        """Fill `out`, in which this rank's own part stands already, with everybody's. Reads and
-        writes it by MPI alone."""
-        if out.nbytes <= CHUNK_BYTES.get():
+        """Complete `out`, which holds this rank's part. Only MPI reads and writes it."""
+        if out.nbytes <= MAX_MESSAGE_BYTES:
             self.mpi.Allgatherv(
                 MPI.IN_PLACE, [_bytes(out), [count * out.itemsize for count in counts]]
             )
             return
-        ends = np.cumsum(counts)
-        for root in range(self.size):
-            self._broadcast(out[ends[root] - counts[root] : ends[root]], root)
+        for root, part in enumerate(cut(out, counts)):
+            self._broadcast(part, root)
 
     def _reduce_scatter(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
-        if flat.nbytes <= CHUNK_BYTES.get() and not is_narrow(flat.dtype):
+        if flat.nbytes <= MAX_MESSAGE_BYTES and not is_narrow(flat.dtype):
             out = np.empty(counts[self.rank], flat.dtype)
             self.mpi.Reduce_scatter(flat, out, counts, MPI.SUM)
             return out
-        parts = np.split(flat, np.cumsum(counts)[:-1])
-        return reduce_in_order(
-            self._all_to_all(parts, [counts[self.rank]] * self.size), ReduceOp.SUM
-        )
-
-    def _all_to_all(self, parts: list[np.ndarray], counts: list[int]) -> list[np.ndarray]:
-        """Pairwise messages, so that each can be chunked and of any size."""
-        received = [np.empty(count, part.dtype) for count, part in zip(counts, parts, strict=True)]
-        received[self.rank][...] = parts[self.rank]
-        others = [r for r in range(self.size) if r != self.rank]
-        waiting = [self._irecv(received[r], r, MAX_TAG) for r in others] + [
-            self._isend(parts[r], r, MAX_TAG) for r in others
-        ]
-        for work in waiting:
-            work.wait()
-        return received
+        mine = self._all_to_all(cut(flat, counts), [counts[self.rank]] * self.size)
+        return reduce_in_order(mine, ReduceOp.SUM)
 
     def _broadcast(self, flat: np.ndarray, root: int) -> None:
-        requests = [self.mpi.Ibcast(_bytes(chunk), root) for chunk in _chunks(flat)]
+        requests = [self.mpi.Ibcast(_bytes(chunk), root) for chunk in _messages(flat)]
         self._work(requests, flat, f"a broadcast from rank {root}").wait()
 
     def _barrier(self) -> None:
@@ -196,7 +142,7 @@ class MPICommunicator(BaseCommunicator):
     # ---- messages
 
     def _isend(self, flat: np.ndarray, dest: int, tag: int) -> Work:
-        requests = [self.mpi.Isend(_bytes(chunk), dest, tag) for chunk in _chunks(flat)]
+        requests = [self.mpi.Isend(_bytes(chunk), dest, tag) for chunk in _messages(flat)]
         return self._work(
             requests,
             flat,
@@ -205,7 +151,7 @@ class MPICommunicator(BaseCommunicator):
 
     def _irecv(self, flat: np.ndarray, source: int, tag: int) -> Work:
         what = f"{flat.nbytes} bytes from rank {source} of {self.name!r}, tag {tag}"
-        requests = [self.mpi.Irecv(_bytes(chunk), source, tag) for chunk in _chunks(flat)]
+        requests = [self.mpi.Irecv(_bytes(chunk), source, tag) for chunk in _messages(flat)]
         return self._work(requests, flat, what)
 
     def _recv_any(self, flat: np.ndarray, tag: int) -> int:
@@ -229,23 +175,18 @@ class MPICommunicator(BaseCommunicator):
     def split(
         self, color: int | None, key: int | None = None, name: str = ""
     ) -> Communicator | None:
-        """A group of the ranks with the same `color`, ordered by (key, rank); None where the color
-        is None. Collective."""
         made = self.mpi.Split(
             MPI.UNDEFINED if color is None else color, self.rank if key is None else key
         )
         return None if made == MPI.COMM_NULL else _wrap(made, name or self.name, self.timeout)
 
     def split_by_node(self) -> Communicator:
-        """The ranks of this group that share memory with this one. Collective."""
         return _wrap(self.mpi.Split_type(MPI.COMM_TYPE_SHARED), "node", self.timeout)
 
     def dup(self, name: str) -> Communicator:
-        """The same ranks under another name, with messages of their own. Collective."""
         return MPICommunicator(self.mpi.Dup(), name, self.timeout)
 
     def alloc_shared(self, nbytes: int) -> SharedWindow:
-        """Memory that every rank of the group sees. Collective; all ranks must be on one node."""
         node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
         if node.Get_size() != self.size:
             raise CommError(
@@ -256,7 +197,7 @@ class MPICommunicator(BaseCommunicator):
 
 
 class _MPIWindow:
-    """An MPI shared-memory window; each rank's part starts on a cache line."""
+    """MPI shared-memory window; each rank's part starts on a cache line."""
 
     def __init__(self, comm: MPICommunicator, nbytes: int) -> None:
         self._comm = comm
@@ -274,13 +215,11 @@ class _MPIWindow:
         return raw[start : start + nbytes]
 
     def sync(self) -> None:
-        """See `SharedWindow`."""
         self._window.Sync()
         self._comm.barrier()
         self._window.Sync()
 
     def free(self) -> None:
-        """See `SharedWindow`."""
         self.parts = []
         self._window.Unlock_all()
         self._window.Free()
@@ -295,8 +234,10 @@ def _wrap(comm: MPI.Comm, name: str, timeout: float) -> Communicator:
 
 
 def takes_device_memory() -> bool:
-    """Whether the MPI library says that it reads and writes a GPU's memory. A trial with a device
-    pointer would end the process where it does not."""
+    """Return True if the MPI library says that it reads and writes a GPU's memory.
+
+    The library is asked because a trial with a device pointer ends the process if it does not.
+    """
     try:
         loaded = {
             line.split()[-1]
@@ -310,13 +251,3 @@ def takes_device_memory() -> bool:
         if query is not None:
             return bool(query())
     return False
-
-
-@contextmanager
-def chunk_limit(num_bytes: int) -> Any:
-    """Cut messages into chunks of at most `num_bytes` inside the block."""
-    token = CHUNK_BYTES.set(num_bytes)
-    try:
-        yield
-    finally:
-        CHUNK_BYTES.reset(token)

@@ -1,11 +1,9 @@
-"""Ranks as threads of one process: the same program, the same communicators, no MPI. For tests and
-for study.
+"""Ranks as threads of one process: the same program and communicators without MPI, for tests.
 
 `run_ranks(4, fn)` calls fn(comm) on four threads. Groups meet at a `_Board` that they share: each
-rank puts down what it brings, the last one to arrive computes, all pick up. Reductions sum in rank
-order, so every rank gets the same bits. With `rendezvous=True` a send completes only when its
-receiver has arrived, which turns an order that relies on buffering into a deadlock that the test
-sees.
+rank brings a value, the last one to arrive computes the results, and each takes its own. Reductions
+sum in rank order, so every rank gets the same bits. With `rendezvous=True` a send completes only
+when its receiver has arrived. An order that relies on buffering then deadlocks visibly.
 """
 
 from __future__ import annotations
@@ -15,23 +13,26 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from minillm.base.arrays import aligned_empty
 from minillm.base.errors import CommError, CommTimeout, PeerFailed
-from minillm.comm.base import BaseCommunicator, reduce_in_order
-from minillm.comm.communicator import Communicator, ReduceOp, SharedWindow, Work
+from minillm.comm.buffers import ReduceOp, cut, reduce_in_order
+from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger, recording
 from minillm.comm.single import SelfCommunicator
+from minillm.comm.work import SharedWindow, Work
 
 T = TypeVar("T")
 
 
 class _World:
-    """What all ranks of one `run_ranks` share: one lock, who has failed, and what everyone waits
-    for."""
+    """State that all ranks of one `run_ranks` share.
+
+    One lock, the first failed rank, and by thread name what each waiting rank waits for.
+    """
 
     def __init__(self, rendezvous: bool) -> None:
         self.changed = threading.Condition()
@@ -40,8 +41,11 @@ class _World:
         self.waiting: dict[str, str] = {}
 
     def wait_for(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
-        """Wait, holding the lock, until `ready()`. Raises PeerFailed when another rank has failed,
-        CommTimeout with everybody's wait when time is up."""
+        """Wait, holding the lock, until `ready()`.
+
+        Raises PeerFailed when another rank has failed, and CommTimeout after `timeout` seconds,
+        naming what every rank waits for.
+        """
         name = threading.current_thread().name
         deadline = time.monotonic() + timeout
         while not ready():
@@ -61,8 +65,7 @@ class _World:
 
 
 class _Meeting:
-    """One collective under way: what each rank brought, and what each takes away once the last has
-    come."""
+    """Collective under way: the value of each rank, and the results once the last has come."""
 
     def __init__(self, size: int) -> None:
         self.brought: list[Any] = [None] * size
@@ -72,7 +75,7 @@ class _Meeting:
 
 
 class _Board:
-    """The shared state of one group: meetings by number, messages by (source, destination, tag)."""
+    """Shared state of one group: meetings by number, messages by (source, destination, tag)."""
 
     def __init__(self, world: _World, size: int) -> None:
         self.world, self.size = world, size
@@ -83,47 +86,54 @@ class _Board:
 
 
 class _Message:
-    """A sent array; `received` once the receiver has taken it."""
+    """Sent array; `received` once the receiver has taken it."""
 
     def __init__(self, data: np.ndarray) -> None:
         self.data = data
         self.received = False
 
 
+class _Joined(NamedTuple):
+    """Number of a meeting that this rank has joined, and the name of the collective."""
+
+    number: int
+    what: str
+
+
 class _MeetingWork:
-    """A collective that this rank has joined and not yet finished."""
+    """Collective that this rank has joined and not yet finished."""
 
     def __init__(
-        self, comm: ThreadCommunicator, number: int, finish: Callable[[Any], None]
+        self, comm: ThreadCommunicator, joined: _Joined, finish: Callable[[Any], None]
     ) -> None:
-        self._comm, self._number, self._finish = comm, number, finish
+        self._comm, self._joined, self._finish = comm, joined, finish
         self._done = False
 
     def test(self) -> bool:
-        """See `Work`."""
-        if not self._done and self._comm._is_complete(self._number):
+        """Finish the collective if all ranks have joined it."""
+        if not self._done and self._comm._is_complete(self._joined):
             self.wait()
         return self._done
 
     def wait(self) -> None:
-        """See `Work`."""
+        """Block until all ranks have joined; then finish the collective."""
         if not self._done:
-            self._finish(self._comm._take(self._number))
+            self._finish(self._comm._take(self._joined))
             self._done = True
 
 
 class _SendWork:
-    """A send under rendezvous: done when the receiver has come. Without it, done at once."""
+    """Send: done when the receiver has come under rendezvous, otherwise at once."""
 
     def __init__(self, comm: ThreadCommunicator, message: _Message, what: str) -> None:
         self._comm, self._message, self._what = comm, message, what
 
     def test(self) -> bool:
-        """See `Work`."""
+        """Return True once the send is done."""
         return self._message.received or not self._comm._world.rendezvous
 
     def wait(self) -> None:
-        """See `Work`."""
+        """Block until the send is done."""
         world = self._comm._world
         if world.rendezvous:
             with world.changed:
@@ -131,26 +141,26 @@ class _SendWork:
 
 
 class _ReceiveWork:
-    """A receive into `out`, matched in order of sending."""
+    """Receive into `out`, matched in order of sending."""
 
     def __init__(self, comm: ThreadCommunicator, out: np.ndarray, source: int, tag: int) -> None:
         self._comm, self._out, self._key = comm, out, (source, comm.rank, tag)
         self._done = False
 
     def test(self) -> bool:
-        """See `Work`."""
+        """Receive the message if it has been sent."""
         if not self._done and self._comm._board.messages.get(self._key):
             self.wait()
         return self._done
 
     def wait(self) -> None:
-        """See `Work`."""
+        """Block until the message has been received."""
         if not self._done:
             self._comm._receive(self._out, [self._key])
             self._done = True
 
 
-class ThreadCommunicator(BaseCommunicator):
+class ThreadCommunicator(Communicator):
     """A group of threads of one process."""
 
     def __init__(
@@ -163,16 +173,11 @@ class ThreadCommunicator(BaseCommunicator):
 
     # ---- meetings
 
-    def _join(self, value: Any, compute: Callable[[list[Any]], list[Any]]) -> int:
-        """Put `value` down at this group's next meeting; the last to arrive computes everybody's
-        result. Returns the meeting's number."""
+    def _join(self, value: Any, compute: Callable[[list[Any]], list[Any]], what: str) -> _Joined:
+        """Bring `value` to this group's next meeting; the last to arrive computes all results."""
         number, self._number = self._number, self._number + 1
         with self._world.changed:
-            if self._world.failed is not None:
-                raise PeerFailed(
-                    f"rank {self._world.failed} has failed, so operations on {self.name!r} cannot "
-                    "complete"
-                )
+            self._check_peers()
             meeting = self._board.meetings.setdefault(number, _Meeting(self.size))
             meeting.brought[self.rank] = value
             meeting.arrived += 1
@@ -180,49 +185,57 @@ class ThreadCommunicator(BaseCommunicator):
                 meeting.results = compute(meeting.brought)
                 meeting.brought = []
                 self._world.changed.notify_all()
-        return number
+        return _Joined(number, what)
 
-    def _is_complete(self, number: int) -> bool:
+    def _check_peers(self) -> None:
         if self._world.failed is not None:
             raise PeerFailed(
                 f"rank {self._world.failed} has failed, so operations on {self.name!r} cannot "
                 "complete"
             )
-        meeting = self._board.meetings.get(number)
+
+    def _is_complete(self, joined: _Joined) -> bool:
+        self._check_peers()
+        meeting = self._board.meetings.get(joined.number)
         return meeting is not None and meeting.results is not None
 
-    def _take(self, number: int) -> Any:
+    def _take(self, joined: _Joined) -> Any:
         """Wait for a meeting and take this rank's result."""
+        number, what = joined
         with self._world.changed:
             meeting = self._board.meetings[number]
-            what = f"operation {number} on {self.name!r} ({self._signature_of(number)})"
-            self._world.wait_for(lambda: meeting.results is not None, what, self.timeout)
+            self._world.wait_for(
+                lambda: meeting.results is not None,
+                f"operation {number} on {self.name!r} ({what})",
+                self.timeout,
+            )
             meeting.taken += 1
             if meeting.taken == self.size:
                 del self._board.meetings[number]
             assert meeting.results is not None
             return meeting.results[self.rank]
 
-    def _signature_of(self, number: int) -> str:
-        return getattr(self, "_signature", "split")
+    def _meet(self, value: Any, compute: Callable[[list[Any]], list[Any]], what: str) -> Any:
+        return self._take(self._join(value, compute, what))
 
-    def _meet(self, value: Any, compute: Callable[[list[Any]], list[Any]]) -> Any:
-        return self._take(self._join(value, compute))
-
-    # ---- collectives; what a meeting hands out may be shared, so ranks that may write to it get
-    # copies
+    # ---- collectives. The results of a meeting may be shared: a rank that writes to one copies it.
 
     def _all_reduce(self, flat: np.ndarray, op: ReduceOp) -> None:
-        flat[...] = self._meet(flat.copy(), lambda parts: [self._reduced(parts, op)] * self.size)
+        flat[...] = self._meet(
+            flat.copy(), lambda parts: [self._reduced(parts, op)] * self.size, "all_reduce"
+        )
 
     def _iall_reduce(self, flat: np.ndarray, op: ReduceOp) -> Work:
-        number = self._join(flat.copy(), lambda parts: [self._reduced(parts, op)] * self.size)
-        flat.view(np.uint8)[...] = 0xFF  # nobody may rely on it until the Work is done: NaN, or -1
+        joined = self._join(
+            flat.copy(), lambda parts: [self._reduced(parts, op)] * self.size, "iall_reduce"
+        )
+        # NaN, or -1: a reader before the end of the Work must not find the old values
+        flat.view(np.uint8)[...] = 0xFF
 
         def finish(result: np.ndarray) -> None:
             flat[...] = result
 
-        return _MeetingWork(self, number, finish)
+        return _MeetingWork(self, joined, finish)
 
     def _reduced(self, parts: list[np.ndarray], op: ReduceOp) -> np.ndarray:
         kinds = {(part.shape, part.dtype) for part in parts}
@@ -233,7 +246,9 @@ class ThreadCommunicator(BaseCommunicator):
         return reduce_in_order(parts, op)
 
     def _all_gather(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
-        return self._meet(flat.copy(), lambda parts: [np.concatenate(parts)] * self.size).copy()
+        return self._meet(
+            flat.copy(), lambda parts: [np.concatenate(parts)] * self.size, "all_gather"
+        ).copy()
 
     def _gather_into(self, out: np.ndarray, counts: list[int]) -> None:
         first = sum(counts[: self.rank])
@@ -241,14 +256,15 @@ class ThreadCommunicator(BaseCommunicator):
 
     def _reduce_scatter(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
         def compute(parts: list[np.ndarray]) -> list[np.ndarray]:
-            return np.split(self._reduced(parts, ReduceOp.SUM), np.cumsum(counts)[:-1])
+            return cut(self._reduced(parts, ReduceOp.SUM), counts)
 
-        return self._meet(flat.copy(), compute).copy()
+        return self._meet(flat.copy(), compute, "reduce_scatter").copy()
 
     def _all_to_all(self, parts: list[np.ndarray], counts: list[int]) -> list[np.ndarray]:
         received = self._meet(
             [part.copy() for part in parts],
             lambda table: [list(column) for column in zip(*table, strict=True)],
+            "all_to_all",
         )
         for source, (part, count) in enumerate(zip(received, counts, strict=True)):
             if part.size != count:
@@ -260,7 +276,9 @@ class ThreadCommunicator(BaseCommunicator):
 
     def _broadcast(self, flat: np.ndarray, root: int) -> None:
         data = self._meet(
-            flat.copy() if self.rank == root else None, lambda parts: [parts[root]] * self.size
+            flat.copy() if self.rank == root else None,
+            lambda parts: [parts[root]] * self.size,
+            "broadcast",
         )
         if self.rank != root:
             if data.nbytes != flat.nbytes:
@@ -271,7 +289,7 @@ class ThreadCommunicator(BaseCommunicator):
             flat[...] = data
 
     def _barrier(self) -> None:
-        self._meet(None, lambda parts: parts)
+        self._meet(None, lambda parts: parts, "barrier")
 
     # ---- messages
 
@@ -289,7 +307,7 @@ class ThreadCommunicator(BaseCommunicator):
         return self._receive(flat, [(source, self.rank, tag) for source in range(self.size)])
 
     def _receive(self, out: np.ndarray, keys: list[tuple[int, int, int]]) -> int:
-        """Take the first message under any of `keys` into `out`; returns its source."""
+        """Copy the first message under any of `keys` into `out`; return its source."""
         sources = ", ".join(str(key[0]) for key in keys)
         with self._world.changed:
             self._world.wait_for(
@@ -314,9 +332,6 @@ class ThreadCommunicator(BaseCommunicator):
     def split(
         self, color: int | None, key: int | None = None, name: str = ""
     ) -> Communicator | None:
-        """A group of the ranks with the same `color`, ordered by (key, rank); None where the color
-        is None. Collective."""
-
         def compute(wishes: list[tuple[int | None, int, int]]) -> list[Any]:
             boards: dict[int, tuple[_Board, list[int]]] = {}
             for wanted in {c for c, _, _ in wishes if c is not None}:
@@ -330,7 +345,7 @@ class ThreadCommunicator(BaseCommunicator):
                 boards[wanted] = _Board(self._world, len(members)), members
             return [None if c is None else boards[c] for c, _, _ in wishes]
 
-        made = self._meet((color, self.rank if key is None else key, self.rank), compute)
+        made = self._meet((color, self.rank if key is None else key, self.rank), compute, "split")
         if made is None:
             return None
         board, members = made
@@ -346,19 +361,16 @@ class ThreadCommunicator(BaseCommunicator):
         )
 
     def split_by_node(self) -> Communicator:
-        """The ranks that run on the same node, as `run_ranks(nodes=...)` says."""
         group = self.split(self._nodes[self.rank], self.rank, "node")
         assert group is not None
         return group
 
     def dup(self, name: str) -> Communicator:
-        """The same ranks under another name, with an order and tags of their own."""
         group = self.split(0, self.rank, name)
         assert group is not None
         return group
 
     def alloc_shared(self, nbytes: int) -> SharedWindow:
-        """Memory that every rank of the group sees. Collective; all ranks must be on one node."""
         if len(set(self._nodes)) > 1:
             raise CommError(
                 f"ranks of {self.name!r} lie on nodes {sorted(set(self._nodes))} and cannot share "
@@ -366,22 +378,22 @@ class ThreadCommunicator(BaseCommunicator):
             )
         own = aligned_empty((nbytes,), np.uint8)
         own[...] = 0
-        return _ThreadWindow(self, self._meet(own, lambda parts: [list(parts)] * self.size))
+        return _ThreadWindow(
+            self, self._meet(own, lambda parts: [list(parts)] * self.size, "alloc_shared")
+        )
 
 
 class _ThreadWindow:
-    """Threads share all memory; only the waiting needs care."""
+    """Window among threads, which share all memory: `sync` is a barrier."""
 
     def __init__(self, comm: ThreadCommunicator, parts: list[np.ndarray]) -> None:
         self._comm = comm
         self.parts = list(parts)
 
     def sync(self) -> None:
-        """See `SharedWindow`."""
         self._comm.barrier()
 
     def free(self) -> None:
-        """See `SharedWindow`."""
         self._comm._barrier()
         self.parts = []
 
@@ -394,12 +406,12 @@ def run_ranks(
     timeout: float = 60.0,
     rendezvous: bool = False,
 ) -> list[T]:
-    """Run fn(comm) on `n` ranks, each a thread with a copy of the caller's context and a ledger of
-    its own; returns their results in rank order.
+    """Run fn(comm) on `n` thread ranks and return their results in rank order.
 
-    `nodes[r]` is the node that rank r pretends to run on. When a rank raises, the others get
-    PeerFailed at their next operation, and the first error is raised here with a note that names
-    the rank. Raises CommTimeout for a rank that waits longer than `timeout` seconds.
+    Each rank has a copy of the caller's context and its own ledger. `nodes[r]` is the node that
+    rank r pretends to run on. When a rank raises, the others get PeerFailed at their next
+    operation, and the first error is raised here with a note that names the rank. Raises
+    CommTimeout for a rank that waits longer than `timeout` seconds.
     """
     world = _World(rendezvous)
     board = _Board(world, n)

@@ -9,22 +9,19 @@ that none is left waiting.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.comm.agreement import agree, from_first
+from minillm.comm.communicator import Communicator
+from minillm.comm.single import SelfCommunicator
 from minillm.data.sources import DEFAULT_SOURCE, TextSource, find_source, read_text
 from minillm.data.token_files import fingerprint, held_out_beside, inspect_tokens, open_tokens
 from minillm.data.tokenizers import IdTokenizer, Tokenizer, make_tokenizer, tokenizer_from_json
-
-if TYPE_CHECKING:
-    from minillm.comm.communicator import Communicator
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,9 @@ def load_corpus(
             f"the held-out part is a fraction in [0, 1), not {held_out}; 0.1 keeps the last tenth "
             "of the corpus"
         )
-    plan = _from_first(comm, lambda: _plan(source, tokenizer, vocab, held_out))
-    return _on_all(comm, lambda: _open(plan, context, source))
+    comm = comm or SelfCommunicator()
+    plan = from_first(comm, lambda: _plan(source, tokenizer, vocab, held_out), ConfigError)
+    return agree(comm, lambda: _open(plan, context, source), ConfigError)
 
 
 def _plan(
@@ -226,41 +224,3 @@ def _same(name: str, mine: Any, first: Any) -> None:
             "use one copy of it (or "
             f"one Python) everywhere"
         )
-
-
-def _from_first(comm: Communicator | None, make: Callable[[], T]) -> T:
-    """`make()` of rank 0, a JSON value, on every rank; its ConfigError is raised on every rank
-    too."""
-    answer: Any = None
-    if comm is None or comm.rank == 0:
-        try:
-            answer = {"value": make()}
-        except ConfigError as error:
-            answer = {"error": str(error)}
-    if comm is not None:
-        answer = comm.broadcast_json(answer)
-    if "error" in answer:
-        raise ConfigError(answer["error"])
-    return answer["value"]
-
-
-def _on_all(comm: Communicator | None, make: Callable[[], T]) -> T:
-    """`make()` on every rank; if it raises ConfigError on some, all raise the first one's."""
-    value, failure = None, None
-    try:
-        value = make()
-    except ConfigError as error:
-        failure = str(error)
-    if comm is not None:
-        failures = comm.gather_json(failure)
-        first = (
-            next(((rank, text) for rank, text in enumerate(failures) if text), None)
-            if comm.rank == 0 and failures
-            else None
-        )
-        first = comm.broadcast_json(first)
-        if first is not None:
-            failure = first[1] if first[0] == 0 else f"rank {first[0]}: {first[1]}"
-    if failure is not None:
-        raise ConfigError(failure)
-    return value  # type: ignore[return-value]

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from minillm import checkpoint
 from minillm.base.device import CPU, Device, open_device
 from minillm.base.errors import ConfigError
+from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
-from minillm.comm.process import agree
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
 from minillm.training.assembly import Assembly, assemble
 from minillm.training.config import TrainConfig

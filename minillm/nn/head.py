@@ -12,7 +12,7 @@ import numpy as np
 
 from minillm import kernels, ops
 from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Tensor, no_grad
-from minillm.base.arrays import Array, namespace, sum_dtype
+from minillm.base.arrays import Array, namespace, on_host, sum_dtype
 from minillm.comm.communicator import Communicator, ReduceOp
 from minillm.parallel.collectives import gather_from
 from minillm.parallel.tensor import Region
@@ -83,11 +83,11 @@ class _HeadLoss(Function):
         counted = flat != ignore_index
         wide = sum_dtype(x.dtype)
         row_scale = counted.astype(wide) / wide.type(divisor)
-        vocab_slice = (_VocabSlice if xp is np else _VocabSliceOnGpu)(len(weight), comm, vocab)
+        vocab_slice = (_VocabSlice if on_host(x) else _VocabSliceOnGpu)(len(weight), comm, vocab)
         grad_x = xp.empty(rows.shape, x.dtype) if ctx.needs[0] else None
         slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
         total: Any = 0.0
-        chunk = _chunk(len(rows), weight.shape[0] * x.dtype.itemsize, on_gpu=xp is not np)
+        chunk = _chunk(len(rows), weight.shape[0] * x.dtype.itemsize, on_gpu=not on_host(x))
         buffer = xp.empty((min(chunk, len(rows)), weight.shape[0]), x.dtype)  # of every chunk
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
@@ -134,7 +134,7 @@ def _counted_sum(losses: Array, counted: Array) -> Any:
 
     Returns a number, or on a GPU an array without dims: the host does not wait for it.
     """
-    if isinstance(losses, np.ndarray):
+    if on_host(losses):
         return float(np.add.reduce(losses[counted], dtype=np.float64))
     xp = namespace(losses)
     return xp.where(counted, losses, 0.0).sum(dtype=np.float64)

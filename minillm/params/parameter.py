@@ -56,6 +56,23 @@ class ParamStorage(Protocol):
         """Return the slot in which the gradient accumulates."""
 
 
+class PlainStorage:
+    """Local array and gradient that this rank alone holds."""
+
+    def __init__(self, value: Array, grad: Array | None) -> None:
+        self._value, self.dtype = value, value.dtype
+        self._slot = None if grad is None else GradSlot(grad)
+
+    def full(self) -> Array:
+        """Return the local array."""
+        return self._value
+
+    def slot(self) -> GradSlot:
+        """Return the gradient slot."""
+        assert self._slot is not None, "this model was built for inference, without gradients"
+        return self._slot
+
+
 class Parameter(Leaf):
     """Trainable array: global name, sharding, initial values, and weight decay or none.
 

@@ -13,30 +13,12 @@ from typing import Protocol
 import numpy as np
 
 from minillm import kernels
-from minillm.autograd.tape import GradSlot
 from minillm.base.arrays import ALIGNMENT, Array, aligned_empty, sum_dtype
 from minillm.base.device import CPU, Device
 from minillm.layout.flat import FlatLayout, Run
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import FlatShard, Sharded, overlap, share
-from minillm.params.parameter import Parameter
-
-
-class PlainStorage:
-    """A parameter's local array and gradient, both held by this rank alone."""
-
-    def __init__(self, value: Array, grad: Array | None) -> None:
-        self._value, self.dtype = value, value.dtype
-        self._slot = None if grad is None else GradSlot(grad)
-
-    def full(self) -> Array:
-        """The local array."""
-        return self._value
-
-    def slot(self) -> GradSlot:
-        """The gradient slot."""
-        assert self._slot is not None, "this model was built for inference, without gradients"
-        return self._slot
+from minillm.params.parameter import Parameter, PlainStorage
 
 
 class Memory(Protocol):
@@ -82,7 +64,7 @@ class PrivateMemory:
 
     def common(self, size: int, dtype: np.dtype) -> Array:
         """Return zeros [size]."""
-        if self.device.xp is not np:
+        if not self.device.on_host:
             return self.device.xp.zeros(size, dtype)
         zeros = aligned_empty((size,), dtype)
         zeros[...] = 0
@@ -171,11 +153,6 @@ class FlatBuffers:
             part = overlap(slice(run.start, run.stop), self.share)
             if part.start < part.stop:
                 yield run, part
-
-    def start_step(self) -> None:
-        """Discard last step's gradients: the next write to each slot overwrites."""
-        for slot in self.slots:
-            slot.writes = 0
 
 
 class FlatState:

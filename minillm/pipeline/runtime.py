@@ -16,7 +16,7 @@ import numpy as np
 
 from minillm.autograd.backward import WeightGradWork, backward
 from minillm.autograd.tape import Tensor, no_grad
-from minillm.base.arrays import Array, namespace
+from minillm.base.arrays import Array, namespace, on_host
 from minillm.base.trace import Tracer
 from minillm.comm.communicator import Communicator, Work
 from minillm.models.protocol import ArraySpec, Batch
@@ -128,7 +128,7 @@ class PipelineRuntime:
 
     def _add(self, sums: Mapping[str, Any]) -> None:
         for name, value in sums.items():
-            value = float(value) if isinstance(value, np.ndarray) else value
+            value = float(value) if on_host(value) else value
             self._sums.setdefault(name, []).append(value)
 
     def _forward(self, action: Action) -> None:

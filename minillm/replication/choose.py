@@ -31,7 +31,7 @@ def choose(
     `num_values` are this rank's parameters. On a GPU memory is never shared. Collective over the
     mesh. Raises ConfigError on every rank if "on" is impossible.
     """
-    if device is not CPU:
+    if not device.on_host:
         return AllReduce(mesh, layout, PrivateMemory(device.describe(), device), bucket_bytes)
     alone = mesh.axis(*TOKEN_AXES).size == 1
     if node_shared == "off" or (node_shared == "auto" and alone):

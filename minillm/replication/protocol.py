@@ -68,7 +68,8 @@ class Replication:
     def begin_step(self) -> None:
         """Discard last step's gradients."""
         for buffers in self.buffers.values():
-            buffers.start_step()
+            for slot in buffers.slots:
+                slot.writes = 0  # the next write overwrites
 
     def unshard(self, stage: int) -> None:
         """Make the parameters of `stage` whole before they are used."""

@@ -39,7 +39,7 @@ def numeric_key(
         "sequence_parallel": train.sequence_parallel,
         "recompute": train.recompute,
         "ranks_per_host": [rank["host"] for rank in ranks if rank["host"] is not None],
-        **({} if device is CPU else {"device": device.kind()}),
+        **({} if device.on_host else {"device": device.kind()}),
         "kernels": kernel_choices(config, device),
         **{name: _common([rank[name] for rank in ranks]) for name in local},
     }

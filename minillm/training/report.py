@@ -9,7 +9,6 @@ from typing import Any
 
 from minillm.base.device import CPU, Device
 from minillm.base.log import compact
-from minillm.base.process_memory import peak_rss
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import Row, RowKey
 from minillm.data.corpus import Corpus
@@ -66,7 +65,7 @@ def _kernels(config: ResolvedConfig, device: Device) -> str:
         f"{choice} for {plural(count, 'operation')}"
         for choice, count in Counter(choices.values()).most_common()
     )
-    if device is not CPU:
+    if not device.on_host:
         return f"{words}; attention {choices['attention_forward']}"
     missing = native.unavailable or (
         native.blas_unavailable if choices["matmul"] == "c:baseline" else None
@@ -98,7 +97,7 @@ def step_metrics(
         "seconds": report.seconds,
         "tokens_per_second": tokens / report.seconds,
         "exposed_seconds": report.exposed_seconds,
-        "peak_rss_mb" if device is CPU else "peak_device_mb": report.peak_bytes / (1 << 20),
+        "peak_rss_mb" if device.on_host else "peak_device_mb": report.peak_bytes / (1 << 20),
         "comm": dict(comm),
     }
 
@@ -143,4 +142,4 @@ class TimeShares:
 def peak_mb(comm: Communicator, device: Device = CPU) -> int:
     """The most memory that any rank has held so far, in MB (10^6 bytes); on a GPU, of the device.
     Collective."""
-    return round(max(comm.gather_json(device.peak_bytes() or peak_rss())) / 1e6)
+    return round(max(comm.gather_json(device.peak_bytes())) / 1e6)

@@ -18,12 +18,11 @@ import numpy as np
 from minillm.base.arrays import to_host
 from minillm.base.device import CPU, Device
 from minillm.base.errors import CommError
-from minillm.base.process_memory import peak_rss
 from minillm.base.trace import Tracer
 from minillm.checkpoint import StateSource, StateTensor, load
+from minillm.comm.agreement import agree
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.mesh import Mesh
-from minillm.comm.process import agree
 from minillm.layout.placement import Layout
 from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.gpt import INIT_STD
@@ -108,7 +107,7 @@ class Trainer:
             if optimizer is AdamW
             else SGD(buffers)
         )
-        if device is not CPU:
+        if not device.on_host:
             needs = predicted(config, self.model.layout, self.mesh.coord("pp"), architecture)
             device.reserve(needs["activations"] + needs["logits"])
         self.runtime = PipelineRuntime(
@@ -128,12 +127,14 @@ class Trainer:
             "smaller --clip"
         )
         self._judge = Judge(device, task.losses, train.clip, advice)
+        # The ranks along tp compute equal losses: the first one counts.
+        self._counts_losses = self.mesh.coord("tp") == 0
         self.stop_requested = False
 
     @property
     def lag(self) -> int:
         """How many steps the host is ahead of the numbers that it reads: 1 on a GPU."""
-        return int(self.device is not CPU)
+        return int(not self.device.on_host)
 
     def step(self, step: int) -> StepReport:
         """Run step `step` (from 0). Collective.
@@ -161,11 +162,10 @@ class Trainer:
     def _optimizer_step(self, losses: Sums) -> None:
         """Agree on losses, norm and stopping, then update everywhere or nowhere."""
         train, ranks = self.config.train, self.replication.agreeing
-        # The ranks along tp compute equal losses: the first one counts.
-        own = losses if self.mesh.coord("tp") == 0 else {}
+        own = losses if self._counts_losses else {}
         squares = self.replication.sum_of_squares()
         self._verdict = self._judge.agree(ranks, self._step, own, squares)
-        peak = self.device.peak_bytes() or peak_rss()
+        peak = self.device.peak_bytes()
         self._worst = ranks.reduce_numbers([self.stop_requested, peak], MAX)
         if not self.lag:
             self._verdict.numbers()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minillm.base.arrays import Array
-from minillm.base.device import CPU, Device, Later
+from minillm.base.device import Device, Future
 from minillm.base.errors import MinillmError
 from minillm.comm.communicator import Communicator
 
@@ -41,7 +41,7 @@ class Verdict:
         self,
         step: int,
         names: Sequence[str],
-        numbers: Later,
+        numbers: Future,
         scale: Any,
         good: Array | None,
         advice: str,
@@ -88,15 +88,15 @@ class Judge:
         The parts are floats, or arrays without dims on the device. Collective over `ranks`.
         """
         parts = [*(losses.get(name, 0.0) for name in self.names), squares]
-        on_host = self.device is CPU
-        self.last = (self._on_host if on_host else self._on_device)(ranks, step, parts)
+        decide = self._on_host if self.device.on_host else self._on_device
+        self.last = decide(ranks, step, parts)
         return self.last
 
     def _on_host(self, ranks: Communicator, step: int, parts: list[Any]) -> Verdict:
         *losses, squares = ranks.reduce_numbers(parts)
         norm = math.sqrt(squares) if squares >= 0 else math.nan
         scale = min(1.0, self.max_norm / (norm + CLIP_EPS)) if self.max_norm else 1.0
-        return Verdict(step, self.names, Later((*losses, norm)), scale, None, self.advice)
+        return Verdict(step, self.names, Future((*losses, norm)), scale, None, self.advice)
 
     def _on_device(self, ranks: Communicator, step: int, parts: list[Any]) -> Verdict:
         xp = self.device.xp
@@ -113,5 +113,5 @@ class Judge:
         if self.max_norm:
             clipped = xp.minimum(self.max_norm / (norm + CLIP_EPS), 1.0)
         scale = xp.where(good, clipped, math.nan).astype(np.float32)
-        numbers = self.device.later(xp.concatenate([totals[:-1], norm]))
+        numbers = self.device.fetch(xp.concatenate([totals[:-1], norm]))
         return Verdict(step, self.names, numbers, scale, good, self.advice)

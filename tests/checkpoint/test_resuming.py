@@ -22,6 +22,7 @@ from minillm.base.errors import CheckpointError
 from minillm.checkpoint import CheckpointSource
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
+from minillm.training.numeric_key import numeric_key
 from minillm.training.resolve import ResolvedConfig
 
 
@@ -116,7 +117,7 @@ def test_numeric_key_is_json_and_the_same_on_all_ranks() -> None:
     config = make_config("gpt2", WIDE, **TINY)
     keys = run_ranks(
         8,
-        lambda comm: checkpoint.numeric_key(config, comm, shared_by=1),
+        lambda comm: numeric_key(config, comm, shared_by=1),
         nodes=[0, 0, 0, 0, 0, 1, 1, 1],
     )
     assert all(key == keys[0] for key in keys)
@@ -131,7 +132,7 @@ def test_difference_names_what_changed() -> None:
     def key(layout: Layout, **changes: Any) -> dict[str, Any]:
         config = make_config("gpt2", layout, **(TINY | changes))
         return run_ranks(
-            layout.num_ranks, lambda comm: checkpoint.numeric_key(config, comm, shared_by=1)
+            layout.num_ranks, lambda comm: numeric_key(config, comm, shared_by=1)
         )[0]
 
     old = key(Layout(dp=2))

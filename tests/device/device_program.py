@@ -17,11 +17,11 @@ from training_helpers import BASE, Layout, assemble, make_config, train_rank
 from minillm import kernels
 from minillm.base.arrays import to_host
 from minillm.base.device import open_device
-from minillm.comm import staging
-from minillm.comm.base import reduce_in_order
+from minillm.comm import mpi, staging
+from minillm.comm.buffers import reduce_in_order
 from minillm.comm.communicator import SUM
 from minillm.comm.device_arrays import on_device
-from minillm.comm.mpi import chunk_limit, takes_device_memory
+from minillm.comm.mpi import takes_device_memory
 from minillm.comm.process import main_guard, world
 from minillm.comm.single import SelfCommunicator
 
@@ -38,7 +38,7 @@ def main() -> int:
     kernels.prepare_process()
     comm = world()
     assert not takes_device_memory() or comm.size, "asking the library ends no process"
-    staging.CHUNK_BYTES = 1000  # bytes: several chunks in every gradient
+    staging.STAGING_BYTES = 1000  # bytes: several chunks in every gradient
     with installed():
         for direct in (False, True):
             check_bfloat16(comm, direct)
@@ -56,15 +56,16 @@ def check_bfloat16(comm: Any, direct: bool) -> None:
     device = open_device("cuda")
     there = on_device(comm, device, direct)
     for limit in (1 << 30, 512):
-        with chunk_limit(limit):
-            assert (
-                to_host(there.all_reduce_(device.upload(parts[comm.rank]))).tobytes()
-                == reduce_in_order(parts, SUM).tobytes()
-            )
-            assert (
-                to_host(there.all_gather(device.upload(parts[comm.rank]))).tobytes()
-                == np.concatenate(parts).tobytes()
-            )
+        mpi.MAX_MESSAGE_BYTES = limit
+        assert (
+            to_host(there.all_reduce_(device.upload(parts[comm.rank]))).tobytes()
+            == reduce_in_order(parts, SUM).tobytes()
+        )
+        assert (
+            to_host(there.all_gather(device.upload(parts[comm.rank]))).tobytes()
+            == np.concatenate(parts).tobytes()
+        )
+    mpi.MAX_MESSAGE_BYTES = 1 << 30
 
 
 def check_training(comm: Any, layout: Layout, direct: bool) -> None:

@@ -42,7 +42,7 @@ def scale(model_sizes: dict[str, Any]) -> float:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(staging, "CHUNK_BYTES", 4096)  # several chunks in most messages
+    monkeypatch.setattr(staging, "STAGING_BYTES", 4096)  # several chunks in most messages
     with installed() as module:
         yield module
 

@@ -15,12 +15,12 @@ from standin.install import installed
 from minillm.base.arrays import to_host
 from minillm.base.device import CPU, open_device
 from minillm.comm import staging
-from minillm.comm.base import BaseCommunicator, reduce_in_order
-from minillm.comm.communicator import MAX, SUM, Communicator, Work
+from minillm.comm.buffers import reduce_in_order
+from minillm.comm.communicator import MAX, SUM, Communicator
 from minillm.comm.device_arrays import DirectCommunicator, StagedCommunicator, on_device
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
-from minillm.comm.work import DoneWork
+from minillm.comm.work import DoneWork, Work
 
 RANKS = 3
 DTYPES = {
@@ -33,7 +33,7 @@ DTYPES = {
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(staging, "CHUNK_BYTES", 64)  # several chunks in the smallest array
+    monkeypatch.setattr(staging, "STAGING_BYTES", 64)  # several chunks in the smallest array
     with installed() as module:
         yield module
 
@@ -194,7 +194,7 @@ def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(
 # ---- how copies and messages follow one another
 
 
-class Partner(BaseCommunicator):
+class Partner(Communicator):
     """The inner communicator of the first of two ranks, where every exchange is an event and all
     that comes is zeros."""
 
