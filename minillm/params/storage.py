@@ -147,6 +147,11 @@ class FlatBuffers:
             for s in self.layout.spans()
         }
 
+    def start_step(self) -> None:
+        """Discard the gradients: the next write to each slot overwrites."""
+        for slot in self.slots:
+            slot.writes = 0
+
     def shared_runs(self) -> Iterator[tuple[Run, slice]]:
         """Yield the runs that reach into this rank's share, each with the part that does."""
         for run in self.layout.runs:

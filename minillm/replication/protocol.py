@@ -68,8 +68,7 @@ class Replication:
     def begin_step(self) -> None:
         """Discard last step's gradients."""
         for buffers in self.buffers.values():
-            for slot in buffers.slots:
-                slot.writes = 0  # the next write overwrites
+            buffers.start_step()
 
     def unshard(self, stage: int) -> None:
         """Make the parameters of `stage` whole before they are used."""

@@ -23,10 +23,14 @@ NORMS = [1.5030067657543944, 1.2119538857333276, 1.2729644947777903]
 HELD_OUT = 5.454725401878357
 
 
-def test_a_run_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(SAVED, tmp_path / "checkpoints")
-    assert train.main(["--resume", str(tmp_path), "--tp", "1"]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+def test_a_run_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/old")
+    shutil.copytree(SAVED, run / "checkpoints")
+    assert train.main(["--resume", str(run), "--tp", "1"]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 5, 6]
     np.testing.assert_allclose([line["loss"] for line in lines], LOSSES, rtol=1e-6)
     np.testing.assert_allclose([line["grad_norm"] for line in lines], NORMS, rtol=1e-5)
