@@ -17,8 +17,8 @@ def gradcheck(
 ) -> float:
     """Check <u, J v> = <J^T u, v> for random u, v at float64 `inputs`. Returns the relative error.
 
-    J v is computed by central differences. `fn` takes tensors and returns a tensor or a tuple of tensors. Raises ArithmeticError if the two
-    sides differ by more than `tol`, or if either is NaN.
+    J v is computed by central differences. `fn` takes tensors and returns a tensor or a tuple of
+    tensors. Raises ArithmeticError if the sides differ by more than `tol`, or if one is NaN.
     """
     generator = np.random.default_rng(seed)
     directions = [generator.standard_normal(x.shape) for x in inputs]

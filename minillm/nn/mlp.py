@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
-
 from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
+from minillm.base.arrays import on_host
 from minillm.layout.sharding import Segment
 from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
 from minillm.parallel.tensor import Region
@@ -59,7 +58,7 @@ class MLP(Module):
         On a GPU, where a pass over memory costs more than arithmetic, GELU adds the bias if the
         matrix product cannot.
         """
-        added = isinstance(x.data, np.ndarray) or kernels.chosen("matmul", x.data).fuses_bias
+        added = on_host(x.data) or kernels.chosen("matmul", x.data).fuses_bias
         if added or not self.takes_bias or self.up.bias is None:
             return self.activation(self.up(x, pass_), recompute=self.recompute)
         product = self.up.product(x, pass_)

@@ -37,7 +37,7 @@ class Where:
         return self.device.constant((kind, times), make)
 
     def addresses(self) -> tuple[Array, Array]:
-        """Return `samples` [B] and `times` [T_local] or [B, T_local] on the device, cached there."""
+        """Return `samples` and `times` on the device, which caches them."""
         samples, times = self.samples, self.times
         assert times is not None
         return self.device.constant(("samples", samples.tobytes()), lambda: samples), self.table(

@@ -139,20 +139,6 @@ class ModelConfig(Architecture):
         """Channels per attention head."""
         return self.dim // self.heads
 
-    def num_parameters(self) -> int:
-        """Number of different trainable values: a tied head counts once, the padding of the
-        vocabulary not at all."""
-        bias = int(self.bias)
-        norm = self.dim * (1 + (bias if self.norm == "layernorm" else 0))
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_width
-        up = self.ffn_dim * (2 if self.mlp == "swiglu" else 1)
-        attention = (self.dim + bias) * qkv + (self.dim + bias) * self.dim
-        mlp = (self.dim + bias) * up + (self.ffn_dim + bias) * self.dim
-        tables = self.vocab * (1 if self.tied else 2) + (
-            self.context if self.position == "learned" else 0
-        )
-        return tables * self.dim + self.layers * (2 * norm + attention + mlp) + norm
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Architecture):

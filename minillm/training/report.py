@@ -13,6 +13,8 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import Row, RowKey
 from minillm.data.corpus import Corpus
 from minillm.kernels import native
+from minillm.models.gpt import ARCHITECTURE as GPT
+from minillm.models.protocol import num_parameters
 from minillm.training.assembly import Assembly
 from minillm.training.memory import predicted
 from minillm.training.numeric_key import kernel_choices
@@ -43,7 +45,7 @@ def plan(
         f"data    {corpus.describe()}",
         f"model   {train.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, "
         f"context {model.context}, {train.dtype}; "
-        f"{compact(model.num_parameters())} parameters, at most "
+        f"{compact(num_parameters(GPT, model))} parameters, at most "
         f"{compact(max(entry[0] for entry in everyone))} per rank",
         f"layout  {plural(config.num_ranks, 'rank')}: dp {config.dp} x tp {config.tp}{sequence} x "
         f"pp {config.pp}{pipeline}, "

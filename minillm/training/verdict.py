@@ -106,7 +106,7 @@ class Judge:
                 totals[i] = part
         ranks.all_reduce_(totals, kind="control")
         norm = xp.sqrt(totals[-1:])
-        good = xp.isfinite(totals[:-1].sum(keepdims=True)) & xp.isfinite(norm)
+        good = xp.isfinite(totals[:-1].sum().reshape(1)) & xp.isfinite(norm)
         if self.last is not None and self.last.good is not None:
             good &= self.last.good
         clipped = xp.ones(1, np.float64)
