@@ -14,23 +14,22 @@ from typing import Any
 
 from minillm.data import corpus
 from minillm.train import main
-from minillm.training.trainer import Trainer
+from minillm.training.trainer import StepReport, Trainer
 
 STEP = 3  # at which a rank fails in mid-step
 FILE_LIMIT = 20_000  # bytes: enough for metrics, too little for a checkpoint
 
 
 def in_mid_step(fail: Callable[[], None], rank: int) -> None:
-    """Call `fail` on `rank` when it makes a microbatch of step STEP, while the others go on to
-    their communication."""
-    usual = Trainer._microbatch
+    """Call `fail` on `rank` in step STEP, while the other ranks go on to their communication."""
+    usual = Trainer.step
 
-    def microbatch(self: Trainer, step: int, rows: Any) -> Any:
-        if step == STEP and self.world.rank == rank:
+    def step(self: Trainer, number: int) -> StepReport:
+        if number == STEP and self.world.rank == rank:
             fail()
-        return usual(self, step, rows)
+        return usual(self, number)
 
-    Trainer._microbatch = microbatch  # type: ignore[method-assign]
+    Trainer.step = step  # type: ignore[method-assign]
 
 
 def raise_() -> None:
