@@ -45,7 +45,7 @@ def forward_only(rank_of_stage: Sequence[int], num_microbatches: int) -> Schedul
     A rank runs the microbatches of its stages in the order in which they can arrive: stage s gets
     microbatch m at time s + m at the earliest.
     """
-    num_ranks, num_stages = max(rank_of_stage) + 1, len(rank_of_stage)
+    num_ranks, num_stages = max(rank_of_stage, default=-1) + 1, len(rank_of_stage)
     _check(num_ranks, num_microbatches)
     order = sorted(
         itertools.product(range(num_stages), range(num_microbatches)), key=lambda at: (sum(at), at)

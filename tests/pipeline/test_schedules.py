@@ -19,6 +19,13 @@ from minillm.pipeline.simulate import Cost, simulate
 from minillm.schedule import main
 
 K = ActionKind
+
+
+def evaluation(num_ranks: int, num_microbatches: int) -> Schedule:
+    """Return the forward-only schedule with one stage a rank."""
+    return forward_only(range(num_ranks), num_microbatches)
+
+
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 17)]
 
 
@@ -79,7 +86,7 @@ def test_lowered_schedules_finish_even_if_sends_wait_for_their_receivers(
 def test_messages_cost_no_time_by_where_they_stand(name: str, cost: Cost) -> None:
     """A receive that stands too early would have its rank wait for what it needs only later."""
     for p, m in SIZES:
-        schedule = SCHEDULES.get(name, forward_only)(p, m)
+        schedule = SCHEDULES.get(name, evaluation)(p, m)
         lowered = simulate(lower(schedule, train=name in SCHEDULES), cost)
         assert set(lowered.events) == set(simulate(schedule, cost).events), (p, m)
 
@@ -99,7 +106,7 @@ def test_a_send_takes_its_time() -> None:
 
 
 def test_evaluation_holds_no_activations() -> None:
-    timeline = simulate(lower(forward_only(3, 5), train=False))
+    timeline = simulate(lower(evaluation(3, 5), train=False))
     assert [timeline.peak_in_flight(rank) for rank in range(3)] == [0, 0, 0]
 
 
@@ -126,7 +133,7 @@ def test_two_stages_of_a_rank_hand_over_without_messages() -> None:
 
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 0), (-1, 4)])
 def test_nothing_to_do_is_refused(sizes: tuple[int, int]) -> None:
-    for make in (*SCHEDULES.values(), forward_only):
+    for make in (*SCHEDULES.values(), evaluation):
         with pytest.raises(ScheduleError, match="at least 1 rank and 1 microbatch"):
             make(*sizes)
 
@@ -145,7 +152,7 @@ def test_one_rank_is_plain_accumulation() -> None:
 
 def test_the_last_backward_of_each_stage_arms() -> None:
     assert lower(SCHEDULES["1f1b"](3, 4)).arming == {Action(K.B, stage, 3) for stage in range(3)}
-    assert lower(forward_only(3, 4), train=False).arming == frozenset()
+    assert lower(evaluation(3, 4), train=False).arming == frozenset()
 
 
 def test_tied_weights_are_summed_before_the_data_reduction() -> None:
