@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 
 from minillm.comm.threads import run_ranks
 
@@ -29,6 +30,20 @@ def test_training_by_hand_learns() -> None:
 def test_data_parallel_training_equals_one_rank() -> None:
     one = example("train_by_hand").train(steps=5)
     for losses in run_ranks(4, lambda comm: example("data_parallel_by_hand").train(comm, steps=5)):
+        np.testing.assert_allclose(losses, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_parallel_training_equals_one_rank(sequence_parallel: bool) -> None:
+    one = example("train_by_hand").train(steps=5)
+    train = example("tensor_parallel_by_hand").train
+    for losses in run_ranks(2, lambda comm: train(comm, 5, sequence_parallel)):
+        np.testing.assert_allclose(losses, one, rtol=1e-5)
+
+
+def test_training_in_a_pipeline_equals_one_rank() -> None:
+    one = example("train_by_hand").train(steps=5)
+    for losses in run_ranks(2, lambda comm: example("pipeline_by_hand").train(comm, steps=5)):
         np.testing.assert_allclose(losses, one, rtol=1e-5)
 
 
