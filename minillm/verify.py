@@ -7,18 +7,12 @@ weights. Exits with 0 only if rounding explains every difference.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 
-import numpy as np
-
-from minillm import kernels
-from minillm.base.arrays import float_dtype
 from minillm.base.device import open_device
-from minillm.base.errors import MinillmError
 from minillm.base.flags import TrainArgs, parse_train_args
 from minillm.base.log import Log
-from minillm.comm.agreement import AgreedError, agree, known_to_all
+from minillm.comm.agreement import agree, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import run_program
@@ -26,8 +20,7 @@ from minillm.comm.single import SelfCommunicator
 from minillm.data.batches import Batches
 from minillm.data.corpus import load_corpus
 from minillm.tasks.language_model import LanguageModeling
-from minillm.training.comparison import Course, Deviation, compare, pieces, run, whole
-from minillm.training.config import TrainConfig
+from minillm.training.comparison import Course, pieces, run, whole
 from minillm.training.resolve import resolve
 from minillm.training.trainer import Trainer
 

@@ -17,7 +17,7 @@ from minillm.bench.timing import repeated
 from minillm.comm.single import SelfCommunicator
 from minillm.inference.cache import KVCache
 from minillm.inference.engine import Generator
-from minillm.nn.head import head_loss
+from minillm.nn.vocabulary import head_loss
 from minillm.training.assembly import assemble
 from minillm.training.config import TrainConfig
 from minillm.training.resolve import resolve

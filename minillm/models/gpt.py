@@ -19,11 +19,16 @@ from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart, S
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
-from minillm.nn.embedding import VocabParallelEmbedding, vocab_weight
-from minillm.nn.head import head_logits, head_loss, most_rows
 from minillm.nn.mlp import MLP
 from minillm.nn.norm import norm
 from minillm.nn.position import sinusoidal_table
+from minillm.nn.vocabulary import (
+    VocabParallelEmbedding,
+    head_logits,
+    head_loss,
+    most_rows,
+    vocab_weight,
+)
 from minillm.parallel.tensor import PlannedGroup, Region, TensorParallel
 from minillm.params.module import Module
 from minillm.params.parameter import Normal, Parameter

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from minillm.params.parameter import Parameter
-from minillm.params.where import Pass
 
 M = TypeVar("M", bound="Module")
 
@@ -20,9 +19,12 @@ class Module:
 
     name = ""
     forward: Callable[..., Any]
+    __call__: Callable[..., Any]
 
-    def __call__(self, x: Any, pass_: Pass) -> Any:
-        return self.forward(x, pass_)
+    def __init_subclass__(cls) -> None:
+        """Make a call the forward pass itself: a layer costs no second Python frame."""
+        if "forward" in vars(cls):
+            cls.__call__ = cls.forward
 
     def children(self) -> Iterator[tuple[str, Module | Parameter]]:
         """Yield direct children as (name, child)."""

@@ -131,9 +131,7 @@ def test_numeric_key_is_json_and_the_same_on_all_ranks() -> None:
 def test_difference_names_what_changed() -> None:
     def key(layout: Layout, **changes: Any) -> dict[str, Any]:
         config = make_config("gpt2", layout, **(TINY | changes))
-        return run_ranks(
-            layout.num_ranks, lambda comm: numeric_key(config, comm, shared_by=1)
-        )[0]
+        return run_ranks(layout.num_ranks, lambda comm: numeric_key(config, comm, shared_by=1))[0]
 
     old = key(Layout(dp=2))
     assert checkpoint.difference(old, key(Layout(dp=2))) is None

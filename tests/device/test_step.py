@@ -19,9 +19,9 @@ from training_helpers import BASE, Layout, Outcome, compare, make_batches, make_
 
 from minillm.base.arrays import to_host
 from minillm.base.device import open_device
-from minillm.training.numeric_key import numeric_key
 from minillm.comm.single import SelfCommunicator
 from minillm.training import report
+from minillm.training.numeric_key import numeric_key
 from minillm.training.trainer import Trainer
 from minillm.training.verdict import NotFinite
 

@@ -13,7 +13,7 @@ from minillm import ops
 from minillm.autograd.backward import backward
 from minillm.autograd.tape import Context, Function, GradSlot, Leaf, Tensor
 from minillm.comm.single import SelfCommunicator
-from minillm.nn.head import head_loss
+from minillm.nn.vocabulary import head_loss
 
 R = np.random.default_rng(2)
 IDS = R.integers(0, 7, (2, 3))

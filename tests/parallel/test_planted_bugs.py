@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from training_helpers import Layout, assert_same, reference, train
 
-from minillm.nn import head
+from minillm.nn import vocabulary
 from minillm.nn.dropout import Dropout
 from minillm.parallel import collectives
 from minillm.params.where import Pass
@@ -76,17 +76,17 @@ def _dropout_by_local_index(patch: Patch) -> None:
         local = dataclasses.replace(pass_.where, samples=np.arange(len(pass_.where.samples)))
         return original(self, x, dataclasses.replace(pass_, where=local))
 
-    patch.setattr(Dropout, "forward", forward)
+    patch.setattr(Dropout, "__call__", forward)
 
 
 def _vocabulary_off_by_one(patch: Patch) -> None:
-    original = head._VocabSlice.__init__
+    original = vocabulary._VocabSlice.__init__
 
     def init(self: Any, weight: Any, comm: Any, vocab: int) -> None:
         original(self, weight, comm, vocab)
         self.first_class += comm.rank > 0
 
-    patch.setattr(head._VocabSlice, "__init__", init)
+    patch.setattr(vocabulary._VocabSlice, "__init__", init)
 
 
 def _forget_last_microbatch(patch: Patch) -> None:

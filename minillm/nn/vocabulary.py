@@ -1,4 +1,4 @@
-"""Language-model head with the vocabulary cut over tp: logits, and their cross-entropy by chunks.
+"""Vocabulary cut over tp: the token embedding, the logits, and their cross-entropy by chunks.
 
 The loss needs three numbers per token from each rank instead of the logits: their maximum, the sum
 of their exponentials, and the target's logit.
@@ -14,15 +14,41 @@ from minillm import kernels, ops
 from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Tensor, no_grad
 from minillm.base.arrays import Array, namespace, on_host, sum_dtype
 from minillm.comm.communicator import Communicator, ReduceOp
+from minillm.layout.sharding import Segment, ShardSpec
 from minillm.parallel.collectives import gather_from
 from minillm.parallel.tensor import Region
-from minillm.params.parameter import Parameter
+from minillm.params.module import Module
+from minillm.params.parameter import Normal, Parameter
 from minillm.params.where import Pass
 
 # Bytes of logits that exist at once: enough for full-speed products, small beside the model.
 LOGITS_BYTES = 64 << 20
 # A GPU's products want more rows, and every chunk reads and writes the weight's gradient.
 GPU_LOGITS_BYTES = 512 << 20
+
+
+class VocabParallelEmbedding(Module):
+    """Token embedding with the rows of its table cut over tp, padded up to a multiple.
+
+    Each rank looks up its own rows. The sum over tp is the whole embedding.
+    """
+
+    def __init__(
+        self, vocab: int, dim: int, region: Region, *, std: float, tie: str | None = None
+    ) -> None:
+        self.region = region
+        self.weight = vocab_weight(vocab, dim, std=std, tie=tie)
+
+    def forward(self, ids: Array, pass_: Pass) -> Tensor:
+        """Embed ids [B, T] of whole sequences as [B, T_local, D] outside the region."""
+        first_row = self.region.comm.rank * self.weight.get().shape[0]
+        return self.region.leave(ops.embedding(ids, self.weight, first_row), pass_)
+
+
+def vocab_weight(vocab: int, dim: int, *, std: float, tie: str | None) -> Parameter:
+    """Return a [V, D] table with its rows cut over tp, for the embedding or the head."""
+    spec = ShardSpec((vocab, dim), ((Segment(vocab, ("tp",)),), (Segment(dim),)), pad=True, tie=tie)
+    return Parameter(spec, Normal(std), decay=True)
 
 
 def head_logits(x: Tensor, weight: Parameter, region: Region, pass_: Pass) -> Array:
@@ -154,7 +180,8 @@ class _VocabSlice:
         Returns the sum of that over the whole vocabulary [R] and the shifted logit of targets [R].
         """
         row_max = kernels.xent_max(logits, self.valid)
-        self.comm.all_reduce_(row_max, ReduceOp.MAX)
+        if self.comm.size > 1:
+            self.comm.all_reduce_(row_max, ReduceOp.MAX)
         sums, target_logit = kernels.xent_shifted_sum_(
             logits, row_max, targets, self.first_class, self.valid
         )
