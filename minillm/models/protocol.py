@@ -6,6 +6,7 @@ through an `Architecture`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -122,3 +123,11 @@ class Architecture(Protocol):
 
     def layer_costs(self, config: Any) -> Sequence[float]:
         """Return multiply-adds per token of each layer."""
+
+
+def num_parameters(architecture: Architecture, config: Any) -> int:
+    """Return the number of different trainable values of the whole model.
+
+    A tied weight counts once, the padding of the vocabulary not at all.
+    """
+    return sum(math.prod(spec.shape) for spec in architecture.specs(config).values())
