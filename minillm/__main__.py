@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from minillm import __version__
 from minillm.base.errors import MinillmError
-from minillm.training.config import known_name
+from minillm.base.record import known_name
 
 # Name of the program, which is also its module -> what it does.
 PROGRAMS = {

@@ -8,20 +8,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
+from minillm.base.record import option
 from minillm.comm.agreement import known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 from minillm.data.batches import eval_windows
 from minillm.data.corpus import load_corpus
-from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
+from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint, place
 from minillm.tasks.language_model import HeldOutText
 from minillm.training.held_out import measure
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs(Layout):
+class EvaluateArgs(ReadOptions):
     """Measure a trained model's loss on text and print JSON: loss (nats per token), perplexity,
     bits_per_byte, tokens."""
 
@@ -30,12 +30,8 @@ class EvaluateArgs(Layout):
     data: str | None = None
     """Text to measure on, all of it; left out: the held-out part of the text that the model was
     trained on."""
-    tokens: int | None = None
+    tokens: int | None = option(None, at_least=1)
     """Tokens to predict, from the beginning; left out: all."""
-
-    def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 1:
-            raise ConfigError(f"--tokens {self.tokens} must be at least 1; leave it out for all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +50,7 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
         opened = open_checkpoint(args.checkpoint, comm)
         config = opened.resolve(args, comm.size)
         share = None if args.data is None else 0.0
-        source = opened.config.data if args.data is None else args.data
+        source = opened.config.corpus.data if args.data is None else args.data
         corpus = load_corpus(
             source,
             opened.tokenizer,

@@ -8,40 +8,40 @@ from dataclasses import dataclass
 
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
+from minillm.base.record import option
 from minillm.comm.agreement import known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 from minillm.inference.engine import Generator
-from minillm.inference.loading import Layout, load_trained, open_checkpoint, place
+from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint, place
 from minillm.inference.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArgs(Layout):
+class GenerateArgs(ReadOptions):
     """Continue a prompt with a trained model and print the text."""
 
     checkpoint: str
     """Folder of a run, or one of its checkpoints."""
     prompt: str = "\n"
     """Text to continue."""
-    tokens: int = 200
+    tokens: int = option(200, at_least=1)
     """Tokens to write."""
     temperature: float = 0.8
-    """Divides the logits: below 1 surer, above 1 wilder, 0 always the likeliest token."""
+    """Divisor of the logits: below 1 less random, above 1 more, 0 always the likeliest token."""
     top_k: int = 0
     """Choose among the k likeliest tokens only; 0: all."""
     top_p: float = 1.0
     """Choose among the likeliest tokens that together have this probability."""
     seed: int = 0
-    """Another number writes another text."""
+    """Random seed for sampling."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ConfigError(f"--tokens {self.tokens} must be at least 1")
+        super().__post_init__()
         self.sampling()
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen. Raises ConfigError for values out of range."""
+        """Return the rule that chooses tokens. Raises ConfigError for values out of range."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 

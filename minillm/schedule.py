@@ -13,16 +13,16 @@ from pathlib import Path
 
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
+from minillm.base.record import Record, known_name, option
 from minillm.comm.process import run_program
 from minillm.pipeline.draw import draw_svg, draw_text
 from minillm.pipeline.lower import lower
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.pipeline.simulate import Cost, Timeline, simulate
-from minillm.training.config import known_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleArgs:
+class ScheduleArgs(Record):
     """Draw a pipeline schedule (the first word: gpipe or 1f1b) with its idle time and the
     activations it holds."""
 
@@ -30,20 +30,12 @@ class ScheduleArgs:
     """Pipeline ranks."""
     microbatches: int = 8
     """Microbatches per step."""
-    forward_cost: float = 1.0
+    forward_cost: float = option(1.0, above=0)
     """Time of a forward pass of one stage."""
-    backward_cost: float = 2.0
+    backward_cost: float = option(2.0, above=0)
     """Time of a backward pass of one stage."""
     svg: str | None = None
     """File to draw into."""
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("--forward-cost", self.forward_cost),
-            ("--backward-cost", self.backward_cost),
-        ):
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"{name} {value} must be more than 0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from minillm import checkpoint, kernels
+from minillm.base.compute import ComputeOptions
 from minillm.base.device import CPU, Device, open_device
 from minillm.base.errors import ConfigError
-from minillm.base.flags import TrainArgs, parse_train_args, to_toml
+from minillm.base.flags import to_toml
 from minillm.base.log import Log, MetricsFile, Progress, clock, compact
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import AgreedError, agree, known_to_all
@@ -36,7 +37,8 @@ from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
 from minillm.tasks.protocol import Result
-from minillm.training.config import TrainConfig
+from minillm.training.arguments import StartOptions, parse_train_args
+from minillm.training.config import RunConfig
 from minillm.training.held_out import measure
 from minillm.training.numeric_key import numeric_key
 from minillm.training.report import TimeShares, peak_mb, plan, plural, step_metrics
@@ -52,25 +54,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(lambda words: parse_train_args(words, saved=_saved_values), _train, argv)
 
 
-def _train(comm: Communicator, args: TrainArgs) -> None:
-    comm.timeout = args.comm_timeout
-    resume = args.resume
+def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
+    start, options = given
+    comm.timeout = options.comm.comm_timeout
+    resume, on = start.resume, options.compute.device
     found = agree(comm, lambda: checkpoint.find(Path(resume))) if resume else None
     local_rank = comm.split_by_node().rank
-    device = CPU if args.print_config else agree(comm, lambda: open_device(args.device, local_rank))
-    corpus, config = _plan(comm, args, found)
-    if args.print_config:
-        Log(comm.rank)(to_toml(config.train).rstrip())
+    device = CPU if start.print_config else agree(comm, lambda: open_device(on, local_rank))
+    corpus, config = _plan(comm, options, found)
+    if start.print_config:
+        Log(comm.rank)(to_toml(config.filled()).rstrip())
         return
     comm = on_device(comm, device)
-    tracer = Tracer(comm.rank) if args.trace else None
+    tracer = Tracer(comm.rank) if options.output.trace else None
     with ExitStack() as stack:
         stack.enter_context(
-            kernels.use(**agree(comm, lambda: _kernel_choices(config.train, device)))
+            kernels.use(**agree(comm, lambda: _kernel_choices(options.compute, device)))
         )
         stack.enter_context(
             recording(
-                check_order=args.check_order, on_event=tracer.communication if tracer else None
+                check_order=options.comm.check_order,
+                on_event=tracer.communication if tracer else None,
             )
         )
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
@@ -78,35 +82,37 @@ def _train(comm: Communicator, args: TrainArgs) -> None:
         run.train()
 
 
-def _kernel_choices(train: TrainConfig, device: Device) -> dict[str, str]:
+def _kernel_choices(compute: ComputeOptions, device: Device) -> dict[str, str]:
     """What --kernels names, op by op. Raises ConfigError where that cannot run here."""
     try:
-        choices = kernels.choices_from(train.kernels)
+        choices = kernels.choices_from(compute.kernels)
         with kernels.use(**choices):
             for op in kernels.ops():
-                kernels.chosen(op, device.like(op, train.dtype))
+                kernels.chosen(op, device.like(op, compute.dtype))
     except kernels.KernelUnavailable as error:
-        raise ConfigError(f"--kernels {train.kernels}: {error}") from None
+        raise ConfigError(f"--kernels {compute.kernels}: {error}") from None
     return choices
 
 
 def _saved_values(path: str) -> dict[str, Any]:
     """The configuration that the checkpoint at `path` was trained with."""
-    return checkpoint.read_manifest(checkpoint.find(Path(path))).meta["config"]
+    return dict(checkpoint.RunRecord.read(checkpoint.find(Path(path))).config)
 
 
-def _plan(comm: Communicator, args: TrainArgs, found: Path | None) -> tuple[Corpus, ResolvedConfig]:
+def _plan(
+    comm: Communicator, options: RunConfig, found: Path | None
+) -> tuple[Corpus, ResolvedConfig]:
     """The text and the resolved configuration, checked on every rank before anything is
     allocated."""
-    train = args.train_config()
+    data, model = options.corpus, options.model
     with known_to_all():
-        tokenizer: Any = train.tokenizer
+        tokenizer: Any = data.tokenizer
         if found is not None:
-            tokenizer = tokenizer_from_json(checkpoint.read_manifest(found).meta["tokenizer"])
+            tokenizer = tokenizer_from_json(checkpoint.RunRecord.read(found).tokenizer)
         corpus = load_corpus(
-            train.data, tokenizer, context=train.context, vocab=train.vocab, comm=comm
+            data.data, tokenizer, context=model.context, vocab=model.vocab, comm=comm
         )
-        config = resolve(train, comm.size, corpus.vocab_size)
+        config = resolve(options, comm.size, corpus.vocab_size)
     return corpus, config
 
 
@@ -134,7 +140,8 @@ class Run:
         self.log = Log(comm.rank)
         self.out = agree(comm, lambda: _prepare_out(comm.rank, config, found))
         self.out = Path(comm.broadcast_json(str(self.out)))
-        batches = Batches(corpus.train, config.model.context, config.train.batch, config.train.seed)
+        optimization = config.options.optimization
+        batches = Batches(corpus.train, config.model.context, optimization.batch, optimization.seed)
         with known_to_all():
             task = LanguageModeling(batches)
             self.trainer = Trainer(config, comm, task, tracer=tracer, device=device)
@@ -154,9 +161,9 @@ class Run:
 
     def train(self) -> None:
         """All steps with their evaluations and checkpoints, then a sample."""
-        train = self.config.train
-        last = min(train.steps, train.stop_after or train.steps)
-        progress = Progress(self.log, self.first_step, train.steps, self.config.tokens_per_step)
+        steps = self.config.options.optimization.steps
+        last = min(steps, self.config.options.output.stop_after or steps)
+        progress = Progress(self.log, self.first_step, steps, self.config.tokens_per_step)
         gc.collect()
         # the tape is freed by reference counts; the collector would only look for cycles that are
         # not there
@@ -206,13 +213,13 @@ class Run:
 
     def _is_due(self, step: int, last: int, stopped: bool) -> bool:
         """Whether something happens after `step` steps that needs them finished."""
-        train = self.config.train
+        output = self.config.options.output
         return (
             stopped
             or step == last
             or any(
                 every and step % every == 0
-                for every in (train.check_every, train.eval_every, train.save_every)
+                for every in (output.check_every, output.eval_every, output.save_every)
             )
         )
 
@@ -237,21 +244,21 @@ class Run:
     ) -> Result | None:
         """What is due after `step` steps: a comparison of replicas, an evaluation (returned), a
         checkpoint."""
-        train, found = self.config.train, None
-        if train.check_every and step % train.check_every == 0:
+        output, found = self.config.options.output, None
+        if output.check_every and step % output.check_every == 0:
             with known_to_all():
                 self.trainer.check_replicas()
-        if not stopped and (step == last or (train.eval_every and step % train.eval_every == 0)):
+        if not stopped and (step == last or (output.eval_every and step % output.eval_every == 0)):
             found = self._evaluate()
             if found is not None and step != last:
                 progress.say(f"step {step}: {found.describe()}")
-        if stopped or step == last or (train.save_every and step % train.save_every == 0):
+        if stopped or step == last or (output.save_every and step % output.save_every == 0):
             self._save(step)
         return found
 
     def _evaluate(self) -> Result | None:
         """The held-out loss; None where nothing is held out."""
-        tokens = self.config.train.eval_tokens
+        tokens = self.config.options.output.eval_tokens
         if not tokens or len(self.corpus.held_out) < 2:
             return None
         windows = eval_windows(self.corpus.held_out, self.config.model.context, tokens)
@@ -261,14 +268,14 @@ class Run:
     def _save(self, step: int) -> None:
         if step == self.saved_step:
             return
-        meta = {
-            "config": self.config.saved_values(),
-            "tokenizer": self.corpus.tokenizer.to_json(),
-            "vocab": self.config.model.vocab,
-            "corpus": self.corpus.sha256,
-            "source": self.corpus.source,
-            "key": self.key,
-        }
+        record = checkpoint.RunRecord(
+            config=self.config.saved_values(),
+            tokenizer=self.corpus.tokenizer.to_json(),
+            vocab=self.config.model.vocab,
+            corpus=self.corpus.sha256,
+            source=self.corpus.source,
+            key=self.key,
+        )
         with known_to_all():
             checkpoint.save(
                 self.out / checkpoint.SUBFOLDER,
@@ -276,9 +283,9 @@ class Run:
                 mesh_shape=self.trainer.mesh.shape,
                 coords=self.trainer.mesh.coords,
                 tensors=self.trainer.state(),
-                meta=meta,
+                meta=record.to_json(),
                 step=step,
-                keep=self.config.train.keep,
+                keep=self.config.options.output.keep,
             )
         self.saved_step = step
 
@@ -286,20 +293,20 @@ class Run:
         """Fill weights and optimizer state from the checkpoint; returns the step to go on with."""
         with known_to_all():
             checkpoint.verify(found, self.comm)
-            manifest = checkpoint.read_manifest(found)
-            if manifest.meta["corpus"] != self.corpus.sha256:
+            step = checkpoint.read_manifest(found).step
+            before = checkpoint.RunRecord.read(found)
+            if before.corpus != self.corpus.sha256:
                 raise ConfigError(
-                    f"{found} was trained on {manifest.meta['source']} with sha256 "
-                    f"{manifest.meta['corpus'][:12]}, but "
-                    f"{self.corpus.source} now has "
-                    f"{self.corpus.sha256[:12]}; resume with the same text"
+                    f"{found} was trained on {before.source} with sha256 {before.corpus[:12]}, "
+                    f"but {self.corpus.source} now has {self.corpus.sha256[:12]}; resume with the "
+                    "same text"
                 )
         self.trainer.load(checkpoint.CheckpointSource(found))
-        difference = checkpoint.difference(manifest.meta["key"], self.key)
-        self.log(f"resumed from {found} at step {manifest.step}")
+        difference = checkpoint.difference(before.key, self.key)
+        self.log(f"resumed from {found} at step {step}")
         if difference:
             self.log(f"results continue to rounding, not bit for bit: {difference}")
-        return manifest.step
+        return step
 
     def _finish(
         self, step: int, seconds: float, stopped: bool, progress: Progress, found: Result | None
@@ -334,7 +341,7 @@ class Run:
             f"saved   {self.out}; write text with: python -m minillm.generate --checkpoint "
             f"{self.out}"
         )
-        if self.config.train.sample_tokens:
+        if self.config.options.output.sample_tokens:
             self._sample()
 
     def _sample(self) -> None:
@@ -347,9 +354,11 @@ class Run:
                     self.corpus.held_out if len(self.corpus.held_out) else self.corpus.train
                 )[:1]
             ]
-            sampling = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.config.train.seed)
+            sampling = Sampling(
+                temperature=SAMPLE_TEMPERATURE, seed=self.config.options.optimization.seed
+            )
             ids = Generator(self.trainer.model).generate(
-                prompt, self.config.train.sample_tokens, sampling
+                prompt, self.config.options.output.sample_tokens, sampling
             )
             self.log(
                 f"\n--- a sample at temperature {SAMPLE_TEMPERATURE} "
@@ -361,7 +370,7 @@ class Run:
 def _prepare_out(rank: int, config: ResolvedConfig, found: Path | None) -> Path:
     """The run's folder, made and tried by the first rank. A new run never writes into the folder of
     another."""
-    asked = config.asked.out
+    asked = config.options.output.out
     if found is not None and asked is None:
         return found.parent.parent if found.parent.name == checkpoint.SUBFOLDER else found.parent
     path = Path(config.out)
@@ -379,7 +388,7 @@ def _prepare_out(rank: int, config: ResolvedConfig, found: Path | None) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise ConfigError(f"--out {path} is not writable; choose another folder")
-    (path / "config.toml").write_text(to_toml(config.train))
+    (path / "config.toml").write_text(to_toml(config.filled()))
     return path
 
 

@@ -1,4 +1,4 @@
-"""Verify a layout: `mpirun -n 4 python -m minillm.verify --tp 2 --pp 2` with the flags of train.
+"""Verify a layout: `mpirun -n 4 python -m minillm.verify --tp 2 --pp 2`, with the flags of train.
 
 Runs some steps of the configuration on one rank and on the mesh, and compares losses, gradients and
 weights. Exits with 0 only if rounding explains every difference.
@@ -6,56 +6,128 @@ weights. Exits with 0 only if rounding explains every difference.
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from minillm.base.device import open_device
-from minillm.base.flags import TrainArgs, parse_train_args
+import numpy as np
+
+from minillm.base.arrays import float_dtype
+from minillm.base.device import CPU, Device, open_device
 from minillm.base.log import Log
-from minillm.comm.agreement import agree, known_to_all
+from minillm.base.record import Record, option
+from minillm.comm.agreement import AgreedError, agree, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import run_program
 from minillm.comm.single import SelfCommunicator
 from minillm.data.batches import Batches
-from minillm.data.corpus import load_corpus
+from minillm.data.corpus import Corpus, load_corpus
 from minillm.tasks.language_model import LanguageModeling
-from minillm.training.comparison import Course, pieces, run, whole
-from minillm.training.resolve import resolve
+from minillm.training.arguments import StartOptions, parse_train_args
+from minillm.training.comparison import Course, Deviation, compare, pieces, run, whole
+from minillm.training.config import RunConfig
+from minillm.training.report import plural
+from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
 
-SHOWN = 5  # deviations in the report
+SHOWN = 5  # quantities in the report
+ONE_RANK: dict[str, Any] = dict(
+    dp=1, tp=1, pp=1, sequence_parallel=False, stage_layers=None, microbatch=None, node_shared="off"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Record):
+    """Extent of the comparison."""
+
+    compare_steps: int = option(3, at_least=1)
+    """Steps that are run on one rank and on the mesh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(RunConfig):
+    """Compare a layout with one rank: losses, gradients and weights of a few steps."""
+
+    verify: VerifyOptions = field(default=VerifyOptions())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status: 1 if the results differ."""
-    return run_program(parse_train_args, _verify, argv)
+    return run_program(
+        lambda words: parse_train_args(words, prog="python -m minillm.verify", cls=VerifyConfig),
+        _verify,
+        argv,
+    )
 
 
-def _verify(comm: Communicator, args: TrainArgs) -> None:
-    train = args.train_config()
+def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> None:
+    config, log = given[1], Log(comm.rank)
+    comm.timeout = config.comm.comm_timeout
     with known_to_all():
         corpus = load_corpus(
-            train.data, train.tokenizer, context=train.context, vocab=train.vocab, comm=comm
+            config.corpus.data,
+            config.corpus.tokenizer,
+            context=config.model.context,
+            vocab=config.model.vocab,
+            comm=comm,
         )
-        config = resolve(train, comm.size, corpus.vocab_size)
-    steps = min(STEPS, train.steps)
-    log = Log(comm.rank)
-    device = agree(comm, lambda: open_device(train.device, comm.split_by_node().rank))
-
-    def course(world: Communicator, config: ResolvedConfig, device: Device) -> Course:
-        batches = Batches(corpus.train, config.model.context, config.train.batch, config.train.seed)
-        trainer = Trainer(config, world, LanguageModeling(batches), device=device)
-        keep = pieces if world is comm else whole
-        return run(trainer, steps, keep(trainer))
-
+        resolved = resolve(config, comm.size, corpus.vocab_size)
+    local_rank = comm.split_by_node().rank
+    device = agree(comm, lambda: open_device(config.compute.device, local_rank))
+    steps, vocab, mesh = config.verify.compare_steps, corpus.vocab_size, resolved.mesh
     truth = own = None
     if comm.rank == 0:
-        alone = dataclasses.replace(train, **ONE_RANK)
-        exact = dataclasses.replace(alone, dtype="float64", device="cpu")
+        alone = config.replace(**ONE_RANK)
+        exact = alone.replace(dtype="float64", device="cpu")
         log(f"one rank, float64: {plural(steps, 'step')}")
-        truth = course(SelfCommunicator(), resolve(exact, 1, corpus.vocab_size), CPU)
-        log(f"one rank, {train.dtype}")
-        own = course(SelfCommunicator(), resolve(alone, 1, corpus.vocab_size), device)
-    log(f"mesh of {comm.size}: dp {config.dp} x tp {config.tp} x pp {config.pp}")
-    mesh = course(on_device(comm, device), config, device)
+        truth = _course(SelfCommunicator(), resolve(exact, 1, vocab), corpus, CPU, steps)
+        log(f"one rank, {config.compute.dtype}: {plural(steps, 'step')}")
+        own = _course(SelfCommunicator(), resolve(alone, 1, vocab), corpus, device, steps)
+    comm.barrier()
+    log(f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}: {plural(steps, 'step')}\n")
+    found = _course(on_device(comm, device), resolved, corpus, device, steps)
+    epsilon = float(np.finfo(float_dtype(config.compute.dtype)).eps)
+    deviations = compare(comm, found, truth, own, epsilon)
+    for line in report(deviations):
+        log(line)
+    if not all(deviation.agrees for deviation in deviations):
+        worst = deviations[0]
+        raise AgreedError(
+            f"this layout does not compute what one rank computes: {worst.name} is off by "
+            f"{worst.seen:.1e}, and rounding explains {worst.limit:.1e}. Please report it with "
+            "this command"
+        )
+
+
+def _course(
+    world: Communicator, config: ResolvedConfig, corpus: Corpus, device: Device, steps: int
+) -> Course:
+    optimization = config.options.optimization
+    batches = Batches(corpus.train, config.model.context, optimization.batch, optimization.seed)
+    trainer = Trainer(config, world, LanguageModeling(batches), device=device)
+    return run(trainer, steps, (whole if world.size == 1 else pieces)(trainer))
+
+
+def report(deviations: Sequence[Deviation]) -> list[str]:
+    """Return the worst quantities as a table, and the verdict."""
+    shown = deviations[:SHOWN]
+    width = max(len(deviation.name) for deviation in shown)
+    head = f"{'worst quantities':<{width}}  {'rounding':>9}  {'seen':>9}  {'allowed':>9}"
+    lines = [
+        f"{d.name:<{width}}  {d.expected:9.1e}  {d.seen:9.1e}  {d.limit:9.1e}"
+        f"{'' if d.agrees else '  DIFFERS'}"
+        for d in shown
+    ]
+    differ = sum(not deviation.agrees for deviation in deviations)
+    verdict = (
+        f"{differ} of {len(deviations)} quantities differ"
+        if differ
+        else (f"all {len(deviations)} losses, norms and tensors agree with one rank up to rounding")
+    )
+    return [head, *lines, "", verdict]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,34 +11,35 @@ from typing import Any
 import pytest
 
 from minillm.base.errors import ConfigError
-from minillm.base.flags import (
-    TrainArgs,
-    parse_flags,
-    parse_train_args,
-    preset_values,
-    read_toml,
-    to_toml,
-)
-from minillm.models.gpt import ARCHITECTURE as GPT
+from minillm.base.flags import parse_flags, read_toml, to_toml
+from minillm.base.record import Record, divisors, flag, option, options, or_list
+from minillm.layout.options import even_split
+from minillm.models.gpt import ARCHITECTURE
+from minillm.models.gpt_config import ModelConfig
 from minillm.models.protocol import num_parameters
-from minillm.training.config import (
-    PRESETS,
-    RESUMABLE,
-    ModelConfig,
-    TrainConfig,
-    divisors,
-    flag,
-    or_list,
-)
-from minillm.training.resolve import check_resume, even_split, resolve, resolve_model, valid_layouts
+from minillm.training.arguments import StartOptions, parse_train_args
+from minillm.training.config import PRESETS, RunConfig, check_resume, preset_values
+from minillm.training.resolve import resolve, valid_layouts
 
 SMALL: dict[str, Any] = dict(
     layers=2, heads=4, kv_heads=2, dim=32, ffn_dim=64, context=16, vocab=50
 )
 
 
-def preset(name: str, **changes: Any) -> TrainConfig:
-    return TrainConfig(**{**preset_values(name), **changes})
+def preset(name: str, **changes: Any) -> RunConfig:
+    return RunConfig.from_dict(preset_values(name) | changes)
+
+
+def run_config(**values: Any) -> RunConfig:
+    return RunConfig.from_dict(values)
+
+
+def parse(*argv: str, **more: Any) -> RunConfig:
+    return parse_train_args(argv, **more)[1]
+
+
+def count(model: ModelConfig) -> int:
+    return num_parameters(ARCHITECTURE, model)
 
 
 # The model
@@ -54,8 +55,8 @@ def preset(name: str, **changes: Any) -> TrainConfig:
     ],
 )
 def test_gpt2_presets_have_the_published_number_of_parameters(name: str, millions: float) -> None:
-    model = resolve_model(preset(name))
-    assert num_parameters(GPT, model) == round(millions * 1e6)
+    model = preset(name).model.resolve()
+    assert count(model) == round(millions * 1e6)
     assert (model.vocab, model.context, model.bias, model.tied) == (50257, 1024, True, True)
     assert (model.kv_heads, model.ffn_dim) == (model.heads, 4 * model.dim)
 
@@ -75,7 +76,7 @@ def test_num_parameters_of_a_llama_counts_every_matrix() -> None:
         (32,),
         (32,),
     ]  # q k v o, gate up down, two norms
-    assert num_parameters(GPT, model) == 2 * sum(map(math.prod, block)) + 2 * 50 * 32 + 32
+    assert count(model) == 2 * sum(map(math.prod, block)) + 2 * 50 * 32 + 32
     assert model.head_width == 8
 
 
@@ -83,15 +84,9 @@ def test_num_parameters_of_biases_and_positions() -> None:
     plain = ModelConfig(**SMALL, bias=False, position="rotary")
     biased = dataclasses.replace(plain, bias=True)
     per_block = (32 + 16 + 16) + 32 + 64 + 32 + 2 * 32  # qkv, out, up, down, two norms
-    assert num_parameters(GPT, biased) - num_parameters(GPT, plain) == 2 * per_block + 32
-    assert (
-        num_parameters(GPT, dataclasses.replace(plain, position="learned"))
-        - num_parameters(GPT, plain)
-        == 16 * 32
-    )
-    assert num_parameters(GPT, dataclasses.replace(plain, position="sinusoidal")) == num_parameters(
-        GPT, plain
-    )
+    assert count(biased) - count(plain) == 2 * per_block + 32
+    assert count(dataclasses.replace(plain, position="learned")) - count(plain) == 16 * 32
+    assert count(dataclasses.replace(plain, position="sinusoidal")) == count(plain)
 
 
 @pytest.mark.parametrize(
@@ -126,74 +121,49 @@ def test_model_config_travels_as_plain_values() -> None:
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('layers = 6\nkv-heads = 1\nmin_lr = 1\ntied = true\nnorm = "layernorm"\n')
-    args = parse_train_args(
-        [
-            "--preset",
-            "llama-tiny",
-            f"--config={file}",
-            "--layers",
-            "8",
-            "--no-bias",
-            "--norm",
-            "rmsnorm",
-        ]
+    found = parse(
+        *("--preset", "llama-tiny", f"--config={file}", "--layers", "8"),
+        *("--no-bias", "--norm", "rmsnorm"),
+    ).model
+    assert (found.layers, found.kv_heads, found.tied, found.norm, found.mlp, found.bias) == (
+        *(8, 1, True),
+        *("rmsnorm", "swiglu", False),
     )
-    assert (args.layers, args.kv_heads, args.tied, args.norm, args.mlp, args.bias) == (
-        8,
-        1,
-        True,
-        "rmsnorm",
-        "swiglu",
-        False,
-    )
-    assert args.min_lr == 1.0 and isinstance(args.min_lr, float)
+    min_lr = parse("--config", str(file)).optimization.min_lr
+    assert min_lr == 1.0 and isinstance(min_lr, float)
 
 
 def test_three_state_flags_leave_the_preset_to_decide() -> None:
-    assert (parse_train_args(["--preset", "llama-tiny"]).tied, parse_train_args([]).tied) == (
-        False,
-        True,
-    )
-    assert parse_train_args(["--preset", "llama-tiny", "--tied"]).tied is True
-    assert parse_train_args(["--no-tied"]).tied is False
+    assert parse().model.tied is True
+    assert parse("--preset", "llama-tiny").model.tied is False
+    assert parse("--preset", "llama-tiny", "--tied").model.tied is True
+    assert parse("--no-tied").model.tied is False
 
 
 def test_the_file_may_name_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('preset = "gpt2"\nlayers = 2\n')
-    assert (
-        parse_train_args(["--config", str(file)]).dim,
-        parse_train_args(["--config", str(file)]).layers,
-    ) == (768, 2)
-    assert parse_train_args(["--config", str(file), "--preset", "nano"]).dim == TrainConfig().dim
+    found = parse("--config", str(file)).model
+    assert (found.dim, found.layers) == (768, 2)
+    assert parse("--config", str(file), "--preset", "nano").model.dim == 128
 
 
 def test_shakespeare_char_is_nanogpts_setting() -> None:
-    config = preset("shakespeare-char")
-    assert (
-        config.layers,
-        config.heads,
-        config.dim,
-        config.context,
-        config.batch,
-        config.steps,
-    ) == (4, 4, 128, 64, 12, 2000)
-    assert (config.dropout, config.lr, config.min_lr, config.beta2, config.warmup) == (
-        0.0,
-        1e-3,
-        1e-4,
-        0.99,
-        100,
-    )
-    assert (config.data, config.tokenizer) == ("shakespeare", "char")
+    found = preset("shakespeare-char").to_dict()
+    setting = dict(layers=4, heads=4, dim=128, context=64, dropout=0.0, batch=12, steps=2000)
+    setting |= dict(lr=1e-3, min_lr=1e-4, beta2=0.99, warmup=100, data="shakespeare")
+    assert setting | dict(tokenizer="char") == {
+        name: found[name] for name in (*setting, "tokenizer")
+    }
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_resolves_on_one_and_on_four_ranks(name: str) -> None:
     for num_ranks in (1, 4):
         resolved = resolve(preset(name), num_ranks, vocab=65)
-        assert resolved.dp * resolved.tp * resolved.pp == num_ranks
-        assert resolved.dp * resolved.microbatch * resolved.num_microbatches == resolved.train.batch
+        mesh, batch = resolved.mesh, resolved.options.optimization.batch
+        assert mesh.dp * mesh.tp * mesh.pp == num_ranks
+        assert mesh.dp * resolved.microbatch * resolved.num_microbatches == batch
 
 
 @pytest.mark.parametrize(
@@ -203,8 +173,12 @@ def test_every_preset_resolves_on_one_and_on_four_ranks(name: str) -> None:
         (["--no-bais"], ("--no-bais", "--no-bias")),
         (["--preset", "nanno"], ("nanno", "nano")),
         (["--layers", "many"], ("--layers", "many")),
-        (["--norm", "rmsnrom"], ("rmsnrom", "'rmsnorm'")),
-        (["--layers"], ("--layers",)),
+        (["--norm", "rmsnrom"], ("--norm rmsnrom", "layernorm, rmsnorm")),
+        (["--layers"], ("--layers", "one value")),
+        (["--layers", "3", "4"], ("--layers 3 4", "one value")),
+        (["--tied=yes"], ("'yes'",)),
+        (["--cp", "2"], ("--cp 2", "context parallelism does not exist yet")),
+        (["--ep=2"], ("--ep 2", "expert parallelism does not exist yet")),
         (["stray"], ("stray",)),
         (["--steps", "0"], ("--steps 0", "at least 1")),
         (["--lr", "nan"], ("--lr nan", "more than 0")),
@@ -232,6 +206,7 @@ def test_bad_flags_give_one_clear_error(
         ('norm = "batchnorm"', ("batchnorm", "layernorm, rmsnorm")),
         ("resume = 'runs/nano'", ("resume",)),
         ("layers = = 3", ("run.toml", "not TOML")),
+        ("cp = 2", ("cp = 2", "run.toml", "context parallelism does not exist yet")),
         ("steps = -1", ("--steps -1",)),
         ('preset = "nanno"', ("nanno", "nano")),
     ],
@@ -249,28 +224,45 @@ def test_every_option_has_a_sentence_of_help(capsys: pytest.CaptureFixture[str])
         parse_train_args(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(TrainArgs):
-        after = (
-            text.partition(f"{flag(field.name)} ")[2] or text.partition(f"{flag(field.name)}, ")[2]
-        )
+    for name in (*options(RunConfig), *options(StartOptions)):
+        after = text.partition(f"{flag(name)} ")[2] or text.partition(f"{flag(name)}, ")[2]
         sentence = after.partition("(default:")[0]
         assert sentence.rstrip().endswith(".") and len(sentence.split()) >= 4, (
-            f"{field.name}: {sentence!r}"
+            f"{name}: {sentence!r}"
         )
 
 
-def test_flags_of_the_issue_are_all_there() -> None:
-    named = """preset data tokenizer layers heads kv-heads dim ffn-dim context vocab norm mlp position tied bias dropout batch microbatch
-    steps lr min-lr warmup weight-decay beta1 beta2 clip seed dtype dp tp pp schedule stage-layers sequence-parallel out resume save-every
-    keep eval-every eval-tokens sample-tokens trace device config print-config stop-after check-every comm-timeout check-order recompute
-    bucket-mb lr-schedule"""
-    fields = {field.name.replace("_", "-") for field in dataclasses.fields(TrainArgs)}
-    assert set(named.split()) <= fields
+# Every flag that `python -m minillm.train --help` of commit e77a9ad prints, with a value.
+FLAGS_OF_E77A9AD = """
+    --preset=nano --layers=3 --heads=4 --dim=64 --context=32 --norm=rmsnorm --mlp=swiglu
+    --position=rotary --bias --no-bias --dropout=0.1 --tied --no-tied --kv-heads=2 --ffn-dim=64
+    --vocab=300 --data=austen --tokenizer=byte --batch=8 --steps=50 --lr=0.1 --min-lr=0.01
+    --lr-schedule=linear --warmup=5 --weight-decay=0.2 --beta1=0.8 --beta2=0.9 --clip=0.5 --seed=1
+    --dtype=float64 --dp=1 --tp=1 --pp=1 --schedule=gpipe --microbatch=2 --stage-layers=3
+    --sequence-parallel --no-sequence-parallel --recompute=full --bucket-mb=2 --node-shared=off
+    --kernels=numpy --device=cpu --out=runs/x --save-every=1 --keep=3 --eval-every=1
+    --eval-tokens=1 --sample-tokens=0 --trace --no-trace --stop-after=3 --check-every=1
+    --check-order --no-check-order --comm-timeout=9 --print-config --no-print-config
+"""
+
+
+def test_every_flag_of_an_earlier_version_still_parses() -> None:
+    words = FLAGS_OF_E77A9AD.split()
+    start, config = parse_train_args(words)
+    assert not start.print_config
+    values = config.to_dict()
+    assert (values["min_lr"], values["bucket_mb"], values["stage_layers"]) == (0.01, 2.0, "3")
+    defaults = RunConfig().to_dict()
+    assert {name for name in values if values[name] == defaults[name]} == {
+        *("preset", "heads", "tp", "pp", "device", "trace", "sequence_parallel", "check_order")
+    }
+    underscored = [word.replace("-", "_").replace("__", "--", 1) for word in words]
+    assert parse_train_args(underscored)[1] == config
 
 
 def test_other_programs_parse_through_the_same_door() -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(Record):
         """Say something."""
 
         text: str = "a"
@@ -293,10 +285,10 @@ def test_printed_configuration_reads_back_to_the_same(tmp_path: Path) -> None:
         )
         resolved = resolve(preset(name, **changes, pp=2 if changes else 1), 2, vocab=65)
         file = tmp_path / f"{name}.toml"
-        file.write_text(to_toml(resolved.train), encoding="utf-8")
-        again = parse_train_args(["--config", str(file)]).train_config()
-        assert again == resolved.train
-        assert resolve(again, 2, vocab=65).train == resolved.train
+        file.write_text(to_toml(resolved.filled()), encoding="utf-8")
+        again = parse("--config", str(file))
+        assert again == resolved.filled()
+        assert resolve(again, 2, vocab=65).filled() == resolved.filled()
         assert tomllib.loads(file.read_text(encoding="utf-8")) == read_toml(str(file))
 
 
@@ -304,26 +296,20 @@ def test_printed_configuration_reads_back_to_the_same(tmp_path: Path) -> None:
 
 
 def test_sizes_left_out_follow() -> None:
-    resolved = resolve(TrainConfig(batch=16, dim=96, steps=300, lr=3e-3), 4, vocab=256)
-    train = resolved.train
-    assert (
-        train.dp,
-        train.kv_heads,
-        train.ffn_dim,
-        train.vocab,
-        train.microbatch,
-        train.warmup,
-    ) == (4, 4, 384, 256, 4, 30)
-    assert (resolved.num_microbatches, resolved.stage_layers, train.stage_layers) == (1, (4,), "4")
-    assert resolved.min_lr == train.min_lr == pytest.approx(3e-4)
-    assert resolved.tokens_per_step == 16 * train.context
-    unknown = {name for name, value in train.to_dict().items() if value is None}
-    assert unknown == {"stop_after", "tokenizer"}
+    resolved = resolve(run_config(batch=16, dim=96, steps=300, lr=3e-3), 4, vocab=256)
+    found = resolved.filled().to_dict()
+    follows = dict(dp=4, kv_heads=4, ffn_dim=384, vocab=256, microbatch=4, warmup=30)
+    assert follows == {name: found[name] for name in follows}
+    assert (resolved.num_microbatches, resolved.stage_layers) == (1, (4,))
+    assert (found["stage_layers"], found["recompute"], found["out"]) == ("4", "none", "runs/nano")
+    assert resolved.min_lr == found["min_lr"] == pytest.approx(3e-4)
+    assert resolved.tokens_per_step == 16 * 128
+    assert {name for name, value in found.items() if value is None} == {"stop_after", "tokenizer"}
 
 
 def test_swiglu_width_is_two_thirds_rounded_up_to_64() -> None:
     widths = {
-        dim: resolve_model(TrainConfig(mlp="swiglu", dim=dim), 256).ffn_dim
+        dim: run_config(mlp="swiglu", dim=dim).model.resolve(256).ffn_dim
         for dim in (96, 128, 768, 4096)
     }
     assert widths == {96: 256, 128: 384, 768: 2048, 4096: 10944}
@@ -343,7 +329,7 @@ def test_swiglu_width_is_two_thirds_rounded_up_to_64() -> None:
     ],
 )
 def test_default_microbatch(batch: int, dp: int, pp: int, microbatch: int, count: int) -> None:
-    resolved = resolve(TrainConfig(batch=batch, dp=dp, pp=pp), dp * pp, vocab=256)
+    resolved = resolve(run_config(batch=batch, dp=dp, pp=pp), dp * pp, vocab=256)
     assert (resolved.microbatch, resolved.num_microbatches) == (microbatch, count)
 
 
@@ -406,32 +392,30 @@ def test_what_does_not_divide_is_refused_with_a_way_out(
         **options,
     }
     with pytest.raises(ConfigError) as error:
-        resolve(TrainConfig(**settings), num_ranks, vocab=256)
+        resolve(run_config(**settings), num_ranks, vocab=256)
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_vocabulary_must_come_from_somewhere_and_need_not_divide() -> None:
     with pytest.raises(ConfigError, match="--vocab"):
-        resolve(TrainConfig(), 1)
-    assert resolve(TrainConfig(tp=2), 2, vocab=257).model.vocab == 257
-    assert resolve(TrainConfig(vocab=300), 1, vocab=256).model.vocab == 300
+        resolve(run_config(), 1)
+    assert resolve(run_config(tp=2), 2, vocab=257).model.vocab == 257
+    assert resolve(run_config(vocab=300), 1, vocab=256).model.vocab == 300
 
 
 @pytest.mark.parametrize(
     "changes", [{}, dict(microbatch=2), dict(sequence_parallel=True, kv_heads=4, context=130)]
 )
 def test_valid_layouts_are_exactly_those_that_resolve(changes: dict[str, Any]) -> None:
-    config = TrainConfig(
-        **{**dict(layers=3, heads=4, kv_heads=2, batch=12, context=128), **changes}
-    )
-    model = resolve_model(config, 256)
+    config = run_config(**{**dict(layers=3, heads=4, kv_heads=2, batch=12, context=128), **changes})
+    model = config.model.resolve(256)
     for num_ranks in (1, 2, 4, 6, 8, 12):
         fits = set()
         for dp, tp, pp in itertools.product(divisors(num_ranks), repeat=3):
             try:
                 split = ",".join(map(str, even_split(3, pp))) if pp <= 3 else None
                 resolve(
-                    dataclasses.replace(config, dp=dp, tp=tp, pp=pp, stage_layers=split),
+                    config.replace(dp=dp, tp=tp, pp=pp, stage_layers=split),
                     num_ranks,
                     vocab=256,
                 )
@@ -452,23 +436,17 @@ def test_resume_starts_from_what_was_saved_and_layout_may_change(tmp_path: Path)
         and saved["vocab"] == 256
         and saved["warmup"] == 5
     )
-    args = parse_train_args(
+    start, config = parse_train_args(
         ["--resume", "runs/x", "--tp", "1", "--pp", "2", "--stop-after", "7"],
         saved=lambda path: saved,
     )
-    assert (args.resume, args.preset, args.steps, args.mlp, args.tp, args.stop_after) == (
-        "runs/x",
-        "llama-tiny",
-        50,
-        "swiglu",
-        1,
-        7,
-    )
-    assert resolve(args.train_config(), 8, vocab=256).dp == 4
-    assert (
-        parse_train_args(["--resume", "runs/x", "--steps", "50"], saved=lambda path: saved).steps
-        == 50
-    )
+    values = config.to_dict()
+    expected = dict(preset="llama-tiny", steps=50, mlp="swiglu", tp=1, pp=2, stop_after=7)
+    assert start.resume == "runs/x"
+    assert expected == {name: values[name] for name in expected}
+    assert resolve(config, 8, vocab=256).mesh.dp == 4
+    again = parse("--resume", "runs/x", "--steps", "50", saved=lambda path: saved)
+    assert again.optimization.steps == 50
 
 
 @pytest.mark.parametrize(
@@ -483,7 +461,7 @@ def test_resume_starts_from_what_was_saved_and_layout_may_change(tmp_path: Path)
     ],
 )
 def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
-    saved = resolve(TrainConfig(steps=50), 1, vocab=256).saved_values()
+    saved = resolve(run_config(steps=50), 1, vocab=256).saved_values()
     with pytest.raises(ConfigError) as error:
         parse_train_args(["--resume", "runs/x", *argv], saved=lambda path: saved)
     assert (
@@ -491,6 +469,14 @@ def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
         and "was" in str(error.value)
         and "--tp" in str(error.value)
     )
+
+
+# What may differ between a run and its continuation, as commit e77a9ad defined it.
+RESUMABLE = """
+    dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
+    kernels device out save_every keep eval_every eval_tokens sample_tokens trace stop_after
+    check_every check_order comm_timeout
+"""
 
 
 def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
@@ -530,8 +516,9 @@ def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
             dtype="float64",
         ),
     )
-    assert {field.name for field in dataclasses.fields(TrainConfig)} == other.keys() | RESUMABLE
-    config = TrainConfig(vocab=256)
+    assert other.keys() | RESUMABLE == options(RunConfig).keys()
+    assert {name for name, known in options(RunConfig).items() if known.resumable} == RESUMABLE
+    config = run_config(vocab=256)
     check_resume(config.to_dict(), config)
     for name, value in other.items():
         with pytest.raises(ConfigError, match=f"{flag(name)} .*was"):
@@ -541,3 +528,82 @@ def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
 def test_or_list_and_divisors() -> None:
     assert (or_list([1]), or_list([1, 2]), or_list([1, 2, 3])) == ("1", "1 or 2", "1, 2 or 3")
     assert (divisors(1), divisors(12), divisors(16)) == ([1], [1, 2, 3, 4, 6, 12], [1, 2, 4, 8, 16])
+
+
+# A new subsystem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyOptions(Record):
+    """Toy subsystem."""
+
+    toy_level: int = option(2, at_least=1, below=5)
+    """Level of the toy, which changes what is computed."""
+    toy_speed: float | None = option(None, above=0, resumable=True)
+    """Speed of the toy in units a second."""
+    toy_loud: bool = option(False, resumable=True)
+    """Make the toy loud while it runs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyRun(RunConfig):
+    """Train with a toy."""
+
+    toy: ToyOptions = dataclasses.field(default=ToyOptions())
+
+
+def toy(*argv: str, **more: Any) -> ToyRun:
+    return parse_train_args(argv, cls=ToyRun, **more)[1]
+
+
+def test_a_room_adds_its_flags_by_one_field(capsys: pytest.CaptureFixture[str]) -> None:
+    found = toy("--toy-level", "3", "--toy-loud", "--layers", "2", "--preset", "gpt2")
+    assert (found.toy, found.model.layers, found.model.dim) == (
+        ToyOptions(toy_level=3, toy_loud=True),
+        2,
+        768,
+    )
+    assert list(found.to_dict()) == [*RunConfig().to_dict(), "toy_level", "toy_speed", "toy_loud"]
+    with pytest.raises(SystemExit):
+        toy("--help")
+    assert "Speed of the toy in units a second." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--toy-level", "5"], "--toy-level 5 must be at least 1 and below 5"),
+        (["--toy-level", "low"], "--toy-level low must be of type int"),
+        (["--toy-speed", "0"], "--toy-speed 0.0 must be more than 0"),
+        (["--toy-levle", "3"], "--toy-levle.*--toy-level"),
+    ],
+)
+def test_a_room_holds_its_own_bounds(argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        toy(*argv)
+    with pytest.raises(ConfigError, match="unknown flag"):
+        parse(*argv)
+
+
+def test_a_room_reads_files_and_resumes(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("toy-level = 4\ntoy_speed = 2\n")
+    found = toy("--config", str(file), "--toy-speed", "3")
+    assert found.toy == ToyOptions(toy_level=4, toy_speed=3.0)
+    resolved = resolve(found, 1, vocab=256)
+    assert "toy_level = 4\n" in to_toml(resolved.filled())
+    saved = resolved.saved_values()
+    again = toy("--resume", "runs/x", "--toy-speed", "7", saved=lambda path: saved)
+    assert again.toy == ToyOptions(toy_level=4, toy_speed=7.0)
+    with pytest.raises(ConfigError, match=r"--toy-level 3 \(was 4\).*--toy-speed"):
+        toy("--resume", "runs/x", "--toy-level", "3", saved=lambda path: saved)
+
+
+def test_two_rooms_cannot_share_a_name() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Double(RunConfig):
+        more: ToyOptions = dataclasses.field(default=ToyOptions())
+        toy: ToyOptions = dataclasses.field(default=ToyOptions())
+
+    with pytest.raises(TypeError, match="toy_level"):
+        options(Double)

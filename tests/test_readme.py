@@ -1,6 +1,5 @@
 """The README's commands are the ones that run, and what it names exists."""
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -9,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from minillm.__main__ import PROGRAMS
-from minillm.base.flags import TrainArgs
-from minillm.training.config import flag
+from minillm.base.record import flag, options
+from minillm.training.arguments import StartOptions
+from minillm.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def test_ci_runs_the_extracted_test_command_last() -> None:
 
 
 def test_train_flags_in_the_readme_exist() -> None:
-    known = {flag(field.name) for field in dataclasses.fields(TrainArgs)}
+    known = {flag(name) for cls in (RunConfig, StartOptions) for name in options(cls)}
     lines = [
         line.partition("#")[0]
         for block in BLOCKS

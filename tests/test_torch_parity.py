@@ -20,7 +20,7 @@ from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.data.batches import Batches  # noqa: E402
 from minillm.models.protocol import Batch  # noqa: E402
 from minillm.params.where import Where  # noqa: E402
-from minillm.training.config import PRESETS, TrainConfig  # noqa: E402
+from minillm.training.config import PRESETS, RunConfig  # noqa: E402
 from minillm.training.optim import learning_rate  # noqa: E402
 from minillm.training.resolve import resolve  # noqa: E402
 from minillm.training.trainer import Trainer  # noqa: E402
@@ -35,11 +35,10 @@ MODELS = {
 
 
 def _trainer(**options) -> Trainer:
-    config = resolve(TrainConfig(**options), 1, VOCAB)
+    config = resolve(RunConfig.from_dict(options), 1, VOCAB)
     tokens = np.random.default_rng(5).integers(0, VOCAB, 20_000)
-    return Trainer(
-        config, SelfCommunicator(), Batches(tokens, config.model.context, config.train.batch, 1)
-    )
+    batches = Batches(tokens, config.model.context, config.options.optimization.batch, 1)
+    return Trainer(config, SelfCommunicator(), batches)
 
 
 def _twin(trainer: Trainer) -> TorchGPT:
@@ -84,7 +83,7 @@ def test_logits_loss_and_gradients(model: str) -> None:
 def test_fifty_steps_of_shakespeare_char() -> None:
     """50 steps of nanoGPT's CPU setting; the losses stay within 1e-4 of PyTorch's."""
     trainer = _trainer(**{**PRESETS["shakespeare-char"], "data": "austen", "bias": True})
-    config, train = trainer.config, trainer.config.train
+    config, train = trainer.config, trainer.config.options.optimization
     twin = _twin(trainer)
     decayed = {p.name for b in trainer.buffers for p in b.parameters if p.decay}
     optimizer = adamw(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minillm.training.config import ModelConfig
+from minillm.models.gpt_config import ModelConfig
 
 
 class TorchGPT:

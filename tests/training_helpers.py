@@ -21,7 +21,7 @@ from minillm.layout.sharding import share
 from minillm.params.storage import FlatBuffers
 from minillm.replication.node_shared import NodeMemory
 from minillm.tasks.language_model import LanguageModeling
-from minillm.training.config import TrainConfig
+from minillm.training.config import RunConfig
 from minillm.training.optim import SGD, AdamW
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
@@ -102,13 +102,13 @@ class Outcome:
 def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
     """The resolved configuration of a cell."""
     options = BASE | MODELS[model] | changes
-    config = TrainConfig(
+    config = RunConfig().replace(
         **options,
         dp=layout.dp,
         tp=layout.tp,
         pp=layout.pp,
         sequence_parallel=layout.sp,
-        schedule=layout.schedule,  # type: ignore[arg-type]
+        schedule=layout.schedule,
         microbatch=options["batch"] // (layout.dp * layout.num_microbatches),
         stage_layers=layout.stage_layers,
     )
@@ -118,7 +118,8 @@ def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
 def make_batches(config: ResolvedConfig) -> Batches:
     """Return random tokens, the same on every rank."""
     tokens = np.random.default_rng(3).integers(0, config.model.vocab, 2000)
-    return Batches(tokens, config.model.context, config.train.batch, config.train.seed)
+    optimization = config.options.optimization
+    return Batches(tokens, config.model.context, optimization.batch, optimization.seed)
 
 
 def train_rank(
@@ -136,7 +137,7 @@ def train_rank(
     Returns losses, norms, and pieces of (first gradients, last gradients, weights). `direct`:
     device arrays travel by address, else through host memory. `options` go to the Trainer.
     """
-    device = open_device(config.train.device)
+    device = open_device(config.options.compute.device)
     comm = on_device(comm, device, direct)
     task = (options or {}).get("task") or LanguageModeling(make_batches(config))
     trainer = Trainer(
@@ -238,7 +239,7 @@ def train(
     losses = results[0][0]
     for other, _, _ in results:
         assert other == losses, "ranks disagree about the loss"
-    tolerance = 1e-12 if config.train.dtype == "float64" else 0.0
+    tolerance = 1e-12 if config.options.compute.dtype == "float64" else 0.0
     first, last, values = (assemble([r[2][i] for r in results], tolerance) for i in range(3))
     return Outcome(losses, results[0][1], first, last, values)
 

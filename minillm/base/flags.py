@@ -1,5 +1,8 @@
-"""The command line and TOML files of the programs: preset, then `--config` file, then flags, each
-over the one before."""
+"""Command line and TOML files of the programs, read into records.
+
+tyro splits the words and prints the help. `Record` checks types and bounds, so that flags, files
+and Python callers get the same errors.
+"""
 
 from __future__ import annotations
 
@@ -7,103 +10,74 @@ import contextlib
 import dataclasses
 import io
 import json
-import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from minillm.base.errors import ConfigError
-from minillm.training.config import PRESETS, Record, TrainConfig, checked_values, flag, known_name
-from minillm.training.resolve import check_resume
+from minillm.base.record import Record, Words, absent_options, flag, known_name, options
 
-ConfigT = TypeVar("ConfigT")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainArgs(TrainConfig):
-    """Train a GPT, on one process or over the ranks of mpirun."""
-
-    config: str | None = None
-    """TOML file with the same names; flags win over it."""
-    print_config: bool = False
-    """Print the resolved configuration as TOML and stop."""
-    resume: str | None = None
-    """Folder of a run, or one of its checkpoints, to continue."""
-
-    def train_config(self) -> TrainConfig:
-        """The options without those that only say how to start."""
-        return TrainConfig(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
-        )
-
-
-def parse_train_args(
-    argv: Sequence[str] | None = None,
-    *,
-    saved: Callable[[str], Mapping[str, Any]] | None = None,
-    prog: str = "python -m minillm.train",
-) -> TrainArgs:
-    """The options of `argv` (default: the process's own) over those of `--config` over those of the
-    preset.
-
-    `saved` reads the configuration values held by the folder given to `--resume`; they then stand
-    in for the preset, and what must not change is checked. Raises ConfigError for unknown or bad
-    options, and SystemExit(0) after `--help`.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    first = {name: _early_value(argv, name) for name in ("preset", "config", "resume")}
-    file_values = {} if first["config"] is None else read_toml(first["config"])
-    held: Mapping[str, Any] | None = None
-    if first["resume"] is not None and saved is not None:
-        held = saved(first["resume"])
-        values = checked_values(TrainConfig, held, first["resume"])
-    else:
-        values = preset_values(first["preset"] or file_values.get("preset", TrainConfig.preset))
-    args = parse_flags(TrainArgs, argv, prog=prog, default=TrainArgs(**{**values, **file_values}))
-    if held is not None:
-        check_resume(held, args.train_config())
-    return args
-
-
-def preset_values(name: str) -> dict[str, Any]:
-    """What the preset called `name` sets, its name included. Raises ConfigError with close matches
-    for any other name."""
-    return {**PRESETS[known_name(name, PRESETS, "preset")], "preset": name}
+RecordT = TypeVar("RecordT", bound=Record)
 
 
 def parse_flags(
-    cls: type[ConfigT], argv: Sequence[str], *, prog: str, default: ConfigT | None = None
-) -> ConfigT:
-    """An instance of the dataclass `cls` from flags alone; every program's options go through here.
+    cls: type[RecordT], argv: Sequence[str], *, prog: str, default: RecordT | None = None
+) -> RecordT:
+    """Return an instance of `cls` from flags; every program's options pass through here.
 
     `default` gives the values of flags left out (default: those of the fields). Raises ConfigError
-    with one line for an unknown flag, a bad value or a word that belongs to no flag.
+    with one line for an unknown flag, a bad value or a word that belongs to no flag. Raises
+    SystemExit(0) after `--help`.
+    """
+    found, unknown = split_flags(cls, argv, prog=prog, default=default)
+    if unknown:
+        _refuse(cls, unknown, prog)
+    return found
+
+
+def split_flags(
+    cls: type[RecordT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    default: RecordT | None = None,
+    add_help: bool = True,
+) -> tuple[RecordT, list[str]]:
+    """Return an instance of `cls` from its flags, and the words of `argv` that belong to others.
+
+    Raises ConfigError for a bad value and for a required flag that is left out.
     """
     import tyro
 
-    _check_names(cls, argv)
-    errors = io.StringIO()
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(lambda info: _reading(tyro.constructors, info.type))
     given: dict[str, Any] = {} if default is None else {"default": default}
-    about = (cls.__doc__ or "").partition("\n")[0]
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+        with registry, contextlib.redirect_stderr(io.StringIO()):
+            found, unknown = tyro.cli(
                 cls,
                 args=list(argv),
                 prog=prog,
-                description=about,
-                config=(tyro.conf.DisallowNone,),
+                description=(cls.__doc__ or "").partition("\n")[0],
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+                return_unknown_args=True,
+                add_help=add_help,
                 **given,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigError(f"{_first_paragraph(errors.getvalue())}; see {prog} --help") from None
+        # Unknown words come back and `Record` checks the values, so nothing else is left to fail.
+        required = [
+            flag(field.name)
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if field.default is field.default_factory is dataclasses.MISSING
+        ]
+        raise ConfigError(f"{', '.join(required)} must be given; see {prog} --help") from None
+    return found, unknown
 
 
 def to_toml(config: Record) -> str:
-    """`config` as TOML that `--config` reads back to the same values; what is None is left out."""
+    """Return `config` as TOML that `--config` reads back to the same values; None is left out."""
     return "".join(
         f"{name} = {_toml_value(value)}\n"
         for name, value in config.to_dict().items()
@@ -112,8 +86,10 @@ def to_toml(config: Record) -> str:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """The training options in the TOML file at `path`, names with dashes or underscores. Raises
-    ConfigError for a bad file or key."""
+    """Return the table of the TOML file at `path`, dashes in names as underscores.
+
+    Raises ConfigError for a file that cannot be read.
+    """
     import tomllib
 
     try:
@@ -123,53 +99,55 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not TOML: {error}") from None
-    return checked_values(
-        TrainConfig, {name.replace("-", "_"): value for name, value in values.items()}, path
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def _refuse(cls: type[Record], words: Sequence[str], prog: str) -> None:
+    """Raise ConfigError for the first of `words` that tyro could not place."""
+    word, _, value = words[0].partition("=")
+    if not word.startswith("-"):
+        raise ConfigError(f"{words[0]!r} belongs to no flag; see {prog} --help")
+    reason = absent_options(cls).get(word.lstrip("-").replace("-", "_"))
+    if reason is not None:
+        shown = " ".join((word, value or "".join(words[1:2]))).rstrip()
+        raise ConfigError(f"{shown}: {reason}")
+    names = ["--help"]
+    for name, known in options(cls).items():
+        names += [flag(name), *([flag("no_" + name)] if known.kind is bool else [])]
+    known_name(word.replace("_", "-"), names, "flag")
+    raise ConfigError(f"{words[0]!r} cannot be read; see {prog} --help")
+
+
+def _reading(constructors: Any, kind: Any) -> Any:
+    """Return tyro's rule for a value: any number of words, so that `Record` finds the errors."""
+    inner = kind if get_origin(kind) is Literal else next(iter(get_args(kind)), kind)  # X | None
+    choices = get_args(inner)
+    if not choices and inner not in (int, float, str):
+        return None  # flags of bool and nested records keep tyro's own rules
+
+    def read(words: list[str]) -> Any:
+        if len(words) != 1:
+            return Words(words)
+        if choices or inner is str:
+            return words[0]
+        try:
+            return inner(words[0])
+        except ValueError:
+            return words[0]
+
+    return constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{{{','.join(choices)}}}" if choices else inner.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
     )
-
-
-def _early_value(argv: Sequence[str], name: str) -> str | None:
-    """The last value of a flag that decides the others' defaults, before the flags are parsed."""
-    word = flag(name)
-    found = None
-    for position, argument in enumerate(argv):
-        if argument == word and position + 1 < len(argv):
-            found = argv[position + 1]
-        elif argument.startswith(word + "="):
-            found = argument.removeprefix(word + "=")
-    return found
-
-
-def _check_names(cls: type, argv: Sequence[str]) -> None:
-    """Raises ConfigError with close matches for a flag that `cls` does not have."""
-    known = ["--help"]
-    for field in dataclasses.fields(cls):
-        known += [flag(field.name)] + (
-            ["--no-" + flag(field.name)[2:]] if field.type in (bool, "bool") else []
-        )
-    for argument in argv:
-        if re.match(r"--[A-Za-z]", argument):
-            known_name(argument.partition("=")[0].replace("_", "-"), known, "flag")
-
-
-def _first_paragraph(boxed: str) -> str:
-    """The sentence under the title of a boxed error message, whether the box is drawn in Unicode or
-    in ASCII."""
-    title, *lines = [line.strip("│|╭╮╰╯+ ") for line in boxed.splitlines()] or [""]
-    sentence: list[str] = []
-    for line in lines:
-        if not re.fullmatch("[─-]*", line):
-            sentence.append(line)
-        elif sentence:
-            break
-    return (" ".join(sentence) or title).rstrip(".")
 
 
 def _toml_value(value: bool | int | float | str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace(
-            "\x7f", "\\u007f"
-        )  # a JSON string is a TOML basic string but for DEL
+        # A JSON string is a TOML basic string but for DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minillm.base.flags import parse_flags
+from minillm.base.record import known_name
 from minillm.bench import kernel_times, messages, parts, training_step
 from minillm.comm.process import main_guard
-from minillm.training.config import known_name
 
 BENCHMARKS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (training_step.TrainBench, training_step.run),

@@ -32,7 +32,7 @@ from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import ThreadCommunicator, run_ranks
 from minillm.data.batches import Batches
 from minillm.layout.sharding import Slices
-from minillm.training.config import TrainConfig
+from minillm.training.config import RunConfig
 from minillm.training.optim import SGD, AdamW
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
@@ -106,7 +106,7 @@ class Trained(NamedTuple):
 
 
 def _config(sizes: dict[str, Any], num_ranks: int = 1, **options: Any) -> ResolvedConfig:
-    return resolve(TrainConfig(**sizes | options), num_ranks, VOCAB)
+    return resolve(RunConfig.from_dict(sizes | options), num_ranks, VOCAB)
 
 
 def _train(
@@ -116,9 +116,9 @@ def _train(
     optimizer: type[AdamW] | type[SGD] = AdamW,
 ) -> Trained:
     """The first steps on random tokens."""
-    device = open_device(config.train.device)
+    device = open_device(config.options.compute.device)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 20_000)
-    batches = Batches(tokens, config.model.context, config.train.batch, seed=1)
+    batches = Batches(tokens, config.model.context, config.options.optimization.batch, seed=1)
     direct = False if isinstance(comm, ThreadCommunicator) else None  # as the MPI library says
     trainer = Trainer(
         config, on_device(comm, device, direct), batches, device=device, optimizer=optimizer

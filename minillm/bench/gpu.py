@@ -31,7 +31,7 @@ from minillm.bench.shapes import Shape
 from minillm.bench.timing import table
 from minillm.comm.single import SelfCommunicator
 from minillm.data.batches import Batches
-from minillm.training.config import TrainConfig
+from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
 from minillm.training.trainer import Trainer
 
@@ -147,7 +147,8 @@ def profile(device: Device, shape: Shape) -> dict[str, Any]:
     """
     assert not device.on_host
     sizes = {name: getattr(shape, name) for name in ("layers", "heads", "dim", "context", "batch")}
-    config = resolve(TrainConfig(**sizes, device="cuda", dtype="bfloat16"), 1, shape.vocab)
+    asked = RunConfig().replace(**sizes, device="cuda", dtype="bfloat16")
+    config = resolve(asked, 1, shape.vocab)
     tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)
     trainer = Trainer(
         config,

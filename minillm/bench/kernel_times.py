@@ -14,6 +14,7 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.errors import ConfigError
+from minillm.base.record import Record
 from minillm.bench.timing import median_seconds, table
 from minillm.comm.cores import usable_cores
 
@@ -21,7 +22,7 @@ CPU_BACKENDS = ("numpy", "c")  # the emulator shows what a CUDA kernel does, not
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelBench:
+class KernelBench(Record):
     """Time every implementation of every operation of a training step."""
 
     rows: int = 2048
@@ -40,6 +41,7 @@ class KernelBench:
     """File to write the results to."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rows % self.context or self.dim % 64:
             raise ConfigError(
                 f"--rows {self.rows} must be a multiple of --context {self.context}, and --dim "

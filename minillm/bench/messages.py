@@ -19,6 +19,7 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.errors import ConfigError
+from minillm.base.record import Record
 from minillm.bench.timing import table
 from minillm.comm.communicator import Communicator
 from minillm.comm.cores import threads_per_rank
@@ -27,7 +28,7 @@ from minillm.comm.process import world
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommBench:
+class CommBench(Record):
     """Time operations between the ranks of mpirun: messages, and sums in shared memory."""
 
     sizes: str = "8,4096,262144,4194304,67108864"
@@ -38,6 +39,7 @@ class CommBench:
     """File to write the results to."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.repeats < 1 or not all(
             word.isdigit() and int(word) for word in self.sizes.split(",")
         ):

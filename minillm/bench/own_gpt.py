@@ -18,7 +18,7 @@ from minillm.bench.timing import median_seconds
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import world
 from minillm.data.batches import Batches
-from minillm.training.config import TrainConfig
+from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
 from minillm.training.trainer import Trainer
 
@@ -40,9 +40,8 @@ def main() -> None:
     device = open_device(args.device, comm.split_by_node().rank)
     comm = on_device(comm, device)
     sizes = {name: getattr(shape, name) for name in ("layers", "heads", "dim", "context", "batch")}
-    config = resolve(
-        TrainConfig(**sizes, device=args.device, dtype=args.dtype), comm.size, shape.vocab
-    )
+    asked = RunConfig().replace(**sizes, device=args.device, dtype=args.dtype)
+    config = resolve(asked, comm.size, shape.vocab)
     tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)
     kernels.prepare_process()
     with kernels.threads(args.threads), kernels.use(**kernels.choices_from(args.kernels)):

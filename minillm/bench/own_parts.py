@@ -19,7 +19,7 @@ from minillm.inference.cache import KVCache
 from minillm.inference.engine import Generator
 from minillm.nn.vocabulary import head_loss
 from minillm.training.assembly import assemble
-from minillm.training.config import TrainConfig
+from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
 
 Times = dict[str, list[float]]
@@ -73,9 +73,8 @@ def generate(
     batch: int,
 ) -> Times:
     """The prompt at once, then the likeliest token, again and again."""
-    config = resolve(
-        TrainConfig(layers=layers, heads=heads, dim=dim, context=context, batch=1), 1, vocab
-    )
+    asked = RunConfig().replace(layers=layers, heads=heads, dim=dim, context=context, batch=1)
+    config = resolve(asked, 1, vocab)
     generator = Generator(assemble(config, SelfCommunicator(), training=False))
     ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
 

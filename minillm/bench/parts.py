@@ -14,29 +14,26 @@ from typing import Any, Literal
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.base.record import Record, option
 from minillm.bench.timing import table
 from minillm.bench.turns import Contestant, advantage, require_torch, take_turns
 from minillm.comm.cores import usable_cores
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartBench:
+class PartBench(Record):
     """What the benchmarks of parts have in common."""
 
     against: Literal["none", "torch"] = "none"
     """What to compare with."""
     threads: int = 0
     """Threads; 0: one for each core."""
-    rounds: int = 5
+    rounds: int = option(5, at_least=1)
     """Turns of each contestant."""
     seconds: float = 1.0
     """Length of a measurement."""
     json: str | None = None
     """File to write the results to."""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ConfigError(f"--rounds {self.rounds} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.base.record import Record, option
 from minillm.bench.shapes import CONFIGS, Shape
 from minillm.bench.timing import table
 from minillm.bench.turns import TUNED, Contestant, advantage, require_torch, take_turns
@@ -20,7 +21,7 @@ from minillm.comm.cores import usable_cores
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBench:
+class TrainBench(Record):
     """Time the training step of a GPT-2, on its own or beside PyTorch."""
 
     config: Literal["c1", "c2", "c3", "g2"] = "c2"
@@ -50,10 +51,10 @@ class TrainBench:
     """Run torch.compile too (its first step takes a minute)."""
     threads: int = 0
     """Threads in all; 0: one for each core."""
-    ranks: int = 1
+    ranks: int = option(1, at_least=1)
     """Data-parallel ranks that share the threads; several are compared with one process that has
     all of them."""
-    rounds: int = 5
+    rounds: int = option(5, at_least=1)
     """Turns of each contestant."""
     seconds: float = 3.0
     """Length of a turn, without starting and warming up."""
@@ -61,9 +62,7 @@ class TrainBench:
     """File to write the results to."""
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)} must be at least 1")
+        super().__post_init__()
         if self.device == "cpu" and self.dtype != "float32":
             raise ConfigError(f"--dtype {self.dtype} needs --device cuda")
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from minillm import checkpoint
 from minillm.base.device import CPU, Device, open_device
 from minillm.base.errors import ConfigError
+from minillm.base.record import Record, option
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
 from minillm.training.assembly import Assembly, assemble
-from minillm.training.config import TrainConfig
+from minillm.training.config import RunConfig
 from minillm.training.resolve import ResolvedConfig, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class ReadOptions(Record):
     """How a program that reads a checkpoint spreads the model, and where."""
 
-    tp: int = 1
+    tp: int = option(1, at_least=1)
     """Tensor-parallel ranks, each with its share of every matrix."""
-    pp: int = 1
+    pp: int = option(1, at_least=1)
     """Pipeline stages, each with its share of the layers."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute: on the CPU, where a model trained in bfloat16 is one in float32, or on a
@@ -37,12 +37,12 @@ class Opened:
     """A verified checkpoint: where it is, what it was trained with, and its tokenizer."""
 
     path: Path
-    config: TrainConfig
+    config: RunConfig
     vocab: int
     tokenizer: Tokenizer
 
     def resolve(
-        self, layout: Layout, num_ranks: int, *, generating: bool = False
+        self, layout: ReadOptions, num_ranks: int, *, generating: bool = False
     ) -> ResolvedConfig:
         """The model on `num_ranks` ranks, dp taking what tp and pp leave. Raises ConfigError for a
         layout that cannot be, or where the device has no kernels for the model."""
@@ -53,16 +53,14 @@ class Opened:
                 f"{layout.pp} ranks; use --tp "
                 f"{num_ranks}, or one rank"
             )
-        narrow_on_cpu = layout.device == "cpu" and self.config.dtype == "bfloat16"
-        dtype: Any = (
-            "float32" if narrow_on_cpu else self.config.dtype
-        )  # in which those values are exact
-        own: dict[str, Any] = dict(
-            device=layout.device, dtype=dtype, node_shared="auto", kernels="auto"
-        )
-        free = dataclasses.replace(
-            self.config,
-            **own,
+        dtype = self.config.compute.dtype
+        if layout.device == "cpu" and dtype == "bfloat16":
+            dtype = "float32"  # holds every bfloat16 exactly
+        free = self.config.replace(
+            device=layout.device,
+            dtype=dtype,
+            node_shared="auto",
+            kernels="auto",
             dp=dp,
             tp=layout.tp,
             pp=layout.pp,
@@ -79,12 +77,12 @@ def open_checkpoint(path: str, comm: Communicator) -> Opened:
     it is missing or damaged."""
     found = checkpoint.find(Path(path))
     checkpoint.verify(found, comm)
-    meta = checkpoint.read_manifest(found).meta
-    config = TrainConfig.from_dict(meta["config"], str(found))
-    return Opened(found, config, meta["vocab"], tokenizer_from_json(meta["tokenizer"]))
+    record = checkpoint.RunRecord.read(found)
+    config = RunConfig.from_dict(record.config, str(found))
+    return Opened(found, config, record.vocab, tokenizer_from_json(record.tokenizer))
 
 
-def place(comm: Communicator, layout: Layout) -> tuple[Communicator, Device]:
+def place(comm: Communicator, layout: ReadOptions) -> tuple[Communicator, Device]:
     """The ranks, for arrays of the device that the program is to compute on, and that device.
     Collective. Raises ConfigError on every rank if one has no such device."""
     local_rank = comm.split_by_node().rank

@@ -15,6 +15,7 @@ from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec
+from minillm.models.gpt_config import ModelConfig
 from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart, StageResult
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
@@ -33,7 +34,6 @@ from minillm.parallel.tensor import PlannedGroup, Region, TensorParallel
 from minillm.params.module import Module
 from minillm.params.parameter import Normal, Parameter
 from minillm.params.where import Pass
-from minillm.training.config import ModelConfig
 
 INIT_STD = 0.02
 TIED_WEIGHT = "embedding.weight"

@@ -10,7 +10,6 @@ from minillm.base.device import CPU, Device
 from minillm.checkpoint import StateTensor
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh
-from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.placement import Layout, consecutive
 from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.gpt import INIT_STD
@@ -32,7 +31,7 @@ def layout_of(
     """Return the layout of a run. Without `rank_of_stage` stage s lies on pp rank s."""
     layers = consecutive(config.stage_layers)
     return Layout(
-        MeshShape(pp=config.pp, dp=config.dp, tp=config.tp),
+        config.mesh,
         layers,
         tuple(range(len(layers))) if rank_of_stage is None else rank_of_stage,
         architecture.ties(config.model, len(layers)),
@@ -52,15 +51,15 @@ def build_model(
 
     Parameters get no memory, so this serves planning as well.
     """
-    sequence_parallel = config.train.sequence_parallel and group.size > 1
+    sequence_parallel = config.options.layout.sequence_parallel and group.size > 1
     region: Region = (SequenceParallel if sequence_parallel else TensorParallel)(group)
     layers, last = layout.layers_of_stage[stage], layout.num_stages - 1
     return architecture.build(
         config.model,
         StagePart(layers, stage == 0, stage == last),
         region,
-        seed=config.train.seed,
-        recompute=config.train.recompute,
+        seed=config.options.optimization.seed,
+        recompute=config.recompute,
         std=std,
     )
 
@@ -117,7 +116,7 @@ def assemble(
         )
         for stage in layout.stages_of(mesh.coord("pp"))
     }
-    dtype = float_dtype(config.train.dtype)
+    dtype = float_dtype(config.options.compute.dtype)
     if not training:
         replication = Replication(mesh, layout, PrivateMemory(device=device))
     elif replicate is not None:
@@ -127,8 +126,8 @@ def assemble(
             mesh,
             layout,
             sum(p.spec.local_size(layout.mesh) for m in models.values() for p in m.parameters()),
-            node_shared=config.train.node_shared,
-            bucket_bytes=int(config.train.bucket_mb * 1e6),
+            node_shared=config.options.replication.node_shared,
+            bucket_bytes=int(config.options.replication.bucket_mb * 1e6),
             dtype=dtype,
             device=device,
         )
@@ -141,7 +140,7 @@ def assemble(
             gradients=training,
             memory=replication.memory,
         )
-        buffers.initialise(config.train.seed, layout.mesh, mesh.coords)
+        buffers.initialise(config.options.optimization.seed, layout.mesh, mesh.coords)
         stages[index] = Stage(index, model, buffers)
     replication.attach({index: stage.buffers for index, stage in stages.items()})
     return Assembly(layout, mesh, stages, replication, device)

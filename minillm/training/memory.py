@@ -31,7 +31,8 @@ def predicted(
     operations are not counted. On a GPU it is the device's memory, without that of CUDA and its
     libraries. Needs no running ranks and allocates nothing.
     """
-    dtype, on_gpu = float_dtype(config.train.dtype), config.train.device == "cuda"
+    compute = config.options.compute
+    dtype, on_gpu = float_dtype(compute.dtype), compute.device == "cuda"
     item, wide = dtype.itemsize, sum_dtype(dtype).itemsize
     stages = layout.stages_of(pp_rank)
     group = PlannedGroup(0, layout.mesh.tp)
@@ -39,7 +40,7 @@ def predicted(
     for stage in stages:
         model = build_model(config, layout, stage, group, architecture=architecture)
         size += FlatLayout(model.parameters(), layout.mesh, ALIGNMENT // item).size
-    schedule = SCHEDULES[config.train.schedule](config.pp, config.num_microbatches)
+    schedule = SCHEDULES[config.options.pipeline.schedule](config.mesh.pp, config.num_microbatches)
     in_flight = simulate(schedule).peak_in_flight(pp_rank) / len(stages)
     num_layers = sum(len(layout.layers_of_stage[stage]) for stage in stages)
     work = dict(
@@ -56,8 +57,8 @@ def predicted(
             * architecture.activation_bytes(
                 config.model,
                 num_layers,
-                sequence_parallel=config.train.sequence_parallel,
-                recompute=config.train.recompute,
+                sequence_parallel=config.options.layout.sequence_parallel,
+                recompute=config.recompute,
                 **work,
             )
         ),

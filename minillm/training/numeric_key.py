@@ -27,17 +27,17 @@ def numeric_key(
     node = world.split_by_node()
     local = {"threads": kernels.get_threads(), "numpy": np.__version__, "blas": _blas()}
     ranks = world.gather_json(local | {"host": node.size if node.rank == 0 else None})
-    train = config.train
+    mesh, options = config.mesh, config.options
     return {
-        "mesh": f"dp {config.dp} x tp {config.tp} x pp {config.pp}",
+        "mesh": f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}",
         "stage_layers": list(config.stage_layers),
         "microbatch": config.microbatch,
         "num_microbatches": config.num_microbatches,
-        "bucket_mb": train.bucket_mb,
+        "bucket_mb": options.replication.bucket_mb,
         "shared_by": shared_by,
-        "schedule": train.schedule,
-        "sequence_parallel": train.sequence_parallel,
-        "recompute": train.recompute,
+        "schedule": options.pipeline.schedule,
+        "sequence_parallel": options.layout.sequence_parallel,
+        "recompute": config.recompute,
         "ranks_per_host": [rank["host"] for rank in ranks if rank["host"] is not None],
         **({} if device.on_host else {"device": device.kind()}),
         "kernels": kernel_choices(config, device),
@@ -50,7 +50,7 @@ def kernel_choices(config: ResolvedConfig, device: Device) -> dict[str, str]:
     width, dropout = config.model.head_width, config.model.dropout > 0
     return {
         op: kernels.resolved(
-            op, device.like(op, config.train.dtype), head_width=width, dropout=dropout
+            op, device.like(op, config.options.compute.dtype), head_width=width, dropout=dropout
         )
         for op in kernels.ops()
     }

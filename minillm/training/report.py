@@ -13,6 +13,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import Row, RowKey
 from minillm.data.corpus import Corpus
 from minillm.kernels import native
+from minillm.layout.options import comma_list
 from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.protocol import num_parameters
 from minillm.training.assembly import Assembly
@@ -31,7 +32,7 @@ def plan(
 ) -> list[str]:
     """The resolved plan as lines: data, model, layout, batch, and the memory that the largest rank
     will need. Collective."""
-    model, train = config.model, config.train
+    model, options, mesh = config.model, config.options, config.mesh
     own = sum(buffers.layout.size for buffers in assembly.buffers)
     memory, pp_rank = assembly.replication.memory, assembly.mesh.coord("pp")
     shared_by = memory.alias[1]
@@ -39,21 +40,24 @@ def plan(
     everyone = comm.gather_json([own, needs])
     most = max((entry[1] for entry in everyone), key=lambda kinds: sum(kinds.values()))
     parts = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in most.items() if size)
-    pipeline = f" ({train.schedule}, layers {train.stage_layers})" if config.pp > 1 else ""
-    sequence = " (sequence-parallel)" if train.sequence_parallel and config.tp > 1 else ""
+    pipeline = ""
+    if mesh.pp > 1:
+        layers = comma_list(config.stage_layers)
+        pipeline = f" ({options.pipeline.schedule}, layers {layers})"
+    sequence = " (sequence-parallel)" if options.layout.sequence_parallel and mesh.tp > 1 else ""
     return [
         f"data    {corpus.describe()}",
-        f"model   {train.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, "
-        f"context {model.context}, {train.dtype}; "
+        f"model   {options.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, "
+        f"context {model.context}, {options.compute.dtype}; "
         f"{compact(num_parameters(GPT, model))} parameters, at most "
         f"{compact(max(entry[0] for entry in everyone))} per rank",
-        f"layout  {plural(config.num_ranks, 'rank')}: dp {config.dp} x tp {config.tp}{sequence} x "
-        f"pp {config.pp}{pipeline}, "
+        f"layout  {plural(mesh.num_ranks, 'rank')}: dp {mesh.dp} x tp {mesh.tp}{sequence} x "
+        f"pp {mesh.pp}{pipeline}, "
         f"{plural(threads, 'thread')} "
         f"each{'; ' + memory.description if memory.description else ''}",
-        f"batch   {train.batch} sequences = {config.tokens_per_step} tokens a step, in "
-        f"{plural(config.num_microbatches, 'microbatch', 'es')} "
-        f"of {config.microbatch} per dp rank; {train.steps} steps",
+        f"batch   {options.optimization.batch} sequences = {config.tokens_per_step} tokens a step, "
+        f"in {plural(config.num_microbatches, 'microbatch', 'es')} "
+        f"of {config.microbatch} per dp rank; {options.optimization.steps} steps",
         f"kernels {_kernels(config, assembly.device)}",
         f"memory  {sum(most.values()) / 1e6:.0f} MB predicted for the largest rank ({parts})",
     ]

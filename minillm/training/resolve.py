@@ -1,145 +1,123 @@
-"""From the options of a run to its resolved configuration: every size filled in, every division
-checked, before anything is allocated."""
+"""Resolution of a run's options: every size filled in, every division checked.
+
+Nothing is allocated and no rank needs to run.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from minillm.base.arrays import float_dtype
 from minillm.base.errors import ConfigError
-from minillm.kernels.attention.cuda import HEAD_WIDTHS
-from minillm.kernels.grids import WIDEST_ROW as WIDEST_NORM
-from minillm.training.config import (
-    RESUMABLE,
-    ModelConfig,
-    TrainConfig,
-    divisors,
-    flag,
-    or_list,
-    some_divisors,
-)
+from minillm.base.record import divisors, flag, options, some_divisors
+from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.options import comma_list, even_split
+from minillm.models.gpt_config import ModelConfig
+from minillm.training.config import RunConfig
 
-# swiglu's width is rounded up to this: whole vector registers, and room for tensor parallelism
-FFN_MULTIPLE = 64
-RECOMPUTE_BYTES = (
-    16 << 20
-)  # what selective recomputation must save of a rank's activations to be worth its time
-_MOST_LAYOUTS = 12  # how many alternatives an error lists
+# Selective recomputation must save this much of a rank's activations to be worth its time.
+RECOMPUTE_BYTES = 16 << 20
+_MOST_LAYOUTS = 12  # alternatives that an error lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig:
-    """One run on `num_ranks` ranks, with nothing left open: `asked` as it was given, `train` with
-    every field filled in."""
+    """Run on a mesh with nothing left open: the options as asked, and what follows from them."""
 
-    asked: TrainConfig
-    train: TrainConfig
+    options: RunConfig
+    """Options as asked. What is left out there stands in the other fields."""
     model: ModelConfig
-    num_ranks: int
-    dp: int
-    tp: int
-    pp: int
-    microbatch: int
-    """Sequences per microbatch on one rank."""
-    num_microbatches: int
-    """Microbatches per step on one rank."""
+    mesh: MeshShape
     stage_layers: tuple[int, ...]
     """Layers of each pipeline stage, in order."""
+    microbatch: int
+    """Sequences per microbatch on one rank."""
     warmup: int
-    """Steps."""
+    """Steps over which the learning rate rises."""
     min_lr: float
     """Learning rate at the last step."""
-    out: str
-    """The folder to write to."""
+    recompute: Literal["none", "selective", "full"]
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches per step on one rank."""
+        return self.options.optimization.batch // (self.mesh.dp * self.microbatch)
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
-        return self.train.batch * self.model.context
+        return self.options.optimization.batch * self.model.context
+
+    @property
+    def out(self) -> str:
+        """Folder to write to."""
+        return self.options.output.out or f"runs/{self.options.preset}"
+
+    def filled(self) -> RunConfig:
+        """Return the options with everything that was left open filled in."""
+        model = self.model
+        sizes = dict(kv_heads=model.kv_heads, ffn_dim=model.ffn_dim, vocab=model.vocab)
+        found: dict[str, Any] = dict(
+            dp=self.mesh.dp,
+            stage_layers=comma_list(self.stage_layers),
+            microbatch=self.microbatch,
+            warmup=self.warmup,
+            min_lr=self.min_lr,
+            recompute=self.recompute,
+            out=self.out,
+        )
+        return self.options.replace(**sizes, **found)
 
     def saved_values(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the resolved values, but what may change on resume as it was
-        asked, to follow from the ranks then. Where this run was told to stop early is its own
-        affair."""
-        asked = self.asked.to_dict() | {"stop_after": None}
+        """Return the flat configuration that a checkpoint keeps.
+
+        Resumable options are stored as asked, so that a resumed run resolves them for its own
+        ranks. `stop_after` is not stored.
+        """
+        asked, known = self.options.to_dict() | {"stop_after": None}, options(type(self.options))
         return {
-            name: asked[name] if name in RESUMABLE else value
-            for name, value in self.train.to_dict().items()
+            name: asked[name] if known[name].resumable else value
+            for name, value in self.filled().to_dict().items()
         }
 
 
-def resolve(config: TrainConfig, num_ranks: int, vocab: int | None = None) -> ResolvedConfig:
-    """Fill in what `config` leaves open, for `num_ranks` ranks and a tokenizer (or token file) of
-    `vocab` tokens.
+def resolve(config: RunConfig, num_ranks: int, vocab: int | None = None) -> ResolvedConfig:
+    """Fill in what `config` leaves open, for `num_ranks` ranks and a tokenizer of `vocab` tokens.
 
     Raises ConfigError for sizes that do not divide, for a layout that does not use all ranks, and
-    when neither `config` nor the tokenizer says how many tokens there are.
+    if neither `config` nor the tokenizer gives the number of tokens.
     """
-    model = resolve_model(config, vocab)
-    _check_device(config, model)
-    dp = _data_parallel(config, model, num_ranks)
+    model, layout, optimization = config.model.resolve(vocab), config.layout, config.optimization
+    config.compute.check(model.dim, model.heads)
+    if config.compute.device == "cuda" and config.replication.node_shared == "on":
+        raise ConfigError(
+            "--node-shared on needs --device cpu: it shares the host's memory; leave it out on a "
+            "GPU"
+        )
+    mesh = _mesh(config, model, num_ranks)
     _check_tensor_parallel(config, model)
-    stage_layers = _stage_layers(config)
-    microbatch = _microbatch(config, dp)
-    warmup = min(100, config.steps // 10) if config.warmup is None else config.warmup
-    if warmup > config.steps:
-        raise ConfigError(
-            f"--warmup {warmup} is longer than --steps {config.steps}; try --warmup "
-            f"{config.steps // 10}"
-        )
-    min_lr = config.lr / 10 if config.min_lr is None else config.min_lr
-    if min_lr > config.lr:
-        raise ConfigError(f"--min-lr {min_lr} is above --lr {config.lr}; leave it out for lr / 10")
-    out = config.out or f"runs/{config.preset}"
-    found: dict[str, Any] = dict(
-        dp=dp, microbatch=microbatch, warmup=warmup, min_lr=min_lr, out=out
-    )
-    recompute = _recompute(config, model, microbatch * max(stage_layers))
-    sizes: dict[str, Any] = dict(
-        kv_heads=model.kv_heads,
-        ffn_dim=model.ffn_dim,
-        vocab=model.vocab,
-        stage_layers=_words(stage_layers),
-    )
+    stage_layers = layout.resolve_stage_layers(model.layers)
+    microbatch = config.pipeline.resolve_microbatch(optimization.batch, mesh.dp, mesh.pp)
     return ResolvedConfig(
-        asked=config,
-        train=dataclasses.replace(config, recompute=recompute, **found, **sizes),
+        options=config,
         model=model,
-        num_ranks=num_ranks,
-        tp=config.tp,
-        pp=config.pp,
-        num_microbatches=config.batch // (dp * microbatch),
+        mesh=mesh,
         stage_layers=stage_layers,
-        **found,
+        microbatch=microbatch,
+        warmup=optimization.resolve_warmup(),
+        min_lr=optimization.resolve_min_lr(),
+        recompute=_recompute(config, model, microbatch * max(stage_layers)),
     )
-
-
-def resolve_model(config: TrainConfig, vocab: int | None = None) -> ModelConfig:
-    """The model that `config` describes, for a tokenizer of `vocab` tokens. Raises ConfigError for
-    sizes that do not fit together."""
-    if config.vocab is None and vocab is None:
-        raise ConfigError("the number of tokens is not known; pass --vocab")
-    if config.vocab is not None and vocab is not None and config.vocab < vocab:
-        raise ConfigError(
-            f"--vocab {config.vocab} is less than the {vocab} tokens of the data; pass --vocab "
-            f"{vocab} or leave it out"
-        )
-    swiglu_dim = -(-8 * config.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
-    shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
-    shape["kv_heads"] = config.heads if config.kv_heads is None else config.kv_heads
-    shape["ffn_dim"] = config.ffn_dim or (swiglu_dim if config.mlp == "swiglu" else 4 * config.dim)
-    shape["vocab"] = config.vocab or vocab
-    return ModelConfig(**shape)
 
 
 def valid_layouts(
-    config: TrainConfig, model: ModelConfig, num_ranks: int
+    config: RunConfig, model: ModelConfig, num_ranks: int
 ) -> list[tuple[int, int, int]]:
-    """Every (dp, tp, pp) with dp * tp * pp = num_ranks that this model and batch can be cut into,
-    data parallelism first."""
+    """Return every (dp, tp, pp) on `num_ranks` ranks that this model and batch can be cut into.
+
+    Layouts with the fewest stages come first, then those with the fewest tensor-parallel ranks.
+    """
     tps = [
         tp
         for tp in divisors(num_ranks)
@@ -151,70 +129,38 @@ def valid_layouts(
         for pp in divisors(num_ranks // tp)
         if pp <= model.layers
     ]
-    fits = [
-        layout for layout in layouts if config.batch % (layout[0] * (config.microbatch or 1)) == 0
-    ]
+    batch, microbatch = config.optimization.batch, config.pipeline.microbatch or 1
+    fits = [layout for layout in layouts if batch % (layout[0] * microbatch) == 0]
     return sorted(fits, key=lambda layout: (layout[2], layout[1]))
 
 
-def check_resume(saved: Mapping[str, Any], config: TrainConfig) -> None:
-    """Raises ConfigError unless `config` continues the run whose checkpoint holds the values
-    `saved`."""
-    before, now = TrainConfig.from_dict(saved, "the checkpoint").to_dict(), config.to_dict()
-    changed = [
-        f"{flag(name)} {now[name]} (was {before[name]})"
-        for name in before
-        if name not in RESUMABLE and before[name] != now[name]
-    ]
-    if changed:
-        may = ", ".join(flag(name) for name in before if name in RESUMABLE)
-        raise ConfigError(
-            f"a resumed run cannot change {', '.join(changed)}; leave it out, or start a new run. "
-            f"These may change: {may}"
-        )
-
-
-def even_split(total: int, parts: int) -> tuple[int, ...]:
-    """`total` in `parts` whole numbers as equal as possible, the larger ones in the middle: the
-    outer stages also hold the vocabulary."""
-    base, extra = divmod(total, parts)
-    first = (parts - extra) // 2
-    return tuple(base + (first <= part < first + extra) for part in range(parts))
-
-
-def _words(sizes: Iterable[int]) -> str:
-    """(3, 5) -> 3,5 as on the command line."""
-    return ",".join(map(str, sizes))
-
-
-def _cut_over_tp(config: TrainConfig, model: ModelConfig) -> dict[str, int]:
-    """Field name -> size that tensor parallelism divides. The vocabulary is padded instead."""
+def _cut_over_tp(config: RunConfig, model: ModelConfig) -> dict[str, int]:
+    """Return option -> size that tensor parallelism divides. The vocabulary is padded instead."""
     cut = {"heads": model.heads, "kv_heads": model.kv_heads, "ffn_dim": model.ffn_dim}
-    return cut | ({"context": model.context} if config.sequence_parallel else {})
+    return cut | ({"context": model.context} if config.layout.sequence_parallel else {})
 
 
-def _data_parallel(config: TrainConfig, model: ModelConfig, num_ranks: int) -> int:
-    """The data-parallel size, asked for or what tp and pp leave."""
-    others = config.tp * config.pp
-    dp = max(num_ranks // others, 1) if config.dp is None else config.dp
-    if dp * others != num_ranks:
+def _mesh(config: RunConfig, model: ModelConfig, num_ranks: int) -> MeshShape:
+    """Return the mesh, its data-parallel size as asked or what tp and pp leave."""
+    tp, pp, batch = config.layout.tp, config.layout.pp, config.optimization.batch
+    dp = max(num_ranks // (tp * pp), 1) if config.layout.dp is None else config.layout.dp
+    mesh = MeshShape(dp=dp, tp=tp, pp=pp)
+    if mesh.num_ranks != num_ranks:
         ranks = f"{num_ranks} {'rank runs' if num_ranks == 1 else 'ranks run'}"
-        way_out = f"use mpirun -n {dp * others}, or {_other_layouts(config, model, num_ranks)}"
+        way_out = f"use mpirun -n {mesh.num_ranks}, or {_other_layouts(config, model, num_ranks)}"
         raise ConfigError(
-            f"dp * tp * pp = {dp} * {config.tp} * {config.pp} = {dp * others}, but {ranks}; "
-            f"{way_out}"
+            f"dp * tp * pp = {dp} * {tp} * {pp} = {mesh.num_ranks}, but {ranks}; {way_out}"
         )
-    if config.batch % dp:
-        up, fits = -(-config.batch // dp) * dp, some_divisors(config.batch, near=dp)
+    if batch % dp:
         raise ConfigError(
-            f"--batch {config.batch} does not divide over dp = {dp} ranks; try --batch {up}, or "
-            f"--dp {fits}"
+            f"--batch {batch} does not divide over dp = {dp} ranks; try --batch "
+            f"{-(-batch // dp) * dp}, or --dp {some_divisors(batch, near=dp)}"
         )
-    return dp
+    return mesh
 
 
-def _other_layouts(config: TrainConfig, model: ModelConfig, num_ranks: int) -> str:
-    """The valid layouts as text for an error, one a line."""
+def _other_layouts(config: RunConfig, model: ModelConfig, num_ranks: int) -> str:
+    """Return the valid layouts as text for an error, one a line."""
     layouts = valid_layouts(config, model, num_ranks)
     if not layouts:
         return f"another number: this model and batch cannot be cut over {num_ranks}"
@@ -228,120 +174,32 @@ def _other_layouts(config: TrainConfig, model: ModelConfig, num_ranks: int) -> s
 
 
 def _uneven(layers: int, pp: int) -> str:
-    """The flag that splits `layers` over `pp` stages, where they do not divide."""
-    return f" --stage-layers {_words(even_split(layers, pp))}" if layers % pp else ""
+    """Return the flag that splits `layers` over `pp` stages; empty where they divide."""
+    return f" --stage-layers {comma_list(even_split(layers, pp))}" if layers % pp else ""
 
 
-def _check_device(config: TrainConfig, model: ModelConfig) -> None:
-    """Raises ConfigError for what the kernels of the device cannot do."""
-    if config.device == "cpu":
-        if config.dtype == "bfloat16":
-            raise ConfigError(
-                "--dtype bfloat16 needs --device cuda; on the CPU use --dtype float32 (or float64)"
-            )
-        return
-    if config.dtype == "float64":
-        raise ConfigError(
-            "--dtype float64 needs --device cpu; the CUDA kernels compute in float32 and bfloat16"
-        )
-    if config.node_shared == "on":
-        raise ConfigError(
-            "--node-shared on needs --device cpu: it shares the host's memory; leave it out on a "
-            "GPU"
-        )
-    if model.head_width not in HEAD_WIDTHS:
-        fits = [heads for heads in divisors(model.dim) if model.dim // heads in HEAD_WIDTHS]
-        ways = (
-            f"--heads {or_list(fits)}"
-            if fits
-            else f"a --dim that is a multiple of {HEAD_WIDTHS[0]}"
-        )
-        raise ConfigError(
-            f"dim / heads = {model.dim} / {model.heads} = {model.head_width}, and attention's CUDA "
-            "kernels are for heads of "
-            f"{or_list(HEAD_WIDTHS)}; use {ways}"
-        )
-    if model.dim > WIDEST_NORM:
-        raise ConfigError(
-            f"--dim {model.dim} is more than the {WIDEST_NORM} channels that a norm's CUDA kernel "
-            "holds in registers"
-        )
-
-
-def _check_tensor_parallel(config: TrainConfig, model: ModelConfig) -> None:
+def _check_tensor_parallel(config: RunConfig, model: ModelConfig) -> None:
+    """Raise ConfigError for a size that does not divide over the tensor-parallel ranks."""
+    tp = config.layout.tp
     for name, total in _cut_over_tp(config, model).items():
-        if total % config.tp:
+        if total % tp:
             why = " with --sequence-parallel" if name == "context" else ""
-            fits = some_divisors(total, near=config.tp)
             raise ConfigError(
-                f"{flag(name)} {total} does not divide over --tp {config.tp}{why}; --tp can be "
-                f"{fits}"
+                f"{flag(name)} {total} does not divide over --tp {tp}{why}; --tp can be "
+                f"{some_divisors(total, near=tp)}"
             )
-
-
-def _stage_layers(config: TrainConfig) -> tuple[int, ...]:
-    """Layers of each stage, in order."""
-    layers, pp, given = config.layers, config.pp, config.stage_layers
-    if pp > layers:
-        raise ConfigError(
-            f"--pp {pp} stages cannot share --layers {layers}; --pp can be "
-            f"{some_divisors(layers, near=pp)}"
-        )
-    even = even_split(layers, pp)
-    if given is None:
-        if layers % pp:
-            fits = some_divisors(layers, near=pp)
-            raise ConfigError(
-                f"--layers {layers} does not divide over --pp {pp}; try --stage-layers "
-                f"{_words(even)}, or --pp {fits}"
-            )
-        return even
-    words = [word.strip() for word in given.split(",")]
-    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise ConfigError(
-            f"--stage-layers {given!r} must be whole numbers above 0 with commas between, as in "
-            f"{_words(even)}"
-        )
-    sizes = tuple(int(word) for word in words)
-    if len(sizes) != pp:
-        raise ConfigError(
-            f"--stage-layers {given} names {len(sizes)} stages, but --pp is {pp}; pass --pp "
-            f"{len(sizes)}, or {_words(even)}"
-        )
-    if sum(sizes) != layers:
-        raise ConfigError(
-            f"--stage-layers {given} adds up to {sum(sizes)}, but --layers is {layers}; try "
-            f"{_words(even)}"
-        )
-    return sizes
 
 
 def _recompute(
-    config: TrainConfig, model: ModelConfig, sequences: int
+    config: RunConfig, model: ModelConfig, sequences: int
 ) -> Literal["none", "selective", "full"]:
-    """What was asked for, or selective recomputation where it saves much; `sequences` pass through
-    a block and stay on the tape."""
-    if config.recompute != "auto":
-        return config.recompute
-    saved = (
-        sequences
-        * model.context
-        * (2 * model.dim + model.ffn_dim // config.tp)
-        * float_dtype(config.dtype).itemsize
-    )
+    """Return what was asked for, or selective recomputation where it saves much.
+
+    `sequences` pass through a block and stay on the tape.
+    """
+    asked = config.pipeline.recompute
+    if asked != "auto":
+        return asked
+    width = 2 * model.dim + model.ffn_dim // config.layout.tp
+    saved = sequences * model.context * width * float_dtype(config.compute.dtype).itemsize
     return "selective" if saved >= RECOMPUTE_BYTES else "none"
-
-
-def _microbatch(config: TrainConfig, dp: int) -> int:
-    """Sequences per microbatch on one rank: what was asked, or the whole share, with a pipeline cut
-    into about 2 pp microbatches."""
-    share = config.batch // dp
-    if config.microbatch is not None:
-        if share % config.microbatch:
-            fits = some_divisors(share, near=config.microbatch)
-            asked = f"--batch {config.batch} over dp = {dp} is {share} sequences a rank, which --microbatch {config.microbatch}"
-            raise ConfigError(f"{asked} does not divide; --microbatch can be {fits}")
-        return config.microbatch
-    if config.pp == 1:
-        return share
-    return min(divisors(share), key=lambda size: abs(share // size - 2 * config.pp))

@@ -88,9 +88,11 @@ class Trainer:
         replicate: Callable[[Mesh, Layout], Replication] | None = None,
     ) -> None:
         self.config, self.world, self.task, self.device = config, world, task, device
-        train = config.train
+        optimization = config.options.optimization
         if schedule is None:
-            schedule = SCHEDULES[train.schedule](config.pp, config.num_microbatches)
+            schedule = SCHEDULES[config.options.pipeline.schedule](
+                config.mesh.pp, config.num_microbatches
+            )
         self.model = assemble(
             config,
             world,
@@ -103,7 +105,12 @@ class Trainer:
         self.mesh, self.replication = self.model.mesh, self.model.replication
         buffers = self.model.buffers
         self.optimizer: AdamW | SGD = (
-            AdamW(buffers, beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay)
+            AdamW(
+                buffers,
+                beta1=optimization.beta1,
+                beta2=optimization.beta2,
+                weight_decay=optimization.weight_decay,
+            )
             if optimizer is AdamW
             else SGD(buffers)
         )
@@ -123,10 +130,10 @@ class Trainer:
         # This rank's sequences of the global batch, by microbatches.
         self._rows = np.split(rows, config.num_microbatches)
         advice = (
-            f"try a smaller --lr (now {train.lr:g}), a longer --warmup (now {config.warmup}) or a "
-            "smaller --clip"
+            f"try a smaller --lr (now {optimization.lr:g}), a longer --warmup (now "
+            f"{config.warmup}) or a smaller --clip"
         )
-        self._judge = Judge(device, task.losses, train.clip, advice)
+        self._judge = Judge(device, task.losses, optimization.clip, advice)
         # The ranks along tp compute equal losses: the first one counts.
         self._counts_losses = self.mesh.coord("tp") == 0
         self.stop_requested = False
@@ -161,7 +168,7 @@ class Trainer:
 
     def _optimizer_step(self, losses: Sums) -> None:
         """Agree on losses, norm and stopping, then update everywhere or nowhere."""
-        train, ranks = self.config.train, self.replication.agreeing
+        optimization, ranks = self.config.options.optimization, self.replication.agreeing
         own = losses if self._counts_losses else {}
         squares = self.replication.sum_of_squares()
         self._verdict = self._judge.agree(ranks, self._step, own, squares)
@@ -171,11 +178,11 @@ class Trainer:
             self._verdict.numbers()
         self._lr = learning_rate(
             self._step,
-            lr=train.lr,
+            lr=optimization.lr,
             min_lr=self.config.min_lr,
             warmup=self.config.warmup,
-            steps=train.steps,
-            schedule=train.lr_schedule,
+            steps=optimization.steps,
+            schedule=optimization.lr_schedule,
         )
         started = time.perf_counter()
         self.replication.update(self.optimizer, self._step, self._lr, self._verdict.scale)

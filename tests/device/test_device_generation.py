@@ -27,7 +27,7 @@ IDS = np.random.default_rng(5).integers(0, VOCAB, (1, LENGTH))
 def logits(comm: Communicator, config: ResolvedConfig) -> np.ndarray | None:
     """Of the prompt's last position and of each further token, on ranks of the last stage [steps,
     V]."""
-    device = open_device(config.train.device)
+    device = open_device(config.options.compute.device)
     world = on_device(comm, device, direct=False)
     made = Generator(assemble(config, world, training=False, std=0.1, device=device))
     cuts = [slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, LENGTH))]

@@ -17,7 +17,7 @@ from minillm import evaluate, generate, train
 from minillm.base import device as devices
 from minillm.base.device import open_device
 from minillm.base.errors import ConfigError
-from minillm.training.config import TrainConfig
+from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
 
 OPTIONS = [
@@ -147,7 +147,7 @@ def test_a_step_that_is_not_finite_ends_the_run_with_the_weights_before(
 )
 def test_what_the_kernels_cannot_do_is_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        resolve(TrainConfig(**options), 1, 100)
+        resolve(RunConfig.from_dict(options), 1, 100)
 
 
 def test_activations_that_do_not_fit_are_named_at_the_start(

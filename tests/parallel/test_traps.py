@@ -96,7 +96,8 @@ def test_resume_in_the_second_epoch_on_another_mesh(tmp_path: Path) -> None:
     def run(layout: Layout, first: int, last: int, start: Path | None, end: Path | None) -> Any:
         config = make_config("gpt2", layout)
         tokens = np.random.default_rng(3).integers(0, config.model.vocab, 600)
-        batches = Batches(tokens, config.model.context, config.train.batch, config.train.seed)
+        optimization = config.options.optimization
+        batches = Batches(tokens, config.model.context, optimization.batch, optimization.seed)
         assert 2 * batches.batch < batches.num_sequences < 3 * batches.batch  # three steps an epoch
 
         def rank(comm: Communicator) -> list[float]:

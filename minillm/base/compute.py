@@ -1,0 +1,46 @@
+"""Options of the computation on a rank: kernels, device, dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from minillm.base.errors import ConfigError
+from minillm.base.record import Record, divisors, option, or_list
+from minillm.kernels.limits import refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(Record):
+    """Computation."""
+
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Type of weights and activations; bfloat16 on a GPU, where gradients, masters and statistics
+    stay float32."""
+    kernels: str = option("auto", resumable=True)
+    """Implementation of the operations: auto (the fastest), numpy, c, cuda, or by operation as
+    attention=cuda:v2,matmul=c:avx2."""
+    device: Literal["cpu", "cuda"] = option("cpu", resumable=True)
+    """Memory of the arrays: the host's (cpu), or a GPU's (cuda)."""
+
+    def check(self, dim: int, heads: int) -> None:
+        """Raise ConfigError if the device has no kernels for the dtype or for the model's sizes."""
+        if self.device == "cpu" and self.dtype == "bfloat16":
+            raise ConfigError(
+                "--dtype bfloat16 needs --device cuda; on the CPU use --dtype float32 (or float64)"
+            )
+        if self.device == "cuda" and self.dtype == "float64":
+            raise ConfigError(
+                "--dtype float64 needs --device cpu; the CUDA kernels compute in float32 and "
+                "bfloat16"
+            )
+        why = refusal(self.device, row=dim)
+        if why is not None:
+            raise ConfigError(f"--dim {dim} {why}; use a smaller --dim, or --device cpu")
+        why = refusal(self.device, head_width=dim // heads)
+        if why is not None:
+            fits = [n for n in divisors(dim) if refusal(self.device, head_width=dim // n) is None]
+            way = f"--heads {or_list(fits)}" if fits else "a --dim that is a multiple of 32"
+            raise ConfigError(
+                f"dim / heads = {dim} / {heads} = {dim // heads}, and {why}; use {way}"
+            )

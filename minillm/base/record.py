@@ -1,0 +1,220 @@
+"""Configuration records: frozen dataclasses whose fields carry bounds, help and resumability.
+
+Each subject defines its options beside its code, as a `Record`:
+
+    @dataclass(frozen=True, kw_only=True)
+    class ReplicationOptions(Record):
+        bucket_mb: float = option(4.0, above=0, resumable=True)
+        \"\"\"Size of the gradient buckets in MB.\"\"\"
+
+The sentence under a field is the help of its flag. A record may have records as fields ("rooms").
+Outside Python their options form one flat table: a flag or a TOML key names the option alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+
+from minillm.base.errors import ConfigError
+
+
+class Words(tuple[str, ...]):
+    """Words of a flag that takes one value and did not get exactly one."""
+
+
+class Option(NamedTuple):
+    """One option of a record or of one of its rooms."""
+
+    room: str | None  # field of the record that holds it; None if the record does
+    kind: Any  # declared type
+    metadata: Mapping[str, Any]
+
+    @property
+    def resumable(self) -> bool:
+        """True if a resumed run may change it: it does not alter what is computed."""
+        return self.metadata.get("resumable", False)
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    resumable: bool = False,
+) -> Any:
+    """Return a dataclass field with its bounds.
+
+    NaN and infinity fall outside any bounds. `resumable` marks what may differ between a run and
+    its continuation: how it computes and what it reports, never what it computes.
+    """
+    bounds = {"at least": at_least, "more than": above, "below": below}
+    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+    limits = (at_least, above, below)
+    metadata = {"wanted": wanted, "limits": limits, "resumable": resumable}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Record:
+    """Base of the configuration dataclasses. Checks types and bounds when an instance is made."""
+
+    ABSENT: ClassVar[Mapping[str, str]] = {}
+    """Name of an option that does not exist yet -> the reason, for its error message."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value of a wrong type or out of bounds."""
+        for name, known in options(type(self)).items():
+            if known.room is None:
+                value = _checked(getattr(self, name), known, f"{flag(name)} {{}}")
+                object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the flat table: option name -> value, in the order of the fields."""
+        return {
+            name: getattr(self if known.room is None else getattr(self, known.room), name)
+            for name, known in options(type(self)).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> Self:
+        """Return the record that holds the flat table `values`, the rest at their defaults.
+
+        Raises ConfigError for unknown names and bad values; it names `source`, their origin.
+        """
+        own, rooms = _by_room(cls, values, source)
+        return cls(**own, **{room: getattr(cls, room).replace(**rooms[room]) for room in rooms})
+
+    def replace(self, **values: Any) -> Self:
+        """Return a copy with some options of the flat table changed."""
+        own, rooms = _by_room(type(self), values, "the configuration")
+        changed = {room: getattr(self, room).replace(**rooms[room]) for room in rooms}
+        copy: Any = self
+        return dataclasses.replace(copy, **own, **changed)
+
+
+@functools.cache
+def options(cls: type[Record]) -> dict[str, Option]:
+    """Return every option of a record and its rooms by name, in the order of the fields."""
+    found: dict[str, Option] = {}
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        kind = hints[field.name]
+        if isinstance(kind, type) and issubclass(kind, Record):
+            inner = {name: known._replace(room=field.name) for name, known in options(kind).items()}
+        else:
+            inner = {field.name: Option(None, kind, field.metadata)}
+        if twice := found.keys() & inner.keys():
+            raise TypeError(f"{cls.__name__} has several options called {', '.join(twice)}")
+        found |= inner
+    return found
+
+
+@functools.cache
+def absent_options(cls: type[Record]) -> dict[str, str]:
+    """Return the options that `cls` and its rooms refuse by name, with the reasons."""
+    rooms = {known.room for known in options(cls).values()} - {None}
+    hints = get_type_hints(cls)
+    found = dict(cls.ABSENT)
+    for room in rooms:
+        found |= absent_options(hints[str(room)])
+    return found
+
+
+def _by_room(
+    cls: type[Record], values: Mapping[str, Any], source: str
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the options of a flat table that `cls` itself holds, and those of each room.
+
+    Raises ConfigError for unknown names and wrong types.
+    """
+    known, absent = options(cls), absent_options(cls)
+    own: dict[str, Any] = {}
+    rooms: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name in absent:
+            raise ConfigError(f"{name} = {value!r} in {source}: {absent[name]}")
+        found = known[known_name(name, known, f"option in {source}")]
+        target = own if found.room is None else rooms.setdefault(found.room, {})
+        target[name] = _checked(value, found, f"{name} = {{!r}} in {source}", bounds=False)
+    return own, rooms
+
+
+def _checked(value: Any, known: Option, text: str, *, bounds: bool = True) -> Any:
+    """Return `value`, an int as a float where one is wanted.
+
+    Raises ConfigError that begins with `text`, formatted with the value.
+    """
+    value = converted(value, known.kind)
+    wanted = wanted_type(value, known.kind)
+    if wanted:
+        shown = " ".join(value) if isinstance(value, Words) else value
+        raise ConfigError(f"{text.format(shown)} must be {wanted}")
+    limits = known.metadata.get("limits", (None, None, None))
+    if bounds and value is not None and limits != (None, None, None):
+        at_least, above, below = limits
+        if not (
+            math.isfinite(value)
+            and (at_least is None or value >= at_least)
+            and (above is None or value > above)
+            and (below is None or value < below)
+        ):
+            raise ConfigError(f"{text.format(value)} must be {known.metadata['wanted']}")
+    return value
+
+
+def converted(value: Any, kind: Any) -> Any:
+    """Return an int as a float where the type asks for one; any other value as it is."""
+    return float(value) if type(value) is int and float in (kind, *get_args(kind)) else value
+
+
+def wanted_type(value: Any, kind: Any) -> str:
+    """Return the description of `kind` unless `value` is of it, else an empty string."""
+    if isinstance(value, Words):
+        return "one value"
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "" if value in inner else f"one of {', '.join(inner)}"
+    if inner:  # X | None
+        return "" if value is None else wanted_type(value, inner[0])
+    return "" if type(value) is kind else f"of type {kind.__name__}"
+
+
+def flag(name: str) -> str:
+    """Return the flag of an option: kv_heads -> --kv-heads."""
+    return "--" + name.replace("_", "-")
+
+
+def known_name(name: str, known: Iterable[str], what: str) -> str:
+    """Return `name` if it is one of `known`.
+
+    Raises ConfigError with the nearest names, or with all of them when none is near.
+    """
+    known = list(known)
+    if name in known:
+        return name
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)}"
+    raise ConfigError(f"unknown {what}: {name!r}; {hint}")
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors of a positive number, ascending: 12 -> 1, 2, 3, 4, 6, 12."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def some_divisors(number: int, near: int, most: int = 6) -> str:
+    """Return the divisors of `number` nearest to `near`, as text for an error: '2, 4 or 8'."""
+    chosen = sorted(sorted(divisors(number), key=lambda d: abs(d - near))[:most])
+    return or_list(chosen)
+
+
+def or_list(items: Iterable[Any]) -> str:
+    """Return 'a, b or c'."""
+    words = [str(item) for item in items]
+    return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

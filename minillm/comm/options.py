@@ -1,0 +1,18 @@
+"""Options of the communication between ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minillm.base.record import Record, option
+from minillm.comm.communicator import DEFAULT_TIMEOUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommOptions(Record):
+    """Communication."""
+
+    check_order: bool = option(False, resumable=True)
+    """Compare the order of communications between ranks, to find a mismatch; slow."""
+    comm_timeout: float = option(DEFAULT_TIMEOUT, above=0, resumable=True)
+    """Seconds to wait for another rank before giving up."""

@@ -1,0 +1,40 @@
+"""Options of the pipeline: schedule, microbatches, recomputation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from minillm.base.errors import ConfigError
+from minillm.base.record import Record, divisors, option, some_divisors
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions(Record):
+    """Pipeline and microbatches."""
+
+    schedule: Literal["gpipe", "1f1b"] = option("1f1b", resumable=True)
+    """Order of the microbatches in the pipeline."""
+    microbatch: int | None = option(None, at_least=1, resumable=True)
+    """Sequences per microbatch and data-parallel rank; left out: all at once, with a pipeline about
+    2 pp microbatches."""
+    recompute: Literal["auto", "none", "selective", "full"] = option("auto", resumable=True)
+    """Part of the forward pass that backward computes again instead of keeping it: selective (what
+    norms and activations return: about 1 % more work), full (all but the input of each block: a
+    third more work), none; auto: selective where that saves 16 MB or more."""
+
+    def resolve_microbatch(self, batch: int, dp: int, pp: int) -> int:
+        """Return the sequences per microbatch on one rank, for a global batch over `dp` ranks.
+
+        Raises ConfigError if the asked size does not divide the rank's share.
+        """
+        share = batch // dp
+        if self.microbatch is not None:
+            if share % self.microbatch:
+                raise ConfigError(
+                    f"--batch {batch} over dp = {dp} is {share} sequences a rank, which "
+                    f"--microbatch {self.microbatch} does not divide; --microbatch can be "
+                    f"{some_divisors(share, near=self.microbatch)}"
+                )
+            return self.microbatch
+        return share if pp == 1 else min(divisors(share), key=lambda n: abs(share // n - 2 * pp))

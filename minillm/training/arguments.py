@@ -1,0 +1,81 @@
+"""Command line of a training run: preset, then `--config` file, then flags, each over the last."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from minillm.base.flags import parse_flags, read_toml, split_flags
+from minillm.base.record import Record
+from minillm.training.config import RunConfig, check_resume, preset_values
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(Record):
+    """Start of the run; not part of its configuration."""
+
+    config: str | None = None
+    """TOML file with the same names; flags win over it."""
+    print_config: bool = False
+    """Print the resolved configuration as TOML and stop."""
+    resume: str | None = None
+    """Folder of a run, or one of its checkpoints, to continue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origins(StartOptions):
+    """Flags that decide the defaults of the others."""
+
+    preset: str | None = None
+
+
+def parse_train_args(
+    argv: Sequence[str] | None = None,
+    *,
+    saved: Callable[[str], Mapping[str, Any]] | None = None,
+    prog: str = "python -m minillm.train",
+    cls: type[ConfigT] = RunConfig,  # type: ignore[assignment]
+) -> tuple[StartOptions, ConfigT]:
+    """Return the options of `argv` (default: the process's own) over those of file and preset.
+
+    `saved` reads the configuration held by the folder given to `--resume`. It then replaces the
+    preset, and what must not change is checked. Raises ConfigError for unknown or bad options, and
+    SystemExit(0) after `--help`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    first, rest = split_flags(_Origins, words, prog=prog, add_help=False)
+    start = StartOptions(**{name: getattr(first, name) for name in StartOptions().to_dict()})
+    from_file = {} if first.config is None else read_toml(first.config)
+    cls.from_dict(from_file, str(first.config))  # before the preset, so that errors name the file
+    held: Mapping[str, Any] | None = None
+    if first.resume is not None and saved is not None:
+        held = saved(first.resume)
+        base = cls.from_dict(held, first.resume)
+    else:
+        base = cls.from_dict(preset_values(first.preset or from_file.get("preset", cls.preset)))
+    chosen = {} if first.preset is None else {"preset": first.preset}
+    config = _parse_rest(base.replace(**{**from_file, **chosen}), start, rest, prog)
+    if held is not None:
+        check_resume(held, config)
+    return start, config
+
+
+def _parse_rest(default: ConfigT, start: StartOptions, words: list[str], prog: str) -> ConfigT:
+    """Return `default` with the flags of `words` applied; `--help` lists those of `start` too."""
+    cls = type(default)
+    rooms = {field.name: getattr(default, field.name) for field in dataclasses.fields(cls)}
+    whole: Any = dataclasses.make_dataclass(
+        cls.__name__,
+        [("start", StartOptions, StartOptions())],
+        bases=(cls,),
+        frozen=True,
+        kw_only=True,
+        namespace={"__doc__": cls.__doc__},
+    )
+    found = parse_flags(whole, words, prog=prog, default=whole(start=start, **rooms))
+    return cls(**{name: getattr(found, name) for name in rooms})

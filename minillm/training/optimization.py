@@ -1,0 +1,57 @@
+"""Options of the optimization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from minillm.base.errors import ConfigError
+from minillm.base.record import Record, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationOptions(Record):
+    """Optimization."""
+
+    batch: int = option(16, at_least=1)
+    """Sequences per step over all ranks."""
+    steps: int = option(1000, at_least=1)
+    """Optimizer steps in the whole run."""
+    lr: float = option(2e-3, above=0)
+    """Highest learning rate, reached after the warm-up."""
+    min_lr: float | None = option(None, at_least=0)
+    """Learning rate at the last step; left out: lr / 10."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay of the learning rate from lr to min-lr after the warm-up."""
+    warmup: int | None = option(None, at_least=0)
+    """Steps over which the learning rate rises from zero; left out: a tenth of steps, at most
+    100."""
+    weight_decay: float = option(0.1, at_least=0)
+    """Decay of matrices and embeddings per unit of learning rate; never of norms and biases."""
+    beta1: float = option(0.9, at_least=0, below=1)
+    """AdamW's decay of the running mean of gradients."""
+    beta2: float = option(0.99, at_least=0, below=1)
+    """AdamW's decay of the running mean of squared gradients."""
+    clip: float = option(1.0, at_least=0)
+    """Longest allowed gradient, by its norm over all parameters; 0: no limit."""
+    seed: int = option(1337, at_least=0)
+    """Seed of initial weights, dropout and the order of sequences."""
+
+    def resolve_warmup(self) -> int:
+        """Return the steps of the warm-up. Raises ConfigError if it is longer than the run."""
+        warmup = min(100, self.steps // 10) if self.warmup is None else self.warmup
+        if warmup > self.steps:
+            raise ConfigError(
+                f"--warmup {warmup} is longer than --steps {self.steps}; try --warmup "
+                f"{self.steps // 10}"
+            )
+        return warmup
+
+    def resolve_min_lr(self) -> float:
+        """Return the learning rate at the last step. Raises ConfigError if it is above `lr`."""
+        min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
+        if min_lr > self.lr:
+            raise ConfigError(
+                f"--min-lr {min_lr} is above --lr {self.lr}; leave it out for lr / 10"
+            )
+        return min_lr
