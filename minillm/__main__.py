@@ -16,6 +16,7 @@ PROGRAMS = {
     "train": "train a model, alone or over the ranks of mpirun",
     "evaluate": "measure the loss of a checkpoint",
     "generate": "write text with a checkpoint",
+    "verify": "compare a layout with one rank",
     "schedule": "draw a pipeline schedule",
     "bench": "time the training step and the kernels",
     "doctor": "look over this machine and name what is missing",

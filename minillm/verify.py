@@ -7,7 +7,7 @@ weights. Exits with 0 only if rounding explains every difference.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,7 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
         own = _course(SelfCommunicator(), resolve(alone, 1, vocab), corpus, device, steps)
     comm.barrier()
     log(f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}: {plural(steps, 'step')}\n")
-    found = _course(on_device(comm, device), resolved, corpus, device, steps)
+    found = _course(on_device(comm, device), resolved, corpus, device, steps, pieces)
     epsilon = float(np.finfo(float_dtype(config.compute.dtype)).eps)
     deviations = compare(comm, found, truth, own, epsilon)
     for line in report(deviations):
@@ -102,12 +102,17 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
 
 
 def _course(
-    world: Communicator, config: ResolvedConfig, corpus: Corpus, device: Device, steps: int
+    world: Communicator,
+    config: ResolvedConfig,
+    corpus: Corpus,
+    device: Device,
+    steps: int,
+    copy: Callable[[Trainer], Callable[..., Any]] = whole,
 ) -> Course:
     optimization = config.options.optimization
     batches = Batches(corpus.train, config.model.context, optimization.batch, optimization.seed)
     trainer = Trainer(config, world, LanguageModeling(batches), device=device)
-    return run(trainer, steps, (whole if world.size == 1 else pieces)(trainer))
+    return run(trainer, steps, copy(trainer))
 
 
 def report(deviations: Sequence[Deviation]) -> list[str]:

@@ -472,11 +472,13 @@ def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
 
 
 # What may differ between a run and its continuation, as commit e77a9ad defined it.
-RESUMABLE = """
+RESUMABLE = frozenset(
+    """
     dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
     kernels device out save_every keep eval_every eval_tokens sample_tokens trace stop_after
     check_every check_order comm_timeout
-"""
+""".split()
+)
 
 
 def test_every_option_either_may_change_or_is_checked_on_resume() -> None:

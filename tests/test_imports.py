@@ -35,6 +35,7 @@ minillm/training/
 minillm/inference/
 minillm/bench/
 minillm/train.py
+minillm/verify.py
 minillm/evaluate.py
 minillm/generate.py
 minillm/schedule.py

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from minillm.params.where import Where
 class LanguageModeling:
     """Next-token prediction on the sequences of `batches`. Its loss is the mean over all tokens."""
 
-    losses = ("loss",)
+    losses: Sequence[str] = ("loss",)
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -40,7 +40,7 @@ class HeldOutText:
     `bytes_per_token` converts it to bits per byte, which compares across tokenizers.
     """
 
-    sums = ("loss",)
+    sums: Sequence[str] = ("loss",)
 
     def __init__(self, windows: EvalWindows, bytes_per_token: float | None) -> None:
         self.windows, self.bytes_per_token = windows, bytes_per_token
