@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from minillm.base.flags import parse_flags
 from minillm.base.record import option
@@ -63,7 +63,7 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
         windows = eval_windows(tokens, config.model.context, args.tokens)
         model = load_trained(opened, config, comm, device)
     held_out = HeldOutText(windows, corpus.bytes_per_token)
-    return json.dumps(asdict(measure(model, held_out, comm, config.microbatch)))
+    return json.dumps(measure(model, held_out, comm, config.microbatch).numbers())
 
 
 if __name__ == "__main__":

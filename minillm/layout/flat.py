@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from minillm.layout.mesh_shape import TOKEN_AXES, MeshShape
 from minillm.layout.sharding import ShardSpec
@@ -23,26 +23,29 @@ class Described(Protocol):
     decay: bool
 
 
+P = TypeVar("P", bound=Described)
+
+
 @dataclass(frozen=True)
-class Span:
+class Span(Generic[P]):
     """One parameter's place in the flat buffers, in elements.
 
     `stop` leaves out the padding that aligns the next parameter.
     """
 
-    parameter: Described
+    parameter: P
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[P]):
     """Contiguous parameters with equal reduction axes, weight decay and tying."""
 
     sum_axes: tuple[str, ...]
     tied: bool
     decay: bool
-    spans: tuple[Span, ...]
+    spans: tuple[Span[P], ...]
 
     @property
     def start(self) -> int:
@@ -53,7 +56,7 @@ class Run:
         return self.spans[-1].stop
 
 
-class FlatLayout:
+class FlatLayout(Generic[P]):
     """Order and offsets of parameters in flat buffers aligned to `step` elements.
 
     Runs that can be reduced first come first: weights, then the small undecayed parameters, tied
@@ -61,9 +64,10 @@ class FlatLayout:
     pass completes them.
     """
 
-    def __init__(self, parameters: Sequence[Described], mesh: MeshShape, step: int) -> None:
+    def __init__(self, parameters: Sequence[P], mesh: MeshShape, step: int) -> None:
         self.step = step
-        runs, offset = [], 0
+        runs: list[Run[P]] = []
+        offset = 0
         ordered = sorted(reversed(parameters), key=_run_key)
         for (tied, _, small), members in itertools.groupby(ordered, _run_key):
             spans = []
@@ -75,7 +79,7 @@ class FlatLayout:
         self.runs = tuple(runs)
         self.size = offset
 
-    def spans(self) -> Iterator[Span]:
+    def spans(self) -> Iterator[Span[P]]:
         """Yield every parameter's span in buffer order."""
         return itertools.chain.from_iterable(run.spans for run in self.runs)
 

@@ -24,7 +24,7 @@ class Module:
     def __init_subclass__(cls) -> None:
         """Make a call the forward pass itself: a layer costs no second Python frame."""
         if "forward" in vars(cls):
-            cls.__call__ = cls.forward
+            cls.__call__ = cls.forward  # type: ignore[method-assign]
 
     def children(self) -> Iterator[tuple[str, Module | Parameter]]:
         """Yield direct children as (name, child)."""

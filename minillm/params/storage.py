@@ -152,7 +152,7 @@ class FlatBuffers:
         for slot in self.slots:
             slot.writes = 0
 
-    def shared_runs(self) -> Iterator[tuple[Run, slice]]:
+    def shared_runs(self) -> Iterator[tuple[Run[Parameter], slice]]:
         """Yield the runs that reach into this rank's share, each with the part that does."""
         for run in self.layout.runs:
             part = overlap(slice(run.start, run.stop), self.share)

@@ -28,6 +28,7 @@ from minillm.comm.mesh import Mesh
 from minillm.layout.flat import FlatLayout, Run, Span
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
+from minillm.params.parameter import Parameter
 from minillm.params.storage import FlatBuffers, Memory
 from minillm.replication.protocol import Replication
 
@@ -39,7 +40,7 @@ class Bucket:
     `waiting` counts its parameters whose gradients are not complete.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[Span[Parameter], ...]
     slots: tuple[GradSlot, ...]
     comm: Communicator
     tied: bool
@@ -69,9 +70,9 @@ class BucketReducer:
         }
         self._next = 0  # the first bucket that has not been launched
 
-    def _cut(self, run: Run, bucket_bytes: int) -> list[Bucket]:
+    def _cut(self, run: Run[Parameter], bucket_bytes: int) -> list[Bucket]:
         comm = self.mesh.axis(*run.sum_axes)
-        groups: list[list[Span]] = [[]]
+        groups: list[list[Span[Parameter]]] = [[]]
         for span in run.spans:
             size = sum(s.stop - s.start for s in groups[-1]) * self.buffers.grads.itemsize
             if groups[-1] and size >= bucket_bytes:

@@ -82,6 +82,10 @@ class Evaluation:
         """Return the held-out loss."""
         return {"val_loss": self.loss}
 
+    def numbers(self) -> dict[str, Any]:
+        """Return all metrics by field name."""
+        return dataclasses.asdict(self)
+
     def describe(self) -> str:
         """Return the held-out loss and bits per byte as text."""
         return f"held-out loss {self.loss:.7f}{self._bits()}"

@@ -49,6 +49,9 @@ class Result(Protocol):
     def values(self) -> dict[str, float]:
         """Return what a line of metrics.jsonl holds."""
 
+    def numbers(self) -> dict[str, Any]:
+        """Return all metrics as a JSON value."""
+
     def describe(self) -> str:
         """Return the metrics that are shown while training goes on, as text."""
 
