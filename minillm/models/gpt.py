@@ -16,7 +16,7 @@ from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec
 from minillm.models.gpt_config import ModelConfig
-from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart, StageResult
+from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart, StageResult, Workload
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
@@ -213,17 +213,7 @@ class GPTArchitecture:
         """Return the first and the last stage as holders of a tied embedding."""
         return {TIED_WEIGHT: (0, num_stages - 1)} if config.tied and num_stages > 1 else {}
 
-    def activation_bytes(
-        self,
-        config: ModelConfig,
-        num_layers: int,
-        *,
-        tokens: int,
-        tp: int,
-        sequence_parallel: bool,
-        recompute: str,
-        itemsize: int,
-    ) -> int:
+    def activation_bytes(self, config: ModelConfig, num_layers: int, work: Workload) -> int:
         """Return the bytes that the tape keeps of one microbatch in `num_layers` blocks on a rank.
 
         A block keeps, per token: the inputs of its two norms (2 D, time-sharded with sequence
@@ -233,23 +223,21 @@ class GPTArchitecture:
         activation, and the norms' outputs unless sequence parallelism has gathered them. Full
         recomputation keeps the block's input alone (D).
         """
-        outside = tp if sequence_parallel else 1
-        if recompute == "full":
-            return tokens * config.dim // outside * num_layers * itemsize
-        selective = recompute == "selective"
+        outside = work.tp if work.sequence_parallel else 1
+        if work.recompute == "full":
+            return work.tokens * config.dim // outside * num_layers * work.itemsize
+        selective = work.recompute == "selective"
         hidden = config.ffn_dim * ((3 if config.mlp == "swiglu" else 2) - selective)
         projections = (config.heads + 2 * config.kv_heads) * config.head_width
         inside = projections + config.dim + hidden
         normed = 0 if selective and outside == 1 else 2 * config.dim
-        kept = 2 * config.dim // outside + normed + inside // tp
-        return tokens * kept * num_layers * itemsize
+        kept = 2 * config.dim // outside + normed + inside // work.tp
+        return work.tokens * kept * num_layers * work.itemsize
 
-    def head_bytes(
-        self, config: ModelConfig, *, tokens: int, tp: int, itemsize: int, on_gpu: bool
-    ) -> int:
+    def head_bytes(self, config: ModelConfig, work: Workload) -> int:
         """Return the bytes of the logits that exist at once on a rank with the head."""
-        row_bytes = -(-config.vocab // tp) * itemsize
-        return min(tokens, most_rows(row_bytes, on_gpu=on_gpu)) * row_bytes
+        row_bytes = -(-config.vocab // work.tp) * work.itemsize
+        return min(work.tokens, most_rows(row_bytes, on_gpu=work.on_gpu)) * row_bytes
 
     def layer_costs(self, config: ModelConfig) -> list[float]:
         """Return multiply-adds per token of each layer: its products and causal attention."""

@@ -89,6 +89,17 @@ class StagePart(NamedTuple):
     last: bool  # holds what comes behind the layers: final norm and head
 
 
+class Workload(NamedTuple):
+    """One microbatch on one rank, as far as its memory is concerned."""
+
+    tokens: int
+    tp: int  # ranks that the layers are cut over
+    sequence_parallel: bool
+    recompute: str  # "none", "selective" or "full"
+    itemsize: int  # bytes of an activation
+    on_gpu: bool
+
+
 class Architecture(Protocol):
     """Family of models that the engine can build."""
 
@@ -105,20 +116,10 @@ class Architecture(Protocol):
     def ties(self, config: Any, num_stages: int) -> Mapping[str, tuple[int, ...]]:
         """Return the stages that hold a copy of each parameter that several stages share."""
 
-    def activation_bytes(
-        self,
-        config: Any,
-        num_layers: int,
-        *,
-        tokens: int,
-        tp: int,
-        sequence_parallel: bool,
-        recompute: str,
-        itemsize: int,
-    ) -> int:
+    def activation_bytes(self, config: Any, num_layers: int, work: Workload) -> int:
         """Return the bytes that the tape keeps of one microbatch in `num_layers` on a rank."""
 
-    def head_bytes(self, config: Any, *, tokens: int, tp: int, itemsize: int, on_gpu: bool) -> int:
+    def head_bytes(self, config: Any, work: Workload) -> int:
         """Return the bytes that exist at once in the head and its loss."""
 
     def layer_costs(self, config: Any) -> Sequence[float]:

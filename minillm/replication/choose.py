@@ -12,6 +12,7 @@ from minillm.layout.placement import Layout
 from minillm.params.storage import PrivateMemory
 from minillm.replication.all_reduce import AllReduce
 from minillm.replication.node_shared import NodeMemory, NodeShared, find_group
+from minillm.replication.options import ReplicationOptions
 from minillm.replication.protocol import Replication
 
 
@@ -19,18 +20,16 @@ def choose(
     mesh: Mesh,
     layout: Layout,
     num_values: int,
-    *,
-    node_shared: str,
-    bucket_bytes: int,
+    options: ReplicationOptions,
     dtype: np.dtype,
     device: Device = CPU,
 ) -> Replication:
-    """Return shared memory within nodes where `node_shared` ("auto", "on", "off") and the machine
-    allow it, else all-reduce.
+    """Return shared memory within nodes where option and machine allow it, else all-reduce.
 
     `num_values` are this rank's parameters. On a GPU memory is never shared. Collective over the
     mesh. Raises ConfigError on every rank if "on" is impossible.
     """
+    node_shared, bucket_bytes = options.node_shared, int(options.bucket_mb * 1e6)
     if not device.on_host:
         return AllReduce(mesh, layout, PrivateMemory(device.describe(), device), bucket_bytes)
     alone = mesh.axis(*TOKEN_AXES).size == 1

@@ -122,23 +122,15 @@ def assemble(
     elif replicate is not None:
         replication = replicate(mesh, layout)
     else:
-        replication = choose(
-            mesh,
-            layout,
-            sum(p.spec.local_size(layout.mesh) for m in models.values() for p in m.parameters()),
-            node_shared=config.options.replication.node_shared,
-            bucket_bytes=int(config.options.replication.bucket_mb * 1e6),
-            dtype=dtype,
-            device=device,
-        )
+        parameters = [p for model in models.values() for p in model.parameters()]
+        num_values = sum(parameter.spec.local_size(layout.mesh) for parameter in parameters)
+        options = config.options.replication
+        replication = choose(mesh, layout, num_values, options, dtype, device)
     stages = {}
     for index, model in models.items():
+        memory = replication.memory
         buffers = FlatBuffers(
-            model.parameters(),
-            layout.mesh,
-            dtype,
-            gradients=training,
-            memory=replication.memory,
+            model.parameters(), layout.mesh, dtype, gradients=training, memory=memory
         )
         buffers.initialise(config.options.optimization.seed, layout.mesh, mesh.coords)
         stages[index] = Stage(index, model, buffers)
