@@ -1,1 +1,1 @@
-"""Ground floor: errors, arrays and devices, flags, logging, random numbers, traces."""
+"""Ground floor: errors, arrays, devices, options and flags, logging, random numbers, traces."""

@@ -1,1 +1,1 @@
-"""Trained models at work: loading, sampling, generation."""
+"""Trained models at work: loading, caches, sampling, generation."""

@@ -1,0 +1,1 @@
+"""Model families: one definition for every mesh, one file a family."""

@@ -1,1 +1,1 @@
-"""Methods that keep the data-parallel replicas equal: one file each."""
+"""Methods that keep data-parallel replicas equal: one method a file."""

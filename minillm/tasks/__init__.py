@@ -1,1 +1,1 @@
-"""What a model is trained for: batches, losses and metrics of each task, one file a task."""
+"""Training objectives: batches, losses and metrics, one file a task."""
