@@ -137,6 +137,53 @@ def test_files_import_only_from_above() -> None:
     assert not broken, "\n".join(broken)
 
 
+def cycle(graph: dict[Path, set[Path]]) -> list[str]:
+    """Return the files of a circle of imports, empty if there is none."""
+    done: set[Path] = set()
+    path: list[Path] = []
+
+    def visit(file: Path) -> list[str]:
+        if file in path:
+            return [relative(f) for f in path[path.index(file) :]]
+        if file in done:
+            return []
+        path.append(file)
+        for target in sorted(graph.get(file, ())):
+            if found := visit(target):
+                return found
+        done.add(path.pop())
+        return []
+
+    return next((found for file in sorted(graph) if (found := visit(file))), [])
+
+
+def test_no_files_import_each_other() -> None:
+    graph = {
+        path: {
+            target
+            for name, _ in imports(path, module_level=True)
+            if (target := file_of(name)) is not None and target.name != "__init__.py"
+        }
+        - {path}
+        for path in sources()
+    }
+    assert not cycle(graph)
+    assert cycle({Path(ROOT / "a"): {Path(ROOT / "b")}, Path(ROOT / "b"): {Path(ROOT / "a")}})
+
+
+def test_rooms_have_names_of_their_own() -> None:
+    """At most 24 programs and folders, and no module named like a program."""
+    top = ROOT / "minillm"
+    programs = {path.stem for path in top.glob("*.py")} - {"__init__"}
+    folders = {path.name for path in top.iterdir() if (path / "__init__.py").is_file()}
+    assert len(programs | folders) <= 24
+    modules = {path.stem for folder in folders for path in (top / folder).rglob("*.py")}
+    assert not (modules - {"__init__", "__main__"}) & programs
+    for folder in folders:
+        purpose = ast.get_docstring(ast.parse((top / folder / "__init__.py").read_text()))
+        assert purpose, f"minillm/{folder}/__init__.py does not say what the folder is for"
+
+
 def test_order_names_only_what_exists() -> None:
     assert len(set(ORDER)) == len(ORDER)
     missing = [name for name in ORDER if not (ROOT / name).exists()]
