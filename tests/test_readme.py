@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minillm.__main__ import PROGRAMS
-from minillm.base.record import flag, options
+from minillm.base.record import flag
 from minillm.training.arguments import StartOptions
 from minillm.training.config import RunConfig
 
@@ -60,7 +60,7 @@ def test_ci_runs_the_extracted_test_command_last() -> None:
 
 
 def test_train_flags_in_the_readme_exist() -> None:
-    known = {flag(name) for cls in (RunConfig, StartOptions) for name in options(cls)}
+    known = {flag(name) for cls in (RunConfig, StartOptions) for name in cls.options()}
     lines = [
         line.partition("#")[0]
         for block in BLOCKS

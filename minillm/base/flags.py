@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record, Words, absent_options, flag, known_name, options
+from minillm.base.record import Record, Words, flag, known_name
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -107,12 +107,12 @@ def _refuse(cls: type[Record], words: Sequence[str], prog: str) -> None:
     word, _, value = words[0].partition("=")
     if not word.startswith("-"):
         raise ConfigError(f"{words[0]!r} belongs to no flag; see {prog} --help")
-    reason = absent_options(cls).get(word.lstrip("-").replace("-", "_"))
+    reason = cls.absent().get(word.lstrip("-").replace("-", "_"))
     if reason is not None:
         shown = " ".join((word, value or "".join(words[1:2]))).rstrip()
         raise ConfigError(f"{shown}: {reason}")
     names = ["--help"]
-    for name, known in options(cls).items():
+    for name, known in cls.options().items():
         names += [flag(name), *([flag("no_" + name)] if known.kind is bool else [])]
     known_name(word.replace("_", "-"), names, "flag")
     raise ConfigError(f"{words[0]!r} cannot be read; see {prog} --help")

@@ -68,16 +68,36 @@ class Record:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value of a wrong type or out of bounds."""
-        for name, known in options(type(self)).items():
+        for name, known in self.options().items():
             if known.room is None:
                 value = _checked(getattr(self, name), known, f"{flag(name)} {{}}")
                 object.__setattr__(self, name, value)
+
+    @classmethod
+    @functools.cache
+    def options(cls) -> dict[str, Option]:
+        """Return every option of this record and its rooms by name, in the order of the fields."""
+        found: dict[str, Option] = {}
+        for name, kind, metadata in _fields(cls):
+            inner = {name: Option(None, kind, metadata)}
+            if _is_room(kind):
+                inner = {key: known._replace(room=name) for key, known in kind.options().items()}
+            if twice := found.keys() & inner.keys():
+                raise TypeError(f"{cls.__name__} has several options called {', '.join(twice)}")
+            found |= inner
+        return found
+
+    @classmethod
+    def absent(cls) -> dict[str, str]:
+        """Return the options that this record and its rooms refuse by name, with the reasons."""
+        rooms = [kind for _, kind, _ in _fields(cls) if _is_room(kind)]
+        return {name: reason for each in (cls, *rooms) for name, reason in each.ABSENT.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the flat table: option name -> value, in the order of the fields."""
         return {
             name: getattr(self if known.room is None else getattr(self, known.room), name)
-            for name, known in options(type(self)).items()
+            for name, known in self.options().items()
         }
 
     @classmethod
@@ -97,32 +117,14 @@ class Record:
         return dataclasses.replace(copy, **own, **changed)
 
 
-@functools.cache
-def options(cls: type[Record]) -> dict[str, Option]:
-    """Return every option of a record and its rooms by name, in the order of the fields."""
-    found: dict[str, Option] = {}
+def _fields(cls: Any) -> list[tuple[str, Any, Mapping[str, Any]]]:
+    """Return name, type and metadata of each field of a dataclass."""
     hints = get_type_hints(cls)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        kind = hints[field.name]
-        if isinstance(kind, type) and issubclass(kind, Record):
-            inner = {name: known._replace(room=field.name) for name, known in options(kind).items()}
-        else:
-            inner = {field.name: Option(None, kind, field.metadata)}
-        if twice := found.keys() & inner.keys():
-            raise TypeError(f"{cls.__name__} has several options called {', '.join(twice)}")
-        found |= inner
-    return found
+    return [(field.name, hints[field.name], field.metadata) for field in dataclasses.fields(cls)]
 
 
-@functools.cache
-def absent_options(cls: type[Record]) -> dict[str, str]:
-    """Return the options that `cls` and its rooms refuse by name, with the reasons."""
-    rooms = {known.room for known in options(cls).values()} - {None}
-    hints = get_type_hints(cls)
-    found = dict(cls.ABSENT)
-    for room in rooms:
-        found |= absent_options(hints[str(room)])
-    return found
+def _is_room(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Record)
 
 
 def _by_room(
@@ -132,7 +134,7 @@ def _by_room(
 
     Raises ConfigError for unknown names and wrong types.
     """
-    known, absent = options(cls), absent_options(cls)
+    known, absent = cls.options(), cls.absent()
     own: dict[str, Any] = {}
     rooms: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -149,11 +151,12 @@ def _checked(value: Any, known: Option, text: str, *, bounds: bool = True) -> An
 
     Raises ConfigError that begins with `text`, formatted with the value.
     """
+    if isinstance(value, Words):
+        raise ConfigError(f"{text.format('takes one value')}, not {' '.join(value) or 'none'}")
     value = converted(value, known.kind)
     wanted = wanted_type(value, known.kind)
     if wanted:
-        shown = " ".join(value) if isinstance(value, Words) else value
-        raise ConfigError(f"{text.format(shown)} must be {wanted}")
+        raise ConfigError(f"{text.format(value)} must be {wanted}")
     limits = known.metadata.get("limits", (None, None, None))
     if bounds and value is not None and limits != (None, None, None):
         at_least, above, below = limits
@@ -174,8 +177,6 @@ def converted(value: Any, kind: Any) -> Any:
 
 def wanted_type(value: Any, kind: Any) -> str:
     """Return the description of `kind` unless `value` is of it, else an empty string."""
-    if isinstance(value, Words):
-        return "one value"
     inner = get_args(kind)
     if get_origin(kind) is Literal:
         return "" if value in inner else f"one of {', '.join(inner)}"

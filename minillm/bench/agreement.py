@@ -32,6 +32,7 @@ from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import ThreadCommunicator, run_ranks
 from minillm.data.batches import Batches
 from minillm.layout.sharding import Slices
+from minillm.tasks.language_model import LanguageModeling
 from minillm.training.config import RunConfig
 from minillm.training.optim import SGD, AdamW
 from minillm.training.resolve import ResolvedConfig, resolve
@@ -120,9 +121,8 @@ def _train(
     tokens = np.random.default_rng(0).integers(0, VOCAB, 20_000)
     batches = Batches(tokens, config.model.context, config.options.optimization.batch, seed=1)
     direct = False if isinstance(comm, ThreadCommunicator) else None  # as the MPI library says
-    trainer = Trainer(
-        config, on_device(comm, device, direct), batches, device=device, optimizer=optimizer
-    )
+    world, task = on_device(comm, device, direct), LanguageModeling(batches)
+    trainer = Trainer(config, world, task, device=device, optimizer=optimizer)
     before = _weights(trainer)
     found = [trainer.step(step).loss for step in range(steps)]
     pairs = zip(before, _weights(trainer), strict=True)
@@ -138,9 +138,9 @@ def _train(
 def _weights(trainer: Trainer) -> list[tuple[str, tuple[int, ...], Slices, np.ndarray]]:
     """Name, global shape, place and copy of every piece of a weight that this rank holds."""
     shape, coords, found = trainer.mesh.shape, trainer.mesh.coords, []
-    for buffers in trainer.buffers:
+    for buffers in trainer.model.buffers:
         flat = to_host(buffers.values if buffers.masters is None else buffers.masters)
-        for span in buffers.spans():
+        for span in buffers.layout.spans():
             spec = span.parameter.spec
             local = flat[span.start : span.stop].reshape(spec.local_shape(shape))
             found += [

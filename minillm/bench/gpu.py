@@ -31,6 +31,7 @@ from minillm.bench.shapes import Shape
 from minillm.bench.timing import table
 from minillm.comm.single import SelfCommunicator
 from minillm.data.batches import Batches
+from minillm.tasks.language_model import LanguageModeling
 from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
 from minillm.training.trainer import Trainer
@@ -150,12 +151,8 @@ def profile(device: Device, shape: Shape) -> dict[str, Any]:
     asked = RunConfig().replace(**sizes, device="cuda", dtype="bfloat16")
     config = resolve(asked, 1, shape.vocab)
     tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)
-    trainer = Trainer(
-        config,
-        SelfCommunicator(),
-        Batches(tokens, shape.context, shape.batch, seed=1),
-        device=device,
-    )
+    task = LanguageModeling(Batches(tokens, shape.context, shape.batch, seed=1))
+    trainer = Trainer(config, SelfCommunicator(), task, device=device)
     for step in range(4):
         trainer.step(step)
     free = _span(device, lambda: [trainer.step(step) for step in range(4, 9)]) / 5

@@ -18,6 +18,7 @@ from minillm.bench.timing import median_seconds
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import world
 from minillm.data.batches import Batches
+from minillm.tasks.language_model import LanguageModeling
 from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
 from minillm.training.trainer import Trainer
@@ -45,9 +46,8 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)
     kernels.prepare_process()
     with kernels.threads(args.threads), kernels.use(**kernels.choices_from(args.kernels)):
-        trainer = Trainer(
-            config, comm, Batches(tokens, shape.context, shape.batch, seed=1), device=device
-        )
+        task = LanguageModeling(Batches(tokens, shape.context, shape.batch, seed=1))
+        trainer = Trainer(config, comm, task, device=device)
         gc.disable()
         for step in range(args.warmup):
             trainer.step(step)

@@ -14,7 +14,7 @@ from typing import Any
 
 from minillm.base.compute import ComputeOptions
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record, flag, known_name, option, options
+from minillm.base.record import Record, flag, known_name, option
 from minillm.comm.options import CommOptions
 from minillm.data.options import DataOptions
 from minillm.layout.options import LayoutOptions
@@ -113,7 +113,7 @@ def preset_values(name: str) -> dict[str, Any]:
 def check_resume(saved: Mapping[str, Any], config: RunConfig) -> None:
     """Raise ConfigError unless `config` continues the run whose checkpoint holds `saved`."""
     before = type(config).from_dict(saved, "the checkpoint").to_dict()
-    now, known = config.to_dict(), options(type(config))
+    now, known = config.to_dict(), config.options()
     changed = [
         f"{flag(name)} {now[name]} (was {before[name]})"
         for name in before

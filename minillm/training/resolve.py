@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from minillm.base.arrays import float_dtype
 from minillm.base.errors import ConfigError
-from minillm.base.record import divisors, flag, options, some_divisors
+from minillm.base.record import divisors, flag, some_divisors
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.options import comma_list, even_split
 from minillm.models.gpt_config import ModelConfig
@@ -75,7 +75,7 @@ class ResolvedConfig:
         Resumable options are stored as asked, so that a resumed run resolves them for its own
         ranks. `stop_after` is not stored.
         """
-        asked, known = self.options.to_dict() | {"stop_after": None}, options(type(self.options))
+        asked, known = self.options.to_dict() | {"stop_after": None}, self.options.options()
         return {
             name: asked[name] if known[name].resumable else value
             for name, value in self.filled().to_dict().items()
