@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from minillm import checkpoint, kernels
-from minillm.base.compute import ComputeOptions
 from minillm.base.device import CPU, Device, open_device
 from minillm.base.errors import ConfigError
 from minillm.base.flags import to_toml
 from minillm.base.log import Log
+from minillm.base.options import ComputeOptions
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import agree, known_to_all
 from minillm.comm.communicator import Communicator

@@ -12,40 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minillm.base.compute import ComputeOptions
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record, flag, known_name, option
+from minillm.base.options import ComputeOptions
+from minillm.base.record import Record, flag, known_name
 from minillm.comm.options import CommOptions
 from minillm.data.options import DataOptions
 from minillm.layout.options import LayoutOptions
 from minillm.models.gpt_config import ModelOptions
 from minillm.pipeline.options import PipelineOptions
 from minillm.replication.options import ReplicationOptions
-from minillm.training.optimization import OptimizationOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputOptions(Record):
-    """Output of the run."""
-
-    out: str | None = option(None, resumable=True)
-    """Folder for metrics, configuration and checkpoints; left out: runs/PRESET."""
-    save_every: int = option(0, at_least=0, resumable=True)
-    """Steps between checkpoints; 0: only at the end."""
-    keep: int = option(2, at_least=1, resumable=True)
-    """Newest checkpoints to keep."""
-    eval_every: int = option(100, at_least=0, resumable=True)
-    """Steps between evaluations on held-out text; 0: only at the end."""
-    eval_tokens: int = option(16384, at_least=0, resumable=True)
-    """Held-out tokens per evaluation."""
-    sample_tokens: int = option(200, at_least=0, resumable=True)
-    """Tokens of the sample at the end; 0: none."""
-    trace: bool = option(False, resumable=True)
-    """Write OUT/trace.json, a timeline of all ranks to open in Perfetto."""
-    stop_after: int | None = option(None, at_least=1, resumable=True)
-    """End at this step, although the learning rate is planned for all steps."""
-    check_every: int = option(0, at_least=0, resumable=True)
-    """Steps between comparisons of the replicas' parameters; 0: never."""
+from minillm.training.options import OptimizationOptions, OutputOptions
 
 
 @dataclass(frozen=True, kw_only=True)
