@@ -50,9 +50,9 @@ def _load_blas() -> str | None:
     for name in _BLAS_LIBRARIES:
         if (folder / name).exists():
             try:
-                extension.load_blas(
+                extension.load_blas(  # type: ignore[union-attr]
                     str(folder / name), "scipy_cblas_sgemm64_", "scipy_openblas_set_num_threads64_"
-                )  # type: ignore[union-attr]
+                )
             except OSError as error:
                 return str(error)
             return None
@@ -116,7 +116,7 @@ class _BySize(dict[int, Any]):
     """Pools by their number of threads, made when they are first asked for."""
 
     def __missing__(self, size: int) -> Any:
-        made = self[size] = extension.Pool(size)  # type: ignore[union-attr]
+        made = self[size] = extension.Pool(size)  
         return made
 
 
