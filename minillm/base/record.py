@@ -17,10 +17,13 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from minillm.base.errors import ConfigError
+
+_HOLDS = {"at least": operator.ge, "more than": operator.gt, "below": operator.lt}
 
 
 class Words(tuple[str, ...]):
@@ -53,11 +56,9 @@ def option(
     NaN and infinity fall outside any bounds. `resumable` marks what may differ between a run and
     its continuation: how it computes and what it reports, never what it computes.
     """
-    bounds = {"at least": at_least, "more than": above, "below": below}
-    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-    limits = (at_least, above, below)
-    metadata = {"wanted": wanted, "limits": limits, "resumable": resumable}
-    return dataclasses.field(default=default, metadata=metadata)
+    given = {"at least": at_least, "more than": above, "below": below}
+    bounds = {words: bound for words, bound in given.items() if bound is not None}
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "resumable": resumable})
 
 
 class Record:
@@ -153,35 +154,26 @@ def _checked(value: Any, known: Option, text: str, *, bounds: bool = True) -> An
     """
     if isinstance(value, Words):
         raise ConfigError(f"{text.format('takes one value')}, not {' '.join(value) or 'none'}")
-    value = converted(value, known.kind)
-    wanted = wanted_type(value, known.kind)
-    if wanted:
+    if type(value) is int and float in (known.kind, *get_args(known.kind)):
+        value = float(value)
+    if wanted := _wanted_type(value, known.kind):
         raise ConfigError(f"{text.format(value)} must be {wanted}")
-    limits = known.metadata.get("limits", (None, None, None))
-    if bounds and value is not None and limits != (None, None, None):
-        at_least, above, below = limits
-        if not (
-            math.isfinite(value)
-            and (at_least is None or value >= at_least)
-            and (above is None or value > above)
-            and (below is None or value < below)
-        ):
-            raise ConfigError(f"{text.format(value)} must be {known.metadata['wanted']}")
+    limits = known.metadata.get("bounds") if bounds and value is not None else None
+    if limits and not (
+        math.isfinite(value) and all(_HOLDS[words](value, limits[words]) for words in limits)
+    ):
+        wanted = " and ".join(f"{words} {bound}" for words, bound in limits.items())
+        raise ConfigError(f"{text.format(value)} must be {wanted}")
     return value
 
 
-def converted(value: Any, kind: Any) -> Any:
-    """Return an int as a float where the type asks for one; any other value as it is."""
-    return float(value) if type(value) is int and float in (kind, *get_args(kind)) else value
-
-
-def wanted_type(value: Any, kind: Any) -> str:
+def _wanted_type(value: Any, kind: Any) -> str:
     """Return the description of `kind` unless `value` is of it, else an empty string."""
     inner = get_args(kind)
     if get_origin(kind) is Literal:
         return "" if value in inner else f"one of {', '.join(inner)}"
     if inner:  # X | None
-        return "" if value is None else wanted_type(value, inner[0])
+        return "" if value is None else _wanted_type(value, inner[0])
     return "" if type(value) is kind else f"of type {kind.__name__}"
 
 
