@@ -1,5 +1,7 @@
-"""The loss of a trained model on held-out or other text, as JSON: `python -m minillm.evaluate
---checkpoint DIR`, on any mesh."""
+"""Measure a trained model: `python -m minillm.evaluate --checkpoint DIR`, on any mesh.
+
+Prints the loss on held-out or other text as JSON.
+"""
 
 from __future__ import annotations
 

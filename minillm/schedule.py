@@ -1,5 +1,4 @@
-"""Look at a pipeline schedule: `python -m minillm.schedule 1f1b --ranks 4 --microbatches 8 --svg
-schedule.svg`."""
+"""Draw a pipeline schedule: `python -m minillm.schedule 1f1b --ranks 4 --svg schedule.svg`."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
 
 
 def _kernel_choices(compute: ComputeOptions, device: Device) -> dict[str, str]:
-    """What --kernels names, op by op. Raises ConfigError where that cannot run here."""
+    """Return op -> the kernel that --kernels names. Raises ConfigError if it cannot run here."""
     try:
         choices = kernels.choices_from(compute.kernels)
         with kernels.use(**choices):
@@ -85,15 +85,17 @@ def _kernel_choices(compute: ComputeOptions, device: Device) -> dict[str, str]:
 
 
 def _saved_values(path: str) -> dict[str, Any]:
-    """The configuration that the checkpoint at `path` was trained with."""
+    """Return the flat configuration of the run whose checkpoint lies at `path`."""
     return dict(checkpoint.RunRecord.read(checkpoint.find(Path(path))).config)
 
 
 def _plan(
     comm: Communicator, options: RunConfig, found: Path | None
 ) -> tuple[Corpus, ResolvedConfig]:
-    """The text and the resolved configuration, checked on every rank before anything is
-    allocated."""
+    """Return the text and the resolved configuration, checked before anything is allocated.
+
+    Collective. Raises ConfigError on every rank.
+    """
     data, model = options.corpus, options.model
     with known_to_all():
         tokenizer: Any = data.tokenizer

@@ -1,4 +1,4 @@
-"""A trained model back from its checkpoint, on whatever mesh the reader has."""
+"""Loading of a trained model from its checkpoint, onto any mesh."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from minillm.training.resolve import ResolvedConfig, resolve
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions(Record):
-    """How a program that reads a checkpoint spreads the model, and where."""
+    """Mesh and device of a program that reads a checkpoint."""
 
     tp: int = option(1, at_least=1)
     """Tensor-parallel ranks, each with its share of every matrix."""
     pp: int = option(1, at_least=1)
     """Pipeline stages, each with its share of the layers."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute: on the CPU, where a model trained in bfloat16 is one in float32, or on a
-    GPU (cuda)."""
+    """Device: the CPU, where a model trained in bfloat16 runs in float32, or a GPU (cuda)."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A verified checkpoint: where it is, what it was trained with, and its tokenizer."""
+    """Verified checkpoint: its folder, the options of its training, and its tokenizer."""
 
     path: Path
     config: RunConfig
@@ -44,14 +43,15 @@ class Opened:
     def resolve(
         self, layout: ReadOptions, num_ranks: int, *, generating: bool = False
     ) -> ResolvedConfig:
-        """The model on `num_ranks` ranks, dp taking what tp and pp leave. Raises ConfigError for a
-        layout that cannot be, or where the device has no kernels for the model."""
+        """Return the configuration on `num_ranks` ranks; dp gets the ranks that tp and pp leave.
+
+        Raises ConfigError for an impossible layout, and if the device has no kernels for the model.
+        """
         dp = max(1, num_ranks // (layout.tp * layout.pp))
         if generating and num_ranks != layout.tp * layout.pp:
             raise ConfigError(
                 f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * "
-                f"{layout.pp} ranks; use --tp "
-                f"{num_ranks}, or one rank"
+                f"{layout.pp} ranks; use --tp {num_ranks}, or one rank"
             )
         dtype = self.config.compute.dtype
         if layout.device == "cpu" and dtype == "bfloat16":
@@ -73,8 +73,10 @@ class Opened:
 
 
 def open_checkpoint(path: str, comm: Communicator) -> Opened:
-    """Find and verify the checkpoint at `path`. Collective. Raises CheckpointError on every rank if
-    it is missing or damaged."""
+    """Find and verify the checkpoint at `path`.
+
+    Collective. Raises CheckpointError on every rank if it is missing or damaged.
+    """
     found = checkpoint.find(Path(path))
     checkpoint.verify(found, comm)
     record = checkpoint.RunRecord.read(found)
@@ -83,8 +85,10 @@ def open_checkpoint(path: str, comm: Communicator) -> Opened:
 
 
 def place(comm: Communicator, layout: ReadOptions) -> tuple[Communicator, Device]:
-    """The ranks, for arrays of the device that the program is to compute on, and that device.
-    Collective. Raises ConfigError on every rank if one has no such device."""
+    """Open the compute device and wrap `comm` so that it can move arrays on it.
+
+    Collective. Raises ConfigError on every rank if one has no such device.
+    """
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(layout.device, local_rank))
     return on_device(comm, device), device
