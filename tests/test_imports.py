@@ -53,10 +53,7 @@ ONLY_WHEN_ASKED = {"cupy", "torch", "tokenizers", "pooch"}
 STANDARD_LIBRARY_ONLY = [
     f"minillm/pipeline/{name}.py" for name in ("action", "schedules", "lower", "simulate", "draw")
 ]
-YARDSTICKS = (
-    "minillm/bench/torch_gpt.py",
-    "minillm/bench/torch_parts.py",
-)  # programs of their own, in PyTorch, that nothing imports
+YARDSTICKS = ("minillm/bench/torch_run.py",)  # a program in PyTorch that nothing imports
 MPI_AT_TOP = {"minillm/comm/mpi.py"}
 
 

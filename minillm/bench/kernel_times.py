@@ -1,28 +1,26 @@
-"""`python -m minillm.bench kernels`: every implementation of the training step's operations, side
-by side."""
+"""Times of every implementation of a training step's operations: `minillm bench kernels`."""
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from minillm import kernels
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record
-from minillm.bench.timing import median_seconds, table
+from minillm.bench.timing import median_seconds, write_json
+from minillm.comm.communicator import Communicator
 from minillm.comm.cores import usable_cores
+from minillm.kernels.gpu_check.report import table
 
-CPU_BACKENDS = ("numpy", "c")  # the emulator shows what a CUDA kernel does, not how fast it is
+CPU_BACKENDS = ("numpy", "c")  # the emulator is for the correctness of a CUDA kernel, not its speed
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelBench(Record):
+class KernelBench:
     """Time every implementation of every operation of a training step."""
 
     rows: int = 2048
@@ -41,7 +39,6 @@ class KernelBench(Record):
     """File to write the results to."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.rows % self.context or self.dim % 64:
             raise ConfigError(
                 f"--rows {self.rows} must be a multiple of --context {self.context}, and --dim "
@@ -49,19 +46,27 @@ class KernelBench(Record):
             )
 
 
-@dataclass(frozen=True)
 class Work:
-    """One call: the op, its bytes read and written once, its floating-point operations where they
-    matter, and the call."""
+    """One call of an operation.
 
-    op: str
-    num_bytes: float
-    flops: float
-    call: Callable[[], Any]
+    `num_bytes` are read or written once; `flops` are floating-point operations, 0 where memory is
+    the limit.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        num_bytes: float,
+        *args: Any,
+        flops: float = 0,
+        **more: Any,
+    ) -> None:
+        self.op, self.num_bytes, self.flops = function.__name__, num_bytes, flops
+        self.call = partial(function, *args, **more)
 
 
 def works(args: KernelBench) -> Iterator[Work]:
-    """The calls of a training step at the sizes asked for."""
+    """Yield the calls of a training step at the sizes of the flags."""
     rng = np.random.default_rng(0)
     R, D, F, V, T = args.rows, args.dim, 4 * args.dim, args.vocab, args.context
 
@@ -72,131 +77,73 @@ def works(args: KernelBench) -> Iterator[Work]:
     wide, grad_wide, grad_half, matrix = normal(R, F), normal(R, F), normal(R, F // 2), normal(F, D)
     _, mean, rstd = kernels.layernorm_forward(x, weight, bias, 1e-5)
     size = 4.0 * R * D
-    yield Work(
-        "layernorm_forward", 2 * size, 0, lambda: kernels.layernorm_forward(x, weight, bias, 1e-5)
-    )
-    yield Work(
-        "layernorm_backward",
-        3 * size,
-        0,
-        lambda: kernels.layernorm_backward(grad, x, weight, mean, rstd),
-    )
-    yield Work("rmsnorm_forward", 2 * size, 0, lambda: kernels.rmsnorm_forward(x, weight, 1e-5))
-    yield Work(
-        "rmsnorm_backward", 3 * size, 0, lambda: kernels.rmsnorm_backward(grad, x, weight, rstd)
-    )
-    yield Work("add", 3 * size, 0, lambda: kernels.add(x, grad))
-    yield Work("gelu_forward", 8 * size, 0, lambda: kernels.gelu_forward(wide, "tanh"))
-    yield Work(
-        "gelu_backward", 12 * size, 0, lambda: kernels.gelu_backward(grad_wide, wide, "tanh")
-    )
-    yield Work("swiglu_forward", 6 * size, 0, lambda: kernels.swiglu_forward(wide))
-    yield Work("swiglu_backward", 10 * size, 0, lambda: kernels.swiglu_backward(grad_half, wide))
-    yield Work("column_sum", 4 * size, 0, lambda: kernels.column_sum(wide))
-    yield Work(
-        "matmul", 5 * size + matrix.nbytes, 2.0 * R * D * F, lambda: kernels.matmul(x, matrix.T)
-    )
+    yield Work(kernels.layernorm_forward, 2 * size, x, weight, bias, 1e-5)
+    yield Work(kernels.layernorm_backward, 3 * size, grad, x, weight, mean, rstd)
+    yield Work(kernels.rmsnorm_forward, 2 * size, x, weight, 1e-5)
+    yield Work(kernels.rmsnorm_backward, 3 * size, grad, x, weight, rstd)
+    yield Work(kernels.add, 3 * size, x, grad)
+    yield Work(kernels.gelu_forward, 8 * size, wide, "tanh")
+    yield Work(kernels.gelu_backward, 12 * size, grad_wide, wide, "tanh")
+    yield Work(kernels.swiglu_forward, 6 * size, wide)
+    yield Work(kernels.swiglu_backward, 10 * size, grad_half, wide)
+    yield Work(kernels.column_sum, 4 * size, wide)
+    yield Work(kernels.matmul, 5 * size + matrix.nbytes, x, matrix.T, flops=2.0 * R * D * F)
     logits, targets = normal(R, V), rng.integers(0, V, R)
-    # A shift of 10: repeated in place, the exponentials stay small.
-    shift, sums, scale = (
-        np.full(R, 10, np.float32),
-        np.ones(R, np.float32),
-        np.full(R, 1e-3, np.float32),
-    )
-    yield Work("xent_max", logits.nbytes, 0, lambda: kernels.xent_max(logits))
-    yield Work(
-        "xent_shifted_sum_",
-        2 * logits.nbytes,
-        0,
-        lambda: kernels.xent_shifted_sum_(logits, shift, targets, 0),
-    )
-    yield Work(
-        "xent_grad_",
-        2 * logits.nbytes,
-        0,
-        lambda: kernels.xent_grad_(logits, sums, targets, 0, scale),
-    )
-    ids, table_ = rng.integers(0, V, (R,)), normal(V, D)
-    yield Work("embedding_forward", 2 * size, 0, lambda: kernels.embedding_forward(ids, table_))
-    yield Work(
-        "embedding_backward_", 3 * size, 0, lambda: kernels.embedding_backward_(x, ids, table_)
-    )
-    by_time = x.reshape(-1, T, D)
+    # A shift of 10 keeps the exponentials small when the call repeats in place.
+    shift, sums, scale = (np.full(R, number, np.float32) for number in (10, 1, 1e-3))
+    yield Work(kernels.xent_max, logits.nbytes, logits)
+    yield Work(kernels.xent_shifted_sum_, 2 * logits.nbytes, logits, shift, targets, 0)
+    yield Work(kernels.xent_grad_, 2 * logits.nbytes, logits, sums, targets, 0, scale)
+    ids, rows = rng.integers(0, V, (R,)), normal(V, D)
+    yield Work(kernels.embedding_forward, 2 * size, ids, rows)
+    yield Work(kernels.embedding_backward_, 3 * size, x, ids, rows)
     address = (7, np.arange(R // T), np.arange(T), np.arange(D))
-    yield Work(
-        "dropout_forward", 2 * size, 0, lambda: kernels.dropout_forward(by_time, 0.1, *address)
-    )
+    yield Work(kernels.dropout_forward, 2 * size, x.reshape(-1, T, D), 0.1, *address)
     flat = [normal(8 << 20) for _ in range(3)] + [np.ones(8 << 20, np.float32)]
-    adamw = functools.partial(
-        kernels.adamw_, lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=10
-    )
-    yield Work("adamw_", 7.0 * flat[0].nbytes, 0, lambda: adamw(*flat))
-    yield Work("sum_of_squares", flat[0].nbytes, 0, lambda: kernels.sum_of_squares(flat[0]))
-    yield from _attention(args, normal)
-
-
-def _attention(args: KernelBench, normal: Callable[..., np.ndarray]) -> Iterator[Work]:
-    B, T, H, K = args.rows // args.context, args.context, args.dim // 64, 64
-    qkv = normal(B, T, 3 * H, K)
-    q, k, v = qkv[:, :, :H], qkv[:, :, H : 2 * H], qkv[:, :, 2 * H :]
+    adamw: dict[str, Any] = dict(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+    yield Work(kernels.adamw_, 7.0 * flat[0].nbytes, *flat, step=10, **adamw)
+    yield Work(kernels.sum_of_squares, flat[0].nbytes, flat[0])
+    B, H, K = R // T, D // 64, 64
+    qkv, grad = normal(B, T, 3 * H, K), normal(B, T, H, K)
+    q, k, v = (qkv[:, :, i * H : (i + 1) * H] for i in range(3))
     cos, sin = kernels.rope_tables(np.arange(T), K, 1e4, np.float32)
-    seen = kernels.Visibility()
-    o, lse = kernels.attention_forward(q, k, v, scale=K**-0.5, visibility=seen)
-    grad = normal(B, T, H, K)
-    flops = 2.0 * B * H * T * T * K  # of the causal half, forward
-    yield Work("rope_", 2 * grad.nbytes, 0, lambda: kernels.rope_(q, cos, sin))
-    yield Work(
-        "attention_forward",
-        4 * grad.nbytes,
-        flops,
-        lambda: kernels.attention_forward(q, k, v, scale=K**-0.5, visibility=seen),
-    )
-    yield Work(
-        "attention_backward",
-        8 * grad.nbytes,
-        2.5 * flops,
-        lambda: kernels.attention_backward(grad, q, k, v, o, lse, scale=K**-0.5, visibility=seen),
-    )
+    options: dict[str, Any] = dict(scale=K**-0.5, visibility=kernels.Visibility())
+    o, lse = kernels.attention_forward(q, k, v, **options)
+    size, flops = float(grad.nbytes), 2.0 * B * H * T * T * K  # of the causal half, forward
+    yield Work(kernels.rope_, 2 * size, q, cos, sin)
+    yield Work(kernels.attention_forward, 4 * size, q, k, v, flops=flops, **options)
+    operands = (grad, q, k, v, o, lse)
+    yield Work(kernels.attention_backward, 8 * size, *operands, flops=2.5 * flops, **options)
 
 
-def run(args: KernelBench) -> None:
-    """Time everything and print the table."""
+def run(comm: Communicator, args: KernelBench) -> None:
+    """Time all implementations and print the table."""
     threads = args.threads or usable_cores()
-    kernels.prepare_process()
-    rows, found = [], []
-    print(
-        f"{args.rows} x {args.dim}, context {args.context}, vocabulary {args.vocab}, {threads} "
-        "threads, float32",
-        flush=True,
-    )
+    sizes = f"{args.rows} x {args.dim}, context {args.context}, vocabulary {args.vocab}"
+    print(f"{sizes}, {threads} threads, float32", flush=True)
     with kernels.threads(threads):
-        for work in works(args):
-            if args.only not in work.op:
-                continue
-            for entry in (
-                k
-                for k in kernels.available(work.op)
-                if k.unavailable is None and k.backend in CPU_BACKENDS
-            ):
-                with kernels.use(**{work.op: entry.choice}):
-                    seconds = median_seconds(work.call)
-                rate = (
-                    f"{work.flops / seconds / 1e9:.0f} GFLOP/s"
-                    if work.flops
-                    else f"{work.num_bytes / seconds / 1e9:.1f} GB/s"
-                )
-                rows.append([work.op, entry.choice, f"{seconds * 1e3:.3f}", rate])
-                found.append(
-                    {
-                        "op": work.op,
-                        "choice": entry.choice,
-                        "seconds": seconds,
-                        "bytes": work.num_bytes,
-                        "flops": work.flops,
-                    }
-                )
+        found: list[dict[str, Any]] = [
+            dict(op=work.op, choice=choice, seconds=s, bytes=work.num_bytes, flops=work.flops)
+            for work in works(args)
+            if args.only in work.op
+            for choice, s in _times(work)
+        ]
+    rows = [
+        [one["op"], one["choice"], f"{one['seconds'] * 1e3:.3f}", _rate(**one)] for one in found
+    ]
     print(table(("operation", "implementation", "ms", "rate"), rows))
-    if args.json:
-        Path(args.json).write_text(
-            json.dumps({"threads": threads, "results": found}, indent=1) + "\n"
-        )
+    write_json(args.json, {"threads": threads, "results": found})
+
+
+def _times(work: Work) -> Iterator[tuple[str, float]]:
+    """Yield the implementations that run on this machine's cores, with their seconds."""
+    for kernel in kernels.available(work.op):
+        if kernel.unavailable is None and kernel.backend in CPU_BACKENDS:
+            with kernels.use(**{work.op: kernel.choice}):
+                yield kernel.choice, median_seconds(work.call)
+
+
+def _rate(seconds: float, bytes: float, flops: float, **_: Any) -> str:
+    if flops:
+        return f"{flops / seconds / 1e9:.0f} GFLOP/s"
+    return f"{bytes / seconds / 1e9:.1f} GB/s"

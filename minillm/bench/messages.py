@@ -1,34 +1,29 @@
-"""`mpirun -n N python -m minillm.bench comm`: latency and bandwidth of the operations between
-ranks, by messages and by shared memory.
+"""Latency and bandwidth of the operations between ranks: `mpirun -n N minillm bench comm`.
 
-Algorithm bandwidth is the payload over the time; bus bandwidth is what each rank sends in a ring,
-which does not depend on the number of ranks (the convention of NCCL's tests): 2 (n - 1) / n of an
-all-reduce's payload, (n - 1) / n of the others', all of a message's.
+Algorithm bandwidth is the payload over the time. Bus bandwidth is what each rank sends in a ring,
+which does not depend on the number of ranks (as in NCCL's tests): 2 (n - 1) / n of an all-reduce's
+payload, (n - 1) / n of the others', all of a message's.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minillm import kernels
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record
-from minillm.bench.timing import table
+from minillm.bench.timing import write_json
 from minillm.comm.communicator import Communicator
-from minillm.comm.cores import threads_per_rank
 from minillm.comm.ledger import wire_bytes
-from minillm.comm.process import world
+from minillm.kernels.gpu_check.report import table
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommBench(Record):
+class CommBench:
     """Time operations between the ranks of mpirun: messages, and sums in shared memory."""
 
     sizes: str = "8,4096,262144,4194304,67108864"
@@ -39,17 +34,15 @@ class CommBench(Record):
     """File to write the results to."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.repeats < 1 or not all(
-            word.isdigit() and int(word) for word in self.sizes.split(",")
-        ):
+        words = self.sizes.split(",")
+        if self.repeats < 1 or not all(word.isdigit() and int(word) for word in words):
             raise ConfigError(
                 f"--sizes {self.sizes} and --repeats {self.repeats} must be numbers from 1 up"
             )
 
 
 def operations(comm: Communicator, num_bytes: int) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """(transport, operation of the ledger, call) for a payload of about `num_bytes`."""
+    """Yield transport, operation of the ledger and call for a payload of about `num_bytes`."""
     n, count = comm.size, max(comm.size, num_bytes // 4 // comm.size * comm.size)
     whole, part = np.ones(count, np.float32), np.ones(count // n, np.float32)
     right, left = (comm.rank + 1) % n, (comm.rank - 1) % n
@@ -65,8 +58,7 @@ def operations(comm: Communicator, num_bytes: int) -> Iterator[tuple[str, str, C
 
 
 def _shared_sum(node: Communicator, count: int) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """What --node-shared does in place of an all-reduce: each rank adds up its share of everybody's
-    array, between two barriers."""
+    """Yield the all-reduce of --node-shared: each rank sums its share of all arrays."""
     window = node.alloc_shared(4 * count)
     arrays = [part.view(np.float32) for part in window.parts]
     share = slice(count * node.rank // node.size, count * (node.rank + 1) // node.size)
@@ -80,45 +72,33 @@ def _shared_sum(node: Communicator, count: int) -> Iterator[tuple[str, str, Call
     window.free()
 
 
-def run(args: CommBench) -> None:
-    """Time everything; the first rank prints the table."""
-    comm = world()
+def run(comm: Communicator, args: CommBench) -> None:
+    """Time all operations; the first rank prints the table. Collective."""
     if comm.size == 1:
         raise ConfigError(
             "bench comm needs several ranks: mpirun -n 2 python -m minillm.bench comm"
         )
-    kernels.prepare_process()
-    rows, results = [], []
-    with kernels.threads(threads_per_rank(comm)):
-        for num_bytes in map(int, args.sizes.split(",")):
-            for transport, operation, call in operations(comm, num_bytes):
-                seconds = _median(comm, call, args.repeats)
-                bus = (
-                    wire_bytes(operation, num_bytes, comm.size)
-                    if operation != "send"
-                    else num_bytes
-                )
-                rates = [f"{amount / seconds / 1e9:.2f}" for amount in (num_bytes, bus)]
-                rows.append([operation, transport, str(num_bytes), f"{seconds * 1e6:.1f}", *rates])
-                results.append(
-                    {
-                        "operation": operation,
-                        "transport": transport,
-                        "bytes": num_bytes,
-                        "seconds": seconds,
-                    }
-                )
+    results: list[dict[str, Any]] = [
+        dict(operation=operation, transport=transport, bytes=num_bytes, seconds=seconds)
+        for num_bytes in map(int, args.sizes.split(","))
+        for transport, operation, call in operations(comm, num_bytes)
+        for seconds in [_median(comm, call, args.repeats)]
+    ]
     if comm.rank == 0:
         print(f"{comm.size} ranks, float32")
-        print(table(("operation", "transport", "bytes", "us", "algorithm GB/s", "bus GB/s"), rows))
-        if args.json:
-            Path(args.json).write_text(
-                json.dumps({"ranks": comm.size, "results": results}, indent=1) + "\n"
-            )
+        header = ("operation", "transport", "bytes", "us", "algorithm GB/s", "bus GB/s")
+        print(table(header, [_row(comm.size, **result) for result in results]))
+        write_json(args.json, {"ranks": comm.size, "results": results})
+
+
+def _row(ranks: int, operation: str, transport: str, bytes: int, seconds: float) -> list[str]:
+    bus = bytes if operation == "send" else wire_bytes(operation, bytes, ranks)
+    rates = [f"{amount / seconds / 1e9:.2f}" for amount in (bytes, bus)]
+    return [operation, transport, str(bytes), f"{seconds * 1e6:.1f}", *rates]
 
 
 def _median(comm: Communicator, call: Callable[[], Any], repeats: int) -> float:
-    """The median over the calls of the slowest rank's time."""
+    """Return the median over the calls of the slowest rank's seconds. Collective."""
     call()
     times = np.empty(repeats)
     for i in range(repeats):

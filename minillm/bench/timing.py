@@ -1,61 +1,67 @@
-"""Measuring on a machine that is not ours alone: alternating turns, medians, and windows with
-foreign load left out."""
+"""Measuring on a shared machine: repeated calls, load of other processes, intervals."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FOREIGN_LIMIT = 0.1  # of the cores' time: a window in which others used more is left out
+FOREIGN_LIMIT = 0.1  # share of the cores' time: a run in which others used more is left out
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def _busy_seconds() -> float:
-    """Processor seconds that all processes, the kernel and the hypervisor have used since the
-    start; 0 where /proc does not say."""
+    """Return the processor seconds of all processes, the kernel and the hypervisor since boot.
+
+    0 where /proc does not report them.
+    """
     try:
         with open("/proc/stat") as file:
-            user, nice, system, _idle, _iowait, irq, softirq, steal = map(
-                int, file.readline().split()[1:9]
-            )
+            ticks = [int(word) for word in file.readline().split()[1:9]]
     except (OSError, ValueError):
         return 0.0
-    return (user + nice + system + irq + softirq + steal) / _TICKS
+    return (sum(ticks) - ticks[3] - ticks[4]) / _TICKS  # without idle and iowait
 
 
 class ForeignLoad:
-    """What others used of the cores while a block ran: `share` of all the processor time there
-    was."""
+    """Load of other processes while a block runs: `share` of the processor time there was."""
 
     def __enter__(self) -> ForeignLoad:
-        self._start = (time.perf_counter(), _busy_seconds(), self._own())
+        self._start = self._clocks()
         return self
 
     def __exit__(self, *_: object) -> None:
-        wall, busy, own = (
-            now - then
-            for now, then in zip(
-                (time.perf_counter(), _busy_seconds(), self._own()), self._start, strict=True
-            )
-        )
+        wall, busy, own = self._clocks() - self._start
         self.share = max(0.0, busy - own) / max(1e-9, wall * (os.cpu_count() or 1))
 
     @staticmethod
-    def _own() -> float:
-        used = os.times()
-        return used.user + used.system + used.children_user + used.children_system
+    def _clocks() -> np.ndarray:
+        """Return wall time, the machine's busy time and that of this process and its children."""
+        return np.array([time.perf_counter(), _busy_seconds(), sum(os.times()[:4])])
 
 
-def repeated(run: Callable[[], Any], at_least: float, *, repeats: int = 5) -> list[float]:
-    """Times of `run()` over at least `repeats` calls and `at_least` seconds, after one call to warm
-    up."""
-    run()
+def repeated(
+    run: Callable[[], Any],
+    at_least: float,
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    at_most: float = math.inf,
+) -> list[float]:
+    """Return the seconds of each call of `run` after `warmup` calls.
+
+    Calls until there are `repeats` that took `at_least` seconds in all, or `at_most` calls.
+    """
+    for _ in range(warmup):
+        run()
     times: list[float] = []
-    while len(times) < repeats or sum(times) < at_least:
+    while len(times) < at_most and (len(times) < repeats or sum(times) < at_least):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
@@ -63,38 +69,24 @@ def repeated(run: Callable[[], Any], at_least: float, *, repeats: int = 5) -> li
 
 
 def median_seconds(run: Callable[[], Any], *, at_least: float = 0.2, repeats: int = 5) -> float:
-    """The median of `repeated`."""
+    """Return the median of `repeated`."""
     return float(np.median(repeated(run, at_least, repeats=repeats)))
 
 
 def interval(
     ratios: Sequence[float], *, level: float = 0.95, draws: int = 4000
 ) -> tuple[float, float]:
-    """Bootstrap interval of the median of paired ratios (Efron 1979); with fewer than two it is the
-    value itself."""
+    """Return the bootstrap interval of the median of paired ratios (Efron 1979).
+
+    One ratio is its own interval.
+    """
     values = np.asarray(ratios)
     chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
     low, high = np.quantile(np.median(values[chosen], axis=1), ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with its columns aligned: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return (
-            "| "
-            + " | ".join(
-                c.rjust(w) if i else c.ljust(w)
-                for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-            )
-            + " |"
-        )
-
-    rule = (
-        "|"
-        + "|".join(("-" * (w + 1) + ":" if i else "-" * (w + 2)) for i, w in enumerate(widths))
-        + "|"
-    )
-    return "\n".join([line(header), rule, *map(line, rows)])
+def write_json(path: str | None, found: Any) -> None:
+    """Write results to a file; a no-op without a path."""
+    if path:
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")

@@ -1,11 +1,9 @@
-"""`python -m minillm.bench train`: the training step beside PyTorch's, in processes that take
-turns."""
+"""Comparison of the training step: `minillm bench train`."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,22 +11,25 @@ from typing import Any, Literal
 import numpy as np
 
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record, option
+from minillm.bench.contest import Case, Contest, Contestant, check_torch, command
 from minillm.bench.shapes import CONFIGS, Shape
-from minillm.bench.timing import table
-from minillm.bench.turns import TUNED, Contestant, advantage, require_torch, take_turns
-from minillm.comm.cores import usable_cores
+
+# Settings of a PyTorch user who knows the allocator: freed memory stays with the process.
+TUNED = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBench(Record):
+class TrainBench(Contest):
     """Time the training step of a GPT-2, on its own or beside PyTorch."""
 
     config: Literal["c1", "c2", "c3", "g2"] = "c2"
-    """Sizes: c1 4x128 context 64, c2 6x384 context 256, c3 4x512 with 50304 tokens, g2 GPT-2
-    124M."""
+    """Sizes: c1 4x128 context 64, c2 6x384 context 256, c3 4x512 with 50304 tokens, g2 124M."""
     layers: int | None = None
-    """Number of blocks, instead of the configuration's; so with the next five."""
+    """Number of blocks; this and the next five replace a size of the configuration."""
     heads: int | None = None
     """Number of heads."""
     dim: int | None = None
@@ -40,138 +41,89 @@ class TrainBench(Record):
     vocab: int | None = None
     """Number of tokens."""
     against: Literal["none", "torch"] = "none"
-    """What to compare with: torch runs eager and compiled, as it comes and well set (fused AdamW,
+    """Yardstick: torch runs eager and compiled, each with defaults and tuned (fused AdamW,
     allocator)."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where both run."""
+    """Device of both."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations; bfloat16 on a GPU only, where PyTorch runs under
-    autocast."""
+    """Type of weights and activations; bfloat16 needs a GPU, PyTorch runs it under autocast."""
     compile: bool = True
-    """Run torch.compile too (its first step takes a minute)."""
-    threads: int = 0
-    """Threads in all; 0: one for each core."""
-    ranks: int = option(1, at_least=1)
-    """Data-parallel ranks that share the threads; several are compared with one process that has
-    all of them."""
-    rounds: int = option(5, at_least=1)
-    """Turns of each contestant."""
+    """Run torch.compile, whose first step takes a minute."""
+    ranks: int = 1
+    """Data-parallel ranks that share the threads; compared with one process of all threads."""
     seconds: float = 3.0
-    """Length of a turn, without starting and warming up."""
-    json: str | None = None
-    """File to write the results to."""
+    """Length of a run, without starting and warming up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ranks < 1:
+            raise ConfigError(f"--ranks {self.ranks} must be at least 1")
         if self.device == "cpu" and self.dtype != "float32":
             raise ConfigError(f"--dtype {self.dtype} needs --device cuda")
 
     def shape(self) -> Shape:
-        """The configuration with what was given instead."""
-        given = {
-            name: getattr(self, name) for name in Shape._fields if getattr(self, name) is not None
-        }
-        return CONFIGS[self.config]._replace(**given)
+        """Return the configuration with the sizes that the flags replace."""
+        given = {name: getattr(self, name) for name in Shape._fields}
+        return CONFIGS[self.config]._replace(**{k: v for k, v in given.items() if v is not None})
 
-
-def contestants(args: TrainBench) -> list[Contestant]:
-    """Ours first (several ranks, then one), then PyTorch's four."""
-    shape, threads = args.shape(), args.threads or usable_cores()
-    sizes = [f"--{name}={value}" for name, value in shape._asdict().items()]
-    turn = [
-        *sizes,
-        f"--seconds={args.seconds}",
-        "--warmup=3",
-        f"--device={args.device}",
-        f"--dtype={args.dtype}",
-    ]
-    on_gpu = args.device == "cuda"
-    found = [_own(args, turn, args.ranks, threads)]
-    if args.ranks > 1 and not on_gpu:
-        found.append(_own(args, turn, 1, threads))  # as much of the machine, undivided
-    if args.against == "torch":
-        require_torch(on_gpu)
-        yardstick = [sys.executable, "-m", "minillm.bench.torch_gpt", *turn, f"--threads={threads}"]
-        limits = {"OMP_NUM_THREADS": str(threads)}
-        for compiled in ([], ["--compile"])[: 2 if args.compile else 1]:
-            kind = "compile" if compiled else "eager"
-            # the allocator's settings are the host's, and fused AdamW is what a user of GPUs takes
-            if on_gpu:
-                found.append(Contestant(f"torch {kind}", [*yardstick, *compiled, "--fused"], {}))
-                continue
-            found.append(Contestant(f"torch {kind}", yardstick + compiled, limits))
-            found.append(
-                Contestant(
-                    f"torch {kind}, tuned", [*yardstick, *compiled, "--fused"], limits | TUNED
-                )
-            )
-    return found
-
-
-def _own(args: TrainBench, turn: list[str], ranks: int, threads: int) -> Contestant:
-    """minillm on `ranks` ranks that share the threads."""
-    each = max(1, threads // ranks)
-    command = [sys.executable, "-m", "minillm.bench.own_gpt", *turn, f"--threads={each}"]
-    if ranks > 1:
-        mpirun = Path(sys.prefix) / "bin" / "mpirun"
-        command = [str(mpirun if mpirun.exists() else "mpirun"), "-n", str(ranks), *command]
-    limits = {"OMP_NUM_THREADS": str(each), "OPENBLAS_NUM_THREADS": "1"}
-    name = f"minillm {args.dtype}" + (f", {ranks} ranks" if ranks > 1 else "")
-    return Contestant(
-        name if args.device == "cuda" else f"minillm {ranks} x {each} threads", command, limits
-    )
-
-
-def run(args: TrainBench) -> None:
-    """Take turns, then print the table and write the JSON."""
-    shape, field = args.shape(), contestants(args)
-    print(
-        f"{shape}, {shape.step_flops() / 1e9:.1f} GFLOP a step, {args.rounds} rounds of "
-        f"{args.seconds:g} s each",
-        flush=True,
-    )
-    take_turns(field, args.rounds)
-    rows = [_row(one, field[0], shape) for one in field]
-    print(
-        "\n"
-        + table(
-            (
-                "",
-                "ms a step",
-                "tokens/s",
-                "GFLOP/s",
-                f"of {'SGEMM' if args.dtype == 'float32' else 'GEMM'}",
-                "peak MB",
-                "minillm is faster by",
-                "95 %",
-            ),
-            rows,
+    def title(self) -> str:
+        """Return the first line of the output."""
+        return (
+            f"{self.shape()}, {self.shape().step_flops() / 1e9:.1f} GFLOP a step, {self.rounds} "
+            f"rounds of {self.seconds:g} s each"
         )
-    )
-    if args.json:
-        Path(args.json).write_text(json.dumps(_report(args, field), indent=1) + "\n")
 
+    def header(self) -> Sequence[str]:
+        """Return the names of the columns before the peak memory."""
+        ceiling = "SGEMM" if self.dtype == "float32" else "GEMM"
+        return "", "ms a step", "tokens/s", "GFLOP/s", f"of {ceiling}"
 
-def _row(one: Contestant, own: Contestant, shape: Shape) -> list[str]:
-    times = one.medians()
-    if not times:
-        return [one.name, *["-"] * 7]
-    seconds = float(np.median(times))
-    rates = [turn["gemm_flops"] for turn in own.turns if turn is not None]
-    share = shape.step_flops() / seconds / np.median(rates) if rates else float("nan")
-    cells = [
-        one.name,
-        f"{seconds * 1e3:.1f}",
-        f"{shape.tokens / seconds:.0f}",
-        f"{shape.step_flops() / seconds / 1e9:.0f}",
-    ]
-    cells += [f"{share:.2f}", f"{one.peak_rss() / 1e6:.0f}"]
-    return [*cells, *advantage(own, one)]
+    def cases(self) -> Sequence[Case]:
+        """Return the one case."""
+        return [Case("", self.shape()._asdict(), {"step": self.shape().step_flops()})]
 
+    def rates(self, amount: float, seconds: float, own: Contestant) -> list[str]:
+        """Return tokens and GFLOP per second, and the share of the measured matrix product."""
+        ceiling = np.median(own.number("gemm_flops") or [np.nan])
+        rate = amount / seconds
+        tokens = self.shape().tokens / seconds
+        return [f"{tokens:.0f}", f"{rate / 1e9:.0f}", f"{rate / ceiling:.2f}"]
 
-def _report(args: TrainBench, field: list[Contestant]) -> dict[str, Any]:
-    return {
-        "shape": args.shape()._asdict(),
-        "options": dataclasses.asdict(args),
-        "turns": {one.name: one.turns for one in field},
-    }
+    def field(self, case: Case) -> list[Contestant]:
+        """Return minillm (several ranks, then one) and PyTorch's two or four."""
+        on_gpu = self.device == "cuda"
+        options: dict[str, Any] = dict(case.options)
+        options |= dict(seconds=self.seconds, warmup=3, device=self.device, dtype=self.dtype)
+        field = [self._own(options, self.ranks)]
+        if self.ranks > 1 and not on_gpu:
+            field.append(self._own(options, 1))  # the same threads in one process
+        if self.against == "none":
+            return field
+        check_torch(on_gpu)
+        options["threads"] = self.num_threads
+        limits = {"OMP_NUM_THREADS": str(self.num_threads)}
+        for compiled in (False, True)[: 1 + self.compile]:
+            name = f"torch {'compile' if compiled else 'eager'}"
+            plain, fused = (
+                command("torch_run", "train", options | dict(compiled=compiled, fused=fused))
+                for fused in (False, True)
+            )
+            if on_gpu:  # fused AdamW is the usual choice on GPUs, and no host allocator counts
+                field.append(Contestant(name, fused))
+            else:
+                field.append(Contestant(name, plain, limits))
+                field.append(Contestant(f"{name}, tuned", fused, limits | TUNED))
+        return field
+
+    def _own(self, options: dict[str, Any], ranks: int) -> Contestant:
+        """Return minillm on `ranks` ranks that share the threads."""
+        threads = max(1, self.num_threads // ranks)
+        start = command("minillm_run", "train", options | {"threads": threads})
+        if ranks > 1:
+            mpirun = Path(sys.prefix) / "bin" / "mpirun"
+            start = [str(mpirun if mpirun.exists() else "mpirun"), "-n", str(ranks), *start]
+        name = f"minillm {ranks} x {threads} threads"
+        if self.device == "cuda":
+            name = f"minillm {self.dtype}" + (f", {ranks} ranks" if ranks > 1 else "")
+        limits = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
+        return Contestant(name, start, limits)

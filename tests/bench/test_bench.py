@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
+from minillm.bench.contest import Contestant, advantage
 from minillm.bench.shapes import CONFIGS
-from minillm.bench.timing import ForeignLoad, interval, median_seconds, table
-from minillm.models.gpt import ARCHITECTURE
-from minillm.models.gpt_config import ModelConfig
+from minillm.bench.timing import ForeignLoad, interval, median_seconds, repeated
+from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.protocol import num_parameters
+from minillm.training.config import ModelConfig
 
 
 def test_flops_count_the_parameters() -> None:
@@ -31,7 +32,7 @@ def test_flops_count_the_parameters() -> None:
             position="sinusoidal",
         )
         norms = shape.dim * (2 * shape.layers + 1)
-        matrices = num_parameters(ARCHITECTURE, model) - norms
+        matrices = num_parameters(GPT, model) - norms
         attention = 12 * shape.layers * shape.dim * shape.context
         assert shape.step_flops() == shape.tokens * (6 * matrices + attention)
 
@@ -50,11 +51,20 @@ def test_median_and_foreign_load_are_measured() -> None:
     assert len(calls) == 5 and load.share >= 0
 
 
-def test_table_is_aligned() -> None:
-    assert (
-        table(("a", "b"), [["long name", "1"]])
-        == "| a         | b |\n|-----------|--:|\n| long name | 1 |"
-    )
+def test_repetition_ends_with_the_seconds_or_the_calls() -> None:
+    calls: list[int] = []
+    assert len(repeated(lambda: calls.append(1), 0, repeats=3, warmup=2)) == 3
+    assert len(calls) == 5
+    assert len(repeated(lambda: calls.append(1), 60, repeats=0, warmup=0, at_most=4)) == 4
+    assert repeated(lambda: calls.append(1), 0, repeats=0, warmup=0) == []
+
+
+def test_advantage_pairs_rounds_and_leaves_out_disturbed_runs() -> None:
+    own, other = Contestant("own", []), Contestant("other", [])
+    own.runs = [{"step": [1.0]}, None, {"step": [2.0, 2.0, 9.0]}, {"step": [1.0]}]
+    other.runs = [{"step": [2.0]}, {"step": [7.0]}, {"step": [6.0]}, None]
+    assert advantage(own, other, "step") == ("2.50", "2.00-3.00")  # of 2 / 1 and 6 / 2
+    assert advantage(own, own, "step") == ("", "")
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,7 +77,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("ranks", ["1", pytest.param("2", marks=needs_mpirun)])
-def test_train_prints_a_table_and_writes_its_turns(tmp_path: Path, ranks: str) -> None:
+def test_train_prints_a_table_and_writes_its_runs(tmp_path: Path, ranks: str) -> None:
     sizes = ["--layers=1", "--heads=2", "--dim=32", "--context=16", "--batch=2", "--vocab=40"]
     done = bench(
         "train",
@@ -75,19 +85,18 @@ def test_train_prints_a_table_and_writes_its_turns(tmp_path: Path, ranks: str) -
         "--rounds=1",
         "--seconds=0.05",
         f"--ranks={ranks}",
-        f"--json={tmp_path / 'turns.json'}",
+        f"--json={tmp_path / 'runs.json'}",
     )
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout and "of SGEMM" in done.stdout
-    report = json.loads((tmp_path / "turns.json").read_text())
-    assert [name[: len("minillm 1 x")] for name in report["turns"]] == [
+    report = json.loads((tmp_path / "runs.json").read_text())
+    runs = report["results"][0]["runs"]
+    assert [name[: len("minillm 1 x")] for name in runs] == [
         f"minillm {n} x" for n in sorted({ranks, "1"}, reverse=True)
     ]
-    for turns in report["turns"].values():  # several ranks, and one process beside them
-        assert turns == [None] or (
-            min(turns[0]["times"]) > 0
-            and turns[0]["peak_rss"] > 1e7
-            and turns[0]["gemm_flops"] > 1e8
+    for (run,) in runs.values():  # several ranks, and one process beside them
+        assert run is None or (
+            min(run["step"]) > 0 and run["peak_rss"] > 1e7 and run["gemm_flops"] > 1e8
         )
 
 
@@ -138,10 +147,8 @@ def test_parts_of_a_model_are_timed(tmp_path: Path, part: str) -> None:
     results = json.loads((tmp_path / "part.json").read_text())["results"]
     assert len(results) == 2
     for result in results:
-        (turn,) = result["turns"]["minillm"]
-        assert turn is None or all(
-            min(times) > 0 for name, times in turn.items() if name != "peak_rss"
-        )
+        (run,) = result["runs"]["minillm"]
+        assert run is None or all(np.min(value) > 0 for value in run.values())
 
 
 @needs_mpirun

@@ -1,5 +1,7 @@
-"""Run by test_gpu_bench.py under mpirun: a rank of minillm.bench.agreement on the stand-in, or one
-that hangs or fails."""
+"""Rank of minillm.bench.agreement on the stand-in, or one that hangs or fails.
+
+test_gpu_bench.py runs it under mpirun.
+"""
 
 from __future__ import annotations
 

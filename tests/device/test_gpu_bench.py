@@ -17,8 +17,8 @@ from standin.install import installed
 from minillm import kernels
 from minillm.base.device import open_device
 from minillm.bench import agreement, gpu
-from minillm.bench.agreement import Block, Trained
 from minillm.bench.shapes import Shape
+from minillm.comm.threads import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Shape(2, 2, 64, 32, 4, 97)
@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes for the stand-in, and ranks that find it."""
     monkeypatch.setattr(agreement, "STEPS", 4)
     monkeypatch.setattr(
-        agreement, "SMALL", agreement.SMALL | dict(layers=2, dim=64, heads=2, context=16)
+        agreement, "SMALL", agreement.SMALL._replace(layers=2, dim=64, heads=2, context=16)
     )
     monkeypatch.setattr(
         agreement, "LAYOUTS", (dict(dp=2), dict(tp=2, pp=2, microbatch=4, sequence_parallel=True))
@@ -43,9 +43,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_losses_and_ranks_agree(small: None) -> None:
     with installed():
         found = gpu.run(["losses", "ranks"], TINY)
-    assert found["problems"] == [] and len(found["losses"]) == 6 and len(found["ranks"]) == 8
+    assert found["problems"] == [] and len(found["losses"]) == 6 and len(found["ranks"]) == 4
     page = gpu.markdown(found)
-    assert found["not_run"] == [] and "dp 2: weights" in page and "not measured" in page
+    assert found["not_run"] == [] and "dp 2: " in page and "not measured" in page
     assert "Ranks that share the GPU (processes of mpirun), against one" in page
 
 
@@ -56,7 +56,7 @@ def test_ranks_are_threads_where_there_is_no_mpirun(
     monkeypatch.setattr(agreement.shutil, "which", lambda name, path: None)
     with installed():
         found = gpu.run(["ranks"], TINY)
-    assert found["problems"] == [] and len(found["ranks"]) == 4
+    assert found["problems"] == [] and len(found["ranks"]) == 2
     assert "(threads, since there is no mpirun here: pip install mpi4py mpich)" in gpu.markdown(
         found
     )
@@ -73,10 +73,10 @@ def test_ranks_that_hang_or_fail_are_a_problem(
     monkeypatch.setattr(agreement, "PROGRAM", (*agreement.PROGRAM, ending))
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=words):
-        agreement._processes(
+        agreement.launch(
             str(agreement.started_by()[0]),
             2,
-            agreement.Job({}, (), 1),
+            agreement.Job((), (), 1),
             2 if ending == "stay" else 30,
         )
     assert time.monotonic() - started < 20
@@ -89,7 +89,7 @@ def test_a_wrong_loss_and_a_broken_section_are_problems(
         gpu,
         "losses",
         lambda: [
-            agreement.losses_row("float32", [1.0, 2.1], [1.0, 2.0], 1e-4),
+            agreement.row("float32", 0.05, 1e-4),
             agreement.row("nan", float("nan"), 1),
         ],
     )
@@ -104,19 +104,18 @@ def test_a_wrong_loss_and_a_broken_section_are_problems(
     assert "PROBLEM losses" in capsys.readouterr().out
 
 
-def test_wrong_weights_of_one_rank_are_seen() -> None:
-    whole = (slice(0, 4),)
-    want = Trained([], [Block("w", (4,), whole, np.zeros(4), np.ones(4))])
-    good, bad = (
-        Trained([], [Block("w", (4,), (slice(2, 4),), np.zeros(2), np.full(2, x))])
-        for x in (1.0, 1.5)
-    )
+def test_another_course_of_the_ranks_is_seen(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that start from other weights than one rank deviate in both dtypes."""
+    start = agreement.random_trainer
 
-    def error(*ranks: Trained) -> float:
-        return agreement.weights_error([agreement._squares(found, want) for found in ranks])
+    def planted(comm: Any, *args: Any, **options: Any) -> Any:
+        return start(comm, *args, **options, seed=comm.size)
 
-    assert error(want, good) == 0
-    assert np.isclose(error(want, bad), np.sqrt(2 * 0.5**2 / 6))
+    monkeypatch.setattr(agreement, "random_trainer", planted)
+    job = agreement.Job(agreement.SMALL, (dict(dp=2),), 2)
+    with installed():
+        found = run_ranks(2, lambda comm: agreement.compare_layouts(comm, job))[0]
+    assert [row["good"] for row in found] == [False, False]
 
 
 def test_what_there_is_no_time_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,22 +129,25 @@ def test_what_there_is_no_time_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_it_needs_numpy_cupy_and_ml_dtypes_only() -> None:
-    """All of gpu_check's imports, and a turn of training, without the other packages."""
+    """All of gpu_check's imports, and a run of training, without the other packages."""
     script = """
-import sys
-missing = ("threadpoolctl", "tyro", "tqdm", "safetensors", "mpi4py", "scipy_openblas64", "torch", "regex")
-sys.modules.update(dict.fromkeys(missing))
-import minillm.kernels.gpu_check.__main__, minillm.kernels.gpu_check.checks, minillm.kernels.precompile, minillm.bench.gpu
+import json, sys
+missing = "threadpoolctl tyro tqdm safetensors mpi4py scipy_openblas64 torch regex"
+sys.modules.update(dict.fromkeys(missing.split()))
+import minillm.kernels.gpu_check.__main__, minillm.kernels.gpu_check.checks
+import minillm.kernels.precompile, minillm.bench.gpu
 from pathlib import Path
 list(minillm.kernels.gpu_check.checks.crossing(Path("tests/kernels"), 0))
-from minillm.bench import own_gpt
-own_gpt._gemm_rate = lambda *_: 1.0
-sys.argv += "--layers 1 --heads 1 --dim 8 --context 8 --batch 1 --vocab 11 --threads 1 --seconds 0 --warmup 1".split()
-own_gpt.main()
+from minillm.bench import minillm_run
+minillm_run._gemm_rate = lambda *_: 1.0
+sizes = dict(layers=1, heads=1, dim=8, context=8, batch=1, vocab=11)
+options = dict(threads=1, seconds=0, warmup=1, device="cpu", dtype="float32")
+sys.argv += ["train", json.dumps(sizes | options)]
+sys.exit(minillm_run.main())
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["times"]) == 3
+    assert len(json.loads(done.stdout)["step"]) == 3
 
 
 def test_the_profile_accounts_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +174,7 @@ def test_a_kernel_under_the_clock_still_has_an_occupancy() -> None:
 
 def test_the_page_holds_every_number() -> None:
     turn = {
-        "times": [0.1],
+        "step": [0.1],
         "seconds": 0.1,
         "tokens_per_second": 327680.0,
         "flops": 2e14,

@@ -1,0 +1,181 @@
+"""Alternating runs of contestants, each in a process of its own.
+
+A slow minute of a shared machine meets all contestants, and ratios are paired by round. A
+contestant is a command that prints the seconds of its measurements as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from minillm.base.errors import ConfigError, MinillmError
+from minillm.bench.timing import FOREIGN_LIMIT, ForeignLoad, interval, write_json
+from minillm.comm.communicator import Communicator
+from minillm.comm.cores import usable_cores
+from minillm.kernels.gpu_check.report import table
+
+TRIES = 3  # runs in a round while other processes use the machine
+
+
+def command(module: str, part: str, options: Mapping[str, Any]) -> list[str]:
+    """Return the command that measures `part` of a model by a module of this folder."""
+    return [sys.executable, "-m", f"minillm.bench.{module}", part, json.dumps(options)]
+
+
+@dataclass
+class Contestant:
+    """Command under comparison and the output of its runs; None for a disturbed run."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    runs: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
+
+    def run(self, timeout: float | None = None) -> dict[str, Any]:
+        """Run the command and return its output. Raises MinillmError if the command fails."""
+        environment = {**os.environ, **self.environment}
+        done = subprocess.run(
+            self.command, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        if done.returncode:
+            raise MinillmError(
+                f"{self.name} ended with status {done.returncode}: {done.stderr.strip()[-800:]}"
+            )
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
+
+    def take_round(self) -> None:
+        """Append one run; run again while other processes use the machine."""
+        for _ in range(TRIES):
+            with ForeignLoad() as load:
+                found = self.run()
+            if load.share <= FOREIGN_LIMIT:
+                self.runs.append(found)
+                return
+        self.runs.append(None)
+
+    def medians(self, measure: str) -> list[float]:
+        """Return the median seconds of `measure` in each round; NaN for a disturbed run."""
+        return [np.nan if run is None else float(np.median(run[measure])) for run in self.runs]
+
+    def number(self, name: str) -> list[float]:
+        """Return a number that each undisturbed run has printed."""
+        return [run[name] for run in self.runs if run is not None]
+
+
+def advantage(own: Contestant, other: Contestant, measure: str) -> tuple[str, str]:
+    """Return how many times faster `own` is and the 95 % interval as cells, paired by round."""
+    ratios = np.divide(other.medians(measure), own.medians(measure))
+    ratios = ratios[~np.isnan(ratios)]
+    if own is other or not len(ratios):
+        return "", ""
+    low, high = interval(ratios.tolist())
+    return f"{np.median(ratios):.2f}", f"{low:.2f}-{high:.2f}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of a benchmark: options of a run and the work in each time that it measures."""
+
+    label: str
+    options: Mapping[str, Any]
+    amounts: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest(ABC):
+    """Comparison of minillm with PyTorch. Subclasses give the cases and the columns."""
+
+    against: Literal["none", "torch"] = "none"
+    """Yardstick."""
+    threads: int = 0
+    """Threads in all; 0: one for each core."""
+    rounds: int = 5
+    """Runs of each contestant."""
+    seconds: float = 1.0
+    """Length of a measurement, without starting and warming up."""
+    json: str | None = None
+    """File to write the results to."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ConfigError(f"--rounds {self.rounds} must be at least 1")
+
+    @property
+    def num_threads(self) -> int:
+        """The threads of each contestant."""
+        return self.threads or usable_cores()
+
+    def title(self) -> str:
+        """Return the first line of the output."""
+        return f"{self.num_threads} threads, {self.rounds} rounds, float32"
+
+    @abstractmethod
+    def header(self) -> Sequence[str]:
+        """Return the names of the columns before the peak memory."""
+
+    @abstractmethod
+    def cases(self) -> Sequence[Case]:
+        """Return the sizes to measure."""
+
+    @abstractmethod
+    def field(self, case: Case) -> list[Contestant]:
+        """Return the contestants at one size, minillm first."""
+
+    @abstractmethod
+    def rates(self, amount: float, seconds: float, own: Contestant) -> list[str]:
+        """Return the cells between the milliseconds and the peak memory."""
+
+
+def run(comm: Communicator, contest: Contest) -> None:
+    """Run all contestants in alternation, print the table and write the JSON file."""
+    rows: list[list[str]] = []
+    results = []
+    print(contest.title(), flush=True)
+    for case in contest.cases():
+        field = contest.field(case)
+        for number in range(contest.rounds):
+            for one in field:
+                one.take_round()
+                seconds = one.medians(list(case.amounts)[-1])[-1]
+                note = f"{seconds * 1e3:9.2f} ms"
+                if np.isnan(seconds):
+                    note = "left out: other processes used the machine"
+                print(f"round {number + 1}  {case.label:8s} {one.name:24s} {note}", flush=True)
+        for measure, amount in case.amounts.items():
+            rows += [_row(contest, case, measure, amount, one, field[0]) for one in field]
+        results.append({"options": case.options, "runs": {one.name: one.runs for one in field}})
+    header = (*contest.header(), "peak MB", "minillm is faster by", "95 %")
+    print("\n" + table(header, rows))
+    write_json(contest.json, {"options": dataclasses.asdict(contest), "results": results})
+
+
+def _row(
+    contest: Contest, case: Case, measure: str, amount: float, one: Contestant, own: Contestant
+) -> list[str]:
+    names = [f"{case.label} {measure}", one.name] if case.label else [one.name]
+    if not one.number("peak_rss"):
+        return [*names, *["-"] * (len(contest.header()) - len(names) + 3)]
+    seconds = float(np.nanmedian(one.medians(measure)))
+    rates = contest.rates(amount, seconds, own)
+    peak = f"{max(one.number('peak_rss')) / 1e6:.0f}"
+    ms = f"{seconds * 1e3:.{2 if case.label else 1}f}"
+    return [*names, ms, *rates, peak, *advantage(own, one, measure)]
+
+
+def check_torch(on_gpu: bool = False) -> None:
+    """Raise ConfigError if PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        where = "" if on_gpu else " --index-url https://download.pytorch.org/whl/cpu"
+        raise ConfigError(f"--against torch needs PyTorch: pip install torch{where}")
