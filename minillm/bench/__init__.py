@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minillm.base.flags import parse_flags
+from minillm.base.record import known_name
 from minillm.bench import contest, kernel_times, messages, parts, training_step
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
-from minillm.training.config import known_name
 
 Run = Callable[[Communicator, Any], None]
 

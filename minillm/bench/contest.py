@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minillm.base.errors import ConfigError, MinillmError
+from minillm.base.record import Record, option
 from minillm.bench.timing import FOREIGN_LIMIT, ForeignLoad, interval, write_json
 from minillm.comm.communicator import Communicator
 from minillm.comm.cores import usable_cores
@@ -94,23 +95,19 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest(ABC):
+class Contest(Record, ABC):
     """Comparison of minillm with PyTorch. Subclasses give the cases and the columns."""
 
     against: Literal["none", "torch"] = "none"
     """Yardstick."""
     threads: int = 0
     """Threads in all; 0: one for each core."""
-    rounds: int = 5
+    rounds: int = option(5, at_least=1)
     """Runs of each contestant."""
     seconds: float = 1.0
     """Length of a measurement, without starting and warming up."""
     json: str | None = None
     """File to write the results to."""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ConfigError(f"--rounds {self.rounds} must be at least 1")
 
     @property
     def num_threads(self) -> int:

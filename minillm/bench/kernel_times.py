@@ -11,6 +11,7 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.errors import ConfigError
+from minillm.base.record import Record
 from minillm.bench.timing import median_seconds, write_json
 from minillm.comm.communicator import Communicator
 from minillm.comm.cores import usable_cores
@@ -20,7 +21,7 @@ CPU_BACKENDS = ("numpy", "c")  # the emulator is for the correctness of a CUDA k
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelBench:
+class KernelBench(Record):
     """Time every implementation of every operation of a training step."""
 
     rows: int = 2048
@@ -39,6 +40,7 @@ class KernelBench:
     """File to write the results to."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rows % self.context or self.dim % 64:
             raise ConfigError(
                 f"--rows {self.rows} must be a multiple of --context {self.context}, and --dim "

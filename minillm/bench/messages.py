@@ -16,6 +16,7 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.errors import ConfigError
+from minillm.base.record import Record
 from minillm.bench.timing import write_json
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import wire_bytes
@@ -23,7 +24,7 @@ from minillm.kernels.gpu_check.report import table
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommBench:
+class CommBench(Record):
     """Time operations between the ranks of mpirun: messages, and sums in shared memory."""
 
     sizes: str = "8,4096,262144,4194304,67108864"
@@ -34,6 +35,7 @@ class CommBench:
     """File to write the results to."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         words = self.sizes.split(",")
         if self.repeats < 1 or not all(word.isdigit() and int(word) for word in words):
             raise ConfigError(

@@ -22,9 +22,9 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 from minillm.comm.single import SelfCommunicator
 from minillm.inference.engine import Generator
-from minillm.nn.head import head_loss
+from minillm.nn.vocabulary import head_loss
 from minillm.training.assembly import assemble
-from minillm.training.config import TrainConfig
+from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
 
 
@@ -131,7 +131,7 @@ def generate(
     comm: Communicator, seconds: float, *, vocab: int, prompt: int, batch: int, **sizes: Any
 ) -> dict[str, Any]:
     """Time the prompt, read at once, and each likeliest next token until the cache is full."""
-    config = resolve(TrainConfig(**sizes, batch=1), 1, vocab)
+    config = resolve(RunConfig().replace(**sizes, batch=1), 1, vocab)
     generator = Generator(assemble(config, SelfCommunicator(), training=False))
     ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
     cache, new, position = generator.new_cache(batch), ids, 0

@@ -12,7 +12,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.data.batches import Batches
 from minillm.tasks.language_model import LanguageModeling
-from minillm.training.config import TrainConfig
+from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
 from minillm.training.trainer import Trainer
 
@@ -26,7 +26,7 @@ def random_trainer(
     """
     sizes = shape._asdict()
     vocab = sizes.pop("vocab")
-    config = resolve(TrainConfig(**sizes, **options), comm.size, vocab)
+    config = resolve(RunConfig().replace(**sizes, **options), comm.size, vocab)
     tokens = np.random.default_rng(0).integers(0, vocab, 100_000)
     task = LanguageModeling(Batches(tokens, shape.context, shape.batch, seed=1))
     return Trainer(config, on_device(comm, place, direct), task, device=place)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.base.record import option
 from minillm.bench.contest import Case, Contest, Contestant, check_torch, command
 from minillm.bench.shapes import CONFIGS, Shape
 
@@ -49,15 +50,13 @@ class TrainBench(Contest):
     """Type of weights and activations; bfloat16 needs a GPU, PyTorch runs it under autocast."""
     compile: bool = True
     """Run torch.compile, whose first step takes a minute."""
-    ranks: int = 1
+    ranks: int = option(1, at_least=1)
     """Data-parallel ranks that share the threads; compared with one process of all threads."""
     seconds: float = 3.0
     """Length of a run, without starting and warming up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ranks < 1:
-            raise ConfigError(f"--ranks {self.ranks} must be at least 1")
         if self.device == "cpu" and self.dtype != "float32":
             raise ConfigError(f"--dtype {self.dtype} needs --device cuda")
 

@@ -14,9 +14,9 @@ from mpi_helpers import mpirun, needs_mpirun
 from minillm.bench.contest import Contestant, advantage
 from minillm.bench.shapes import CONFIGS
 from minillm.bench.timing import ForeignLoad, interval, median_seconds, repeated
-from minillm.models.gpt import ARCHITECTURE as GPT
+from minillm.models.gpt import ARCHITECTURE
+from minillm.models.gpt_config import ModelConfig
 from minillm.models.protocol import num_parameters
-from minillm.training.config import ModelConfig
 
 
 def test_flops_count_the_parameters() -> None:
@@ -32,7 +32,7 @@ def test_flops_count_the_parameters() -> None:
             position="sinusoidal",
         )
         norms = shape.dim * (2 * shape.layers + 1)
-        matrices = num_parameters(GPT, model) - norms
+        matrices = num_parameters(ARCHITECTURE, model) - norms
         attention = 12 * shape.layers * shape.dim * shape.context
         assert shape.step_flops() == shape.tokens * (6 * matrices + attention)
 
