@@ -116,7 +116,7 @@ class _BySize(dict[int, Any]):
     """Pools by their number of threads, made when they are first asked for."""
 
     def __missing__(self, size: int) -> Any:
-        made = self[size] = extension.Pool(size)  
+        made = self[size] = extension.Pool(size)  # type: ignore[union-attr]
         return made
 
 
