@@ -29,8 +29,8 @@
 //   While one warpgroup takes exponentials, the tensor cores work for the other. A warpgroup does not run ahead of itself as in the forward
 //   pass: S, dP and both left factors would need more registers than it has (ptxas then makes the products wait for one another, C7512).
 //
-// A padding mask: tiles of keys that it hides whole are left out, as own keys and as the other side; single hidden keys have probabilities
-// of 0 for the gradients of queries, and for their own are taken out in the end, since what they add up stays in their rows.
+// Tiles of keys that none of a block's queries sees are left out, and so are tiles of queries that see none of its keys; in the others,
+// hidden keys have probabilities of 0.
 //
 // A group of query heads that share keys is one part of the work in attention_grad_kv, so their sum needs no second pass.
 //
@@ -58,7 +58,6 @@ constexpr int LOADER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(REGISTERS_SUFFICE<CONSUMERS, LOADER_REGISTERS, CONSUMER_REGISTERS>, "more registers than a block has");
 constexpr int OWN = 64 * CONSUMERS;                   // keys, or queries, whose gradients are one part of the work
 constexpr int QUERIES = HEAD_WIDTH > 64 ? 64 : 128;   // of a tile of the loop for keys; one of the loop for queries has KEYS
-static_assert(OWN == KEYS, "own keys are one tile of the mask");
 constexpr int QUERY_STAGES = HEAD_WIDTH > 64 ? 2 : 3, KEY_STAGES = HEAD_WIDTH > 64 ? 2 : 3;
 
 // ---- statistics of the queries, for both loops
@@ -105,7 +104,7 @@ struct KeyPart {
     int first_tile, end_tile;  // and of each head's tiles those that see any of them
 };
 
-__device__ __forceinline__ bool key_part(const Problem& p, const uint4* key_tiles, int round, KeyPart& part) {
+__device__ __forceinline__ bool key_part(const Problem& p, const int* tables, int round, KeyPart& part) {
     int head, number;
     if (!Schedule{num_blocks(p.num_keys, OWN), p.samples * p.kv_heads, p.section}.part(round, head, number)) return false;
     part.first = number * OWN;  // the first keys are seen by most queries
@@ -113,17 +112,16 @@ __device__ __forceinline__ bool key_part(const Problem& p, const uint4* key_tile
     part.sample = head / p.kv_heads;
     part.first_head = part.kv_head * (p.heads / p.kv_heads);
     part.end_head = part.first_head + p.heads / p.kv_heads;
-    part.first_tile = p.causal ? part.first / QUERIES : 0;
-    part.end_tile = num_blocks(p.num_queries, QUERIES);
-    const KeyMask mask(key_tiles, p, part.sample);
-    if (mask.seen(number + 1) == mask.seen(number)) part.first_head = part.end_head;  // nobody sees any of the keys
+    const Range readers = visible_of(tables, p, part.sample).readers(part.first, OWN);
+    part.first_tile = readers.first / QUERIES;
+    part.end_tile = num_blocks(readers.end, QUERIES);
     return true;
 }
 
 __device__ __forceinline__ void load_own_keys(KeyShared& shared, const TensorMap* k_map, const TensorMap* v_map,
-                                              const uint4* key_tiles, const Problem& p) {
+                                              const int* tables, const Problem& p) {
     KeyPart part;
-    for (int round = 0; key_part(p, key_tiles, round, part); round++) {
+    for (int round = 0; key_part(p, tables, round, part); round++) {
         mbarrier_wait(&shared.own_empty, round % 2 ^ 1);
         mbarrier_expect(&shared.own_full, sizeof(shared.k) + sizeof(shared.v));
         #pragma unroll
@@ -135,10 +133,10 @@ __device__ __forceinline__ void load_own_keys(KeyShared& shared, const TensorMap
 }
 
 __device__ __forceinline__ void load_queries(KeyShared& shared, const TensorMap* q_map, const TensorMap* grad_o_map,
-                                             const TensorMap* statistics_map, const uint4* key_tiles, const Problem& p) {
+                                             const TensorMap* statistics_map, const int* tables, const Problem& p) {
     int n = 0;
     KeyPart part;
-    for (int round = 0; key_part(p, key_tiles, round, part); round++) {
+    for (int round = 0; key_part(p, tables, round, part); round++) {
         for (int head = part.first_head; head < part.end_head; head++) {
             for (int tile = part.first_tile; tile < part.end_tile; tile++, n++) {
                 const Place<QUERY_STAGES> at(n);
@@ -155,9 +153,9 @@ __device__ __forceinline__ void load_queries(KeyShared& shared, const TensorMap*
     }
 }
 
-// Scores [64 keys, QUERIES] become probabilities. Causal: a key is seen by queries from its own time on.
-__device__ __forceinline__ void key_probabilities(float (&scores)[QUERIES / 2], const float (&log_sums)[QUERIES], float scale, bool hides,
-                                                  int key_after_first_query) {
+// Scores [64 keys, QUERIES] become probabilities. The thread's first key is `key`.
+__device__ __forceinline__ void key_probabilities(float (&scores)[QUERIES / 2], const float (&log_sums)[QUERIES], float scale,
+                                                  const Visible& visible, bool hides, int key, int first_query) {
     #pragma unroll
     for (int i = 0; i < QUERIES / 2; i += 4) {
         const float2 log_sum = *reinterpret_cast<const float2*>(&log_sums[2 * i + accumulator_column()]);
@@ -165,10 +163,21 @@ __device__ __forceinline__ void key_probabilities(float (&scores)[QUERIES / 2], 
         for (int e = 0; e < 4; e++) scores[i + e] = exp2_(scores[i + e] * scale - (e % 2 ? log_sum.y : log_sum.x));
     }
     if (!hides) return;
-    const int key = key_after_first_query - accumulator_column();
+    if (!visible.table) {  // a key is seen by the queries from its own index on
+        const int distance = key - first_query - accumulator_column();
+        #pragma unroll
+        for (int i = 0; i < QUERIES / 2; i++)
+            if (i / 4 * 8 + i % 2 < distance + i / 2 % 2 * 8) scores[i] = 0;
+        return;
+    }
+    const int* bounds = visible.table + 2 * (first_query + accumulator_column());
     #pragma unroll
-    for (int i = 0; i < QUERIES / 2; i++)
-        if (i / 4 * 8 + i % 2 < key + i / 2 % 2 * 8) scores[i] = 0;
+    for (int i = 0; i < QUERIES / 2; i += 4) {
+        const Pack<int, 4> of = load<4>(bounds + 4 * i);  // of two neighbouring queries
+        #pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (key + e / 2 * 8 < of.v[e % 2 * 2] || key + e / 2 * 8 >= of.v[e % 2 * 2 + 1]) scores[i + e] = 0;
+    }
 }
 
 // Probabilities p and the gradients of scores p (grad_p - delta), both as left factors: 16 queries at a time, so that what has been used up
@@ -186,8 +195,8 @@ __device__ __forceinline__ void key_factors(uint32_t (&probabilities)[QUERIES / 
 
 // One tile of queries: grad_v += p^T grad_o and grad_k += grad_s^T q, for 64 keys. Scores and all that follows from them are computed
 // transposed, [keys, queries]: so p^T and grad_s^T come as accumulators, and go as left factors into the next products.
-__device__ __forceinline__ void add_queries(KeyShared& shared, const Problem& p, int consumer, const Place<QUERY_STAGES>& at, int first_key,
-                                            int first_query, float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2]) {
+__device__ __forceinline__ void add_queries(KeyShared& shared, const Problem& p, const Visible& visible, int consumer,
+                                            const Place<QUERY_STAGES>& at, int first_key, int first_query, float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2]) {
     float scores[QUERIES / 2], grad_p[QUERIES / 2];
     uint32_t probabilities[QUERIES / 16][4], grad_scores[QUERIES / 16][4];
     mbarrier_wait(&shared.q_full[at.stage], at.parity);
@@ -195,8 +204,8 @@ __device__ __forceinline__ void add_queries(KeyShared& shared, const Problem& p,
     mbarrier_wait(&shared.grad_o_full[at.stage], at.parity);
     start_product_transposed<QUERIES, HEAD_WIDTH>(grad_p, shared.v[consumer], shared.grad_o[at.stage]);
     wait_for<1>(scores);
-    key_probabilities(scores, shared.statistics[at.stage][0], p.scale * LOG2_E, p.causal && first_query < first_key + 63,
-                      first_key + accumulator_row() - first_query);
+    const bool hides = visible.table ? visible.of_queries(first_query, QUERIES).hides(first_key, 64) : p.causal && first_query < first_key + 63;
+    key_probabilities(scores, shared.statistics[at.stage][0], p.scale * LOG2_E, visible, hides, first_key + accumulator_row(), first_query);
     wait_for<0>(grad_p);
     key_factors(probabilities, grad_scores, scores, grad_p, shared.statistics[at.stage][1]);
     start_sum_of_products<HEAD_WIDTH, QUERIES>(grad_v, probabilities, shared.grad_o[at.stage]);
@@ -207,32 +216,21 @@ __device__ __forceinline__ void add_queries(KeyShared& shared, const Problem& p,
     release(&shared.q_empty[at.stage]);
 }
 
-// The gradients of a thread's two keys are zero if the mask hides them, whatever was added up.
-__device__ __forceinline__ void drop_masked(float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2], const KeyMask& mask,
-                                            int key) {
-    #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (mask.sees(key + 8 * half)) continue;
-        #pragma unroll
-        for (int i = 2 * half; i < HEAD_WIDTH / 2; i += 4) grad_k[i] = grad_k[i + 1] = grad_v[i] = grad_v[i + 1] = 0;
-    }
-}
-
 __device__ __forceinline__ void compute_for_keys(KeyShared& shared, const TensorMap* grad_k_map, const TensorMap* grad_v_map,
-                                                 const uint4* key_tiles, const Problem& p, int consumer) {
+                                                 const int* tables, const Problem& p, int consumer) {
     int n = 0;
     KeyPart part;
-    for (int round = 0; key_part(p, key_tiles, round, part); round++) {
+    for (int round = 0; key_part(p, tables, round, part); round++) {
         float grad_k[HEAD_WIDTH / 2], grad_v[HEAD_WIDTH / 2];
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) grad_k[i] = grad_v[i] = 0;
         const int first = part.first + 64 * consumer;
+        const Visible visible = visible_of(tables, p, part.sample);
         mbarrier_wait(&shared.own_full, round % 2);
         for (int head = part.first_head; head < part.end_head; head++)
             for (int tile = part.first_tile; tile < part.end_tile; tile++, n++)
-                add_queries(shared, p, consumer, Place<QUERY_STAGES>(n), first, tile * QUERIES, grad_k, grad_v);
+                add_queries(shared, p, visible, consumer, Place<QUERY_STAGES>(n), first, tile * QUERIES, grad_k, grad_v);
         release(&shared.own_empty);
-        drop_masked(grad_k, grad_v, KeyMask(key_tiles, p, part.sample), first + accumulator_row());
         const float one[2] = {1, 1}, scale[2] = {p.scale, p.scale};
         store_rows<1>(grad_v_map, shared.grad_v[consumer], grad_v, one, first, part.kv_head, part.sample, 1 + consumer);
         store_rows<1>(grad_k_map, shared.grad_k[consumer], grad_k, scale, first, part.kv_head, part.sample, 1 + consumer);
@@ -244,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_grad_kv(const __grid_constant__ TensorMap grad_o_map, const __grid_constant__ TensorMap q_map,
                   const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
                   const __grid_constant__ TensorMap statistics_map, const __grid_constant__ TensorMap grad_k_map,
-                  const __grid_constant__ TensorMap grad_v_map, const uint4* key_tiles, const Problem p) {
+                  const __grid_constant__ TensorMap grad_v_map, const int* tables, const Problem p) {
     KeyShared& shared = *dynamic_shared<KeyShared>();
     if (threadIdx.x == 0) {
         mbarrier_init(&shared.own_full, 1);
@@ -261,11 +259,11 @@ attention_grad_kv(const __grid_constant__ TensorMap grad_o_map, const __grid_con
     const int group = warpgroup_index();
     if (group == LOADER) {
         set_max_registers_down<LOADER_REGISTERS>();
-        if (threadIdx.x == 128 * LOADER) load_queries(shared, &q_map, &grad_o_map, &statistics_map, key_tiles, p);
-        if (threadIdx.x == 128 * LOADER + 32) load_own_keys(shared, &k_map, &v_map, key_tiles, p);
+        if (threadIdx.x == 128 * LOADER) load_queries(shared, &q_map, &grad_o_map, &statistics_map, tables, p);
+        if (threadIdx.x == 128 * LOADER + 32) load_own_keys(shared, &k_map, &v_map, tables, p);
     } else {
         set_max_registers_up<CONSUMER_REGISTERS>();
-        compute_for_keys(shared, &grad_k_map, &grad_v_map, key_tiles, p, group);
+        compute_for_keys(shared, &grad_k_map, &grad_v_map, tables, p, group);
     }
 }
 
@@ -281,9 +279,9 @@ static_assert(sizeof(QueryShared) <= MOST_SHARED_BYTES, "more shared memory than
 typedef QueryPart<OWN> OwnQueries;
 
 __device__ __forceinline__ void load_own_queries(QueryShared& shared, const TensorMap* q_map, const TensorMap* grad_o_map,
-                                                 const uint4* key_tiles, const Problem& p) {
+                                                 const int* tables, const Problem& p) {
     OwnQueries part;
-    for (int round = 0; part.of_round(p, key_tiles, round); round++) {
+    for (int round = 0; part.of_round(p, tables, round); round++) {
         mbarrier_wait(&shared.own_empty, round % 2 ^ 1);
         mbarrier_expect(&shared.own_full, sizeof(shared.q) + sizeof(shared.grad_o));
         #pragma unroll
@@ -296,7 +294,7 @@ __device__ __forceinline__ void load_own_queries(QueryShared& shared, const Tens
 
 // What a thread knows of its two queries.
 struct Rows {
-    int limits[2];  // keys seen
+    Range keys[2];  // seen
     float log_sum[2], delta[2];
 };
 
@@ -304,11 +302,7 @@ struct Rows {
 __device__ __forceinline__ void query_probabilities(float (&scores)[KEYS / 2], const Rows& rows, float scale, bool hides, int first) {
     #pragma unroll
     for (int i = 0; i < KEYS / 2; i++) scores[i] = exp2_(scores[i] * scale - rows.log_sum[i / 2 % 2]);
-    if (!hides) return;
-    const int limit_0 = rows.limits[0] - first - accumulator_column(), limit_1 = rows.limits[1] - first - accumulator_column();
-    #pragma unroll
-    for (int i = 0; i < KEYS / 2; i++)
-        if (i / 4 * 8 + i % 2 >= (i / 2 % 2 ? limit_1 : limit_0)) scores[i] = 0;
+    if (hides) hide_keys(scores, rows.keys, first, 0);
 }
 
 // The gradients of scores p (grad_p - delta) as a left factor.
@@ -323,7 +317,7 @@ __device__ __forceinline__ void query_factor(uint32_t (&grad_scores)[KEYS / 16][
 
 // One tile of keys: grad_q += grad_s k, for 64 queries.
 __device__ __forceinline__ void add_keys(QueryShared& shared, const Problem& p, int consumer, const Place<KEY_STAGES>& at, const Rows& rows,
-                                         const KeyMask& mask, int tile, int seen_by_all, float (&grad_q)[HEAD_WIDTH / 2]) {
+                                         const Seen& seen, int tile, float (&grad_q)[HEAD_WIDTH / 2]) {
     float scores[KEYS / 2], grad_p[KEYS / 2];
     uint32_t grad_scores[KEYS / 16][4];
     mbarrier_wait(&shared.k_full[at.stage], at.parity);
@@ -331,8 +325,7 @@ __device__ __forceinline__ void add_keys(QueryShared& shared, const Problem& p, 
     mbarrier_wait(&shared.v_full[at.stage], at.parity);
     start_product_transposed<KEYS, HEAD_WIDTH>(grad_p, shared.grad_o[consumer], shared.v[at.stage]);
     wait_for<1>(scores);
-    query_probabilities(scores, rows, p.scale * LOG2_E, (tile + 1) * KEYS > seen_by_all, tile * KEYS);
-    hide_masked(scores, mask, tile, 0);
+    query_probabilities(scores, rows, p.scale * LOG2_E, seen.hides(tile * KEYS, KEYS), tile * KEYS);
     wait_for<0>(grad_p);
     release(&shared.v_empty[at.stage]);
     query_factor(grad_scores, scores, grad_p, rows);
@@ -342,18 +335,19 @@ __device__ __forceinline__ void add_keys(QueryShared& shared, const Problem& p, 
 }
 
 __device__ __forceinline__ void compute_for_queries(QueryShared& shared, const TensorMap* grad_q_map, const float* statistics, int padded,
-                                                    const uint4* key_tiles, const Problem& p, int consumer) {
+                                                    const int* tables, const Problem& p, int consumer) {
     int n = 0;
     OwnQueries part;
-    for (int round = 0; part.of_round(p, key_tiles, round); round++) {
+    for (int round = 0; part.of_round(p, tables, round); round++) {
         const int first = part.first + 64 * consumer;
-        const KeyMask mask(key_tiles, p, part.sample);
+        const Visible visible = visible_of(tables, p, part.sample);
+        const Seen seen = visible.of_queries(first, 64);
         const float* known = statistics + (int64_t(part.sample) * p.heads + part.head) * 2 * padded;
         Rows rows;
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int query = first + accumulator_row() + 8 * half;
-            rows.limits[half] = seen_keys(p, query);
+            rows.keys[half] = visible.keys_of(query);
             rows.log_sum[half] = known[query];
             rows.delta[half] = known[padded + query];
         }
@@ -361,8 +355,8 @@ __device__ __forceinline__ void compute_for_queries(QueryShared& shared, const T
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) grad_q[i] = 0;
         mbarrier_wait(&shared.own_full, round % 2);
-        for (int i = 0; i < part.tiles; i++, n++)
-            add_keys(shared, p, consumer, Place<KEY_STAGES>(n), rows, mask, mask.tile(i), seen_keys(p, first), grad_q);
+        for (int tile = part.first_tile; tile < part.end_tile; tile++, n++)
+            add_keys(shared, p, consumer, Place<KEY_STAGES>(n), rows, seen, tile, grad_q);
         release(&shared.own_empty);
         const float scale[2] = {p.scale, p.scale};
         store_rows<0>(grad_q_map, shared.grad_q[consumer], grad_q, scale, first, part.head, part.sample, 1 + consumer);
@@ -373,7 +367,7 @@ __device__ __forceinline__ void compute_for_queries(QueryShared& shared, const T
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_grad_q(const __grid_constant__ TensorMap grad_o_map, const __grid_constant__ TensorMap q_map,
                  const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const float* statistics,
-                 const __grid_constant__ TensorMap grad_q_map, const uint4* key_tiles, const Problem p, int padded) {
+                 const __grid_constant__ TensorMap grad_q_map, const int* tables, const Problem p, int padded) {
     QueryShared& shared = *dynamic_shared<QueryShared>();
     if (threadIdx.x == 0) {
         mbarrier_init(&shared.own_full, 1);
@@ -390,10 +384,10 @@ attention_grad_q(const __grid_constant__ TensorMap grad_o_map, const __grid_cons
     const int group = warpgroup_index();
     if (group == LOADER) {
         set_max_registers_down<LOADER_REGISTERS>();
-        if (threadIdx.x == 128 * LOADER) load_keys<OwnQueries, KEY_STAGES>(shared, &k_map, &v_map, key_tiles, p);
-        if (threadIdx.x == 128 * LOADER + 32) load_own_queries(shared, &q_map, &grad_o_map, key_tiles, p);
+        if (threadIdx.x == 128 * LOADER) load_keys<OwnQueries, KEY_STAGES>(shared, &k_map, &v_map, tables, p);
+        if (threadIdx.x == 128 * LOADER + 32) load_own_queries(shared, &q_map, &grad_o_map, tables, p);
     } else {
         set_max_registers_up<CONSUMER_REGISTERS>();
-        compute_for_queries(shared, &grad_q_map, statistics, padded, key_tiles, p, group);
+        compute_for_queries(shared, &grad_q_map, statistics, padded, tables, p, group);
     }
 }

@@ -1,5 +1,5 @@
-// What the forward and the backward kernels of v3 agree on: sizes, the order of the work, what a padding mask leaves out, places in a ring
-// of tiles, and how tiles of keys get there and results leave.
+// What the forward and the backward kernels of v3 agree on: sizes, the order of the work, places in a ring of tiles, and how tiles of keys
+// get there and results leave.
 #pragma once
 #include "../device/tiles.cuh"
 #include "common.cuh"
@@ -22,43 +22,25 @@ template <int ROWS> using Tile = Element[PANELS_OF<HEAD_WIDTH> * ROWS * PANEL_CO
 // Passed by value.
 struct Problem {
     int32_t samples, heads, kv_heads, num_queries, num_keys;
-    int32_t causal;   // query i sees the keys up to i
-    int32_t section;  // see Schedule
+    int32_t causal, visible_step;  // as in common.cuh
+    int32_t section;               // see Schedule
     float scale;
 };
 
 __device__ __forceinline__ int num_blocks(int size, int block) { return (size + block - 1) / block; }
 
-// How many keys a query sees: those from 0 on.
-__device__ __forceinline__ int seen_keys(const Problem& p, int query) { return p.causal ? min(query + 1, p.num_keys) : p.num_keys; }
+__device__ __forceinline__ Visible visible_of(const int* tables, const Problem& p, int sample) {
+    return Visible(tables, p.visible_step, sample, p.num_queries, p.num_keys, p.causal);
+}
 
-// Which keys of a sample a padding mask hides, by tiles, as v3_mask.cu writes it down. A tile of which nothing is seen is left out: it is
-// not loaded, and takes no product.
-struct KeyMask {
-    const uint4* tiles;  // two for each tile, and for the end: which of its keys are seen, a bit each; `tile`, `seen`. Null: all are seen
-
-    __device__ __forceinline__ KeyMask(const uint4* samples, const Problem& p, int sample)
-        : tiles(samples ? samples + int64_t(sample) * 2 * (num_blocks(p.num_keys, KEYS) + 1) : nullptr) {}
-    // How many of the first `all` tiles are not left out.
-    __device__ __forceinline__ int seen(int all) const { return tiles ? int(tiles[2 * all + 1].y) : all; }
-    // Which tile is the i-th of those.
-    __device__ __forceinline__ int tile(int i) const { return tiles ? int(tiles[2 * i + 1].x) : i; }
-    __device__ __forceinline__ bool sees(int key) const {
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(tiles + 2 * (key / KEYS));
-        return !tiles || words[key % KEYS / 32] >> key % 32 & 1;
-    }
-};
-
-// Of the accumulators [64, KEYS] of a tile, those of keys that the mask hides become `hidden`.
-__device__ __forceinline__ void hide_masked(float (&scores)[KEYS / 2], const KeyMask& mask, int tile, float hidden) {
-    if (!mask.tiles) return;
-    const uint4 seen = mask.tiles[2 * tile];
-    const int shift = accumulator_column();
-    const uint32_t words[4] = {seen.x >> shift, seen.y >> shift, seen.z >> shift, seen.w >> shift};
+// Accumulators [64, KEYS] of a tile from key `first` on become `hidden` where a query does not see the key. `keys`: of the thread's two rows.
+__device__ __forceinline__ void hide_keys(float (&scores)[KEYS / 2], const Range (&keys)[2], int first, float hidden) {
+    const int shift = first + accumulator_column();
+    const int first_0 = keys[0].first - shift, first_1 = keys[1].first - shift, end_0 = keys[0].end - shift, end_1 = keys[1].end - shift;
     #pragma unroll
     for (int i = 0; i < KEYS / 2; i++) {
-        const int column = i / 4 * 8 + i % 2;  // after the thread's first
-        if (!(words[column / 32] >> column % 32 & 1)) scores[i] = hidden;
+        const int column = i / 4 * 8 + i % 2;
+        if (column >= (i / 2 % 2 ? end_1 : end_0) || column < (i / 2 % 2 ? first_1 : first_0)) scores[i] = hidden;
     }
 }
 
@@ -85,21 +67,19 @@ struct Schedule {
 // One part of the work on queries: ROWS of one head.
 template <int ROWS> struct QueryPart {
     int first, head, sample;
-    int tiles;  // of keys that any of the queries sees, those left out not counted
+    int first_tile, end_tile;  // of keys that any of the queries sees
 
-    __device__ __forceinline__ bool of_round(const Problem& p, const uint4* key_tiles, int round) {
+    __device__ __forceinline__ bool of_round(const Problem& p, const int* tables, int round) {
         const int blocks = num_blocks(p.num_queries, ROWS);
         int of_all, number;
         if (!Schedule{blocks, p.samples * p.heads, p.section}.part(round, of_all, number)) return false;
         first = (blocks - 1 - number) * ROWS;  // the last queries see most keys
         head = of_all % p.heads;
         sample = of_all / p.heads;
-        tiles = seen_tiles(p, KeyMask(key_tiles, p, sample), first + ROWS);
+        const Seen seen = visible_of(tables, p, sample).of_queries(first, ROWS);
+        first_tile = seen.first / KEYS;
+        end_tile = max(num_blocks(seen.end, KEYS), first_tile);
         return true;
-    }
-    // How many tiles the queries before `end` see.
-    static __device__ __forceinline__ int seen_tiles(const Problem& p, const KeyMask& mask, int end) {
-        return mask.seen(num_blocks(seen_keys(p, min(end, p.num_queries) - 1), KEYS));
     }
 };
 
@@ -111,16 +91,15 @@ template <int STAGES> struct Place {
 
 // Thread 0 of the loading warpgroup: the tiles of keys and values of one part after another, each into the next stage of its ring.
 template <class Part, int STAGES, class Shared>
-__device__ __forceinline__ void load_keys(Shared& shared, const TensorMap* k_map, const TensorMap* v_map, const uint4* key_tiles,
+__device__ __forceinline__ void load_keys(Shared& shared, const TensorMap* k_map, const TensorMap* v_map, const int* tables,
                                           const Problem& p) {
     int n = 0;
     Part part;
-    for (int round = 0; part.of_round(p, key_tiles, round); round++) {
+    for (int round = 0; part.of_round(p, tables, round); round++) {
         const int kv_head = part.head / (p.heads / p.kv_heads);
-        const KeyMask mask(key_tiles, p, part.sample);
-        for (int i = 0; i < part.tiles; i++, n++) {
+        for (int tile = part.first_tile; tile < part.end_tile; tile++, n++) {
             const Place<STAGES> at(n);
-            const int first = mask.tile(i) * KEYS;
+            const int first = tile * KEYS;
             mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);
             mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>));
             load_tile<KEYS, HEAD_WIDTH>(shared.k[at.stage], k_map, &shared.k_full[at.stage], first, kv_head, part.sample);

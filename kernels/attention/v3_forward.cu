@@ -38,10 +38,10 @@
 // Registers, by thread: head width 64: 64 scores + 32 sums + 32 for their packed left factor, of 160; 128: 64 + 64 + 32 of 240, hence one
 // consumer less. Shared memory: 176 and 192 KB, one block a multiprocessor.
 //
-// * Tiles of keys that a padding mask hides whole are not loaded and not computed; in the others, hidden scores become minus infinity. All
-//   of the block must walk over the same tiles, so a small kernel lists them first (v3_mask.cu).
+// * Tiles of keys that none of a block's queries sees are not loaded and not computed; in the others, hidden scores become minus infinity.
+//   All of the block walks over the same tiles, from the first that one of its queries sees.
 //
-// Not here, and left to v2: times other than the indices, and dropout. Its hash takes some ten integer instructions for each score, at 64 a
+// Not here, and left to v2: dropout. Its hash takes some ten integer instructions for each score, at 64 a
 // clock and multiprocessor, where the score's products take a sixteenth of a clock and its exponential another: the kernel would run at
 // half its speed, and at head width 64 there are no registers for the words of the rows.
 //
@@ -82,9 +82,9 @@ typedef QueryPart<QUERIES> Part;
 // ---- the loading warpgroup: one thread for the keys and values (load_keys in v3_common.cuh), one for the queries, so that neither waits
 // for the other's buffers
 
-__device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_map, const uint4* key_tiles, const Problem& p) {
+__device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_map, const int* tables, const Problem& p) {
     Part part;
-    for (int round = 0; part.of_round(p, key_tiles, round); round++) {
+    for (int round = 0; part.of_round(p, tables, round); round++) {
         mbarrier_wait(&shared.q_empty, round % 2 ^ 1);
         mbarrier_expect(&shared.q_full, sizeof(shared.q));
         #pragma unroll
@@ -112,18 +112,10 @@ __device__ __forceinline__ void pass_turn_on(int consumer) {
 
 // What a thread knows of its two rows.
 struct Rows {
-    int limits[2];                          // keys seen
+    Range keys[2];                          // seen
     float top[2] = {-INFINITY, -INFINITY};  // the greatest score so far
     float sum[2] = {0, 0};                  // of exp2(scale (score - top)), over this thread's columns
 };
-
-// Scores of the keys that a row does not see, in a tile from key `first` on, become minus infinity.
-__device__ __forceinline__ void hide(float (&scores)[KEYS / 2], const Rows& rows, int first) {
-    const int limit_0 = rows.limits[0] - first - accumulator_column(), limit_1 = rows.limits[1] - first - accumulator_column();
-    #pragma unroll
-    for (int i = 0; i < KEYS / 2; i++)
-        if (i / 4 * 8 + i % 2 >= (i / 2 % 2 ? limit_1 : limit_0)) scores[i] = -INFINITY;
-}
 
 // Scores become exp2(scale (score - top)). All that was summed with an earlier top is to be multiplied by `correction`.
 __device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& rows, float (&correction)[2], float scale) {
@@ -148,9 +140,9 @@ __device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& ro
     }
 }
 
-// out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys, one at least, of exp(scores) values. The scores of one tile are computed while the
+// out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys from `first_tile` on, one at least, of exp(scores) values. The scores of one tile are computed while the
 // values of the last one are summed, and while neither waits for this warpgroup, the others use the tensor cores.
-__device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows, const KeyMask& mask, int tiles, int seen_by_all, int n,
+__device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows, const Seen& seen, int first_tile, int tiles, int n,
                                        float scale, float (&out)[HEAD_WIDTH / 2]) {
     float scores[KEYS / 2], correction[2];
     uint32_t probabilities[KEYS / 16][4];
@@ -160,9 +152,7 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
     start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[at.stage]);
     wait_for<0>(scores);
     release(&shared.k_empty[at.stage]);
-    const int first_tile = mask.tile(0);
-    if ((first_tile + 1) * KEYS > seen_by_all) hide(scores, rows, first_tile * KEYS);
-    hide_masked(scores, mask, first_tile, -INFINITY);
+    if (seen.hides(first_tile * KEYS, KEYS)) hide_keys(scores, rows.keys, first_tile * KEYS, -INFINITY);
     WATCH(S, scores);
     exponentiate(scores, rows, correction, scale);
     WATCH(m, rows.top);
@@ -177,9 +167,8 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
         start_sum_of_products<HEAD_WIDTH, KEYS>(out, probabilities, shared.v[at.stage]);
         pass_turn_on(consumer);
         wait_for<1>(scores);
-        const int tile = mask.tile(i);
-        if ((tile + 1) * KEYS > seen_by_all) hide(scores, rows, tile * KEYS);
-        hide_masked(scores, mask, tile, -INFINITY);
+        const int first = (first_tile + i) * KEYS;
+        if (seen.hides(first, KEYS)) hide_keys(scores, rows.keys, first, -INFINITY);
         WATCH(S, scores);
         exponentiate(scores, rows, correction, scale);
         WATCH(m, rows.top);
@@ -226,28 +215,30 @@ __device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Pr
     }
 }
 
-__device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, float* lse, const uint4* key_tiles, const Problem& p,
+__device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, float* lse, const int* tables, const Problem& p,
                                         int consumer) {
     int n = 0;
     Part part;
     begin_turns(consumer);
-    for (int round = 0; part.of_round(p, key_tiles, round); round++) {
+    for (int round = 0; part.of_round(p, tables, round); round++) {
         const int first = part.first + 64 * consumer;
-        const KeyMask mask(key_tiles, p, part.sample);
+        const Visible visible = visible_of(tables, p, part.sample);
+        const Seen seen = visible.of_queries(first, 64);
+        const int tiles = max(num_blocks(seen.end, KEYS) - part.first_tile, 0);
         Rows rows;
-        rows.limits[0] = seen_keys(p, first + accumulator_row());
-        rows.limits[1] = seen_keys(p, first + accumulator_row() + 8);
-        const int tiles = Part::seen_tiles(p, mask, first + 64);
+        rows.keys[0] = visible.keys_of(first + accumulator_row());
+        rows.keys[1] = visible.keys_of(first + accumulator_row() + 8);
         float out[HEAD_WIDTH / 2];
         #pragma unroll
         for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] = 0;
         mbarrier_wait(&shared.q_full, round % 2);
         if (tiles > 0)
-            attend(shared, consumer, rows, mask, tiles, seen_keys(p, first), n, p.scale * LOG2_E, out);
+            attend(shared, consumer, rows, seen, part.first_tile, tiles, n, p.scale * LOG2_E, out);
         else
-            release(&shared.q_empty);  // the mask hides all that these queries might see
-        pass_over(shared, consumer, tiles, part.tiles, n);
-        n += part.tiles;
+            release(&shared.q_empty);  // these queries see none of the keys
+        const int of_part = part.end_tile - part.first_tile;
+        pass_over(shared, consumer, tiles, of_part, n);
+        n += of_part;
         float factor[2];
         normalise(rows, lse, p, part, first, factor);
         store_rows<0>(o_map, shared.o[consumer], out, factor, first, part.head, part.sample, 1 + consumer);
@@ -255,11 +246,11 @@ __device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, 
     if (threadIdx.x % 128 == 0) tma_wait<0>();
 }
 
-// o [B, Tq, H, K] and lse [B, H, Tq] of q [B, Tq, H, K], k and v [B, Tk, Hkv, K]; key_tiles: KeyMask. All sizes are at least 1, scale > 0.
+// o [B, Tq, H, K] and lse [B, H, Tq] of q [B, Tq, H, K], k and v [B, Tk, Hkv, K]; tables: Visible. All sizes are at least 1, scale > 0.
 // Boxes of the maps: 64 queries, or KEYS keys, of one head, by 64 columns. The grid may have any number of blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-                  const __grid_constant__ TensorMap o_map, float* lse, const uint4* key_tiles, const Problem p) {
+                  const __grid_constant__ TensorMap o_map, float* lse, const int* tables, const Problem p) {
     Shared& shared = *dynamic_shared<Shared>();
     if (threadIdx.x == 0) {
         mbarrier_init(&shared.q_full, 1);
@@ -276,10 +267,10 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
     const int group = warpgroup_index();
     if (group == LOADER) {
         set_max_registers_down<LOADER_REGISTERS>();
-        if (threadIdx.x == 128 * LOADER) load_keys<Part, STAGES>(shared, &k_map, &v_map, key_tiles, p);
-        if (threadIdx.x == 128 * LOADER + 32) load_queries(shared, &q_map, key_tiles, p);
+        if (threadIdx.x == 128 * LOADER) load_keys<Part, STAGES>(shared, &k_map, &v_map, tables, p);
+        if (threadIdx.x == 128 * LOADER + 32) load_queries(shared, &q_map, tables, p);
     } else {
         set_max_registers_up<CONSUMER_REGISTERS>();
-        compute(shared, &o_map, lse, key_tiles, p, group);
+        compute(shared, &o_map, lse, tables, p, group);
     }
 }
