@@ -20,6 +20,7 @@ from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.data.batches import Batches  # noqa: E402
 from minillm.models.protocol import Batch  # noqa: E402
 from minillm.params.where import Where  # noqa: E402
+from minillm.tasks.language_model import LanguageModeling  # noqa: E402
 from minillm.training.config import PRESETS, RunConfig  # noqa: E402
 from minillm.training.optim import learning_rate  # noqa: E402
 from minillm.training.resolve import resolve  # noqa: E402
@@ -38,20 +39,20 @@ def _trainer(**options) -> Trainer:
     config = resolve(RunConfig.from_dict(options), 1, VOCAB)
     tokens = np.random.default_rng(5).integers(0, VOCAB, 20_000)
     batches = Batches(tokens, config.model.context, config.options.optimization.batch, 1)
-    return Trainer(config, SelfCommunicator(), batches)
+    return Trainer(config, SelfCommunicator(), LanguageModeling(batches))
 
 
 def _twin(trainer: Trainer) -> TorchGPT:
     return TorchGPT(
-        trainer.config.model, {p.name: p.get() for b in trainer.buffers for p in b.parameters}
+        trainer.config.model, {p.name: p.get() for b in trainer.model.buffers for p in b.parameters}
     )
 
 
 @pytest.mark.parametrize("model", list(MODELS))
 def test_logits_loss_and_gradients(model: str) -> None:
     trainer = _trainer(layers=3, heads=4, dim=64, context=48, batch=3, **MODELS[model])
-    twin, stage = _twin(trainer), trainer.stages[0]
-    inputs, targets = trainer.batches.microbatch(0, np.arange(3))
+    twin, stage = _twin(trainer), trainer.model.stages[0]
+    inputs, targets = trainer.task.batches.microbatch(0, np.arange(3))
     where = Where(0, np.arange(3), np.arange(48))
     arrays = {"tokens": inputs, "targets": targets}
     batch = Batch(arrays, {"loss": float(targets.size)}, where)
@@ -67,8 +68,7 @@ def test_logits_loss_and_gradients(model: str) -> None:
         atol=1e-5 * float(expected.detach().abs().max()),
     )
 
-    assert stage.reducer is not None
-    stage.reducer.start_step()
+    stage.buffers.start_step()
     loss: Tensor = model.forward((), batch, False).losses["loss"]
     backward([(loss, np.ones(()))])
     expected_loss = twin.loss(torch.tensor(inputs), torch.tensor(targets))
@@ -85,7 +85,7 @@ def test_fifty_steps_of_shakespeare_char() -> None:
     trainer = _trainer(**{**PRESETS["shakespeare-char"], "data": "austen", "bias": True})
     config, train = trainer.config, trainer.config.options.optimization
     twin = _twin(trainer)
-    decayed = {p.name for b in trainer.buffers for p in b.parameters if p.decay}
+    decayed = {p.name for b in trainer.model.buffers for p in b.parameters if p.decay}
     optimizer = adamw(
         twin,
         decayed,
@@ -95,7 +95,7 @@ def test_fifty_steps_of_shakespeare_char() -> None:
         weight_decay=train.weight_decay,
     )
     for step in range(50):
-        inputs, targets = trainer.batches.microbatch(step, np.arange(train.batch))
+        inputs, targets = trainer.task.batches.microbatch(step, np.arange(train.batch))
         report = trainer.step(step)
         loss = twin.loss(torch.tensor(inputs), torch.tensor(targets))
         optimizer.zero_grad()

@@ -163,7 +163,8 @@ def _words(dropout: AttentionDropout | None, seen: DeviceTable, q: Any) -> tuple
         return None, None, None
     xp, (B, Tq, H) = namespace(q), q.shape[:3]
     heads = xp.arange(dropout.head0, dropout.head0 + H)
-    times_k = xp.atleast_2d(xp.asarray(dropout.times_k))
+    times_k = xp.asarray(dropout.times_k)
+    times_k = times_k.reshape(-1, times_k.shape[-1])
     words, columns = mask_words(q, dropout.key, dropout.samples, heads, times_k.reshape(-1))
     columns = columns.reshape(times_k.shape)
     if seen.order is not None:

@@ -20,6 +20,7 @@ from training_helpers import BASE, Layout, Outcome, compare, make_batches, make_
 from minillm.base.arrays import to_host
 from minillm.base.device import open_device
 from minillm.comm.single import SelfCommunicator
+from minillm.tasks.language_model import LanguageModeling
 from minillm.training import report
 from minillm.training.numeric_key import numeric_key
 from minillm.training.trainer import Trainer
@@ -75,7 +76,7 @@ def test_bfloat16_is_as_exact_as_its_rounding(model: str, gpu: Any) -> None:
     """The gradient is off by at most twice what rounding the weights alone does in float64."""
 
     def round_weights(one: Trainer) -> None:
-        for buffers in one.buffers:
+        for buffers in one.model.buffers:
             buffers.values[...] = buffers.values.astype(ml_dtypes.bfloat16)
 
     want = expected(model, "float64", steps=1, std=MILD)
@@ -98,7 +99,11 @@ def trainer(gpu: Any, model: str = "gpt2", num_microbatches: int = 2, **changes:
     options = sizes(model, device="cuda", dtype="bfloat16", dropout=0.0) | changes
     config = make_config(model, Layout(num_microbatches=num_microbatches), **options)
     return Trainer(
-        config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda")
+        config,
+        SelfCommunicator(),
+        LanguageModeling(make_batches(config)),
+        std=0.25,
+        device=open_device("cuda"),
     )
 
 
@@ -124,7 +129,7 @@ def test_the_host_waits_once_a_step_and_copies_tokens_and_the_loss(
 
 def test_a_wait_within_the_step_is_seen(gpu: Any) -> None:
     one = trainer(gpu)
-    grads = one.buffers[0].grads
+    grads = one.model.buffers[0].grads
     with gpu.forbidding("wait"), pytest.raises(RuntimeError, match="a wait"):
         to_host(grads)
     for implicit in (
@@ -140,13 +145,13 @@ def test_a_wait_within_the_step_is_seen(gpu: Any) -> None:
 def test_weights_are_narrow_and_what_adds_up_is_not(gpu: Any) -> None:
     one = trainer(gpu)
     one.step(0)
-    buffers = one.buffers[0]
+    buffers = one.model.buffers[0]
     assert str(buffers.values.dtype) == "bfloat16"
     assert str(buffers.grads.dtype) == str(buffers.masters.dtype) == "float32"
     assert all(
-        str(x.dtype) == "float32"
-        for state in one.optimizer.state().values()
-        for x in state.values()
+        str(state.array.dtype) == "float32"
+        for states in one.optimizer.state().values()
+        for state in states
     )
     assert np.array_equal(
         to_host(buffers.values), to_host(buffers.masters).astype(buffers.values.dtype)
@@ -185,16 +190,16 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, gpu: Any) -> 
     one = Trainer(
         config,
         SelfCommunicator(),
-        make_batches(config),
+        LanguageModeling(make_batches(config)),
         std=0.25,
         device=open_device("cuda"),
         optimizer=kind,
     )
     one.step(0)
     one.step(1)
-    values = one.buffers[0].values
-    before, masters = to_host(values).copy(), to_host(one.buffers[0].masters).copy()
-    weight = one.buffers[0].spans()[0].parameter.get()
+    values = one.model.buffers[0].values
+    before, masters = to_host(values).copy(), to_host(one.model.buffers[0].masters).copy()
+    weight = next(iter(one.model.buffers[0].layout.spans())).parameter.get()
     kept = weight.copy()
     weight[...] = standin.float32(np.inf)
     report = one.step(2)
@@ -205,7 +210,7 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, gpu: Any) -> 
     with pytest.raises(NotFinite):
         _ = report.loss
     assert np.array_equal(to_host(values), before) and np.array_equal(
-        to_host(one.buffers[0].masters), masters
+        to_host(one.model.buffers[0].masters), masters
     )
 
 
@@ -252,7 +257,11 @@ def test_our_kernels_run_the_step(
     with installed("emulator") as module:
         config = make_config(model, Layout(), dtype=dtype, device="cuda", **small)
         one = Trainer(
-            config, SelfCommunicator(), make_batches(config), std=0.25, device=open_device("cuda")
+            config,
+            SelfCommunicator(),
+            LanguageModeling(make_batches(config)),
+            std=0.25,
+            device=open_device("cuda"),
         )
         with module.forbidding("wait"):
             reports = [one.step(0)]

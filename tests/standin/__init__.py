@@ -399,6 +399,14 @@ def concatenate(parts: Any, axis: int = 0) -> ndarray:
     return _wrap(np.concatenate([_value(part) for part in parts], axis))
 
 
+def broadcast_to(x: Any, shape: tuple[int, ...]) -> ndarray:
+    return _wrap(np.ascontiguousarray(np.broadcast_to(_value(x), shape)))
+
+
+def take_along_axis(x: Any, indices: Any, axis: int) -> ndarray:
+    return _wrap(np.take_along_axis(_value(x), _value(indices), axis))
+
+
 def stack(parts: Any, axis: int = 0) -> ndarray:
     return _wrap(np.stack([_value(part) for part in parts], axis))
 
