@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,13 +115,11 @@ def ranks(seconds: float) -> list[dict[str, Any]]:
     launcher, rows = started_by()[0], []
     for size in (2, 4):
         layouts = [one for one in LAYOUTS if _num_ranks(one) == size]
-        if layouts:
-            job = Job(SMALL, layouts, RANK_STEPS)
-            rows += (
-                run_ranks(size, lambda comm, job=job: compare_layouts(comm, job), timeout=60)[0]  # type: ignore[misc]
-                if launcher is None
-                else launch(launcher, size, job, seconds / 2)
-            )
+        job = Job(SMALL, layouts, RANK_STEPS)
+        if launcher is not None and layouts:
+            rows += launch(launcher, size, job, seconds / 2)
+        elif layouts:
+            rows += run_ranks(size, partial(compare_layouts, job=job), timeout=60)[0]
     return rows
 
 
