@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import ml_dtypes
 
 from minillm.base.arrays import float_dtype
 from minillm.base.device import CPU, Device, open_device
@@ -88,7 +88,7 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
     comm.barrier()
     log(f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}: {plural(steps, 'step')}\n")
     found = _course(on_device(comm, device), resolved, corpus, device, steps, pieces)
-    epsilon = float(np.finfo(float_dtype(config.compute.dtype)).eps)
+    epsilon = float(ml_dtypes.finfo(float_dtype(config.compute.dtype)).eps)
     deviations = compare(comm, found, truth, own, epsilon)
     for line in report(deviations):
         log(line)
