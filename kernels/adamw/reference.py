@@ -1,18 +1,12 @@
-"""Optimizer updates over flat buffers, in pieces that stay in cache through all their passes."""
+"""Optimizer updates in place."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
-from minillm.kernels.pool import parallel_for
-from minillm.kernels.registry import kernel
-
-_PIECE = 1 << 14  # elements: five arrays of it fit the second-level cache
 
 
-@kernel("adamw_")
 def adamw_(
     param: Any,
     grad: Any,
@@ -28,47 +22,29 @@ def adamw_(
     grad_scale: Any = 1.0,
     param_out: Any = None,
 ) -> None:
-    """One AdamW update of 1-D arrays in place (Loshchilov and Hutter 2019, algorithm 2, as
-    torch.optim.AdamW); `step` counts from 1.
+    """One AdamW update (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2) in place.
 
-    param -= lr weight_decay param, then lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) +
-    eps), with the gradient times grad_scale, a number or an array of one. grad may have a narrower
-    dtype than param and the moments, and `param_out` takes a copy of param in its own. A grad_scale
-    of NaN changes nothing: so says whoever decides on the GPU that a step is not to be.
+    param, exp_avg, exp_avg_sq: [n], overwritten. grad: [n], may have a narrower dtype.
+    step: counts from 1.
+    grad_scale: factor of grad, a number or an array of one element. NaN makes the update a no-op:
+    the GPU skips a step in this way without telling the host.
+    param_out: [n], takes a copy of param in its own dtype.
     """
     if np.isnan(grad_scale):
         return
-    t = param.dtype.type
-    rate, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
-
-    def run(start: int, stop: int) -> None:
-        for first in range(start, stop, _PIECE):
-            part = slice(first, min(first + _PIECE, stop))
-            p, m, v = param[part], exp_avg[part], exp_avg_sq[part]
-            g = grad[part].astype(param.dtype, copy=False) * t(grad_scale)
-            m *= t(beta1)
-            m += t(1 - beta1) * g
-            v *= t(beta2)
-            g *= g
-            g *= t(1 - beta2)
-            v += g
-            np.sqrt(v, out=g)
-            g *= t(1 / root)
-            g += t(eps)
-            np.divide(m, g, out=g)
-            g *= t(rate)
-            if weight_decay:
-                p *= t(1 - lr * weight_decay)
-            p -= g
-            if param_out is not None:
-                param_out[part] = p
-
-    parallel_for(param.size, run, _PIECE)
+    g = grad * grad_scale
+    exp_avg[...] = beta1 * exp_avg + (1 - beta1) * g
+    exp_avg_sq[...] = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    m_hat, v_hat = exp_avg / (1 - beta1**step), exp_avg_sq / (1 - beta2**step)
+    param -= lr * weight_decay * param + lr * m_hat / (np.sqrt(v_hat) + eps)
+    if param_out is not None:
+        param_out[...] = param
 
 
-@kernel("sgd_")
 def sgd_(param: Any, grad: Any, *, lr: float, grad_scale: Any = 1.0) -> None:
-    """param -= lr grad_scale grad, 1-D arrays in place; grad_scale is a number or an array of one,
-    and if NaN, nothing changes."""
+    """param -= lr grad_scale grad in place.
+
+    param, grad: [n]. grad_scale: as in `adamw_`.
+    """
     if not np.isnan(grad_scale):
-        param -= param.dtype.type(lr * grad_scale) * grad
+        param -= lr * grad_scale * grad

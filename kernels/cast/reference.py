@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.registry import kernel
 
 
-@kernel("cast")
 def cast(x: Any, dtype: Any, out: Any = None) -> Any:
-    """x as a new array of `dtype`, or into `out`, of that dtype and of any strides: rounded to
-    nearest, ties to even."""
+    """x in `dtype`, rounded to nearest, ties to even.
+
+    out: takes the result; has `dtype`, the shape of x and any strides.
+    """
+    result = x.astype(np.dtype(dtype))
     if out is None:
-        return x.astype(np.dtype(dtype))
-    out[...] = x
+        return result
+    out[...] = result
     return out

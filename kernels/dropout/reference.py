@@ -1,68 +1,40 @@
-"""Dropout (Srivastava et al. 2014) with masks addressed by (key, sample, time, channel): any shard
-of any mesh makes its own part."""
+"""Dropout (Srivastava et al. 2014) with addressed masks, one element at a time.
+
+An element's fate is a function of (key, sample, time, channel), so any shard of any mesh makes its
+own part of the mask.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from minillm.kernels.random.hashing import address_words, column_words, keep
-from minillm.kernels.registry import kernel
-from minillm.kernels.rows import row_blocks
+from minillm.kernels.random.reference import random_bits
 
-Array = Any
+COLUMN_KEY = 0x5851F42D4C957F2D
 
 
-@kernel("dropout_forward")
 def dropout_forward(
-    x: Array,
-    p: float,
-    key: int,
-    samples: Array,
-    times: Array,
-    channels: Array,
-    out: Array | None = None,
-) -> Array:
-    """x [B, T, C] times the scaled keep mask of (samples [B], times [T], channels [C]), all global
-    positions.
+    x: Any, p: float, key: int, samples: Any, times: Any, channels: Any, out: Any = None
+) -> Any:
+    """x times a mask that is 0 with probability p, else 1 / (1 - p). Its own backward pass.
 
-    The mask is 0 with probability p, else 1 / (1 - p). Into `out` (contiguous) if given, which may
-    be x itself. The backward pass is the same product.
+    x: [B, T, C].
+    samples: [B], times: [T], channels: [C], integers: the global positions of x's elements.
+    out: contiguous, takes the result; may be x itself.
     """
-    B, T, C = x.shape
-    y = np.empty(x.shape, x.dtype) if out is None else out
-    flat, flat_y = x.reshape(B * T, C), y.reshape(B * T, C)
-    rows, columns = address_words(key, samples, times).reshape(-1), column_words(channels)
-    scale = x.dtype.type(1 / (1 - p))
-
-    def run(part: slice) -> None:
-        np.multiply(flat[part], keep(p, rows[part], columns), out=flat_y[part])
-        flat_y[part] *= scale
-
-    row_blocks(len(flat), C * x.itemsize, run)
-    return y
+    mask = np.empty(x.shape, x.dtype)
+    for b, sample in enumerate(samples):
+        for t, time in enumerate(times):
+            for c, channel in enumerate(channels):
+                mask[b, t, c] = keeps(p, key, int(sample), int(time), int(channel)) / (1 - p)
+    return np.multiply(x, mask, out=out)
 
 
-@kernel("dropout_backward")
-def dropout_backward(
-    grad_y: Array,
-    p: float,
-    key: int,
-    samples: Array,
-    times: Array,
-    channels: Array,
-    out: Array | None = None,
-) -> Array:
-    """grad_y [B, T, C] times the mask of the forward pass, which is computed anew from the same
-    address."""
-    return dropout_forward(grad_y, p, key, samples, times, channels, out)
-
-
-@kernel("dropout_mask")
-def dropout_mask(
-    p: float, key: int, samples: Array, times: Array, channels: Array, dtype: Any
-) -> Array:
-    """The scaled keep mask [B, T, C] of `dtype` itself."""
-    return dropout_forward(
-        np.ones((len(samples), len(times), len(channels)), dtype), p, key, samples, times, channels
-    )
+def keeps(p: float, key: int, sample: int, time: int, channel: int) -> bool:
+    """Tell if an element is kept: mix the words of its row and of its column in 32 bits."""
+    row = random_bits(key, sample << 32 | time)
+    column = random_bits(COLUMN_KEY, channel) >> 32
+    z = ((row & 0xFFFFFFFF) ^ column) * 0x7FEB352D & 0xFFFFFFFF
+    z = ((z ^ z >> 15) + (row >> 32) & 0xFFFFFFFF) * 0x846CA68B & 0xFFFFFFFF
+    return z >= round(p * 2**32)

@@ -1,51 +1,35 @@
-"""Embedding lookup and its deterministic backward pass."""
+"""Embedding lookup, id by id."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from minillm.kernels.registry import kernel
-
-ONE_HOT_ROWS = (
-    512  # up to this many rows of the table a product with a one-hot matrix is faster than sorting
-)
 
 
-@kernel("embedding_forward")
 def embedding_forward(ids: Any, weight: Any, first_row: int = 0) -> Any:
-    """Rows of weight [V_local, D] for ids of any shape -> [*ids.shape, D]; ids outside [first_row,
-    first_row + V_local) give zeros."""
-    local = ids - first_row
-    inside = (local >= 0) & (local < len(weight))
-    if inside.all():
-        return weight[local]
-    if not len(weight):
-        return np.zeros((*ids.shape, weight.shape[1]), weight.dtype)
-    out = weight[np.where(inside, local, 0)]
-    out[~inside] = 0
-    return out
+    """Rows of a table, of which this rank may hold a part.
+
+    ids: integers of any shape. weight: [V_local, D], rows first_row to first_row + V_local.
+    Returns [*ids.shape, D]; zeros for ids whose row is not here.
+    """
+    y = np.zeros((*ids.shape, weight.shape[1]), weight.dtype)
+    for place, token in np.ndenumerate(ids):
+        if 0 <= token - first_row < len(weight):
+            y[place] = weight[token - first_row]
+    return y
 
 
-@kernel("embedding_backward_")
 def embedding_backward_(
     grad_y: Any, ids: Any, grad_weight: Any, first_row: int = 0, accumulate: bool = True
 ) -> None:
-    """Add the rows of grad_y [*ids.shape, D] to the rows of grad_weight [V_local, D] that `ids`
-    names (or overwrite), in a fixed order."""
+    """Add each row of grad_y to the row of grad_weight that its id names, in place.
+
+    grad_y: [*ids.shape, D]. grad_weight: [V_local, D], overwritten if not `accumulate`.
+    Invariant: the order of the sum depends on the shapes and ids alone.
+    """
     if not accumulate:
         grad_weight[...] = 0
-    local = ids.reshape(-1) - first_row
-    rows = grad_y.reshape(len(local), -1)
-    inside = np.flatnonzero((local >= 0) & (local < len(grad_weight)))
-    if not len(inside):
-        return
-    if len(grad_weight) <= ONE_HOT_ROWS:
-        one_hot = np.zeros((len(grad_weight), len(local)), grad_y.dtype)
-        one_hot[local[inside], inside] = 1
-        grad_weight += one_hot @ rows
-        return
-    order = inside[np.argsort(local[inside], kind="stable")]
-    sorted_ids = local[order]
-    starts = np.flatnonzero(np.r_[True, sorted_ids[1:] != sorted_ids[:-1]])
-    grad_weight[sorted_ids[starts]] += np.add.reduceat(rows[order], starts, axis=0)
+    for place, token in np.ndenumerate(ids):
+        if 0 <= token - first_row < len(grad_weight):
+            grad_weight[token - first_row] += grad_y[place]

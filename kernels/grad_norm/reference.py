@@ -1,5 +1,4 @@
-"""What the reduction of gradients is made of: sums of arrays, and the sum of squares behind the
-gradient norm."""
+"""Sums of arrays and of squares: the reduction of gradients and the gradient norm."""
 
 from __future__ import annotations
 
@@ -7,30 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from minillm.kernels.registry import kernel
-
-_PIECE = 1 << 16
 
 
-@kernel("sum_of_squares")
 def sum_of_squares(x: Any) -> float:
-    """Sum of x^2 over a 1-D array: BLAS dot products of pieces, added in float64. On a GPU it is an
-    array without dims, not waited for."""
-    return float(
-        sum(float(np.dot(x[i : i + _PIECE], x[i : i + _PIECE])) for i in range(0, x.size, _PIECE))
-    )
+    """Sum of x^2 in float64, x [n]. On a GPU a float64 array without dims, not waited for."""
+    return float((x.astype(np.float64) ** 2).sum())
 
 
-@kernel("sum_arrays")
 def sum_arrays(out: Any, parts: Sequence[Any]) -> float:
-    """out = parts[0] + parts[1] + ..., added in this order, for 1-D arrays of one size, of which
-    `out` may be one; returns the sum of out^2, as sum_of_squares does."""
-    squares = 0.0
-    for i in range(0, out.size, _PIECE):
-        piece = slice(i, i + _PIECE)
-        total = parts[0][piece].copy()
-        for part in parts[1:]:
-            total += part[piece]
-        out[piece] = total
-        squares += float(np.dot(total, total))
-    return squares
+    """out = parts[0] + parts[1] + ..., added in this order; returns sum_of_squares(out).
+
+    out, parts: [n] each; `out` may be one of the parts.
+    """
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    out[...] = total
+    return sum_of_squares(out)

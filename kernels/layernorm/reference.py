@@ -1,47 +1,32 @@
-"""Layer normalisation (Ba et al. 2016, arXiv:1607.06450)."""
+"""Layer normalisation (Ba et al. 2016, arXiv:1607.06450), row by row."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from minillm.kernels.pool import get_threads, parallel_for
-from minillm.kernels.registry import kernel
-from minillm.kernels.rows import row_blocks
 
 
-@kernel("layernorm_forward")
 def layernorm_forward(
     x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None
 ) -> tuple[Any, Any, Any]:
-    """x [..., D], weight [D], bias [D] or None -> y [..., D], mean [rows], rstd [rows]; variance is
-    the mean squared deviation.
+    """y = (x - mean) rstd weight + bias, with rstd = 1 / sqrt(variance + eps) of each row.
 
-    With a residual branch `delta` [..., D], x + delta is normalised, and written into `sum_out`.
+    x: [..., D]; weight: [D]; bias: [D] or None.
+    delta: [..., D], a residual branch: x + delta is normalised, and written into `sum_out`.
+    Returns y [..., D], mean [rows] and rstd [rows]; on a GPU mean and rstd are float32.
     """
-    shape = x.shape
-    x = (x if delta is None else np.add(x, delta, out=sum_out)).reshape(-1, shape[-1])
-    y = np.empty_like(x)
-    mean, rstd = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
-    averages = np.full(x.shape[1], 1 / x.shape[1], x.dtype)
-
-    def run(rows: slice) -> None:
-        block = y[rows]
-        mu = x[rows] @ averages
-        np.subtract(x[rows], mu[:, None], out=block)
-        variance = np.einsum("ij,ij->i", block, block) / x.dtype.type(x.shape[1])
-        scale = 1 / np.sqrt(variance + x.dtype.type(eps))
-        block *= scale[:, None]
-        block *= weight
-        if bias is not None:
-            block += bias
-        mean[rows], rstd[rows] = mu, scale
-
-    row_blocks(len(x), x.shape[1] * x.itemsize * 2, run)
-    return y.reshape(shape), mean, rstd
+    if delta is not None:
+        x = x + delta
+        if sum_out is not None:
+            sum_out[...] = x
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    rstd = 1 / np.sqrt(variance + eps)
+    y = (x - mean) * rstd * weight
+    return (y if bias is None else y + bias), mean.reshape(-1), rstd.reshape(-1)
 
 
-@kernel("layernorm_backward")
 def layernorm_backward(
     grad_y: Any,
     x: Any,
@@ -54,62 +39,30 @@ def layernorm_backward(
     grad_x_out: Any = None,
     grad_sum: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """Gradients of x [..., D], weight [D] and bias [D]; with z = (x - mean) rstd, g = grad_y
-    weight: grad_x = (g - mean(g) - z mean(g z)) rstd.
+    """Gradients of x [..., D], weight [D] and bias [D], each None where it is not needed.
 
-    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself, which is then
-    overwritten. `grad_sum` [..., D], what arrives at x past the norm, is added to grad_x.
+    With z = (x - mean) rstd, the Jacobian of z by x is (I - 1/D - z z^T / D) rstd.
+
+    grad_y, x: [..., D]; mean, rstd: [rows], as the forward pass returned them.
+    grad_x_out: contiguous rows that take the gradient of x; may be `grad_y` itself.
+    grad_sum: [..., D], the gradient that reaches x around the norm; added to that of x.
     """
     shape, D = x.shape, x.shape[-1]
-    x, grad_y, grad_x_out, grad_sum = (
-        None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum)
-    )
-    grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
-    partial: list[tuple[int, Any, Any]] = []
-    averages = np.full(D, 1 / D, x.dtype)
-
-    def block(rows: slice, sums: tuple[Any, Any]) -> None:
-        z = (x[rows] - mean[rows, None]) * rstd[rows, None]
-        dy = grad_y[rows]
-        if need_params:
-            sums[0][...] += np.einsum("ij,ij->j", dy, z)
-            sums[1][...] += dy.sum(0)
-        if grad_x is not None:
-            g = dy * weight
-            along = np.einsum("ij,ij->i", g, z) / x.dtype.type(D)
-            z *= along[:, None]
-            g -= (g @ averages)[:, None]
-            g -= z
-            np.multiply(g, rstd[rows, None], out=grad_x[rows])
-            if grad_sum is not None:
-                grad_x[rows] += grad_sum[rows]
-
-    _with_sums(len(x), D, x, partial, block)
-    if grad_x is not None:
+    x, grad_y = x.reshape(-1, D), grad_y.reshape(-1, D)
+    z = (x - mean[:, None]) * rstd[:, None]
+    grad_weight, grad_bias = (grad_y * z).sum(0), grad_y.sum(0)
+    grad_x = None
+    if need_x:
+        grad_x = np.empty_like(x)
+        for i in range(len(x)):
+            jacobian = (np.eye(D) - 1 / D - np.outer(z[i], z[i]) / D) * rstd[i]
+            grad_x[i] = jacobian @ (grad_y[i] * weight)
         grad_x = grad_x.reshape(shape)
+        if grad_sum is not None:
+            grad_x += grad_sum
+        if grad_x_out is not None:
+            grad_x_out[...] = grad_x
+            grad_x = grad_x_out
     if not need_params:
         return grad_x, None, None
-    ordered = [sums for _, *sums in sorted(partial, key=lambda item: item[0])]
-    grad_weight = sum((s[0] for s in ordered), np.zeros(D, x.dtype))
-    return (
-        grad_x,
-        grad_weight,
-        sum((s[1] for s in ordered), np.zeros(D, x.dtype)) if has_bias else None,
-    )
-
-
-def _with_sums(num_rows: int, D: int, x: Any, partial: list, block: Any) -> None:
-    """Run `block` over cache-sized row blocks; each thread has its own parameter sums, appended to
-    `partial` with their position."""
-    step = max(1, (128 << 10) // (D * x.itemsize))
-
-    def run(start: int, stop: int) -> None:
-        sums = (np.zeros(D, x.dtype), np.zeros(D, x.dtype))
-        for first in range(start, stop, step):
-            block(slice(first, min(first + step, stop)), sums)
-        partial.append((start, *sums))
-
-    if get_threads() == 1:
-        run(0, num_rows)
-    else:
-        parallel_for(num_rows, run, step)
+    return grad_x, grad_weight, grad_bias if has_bias else None

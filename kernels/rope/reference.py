@@ -1,29 +1,18 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves paired as in Llama: channel
-i turns with channel i + K/2."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in complex numbers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from minillm.kernels.registry import kernel
 
-
-def rope_tables(times: Any, head_width: int, base: float, dtype: Any) -> tuple[Any, Any]:
-    """cos, sin [T, K/2] of times[t] * base^(-2i/K), computed in float64."""
-    angle = np.asarray(times)[:, None] * base ** (-np.arange(0, head_width, 2) / head_width)
-    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
-
-
-@kernel("rope_")
 def rope_(x: Any, cos: Any, sin: Any, inverse: bool = False) -> None:
-    """Rotate x [B, T, H, K] (any strides) in place by cos, sin [T, K/2]; `inverse` rotates back,
-    which is the backward pass."""
+    """Rotate pairs of channels by the angles of their time, in place.
+
+    Channel i turns with channel i + K/2, as in Llama.
+    x: [B, T, H, K] of any strides. cos, sin: [T, K/2], see `rope_tables`.
+    inverse: rotate back, which is the backward pass.
+    """
     half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    c, s = cos[:, None, :], -sin[:, None, :] if inverse else sin[:, None, :]
-    turned = b * c
-    turned += a * s
-    a *= c
-    a -= b * s
-    b[...] = turned
+    turn = (cos - 1j * sin if inverse else cos + 1j * sin)[:, None, :]
+    turned = (x[..., :half] + 1j * x[..., half:]) * turn
+    x[..., :half], x[..., half:] = turned.real, turned.imag

@@ -5,21 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.registry import kernel
 
 
-@kernel("softmax_forward")
 def softmax_forward(x: Any) -> Any:
-    """exp(x - max) / sum over the last dim."""
-    y = x - x.max(-1, keepdims=True)
-    np.exp(y, out=y)
-    y /= y.sum(-1, keepdims=True)
-    return y
+    """exp(x - max) / sum over the last dim, x [..., n]."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
 
 
-@kernel("softmax_backward")
 def softmax_backward(grad_y: Any, y: Any) -> Any:
-    """(grad_y - <grad_y, y>) y."""
-    grad = grad_y * y
-    total = grad.sum(-1, keepdims=True)
-    return np.subtract(grad, y * total, out=grad)
+    """Gradient of x from that of y = softmax(x), by the Jacobian diag(y) - y y^T of each row."""
+    grad_x = np.empty_like(y)
+    for row in np.ndindex(y.shape[:-1]):
+        grad_x[row] = (np.diag(y[row]) - np.outer(y[row], y[row])) @ grad_y[row]
+    return grad_x

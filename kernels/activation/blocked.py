@@ -1,0 +1,154 @@
+"""Activations of the MLP. Backward passes start from the pre-activation, so that the forward pass
+keeps one array, not two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from minillm.kernels.activation.erf import erf
+from minillm.kernels.pool import parallel_for
+from minillm.kernels.registry import kernel
+from minillm.kernels.rows import BLOCK_BYTES, row_blocks
+
+_C0, _C1 = math.sqrt(2 / math.pi), 0.044715
+
+
+def _flat(x: Any, out: Any, fn: Callable[..., None], *more: Any) -> Any:
+    """Run fn(x, *more, out) over cache-sized pieces of contiguous arrays."""
+    views = [a.reshape(-1) for a in (x, *more)]
+    target = out.reshape(-1)
+    step = BLOCK_BYTES // (4 * x.itemsize)
+
+    def run(start: int, stop: int) -> None:
+        for first in range(start, stop, step):
+            part = slice(first, min(first + step, stop))
+            fn(*(v[part] for v in views), target[part])
+
+    parallel_for(views[0].size, run, step)
+    return out
+
+
+def _sigmoid_(z: Any) -> Any:
+    """1 / (1 + exp(-z)) in place; large |z| saturate without a warning."""
+    np.negative(z, out=z)
+    np.minimum(z, 80.0, out=z)
+    np.exp(z, out=z)
+    z += 1
+    return np.reciprocal(z, out=z)
+
+
+def _gate(x: Any) -> Any:
+    """sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3), which equals (1 + tanh u) / 2."""
+    z = x * x
+    z *= 2 * _C0 * _C1
+    z += 2 * _C0
+    z *= x
+    return _sigmoid_(z)
+
+
+def _gelu_tanh(x: Any, out: Any) -> None:
+    np.multiply(_gate(x), x, out=out)
+
+
+def _gelu_tanh_backward(x: Any, grad: Any, out: Any) -> None:
+    s = _gate(x)
+    slope = x * x
+    slope *= 6 * _C0 * _C1
+    slope += 2 * _C0
+    slope *= x
+    slope *= 1 - s
+    slope += 1
+    slope *= s
+    np.multiply(slope, grad, out=out)
+
+
+def _gelu_erf(x: Any, out: Any) -> None:
+    np.multiply(x, (0.5 * (1 + erf(x * math.sqrt(0.5)))).astype(x.dtype), out=out)
+
+
+def _gelu_erf_backward(x: Any, grad: Any, out: Any) -> None:
+    wide = x.astype(np.float64)
+    slope = 0.5 * (1 + erf(wide * math.sqrt(0.5))) + wide * np.exp(-0.5 * wide * wide) / math.sqrt(
+        2 * math.pi
+    )
+    np.multiply(slope.astype(x.dtype), grad, out=out)
+
+
+_FORWARD = {"tanh": _gelu_tanh, "erf": _gelu_erf}
+_BACKWARD = {"tanh": _gelu_tanh_backward, "erf": _gelu_erf_backward}
+
+
+@kernel("gelu_forward")
+def gelu_forward(x: Any, approximate: str, bias: Any = None) -> Any:
+    """GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x Phi(x) exactly for "erf", by the tanh
+    formula of GPT-2 for "tanh". Any shape, contiguous. With a `bias` [F], of x + bias, whose last
+    dim is F."""
+    x = np.ascontiguousarray(x if bias is None else x + bias)
+    return _flat(x, np.empty_like(x), _FORWARD[approximate])
+
+
+@kernel("gelu_backward")
+def gelu_backward(grad_y: Any, x: Any, approximate: str, out: Any = None, bias: Any = None) -> Any:
+    """grad_y times the derivative at x, or at x + bias; `out` may be grad_y itself."""
+    x = x if bias is None else x + bias
+    grad_y = np.ascontiguousarray(grad_y)
+    return _flat(
+        np.ascontiguousarray(x),
+        np.empty_like(x) if out is None else out,
+        _BACKWARD[approximate],
+        grad_y,
+    )
+
+
+@kernel("relu_forward")
+def relu_forward(x: Any) -> Any:
+    """max(x, 0)."""
+    return np.maximum(x, 0)
+
+
+@kernel("relu_backward")
+def relu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
+    """grad_y where x > 0."""
+    return np.multiply(grad_y, x > 0, out=out)
+
+
+@kernel("swiglu_forward")
+def swiglu_forward(gate_up: Any) -> Any:
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202): gate_up [rows, 2F] = [gate | up] -> [rows,
+    F]."""
+    F = gate_up.shape[1] // 2
+    y = np.empty((len(gate_up), F), gate_up.dtype)
+
+    def run(rows: slice) -> None:
+        gate, up = gate_up[rows, :F], gate_up[rows, F:]
+        out = y[rows]
+        out[...] = gate
+        _sigmoid_(out)
+        out *= gate
+        out *= up
+
+    row_blocks(len(gate_up), 4 * F * gate_up.itemsize, run)
+    return y
+
+
+@kernel("swiglu_backward")
+def swiglu_backward(grad_y: Any, gate_up: Any) -> Any:
+    """Gradient of gate_up [rows, 2F] from grad_y [rows, F]."""
+    F = gate_up.shape[1] // 2
+    grad = np.empty_like(gate_up)
+
+    def run(rows: slice) -> None:
+        gate, up, dy = gate_up[rows, :F], gate_up[rows, F:], grad_y[rows]
+        s = _sigmoid_(gate.copy())
+        silu = gate * s
+        np.multiply(dy, silu, out=grad[rows, F:])
+        silu *= 1 - s
+        silu += s  # d silu / d gate = s + gate s (1 - s)
+        silu *= up
+        np.multiply(dy, silu, out=grad[rows, :F])
+
+    row_blocks(len(gate_up), 6 * F * gate_up.itemsize, run)
+    return grad

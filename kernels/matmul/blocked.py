@@ -1,0 +1,62 @@
+"""Matrix products, straight into BLAS and sliced over the pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from minillm.kernels.pool import get_threads, parallel_for
+from minillm.kernels.registry import kernel
+
+ACCUMULATE_BLOCK = 1 << 18  # elements of a product that are added while they are still in cache
+
+
+@kernel("matmul")
+def matmul(
+    a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None
+) -> Any:
+    """a [M, K] @ b [K, N] -> [M, N]; operands may be transposed views, which BLAS takes without a
+    copy. With `accumulate`, added into `out`; a `bias` [N], for a product that is not accumulated,
+    is added to every row. `sums` [M] is overwritten by the sum of each row of `a`: the gradient of
+    a bias, where `a` is that of an output, transposed.
+
+    The longer side of the result is cut over the pool, one BLAS call a slice.
+    """
+    M, N = a.shape[0], b.shape[1]
+    if out is None:
+        out = np.empty((M, N), a.dtype)
+    if sums is not None:
+        sums[...] = column_sum(a.T)
+    by_rows = M >= N
+
+    def run(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        left, right, target = (a[part], b, out[part]) if by_rows else (a, b[:, part], out[:, part])
+        if not accumulate:
+            np.matmul(left, right, out=target)
+            if bias is not None:
+                target += bias if by_rows else bias[part]
+            return
+        step = max(16, ACCUMULATE_BLOCK // max(1, target.shape[1]))
+        for first in range(0, target.shape[0], step):
+            target[first : first + step] += left[first : first + step] @ right
+
+    if get_threads() == 1:
+        run(0, max(M, N))
+    else:
+        parallel_for(max(M, N), run, 16)
+    return out
+
+
+@kernel("column_sum")
+def column_sum(x: Any) -> Any:
+    """Sum over rows, [rows, D] -> [D]: a bias gradient. A product with ones is BLAS's fastest way
+    to do it."""
+    out = np.empty(x.shape[1], x.dtype)
+    ones = np.ones(x.shape[0], x.dtype)
+
+    def run(start: int, stop: int) -> None:
+        np.matmul(ones, x[:, start:stop], out=out[start:stop])
+
+    parallel_for(x.shape[1], run, 64)
+    return out

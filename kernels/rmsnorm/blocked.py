@@ -1,0 +1,86 @@
+"""Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from minillm.kernels.pool import parallel_for
+from minillm.kernels.registry import kernel
+from minillm.kernels.rows import row_blocks
+
+
+@kernel("rmsnorm_forward")
+def rmsnorm_forward(
+    x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None
+) -> tuple[Any, Any]:
+    """x [..., D], weight [D] -> y = x rstd weight [..., D], rstd = 1 / sqrt(mean(x^2) + eps)
+    [rows].
+
+    With a residual branch `delta` [..., D], x + delta is normalised, and written into `sum_out`.
+    """
+    shape = x.shape
+    x = (x if delta is None else np.add(x, delta, out=sum_out)).reshape(-1, shape[-1])
+    y, rstd = np.empty_like(x), np.empty(len(x), x.dtype)
+
+    def run(rows: slice) -> None:
+        block = x[rows]
+        scale = 1 / np.sqrt(
+            np.einsum("ij,ij->i", block, block) / x.dtype.type(x.shape[1]) + x.dtype.type(eps)
+        )
+        np.multiply(block, scale[:, None], out=y[rows])
+        y[rows] *= weight
+        rstd[rows] = scale
+
+    row_blocks(len(x), x.shape[1] * x.itemsize * 2, run)
+    return y.reshape(shape), rstd
+
+
+@kernel("rmsnorm_backward")
+def rmsnorm_backward(
+    grad_y: Any,
+    x: Any,
+    weight: Any,
+    rstd: Any,
+    need_x: bool = True,
+    need_params: bool = True,
+    grad_x_out: Any = None,
+    grad_sum: Any = None,
+) -> tuple[Any, Any]:
+    """Gradients of x [..., D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z
+    mean(g z)) rstd.
+
+    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself. `grad_sum` [..., D],
+    what arrives at x past the norm, is added to grad_x.
+    """
+    shape, D = x.shape, x.shape[-1]
+    x, grad_y, grad_x_out, grad_sum = (
+        None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum)
+    )
+    grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
+    partial: list[tuple[int, Any]] = []
+    step = max(1, (128 << 10) // (D * x.itemsize))
+
+    def run(start: int, stop: int) -> None:
+        total = np.zeros(D, x.dtype)
+        for first in range(start, stop, step):
+            rows = slice(first, min(first + step, stop))
+            z, dy = x[rows] * rstd[rows, None], grad_y[rows]
+            if need_params:
+                total += np.einsum("ij,ij->j", dy, z)
+            if grad_x is not None:
+                g = dy * weight
+                z *= (np.einsum("ij,ij->i", g, z) / x.dtype.type(D))[:, None]
+                g -= z
+                np.multiply(g, rstd[rows, None], out=grad_x[rows])
+                if grad_sum is not None:
+                    grad_x[rows] += grad_sum[rows]
+        partial.append((start, total))
+
+    parallel_for(len(x), run, step)
+    grad_weight = (
+        sum((s for _, s in sorted(partial, key=lambda item: item[0])), np.zeros(D, x.dtype))
+        if need_params
+        else None
+    )
+    return None if grad_x is None else grad_x.reshape(shape), grad_weight
