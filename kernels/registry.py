@@ -1,13 +1,11 @@
-"""Which implementation of an op runs: the registry behind every function that `minillm.kernels`
-exports.
+"""Registry of operations and their implementations, and the choice of what runs.
 
-    @kernel("softmax_forward", backend="c")            an implementation announces itself
-    softmax_forward = dispatch(reference.softmax_forward)   the public function: same signature, runs the best implementation for its
-    argument with use(softmax="numpy"): ...                     in this context, force a backend ("numpy") or one variant
-    ("numpy:reference")
+    @kernel("softmax_forward", backend="c")    register an implementation
+    softmax_forward = dispatch("softmax_forward")    make the public function of an operation
+    with use(softmax="numpy"): ...    force a backend, or one variant ("numpy:blocked"), in a context
 
-An op is a function name such as `attention_forward`; a family is the folder it lives in, such as
-`attention`. All implementations of an op have one signature, which the NumPy reference defines.
+An op is a function name such as `attention_forward`. A family is the folder it lies in, such as
+`attention`. All implementations of an op have the signature of its NumPy implementation.
 """
 
 from __future__ import annotations
@@ -93,16 +91,22 @@ def kernel(
     op: str,
     *,
     backend: str = "numpy",
-    variant: str = "reference",
+    variant: str = "blocked",
     dtypes: tuple[str, ...] = (),
     unavailable: str | None = None,
     takes: Callable[..., str] | None = None,
     fuses_bias: bool = False,
+    like: int = 0,
 ) -> Callable[[F], F]:
-    """Register the decorated function as an implementation of `op`. Within a backend, the first
-    variant registered is the default."""
+    """Register the decorated function as an implementation of `op`.
+
+    Within a backend, the first variant registered is the default. `like` is the number of the
+    argument whose type and dtype choose the implementation.
+    """
 
     def register(fn: F) -> F:
+        if like:
+            fn.like = like  # type: ignore[attr-defined]
         entries = _kernels.setdefault(op, [])
         entries[:] = [k for k in entries if (k.backend, k.variant) != (backend, variant)]
         entries.append(Kernel(op, backend, variant, fn, dtypes, unavailable, takes, fuses_bias))
@@ -132,7 +136,7 @@ def ops() -> list[str]:
 @contextmanager
 def use(**choices: str) -> Iterator[None]:
     """In this context, run the ops named (or all ops of a family named) on the backend given,
-    "numpy", or on one variant, "numpy:reference".
+    "numpy", or on one variant, "numpy:blocked".
 
     Raises KernelUnavailable at once if there is no such implementation, or none that can run here.
     """
@@ -202,13 +206,16 @@ def resolved(op: str, like: Array, *, head_width: int, dropout: bool) -> str:
     )
 
 
-def dispatch(reference: F, like: int = 0) -> F:
-    """The public function of an op: the signature and docstring of its NumPy reference, running
-    what `lookup` finds for argument number `like`."""
-    op = reference.__name__
-    name = reference.__code__.co_varnames[like]
+def dispatch(op: str) -> Callable[..., Any]:
+    """Return the public function of an op: it runs what `lookup` finds for its array argument.
 
-    @functools.wraps(reference)
+    Signature and docstring are those of the first NumPy implementation.
+    """
+    first = next(k.fn for k in _kernels[op] if k.backend == "numpy")
+    like = getattr(first, "like", 0)
+    name = first.__code__.co_varnames[like]
+
+    @functools.wraps(first)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             x = args[like]
@@ -216,7 +223,7 @@ def dispatch(reference: F, like: int = 0) -> F:
             x = kwargs[name]
         return _table.get()[op, type(x), x.dtype](*args, **kwargs)
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 def _find(op: str, kind: type, dtype: Any, choice: str) -> Callable[..., Any]:

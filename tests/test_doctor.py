@@ -150,7 +150,7 @@ def test_kernels_are_counted_by_what_runs_them() -> None:
     assert (
         finding.mark == "ok"
         and f"of {len(kernels.ops())} operations" in finding.found
-        and "numpy:reference for" in finding.found
+        and "numpy:blocked for" in finding.found
     )
 
 

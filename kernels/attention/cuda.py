@@ -302,7 +302,13 @@ def _backward(
 
 
 def _forward_v3(
-    q: Any, k: Any, v: Any, seen: DeviceTable, scale: float, dropout: AttentionDropout | None, out: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    seen: DeviceTable,
+    scale: float,
+    dropout: AttentionDropout | None,
+    out: Any,
 ) -> tuple[Any, Any]:
     _require_v3(q, scale, dropout)
     q, k, v = hopper.tiled(q), hopper.tiled(seen.sorted(k)), hopper.tiled(seen.sorted(v))

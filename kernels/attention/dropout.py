@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from minillm.kernels.random.blocked import random_bits
 from minillm.kernels.random.hashing import address_words, column_words, keep
-from minillm.kernels.random.reference import random_bits
 
 Array = Any
 

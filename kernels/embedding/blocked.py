@@ -12,7 +12,7 @@ ONE_HOT_ROWS = (
 )
 
 
-@kernel("embedding_forward")
+@kernel("embedding_forward", like=1)
 def embedding_forward(ids: Any, weight: Any, first_row: int = 0) -> Any:
     """Rows of weight [V_local, D] for ids of any shape -> [*ids.shape, D]; ids outside [first_row,
     first_row + V_local) give zeros."""

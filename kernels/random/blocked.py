@@ -39,13 +39,13 @@ def random_bits(key: int, indices: Any) -> Any:
     return z.reshape(np.shape(indices))
 
 
-@kernel("random_uniform")
+@kernel("random_uniform", like=1)
 def random_uniform(key: int, indices: Any) -> Any:
     """Uniform float64 in (0, 1) for each index: the top 52 bits plus a half, never 0 or 1."""
     return ((random_bits(key, indices) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-@kernel("random_normal")
+@kernel("random_normal", like=1)
 def random_normal(key: int, indices: Any) -> Any:
     """Standard normal float64 for each index [n]."""
     indices = np.asarray(indices, np.uint64).reshape(-1)

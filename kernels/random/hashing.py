@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.random.reference import random_bits
+from minillm.kernels.random.blocked import random_bits
 
 Array = Any
 

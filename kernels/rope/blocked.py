@@ -5,14 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from minillm.kernels.registry import kernel
-
-
-def rope_tables(times: Any, head_width: int, base: float, dtype: Any) -> tuple[Any, Any]:
-    """cos, sin [T, K/2] of times[t] * base^(-2i/K), computed in float64."""
-    angle = np.asarray(times)[:, None] * base ** (-np.arange(0, head_width, 2) / head_width)
-    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
 
 
 @kernel("rope_")
