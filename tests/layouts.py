@@ -1,11 +1,19 @@
-"""The layouts that law 1 is tested on: a small table for every run of the tests, and all of them
-for `pytest -m full`."""
+"""Cells that law 1 is tested on: model kinds crossed with layouts.
+
+`QUICK_CELLS` is a covering array: every pair of factor values occurs in one of its cells. Every run
+of the tests has it. `MATRIX_CELLS` adds a table by hand, and a covering array of all triples, and
+`sampled_cells` draws from all cells with a seed: the mark `matrix`. All cells: the mark `full`.
+"""
 
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Sequence
 
 from training_helpers import BASE, MODELS, Layout
+
+Cell = tuple[str, Layout]
 
 ALONE = [
     *(Layout(dp=n) for n in (2, 4, 8)),
@@ -50,7 +58,7 @@ TRIPLES = [
     Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2, stage_layers="3,1"),
 ]
 
-CELLS = [
+TABLE: list[Cell] = [
     *((model, layout) for layout in ALONE for model in ("gpt2", "llama")),
     *((model, layout) for layout in PAIRS for model in ("gpt2", "llama")),
     *((model, layout) for layout in TRIPLES for model in ("gpt2", "llama")),
@@ -81,3 +89,48 @@ def all_layouts() -> list[Layout]:
 def kv_heads_divide(model: str, layout: Layout) -> bool:
     """Whether each tensor-parallel rank of the layout gets a key-value head of the model."""
     return MODELS[model].get("kv_heads", BASE["heads"]) % layout.tp == 0
+
+
+def all_cells() -> list[Cell]:
+    """Return every model on every layout that it fits."""
+    return [(m, at) for at in all_layouts() for m in MODELS if kv_heads_divide(m, at)]
+
+
+def factors(cell: Cell) -> tuple[tuple[str, object], ...]:
+    """Return the factor values of a cell."""
+    model, layout = cell
+    axes = (("model", model), ("dp", layout.dp), ("tp", layout.tp), ("pp", layout.pp))
+    return (
+        *axes,
+        ("sp", layout.sp),
+        ("schedule", layout.schedule if layout.pp > 1 else "none"),
+        ("microbatches", layout.num_microbatches),
+    )
+
+
+def covering(cells: Sequence[Cell], strength: int) -> list[Cell]:
+    """Return few cells in which every `strength` factor values occur that any cell combines.
+
+    Greedy and deterministic: the cell with the most new combinations comes next, the first of
+    several; small meshes come first.
+    """
+    left = {cell: set(itertools.combinations(factors(cell), strength)) for cell in cells}
+    order = sorted(left, key=lambda cell: cell[1].num_ranks)
+    chosen: list[Cell] = []
+    missing = set().union(*left.values())
+    while missing:
+        best = max(order, key=lambda cell: len(left[cell] & missing))
+        chosen.append(best)
+        missing -= left[best]
+    return chosen
+
+
+def sampled_cells(count: int, seed: int) -> list[Cell]:
+    """Return `count` of all cells, drawn with `seed`."""
+    return random.Random(seed).sample(all_cells(), count)
+
+
+QUICK_CELLS = covering(all_cells(), 2)
+MATRIX_CELLS = [
+    cell for cell in dict.fromkeys([*TABLE, *covering(all_cells(), 3)]) if cell not in QUICK_CELLS
+]

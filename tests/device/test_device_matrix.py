@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from standin.install import installed
 from test_step import FLOAT32, error, sizes
-from training_helpers import BASE, INIT_STD, MODELS, Layout, Outcome, compare, train
+from training_helpers import BASE, INIT_STD, Layout, Outcome, compare, train
 
 from minillm.comm import staging
 
@@ -23,13 +23,7 @@ SPREAD = [
     Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4),
 ]
 CELLS = [(model, layout) for model in ("gpt2", "llama") for layout in SPREAD]
-EVERY = [
-    (model, layout)
-    for model in MODELS
-    for layout in layouts.all_layouts()
-    if layouts.kv_heads_divide(model, layout)
-]
-FULL = list(dict.fromkeys([*layouts.CELLS, *EVERY]))
+FULL = list(dict.fromkeys([*layouts.TABLE, *layouts.all_cells()]))
 WHOLE: dict[str, Any] = dict(
     layers=BASE["layers"], heads=BASE["heads"], dim=32 * BASE["heads"]
 )  # for stages and heads of every layout
