@@ -28,9 +28,8 @@ class Sizes:
     head_width: int = 64
     width: int = 256
     causal: bool = True
-    # so many keys at the start of the first sample are hidden, half as many of the second, ..., and
-    # every seventh key
-    padding: int = 0
+    padding: int = 0  # keys hidden at the end of the first sample, half as many of the second, ...
+    window: int = 0  # keys up to its own that a query sees at most; 0: all
 
     def __str__(self) -> str:
         return ", ".join(f"{name} = {value}" for name, value in vars(self).items())
@@ -67,7 +66,8 @@ def _attention(make: _Maker) -> tuple[Array, Array, Array]:
 
 def _attention_options(s: Sizes) -> dict[str, Any]:
     lengths = s.T - s.padding // np.arange(1, s.batch + 1) if s.padding else None
-    seen = kernels.Visibility(causal=s.causal, key_lengths=lengths)
+    first = np.arange(1, s.T + 1) - s.window if s.window else None
+    seen = kernels.Visibility(causal=s.causal, key_lengths=lengths, first_time=first)
     return {"scale": s.head_width**-0.5, "visibility": seen}
 
 

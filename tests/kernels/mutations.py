@@ -12,9 +12,11 @@ ATTENTION = Sizes(T=200, heads=2, kv_heads=1, head_width=64)
 # Keys enough that the ring of tiles comes round.
 WIDE_ATTENTION = Sizes(T=600, heads=1, kv_heads=1, head_width=128)
 LONG_ATTENTION = Sizes(T=520, heads=2, kv_heads=1, head_width=64)
-# A mask that hides whole tiles and parts of others: some queries see nothing, some warpgroups of a
-# block, and then others of the next part.
-PADDED_ATTENTION = Sizes(T=400, batch=2, heads=2, kv_heads=1, head_width=64, padding=260)
+# Key lengths and a window that hide whole tiles and parts of others: the last queries see nothing,
+# some warpgroups of a block, and then others of the next part.
+MASKED_ATTENTION = Sizes(
+    T=450, batch=2, heads=2, kv_heads=1, head_width=64, padding=300, window=140
+)
 ROWS = Sizes(T=37, width=200)
 WIDE_ROWS = Sizes(T=5, width=3000)
 
@@ -73,8 +75,11 @@ def _v3_back(name: str, old: str, new: str) -> Mutation:
     )
 
 
-def _v3_masked(name: str, file: str, old: str, new: str, op: str = "attention_forward") -> Mutation:
-    return Mutation(name, f"attention/{file}", old, new, op, "v3", PADDED_ATTENTION)
+def _masked(
+    name: str, file: str, old: str, new: str, op: str = "attention_forward", variant: str = "v1"
+) -> Mutation:
+    dtype = "float32" if variant == "v1" else "bfloat16"
+    return Mutation(name, f"attention/{file}", old, new, op, variant, MASKED_ATTENTION, dtype)
 
 
 def _step(
@@ -87,8 +92,8 @@ MUTATIONS = [
     # ---- attention v1
     _v1(
         "mask off by one",
-        "const bool seen = key < limit[i] &&",
-        "const bool seen = key <= limit[i] &&",
+        "s[i][j] = key < keys[i].end &&",
+        "s[i][j] = key <= keys[i].end &&",
     ),
     _v1("missing rescale", "sums[i][c] *= shrink;", "sums[i][c] *= 1;"),
     _v1(
@@ -126,7 +131,7 @@ MUTATIONS = [
         "ldmatrix_x4_trans(right, tile + further(at, c / 2));",
         "ldmatrix_x4_trans(right, tile + (first + LANE % 16) * 64 + 8 * (c + LANE / 16));",
     ),
-    _v2_tiles("mask off by one", "if (8 * n + e >= limit) s[m]", "if (8 * n + e > limit) s[m]"),
+    _v2_tiles("mask off by one", "if (8 * n + e >= end ||", "if (8 * n + e > end ||"),
     _v2("missing rescale", "sums[m][c][e] *= shrink[e / 2];", ";"),
     _v2("sum not rescaled", "of.l[m][half] * shrink[half] + sum", "of.l[m][half] + sum"),
     _v2(
@@ -295,81 +300,80 @@ MUTATIONS = [
         "    wait_for<0>(grad_k);\n    release(&shared.q_empty[at.stage]);",
         "    release(&shared.q_empty[at.stage]);\n    wait_for<0>(grad_k);",
     ),
-    _v3_masked(
-        "bits of another column",
+    # ---- visible keys
+    *(
+        _masked(f"{name} in {variant}", "common.cuh", old, new, variant=variant)
+        for variant in ("v1", "v2", "v3")
+        for name, old, new in (
+            ("document a key late", "{keys.v[0], keys.v[1]};", "{keys.v[0] + 1, keys.v[1]};"),
+            ("window a key wide", "{keys.v[0], keys.v[1]};", "{max(keys.v[0] - 1, 0), keys.v[1]};"),
+            ("length with <=", "{keys.v[0], keys.v[1]};", "{keys.v[0], keys.v[1] + 1};"),
+            ("first tile left out", "min(seen.first, of.v[0])", "max(seen.first % 450, of.v[0])"),
+            ("tile taken for clear", "key < open || key + n", "key + n"),
+        )
+    ),
+    *(
+        _masked(f"{name} in {variant}", "common.cuh", old, new, "attention_backward", variant)
+        for variant in ("v1", "v2", "v3")
+        for name, old, new in (
+            ("last reader left out", "max(queries.end, of.v[1])", "min(450 - 16, of.v[1])"),
+            ("readers of half the keys", "key < min(first + rows, num_keys)", "key < first + 16"),
+        )
+    ),
+    _masked(
+        "own first key hidden",
+        "v1.cu",
+        "key >= keys[i].first ? s[i]",
+        "key > keys[i].first ? s[i]",
+    ),
+    _masked(
+        "earlier keys seen", "v1.cu", " || key < query.keys.first) {", ") {", "attention_backward"
+    ),
+    _masked("earlier keys seen", "v2_common.cuh", " || 8 * n + e < first)", ")", variant="v2"),
+    _masked(
+        "later queries seen",
+        "v2_backward.cu",
+        " || 16 * m + 8 * half < first)",
+        ")",
+        "attention_backward",
+        "v2",
+    ),
+    _masked(
+        "earlier keys seen",
         "v3_common.cuh",
-        "const int shift = accumulator_column();",
-        "const int shift = 0;",
+        " || column < (i / 2 % 2 ? first_1 : first_0))",
+        ")",
+        variant="v3",
     ),
-    _v3_masked(
-        "hidden tiles loaded",
+    _masked(
+        "last tile left out",
         "v3_common.cuh",
-        "const int first = mask.tile(i) * KEYS;",
-        "const int first = i * KEYS;",
+        "end_tile = max(num_blocks(seen.end, KEYS), first_tile);",
+        "end_tile = max(seen.end / KEYS, first_tile);",
+        "attention_backward",
+        "v3",
     ),
-    _v3_masked(
-        "tiles listed with gaps",
-        "v3_mask.cu",
-        "if (any) tiles[8 * seen + 4] = tile;",
-        "if (any) tiles[8 * tile + 4] = tile;",
+    _masked(
+        "bounds of another query",
+        "v3_backward.cu",
+        "2 * (first_query + accumulator_column());",
+        "2 * first_query;",
+        "attention_backward",
+        "v3",
     ),
-    _v3_masked(
-        "missing barrier",
-        "v3_mask.cu",
-        "        __syncthreads();  // the words have been read\n",
-        "",
-    ),
-    _v3_masked(
+    _masked(
         "turn for a first tile",
         "v3_forward.cu",
         "if (i > 0) await_turn(consumer);",
         "await_turn(consumer);",
+        variant="v3",
     ),
-    _v3_masked(
+    _masked(
         "queries kept by those who see nothing",
         "v3_forward.cu",
-        "release(&shared.q_empty);  // the mask hides all that these queries might see",
+        "release(&shared.q_empty);  // these queries see none of the keys",
         ";",
-    ),
-    _v3_masked(
-        "hidden keys seen",
-        "v3_forward.cu",
-        "        hide_masked(scores, mask, tile, -INFINITY);\n",
-        "",
-    ),
-    _v3_masked(
-        "hidden keys in the first tile seen",
-        "v3_forward.cu",
-        "    hide_masked(scores, mask, first_tile, -INFINITY);\n",
-        "",
-    ),
-    _v3_masked(
-        "hidden keys seen by gradients of queries",
-        "v3_backward.cu",
-        "    hide_masked(scores, mask, tile, 0);\n",
-        "",
-        "attention_backward",
-    ),
-    _v3_masked(
-        "gradients of hidden keys",
-        "v3_backward.cu",
-        "if (mask.sees(key + 8 * half)) continue;",
-        "continue;",
-        "attention_backward",
-    ),
-    _v3_masked(
-        "bit of another key",
-        "v3_common.cuh",
-        "words[key % KEYS / 32] >> key % 32 & 1",
-        "words[key / 32 % 2] >> key % 32 & 1",
-        "attention_backward",
-    ),
-    _v3_masked(
-        "tile left out one too early",
-        "v3_backward.cu",
-        "if (mask.seen(number + 1) == mask.seen(number))",
-        "if (mask.seen(number) == mask.seen(max(number - 1, 0)))",
-        "attention_backward",
+        variant="v3",
     ),
     # ---- the rest of a training step
     _step(
