@@ -106,8 +106,8 @@ MUTATIONS = [
     _v1("row beyond the end", "if (row >= end) return;", "if (row > end) return;"),
     _v1_back(
         "queries begin a tile too late",
-        "a.causal ? key / tile * tile : 0",
-        "a.causal ? key / tile * tile + tile : 0",
+        "return {causal ? first : 0, num_queries};",
+        "return {causal ? first + rows : 0, num_queries};",
         "common.cuh",
     ),
     _v1_back(
@@ -184,8 +184,8 @@ MUTATIONS = [
     _v2_back("probability without its shift", "exp2_(p * scale - lse_2)", "exp2_(p * scale)"),
     _v2_back(
         "mask transposed",
-        "if (16 * m + 8 * half >= limit) s[m]",
-        "if (16 * m + 8 * half > limit) s[m]",
+        "if (16 * m + 8 * half >= end ||",
+        "if (16 * m + 8 * half > end ||",
     ),
     _v2_back(
         "gradient not lowered by delta",
@@ -238,7 +238,13 @@ MUTATIONS = [
         "        wait_for<0>(out);\n        #p",
     ),
     _v3("missing rescale", "out[i] *= correction[i / 2 % 2];", ";"),
-    _v3("mask off by one", "if (i / 4 * 8 + i % 2 >= (i", "if (i / 4 * 8 + i % 2 > (i"),
+    _masked(
+        "mask off by one",
+        "v3_common.cuh",
+        "column >= (i / 2 % 2 ? end_1 : end_0)",
+        "column > (i / 2 % 2 ? end_1 : end_0)",
+        variant="v3",
+    ),
     _v3(
         "lane missing in the maximum",
         "        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));\n",
@@ -283,7 +289,7 @@ MUTATIONS = [
         "device/tiles.cuh",
     ),
     _v3_back(
-        "mask off by one", "if (i / 4 * 8 + i % 2 < key + i", "if (i / 4 * 8 + i % 2 <= key + i"
+        "mask off by one", "if (i / 4 * 8 + i % 2 < distance", "if (i / 4 * 8 + i % 2 <= distance"
     ),
     _v3_back(
         "tile overwritten while it is stored",
@@ -311,12 +317,13 @@ MUTATIONS = [
             ("first tile left out", "min(seen.first, of.v[0])", "max(seen.first % 450, of.v[0])"),
             ("tile taken for clear", "key < open || key + n", "key + n"),
         )
+        if (variant, name) != ("v1", "tile taken for clear")  # v1 compares every key
     ),
     *(
         _masked(f"{name} in {variant}", "common.cuh", old, new, "attention_backward", variant)
         for variant in ("v1", "v2", "v3")
         for name, old, new in (
-            ("last reader left out", "max(queries.end, of.v[1])", "min(450 - 16, of.v[1])"),
+            ("last reader left out", "max(queries.end, of.v[1])", "max(queries.end, of.v[1] - 16)"),
             ("readers of half the keys", "key < min(first + rows, num_keys)", "key < first + 16"),
         )
     ),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from minillm.kernels import build, emulator
 from minillm.kernels.attention import cuda as bindings
+from minillm.kernels.attention.device_table import device_table
 
 from minillm import kernels
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     bool(emulator.compiler_missing()), reason=str(emulator.compiler_missing())
 )
 
+CAUSAL = kernels.Visibility()
 DTYPES = {"v1": np.dtype(np.float32), "v2": np.dtype(ml_dtypes.bfloat16)}
 FULL_GPU, AMPERE, SMALL_AMPERE, TURING = (
     kb << 10 for kb in (227, 163, 99, 64)
@@ -27,7 +29,7 @@ def both_passes(
     variant: str, q: Any, k: Any, v: Any, grad_o: Any, **options: Any
 ) -> tuple[Any, ...]:
     """o, lse and the three gradients."""
-    options = {"scale": 0.2, "causal": True} | options
+    options = {"scale": 0.2, "visibility": CAUSAL} | options
     with kernels.use(attention=f"emulator:{variant}"):
         o, lse = kernels.attention_forward(q, k, v, **options)
         return (o, lse, *kernels.attention_backward(grad_o, q, k, v, o, lse, **options))
@@ -72,7 +74,7 @@ def test_arrays_that_cannot_be_read_as_they_lie_are_copied(variant: str) -> None
     assert same_bits(both_passes(variant, *mirrored), wanted)
     out = np.full((1, 20, 2, 33), np.nan, arrays[0].dtype)[..., 1:]
     with kernels.use(attention=f"emulator:{variant}"):
-        o, _ = kernels.attention_forward(*arrays[:3], scale=0.2, causal=True, out=out)
+        o, _ = kernels.attention_forward(*arrays[:3], scale=0.2, visibility=CAUSAL, out=out)
     assert o is out and o.tobytes() == wanted[0].tobytes()
 
 
@@ -106,14 +108,15 @@ def test_every_plan_fits_its_gpu_and_is_compiled_in_ci(shared_bytes: int) -> Non
         assert defines in build.build_sets(tiles.path), defines
 
 
-def test_usual_times_need_no_limits() -> None:
+def test_usual_times_are_read_without_sorting() -> None:
+    """Keys in the order of their times lie as the kernels want them; others are sorted."""
     q, k, _, _ = inputs(DTYPES["v2"], 1, 20, 1, 1, 32)
-    usual = bindings._seen(q, k, True, np.arange(5, 25), np.arange(5, 25), None)
-    assert usual.causal and usual.limits is None and usual.order is None
-    later = bindings._seen(q, k, True, np.arange(20, 40), np.arange(20), None)
-    assert not later.causal and later.limits is None
-    other = bindings._seen(q, k, True, np.arange(20) * 2, np.arange(20), None)
-    assert other.limits is not None
+    for times in (None, np.arange(5, 25), np.arange(20) * 2):
+        usual = kernels.Visibility(times_q=times, times_k=times)
+        assert device_table(usual, q, k).order is None
+    backwards = np.arange(20)[::-1].copy()
+    mixed = kernels.Visibility(times_q=backwards, times_k=backwards)
+    assert device_table(mixed, q, k).order is not None
 
 
 def test_what_no_kernel_takes_is_refused_with_the_way_out() -> None:

@@ -6,14 +6,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import kernel_references as plain
 import ml_dtypes
 import numpy as np
 import pytest
 from kernel_check import check_narrow
 from minillm.kernels import emulator
 from minillm.kernels.attention import cuda as bindings
-from minillm.kernels.attention import hopper
+from minillm.kernels.attention import hopper, reference
 
 from minillm import kernels
 
@@ -23,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SCALE = 0.2
+CAUSAL = kernels.Visibility()
 
 
 def exact_inputs(B: int, T: int, H: int, Hkv: int, K: int) -> tuple[Any, ...]:
@@ -31,33 +31,32 @@ def exact_inputs(B: int, T: int, H: int, Hkv: int, K: int) -> tuple[Any, ...]:
     return tuple(rng.standard_normal((B, T, heads, K)) for heads in (H, Hkv, Hkv, H))
 
 
-def padding(T: int) -> Any:
-    """A mask [3, T] of keys: with holes and a whole tile hidden; the first tiles hidden, all that
-    the first queries may see; all hidden."""
-    mask = np.random.default_rng(T).random((3, T)) < 0.7
-    mask[0, 128:256] = mask[1, :300] = mask[2] = False
-    return mask
+def padding(T: int, causal: bool = True) -> kernels.Visibility:
+    """Return limits for three samples.
+
+    One has its last keys hidden, one its first tiles and its last queries' keys, one all keys.
+    """
+    first = np.zeros((3, T), np.int32)
+    first[1] = 130  # a document that begins inside the second tile: earlier queries see nothing
+    lengths = np.array([T - 150, T - 20, 0], np.int32)
+    return kernels.Visibility(causal=causal, key_lengths=lengths, first_time=first)
 
 
 def both_passes(arrays: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
     """o, lse and the three gradients."""
     q, k, v, grad_o = arrays
-    options = {"scale": SCALE, "causal": True} | options
+    options = {"scale": SCALE, "visibility": CAUSAL} | options
     with kernels.use(attention="emulator:v3"):
         o, lse = kernels.attention_forward(q, k, v, **options)
         return (o, lse, *kernels.attention_backward(grad_o, q, k, v, o, lse, **options))
 
 
 def expected(
-    q: Any, k: Any, v: Any, grad_o: Any, key_mask: Any = None, causal: bool = True
+    q: Any, k: Any, v: Any, grad_o: Any, visibility: kernels.Visibility | None = None
 ) -> tuple[Any, ...]:
-    seen = np.tri(q.shape[1], dtype=bool) if causal else np.True_
-    if key_mask is not None:
-        seen = seen & key_mask[:, None, None, :]
-    return (
-        *plain.attention(q, k, v, SCALE, seen),
-        *plain.attention_grads(grad_o, q, k, v, SCALE, seen),
-    )
+    options = {"scale": SCALE, "visibility": visibility or CAUSAL}
+    o, lse = reference.attention_forward(q, k, v, **options)
+    return (o, lse, *reference.attention_backward(grad_o, q, k, v, o, lse, **options))
 
 
 def rounded(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -83,29 +82,32 @@ def test_rings_that_come_round(T: int, K: int) -> None:
 @pytest.mark.parametrize(
     ("T", "K", "causal"), [(450, 32, True), (450, 32, False), (300, 128, True)]
 )
-def test_a_padding_mask(T: int, K: int, causal: bool) -> None:
-    exact, mask = exact_inputs(3, T, 1, 1, K), padding(T)
+def test_key_lengths_and_documents(T: int, K: int, causal: bool) -> None:
+    exact, seen = exact_inputs(3, T, 1, 1, K), padding(T, causal)
     arrays = rounded(exact)
     wide = tuple(x.astype(np.float64) for x in arrays)
-    got = both_passes(arrays, causal=causal, key_mask=mask)
-    check_narrow(got, expected(*exact, mask, causal), expected(*wide, mask, causal), "bfloat16")
+    got = both_passes(arrays, visibility=seen)
+    check_narrow(got, expected(*exact, seen), expected(*wide, seen), "bfloat16")
     for grad in got[3:]:
-        assert not grad[~mask].any(), "a hidden key has a gradient"
+        assert not grad[0, T - 150 :].any() and not grad[1, :130].any() and not grad[2].any()
 
 
-def test_tiles_that_a_mask_hides_are_not_loaded() -> None:
+def test_tiles_that_no_query_sees_are_not_loaded() -> None:
     """What lies there may be anything."""
     q, k, v, grad_o = rounded(exact_inputs(3, 450, 1, 1, 32))
-    mask = padding(450)
-    wanted = both_passes((q, k, v, grad_o), key_mask=mask)
-    k[0, 128:256] = v[1, :256] = np.nan
+    seen = padding(450)
+    wanted = both_passes((q, k, v, grad_o), visibility=seen)
+    k[0, 384:] = v[0, 384:] = k[1, :128] = v[1, :128] = np.nan
     k[2] = v[2] = np.inf
-    assert same_bits(both_passes((q, k, v, grad_o), key_mask=mask), wanted)
+    assert same_bits(both_passes((q, k, v, grad_o), visibility=seen), wanted)
 
 
-def test_a_mask_that_hides_nothing_changes_no_bit() -> None:
+def test_limits_that_hide_nothing_change_no_bit() -> None:
     arrays = rounded(exact_inputs(1, 300, 2, 1, 64))
-    assert same_bits(both_passes(arrays, key_mask=np.ones((1, 300), bool)), both_passes(arrays))
+    idle = kernels.Visibility(
+        key_lengths=np.array([300], np.int32), first_time=np.zeros((1, 300), np.int32)
+    )
+    assert same_bits(both_passes(arrays, visibility=idle), both_passes(arrays))
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 100])
@@ -122,8 +124,9 @@ def test_the_order_of_the_work_changes_no_bit(
 
 def test_no_schedule_of_threads_changes_a_bit() -> None:
     arrays = rounded(exact_inputs(1, 300, 2, 1, 64))
-    mask = padding(300)[1:2]
-    wanted, masked = both_passes(arrays), both_passes(arrays, key_mask=mask)
+    whole = padding(300)
+    seen = kernels.Visibility(key_lengths=whole.key_lengths[1:2], first_time=whole.first_time[1:2])
+    wanted, masked = both_passes(arrays), both_passes(arrays, visibility=seen)
     for schedule in (
         {"order": "greedy warp"},
         {"order": "reversed"},
@@ -132,7 +135,7 @@ def test_no_schedule_of_threads_changes_a_bit() -> None:
     ):
         with emulator.emulate(**schedule):
             assert same_bits(both_passes(arrays), wanted), schedule
-            assert same_bits(both_passes(arrays, key_mask=mask), masked), schedule
+            assert same_bits(both_passes(arrays, visibility=seen), masked), schedule
 
 
 def test_turns_change_no_bit() -> None:
@@ -141,7 +144,9 @@ def test_turns_change_no_bit() -> None:
     q, k, v, _ = arrays
     edit = ("#define TAKE_TURNS 1", "#define TAKE_TURNS 0")
     with emulator.emulate(edits=(edit,), order="random"), kernels.use(attention="emulator:v3"):
-        assert same_bits(kernels.attention_forward(q, k, v, scale=SCALE, causal=True), wanted[:2])
+        assert same_bits(
+            kernels.attention_forward(q, k, v, scale=SCALE, visibility=CAUSAL), wanted[:2]
+        )
 
 
 def test_a_fused_projection_is_read_as_it_lies() -> None:
@@ -158,7 +163,7 @@ def test_a_fused_projection_is_read_as_it_lies() -> None:
             zip(("grad_q", "grad_k", "grad_v"), (grads[:, :, i] for i in range(3)), strict=True)
         )
         kernels.attention_backward(
-            grad_o, *parts, wanted[0], wanted[1], scale=SCALE, causal=True, **outs
+            grad_o, *parts, wanted[0], wanted[1], scale=SCALE, visibility=CAUSAL, **outs
         )
     assert same_bits(tuple(np.ascontiguousarray(grads[:, :, i]) for i in range(3)), wanted[2:])
 
@@ -171,14 +176,13 @@ def test_arrays_that_cannot_be_tiled_are_copied() -> None:
     wanted = both_passes((q, shared_keys.copy(), v, grad_o))
     assert same_bits(both_passes((q, shared_keys, v, grad_o)), wanted)
     with kernels.use(attention="emulator:v3"):
-        o, _ = kernels.attention_forward(q, shared_keys, v, scale=SCALE, causal=True, out=odd)
+        o, _ = kernels.attention_forward(q, shared_keys, v, scale=SCALE, visibility=CAUSAL, out=odd)
     assert o is odd and o.tobytes() == wanted[0].tobytes()
 
 
 DROPOUT = kernels.AttentionDropout(0.3, 99, np.array([7]), 5, np.arange(20), np.arange(20))
 REFUSED = [
     ({"dropout": DROPOUT}, "dropout"),
-    ({"times_q": np.arange(20) * 2, "times_k": np.arange(20)}, "times other than the indices"),
     ({"scale": -1.0}, "a scale of -1"),
 ]
 
@@ -206,8 +210,8 @@ def test_auto_takes_v3_where_it_can_run(
     monkeypatch.setattr(hopper, "compute_capability", lambda device: capability)
     q = SimpleNamespace(dtype=BFLOAT16, shape=(1, 20, 1, 32), device=SimpleNamespace(id=0))
     monkeypatch.setattr(bindings, "namespace", lambda x: np)
-    plain_options = {"scale": SCALE, "causal": True}
-    assert bindings.fastest(q, q, plain_options) == best
+    plain_options = {"scale": SCALE, "visibility": CAUSAL}
+    assert bindings.fastest(q, plain_options) == best
     for options, _ in REFUSED:
-        other = bindings.fastest(q, q, plain_options | options)
+        other = bindings.fastest(q, plain_options | options)
         assert other == ("v1" if best == "v1" or "scale" in options else "v2")

@@ -1,0 +1,48 @@
+"""Suites behind marks: a plain `pytest` runs the law suite, CI runs the rest as well.
+
+A mark is chosen by `pytest -m emulator`; it replaces the selection of pyproject.toml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+# Beginning of a test's path under tests/ -> the mark of its suite.
+SUITES = {
+    "kernels/test_attention_cuda": "emulator",
+    "kernels/test_attention_hopper": "emulator",
+    "kernels/test_emulator": "emulator",
+    "kernels/test_gpu_check": "emulator",
+    "kernels/test_mutations": "mutations",
+    "programs/test_train_emulated": "emulator",
+    "device/": "standin",
+}
+
+# Tests of those suites that every run has: one glance at each, a few seconds in all.
+ALWAYS = (
+    "test_gpus_with_less_shared_memory[64-v1",
+    "test_a_fused_projection_is_read_as_it_lies",
+    "test_a_fault_is_reported_at_its_line",
+    "test_the_kernel_as_it_is_passes[attention-v1",
+    "test_planted_bug_is_caught[attention-v1-mask",
+    "test_float32_equals_the_cpu[gpt2",
+    "test_collectives_equal_those_of_the_host",
+    "test_a_step_that_is_not_finite_changes_nothing",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test the mark of its suite, before pytest selects by marks."""
+    root = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(root).as_posix()
+        suite = next((mark for start, mark in SUITES.items() if path.startswith(start)), None)
+        emulated = "emulator:" in item.name
+        if any(name in item.name for name in ALWAYS):
+            continue
+        if suite or emulated:
+            item.add_marker(suite or "emulator")
+        elif "test_kernel_equals_reference" in item.name and item.name.endswith("-2t]"):
+            item.add_marker("matrix")
