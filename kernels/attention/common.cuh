@@ -68,6 +68,7 @@ struct Visible {
         if (first >= end) return {0, 0, 0, 0};
         if (!table) return {0, 0, keys_of(first).end, keys_of(end - 1).end};
         Seen seen = {num_keys, 0, num_keys, 0};
+        #pragma unroll 1  // v3's loading threads have 24 registers
         for (int query = first; query < end; query += 16) {
             const Pack<int, 4> of = load<4>(table + 2 * round_up(num_queries) + query / 4);
             seen = {min(seen.first, of.v[0]), max(seen.open, of.v[1]), min(seen.least, of.v[2]), max(seen.end, of.v[3])};
@@ -78,6 +79,7 @@ struct Visible {
     __device__ __forceinline__ Range readers(int first, int rows) const {
         if (!table) return {causal ? first : 0, num_queries};
         Range queries = {num_queries, 0};
+        #pragma unroll 1
         for (int key = first; key < min(first + rows, num_keys); key += 16) {
             const Pack<int, 2> of = load<2>(table + 2 * round_up(num_queries) + round_up(num_queries) / 4 + key / 8);
             if (of.v[1]) queries = {min(queries.first, of.v[0]), max(queries.end, of.v[1])};

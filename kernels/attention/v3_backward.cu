@@ -172,12 +172,13 @@ __device__ __forceinline__ void key_probabilities(float (&scores)[QUERIES / 2], 
     }
     const int* bounds = visible.table + 2 * (first_query + accumulator_column());
     #pragma unroll
-    for (int i = 0; i < QUERIES / 2; i += 4) {
-        const Pack<int, 4> of = load<4>(bounds + 4 * i);  // of two neighbouring queries
+    for (int i = 0; i < QUERIES / 2; i += 4)
         #pragma unroll
-        for (int e = 0; e < 4; e++)
-            if (key + e / 2 * 8 < of.v[e % 2 * 2] || key + e / 2 * 8 >= of.v[e % 2 * 2 + 1]) scores[i + e] = 0;
-    }
+        for (int e = 0; e < 2; e++) {
+            const Pack<int, 2> of = load<2>(bounds + 4 * i + 2 * e);  // 16 bytes a load would spill registers
+            if (key < of.v[0] || key >= of.v[1]) scores[i + e] = 0;
+            if (key + 8 < of.v[0] || key + 8 >= of.v[1]) scores[i + 2 + e] = 0;
+        }
 }
 
 // Probabilities p and the gradients of scores p (grad_p - delta), both as left factors: 16 queries at a time, so that what has been used up
@@ -196,15 +197,17 @@ __device__ __forceinline__ void key_factors(uint32_t (&probabilities)[QUERIES / 
 // One tile of queries: grad_v += p^T grad_o and grad_k += grad_s^T q, for 64 keys. Scores and all that follows from them are computed
 // transposed, [keys, queries]: so p^T and grad_s^T come as accumulators, and go as left factors into the next products.
 __device__ __forceinline__ void add_queries(KeyShared& shared, const Problem& p, const Visible& visible, int consumer,
-                                            const Place<QUERY_STAGES>& at, int first_key, int first_query, float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2]) {
+                                            const Place<QUERY_STAGES>& at, int first_key, int first_query,
+                                            float (&grad_k)[HEAD_WIDTH / 2], float (&grad_v)[HEAD_WIDTH / 2]) {
     float scores[QUERIES / 2], grad_p[QUERIES / 2];
     uint32_t probabilities[QUERIES / 16][4], grad_scores[QUERIES / 16][4];
+    const bool hides = visible.table ? visible.of_queries(first_query, QUERIES).hides(first_key, 64)
+                                     : p.causal && first_query < first_key + 63;
     mbarrier_wait(&shared.q_full[at.stage], at.parity);
     start_product_transposed<QUERIES, HEAD_WIDTH>(scores, shared.k[consumer], shared.q[at.stage]);
     mbarrier_wait(&shared.grad_o_full[at.stage], at.parity);
     start_product_transposed<QUERIES, HEAD_WIDTH>(grad_p, shared.v[consumer], shared.grad_o[at.stage]);
     wait_for<1>(scores);
-    const bool hides = visible.table ? visible.of_queries(first_query, QUERIES).hides(first_key, 64) : p.causal && first_query < first_key + 63;
     key_probabilities(scores, shared.statistics[at.stage][0], p.scale * LOG2_E, visible, hides, first_key + accumulator_row(), first_query);
     wait_for<0>(grad_p);
     key_factors(probabilities, grad_scores, scores, grad_p, shared.statistics[at.stage][1]);

@@ -35,7 +35,7 @@
 // * Blocks stay. As many as there are multiprocessors go through all the work, so that a part's output is stored, and the next part's
 //   queries and keys are fetched, while others compute. For causal attention long parts come first.
 //
-// Registers, by thread: head width 64: 64 scores + 32 sums + 32 for their packed left factor, of 160; 128: 64 + 64 + 32 of 240, hence one
+// Registers, by thread: head width 64: 64 scores + 32 sums + 32 for their packed left factor, of 160; 128: 64 + 64 + 32 of 232, hence one
 // consumer less. Shared memory: 176 and 192 KB, one block a multiprocessor.
 //
 // * Tiles of keys that none of a block's queries sees are not loaded and not computed; in the others, hidden scores become minus infinity.
@@ -67,7 +67,7 @@ constexpr int STAGES = HEAD_WIDTH > 64 ? 2 : 4;     // tiles of keys, and of val
 constexpr int QUERIES = 64 * CONSUMERS;
 constexpr int LOADER = CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 // A multiprocessor has 65536 registers. Threads start with an equal share; the loading warpgroup gives back what it does not need.
-constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
 static_assert(REGISTERS_SUFFICE<CONSUMERS, LOADER_REGISTERS, CONSUMER_REGISTERS>, "more registers than a block has");
 
 struct Shared {
