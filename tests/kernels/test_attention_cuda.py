@@ -108,15 +108,22 @@ def test_every_plan_fits_its_gpu_and_is_compiled_in_ci(shared_bytes: int) -> Non
         assert defines in build.build_sets(tiles.path), defines
 
 
-def test_usual_times_are_read_without_sorting() -> None:
-    """Keys in the order of their times lie as the kernels want them; others are sorted."""
-    q, k, _, _ = inputs(DTYPES["v2"], 1, 20, 1, 1, 32)
-    for times in (None, np.arange(5, 25), np.arange(20) * 2):
-        usual = kernels.Visibility(times_q=times, times_k=times)
-        assert device_table(usual, q, k).order is None
-    backwards = np.arange(20)[::-1].copy()
-    mixed = kernels.Visibility(times_q=backwards, times_k=backwards)
-    assert device_table(mixed, q, k).order is not None
+def test_usual_masks_need_no_table() -> None:
+    """What a causal triangle or no mask at all says costs no reads."""
+    q, k, _, _ = inputs(DTYPES["v2"], 2, 20, 1, 1, 32)
+    by_sample = np.stack([np.arange(5, 25), np.arange(20)])
+    usual = (
+        (kernels.Visibility(True, by_sample, by_sample), True),
+        (kernels.Visibility(True, np.arange(20, 40)), False),
+        (kernels.Visibility(first_time=np.arange(20) - 20), True),
+        (kernels.Visibility(False, key_lengths=np.array([20, 20])), False),
+    )
+    for seen, causal in usual:
+        table = device_table(seen, q, k)
+        assert table.table is None and table.order is None and table.causal == causal
+    other = kernels.Visibility(True, np.arange(20) * 2)
+    assert device_table(other, q, k).table is not None
+    assert device_table(other, q, k) is device_table(other, q, k), "made once"
 
 
 def test_what_no_kernel_takes_is_refused_with_the_way_out() -> None:
