@@ -58,9 +58,15 @@ def start(
     launcher = [str(MPIRUN), "-n", str(n)] if n else []
     command = [*launcher, sys.executable, *args]
     return subprocess.Popen(
-        command, env=environment(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        env=environment(env),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 60) -> Finished:

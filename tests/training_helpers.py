@@ -78,9 +78,9 @@ class Layout:
         return self.dp * self.tp * self.pp
 
     def __str__(self) -> str:
-        name = f"dp{self.dp}-tp{self.tp}{'-sp' if self.sp else ''}-pp{self.pp}-m{self.num_microbatches}"
+        sharded = "-sp" if self.sp else ""
         return (
-            name
+            f"dp{self.dp}-tp{self.tp}{sharded}-pp{self.pp}-m{self.num_microbatches}"
             + (f"-{self.schedule}" if self.pp > 1 else "")
             + (f"-layers{self.stage_layers.replace(',', '_')}" if self.stage_layers else "")
         )
@@ -271,12 +271,8 @@ def compare(
         scale = np.linalg.norm(e)
         error = np.linalg.norm(f - e)
         if name.endswith("qkv.bias") and what.endswith("grads"):
-            scale = max(
-                scale,
-                1e-3,
-                # the key bias has a true gradient of zero; its part is noise beside the query and value
-                # parts
-            )
+            # The key bias has a true gradient of zero: noise beside the query and value parts.
+            scale = max(scale, 1e-3)
         if not error <= tolerance * scale:
             worst = np.unravel_index(np.abs(f - e).argmax(), e.shape)
             raise AssertionError(

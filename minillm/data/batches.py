@@ -8,7 +8,9 @@ An epoch cuts the corpus into windows of `context` tokens that do not overlap, a
 the order of a stateless permutation. The first window starts at an offset in [0, context) that
 changes from epoch to epoch, so that the cuts (and with them what a token can look back on) vary:
 
-    tokens   |..offset..|-- window 0 --|-- window 1 --| ... |-- window n-1 --|..rest..|      offset + rest < 2 * context
+    tokens   |..offset..|-- window 0 --|-- window 1 --| ... |-- window n-1 --|..rest..|
+
+Invariant: offset + rest < 2 * context.
 
 Inputs are tokens[start : start + context]; targets are the same, one further on, so neighbouring
 windows share one token and every target is seen once.

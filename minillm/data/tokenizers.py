@@ -22,7 +22,10 @@ PIECE = (
     # character
 )
 
-NEED_PACKAGE = "the package 'tokenizers' is not installed; install it with: pip install 'minillm-mpi[tokenizers]'"
+NEED_PACKAGE = (
+    "the package 'tokenizers' is not installed; install it with: "
+    "pip install 'minillm-mpi[tokenizers]'"
+)
 
 
 class Tokenizer(Protocol):
@@ -301,7 +304,10 @@ def _utf8(text: str) -> bytes:
 
 def _no_character(text: str, at: int) -> str:
     code = f"U+{ord(text[at]):04X} at position {at}"
-    return f"the text has {code}, half of a surrogate pair and no character; remove it (a terminal or file in another encoding?)"
+    return (
+        f"the text has {code}, half of a surrogate pair and no character; remove it "
+        "(a terminal or file in another encoding?)"
+    )
 
 
 def _characters(points: np.ndarray) -> str:

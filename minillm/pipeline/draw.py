@@ -108,8 +108,10 @@ def _box(event: Event, left: int, y: int, height: int, scale: float, ranks: int)
         if width > 12
         else ""
     )
-    box = f'<rect x="{x + 1:.1f}" y="{y + 1}" width="{max(width - 2, 1):.1f}" height="{height - 2}" rx="3" fill="{COLOURS[kind]}"{edge}>'
-    return f"{box}<title>{event.action}: {float(event.start):g} to {float(event.end):g}</title></rect>{label}"
+    size = f'width="{max(width - 2, 1):.1f}" height="{height - 2}"'
+    box = f'<rect x="{x + 1:.1f}" y="{y + 1}" {size} rx="3" fill="{COLOURS[kind]}"{edge}>'
+    title = f"{event.action}: {float(event.start):g} to {float(event.end):g}"
+    return f"{box}<title>{title}</title></rect>{label}"
 
 
 def _legend(timeline: Timeline, x: float, y: float) -> list[str]:

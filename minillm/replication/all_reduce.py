@@ -1,4 +1,4 @@
-"""Data parallelism by all-reduce: each rank computes the gradient of its sequences, all get the sum.
+"""Data parallelism by all-reduce: each rank has its sequences, all get the sum of gradients.
 
 Gradients lie in flat buffers, cut into buckets of about `bucket_bytes` in the order in which the
 backward pass completes them. A bucket's all-reduce starts as soon as its last gradient is written,

@@ -133,8 +133,10 @@ def _obstacle(places: list[list[Any]]) -> str:
     if len({(place[1], place[2]) for place in places}) > len({place[2] for place in places}):
         return "the ranks of a replica have different places on their nodes"
     for *_, needed, free in places:
-        if needed + SPARE_BYTES > free:
-            return f"{SHARED_FOLDER} has {free / 1e6:.0f} MB free where {(needed + SPARE_BYTES) / 1e6:.0f} MB are needed"
+        wanted = needed + SPARE_BYTES
+        if wanted > free:
+            have, want = f"{free / 1e6:.0f} MB free", f"{wanted / 1e6:.0f} MB are needed"
+            return f"{SHARED_FOLDER} has {have} where {want}"
     return ""
 
 

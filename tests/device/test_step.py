@@ -115,10 +115,8 @@ def test_the_host_waits_once_a_step_and_copies_tokens_and_the_loss(
 ) -> None:
     one = trainer(gpu, model, recompute=recompute, dropout=dropout)
     with gpu.forbidding("wait"):
-        first = one.step(
-            0
-            # nothing to wait for yet: the first step's numbers are read while the second is under way
-        )
+        # Nothing to wait for yet: the host reads these numbers during the second step.
+        first = one.step(0)
     one.step(1)
     with gpu.counting() as events:
         one.step(2)

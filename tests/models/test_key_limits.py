@@ -23,7 +23,10 @@ LAYOUTS = [Layout(), Layout(tp=2, sp=True)]
 def logits(
     comm: Communicator, layout: Layout, tokens: np.ndarray, limits: KeyLimits | None
 ) -> Array:
-    """Logits [B, T, V] of a Llama: its rotary positions make documents independent of their place."""
+    """Return the logits [B, T, V] of a Llama.
+
+    Its rotary positions make documents independent of their place.
+    """
     model = assemble(make_config("llama", layout), comm, training=False, std=0.25).stages[0].model
     assert isinstance(model, GPT)
     where = Where(0, np.arange(len(tokens)), np.arange(tokens.shape[1]))

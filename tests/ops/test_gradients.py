@@ -51,13 +51,19 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "layer norm without bias": (ops.layer_norm, (_n(5, 7), _n(7))),
     "rms norm": (ops.rms_norm, (_n(2, 3, 7), _n(7))),
     "residual layer norm": (ops.residual_layer_norm, (_n(2, 3, 7), _n(2, 3, 7), _n(7), _n(7))),
-    "residual layer norm without a "
-    "branch": (lambda x, w: ops.residual_layer_norm(x, None, w), (_n(5, 7), _n(7))),
-    "residual layer norm of which only the sum is "
-    "used": (lambda x, d, w: ops.residual_layer_norm(x, d, w)[0], (_n(5, 7), _n(5, 7), _n(7))),
+    "residual layer norm without a branch": (
+        lambda x, w: ops.residual_layer_norm(x, None, w),
+        (_n(5, 7), _n(7)),
+    ),
+    "residual layer norm of which only the sum is used": (
+        lambda x, d, w: ops.residual_layer_norm(x, d, w)[0],
+        (_n(5, 7), _n(5, 7), _n(7)),
+    ),
     "residual rms norm": (ops.residual_rms_norm, (_n(2, 3, 7), _n(2, 3, 7), _n(7))),
-    "residual rms norm without a "
-    "branch": (lambda x, w: ops.residual_rms_norm(x, None, w), (_n(5, 7), _n(7))),
+    "residual rms norm without a branch": (
+        lambda x, w: ops.residual_rms_norm(x, None, w),
+        (_n(5, 7), _n(7)),
+    ),
     "gelu tanh": (lambda x: ops.gelu(x, "tanh"), (3 * _n(3, 11),)),
     "gelu erf": (lambda x: ops.gelu(x, "erf"), (3 * _n(3, 11),)),
     "relu": (ops.relu, (_n(3, 5) + 0.01,)),
@@ -65,34 +71,57 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "softmax": (ops.softmax, (_n(3, 4, 5),)),
     "add": (ops.add, (_n(2, 3), _n(2, 3))),
     "add to itself": (lambda x: ops.add(x, x), (_n(2, 3),)),
-    "add position "
-    "everywhere": (lambda x, table: ops.add_position(_fresh(x), table, np.arange(3)), (_n(2, 3, 4), _n(3, 4))),
+    "add position everywhere": (
+        lambda x, table: ops.add_position(_fresh(x), table, np.arange(3)),
+        (_n(2, 3, 4), _n(3, 4)),
+    ),
     "add constant": (lambda x: ops.add_constant(x, np.arange(3.0)), (_n(2, 3),)),
-    "add "
-    "position": (lambda x, table: ops.add_position(_fresh(x), table, np.array([1, 4, 5])), (_n(2, 3, 4), _n(8, 4))),
-    "add position by "
-    "sample": (lambda x, table: ops.add_position(_fresh(x), table, BY_SAMPLE), (_n(2, 3, 4), _n(8, 4))),
+    "add position": (
+        lambda x, table: ops.add_position(_fresh(x), table, np.array([1, 4, 5])),
+        (_n(2, 3, 4), _n(8, 4)),
+    ),
+    "add position by sample": (
+        lambda x, table: ops.add_position(_fresh(x), table, BY_SAMPLE),
+        (_n(2, 3, 4), _n(8, 4)),
+    ),
     "dropout": (lambda x: ops.dropout(x, 0.4, **ADDRESS), (_n(2, 3, 4),)),
     "embedding": (lambda w: ops.embedding(IDS, w), (_n(9, 4),)),
     "embedding of a part of the rows": (lambda w: ops.embedding(IDS, w, 3), (_n(4, 4),)),
-    "rotary": (lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS, sin=SIN), (_n(2, 5, 24),)),
-    "rotary by sample": (lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS[:4], sin=SIN[:4]), (_n(2, 2, 24),)),
+    "rotary": (
+        lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS, sin=SIN),
+        (_n(2, 5, 24),),
+    ),
+    "rotary by sample": (
+        lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS[:4], sin=SIN[:4]),
+        (_n(2, 2, 24),),
+    ),
     "attention causal": (_attention(2, 2), (_n(2, 5, 18),)),
     "attention full": (_attention(2, 2, visibility=kernels.Visibility(False)), (_n(2, 5, 18),)),
     "attention grouped": (_attention(4, 2), (_n(2, 5, 24),)),
-    "attention padded": (_attention(2, 1, visibility=kernels.Visibility(False, key_lengths=LENGTHS)), (_n(2, 5, 12),)),
-    "attention packed": (_attention(2, 1, visibility=kernels.Visibility(first_time=STARTS)), (_n(2, 5, 12),)),
+    "attention padded": (
+        _attention(2, 1, visibility=kernels.Visibility(False, key_lengths=LENGTHS)),
+        (_n(2, 5, 12),),
+    ),
+    "attention packed": (
+        _attention(2, 1, visibility=kernels.Visibility(first_time=STARTS)),
+        (_n(2, 5, 12),),
+    ),
     "attention with dropout": (_attention(2, 2, dropout=DROP), (_n(2, 5, 12),)),
-    "attention by times": (_attention(2, 2, visibility=kernels.Visibility(True, TIMES, TIMES)), (_n(2, 5, 12),)),
+    "attention by times": (
+        _attention(2, 2, visibility=kernels.Visibility(True, TIMES, TIMES)),
+        (_n(2, 5, 12),),
+    ),
     "attention long": (_attention(1, 1), (_n(1, 150, 6),)),
     "cross attention": (ops.attention_qkv, (_n(2, 3, 4, 5), _n(2, 6, 2, 5), _n(2, 6, 2, 5))),
     "cross attention, causal": (
-        lambda q, k, v: ops.attention_qkv(q, k, v, visibility=kernels.Visibility(True, np.array([4, 5]))),
+        lambda q, k, v: ops.attention_qkv(
+            q, k, v, visibility=kernels.Visibility(True, np.array([4, 5]))
+        ),
         (_n(1, 2, 2, 3), _n(1, 6, 2, 3), _n(1, 6, 2, 3)),
     ),
     "cross entropy": (lambda x: ops.cross_entropy(x, TARGETS, divisor=11.0), (_n(3, 5, 7),)),
     "mean squared error": (lambda x: ops.mse_loss(x, np.ones((3, 4)), divisor=12.0), (_n(3, 4),)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(CASES))

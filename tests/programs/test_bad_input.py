@@ -207,7 +207,10 @@ def test_another_launcher_than_the_library_is_named(tiny: list[str]) -> None:
 
 
 def test_without_a_launcher_mpi_is_not_imported(tiny: list[str]) -> None:
-    code = "import sys; from minillm.train import main; main(sys.argv[1:]); sys.exit('mpi4py.MPI' in sys.modules)"
+    code = (
+        "import sys; from minillm.train import main; main(sys.argv[1:]); "
+        "sys.exit('mpi4py.MPI' in sys.modules)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code, *tiny, "--steps", "1"],
         env=environment(),
