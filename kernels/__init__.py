@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from minillm.kernels.attention.dropout import AttentionDropout
 from minillm.kernels.attention.visibility import Visibility
-from minillm.kernels.dropout.blocked import dropout_mask
 from minillm.kernels.native import prepare_process
 from minillm.kernels.pool import get_threads, parallel_for, threads
-from minillm.kernels.random.blocked import random_bits, random_uniform
+from minillm.kernels.random.hashing import random_bits, random_uniform
 from minillm.kernels.registry import (
     Kernel,
     KernelUnavailable,
@@ -44,7 +44,6 @@ __all__ = [
     "available",
     "choices_from",
     "chosen",
-    "dropout_mask",
     "get_threads",
     "lookup",
     "ops",
@@ -79,10 +78,17 @@ def register_folders(package: str, path: Any) -> list[str]:
     return operations
 
 
+def public_functions(reference: str) -> dict[str, Callable[..., Any]]:
+    """The public function of every op that a module of plain definitions defines, by name."""
+    plain = vars(importlib.import_module(reference))
+    return {op: dispatch(plain[op]) for op in ops() if op in plain}
+
+
 OPERATIONS = register_folders(__name__, __path__)
 """The operation folders, sorted."""
 
-globals().update({op: dispatch(op) for op in ops() if op not in __all__})
+for _folder in OPERATIONS:
+    globals().update(public_functions(f"{__name__}.{_folder}.reference"))
 
 if TYPE_CHECKING:
 

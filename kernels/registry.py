@@ -1,11 +1,13 @@
 """Registry of operations and their implementations, and the choice of what runs.
 
-    @kernel("softmax_forward", backend="c")    register an implementation
-    softmax_forward = dispatch("softmax_forward")    make the public function of an operation
-    with use(softmax="numpy"): ...    force a backend, or one variant ("numpy:blocked"), in a context
+    @kernel("softmax_forward", backend="c")                 register an implementation
+    softmax_forward = dispatch(reference.softmax_forward)   make the public function
+    with use(softmax="numpy"): ...                          force a backend in this context
+    with use(softmax="numpy:blocked"): ...                  force one variant
 
 An op is a function name such as `attention_forward`. A family is the folder it lies in, such as
-`attention`. All implementations of an op have the signature of its NumPy implementation.
+`attention`. All implementations of an op have the signature of its plain
+definition in `<family>/reference.py`, which is never dispatched.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 Array = Any  # numpy.ndarray or cupy.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
-# The backends that can take an array of a module, fastest first. The NumPy reference is written for
+# The backends that can take an array of a module, fastest first. NumPy code is written for
 # either module's arrays. The emulator runs only where `use` names it.
 BACKENDS: Mapping[str, tuple[str, ...]] = {
     "numpy": ("c", "numpy", "emulator"),
@@ -206,16 +208,16 @@ def resolved(op: str, like: Array, *, head_width: int, dropout: bool) -> str:
     )
 
 
-def dispatch(op: str) -> Callable[..., Any]:
+def dispatch(plain: F) -> F:
     """Return the public function of an op: it runs what `lookup` finds for its array argument.
 
-    Signature and docstring are those of the first NumPy implementation.
+    Name, signature and docstring are those of the plain definition.
     """
-    first = next(k.fn for k in _kernels[op] if k.backend == "numpy")
-    like = getattr(first, "like", 0)
-    name = first.__code__.co_varnames[like]
+    op = plain.__name__
+    like = max(getattr(k.fn, "like", 0) for k in _kernels[op])
+    name = plain.__code__.co_varnames[like]
 
-    @functools.wraps(first)
+    @functools.wraps(plain)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             x = args[like]
@@ -223,7 +225,7 @@ def dispatch(op: str) -> Callable[..., Any]:
             x = kwargs[name]
         return _table.get()[op, type(x), x.dtype](*args, **kwargs)
 
-    return run
+    return run  # type: ignore[return-value]
 
 
 def _find(op: str, kind: type, dtype: Any, choice: str) -> Callable[..., Any]:

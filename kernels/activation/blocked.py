@@ -1,5 +1,4 @@
-"""Activations of the MLP. Backward passes start from the pre-activation, so that the forward pass
-keeps one array, not two."""
+"""Activations in NumPy, in pieces that stay in cache through all their passes."""
 
 from __future__ import annotations
 
@@ -83,16 +82,12 @@ _BACKWARD = {"tanh": _gelu_tanh_backward, "erf": _gelu_erf_backward}
 
 @kernel("gelu_forward")
 def gelu_forward(x: Any, approximate: str, bias: Any = None) -> Any:
-    """GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x Phi(x) exactly for "erf", by the tanh
-    formula of GPT-2 for "tanh". Any shape, contiguous. With a `bias` [F], of x + bias, whose last
-    dim is F."""
     x = np.ascontiguousarray(x if bias is None else x + bias)
     return _flat(x, np.empty_like(x), _FORWARD[approximate])
 
 
 @kernel("gelu_backward")
 def gelu_backward(grad_y: Any, x: Any, approximate: str, out: Any = None, bias: Any = None) -> Any:
-    """grad_y times the derivative at x, or at x + bias; `out` may be grad_y itself."""
     x = x if bias is None else x + bias
     grad_y = np.ascontiguousarray(grad_y)
     return _flat(
@@ -105,20 +100,16 @@ def gelu_backward(grad_y: Any, x: Any, approximate: str, out: Any = None, bias: 
 
 @kernel("relu_forward")
 def relu_forward(x: Any) -> Any:
-    """max(x, 0)."""
     return np.maximum(x, 0)
 
 
 @kernel("relu_backward")
 def relu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
-    """grad_y where x > 0."""
     return np.multiply(grad_y, x > 0, out=out)
 
 
 @kernel("swiglu_forward")
 def swiglu_forward(gate_up: Any) -> Any:
-    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202): gate_up [rows, 2F] = [gate | up] -> [rows,
-    F]."""
     F = gate_up.shape[1] // 2
     y = np.empty((len(gate_up), F), gate_up.dtype)
 
@@ -136,7 +127,6 @@ def swiglu_forward(gate_up: Any) -> Any:
 
 @kernel("swiglu_backward")
 def swiglu_backward(grad_y: Any, gate_up: Any) -> Any:
-    """Gradient of gate_up [rows, 2F] from grad_y [rows, F]."""
     F = gate_up.shape[1] // 2
     grad = np.empty_like(gate_up)
 

@@ -1,4 +1,4 @@
-"""Optimizer updates over flat buffers, in pieces that stay in cache through all their passes."""
+"""Optimizer updates in NumPy, in pieces that stay in cache through all their passes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,6 @@ def adamw_(
     grad_scale: Any = 1.0,
     param_out: Any = None,
 ) -> None:
-    """One AdamW update of 1-D arrays in place (Loshchilov and Hutter 2019, algorithm 2, as
-    torch.optim.AdamW); `step` counts from 1.
-
-    param -= lr weight_decay param, then lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) +
-    eps), with the gradient times grad_scale, a number or an array of one. grad may have a narrower
-    dtype than param and the moments, and `param_out` takes a copy of param in its own. A grad_scale
-    of NaN changes nothing: so says whoever decides on the GPU that a step is not to be.
-    """
     if np.isnan(grad_scale):
         return
     t = param.dtype.type
@@ -68,7 +60,5 @@ def adamw_(
 
 @kernel("sgd_")
 def sgd_(param: Any, grad: Any, *, lr: float, grad_scale: Any = 1.0) -> None:
-    """param -= lr grad_scale grad, 1-D arrays in place; grad_scale is a number or an array of one,
-    and if NaN, nothing changes."""
     if not np.isnan(grad_scale):
         param -= param.dtype.type(lr * grad_scale) * grad

@@ -1,4 +1,4 @@
-"""Casts between dtypes."""
+"""Casts in NumPy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from minillm.kernels.registry import kernel
 
 @kernel("cast")
 def cast(x: Any, dtype: Any, out: Any = None) -> Any:
-    """x as a new array of `dtype`, or into `out`, of that dtype and of any strides: rounded to
-    nearest, ties to even."""
     if out is None:
         return x.astype(np.dtype(dtype))
     out[...] = x

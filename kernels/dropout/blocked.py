@@ -1,5 +1,4 @@
-"""Dropout (Srivastava et al. 2014) with masks addressed by (key, sample, time, channel): any shard
-of any mesh makes its own part."""
+"""Dropout in NumPy: row words and column words are hashed once, and mixed block by block."""
 
 from __future__ import annotations
 
@@ -23,12 +22,6 @@ def dropout_forward(
     channels: Array,
     out: Array | None = None,
 ) -> Array:
-    """x [B, T, C] times the scaled keep mask of (samples [B], times [T], channels [C]), all global
-    positions.
-
-    The mask is 0 with probability p, else 1 / (1 - p). Into `out` (contiguous) if given, which may
-    be x itself. The backward pass is the same product.
-    """
     B, T, C = x.shape
     y = np.empty(x.shape, x.dtype) if out is None else out
     flat, flat_y = x.reshape(B * T, C), y.reshape(B * T, C)
@@ -41,28 +34,3 @@ def dropout_forward(
 
     row_blocks(len(flat), C * x.itemsize, run)
     return y
-
-
-@kernel("dropout_backward")
-def dropout_backward(
-    grad_y: Array,
-    p: float,
-    key: int,
-    samples: Array,
-    times: Array,
-    channels: Array,
-    out: Array | None = None,
-) -> Array:
-    """grad_y [B, T, C] times the mask of the forward pass, which is computed anew from the same
-    address."""
-    return dropout_forward(grad_y, p, key, samples, times, channels, out)
-
-
-@kernel("dropout_mask")
-def dropout_mask(
-    p: float, key: int, samples: Array, times: Array, channels: Array, dtype: Any
-) -> Array:
-    """The scaled keep mask [B, T, C] of `dtype` itself."""
-    return dropout_forward(
-        np.ones((len(samples), len(times), len(channels)), dtype), p, key, samples, times, channels
-    )

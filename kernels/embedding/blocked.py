@@ -1,4 +1,4 @@
-"""Embedding lookup and its deterministic backward pass."""
+"""Embedding in NumPy; the backward pass sorts the ids or multiplies by a one-hot matrix."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 from minillm.kernels.registry import kernel
 
-ONE_HOT_ROWS = (
-    512  # up to this many rows of the table a product with a one-hot matrix is faster than sorting
-)
+# Up to this many rows of the table a product with a one-hot matrix is faster than sorting.
+ONE_HOT_ROWS = 512
 
 
 @kernel("embedding_forward", like=1)
 def embedding_forward(ids: Any, weight: Any, first_row: int = 0) -> Any:
-    """Rows of weight [V_local, D] for ids of any shape -> [*ids.shape, D]; ids outside [first_row,
-    first_row + V_local) give zeros."""
     local = ids - first_row
     inside = (local >= 0) & (local < len(weight))
     if inside.all():
@@ -31,8 +28,6 @@ def embedding_forward(ids: Any, weight: Any, first_row: int = 0) -> Any:
 def embedding_backward_(
     grad_y: Any, ids: Any, grad_weight: Any, first_row: int = 0, accumulate: bool = True
 ) -> None:
-    """Add the rows of grad_y [*ids.shape, D] to the rows of grad_weight [V_local, D] that `ids`
-    names (or overwrite), in a fixed order."""
     if not accumulate:
         grad_weight[...] = 0
     local = ids.reshape(-1) - first_row

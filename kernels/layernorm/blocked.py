@@ -1,4 +1,7 @@
-"""Layer normalisation (Ba et al. 2016, arXiv:1607.06450)."""
+"""Layer normalisation in NumPy, in blocks of rows that stay in cache.
+
+With z = (x - mean) rstd and g = grad_y weight: grad_x = (g - mean(g) - z mean(g z)) rstd.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,6 @@ from minillm.kernels.rows import row_blocks
 def layernorm_forward(
     x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None
 ) -> tuple[Any, Any, Any]:
-    """x [..., D], weight [D], bias [D] or None -> y [..., D], mean [rows], rstd [rows]; variance is
-    the mean squared deviation.
-
-    With a residual branch `delta` [..., D], x + delta is normalised, and written into `sum_out`.
-    """
     shape = x.shape
     x = (x if delta is None else np.add(x, delta, out=sum_out)).reshape(-1, shape[-1])
     y = np.empty_like(x)
@@ -54,12 +52,6 @@ def layernorm_backward(
     grad_x_out: Any = None,
     grad_sum: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """Gradients of x [..., D], weight [D] and bias [D]; with z = (x - mean) rstd, g = grad_y
-    weight: grad_x = (g - mean(g) - z mean(g z)) rstd.
-
-    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself, which is then
-    overwritten. `grad_sum` [..., D], what arrives at x past the norm, is added to grad_x.
-    """
     shape, D = x.shape, x.shape[-1]
     x, grad_y, grad_x_out, grad_sum = (
         None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum)

@@ -1,4 +1,6 @@
-"""Matrix products, straight into BLAS and sliced over the pool."""
+"""Matrix products by NumPy's BLAS: the longer side of the result is cut over the pool, one call a
+slice. A column sum is a product with ones, BLAS's fastest way to it.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,6 @@ ACCUMULATE_BLOCK = 1 << 18  # elements of a product that are added while they ar
 def matmul(
     a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None
 ) -> Any:
-    """a [M, K] @ b [K, N] -> [M, N]; operands may be transposed views, which BLAS takes without a
-    copy. With `accumulate`, added into `out`; a `bias` [N], for a product that is not accumulated,
-    is added to every row. `sums` [M] is overwritten by the sum of each row of `a`: the gradient of
-    a bias, where `a` is that of an output, transposed.
-
-    The longer side of the result is cut over the pool, one BLAS call a slice.
-    """
     M, N = a.shape[0], b.shape[1]
     if out is None:
         out = np.empty((M, N), a.dtype)
@@ -50,8 +45,6 @@ def matmul(
 
 @kernel("column_sum")
 def column_sum(x: Any) -> Any:
-    """Sum over rows, [rows, D] -> [D]: a bias gradient. A product with ones is BLAS's fastest way
-    to do it."""
     out = np.empty(x.shape[1], x.dtype)
     ones = np.ones(x.shape[0], x.dtype)
 

@@ -1,7 +1,5 @@
-"""Addressed random numbers: a value is a function of a 64-bit key and a 64-bit index, so any rank
-can make any part of an array.
+"""Addressed normals in NumPy.
 
-Bits come from the splitmix64 finaliser (Steele, Lea and Flood 2014) over the keyed index, twice.
 Normals go through the inverse distribution function AS 241 (Wichura 1988) with a logarithm made of
 exactly rounded operations (+, -, *, /, sqrt, frexp), so that every machine and every implementation
 gives the same bits.
@@ -13,41 +11,14 @@ from typing import Any
 
 import numpy as np
 from minillm.kernels.pool import parallel_for
+from minillm.kernels.random.hashing import random_uniform
 from minillm.kernels.registry import kernel
 
-_GOLDEN = 0x9E3779B97F4A7C15
 _BLOCK = 1 << 14
-
-
-def _finalise_(z: Any) -> Any:
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
-
-
-def random_bits(key: int, indices: Any) -> Any:
-    """64 random bits (uint64) for each uint64 index, of the same shape."""
-    z = np.array(indices, np.uint64, ndmin=1)
-    z *= np.uint64(_GOLDEN)
-    z += np.uint64(key & 0xFFFFFFFFFFFFFFFF)
-    _finalise_(z)
-    z += np.uint64(_GOLDEN)
-    _finalise_(z)
-    return z.reshape(np.shape(indices))
-
-
-@kernel("random_uniform", like=1)
-def random_uniform(key: int, indices: Any) -> Any:
-    """Uniform float64 in (0, 1) for each index: the top 52 bits plus a half, never 0 or 1."""
-    return ((random_bits(key, indices) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 @kernel("random_normal", like=1)
 def random_normal(key: int, indices: Any) -> Any:
-    """Standard normal float64 for each index [n]."""
     indices = np.asarray(indices, np.uint64).reshape(-1)
     out = np.empty(indices.shape, np.float64)
 

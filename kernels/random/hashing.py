@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.random.blocked import random_bits
 
 Array = Any
 
@@ -19,6 +18,32 @@ _MIX_1, _MIX_2 = (
     np.uint32(0x7FEB352D),
     np.uint32(0x846CA68B),
 )  # the multipliers of Wellons' lowbias32
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _finalise_(z: Any) -> Any:
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
+
+
+def random_bits(key: int, indices: Any) -> Any:
+    """64 random bits (uint64) for each uint64 index, of the same shape."""
+    z = np.array(indices, np.uint64, ndmin=1)
+    z *= np.uint64(_GOLDEN)
+    z += np.uint64(key & 0xFFFFFFFFFFFFFFFF)
+    _finalise_(z)
+    z += np.uint64(_GOLDEN)
+    _finalise_(z)
+    return z.reshape(np.shape(indices))
+
+
+def random_uniform(key: int, indices: Any) -> Any:
+    """Uniform float64 in (0, 1) for each index: the top 52 bits plus a half, never 0 or 1."""
+    return ((random_bits(key, indices) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def address_words(key: int, outer: Array, inner: Array) -> Array:

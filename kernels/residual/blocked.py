@@ -1,4 +1,4 @@
-"""The residual sum."""
+"""The residual sum in NumPy."""
 
 from __future__ import annotations
 
@@ -10,5 +10,4 @@ from minillm.kernels.registry import kernel
 
 @kernel("add")
 def add(x: Any, y: Any, out: Any = None) -> Any:
-    """x + y of equal shapes, into `out` if given, which may be either of them."""
     return np.add(x, y, out=out)

@@ -1,4 +1,7 @@
-"""Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+"""Root-mean-square normalisation in NumPy, in blocks of rows that stay in cache.
+
+With z = x rstd and g = grad_y weight: grad_x = (g - z mean(g z)) rstd.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,6 @@ from minillm.kernels.rows import row_blocks
 def rmsnorm_forward(
     x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None
 ) -> tuple[Any, Any]:
-    """x [..., D], weight [D] -> y = x rstd weight [..., D], rstd = 1 / sqrt(mean(x^2) + eps)
-    [rows].
-
-    With a residual branch `delta` [..., D], x + delta is normalised, and written into `sum_out`.
-    """
     shape = x.shape
     x = (x if delta is None else np.add(x, delta, out=sum_out)).reshape(-1, shape[-1])
     y, rstd = np.empty_like(x), np.empty(len(x), x.dtype)
@@ -47,12 +45,6 @@ def rmsnorm_backward(
     grad_x_out: Any = None,
     grad_sum: Any = None,
 ) -> tuple[Any, Any]:
-    """Gradients of x [..., D] and weight [D]; with z = x rstd, g = grad_y weight: grad_x = (g - z
-    mean(g z)) rstd.
-
-    `grad_x_out`, whose rows lie one after another, may be `grad_y` itself. `grad_sum` [..., D],
-    what arrives at x past the norm, is added to grad_x.
-    """
     shape, D = x.shape, x.shape[-1]
     x, grad_y, grad_x_out, grad_sum = (
         None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum)

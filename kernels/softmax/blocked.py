@@ -1,4 +1,4 @@
-"""Softmax over the last dim."""
+"""Softmax in NumPy, in place where it can be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from minillm.kernels.registry import kernel
 
 @kernel("softmax_forward")
 def softmax_forward(x: Any) -> Any:
-    """exp(x - max) / sum over the last dim."""
     y = x - x.max(-1, keepdims=True)
     np.exp(y, out=y)
     y /= y.sum(-1, keepdims=True)
@@ -19,7 +18,6 @@ def softmax_forward(x: Any) -> Any:
 
 @kernel("softmax_backward")
 def softmax_backward(grad_y: Any, y: Any) -> Any:
-    """(grad_y - <grad_y, y>) y."""
     grad = grad_y * y
     total = grad.sum(-1, keepdims=True)
     return np.subtract(grad, y * total, out=grad)

@@ -1,14 +1,4 @@
-"""Softmax cross-entropy in place on logits whose vocabulary may be cut over ranks.
-
-Three steps, between which the caller combines what the ranks hold: the maximum of each row;
-exponentials with their sum and the target's logit; the gradient. Columns from `valid_columns` on
-are padding and count as minus infinity.
-
-Where exponentials cost less than memory, as on a GPU, two steps move three fifths of the bytes:
-xent_statistics reads the logits once and leaves them; the caller combines maxima M and sums S of
-the ranks as M = max M_r, S = sum of S_r exp(M_r - M); and xent_grad_from_logits_ overwrites them.
-The loss is M + log(S) - target_logit.
-"""
+"""Softmax cross-entropy in NumPy, in blocks of rows that stay in cache."""
 
 from __future__ import annotations
 
@@ -21,7 +11,6 @@ from minillm.kernels.rows import row_blocks
 
 @kernel("xent_max")
 def xent_max(logits: Any, valid_columns: int | None = None) -> Any:
-    """Row maxima [rows] of logits [rows, V_local]; minus infinity where every column is padding."""
     valid = logits.shape[1] if valid_columns is None else valid_columns
     out = np.full(len(logits), -np.inf, logits.dtype)
 
@@ -37,12 +26,6 @@ def xent_max(logits: Any, valid_columns: int | None = None) -> Any:
 def xent_shifted_sum_(
     logits: Any, row_max: Any, targets: Any, first_class: int, valid_columns: int | None = None
 ) -> tuple[Any, Any]:
-    """Overwrite logits [rows, V_local] with exp(logits - row_max); return their sums [rows] and the
-    targets' shifted logits [rows].
-
-    The latter are 0 for targets outside [first_class, first_class + valid_columns), which other
-    ranks hold.
-    """
     valid = logits.shape[1] if valid_columns is None else valid_columns
     sums, target_logit = np.empty(len(logits), logits.dtype), np.zeros(len(logits), logits.dtype)
     local = targets - first_class
@@ -65,8 +48,6 @@ def xent_shifted_sum_(
 def xent_grad_(
     exp_logits: Any, sum_exp: Any, targets: Any, first_class: int, row_scale: Any
 ) -> None:
-    """Overwrite exp_logits [rows, V_local] with (softmax - onehot(target)) row_scale; sum_exp
-    [rows] is over the whole vocabulary."""
     local = targets - first_class
     inside = (local >= 0) & (local < exp_logits.shape[1])
 
@@ -83,9 +64,6 @@ def xent_grad_(
 def xent_statistics(
     logits: Any, targets: Any, first_class: int, valid_columns: int | None = None
 ) -> tuple[Any, Any, Any]:
-    """Of logits [rows, V_local]: row maxima [rows], minus infinity where every column is padding;
-    sums of exp(logits - maximum) [rows]; and the targets' logits [rows], 0 for targets outside
-    [first_class, first_class + valid_columns)."""
     valid = logits.shape[1] if valid_columns is None else valid_columns
     row_max, sums, target_logit = (
         xent_max(logits, valid),
@@ -114,8 +92,6 @@ def xent_grad_from_logits_(
     row_scale: Any,
     valid_columns: int | None = None,
 ) -> None:
-    """Overwrite logits [rows, V_local] with (softmax - onehot(target)) row_scale, padding with
-    zeros; row_max and sum_exp [rows] are over the whole vocabulary."""
     valid = logits.shape[1] if valid_columns is None else valid_columns
 
     def run(rows: slice) -> None:

@@ -6,14 +6,53 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import kernel_references as plain
 import numpy as np
 from attention_cases import odd_attention_cases, wide_attention_cases
 from kernel_case import Arrays, Case, normals, poisoned, strided
 
 from minillm import kernels
+from minillm.kernels.activation import reference as activation
+from minillm.kernels.adamw import reference as optimizer
+from minillm.kernels.dropout import reference as dropout
+from minillm.kernels.layernorm import reference as layernorm
+from minillm.kernels.rmsnorm import reference as rmsnorm
+from minillm.kernels.rope import reference as rope
+from minillm.kernels.softmax import reference as softmax
 
 SIZES = ((0, 5), (1, 1), (3, 33), (257, 96), (1030, 384))
+
+
+def layernorm_grads(grad_y: Any, x: Any, weight: Any, eps: float) -> Arrays:
+    _, mean, rstd = layernorm.layernorm_forward(x, weight, None, eps)
+    return layernorm.layernorm_backward(grad_y, x, weight, mean, rstd)
+
+
+def rmsnorm_grads(grad_y: Any, x: Any, weight: Any, eps: float) -> Arrays:
+    _, rstd = rmsnorm.rmsnorm_forward(x, weight, eps)
+    return rmsnorm.rmsnorm_backward(grad_y, x, weight, rstd)
+
+
+def cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int) -> Arrays:
+    """Losses [rows], and the gradient of sum(row_scale * loss) by the logits.
+
+    Whole rows at once, without the steps between ranks. Columns from `valid` on do not exist.
+    """
+    p = np.zeros_like(logits)
+    p[:, :valid] = softmax.softmax_forward(logits[:, :valid])
+    rows, one_hot = np.arange(len(logits)), np.zeros_like(logits)
+    one_hot[rows, targets] = 1
+    return -np.log(p[rows, targets]), (p - one_hot) * row_scale[:, None]
+
+
+def turned(x: Any, times: Any, inverse: bool) -> Arrays:
+    angle = times[:, None] * 10_000.0 ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
+    rope.rope_(y := x.copy(), np.cos(angle), np.sin(angle), inverse)
+    return (y,)
+
+
+def adamw(p: Any, g: Any, m: Any, v: Any, options: dict[str, Any]) -> Arrays:
+    optimizer.adamw_(p := p.copy(), g, m := m.copy(), v := v.copy(), **options)
+    return p, m, v
 
 
 def norm_cases() -> Iterator[Case]:
@@ -34,28 +73,28 @@ def norm_cases() -> Iterator[Case]:
             f"forward-{size}",
             shifted,
             lambda x, w, b: kernels.layernorm_forward(x, w, b, eps),
-            lambda x, w, b: plain.layernorm(x, w, b, eps),
+            lambda x, w, b: layernorm.layernorm_forward(x, w, b, eps),
         )
         yield Case(
             "layernorm",
             f"backward-{size}",
             two,
             layer_back,
-            lambda gy, x, w: plain.layernorm_grads(gy, x, w, eps),
+            lambda gy, x, w: layernorm_grads(gy, x, w, eps),
         )
         yield Case(
             "rmsnorm",
             f"forward-{size}",
             one,
             lambda x, w, b: kernels.rmsnorm_forward(x, w, eps),
-            lambda x, w, b: plain.rmsnorm(x, w, eps),
+            lambda x, w, b: rmsnorm.rmsnorm_forward(x, w, eps),
         )
         yield Case(
             "rmsnorm",
             f"backward-{size}",
             two,
             rms_back,
-            lambda gy, x, w: plain.rmsnorm_grads(gy, x, w, eps),
+            lambda gy, x, w: rmsnorm_grads(gy, x, w, eps),
         )
     small = normals((7, 12), (7, 12), (12,))
     yield Case(
@@ -63,26 +102,26 @@ def norm_cases() -> Iterator[Case]:
         "no-bias-strided",
         small,
         lambda x, _, w: kernels.layernorm_forward(strided(x), w, None, eps),
-        lambda x, _, w: plain.layernorm(x, w, None, eps),
+        lambda x, _, w: layernorm.layernorm_forward(x, w, None, eps),
     )
     yield Case(
         "layernorm",
         "only-x-in-place",
         small,
         lambda gy, x, w: layer_back(g := gy.copy(), x, w, need_params=False, grad_x_out=g),
-        lambda *a: (plain.layernorm_grads(*a, eps)[0], None, None),
+        lambda *a: (layernorm_grads(*a, eps)[0], None, None),
     )
     three = normals((7, 12), (7, 12), (12,))
     for family, forward, reference in (
         (
             "layernorm",
             lambda *a, **o: kernels.layernorm_forward(*a[:2], None, eps, **o),
-            lambda x, w: plain.layernorm(x, w, None, eps),
+            lambda x, w: layernorm.layernorm_forward(x, w, None, eps),
         ),
         (
             "rmsnorm",
             lambda *a, **o: kernels.rmsnorm_forward(*a, eps, **o),
-            lambda x, w: plain.rmsnorm(x, w, eps),
+            lambda x, w: rmsnorm.rmsnorm_forward(x, w, eps),
         ),
     ):
         yield Case(
@@ -100,46 +139,42 @@ def norm_cases() -> Iterator[Case]:
         "residual-backward",
         small,
         lambda gy, x, w: layer_back(gy, x, w, grad_sum=strided(3 * gy)),
-        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(
-            *plain.layernorm_grads(gy, x, w, eps)
-        ),
+        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(*layernorm_grads(gy, x, w, eps)),
     )
     yield Case(
         "rmsnorm",
         "residual-backward",
         small,
         lambda gy, x, w: rms_back(g := gy.copy(), x, w, grad_x_out=g, grad_sum=3 * gy),
-        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(
-            *plain.rmsnorm_grads(gy, x, w, eps)
-        ),
+        lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(*rmsnorm_grads(gy, x, w, eps)),
     )
     yield Case(
         "layernorm",
         "into-poison",
         small,
         lambda gy, x, w: layer_back(strided(gy), x, w, has_bias=False, grad_x_out=poisoned(x)),
-        lambda *a: (*plain.layernorm_grads(*a, eps)[:2], None),
+        lambda *a: (*layernorm_grads(*a, eps)[:2], None),
     )
     yield Case(
         "layernorm",
         "only-params",
         small,
         lambda gy, x, w: layer_back(gy, strided(x), w, need_x=False),
-        lambda *a: (None, *plain.layernorm_grads(*a, eps)[1:]),
+        lambda *a: (None, *layernorm_grads(*a, eps)[1:]),
     )
     yield Case(
         "rmsnorm",
         "only-x-in-place",
         small,
         lambda gy, x, w: rms_back(g := gy.copy(), x, w, need_params=False, grad_x_out=g),
-        lambda *a: (plain.rmsnorm_grads(*a, eps)[0], None),
+        lambda *a: (rmsnorm_grads(*a, eps)[0], None),
     )
     yield Case(
         "rmsnorm",
         "only-params",
         small,
         lambda gy, x, w: rms_back(gy, strided(x), w, need_x=False),
-        lambda *a: (None, plain.rmsnorm_grads(*a, eps)[1]),
+        lambda *a: (None, rmsnorm_grads(*a, eps)[1]),
     )
 
 
@@ -154,21 +189,21 @@ def activation_cases() -> Iterator[Case]:
                 f"gelu-{kind}-{size}",
                 wide,
                 lambda x, kind=kind: (kernels.gelu_forward(x, kind),),
-                lambda x, kind=kind: plain.gelu(x, kind),
+                lambda x, kind=kind: (activation.gelu_forward(x, kind),),
             )
             yield Case(
                 "activation",
                 f"gelu-{kind}-backward-{size}",
                 two,
                 lambda g, x, kind=kind: (kernels.gelu_backward(g, 3 * x, kind),),
-                lambda g, x, kind=kind: plain.gelu_grads(g, 3 * x, kind),
+                lambda g, x, kind=kind: (activation.gelu_backward(g, 3 * x, kind),),
             )
         yield Case(
             "activation",
             f"gelu-in-place-{size}",
             two,
             lambda g, x: (kernels.gelu_backward(h := g.copy(), x, "tanh", out=h),),
-            lambda g, x: plain.gelu_grads(g, x, "tanh"),
+            lambda g, x: (activation.gelu_backward(g, x, "tanh"),),
         )
         yield Case(
             "activation",
@@ -178,7 +213,10 @@ def activation_cases() -> Iterator[Case]:
                 kernels.gelu_forward(x, "tanh", b),
                 kernels.gelu_backward(g, x, "erf", bias=b),
             ),
-            lambda g, x, b: (*plain.gelu(x + b, "tanh"), *plain.gelu_grads(g, x + b, "erf")),
+            lambda g, x, b: (
+                activation.gelu_forward(x + b, "tanh"),
+                activation.gelu_backward(g, x + b, "erf"),
+            ),
         )
         yield Case(
             "activation",
@@ -206,7 +244,10 @@ def activation_cases() -> Iterator[Case]:
                 kernels.gelu_forward(x, kind),
                 kernels.gelu_backward(np.ones_like(x), x, kind),
             ),
-            lambda x, kind=kind: (*plain.gelu(x, kind), *plain.gelu_grads(1.0, x, kind)),
+            lambda x, kind=kind: (
+                activation.gelu_forward(x, kind),
+                activation.gelu_backward(1.0, x, kind),
+            ),
         )
     for R, F in SIZES:
         yield Case(
@@ -214,14 +255,14 @@ def activation_cases() -> Iterator[Case]:
             f"swiglu-{R}x{F}",
             normals((R, 2 * F)),
             lambda x: (kernels.swiglu_forward(x),),
-            plain.swiglu,
+            lambda x: (activation.swiglu_forward(x),),
         )
         yield Case(
             "activation",
             f"swiglu-backward-{R}x{F}",
             normals((R, F), (R, 2 * F)),
             lambda g, x: (kernels.swiglu_backward(g, x),),
-            plain.swiglu_grads,
+            lambda g, x: (activation.swiglu_backward(g, x),),
         )
     saturated = lambda rng: (np.array([[-90.0, -700, 90, 700, 2, 3, 4, 5]]),)  # noqa: E731
     yield Case(
@@ -240,14 +281,14 @@ def softmax_cases() -> Iterator[Case]:
             f"forward-{shape}",
             lambda rng, shape=shape: (50 + rng.standard_normal(shape),),
             lambda x: (kernels.softmax_forward(x),),
-            lambda x: (plain.softmax(x),),
+            lambda x: (softmax.softmax_forward(x),),
         )
         yield Case(
             "softmax",
             f"backward-{shape}",
             normals(shape, shape),
             lambda g, x: (kernels.softmax_backward(g, kernels.softmax_forward(x)),),
-            lambda g, x: plain.softmax_grads(g, plain.softmax(x)),
+            lambda g, x: (softmax.softmax_backward(g, softmax.softmax_forward(x)),),
         )
     for R, V, valid, parts in (
         (0, 5, 5, 1),
@@ -269,7 +310,7 @@ def softmax_cases() -> Iterator[Case]:
                 f"{name}{R}x{V}-valid{valid}-parts{parts}",
                 make,
                 lambda x, t, s, call=call, valid=valid, parts=parts: call(x, t, s, valid, parts),
-                lambda x, t, s, valid=valid: plain.cross_entropy(x, t, s, valid),
+                lambda x, t, s, valid=valid: cross_entropy(x, t, s, valid),
             )
 
 
@@ -420,7 +461,7 @@ def position_cases() -> Iterator[Case]:
             f"inverse-{inverse}",
             normals((3, 5, 2, 8)),
             turn,
-            lambda x, s=-1.0 if inverse else 1.0: plain.rope(x, times, 10_000.0, s),
+            lambda x, inverse=inverse: turned(x, times, inverse),
         )
     address = (
         0.3,
@@ -439,7 +480,7 @@ def position_cases() -> Iterator[Case]:
                 kernels.dropout_forward(x, *places),
                 kernels.dropout_forward(y := x.copy(), *places, out=y),
             ),
-            lambda x, places=places: (x * plain.keep_mask(*places),) * 2,
+            lambda x, places=places: (dropout.dropout_forward(x, *places),) * 2,
         )
     for V, first, T in (
         (5, 0, 41),
@@ -510,16 +551,14 @@ def optimizer_cases() -> Iterator[Case]:
 
         make = normals((n,), (n,), (n,), (n,))
         yield Case(
-            "adamw_", f"{n}", make, update, lambda p, g, m, v: plain.adamw(p, g, m, v * v, options)
+            "adamw_", f"{n}", make, update, lambda p, g, m, v: adamw(p, g, m, v * v, options)
         )
         yield Case(
             "adamw_",
             f"mixed-{n}",
             make,
             update_mixed,
-            lambda p, g, m, v: plain.adamw(
-                p, g.astype("bfloat16").astype(np.float64), m, v * v, options
-            ),
+            lambda p, g, m, v: adamw(p, g.astype("bfloat16").astype(np.float64), m, v * v, options),
         )
         yield Case("sgd_", f"{n}", make, descend, lambda p, g, *_: (p - 0.05 * g,))
         yield from (sum_case(n, num_parts) for num_parts in (1, 2, 5))
