@@ -65,7 +65,7 @@ def register_folders(package: str, path: Any) -> list[str]:
     """
     folders = {
         info.name: {
-            file.name for file in pkgutil.iter_modules([f"{info.module_finder.path}/{info.name}"])
+            file.name for file in pkgutil.iter_modules([f"{at}/{info.name}" for at in path])
         }
         for info in pkgutil.iter_modules(path)
         if info.ispkg

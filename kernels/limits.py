@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minillm.kernels.attention.cuda import HEAD_WIDTHS
-from minillm.kernels.grids import WIDEST_ROW
+from minillm.kernels.gpu.grids import WIDEST_ROW
 
 
 def refusal(device: str, *, head_width: int | None = None, row: int | None = None) -> str | None:

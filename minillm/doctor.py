@@ -232,7 +232,8 @@ def check_kernels() -> Iterator[Finding]:
         import numpy as np
 
         from minillm import kernels
-        from minillm.kernels import cuda, native
+        from minillm.kernels import native
+        from minillm.kernels.gpu import registering
     except ImportError as error:
         yield problem("kernels", f"not installed with the package: {error}", INSTALL)
         return
@@ -245,9 +246,9 @@ def check_kernels() -> Iterator[Finding]:
         op for op in ops if any(k.op == op and k.backend == "cuda" for k in kernels.available(op))
     ]
     way = "run on CuPy arrays"
-    if cuda.unavailable is not None:
-        way = f"cannot run on a GPU ({cuda.unavailable})"
-    emulated = cuda.emulator_unavailable or "can run in the emulator"
+    if registering.unavailable is not None:
+        way = f"cannot run on a GPU ({registering.unavailable})"
+    emulated = registering.emulator_unavailable or "can run in the emulator"
     yield ok("CUDA kernels", f"for {len(on_gpu)} operations: {way}; {emulated}")
     if native.unavailable is not None:
         words = f"{native.unavailable}; NumPy runs instead, about half as fast"

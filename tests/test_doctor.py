@@ -157,17 +157,17 @@ def test_kernels_are_counted_by_what_runs_them() -> None:
 def test_cuda_kernels_are_counted_and_it_says_where_they_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from minillm.kernels import cuda
+    from minillm.kernels.gpu import registering
 
-    monkeypatch.setattr(cuda, "unavailable", "no GPU: x")
-    monkeypatch.setattr(cuda, "emulator_unavailable", None)
+    monkeypatch.setattr(registering, "unavailable", "no GPU: x")
+    monkeypatch.setattr(registering, "emulator_unavailable", None)
     (finding,) = (f for f in doctor.check_kernels() if f.subject == "CUDA kernels")
     assert (
         finding.mark == "ok"
         and "operations: cannot run on a GPU (no GPU: x); can run in the emulator" in finding.found
     )
     assert int(finding.found.split()[1]) >= 28
-    monkeypatch.setattr(cuda, "unavailable", None)
+    monkeypatch.setattr(registering, "unavailable", None)
     assert any("operations: run on CuPy arrays" in f.found for f in doctor.check_kernels())
 
 

@@ -3,7 +3,7 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
-#include "../device/vectors.cuh"
+#include "../gpu/include/vectors.cuh"
 
 #define THREADS 256
 #define LOG2_E 1.4426950408889634f

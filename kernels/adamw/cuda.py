@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from minillm.kernels.cuda import cuda_kernel
-from minillm.kernels.grids import blocks
-from minillm.kernels.launch import element, launch, same_dtype
+from minillm.kernels.gpu.grids import blocks
+from minillm.kernels.gpu.launching import element, launch, same_dtype
+from minillm.kernels.gpu.registering import cuda_kernel
 
 _FILE = Path(__file__).with_name("v1.cu")
 _THREADS, _TAKEN = 256, 4

@@ -4,7 +4,7 @@
 // minillm-build: -DELEMENT=bfloat16 -DCOPY=bfloat16
 // minillm-build: -DELEMENT=float32 -DCOPY=bfloat16
 // minillm-build: -DELEMENT=float16 -DCOPY=float16
-#include "../device/vectors.cuh"
+#include "../gpu/include/vectors.cuh"
 
 #ifndef COPY
 #define COPY float32

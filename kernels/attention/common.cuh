@@ -1,7 +1,7 @@
 // What all variants agree on: arguments, the keys that a query sees, and what dropout keeps. Array arguments that do not apply are null
 // pointers; the bindings are cuda.py.
 #pragma once
-#include "../device/hashing.cuh"
+#include "../gpu/include/hashing.cuh"
 
 // From one sample, time and head to the next, in elements. The last dim of an array [B, T, H, K] has stride 1.
 struct Strides {

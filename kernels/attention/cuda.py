@@ -19,9 +19,8 @@ from minillm.kernels.attention import hopper
 from minillm.kernels.attention.device_table import DeviceTable, device_table
 from minillm.kernels.attention.dropout import AttentionDropout
 from minillm.kernels.attention.visibility import Visibility
-from minillm.kernels.cuda import DTYPES, cuda_kernel, unavailable
 from minillm.kernels.dropout.cuda import mask_words
-from minillm.kernels.launch import (
+from minillm.kernels.gpu.launching import (
     address,
     compute_capability,
     deliver,
@@ -32,6 +31,7 @@ from minillm.kernels.launch import (
     namespace,
     same_dtype,
 )
+from minillm.kernels.gpu.registering import DTYPES, cuda_kernel, unavailable
 from minillm.kernels.random.hashing import threshold
 from minillm.kernels.registry import KernelUnavailable, kernel
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from minillm.kernels.attention.visibility import Intervals, Visibility, intervals
-from minillm.kernels.launch import deliver, empty, namespace
+from minillm.kernels.gpu.launching import deliver, empty, namespace
 
 _BLOCK, _PADDING = 16, 128  # of common.cuh: rows of a block, and what sizes are rounded up to
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from minillm.kernels.random.hashing import random_bits
-from minillm.kernels.random.hashing import address_words, column_words, keep
+from minillm.kernels.random.hashing import address_words, column_words, keep, random_bits
 
 Array = Any
 

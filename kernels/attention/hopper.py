@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from minillm.kernels.attention.device_table import DeviceTable
-from minillm.kernels.launch import (
+from minillm.kernels.gpu.launching import (
     address,
     compute_capability,
     dense,

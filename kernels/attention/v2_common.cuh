@@ -1,7 +1,7 @@
 // What the forward and the backward kernels of v2 agree on: how tiles lie in shared memory and get there, products of a warp's rows with
 // tiles, what is hidden, and how results leave. Why it is done so is told in v2_forward.cu.
 #pragma once
-#include "../device/ampere.cuh"
+#include "../gpu/include/ampere.cuh"
 #include "common.cuh"
 
 #ifndef HEAD_WIDTH

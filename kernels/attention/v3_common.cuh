@@ -1,7 +1,7 @@
 // What the forward and the backward kernels of v3 agree on: sizes, the order of the work, places in a ring of tiles, and how tiles of keys
 // get there and results leave.
 #pragma once
-#include "../device/tiles.cuh"
+#include "../gpu/include/tiles.cuh"
 #include "common.cuh"
 
 #ifndef HEAD_WIDTH

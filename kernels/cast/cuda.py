@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from minillm.kernels.cuda import DTYPES, cuda_kernel
-from minillm.kernels.grids import blocks
-from minillm.kernels.launch import deliver, dense, element, empty, launch
+from minillm.kernels.gpu.grids import blocks
+from minillm.kernels.gpu.launching import deliver, dense, element, empty, launch
+from minillm.kernels.gpu.registering import DTYPES, cuda_kernel
 
 _FILE = Path(__file__).with_name("v1.cu")
 _THREADS, _TAKEN = 256, 8

@@ -5,7 +5,7 @@
 // minillm-build: -DELEMENT=float16 -DRESULT=float32
 // minillm-build: -DELEMENT=bfloat16 -DRESULT=float16
 // minillm-build: -DELEMENT=float16 -DRESULT=bfloat16
-#include "../device/vectors.cuh"
+#include "../gpu/include/vectors.cuh"
 
 #ifndef RESULT
 #define RESULT float32

@@ -5,8 +5,8 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
-#include "../device/hashing.cuh"
-#include "../device/vectors.cuh"
+#include "../gpu/include/hashing.cuh"
+#include "../gpu/include/vectors.cuh"
 
 #define WARPS 8
 

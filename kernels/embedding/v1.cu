@@ -7,7 +7,7 @@
 // minillm-build: -DELEMENT=bfloat16 -DSUM=bfloat16
 // minillm-build: -DELEMENT=bfloat16 -DSUM=float32
 // minillm-build: -DELEMENT=float16 -DSUM=float16
-#include "../device/vectors.cuh"
+#include "../gpu/include/vectors.cuh"
 
 #ifndef SUM
 #define SUM float32

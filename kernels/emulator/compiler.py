@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillm.kernels.build import FOLDER, BuildError, Defines, cached, inlined_source
+from minillm.kernels.gpu.build import FOLDER, BuildError, Defines, cached, inlined_source
 
 HERE = Path(__file__).resolve().parent
 ROOT = FOLDER.parent

@@ -1,5 +1,5 @@
 // CUDA C++ as the host compiler is to read it: keywords, built-in variables and types, intrinsics. Put before every .cu file, so that
-// kernels/device/cuda.cuh, whose own version of all this is for the GPU, finds it.
+// kernels/gpu/include/cuda.cuh, whose own version of all this is for the GPU, finds it.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from minillm.kernels.build import Defines
 from minillm.kernels.emulator.compiler import Compiled, Parameter, compile_host
 from minillm.kernels.emulator.report import EmulatorError, Symbols, explain, shared_variables
+from minillm.kernels.gpu.build import Defines
 
 Array = Any
 

@@ -10,11 +10,11 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillm.kernels.build import FOLDER
+from minillm.kernels.gpu.build import FOLDER
 
 ROOT = FOLDER.parent
 _OURS = "kernels/emulator/"
-DEVICE_HEADERS = "kernels/device/"
+DEVICE_HEADERS = "kernels/gpu/include/"
 
 
 class EmulatorError(Exception):

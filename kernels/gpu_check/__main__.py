@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.kernels import build, cuda
+from minillm.kernels.gpu import build, registering
+from minillm.kernels.gpu.launching import compute_capability
 from minillm.kernels.gpu_check import attention, checks, measure, report, smoke, steps
-from minillm.kernels.launch import compute_capability
 
 SECTIONS = ("ceilings", "smoke", "tests", "attention", "steps", "sanitizer", "training")
 PARTS = (
@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def no_gpu() -> str | None:
     """Why nothing can be checked here; None if it can."""
-    if cuda.unavailable is not None:
-        return cuda.unavailable
+    if registering.unavailable is not None:
+        return registering.unavailable
     try:
         count = importlib.import_module("cupy").cuda.runtime.getDeviceCount()
     except Exception as error:
@@ -271,7 +271,7 @@ def _tests(
     command = [
         sys.executable,
         "-m",
-        "minillm.kernels.precompile",
+        "minillm.kernels.gpu.precompile",
         "--capability",
         compute_capability(),
         f"--seconds={left() / 2:.0f}",

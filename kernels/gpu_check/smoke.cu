@@ -2,7 +2,7 @@
 // minillm-arch: sm_90a
 // minillm-sass: UTMALDG
 // minillm-build: -DELEMENT=bfloat16
-#include "../device/hopper.cuh"
+#include "../gpu/include/hopper.cuh"
 
 #define ROWS 8
 #define COLUMNS 32

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from minillm.kernels import build
+from minillm.kernels.gpu import build
+from minillm.kernels.gpu.launching import compute_capability, launch, tensor_map
 from minillm.kernels.gpu_check.measure import bfloat16, normal
-from minillm.kernels.launch import compute_capability, launch, tensor_map
 
 _FILE = Path(__file__).with_name("smoke.cu")
 _ROWS, _COLUMNS = 8, 32

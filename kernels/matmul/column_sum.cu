@@ -5,7 +5,7 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
-#include "../device/vectors.cuh"
+#include "../gpu/include/vectors.cuh"
 
 #define WARPS 8
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from minillm.kernels import build
-from minillm.kernels.cuda import unavailable
-from minillm.kernels.launch import element
+from minillm.kernels.gpu import build
+from minillm.kernels.gpu.launching import element
+from minillm.kernels.gpu.registering import unavailable
 from minillm.kernels.matmul.cuda import (
     COMPUTE_FLOAT32,
     CUDA_TYPES,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from minillm.kernels.cuda import cuda_kernel, unavailable
-from minillm.kernels.grids import blocks, runs
-from minillm.kernels.launch import dense, element, empty, launch, multiprocessors, same_dtype
+from minillm.kernels.gpu.grids import blocks, runs
+from minillm.kernels.gpu.launching import dense, element, empty, launch, multiprocessors, same_dtype
+from minillm.kernels.gpu.registering import cuda_kernel, unavailable
 from minillm.kernels.registry import kernel, lookup
 
 _FILE = Path(__file__).with_name("column_sum.cu")

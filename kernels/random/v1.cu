@@ -1,7 +1,7 @@
 // Addressed normals: the bits of reference.py, which says where they come from. Only operations that IEEE 754 rounds exactly are used, in
 // the reference's order, and a product and a sum must stay two operations, each rounded:
 // minillm-options: --fmad=false
-#include "../device/hashing.cuh"
+#include "../gpu/include/hashing.cuh"
 
 #define THREADS 256
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from minillm.kernels.cuda import cuda_kernel
-from minillm.kernels.grids import blocks, runs
-from minillm.kernels.launch import deliver, dense, element, launch, out_like, same_dtype
+from minillm.kernels.gpu.grids import blocks, runs
+from minillm.kernels.gpu.launching import deliver, dense, element, launch, out_like, same_dtype
+from minillm.kernels.gpu.registering import cuda_kernel
 
 _FILE = Path(__file__).with_name("v1.cu")
 _THREADS = 256

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from minillm.kernels.build import Defines
-from minillm.kernels.cuda import cuda_kernel
-from minillm.kernels.grids import blocks, rows_in_registers
-from minillm.kernels.launch import (
+from minillm.kernels.gpu.build import Defines
+from minillm.kernels.gpu.grids import blocks, rows_in_registers
+from minillm.kernels.gpu.launching import (
     deliver,
     dense,
     element,
@@ -20,6 +19,7 @@ from minillm.kernels.launch import (
     resident_blocks,
     same_dtype,
 )
+from minillm.kernels.gpu.registering import cuda_kernel
 from minillm.kernels.matmul.cuda import sum_rows
 
 _FILE = Path(__file__).with_name("v1.cu")

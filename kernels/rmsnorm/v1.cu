@@ -13,7 +13,7 @@
 // minillm-build: -DELEMENT=float16 -DVALUES=8
 // minillm-build: -DELEMENT=float16 -DVALUES=24
 // minillm-build: -DELEMENT=float16 -DVALUES=32
-#include "../device/norms.cuh"
+#include "../gpu/include/norms.cuh"
 
 // y = x rstd weight of x [rows, D], or of x + delta, which is then written to sum_out.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)

@@ -4,7 +4,7 @@
 // minillm-build: -DELEMENT=bfloat16 -DTABLE=float32
 // minillm-build: -DELEMENT=float16 -DTABLE=float16
 // minillm-build: -DELEMENT=float16 -DTABLE=float32
-#include "../device/vectors.cuh"
+#include "../gpu/include/vectors.cuh"
 
 #ifndef TABLE
 #define TABLE float32

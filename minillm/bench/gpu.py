@@ -184,7 +184,7 @@ def _keep_busy(device: Device, seconds: float) -> None:
 @contextmanager
 def _bracketed(device: Device, parts: dict[str, list[Any]]) -> Iterator[None]:
     """Record events around every product and every own kernel, as pairs in `parts`."""
-    launch: Any = importlib.import_module("minillm.kernels.launch")
+    launch: Any = importlib.import_module("minillm.kernels.gpu.launching")
     matmul: Any = importlib.import_module("minillm.kernels.matmul.cuda")
     cuda, own_function, own_gemm = device.xp.cuda, launch._function, matmul.gemm
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from minillm.kernels import cuda
+from minillm.kernels.gpu import registering
 from standin.install import installed
 from test_step import FLOAT32, sizes
 from training_helpers import VOCAB, Layout, make_config
@@ -62,8 +62,8 @@ def test_our_kernels_generate(
     model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The `.cu` files, with their bindings, on one new token at a time."""
-    if cuda.emulator_unavailable:
-        pytest.skip(cuda.emulator_unavailable)
+    if registering.emulator_unavailable:
+        pytest.skip(registering.emulator_unavailable)
     small: dict[str, Any] = dict(
         layers=1, heads=2, dim=64, ffn_dim=48, **dict(kv_heads=1) if model == "llama" else {}
     )

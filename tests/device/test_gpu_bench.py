@@ -135,7 +135,7 @@ import json, sys
 missing = "threadpoolctl tyro tqdm safetensors mpi4py scipy_openblas64 torch regex"
 sys.modules.update(dict.fromkeys(missing.split()))
 import minillm.kernels.gpu_check.__main__, minillm.kernels.gpu_check.checks
-import minillm.kernels.precompile, minillm.bench.gpu
+import minillm.kernels.gpu.precompile, minillm.bench.gpu
 from pathlib import Path
 list(minillm.kernels.gpu_check.checks.crossing(Path("tests/kernels"), 0))
 from minillm.bench import minillm_run

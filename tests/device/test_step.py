@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import standin
-from minillm.kernels import cuda
+from minillm.kernels.gpu import registering
 from standin.cuda import products
 from standin.install import installed
 from training_helpers import BASE, Layout, Outcome, compare, make_batches, make_config, train
@@ -245,8 +245,8 @@ def test_our_kernels_run_the_step(
 ) -> None:
     """The `.cu` files and their bindings, every access to memory checked, on a model small enough
     for that."""
-    if cuda.emulator_unavailable:
-        pytest.skip(cuda.emulator_unavailable)
+    if registering.emulator_unavailable:
+        pytest.skip(registering.emulator_unavailable)
     small: dict[str, Any] = dict(layers=1, heads=2, dim=64, ffn_dim=48, batch=2, dropout=0.1)
     if model == "llama":
         small |= dict(kv_heads=1, dropout=0.0)  # attention v3 has no dropout

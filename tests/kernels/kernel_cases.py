@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from attention_cases import odd_attention_cases, wide_attention_cases
 from kernel_case import Arrays, Case, normals, poisoned, strided
-
-from minillm import kernels
 from minillm.kernels.activation import reference as activation
 from minillm.kernels.adamw import reference as optimizer
 from minillm.kernels.dropout import reference as dropout
@@ -18,6 +16,8 @@ from minillm.kernels.layernorm import reference as layernorm
 from minillm.kernels.rmsnorm import reference as rmsnorm
 from minillm.kernels.rope import reference as rope
 from minillm.kernels.softmax import reference as softmax
+
+from minillm import kernels
 
 SIZES = ((0, 5), (1, 1), (3, 33), (257, 96), (1030, 384))
 

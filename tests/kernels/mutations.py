@@ -280,13 +280,13 @@ MUTATIONS = [
         "wrong swizzle",
         "(column % PANEL_COLUMNS / 8) ^ (row % 8)",
         "(column % PANEL_COLUMNS / 8) ^ (row / 2 % 8)",
-        "device/tiles.cuh",
+        "gpu/include/tiles.cuh",
     ),
     _v3(
         "wrong stride in a descriptor",
         "ROWS * PANEL_ROW_BYTES, PANEL_EIGHT_ROWS, SWIZZLE",
         "PANEL_EIGHT_ROWS, PANEL_EIGHT_ROWS, SWIZZLE",
-        "device/tiles.cuh",
+        "gpu/include/tiles.cuh",
     ),
     _v3_back(
         "mask off by one", "if (i / 4 * 8 + i % 2 < distance", "if (i / 4 * 8 + i % 2 <= distance"
@@ -385,14 +385,14 @@ MUTATIONS = [
     # ---- the rest of a training step
     _step(
         "warp sum of half the lanes",
-        "device/cuda.cuh",
+        "gpu/include/cuda.cuh",
         "distance > 0; distance /= 2) x += __shfl",
         "distance > 1; distance /= 2) x += __shfl",
         "layernorm_forward",
     ),
     _step(
         "missing barrier in a block sum",
-        "device/vectors.cuh",
+        "gpu/include/vectors.cuh",
         "    if (LANE == 0) shared[WARP] = x;\n    __syncthreads();",
         "    if (LANE == 0) shared[WARP] = x;",
         "rmsnorm_forward",
@@ -408,7 +408,7 @@ MUTATIONS = [
     ),
     _step(
         "partial sums of rows race",
-        "device/norms.cuh",
+        "gpu/include/norms.cuh",
         "        }\n        __syncthreads();\n",
         "        }\n",
         "layernorm_backward",
@@ -452,7 +452,7 @@ MUTATIONS = [
     ),
     _step(
         "run cut one too late",
-        "device/vectors.cuh",
+        "gpu/include/vectors.cuh",
         "if (i < left) to[i]",
         "if (i <= left) to[i]",
         "add",
@@ -460,7 +460,7 @@ MUTATIONS = [
     ),
     _step(
         "wide access from an odd place",
-        "device/vectors.cuh",
+        "gpu/include/vectors.cuh",
         "return left >= N && (uint64_t)from % Run<T, N>::BYTES == 0;",
         "return left >= N;",
         "rope_",

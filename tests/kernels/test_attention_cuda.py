@@ -8,9 +8,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from minillm.kernels import build, emulator
+from minillm.kernels import emulator
 from minillm.kernels.attention import cuda as bindings
 from minillm.kernels.attention.device_table import device_table
+from minillm.kernels.gpu import build
 
 from minillm import kernels
 

@@ -15,8 +15,9 @@ import device_arrays
 import ml_dtypes
 import numpy as np
 import pytest
-from minillm.kernels import build, cuda, launch, registry
-from minillm.kernels.grids import rows_in_registers
+from minillm.kernels import registry
+from minillm.kernels.gpu import build, launching, registering
+from minillm.kernels.gpu.grids import rows_in_registers
 
 from minillm import kernels
 
@@ -155,14 +156,15 @@ def test_complaints_are_found() -> None:
 
 def test_arguments_are_what_the_kernel_declares() -> None:
     assert (
-        launch._argument(None) == np.uint64(0) and launch._argument(np.int32(3)).dtype == np.int32
+        launching._argument(None) == np.uint64(0)
+        and launching._argument(np.int32(3)).dtype == np.int32
     )
     struct = np.zeros((), [("a", np.int64), ("b", np.float32)])[()]
-    passed = launch._argument(struct)
+    passed = launching._argument(struct)
     assert passed.shape == (1,) and passed.tobytes() == struct.tobytes()
     for number in (1, 1.0, True):
         with pytest.raises(TypeError, match="wrap"):
-            launch._argument(number)
+            launching._argument(number)
 
 
 def test_the_limit_of_shared_memory_only_grows(
@@ -179,11 +181,11 @@ def test_the_limit_of_shared_memory_only_grows(
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda_module))
     function = SimpleNamespace(ptr=1)
     monkeypatch.setattr(
-        launch, "_module", lambda *key: SimpleNamespace(get_function=lambda name: function)
+        launching, "_module", lambda *key: SimpleNamespace(get_function=lambda name: function)
     )
-    monkeypatch.setattr(launch, "_functions", {})
+    monkeypatch.setattr(launching, "_functions", {})
     for shared_bytes in (0, 40 << 10, 100 << 10, 60 << 10, 100 << 10, 200 << 10):
-        assert launch._function(tmp_path / "k.cu", "k", {}, shared_bytes) is function
+        assert launching._function(tmp_path / "k.cu", "k", {}, shared_bytes) is function
     assert limits == [100 << 10, 200 << 10]
 
 
@@ -213,7 +215,7 @@ def test_the_emulator_runs_only_where_it_is_asked_for(monkeypatch: pytest.Monkey
 
 
 def test_without_a_gpu_the_reason_is_named() -> None:
-    if cuda.unavailable is None:
+    if registering.unavailable is None:
         pytest.skip("this machine has a GPU")
     with (
         pytest.raises(
@@ -225,8 +227,8 @@ def test_without_a_gpu_the_reason_is_named() -> None:
 
 
 def _needs_emulator() -> None:
-    if cuda.emulator_unavailable:
-        pytest.skip(cuda.emulator_unavailable)
+    if registering.emulator_unavailable:
+        pytest.skip(registering.emulator_unavailable)
 
 
 def test_random_normals_have_the_bits_of_numpy() -> None:
@@ -322,7 +324,7 @@ def test_building_all_kernels_is_a_program(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "minillm.kernels.precompile",
+        "minillm.kernels.gpu.precompile",
         "--capability",
         "90",
         "--processes",

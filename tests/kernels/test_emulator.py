@@ -464,7 +464,7 @@ def test_ldmatrix_gives_lane_l_two_elements_of_row_l_over_4() -> None:
 # ---- schedules
 
 COUNTING = """
-#include "device/cuda.cuh"
+#include "include/cuda.cuh"
 extern "C" __global__ void __launch_bounds__(64, (1)) order_of_arrival(unsigned* next, unsigned* arrived) {
     arrived[threadIdx.x] = atomicAdd(next, 1u);
     __syncthreads();
@@ -478,8 +478,8 @@ extern "C" __global__ void __launch_bounds__(64, (1)) order_of_arrival(unsigned*
 @pytest.fixture(scope="module")
 def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("counting") / "counting.cu"
-    device = Path(emulator.__file__).resolve().parent.parent / "device"
-    path.write_text(COUNTING.replace("device/", f"{device}/"), encoding="utf-8")
+    include = Path(emulator.__file__).resolve().parent.parent / "gpu" / "include"
+    path.write_text(COUNTING.replace("include/", f"{include}/"), encoding="utf-8")
     return path
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from minillm.kernels import cuda, precompile, registry
+from minillm.kernels import registry
+from minillm.kernels.gpu import precompile, registering
 from minillm.kernels.gpu_check import __main__ as program
 from minillm.kernels.gpu_check import attention, checks, report, smoke, steps
 from test_cuda import HostDevice
@@ -24,7 +25,7 @@ TESTS = ROOT / "tests" / "kernels"
 
 
 def test_without_a_gpu_it_says_so_and_fails() -> None:
-    if cuda.unavailable is None:
+    if registering.unavailable is None:
         pytest.skip("this machine has a GPU")
     done = subprocess.run(
         ["bash", ROOT / "kernels/gpu_check.sh"],
@@ -35,7 +36,7 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
     assert done.returncode == program.NO_GPU, done.stderr
     assert (
         "gpu_check needs a machine with an NVIDIA GPU" in done.stderr
-        and (cuda.unavailable or "") in done.stderr
+        and (registering.unavailable or "") in done.stderr
     )
 
 
@@ -46,8 +47,8 @@ def test_unknown_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_tma_smoke_test_is_right() -> None:
-    if cuda.emulator_unavailable:
-        pytest.skip(cuda.emulator_unavailable)
+    if registering.emulator_unavailable:
+        pytest.skip(registering.emulator_unavailable)
     matrix = np.random.default_rng(0).standard_normal((40, 80)).astype(ml_dtypes.bfloat16)
     smoke.check_boxes(matrix)
 
@@ -97,8 +98,8 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_cases_run_on_a_device(own_registry: None) -> None:
     """The whole of the device's kernel test, on a device that is the host and runs the emulator;
     and a kernel gone wrong is seen."""
-    if cuda.emulator_unavailable:
-        pytest.skip(cuda.emulator_unavailable)
+    if registering.emulator_unavailable:
+        pytest.skip(registering.emulator_unavailable)
     found = checks.run(TESTS, repeats=2, most_elements=100, device=HostDevice(), source="emulator")
     assert found["failures"] == [] and found["no_time"] == 0 and found["ran"] > 100
     calls = []
@@ -180,8 +181,8 @@ def test_cases_print_what_became_of_them(
 ) -> None:
     """The process that run_apart follows, here and on the host: from the case it is told, without
     what it is told to leave out."""
-    if cuda.emulator_unavailable:
-        pytest.skip(cuda.emulator_unavailable)
+    if registering.emulator_unavailable:
+        pytest.skip(registering.emulator_unavailable)
     small = [
         run for run in checks.crossing(TESTS, 40, "emulator") if run[0].op in ("residual", "cast")
     ]

@@ -27,7 +27,8 @@ from kernel_check import (
     poisoned_memory,
     widen,
 )
-from minillm.kernels import cuda, registry
+from minillm.kernels import registry
+from minillm.kernels.gpu import registering
 
 from minillm import kernels
 
@@ -47,7 +48,7 @@ def _register_references() -> None:
 
 _register_references()
 
-if cuda.unavailable is None:
+if registering.unavailable is None:
     device_arrays.register(device_arrays.CupyDevice())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from minillm.kernels import cuda
+from minillm.kernels.gpu import registering
 
 SIZES = [
     "--layers",
@@ -54,8 +54,8 @@ def losses(out: Path, choice: str) -> list[float]:
 
 
 def test_training_on_cuda_kernels_equals_training_on_the_cpu(tmp_path: Path) -> None:
-    if cuda.emulator_unavailable:
-        pytest.skip(cuda.emulator_unavailable)
+    if registering.emulator_unavailable:
+        pytest.skip(registering.emulator_unavailable)
     emulated, plain = losses(tmp_path / "emulated", "emulator"), losses(tmp_path / "plain", "auto")
     assert len(plain) >= 2 and len(emulated) == len(plain)
     assert np.allclose(emulated, plain, rtol=2e-6, atol=0)

@@ -14,8 +14,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from minillm.kernels import AttentionDropout, attention, launch, registry
+from minillm.kernels import AttentionDropout, attention, registry
 from minillm.kernels.emulator.tensor_map import TensorMap, tensor_map
+from minillm.kernels.gpu import launching
 
 import standin
 
@@ -31,11 +32,11 @@ def installed(kernel_source: str = "reference") -> Iterator[Any]:
     """`import cupy` gives the stand-in inside the block. `kernel_source`: "reference", or
     "emulator" for the bindings and `.cu` files."""
     before = {op: list(entries) for op, entries in registry._kernels.items()}
-    own_function, own_encode, cupy = launch._function, launch._encode, sys.modules.get("cupy")
+    own_function, own_encode, cupy = launching._function, launching._encode, sys.modules.get("cupy")
     caches = (
-        launch.compute_capability,
-        launch._multiprocessors,
-        launch._module,
+        launching.compute_capability,
+        launching._multiprocessors,
+        launching._module,
         attention.cuda._shared_bytes,
     )
     sys.modules["cupy"] = standin.as_module()
@@ -52,11 +53,11 @@ def installed(kernel_source: str = "reference") -> Iterator[Any]:
                 registry._kernels[op].append(
                     registry.Kernel(op, "cuda", "reference", hosted(reference.fn))
                 )
-        launch._function, launch._encode = _function, _encode
+        launching._function, launching._encode = _function, _encode
         _forget(caches)
         yield standin
     finally:
-        launch._function, launch._encode = own_function, own_encode
+        launching._function, launching._encode = own_function, own_encode
         registry._kernels.clear()
         registry._kernels.update(before)
         _forget(caches)
@@ -69,7 +70,7 @@ def installed(kernel_source: str = "reference") -> Iterator[Any]:
 def _forget(caches: tuple[Any, ...]) -> None:
     for cache in caches:
         cache.cache_clear()
-    launch._functions.clear()
+    launching._functions.clear()
     registry.forget()
 
 

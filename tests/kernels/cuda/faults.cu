@@ -1,5 +1,5 @@
 // Kernels that each commit one fault, for test_emulator.py. The comment on the faulty line is what the test looks for in the report.
-#include "../../../kernels/device/ampere.cuh"
+#include "../../../kernels/gpu/include/ampere.cuh"
 
 extern "C" __global__ void read_past_array(const float* x, float* y) {
     y[threadIdx.x] = x[threadIdx.x + 1];  // FAULT read_past_array

@@ -3,7 +3,7 @@
 #ifndef ELEMENT
 #define ELEMENT bfloat16
 #endif
-#include "../../../kernels/device/tiles.cuh"
+#include "../../../kernels/gpu/include/tiles.cuh"
 
 #ifndef TEST_WIDTH
 #define TEST_WIDTH 128

@@ -1,5 +1,5 @@
 // Every function of the device headers in a kernel of its own, for test_emulator.py to compare with NumPy.
-#include "../../../kernels/device/ampere.cuh"
+#include "../../../kernels/gpu/include/ampere.cuh"
 
 extern "C" __global__ void reductions(const float* x, float* sums, float* maxima, float* block_results) {
     __shared__ float partial[32];

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from minillm.kernels import build
+from minillm.kernels.gpu import build
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 

@@ -6,7 +6,7 @@
 #pragma once
 #include "ampere.cuh"
 
-// A tensor map (CUtensorMap): address, sizes, strides, box and swizzle of an array, encoded by the host (launch.py) and passed as
+// A tensor map (CUtensorMap): address, sizes, strides, box and swizzle of an array, encoded by the host (launching.py) and passed as
 // `const __grid_constant__ TensorMap name`.
 struct alignas(64) TensorMap {
     uint64_t opaque[16];

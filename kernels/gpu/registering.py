@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minillm.kernels.build import nvrtc_missing
+from minillm.kernels.gpu.build import nvrtc_missing
 from minillm.kernels.registry import kernel
 
 DTYPES = ("float32", "bfloat16", "float16")

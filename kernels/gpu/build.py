@@ -10,7 +10,7 @@ A file may say in comments how it is to be built:
     // minillm-build: -DELEMENT=bfloat16          one set of macros to compile it with when all are checked; one line a set
     // minillm-sass: HMMA                         an instruction that its machine code must hold
 
-`python -m minillm.kernels.precompile` compiles all of them for one device, in as many processes as
+`python -m minillm.kernels.gpu.precompile` compiles all of them for one device, in as many processes as
 there are cores.
 """
 
@@ -31,7 +31,7 @@ from minillm.kernels.registry import KernelUnavailable
 
 Defines = Mapping[str, str | int]
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent.parent  # of all kernels
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _ONCE = re.compile(r"^\s*#\s*pragma\s+once\s*$")
 

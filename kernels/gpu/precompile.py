@@ -1,4 +1,4 @@
-"""`python -m minillm.kernels.precompile`: compile every CUDA kernel into the cache, side by side,
+"""`python -m minillm.kernels.gpu.precompile`: compile every CUDA kernel into the cache, side by side,
 before many processes need it."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 
-from minillm.kernels import build
+from minillm.kernels.gpu import build
 from minillm.kernels.registry import KernelUnavailable
 
 
@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile every file with every set of macros that it names, for one device. Returns 1 if one
     does not compile."""
     parser = argparse.ArgumentParser(
-        prog="minillm.kernels.precompile", description="Compile every CUDA kernel into the cache."
+        prog="minillm.kernels.gpu.precompile",
+        description="Compile every CUDA kernel into the cache.",
     )
     parser.add_argument(
         "--capability",
