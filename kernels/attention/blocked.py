@@ -298,8 +298,10 @@ def _exponentials_(
             return total, 0.0
         np.matmul(queries, keys.transpose(0, 2, 1), out=s)
         _hide_(s, block, job)
-    shift = s.max(axis=-1, keepdims=True, initial=-np.inf)
-    shift[shift == -np.inf] = 0
+    # Only rows that need it are shifted: a row's bits do not depend on its neighbours.
+    top = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    safe = (top < SAFE_MAX) & (np.matmul(np.exp(np.minimum(s, SAFE_MAX)), ones) > SAFE_SUM)
+    shift = np.where(safe | (top == -np.inf), s.dtype.type(0), top)
     s -= shift
     np.exp(s, out=s)
     return np.matmul(s, ones), shift

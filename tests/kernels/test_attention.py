@@ -1,0 +1,186 @@
+"""Masks of attention: the plain reference by hand, and what holds of packed and padded rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kernel_references as formulas
+import numpy as np
+import pytest
+from minillm.kernels import Visibility
+from minillm.kernels.attention import reference
+
+from minillm import kernels
+
+CHOICES = [
+    k.choice
+    for k in kernels.available("attention_forward")
+    if k.backend in ("numpy", "c") and k.unavailable is None
+]
+DOCUMENTS = np.repeat([0, 37, 128], [37, 91, 72])  # start of each query's document
+
+# Visibility, and the keys that each of 3 queries of 2 samples sees among 4.
+BY_HAND: list[tuple[Visibility, list[list[str]]]] = [
+    (Visibility(), [["x...", "xx..", "xxx."]] * 2),
+    (Visibility(False), [["xxxx"] * 3] * 2),
+    (Visibility(True, np.array([2, 0, 9])), [["xxx.", "x...", "xxxx"]] * 2),
+    (Visibility(True, None, np.array([1, 0, 3, 2])), [[".x..", "xx..", "xx.x"]] * 2),
+    (
+        Visibility(True, np.array([[0, 1, 2], [1, 2, 3]])),
+        [["x...", "xx..", "xxx."], ["xx..", "xxx.", "xxxx"]],
+    ),
+    (Visibility(False, key_lengths=np.array([3, 0])), [["xxx."] * 3, ["...."] * 3]),
+    (Visibility(True, key_lengths=np.array([1, 9])), [["x..."] * 3, ["x...", "xx..", "xxx."]]),
+    (Visibility(first_time=np.array([0, 1, 1])), [["x...", ".x..", ".xx."]] * 2),
+    (Visibility(first_time=np.arange(3) - 1), [["x...", "xx..", ".xx."]] * 2),
+    (
+        Visibility(False, first_time=np.array([[0, 2, 4], [3, 1, -1]])),
+        [["xxxx", "..xx", "...."], ["...x", ".xxx", "xxxx"]],
+    ),
+    (
+        Visibility(
+            True,
+            np.array([[3, 4, 5], [0, 2, 4]]),
+            np.array([[3, 1, 2, 4], [0, 0, 2, 1]]),
+            np.array([4, 3]),
+            np.array([[2, 2, 5], [0, 1, 0]]),
+        ),
+        [["x.x.", "x.xx", "...."], ["xx..", "..x.", "xxx."]],
+    ),
+]
+
+
+def mask_of(rows: list[list[str]]) -> Any:
+    return np.array([[[key == "x" for key in query] for query in sample] for sample in rows])
+
+
+def normals(B: int, T: int, heads: tuple[int, ...], K: int = 8) -> list[Any]:
+    rng = np.random.default_rng(T)
+    return [rng.standard_normal((B, T, h, K)).astype(np.float32) for h in heads]
+
+
+def both_passes(
+    choice: str, q: Any, k: Any, v: Any, grad_o: Any, seen: Visibility, dropout: Any = None
+) -> tuple[Any, ...]:
+    """o, lse and the three gradients."""
+    options: dict[str, Any] = dict(scale=0.5, visibility=seen, dropout=dropout)
+    with kernels.use(attention=choice):
+        o, lse = kernels.attention_forward(q, k, v, **options)
+        return o, lse, *kernels.attention_backward(grad_o, q, k, v, o, lse, **options)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return bool(a.tobytes() == b.tobytes())
+
+
+@pytest.mark.parametrize(("seen", "rows"), BY_HAND)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_query_sees_what_its_visibility_says(
+    choice: str, seen: Visibility, rows: list[list[str]]
+) -> None:
+    """Equal scores and unit values return the keys seen, each with the same probability."""
+    q, k = np.zeros((2, 3, 1, 4), np.float32), np.zeros((2, 4, 1, 4), np.float32)
+    v = np.tile(np.eye(4, dtype=np.float32)[None, :, None], (2, 1, 1, 1))
+    o, lse, *_ = both_passes(choice, q, k, v, q, seen)
+    mask = mask_of(rows)
+    counts = mask.sum(-1, keepdims=True)
+    np.testing.assert_allclose(o[:, :, 0], mask / np.maximum(counts, 1), rtol=1e-6)
+    assert np.array_equal(lse[:, 0] == -np.inf, counts[..., 0] == 0)
+
+
+@pytest.mark.parametrize(("seen", "rows"), BY_HAND)
+def test_the_reference_is_a_softmax_over_what_is_seen(
+    seen: Visibility, rows: list[list[str]]
+) -> None:
+    rng = np.random.default_rng(0)
+    q, grad_o = rng.standard_normal((2, 2, 3, 4, 5))
+    k, v = rng.standard_normal((2, 2, 4, 2, 5))
+    mask = mask_of(rows)[:, None]
+    o, lse = reference.attention_forward(q, k, v, scale=0.7, visibility=seen)
+    grads = reference.attention_backward(grad_o, q, k, v, o, lse, scale=0.7, visibility=seen)
+    want = formulas.attention(q, k, v, 0.7, mask)
+    want_grads = formulas.attention_grads(grad_o, q, k, v, 0.7, mask)
+    for x, y in zip((o, lse, *grads), (*want, *want_grads), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-13)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("factor", [0.5, 1000])
+def test_a_document_changes_no_bit_of_another(choice: str, factor: int) -> None:
+    arrays = normals(1, 200, (2, 1, 1, 2))
+    changed = [x.copy() for x in arrays]
+    for x in changed:
+        x[:, :37] *= factor
+    seen = Visibility(first_time=DOCUMENTS)
+    for a, b in zip(*(both_passes(choice, *x, seen) for x in (arrays, changed)), strict=True):
+        others = (slice(None), slice(37, None)) if a.ndim == 4 else (..., slice(37, None))
+        assert same_bits(a[others], b[others]) and not same_bits(a, b)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_tiles_that_no_query_sees_are_left_out(choice: str) -> None:
+    """Invalid keys and values there reach no result."""
+    q, k, v, grad_o = normals(1, 512, (2, 1, 1, 2))
+    seen = Visibility(first_time=np.arange(512) // 256 * 256)
+    before = both_passes(choice, q, k, v, grad_o, seen)
+    k[:, :256] = v[:, :256] = np.nan
+    after = both_passes(choice, q, k, v, grad_o, seen)
+    for a, b in zip(before, after, strict=True):
+        last = (slice(None), slice(256, None)) if a.ndim == 4 else (..., slice(256, None))
+        assert same_bits(a[last], b[last])
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_padded_row_equals_the_row_alone(choice: str, causal: bool) -> None:
+    arrays, lengths = normals(3, 150, (4, 2, 2, 4)), np.array([150, 67, 1])
+    for b, length in enumerate(lengths):
+        arrays[3][b, length:] = 0  # padding queries have no loss
+    padded = both_passes(choice, *arrays, Visibility(causal, key_lengths=lengths))
+    for b, n in enumerate(lengths):
+        alone = both_passes(choice, *(x[b : b + 1, :n] for x in arrays), Visibility(causal))
+        for a, x in zip(alone, padded, strict=True):
+            part = x[b : b + 1, :n] if a.ndim == 4 else x[b : b + 1, :, :n]
+            np.testing.assert_allclose(a, part, atol=3e-6)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_window_of_all_keys_equals_none(choice: str) -> None:
+    """To the bit, since the order of every sum is the same."""
+    arrays = normals(2, 150, (2, 2, 2, 2))
+    wide = Visibility(first_time=np.arange(150) - 149)
+    for a, b in zip(
+        both_passes(choice, *arrays, wide), both_passes(choice, *arrays, Visibility()), strict=True
+    ):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_times_of_a_sample_are_its_own(choice: str) -> None:
+    """A sample gets the mask and the dropout that it gets alone."""
+    arrays = normals(3, 90, (2, 2, 2, 2))
+    rng = np.random.default_rng(1)
+    times = np.stack([rng.permutation(90) for _ in range(3)])
+    first = times - np.array([[90], [20], [5]])
+    dropout = kernels.AttentionDropout(0.4, 3, np.array([8, 2, 5]), 1, times, times)
+    together = both_passes(choice, *arrays, Visibility(True, times, times, None, first), dropout)
+    for b in range(3):
+        own = dropout._replace(samples=dropout.samples[[b]], times_q=times[b], times_k=times[b])
+        seen = Visibility(True, times[b], times[b], first_time=first[b])
+        alone = both_passes(choice, *(x[[b]] for x in arrays), seen, own)
+        for a, x in zip(alone, together, strict=True):
+            np.testing.assert_allclose(a[0], x[b], atol=3e-6)
+
+
+def test_arrays_of_wrong_shape_are_refused() -> None:
+    arrays = normals(2, 5, (1, 1, 1, 1))
+    for seen, message in (
+        (
+            Visibility(key_lengths=np.array([5])),
+            r"key_lengths has shape \(1,\), not \[B\] = \(2,\)",
+        ),
+        (Visibility(first_time=np.zeros((3, 5))), r"first_time has shape \(3, 5\), not \(5,\) or"),
+        (Visibility(True, np.arange(4)), r"times_q has shape \(4,\), not \(5,\) or \(2, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            both_passes("numpy", *arrays, seen)
