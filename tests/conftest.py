@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from minillm.kernels import native
 
 # Beginning of a test's path under tests/ -> the mark of its suite.
 SUITES = {
@@ -44,5 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if suite or emulated:
             item.add_marker(suite or "emulator")
-        elif "test_kernel_equals_reference" in item.name and item.name.endswith("-2t]"):
+        elif "test_kernel_equals_reference" in item.name and not _is_first_choice(item.name):
             item.add_marker("matrix")
+
+
+def _is_first_choice(name: str) -> bool:
+    """Tell whether a kernel test runs what a user gets: one thread, the best instruction set."""
+    best = next((v.name for v in native.VARIANTS if v.unavailable is None), "baseline")
+    return name.endswith("-1t]") and (f"-c:{best}-" in name or "-numpy:" in name)

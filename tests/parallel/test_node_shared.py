@@ -50,7 +50,17 @@ def _name(value: object) -> str:
     return "nodes" + "".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-@pytest.mark.parametrize(("model", "layout", "nodes"), LAYOUTS, ids=_name)
+QUICK = (0, 2, 4, 6)  # one node and two, alone, with sequence parallelism and in a pipeline
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "nodes"),
+    [
+        pytest.param(*cell, marks=() if i in QUICK else pytest.mark.matrix)
+        for i, cell in enumerate(LAYOUTS)
+    ],
+    ids=_name,
+)
 def test_equals_one_rank(model: str, layout: Layout, nodes: list[int]) -> None:
     for optimizer in ("sgd", "adamw"):
         found = train(model, layout, optimizer=optimizer, nodes=nodes, node_shared="on")
