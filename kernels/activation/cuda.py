@@ -6,16 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import deliver, dense, empty, out_like
 from minillm.kernels.gpu.grids import blocks, runs
-from minillm.kernels.gpu.launching import (
-    deliver,
-    dense,
-    element,
-    empty,
-    launch,
-    out_like,
-    same_dtype,
-)
+from minillm.kernels.gpu.launching import element, launch, same_dtype
 from minillm.kernels.gpu.registering import cuda_kernel
 
 _FILE = Path(__file__).with_name("v1.cu")

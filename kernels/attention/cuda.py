@@ -15,22 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from minillm.kernels.arrays import deliver, dense, empty, namespace
 from minillm.kernels.attention import hopper
 from minillm.kernels.attention.device_table import DeviceTable, device_table
 from minillm.kernels.attention.dropout import AttentionDropout
 from minillm.kernels.attention.visibility import Visibility
 from minillm.kernels.dropout.cuda import mask_words
-from minillm.kernels.gpu.launching import (
-    address,
-    compute_capability,
-    deliver,
-    dense,
-    element,
-    empty,
-    launch,
-    namespace,
-    same_dtype,
-)
+from minillm.kernels.gpu.launching import address, compute_capability, element, launch, same_dtype
 from minillm.kernels.gpu.registering import DTYPES, cuda_kernel, unavailable
 from minillm.kernels.random.hashing import threshold
 from minillm.kernels.registry import KernelUnavailable, kernel

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from minillm.kernels.arrays import deliver, empty, namespace
 from minillm.kernels.attention.visibility import Intervals, Visibility, intervals
-from minillm.kernels.gpu.launching import deliver, empty, namespace
 
 _BLOCK, _PADDING = 16, 128  # of common.cuh: rows of a block, and what sizes are rounded up to
 

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import dense, empty, namespace
 from minillm.kernels.attention.device_table import DeviceTable
 from minillm.kernels.gpu.launching import (
     address,
     compute_capability,
-    dense,
     element,
-    empty,
     launch,
     multiprocessors,
-    namespace,
     tensor_map,
 )
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import deliver, dense, empty
 from minillm.kernels.gpu.grids import blocks
-from minillm.kernels.gpu.launching import deliver, dense, element, empty, launch
+from minillm.kernels.gpu.launching import element, launch
 from minillm.kernels.gpu.registering import DTYPES, cuda_kernel
 
 _FILE = Path(__file__).with_name("v1.cu")

@@ -6,18 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import deliver, dense, empty, namespace, out_like
 from minillm.kernels.gpu.grids import blocks, runs
-from minillm.kernels.gpu.launching import (
-    deliver,
-    dense,
-    element,
-    empty,
-    launch,
-    multiprocessors,
-    namespace,
-    out_like,
-    same_dtype,
-)
+from minillm.kernels.gpu.launching import element, launch, multiprocessors, same_dtype
 from minillm.kernels.gpu.registering import cuda_kernel
 from minillm.kernels.random.hashing import COLUMN_KEY, threshold
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.native import c_kernel, dense, pool
+from minillm.kernels.arrays import dense
+from minillm.kernels.native import c_kernel, pool
 
 
 @c_kernel("embedding_forward")

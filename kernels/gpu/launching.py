@@ -29,15 +29,6 @@ _functions: dict[
 ] = {}  # with the dynamic shared memory that each may have
 
 
-def namespace(x: Array) -> ModuleType:
-    """The module, `numpy` or `cupy`, whose array `x` is."""
-    return (
-        np
-        if isinstance(x, np.ndarray)
-        else importlib.import_module(type(x).__module__.partition(".")[0])
-    )
-
-
 def launch(
     path: Path,
     name: str,
@@ -146,31 +137,6 @@ def resident_blocks(
 def element(x: Array) -> str:
     """The name of an array's type in a `.cu` file."""
     return str(x.dtype)
-
-
-def dense(x: Array) -> Array:
-    """`x` itself if it is C-contiguous, else a copy."""
-    return x if x.flags.c_contiguous else namespace(x).ascontiguousarray(x)
-
-
-def empty(shape: Any, dtype: Any, like: Array) -> Array:
-    """An uninitialised array where `like` is."""
-    return namespace(like).empty(shape, dtype)
-
-
-def out_like(x: Array, out: Array | None) -> Array:
-    """A C-contiguous array to compute into: `out` where it is one, else a new one like `x`, to be
-    given to `deliver`."""
-    return out if out is not None and out.flags.c_contiguous else empty(x.shape, x.dtype, x)
-
-
-def deliver(computed: Array, out: Array | None) -> Array:
-    """The result of a computation into `out_like(x, out)`, copied into `out` if that could not be
-    used itself."""
-    if out is None or computed is out:
-        return computed
-    out[...] = computed
-    return out
 
 
 def same_dtype(*arrays: Array | None) -> None:

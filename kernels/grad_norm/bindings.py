@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from minillm.kernels.native import c_kernel, dense, pool
+from minillm.kernels.arrays import dense
+from minillm.kernels.native import c_kernel, pool
 from minillm.kernels.pool import get_threads
 
 

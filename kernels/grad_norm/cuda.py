@@ -8,16 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import dense, empty
 from minillm.kernels.gpu.grids import blocks, runs
-from minillm.kernels.gpu.launching import (
-    address,
-    dense,
-    element,
-    empty,
-    launch,
-    resident_blocks,
-    same_dtype,
-)
+from minillm.kernels.gpu.launching import address, element, launch, resident_blocks, same_dtype
 from minillm.kernels.gpu.registering import cuda_kernel
 
 _FILE = Path(__file__).with_name("v1.cu")

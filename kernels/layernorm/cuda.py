@@ -7,18 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import deliver, dense, empty, out_like
 from minillm.kernels.gpu.build import Defines
 from minillm.kernels.gpu.grids import blocks, rows_in_registers
-from minillm.kernels.gpu.launching import (
-    deliver,
-    dense,
-    element,
-    empty,
-    launch,
-    out_like,
-    resident_blocks,
-    same_dtype,
-)
+from minillm.kernels.gpu.launching import element, launch, resident_blocks, same_dtype
 from minillm.kernels.gpu.registering import cuda_kernel
 from minillm.kernels.matmul.cuda import sum_rows
 

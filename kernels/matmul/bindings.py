@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.native import VARIANTS, blas_unavailable, c_kernel, dense, pool
+from minillm.kernels.arrays import dense
+from minillm.kernels.native import VARIANTS, blas_unavailable, c_kernel, pool
 from minillm.kernels.registry import kernel
 
 

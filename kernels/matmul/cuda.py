@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from minillm.kernels.arrays import dense, empty
 from minillm.kernels.gpu.grids import blocks, runs
-from minillm.kernels.gpu.launching import dense, element, empty, launch, multiprocessors, same_dtype
+from minillm.kernels.gpu.launching import element, launch, multiprocessors, same_dtype
 from minillm.kernels.gpu.registering import cuda_kernel, unavailable
 from minillm.kernels.registry import kernel, lookup
 

@@ -7,17 +7,16 @@ instruction set, and is registered for each: variants `avx512`, `avx2` and `base
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
 from minillm.kernels.pool import num_threads
 from minillm.kernels.registry import kernel
 
@@ -99,12 +98,21 @@ def c_kernel(
 
 
 def prepare_process() -> None:
-    """For a program to call once, at its start: hold every BLAS loaded so far to one thread, since
-    the pool is ours, and let the memory of freed arrays stay with the process. Without
-    threadpoolctl (gpu_check needs little) the BLAS keeps its threads: slower, not wrong."""
+    """Prepare the process for kernels; a program calls it once, at its start.
+
+    Holds every BLAS loaded so far to one thread, since the pool has threads of its own, and keeps
+    the memory of freed arrays in the process. Warns where threadpoolctl is missing: the threads of
+    the BLAS then compete with the pool's.
+    """
     global _blas_limit
-    with contextlib.suppress(ImportError):
+    try:
         _blas_limit = importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
+    except ModuleNotFoundError:
+        warnings.warn(
+            "NumPy's BLAS keeps its own threads, which slow the kernels down: "
+            "pip install threadpoolctl",
+            stacklevel=2,
+        )
     if extension is not None:
         extension.keep_freed_memory()
 
@@ -134,23 +142,3 @@ def pool() -> Any:
     """The calling thread's pool of the size that its context asks for. Each Python thread has its
     own: a pool runs one call at a time."""
     return _pools.by_size[num_threads.get()]
-
-
-def dense(x: Any) -> Any:
-    """`x` itself if it is C-contiguous, else a copy."""
-    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
-
-
-def out_like(x: Any, out: Any) -> Any:
-    """A C-contiguous array to compute into: `out` where it is one, else a new one, to be given to
-    `deliver`."""
-    return out if out is not None and out.flags.c_contiguous else np.empty(x.shape, x.dtype)
-
-
-def deliver(computed: Any, out: Any) -> Any:
-    """The result of a computation into `out_like(x, out)`, copied into `out` if that could not be
-    used itself."""
-    if out is None or computed is out:
-        return computed
-    out[...] = computed
-    return out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from minillm.kernels.native import c_kernel, deliver, dense, out_like, pool
+from minillm.kernels.arrays import deliver, dense, out_like
+from minillm.kernels.native import c_kernel, pool
 
 
 @c_kernel("add")

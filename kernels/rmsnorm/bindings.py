@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.native import c_kernel, deliver, dense, out_like, pool
+from minillm.kernels.arrays import deliver, dense, out_like
+from minillm.kernels.native import c_kernel, pool
 from minillm.kernels.pool import get_threads
 
 

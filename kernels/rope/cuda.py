@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import dense
 from minillm.kernels.gpu.grids import blocks, runs
-from minillm.kernels.gpu.launching import dense, element, launch, same_dtype
+from minillm.kernels.gpu.launching import element, launch, same_dtype
 from minillm.kernels.gpu.registering import cuda_kernel
 
 _FILE = Path(__file__).with_name("v1.cu")

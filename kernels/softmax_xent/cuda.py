@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import dense, empty
 from minillm.kernels.gpu.grids import threads_for
-from minillm.kernels.gpu.launching import dense, element, empty, launch
+from minillm.kernels.gpu.launching import element, launch
 from minillm.kernels.gpu.registering import cuda_kernel
 
 _FILE = Path(__file__).with_name("v1.cu")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from minillm.kernels import registry
+from minillm.kernels.emulator import examples
 
 from minillm import kernels
 
@@ -24,6 +25,7 @@ TOY = {
         "from minillm.kernels.registry import kernel\n\n"
         "@kernel('toy_double')\ndef toy_double(x):\n    return x + x\n"
     ),
+    "examples.py": "def toy_double(make):\n    return make\n",
 }
 
 
@@ -39,6 +41,7 @@ def test_a_new_folder_registers_itself(tmp_path: Path, monkeypatch: pytest.Monke
         assert "toy_double" in kernels.ops()
         double = kernels.public_functions("toy_kernels.toy.reference")["toy_double"]
         assert double(np.arange(3)).tolist() == [0, 2, 4]
+        assert list(examples.found_in("toy_kernels", ["toy"])) == ["toy_double"]
     finally:
         registry._kernels.pop("toy_double", None)
         registry.forget()

@@ -128,7 +128,8 @@ import json, os, sys, time
 task = json.loads(sys.argv[-1])
 for index in range(task["first"], 8):
     name = "attention v3" if index in HANGS else "other v1"
-    say = lambda outcome, words="": print(json.dumps([index, f"case {index}", name, outcome, words]), flush=True)
+    case = [index, f"case {index}", name]
+    say = lambda outcome, words="": print(json.dumps([*case, outcome, words]), flush=True)
     if name in task["skipped"]:
         say("left out", "hung")
         continue

@@ -1,0 +1,13 @@
+"""Small inputs for the emulator: one call of each operation of the folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minillm.kernels.emulator.making import Maker
+
+from minillm import kernels
+
+
+def add(make: Maker) -> Any:
+    return kernels.add(make.rows(), make.rows())
