@@ -98,9 +98,8 @@ def _chosen(name: str, variant: str | None) -> registry.Kernel:
     found = next((k for k in entries if variant in (None, k.variant)), None)
     if found is None or found.unavailable:
         there = ", ".join(f"{k.op} {k.variant}" for k in entries) or "nothing of it"
-        raise registry.KernelUnavailable(
-            f"{found.unavailable if found else f'the emulator runs {there}, not {name} {variant or str()}'}"
-        )
+        unknown = f"the emulator runs {there}, not {name} {variant or ''}"
+        raise registry.KernelUnavailable(str(found.unavailable) if found else unknown)
     return found
 
 

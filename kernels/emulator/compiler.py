@@ -162,12 +162,16 @@ def _parameters(text: str) -> Iterator[Parameter]:
 # of what kinds they are.
 _ENTRIES = """
 namespace emulator_entries {
-template <typename P> struct Kind { static constexpr char letter = (P)0.5f != (P)0 ? 'f' : 'i'; static constexpr int bytes = sizeof(P); };
-template <typename P> struct Kind<P*> { static constexpr char letter = 'p'; static constexpr int bytes = sizeof(P); };
-template <> struct Kind<void*> { static constexpr char letter = 'p'; static constexpr int bytes = 0; };
-template <> struct Kind<const void*> { static constexpr char letter = 'p'; static constexpr int bytes = 0; };
+template <char LETTER, int BYTES> struct Is {
+    static constexpr char letter = LETTER;
+    static constexpr int bytes = BYTES;
+};
+template <typename P> struct Kind : Is<(P)0.5f != (P)0 ? 'f' : 'i', sizeof(P)> {};
+template <typename P> struct Kind<P*> : Is<'p', sizeof(P)> {};
+template <> struct Kind<void*> : Is<'p', 0> {};
+template <> struct Kind<const void*> : Is<'p', 0> {};
 template <typename P, bool IS_CLASS> struct Described : Kind<P> {};
-template <typename P> struct Described<P, true> { static constexpr char letter = 's'; static constexpr int bytes = sizeof(P); };
+template <typename P> struct Described<P, true> : Is<'s', sizeof(P)> {};
 template <typename P> struct Bare { typedef P type; };
 template <typename P> struct Bare<const P> { typedef P type; };
 template <int... I> struct Numbers {};
@@ -176,11 +180,16 @@ template <int... I> struct Count<0, I...> { typedef Numbers<I...> type; };
 template <typename... P, int... I> void call(void (*kernel)(P...), void** args, Numbers<I...>) {
     kernel(*static_cast<typename Bare<P>::type*>(args[I])...);
 }
-template <typename... P> void call(void (*kernel)(P...), void** args) { call(kernel, args, typename Count<sizeof...(P)>::type()); }
+template <typename... P> void call(void (*kernel)(P...), void** args) {
+    call(kernel, args, typename Count<sizeof...(P)>::type());
+}
 template <typename... P> int describe(void (*)(P...), char* letters, int* bytes) {
     const char all_letters[] = {Described<typename Bare<P>::type, __is_class(P)>::letter..., 0};
     const int all_bytes[] = {Described<typename Bare<P>::type, __is_class(P)>::bytes..., 0};
-    for (unsigned i = 0; i < sizeof...(P); i++) letters[i] = all_letters[i], bytes[i] = all_bytes[i];
+    for (unsigned i = 0; i < sizeof...(P); i++) {
+        letters[i] = all_letters[i];
+        bytes[i] = all_bytes[i];
+    }
     return sizeof...(P);
 }
 }

@@ -207,7 +207,8 @@ def draw(launched: Launched, found: Sequence[Instruction], path: Path) -> None:
         "sans-serif;fill:#222}.title{font-size:16px;font-weight:bold}.note{fill:#666}.head{font-weight:bold}"
         ".code{font-family:monospace;font-size:11px;fill:#444}"
     )
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}">'
+    size = f'width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}"'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     path.write_text(
         f'{svg}<style>{style}</style><rect width="100%" height="100%" '
         f'fill="#fff"/>{"".join(body)}</svg>\n',
@@ -221,12 +222,14 @@ def _row(i: Instruction, y: int) -> Iterator[str]:
         for bank, words in enumerate(i.banks):
             title = f"<title>bank {bank}: {words} words</title>"
             x = _LEFT + bank * _CELL
-            yield f'<rect x="{x}" y="{y + 3}" width="{_CELL - 1}" height="{_ROW - 6}" fill="{_colour(words)}">{title}</rect>'
+            box = f'x="{x}" y="{y + 3}" width="{_CELL - 1}" height="{_ROW - 6}"'
+            yield f'<rect {box} fill="{_colour(words)}">{title}</rect>'
         unit = "passes"
     else:
         width = NUM_BANKS * _CELL
-        yield f'<rect x="{_LEFT}" y="{y + 3}" width="{width}" height="{_ROW - 6}" fill="#f3d3cc"/>'
-        yield f'<rect x="{_LEFT}" y="{y + 3}" width="{width / i.ratio:.0f}" height="{_ROW - 6}" fill="#4a8f6a"/>'
+        place, height = f'x="{_LEFT}" y="{y + 3}"', f'height="{_ROW - 6}"'
+        yield f'<rect {place} width="{width}" {height} fill="#f3d3cc"/>'
+        yield f'<rect {place} width="{width / i.ratio:.0f}" {height} fill="#4a8f6a"/>'
         unit = "sectors"
     yield _text(
         _CELLS_END + 10, y + 15, f"{i.cost:.2f} of {i.ideal:.2f} {unit}, {i.executions} times"

@@ -23,12 +23,9 @@ ORDERS = ("round robin", "greedy warp", "reversed", "random")
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 232448  # of one block of an H100; also what a launch may ask for
 _lock = threading.Lock()  # a library holds one machine
-_stacks: list[Any] = [
-    None,
-    0,
-    # of the fibers, and how many: shared by all libraries, which would exhaust the process's mappings
-    # else
-]
+# Stacks of the fibers, and their number. All libraries share them: stacks of their own would
+# exhaust the mappings that a process may have.
+_stacks: list[Any] = [None, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +296,8 @@ def launch_compiled(
             options.record.append(
                 Launched(path, name, grid, block, *rows, memory, symbols, report.switches)
             )
-    where = f"{name} ({path.parent.name}/{path.name}), order {options.order}{f', seed {options.seed}' if options.order == 'random' else ''}"
+    seed = f", seed {options.seed}" if options.order == "random" else ""
+    where = f"{name} ({path.parent.name}/{path.name}), order {options.order}{seed}"
     if failed:
         raise EmulatorError(explain(report, symbols, where))
     divergent = _divergent(report, symbols)
@@ -487,5 +485,8 @@ def _divergent(report: Report, symbols: Symbols) -> str:
     for i in range(report.num_divergent):
         one, other = (symbols.place(site) for site in report.divergent[i])
         if one != other:
-            return f"lanes of one warp meet in an instruction that the whole warp has to execute together, some at {one}, some at {other}"
+            return (
+                "lanes of one warp meet in an instruction that the whole warp has to execute "
+                f"together, some at {one}, some at {other}"
+            )
     return ""

@@ -7,11 +7,11 @@ A file may say in comments how it is to be built:
 
     // minillm-arch: sm_90a                       it uses instructions of this architecture only
     // minillm-options: --fmad=false              options that its results depend on
-    // minillm-build: -DELEMENT=bfloat16          one set of macros to compile it with when all are checked; one line a set
+    // minillm-build: -DELEMENT=bfloat16          one set of macros to check, one line a set
     // minillm-sass: HMMA                         an instruction that its machine code must hold
 
-`python -m minillm.kernels.gpu.precompile` compiles all of them for one device, in as many processes as
-there are cores.
+`python -m minillm.kernels.gpu.precompile` compiles all of them for one device, in as many processes
+as there are cores.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Launch a kernel of a `.cu` file: on the GPU for CuPy arrays, in the emulator for NumPy arrays.
 
-    launch(FOLDER / "v1.cu", "gelu_forward", {"ELEMENT": "bfloat16"}, grid, block, (x, y, np.int64(n)))
+    defines = {"ELEMENT": "bfloat16"}
+    launch(FOLDER / "v1.cu", "gelu_forward", defines, grid, block, (x, y, np.int64(n)))
 
 The arrays among the arguments say where it runs. They are passed as pointers: what their strides
 are is the binding's business. Numbers are NumPy scalars of the C type that the kernel declares, a

@@ -1,5 +1,7 @@
-"""`python -m minillm.kernels.gpu.precompile`: compile every CUDA kernel into the cache, side by side,
-before many processes need it."""
+"""Compile every CUDA kernel into the cache, side by side, before many processes need it.
+
+Run as `python -m minillm.kernels.gpu.precompile`.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def compile_one(work: tuple[Path, build.Defines, str]) -> str:
     and more words."""
     path, defines, capability = work
     try:
-        return f"ok, {len(build.compile_cuda(path, defines, build.architecture(path, capability)))} bytes"
+        cubin = build.compile_cuda(path, defines, build.architecture(path, capability))
+        return f"ok, {len(cubin)} bytes"
     except KernelUnavailable as reason:
         return f"left out: {reason}"
     except build.BuildError as error:

@@ -314,7 +314,10 @@ def software() -> dict[str, str]:
     cupy = importlib.import_module("cupy")
     # In a process of its own: an MPI library that does not start here may end the process that
     # loads it.
-    mpi = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version().strip('\\0'))"
+    mpi = (
+        "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
+        "print(MPI.Get_library_version().strip('\\0'))"
+    )
     return {
         "Python": platform.python_version(),
         "CuPy": cupy.__version__,

@@ -45,11 +45,9 @@ def shapes(lengths: tuple[int, ...] = LENGTHS) -> Iterator[Shape]:
             yield from (Shape(head_width, causal, T) for T in lengths)
 
 
-Found = dict[
-    str, Any
-    # {"rows": [...], "notes": [...]}; a row is a shape's fields with "forward" and "backward": names to
-    # TFLOP/s
-]
+# {"rows": [...], "notes": [...]}. A row is a shape's fields, with "forward" and "backward": names
+# to TFLOP/s.
+Found = dict[str, Any]
 
 
 def empty(lengths: tuple[int, ...] = LENGTHS) -> Found:

@@ -92,7 +92,10 @@ def _head(found: Found) -> str:
         ),
     ]
     if ceilings:
-        measured = f"{ceilings['gemm_tflops']:.0f} TFLOP/s in a bfloat16 product of 8192, {ceilings['copy_tbs']:.2f} TB/s in a copy"
+        measured = (
+            f"{ceilings['gemm_tflops']:.0f} TFLOP/s in a bfloat16 product of 8192, "
+            f"{ceilings['copy_tbs']:.2f} TB/s in a copy"
+        )
         lines += ["", f"Ceilings: {measured} (read and written)."]
     return "\n".join(lines)
 
@@ -111,7 +114,10 @@ def _tests(found: Found) -> str:
     tests, sanitizer = found.get("tests"), found.get("sanitizer")
     if not tests:
         return "## Kernel tests\n\nNot run."
-    words = f"{tests['ran']} cases, {tests['repeats']} times each with poisoned outputs and the same bits: {len(tests['failures'])} failed"
+    words = (
+        f"{tests['ran']} cases, {tests['repeats']} times each with poisoned outputs and the same "
+        f"bits: {len(tests['failures'])} failed"
+    )
     lines = [f"## Kernel tests\n\n{words}, {tests['seconds']:.0f} s."]
     lines += [f"- {f['case']}: {f['words']}" for f in tests["failures"][:50]]
     lines += [f"- left out: {reason}" for reason in tests.get("left_out", ())]
@@ -134,7 +140,8 @@ def _attention(attention: Found, way: str) -> str:
         rows.append(
             [f"{row['head_width']} {mask} {row['T']}", *cells, f"{share:.2f}" if share else ""]
         )
-    title = f"## Attention {way}, bfloat16, TFLOP/s ({'4 B H T^2 K' if way == 'forward' else '10 B H T^2 K'}, half under the causal mask)"
+    flops = "4 B H T^2 K" if way == "forward" else "10 B H T^2 K"
+    title = f"## Attention {way}, bfloat16, TFLOP/s ({flops}, half under the causal mask)"
     return f"{title}\n\n" + table(("head width, mask, T", *names, "of the better peer"), rows)
 
 

@@ -232,9 +232,10 @@ def activation_cases() -> Iterator[Case]:
             lambda g, x: (kernels.relu_backward(g, x, out=poisoned(x)),),
             lambda g, x: (g * (x > 0),),
         )
-    extreme = lambda rng: (
-        np.array([[-200.0, -60, -12, -6, -0.0, 0, 1e-9, 6, 12, 60, 200, 1e4, -1e4]]),
-    )
+
+    def extreme(rng: Any) -> Arrays:
+        return (np.array([[-200.0, -60, -12, -6, -0.0, 0, 1e-9, 6, 12, 60, 200, 1e4, -1e4]]),)
+
     for kind in ("tanh", "erf"):
         yield Case(
             "activation",
@@ -299,11 +300,10 @@ def softmax_cases() -> Iterator[Case]:
         (2, 20_000, 20_000, 1),
         (5, 8, 3, 4),
     ):
-        make = lambda rng, R=R, V=V, valid=valid: (
-            20 * rng.standard_normal((R, V)),
-            rng.integers(0, valid, R),
-            rng.random(R),
-        )
+
+        def make(rng: Any, R: int = R, V: int = V, valid: int = valid) -> Arrays:
+            return 20 * rng.standard_normal((R, V)), rng.integers(0, valid, R), rng.random(R)
+
         for name, call in (("", cut_cross_entropy), ("two-steps-", cut_cross_entropy_in_two_steps)):
             yield Case(
                 "softmax_xent",

@@ -49,7 +49,10 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "part.cuh").write_text("#pragma once\n#define TWO 2\n")
     (tmp_path / "more.cuh").write_text('#include "part.cuh"\n#include "elsewhere.h"\n')
-    kernel = '// minillm-build: -DWIDE=3 -DON\n#include "part.cuh"\n#include "more.cuh"\nextern "C" __global__ void two(int* x) { *x = TWO; }\n'
+    kernel = (
+        '// minillm-build: -DWIDE=3 -DON\n#include "part.cuh"\n#include "more.cuh"\n'
+        'extern "C" __global__ void two(int* x) { *x = TWO; }\n'
+    )
     (tmp_path / "k.cu").write_text(kernel)
     return tmp_path
 
@@ -143,7 +146,10 @@ def test_the_newest_release_is_the_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_complaints_are_found() -> None:
-    good = "ptxas . 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nptxas info : Used 40 registers"
+    good = (
+        "ptxas . 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info : Used 40 registers"
+    )
     assert build.complaints(good) == []
     assert build.complaints(
         "ptxas . 8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads"

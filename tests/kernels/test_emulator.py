@@ -472,7 +472,7 @@ extern "C" __global__ void __launch_bounds__(64, (1)) order_of_arrival(unsigned*
     float both[2][2] = {{1.0f, 2.0f}, {3.0f, (float)threadIdx.x}};
     WATCH(both, both);
 }
-"""
+"""  # noqa: E501 (the tests name its lines)
 
 
 @pytest.fixture(scope="module")
@@ -520,7 +520,8 @@ def test_a_kernel_that_does_not_compile_says_so(tmp_path: Path) -> None:
 
 def test_kernels_and_parameters_are_found_in_a_source() -> None:
     text = """// __global__ void no(int x) {}
-    extern "C" __global__ void __launch_bounds__(ROWS * 32, (1)) a(const __grid_constant__ Map map, float (&x)[2], int64_t n) {}
+    extern "C" __global__ void __launch_bounds__(ROWS * 32, (1))
+    a(const __grid_constant__ Map map, float (&x)[2], int64_t n) {}
     __global__ __launch_bounds__(64) void b(/* none */) {}"""
     found = kernels_in(text)
     assert {name: [p.name for p in parameters] for name, parameters in found.items()} == {
