@@ -21,6 +21,21 @@ SUITES = {
     "device/": "standin",
 }
 
+# Tests that repeat a fact more slowly: as whole processes, at full length, on more layouts.
+SLOW = (
+    "test_ctrl_c_on_mpirun",
+    "test_delayed_weight_gradients_under",
+    "test_every_layout_reports_the_same_loss",
+    "test_float32_adamw",
+    "test_kernels_times_every_implementation",
+    "test_parts_of_a_model_are_timed",
+    "test_placements_compose_with_other_axes",
+    "test_recompute_changes_no_bit",
+    "test_resumed_on_another_mesh_says_so",
+    "test_sigterm_of_one_rank",
+    "test_train_prints_a_table",
+)
+
 # Tests of those suites that every run has: one glance at each, a few seconds in all.
 ALWAYS = (
     "test_gpus_with_less_shared_memory[64-v1",
@@ -43,7 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         emulated = "emulator:" in item.name
         if any(name in item.name for name in ALWAYS):
             continue
-        if suite or emulated:
+        if item.name.startswith(SLOW):
+            item.add_marker("slow")
+        elif suite or emulated:
             item.add_marker(suite or "emulator")
         elif "test_kernel_equals_reference" in item.name and not _is_first_choice(item.name):
             item.add_marker("matrix")
