@@ -1,11 +1,11 @@
-"""Scaled dot-product attention in blocks of queries: never a T x T array, only the log-sum-exp of
-each row is kept.
+"""Attention in blocks of queries: never an array of T x T, only the log-sum-exp of each row is
+kept.
 
-A job is a sample and a few key-value heads, whose gradients then belong to one thread. Its queries
-go through in blocks: two matrix products a block forward, five backward, batched over the job's
-heads in one NumPy call each (threads that make few long calls do not wait for one another). A block
-sees keys only up to the last one visible to it, so most of what a causal mask hides is never
-computed. Query heads that share a key-value head are rows of the same product.
+A job is a sample and a few key-value heads, whose gradients one thread owns. Its queries go through
+in blocks: two matrix products a block forward, five backward, batched over the heads in one NumPy
+call each, because threads that make few long calls do not wait for one another. A block reads the
+keys from the first to the last that one of its queries sees. Query heads that share a key-value
+head are rows of the same product.
 
 Backward recomputes the probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135). It
 subtracts by multiplying: [q | -lse] [k | 1]^T = q k^T - lse.
@@ -24,18 +24,13 @@ from minillm.kernels.registry import kernel
 
 Array = Any
 
-SCORE_BYTES = (
-    1 << 19
-)  # of the scores of a block, over the heads of a job: a quarter of a second-level cache
+SCORE_BYTES = 1 << 19  # scores of a block, all heads of a job: a quarter of a second-level cache
 SAFE_MAX = 60.0  # exp of scores up to this, summed over any number of keys, is a float32
 SAFE_SUM = 1e-20  # a sum of exponentials above this has lost nothing to underflow
-# the log-sum-exp of a row that sees nothing, for the backward pass: every probability is then
-# exp(-1e30) = 0
-BLIND = 1e30
-
-
-# Rows of a block: enough for full-speed products, few enough to leave out most hidden keys.
-QUERY_ROWS = 128
+BLIND = (
+    1e30  # log-sum-exp of a row that sees no key, in backward: its probabilities are exp(-BLIND)
+)
+QUERY_ROWS = 128  # of a block: enough for full-speed products, few enough to skip hidden keys
 
 
 class QueryBlock(NamedTuple):

@@ -1,5 +1,4 @@
-"""Attention v3, on Hopper: when it can run, and its launches. Arguments are checked and results
-handed out in cuda.py."""
+"""Launches of attention v3, for Hopper; cuda.py checks arguments and delivers results."""
 
 from __future__ import annotations
 
@@ -197,6 +196,6 @@ def _launch(
     args: Sequence[Any],
     shared_bytes: int,
 ) -> None:
-    """As many blocks as run at once; each takes a part of the work after the other."""
+    """Launch as many blocks as run at once; each takes one part of the work after another."""
     grid = (min(parts, multiprocessors(like)),)
     launch(_FOLDER / file, name, _defines(like), grid, (128 * (consumers + 1),), args, shared_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -170,4 +170,20 @@ def attention_pair(
         return reference.attention_backward(grad_o, q, k, v, o, lse, **options)
 
     for way, call, want in (("forward", forward, expected), ("backward", backward, expected_grads)):
-        yield Case("attention", f"{name}-{way}", make, call, want, slack, without=without)
+        wanted = remembered(want)
+        yield Case("attention", f"{name}-{way}", make, call, wanted, slack, without=without)
+
+
+def remembered(fn: Callable[..., Arrays]) -> Callable[..., Arrays]:
+    """`fn` with its last few results kept: all implementations get the same inputs."""
+    results: dict[tuple[bytes, ...], Arrays] = {}
+
+    def run(*arrays: Any) -> Arrays:
+        key = tuple(x.tobytes() for x in arrays)
+        if key not in results:
+            if len(results) > 3:
+                results.clear()
+            results[key] = fn(*arrays)
+        return results[key]
+
+    return run
