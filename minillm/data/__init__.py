@@ -1,4 +1,4 @@
-"""Text and token files in, training and evaluation batches out."""
+"""Data pipeline: text or token files, tokenizers, training and evaluation batches."""
 
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json

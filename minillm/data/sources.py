@@ -1,18 +1,19 @@
-"""What `--data` may name, and the bytes behind it.
+"""Sources of text: resolution of `--data`, and the text itself.
 
-A text source is a list of UTF-8 files that are read one after another: the source of Python's own
-standard library (`stdlib`, on every machine that runs this), the novel that ships in the package
-(`austen`), a file, or a folder of `.txt` files. Token files are another matter, in
-`token_files.py`.
+A text source is a list of UTF-8 files that are concatenated. It is the source of Python's standard
+library (`stdlib`, on every machine), a novel included in the package (`austen`), a file, or a
+folder of `.txt` files. `token_files` opens files of token ids.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gzip
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,14 @@ _NOT_SOURCE = frozenset(
 
 @dataclass(frozen=True)
 class TextSource:
-    """The files of a text, in reading order, and the part of it that is held out if the user does
-    not say."""
+    """Text files, concatenated in order."""
 
     name: str
     files: tuple[Path, ...]
-    held_out: float = 0.1
+    held_out: float = 0.1  # default fraction for evaluation
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value for the other ranks, so that all read one list."""
+        """Return a JSON value, so that rank 0 can send the list to the other ranks."""
         return {
             "name": self.name,
             "files": [str(path) for path in self.files],
@@ -58,15 +58,15 @@ class TextSource:
 
     @staticmethod
     def from_json(value: Any) -> TextSource:
-        """The inverse of `to_json`."""
+        """Rebuild the source that `to_json` wrote."""
         return TextSource(value["name"], tuple(map(Path, value["files"])), value["held_out"])
 
 
 def find_source(source: str) -> TextSource | Path:
-    """What `--data source` names: a text, or the path of a token file. A built-in name wins over a
-    path; write `./austen` for a file of that name.
+    """Resolve `--data source`: return a text, or the path of a token file.
 
-    Raises ConfigError if there is no such thing, listing the built-in names and the close ones.
+    A built-in name wins over a path: `./austen` is a file. Raises ConfigError if nothing has that
+    name. The message lists the built-in names and suggests a similar one.
     """
     if source == "stdlib":
         return TextSource("stdlib", stdlib_files(), held_out=0.05)
@@ -99,11 +99,10 @@ def find_source(source: str) -> TextSource | Path:
 
 
 def stdlib_files(root: Path | None = None) -> tuple[Path, ...]:
-    """The `.py` files of Python's standard library, in the order of their paths (as UTF-8 bytes, so
-    the same on every machine).
+    """Return the `.py` files of Python's standard library, sorted by the UTF-8 bytes of their path.
 
-    Left out: tests, installed and bundled third-party code, what is not a module of the standard
-    library, and files that are not UTF-8. Raises ConfigError if this Python has no source files.
+    This order is the same on every machine. Tests, third-party code and files that are not UTF-8
+    are excluded. Raises ConfigError if this Python has no source files.
     """
     root = Path(root or sysconfig.get_path("stdlib"))
     found: list[tuple[bytes, Path]] = []
@@ -127,23 +126,23 @@ def stdlib_files(root: Path | None = None) -> tuple[Path, ...]:
 
 
 def read_text(source: TextSource) -> str:
-    """The text of all files of `source`, one after another; a file that does not end its last line
-    has it ended, so that files do not run together.
+    """Return the concatenated text of all files, with a line end after each of several files.
 
-    Raises ConfigError for a file that is missing, unreadable, empty, or not UTF-8 (with the
-    position of the first wrong byte).
+    Raises ConfigError for a file that is missing, unreadable or not UTF-8 (with the position of
+    the first wrong byte), and for a blank text.
     """
     parts = []
     for path in source.files:
-        data = _read_bytes(path)
+        with reading(path):
+            data = path.read_bytes()
+            data = gzip.decompress(data) if path.suffix == ".gz" else data
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at position "
-                f"{error.start} of {len(data)} "
-                f"({error.reason}); convert it, "
-                "for example with `iconv -f LATIN1 -t UTF-8`, or name token files .bin or .npy"
+                f"{error.start} of {len(data)} ({error.reason}); convert it, for example with "
+                "`iconv -f LATIN1 -t UTF-8`, or name token files .bin or .npy"
             ) from None
         parts.append(text if len(source.files) == 1 or text.endswith("\n") else text + "\n")
     text = "".join(parts)
@@ -155,14 +154,15 @@ def read_text(source: TextSource) -> str:
     return text
 
 
-def _read_bytes(path: Path) -> bytes:
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise ConfigError naming `path` if the enclosed block cannot read it."""
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+        yield
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} is gone: it was there when the run looked for its data, and is not now; put "
-            "it back and start again"
+            f"{path} is gone: it existed when the run looked for its data; put it back and start "
+            "again"
         ) from None
     except (OSError, EOFError) as error:
         raise ConfigError(
@@ -172,8 +172,10 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _find_in_folder(folder: Path) -> TextSource | Path:
-    """A folder with train.bin (or train.npy) is a token data set; otherwise its `.txt` files, in
-    all subfolders, in the order of their paths."""
+    """Return train.bin or train.npy of a folder, else its `.txt` files.
+
+    The files of all subfolders are sorted by path.
+    """
     for suffix in TOKEN_SUFFIXES:
         if (folder / f"train{suffix}").is_file():
             return folder / f"train{suffix}"
@@ -200,8 +202,7 @@ def _fetch_shakespeare() -> Path:
     except ImportError:
         raise ConfigError(
             "--data shakespeare is fetched with the package 'pooch'; install it with: pip install "
-            "'minillm-mpi[data]', "
-            "or choose --data austen"
+            "'minillm-mpi[data]', or choose --data austen"
         ) from None
     try:
         pooch.get_logger().setLevel("WARNING")
@@ -213,13 +214,11 @@ def _fetch_shakespeare() -> Path:
                 path=pooch.os_cache("minillm"),
             )
         )
-    except (
-        Exception
-    ) as error:  # the network, the disk or the checksum: pooch passes on what its downloader raises
+    except Exception as error:  # pooch raises whatever its downloader raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"could not fetch --data shakespeare from {SHAKESPEARE_URL}: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-            "check the connection, or choose --data austen or --data stdlib, which need none"
+            f"could not fetch --data shakespeare from {SHAKESPEARE_URL}: {reason}; check the "
+            "connection, or choose --data austen or --data stdlib, which need none"
         ) from None
 
 

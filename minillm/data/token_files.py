@@ -1,8 +1,7 @@
-"""Files of token ids, mapped into memory rather than read: `.npy`, and `.bin` as nanoGPT and llm.c
-write it.
+"""Memory-mapped files of token ids: `.npy`, and `.bin` as written by nanoGPT and llm.c.
 
-nanoGPT's `.bin` is nothing but uint16 ids. llm.c's has 256 int32 in front, of which the first is a
-magic number that tells the version and the dtype.
+nanoGPT's `.bin` holds uint16 ids and no header. llm.c's has a header of 256 int32: a magic number,
+which determines the dtype, the version, and the number of tokens.
 """
 
 from __future__ import annotations
@@ -14,45 +13,33 @@ from pathlib import Path
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.data.sources import reading
 
-HEADER_INTS = 256
-LLMC_FORMATS = {
-    20240520: (1, np.uint16),
-    20240801: (7, np.uint32),
-}  # magic number: (version, dtype of the ids)
+HEADER_BYTES = 256 * 4
+LLMC_FORMATS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: (version, dtype)
 
-BLOCK = 1 << 22  # tokens looked at together when a whole file is checked
-SAMPLES = 64  # blocks that a fingerprint covers
+CHECKED_TOKENS = 1 << 22  # checked at once in the pass over a whole file
+FINGERPRINT_SAMPLES = 64  # samples of a file in its fingerprint
 SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What one pass over a token file learns: its SHA-256 (of the ids in file order, as
-    little-endian bytes) and the largest id with its position."""
+    """Summary of a token file, from one pass over it."""
 
-    sha256: str
-    largest: int
-    position: int
+    sha256: str  # of the ids in file order, as little-endian bytes
+    largest: int  # the largest id
+    position: int  # of the first token with the largest id
 
 
 def open_tokens(path: Path) -> np.ndarray:
-    """The ids in `path`, integer [N], mapped read-only: only the pages that are looked at are read.
+    """Map the ids in `path` read-only: any integer dtype, [N].
 
-    Raises ConfigError for a file that is missing, empty, of half a token, of the wrong kind, or
-    whose header and length disagree.
+    Only the pages that are accessed are read. Raises ConfigError for a file that is missing, empty
+    or of the wrong kind, ends within a token, or has a header that contradicts its length.
     """
-    try:
+    with reading(path):
         tokens = _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} is gone: it was there when the run looked for its data, and is not now; put "
-            "it back and start again"
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror or error}; check the file and its permissions"
-        ) from None
     if tokens.size == 0:
         raise ConfigError(
             f"{path} is empty: it holds no token ids; write it again, or name another file"
@@ -61,8 +48,10 @@ def open_tokens(path: Path) -> np.ndarray:
 
 
 def held_out_beside(path: Path) -> Path | None:
-    """The file of held-out tokens that belongs to `path`: val.bin beside train.bin, x_val.npy
-    beside x_train.npy; None if there is none."""
+    """Return the file of held-out tokens beside `path`, or None.
+
+    It is val.bin for train.bin, x_val.npy for x_train.npy.
+    """
     if not path.stem.endswith("train"):
         return None
     sibling = path.with_name(path.stem.removesuffix("train") + "val" + path.suffix)
@@ -70,12 +59,14 @@ def held_out_beside(path: Path) -> Path | None:
 
 
 def inspect_tokens(tokens: np.ndarray, path: Path) -> TokenFacts:
-    """Hash the ids [N] and find the largest, in one pass by blocks. Raises ConfigError for a
-    negative id."""
+    """Hash the ids [N] and find the largest, in one pass.
+
+    Raises ConfigError for a negative id.
+    """
     digest = hashlib.sha256()
     largest, position = -1, 0
-    for start in range(0, len(tokens), BLOCK):
-        block = np.ascontiguousarray(tokens[start : start + BLOCK])
+    for start in range(0, len(tokens), CHECKED_TOKENS):
+        block = np.ascontiguousarray(tokens[start : start + CHECKED_TOKENS])
         if block.dtype.kind == "i" and block.min() < 0:
             at = int((block < 0).argmax())
             raise ConfigError(
@@ -90,11 +81,14 @@ def inspect_tokens(tokens: np.ndarray, path: Path) -> TokenFacts:
 
 
 def fingerprint(tokens: np.ndarray) -> str:
-    """A hash of the length and of 64 evenly spaced blocks of the ids [N]: what ranks compare, where
-    reading the whole file on each would take too long."""
+    """Hash the length and 64 evenly spaced samples of the ids [N].
+
+    The ranks compare it, because hashing the whole file on every rank takes too long.
+    """
     step = max(1, SAMPLE_BYTES // tokens.dtype.itemsize)
     digest = hashlib.sha256(f"{len(tokens)} {tokens.dtype.itemsize}".encode())
-    for start in np.unique(np.linspace(0, max(0, len(tokens) - step), SAMPLES).astype(np.int64)):
+    last = max(0, len(tokens) - step)
+    for start in np.unique(np.linspace(0, last, FINGERPRINT_SAMPLES).astype(np.int64)):
         digest.update(np.ascontiguousarray(tokens[start : start + step]).data)
     return digest.hexdigest()
 
@@ -107,14 +101,9 @@ def _open_npy(path: Path) -> np.ndarray:
             return np.empty(0, np.uint16)
         raise ConfigError(f"{path} is not an array file that NumPy can map: {error}") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        what = (
-            f"{tokens.dtype} {list(tokens.shape)}"
-            if isinstance(tokens, np.ndarray)
-            else "an archive"
-        )
-        raise ConfigError(
-            f"{path} holds {what}; token ids are one row of integers, such as uint16 [N]"
-        )
+        array = isinstance(tokens, np.ndarray)
+        found = f"{tokens.dtype} {list(tokens.shape)}" if array else "an archive"
+        raise ConfigError(f"{path} holds {found}; token ids are integers [N], such as uint16")
     return tokens
 
 
@@ -122,24 +111,19 @@ def _open_bin(path: Path) -> np.ndarray:
     num_bytes = path.stat().st_size
     if num_bytes == 0:
         return np.empty(0, np.uint16)
-    header = (
-        np.fromfile(path, "<i4", count=3) if num_bytes >= HEADER_INTS * 4 else np.zeros(3, np.int32)
-    )
-    if int(header[0]) in LLMC_FORMATS:
-        version, kind = LLMC_FORMATS[int(header[0])]
-        dtype = np.dtype(kind).newbyteorder("<")
-        count = (num_bytes - HEADER_INTS * 4) // dtype.itemsize
-        if int(header[1]) == version:
-            if int(header[2]) != count:
-                raise ConfigError(
-                    f"{path} says it holds {int(header[2])} tokens, but its {num_bytes} bytes hold "
-                    f"{count}; it was cut short or altered"
-                )
-            return (
-                np.memmap(path, dtype, mode="r", offset=HEADER_INTS * 4, shape=(count,))
-                if count
-                else np.empty(0, dtype)
+    has_header = num_bytes >= HEADER_BYTES
+    magic, version, length = map(int, np.fromfile(path, "<i4", count=3) if has_header else (0,) * 3)
+    if magic in LLMC_FORMATS and version == LLMC_FORMATS[magic][0]:
+        dtype = np.dtype(LLMC_FORMATS[magic][1])
+        count = (num_bytes - HEADER_BYTES) // dtype.itemsize
+        if length != count:
+            raise ConfigError(
+                f"{path} says it holds {length} tokens, but its {num_bytes} bytes hold {count}; it "
+                "was cut short or altered"
             )
+        if not count:
+            return np.empty(0, dtype)
+        return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
     if num_bytes % 2:
         raise ConfigError(
             f"{path} has {num_bytes} bytes, an odd number; a .bin file holds uint16 token ids, two "

@@ -1,8 +1,8 @@
-"""Text to token ids and back.
+"""Tokenizers: conversion of text to token ids and back.
 
-A tokenizer is a small value that a checkpoint carries as JSON (`to_json`, `tokenizer_from_json`):
-data, never code. `byte` needs nothing, `char` learns the characters of its corpus, and byte-pair
-encodings come through the optional `tokenizers` package.
+A checkpoint stores its tokenizer as JSON (`to_json`, `tokenizer_from_json`): data, never code.
+`byte` has a fixed vocabulary, `char` learns the characters of its corpus, and byte-pair encodings
+use the optional package `tokenizers`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ import numpy as np
 
 from minillm.base.errors import ConfigError
 
-PIECE = (
-    1 << 20
-    # characters given to a byte-pair encoder at a time: its working memory is hundreds of bytes a
-    # character
-)
+# Characters that a byte-pair encoder gets at once: it needs hundreds of bytes a character.
+PIECE_CHARACTERS = 1 << 20
 
 NEED_PACKAGE = (
     "the package 'tokenizers' is not installed; install it with: "
@@ -29,47 +26,54 @@ NEED_PACKAGE = (
 
 
 class Tokenizer(Protocol):
-    """Turns text into token ids in [0, vocab_size) and back."""
+    """Bidirectional map between text and token ids in [0, vocab_size)."""
 
     @property
     def name(self) -> str:
-        """What to call it in a log: "byte", "char", "bpe:512" ..."""
+        """Name for messages: byte, char, bpe:512."""
 
     @property
     def vocab_size(self) -> int:
-        """The number of different ids."""
+        """Number of ids."""
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, [num_tokens], in the smallest unsigned dtype that holds the
-        vocabulary. Raises ConfigError for text it has no ids for."""
+        """Return the ids of `text`, [num_tokens], in the dtype `token_dtype(vocab_size)`.
+
+        Raises ConfigError for text that has no ids.
+        """
 
     def decode(self, ids: Any) -> str:
-        """The text of a sequence of ids. Raises ConfigError for an id outside the vocabulary."""
+        """Return the text of a sequence of ids.
+
+        Raises ConfigError for an id outside the vocabulary.
+        """
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value from which `tokenizer_from_json` builds an equal tokenizer."""
+        """Return a JSON value from which `tokenizer_from_json` builds an equal tokenizer."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned dtype that holds ids below `vocab_size`."""
+    """Return the smallest unsigned dtype that holds ids below `vocab_size`."""
     return np.dtype(
         np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
     )
 
 
 class ByteTokenizer:
-    """Every byte of the UTF-8 text is a token: a vocabulary of 256 that can write anything."""
+    """Byte-level tokenizer: 256 tokens, the UTF-8 bytes, which can represent any text."""
 
     name = "byte"
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        """The UTF-8 bytes of `text`, uint8 [num_bytes]."""
-        return np.frombuffer(_utf8(text), np.uint8)
+        """Return the UTF-8 bytes of `text`, uint8 [num_bytes]."""
+        return np.frombuffer(_encoded(text, "utf-8"), np.uint8)
 
     def decode(self, ids: Any) -> str:
-        """The text; bytes that are no valid UTF-8 (a sample cut inside a character) become
-        U+FFFD."""
+        """Return the text.
+
+        Invalid UTF-8, such as a sample cut inside a character, becomes U+FFFD.
+        """
         return _checked(ids, self).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def to_json(self) -> dict[str, Any]:
@@ -77,14 +81,15 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """Every character is a token; the vocabulary is a sorted set of characters, usually those of
-    the corpus."""
+    """Character-level tokenizer over a fixed set of characters, usually those of the corpus."""
 
     name = "char"
 
     def __init__(self, characters: str) -> None:
-        """`characters` in the order of their ids, each once. Raises ConfigError if there are none
-        or one repeats."""
+        """Number `characters` in the given order.
+
+        Raises ConfigError if there are none or one repeats.
+        """
         if not characters or len(set(characters)) != len(characters):
             raise ConfigError(
                 "a character vocabulary needs at least one character and each only once, not "
@@ -93,19 +98,20 @@ class CharTokenizer:
         self.characters = characters
         self.vocab_size = len(characters)
         self._points = _code_points(characters)  # [V]
-        self._ids = np.full(
-            int(self._points.max()) + 2, self.vocab_size, np.uint32
-        )  # [largest code point + 2]: id, or vocab_size where there is none
+        # [largest code point + 2]: id of each code point, vocab_size for none.
+        self._ids = np.full(int(self._points.max()) + 2, self.vocab_size, np.uint32)
         self._ids[self._points] = np.arange(self.vocab_size, dtype=np.uint32)
 
     @classmethod
     def of(cls, text: str) -> CharTokenizer:
-        """The tokenizer whose vocabulary is the characters of `text`, sorted by code point."""
+        """Return the tokenizer of the characters of `text`, sorted by code point."""
         return cls(_characters(np.unique(_code_points(text))))
 
     def encode(self, text: str) -> np.ndarray:
-        """One id a character. Raises ConfigError naming the first character that is not in the
-        vocabulary and its position."""
+        """Return one id a character.
+
+        Raises ConfigError for characters outside the vocabulary, with the position of the first.
+        """
         points = _code_points(text)
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
         unknown = ids == self.vocab_size
@@ -113,14 +119,13 @@ class CharTokenizer:
             at = int(unknown.argmax())
             raise ConfigError(
                 f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among the "
-                f"{self.vocab_size} "
-                f"characters of this vocabulary; "
-                "leave it out, or train with --tokenizer byte, which can write any text"
+                f"{self.vocab_size} characters of this vocabulary; leave it out, or train with "
+                "--tokenizer byte, which can write any text"
             )
         return ids.astype(token_dtype(self.vocab_size))
 
     def decode(self, ids: Any) -> str:
-        """One character an id."""
+        """Return one character an id."""
         return _characters(self._points[_checked(ids, self)])
 
     def to_json(self) -> dict[str, Any]:
@@ -128,8 +133,7 @@ class CharTokenizer:
 
 
 class IdTokenizer:
-    """The stand-in for token files whose tokenizer is not known: its text is the ids themselves, as
-    decimal numbers between spaces."""
+    """Placeholder for the unknown tokenizer of a token file: text is decimal ids and spaces."""
 
     name = "ids"
 
@@ -137,28 +141,22 @@ class IdTokenizer:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> np.ndarray:
-        """The numbers in `text`. Raises ConfigError for anything that is not a number below
-        vocab_size."""
+        """Return the numbers in `text`.
+
+        Raises ConfigError for a word that is not a number below vocab_size.
+        """
         words = text.split()
-        wrong = next(
-            (
-                word
-                for word in words
-                if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size)
-            ),
-            None,
-        )
-        if wrong is not None:
-            raise ConfigError(
-                f"{_shorten(wrong)!r} is not a token id below {self.vocab_size}; this data came as "
-                "token ids without a tokenizer, "
-                "so text for it is written as numbers, such as '12 7 345' (or name its "
-                "tokenizer.json with --tokenizer)"
-            )
+        for word in words:
+            if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
+                raise ConfigError(
+                    f"{_shorten(word)!r} is not a token id below {self.vocab_size}; this data came "
+                    "as token ids without a tokenizer, so text for it is written as numbers, such "
+                    "as '12 7 345' (or name its tokenizer.json with --tokenizer)"
+                )
         return np.array([int(word) for word in words], dtype=token_dtype(self.vocab_size))
 
     def decode(self, ids: Any) -> str:
-        """The ids, written as numbers."""
+        """Return the ids as decimal numbers between spaces."""
         return " ".join(map(str, _checked(ids, self).tolist()))
 
     def to_json(self) -> dict[str, Any]:
@@ -166,12 +164,13 @@ class IdTokenizer:
 
 
 class HFTokenizer:
-    """A byte-pair (or other) encoding of the `tokenizers` package, from the text of a
-    tokenizer.json."""
+    """Tokenizer of the package `tokenizers`, such as a byte-pair encoding."""
 
     def __init__(self, definition: str, name: str) -> None:
-        """`definition`: the JSON text. Raises ConfigError if the package is missing or the text is
-        no tokenizer."""
+        """Build the tokenizer from the text of a tokenizer.json.
+
+        Raises ConfigError if the package is missing or the text is not a tokenizer.
+        """
         package = _package()
         try:
             self._tokenizer = package.Tokenizer.from_str(definition)
@@ -185,17 +184,19 @@ class HFTokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, no special tokens added. Long texts are cut after line ends, about a
-        million characters apart."""
+        """Return the ids of `text`, without special tokens.
+
+        Long texts are cut after line ends, about a million characters apart.
+        """
         dtype = token_dtype(self.vocab_size)
         parts = [
             np.array(self._tokenizer.encode(piece, add_special_tokens=False).ids, dtype=dtype)
-            for piece in _pieces(text, PIECE)
+            for piece in _pieces(text, PIECE_CHARACTERS)
         ]
         return np.concatenate(parts) if parts else np.empty(0, dtype)
 
     def decode(self, ids: Any) -> str:
-        """The text, special tokens included."""
+        """Return the text, including special tokens."""
         return self._tokenizer.decode(_checked(ids, self).tolist(), skip_special_tokens=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -203,11 +204,11 @@ class HFTokenizer:
 
 
 def make_tokenizer(spec: str, text: str) -> Tokenizer:
-    """The tokenizer that `spec` asks for, fitted to `text` where it learns from text.
+    """Make the tokenizer `spec`; "char" and "bpe:SIZE" are fitted to `text`.
 
-    `spec`: "byte", "char", "bpe:SIZE" (a byte-level byte-pair encoding of SIZE tokens, learnt from
-    `text`; Sennrich et al. 2016, arXiv:1508.07909), or a tokenizer.json as "hf:FILE" or a path.
-    Raises ConfigError for anything else, for a missing file and for a missing package.
+    `spec` is "byte", "char", "bpe:SIZE" (byte-level byte-pair encoding of SIZE tokens; Sennrich et
+    al. 2016, arXiv:1508.07909), or a tokenizer.json as "hf:FILE" or a path. Raises ConfigError for
+    any other spec, for a missing file and for a missing package.
     """
     if spec == "byte":
         return ByteTokenizer()
@@ -224,8 +225,10 @@ def make_tokenizer(spec: str, text: str) -> Tokenizer:
 
 
 def tokenizer_from_json(value: Any) -> Tokenizer:
-    """The tokenizer that `to_json` wrote down. Raises ConfigError for anything `to_json` does not
-    write."""
+    """Rebuild the tokenizer from its `to_json` value.
+
+    Raises ConfigError for any other value.
+    """
     match value:
         case {"kind": "byte"}:
             return ByteTokenizer()
@@ -255,7 +258,7 @@ def _train_bpe(spec: str, text: str) -> HFTokenizer:
     trainer = package.trainers.BpeTrainer(
         vocab_size=int(size), initial_alphabet=alphabet, show_progress=False, special_tokens=[]
     )
-    tokenizer.train_from_iterator(_pieces(text, PIECE), trainer)
+    tokenizer.train_from_iterator(_pieces(text, PIECE_CHARACTERS), trainer)
     return HFTokenizer(tokenizer.to_str(), spec)
 
 
@@ -289,25 +292,18 @@ def _pieces(text: str, size: int) -> Iterator[str]:
 
 
 def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(_encoded(text, "utf-32-le"), np.uint32)
+
+
+def _encoded(text: str, codec: str) -> bytes:
     try:
-        return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        return text.encode(codec)
     except UnicodeEncodeError as error:
-        raise ConfigError(_no_character(text, error.start)) from None
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(_no_character(text, error.start)) from None
-
-
-def _no_character(text: str, at: int) -> str:
-    code = f"U+{ord(text[at]):04X} at position {at}"
-    return (
-        f"the text has {code}, half of a surrogate pair and no character; remove it "
-        "(a terminal or file in another encoding?)"
-    )
+        code = f"U+{ord(text[error.start]):04X} at position {error.start}"
+        raise ConfigError(
+            f"the text has {code}, half of a surrogate pair and no character; remove it "
+            "(a terminal or file in another encoding?)"
+        ) from None
 
 
 def _characters(points: np.ndarray) -> str:
@@ -315,7 +311,7 @@ def _characters(points: np.ndarray) -> str:
 
 
 def _checked(ids: Any, tokenizer: Tokenizer) -> np.ndarray:
-    """`ids` as int64 [num_tokens], all inside the vocabulary."""
+    """Return `ids` as int64 [num_tokens]; raise ConfigError for one outside the vocabulary."""
     array = np.asarray(ids, dtype=np.int64).reshape(-1)
     outside = (array < 0) | (array >= tokenizer.vocab_size)
     if outside.any():
