@@ -1,10 +1,10 @@
-"""Checkpoints: what a run needs to go on, in safetensors files that any mesh can read.
+"""Checkpoints: the state of a run in safetensors files that any mesh can read.
 
-A checkpoint is a folder `step-00000100` with one file per rank that had something to write and
-`manifest.json`, written last, which says where every piece of every global tensor lies. `save`
-writes one, `find` and `verify` judge one, `load` fills a rank's arrays from one (or from any other
-`StateSource`). `RunRecord` holds what is known of the run. `difference` compares the conditions
-under which a resumed run gives the same bits.
+A checkpoint is a folder `step-00000100` with one file per rank that wrote anything. Its
+`manifest.json`, written last, lists the location of every piece of every global tensor. `save`
+writes a checkpoint, `find` and `verify` check one. `load` fills a rank's arrays from one, or from
+any other `StateSource`. `RunRecord` holds the configuration of the run. `difference` compares the
+conditions under which a resumed run gives the same bits.
 """
 
 from __future__ import annotations

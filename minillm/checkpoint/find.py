@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from, and whether it is whole."""
+"""Search for checkpoints, and verification of their files."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 
 SUBFOLDER = "checkpoints"
-_STEP = re.compile(
-    r"(?:\.old-)?step-(\d{8,})"
-)  # .old-: set aside by a replacement that died between its two renames
-_CHUNK = 1 << 22  # bytes hashed at once
+# .old-: set aside by a replacement that died between its two renames.
+_STEP = re.compile(r"(?:\.old-)?step-(\d{8,})")
 
 
 def step_name(step: int) -> str:
-    """The folder's name: step-00000100."""
+    """Return the folder name of a step: step-00000100."""
     return f"step-{step:08d}"
 
 
 def steps(directory: Path) -> dict[int, Path]:
-    """Step -> folder of every checkpoint in `directory`, oldest first. Nothing is opened."""
+    """Return the folder of every checkpoint in `directory` by step, oldest first.
+
+    Opens no file.
+    """
     found: dict[int, Path] = {}
-    for path in (
-        sorted(directory.iterdir()) if directory.is_dir() else []
-    ):  # .old-step-* sorts before step-*, which wins
+    # Sorted: .old-step-* comes before step-*, which replaces it.
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         match = _STEP.fullmatch(path.name)
         if match and path.is_dir():
             found[int(match[1])] = path
@@ -36,12 +36,11 @@ def steps(directory: Path) -> dict[int, Path]:
 
 
 def find(path: Path) -> Path:
-    """The folder of a checkpoint: `path` itself, or the newest one in the run directory `path` (or
-    in its subfolder `checkpoints`).
+    """Return the folder of a checkpoint: `path` itself, or the newest one of the run in `path`.
 
-    Its manifest is read and the sizes of its files are compared; `verify` also checks their
-    contents. Raises CheckpointError if there is none, saying what was looked for, and if it is
-    damaged, naming the file and offering the newest older one that is complete.
+    A run keeps its checkpoints in its directory or in the subfolder `checkpoints`. Checks the
+    manifest and the file sizes; `verify` also checks the contents. Raises CheckpointError if there
+    is none. Raises it also for a damaged one, with the newest older checkpoint that is complete.
     """
     path = Path(path)
     if not path.exists():
@@ -53,8 +52,8 @@ def find(path: Path) -> Path:
         if not found:
             raise CheckpointError(
                 f"no checkpoint in {path}: looked for folders like {step_name(100)} there and in "
-                f"{path / SUBFOLDER}, "
-                f"and for {path / MANIFEST}; pass the folder of a run that has saved"
+                f"{path / SUBFOLDER}, and for {path / MANIFEST}; pass the folder of a run that has "
+                "saved"
             )
         path = list(found.values())[-1]
     try:
@@ -65,10 +64,10 @@ def find(path: Path) -> Path:
 
 
 def verify(path: Path, comm: Communicator) -> None:
-    """Check all files of the checkpoint folder `path`, each on one rank of `comm`. Collective.
+    """Check all files of the checkpoint folder `path`, each on one rank. Collective over `comm`.
 
-    Raises the same CheckpointError on every rank, naming the first damaged file and offering the
-    newest older checkpoint that is complete.
+    Raises the same CheckpointError on every rank. It names the first damaged file and the newest
+    older checkpoint that is complete.
     """
     path = Path(path)
 
@@ -85,7 +84,7 @@ def verify(path: Path, comm: Communicator) -> None:
 
 
 def check_sizes(path: Path, manifest: Manifest) -> None:
-    """Raises Damaged unless every file is there in its full size."""
+    """Raise Damaged unless every file exists in its full size."""
     for name, entry in manifest.files.items():
         file = path / name
         try:
@@ -99,12 +98,10 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
 
 
 def check_contents(file: Path, entry: FileEntry) -> None:
-    """Raises Damaged unless the SHA-256 of `file` is the one that was written down."""
-    digest = hashlib.sha256()
+    """Raise Damaged unless the SHA-256 of `file` is that of `entry`."""
     try:
         with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
+            digest = hashlib.file_digest(stream, "sha256")
     except OSError as error:
         raise Damaged(f"{file} cannot be read: {error.strerror}") from None
     if digest.hexdigest() != entry.sha256:
@@ -112,8 +109,7 @@ def check_contents(file: Path, entry: FileEntry) -> None:
 
 
 def with_older(path: Path, error: Damaged) -> Damaged:
-    """`error` about the checkpoint at `path`, with the way out: the newest older checkpoint beside
-    it that is complete."""
+    """Append the newest older checkpoint that is complete to an error about the one at `path`."""
     match = _STEP.fullmatch(path.name)
     before = int(match[1]) if match else 0
     for step, other in reversed(steps(path.parent).items()):

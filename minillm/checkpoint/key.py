@@ -1,15 +1,15 @@
-"""Comparison of numeric keys: why a resumed run continues to rounding and not bit for bit."""
+"""Comparison of numeric keys: reasons for a resumed run to differ by rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_MOST_NAMED = 5  # how many differences the line lists
+_MOST_NAMED = 5  # differences listed
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """One line naming what differs between two numeric keys; None if they are equal."""
+    """Return the differences between two numeric keys in one line; None if they are equal."""
     before, now = dict(_flat(old)), dict(_flat(new))
     changed = [
         f"{name.replace('_', ' ')} {now.get(name, 'unknown')} (was {before.get(name, 'unknown')})"
@@ -23,7 +23,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested dictionaries as (dotted name, value)."""
+    """Yield the entries of nested dictionaries as (dotted name, value)."""
     for name, inner in value.items():
         if isinstance(inner, Mapping):
             yield from _flat(inner, f"{prefix}{name}.")

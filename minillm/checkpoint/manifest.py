@@ -1,8 +1,7 @@
-"""The manifest of a checkpoint: which tensors there are, and in which file every piece of them
-lies.
+"""Manifest of a checkpoint: its tensors, and the file and key of each of their pieces.
 
-`manifest.json` is written last, so a folder that has one was written to the end. It carries a
-checksum of itself beside those of the files.
+Invariant: `manifest.json` is written last, so a folder that has one is complete. It holds a
+checksum of itself and of every file.
 """
 
 from __future__ import annotations
@@ -22,60 +21,55 @@ FORMAT = "minillm-checkpoint"
 VERSION = 1
 
 Bounds = tuple[tuple[int, int], ...]
-"""The slices of a block as (start, stop) per dim: what JSON can hold and a dictionary can look
-up."""
+"""Slices of a block as (start, stop) per dim: hashable, and a JSON value."""
 
 
 class Damaged(CheckpointError):
-    """A file of a checkpoint is missing, truncated, altered or of another kind. The message starts
-    with its path."""
+    """Missing, truncated, altered or foreign file of a checkpoint. Its path begins the message."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor: where it lies in the global array, the file it is in, and its key
-    there."""
+    """Block of a global tensor, stored under one key of one file."""
 
-    bounds: Bounds
+    bounds: Bounds  # in the global array
     file: str
     key: str
 
     @property
     def num_elements(self) -> int:
-        """Elements of the block."""
+        """Number of elements."""
         return math.prod(stop - start for start, stop in self.bounds)
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A global tensor: its shape without padding, its dtype as NumPy spells it, and the pieces that
-    cover it exactly once."""
+    """Global tensor."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    pieces: tuple[Piece, ...]
+    shape: tuple[int, ...]  # without padding
+    dtype: str  # NumPy's name
+    pieces: tuple[Piece, ...]  # cover the tensor exactly once
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file's size in bytes and the SHA-256 of its contents in hexadecimal."""
+    """File of a checkpoint."""
 
-    size: int
-    sha256: str
+    size: int  # bytes
+    sha256: str  # of the contents, hexadecimal
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint's table of contents. `step` is the number of steps done; `meta` is whatever JSON
-    value was given to `save`."""
+    """Table of contents of a checkpoint."""
 
-    step: int
-    meta: dict[str, Any]
+    step: int  # completed steps
+    meta: dict[str, Any]  # JSON value given to `save`
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
+        """Return the text of manifest.json."""
         tensors = {
             name: {
                 "shape": list(entry.shape),
@@ -87,28 +81,22 @@ class Manifest:
             }
             for name, entry in self.tensors.items()
         }
-        files = {
-            name: {"size": entry.size, "sha256": entry.sha256} for name, entry in self.files.items()
-        }
         body = {
             "format": FORMAT,
             "version": VERSION,
             "step": self.step,
             "meta": self.meta,
-            "files": files,
+            "files": {name: vars(entry) for name, entry in self.files.items()},
             "tensors": tensors,
         }
-        body = json.loads(
-            json.dumps(body)
-        )  # so that what is hashed is what will be read: names as strings, tuples as lists
+        body = json.loads(json.dumps(body))  # hash what will be read: tuples become lists
         return json.dumps(body | {"sha256": _digest(body)}, indent=1) + "\n"
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint folder `path`.
+    """Read the manifest of the checkpoint folder `path`.
 
-    Raises CheckpointError naming the file if it is missing, truncated, altered, of another kind, or
-    of a later version.
+    Raises Damaged if it is missing, truncated, altered, of another kind, or of a later version.
     """
     file = Path(path) / MANIFEST
     try:
@@ -137,16 +125,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def check_coverage(tensors: Mapping[str, TensorEntry]) -> None:
-    """Raises ValueError unless the pieces of every tensor lie inside it, do not overlap, and leave
-    nothing out."""
+    """Raise ValueError unless each tensor's pieces are distinct, inside it, and sum to its size."""
     for name, entry in tensors.items():
         if not all(_lies_inside(piece.bounds, entry.shape) for piece in entry.pieces):
             raise ValueError(f"a piece of {name} does not lie inside shape {entry.shape}")
-        covered = sum(piece.num_elements for piece in entry.pieces)
-        if covered != math.prod(entry.shape):
+        covered, size = sum(p.num_elements for p in entry.pieces), math.prod(entry.shape)
+        if covered != size:
             raise ValueError(
-                f"the pieces of {name} have {covered} elements, but shape {entry.shape} has "
-                f"{math.prod(entry.shape)}"
+                f"the pieces of {name} have {covered} elements, but shape {entry.shape} has {size}"
             )
         if len({piece.bounds for piece in entry.pieces}) != len(entry.pieces):
             raise ValueError(f"{name} holds a piece twice")
@@ -159,21 +145,6 @@ def _lies_inside(bounds: Bounds, shape: tuple[int, ...]) -> bool:
 
 
 def _parse(body: dict[str, Any]) -> Manifest:
-    tensors = {
-        name: TensorEntry(
-            tuple(int(size) for size in entry["shape"]),
-            str(entry["dtype"]),
-            tuple(
-                Piece(
-                    tuple((int(lo), int(hi)) for lo, hi in p["slices"]),
-                    str(p["file"]),
-                    str(p["key"]),
-                )
-                for p in entry["pieces"]
-            ),
-        )
-        for name, entry in body["tensors"].items()
-    }
     files = {
         name: FileEntry(int(entry["size"]), str(entry["sha256"]))
         for name, entry in body["files"].items()
@@ -181,10 +152,17 @@ def _parse(body: dict[str, Any]) -> Manifest:
     for name in files:
         if Path(name).name != name:
             raise ValueError(f"file name {name!r} leads out of the folder")
-    for name, entry in tensors.items():
-        for piece in entry.pieces:
-            if piece.file not in files:
-                raise ValueError(f"{name} lies in {piece.file!r}, which is not listed")
+    tensors = {}
+    for name, entry in body["tensors"].items():
+        pieces = []
+        for p in entry["pieces"]:
+            if p["file"] not in files:
+                raise ValueError(f"{name} lies in {p['file']!r}, which is not listed")
+            bounds = tuple((int(lo), int(hi)) for lo, hi in p["slices"])
+            pieces.append(Piece(bounds, p["file"], str(p["key"])))
+        tensors[name] = TensorEntry(
+            tuple(map(int, entry["shape"])), str(entry["dtype"]), tuple(pieces)
+        )
     check_coverage(tensors)
     if not isinstance(body["meta"], dict):
         raise ValueError("meta is not an object")
@@ -192,6 +170,6 @@ def _parse(body: dict[str, Any]) -> Manifest:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
-    """SHA-256 of the contents, independent of how the text is laid out."""
+    """Return the SHA-256 of the contents, independent of white space and order of keys."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,9 +1,8 @@
-"""Writing a checkpoint: each unique piece by exactly one rank, and visible only once all of it is
-on disk.
+"""Atomic writing of checkpoints: exactly one rank writes each piece.
 
-Everything is written into `.tmp-step-00000100` and synced; then the folder is renamed. A run that
-dies on the way leaves the checkpoints it had, and a temporary folder that the next save removes.
-What goes wrong on one rank is an error on all.
+All files are written into `.tmp-step-00000100` and synced. Then the folder is renamed. A run that
+dies before that keeps its earlier checkpoints; the next save removes the temporary folder. An
+error on one rank is raised on all.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ TEMPORARY = ".tmp-"
 ASIDE = ".old-"
 LEFT = "left-"
 
-# NumPy's name of a dtype -> the one in a safetensors header.
+# NumPy's name of a dtype: its name in a safetensors header.
 _DTYPES = {
     "float32": "F32",
     "float64": "F64",
@@ -69,14 +68,15 @@ def save(
     step: int,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` into `directory` and return its folder. Collective: every rank
-    of `world` gives the `tensors` that it holds.
+    """Write the checkpoint of `step` into `directory` and return its folder.
 
-    An earlier checkpoint of the same step is replaced. Afterwards the newest `keep` (at least 1)
-    remain. Those of later steps, left from a course that this run abandoned by resuming from an
-    earlier step, are renamed to `left-step-...`, so that nobody goes on from them by accident.
+    Collective over `world`: every rank passes its own `tensors`. Replaces an earlier checkpoint of
+    the same step. Afterwards the newest `keep` (at least 1) remain. Checkpoints of later steps
+    belong to a course that the run abandoned by resuming from an earlier step. They are renamed to
+    `left-step-...`, so that no run resumes from them by accident.
+
     Raises the same CheckpointError on every rank if the folder cannot be written or the disk is
-    full; all earlier checkpoints are then still there and nothing half written is.
+    full. All earlier checkpoints then remain, and no partial one.
     """
     directory = Path(directory)
     final = directory / step_name(step)
@@ -103,7 +103,7 @@ def save(
     return final
 
 
-# ---- who writes what
+# ---- assignment of pieces to ranks
 
 
 def own_pieces(
@@ -113,26 +113,23 @@ def own_pieces(
     name: str,
     holders: dict[tuple[Sharded, int], dict[Bounds, list[int]]],
 ) -> list[tuple[Slices, Slices]]:
-    """The pieces (global slices, local slices) that the rank at `coords` writes of the tensor
-    `name`.
+    """Return the pieces (global slices, local slices) of a tensor that the rank at `coords` writes.
 
-    Every rank of a stage finds by itself who holds the same piece; of these, a hash of the name
-    chooses one, so that replicas share the work and no message is needed. `holders` remembers the
-    answers, since many tensors have one spec.
+    Each rank computes the holders of every piece of its stage. A hash of the tensor's name picks
+    one of them, so replicas share the work without messages. `holders` caches the result per spec
+    and stage, because many tensors have the same spec.
     """
     me, stage = mesh.rank(coords), coords["pp"]
     if (spec, stage) not in holders:
         holders[spec, stage] = _holders(spec, mesh, stage)
     found = holders[spec, stage]
     number = zlib.crc32(name.encode())
-    pieces = spec.pieces(mesh, coords)
-    return [
-        piece for piece in pieces if (ranks := found[_bounds(piece[0])])[number % len(ranks)] == me
-    ]
+    chosen = {bounds: ranks[number % len(ranks)] for bounds, ranks in found.items()}
+    return [piece for piece in spec.pieces(mesh, coords) if chosen[_bounds(piece[0])] == me]
 
 
 def _holders(spec: Sharded, mesh: MeshShape, stage: int) -> dict[Bounds, list[int]]:
-    """Piece -> the ranks of the stage that hold it, in order."""
+    """Return the ranks of the stage that hold each piece, ascending."""
     found: dict[Bounds, list[int]] = {}
     for rank in range(mesh.num_ranks):
         coords = mesh.coords(rank)
@@ -146,11 +143,11 @@ def _bounds(slices: Slices) -> Bounds:
     return tuple((part.start, part.stop) for part in slices)
 
 
-# ---- the phases
+# ---- phases
 
 
 def _prepare(directory: Path, temporary: Path) -> None:
-    """Make the folders, and put away what a run that died here has left."""
+    """Make the folders, and clean up after a save that was interrupted."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in directory.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path)
@@ -170,8 +167,7 @@ def _write_own(
     mesh: MeshShape,
     coords: Mapping[str, int],
 ) -> dict[str, Any] | None:
-    """Write this rank's file; returns what the manifest says of it, as a JSON value, or None if
-    this rank has nothing to write."""
+    """Write this rank's file. Return its manifest entries as a JSON value; None for no file."""
     blocks: list[Block] = []
     written: dict[str, Any] = {}
     holders: dict[tuple[Sharded, int], dict[Bounds, list[int]]] = {}
@@ -182,15 +178,10 @@ def _write_own(
         for global_slices, local_slices in own_pieces(
             tensor.spec, mesh, coords, tensor.name, holders
         ):
-            bounds = _bounds(global_slices)
-            whole = slice_shape(global_slices) == tensor.spec.shape
-            key = (
-                tensor.name
-                if whole
-                else f"{tensor.name}[{','.join(f'{lo}:{hi}' for lo, hi in bounds)}]"
-            )
-            block = tensor.data[local_slices].reshape(slice_shape(global_slices))
-            blocks.append((key, dtype, block))
+            bounds, shape, key = _bounds(global_slices), slice_shape(global_slices), tensor.name
+            if shape != tensor.spec.shape:
+                key += f"[{','.join(f'{lo}:{hi}' for lo, hi in bounds)}]"
+            blocks.append((key, dtype, tensor.data[local_slices].reshape(shape)))
             entry = written.setdefault(
                 tensor.name, {"shape": tensor.spec.shape, "dtype": dtype, "pieces": []}
             )
@@ -203,11 +194,11 @@ def _write_own(
 
 
 def write_safetensors(path: Path, blocks: Sequence[Block]) -> tuple[int, str]:
-    """Write `blocks` as a safetensors file and sync it; returns its size in bytes and its SHA-256.
-    One block is copied at a time.
+    """Write `blocks` as a safetensors file and sync it. Return its size in bytes and its SHA-256.
 
-    The format is a length in 8 bytes, a JSON header, and the arrays one after another
-    (https://huggingface.co/docs/safetensors). Raises OSError.
+    The format is a length in 8 bytes, a JSON header, and the arrays back to back
+    (https://huggingface.co/docs/safetensors). Copies one block at a time. Raises OSError, and
+    CheckpointError for an unsupported dtype.
     """
     header: dict[str, Any] = {}
     offset = 0
@@ -249,7 +240,7 @@ def _complete(
     meta: dict[str, Any],
     step: int,
 ) -> None:
-    """Write the manifest from what the ranks wrote, and give the folder its name."""
+    """Write the manifest of all ranks' files and rename the folder to its final name."""
     manifest = _merge(parts, meta, step)
     with (temporary / MANIFEST).open("w", encoding="utf-8") as stream:
         stream.write(manifest.to_json())
@@ -269,13 +260,13 @@ def _complete(
 
 
 def _merge(parts: Sequence[dict[str, Any] | None], meta: dict[str, Any], step: int) -> Manifest:
-    """The manifest of all ranks' files. Raises CheckpointError unless every tensor is covered
-    exactly once."""
+    """Return the manifest of all ranks' files.
+
+    Raises CheckpointError unless every tensor is covered exactly once.
+    """
     tensors: dict[str, TensorEntry] = {}
     files = {}
-    for part in parts:
-        if part is None:
-            continue
+    for part in filter(None, parts):
         files[part["file"]] = FileEntry(part["size"], part["sha256"])
         for name, entry in part["tensors"].items():
             pieces = tuple(
@@ -292,10 +283,12 @@ def _merge(parts: Sequence[dict[str, Any] | None], meta: dict[str, Any], step: i
 
 
 def _prune(directory: Path, step: int, keep: int) -> None:
-    """Keep the newest `keep` checkpoints up to `step`, and rename later ones. The next save tries
-    again what cannot be removed now."""
+    """Keep the newest `keep` checkpoints up to `step`, and rename later ones.
+
+    The next save retries a removal that fails.
+    """
     found = steps(directory)
-    for later in [path for number, path in found.items() if number > step]:
+    for later in (path for number, path in found.items() if number > step):
         left = directory / f"{LEFT}{later.name}"
         with contextlib.suppress(OSError):
             shutil.rmtree(left, ignore_errors=True)
@@ -303,7 +296,7 @@ def _prune(directory: Path, step: int, keep: int) -> None:
     for old in [path for number, path in found.items() if number <= step][:-keep]:
         doomed = directory / f"{TEMPORARY}{old.name}"
         with contextlib.suppress(OSError):
-            old.rename(doomed)  # first, so that no half-removed folder bears a checkpoint's name
+            old.rename(doomed)  # first, so that no partly removed folder has a checkpoint's name
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -313,7 +306,7 @@ def _sync(stream: Any) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, where the file system can."""
+    """Sync the entries of a folder, where the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,23 +1,24 @@
-"""Reading a checkpoint's tensors: only the bytes asked for, however the files are cut."""
+"""Checkpoint reader: any block of a global tensor, without reading whole files."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minillm.checkpoint.find import with_older
-from minillm.checkpoint.manifest import Bounds, Damaged, TensorEntry, read_manifest
-from minillm.layout.sharding import Slices, slice_shape
+from minillm.checkpoint.manifest import Damaged, Piece, TensorEntry, read_manifest
+from minillm.layout.sharding import Slices, overlap, slice_shape
 
 
 class CheckpointSource:
-    """The tensors of the checkpoint folder `path`, as a `StateSource`. Files are opened when first
-    needed, and mapped instead of read whole.
+    """Tensors of the checkpoint folder `path`. Implements `StateSource`.
 
-    Raises CheckpointError if the manifest is damaged, here, or a file is, on reading from it.
+    Files are opened lazily and memory-mapped. The constructor raises CheckpointError for a damaged
+    manifest, `read` for a damaged file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,80 +33,59 @@ class CheckpointSource:
         return f"checkpoint {self.path}"
 
     def names(self) -> list[str]:
-        """See `StateSource`."""
+        """Return the names of all tensors."""
         return list(self.manifest.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See `StateSource`. Raises CheckpointError for an unknown name."""
+        """Return the global shape of `name`. Raises CheckpointError for an unknown name."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> str:
-        """See `StateSource`. Raises CheckpointError for an unknown name."""
+        """Return NumPy's name of the dtype. Raises CheckpointError for an unknown name."""
         return self._entry(name).dtype
 
     def read(self, name: str, global_slices: Slices) -> np.ndarray:
-        """See `StateSource`: a new array put together from all pieces that overlap the block."""
+        """Return a new array, assembled from all pieces that overlap `global_slices`."""
         entry = self._entry(name)
         out = np.empty(slice_shape(global_slices), np.dtype(entry.dtype))
         filled = 0
         for piece in entry.pieces:
-            common = tuple(
-                (max(part.start, lo), min(part.stop, hi))
-                for part, (lo, hi) in zip(global_slices, piece.bounds, strict=True)
-            )
-            if all(lo < hi for lo, hi in common):
-                target = tuple(
-                    slice(lo - part.start, hi - part.start)
-                    for (lo, hi), part in zip(common, global_slices, strict=True)
-                )
-                out[target] = self._read_piece(
-                    piece.file, piece.key, piece.bounds, common, out.dtype
-                )
-                filled += math.prod(hi - lo for lo, hi in common)
+            pairs = zip(global_slices, piece.bounds, strict=True)
+            common = tuple(overlap(part, slice(*bounds)) for part, bounds in pairs)
+            if all(part.start < part.stop for part in common):
+                target = _relative(common, [part.start for part in global_slices])
+                out[target] = self._read_piece(piece, common, out.dtype)
+                filled += math.prod(slice_shape(common))
         if filled != out.size:
-            raise with_older(
-                self.path,
-                Damaged(
-                    f"{self.path} holds {filled} of the {out.size} elements asked for of {name}"
-                ),
+            raise self._damaged(
+                f"{self.path} holds {filled} of the {out.size} elements asked for of {name}"
             )
         return out
 
-    def _read_piece(
-        self, file: str, key: str, bounds: Bounds, common: Bounds, dtype: np.dtype
-    ) -> np.ndarray:
-        """The part `common` (in global indices) of the piece at `bounds`."""
+    def _read_piece(self, piece: Piece, common: Slices, dtype: np.dtype) -> np.ndarray:
+        """Return the part `common` (in global indices) of a piece."""
         from safetensors import SafetensorError
 
+        file, key, bounds = self.path / piece.file, piece.key, piece.bounds
         try:
             if not bounds:  # a scalar
-                block = self._open(file).get_tensor(key)
+                block = self._open(piece.file).get_tensor(key)
             else:
-                view = self._open(file).get_slice(key)
-                if tuple(view.get_shape()) != tuple(hi - lo for lo, hi in bounds):
-                    raise ValueError(
-                        f"{key} has shape {tuple(view.get_shape())}, which is not what the "
-                        "manifest says"
-                    )
-                block = view[
-                    tuple(
-                        slice(lo - first, hi - first)
-                        for (lo, hi), (first, _) in zip(common, bounds, strict=True)
-                    )
-                ]
+                view = self._open(piece.file).get_slice(key)
+                shape = tuple(view.get_shape())
+                if shape != tuple(hi - lo for lo, hi in bounds):
+                    raise ValueError(f"{key} has shape {shape}, unlike in the manifest")
+                block = view[_relative(common, [first for first, _ in bounds])]
         except (SafetensorError, OSError, ValueError) as error:
-            raise with_older(
-                self.path, Damaged(f"{self.path / file} cannot be read: {error}")
-            ) from None
+            raise self._damaged(f"{file} cannot be read: {error}") from None
         if block.dtype != dtype:
-            raise with_older(
-                self.path,
-                Damaged(
-                    f"{self.path / file} holds {key} as {block.dtype}, but the manifest says "
-                    f"{dtype}"
-                ),
+            raise self._damaged(
+                f"{file} holds {key} as {block.dtype}, but the manifest says {dtype}"
             )
         return block
+
+    def _damaged(self, message: str) -> Damaged:
+        return with_older(self.path, Damaged(message))
 
     def _open(self, file: str) -> Any:
         from safetensors import safe_open
@@ -118,3 +98,9 @@ class CheckpointSource:
         if name not in self.manifest.tensors:
             raise Damaged(f"{self.path} holds no tensor called {name}")
         return self.manifest.tensors[name]
+
+
+def _relative(slices: Slices, starts: Iterable[int]) -> Slices:
+    """Return `slices` with their indices counted from `starts`."""
+    pairs = zip(slices, starts, strict=True)
+    return tuple(slice(part.start - start, part.stop - start) for part, start in pairs)

@@ -1,4 +1,4 @@
-"""What is saved and loaded: named, sharded tensors, and the sources they can be read from."""
+"""State of a run: named, sharded tensors, and the sources from which they are loaded."""
 
 from __future__ import annotations
 
@@ -14,38 +14,36 @@ from minillm.base.errors import CheckpointError
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import Sharded, Slices, slice_shape
 
-MOST_NAMED = 4  # how many tensors an error lists
+MOST_NAMED = 4  # tensors listed in an error
 
 
 @dataclass
 class StateTensor:
-    """One rank's part of a global tensor.
-
-    `data` is the local array that the local slices of `spec` address, padding included. `owned` is
-    false for the second copy of a tied weight: `load` fills it, `save` never writes it.
-    """
+    """Local part of a global tensor."""
 
     name: str
     spec: Sharded
-    data: Array
+    data: Array  # the local array that the local slices of `spec` address, with padding
     owned: bool = True
+    """False for the second copy of a tied weight, which `load` fills and `save` skips."""
 
 
 class StateSource(Protocol):
-    """Where tensors are read from: the files of a checkpoint, another rank, imported weights."""
+    """Source of tensors: the files of a checkpoint, another rank, imported weights."""
 
     def names(self) -> Iterable[str]:
-        """The names of all tensors, in a fixed order."""
+        """Return the names of all tensors, in a fixed order."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The global shape of the tensor called `name`."""
+        """Return the global shape of a tensor."""
 
     def dtype(self, name: str) -> str:
-        """The dtype of the tensor called `name`, as NumPy spells it: float32."""
+        """Return NumPy's name of the dtype of a tensor: float32."""
 
     def read(self, name: str, global_slices: Slices) -> np.ndarray:
-        """The block of the global tensor that `global_slices` (one slice with start and stop per
-        dim) cut out. Raises CheckpointError if it cannot be read.
+        """Return a block of the global tensor: one slice with start and stop per dim.
+
+        Raises CheckpointError if it cannot be read.
         """
 
 
@@ -55,12 +53,11 @@ def load(
     mesh_shape: MeshShape,
     coords: Mapping[str, int],
 ) -> None:
-    """Fill the local arrays of `tensors`, in place, with what the rank at `coords` holds of them;
-    padding becomes zero.
+    """Fill the local arrays of `tensors` in place with the part at `coords`; zero the padding.
 
-    Not collective: each rank reads what it needs. All names, shapes and dtypes are compared before
-    the first array is touched; raises CheckpointError naming the first tensors that do not fit,
-    which means that the source is of another model. One rank may raise alone.
+    Not collective: each rank reads what it needs, and one rank may raise alone. All names, shapes
+    and dtypes are compared before the first write. Raises CheckpointError if some do not fit,
+    which means that the source belongs to another model.
     """
     _check_fits(source, tensors)
     for tensor in tensors:
@@ -74,7 +71,7 @@ def load(
 
 
 def _check_fits(source: StateSource, tensors: Sequence[StateTensor]) -> None:
-    """Raises CheckpointError unless `source` has every tensor in the shape and dtype wanted."""
+    """Raise CheckpointError unless `source` has every tensor in its shape and dtype."""
     problems = list(_misfits(source, tensors))
     if problems:
         more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
@@ -97,6 +94,5 @@ def _misfits(source: StateSource, tensors: Sequence[StateTensor]) -> Iterator[st
 
 
 def _widened(dtype: str) -> str:
-    """The dtype in which every value of a narrow one is exact: a model trained in bfloat16 is also
-    one of float32."""
+    """Return float32 for bfloat16, else `dtype`: a bfloat16 model also loads as float32."""
     return dtype_name(sum_dtype(float_dtype(dtype))) if dtype == "bfloat16" else dtype
