@@ -1,5 +1,4 @@
-"""The vocabulary of pipeline schedules: actions, links, and the schedule itself, a frozen table of
-actions with one row a rank."""
+"""Vocabulary of pipeline schedules: actions, links, and schedules, tables with one row a rank."""
 
 from __future__ import annotations
 
@@ -14,16 +13,16 @@ from minillm.base.errors import ScheduleError
 
 
 class ActionKind(enum.StrEnum):
-    """What a rank does. B is I and W at once."""
+    """Kind of an action."""
 
-    F = "F"
-    B = "B"
-    I = "I"  # noqa: E741 (the field's name for the input gradient)
-    W = "W"
-    SEND_F = "SEND_F"
-    RECV_F = "RECV_F"
-    SEND_B = "SEND_B"
-    RECV_B = "RECV_B"
+    F = "F"  # forward pass
+    B = "B"  # backward pass: I and W at once
+    I = "I"  # noqa: E741 (gradient of the input, as in the literature)
+    W = "W"  # gradient of the weights
+    SEND_F = "SEND_F"  # send the stage's output
+    RECV_F = "RECV_F"  # receive the stage's input
+    SEND_B = "SEND_B"  # send the gradient of the stage's input
+    RECV_B = "RECV_B"  # receive the gradient of the stage's output
     UNSHARD = "UNSHARD"
     RESHARD = "RESHARD"
     TIE_REDUCE = "TIE_REDUCE"
@@ -31,87 +30,78 @@ class ActionKind(enum.StrEnum):
     OPTIMIZER_STEP = "OPTIMIZER_STEP"
 
 
-class Action(NamedTuple):
-    """One thing a rank does for `stage`, for `microbatch` where it is about one. Prints as `2F5`:
-    stage 2, forward, microbatch 5.
+K = ActionKind
 
-    SEND_F sends the output of its stage on, RECV_F receives its stage's input; SEND_B sends the
-    gradient of its stage's input back, RECV_B receives the gradient of its stage's output.
-    """
+
+class Action(NamedTuple):
+    """Action of a rank on one stage. Prints as `2F5`: stage 2, forward, microbatch 5."""
 
     kind: ActionKind
     stage: int
-    microbatch: int | None = None
+    microbatch: int | None = None  # None for actions on the whole batch
 
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{'' if self.microbatch is None else self.microbatch}"
 
     @staticmethod
     def parse(text: str) -> Action:
-        """The inverse of `str`. Raises ScheduleError for anything else."""
+        """Parse the text of an action, as in 2F5. Raises ScheduleError for any other text."""
         match = re.fullmatch(r"(\d+)([A-Z_]+)(\d+)?", text)
         if match is None or match[2] not in ActionKind.__members__:
             raise ScheduleError(
                 f"{text!r} is no action; write a stage, a kind and a microbatch, as in 2F5"
             )
-        return Action(
-            ActionKind(match[2]), int(match[1]), None if match[3] is None else int(match[3])
-        )
+        microbatch = None if match[3] is None else int(match[3])
+        return Action(ActionKind(match[2]), int(match[1]), microbatch)
 
 
-COMPUTE = (ActionKind.F, ActionKind.B, ActionKind.I, ActionKind.W)
-MESSAGES = (ActionKind.SEND_F, ActionKind.RECV_F, ActionKind.SEND_B, ActionKind.RECV_B)
+COMPUTE = (K.F, K.B, K.I, K.W)
+MESSAGES = (K.SEND_F, K.RECV_F, K.SEND_B, K.RECV_B)
 
 
 class Link(NamedTuple):
-    """The output of `src_stage` is the input of `dst_stage`; messages carry a tag made from
-    `tag`."""
+    """Edge between stages: the output of `src_stage` is the input of `dst_stage`."""
 
     src_stage: int
     dst_stage: int
-    tag: int
+    tag: int  # distinguishes its messages
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who does what in which order: `actions[r]` is the row of rank r. `links` defaults to a
-    chain."""
+    """Pipeline schedule: the actions of every rank, in order."""
 
     num_stages: int
     num_microbatches: int
     rank_of_stage: tuple[int, ...]
-    actions: tuple[tuple[Action, ...], ...]
-    links: tuple[Link, ...] = ()
+    actions: tuple[tuple[Action, ...], ...]  # row r: rank r
+    links: tuple[Link, ...] = ()  # default: a chain of all stages
 
     def __post_init__(self) -> None:
         if not self.links:
-            object.__setattr__(
-                self, "links", tuple(Link(s, s + 1, s) for s in range(self.num_stages - 1))
-            )
+            chain = tuple(Link(s, s + 1, s) for s in range(self.num_stages - 1))
+            object.__setattr__(self, "links", chain)
 
     @property
     def num_ranks(self) -> int:
-        """One row a rank."""
+        """Number of rows."""
         return len(self.actions)
 
     @cached_property
     def arming(self) -> frozenset[Action]:
-        """The last B or W of each stage: after it the stage's gradients are complete and may be
-        reduced."""
-        last = {
-            a.stage: a
-            for row in self.actions
-            for a in row
-            if a.kind in (ActionKind.B, ActionKind.W)
-        }
+        """The last B or W of each stage, which completes its gradients."""
+        last = {a.stage: a for row in self.actions for a in row if a.kind in (K.B, K.W)}
         return frozenset(last.values())
 
     def validate(self) -> None:
-        """Raises ScheduleError, naming the action, unless every stage runs every microbatch once
-        forward, and once or never backward, on its own rank, with gradients summed in microbatch
-        order; and, if there are messages, unless each has its receive.
+        """Raise ScheduleError, naming the action, unless these invariants hold.
 
-        Whether the rows can finish is for `simulate` to say.
+        1. Every stage runs every microbatch once forward, on its own rank.
+        2. It runs every microbatch once backward, or none.
+        3. Gradients are summed in microbatch order.
+        4. If there are messages, each send has its receive.
+
+        `simulate` checks for deadlocks.
         """
         self._check_places()
         seen: set[Action] = set()
@@ -119,7 +109,7 @@ class Schedule:
             for action in row:
                 self._check(action, rank, seen)
                 seen.add(action)
-        trained = any(a.kind in (ActionKind.B, ActionKind.I) for a in seen)
+        trained = any(a.kind in (K.B, K.I) for a in seen)
         for stage in range(self.num_stages):
             for m in range(self.num_microbatches):
                 self._check_complete(stage, m, trained, seen)
@@ -149,7 +139,7 @@ class Schedule:
         kind, stage, m = action
         if (m is None) == (kind in COMPUTE or kind in MESSAGES):
             raise ScheduleError(
-                f"{action} {'lacks its' if m is None else 'is about no'} microbatch"
+                f"{action} {'lacks its' if m is None else 'must not name a'} microbatch"
             )
         if not 0 <= stage < self.num_stages or (
             m is not None and not 0 <= m < self.num_microbatches
@@ -165,18 +155,11 @@ class Schedule:
             )
         if action in seen:
             raise ScheduleError(f"{action} stands twice on rank {rank}")
-        before = {
-            ActionKind.B: ActionKind.F,
-            ActionKind.I: ActionKind.F,
-            ActionKind.W: ActionKind.I,
-        }.get(kind)
+        before = {K.B: K.F, K.I: K.F, K.W: K.I}.get(kind)
         if before is not None and Action(before, stage, m) not in seen:
             raise ScheduleError(f"{action} comes before {Action(before, stage, m)} on rank {rank}")
-        if (
-            kind in (ActionKind.B, ActionKind.W)
-            and m
-            and not {Action(ActionKind.B, stage, m - 1), Action(ActionKind.W, stage, m - 1)} & seen
-        ):
+        sums = (K.B, K.W)
+        if kind in sums and m and not {Action(k, stage, m - 1) for k in sums} & seen:
             raise ScheduleError(
                 f"{action} comes before {Action(kind, stage, m - 1)} on rank {rank}; gradients are "
                 "summed in microbatch order"
@@ -184,21 +167,15 @@ class Schedule:
 
     def _check_complete(self, stage: int, m: int, trained: bool, seen: set[Action]) -> None:
         have = {kind for kind in COMPUTE if Action(kind, stage, m) in seen}
-        wanted = (
-            [{ActionKind.F, ActionKind.B}, {ActionKind.F, ActionKind.I, ActionKind.W}]
-            if trained
-            else [{ActionKind.F}]
-        )
+        wanted = [{K.F, K.B}, {K.F, K.I, K.W}] if trained else [{K.F}]
         if have not in wanted:
             raise ScheduleError(
                 f"stage {stage}, microbatch {m} has {'+'.join(sorted(have)) or 'nothing'}, but "
-                "needs "
-                f"{' or '.join('+'.join(sorted(w)) for w in wanted)}"
+                f"needs {' or '.join('+'.join(sorted(w)) for w in wanted)}"
             )
 
     def _check_messages(self, trained: bool) -> None:
-        """Each link between two ranks carries every microbatch, received in the order in which it
-        was sent; other stages send nothing."""
+        """Check that links between ranks carry every microbatch in order, and no other messages."""
         rows = {
             (kind, stage): [a for a in self._row_of(stage) if a.kind is kind and a.stage == stage]
             for kind in MESSAGES
@@ -206,19 +183,10 @@ class Schedule:
         }
         for src, dst, _ in self.links:
             if self.rank_of_stage[src] != self.rank_of_stage[dst]:
-                _check_pairs(
-                    rows.pop((ActionKind.SEND_F, src)),
-                    rows.pop((ActionKind.RECV_F, dst)),
-                    dst,
-                    self.num_microbatches,
-                )
-                if trained:
-                    _check_pairs(
-                        rows.pop((ActionKind.SEND_B, dst)),
-                        rows.pop((ActionKind.RECV_B, src)),
-                        src,
-                        self.num_microbatches,
-                    )
+                ways = [(K.SEND_F, K.RECV_F, src, dst), (K.SEND_B, K.RECV_B, dst, src)]
+                for send, receive, here, there in ways[: 2 if trained else 1]:
+                    sends, receives = rows.pop((send, here)), rows.pop((receive, there))
+                    _check_pairs(sends, receives, there, self.num_microbatches)
         for left in rows.values():
             if left:
                 raise ScheduleError(f"{left[0]} has no partner on another rank")
@@ -230,11 +198,10 @@ class Schedule:
 def _check_pairs(
     sends: list[Action], receives: list[Action], to_stage: int, num_microbatches: int
 ) -> None:
-    """Messages of one link and direction overtake nobody, so the n-th receive gets the n-th
-    send."""
+    """Check that the n-th receive gets the n-th send: messages of one link keep their order."""
     for send, receive in itertools.zip_longest(sends, receives):
         if receive is None:
-            raise ScheduleError(f"{send} is received by nobody on stage {to_stage}")
+            raise ScheduleError(f"{send} has no receive on stage {to_stage}")
         if send is None:
             raise ScheduleError(f"{receive} has no send")
         if send.microbatch != receive.microbatch:

@@ -1,4 +1,4 @@
-"""A schedule as a picture: text for a terminal, SVG for a page."""
+"""Drawings of simulated schedules: text for a terminal, SVG for a page."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from minillm.pipeline.simulate import Event, Time, Timeline
 K = ActionKind
 
 COLOURS = {K.F: "#5b8def", K.B: "#f2a65a", K.I: "#f2a65a", K.W: "#7bc47f"}
+INK, GREY = "#22252b", "#5a606b"
 NAMES = {K.F: "forward", K.B: "backward", K.I: "input gradient", K.W: "weight gradient"}
 
-MAX_CELLS = 4
-"""The most cells of text that the shortest action gets for the sake of exact proportions."""
+MAX_CELLS = 4  # cells of text that the shortest action may take to keep exact proportions
 
 
 def draw_text(timeline: Timeline, width: int = 160) -> str:
-    """One row a rank, time from left to right: F3 is microbatch 3 forward, dots are idle time. The
-    last line is the bubble fraction.
+    """Draw one row a rank, time from left to right, and the bubble fraction.
 
-    A cell is the longest time of which all actions are multiples, or, where that is too fine, the
-    shortest action. A drawing wider than `width` characters is cut, and says so.
+    F3 is microbatch 3 forward, dots are idle time. A cell is the greatest common divisor of all
+    times, or the shortest action where that is too fine. Rows are cut at `width` characters, and a
+    line reports the cut.
     """
     unit = _unit(timeline)
     cell = 1 + max((len(_label(event)) for event in timeline.events), default=1)
@@ -45,7 +45,7 @@ def draw_text(timeline: Timeline, width: int = 160) -> str:
 
 
 def _unit(timeline: Timeline) -> Time:
-    """The time that one cell of text stands for."""
+    """Return the time of one cell of text."""
     shortest = _shortest(timeline)
     times = [Fraction(time) for event in timeline.events for time in (event.start, event.end)]
     denominator = math.lcm(*(time.denominator for time in times))
@@ -65,8 +65,10 @@ def _label(event: Event) -> str:
 
 
 def draw_svg(timeline: Timeline, title: str) -> str:
-    """A self-contained SVG: one track a rank, one box an action with its microbatch, idle time as
-    background, a legend, the bubble fraction."""
+    """Return a self-contained SVG: one track a rank, one box an action with its microbatch.
+
+    The background is idle time. Includes a legend and the bubble fraction.
+    """
     left, top, height, gap = 70, 56, 34, 10
     ranks = timeline.schedule.num_ranks
     span, shortest = float(timeline.makespan) or 1.0, float(_shortest(timeline))
@@ -77,18 +79,13 @@ def draw_svg(timeline: Timeline, title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {bottom + 44}"',
         '     font-family="system-ui, sans-serif" font-size="13">',
         f'<rect width="{width:.0f}" height="{bottom + 44}" rx="8" fill="#fbfbfd"/>',
-        '<text x="16" y="28" font-size="16" font-weight="600" '
-        f'fill="#22252b">{html.escape(title)}</text>',
-        f'<text x="{width - 16:.0f}" y="28" text-anchor="end" fill="#5a606b">bubble '
-        f"{float(timeline.bubble):.1%}</text>",
+        _text(16, 28, html.escape(title), INK, ' font-size="16" font-weight="600"'),
+        _text(width - 16, 28, f"bubble {float(timeline.bubble):.1%}", GREY, ' text-anchor="end"'),
     ]
     for rank in range(ranks):
         y = top + rank * (height + gap)
-        parts.append(f'<text x="16" y="{y + height / 2 + 4:.0f}" fill="#22252b">rank {rank}</text>')
-        parts.append(
-            f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{height}" rx="4" '
-            'fill="#e7e9ef"/>'
-        )
+        parts.append(_text(16, y + height / 2 + 4, f"rank {rank}", INK))
+        parts.append(_rect(left, y, length, height, "#e7e9ef", 4) + "/>")
     parts += [
         _box(event, left, top + event.rank * (height + gap), height, scale, ranks)
         for event in timeline.events
@@ -97,34 +94,33 @@ def draw_svg(timeline: Timeline, title: str) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def _text(x: float, y: float, text: str, fill: str, attributes: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}"{attributes}>{text}</text>'
+
+
+def _rect(x: float, y: float, width: float, height: float, fill: str, radius: int) -> str:
+    """Return a rectangle whose tag is still open."""
+    size = f'width="{width:.1f}" height="{height}" rx="{radius}"'
+    return f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{fill}"'
+
+
 def _box(event: Event, left: int, y: int, height: int, scale: float, ranks: int) -> str:
-    """One action; stages beyond the first of a rank are drawn with a darker edge."""
+    """Draw an action; later stages of a rank have a dark edge."""
     x, width = left + float(event.start) * scale, float(event.end - event.start) * scale
     kind, stage, microbatch = event.action
-    edge = ' stroke="#22252b" stroke-width="1.2"' if stage >= ranks else ""
-    place = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}"'
-    label = (
-        f'<text {place} text-anchor="middle" fill="#14161a">{microbatch}</text>'
-        if width > 12
-        else ""
-    )
-    size = f'width="{max(width - 2, 1):.1f}" height="{height - 2}"'
-    box = f'<rect x="{x + 1:.1f}" y="{y + 1}" {size} rx="3" fill="{COLOURS[kind]}"{edge}>'
+    edge = f' stroke="{INK}" stroke-width="1.2"' if stage >= ranks else ""
     title = f"{event.action}: {float(event.start):g} to {float(event.end):g}"
-    return f"{box}<title>{title}</title></rect>{label}"
+    box = _rect(x + 1, y + 1, max(width - 2, 1), height - 2, COLOURS[kind], 3)
+    at = x + width / 2, y + height / 2 + 4
+    label = _text(*at, str(microbatch), INK, ' text-anchor="middle"') if width > 12 else ""
+    return f"{box}{edge}><title>{title}</title></rect>{label}"
 
 
 def _legend(timeline: Timeline, x: float, y: float) -> list[str]:
     parts = []
     used = {event.action.kind for event in timeline.events}
     for kind in (kind for kind in COLOURS if kind in used):
-        parts.append(
-            f'<rect x="{x}" y="{y - 11}" width="14" height="14" rx="3" fill="{COLOURS[kind]}"/>'
-        )
-        parts.append(f'<text x="{x + 20}" y="{y + 1}" fill="#5a606b">{NAMES[kind]}</text>')
+        parts.append(_rect(x, y - 11, 14, 14, COLOURS[kind], 3) + "/>")
+        parts.append(_text(x + 20, y + 1, NAMES[kind], GREY))
         x += 40 + 8 * len(NAMES[kind])
-    return [
-        *parts,
-        f'<text x="{x}" y="{y + 1}" fill="#5a606b">numbers are microbatches, grey is idle '
-        "time</text>",
-    ]
+    return [*parts, _text(x, y + 1, "numbers are microbatches, grey is idle time", GREY)]

@@ -1,9 +1,10 @@
-"""Pipeline schedules as pure functions from (ranks, microbatches) to data.
+"""Pipeline schedules: pure functions of the numbers of ranks and microbatches.
 
-Each returns the compute actions only; `lower` adds the messages and the reductions. Whatever the
-schedule, a stage runs its backward passes in the order of the microbatches, so gradients are summed
-in one order and all schedules give the same bits. On one rank every schedule is plain gradient
-accumulation, F0 B0 F1 B1 ..., which holds the activations of one microbatch.
+Each returns the compute actions. `lower` adds the messages and the reductions.
+
+Invariant: a stage runs its backward passes in microbatch order. So gradients are summed in one
+order and all schedules give the same bits. On one rank every schedule is gradient accumulation, F0
+B0 F1 B1 ..., which holds the activations of one microbatch.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from minillm.pipeline.action import Action, ActionKind, Schedule
 
 
 def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
-    """All forward passes, then all backward passes (Huang et al. 2019, arXiv:1811.06965).
+    """Return GPipe's schedule: all forward passes, then all backward passes.
 
-    Every rank waits while the pipeline fills and drains: the bubble is (p - 1) / (m + p - 1) of the
-    time. All m microbatches' activations are held at once.
+    Every rank idles while the pipeline fills and drains: the bubble is (p - 1) / (m + p - 1) of the
+    time. A rank holds the activations of all m microbatches (Huang et al. 2019, arXiv:1811.06965).
     """
     if num_ranks == 1:
         return _accumulate(num_microbatches)
@@ -27,12 +28,11 @@ def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
-    """1F1B, also PipeDream-Flush (Narayanan et al. 2021, arXiv:2104.04473): after a warm-up each
-    rank alternates one forward and one backward pass.
+    """Return the 1F1B schedule: after a warm-up, alternate one forward and one backward pass.
 
-    Rank r starts with p - r - 1 forward passes: so long does it take until the first microbatch's
-    gradient has come back to it. The bubble is that of GPipe, (p - 1) / (m + p - 1), but a rank
-    holds the activations of at most p - r microbatches, however many there are.
+    Rank r starts with p - r - 1 forward passes, the time until the first gradient reaches it. The
+    bubble equals GPipe's, (p - 1) / (m + p - 1). A rank holds the activations of at most p - r
+    microbatches, for any m (PipeDream-Flush: Narayanan et al. 2021, arXiv:2104.04473).
     """
     if num_ranks == 1:
         return _accumulate(num_microbatches)
@@ -40,10 +40,10 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def forward_only(rank_of_stage: Sequence[int], num_microbatches: int) -> Schedule:
-    """Return the schedule of an evaluation: every microbatch forward, none back.
+    """Return the schedule of an evaluation: every microbatch forward, none backward.
 
-    A rank runs the microbatches of its stages in the order in which they can arrive: stage s gets
-    microbatch m at time s + m at the earliest.
+    A rank runs the microbatches of its stages in order of their earliest arrival, s + m for
+    microbatch m at stage s.
     """
     num_ranks, num_stages = max(rank_of_stage, default=-1) + 1, len(rank_of_stage)
     _check(num_ranks, num_microbatches)
@@ -65,17 +65,14 @@ def _accumulate(num_microbatches: int) -> Schedule:
 
 
 def _chain(num_ranks: int, num_microbatches: int, warmup: Callable[[int], int]) -> Schedule:
-    """Rank r runs warmup(r) forward passes, then alternates F and B while there are forward passes
-    left, then the remaining backward passes."""
+    """Return warmup(r) forward passes on rank r, then F and B in turn, then the remaining B."""
     _check(num_ranks, num_microbatches)
     rows = []
     for r in range(num_ranks):
         ahead = min(warmup(r), num_microbatches)
         forward = [Action(ActionKind.F, r, m) for m in range(num_microbatches)]
         backward = [Action(ActionKind.B, r, m) for m in range(num_microbatches)]
-        steady = [
-            action for pair in zip(forward[ahead:], backward, strict=False) for action in pair
-        ]
+        steady = itertools.chain.from_iterable(zip(forward[ahead:], backward, strict=False))
         rows.append((*forward[:ahead], *steady, *backward[num_microbatches - ahead :]))
     return Schedule(num_ranks, num_microbatches, tuple(range(num_ranks)), tuple(rows))
 

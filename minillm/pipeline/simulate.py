@@ -1,9 +1,8 @@
-"""What a schedule would take: run it on paper with given costs.
+"""Discrete-event simulation of a schedule with given costs.
 
-The same rows that ranks execute are played against a clock: an action starts when its rank is free
-and its inputs are there. The result says how long a step takes, how much of it each rank idles, and
-how many microbatches' activations each rank holds at once. A schedule that cannot finish is an
-error that names who waits for what.
+An action starts when its rank is free and its inputs have arrived. The timeline gives the length of
+a step, the idle time of each rank and the peak number of microbatches in flight. A deadlock is an
+error that names the waiting actions.
 """
 
 from __future__ import annotations
@@ -22,22 +21,19 @@ Time: TypeAlias = int | float | Fraction
 
 @dataclass(frozen=True)
 class Cost:
-    """How long actions take, in any unit. `stage_factor` scales the compute of single stages: the
-    last one has the head, which computes gradients in F.
-
-    B costs `backward`; I and W, its two halves, cost `backward / 2` each unless given. A message
-    arrives `send` after it was sent.
-    """
+    """Durations of actions, in any unit of time."""
 
     forward: Time = 1
     backward: Time = 2
-    input_grad: Time | None = None
-    weight_grad: Time | None = None
-    send: Time = 0
+    input_grad: Time | None = None  # None: backward / 2
+    weight_grad: Time | None = None  # None: backward / 2
+    send: Time = 0  # latency of a message
     stage_factor: dict[int, Time] = field(default_factory=dict)
+    """Factor on the compute of a stage: the last one has the head, which computes gradients in F.
+    """
 
     def of(self, action: Action) -> Time:
-        """The time that `action` keeps its rank busy; messages and reductions none."""
+        """Return the time that `action` occupies its rank: 0 for messages and reductions."""
         half = Fraction(self.backward) / 2 if isinstance(self.backward, int) else self.backward / 2
         times: dict[ActionKind, Time] = {
             K.F: self.forward,
@@ -50,7 +46,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Event:
-    """An action of a rank between two times."""
+    """Execution of an action, from `start` to `end`."""
 
     rank: int
     action: Action
@@ -60,32 +56,33 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A schedule played to its end."""
+    """Complete execution of a schedule."""
 
     schedule: Schedule
     events: tuple[Event, ...]
 
     @property
     def makespan(self) -> Time:
-        """When the last action ends."""
+        """The end of the last action."""
         return max((event.end for event in self.events), default=0)
 
     def busy(self, rank: int) -> Time:
-        """How long a rank computes."""
+        """Return the time during which a rank computes."""
         return sum(event.end - event.start for event in self.events if event.rank == rank)
 
     @property
     def bubble(self) -> Time:
-        """The share of all ranks' time in which they idle, exact for integer and fractional
-        costs."""
+        """The idle fraction of all ranks' time, exact for integer and fractional costs."""
         total = self.makespan * self.schedule.num_ranks
         busy = sum(self.busy(rank) for rank in range(self.schedule.num_ranks))
         return Fraction(total - busy) / Fraction(total) if total else 0
 
     def peak_in_flight(self, rank: int) -> int:
-        """The most microbatches whose activations `rank` holds at once, counted per stage: from F
-        to B (or W); none without a backward."""
-        events = [event for event in self.events if event.rank == rank]  # in the order of the row
+        """Return the peak number of microbatches whose activations `rank` holds.
+
+        Activations live from F to B or W of each stage. Without a backward pass the peak is 0.
+        """
+        events = [event for event in self.events if event.rank == rank]  # in row order
         trained = any(event.action.kind is not K.F for event in events)
         held = peak = 0
         for event in events:
@@ -98,17 +95,16 @@ class Timeline:
 
 
 def simulate(schedule: Schedule, cost: Cost | None = None, *, rendezvous: bool = False) -> Timeline:
-    """Play `schedule`, lowered or not. Raises ScheduleError naming what is stuck if it cannot
-    finish.
+    """Simulate `schedule`, lowered or not.
 
-    Compute actions alone wait for their inputs as if messages were free; a lowered schedule waits
-    in its receives. With `rendezvous`, a send holds its rank until the receiver has arrived at the
-    receive: the harshest transport there can be.
+    Without messages, a compute action waits for its inputs from other ranks; a lowered schedule
+    waits in its receives. With `rendezvous`, a send blocks until the receiver reaches its receive,
+    the worst case of a transport. Raises ScheduleError naming the waiting actions at a deadlock.
     """
-    return _Player(schedule, cost or Cost(), rendezvous).play()
+    return _Simulation(schedule, cost or Cost(), rendezvous).run()
 
 
-class _Player:
+class _Simulation:
     def __init__(self, schedule: Schedule, cost: Cost, rendezvous: bool) -> None:
         self.schedule, self.cost, self.rendezvous = schedule, cost, rendezvous
         self.source = {link.dst_stage: link.src_stage for link in schedule.links}
@@ -122,53 +118,44 @@ class _Player:
         self.free: list[Time] = [0] * schedule.num_ranks
         self.events: list[Event] = []
 
-    def play(self) -> Timeline:
-        while any(self._advance(rank) for rank in range(self.schedule.num_ranks)):
+    def run(self) -> Timeline:
+        ranks = range(self.schedule.num_ranks)
+        while any(self._advance(rank) for rank in ranks):
             pass
         stuck = [
-            rank for rank, row in enumerate(self.schedule.actions) if self.position[rank] < len(row)
+            f"rank {rank} at {action}, waiting for {', '.join(map(str, self._missing(action)))}"
+            for rank in ranks
+            if (action := self._next(rank))
         ]
         if stuck:
-            lines = [
-                f"rank {rank} at {self._next(rank)}, waiting for "
-                f"{', '.join(map(str, self._missing(rank)))}"
-                for rank in stuck
-            ]
-            raise ScheduleError(f"this schedule never finishes; stuck: {'; '.join(lines)}")
+            raise ScheduleError(f"this schedule never finishes; stuck: {'; '.join(stuck)}")
         return Timeline(self.schedule, tuple(self.events))
 
-    def _next(self, rank: int) -> Action:
-        return self.schedule.actions[rank][self.position[rank]]
+    def _next(self, rank: int) -> Action | None:
+        row, position = self.schedule.actions[rank], self.position[rank]
+        return row[position] if position < len(row) else None
 
-    def _missing(self, rank: int) -> list[Action]:
-        """What the next action of a rank waits for."""
-        action = self._next(rank)
+    def _missing(self, action: Action) -> list[Action]:
+        """Return the actions that a blocked action waits for."""
         missing = [need for need in self._needs(action) if need not in self.ended]
-        if not missing and action.kind in (K.SEND_F, K.SEND_B):
-            missing = [self._partner(action)]
-        return missing
+        return missing or [self._partner(action)]
 
     def _advance(self, rank: int) -> bool:
-        """Run the next action of a rank if it can; with rendezvous, a send and its receive happen
-        together."""
-        if self.position[rank] >= len(self.schedule.actions[rank]):
-            return False
+        """Run the next action of a rank if possible.
+
+        With rendezvous, a send starts when the other rank reaches the receive.
+        """
         action = self._next(rank)
-        if any(need not in self.ended for need in self._needs(action)):
+        if action is None:
             return False
-        start = max(
-            [
-                self.free[rank],
-                *(self.ended[need] + self._travel(need, action) for need in self._needs(action)),
-            ]
-        )
+        needs, start = list(self._needs(action)), self.free[rank]
+        if any(need not in self.ended for need in needs):
+            return False
+        start = max([start, *(self.ended[need] + self._latency(need, action) for need in needs)])
         if self.rendezvous and action.kind in (K.SEND_F, K.SEND_B):
             partner = self._partner(action)
             other = self.schedule.rank_of_stage[partner.stage]
-            if (
-                self.position[other] >= len(self.schedule.actions[other])
-                or self._next(other) != partner
-            ):
+            if self._next(other) != partner:
                 return False
             start = max(start, self.free[other])
         end = start + self.cost.of(action)
@@ -183,19 +170,14 @@ class _Player:
             return Action(K.RECV_F, self.target[send.stage], send.microbatch)
         return Action(K.RECV_B, self.source[send.stage], send.microbatch)
 
-    def _travel(self, need: Action, action: Action) -> Time:
-        """The time from a result to its use on another rank."""
-        crosses = (
-            self.schedule.rank_of_stage[need.stage] != self.schedule.rank_of_stage[action.stage]
-        )
-        return self.cost.send if crosses else 0
+    def _latency(self, need: Action, action: Action) -> Time:
+        """Return the time from a result to its use, 0 on the same rank."""
+        ranks = self.schedule.rank_of_stage
+        return self.cost.send if ranks[need.stage] != ranks[action.stage] else 0
 
-    def _needs(self, action: Action) -> list[Action]:
-        """The actions that must have ended before `action` starts, besides those before it in its
-        row."""
-        return list(self._inputs(action.kind, action.stage, action.microbatch))
-
-    def _inputs(self, kind: ActionKind, stage: int, m: int | None) -> Iterator[Action]:
+    def _needs(self, action: Action) -> Iterator[Action]:
+        """Yield the actions that must end before `action` starts, without those of its row."""
+        kind, stage, m = action
         source, target = self.source.get(stage), self.target.get(stage)
         if kind is K.F and source is not None:
             yield from self._delivery(K.RECV_F, stage, source, K.F, m)
@@ -203,10 +185,8 @@ class _Player:
             yield Action(K.F, stage, m)
             if target is not None:
                 yield from self._delivery(K.RECV_B, stage, target, self._back_kind(target, m), m)
-        elif kind is K.W:
-            yield Action(K.I, stage, m)
-        elif kind is K.SEND_F:
-            yield Action(K.F, stage, m)
+        elif kind in (K.W, K.SEND_F):
+            yield Action(K.I if kind is K.W else K.F, stage, m)
         elif kind is K.SEND_B:
             yield Action(self._back_kind(stage, m), stage, m)
         elif kind is K.RECV_F and source is not None:
@@ -217,15 +197,11 @@ class _Player:
     def _delivery(
         self, receive: ActionKind, stage: int, other: int, made_by: ActionKind, m: int | None
     ) -> Iterator[Action]:
-        """The receive that brings an input, or, without messages, the neighbour's action that makes
-        it."""
+        """Yield the receive of an input, or, without messages, the neighbour's action."""
         ranks = self.schedule.rank_of_stage
-        yield (
-            Action(receive, stage, m)
-            if self.lowered and ranks[stage] != ranks[other]
-            else Action(made_by, other, m)
-        )
+        sent = self.lowered and ranks[stage] != ranks[other]
+        yield Action(receive, stage, m) if sent else Action(made_by, other, m)
 
     def _back_kind(self, stage: int, m: int | None) -> ActionKind:
-        """Whether `stage` runs B or I for microbatch `m`."""
+        """Return B or I, the one that `stage` runs for microbatch `m`."""
         return K.I if (stage, m) in self.split else K.B

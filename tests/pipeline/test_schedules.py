@@ -194,7 +194,7 @@ def test_a_deadlock_is_named() -> None:
         (["0F0", "0F7"], "0F7 lies outside"),
         (["0F0", "0F1", "0B1", "0B0"], "0B1 comes before 0B0"),
         (["0F"], "0F lacks its microbatch"),
-        (["0REDUCE_GRAD1"], "0REDUCE_GRAD1 is about no microbatch"),
+        (["0REDUCE_GRAD1"], "0REDUCE_GRAD1 must not name a microbatch"),
     ],
 )
 def test_malformed_rows_are_named(row: list[str], message: str) -> None:
@@ -206,7 +206,7 @@ def test_malformed_rows_are_named(row: list[str], message: str) -> None:
     ("rank", "old", "new", "message"),
     [
         (0, "0SEND_F1", "", "1RECV_F1 has no send"),
-        (1, "1RECV_F1", "", "0SEND_F1 is received by nobody"),
+        (1, "1RECV_F1", "", "0SEND_F1 has no receive"),
         (
             1,
             "1RECV_F0 1F0 1B0 1RECV_F1",
