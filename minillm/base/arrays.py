@@ -1,7 +1,6 @@
 """Arrays of either namespace: NumPy on the CPU, CuPy on the GPU.
 
-Code that works on both asks `namespace(x)` for the module that made `x`. CuPy is never imported
-here: an array that comes from it brings it along.
+Code for both calls `namespace(x)` for the module of `x`. Only an array of CuPy causes its import.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ FLOAT_DTYPES = {
 
 
 def on_host(x: Any) -> bool:
-    """Return whether an array is NumPy's: the one test for "not on a GPU"."""
+    """Return whether `x` is a NumPy array: the one test for "not on a GPU"."""
     return isinstance(x, np.ndarray)
 
 
 def namespace(x: Array) -> ModuleType:
-    """The module (`numpy` or `cupy`) whose array `x` is."""
+    """Return the module of an array: `numpy` or `cupy`."""
     if isinstance(x, np.ndarray):
         return np
     import importlib
@@ -45,7 +44,7 @@ _dtype_names: dict[Any, str] = {}
 
 
 def dtype_name(dtype: Any) -> str:
-    """The name of a dtype, cached: NumPy makes it anew on each access."""
+    """Return the name of a dtype, cached: NumPy builds it on each access."""
     name = _dtype_names.get(dtype)
     if name is None:
         name = _dtype_names[dtype] = str(dtype)
@@ -53,7 +52,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def float_dtype(name: str) -> np.dtype:
-    """The training dtype called `name`. Raises ConfigError for one that nothing is trained in."""
+    """Return the training dtype called `name`. Raises ConfigError for any other name."""
     if name not in FLOAT_DTYPES:
         raise ConfigError(
             f"dtype {name!r} is not one to train in; choose one of {', '.join(FLOAT_DTYPES)}"
@@ -62,61 +61,55 @@ def float_dtype(name: str) -> np.dtype:
 
 
 def is_narrow(dtype: Any) -> bool:
-    """Whether sums, gradients and the optimizer's copy of arrays of this dtype are float32:
-    bfloat16 and float16."""
+    """Return whether `dtype` has 16 bits: bfloat16 or float16.
+
+    Sums, gradients and master weights of such arrays are float32.
+    """
     return dtype.itemsize == 2 and (dtype.kind == "f" or dtype_name(dtype) == "bfloat16")
 
 
 def sum_dtype(dtype: Any) -> Any:
-    """The dtype in which values of `dtype` are added up: float32 for a narrow one, else its own."""
+    """Return the dtype for sums of `dtype`: float32 for a 16-bit one, else `dtype`."""
     return FLOAT_DTYPES["float32"] if is_narrow(dtype) else dtype
 
 
 def writeable(x: Array) -> bool:
-    """Whether `x` may be written to at all: always, on a GPU."""
+    """Return whether `x` may be written to: always on a GPU."""
     return x.flags.writeable if isinstance(x, np.ndarray) else True
 
 
 def to_host(x: Array | float) -> np.ndarray:
-    """`x` as a NumPy array: itself if it is one, else a copy, for which the host waits. It travels
-    as bytes: not every release of CuPy copies bfloat16."""
+    """Return `x` as a NumPy array: itself, or a copy, for which the host waits.
+
+    Arrays are copied as bytes: not every release of CuPy copies bfloat16.
+    """
     if isinstance(x, np.ndarray | np.generic | float | int):
         return np.asarray(x)
     if not x.size:
         return np.empty(x.shape, x.dtype)
-    return (
-        namespace(x)
-        .ascontiguousarray(x)
-        .reshape(-1)
-        .view(np.uint8)
-        .get()
-        .view(x.dtype)
-        .reshape(x.shape)
-    )
+    flat = namespace(x).ascontiguousarray(x).reshape(-1)
+    return flat.view(np.uint8).get().view(x.dtype).reshape(x.shape)
 
 
 def to_device(x: np.ndarray, xp: ModuleType) -> Array:
-    """A NumPy array as one of the module `xp`, which is itself where that is NumPy."""
+    """Copy a NumPy array to the module `xp`; a no-op where `xp` is NumPy."""
     if xp is np or not isinstance(x, np.ndarray):
         return x
     if not x.size:
         return xp.empty(x.shape, x.dtype)
-    return (
-        xp.asarray(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
-        .view(x.dtype)
-        .reshape(x.shape)
-    )
+    flat = np.ascontiguousarray(x).reshape(-1)
+    return xp.asarray(flat.view(np.uint8)).view(x.dtype).reshape(x.shape)
 
 
 def root(x: Array) -> Array:
-    """The array that owns the memory `x` looks at (`x` itself if it is no view)."""
+    """Return the array that owns the memory of a view; `x` itself if it is none."""
     while isinstance(base := getattr(x, "base", None), type(x)):
         x = base
     return x
 
 
 def aligned_empty(shape: Iterable[int], dtype: Any) -> np.ndarray:
-    """An uninitialised NumPy array whose first byte lies on a 64-byte boundary."""
+    """Allocate an uninitialised NumPy array on a 64-byte boundary."""
     shape = tuple(shape)
     dtype = np.dtype(dtype)
     num_bytes = math.prod(shape) * dtype.itemsize

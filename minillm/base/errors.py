@@ -1,29 +1,29 @@
-"""The errors minillm raises at its users: each names the values that were wrong and a way out."""
+"""Errors for the user. Each message names the wrong values and a way out."""
 
 
 class MinillmError(Exception):
-    """Base of every error that is a message to the user, printed without a traceback."""
+    """Base of the errors that programs print without a traceback."""
 
 
 class ConfigError(MinillmError):
-    """Options, sizes or files that cannot work together."""
+    """Invalid or incompatible options, sizes or files."""
 
 
 class ScheduleError(MinillmError):
-    """A pipeline schedule that is malformed or would never finish."""
+    """Pipeline schedule that is malformed or deadlocks."""
 
 
 class CommError(MinillmError):
-    """A message could not be delivered; see the subclasses for why."""
+    """Failed communication. The subclasses distinguish the causes."""
 
 
 class PeerFailed(CommError):
-    """Another rank has stopped, so this operation cannot complete."""
+    """Operation that cannot complete because another rank has stopped."""
 
 
 class CommTimeout(CommError):
-    """An operation waited longer than the communication time-out."""
+    """Operation that exceeded the communication time-out."""
 
 
 class CheckpointError(MinillmError):
-    """A checkpoint is missing, damaged, or of another model."""
+    """Checkpoint that is missing, damaged, or of another model."""

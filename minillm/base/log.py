@@ -1,8 +1,8 @@
-"""What a run says: lines on the screen (first rank only), a progress display, and metrics as JSON
-lines."""
+"""Output of a run: log lines, progress display, and metrics as JSON lines. Rank 0 writes all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -12,24 +12,26 @@ from typing import Any
 
 from minillm.base.errors import MinillmError
 
-LINE_SECONDS = 5.0  # between progress lines where there is no terminal to draw a bar on
+LINE_SECONDS = 5.0  # between progress lines, without a terminal for a bar
 
 
 class Log:
-    """Prints on rank 0; the other ranks keep quiet."""
+    """Log to standard output on rank 0; silent on other ranks."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
     def __call__(self, text: str = "") -> None:
-        """Print a line and flush, so that it is seen at once through a launcher's pipe."""
+        """Print a line and flush, because a launcher's pipe buffers."""
         if self.rank == 0:
             print(text, flush=True)
 
 
 class Progress:
-    """How far the run is: a bar on a terminal, otherwise (mpirun pipes its output) a line every few
-    seconds with the time that is left."""
+    """Progress display: a bar on a terminal, else a line every few seconds with the time left.
+
+    mpirun pipes the output of its ranks, so they print lines.
+    """
 
     def __init__(self, log: Log, first: int, total: int, tokens_per_step: int) -> None:
         self.log, self.total, self.tokens_per_step = log, total, tokens_per_step
@@ -45,7 +47,7 @@ class Progress:
             )
 
     def update(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Show step `step` (from 0) as done."""
+        """Show step `step` (from 0) as completed."""
         if self.log.rank:
             return
         if self._bar is not None:
@@ -57,40 +59,41 @@ class Progress:
         now = time.perf_counter()
         if now - self._last_line >= LINE_SECONDS or step + 1 in (self._first + 1, self.total):
             self._last_line = now
-            left = (self.total - step - 1) * self.tokens_per_step / max(self.rate(step), 1e-9)
+            rate, done = self.rate(step), step + 1
+            left = (self.total - done) * self.tokens_per_step / max(rate, 1e-9)
             self.log(
-                f"step {step + 1:>{len(str(self.total))}}/{self.total}  "
-                f"{100 * (step + 1) / self.total:3.0f} %  loss "
-                f"{loss:.7f}  lr {lr:.2e}  "
-                f"grad norm {grad_norm:.2f}  {compact(self.rate(step))} tokens/s  {clock(left)} "
-                "left"
+                f"step {done:>{len(str(self.total))}}/{self.total}  "
+                f"{100 * done / self.total:3.0f} %  loss {loss:.7f}  lr {lr:.2e}  grad norm "
+                f"{grad_norm:.2f}  {compact(rate)} tokens/s  {clock(left)} left"
             )
 
     def rate(self, step: int) -> float:
-        """Tokens per second so far, pauses left out."""
+        """Return the mean tokens per second of this run, without pauses."""
         busy = time.perf_counter() - self._started - self._paused
         return (step + 1 - self._first) * self.tokens_per_step / max(busy, 1e-9)
 
     def pause(self, seconds: float) -> None:
-        """Do not count `seconds` (an evaluation, a checkpoint) in the rate."""
+        """Exclude `seconds` of an evaluation or a checkpoint from the rate."""
         self._paused += seconds
 
     def say(self, text: str) -> None:
-        """Print a line without tearing the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.write(text)
         else:
             self.log(text)
 
     def close(self) -> None:
-        """Leave the display as it is."""
+        """Stop the display; the last state stays visible."""
         if self._bar is not None:
             self._bar.close()
 
 
 class MetricsFile:
-    """JSON lines, one a step or evaluation, on rank 0. When a run is continued, lines from its
-    first step on are dropped: they will be written again."""
+    """Metrics file: one JSON line a step or evaluation, on rank 0.
+
+    A resumed run drops the lines after its first step, which it writes again.
+    """
 
     def __init__(self, path: Path | None, first_step: int) -> None:
         self._file = None
@@ -103,7 +106,7 @@ class MetricsFile:
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
 
     def write(self, **values: Any) -> None:
-        """Append one line. Raises MinillmError where the disk is full."""
+        """Append one line. Raises MinillmError if the disk is full."""
         if self._file is None:
             return
         try:
@@ -121,19 +124,16 @@ class MetricsFile:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of an earlier part of the run; one cut off by a crash is left out."""
+    """Return the lines of an earlier part of the run, except one that a crash cut off."""
     found = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            try:
-                found.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
     return found
 
 
 def compact(number: float) -> str:
-    """1234567 -> 1.23M, 12345 -> 12.3k."""
+    """Format a number with three digits and a unit: 1234567 is 1.23M, 12345 is 12.3k."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
@@ -141,7 +141,7 @@ def compact(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """75 -> 1:15."""
+    """Format a duration: 75 is 1:15, 3675 is 1:01:15."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

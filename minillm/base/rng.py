@@ -1,8 +1,7 @@
-"""Addressed random numbers: (seed, purpose, name, global index) -> value.
+"""Counter-based random numbers: a value is a function of (seed, purpose, name, global index).
 
-Nothing is drawn from a stream, so nothing depends on who asks first: a rank computes exactly the
-values of its own slices, and every mesh sees the same model, the same dropout and the same order of
-data.
+There is no stream, so no order of calls. A rank computes the values of its own slices, and every
+mesh sees the same model, the same dropout and the same order of data.
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ import numpy as np
 
 from minillm import kernels
 
-_BLOCK = 1 << 16  # elements made at once, so that index arrays stay small
+_BLOCK = 1 << 16  # elements computed at once, so that index arrays stay small
 
 
 def key(seed: int, purpose: str, name: str, *numbers: int) -> int:
-    """A 64-bit key for a use of randomness: BLAKE2b of the seed, what it is for, and any further
-    numbers such as the step."""
+    """Return a 64-bit key: BLAKE2b of the seed, the purpose, the name and further numbers.
+
+    The further numbers are the step or the epoch.
+    """
     text = "\0".join([str(seed), purpose, name, *map(str, numbers)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -27,15 +28,17 @@ def key(seed: int, purpose: str, name: str, *numbers: int) -> int:
 def normal(
     key: int, shape: tuple[int, ...], slices: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """Standard normal values of the block `slices` of a global array of `shape`; each depends on
-    its global position only."""
+    """Return the block `slices` of a global array of `shape` of standard normal values.
+
+    Each value depends on its global position only.
+    """
     return _addressed(kernels.random_normal, key, shape, slices, dtype)
 
 
 def uniform(
     key: int, shape: tuple[int, ...], slices: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """Uniform values in (0, 1) of the block `slices` of a global array of `shape`."""
+    """Return the block `slices` of a global array of `shape` of uniform values in (0, 1)."""
     return _addressed(kernels.random_uniform, key, shape, slices, dtype)
 
 
@@ -46,16 +49,12 @@ def _addressed(
     out = np.empty(sizes, dtype)
     if not out.size:
         return out
-    columns = (
-        np.arange(slices[-1].start, slices[-1].stop, dtype=np.uint64)
-        if shape
-        else np.zeros(1, np.uint64)
-    )
+    # Flat indices within each dim; a scalar is the only element of [1].
+    dims = [np.arange(part.start, part.stop, dtype=np.uint64) for part in slices or (slice(0, 1),)]
+    columns = dims[-1]
     rows = np.zeros(1, np.uint64)  # flat index of the first element of each row of the block
-    for size, part in zip(shape[:-1], slices[:-1], strict=True):
-        rows = (
-            rows[:, None] * np.uint64(size) + np.arange(part.start, part.stop, dtype=np.uint64)
-        ).reshape(-1)
+    for size, indices in zip(shape[:-1], dims[:-1], strict=True):
+        rows = (rows[:, None] * np.uint64(size) + indices).reshape(-1)
     flat = out.reshape(len(rows), len(columns))
     step = max(1, _BLOCK // len(columns))
     for first in range(0, len(rows), step):
@@ -65,9 +64,11 @@ def _addressed(
 
 
 def permute(key: int, n: int, indices: Any) -> np.ndarray:
-    """Where a fixed random permutation of [0, n) sends `indices`, without storing it: a four-round
-    Feistel network over the next power of four, walked until it lands below n (Black and Rogaway
-    2002)."""
+    """Return a fixed random permutation of [0, n) at `indices`, int64, without storing it.
+
+    A four-round Feistel network permutes the next power of four. Cycle walking repeats it until the
+    value is below n (Black and Rogaway 2002).
+    """
     x = np.array(indices, np.uint64, ndmin=1)
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)

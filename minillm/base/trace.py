@@ -1,5 +1,7 @@
-"""Chrome-trace recording: what each rank computed and communicated, and when. The file opens in
-Perfetto (ui.perfetto.dev) or chrome://tracing."""
+"""Chrome trace of a run: spans of computation and communication of each rank.
+
+The file opens in Perfetto (ui.perfetto.dev) or chrome://tracing.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,11 @@ TRACKS = {"compute": 0, "communication": 1}
 
 
 class Tracer:
-    """Collects spans on two tracks of one rank. Times come from `time.perf_counter` and are moved
-    to the machine's clock, so ranks of one node share an axis."""
+    """Recorder of one rank's spans, on two tracks.
+
+    Times of `time.perf_counter` are converted to the machine's clock, so the ranks of a node share
+    one time axis.
+    """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -48,11 +53,11 @@ class Tracer:
         self._events.append(event | ({"args": args} if args else {}))
 
     def communication(self, name: str, axis: str, start: float, end: float, num_bytes: int) -> None:
-        """Record an operation of the ledger: the hook for `Ledger.on_event`."""
+        """Record an operation of the ledger. A callback for `Ledger.on_event`."""
         self.add(f"{name} {axis}", "communication", start, end, bytes=num_bytes)
 
     def write(self, path: Path, comm: Communicator) -> None:
-        """Gather all ranks' spans and write one JSON file on rank 0, atomically."""
+        """Gather all ranks' spans and write one JSON file on rank 0, atomically. Collective."""
         everyone = comm.gather_json(self._events)
         if comm.rank:
             return

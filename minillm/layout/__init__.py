@@ -1,1 +1,1 @@
-"""Pure arithmetic of meshes and shards: no ranks, no allocation."""
+"""Arithmetic of meshes, stages and shards. Needs no running ranks and allocates nothing."""

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from minillm.base.errors import ConfigError
 
 AXES = ("pp", "dp", "cp", "ep", "tp")
-"""From the slowest-varying to the fastest: tensor-parallel ranks, which talk most, are neighbours;
-pipeline stages, which talk least, lie farthest apart."""
+"""Axes from the slowest-varying to the fastest.
+
+Tensor-parallel ranks communicate most and are neighbours. Pipeline stages communicate least and are
+farthest apart.
+"""
 
 TOKEN_AXES = ("dp", "ep", "cp")
-"""The axes over which the tokens of a batch are spread: dense gradients are summed over them."""
+"""Axes that share the tokens of a batch: dense gradients are summed over them."""
 
 GROUPS: tuple[tuple[str, ...], ...] = (
     *((axis,) for axis in AXES),
@@ -23,12 +26,12 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     (*TOKEN_AXES, "tp"),
     ("dp", "cp", "tp"),
 )
-"""The axis combinations that have a communicator."""
+"""Axis combinations that have a communicator."""
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The sizes of the axes; pure arithmetic, usable without any rank running."""
+    """Sizes of the mesh axes: tensor (tp), pipeline (pp), data (dp), context (cp), expert (ep)."""
 
     pp: int = 1
     dp: int = 1
@@ -45,15 +48,15 @@ class MeshShape:
 
     @property
     def num_ranks(self) -> int:
-        """The product of all sizes."""
+        """Number of ranks: the product of all sizes."""
         return self.size(*AXES)
 
     def size(self, *axes: str) -> int:
-        """The number of ranks in a group over `axes`."""
+        """Return the number of ranks in a group over `axes`."""
         return math.prod(getattr(self, axis) for axis in axes)
 
     def coords(self, rank: int) -> dict[str, int]:
-        """Axis -> coordinate of a global rank; tp varies fastest."""
+        """Return the coordinates of a global rank by axis. Raises ConfigError beyond the mesh."""
         if not 0 <= rank < self.num_ranks:
             raise ConfigError(f"rank {rank} does not lie in a mesh of {self.num_ranks} ranks")
         found = {}
@@ -62,7 +65,7 @@ class MeshShape:
         return {axis: found[axis] for axis in AXES}
 
     def rank(self, coords: Mapping[str, int]) -> int:
-        """The global rank at `coords`; axes left out are at 0."""
+        """Return the global rank at `coords`; absent axes are 0."""
         rank = 0
         for axis in AXES:
             rank = rank * getattr(self, axis) + coords.get(axis, 0)

@@ -1,8 +1,8 @@
 """Sharding of global arrays over the mesh: plain arithmetic on slices.
 
-Every `Sharded` value answers one question: which slices of the global array does a rank hold, and
-where do they lie in its local array? Initial values, checkpoints, reductions and norms read no
-more than that. A `ShardSpec` cuts dims, a `FlatShard` cuts the flattened local array.
+A `Sharded` value maps slices of the global array to slices of a rank's local array. Initial values,
+checkpoints, reductions and norms need no more. `ShardSpec` cuts dims, `FlatShard` cuts the
+flattened local array.
 """
 
 from __future__ import annotations
@@ -29,41 +29,34 @@ class Sharded(Protocol):
     def pieces(self, mesh: MeshShape, coords: Mapping[str, int]) -> Iterator[tuple[Slices, Slices]]:
         """Yield (global slices, local slices) of every non-empty block held at `coords`.
 
-        The local slices may cut another number of dims: the block's elements stand there in C
-        order.
+        Local slices may have another number of dims. They hold the block's elements in C order.
         """
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of `size` indices along one dim, cut evenly over the mesh `axes` (none: every rank
-    holds it all).
-
-    `unit` is what must not be cut: the head width for a projection into heads, so that a rank gets
-    whole heads.
-    """
+    """Range of indices along one dim, cut evenly over mesh axes."""
 
     size: int
-    axes: tuple[str, ...] = ()
-    unit: int = 1
+    axes: tuple[str, ...] = ()  # (): replicated
+    unit: int = 1  # indices that stay together, such as the width of a head
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The global shape of an array and how each dim is cut.
-
-    `dims[d]` lists the segments that follow one another along dim `d`: a fused query-key-value
-    projection has three, so that each rank holds its part of each. `pad` rounds an indivisible
-    segment up, the last ranks' surplus rows being padding that no piece covers and no file holds.
-    `partial_over` names the mesh axes over which local gradients are partial sums although the
-    array is replicated there. `tie` names the weight that several pipeline stages hold a copy of.
-    """
+    """Sharding specification: the global shape of an array and the cuts of each dim."""
 
     shape: tuple[int, ...]
     dims: tuple[tuple[Segment, ...], ...]
+    """Consecutive segments of each dim.
+
+    A fused query-key-value projection has three, so that each rank holds its part of each.
+    """
     pad: bool = False
+    """Round an indivisible segment up. No piece and no file holds the padding of the last ranks."""
     partial_over: tuple[str, ...] = ()
-    tie: str | None = None
+    """Mesh axes over which the array is replicated but its local gradients are partial sums."""
+    tie: str | None = None  # name of a weight of which several pipeline stages hold a copy
 
     def __post_init__(self) -> None:
         sums = tuple(sum(segment.size for segment in segments) for segments in self.dims)
@@ -74,32 +67,36 @@ class ShardSpec:
     def replicated(
         *shape: int, partial_over: tuple[str, ...] = (), tie: str | None = None
     ) -> ShardSpec:
-        """An array that every rank of a stage holds whole."""
+        """Return the spec of an array that every rank of a stage holds whole."""
         return ShardSpec(
             shape, tuple((Segment(size),) for size in shape), partial_over=partial_over, tie=tie
         )
 
     @property
     def axes(self) -> frozenset[str]:
-        """The mesh axes that this array is cut over; over all others it is replicated."""
+        """The mesh axes over which the array is cut. It is replicated over all others."""
         return frozenset(
             axis for segments in self.dims for segment in segments for axis in segment.axes
         )
 
     def local_shape(self, mesh: MeshShape) -> tuple[int, ...]:
-        """The shape every rank allocates, padding included. Raises ConfigError for a size that
-        cannot be cut evenly."""
+        """Return the shape of the local array, with padding.
+
+        Raises ConfigError for a size that cannot be cut evenly.
+        """
         return tuple(
             sum(self._local_size(segment, mesh) for segment in segments) for segments in self.dims
         )
 
     def local_size(self, mesh: MeshShape) -> int:
-        """The number of elements of `local_shape`."""
+        """Return the number of elements of the local array, with padding."""
         return math.prod(self.local_shape(mesh))
 
     def pieces(self, mesh: MeshShape, coords: Mapping[str, int]) -> Iterator[tuple[Slices, Slices]]:
-        """Yield (global slices, local slices) of every non-empty block that the rank at `coords`
-        holds, in order of the local array."""
+        """Yield (global slices, local slices) of every non-empty block held at `coords`.
+
+        The blocks come in the order of the local array.
+        """
         per_dim = [list(self._dim_pieces(segments, mesh, coords)) for segments in self.dims]
         for combination in itertools.product(*per_dim):
             yield tuple(piece[0] for piece in combination), tuple(piece[1] for piece in combination)
@@ -108,11 +105,10 @@ class ShardSpec:
         ways = mesh.size(*segment.axes) if segment.axes else 1
         units, rest = divmod(segment.size, segment.unit)
         if rest or (units % ways and not self.pad):
+            axes = "+".join(segment.axes)
             raise ConfigError(
                 f"{units} units of {segment.unit} in shape {self.shape} cannot be cut into {ways} "
-                "equal parts over "
-                f"{'+'.join(segment.axes)}; "
-                f"choose a size of {'+'.join(segment.axes)} that divides {units}"
+                f"equal parts over {axes}; choose a size of {axes} that divides {units}"
             )
         return -(-units // ways) * segment.unit
 
@@ -122,9 +118,7 @@ class ShardSpec:
         global_start = local_start = 0
         for segment in segments:
             size = self._local_size(segment, mesh)
-            index = 0
-            for axis in segment.axes:
-                index = index * mesh.size(axis) + coords[axis]
+            index = _index(segment.axes, mesh, coords)
             first = min(index * size, segment.size)
             count = min(size, segment.size - first)
             if count:
@@ -138,17 +132,16 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class FlatShard:
-    """One of several shares of a flat buffer, as far as it reaches into one parameter.
+    """Intersection of a parameter with one rank's share of a flat buffer. The local array is 1-d.
 
-    The parameter, sharded by `spec`, lies at `offset` in a buffer of `length` elements, of which
-    the ranks over the mesh `axes` hold one `share` each (ZeRO: Rajbhandari et al. 2020,
-    arXiv:1910.02054). The local array is 1-d.
+    The ranks over the mesh `axes` hold one `share` each of the buffer, as in ZeRO (Rajbhandari et
+    al. 2020, arXiv:1910.02054).
     """
 
-    spec: ShardSpec
-    offset: int
-    length: int
-    step: int
+    spec: ShardSpec  # of the parameter
+    offset: int  # of the parameter in the buffer, in elements
+    length: int  # of the buffer, in elements
+    step: int  # shares begin at multiples of it, in elements
     axes: tuple[str, ...]
 
     @property
@@ -158,9 +151,7 @@ class FlatShard:
 
     def range(self, mesh: MeshShape, coords: Mapping[str, int]) -> slice:
         """Return the part of the parameter's flattened local array that `coords` holds."""
-        index = 0
-        for axis in self.axes:
-            index = index * mesh.size(axis) + coords[axis]
+        index = _index(self.axes, mesh, coords)
         held = share(self.length, index, mesh.size(*self.axes), self.step)
         stop = self.offset + self.spec.local_size(mesh)
         part = overlap(held, slice(self.offset, stop))
@@ -179,15 +170,25 @@ class FlatShard:
                         yield _shifted(block, local, whole), (slice(first, first + size),)
 
 
+def _index(axes: tuple[str, ...], mesh: MeshShape, coords: Mapping[str, int]) -> int:
+    """Return the index of `coords` among the ranks over `axes`, the last axis fastest."""
+    index = 0
+    for axis in axes:
+        index = index * mesh.size(axis) + coords[axis]
+    return index
+
+
 def _shifted(block: Slices, local: Slices, whole: Slices) -> Slices:
-    """Move a block of the local array to where it lies in the global one."""
+    """Move a block of the local array to its place in the global array."""
     moves = [g.start - part.start for g, part in zip(whole, local, strict=True)]
     return tuple(slice(b.start + m, b.stop + m) for b, m in zip(block, moves, strict=True))
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Slices]:
-    """Cut the C-order range [start, stop) of an array into boxes, in order: part of a first row,
-    whole rows, part of a last row, the same in each row."""
+    """Cut the C-order range [start, stop) of an array into boxes, in order.
+
+    They are part of a first row, whole rows, and part of a last row, recursively.
+    """
     if start >= stop:
         return
     if not shape:
@@ -222,8 +223,7 @@ def _contiguous(box: Slices, shape: tuple[int, ...]) -> Iterator[tuple[Slices, i
 
 
 def share(length: int, rank: int, size: int, step: int) -> slice:
-    """Return share `rank` of `size` nearly equal parts of a buffer; parts begin at multiples of
-    `step` elements."""
+    """Return share `rank` of `size` nearly equal parts, which begin at multiples of `step`."""
     steps = -(-length // step)
     return slice(
         min(length, steps * rank // size * step), min(length, steps * (rank + 1) // size * step)
@@ -231,11 +231,11 @@ def share(length: int, rank: int, size: int, step: int) -> slice:
 
 
 def overlap(a: slice, b: slice) -> slice:
-    """Return the range that two ranges have in common, possibly empty."""
+    """Return the intersection of two ranges, possibly empty."""
     start = max(a.start, b.start)
     return slice(start, max(start, min(a.stop, b.stop)))
 
 
 def slice_shape(slices: Slices) -> tuple[int, ...]:
-    """The shape of an array cut by `slices` that have a start and a stop."""
+    """Return the shape of an array cut by `slices` with a start and a stop."""
     return tuple(part.stop - part.start for part in slices)
