@@ -1,5 +1,4 @@
-"""The `minillm` command: each program is a module of the package with a `main`, imported only when
-it is chosen."""
+"""Command `minillm`: dispatcher of the programs, modules with a `main` that are imported lazily."""
 
 from __future__ import annotations
 
@@ -24,8 +23,10 @@ PROGRAMS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program that `argv` names with the arguments after its name (default: the process's
-    own). Returns the exit status."""
+    """Run the program that `argv` names, with the arguments after its name.
+
+    The default is the command line of the process. Returns the exit status.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())

@@ -24,8 +24,10 @@ from minillm.training.held_out import measure
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs(ReadOptions):
-    """Measure a trained model's loss on text and print JSON: loss (nats per token), perplexity,
-    bits_per_byte, tokens."""
+    """Measure a trained model's loss on text and print it as JSON.
+
+    The values are loss (nats per token), perplexity, bits_per_byte and tokens.
+    """
 
     checkpoint: str
     """Folder of a run, or one of its checkpoints."""

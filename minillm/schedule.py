@@ -22,8 +22,10 @@ from minillm.pipeline.simulate import Cost, Timeline, simulate
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleArgs(Record):
-    """Draw a pipeline schedule (the first word: gpipe or 1f1b) with its idle time and the
-    activations it holds."""
+    """Draw a pipeline schedule with its idle time and the activations it holds.
+
+    The first word names it: gpipe or 1f1b.
+    """
 
     ranks: int = 4
     """Pipeline ranks."""

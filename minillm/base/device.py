@@ -34,7 +34,7 @@ class Future:
 
     @property
     def known(self) -> bool:
-        """Whether `read` returns at once."""
+        """True if `read` returns at once."""
         return self._ready is None or bool(self._ready.done)
 
     def read(self) -> np.ndarray | Sequence[float]:

@@ -21,8 +21,11 @@ class Shape(NamedTuple):
         return self.context * self.batch
 
     def step_flops(self) -> float:
-        """6 N tokens + 12 L D T tokens, N without the position table (Narayanan et al. 2021,
-        appendix): causal attention counted whole."""
+        """Return 6 N tokens + 12 L D T tokens, the FLOP of a training step.
+
+        N excludes the position table. Causal attention is counted without its mask (Narayanan et
+        al. 2021, appendix).
+        """
         matrices = 12 * self.layers * self.dim**2 + self.vocab * self.dim
         return self.tokens * (6 * matrices + 12 * self.layers * self.dim * self.context)
 

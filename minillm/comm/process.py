@@ -1,4 +1,4 @@
-"""How a process becomes a rank, how a program runs on all ranks, and how ranks end together.
+"""Life cycle of a rank: start of MPI, execution of a program on all ranks, and common exit.
 
 Without a launcher MPI is not imported. With one, the launcher's number of ranks is compared with
 MPI's: an `mpirun` of one MPI with the library of another starts N programs of one rank each. An

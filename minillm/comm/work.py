@@ -13,8 +13,9 @@ from minillm.comm.ledger import Operation
 
 
 class Work(Protocol):
-    """Non-blocking operation. It keeps its buffers alive; they must not be read or written before
-    it is done.
+    """Non-blocking operation.
+
+    It keeps its buffers alive. They must not be read or written before it is done.
     """
 
     def test(self) -> bool:

@@ -86,7 +86,7 @@ class CharTokenizer:
     name = "char"
 
     def __init__(self, characters: str) -> None:
-        """Number `characters` in the given order.
+        """Assign ids to `characters` in order.
 
         Raises ConfigError if there are none or one repeats.
         """

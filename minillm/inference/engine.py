@@ -1,5 +1,4 @@
-"""Generation of text, token by token with a key-value cache, over tensor-parallel ranks and
-pipeline stages.
+"""Autoregressive generation with a key-value cache, over tensor-parallel ranks and stages.
 
 The prompt goes through the model once and leaves keys and values in each layer's cache. Every
 further token costs one position. The stages run the forward-only schedule, as in evaluation.

@@ -58,10 +58,10 @@ def full_attention(
 
 
 class Attention(Module):
-    """Multi-head attention (Vaswani et al. 2017), grouped-query when kv_heads < heads (Ainslie et
-    al. 2023, arXiv:2305.13245), with rotary positions on request.
+    """Multi-head attention (Vaswani et al. 2017), optionally with rotary positions.
 
-    The fused projection is laid out [q heads | k heads | v heads]. Each rank holds heads / tp query
+    It is grouped-query attention if kv_heads < heads (Ainslie et al. 2023, arXiv:2305.13245). The
+    fused projection is laid out [q heads | k heads | v heads]. Each rank holds heads / tp query
     heads and kv_heads / tp key-value heads. The pass may replace `core` by the layer's name.
     """
 

@@ -27,8 +27,10 @@ class Stream(NamedTuple):
 
 
 class Block(Module):
-    """Pre-norm residual block (Radford et al. 2019): x + drop(attention(norm(x))), then
-    x + drop(mlp(norm(x)))."""
+    """Pre-norm residual block (Radford et al. 2019).
+
+    It computes x + drop(attention(norm(x))), then x + drop(mlp(norm(x))).
+    """
 
     def __init__(
         self,

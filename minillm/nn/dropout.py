@@ -12,8 +12,7 @@ from minillm.params.where import Pass, Where
 
 
 class Dropout(Module):
-    """Dropout (Srivastava et al. 2014): zero each element with probability `p`, and scale the rest
-    by 1 / (1 - p).
+    """Dropout (Srivastava et al. 2014) with probability `p`; the rest is scaled by 1 / (1 - p).
 
     The mask is a function of (seed, this module's name, step, sample, global time, channel). It is
     the same on any mesh and in any replay, and needs no state.

@@ -167,7 +167,7 @@ def _counted_sum(losses: Array, counted: Array) -> Any:
 
 
 class _VocabSlice:
-    """This rank's slice of the vocabulary, and the softmax over all slices."""
+    """Slice of the vocabulary on this rank, and the softmax over all slices."""
 
     def __init__(self, num_rows: int, comm: Communicator, vocab: int) -> None:
         self.comm = comm
@@ -203,8 +203,10 @@ class _VocabSliceOnGpu(_VocabSlice):
     """
 
     def softmax_(self, logits: Array, targets: Array) -> tuple[Array, Array]:
-        """Return the sum of exp(logits - max) over the whole vocabulary [R] and the shifted logit
-        of targets [R]. `logits` stay."""
+        """Return the sum of exp(logits - max) and the shifted logit of the targets, [R] each.
+
+        The sum covers the whole vocabulary. Does not modify `logits`.
+        """
         xp = namespace(logits)
         own_max, sums, target_logit = kernels.xent_statistics(
             logits, targets, self.first_class, self.valid

@@ -46,7 +46,10 @@ def _options(
 
 
 def split_heads(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
-    """Views q [B, T, H, K], k, v [B, T, Hkv, K] of a fused projection [B, T, (H + 2 Hkv) K]."""
+    """Return views q [B, T, H, K], k and v [B, T, Hkv, K] of a fused projection.
+
+    `qkv`: [B, T, (H + 2 Hkv) K].
+    """
     B, T, width = qkv.shape
     values = heads + kv_heads
     by_head = qkv.reshape(B, T, values + kv_heads, width // (values + kv_heads))

@@ -1,12 +1,12 @@
-"""Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198): norms, dropout and residuals
-sharded along time over the tensor-parallel ranks.
+"""Sequence parallelism: norms, dropout and residuals sharded along time over the tp ranks.
 
-Tensor parallelism leaves everything between the matrix products replicated: each of the tp ranks
-normalises the same activations. Here each rank keeps 1/tp of the time steps there. The all-reduce
-at each end of a block's parallel part becomes a reduce-scatter on the way out and an all-gather on
-the way in, which together move the same bytes. Activations between blocks, and between pipeline
-stages, shrink by tp. Parameters of the sharded part (norms, biases after the reduction, positions)
-see only some time steps, so their gradients are partial sums over tp: `partial_over`.
+Source: Korthikanti et al. 2022, arXiv:2205.05198. Tensor parallelism leaves everything between the
+matrix products replicated: each of the tp ranks normalises the same activations. Here each rank
+keeps 1/tp of the time steps there. The all-reduce at each end of a block's parallel part becomes a
+reduce-scatter on the way out and an all-gather on the way in, which together move the same bytes.
+Activations between blocks, and between pipeline stages, shrink by tp. Parameters of the sharded
+part (norms, biases after the reduction, positions) see only some time steps, so their gradients are
+partial sums over tp: `partial_over`.
 """
 
 from __future__ import annotations

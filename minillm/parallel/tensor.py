@@ -1,13 +1,12 @@
-"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): each matrix product cut over the
-ranks of the `tp` axis.
+"""Tensor parallelism: each matrix product cut over the ranks of the `tp` axis.
 
     x --enter--> [column-parallel] -> own heads / own features -> [row-parallel] --leave--> y
       copy_to     W_qkv, W_up: rows       no communication          W_out, W_down:    reduce_from
                   of the weight cut                                 columns cut
 
-A pair of products costs one all-reduce forward (leaving) and one backward (entering). The layers
-are in nn/. A layer only knows its region: with sequence parallelism (sequence.py) the same layers
-enter and leave by other collectives.
+Source: Shoeybi et al. 2019, arXiv:1909.08053. A pair of products costs one all-reduce forward
+(leaving) and one backward (entering). The layers are in nn/. A layer only knows its region: with
+sequence parallelism (sequence.py) the same layers enter and leave by other collectives.
 """
 
 from __future__ import annotations

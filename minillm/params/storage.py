@@ -42,10 +42,10 @@ class Memory(Protocol):
         """Return zeros [size] that this rank alone writes: gradients. Collective."""
 
     def state(self, size: int, dtype: np.dtype, step: int) -> tuple[Array, int]:
-        """Return zeros for optimizer state of a buffer of `size` elements, and the index of the
-        first element that they stand for. Collective.
+        """Return zeros for optimizer state, and the index of their first element in the buffer.
 
-        They cover the whole buffer, or no more than this rank's `share` of it.
+        The buffer has `size` elements. The state covers all of it, or this rank's `share`.
+        Collective.
         """
 
     def sync(self) -> None:

@@ -51,7 +51,7 @@ class Deviation:
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains what was seen. NaN does not agree."""
+        """True if rounding explains the difference. NaN does not agree."""
         return self.seen <= self.limit
 
 

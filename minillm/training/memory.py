@@ -23,13 +23,13 @@ def predicted(
     architecture: Architecture = GPT,
     shared_by: int = 1,
 ) -> dict[str, int]:
-    """Return the bytes of a rank by kind: parameters, gradients, optimizer, activations, logits,
-    program.
+    """Return the bytes of a rank by kind.
 
-    `shared_by` ranks hold one copy of parameters and optimizer state, which counts in equal parts.
-    Activations are what the tape keeps for each microbatch in flight. Temporaries of single
-    operations are not counted. On a GPU it is the device's memory, without that of CUDA and its
-    libraries. Needs no running ranks and allocates nothing.
+    The kinds are parameters, gradients, optimizer, activations, logits and program. `shared_by`
+    ranks hold one copy of parameters and optimizer state, which counts in equal parts. Activations
+    are what the tape keeps for each microbatch in flight. Temporaries of single operations are not
+    counted. On a GPU it is the device's memory, without that of CUDA and its libraries. Needs no
+    running ranks and allocates nothing.
     """
     options, stages = config.options, layout.stages_of(pp_rank)
     dtype, on_gpu = float_dtype(options.compute.dtype), options.compute.device == "cuda"

@@ -94,8 +94,7 @@ class SGD:
         self.buffers = tuple(buffers)
 
     def step(self, step: int, lr: float, grad_scale: Any) -> None:
-        """Update this rank's share of the parameters from the reduced gradient times
-        `grad_scale`."""
+        """Update this rank's share from the reduced gradient times `grad_scale`."""
         for buffers in self.buffers:
             part, values = buffers.share, buffers.values[buffers.share]
             updated = values if buffers.masters is None else buffers.masters[part]

@@ -1,5 +1,4 @@
-"""What a training run says of itself: the plan before it starts, the metrics of a step, and where
-the time went."""
+"""Reports of a training run: the plan, the metrics of a step, and the shares of time."""
 
 from __future__ import annotations
 
@@ -30,8 +29,10 @@ def plan(
     threads: int,
     comm: Communicator,
 ) -> list[str]:
-    """The resolved plan as lines: data, model, layout, batch, and the memory that the largest rank
-    will need. Collective."""
+    """Return the plan as lines: data, model, layout, batch, kernels and memory. Collective.
+
+    The memory is the prediction for the largest rank.
+    """
     model, options, mesh = config.model, config.options, config.mesh
     own = sum(buffers.layout.size for buffers in assembly.buffers)
     memory, pp_rank = assembly.replication.memory, assembly.mesh.coord("pp")
@@ -64,8 +65,10 @@ def plan(
 
 
 def _kernels(config: ResolvedConfig, device: Device) -> str:
-    """What the operations run on, most used first; on a GPU, which attention; and why not on C
-    where that could be faster."""
+    """Return the implementations of the operations, most used first.
+
+    Includes the attention kernel on a GPU, and the reason where C kernels are unavailable.
+    """
     choices = kernel_choices(config, device)
     words = ", ".join(
         f"{choice} for {plural(count, 'operation')}"
@@ -80,15 +83,18 @@ def _kernels(config: ResolvedConfig, device: Device) -> str:
 
 
 def plural(number: int, word: str, ending: str = "s") -> str:
-    """1 rank, 2 ranks."""
+    """Return a number and its noun: 1 rank, 2 ranks."""
     return f"{number} {word}{ending if number != 1 else ''}"
 
 
 def step_metrics(
     report: StepReport, tokens: int, moved: Mapping[RowKey, Row], device: Device = CPU
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl; waits for the step's numbers. `comm` holds the first rank's bytes
-    and seconds by axis and operation; control messages are one entry."""
+    """Return one line of metrics.jsonl. Waits for the step's numbers.
+
+    Its `comm` holds this rank's bytes and seconds by axis and operation. Control messages are one
+    entry.
+    """
     comm: dict[str, Any] = defaultdict(dict)
     for (axis, operation, kind), row in moved.items():
         entry = comm["control"] if kind == "control" else comm[axis].setdefault(operation, {})
@@ -109,8 +115,7 @@ def step_metrics(
 
 
 class TimeShares:
-    """Where the time of the steps went on this rank: compute, each axis' communication, waiting in
-    the pipeline, the optimizer."""
+    """Breakdown of a rank's time: compute, communication by axis, pipeline wait, optimizer."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -121,17 +126,13 @@ class TimeShares:
         self.total += report.seconds
         self.seconds["optimizer"] += report.optimizer_seconds
         for (axis, operation, kind), row in moved.items():
-            waits = axis == "pp" and operation == "receive"
-            self.seconds[
-                "pipeline wait"
-                if waits
-                else "agreement"
-                if kind == "control"
-                else f"communication {axis}"
-            ] += row.seconds
+            name = "agreement" if kind == "control" else f"communication {axis}"
+            if axis == "pp" and operation == "receive":
+                name = "pipeline wait"
+            self.seconds[name] += row.seconds
 
     def summary(self, comm: Communicator) -> str:
-        """The shares, averaged over the ranks, largest first. Collective."""
+        """Return the shares, averaged over the ranks, largest first. Collective."""
         everyone = comm.gather_json([self.total, self.seconds])
         total = sum(entry[0] for entry in everyone) or 1.0
         kinds = sorted({kind for entry in everyone for kind in entry[1]})
@@ -146,6 +147,8 @@ class TimeShares:
 
 
 def peak_mb(comm: Communicator, device: Device = CPU) -> int:
-    """The most memory that any rank has held so far, in MB (10^6 bytes); on a GPU, of the device.
-    Collective."""
+    """Return the peak memory of the largest rank in MB (10^6 bytes). Collective.
+
+    It is the device's memory on a GPU.
+    """
     return round(max(comm.gather_json(device.peak_bytes())) / 1e6)

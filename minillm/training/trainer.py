@@ -140,7 +140,7 @@ class Trainer:
 
     @property
     def lag(self) -> int:
-        """How many steps the host is ahead of the numbers that it reads: 1 on a GPU."""
+        """Steps by which the host is ahead of the numbers that it reads: 1 on a GPU."""
         return int(not self.device.on_host)
 
     def step(self, step: int) -> StepReport:

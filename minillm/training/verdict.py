@@ -1,4 +1,4 @@
-"""Verdict on a step: may it update the weights?
+"""Verdict on a step: permission to update the weights.
 
 All ranks agree on the losses, the gradient norm and the clipping factor. On the CPU the numbers are
 known at once. On a GPU they stay on the device: the optimizer's kernel reads the scale there, NaN
