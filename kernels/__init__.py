@@ -79,7 +79,7 @@ def register_folders(package: str, path: Any) -> list[str]:
 
 
 def public_functions(reference: str) -> dict[str, Callable[..., Any]]:
-    """The public function of every op that a module of plain definitions defines, by name."""
+    """Return by name the public function of every op that a module of plain definitions defines."""
     plain = vars(importlib.import_module(reference))
     return {op: dispatch(plain[op]) for op in ops() if op in plain}
 

@@ -1,14 +1,11 @@
-"""The one thread pool: kernels and matrix products are cut over it, and BLAS itself runs on one
-thread.
+"""Thread pool for NumPy's kernels and matrix products. BLAS runs on one thread.
 
-Two pools on the same cores (ours and the BLAS library's) wait for each other and can make a step
-many times slower, so `prepare_process` (native/__init__.py) is part of using this one. The number
-of threads belongs to the context, not to the process: ranks that are threads of one process each
-have their own. NumPy's kernels are cut here, by `parallel_for`; the C kernels have a pool of the
-same size in C.
+Two pools on the same cores wait for each other and can make a step many times slower. So
+`prepare_process` (native/__init__.py) limits BLAS. The number of threads belongs to the context,
+because ranks may be threads of one process. The C kernels have a pool of the same size in C.
 
-The cut is static (contiguous ranges, decided by the number of items and threads alone), so results
-do not depend on which thread was faster.
+The partition is static: contiguous ranges, determined by the numbers of items and threads. So
+results do not depend on the speed of threads.
 """
 
 from __future__ import annotations
@@ -22,13 +19,13 @@ from contextvars import ContextVar, copy_context
 from typing import Any
 
 num_threads: ContextVar[int] = ContextVar("num_threads", default=1)
-"""How many threads `parallel_for` may use in this context, the calling one included."""
+"""Number of threads of `parallel_for` in this context, including the calling one."""
 
 _idle: deque[_Worker] = deque()  # workers without a job, the most recently used last
 
 
 def get_threads() -> int:
-    """How many threads `parallel_for` may use in this context."""
+    """Return the number of threads of `parallel_for` in this context."""
     return num_threads.get()
 
 
@@ -45,12 +42,11 @@ def threads(n: int) -> Iterator[None]:
 
 
 def parallel_for(num_items: int, fn: Callable[[int, int], None], grain: int = 1) -> None:
-    """Call fn(start, stop) on contiguous ranges that cover 0 to `num_items`, at most one per thread
-    and each of at least `grain` items.
+    """Call fn(start, stop) on contiguous ranges that cover [0, num_items), at most one a thread.
 
-    The calling thread works too. `fn` runs in a copy of the caller's context in which the number of
-    threads is 1, so a nested call stays inline. An exception in any range is raised here once all
-    ranges have ended (the one of the lowest range if there are several). No items: no call.
+    Each range has at least `grain` items. The calling thread works as well. `fn` runs in a copy of
+    the caller's context with 1 thread, so a nested call runs inline. Raises the exception of the
+    lowest range that failed, once all have ended. Without items there is no call.
     """
     parts = min(num_threads.get(), num_items // grain)
     if parts <= 1:
@@ -80,8 +76,7 @@ def _take_worker() -> _Worker:
 
 
 def _finish(workers: list[_Worker]) -> list[BaseException | None]:
-    """Wait for all workers, also when the wait is interrupted: they write into the caller's
-    arrays."""
+    """Wait for all workers, even after an interrupt: they write into the caller's arrays."""
     errors: list[BaseException | None] = []
     interrupt: BaseException | None = None
     while len(errors) < len(workers):

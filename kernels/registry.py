@@ -33,34 +33,33 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {
 
 
 class KernelUnavailable(Exception):
-    """No implementation of an op fits the choice made and the array given. The message lists what
-    exists and why something is missing."""
+    """Missing implementation of an op for a choice and an array.
+
+    The message lists all implementations, with the reason why one is unavailable.
+    """
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of one op. `dtypes` are the dtype names it takes (empty: any);
-    `unavailable` says why it cannot run here, None if it can. `takes` is there where it leaves the
-    work to one of several variants; see `resolved`. `fuses_bias`: its bias costs no pass over
-    memory."""
+    """Implementation of an op."""
 
     op: str
     backend: str
     variant: str
     fn: Callable[..., Any]
-    dtypes: tuple[str, ...] = ()
-    unavailable: str | None = None
-    takes: Callable[..., str] | None = None
-    fuses_bias: bool = False
+    dtypes: tuple[str, ...] = ()  # names of accepted dtypes; (): any
+    unavailable: str | None = None  # reason why it cannot run here
+    takes: Callable[..., str] | None = None  # for `resolved`: the variant to which it delegates
+    fuses_bias: bool = False  # adds a bias without a pass over memory
 
     @property
     def family(self) -> str:
-        """The folder the op lives in: minillm.kernels.<family>.<file>."""
+        """The folder of the op: minillm.kernels.<family>.<file>."""
         return self.fn.__module__.rpartition(".")[0].rpartition(".")[2]
 
     @property
     def choice(self) -> str:
-        """What `use` calls it."""
+        """The name of the implementation for `use`."""
         return f"{self.backend}:{self.variant}"
 
     def __str__(self) -> str:
@@ -72,8 +71,10 @@ _kernels: dict[str, list[Kernel]] = {}
 
 
 class _Table(dict[tuple[str, type, Any], Callable[..., Any]]):
-    """What runs an op on arrays of a type and dtype, under one set of choices; found at the first
-    use."""
+    """Dispatch table from (op, array type, dtype) to functions, filled lazily.
+
+    There is one for each set of choices.
+    """
 
     def __init__(self, choices: Mapping[str, str]) -> None:
         super().__init__()
@@ -119,26 +120,27 @@ def kernel(
 
 
 def forget() -> None:
-    """Look everything up anew: the registry has changed."""
+    """Clear the dispatch tables after a change of the registry."""
     for table in _tables.values():
         table.clear()
 
 
 def available(op: str) -> list[Kernel]:
-    """Every implementation of the op, or of every op of the family, called `op`, those that cannot
-    run here included. Raises KernelUnavailable for an unknown name."""
+    """Return every implementation of an op or a family, including those that cannot run here.
+
+    Raises KernelUnavailable for an unknown name.
+    """
     return [k for name in _ops_named(op) for k in _kernels[name]]
 
 
 def ops() -> list[str]:
-    """The names of all ops."""
+    """Return the names of all ops."""
     return sorted(_kernels)
 
 
 @contextmanager
 def use(**choices: str) -> Iterator[None]:
-    """In this context, run the ops named (or all ops of a family named) on the backend given,
-    "numpy", or on one variant, "numpy:blocked".
+    """Run ops or families on a backend, "numpy", or a variant, "numpy:blocked", in this context.
 
     Raises KernelUnavailable at once if there is no such implementation, or none that can run here.
     """
@@ -160,9 +162,12 @@ def use(**choices: str) -> Iterator[None]:
 
 
 def choices_from(text: str) -> dict[str, str]:
-    """What `use` is to be given for a choice in words: "auto" (nothing), a backend for every op
-    that it has ("numpy", "c"), or single choices such as "attention=numpy,matmul=c:avx2". Raises
-    KernelUnavailable where a backend can run nothing here."""
+    """Return the arguments of `use` for a choice in words.
+
+    The choice is "auto" (none), a backend for every op that it has ("numpy", "c"), or single
+    choices such as "attention=numpy,matmul=c:avx2". Raises KernelUnavailable if a backend can run
+    no op here.
+    """
     if text == "auto":
         return {}
     if "=" in text:
@@ -181,31 +186,33 @@ def choices_from(text: str) -> dict[str, str]:
 
 
 def lookup(op: str, like: Array) -> Callable[..., Any]:
-    """The implementation of `op` to run on the array `like`: the fastest one that takes its module
-    and dtype, or the one that `use` chose.
+    """Return the implementation of `op` for the array `like`.
 
-    Raises KernelUnavailable if there is none.
+    It is the one that `use` chose, else the fastest one for the module and dtype of `like`. Raises
+    KernelUnavailable if there is none.
     """
     return _table.get()[op, type(like), like.dtype]
 
 
 def chosen(op: str, like: Array) -> Kernel:
-    """The implementation that `lookup` finds, with what is known about it. Raises KernelUnavailable
-    if there is none."""
+    """Return the registry entry of the implementation that `lookup` finds.
+
+    Raises KernelUnavailable if there is none.
+    """
     fn = lookup(op, like)
     return next(k for k in _kernels[op] if k.fn is fn)
 
 
 def resolved(op: str, like: Array, *, head_width: int, dropout: bool) -> str:
-    """What runs when a causal model with heads of this width is trained on arrays such as `like`,
-    as `use` calls it: the choice of `chosen`, but where that picks among variants ("cuda:auto") the
-    one it takes ("cuda:v3"). Raises KernelUnavailable if there is none."""
+    """Return the name of the implementation that trains a causal model on arrays such as `like`.
+
+    A variant that delegates to others, "cuda:auto", is resolved to the one for heads of this width,
+    "cuda:v3". Raises KernelUnavailable if there is none.
+    """
     found = chosen(op, like)
-    return (
-        found.choice
-        if found.takes is None
-        else f"{found.backend}:{found.takes(like, head_width, dropout)}"
-    )
+    if found.takes is None:
+        return found.choice
+    return f"{found.backend}:{found.takes(like, head_width, dropout)}"
 
 
 def dispatch(plain: F) -> F:
@@ -256,7 +263,7 @@ def _fits(entry: Kernel, choice: str) -> bool:
 
 
 def _ops_named(name: str) -> list[str]:
-    """The op called `name`, or all ops of the family of that name."""
+    """Return the op called `name`, or all ops of the family of that name."""
     found = (
         [name]
         if name in _kernels

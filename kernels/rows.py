@@ -10,8 +10,10 @@ BLOCK_BYTES = 1 << 20  # of one array in a block: a few of them fit in a second-
 
 
 def row_blocks(num_rows: int, row_bytes: int, fn: Callable[[slice], None]) -> None:
-    """Call fn(rows) on blocks of about BLOCK_BYTES, spread over the pool; for fused passes over
-    rows that stay in cache."""
+    """Call fn(rows) over the pool on blocks of about BLOCK_BYTES.
+
+    Fused passes over such rows stay in cache.
+    """
     size = max(1, BLOCK_BYTES // max(1, row_bytes))
 
     def run(start: int, stop: int) -> None:

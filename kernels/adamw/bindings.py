@@ -10,7 +10,7 @@ from minillm.kernels.native import c_kernel, pool
 
 
 def _number(grad_scale: Any) -> float:
-    """A number, or what an array of one holds."""
+    """Return a number, given as such or as an array of one element."""
     return grad_scale if isinstance(grad_scale, float) else float(np.ravel(grad_scale)[0])
 
 

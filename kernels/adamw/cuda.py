@@ -16,7 +16,7 @@ _THREADS, _TAKEN = 256, 4
 
 
 def _flat(*arrays: Any) -> None:
-    """Raises ValueError for an array that cannot be updated as flat memory."""
+    """Raise ValueError for an array that cannot be updated as flat memory."""
     for a in arrays:
         if a is not None and not a.flags.c_contiguous:
             raise ValueError(
@@ -26,7 +26,7 @@ def _flat(*arrays: Any) -> None:
 
 
 def _split(grad_scale: Any, like: Any) -> tuple[float, Any]:
-    """A factor for the host and one on the device (None: none), of which the other is 1."""
+    """Return the scale as factors on the host and the device; the unused one is 1 or None."""
     if not isinstance(grad_scale, type(like)):
         return grad_scale, None
     return 1.0, grad_scale.astype(np.float32, copy=False)

@@ -17,9 +17,11 @@ _WARPS = 8
 
 
 def mask_words(x: Any, key: int, samples: Any, times: Any, channels: Any) -> tuple[Any, Any]:
-    """Hash addresses where `x` is: a word for each (sample [B], time [T]) uint64 [B T], and one for
-    each channel uint32 [C], as kernels/random/hashing.py has them. Addresses that are there already
-    cost no copy."""
+    """Hash addresses on the device of `x`, as in kernels/random/hashing.py.
+
+    Returns a word for each sample [B] and time [T], uint64 [B T], and one for each channel, uint32
+    [C]. Addresses on the device are not copied.
+    """
     samples, times, channels = (
         dense(namespace(x).asarray(a, np.int64)) for a in (samples, times, channels)
     )

@@ -1,5 +1,7 @@
-"""Sums of arrays and of squares on the GPU. The sums come back as float64 arrays without dims,
-which nobody has waited for."""
+"""Sums of arrays and of squares on the GPU.
+
+The results are float64 arrays without dims on the device. The host does not wait for them.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ _PARTS = 8  # arrays that one launch adds
 
 
 def _partials(name: str, x: Any, before: tuple[Any, ...]) -> Any:
-    """Launch a kernel that leaves partial sums, and add them up. `before`: its arguments before the
-    partials."""
+    """Launch a kernel of partial sums and add them up.
+
+    `before`: its arguments before the partials.
+    """
     defines = {"ELEMENT": element(x)}
     grid = max(
         1,

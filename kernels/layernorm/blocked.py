@@ -91,8 +91,10 @@ def layernorm_backward(
 
 
 def _with_sums(num_rows: int, D: int, x: Any, partial: list, block: Any) -> None:
-    """Run `block` over cache-sized row blocks; each thread has its own parameter sums, appended to
-    `partial` with their position."""
+    """Run `block` over cache-sized row blocks, with parameter sums for each thread.
+
+    Appends the sums to `partial` with their position.
+    """
     step = max(1, (128 << 10) // (D * x.itemsize))
 
     def run(start: int, stop: int) -> None:

@@ -1,5 +1,7 @@
-"""Layer normalisation on the GPU. Means, reciprocal deviations and the gradients of parameters are
-float32 whatever x is."""
+"""Layer normalisation on the GPU.
+
+Means, reciprocal deviations and the gradients of parameters are float32 for any dtype of x.
+"""
 
 from __future__ import annotations
 

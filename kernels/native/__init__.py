@@ -24,12 +24,11 @@ _BLAS_LIBRARIES = ("lib/libscipy_openblas64_.so", "lib/libscipy_openblas64_.dyli
 
 
 class Variant(NamedTuple):
-    """The C functions compiled for one instruction set; `unavailable` says why they cannot run
-    here."""
+    """C functions compiled for one instruction set."""
 
     name: str
     functions: SimpleNamespace
-    unavailable: str | None
+    unavailable: str | None  # reason why they cannot run here
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -60,10 +59,10 @@ def _load_blas() -> str | None:
 
 extension, _missing = _load_extension()
 unavailable: str | None = f"the C extension {_missing}" if extension is None else None
-"""Why no C kernel can run; None if they can."""
+"""Reason why no C kernel can run, or None."""
 
 blas_unavailable: str | None = unavailable or _load_blas()
-"""Why matrix products cannot go straight to the BLAS; None if they can."""
+"""Reason why C cannot call the BLAS, or None."""
 
 if extension is None:
     VARIANTS: tuple[Variant, ...] = (Variant("baseline", SimpleNamespace(), unavailable),)
@@ -139,6 +138,8 @@ _pools = _Pools()
 
 
 def pool() -> Any:
-    """The calling thread's pool of the size that its context asks for. Each Python thread has its
-    own: a pool runs one call at a time."""
+    """Return the calling thread's pool of the size that its context sets.
+
+    Each Python thread has its own, because a pool runs one call at a time.
+    """
     return _pools.by_size[num_threads.get()]

@@ -97,7 +97,7 @@ _FAR = (
 
 
 def _inverse_normal(u: Any) -> Any:
-    """The z with Phi(z) = u, for u in (0, 1)."""
+    """Return z with Phi(z) = u, for u in (0, 1)."""
     q = u - 0.5
     r = 0.180625 - q * q
     z = q * _ratio(_CENTRE, r)  # |q| <= 0.425: 85 % of all values
@@ -111,7 +111,7 @@ def _inverse_normal(u: Any) -> Any:
 
 
 def _ratio(coefficients: tuple, r: Any) -> Any:
-    """A rational function of degree 7 over 7, coefficients from the constant term up."""
+    """Evaluate a ratio of polynomials of degree 7, coefficients from the constant term up."""
     p, q = coefficients[0] + coefficients[1], coefficients[2] + coefficients[3]
     top, bottom = p[7] * r, q[7] * r
     for a, b in zip(p[6:0:-1], q[6:0:-1], strict=True):
@@ -121,8 +121,10 @@ def _ratio(coefficients: tuple, r: Any) -> Any:
 
 
 def _log(x: Any) -> Any:
-    """Natural logarithm by frexp and the series of 2 artanh((m - 1) / (m + 1)), |.| < 0.172: 1e-15
-    with these terms, the same bits everywhere."""
+    """Return the natural logarithm, with an error of 1e-15 and the same bits on every machine.
+
+    The terms are those of the series of 2 artanh((m - 1) / (m + 1)), |.| < 0.172, after frexp.
+    """
     mantissa, exponent = np.frexp(x)
     small = mantissa < 0.70710678118654752
     mantissa = np.where(small, mantissa * 2, mantissa)

@@ -1,8 +1,8 @@
-"""Keep-or-drop decisions for a grid of addresses: row words and column words are hashed once, and a
-few 32-bit steps mix each pair.
+"""Dropout decisions for a grid of addresses, by hashing.
 
-A 64-bit hash for every element would cost several times as much as the rest of dropout; processors
-vectorise 32-bit multiplications.
+Row words and column words are hashed once. A few 32-bit steps mix each pair. A 64-bit hash for
+every element would cost several times as much as the rest of dropout, because processors vectorise
+32-bit multiplications.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ def random_uniform(key: int, indices: Any) -> Any:
 
 
 def address_words(key: int, outer: Array, inner: Array) -> Array:
-    """64 random bits for each pair of outer [A] and inner [B] (integers from 0 to 2^32 - 1): uint64
-    [A, B]."""
+    """Return 64 random bits for each pair of outer [A] and inner [B], uint64 [A, B].
+
+    Both are integers in [0, 2^32).
+    """
     index = (np.asarray(outer).astype(np.uint64) << np.uint64(32))[:, None] | np.asarray(
         inner
     ).astype(np.uint64)
@@ -56,18 +58,18 @@ def address_words(key: int, outer: Array, inner: Array) -> Array:
 
 
 def column_words(columns: Array) -> Array:
-    """A random word for each column address [C] (integers from 0): uint32 [C]."""
+    """Return a random word for each column address [C] (integers from 0), uint32 [C]."""
     return (random_bits(COLUMN_KEY, np.asarray(columns).astype(np.uint64)) >> np.uint64(32)).astype(
         np.uint32
     )
 
 
 def keep(p: float, rows: Array, columns: Array) -> Array:
-    """Whether to keep each element, with probability 1 - p: row words uint64 [R], column words
-    uint32 [C] -> bool [R, C].
+    """Return the keep mask, bool [R, C], true with probability 1 - p.
 
-    Element (r, c) depends on rows[r] and columns[c] only. p counts in steps of 2^-32. Two rows
-    differ in how they mix, not only in where they start, so no two rows of a run share a pattern.
+    `rows`: row words uint64 [R]; `columns`: column words uint32 [C]. Element (r, c) depends on
+    rows[r] and columns[c] only. p counts in steps of 2^-32. Two rows differ in how they mix, not
+    only in where they start, so no two rows of a run share a pattern.
     """
     low, high = rows.astype(np.uint32)[:, None], (rows >> np.uint64(32)).astype(np.uint32)[:, None]
     z = low ^ columns
@@ -79,7 +81,7 @@ def keep(p: float, rows: Array, columns: Array) -> Array:
 
 
 def threshold(p: float) -> int:
-    """The 32-bit mixture below which an element is dropped."""
+    """Return the 32-bit threshold of the mixture below which an element is dropped."""
     return min(round(p * 2**32), 2**32 - 1)
 
 

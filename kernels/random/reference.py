@@ -29,7 +29,7 @@ def random_uniform(key: int, index: int) -> float:
 
 
 def random_normal(key: int, indices: Any) -> Any:
-    """Standard normal float64 for each index, [n] -> [n], of the same bits on every machine.
+    """Return a standard normal float64 for each index [n], of the same bits on every machine.
 
     The inverse of the normal distribution function (AS 241, Wichura 1988) at `random_uniform`.
     """

@@ -1,5 +1,7 @@
-"""Root-mean-square normalisation on the GPU. Reciprocal deviations and the weight's gradient are
-float32 whatever x is."""
+"""Root-mean-square normalisation on the GPU.
+
+Reciprocal deviations and the weight's gradient are float32 for any dtype of x.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Softmax cross-entropy in C. Logits are worked on in place, so they must be C-contiguous, as the
-head makes them."""
+"""Softmax cross-entropy in C, in place: logits must be C-contiguous, as the head makes them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Softmax cross-entropy on the GPU. Logits are worked on in place, so they must be C-contiguous;
-what there is one of a row is float32."""
+"""Softmax cross-entropy on the GPU, in place: logits must be C-contiguous.
+
+Values of which a row has one are float32.
+"""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _width(logits: Any, valid_columns: int | None) -> int:
 
 
 def _of_targets(logits: Any, targets: Any, first_class: int, valid_columns: int | None) -> Any:
-    """The logit of each row's target, 0 where it is not among the valid columns."""
+    """Return the logit of each row's target, 0 where it is not among the valid columns."""
     found = np.zeros(len(logits), logits.dtype)
     for row, target in enumerate(targets):
         if 0 <= target - first_class < _width(logits, valid_columns):
