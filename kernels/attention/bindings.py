@@ -17,8 +17,11 @@ def _contiguous_heads(x: Any) -> Any:
 
 
 def _dropout(dropout: AttentionDropout | None, H: int, seen: Intervals) -> tuple[Any, ...]:
-    """Row words uint64 [B, H, Tq], column words uint32 [S, Tk] in the order of the keys, Tk or 0
-    from one sample's to the next, the threshold, and the scale of what is kept."""
+    """Return the dropout arguments of the C kernels.
+
+    They are row words uint64 [B, H, Tq], column words uint32 [S, Tk] in the order of the keys, the
+    stride between samples (Tk or 0), the threshold, and the scale of kept elements.
+    """
     if dropout is None:
         return None, None, 0, 0, 1.0
     heads = np.arange(dropout.head0, dropout.head0 + H)
@@ -40,7 +43,7 @@ def _dropout(dropout: AttentionDropout | None, H: int, seen: Intervals) -> tuple
 def _common(
     q: Any, k: Any, v: Any, scale: float, seen: Intervals, dropout: AttentionDropout | None
 ) -> tuple[Any, ...]:
-    """The arguments that struct Attention of cpu.c begins with."""
+    """Return the first arguments of struct Attention of cpu.c."""
     (B, Tq, H, K), (Tk, Hkv) = q.shape, k.shape[1:3]
     rows, columns, step, limit, keep_scale = _dropout(dropout, H, seen)
     of_sample = Tq if len(seen.limit) > 1 else 0

@@ -1,10 +1,9 @@
-"""Attention in blocks of queries: never an array of T x T, only the log-sum-exp of each row is
-kept.
+"""Attention in blocks of queries: no array of T x T, only the log-sum-exp of each row is kept.
 
-A job is a sample and a few key-value heads, whose gradients one thread owns. Its queries go through
-in blocks: two matrix products a block forward, five backward, batched over the heads in one NumPy
-call each, because threads that make few long calls do not wait for one another. A block reads the
-keys from the first to the last that one of its queries sees. Query heads that share a key-value
+A job is a sample and a few key-value heads, whose gradients one thread owns. It processes its
+queries in blocks: two matrix products a block forward, five backward, batched over the heads in one
+NumPy call each, because threads that make few long calls do not wait for one another. A block reads
+the keys from the first to the last that one of its queries sees. Query heads that share a key-value
 head are rows of the same product.
 
 Backward recomputes the probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135). It
@@ -235,10 +234,10 @@ def _for_jobs(
     *,
     num_scores: int,
 ) -> None:
-    """Run work(job, *scratch) on all samples and heads over the pool, with `num_scores` flat
-    scratch arrays for a block's scores.
+    """Run work(job, *scratch) on all samples and heads over the pool.
 
-    The number of heads of a job changes no bit of the result.
+    `num_scores`: sizes of the flat scratch arrays for a block's scores. The number of heads of a
+    job changes no bit of the result.
     """
     (B, _, H, _), Hkv = q.shape, k.shape[2]
     group = H // Hkv
@@ -269,7 +268,7 @@ def _for_jobs(
 
 
 def _rows(x: Array, job: _Job, block: QueryBlock, scale: float) -> Array:
-    """A contiguous copy [heads, rows, K] of a block of x [B, T, H, K], times `scale`."""
+    """Return a contiguous copy [heads, rows, K] of a block of x [B, T, H, K], times `scale`."""
     part = x[job.sample, block.rows, job.heads].transpose(1, 0, 2)
     return np.multiply(part, x.dtype.type(scale), out=np.empty(part.shape, x.dtype))
 
@@ -277,11 +276,11 @@ def _rows(x: Array, job: _Job, block: QueryBlock, scale: float) -> Array:
 def _exponentials_(
     s: Array, queries: Array, keys: Array, block: QueryBlock, job: _Job
 ) -> tuple[Array, Array | float]:
-    """Overwrite s [heads, rows, n] with exp(queries keys^T - shift), 0 where hidden; returns its
-    row sums [heads, rows, 1] and the shift.
+    """Overwrite s [heads, rows, n] with exp(queries keys^T - shift), 0 where hidden.
 
-    The usual shift, each row's maximum, costs as much as the exponential. Scores are rarely large
-    enough to need it: it is taken only if one of them could overflow or a whole row underflow.
+    Returns its row sums [heads, rows, 1] and the shift. The usual shift, each row's maximum, costs
+    as much as the exponential. Scores are rarely large enough to need it. It is applied only if a
+    score could overflow or a whole row underflow.
     """
     ones = np.ones((s.shape[-1], 1), s.dtype)
     np.matmul(queries, keys.transpose(0, 2, 1), out=s)
@@ -333,8 +332,10 @@ def _with_ones(x: Array, job: _Job) -> Array:
 def _with_shifts(
     grad_o: Array, q: Array, o: Array, lse: Array, job: _Job, block: QueryBlock, scale: float
 ) -> tuple[Array, Array]:
-    """[scale q | -lse] and [grad_o | -<grad_o, o>] for a block: [kv heads, group * rows, K + 1]
-    each."""
+    """Return [scale q | -lse] and [grad_o | -<grad_o, o>] for a block.
+
+    Both are [kv heads, group * rows, K + 1].
+    """
     at = (job.sample, block.rows, job.heads)
     K = q.shape[3]
     queries, grads = np.empty((2, job.num_heads, block.size, K + 1), q.dtype)

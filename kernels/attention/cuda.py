@@ -1,9 +1,11 @@
-"""Attention on the GPU: v1 (float32 tiles, any GPU and dtype), v2 (tensor cores, 16-bit, compute
-capability 8.0 and up) and v3 (the instructions of Hopper, 16-bit, compute capability 9.0; launched
-in hopper.py).
+"""Attention on the GPU, in three variants.
 
-Variant `auto`, the default, takes the fastest one for the arrays at hand. All variants give and
-take the log-sum-exp as float32, so one may do the forward pass and another the backward pass.
+v1 has float32 tiles, for any GPU and dtype. v2 uses tensor cores, for 16-bit dtypes from compute
+capability 8.0 on. v3 uses Hopper's instructions, for 16-bit dtypes on compute capability 9.0, and
+is launched in hopper.py.
+
+Variant `auto`, the default, selects the fastest one for the given arrays. All variants exchange the
+log-sum-exp as float32, so one may do the forward pass and another the backward pass.
 """
 
 from __future__ import annotations
@@ -47,8 +49,10 @@ _ATTENTION = np.dtype(
 
 
 class _Tiles(NamedTuple):
-    """How a kernel of a file, compiled with `defines`, is cut: a block owns `own` rows and walks
-    over `loop` rows at a time."""
+    """Tiling of a kernel of a file, compiled with `defines`.
+
+    A block owns `own` rows and loops over `loop` rows at a time.
+    """
 
     path: Path
     defines: dict[str, str | int]
@@ -59,7 +63,7 @@ class _Tiles(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """A variant for one head width and element type."""
+    """Tiling of a variant for one head width and element type."""
 
     forward: _Tiles
     grad_kv: _Tiles
@@ -113,8 +117,10 @@ def _cut_v2(
 
 @functools.cache
 def _shared_bytes(device: int) -> int:
-    """How much shared memory a block can have: 64 KB on compute capability 7.5, 99 KB on 8.6 and
-    8.9, 163 KB on 8.0, 227 KB on 9.0."""
+    """Return the most shared memory of a block, in bytes.
+
+    It is 64 KB on compute capability 7.5, 99 KB on 8.6 and 8.9, 163 KB on 8.0, 227 KB on 9.0.
+    """
     return (
         importlib.import_module("cupy")
         .cuda.Device(device)
@@ -148,8 +154,11 @@ def _plan(variant: str, q: Any, scale: float, dropout: AttentionDropout | None) 
 
 
 def _words(dropout: AttentionDropout | None, seen: DeviceTable, q: Any) -> tuple[Any, Any, Any]:
-    """Dropout's addresses: a word for each sample and head uint64 [B H], query times int64
-    [B, Tq], a word for each key uint32 [S, Tk]."""
+    """Return the addresses of dropout.
+
+    They are a word for each sample and head uint64 [B H], query times int64 [B, Tq], and a word for
+    each key uint32 [S, Tk].
+    """
     if dropout is None:
         return None, None, None
     xp, (B, Tq, H) = namespace(q), q.shape[:3]
@@ -167,8 +176,11 @@ def _words(dropout: AttentionDropout | None, seen: DeviceTable, q: Any) -> tuple
 
 
 def _fits(x: Any) -> bool:
-    """Whether kernels can use `x` as it lies: the last dim contiguous, all else in multiples of the
-    16 bytes that v2 moves at a time."""
+    """Return whether kernels accept the strides of `x`.
+
+    The last dim must be contiguous, all other strides multiples of the 16 bytes that v2 moves at a
+    time.
+    """
     return (
         x.strides[3] == x.itemsize
         and address(x) % 16 == 0
@@ -181,8 +193,10 @@ def _readable(x: Any) -> Any:
 
 
 def _writable(x: Any, like: Any) -> Any:
-    """An array to write a result into: `x` if given and fit, else a new one like `like`, to be
-    given to `deliver`."""
+    """Return an array for a result, which `deliver` takes.
+
+    It is `x` if given and suitable, else a new one like `like`.
+    """
     return x if x is not None and _fits(x) else empty(like.shape, like.dtype, like)
 
 
@@ -193,7 +207,7 @@ def _struct(
     columns: Any,
     **arrays: Any,
 ) -> Any:
-    """The struct Attention for arrays q, k and so on, by name."""
+    """Return the struct Attention for arrays q, k and so on, by name."""
     strides = tuple(
         (name, tuple(stride // x.itemsize for stride in x.strides[:3]))
         for name, x in arrays.items()
@@ -216,7 +230,7 @@ def _packed(
 
 
 def _launch(name: str, tiles: _Tiles, samples: int, heads: int, rows: int, *args: Any) -> None:
-    """A block for every tile of `rows` rows of every head of every sample."""
+    """Launch a block for every tile of `rows` rows of every head of every sample."""
     grid = (-(-rows // tiles.own), heads, samples)
     launch(tiles.path, name, tiles.defines, grid, (tiles.threads,), args, tiles.shared_bytes)
 
@@ -331,7 +345,7 @@ def _backward_v3(
 
 
 def _require_v3(q: Any, scale: float, dropout: AttentionDropout | None) -> None:
-    """Raises KernelUnavailable for what v3 does not do."""
+    """Raise KernelUnavailable if v3 does not support the arguments."""
     if reason := hopper.refusal(q, scale, dropout):
         raise KernelUnavailable(
             f"attention v3 does not take {reason}; use(attention='cuda:v2') does, or leave the "

@@ -11,12 +11,11 @@ Array = Any
 
 
 class AttentionDropout(NamedTuple):
-    """Dropout of attention probabilities, addressed by (key, sample, global head, query time, key
-    time).
+    """Dropout of attention probabilities, addressed by global positions.
 
-    `samples` [B], `times_q` [Tq] or [B, Tq] and `times_k` [Tk] or [B, Tk] are global positions,
-    `head0` is the first global head of this shard. For kernels on a GPU the arrays may lie there,
-    and cost a copy if they do not.
+    The address is (key, sample, global head, query time, key time). `samples` [B], `times_q` [Tq]
+    or [B, Tq] and `times_k` [Tk] or [B, Tk] are global, `head0` is the first global head of this
+    shard. For kernels on a GPU the arrays may lie there; otherwise they are copied.
     """
 
     p: float
@@ -27,8 +26,11 @@ class AttentionDropout(NamedTuple):
     times_k: Array
 
     def mask(self, b: int, h: int, queries: Any, keys: Any, dtype: Any) -> Array:
-        """Scaled keep mask [queries, keys] of local head `h`: 0 with probability p, else 1 /
-        (1 - p). `queries` and `keys` are slices or index arrays."""
+        """Return the scaled keep mask [queries, keys] of local head `h`.
+
+        Its values are 0 with probability p, else 1 / (1 - p). `queries` and `keys` are slices or
+        index arrays.
+        """
         samples = np.asarray(self.samples)
         head_key = address_words(self.key, samples[b : b + 1], np.asarray([self.head0 + h]))
         times_q, times_k = (

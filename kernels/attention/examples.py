@@ -29,8 +29,7 @@ def attention_forward(make: Maker) -> Any:
 
 
 def attention_backward(make: Maker) -> Any:
-    """What the forward pass returns comes from the NumPy reference, so that only the backward
-    kernels run."""
+    """Run the backward kernels on the results of NumPy's forward pass."""
     q, k, v = _attention(make)
     options = _attention_options(make.sizes)
     with kernels.use(attention_forward="numpy"):

@@ -34,7 +34,7 @@ _PROBLEM = np.dtype([*((name, np.int32) for name in _COUNTS), ("scale", np.float
 
 
 def refusal(q: Any, scale: float, dropout: Any) -> str | None:
-    """Why v3 cannot do this attention; None if it can."""
+    """Return why v3 does not support the arguments, or None."""
     if q.shape[3] not in HEAD_WIDTHS:
         return f"head width {q.shape[3]}, not one of {', '.join(map(str, HEAD_WIDTHS))}"
     if not isinstance(q, np.ndarray) and compute_capability(q.device.id) != "90":
@@ -50,7 +50,7 @@ def tiled(x: Any) -> Any:
 
 
 def can_be_tiled(x: Any) -> bool:
-    """Whether the last dim is contiguous and all else goes forward in multiples of 16 bytes."""
+    """Return whether the last dim is contiguous and all other strides are multiples of 16 bytes."""
     steps = x.strides[:3]
     return (
         x.strides[3] == x.itemsize
@@ -60,8 +60,10 @@ def can_be_tiled(x: Any) -> bool:
 
 
 def forward(q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, seen: DeviceTable) -> None:
-    """Write o and lse. q, o: [B, Tq, H, K]; k, v: [B, Tk, Hkv, K], all `tiled`; lse: [B, H, Tq]
-    float32."""
+    """Write o and lse.
+
+    q, o: [B, Tq, H, K]; k, v: [B, Tk, Hkv, K], all `tiled`; lse: [B, H, Tq] float32.
+    """
     (B, Tq, H, K), Tk = q.shape, k.shape[1]
     if 0 in (B, Tq, H, Tk):  # nobody sees anything
         o[...], lse[...] = 0, -np.inf
@@ -160,7 +162,7 @@ def _statistics(grad_o: Any, o: Any, lse: Any, multiple: int) -> tuple[Any, int]
 
 
 def _strides(x: Any) -> Any:
-    """The struct Strides of common.cuh."""
+    """Return the struct Strides of common.cuh."""
     dtype = np.dtype([(name, np.int64) for name in ("batch", "time", "head")])
     return np.array(tuple(stride // x.itemsize for stride in x.strides[:3]), dtype)[()]
 

@@ -12,7 +12,7 @@ Array = Any
 
 
 def visible_keys(seen: Visibility, b: int, i: int, Tk: int) -> Array:
-    """Indices of the keys of sample b that query i sees."""
+    """Return the indices of the keys of sample b that query i sees."""
     keys = np.arange(Tk)
     time = i if seen.times_q is None else _of_sample(seen.times_q, b)[i]
     times = keys if seen.times_k is None else _of_sample(seen.times_k, b)
@@ -100,5 +100,5 @@ def attention_backward(
 def _kept(
     dropout: AttentionDropout | None, b: int, h: int, i: int, keys: Array, dtype: Any
 ) -> Array:
-    """What dropout multiplies the probability of each key by."""
+    """Return the factor of dropout on the probability of each key."""
     return 1.0 if dropout is None else dropout.mask(b, h, np.array([i]), keys, dtype)[0]

@@ -40,7 +40,7 @@ class Visibility:
 
     @property
     def by_index(self) -> bool:
-        """Whether indices alone decide: a causal triangle, or all keys."""
+        """True if indices alone decide: a causal triangle, or all keys."""
         times = self.causal and (self.times_q is not None or self.times_k is not None)
         return not times and self.key_lengths is None and self.first_time is None
 

@@ -1,17 +1,18 @@
-"""From a `.cu` file to a cubin: NVRTC from the pip wheels, no CUDA toolkit and no GPU needed, and
-every result kept on disk.
+"""Compilation of `.cu` files to cubins, with a cache on disk.
+
+NVRTC comes from the pip wheels. Neither a CUDA toolkit nor a GPU is needed.
 
     cubin = compile_cuda(folder / "v1.cu", {"ELEMENT": "bfloat16"}, "sm_90a")
 
-A file may say in comments how it is to be built:
+Comments in a file may set how it is built:
 
-    // minillm-arch: sm_90a                       it uses instructions of this architecture only
+    // minillm-arch: sm_90a                       the only architecture with its instructions
     // minillm-options: --fmad=false              options that its results depend on
     // minillm-build: -DELEMENT=bfloat16          one set of macros to check, one line a set
     // minillm-sass: HMMA                         an instruction that its machine code must hold
 
-`python -m minillm.kernels.gpu.precompile` compiles all of them for one device, in as many processes
-as there are cores.
+`python -m minillm.kernels.gpu.precompile` compiles all of them for one device, with one process
+per core.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ _ONCE = re.compile(r"^\s*#\s*pragma\s+once\s*$")
 
 
 class BuildError(Exception):
-    """A compiler refused a kernel, or is not there. The message holds its words."""
+    """Failed compilation of a kernel, with the compiler's log, or a missing compiler."""
 
 
 def inlined_source(path: Path) -> str:
-    """The text of a file with its quoted includes put in their places, each once, and `#line` marks
-    so that messages name the real files.
+    """Return the text of a file with its quoted includes inlined, each once.
 
-    What is not found beside the file stays: the compiler's own headers. The result alone decides
-    what is compiled, so it is the key.
+    `#line` marks make compiler messages name the real files. Includes that are not found beside the
+    file are the compiler's own headers and stay. The result alone determines the compilation, so it
+    is the cache key.
     """
     return "\n".join(_inlined(path.resolve(), set())) + "\n"
 
@@ -70,7 +71,7 @@ def _inlined(path: Path, seen: set[Path]) -> Iterable[str]:
 
 
 def marks(path: Path, name: str) -> list[str]:
-    """What the lines `// minillm-<name>: ...` of a file say."""
+    """Return the values of the lines `// minillm-<name>: ...` of a file."""
     return [
         found.strip()
         for found in re.findall(
@@ -80,7 +81,7 @@ def marks(path: Path, name: str) -> list[str]:
 
 
 def build_sets(path: Path) -> list[dict[str, str]]:
-    """The sets of macros that a file is to be checked with; one empty set where it names none."""
+    """Return the sets of macros with which a file is checked; one empty set if it names none."""
     lines = marks(path, "build") or [""]
     return [
         {
@@ -92,8 +93,10 @@ def build_sets(path: Path) -> list[dict[str, str]]:
 
 
 def architecture(path: Path, capability: str) -> str:
-    """What to compile a file for on a device of a compute capability such as "90". Raises
-    KernelUnavailable if the file is for another."""
+    """Return the architecture of a file for a compute capability such as "90".
+
+    Raises KernelUnavailable if the file is for another one.
+    """
     wanted = next(iter(marks(path, "arch")), None)
     if wanted is None:
         return f"sm_{capability}"
@@ -108,7 +111,7 @@ def architecture(path: Path, capability: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $MINILLM_CACHE, or ~/.cache/minillm."""
+    """Return the folder of compiled kernels: $MINILLM_CACHE, or ~/.cache/minillm."""
     chosen = os.environ.get("MINILLM_CACHE")
     return (
         Path(chosen)
@@ -118,9 +121,10 @@ def cache_folder() -> Path:
 
 
 def cached(suffix: str, key: Iterable[str], make: Callable[[Path], object]) -> Path:
-    """The file that `make(path)` writes, made only if no earlier call with the same key has. Many
-    processes may ask at once: each writes a file of its own and renames it, so nobody sees half a
-    file."""
+    """Return the file that `make(path)` writes, made at the first call with this key.
+
+    Concurrent processes are safe: each writes a file of its own and renames it.
+    """
     digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:40]
     path = cache_folder() / f"{digest}{suffix}"
     if not path.exists():
@@ -145,8 +149,11 @@ class _Nvrtc(NamedTuple):
 
 
 def nvidia_folders() -> list[Path]:
-    """Folders of NVIDIA's pip wheels, newest first: one for each release from CUDA 13 on
-    (nvidia/cu13), before that one for each part (nvidia/cuda_nvrtc)."""
+    """Return the folders of NVIDIA's pip wheels, newest first.
+
+    From CUDA 13 on there is one for each release (nvidia/cu13), before that one for each part
+    (nvidia/cuda_nvrtc).
+    """
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or ()) if spec else []
     folders = [folder for root in roots for folder in Path(root).iterdir() if folder.is_dir()]
@@ -198,19 +205,23 @@ def _nvrtc() -> _Nvrtc:
 
 
 def nvrtc_missing() -> str | None:
-    """Why nothing can be compiled for a GPU here; None if it can. Looks for files only: nothing is
-    loaded."""
+    """Return why no GPU code can be compiled here, or None.
+
+    Checks for files only and loads no library.
+    """
     return None if _library_files() else "NVRTC is not installed (pip install 'cupy-cuda13x[ctk]')"
 
 
 def nvrtc_version() -> str:
-    """Such as "13.0". Raises BuildError where there is none."""
+    """Return the version, such as "13.0". Raises BuildError if NVRTC is missing."""
     return _nvrtc().version
 
 
 def compile_text(text: str, name: str, options: Sequence[str]) -> tuple[bytes, str]:
-    """The cubin and the compiler's log for a source text. Raises BuildError with the log if it does
-    not compile."""
+    """Compile a source text and return its cubin and the compiler's log.
+
+    Raises BuildError with the log if it does not compile.
+    """
     lib = _nvrtc().library
     program = ctypes.c_void_p()
     _check(
@@ -244,15 +255,17 @@ def _check(lib: ctypes.CDLL, status: int) -> None:
 
 
 def options_for(path: Path, defines: Defines, arch: str) -> list[str]:
-    """All that decides, beside the source, what a kernel becomes."""
+    """Return the compiler's options, which with the source determine the cubin."""
     macros = [f"-D{name}={value}" for name, value in defines.items()]
     own = [word for line in marks(path, "options") for word in line.split()]
     return [f"-arch={arch}", "-std=c++17", "-lineinfo", *own, *macros]
 
 
 def compile_cuda(path: Path, defines: Defines, arch: str) -> bytes:
-    """The cubin of a `.cu` file, from the cache where it has been compiled before. Raises
-    BuildError if it does not compile."""
+    """Return the cubin of a `.cu` file, cached on disk.
+
+    Raises BuildError if it does not compile.
+    """
     text, options = inlined_source(path), options_for(path, defines, arch)
     nvrtc = _nvrtc()
 
@@ -266,8 +279,10 @@ def compile_cuda(path: Path, defines: Defines, arch: str) -> bytes:
 
 
 def report(path: Path, defines: Defines, arch: str) -> str:
-    """The compiler's log with registers, spills and warnings of every kernel of a file. Compiles
-    anew. Raises BuildError."""
+    """Compile a file and return the log with registers, spills and warnings of every kernel.
+
+    Does not use the cache. Raises BuildError.
+    """
     options = [
         *options_for(path, defines, arch),
         "--ptxas-options=-v",
@@ -277,8 +292,10 @@ def report(path: Path, defines: Defines, arch: str) -> str:
 
 
 def complaints(log: str) -> list[str]:
-    """What a compiler's log holds that no kernel of ours may have: registers spilled to memory,
-    asynchronous products made synchronous."""
+    """Return the lines of a compiler's log that no kernel may cause.
+
+    They report registers spilled to memory and asynchronous products made synchronous.
+    """
     spilled = [
         line.strip() for line in log.splitlines() if re.search(r"[1-9]\d* bytes spill", line)
     ]
@@ -286,5 +303,5 @@ def complaints(log: str) -> list[str]:
 
 
 def cuda_files() -> list[Path]:
-    """Every `.cu` file of the kernels."""
+    """Return every `.cu` file of the kernels."""
     return sorted(FOLDER.glob("*/*.cu"))

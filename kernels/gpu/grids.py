@@ -1,4 +1,4 @@
-"""How work is laid out over the threads of a GPU."""
+"""Grids and blocks: division of work over the threads of a GPU."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import numpy as np
 
 
 def blocks(count: int, threads: int) -> int:
-    """How many blocks of `threads` hold `count` threads."""
+    """Return the number of blocks of `threads` that hold `count` threads."""
     return -(-count // threads)
 
 
 def runs(count: int, dtype: Any) -> int:
-    """How many runs of 16 bytes `count` elements are: what one thread takes in most kernels."""
+    """Return the number of 16-byte runs in `count` elements. In most kernels a thread takes one."""
     return -(-count * np.dtype(dtype).itemsize // 16)
 
 
 def threads_for(D: int, dtype: Any, most: int = 512) -> int:
-    """Threads of a block that walks along a row of D elements: one for each run, in powers of two,
-    a warp at least and `most` at most."""
+    """Return the threads of a block that walks along a row of D elements.
+
+    One thread takes one run of 16 bytes. The number is a power of two, from a warp up to `most`.
+    """
     threads = 32
     while threads < min(most, runs(D, dtype)):
         threads *= 2
@@ -27,12 +29,11 @@ def threads_for(D: int, dtype: Any, most: int = 512) -> int:
 
 
 class Rows(NamedTuple):
-    """A row in the registers of a warp, or of a block of several: `values` elements a thread,
-    `threads` for a row, `rows` for a block."""
+    """Layout of rows in the registers of a warp, or of a block of several warps."""
 
-    values: int
-    threads: int
-    rows: int
+    values: int  # elements a thread
+    threads: int  # for a row
+    rows: int  # for a block
 
     @property
     def block(self) -> tuple[int, int]:
@@ -45,9 +46,11 @@ WIDEST_ROW = MOST_THREADS * MOST_VALUES
 
 
 def rows_in_registers(D: int, most_values: int = MOST_VALUES) -> Rows:
-    """The layout for rows of D elements: one warp a row, four rows a block, as long as
-    `most_values` elements a thread suffice for that. Raises ValueError for rows that 256 threads
-    cannot hold."""
+    """Return the layout of rows of D elements.
+
+    A warp takes a row and a block four rows, if `most_values` elements a thread suffice. Raises
+    ValueError for rows that 256 threads cannot hold.
+    """
     threads = 32
     while threads * most_values < D:
         threads *= 2

@@ -25,9 +25,8 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 PLAIN_SHARED_BYTES = 48 << 10  # dynamic shared memory that a kernel gets without being asked
 _NULL = np.uint64(0)
-_functions: dict[
-    tuple[Any, ...], tuple[Any, int]
-] = {}  # with the dynamic shared memory that each may have
+# Loaded kernels, with the limit of dynamic shared memory of each.
+_functions: dict[tuple[Any, ...], tuple[Any, int]] = {}
 
 
 def launch(
@@ -39,9 +38,12 @@ def launch(
     args: Sequence[Any],
     shared_bytes: int = 0,
 ) -> None:
-    """Run kernel `name` of the file `path`, compiled with `defines`, on `grid` blocks of `block`
-    threads with `shared_bytes` of dynamic shared memory. A grid with no block is no launch. Raises
-    BuildError if the file does not compile, KernelUnavailable if it is for another device."""
+    """Run kernel `name` of the file `path`, compiled with `defines`.
+
+    `grid`: blocks per dim; 0 blocks are a no-op. `block`: threads per dim. `shared_bytes`: dynamic
+    shared memory of a block. Raises BuildError if the file does not compile, KernelUnavailable if
+    it is for another device.
+    """
     if 0 in grid:
         return
     if any(
@@ -55,8 +57,11 @@ def launch(
 
 
 def _argument(x: Any) -> Any:
-    """What CuPy is to be given: it passes NumPy arrays of one element by value, and would make an
-    unwrapped number 8 bytes wide whatever the kernel declares."""
+    """Convert an argument for CuPy.
+
+    CuPy passes NumPy arrays of one element by value. It would make a Python number 8 bytes wide, so
+    numbers need a NumPy type.
+    """
     if x is None:
         return _NULL
     if isinstance(x, DeviceTensorMap):
@@ -69,7 +74,7 @@ def _argument(x: Any) -> Any:
 
 
 def _function(path: Path, name: str, defines: build.Defines, shared_bytes: int) -> Any:
-    """The loaded kernel, for the current device."""
+    """Return the loaded kernel for the current device."""
     cupy = importlib.import_module("cupy")
     key = (cupy.cuda.runtime.getDevice(), path, name, tuple(defines.items()))
     found, allowed = _functions.get(key, (None, PLAIN_SHARED_BYTES))
@@ -98,7 +103,7 @@ def _module(
 
 @functools.cache
 def compute_capability(device: int | None = None) -> str:
-    """Such as "90", of a CUDA device, by default the current one."""
+    """Return the compute capability of a device (default: the current one), such as "90"."""
     return importlib.import_module("cupy").cuda.Device(device).compute_capability
 
 
@@ -108,8 +113,10 @@ def _multiprocessors(device: int) -> int:
 
 
 def multiprocessors(like: Array) -> int:
-    """How many processors the device of an array has; 2 in the emulator, so that work is shared out
-    there, too."""
+    """Return the number of multiprocessors of an array's device.
+
+    The emulator has 2, so that it also divides the work.
+    """
     return 2 if isinstance(like, np.ndarray) else _multiprocessors(like.device.id)
 
 
@@ -119,8 +126,10 @@ _occupancies: dict[Any, int] = {}
 def resident_blocks(
     path: Path, name: str, defines: build.Defines, block: Sequence[int], like: Array
 ) -> int:
-    """How many blocks of a kernel the device of an array runs at once: the grid of a kernel whose
-    blocks loop over their work. 3 in the emulator, so that they do loop."""
+    """Return the number of blocks of a kernel that an array's device runs at once.
+
+    This is the grid of a persistent kernel. The emulator has 3, so that its blocks also loop.
+    """
     if isinstance(like, np.ndarray):
         return 3
     function = _function(path, name, defines, 0)
@@ -136,20 +145,22 @@ def resident_blocks(
 
 
 def element(x: Array) -> str:
-    """The name of an array's type in a `.cu` file."""
+    """Return the name of an array's type in a `.cu` file."""
     return str(x.dtype)
 
 
 def same_dtype(*arrays: Array | None) -> None:
-    """Kernels read raw memory: arrays of another dtype than the first would be misread. Raises
-    TypeError, naming the dtypes."""
+    """Raise TypeError, naming the dtypes, unless all arrays have one dtype.
+
+    Kernels read raw memory and would misread another dtype.
+    """
     found = [str(a.dtype) for a in arrays if a is not None]
     if len(set(found)) > 1:
         raise TypeError(f"the arrays of a CUDA kernel have one dtype, not {', '.join(found)}")
 
 
 def address(x: Array) -> int:
-    """Where an array's first element lies."""
+    """Return the address of an array's first element."""
     return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
 
 
@@ -157,20 +168,22 @@ def address(x: Array) -> int:
 
 
 class DeviceTensorMap:
-    """A CUtensorMap as CuPy passes it by value: `words`, an array of one element of 128 bytes. It
-    keeps the array it describes alive."""
+    """CUtensorMap as CuPy passes it by value.
+
+    `words` is an array of one element of 128 bytes. `array` is kept alive.
+    """
 
     def __init__(self, words: np.ndarray, array: Array) -> None:
         self.words, self.array = words, array
 
 
 def tensor_map(array: Array, box: Sequence[int], swizzle: int = 128) -> Any:
-    """How TMA is to cut `array` (2 to 5 dims, any strides that are multiples of 16 bytes, the last
-    dim contiguous) into boxes.
+    """Return the tensor map by which TMA cuts `array` into boxes.
 
-    `box` has a size for every dim in the array's order; coordinates in a kernel go the other way,
-    the last dim first. `swizzle` is the span in bytes of the exchange pattern in shared memory: 0,
-    32, 64 or 128. Elements outside the array read as zero.
+    `array`: 2 to 5 dims, the last one contiguous, strides in multiples of 16 bytes. `box`: a size
+    for every dim in the array's order; coordinates in a kernel have the reverse order. `swizzle`:
+    span in bytes of the exchange pattern in shared memory: 0, 32, 64 or 128. Elements outside the
+    array read as zero.
     """
     if isinstance(array, np.ndarray):
         return importlib.import_module("minillm.kernels.emulator").tensor_map(array, box, swizzle)
@@ -195,8 +208,10 @@ def _encode(
     box: tuple[int, ...],
     swizzle: int,
 ) -> np.ndarray:
-    """128 bytes that cuTensorMapEncodeTiled makes. The pointer is part of the key: the memory pool
-    hands the same one out again."""
+    """Return the 128 bytes that cuTensorMapEncodeTiled makes, cached by all arguments.
+
+    The memory pool reuses addresses, so the pointer is part of the key.
+    """
     rank = len(shape)
     # The driver wants them on a boundary of 64 bytes, cuda.h of CUDA 13 says 128, and NumPy
     # promises 16.

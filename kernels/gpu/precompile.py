@@ -17,8 +17,10 @@ from minillm.kernels.registry import KernelUnavailable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile every file with every set of macros that it names, for one device. Returns 1 if one
-    does not compile."""
+    """Compile every file with every set of macros that it names, for one device.
+
+    Returns 1 if one does not compile.
+    """
     parser = argparse.ArgumentParser(
         prog="minillm.kernels.gpu.precompile",
         description="Compile every CUDA kernel into the cache.",
@@ -58,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compile_one(work: tuple[Path, build.Defines, str]) -> str:
-    """What became of one file with one set of macros for one capability: ok, left out or FAILED,
-    and more words."""
+    """Compile a file with one set of macros for one capability, and describe the outcome.
+
+    It begins with ok, left out or FAILED.
+    """
     path, defines, capability = work
     try:
         cubin = build.compile_cuda(path, defines, build.architecture(path, capability))

@@ -1,8 +1,8 @@
-"""The CUDA kernels: why they cannot run where they cannot, and how their bindings register.
+"""Registration of the CUDA kernels, and the reasons why they cannot run.
 
 A binding is written once and registered twice: as backend `cuda` for CuPy arrays, and as backend
 `emulator` for NumPy arrays, where the same `.cu` file runs on the CPU, thread by thread. The
-emulator is for tests and for study, and runs only where `use` asks for it.
+emulator is for tests and for study, and runs only where `use` names it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _no_gpu() -> str | None:
-    """Looks at files only: importing CuPy or starting the driver would cost every process half a
-    second."""
+    """Return why no CUDA kernel can run on a GPU, or None.
+
+    Checks for files only: importing CuPy or starting the driver costs every process half a second.
+    """
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed"
     if not any(
@@ -34,21 +36,23 @@ def _no_gpu() -> str | None:
 
 
 unavailable: str | None = _no_gpu()
-"""Why no CUDA kernel can run on a GPU; None if they can."""
+"""Reason why no CUDA kernel can run on a GPU, or None."""
 
 emulator_unavailable: str | None = (
     None
     if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     else "the emulator needs a C++ compiler: install g++ or clang++"
 )
-"""Why no CUDA kernel can run in the emulator; None if they can."""
+"""Reason why no CUDA kernel can run in the emulator, or None."""
 
 
 def cuda_kernel(
     op: str, variant: str = "v1", *, dtypes: tuple[str, ...] = DTYPES, missing: str | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a binding as the implementation `variant` of `op` on the GPU and in the emulator;
-    `missing` says why it cannot run on the GPU although there is one."""
+    """Register a binding as the implementation `variant` of `op` on the GPU and in the emulator.
+
+    `missing`: reason why it cannot run on a GPU that is present.
+    """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         kernel(

@@ -1,8 +1,7 @@
-"""Matrix products in C: by our own blocks, or by a BLAS on one thread that is called for slices of
-the result.
+"""Matrix products in C: blocked kernels, or BLAS called on one thread for slices of the result.
 
-Ours are faster with the vectors of AVX2 and AVX-512 (docs/performance.md); with those of the
-baseline a BLAS is.
+The blocked kernels are faster with AVX2 and AVX-512 (docs/performance.md), BLAS with the baseline
+instructions.
 """
 
 from __future__ import annotations

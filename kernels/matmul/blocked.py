@@ -1,5 +1,7 @@
-"""Matrix products by NumPy's BLAS: the longer side of the result is cut over the pool, one call a
-slice. A column sum is a product with ones, BLAS's fastest way to it.
+"""Matrix products by NumPy's BLAS, one call for each slice of the longer side of the result.
+
+The slices are divided over the pool. A column sum is a product with ones, the fastest way in
+BLAS.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Matrix products on the GPU by cuBLASLt, which adds a bias while the product is still in
-registers, and a bias's gradient up while the gradient of its weight is made of the same numbers.
-CuPy does not bind it: ctypes does.
+"""Matrix products on the GPU by cuBLASLt, with fused bias and bias gradient.
 
-Variant `cublaslt`; the default is `cublas`, where either is a pass over memory of its own. What a
-shape needs (descriptors, layouts, the algorithm that cuBLASLt's heuristic likes best) is made once
-and kept.
+cuBLASLt adds a bias while the product is in registers, and sums a bias's gradient while it computes
+that of the weight. CuPy has no binding, so ctypes calls it.
+
+Variant `cublaslt`. The default is `cublas`, for which each of the two is a pass over memory. The
+plan of a shape (descriptors, layouts, the heuristic's best algorithm) is made once and cached.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Heuristic(ctypes.Structure):
 
 
 class Matrix(NamedTuple):
-    """A matrix in memory, column by column, and how its address is aligned."""
+    """Matrix in memory, column by column, and the alignment of its address."""
 
     rows: int
     columns: int
@@ -64,8 +64,11 @@ class Matrix(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a plan depends on: all but the addresses. `c` is both read (where the product is added
-    to it) and written. The epilogue's vector has an alignment, too (0 without one)."""
+    """Key of a plan: all arguments except the addresses.
+
+    `c` is written, and also read if the product accumulates. `alignment` is that of the epilogue's
+    vector, 0 without one.
+    """
 
     a: Matrix
     b: Matrix
@@ -76,7 +79,7 @@ class Key(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one product is called with, but for addresses."""
+    """Arguments of a product, except the addresses."""
 
     desc: ctypes.c_void_p
     layouts: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
@@ -84,8 +87,10 @@ class Plan(NamedTuple):
 
 
 class CublasLt:
-    """One handle of the library, with its plans and a workspace. Raises RuntimeError for any status
-    but success."""
+    """Handle of the library, with its plans and a workspace.
+
+    Raises RuntimeError for any status but success.
+    """
 
     def __init__(self, library: Any, allocate: Callable[[int], Any]) -> None:
         self.library = library
@@ -116,12 +121,12 @@ class CublasLt:
         )
 
     def layout(self, x: Matrix) -> ctypes.c_void_p:
-        """The descriptor of a matrix."""
+        """Return the descriptor of a matrix."""
         sizes = (ctypes.c_uint64(x.rows), ctypes.c_uint64(x.columns), ctypes.c_int64(x.leading))
         return self._create("cublasLtMatrixLayoutCreate", ctypes.c_int(x.dtype), *sizes)
 
     def product(self, transposed: tuple[bool, bool], epilogue: int) -> ctypes.c_void_p:
-        """The descriptor of a product in float32."""
+        """Return the descriptor of a product in float32."""
         desc = self._create(
             "cublasLtMatmulDescCreate", ctypes.c_int(COMPUTE_FLOAT32), ctypes.c_int(_FLOAT32)
         )
@@ -134,8 +139,10 @@ class CublasLt:
         return desc
 
     def wishes(self, key: Key) -> ctypes.c_void_p:
-        """What the heuristic is to keep to: the workspace, and the alignments, which it would take
-        to be 256 bytes."""
+        """Return the constraints of the heuristic: the workspace and the alignments.
+
+        Without them it would assume alignments of 256 bytes.
+        """
         wishes = self._create("cublasLtMatmulPreferenceCreate")
         self._set(
             "cublasLtMatmulPreferenceSetAttribute",
@@ -153,8 +160,10 @@ class CublasLt:
         return wishes
 
     def plan(self, key: Key) -> Plan:
-        """The kept plan of a shape, or a new one. Raises RuntimeError where cuBLASLt has no
-        algorithm."""
+        """Return the plan of a shape, cached.
+
+        Raises RuntimeError if cuBLASLt has no algorithm.
+        """
         if key not in self._plans:
             desc, layouts = (
                 self.product(key.transposed, key.epilogue),
@@ -184,8 +193,10 @@ class CublasLt:
     def run(
         self, key: Key, a: int, b: int, c: int, beta: float, vector: int | None, stream: int
     ) -> None:
-        """C = op(A) op(B) + beta C, at these addresses, column by column, with the epilogue's
-        vector at its own."""
+        """Run C = op(A) op(B) + beta C on these addresses, column by column.
+
+        The epilogue's vector has its own address.
+        """
         with self._lock:
             plan = self.plan(key)
             if vector is not None:
@@ -238,8 +249,10 @@ def library_file() -> Path | str:
 
 @functools.cache
 def _opened(device: int) -> CublasLt:
-    """The library for a device, whose memory holds the workspace: kernels of one stream use it one
-    after another."""
+    """Return the library for a device, whose memory holds the workspace.
+
+    Kernels of one stream use the workspace in turn.
+    """
     cupy = importlib.import_module("cupy")
     return CublasLt(ctypes.CDLL(str(library_file())), lambda size: cupy.empty(size, np.uint8))
 
@@ -290,7 +303,7 @@ def _alignment(pointer: int) -> int:
 
 
 def _matrix(x: Operand, rows: int, columns: int, name: str) -> Matrix:
-    """An operand as it lies: op(it) has these sizes."""
+    """Return the layout in memory of an operand, where op(it) has these sizes."""
     if x.transposed:
         rows, columns = columns, rows
     return Matrix(rows, columns, x.leading, CUDA_TYPES[name], _alignment(x.pointer))

@@ -29,8 +29,10 @@ _ONE, _ZERO = (
 
 
 class Operand(NamedTuple):
-    """A matrix as cuBLAS sees it, column by column: its address, leading dim, and whether it is
-    read transposed."""
+    """Matrix as cuBLAS sees it, column by column.
+
+    `transposed`: cuBLAS reads it transposed.
+    """
 
     pointer: int
     leading: int
@@ -38,9 +40,11 @@ class Operand(NamedTuple):
 
 
 def operand(x: Any) -> Operand:
-    """A row-major matrix is its own transpose column by column, so a C-contiguous one is read as it
-    is and the transposed view of one transposed. Raises ValueError for other strides: a copy would
-    be one that nobody asked for."""
+    """Return the operand of a C-contiguous matrix, or of a transposed view of one.
+
+    A row-major matrix is its own transpose in column-major order. Raises ValueError for other
+    strides, which would need a hidden copy.
+    """
     item = x.dtype.itemsize
     (rows, columns), (down, across) = x.shape, x.strides
     if (across == item or columns == 1) and (down >= columns * item or rows == 1):
@@ -70,15 +74,18 @@ def matmul(
 
 
 def row_sums(a: Any) -> Any:
-    """The sum of each row of a [M, K], float32 [M], in a pass of its own."""
+    """Return the sum of each row of a [M, K], float32 [M], in a pass of its own."""
     return lookup("column_sum", a)(a.T)
 
 
 def checked_product(
     a: Any, b: Any, out: Any, accumulate: bool, bias: Any, sums: Any
 ) -> tuple[Any, bool]:
-    """Where the product of a [M, K] and b [K, N] goes, and whether that is all because one of the
-    sizes is 0. Raises ValueError for what is no product, TypeError for mixed dtypes."""
+    """Return the output of the product of a [M, K] and b [K, N], and whether it is complete.
+
+    It is complete if one of the sizes is 0. Raises ValueError for shapes that do not match,
+    TypeError for mixed dtypes.
+    """
     same_dtype(a, b, bias)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(
@@ -113,8 +120,10 @@ def checked_product(
 
 
 def gemm(a: Any, b: Any, out: Any, accumulate: bool) -> None:
-    """out [M, N] (+)= a [M, K] b [K, N], none of them empty. Column by column that is out^T = b^T
-    a^T."""
+    """Compute out [M, N] (+)= a [M, K] b [K, N], none of them empty.
+
+    In column-major order that is out^T = b^T a^T.
+    """
     left, right, target = operand(b), operand(a), operand(out)
     cupy = importlib.import_module("cupy")
     cupy.cuda.cublas.gemmEx(
@@ -135,8 +144,10 @@ def column_sum(x: Any) -> Any:
 
 
 def sum_rows(x: Any) -> Any:
-    """The sums over rows, float32 [n, D], of a contiguous x [n, rows, D]. The order of the sum
-    depends on the sizes and the device only."""
+    """Return the sums over rows, float32 [n, D], of a contiguous x [n, rows, D].
+
+    The order of the sum depends on the sizes and the device only.
+    """
     n, rows, D = x.shape
     tiles = blocks(runs(D, x.dtype), 32)
     parts = (

@@ -10,7 +10,7 @@ import numpy as np
 def matmul(
     a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None
 ) -> Any:
-    """a @ b + bias, or out + a @ b with `accumulate`.
+    """Return a @ b + bias, or out + a @ b with `accumulate`.
 
     a: [M, K], b: [K, N]; transposed views are not copied. out: [M, N], takes the result.
     bias: [N], added to every row of a product that is not accumulated.
