@@ -112,8 +112,9 @@ def wide_reference(model: str) -> Outcome:
 
 
 def wide_name(cell: WideCell) -> str:
-    model, layout, *more = cell
-    return "-".join([model, str(layout), *(value for value in more if value)])
+    model, layout, placement, method, recompute = cell
+    name = str(layout).replace("-1f1b", f"-{placement}") if placement else str(layout)
+    return "-".join([model, name, method, recompute])
 
 
 @pytest.mark.matrix
