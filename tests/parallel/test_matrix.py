@@ -61,7 +61,9 @@ def test_more_cells_equal_one_rank(model: str, layout: Layout) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(("model", "layout"), SAMPLE, ids=lambda value: f"seed{SEED}-{value}")
+@pytest.mark.parametrize(
+    ("model", "layout"), SAMPLE, ids=[f"seed{SEED}-{model}-{layout}" for model, layout in SAMPLE]
+)
 def test_sampled_cells_equal_one_rank(model: str, layout: Layout) -> None:
     assert_same(train(model, layout), reference(model), TOLERANCE)
 
