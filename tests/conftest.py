@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(root).as_posix()
         suite = next((mark for start, mark in SUITES.items() if path.startswith(start)), None)
         emulated = "emulator:" in item.name
-        if any(name in item.name for name in ALWAYS):
+        if item.get_closest_marker("full") or any(name in item.name for name in ALWAYS):
             continue
         if item.name.startswith(SLOW):
             item.add_marker("slow")

@@ -1,19 +1,23 @@
 """Cells that law 1 is tested on: model kinds crossed with layouts.
 
 `QUICK_CELLS` is a covering array: every pair of factor values occurs in one of its cells. Every run
-of the tests has it. `MATRIX_CELLS` adds a table by hand, and a covering array of all triples, and
-`sampled_cells` draws from all cells with a seed: the mark `matrix`. All cells: the mark `full`.
+of the tests has it. The mark `matrix` adds a table by hand, a covering array of all triples of the
+wide cells, and a sample of all cells, drawn with a seed. The mark `full` holds all cells.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
+import numpy as np
 from training_helpers import BASE, MODELS, Layout
 
 Cell = tuple[str, Layout]
+AnyCell = TypeVar("AnyCell", bound=tuple)  # type: ignore[type-arg]
 
 ALONE = [
     *(Layout(dp=n) for n in (2, 4, 8)),
@@ -96,32 +100,76 @@ def all_cells() -> list[Cell]:
     return [(m, at) for at in all_layouts() for m in MODELS if kv_heads_divide(m, at)]
 
 
-def factors(cell: Cell) -> tuple[tuple[str, object], ...]:
+# A wide cell has three further factors: a schedule that replaces the layout's ("" for none), the
+# method of data parallelism, and what is recomputed.
+WideCell = tuple[str, Layout, str, str, str]
+PLACEMENTS = ("", "split", "interleaved", "v", "v-split")
+METHODS = ("all-reduce", "node", "nodes", "server", "sharded")
+RECOMPUTE = ("none", "selective", "full")
+
+
+def wide_cells() -> list[WideCell]:
+    """Return every cell of all factors, with two models that share no code."""
+    return [
+        (model, at, placement, method, recompute)
+        for at, model, placement, method, recompute in itertools.product(
+            all_layouts(), ("two-towers", *MODELS), PLACEMENTS, METHODS, RECOMPUTE
+        )
+        if (at.tp <= 4 if model == "two-towers" else kv_heads_divide(model, at))
+        and (recompute == "none" or model != "two-towers")
+        # Four layers: two ranks have two stages each, four ranks one. One name for a replaced one.
+        and (not placement or (at.schedule == "1f1b" and at.pp > 1))
+        and (placement in ("", "split") or at.pp == 2)
+        # A node holds all ranks, or half of them and several replicas.
+        and (method == "all-reduce" or at.dp > 1)
+        and (method != "nodes" or at.pp > 1 or at.dp > 2)
+    ]
+
+
+def factors(cell: Cell | WideCell) -> tuple[tuple[str, object], ...]:
     """Return the factor values of a cell."""
-    model, layout = cell
-    axes = (("model", model), ("dp", layout.dp), ("tp", layout.tp), ("pp", layout.pp))
+    model, layout, *more = cell
+    placement, *rest = more or [""]
     return (
-        *axes,
+        ("model", model),
+        ("dp", layout.dp),
+        ("tp", layout.tp),
+        ("pp", layout.pp),
         ("sp", layout.sp),
-        ("schedule", layout.schedule if layout.pp > 1 else "none"),
+        ("schedule", (placement or layout.schedule) if layout.pp > 1 else "none"),
         ("microbatches", layout.num_microbatches),
+        *zip(("method", "recompute"), rest, strict=False),
     )
 
 
-def covering(cells: Sequence[Cell], strength: int) -> list[Cell]:
+def covering(cells: Sequence[AnyCell], strength: int) -> list[AnyCell]:
     """Return few cells in which every `strength` factor values occur that any cell combines.
 
     Greedy and deterministic: the cell with the most new combinations comes next, the first of
-    several; small meshes come first.
+    several; small meshes come first. A gain only falls, so the heap's gains are upper bounds, and
+    only the cell at its top is counted again.
     """
-    left = {cell: set(itertools.combinations(factors(cell), strength)) for cell in cells}
-    order = sorted(left, key=lambda cell: cell[1].num_ranks)
-    chosen: list[Cell] = []
-    missing = set().union(*left.values())
-    while missing:
-        best = max(order, key=lambda cell: len(left[cell] & missing))
-        chosen.append(best)
-        missing -= left[best]
+    ordered = sorted(cells, key=lambda cell: cell[1].num_ranks)
+    numbers: dict[object, int] = {}
+    combined = [
+        np.array([
+            numbers.setdefault(combination, len(numbers))
+            for combination in itertools.combinations(factors(cell), strength)
+        ])
+        for cell in ordered
+    ]  # fmt: skip
+    missing = np.ones(len(numbers), bool)
+    heap = [(-len(combinations), i) for i, combinations in enumerate(combined)]
+    heapq.heapify(heap)
+    chosen: list[AnyCell] = []
+    while missing.any():
+        _, i = heapq.heappop(heap)
+        gain = -np.count_nonzero(missing[combined[i]])
+        if heap and (gain, i) > heap[0]:
+            heapq.heappush(heap, (gain, i))
+            continue
+        chosen.append(ordered[i])
+        missing[combined[i]] = False
     return chosen
 
 
@@ -130,7 +178,6 @@ def sampled_cells(count: int, seed: int) -> list[Cell]:
     return random.Random(seed).sample(all_cells(), count)
 
 
-QUICK_CELLS = covering(all_cells(), 2)
-MATRIX_CELLS = [
-    cell for cell in dict.fromkeys([*TABLE, *covering(all_cells(), 3)]) if cell not in QUICK_CELLS
-]
+# Eight microbatches cost as much as all other cells, and come with the mark.
+QUICK_CELLS = covering([c for c in all_cells() if c[1].num_microbatches < 8], 2)
+MATRIX_CELLS = [cell for cell in dict.fromkeys(TABLE) if cell not in QUICK_CELLS]

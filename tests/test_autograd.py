@@ -91,8 +91,6 @@ def test_a_chain_of_20000_needs_no_recursion_and_frees_its_memory() -> None:
             "saved arrays outlive the pass without the cycle collector"
         )
         assert counts[-1] < 50, "saved arrays are only freed at the end"
-        node = weakref.ref(Tensor(np.ones(1)).__class__)
-        assert node() is Tensor
     finally:
         gc.enable()
 

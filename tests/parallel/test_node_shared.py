@@ -146,15 +146,14 @@ OBSTACLES = {
         [0, 0, 0, 1],
         "different numbers of data-parallel ranks (1 and 3)",
     ),
-    "replicas torn apart": (Layout(dp=4, tp=2), [0, 1, 0, 1, 1, 0, 1, 0], "different places"),
+    # Ranks of tp 0 are on nodes 0 1 0 1, those of tp 1 on nodes 0 0 1 1.
+    "replicas torn apart": (Layout(dp=4, tp=2), [0, 0, 1, 0, 0, 1, 1, 1], "different places"),
 }
 
 
 @pytest.mark.parametrize("name", list(OBSTACLES))
 def test_what_cannot_be_shared_is_said(name: str) -> None:
     layout, nodes, words = OBSTACLES[name]
-    if name == "replicas torn apart":
-        nodes = [0, 0, 1, 0, 0, 1, 1, 1]  # tp 0: nodes 0 1 0 1; tp 1: nodes 0 0 1 1
     with pytest.raises(ConfigError, match=re.escape(words)):
         _trainers(layout, nodes, lambda trainer: None, node_shared="on")
     said = _trainers(

@@ -1,5 +1,4 @@
-"""A training run in which one rank meets a misfortune: `fault_program.py NAME RANK [options of
-minillm.train]`."""
+"""Training run in which one rank fails: `fault_program.py NAME RANK [options of minillm.train]`."""
 
 from __future__ import annotations
 
@@ -41,14 +40,16 @@ def kill() -> None:
 
 
 def vanish(rank: int) -> None:
-    """Remove the data file after the first rank has listed it and before it is opened."""
-    usual = corpus._open
+    """Remove the data file after the first rank has listed it and before a rank opens it."""
+    usual = corpus.from_first
+    source = Path(sys.argv[sys.argv.index("--data") + 1])
 
-    def open_(plan: Any, context: int, source: str) -> Any:
-        Path(source).unlink(missing_ok=True)
-        return usual(plan, context, source)
+    def from_first(*args: Any) -> Any:
+        plan = usual(*args)
+        source.unlink(missing_ok=True)
+        return plan
 
-    corpus._open = open_  # type: ignore[assignment]
+    corpus.from_first = from_first
 
 
 def hang() -> None:
