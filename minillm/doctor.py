@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from minillm import __version__
+from minillm.base.requirements import installed_version, new_enough, parse_requirement
 from minillm.comm.cores import usable_cores
 
 DISTRIBUTION = "minillm-mpi"
@@ -380,33 +381,6 @@ def activate_or_install() -> str:
     """Return the command that gives the mpirun of this Python's MPI wheel."""
     folder = Path(sys.prefix) / "bin"
     return f'export PATH="{folder}:$PATH"' if (folder / "mpirun").exists() else INSTALL
-
-
-def parse_requirement(line: str) -> tuple[str, str, str]:
-    """Split 'numpy>=1.26; extra == "x"' into name, least version and extra, each '' if absent."""
-    requirement, _, condition = line.partition(";")
-    name = re.match(r"[\w.-]+", requirement)
-    least = re.search(r">=\s*([\d.]+)", requirement)
-    extra = re.search(r"extra == ['\"]([\w-]+)['\"]", condition)
-    return name[0] if name else requirement, least[1] if least else "", extra[1] if extra else ""
-
-
-def installed_version(name: str) -> str | None:
-    """Return the version of an installed distribution, or None."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def new_enough(version: str | None, least: str) -> bool:
-    """Return True for a version not older than `least`, by its leading numbers."""
-    return version is not None and _numbers(version) >= _numbers(least)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    leading = re.match(r"[\d.]*", version)
-    return tuple(int(part) for part in (leading[0] if leading else "").split(".") if part)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from minillm import doctor
-from minillm.doctor import Finding, judge_launch, mpi_family, new_enough, parse_requirement, report
+from minillm.base.requirements import new_enough, parse_requirement
+from minillm.doctor import Finding, judge_launch, mpi_family, report
 
 
 def named(findings: Iterator[Finding], subject: str) -> Finding:

@@ -16,41 +16,29 @@ from typing import Any
 
 import numpy as np
 
-from minillm.base.arrays import Array, dtype_name, namespace
+from minillm.base.arrays import Array, dtype_name
 from minillm.base.errors import CommError
 from minillm.comm import checks
-from minillm.comm.buffers import (
-    MAX,
-    SUM,
-    ReduceOp,
-    contiguous,
-    cut,
-    even_counts,
-    join,
-    rank_major,
-    reduce_in_order,
-)
-from minillm.comm.checks import MAX_TAG
+from minillm.comm.buffers import MAX, SUM, ReduceOp, contiguous, cut, join, rank_major
 from minillm.comm.ledger import Ledger, Operation, ledger
-from minillm.comm.work import AllWork, DoneWork, SharedWindow, ThenWork, TrackedWork, Work
+from minillm.comm.transport import Transport
+from minillm.comm.work import DoneWork, SharedWindow, ThenWork, TrackedWork, Work
 
 __all__ = ["DEFAULT_TIMEOUT", "MAX", "SUM", "Communicator", "ReduceOp", "SharedWindow", "Work"]
 
 DEFAULT_TIMEOUT = 300.0  # seconds
 
 
-class Communicator:
+class Communicator(Transport):
     """A group of `size` ranks, of which this one is `rank`; `name` is its axis in the ledger.
 
-    The public methods check their arguments, make arrays flat and write the ledger. A transport is
-    a subclass that implements operations on flat buffers (`_all_reduce` and so on) and the methods
-    that make groups. A group of one rank returns its input, copies nothing and records nothing.
-    `timeout` is in seconds.
+    The public methods check their arguments, make arrays flat and write the ledger. A subclass
+    implements the operations of `Transport` on flat buffers and the methods that make groups. A
+    group of one rank returns its input, copies nothing and records nothing.
     """
 
     def __init__(self, rank: int, size: int, name: str, timeout: float) -> None:
-        self.rank, self.size, self.name = rank, size, name
-        self.timeout = timeout
+        super().__init__(rank, size, name, timeout)
         self.num_compared = 0  # collectives compared under `Ledger.check_order`
 
     def __repr__(self) -> str:
@@ -325,64 +313,7 @@ class Communicator:
         """
         raise self._unsupported("alloc_shared")
 
-    # ---- operations of a transport on flat, C-contiguous, 1-D buffers; counts are in elements
-
-    def _all_reduce(self, flat: Array, op: ReduceOp) -> None:
-        raise self._unsupported("all_reduce")
-
-    def _iall_reduce(self, flat: Array, op: ReduceOp) -> Work:
-        raise self._unsupported("iall_reduce")
-
-    def _all_gather(self, flat: Array, counts: list[int]) -> Array:
-        raise self._unsupported("all_gather")
-
-    def _gather_into(self, out: Array, counts: list[int]) -> None:
-        """Complete `out`, which holds this rank's part, with the parts of the other ranks."""
-        raise self._unsupported("all_gather")
-
-    def _reduce_scatter(self, flat: Array, counts: list[int]) -> Array:
-        raise self._unsupported("reduce_scatter")
-
-    def _all_to_all(self, parts: list[Array], counts: list[int]) -> list[Array]:
-        """Exchange by messages between each two ranks, each of any size."""
-        xp = namespace(parts[0])
-        received = [xp.empty(count, part.dtype) for count, part in zip(counts, parts, strict=True)]
-        received[self.rank][...] = parts[self.rank]
-        others = [r for r in range(self.size) if r != self.rank]
-        AllWork(
-            [self._irecv(received[r], r, MAX_TAG) for r in others]
-            + [self._isend(parts[r], r, MAX_TAG) for r in others]
-        ).wait()
-        return received
-
-    def _broadcast(self, flat: Array, root: int) -> None:
-        raise self._unsupported("broadcast")
-
-    def _isend(self, flat: Array, dest: int, tag: int) -> Work:
-        raise self._unsupported("send")
-
-    def _irecv(self, flat: Array, source: int, tag: int) -> Work:
-        raise self._unsupported("receive")
-
-    def _recv_any(self, flat: Array, tag: int) -> int:
-        raise self._unsupported("recv_any")
-
-    def _barrier(self) -> None:
-        raise self._unsupported("barrier")
-
-    def _reduce_slices(self, flat: Array, op: ReduceOp) -> None:
-        """All-reduce by exchanging slices, reducing each in rank order, and gathering.
-
-        2-byte floats are rounded once, and every rank has the same bits.
-        """
-        counts = even_counts(flat.size, self.size)
-        mine = self._all_to_all(cut(flat, counts), [counts[self.rank]] * self.size)
-        flat[...] = self._all_gather(reduce_in_order(mine, op), counts)
-
     # ---- checks and records
-
-    def _unsupported(self, operation: str) -> CommError:
-        return CommError(f"{type(self).__name__} has no {operation}")
 
     def _ledger(self) -> Ledger:
         return ledger()

@@ -1,6 +1,6 @@
 """Ranks as threads of one process: the same program and communicators without MPI, for tests.
 
-`run_ranks(4, fn)` calls fn(comm) on four threads. Groups meet at a `_Board` that they share: each
+`run_ranks(4, fn)` calls fn(comm) on four threads. Groups meet at a `Board` that they share: each
 rank brings a value, the last one to arrive computes the results, and each takes its own. Reductions
 sum in rank order, so every rank gets the same bits. With `rendezvous=True` a send completes only
 when its receiver has arrived. An order that relies on buffering then deadlocks visibly.
@@ -8,9 +8,7 @@ when its receiver has arrived. An order that relies on buffering then deadlocks 
 
 from __future__ import annotations
 
-import collections
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from minillm.base.arrays import aligned_empty
-from minillm.base.errors import CommError, CommTimeout, PeerFailed
+from minillm.base.errors import CommError, PeerFailed
+from minillm.comm.boards import Board, Meeting, Message, World
 from minillm.comm.buffers import ReduceOp, cut, reduce_in_order
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger, recording
@@ -26,71 +25,6 @@ from minillm.comm.single import SelfCommunicator
 from minillm.comm.work import SharedWindow, Work
 
 T = TypeVar("T")
-
-
-class _World:
-    """State that all ranks of one `run_ranks` share.
-
-    One lock, the first failed rank, and by thread name what each waiting rank waits for.
-    """
-
-    def __init__(self, rendezvous: bool) -> None:
-        self.changed = threading.Condition()
-        self.failed: int | None = None
-        self.rendezvous = rendezvous
-        self.waiting: dict[str, str] = {}
-
-    def wait_for(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
-        """Wait, holding the lock, until `ready()`.
-
-        Raises PeerFailed when another rank has failed, and CommTimeout after `timeout` seconds,
-        naming what every rank waits for.
-        """
-        name = threading.current_thread().name
-        deadline = time.monotonic() + timeout
-        while not ready():
-            if self.failed is not None:
-                raise PeerFailed(f"rank {self.failed} has failed, so {what} cannot complete")
-            self.waiting[name] = what
-            left = deadline - time.monotonic()
-            if left <= 0:
-                others = "; ".join(
-                    f"{who} waits for {which}" for who, which in sorted(self.waiting.items())
-                )
-                raise CommTimeout(
-                    f"waited {timeout:g} s: {others}. Last operations here:\n{ledger().recent()}"
-                )
-            self.changed.wait(min(left, 1.0))
-        self.waiting.pop(name, None)
-
-
-class _Meeting:
-    """Collective under way: the value of each rank, and the results once the last has come."""
-
-    def __init__(self, size: int) -> None:
-        self.brought: list[Any] = [None] * size
-        self.arrived = 0
-        self.results: list[Any] | None = None
-        self.taken = 0
-
-
-class _Board:
-    """Shared state of one group: meetings by number, messages by (source, destination, tag)."""
-
-    def __init__(self, world: _World, size: int) -> None:
-        self.world, self.size = world, size
-        self.meetings: dict[int, _Meeting] = {}
-        self.messages: dict[tuple[int, int, int], collections.deque[_Message]] = (
-            collections.defaultdict(collections.deque)
-        )
-
-
-class _Message:
-    """Sent array; `received` once the receiver has taken it."""
-
-    def __init__(self, data: np.ndarray) -> None:
-        self.data = data
-        self.received = False
 
 
 class _Joined(NamedTuple):
@@ -125,7 +59,7 @@ class _MeetingWork:
 class _SendWork:
     """Send: done when the receiver has come under rendezvous, otherwise at once."""
 
-    def __init__(self, comm: ThreadCommunicator, message: _Message, what: str) -> None:
+    def __init__(self, comm: ThreadCommunicator, message: Message, what: str) -> None:
         self._comm, self._message, self._what = comm, message, what
 
     def test(self) -> bool:
@@ -164,7 +98,7 @@ class ThreadCommunicator(Communicator):
     """A group of threads of one process."""
 
     def __init__(
-        self, board: _Board, rank: int, name: str, timeout: float, nodes: Sequence[int]
+        self, board: Board, rank: int, name: str, timeout: float, nodes: Sequence[int]
     ) -> None:
         super().__init__(rank, board.size, name, timeout)
         self._board, self._world = board, board.world
@@ -178,7 +112,7 @@ class ThreadCommunicator(Communicator):
         number, self._number = self._number, self._number + 1
         with self._world.changed:
             self._check_peers()
-            meeting = self._board.meetings.setdefault(number, _Meeting(self.size))
+            meeting = self._board.meetings.setdefault(number, Meeting(self.size))
             meeting.brought[self.rank] = value
             meeting.arrived += 1
             if meeting.arrived == self.size:
@@ -294,7 +228,7 @@ class ThreadCommunicator(Communicator):
     # ---- messages
 
     def _isend(self, flat: np.ndarray, dest: int, tag: int) -> Work:
-        message = _Message(flat.copy())
+        message = Message(flat.copy())
         with self._world.changed:
             self._board.messages[self.rank, dest, tag].append(message)
             self._world.changed.notify_all()
@@ -333,7 +267,7 @@ class ThreadCommunicator(Communicator):
         self, color: int | None, key: int | None = None, name: str = ""
     ) -> Communicator | None:
         def compute(wishes: list[tuple[int | None, int, int]]) -> list[Any]:
-            boards: dict[int, tuple[_Board, list[int]]] = {}
+            boards: dict[int, tuple[Board, list[int]]] = {}
             for wanted in {c for c, _, _ in wishes if c is not None}:
                 members = [
                     rank
@@ -342,7 +276,7 @@ class ThreadCommunicator(Communicator):
                     )
                     if c == wanted
                 ]
-                boards[wanted] = _Board(self._world, len(members)), members
+                boards[wanted] = Board(self._world, len(members)), members
             return [None if c is None else boards[c] for c, _, _ in wishes]
 
         made = self._meet((color, self.rank if key is None else key, self.rank), compute, "split")
@@ -413,8 +347,8 @@ def run_ranks(
     operation, and the first error is raised here with a note that names the rank. Raises
     CommTimeout for a rank that waits longer than `timeout` seconds.
     """
-    world = _World(rendezvous)
-    board = _Board(world, n)
+    world = World(rendezvous)
+    board = Board(world, n)
     results: list[Any] = [None] * n
     errors: list[tuple[int, BaseException]] = []
 

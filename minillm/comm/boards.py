@@ -1,0 +1,79 @@
+"""Shared state of thread ranks: meetings of collectives and mailboxes of messages."""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minillm.base.errors import CommTimeout, PeerFailed
+from minillm.comm.ledger import ledger
+
+
+class World:
+    """State that all ranks of one `run_ranks` share.
+
+    One lock, the first failed rank, and by thread name what each waiting rank waits for.
+    """
+
+    def __init__(self, rendezvous: bool) -> None:
+        self.changed = threading.Condition()
+        self.failed: int | None = None
+        self.rendezvous = rendezvous
+        self.waiting: dict[str, str] = {}
+
+    def wait_for(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
+        """Wait, holding the lock, until `ready()`.
+
+        Raises PeerFailed when another rank has failed, and CommTimeout after `timeout` seconds,
+        naming what every rank waits for.
+        """
+        name = threading.current_thread().name
+        deadline = time.monotonic() + timeout
+        while not ready():
+            if self.failed is not None:
+                raise PeerFailed(f"rank {self.failed} has failed, so {what} cannot complete")
+            self.waiting[name] = what
+            left = deadline - time.monotonic()
+            if left <= 0:
+                others = "; ".join(
+                    f"{who} waits for {which}" for who, which in sorted(self.waiting.items())
+                )
+                raise CommTimeout(
+                    f"waited {timeout:g} s: {others}. Last operations here:\n{ledger().recent()}"
+                )
+            self.changed.wait(min(left, 1.0))
+        self.waiting.pop(name, None)
+
+
+class Meeting:
+    """Collective under way: the value of each rank, and the results once the last has come."""
+
+    def __init__(self, size: int) -> None:
+        self.brought: list[Any] = [None] * size
+        self.arrived = 0
+        self.results: list[Any] | None = None
+        self.taken = 0
+
+
+class Message:
+    """Sent array; `received` once the receiver has taken it."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data = data
+        self.received = False
+
+
+class Board:
+    """Shared state of one group: meetings by number, messages by (source, destination, tag)."""
+
+    def __init__(self, world: World, size: int) -> None:
+        self.world, self.size = world, size
+        self.meetings: dict[int, Meeting] = {}
+        self.messages: dict[tuple[int, int, int], collections.deque[Message]] = (
+            collections.defaultdict(collections.deque)
+        )
