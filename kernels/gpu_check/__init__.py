@@ -1,1 +1,1 @@
-"""What a machine with a GPU can tell about the kernels, in one command: kernels/gpu_check.sh."""
+"""Check of the CUDA kernels on a machine with a GPU: `kernels/gpu_check.sh`."""

@@ -1,6 +1,6 @@
-"""`kernels/gpu_check.sh`: everything that only a machine with a GPU can tell about the kernels.
+"""Program behind `kernels/gpu_check.sh`: tests and timings of the kernels on a GPU.
 
-Prints as it goes, and writes JSON and Markdown.
+Prints each section when it ends, and writes all results as JSON and as Markdown.
 """
 
 from __future__ import annotations
@@ -25,25 +25,21 @@ from minillm.kernels.gpu.launching import compute_capability
 from minillm.kernels.gpu_check import attention, checks, measure, report, smoke, steps
 
 SECTIONS = ("ceilings", "smoke", "tests", "attention", "steps", "sanitizer", "training")
-PARTS = (
-    "ceilings",
-    "smoke",
-    "random",
-    "attention v2",
-    "attention v3",
-    "steps",
-)  # what runs in a process of its own
-SHORT_SECONDS = 60  # for a part that has seconds of work
-KERNEL_SECONDS = 300  # for all sections but training, compiling included
-START_SECONDS = 15  # of a process, beside what it is for
-STEPS_SECONDS = 30  # of these, kept for the section of that name
+# Parts run in processes of their own: a kernel error can break the CUDA context of its process.
+PARTS = ("ceilings", "smoke", "random", "attention v2", "attention v3", "steps")
+SHORT_SECONDS = 60  # timeout of a part that has seconds of work
+KERNEL_SECONDS = 300  # budget of all sections but training, compilation included
+START_SECONDS = 15  # start of a process, added to its timeout
+STEPS_SECONDS = 30  # of KERNEL_SECONDS, reserved for the section "steps"
 TRAINING_SECONDS = 240
 NO_GPU = 2  # exit status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns 0 if all is well, 1 if a test fails, 2 where there is no GPU to test
-    on."""
+    """Run the program, and return its exit status.
+
+    0: no problem; 1: a test failed or was not run; 2: no GPU.
+    """
     parser = argparse.ArgumentParser(
         prog="kernels/gpu_check.sh",
         description="Test and time the CUDA kernels on this machine's GPU.",
@@ -52,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--root",
         type=Path,
         default=Path(__file__).resolve().parents[2],
-        help="the checkout, which holds tests/kernels",
+        help="checkout that holds tests/kernels",
     )
     parser.add_argument(
         "--out",
@@ -60,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder for the results (default: docs/gpu-results in the checkout)",
     )
     parser.add_argument(
-        "--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}"
+        "--only", default=",".join(SECTIONS), help="sections to run (default: %(default)s)"
     )
     parser.add_argument(
         "--repeats",
         type=int,
         default=checks.REPEATS,
-        help="calls of each test case, which must agree in every bit",
+        help="calls of each test case, which must return the same bits",
     )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
@@ -77,14 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_part(args.part, args.json, args.seconds, args.copy_tbs)
     wanted = [name.strip() for name in args.only.split(",") if name.strip()]
     if unknown := sorted(set(wanted) - set(SECTIONS)):
-        parser.error(f"there is no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+        parser.error(f"unknown section {', '.join(unknown)}; choose from {', '.join(SECTIONS)}")
     reason = no_gpu()
     if reason:
-        print(
-            "gpu_check needs a machine with an NVIDIA GPU, CuPy and NVRTC, and this one has none: "
-            f"{reason}",
-            file=sys.stderr,
-        )
+        words = f"gpu_check needs a machine with an NVIDIA GPU, CuPy and NVRTC: {reason}"
+        print(words, file=sys.stderr)
         return NO_GPU
     folder = args.out or args.root / "docs" / "gpu-results"
     found = run(wanted, args.root, args.repeats, lambda found: write(found, folder))
@@ -96,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def no_gpu() -> str | None:
-    """Why nothing can be checked here; None if it can."""
+    """Return why the kernels cannot run on this machine, or None if they can."""
     if registering.unavailable is not None:
         return registering.unavailable
     try:
@@ -112,9 +105,12 @@ def run(
     repeats: int,
     save: Callable[[report.Found], Any] = lambda found: None,
 ) -> report.Found:
-    """All sections asked for, in order; `save` gets what there is after each. One that breaks is
-    reported and stops no other, and since a kernel can end all work of its process on the device,
-    or never end itself, each that launches any has processes of its own."""
+    """Run the sections `wanted`, in the order of SECTIONS, and return their results.
+
+    `save` gets the results after each section. A section that fails is reported and does not stop
+    the others. Sections that launch kernels run in processes of their own: a kernel may hang, or
+    break the CUDA context of its process.
+    """
     start = time.perf_counter()
     tests = root / "tests" / "kernels"
     found: report.Found = {
@@ -151,7 +147,7 @@ def run(
             continue
         if name != "training" and left() <= 0:
             found["problems"].append(
-                f"section {name}: not run, the {KERNEL_SECONDS} s for the kernels were over"
+                f"section {name}: not run, the {KERNEL_SECONDS} s for the kernels are spent"
             )
             continue
         found[name] = _section(name, sections[name], start, problems)
@@ -162,8 +158,11 @@ def run(
 
 
 def _apart(name: str, seconds: float, problems: list[str], *options: str) -> Any:
-    """What a part finds in a process of its own within `seconds`; what it had found until then if
-    it breaks or is stopped. Raises RuntimeError if that is nothing."""
+    """Run a part in a process of its own, for at most `seconds`, and return its results.
+
+    If it fails or times out, the results until then count, and `problems` gets a line. Raises
+    RuntimeError if there are none.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         command = [
@@ -178,27 +177,28 @@ def _apart(name: str, seconds: float, problems: list[str], *options: str) -> Any
         ]
         words = _ended([*command, *options], seconds + START_SECONDS)
         if not path.exists():
-            raise RuntimeError(words or "it found nothing")
+            raise RuntimeError(words or "no results")
         if words:
-            problems.append(f"{name}: {words}; what it had found until then is kept")
+            problems.append(f"{name}: {words}; partial results kept")
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _ended(command: Sequence[str], seconds: float) -> str | None:
-    """Run a program. Returns why it did not end well, or None."""
+    """Run a program. Returns its failure in one line, or None if it succeeded."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"it was stopped after {seconds:.0f} s"
+        return f"timed out after {seconds:.0f} s"
     return (
-        f"it ended with status {done.returncode}: {done.stderr.strip()[-400:]}"
-        if done.returncode
-        else None
+        f"exit status {done.returncode}: {done.stderr.strip()[-400:]}" if done.returncode else None
     )
 
 
 def _run_part(name: str, path: Path, seconds: float, copy_tbs: float) -> int:
-    """One part, in this process. What it finds goes to `path`, whole at any time."""
+    """Run one part in this process, and write its results to `path` as JSON.
+
+    `path` is replaced atomically: it never holds half of the results. Returns the exit status.
+    """
 
     def save(found: Any) -> None:
         half = path.with_suffix(".half")
@@ -218,7 +218,10 @@ def _run_part(name: str, path: Path, seconds: float, copy_tbs: float) -> int:
 
 
 def _attention(left: Callable[[], float], problems: list[str]) -> attention.Found:
-    """Our variants and PyTorch's back ends; no part that breaks takes the others' numbers."""
+    """Time our variants and PyTorch's back ends, and return the table.
+
+    `left` returns the seconds that remain. A part that fails does not discard the others' rates.
+    """
     found = attention.empty()
     for number, name in enumerate(("attention v2", "attention v3")):
         try:
@@ -232,7 +235,7 @@ def _attention(left: Callable[[], float], problems: list[str]) -> attention.Foun
 
 
 def _section(name: str, run: Callable[[], Any], start: float, problems: list[str]) -> Any:
-    """Run one section and print what it found. Returns None if it broke."""
+    """Run one section and print its results. Returns None, with a problem, if it failed."""
     print(f"\n==== {name} ({time.perf_counter() - start:.0f} s so far)", flush=True)
     try:
         found = run()
@@ -240,26 +243,28 @@ def _section(name: str, run: Callable[[], Any], start: float, problems: list[str
         problems.append(
             f"section {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         )
-        print(f"broke: {problems[-1]}", flush=True)
+        print(f"failed: {problems[-1]}", flush=True)
         return None
     print(json.dumps(found, indent=1)[:20000], flush=True)
     return found
 
 
 def _training(problems: list[str]) -> dict[str, Any]:
-    """Training on this GPU, beside PyTorch's, by the program that knows how to train. It brings its
-    own page."""
+    """Run `minillm.bench.gpu`, which trains on this GPU and compares with PyTorch.
+
+    Returns its results, `page` (Markdown) among them. Raises RuntimeError if there are none.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "training.json"
         command = [sys.executable, "-m", "minillm.bench.gpu", "--json", str(path)]
         words = _ended(command, TRAINING_SECONDS)
         if not path.exists():
             raise RuntimeError(f"minillm.bench.gpu: {words}")
-        if words and "stopped" in words:
+        # A nonzero exit status has its reason in found["problems"].
+        if words and words.startswith("timed out"):
             problems.append(f"training: {words}")
-        found: dict[str, Any] = json.loads(
-            path.read_text(encoding="utf-8")
-        )  # written anew after each of its sections
+        # The program rewrites the file after each of its sections.
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     problems += [f"training, {words}" for words in found["problems"]]
     return found
 
@@ -267,7 +272,10 @@ def _training(problems: list[str]) -> dict[str, Any]:
 def _tests(
     tests: Path, repeats: int, left: Callable[[], float], problems: list[str]
 ) -> dict[str, Any]:
-    """Compile everything side by side, then run all cases, while seconds are `left`."""
+    """Compile all kernels in parallel, then run all cases.
+
+    `left` returns the seconds that remain. Returns `checks.summary`, `repeats` and `seconds`.
+    """
     command = [
         sys.executable,
         "-m",
@@ -296,7 +304,7 @@ def _tests(
 
 
 def device() -> dict[str, Any]:
-    """What the GPU is."""
+    """Return the name and the properties of the GPU."""
     runtime = importlib.import_module("cupy").cuda.runtime
     properties = runtime.getDeviceProperties(runtime.getDevice())
     name = properties["name"]
@@ -310,10 +318,9 @@ def device() -> dict[str, Any]:
 
 
 def software() -> dict[str, str]:
-    """Releases of what takes part."""
+    """Return the versions of the software involved."""
     cupy = importlib.import_module("cupy")
-    # In a process of its own: an MPI library that does not start here may end the process that
-    # loads it.
+    # In a process of its own: an MPI library that fails to start may abort the process.
     mpi = (
         "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
         "print(MPI.Get_library_version().strip('\\0'))"
@@ -340,7 +347,7 @@ def _release(number: int) -> str:
 
 
 def _output(command: Sequence[str]) -> str:
-    """The first line that a command prints, or why there is none."""
+    """Return the first line that a command prints, or "unknown"."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -349,8 +356,10 @@ def _output(command: Sequence[str]) -> str:
 
 
 def commit(root: Path) -> str:
-    """The checkout's commit, marked where files differ from it; $MINILLM_COMMIT where there is no
-    git."""
+    """Return $MINILLM_COMMIT, else the commit of the checkout, else "unknown".
+
+    A checkout with modified files is marked "with changes".
+    """
     named = os.environ.get("MINILLM_COMMIT")
     if named:
         return named
@@ -362,7 +371,10 @@ def commit(root: Path) -> str:
 
 
 def write(found: report.Found, folder: Path) -> list[Path]:
-    """The findings as JSON and as Markdown, named by device, commit and time."""
+    """Write the results as JSON and as Markdown into `folder`, and return the two paths.
+
+    Device, commit and time make the names of the files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     words = (found["device"]["name"], found["commit"].split()[0], found["date"][:16])
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(words)).strip("-").lower()

@@ -1,4 +1,4 @@
-"""Attention forward and backward over head widths, masks and lengths, beside PyTorch's."""
+"""Rates of attention over head widths, masks and lengths, beside those of PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TORCH_SECONDS = 90
 
 
 class Shape(NamedTuple):
-    """One row of the table."""
+    """Problem size: one row of the table."""
 
     head_width: int
     causal: bool
@@ -28,30 +28,33 @@ class Shape(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """B, T, H, K."""
+        """The sizes B (batch), T (length), H (heads) and K (head width)."""
         return TOKENS // self.T, self.T, WIDTH // self.head_width, self.head_width
 
     def flops(self, backward: bool) -> float:
-        """4 B H T^2 K forward, half of it under the causal mask; backward counts 2.5 times, as
-        published numbers do."""
+        """Return the floating-point operations of one direction.
+
+        Forward: 4 B H T^2 K, halved under the causal mask. Backward: 2.5 times as many, the
+        convention of the FlashAttention papers.
+        """
         B, T, H, K = self.sizes
         return 4.0 * B * H * T * T * K / (2 if self.causal else 1) * (2.5 if backward else 1)
 
 
 def shapes(lengths: tuple[int, ...] = LENGTHS) -> Iterator[Shape]:
-    """All rows."""
+    """Yield the shapes of all rows, in the order of the table."""
     for head_width in HEAD_WIDTHS:
         for causal in (True, False):
             yield from (Shape(head_width, causal, T) for T in lengths)
 
 
-# {"rows": [...], "notes": [...]}. A row is a shape's fields, with "forward" and "backward": names
-# to TFLOP/s.
+# {"rows": [...], "notes": [...]}. A row holds the fields of its shape. Its "forward" and "backward"
+# map the name of an implementation to TFLOP/s.
 Found = dict[str, Any]
 
 
 def empty(lengths: tuple[int, ...] = LENGTHS) -> Found:
-    """The table before anything is measured."""
+    """Return the table without rates."""
     return {
         "rows": [{**shape._asdict(), "forward": {}, "backward": {}} for shape in shapes(lengths)],
         "notes": [],
@@ -59,7 +62,10 @@ def empty(lengths: tuple[int, ...] = LENGTHS) -> Found:
 
 
 def add(found: Found, part: Found) -> None:
-    """Put the numbers and notes of a part, perhaps cut short, into the table."""
+    """Add the rates and notes of `part` to the table `found`, in place.
+
+    A part that failed may have fewer rows, or none.
+    """
     for row, other in zip(found["rows"], part["rows"], strict=False):
         for way in ("forward", "backward"):
             row[way].update(other[way])
@@ -72,7 +78,10 @@ def run(
     deadline: float = TORCH_SECONDS,
     save: Callable[[Found], None] = lambda found: None,
 ) -> Found:
-    """One of our variants, for at most `deadline` seconds; `save` gets the table after each row."""
+    """Time one of our variants over all shapes, and return the table.
+
+    After `deadline` seconds the remaining rows get a note. `save` gets the table after each row.
+    """
     found = empty(lengths)
     start = time.perf_counter()
     for row, shape in zip(found["rows"], shapes(lengths), strict=True):
@@ -95,7 +104,10 @@ def run(
 
 
 def _calls(variant: str, shape: Shape) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Forward and backward of a variant. Raises KernelUnavailable where it cannot run."""
+    """Return the forward and the backward call of a variant, on bfloat16 arrays of `shape`.
+
+    Raises KernelUnavailable if the variant does not run on this device.
+    """
     from minillm import kernels
 
     B, T, H, K = shape.sizes
@@ -120,7 +132,7 @@ def _calls(variant: str, shape: Shape) -> tuple[Callable[[], Any], Callable[[], 
 def _time(
     row: dict[str, Any], name: str, shape: Shape, forward: Any, backward: Any, notes: list[str]
 ) -> None:
-    """Put the rates of one implementation into its row; what it cannot do becomes a note."""
+    """Add the TFLOP/s of one implementation to its row, in place; an error becomes a note."""
     for way, call in (("forward", forward), ("backward", backward)):
         try:
             row[way][name] = shape.flops(way == "backward") / seconds(call, turns=5) / 1e12
@@ -131,10 +143,13 @@ def _time(
 
 
 def torch(lengths: tuple[int, ...] = LENGTHS, timeout: float = TORCH_SECONDS) -> Found:
-    """PyTorch's back ends, from a process of its own: two CUDA libraries of different releases need
-    not agree in one."""
+    """Time PyTorch's back ends in a process of their own, and return the table.
+
+    Two releases of one CUDA library may conflict within a process. After `timeout` seconds the
+    process is killed. A failure becomes a note.
+    """
     if importlib.util.find_spec("torch") is None:
-        return _nothing("PyTorch is not installed: no yardstick")
+        return _nothing("PyTorch is not installed: no comparison")
     if timeout <= 0:
         return _nothing("not run, no time: PyTorch")
     command = [
@@ -146,7 +161,7 @@ def torch(lengths: tuple[int, ...] = LENGTHS, timeout: float = TORCH_SECONDS) ->
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return _nothing(f"PyTorch did not end within {timeout:.0f} s")
+        return _nothing(f"PyTorch timed out after {timeout:.0f} s")
     if done.returncode:
         return _nothing(f"PyTorch failed: {' '.join(done.stderr.split())[-300:]}")
     found: Found = json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,5 +1,7 @@
-"""All kernel tests on the device: every case of tests/kernels, poisoned outputs, the same bits
-every time."""
+"""Kernel tests on the device: every case of tests/kernels, with poisoned outputs.
+
+Repeated calls of a case must return the same bits.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,18 @@ from minillm.kernels.registry import KernelUnavailable
 REPEATS = 10
 SECONDS = 110.0
 DTYPES = ("float32", "bfloat16", "float16")
-SANITIZER_ELEMENTS = 20_000  # of a case's inputs: the sanitizer slows a kernel down a hundredfold
+SANITIZER_ELEMENTS = 20_000  # of a case's inputs: the sanitizer makes a kernel 100 times slower
 SANITIZER_SECONDS = 45
 SANITIZER_START = 30  # seconds until the first case
-CASE_SECONDS = 30  # for one case, its compilation included, before it counts as hung
-START_SECONDS = 60  # until the first
-MOST_HANGS = 2  # of one implementation, whose other cases are then left out
-MOST_STARTS = 20
-CONTEXT_LOST = 3  # exit status of a process whose device answers no more
+CASE_SECONDS = 30  # timeout of one case, its compilation included
+START_SECONDS = 60  # timeout of the start of a worker
+MOST_HANGS = 2  # timeouts of one implementation before its other cases are left out
+MOST_STARTS = 20  # worker processes
+CONTEXT_LOST = 3  # exit status of a worker whose CUDA context is broken
 
 
 class Result(NamedTuple):
-    """What became of a case: ok, failed, left out (a kernel for another device), no time, or just
-    begun."""
+    """Outcome of a case: "ok", "failed", "left out" (another device's), "no time" or "begun"."""
 
     number: int
     case: str
@@ -53,9 +54,12 @@ def run(
     device: Any = None,
     source: str = "cuda",
 ) -> dict[str, Any]:
-    """Run the cases in the folder `tests` on `device`, by default the GPU, with the kernels of
-    backend `source`, for at most `deadline` seconds. Returns how many ran, the failures with their
-    words, and how many there was no time for."""
+    """Run the cases in the folder `tests`, for at most `deadline` seconds.
+
+    They run on `device`, by default the GPU, with the kernels of backend `source`. Cases with more
+    than `most_elements` elements of input are left out. Returns `summary`, `repeats` and `seconds`.
+    Registers the device's kernels.
+    """
     device_arrays, _ = _import(tests)
     device = device or device_arrays.CupyDevice()
     device_arrays.register(device, source)
@@ -73,8 +77,11 @@ def results(
     first: int = 0,
     skipped: Sequence[str] = (),
 ) -> Iterator[Result]:
-    """Run what is `todo` from number `first` on, for at most `deadline` seconds, without the
-    implementations `skipped`."""
+    """Run the cases of `todo` from number `first` on, and yield their results.
+
+    Each case yields "begun" first. Cases of the implementations `skipped` are left out. After
+    `deadline` seconds the remaining cases yield "no time".
+    """
     _, kernel_check = _import(tests)
     start = time.perf_counter()
     with contextlib.ExitStack() as poisoned:
@@ -84,7 +91,8 @@ def results(
             begun = Result(index, f"{case}-{choice}-{dtype}", f"{case.op} {choice}", "begun")
             if begun.implementation in skipped:
                 yield begun._replace(
-                    outcome="left out", words=f"{begun.implementation}: hung {MOST_HANGS} times"
+                    outcome="left out",
+                    words=f"{begun.implementation}: timed out {MOST_HANGS} times",
                 )
                 continue
             if time.perf_counter() - start > deadline:
@@ -104,7 +112,7 @@ def results(
 
 
 def summary(found: Sequence[Result]) -> dict[str, Any]:
-    """How many ran, the failures, what was left out, and for how many there was no time."""
+    """Count the results, and list the failures and the reasons to leave cases out."""
     failures = [{"case": r.case, "words": r.words} for r in found if r.outcome == "failed"]
     left_out = sorted({r.words for r in found if r.outcome == "left out"})
     count = collections.Counter(r.outcome for r in found)
@@ -116,7 +124,7 @@ def summary(found: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-# ---- in processes of their own
+# ---- worker processes
 
 
 def run_apart(
@@ -125,10 +133,12 @@ def run_apart(
     case_seconds: float = CASE_SECONDS,
     start_seconds: float = START_SECONDS,
 ) -> list[Result]:
-    """The results of all cases from processes that print them (`worker`). A case that hangs, or
-    after which the device answers no more, ends its process: it counts as failed, and another
-    process goes on with the next case. After some hangs of an implementation its other cases are
-    left out."""
+    """Run all cases in worker processes that print their results, and return these.
+
+    `command` starts a worker; its last argument becomes the task as JSON. A case that times out or
+    breaks the device fails and ends its worker. Another worker continues with the next case. After
+    MOST_HANGS timeouts of an implementation its other cases are left out. All times are in seconds.
+    """
     end = time.perf_counter() + deadline
     found: list[Result] = []
     hangs: collections.Counter[str] = collections.Counter()
@@ -149,13 +159,13 @@ def run_apart(
         if finished:
             return found
         if last is None:
-            return [*found, lost("all further cases", "the process that runs them does not start")]
+            return [*found, lost("all further cases", "the worker process does not start")]
         if last.outcome == "begun":
             hangs[last.implementation] += 1
             found.append(
                 last._replace(
                     outcome="failed",
-                    words=f"no end within {case_seconds:.0f} s, or its process ended with it",
+                    words=f"timed out after {case_seconds:.0f} s, or its process died",
                 )
             )
     return [*found, lost("all further cases", f"given up after {MOST_STARTS} processes")]
@@ -168,8 +178,10 @@ def _follow(
     case_seconds: float,
     start_seconds: float,
 ) -> tuple[bool, Result | None]:
-    """Add what a process prints to `found` until it ends or hangs. Returns whether it did all there
-    was to do, and the last it said."""
+    """Add the results of one worker to `found`, in place, until it ends or times out.
+
+    Returns True if the worker finished its task, and its last result.
+    """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines: queue.Queue[str | None] = queue.Queue()
@@ -204,12 +216,15 @@ def _follow(
 def worker(
     tests: Path, repeats: int, task: dict[str, Any], device: Any = None, source: str = "cuda"
 ) -> int:
-    """Run cases and print their results, a line each. Returns an exit status: CONTEXT_LOST after a
-    case that broke the device."""
+    """Run the cases of `task` and print each result as a line of JSON.
+
+    `task` holds `first`, `skipped` and `deadline`, the arguments of `results`. Returns the exit
+    status: 0, or CONTEXT_LOST after a case that broke the device.
+    """
     device_arrays, _ = _import(tests)
     device = device or device_arrays.CupyDevice()
     device_arrays.register(device, source)
-    newest = ("device:auto", "device:v3")  # which may well hang, and come last
+    newest = ("device:auto", "device:v3")  # last: the newest kernels are the likeliest to hang
     todo = sorted(
         crossing(tests), key=lambda run: newest.index(run[1]) + 1 if run[1] in newest else 0
     )
@@ -223,8 +238,10 @@ def worker(
 
 
 def _answers(device: Any) -> bool:
-    """Whether the device can still be used: after some errors, such as an access outside all
-    arrays, a process can do nothing there."""
+    """Return True if the device still works.
+
+    Some errors, such as an access outside all arrays, break the CUDA context of a process.
+    """
     if device.module is np:
         return True
     try:
@@ -240,8 +257,10 @@ def _answers(device: Any) -> bool:
 def crossing(
     tests: Path, most_elements: int | None = None, backend: str = "device"
 ) -> Iterator[tuple[Any, str, str]]:
-    """Case, choice and dtype of everything there is to run; small cases only where `most_elements`
-    says so."""
+    """Yield (case, choice, dtype) of every run: all cases by all implementations of `backend`.
+
+    Cases with more than `most_elements` elements of input are left out.
+    """
     _, kernel_check = _import(tests)
     for case in importlib.import_module("kernel_cases").all_cases():
         if (
@@ -261,14 +280,14 @@ def _import(tests: Path) -> tuple[Any, Any]:
 
 
 def _words(error: Exception) -> str:
-    """The error and where it came from, in one line."""
+    """Return the error and its place in the kernels, in one line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "kernels" in f.filename]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 def random_bits_agree() -> str | None:
-    """Whether addressed normals have NumPy's bits; what is wrong if not."""
+    """Compare 100,000 addressed normals with NumPy's. Returns the difference, or None."""
     from minillm import kernels
 
     cupy = importlib.import_module("cupy")
@@ -285,18 +304,21 @@ def random_bits_agree() -> str | None:
 
 
 def sanitize(tests: Path, deadline: float = SANITIZER_SECONDS + SANITIZER_START) -> dict[str, Any]:
-    """The small cases once more under compute-sanitizer's memory checker, where it is installed, if
-    it can end in `deadline` seconds."""
+    """Run the small cases under the memory checker of compute-sanitizer.
+
+    They are left out if it is not installed, and not run if `deadline` seconds are too few. Returns
+    `outcome` and `words`.
+    """
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     if tool is None:
-        return {"outcome": "left out", "words": "compute-sanitizer is not on this machine"}
+        return {"outcome": "left out", "words": "compute-sanitizer is not installed"}
     seconds = min(SANITIZER_SECONDS, int(deadline) - SANITIZER_START)
     if seconds <= 0:
         return {"outcome": "not run", "words": "no time"}
     program = [sys.executable, "-m", "minillm.kernels.gpu_check.checks", str(tests), str(seconds)]
-    # CuPy asks for attributes that a device may lack, and takes no for an answer: no error of ours.
+    # CuPy queries attributes that a device may lack and handles the error: it is none of ours.
     command = [
         tool,
         "--tool",
@@ -312,16 +334,18 @@ def sanitize(tests: Path, deadline: float = SANITIZER_SECONDS + SANITIZER_START)
             command, capture_output=True, text=True, timeout=seconds + SANITIZER_START
         )
     except subprocess.TimeoutExpired:
-        return {"outcome": "failed", "words": f"no end within {seconds + SANITIZER_START} s"}
+        return {"outcome": "failed", "words": f"timed out after {seconds + SANITIZER_START} s"}
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     outcome = "ok" if done.returncode == 0 else "failed"
     return {"outcome": outcome, "words": " | ".join(lines[-1:] if outcome == "ok" else lines[-12:])}
 
 
 def main() -> int:
-    """With a task as third argument (`run_apart`), the cases that it names. Without: what runs
-    under the sanitizer, small cases, once each, without the memory pool, in which nothing ends
-    where its array ends."""
+    """Run the worker, or, without a task as third argument, the cases under the sanitizer.
+
+    The sanitizer gets small cases, once each, without CuPy's memory pool: an access beyond an array
+    of the pool is still inside an allocation.
+    """
     if len(sys.argv) > 3:
         return worker(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
     importlib.import_module("cupy").cuda.set_allocator(None)

@@ -1,4 +1,4 @@
-"""Time on the GPU, and the two ceilings that other numbers are held against."""
+"""Timing on the GPU, and the two ceilings that other numbers are compared with."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-# of one timed turn: long beside a launch, so that what Python does between launches is hidden
+# A turn is a thousand times a launch: Python's work between launches stays hidden.
 TURN_SECONDS = 5e-3
 TURNS = 7
 
 
 def seconds(run: Callable[[], Any], turns: int = TURNS) -> float:
-    """GPU seconds of one `run()`: the median of several turns, each of as many calls as fill it,
-    after one turn to warm up."""
+    """Return the GPU seconds of one `run()`, as the median of `turns` turns.
+
+    A turn repeats the call for about TURN_SECONDS. One turn before the first warms up.
+    """
     cuda = importlib.import_module("cupy").cuda
     start, end = cuda.Event(), cuda.Event()
 
@@ -34,19 +36,25 @@ def seconds(run: Callable[[], Any], turns: int = TURNS) -> float:
 
 
 def normal(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> Any:
-    """Random normals on the GPU: zeros would flatter it, by way of its power limit."""
+    """Return random normals on the GPU, of the shape and dtype given.
+
+    Zeros would take less power: the GPU would reach rates that no real data reach.
+    """
     cupy = importlib.import_module("cupy")
     return cupy.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
 
 
 def bfloat16() -> np.dtype:
-    """The dtype."""
+    """Return the dtype bfloat16."""
     return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
 
 
 def ceilings(size: int = 8192, copy_bytes: int = 1 << 30) -> dict[str, float]:
-    """TFLOP/s of a large bfloat16 product in cuBLAS, and TB/s, read and written, of a copy on the
-    device."""
+    """Measure the rates of a matrix product and of a copy on the device.
+
+    Returns `gemm_tflops`, TFLOP/s of a bfloat16 product [size, size] in cuBLAS, and `copy_tbs`,
+    TB/s of a copy of `copy_bytes` bytes, counted once for the read and once for the write.
+    """
     cupy = importlib.import_module("cupy")
     a, b = (normal((size, size), bfloat16(), seed) for seed in (0, 1))
     gemm = 2.0 * size**3 / seconds(lambda: cupy.matmul(a, b)) / 1e12

@@ -1,4 +1,4 @@
-"""The findings as a Markdown page, and what they say about the goals."""
+"""Report: the results as a Markdown page, with the state of the goals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PEERS = ("flash", "cuDNN")
 
 
 def markdown(found: Found) -> str:
-    """The page."""
+    """Return the results as a Markdown page."""
     parts = [_head(found), _smoke(found), _tests(found)]
     if found.get("attention"):
         parts += [_attention(found["attention"], way) for way in ("forward", "backward")]
@@ -29,13 +29,13 @@ def markdown(found: Found) -> str:
         for name in ("ceilings", "attention", "steps", "sanitizer", "training")
         if not found.get(name)
     ]
-    parts += [f"Not run, or not to the end: {', '.join(missing)}."] if missing else []
+    parts += [f"Not run or incomplete: {', '.join(missing)}."] if missing else []
     parts.append(_goals(found))
     return "\n\n".join(parts) + "\n"
 
 
 def failed(found: Found) -> list[str]:
-    """What went wrong, in words: nothing of it may be so where a kernel is called right."""
+    """Return a line for every failure, and for all that was not run for lack of time."""
     words = list(found.get("problems", ()))
     words += [
         f"smoke test {t['name']}: {t['words']}"
@@ -45,7 +45,7 @@ def failed(found: Found) -> list[str]:
     tests = found.get("tests")
     if tests:
         words += [f"{f['case']}: {f['words']}" for f in tests["failures"]]
-        words += [f"there was no time for {tests['no_time']} cases"] if tests["no_time"] else []
+        words += [f"no time for {tests['no_time']} cases"] if tests["no_time"] else []
         words += [] if tests["ran"] else ["no case ran"]
     if (found.get("sanitizer") or {}).get("outcome") == "failed":
         words.append(f"compute-sanitizer: {found['sanitizer']['words']}")
@@ -55,7 +55,7 @@ def failed(found: Found) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
+    """Return a Markdown table with the first column aligned left and the others right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -87,7 +87,7 @@ def _head(found: Found) -> str:
     lines += [
         "",
         table(
-            ("what", "which"),
+            ("property", "value"),
             [[name, str(value)] for name, value in {**device, **found["software"]}.items()],
         ),
     ]
@@ -115,8 +115,8 @@ def _tests(found: Found) -> str:
     if not tests:
         return "## Kernel tests\n\nNot run."
     words = (
-        f"{tests['ran']} cases, {tests['repeats']} times each with poisoned outputs and the same "
-        f"bits: {len(tests['failures'])} failed"
+        f"{tests['ran']} cases, {tests['repeats']} times each with poisoned outputs, bits "
+        f"compared: {len(tests['failures'])} failed"
     )
     lines = [f"## Kernel tests\n\n{words}, {tests['seconds']:.0f} s."]
     lines += [f"- {f['case']}: {f['words']}" for f in tests["failures"][:50]]
@@ -129,7 +129,10 @@ def _tests(found: Found) -> str:
 
 
 def _attention(attention: Found, way: str) -> str:
-    """TFLOP/s of one direction; our best as a share of the better peer."""
+    """Return the section on one direction, in TFLOP/s.
+
+    The last column holds our fastest variant as a share of the faster peer.
+    """
     names = list(dict.fromkeys(name for row in attention["rows"] for name in row[way]))
     rows = []
     for row in attention["rows"]:
@@ -142,12 +145,14 @@ def _attention(attention: Found, way: str) -> str:
         )
     flops = "4 B H T^2 K" if way == "forward" else "10 B H T^2 K"
     title = f"## Attention {way}, bfloat16, TFLOP/s ({flops}, half under the causal mask)"
-    return f"{title}\n\n" + table(("head width, mask, T", *names, "of the better peer"), rows)
+    return f"{title}\n\n" + table(("head width, mask, T", *names, "of the faster peer"), rows)
 
 
 def best_of(row: Found, way: str, peers: Sequence[str] = _PEERS) -> float | None:
-    """Our fastest variant over the fastest of `peers`; None where one of the two sides is
-    missing."""
+    """Return our fastest variant's rate over that of the fastest of `peers`.
+
+    None if one of the two was not measured.
+    """
     ours = [rate for name, rate in row[way].items() if name not in _PEERS]
     theirs = [row[way][name] for name in peers if name in row[way]]
     return max(ours) / max(theirs) if ours and theirs else None
@@ -187,11 +192,14 @@ def _goals(found: Found) -> str:
                     f"reached {reached[-1]:g}" if reached else "missed",
                 ]
             )
-    return "## Goals\n\n" + table(("goal", "at least, by stages", "found", ""), rows)
+    return "## Goals\n\n" + table(("goal", "at least, by stages", "measured", ""), rows)
 
 
 def goals(found: Found) -> list[tuple[str, tuple[float, ...], float | None]]:
-    """Each goal, what it asks for in stages, and what was found."""
+    """Return (name, targets, measured) of every goal.
+
+    The targets rise by stages. `measured` is None if it was not measured.
+    """
     rows = {
         (r["head_width"], r["causal"], r["T"]): r
         for r in (found.get("attention") or {"rows": []})["rows"]
@@ -218,7 +226,7 @@ def goals(found: Found) -> list[tuple[str, tuple[float, ...], float | None]]:
             ratio(short, "forward", ("flash",)),
         ),
         (
-            "attention forward, width 64 causal 1k, of the better peer",
+            "attention forward, width 64 causal 1k, of the faster peer",
             (1.1,),
             ratio(short, "forward", _PEERS),
         ),

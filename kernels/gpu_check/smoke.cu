@@ -1,4 +1,5 @@
-// What the Hopper kernels stand on, alone: a tensor map passed by value, a TMA copy, and the barrier that it arrives at.
+// Smoke test of what the Hopper kernels build on: a tensor map passed by value, a TMA copy, and the
+// barrier at which the copy arrives.
 // minillm-arch: sm_90a
 // minillm-sass: UTMALDG
 // minillm-build: -DELEMENT=bfloat16
@@ -7,8 +8,10 @@
 #define ROWS 8
 #define COLUMNS 32
 
-// out [ROWS, COLUMNS] = the box of the mapped matrix that begins at (row, column); zeros outside the matrix.
-extern "C" __global__ void __launch_bounds__(128) copy_box(const __grid_constant__ TensorMap map, Element* out, int row, int column) {
+// Copies the box of the mapped matrix that begins at (row, column) to out [ROWS, COLUMNS]. Elements
+// outside the matrix are zero.
+extern "C" __global__ void __launch_bounds__(128)
+copy_box(const __grid_constant__ TensorMap map, Element* out, int row, int column) {
     __shared__ __align__(128) Element box[ROWS * COLUMNS];
     __shared__ uint64_t arrived;
     if (threadIdx.x == 0) {

@@ -1,5 +1,4 @@
-"""Smoke tests: each thing that the kernels take for granted, alone, so that a failure has a
-name."""
+"""Smoke tests: every facility that the kernels build on, alone, so that a failure has a name."""
 
 from __future__ import annotations
 
@@ -20,8 +19,10 @@ _ROWS, _COLUMNS = 8, 32
 
 
 def run() -> list[dict[str, Any]]:
-    """Name, outcome ("ok", "failed", "left out") and words of each test. A failure stops
-    nothing."""
+    """Run every smoke test, and return its `name`, `outcome` and `words`.
+
+    The outcome is "ok", "failed" or "left out". A failure does not stop the tests after it.
+    """
     tests: tuple[tuple[str, Callable[[], str]], ...] = (
         ("NVRTC to sm_90a", compile_for_hopper),
         ("tensor map by value, TMA", copy_by_tma),
@@ -31,7 +32,7 @@ def run() -> list[dict[str, Any]]:
 
 
 class LeftOut(Exception):
-    """The device is not one for the test."""
+    """Skipped test: the device lacks the feature under test."""
 
 
 def _outcome(name: str, test: Callable[[], str]) -> dict[str, Any]:
@@ -44,13 +45,16 @@ def _outcome(name: str, test: Callable[[], str]) -> dict[str, Any]:
 
 
 def compile_for_hopper() -> str:
-    """NVRTC makes Hopper code, on any device."""
+    """Compile smoke.cu for Hopper with NVRTC, which works on any device. Raises BuildError."""
     cubin = build.compile_cuda(_FILE, {"ELEMENT": "bfloat16"}, "sm_90a")
     return f"NVRTC {build.nvrtc_version()}, {len(cubin)} bytes"
 
 
 def copy_by_tma() -> str:
-    """Boxes inside a matrix and across its edges, copied by TMA."""
+    """Copy boxes inside a matrix and across its edges by TMA.
+
+    Raises LeftOut on a device without TMA, ValueError if a box differs.
+    """
     if compute_capability() != "90":
         raise LeftOut(f"compute capability {compute_capability()}, not 90")
     check_boxes(normal((40, 80), bfloat16()))
@@ -58,8 +62,11 @@ def copy_by_tma() -> str:
 
 
 def check_boxes(matrix: Any) -> None:
-    """Copy boxes of `matrix` [40, 80] with smoke.cu and compare them with slices padded with zeros.
-    Raises ValueError if one differs."""
+    """Copy boxes of `matrix` with smoke.cu and compare them with slices padded with zeros.
+
+    matrix: [40, 80] bfloat16, on the device or, under the emulator, on the host. Raises ValueError
+    if a box differs.
+    """
     host = (matrix.get() if hasattr(matrix, "get") else matrix).astype(np.float32)
     padded = np.pad(host, ((0, _ROWS), (0, _COLUMNS)))
     xp = importlib.import_module(type(matrix).__module__.partition(".")[0])
@@ -82,7 +89,11 @@ _MAX_WORKSPACE = 1  # attribute of a preference
 
 
 class Lt:
-    """Just enough of cuBLASLt: descriptors of one product, with errors raised."""
+    """cuBLASLt binding: the descriptors of one product.
+
+    Every method raises RuntimeError if cuBLASLt returns an error. The constructor raises OSError
+    if the library is missing.
+    """
 
     def __init__(self) -> None:
         self.lib = ctypes.CDLL(str(_library("cublasLt")))
@@ -98,7 +109,7 @@ class Lt:
         return handle
 
     def layout(self, dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
-        """A dense matrix, column by column."""
+        """Return the layout of a dense column-major matrix [rows, columns]."""
         return self.create(
             "MatrixLayout",
             ctypes.c_int(dtype),
@@ -108,7 +119,10 @@ class Lt:
         )
 
     def product(self, bias: int, aux: int, rows: int) -> ctypes.c_void_p:
-        """D = gelu(A B + bias), with A B + bias kept in `aux`."""
+        """Return the descriptor of D = gelu(A B + bias), which also stores A B + bias in `aux`.
+
+        `bias` and `aux` are device addresses; `rows` is the leading dimension of `aux`.
+        """
         desc = self.create("MatmulDesc", ctypes.c_int(_COMPUTE_F32), ctypes.c_int(_F32))
         values = (
             (_EPILOGUE, ctypes.c_int32(_GELU_AUX_BIAS)),
@@ -141,7 +155,7 @@ class Lt:
 
 
 class _Heuristic(ctypes.Structure):
-    """cublasLtMatmulHeuristicResult_t."""
+    """Result of the heuristic: cublasLtMatmulHeuristicResult_t."""
 
     _fields_ = (
         ("algo", ctypes.c_uint64 * 8),
@@ -153,7 +167,7 @@ class _Heuristic(ctypes.Structure):
 
 
 def _library(name: str) -> Path | str:
-    """The library of a pip wheel or a toolkit, else the name for the system's search."""
+    """Return the path of the library in a wheel or a toolkit, else its name for the loader."""
     wheels = [
         f for folder in build.nvidia_folders() for f in sorted(folder.glob(f"lib/lib{name}.so.*"))
     ]
@@ -167,8 +181,12 @@ def _library(name: str) -> Path | str:
 
 
 def product_with_gelu(M: int = 256, N: int = 384, K: int = 512) -> str:
-    """gelu(x w + bias) in one call, against NumPy. Row by row, x w is w' x' column by column, and
-    the bias runs along its columns."""
+    """Compare gelu(x w + bias) in one cuBLASLt call with NumPy.
+
+    x: [M, K], w: [K, N], bias: [N], all bfloat16. cuBLASLt is column-major: it sees the row-major
+    x w as w' x', with the bias along its columns. Raises RuntimeError if cuBLASLt has no algorithm,
+    ValueError if a relative error exceeds 1e-2.
+    """
     cupy = importlib.import_module("cupy")
     x, w, bias = (
         normal((M, K), bfloat16(), 1),

@@ -1,5 +1,7 @@
-"""The kernels of a training step but attention, as a share of the copy ceiling: they only move
-memory."""
+"""Rates of a training step's other kernels, as a share of the copy ceiling.
+
+All but attention are bound by memory bandwidth.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ PARAMETERS = 124_000_000
 
 
 class Work(NamedTuple):
-    """A call, and the bytes that it has to read and write once."""
+    """Kernel call with its memory traffic: the bytes that it must read and write once."""
 
     name: str
     num_bytes: float
@@ -28,8 +30,12 @@ class Work(NamedTuple):
 def run(
     copy_tbs: float, deadline: float, save: Callable[[Any], None] = lambda rows: None
 ) -> list[dict[str, Any]]:
-    """Name, microseconds, TB/s and share of the copy ceiling of every kernel; an error's words
-    where one fails, or where `deadline` seconds are over. `save` gets the rows after each."""
+    """Time every kernel and return its row.
+
+    A row holds `name`, `microseconds`, `megabytes`, `tbs` (TB/s) and `share`, TB/s over `copy_tbs`.
+    A kernel that fails has `name` and `error` instead. So have the groups that are left after
+    `deadline` seconds. `save` gets the rows after each kernel.
+    """
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     for make in (_norms, _elementwise, _logits, _embedding, _optimizer):
@@ -146,8 +152,7 @@ def _logits() -> Iterator[Work]:
     yield Work(
         "xent_statistics", logits.nbytes, lambda: kernels.xent_statistics(logits, targets, 0)
     )
-    # A shift of 10, and a factor of 1: worked on in place again and again, the values neither
-    # overflow nor vanish.
+    # The calls repeat in place: a shift of 10 and a factor of 1 neither overflow nor vanish.
     shift, ones = (cupy.full(LOGIT_ROWS, value, np.float32) for value in (10, 1))
     yield Work("xent_max", logits.nbytes, lambda: kernels.xent_max(logits))
     yield Work(
@@ -166,9 +171,8 @@ def _embedding() -> Iterator[Work]:
     from minillm import kernels
 
     cupy = importlib.import_module("cupy")
-    frequency = 1 / np.arange(
-        1, VOCAB + 1
-    )  # Zipf's law: one token in eleven is the most frequent one
+    # Zipf's law: one token in eleven is the most frequent one.
+    frequency = 1 / np.arange(1, VOCAB + 1)
     ids = cupy.asarray(np.random.default_rng(0).choice(VOCAB, ROWS, p=frequency / frequency.sum()))
     table, grad = normal((VOCAB, DIM), bfloat16()), normal((ROWS, DIM), bfloat16(), 1)
     sums = cupy.zeros((VOCAB, DIM), np.float32)

@@ -1,5 +1,7 @@
-"""PyTorch's scaled_dot_product_attention, with its flash and its cuDNN back end, over the shapes of
-attention.py; prints JSON."""
+"""Rates of PyTorch's attention, with its flash and its cuDNN back end, printed as JSON.
+
+The operation is scaled_dot_product_attention; the shapes are those of attention.py.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ BACKENDS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
 
 
 def _seconds(torch: Any, run: Callable[[], Any]) -> float:
-    """As measure.seconds, by PyTorch's events."""
+    """Return the GPU seconds of one `run()`, by PyTorch's events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def turn(calls: int) -> float:
@@ -35,7 +37,7 @@ def _seconds(torch: Any, run: Callable[[], Any]) -> float:
 
 
 def _row(torch: Any, shape: Shape, notes: list[str]) -> dict[str, Any]:
-    """TFLOP/s of both back ends, forward and backward."""
+    """Return the TFLOP/s of both back ends, forward and backward; an error becomes a note."""
     attention = importlib.import_module("torch.nn.attention")
     B, T, H, K = shape.sizes
     qkv = torch.randn(B, T, 3, H, K, device="cuda", dtype=torch.bfloat16)
@@ -64,7 +66,7 @@ def _row(torch: Any, shape: Shape, notes: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The program: its argument is the lengths as JSON."""
+    """Print the table as JSON. The program's only argument is the lengths, as JSON."""
     torch = importlib.import_module("torch")
     notes = [f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"]
     rows = [_row(torch, shape, notes) for shape in shapes(tuple(json.loads(sys.argv[1])))]

@@ -43,7 +43,7 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
 def test_unknown_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         program.main(["--only", "smoke,tset"])
-    assert "no section tset; there are ceilings, smoke" in capsys.readouterr().err
+    assert "unknown section tset; choose from ceilings, smoke" in capsys.readouterr().err
 
 
 def test_the_tma_smoke_test_is_right() -> None:
@@ -162,7 +162,7 @@ def test_a_case_that_hangs_or_breaks_the_device_takes_no_other_with_it() -> None
         "left out",
         "left out",
     ]
-    assert "no end within 1 s" in found[0].words and found[3].words == "illegal address"
+    assert "timed out after 1 s" in found[0].words and found[3].words == "illegal address"
     assert checks.summary(found) == {
         "ran": 6,
         "failures": [{"case": found[i].case, "words": found[i].words} for i in (0, 1, 3, 4)],
@@ -173,7 +173,7 @@ def test_a_case_that_hangs_or_breaks_the_device_takes_no_other_with_it() -> None
 
 def test_tests_that_cannot_start_are_a_failure() -> None:
     assert [(r.outcome, r.words) for r in results_of("import nothing_of_this_name")] == [
-        ("failed", "the process that runs them does not start")
+        ("failed", "the worker process does not start")
     ]
 
 
@@ -215,8 +215,8 @@ def test_what_a_part_had_found_is_kept(part: Path) -> None:
     problems: list[str] = []
     for end, words in (
         ("exit 0", []),
-        ("exit 9", ["steps: it ended with status 9"]),
-        ("exec sleep 60", ["steps: it was stopped after 1 s"]),
+        ("exit 9", ["steps: exit status 9"]),
+        ("exec sleep 60", ["steps: timed out after 1 s"]),
     ):
         part.write_text(f"#!/bin/sh\necho '[1, 2]' >\"$6\"\n{end}\n")
         part.chmod(0o755)
@@ -230,7 +230,7 @@ def test_what_a_part_had_found_is_kept(part: Path) -> None:
             for problem, w in zip(problems, words, strict=True)
         )
     part.write_text("#!/bin/sh\necho 'no such kernel' >&2\nexit 1\n")
-    with pytest.raises(RuntimeError, match="status 1: no such kernel"):
+    with pytest.raises(RuntimeError, match="exit status 1: no such kernel"):
         program._apart("steps", 1, problems)
 
 
@@ -252,7 +252,7 @@ def test_a_variant_that_breaks_leaves_the_others_their_numbers(
     problems: list[str] = []
     found = program._attention(lambda: 40.0, problems)
     assert found["rows"][0]["forward"] == {"v2": 200.0, "flash": 230.0} and found["notes"] == ["a"]
-    assert problems == ["attention v3: it ended with status 1: "]
+    assert problems == ["attention v3: exit status 1: "]
 
 
 def test_without_the_sanitizer_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +374,7 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
 
 def test_a_run_cut_short_still_makes_a_page() -> None:
     bare = {key: FOUND[key] for key in ("commit", "date", "device", "software", "seconds")}
-    assert "Not run, or not to the end: ceilings, attention, steps" in report.markdown(bare)
+    assert "Not run or incomplete: ceilings, attention, steps" in report.markdown(bare)
     assert "Not run." in report.markdown(bare) and report.failed(bare) == []
     broken = {
         **bare,
@@ -393,7 +393,7 @@ def test_a_run_cut_short_still_makes_a_page() -> None:
             "failures": [{"case": "a", "words": "b"}],
         },
     }
-    assert report.failed(worst) == ["a: b", "there was no time for 3 cases", "no case ran"]
+    assert report.failed(worst) == ["a: b", "no time for 3 cases", "no case ran"]
     assert "- a: b" in report.markdown(worst)
 
 
@@ -419,7 +419,7 @@ def test_what_there_is_no_time_for_is_reported(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(program, "KERNEL_SECONDS", 0)
     problems = program.run(["ceilings", "steps"], ROOT, 1)["problems"]
     assert problems == [
-        f"section {name}: not run, the 0 s for the kernels were over"
+        f"section {name}: not run, the 0 s for the kernels are spent"
         for name in ("ceilings", "steps")
     ]
 
