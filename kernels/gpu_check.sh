@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
-# Tests and times the CUDA kernels on a machine with a GPU, for at most about five minutes, then training, for at most four more (what there is no time for is
-# reported as not run): environment, two ceilings, smoke tests, every kernel test on the device,
-# attention beside PyTorch's, the other kernels as a share of the copy ceiling. Writes JSON and Markdown to docs/gpu-results/ (--out: elsewhere).
-# Installs nothing: it runs with the Python of the machine (PYTHON, else python3), which needs NumPy, ml_dtypes and CuPy 14 with NVRTC; ranks that share the
-# GPU are processes where there are mpi4py and mpirun too, else threads. `--help` says more.
-# Exit status: 0 all is well, 1 a test failed or was not run, 2 there is no GPU here.
+# Tests and times the CUDA kernels on a machine with a GPU: about five minutes for the kernels, then
+# at most four for training. What does not fit into the time is reported as not run.
+#
+# Sections: environment, two ceilings, smoke tests, every kernel test on the device, attention
+# beside PyTorch's, the other kernels as a share of the copy ceiling, compute-sanitizer, training.
+# Writes JSON and Markdown to docs/gpu-results/ (--out: elsewhere). `--help` lists the options.
+#
+# Installs nothing. Runs with the Python of the machine (PYTHON, else python3), which needs NumPy,
+# ml_dtypes and CuPy 14 with NVRTC. Ranks that share the GPU are processes if mpi4py and mpirun are
+# installed, else threads.
+#
+# Exit status: 0 no problem, 1 a test failed or was not run, 2 no GPU.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 
-# minillm.kernels lies in kernels/, which only an installed package would know: links stand in for that, before what is in the current folder.
+# Only an installed package maps minillm.kernels to kernels/ and minillm.launch to launch/. Here a
+# folder of links does. PYTHONSAFEPATH keeps the current folder off the path: its minillm/ would
+# hide that one.
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/minillm"

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("kernels/*/README.md")),
+]
 WIDTH = 100
 TREE = re.compile(r"(?<![\w./-])(?:minillm|kernels|tests|docs|\.ci)/[\w./-]*[\w/]")
 SHORT = re.compile(r"`((?:[\w-]+/)+[\w-]+\.(?:py|cu|cuh|c|cpp|h|md|svg))`")
