@@ -240,9 +240,7 @@ def _section(name: str, run: Callable[[], Any], start: float, problems: list[str
     try:
         found = run()
     except Exception as error:
-        problems.append(
-            f"section {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        )
+        problems.append(f"section {name}: {report.error_line(error)}")
         print(f"failed: {problems[-1]}", flush=True)
         return None
     print(json.dumps(found, indent=1)[:20000], flush=True)

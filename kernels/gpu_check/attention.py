@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from minillm.kernels.gpu_check.measure import bfloat16, normal, seconds
+from minillm.kernels.gpu_check.report import error_line
 
 TOKENS, WIDTH = 16384, 2048  # B T and H K
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -93,9 +94,7 @@ def run(
         try:
             forward, backward = _calls(variant, shape)
         except Exception as error:
-            found["notes"].append(
-                f"{variant}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            )
+            found["notes"].append(f"{variant}: {error_line(error)}")
         else:
             _time(row, variant, shape, forward, backward, found["notes"])
         save(found)
@@ -137,9 +136,7 @@ def _time(
         try:
             row[way][name] = shape.flops(way == "backward") / seconds(call, turns=5) / 1e12
         except Exception as error:
-            notes.append(
-                f"{name} {way}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            )
+            notes.append(f"{name} {way}: {error_line(error)}")
 
 
 def torch(lengths: tuple[int, ...] = LENGTHS, timeout: float = TORCH_SECONDS) -> Found:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from minillm.kernels.gpu_check.report import error_line
 from minillm.kernels.registry import KernelUnavailable
 
 REPEATS = 10
@@ -283,7 +284,7 @@ def _words(error: Exception) -> str:
     """Return the error and its place in the kernels, in one line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "kernels" in f.filename]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    return error_line(error) + where
 
 
 def random_bits_agree() -> str | None:

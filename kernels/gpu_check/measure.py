@@ -20,6 +20,16 @@ def seconds(run: Callable[[], Any], turns: int = TURNS) -> float:
     """
     cuda = importlib.import_module("cupy").cuda
     start, end = cuda.Event(), cuda.Event()
+    return median_seconds(run, start, end, lambda e: cuda.get_elapsed_time(start, e), turns)
+
+
+def median_seconds(
+    run: Callable[[], Any], start: Any, end: Any, elapsed: Callable[[Any], float], turns: int
+) -> float:
+    """Return the median of `seconds`, by the events `start` and `end` of any CUDA library.
+
+    `elapsed` returns the milliseconds from `start` to the event given.
+    """
 
     def turn(calls: int) -> float:
         start.record()
@@ -27,7 +37,7 @@ def seconds(run: Callable[[], Any], turns: int = TURNS) -> float:
             run()
         end.record()
         end.synchronize()
-        return cuda.get_elapsed_time(start, end) / 1e3 / calls
+        return elapsed(end) / 1e3 / calls
 
     run()
     calls = max(1, min(1000, round(TURN_SECONDS / max(turn(2), 1e-6))))

@@ -8,28 +8,42 @@ from typing import Any
 Found = dict[str, Any]
 
 _PEERS = ("flash", "cuDNN")
+_GROUPS = {"flash": ("flash",), "cuDNN": ("cuDNN",), "the faster peer": _PEERS}
+_SHORT, _LONG = (64, True, 1024), (128, True, 4096)  # head width, causal, T
+# Our rate over that of a group of peers: direction, shape, group, targets by stages.
+_ATTENTION_GOALS = (
+    ("forward", _SHORT, "flash", (0.9, 1.0)),
+    ("forward", _SHORT, "the faster peer", (1.1,)),
+    ("forward", _LONG, "flash", (0.9, 1.4)),
+    ("forward", _LONG, "cuDNN", (1.0,)),
+    ("backward", _SHORT, "flash", (0.8, 1.0)),
+    ("backward", _SHORT, "cuDNN", (1.0,)),
+    ("backward", _LONG, "flash", (0.8, 1.0)),
+    ("backward", _LONG, "cuDNN", (1.0,)),
+)
+_FAMILIES = ("layernorm", "rmsnorm", "gelu", "swiglu", "xent", "adamw")
+_NO_RATES: Found = {"forward": {}, "backward": {}}
+
+
+def error_line(error: Exception) -> str:
+    """Return the type and the message of an error in one line, cut after 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def markdown(found: Found) -> str:
     """Return the results as a Markdown page."""
     parts = [_head(found), _smoke(found), _tests(found)]
-    if found.get("attention"):
-        parts += [_attention(found["attention"], way) for way in ("forward", "backward")]
-        parts += (
-            ["\n".join(f"- {note}" for note in found["attention"]["notes"])]
-            if found["attention"]["notes"]
-            else []
-        )
+    if attention := found.get("attention"):
+        parts += [_attention(attention, way) for way in ("forward", "backward")]
+        if attention["notes"]:
+            parts.append("\n".join(f"- {note}" for note in attention["notes"]))
     if found.get("steps"):
         parts.append(_steps(found["steps"]))
     if found.get("training"):
         parts.append(found["training"]["page"])
-    missing = [
-        name
-        for name in ("ceilings", "attention", "steps", "sanitizer", "training")
-        if not found.get(name)
-    ]
-    parts += [f"Not run or incomplete: {', '.join(missing)}."] if missing else []
+    optional = ("ceilings", "attention", "steps", "sanitizer", "training")
+    if missing := [name for name in optional if not found.get(name)]:
+        parts.append(f"Not run or incomplete: {', '.join(missing)}.")
     parts.append(_goals(found))
     return "\n\n".join(parts) + "\n"
 
@@ -59,20 +73,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        return (
-            "| "
-            + " | ".join(
-                c.rjust(w) if i else c.ljust(w)
-                for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-            )
-            + " |"
-        )
+        pairs = enumerate(zip(cells, widths, strict=True))
+        return f"| {' | '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in pairs)} |"
 
-    rule = (
-        "|"
-        + "|".join(("-" * (w + 1) + ":" if i else "-" * (w + 2)) for i, w in enumerate(widths))
-        + "|"
-    )
+    rule = f"|{'|'.join('-' * (w + 1) + (':' if i else '-') for i, w in enumerate(widths))}|"
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
@@ -153,9 +157,13 @@ def best_of(row: Found, way: str, peers: Sequence[str] = _PEERS) -> float | None
 
     None if one of the two was not measured.
     """
-    ours = [rate for name, rate in row[way].items() if name not in _PEERS]
+    ours = _ours(row, way)
     theirs = [row[way][name] for name in peers if name in row[way]]
     return max(ours) / max(theirs) if ours and theirs else None
+
+
+def _ours(row: Found, way: str) -> list[float]:
+    return [rate for name, rate in row[way].items() if name not in _PEERS]
 
 
 def _steps(steps: Sequence[Found]) -> str:
@@ -200,69 +208,29 @@ def goals(found: Found) -> list[tuple[str, tuple[float, ...], float | None]]:
 
     The targets rise by stages. `measured` is None if it was not measured.
     """
-    rows = {
-        (r["head_width"], r["causal"], r["T"]): r
-        for r in (found.get("attention") or {"rows": []})["rows"]
-    }
-
-    def ratio(shape: tuple[int, bool, int], way: str, peers: Sequence[str]) -> float | None:
-        return best_of(rows[shape], way, peers) if shape in rows else None
-
-    def rate(shape: tuple[int, bool, int], way: str) -> float | None:
-        rates = rows[shape][way] if shape in rows else {}
-        return max((rate for name, rate in rates.items() if name not in _PEERS), default=None)
-
-    short, long = (64, True, 1024), (128, True, 4096)
+    attention = (found.get("attention") or {"rows": []})["rows"]
+    rows = {(row["head_width"], row["causal"], row["T"]): row for row in attention}
     shares = [(row["name"], row["share"]) for row in found.get("steps") or () if "share" in row]
 
     def slowest(family: str) -> float | None:
         return min((share for name, share in shares if name.startswith(family)), default=None)
 
-    families = ("layernorm", "rmsnorm", "gelu", "swiglu", "xent", "adamw")
     return [
-        (
-            "attention forward, width 64 causal 1k, of flash",
-            (0.9, 1.0),
-            ratio(short, "forward", ("flash",)),
+        *(
+            (
+                f"attention {way}, width {shape[0]} causal {shape[2] // 1024}k, of {group}",
+                targets,
+                best_of(rows.get(shape, _NO_RATES), way, _GROUPS[group]),
+            )
+            for way, shape, group, targets in _ATTENTION_GOALS
         ),
         (
-            "attention forward, width 64 causal 1k, of the faster peer",
-            (1.1,),
-            ratio(short, "forward", _PEERS),
-        ),
-        (
-            "attention forward, width 128 causal 4k, of flash",
-            (0.9, 1.4),
-            ratio(long, "forward", ("flash",)),
-        ),
-        (
-            "attention forward, width 128 causal 4k, of cuDNN",
-            (1.0,),
-            ratio(long, "forward", ("cuDNN",)),
-        ),
-        ("attention forward, width 128 causal 4k, TFLOP/s", (450.0,), rate(long, "forward")),
-        (
-            "attention backward, width 64 causal 1k, of flash",
-            (0.8, 1.0),
-            ratio(short, "backward", ("flash",)),
-        ),
-        (
-            "attention backward, width 64 causal 1k, of cuDNN",
-            (1.0,),
-            ratio(short, "backward", ("cuDNN",)),
-        ),
-        (
-            "attention backward, width 128 causal 4k, of flash",
-            (0.8, 1.0),
-            ratio(long, "backward", ("flash",)),
-        ),
-        (
-            "attention backward, width 128 causal 4k, of cuDNN",
-            (1.0,),
-            ratio(long, "backward", ("cuDNN",)),
+            "attention forward, width 128 causal 4k, TFLOP/s",
+            (450.0,),
+            max(_ours(rows.get(_LONG, _NO_RATES), "forward"), default=None),
         ),
         *(
             (f"slowest {family} kernel, of the copy", (0.8, 0.9, 0.95), slowest(family))
-            for family in families
+            for family in _FAMILIES
         ),
     ]

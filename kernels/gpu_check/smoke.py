@@ -108,6 +108,12 @@ class Lt:
         self.call(f"cublasLt{name}Create", ctypes.byref(handle), *args)
         return handle
 
+    def set(self, name: str, handle: ctypes.c_void_p, attribute: int, value: Any) -> None:
+        """Set an attribute of the object `handle` of type `name` to a ctypes value."""
+        size = ctypes.c_size_t(ctypes.sizeof(value))
+        args = (handle, ctypes.c_int(attribute), ctypes.byref(value), size)
+        self.call(f"cublasLt{name}SetAttribute", *args)
+
     def layout(self, dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
         """Return the layout of a dense column-major matrix [rows, columns]."""
         return self.create(
@@ -131,26 +137,12 @@ class Lt:
             (_AUX_LD, ctypes.c_int64(rows)),
         )
         for attribute, value in values:
-            size = ctypes.c_size_t(ctypes.sizeof(value))
-            self.call(
-                "cublasLtMatmulDescSetAttribute",
-                desc,
-                ctypes.c_int(attribute),
-                ctypes.byref(value),
-                size,
-            )
+            self.set("MatmulDesc", desc, attribute, value)
         return desc
 
     def preference(self, workspace_bytes: int) -> ctypes.c_void_p:
-        preference, value = self.create("MatmulPreference"), ctypes.c_uint64(workspace_bytes)
-        size = ctypes.c_size_t(8)
-        self.call(
-            "cublasLtMatmulPreferenceSetAttribute",
-            preference,
-            ctypes.c_int(_MAX_WORKSPACE),
-            ctypes.byref(value),
-            size,
-        )
+        preference = self.create("MatmulPreference")
+        self.set("MatmulPreference", preference, _MAX_WORKSPACE, ctypes.c_uint64(workspace_bytes))
         return preference
 
 
@@ -168,15 +160,12 @@ class _Heuristic(ctypes.Structure):
 
 def _library(name: str) -> Path | str:
     """Return the path of the library in a wheel or a toolkit, else its name for the loader."""
-    wheels = [
-        f for folder in build.nvidia_folders() for f in sorted(folder.glob(f"lib/lib{name}.so.*"))
-    ]
-    toolkits = [
-        f
-        for folder in build.toolkit_folders()
-        for f in sorted(folder.glob(f"lib64/lib{name}.so.*"))
-    ]
-    found = [f for f in (*wheels, *toolkits) if ".alt." not in f.name]
+    folders = (
+        *(folder / "lib" for folder in build.nvidia_folders()),
+        *(folder / "lib64" for folder in build.toolkit_folders()),
+    )
+    files = [file for folder in folders for file in sorted(folder.glob(f"lib{name}.so.*"))]
+    found = [file for file in files if ".alt." not in file.name]
     return found[0] if found else f"lib{name}.so"
 
 
@@ -188,16 +177,10 @@ def product_with_gelu(M: int = 256, N: int = 384, K: int = 512) -> str:
     ValueError if a relative error exceeds 1e-2.
     """
     cupy = importlib.import_module("cupy")
-    x, w, bias = (
-        normal((M, K), bfloat16(), 1),
-        normal((K, N), bfloat16(), 2),
-        normal((N,), bfloat16(), 3),
-    )
-    y, aux, workspace = (
-        cupy.empty((M, N), bfloat16()),
-        cupy.empty((M, N), bfloat16()),
-        cupy.empty(32 << 20, cupy.uint8),
-    )
+    shapes = ((M, K), (K, N), (N,))
+    x, w, bias = (normal(shape, bfloat16(), seed) for seed, shape in enumerate(shapes, 1))
+    y, aux = (cupy.empty((M, N), bfloat16()) for _ in range(2))
+    workspace = cupy.empty(32 << 20, cupy.uint8)
     lt = Lt()
     handle = ctypes.c_void_p()
     lt.call("cublasLtCreate", ctypes.byref(handle))
@@ -216,29 +199,12 @@ def product_with_gelu(M: int = 256, N: int = 384, K: int = 512) -> str:
     if not count.value:
         raise RuntimeError("cuBLASLt has no algorithm for GELU_AUX_BIAS here")
     one, zero = ctypes.c_float(1), ctypes.c_float(0)
+    A, B, D, work = (ctypes.c_void_p(array.data.ptr) for array in (w, x, y, workspace))
     lt.call(
         "cublasLtMatmul",
-        *(
-            handle,
-            desc,
-            ctypes.byref(one),
-            ctypes.c_void_p(w.data.ptr),
-            layouts[0],
-            ctypes.c_void_p(x.data.ptr),
-            layouts[1],
-        ),
-        *(
-            ctypes.byref(zero),
-            ctypes.c_void_p(y.data.ptr),
-            layouts[2],
-            ctypes.c_void_p(y.data.ptr),
-            layouts[2],
-        ),
-        *(
-            ctypes.byref(found),
-            ctypes.c_void_p(workspace.data.ptr),
-            ctypes.c_size_t(workspace.nbytes),
-        ),
+        *(handle, desc, ctypes.byref(one), A, layouts[0], B, layouts[1]),
+        *(ctypes.byref(zero), D, layouts[2], D, layouts[2]),
+        *(ctypes.byref(found), work, ctypes.c_size_t(workspace.nbytes)),
         ctypes.c_void_p(cupy.cuda.get_current_stream().ptr),
     )
     wide = [a.astype(np.float32).get().astype(np.float64) for a in (x, w, bias, y, aux)]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from minillm.kernels.gpu_check.measure import bfloat16, normal, seconds
+from minillm.kernels.gpu_check.report import error_line
 
 ROWS, DIM, VOCAB, HEAD_WIDTH = 65536, 768, 50304, 64
 LOGIT_ROWS = 8192
@@ -47,12 +48,7 @@ def run(
                 rows.append(_measure(work, copy_tbs))
                 save(rows)
         except Exception as error:
-            rows.append(
-                {
-                    "name": make.__name__.strip("_"),
-                    "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                }
-            )
+            rows.append({"name": make.__name__.strip("_"), "error": error_line(error)})
         importlib.import_module("cupy").get_default_memory_pool().free_all_blocks()
     return rows
 
@@ -61,10 +57,7 @@ def _measure(work: Work, copy_tbs: float) -> dict[str, Any]:
     try:
         each = seconds(work.call)
     except Exception as error:
-        return {
-            "name": work.name,
-            "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        }
+        return {"name": work.name, "error": error_line(error)}
     rate = work.num_bytes / each / 1e12
     return {
         "name": work.name,

@@ -5,15 +5,16 @@ The operation is scaled_dot_product_attention; the shapes are those of attention
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from minillm.kernels.gpu_check.attention import Shape, shapes
-from minillm.kernels.gpu_check.measure import TURN_SECONDS
+from minillm.kernels.gpu_check.measure import median_seconds
+from minillm.kernels.gpu_check.report import error_line
 
 BACKENDS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
 
@@ -21,19 +22,7 @@ BACKENDS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
 def _seconds(torch: Any, run: Callable[[], Any]) -> float:
     """Return the GPU seconds of one `run()`, by PyTorch's events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def turn(calls: int) -> float:
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
-
-    run()
-    calls = max(1, min(1000, round(TURN_SECONDS / max(turn(2), 1e-6))))
-    turn(calls)
-    return statistics.median(turn(calls) for _ in range(5))
+    return median_seconds(run, start, end, start.elapsed_time, turns=5)
 
 
 def _row(torch: Any, shape: Shape, notes: list[str]) -> dict[str, Any]:
@@ -47,21 +36,19 @@ def _row(torch: Any, shape: Shape, notes: list[str]) -> dict[str, Any]:
     for name, backend in BACKENDS.items():
         try:
             with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
-
-                def forward() -> Any:
-                    return torch.nn.functional.scaled_dot_product_attention(
-                        q, k, v, is_causal=shape.causal
-                    )
-
+                forward = functools.partial(
+                    torch.nn.functional.scaled_dot_product_attention,
+                    *(q, k, v),
+                    is_causal=shape.causal,
+                )
                 with torch.no_grad():
                     row["forward"][name] = shape.flops(False) / _seconds(torch, forward) / 1e12
-                o = forward()
-                run = lambda o=o: torch.autograd.grad(o, (q, k, v), grad, retain_graph=True)  # noqa: E731
-                row["backward"][name] = shape.flops(True) / _seconds(torch, run) / 1e12
+                backward = functools.partial(
+                    torch.autograd.grad, forward(), (q, k, v), grad, retain_graph=True
+                )
+                row["backward"][name] = shape.flops(True) / _seconds(torch, backward) / 1e12
         except Exception as error:
-            notes.append(
-                f"PyTorch {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            )
+            notes.append(f"PyTorch {name}: {error_line(error)}")
     return row
 
 

@@ -17,7 +17,7 @@ import pytest
 from minillm.kernels import registry
 from minillm.kernels.gpu import precompile, registering
 from minillm.kernels.gpu_check import __main__ as program
-from minillm.kernels.gpu_check import attention, checks, report, smoke, steps
+from minillm.kernels.gpu_check import attention, checks, measure, report, smoke, steps
 from test_cuda import HostDevice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +51,28 @@ def test_the_tma_smoke_test_is_right() -> None:
         pytest.skip(registering.emulator_unavailable)
     matrix = np.random.default_rng(0).standard_normal((40, 80)).astype(ml_dtypes.bfloat16)
     smoke.check_boxes(matrix)
+
+
+def test_the_time_of_a_call_is_a_median_of_turns() -> None:
+    clock = [0.0]  # milliseconds
+    calls = []
+
+    class Event:
+        def record(self) -> None:
+            self.time = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+    def call() -> None:
+        calls.append(0)
+        clock[0] += 100.0 if len(calls) == 10 else 1.0  # one outlier
+
+    start, end = Event(), Event()
+    found = measure.median_seconds(call, start, end, lambda e: e.time - start.time, turns=3)
+    assert found == 1e-3
+    # One call, a turn of 2, then 4 turns of 5 ms: one to warm up and three that count.
+    assert len(calls) == 1 + 2 + 4 * 5
 
 
 def test_a_failed_smoke_test_is_reported() -> None:
