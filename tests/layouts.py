@@ -2,7 +2,7 @@
 
 `QUICK_CELLS` is a covering array: every pair of factor values occurs in one of its cells. Every run
 of the tests has it. The mark `matrix` adds a table by hand, a covering array of all triples of the
-wide cells, and a sample of all cells, drawn with a seed. The mark `full` holds all cells.
+wide cells, and a seeded sample of all cells. The mark `full` holds all cells.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ TABLE: list[Cell] = [
 
 
 def all_layouts() -> list[Layout]:
-    """Every layout of up to 8 ranks, with every schedule and several numbers of microbatches."""
+    """Return every layout of up to 8 ranks, with every schedule and 1 to 8 microbatches."""
     sizes = (1, 2, 4, 8)
     return [
         Layout(dp=dp, tp=tp, pp=pp, sp=sp, schedule=schedule, num_microbatches=m)
@@ -91,7 +91,7 @@ def all_layouts() -> list[Layout]:
 
 
 def kv_heads_divide(model: str, layout: Layout) -> bool:
-    """Whether each tensor-parallel rank of the layout gets a key-value head of the model."""
+    """Tell if each tensor-parallel rank of the layout gets a key-value head of the model."""
     return MODELS[model].get("kv_heads", BASE["heads"]) % layout.tp == 0
 
 

@@ -1,4 +1,4 @@
-"""Start a program under mpirun, with a time-out that ends its own processes and nobody else's."""
+"""Launches of programs under mpirun, with a time-out that ends their own processes alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LAUNCHED = ("OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_", "HYDRA_")
 
 @dataclass
 class Finished:
-    """How a launch ended: exit status, standard output and error together, seconds."""
+    """Finished launch: exit status, standard output and error together, seconds."""
 
     returncode: int
     output: str
@@ -40,8 +40,10 @@ class Finished:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a launch: one thread a rank, and no trace of a launcher around the
-    tests."""
+    """Return the environment of a launch: one thread a rank.
+
+    It holds no trace of a launcher around the tests.
+    """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
     return (
         clean
@@ -54,7 +56,10 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 def start(
     n: int, args: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.Popen[str]:
-    """`mpirun -n N python ARGS` in a process group of its own; n = 0 starts plain `python ARGS`."""
+    """Start `mpirun -n N python ARGS` in a process group of its own.
+
+    n = 0 starts plain `python ARGS`.
+    """
     launcher = [str(MPIRUN), "-n", str(n)] if n else []
     command = [*launcher, sys.executable, *args]
     return subprocess.Popen(
@@ -70,8 +75,10 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 60) -> Finished:
-    """Wait for a launch; fail the test, after ending the launch, when it takes longer than
-    `timeout` seconds."""
+    """Wait for a launch, and fail the test if it takes longer than `timeout` seconds.
+
+    The launch is ended first.
+    """
     started = time.monotonic()
     try:
         output, _ = process.communicate(timeout=timeout)

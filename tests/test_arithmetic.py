@@ -45,7 +45,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[np.ndarray, ...]]] = {
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_values_and_derivatives(name: str) -> None:
-    """The same expression on arrays gives the value, and the adjoint test holds."""
+    """Compare the value with the same expression on arrays, and check the adjoint."""
     function, inputs = CASES[name]
     of_arrays: Any = function(*inputs)  # type: ignore[arg-type]
     found = function(*(Tensor(x, True) for x in inputs))

@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 class Weight(Leaf):
-    """A parameter that holds its array."""
+    """Parameter that holds its array."""
 
     def __init__(self, *shape: int) -> None:
         self.value = RNG.standard_normal(shape)
@@ -32,7 +32,7 @@ class Weight(Leaf):
 
 
 class Watcher:
-    """Remembers what the engine reports."""
+    """Recorder of what the engine reports."""
 
     def __init__(self) -> None:
         self.ready: list[Weight] = []
@@ -62,7 +62,7 @@ def test_a_chain_of_20000_needs_no_recursion_and_frees_its_memory() -> None:
     alive: list[weakref.ref] = []
 
     class Probe(np.ndarray):
-        """An array that can be referred to weakly."""
+        """Array that can be referred to weakly."""
 
     class Double(Function):
         @staticmethod
@@ -128,8 +128,10 @@ def test_input_and_weight_gradients_apart_equal_both_at_once() -> None:
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_parameter_is_ready_once_after_its_last_use(split: bool, recompute: bool) -> None:
-    """The first weight is used three times, twice inside the recomputed part; ready means that all
-    its gradients have been written."""
+    """Check that a parameter is ready once all its gradients have been written.
+
+    The first weight is used three times, twice inside the recomputed part.
+    """
     shared, other = Weight(4, 4), Weight(4, 4)
     x = Tensor(RNG.standard_normal((3, 4)), True)
 
@@ -199,7 +201,7 @@ def test_a_recomputable_array_is_not_kept() -> None:
 
 
 def test_recomputation_of_parameters_alone() -> None:
-    """A first block whose input is data: only parameters want gradients."""
+    """Recompute a first block whose input is data: only parameters want gradients."""
     w = Weight(4, 4)
     y = recomputed(lambda h: ops.linear(h, w), Tensor(np.ones((2, 4))))
     backward([(y, np.ones((2, 4)))])
@@ -223,7 +225,10 @@ def test_a_second_backward_is_refused() -> None:
 
 
 def test_an_incoming_gradient_that_somebody_shares_is_not_overwritten() -> None:
-    """x + x hands one array to two consumers; gelu's backward likes to work in place."""
+    """Check a sum that hands one array to two consumers.
+
+    The backward of gelu would work in place on it.
+    """
     x = Tensor(RNG.standard_normal((4, 4)), True)
     seed = np.ones((4, 4))
     backward([(ops.add(ops.gelu(x), ops.gelu(x)), seed)])

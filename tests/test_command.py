@@ -1,4 +1,4 @@
-"""The `minillm` command: which program it starts, and what it says when there is none."""
+"""`minillm` command: the program that it starts, and its message when there is none."""
 
 import sys
 import types

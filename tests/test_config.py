@@ -1,5 +1,7 @@
-"""Configuration: presets, files and flags in their order, sizes that follow, and one clear error
-for everything that cannot work."""
+"""Configuration: presets, files and flags in their order, and sizes that follow.
+
+Everything that cannot work gives one clear error.
+"""
 
 import dataclasses
 import itertools
@@ -266,7 +268,7 @@ def test_other_programs_parse_through_the_same_door() -> None:
         """Say something."""
 
         text: str = "a"
-        """What to say."""
+        """Text to say."""
 
     assert parse_flags(Options, ["--text=--b"], prog="say").text == "--b"
     with pytest.raises(ConfigError, match="--text"):

@@ -1,5 +1,7 @@
-"""The order of the files, read from the syntax tree: each imports only from those above it, and
-what is heavy only where it is needed."""
+"""Order of the files, read from the syntax tree: each imports only from those above it.
+
+Heavy modules are imported only where they are needed.
+"""
 
 import ast
 import subprocess
@@ -66,7 +68,7 @@ def relative(path: Path) -> str:
 
 
 def line_of(path: str) -> int:
-    """The position in ORDER of a file, by its own line or its innermost folder's."""
+    """Return the position of a file in ORDER, by its own line or its innermost folder's."""
     for name in (path, *(f"{parent.as_posix()}/" for parent in Path(path).parents)):
         if name in ORDER:
             return ORDER.index(name)
@@ -74,7 +76,7 @@ def line_of(path: str) -> int:
 
 
 def dotted(path: Path) -> str:
-    """The import name of a file: kernels/registry.py is minillm.kernels.registry."""
+    """Return the import name of a file: kernels/registry.py is minillm.kernels.registry."""
     package, folder = next(
         (name, folder) for name, folder in reversed(PACKAGES.items()) if path.is_relative_to(folder)
     )
@@ -83,7 +85,7 @@ def dotted(path: Path) -> str:
 
 
 def file_of(module: str) -> Path | None:
-    """The file that an import name means, None if it is no module of the project."""
+    """Return the file of an import name, None if it is no module of the project."""
     for package, folder in reversed(PACKAGES.items()):
         if module == package or module.startswith(package + "."):
             base = folder.joinpath(*module.removeprefix(package).strip(".").split("."))
@@ -99,8 +101,10 @@ def file_of(module: str) -> Path | None:
 
 
 def imports(path: Path, *, module_level: bool = False) -> Iterator[tuple[str, int]]:
-    """(imported name, line) of every import statement; `from a import b` also gives a.b. Imports
-    for types alone are left out."""
+    """Yield (imported name, line) of every import statement.
+
+    `from a import b` also gives a.b. Imports for types alone are left out.
+    """
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
@@ -120,7 +124,7 @@ def imports(path: Path, *, module_level: bool = False) -> Iterator[tuple[str, in
 
 
 def broken_order(path: Path) -> list[str]:
-    """The imports of `path` from a line of ORDER below its own."""
+    """Return the imports of `path` from a line of ORDER below its own."""
     here, broken = line_of(relative(path)), []
     for name, number in imports(path):
         target = file_of(name)
@@ -169,7 +173,10 @@ def test_no_files_import_each_other() -> None:
 
 
 def test_rooms_have_names_of_their_own() -> None:
-    """At most 24 programs and folders, and no module named like a program."""
+    """Check for at most 24 programs and folders, and no module named like a program.
+
+    Every folder states its purpose.
+    """
     top = ROOT / "minillm"
     programs = {path.stem for path in top.glob("*.py")} - {"__init__"}
     folders = {path.name for path in top.iterdir() if (path / "__init__.py").is_file()}
@@ -246,7 +253,7 @@ def test_schedules_need_only_the_standard_library() -> None:
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level names of the modules that a fresh interpreter has loaded after `statement`."""
+    """Return the top-level modules that a fresh interpreter has loaded after `statement`."""
     script = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
@@ -273,7 +280,10 @@ def test_importing_a_program_starts_no_mpi_and_nothing_optional(module: str) -> 
 
 
 def test_starting_a_program_is_fast() -> None:
-    """Reading the options of train must not import what only a run needs."""
+    """Check that importing the training program takes less than 2 s.
+
+    Its options must not import what only a run needs.
+    """
     script = (
         "import time\nstart = time.perf_counter()\nimport minillm.train\n"
         "print(time.perf_counter() - start)"

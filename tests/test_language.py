@@ -46,7 +46,7 @@ def forbidden(node: ast.AST, child: ast.Expr) -> set[str]:
 
 
 def sources() -> list[Path]:
-    folders = (ROOT / "minillm", ROOT / "kernels", ROOT / "launch")
+    folders = (ROOT / "minillm", ROOT / "kernels", ROOT / "launch", ROOT / "tests")
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 

@@ -1,5 +1,7 @@
-"""Addressed random numbers: a block is the same whoever asks for it, and the values have the
-distribution they claim."""
+"""Addressed random numbers: a block is a function of its address alone.
+
+The values have the distribution that they claim.
+"""
 
 import numpy as np
 import pytest

@@ -1,5 +1,7 @@
-"""The same weights and the same batch in PyTorch give the same logits, loss, gradients and
-training."""
+"""PyTorch parity: the same weights and batch give the same training.
+
+The tests compare logits, loss, gradients and steps.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,7 @@ def test_logits_loss_and_gradients(model: str) -> None:
 
 
 def test_fifty_steps_of_shakespeare_char() -> None:
-    """50 steps of nanoGPT's CPU setting; the losses stay within 1e-4 of PyTorch's."""
+    """Train 50 steps of nanoGPT's CPU setting; losses stay within 1e-4 of PyTorch's."""
     trainer = _trainer(**{**PRESETS["shakespeare-char"], "data": "austen", "bias": True})
     config, train = trainer.config, trainer.config.options.optimization
     twin = _twin(trainer)

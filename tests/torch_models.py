@@ -1,5 +1,7 @@
-"""A plain PyTorch GPT that takes minillm's weights by name: the independent witness of the parity
-tests."""
+"""Plain PyTorch GPT that takes minillm's weights by name.
+
+It is the independent witness of the parity tests.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ class TorchGPT:
         }
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [B, T] -> logits [B, T, V]."""
+        """Return the logits [B, T, V] of ids [B, T]."""
         c, p = self.config, self.p
         x = F.embedding(ids, p["embedding.weight"])
         if c.position == "learned":
@@ -36,7 +38,7 @@ class TorchGPT:
         return self._norm("norm.", x) @ head.T
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy."""
+        """Return the mean cross-entropy."""
         return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten())
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +76,7 @@ class TorchGPT:
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
-    """Rotary positions, halves paired (x_i with x_{i + K/2})."""
+    """Apply rotary positions to halves, paired as x_i with x_{i + K/2}."""
     T, K = x.shape[-2:]
     angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, K, 2).double() / K)[None, :]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -83,7 +85,7 @@ def _rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def adamw(model: TorchGPT, decayed: set[str], **options: Any) -> torch.optim.AdamW:
-    """torch's AdamW with weight decay on the `decayed` names only."""
+    """Return torch's AdamW with weight decay on the `decayed` names only."""
     decay = options.pop("weight_decay")
     groups = [
         {"params": [t for n, t in model.p.items() if n in decayed], "weight_decay": decay},

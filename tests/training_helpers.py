@@ -1,5 +1,7 @@
-"""Run a few training steps of a tiny model on any layout with thread ranks, and put the global
-arrays together again for comparison."""
+"""Training of a tiny model for a few steps, on any layout with thread ranks.
+
+The global arrays are put together again for comparison.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ OPTIMIZERS: dict[str, type[AdamW] | type[SGD]] = {"sgd": SGD, "adamw": AdamW}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a cell of the matrix cuts the work."""
+    """Layout of a cell of the matrix: its mesh, schedule and microbatches."""
 
     dp: int = 1
     tp: int = 1
@@ -88,8 +90,10 @@ class Layout:
 
 @dataclass
 class Outcome:
-    """Losses of all steps, global gradients of every step's reduction (name -> array, first and
-    last step), and the final global weights."""
+    """Outcome of a run: losses and norms of all steps, global gradients and final weights.
+
+    The gradients are those of the first and the last step's reduction (name -> array).
+    """
 
     losses: list[float]
     norms: list[float]
@@ -100,7 +104,7 @@ class Outcome:
 
 
 def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
-    """The resolved configuration of a cell."""
+    """Return the resolved configuration of a cell."""
     options = BASE | MODELS[model] | changes
     config = RunConfig().replace(
         **options,
@@ -161,8 +165,10 @@ def train_rank(
 
 
 def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
-    """name -> (global shape, [(global slices, copy of the local block)]) of this rank's gradients
-    or values."""
+    """Return this rank's gradients or values, as pieces by name.
+
+    An entry is (global shape, [(global slices, copy of the local block)]).
+    """
     mesh = trainer.mesh
     found = {}
     trainer.world.barrier()
@@ -182,7 +188,10 @@ def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
 
 
 def reduced_grads(buffers: FlatBuffers) -> np.ndarray:
-    """The flat reduced gradient, put together from everybody's share where memory is shared."""
+    """Return the flat reduced gradient.
+
+    Where memory is shared, it is put together from the shares of all ranks.
+    """
     memory = buffers.memory
     if not isinstance(memory, NodeMemory):
         return buffers.grads
@@ -194,8 +203,10 @@ def reduced_grads(buffers: FlatBuffers) -> np.ndarray:
 
 
 def assemble(per_rank: list[dict[str, Any]], tolerance: float = 1e-12) -> dict[str, np.ndarray]:
-    """Global arrays from all ranks' pieces; replicas must agree and every element must be
-    covered."""
+    """Return global arrays from the pieces of all ranks.
+
+    Replicas must agree, and every element must be covered.
+    """
     out: dict[str, np.ndarray] = {}
     for found in per_rank:
         for name, (shape, blocks) in found.items():
@@ -248,13 +259,15 @@ def train(
 def reference(
     model: str, optimizer: str = "sgd", steps: int = 5, changes: tuple[tuple[str, Any], ...] = ()
 ) -> Outcome:
-    """The one-rank run, in one microbatch."""
+    """Train on one rank, in one microbatch."""
     return train(model, Layout(), optimizer=optimizer, steps=steps, **dict(changes))
 
 
 def assert_same(found: Outcome, expected: Outcome, tolerance: float) -> None:
-    """Losses, norms, every gradient and every weight agree norm-wise to `tolerance`; a failure
-    names the worst tensor and index."""
+    """Check that losses, norms, gradients and weights agree to `tolerance`.
+
+    Arrays are compared norm-wise. A failure names the worst tensor and index.
+    """
     np.testing.assert_allclose(found.losses, expected.losses, rtol=tolerance, atol=0)
     np.testing.assert_allclose(found.norms, expected.norms, rtol=tolerance, atol=0)
     for what in ("first_grads", "last_grads", "weights"):
@@ -264,7 +277,7 @@ def assert_same(found: Outcome, expected: Outcome, tolerance: float) -> None:
 def compare(
     found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float, what: str
 ) -> None:
-    """Norm-wise comparison of named arrays; NaN fails."""
+    """Compare named arrays norm-wise; NaN fails."""
     assert found.keys() == expected.keys()
     for name, e in expected.items():
         f = found[name]
@@ -282,5 +295,5 @@ def compare(
 
 
 def with_layout(layout: Layout, **changes: Any) -> Layout:
-    """A changed copy."""
+    """Return a changed copy."""
     return dataclasses.replace(layout, **changes)

@@ -1,4 +1,4 @@
-"""Runs that save and load, and ways to look at what they left."""
+"""Helpers of checkpoint tests: runs that save and load, and views of the files they leave."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
 
 
 def state_pieces(trainer: Trainer) -> dict[str, Any]:
-    """As `training_helpers.pieces`, of everything that a checkpoint holds."""
+    """Return the pieces of all state that a checkpoint holds, as `training_helpers.pieces`."""
     mesh = trainer.mesh
     return {
         t.name: (
@@ -117,7 +117,7 @@ def small_run(directory: Path, *steps: int, num_ranks: int = 2, **options: Any) 
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Return the bytes of every file below a folder, by relative path."""
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in directory.rglob("*")

@@ -152,8 +152,10 @@ def test_a_flipped_byte_in_any_file_is_found_by_all_ranks(tmp_path: Path) -> Non
 
 
 def test_a_file_damaged_after_the_check_is_still_an_error(tmp_path: Path) -> None:
-    """Damage between `find` and `load`: a header that is no header, and a file of another
-    checkpoint."""
+    """Check that damage between `find` and `load` raises CheckpointError.
+
+    One file gets an invalid header. Reads that need the other file alone still succeed.
+    """
     first, second = small_run(tmp_path, 10, 20)
     source = CheckpointSource(second)
     (second / "rank-00001.safetensors").write_bytes(b"\xff" * 300)

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: the same bits on the same mesh; another model is refused."""
+"""Resuming from a checkpoint: the same bits on the same mesh; another model is refused."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,10 @@ def test_resuming_on_another_mesh_agrees_to_rounding(layout: Layout, tmp_path: P
 def refusal(
     directory: Path, model: str = "gpt2", layout: Layout | None = None, **changes: Any
 ) -> str:
-    """The error of loading the newest checkpoint into a model; checks that nothing was changed."""
+    """Return the error of loading the newest checkpoint into a model.
+
+    The error must leave the state of the model unchanged.
+    """
 
     def rank(comm: Communicator) -> str:
         trainer = new_trainer(comm, make_config(model, layout or Layout(), **(TINY | changes)))

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: every element once, readable on any mesh."""
+"""Content of a checkpoint: every element once, readable on any mesh."""
 
 import json
 from collections import Counter
@@ -124,8 +124,10 @@ def test_replicas_share_the_writing(tmp_path: Path) -> None:
 
 
 def test_pieces_of_one_array_may_have_different_holders(tmp_path: Path) -> None:
-    """A segment that is cut beside one that is not: the second is on all ranks, but written by
-    one."""
+    """Check an array of two segments, one cut over tp and one replicated.
+
+    All ranks hold the replicated segment, but one rank writes it.
+    """
     spec = ShardSpec((10,), ((Segment(4, ("tp",)), Segment(6)),))
     mesh, whole = MeshShape(dp=2, tp=2), np.arange(10.0)
 

@@ -1,4 +1,4 @@
-"""Saving is whole or not at all, and keeps the newest."""
+"""Saving is atomic and keeps the newest checkpoints."""
 
 import errno
 import os

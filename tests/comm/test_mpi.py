@@ -49,7 +49,7 @@ def test_ranks_that_call_different_collectives_are_named() -> None:
 
 
 def test_the_launcher_of_another_mpi_is_named() -> None:
-    """An mpirun of another MPI starts N programs whose MPI sees one rank."""
+    """Check the error where the launcher started 4 ranks and the MPI library sees one."""
     done = finish(start(0, [PROGRAM, "all", "1"], env={"OMPI_COMM_WORLD_SIZE": "4"}))
     assert done.returncode == 1
     assert (

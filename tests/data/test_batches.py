@@ -1,5 +1,7 @@
-"""Which tokens a step reads: a function of seed and step, every sequence once an epoch; held-out
-targets once each."""
+"""Batches: the tokens of a step are a function of seed and step.
+
+An epoch reads every sequence once. Evaluation counts every held-out target once.
+"""
 
 import numpy as np
 import pytest

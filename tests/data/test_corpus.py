@@ -1,4 +1,4 @@
-"""Where text and tokens come from, how they are cut, and that every rank has the same."""
+"""Corpora: sources of text and tokens, their split, and the same data on every rank."""
 
 from __future__ import annotations
 

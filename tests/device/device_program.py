@@ -1,5 +1,7 @@
-"""Run by test_device_mpi.py under mpirun: train on the stand-in over real messages, staged and by
-address, and compare with one rank."""
+"""Training on the stand-in over real messages, compared with one rank.
+
+test_device_mpi.py runs this program under mpirun. Messages are staged, then sent by address.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ def main() -> int:
 
 
 def check_bfloat16(comm: Any, direct: bool) -> None:
-    """Sums in rank order, rounded once; also where MPI's messages are cut."""
+    """Compare bfloat16 collectives with sums in rank order, rounded once.
+
+    The second pass cuts messages to at most 512 bytes.
+    """
     parts = [
         np.random.default_rng(r).standard_normal(3001).astype(BFLOAT16) for r in range(comm.size)
     ]

@@ -1,5 +1,7 @@
-"""What a product passes to cuBLASLt: a stand-in for the library reads it and multiplies in NumPy;
-the real one takes the descriptors."""
+"""cuBLASLt arguments: a stand-in for the library reads them and multiplies in NumPy.
+
+The real library, where it is installed, accepts the descriptors.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from minillm.base.arrays import to_device, to_host
 
 
 class FakeLibrary:
-    """cuBLASLt's functions over descriptors that are rows of a table."""
+    """Fake cuBLASLt: its functions over descriptors that are rows of a table."""
 
     def __init__(self) -> None:
         self.table: dict[int, Any] = {}
@@ -227,7 +229,7 @@ def test_a_status_is_an_error(library: FakeLibrary) -> None:
 
 
 def test_the_real_library_takes_our_descriptors() -> None:
-    """As far as it goes without a device: descriptors are host memory."""
+    """Check descriptors, which are host memory, against the real library without a device."""
     try:
         real = ctypes.CDLL(str(cublaslt.library_file()))
     except OSError as error:

@@ -1,5 +1,7 @@
-"""Generation with the key-value cache on the device: its logits are the CPU's, on every kind of
-layout, with the references and with our kernels."""
+"""Generation with the key-value cache on the device: logits equal those of the CPU.
+
+The tests cover every kind of layout, with the reference kernels and with our kernels.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,10 @@ IDS = np.random.default_rng(5).integers(0, VOCAB, (1, LENGTH))
 
 
 def logits(comm: Communicator, config: ResolvedConfig) -> np.ndarray | None:
-    """Of the prompt's last position and of each further token, on ranks of the last stage [steps,
-    V]."""
+    """Return the logits [steps, V] of the prompt's last position and of each further token.
+
+    Ranks of stages before the last return None.
+    """
     device = open_device(config.options.compute.device)
     world = on_device(comm, device, direct=False)
     made = Generator(assemble(config, world, training=False, std=0.1, device=device))
@@ -61,7 +65,7 @@ def test_float32_logits_are_those_of_the_cpu(model: str, layout: Layout) -> None
 def test_our_kernels_generate(
     model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The `.cu` files, with their bindings, on one new token at a time."""
+    """Check the `.cu` files and their bindings on one new token at a time."""
     if registering.emulator_unavailable:
         pytest.skip(registering.emulator_unavailable)
     small: dict[str, Any] = dict(

@@ -1,5 +1,7 @@
-"""Law 1 on the stand-in: training with device arrays on a mesh equals training on one rank, on the
-layouts of the CPU's matrix."""
+"""Law 1 on the stand-in: device arrays on a mesh train as on one rank.
+
+The layouts are those of the CPU's matrix.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ WHOLE: dict[str, Any] = dict(
 
 
 def scale(model_sizes: dict[str, Any]) -> float:
-    """Of the weights: their products grow as those of the CPU's matrix, whose model is narrower."""
+    """Return the standard deviation of the weights.
+
+    It falls with the width, so that products grow as in the CPU's matrix, whose model is narrower.
+    """
     return INIT_STD * math.sqrt(BASE["dim"] / model_sizes["dim"])
 
 
@@ -45,14 +50,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def alone(
     model: str, optimizer: str, steps: int, std: float, options: tuple[tuple[str, Any], ...]
 ) -> Outcome:
-    """One rank, in one microbatch."""
+    """Train on one rank, in one microbatch."""
     with installed():
         return train(model, Layout(), optimizer=optimizer, steps=steps, std=std, **dict(options))
 
 
 def check_float32(model: str, layout: Layout, model_sizes: dict[str, Any]) -> None:
-    """Losses, norms, gradients and weights after two steps by SGD, dropout on, are those of one
-    rank to rounding."""
+    """Compare losses, norms, gradients and weights with those of one rank, to rounding.
+
+    The run is two steps of SGD with dropout on.
+    """
     options, std = model_sizes | dict(dtype="float32", device="cuda"), scale(model_sizes)
     want = alone(model, "sgd", 2, std, tuple(options.items()))
     found = train(
@@ -65,8 +72,10 @@ def check_float32(model: str, layout: Layout, model_sizes: dict[str, Any]) -> No
 
 
 def check_bfloat16(model: str, layout: Layout, model_sizes: dict[str, Any]) -> None:
-    """Gradients differ from the one-rank run in bfloat16 by at most twice what that differs from
-    float64."""
+    """Compare gradients with those of one rank in bfloat16.
+
+    They deviate by at most twice what the one-rank run in bfloat16 deviates from float64.
+    """
     options = model_sizes | dict(dropout=0.0)
     narrow, std = options | dict(dtype="bfloat16", device="cuda"), scale(model_sizes)
     exact = alone(model, "sgd", 1, std, tuple((options | dict(dtype="float64")).items()))

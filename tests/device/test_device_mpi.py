@@ -1,5 +1,7 @@
-"""Device arrays over real MPI processes, on the stand-in: staged, and by address, which here are
-addresses of the host."""
+"""Device arrays over real MPI processes, on the stand-in: staged, and by address.
+
+Device addresses are host addresses here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training part of gpu_check, as far as the stand-in goes: everything but the numbers."""
+"""Training part of gpu_check on the stand-in: everything but the numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = Shape(2, 2, 64, 32, 4, 97)
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes for the stand-in, and ranks that find it."""
+    """Shrink the sizes to those of the stand-in, and launch ranks that find it."""
     monkeypatch.setattr(agreement, "STEPS", 4)
     monkeypatch.setattr(
         agreement, "SMALL", agreement.SMALL._replace(layers=2, dim=64, heads=2, context=16)
@@ -105,7 +105,7 @@ def test_a_wrong_loss_and_a_broken_section_are_problems(
 
 
 def test_another_course_of_the_ranks_is_seen(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that start from other weights than one rank deviate in both dtypes."""
+    """Check that ranks with other initial weights than one rank deviate in both dtypes."""
     start = agreement.random_trainer
 
     def planted(comm: Any, *args: Any, **options: Any) -> Any:
@@ -129,7 +129,7 @@ def test_what_there_is_no_time_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_it_needs_numpy_cupy_and_ml_dtypes_only() -> None:
-    """All of gpu_check's imports, and a run of training, without the other packages."""
+    """Import all of gpu_check and run training without the other packages."""
     script = """
 import json, sys
 missing = "threadpoolctl tyro tqdm safetensors mpi4py scipy_openblas64 torch regex"

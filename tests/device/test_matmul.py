@@ -1,4 +1,4 @@
-"""What a product passes to cuBLAS, and what cuBLAS makes of it."""
+"""cuBLAS products: the arguments that they pass, and the results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def gpu() -> Iterator[Any]:
 def made(
     rng: np.random.Generator, shape: tuple[int, int], dtype: str, transposed: bool, gpu: Any
 ) -> tuple[Any, np.ndarray]:
-    """A device matrix, as it is or as the transposed view of another, and its values in float64."""
+    """Return a device matrix and its values in float64.
+
+    `transposed`: the matrix is the transposed view of another one.
+    """
     host = rng.standard_normal(shape[::-1] if transposed else shape).astype(TYPES[dtype])
     device = to_device(host, gpu)
     return (

@@ -1,5 +1,7 @@
-"""The training program on the stand-in: options, evaluation, checkpoints, a sample; and what is
-said where it cannot run."""
+"""Training program on the stand-in: options, evaluation, checkpoints and a sample.
+
+Where it cannot run, its message names the reason.
+"""
 
 from __future__ import annotations
 

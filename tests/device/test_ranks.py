@@ -1,5 +1,7 @@
-"""Device arrays between ranks: every operation of the communicators, on the stand-in and thread
-ranks."""
+"""Device arrays between ranks: every operation of the communicators.
+
+The tests run on the stand-in, with thread ranks.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def values(rank: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 def everywhere(fn: Callable[[Communicator, Any], Any], direct: bool) -> list[Any]:
-    """fn(comm, upload) on every rank."""
+    """Call fn(comm, upload) on every rank and return the results."""
 
     def rank(comm: Communicator) -> Any:
         device = open_device("cuda")
@@ -113,7 +115,10 @@ def test_collectives_equal_those_of_the_host(
 
 
 def test_narrow_sums_are_rounded_once() -> None:
-    """1 + 2^-8 + 2^-8 is 1 + 2^-7 in bfloat16, but 1 where each sum is rounded."""
+    """Check that a bfloat16 sum is rounded once.
+
+    1 + 2^-8 + 2^-8 is 1 + 2^-7, but 1 where each partial sum is rounded.
+    """
     parts = [np.full(100, x, ml_dtypes.bfloat16) for x in (1.0, 2.0**-8, 2.0**-8)]
     for direct in (False, True):
         found = everywhere(
@@ -142,7 +147,7 @@ def test_groups_keep_the_way_of_their_parent() -> None:
 
 @pytest.mark.parametrize("direct", [False, True], ids=["staged", "direct"])
 def test_the_device_is_waited_for_before_a_message(direct: bool, gpu: Any) -> None:
-    """Whatever goes to MPI was written before: every way of sending waits at least once."""
+    """Check that every way of sending waits for the device at least once."""
 
     def rank(comm: Communicator, upload: Any) -> None:
         x = upload(np.ones(10, np.float32))
@@ -167,7 +172,7 @@ def test_the_device_is_waited_for_before_a_message(direct: bool, gpu: Any) -> No
 def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Planted: what the stand-in is for."""
+    """Plant both bugs and check that the stand-in detects them."""
     x = np.arange(100, dtype=np.float32)
 
     def reduce(comm: Communicator, upload: Any) -> np.ndarray:
@@ -195,8 +200,10 @@ def test_a_missing_wait_and_a_buffer_used_too_early_are_seen(
 
 
 class Partner(Communicator):
-    """The inner communicator of the first of two ranks, where every exchange is an event and all
-    that comes is zeros."""
+    """Inner communicator of the first of two ranks.
+
+    Every exchange is an event, and everything received is zeros.
+    """
 
     def __init__(self, gpu: Any) -> None:
         super().__init__(0, 2, "pair", 1.0)
@@ -240,8 +247,11 @@ class Partner(Communicator):
 def test_copies_overlap_with_messages(
     act: Callable[[Communicator, Any], Any], order: str, gpu: Any
 ) -> None:
-    """Four chunks: while one is exchanged (E), the next comes down (d), the last goes up (u), and
-    the host waits (w) for neither."""
+    """Check the order of events for a message of four chunks.
+
+    d: download, w: wait, E: exchange, u: upload. While one chunk is exchanged, the next is
+    downloaded and the previous one uploaded.
+    """
     x = gpu.ones(64, np.float32)
     comm = on_device(Partner(gpu), open_device("cuda"), direct=False)
     with gpu.counting() as events:

@@ -1,5 +1,4 @@
-"""The training step of the GPU path on a stand-in for CuPy: what it computes, when the host waits,
-and what is copied."""
+"""Training step of the GPU path on a stand-in for CuPy: results, waits and copies."""
 
 from __future__ import annotations
 
@@ -45,13 +44,16 @@ def gpu() -> Iterator[Any]:
 
 
 def expected(model: str, dtype: str, **more: Any) -> Outcome:
-    """One rank on the CPU."""
+    """Train on one rank of the CPU."""
     return train(model, Layout(), **sizes(model, dtype=dtype), **more)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", "sinusoidal", "relu", "gpt2-untied"])
 def test_float32_equals_the_cpu(model: str, gpu: Any) -> None:
-    """Loss, every gradient and the weights after five steps, dropout on, two microbatches."""
+    """Compare losses, norms, first gradients and the weights after five steps.
+
+    Dropout is on, and the device run has two microbatches.
+    """
     want = expected(model, "float32")
     found = train(model, Layout(num_microbatches=2), **sizes(model, dtype="float32", device="cuda"))
     np.testing.assert_allclose(found.losses, want.losses, rtol=FLOAT32)
@@ -61,7 +63,7 @@ def test_float32_equals_the_cpu(model: str, gpu: Any) -> None:
 
 
 def error(found: Outcome, want: Outcome) -> float:
-    """Norm of the difference of the first gradients over that of the gradient."""
+    """Return the norm-wise relative error of the first gradients."""
     gaps = [
         np.linalg.norm(found.first_grads[name] - grad) for name, grad in want.first_grads.items()
     ]
@@ -73,7 +75,7 @@ def error(found: Outcome, want: Outcome) -> float:
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_bfloat16_is_as_exact_as_its_rounding(model: str, gpu: Any) -> None:
-    """The gradient is off by at most twice what rounding the weights alone does in float64."""
+    """Check that the gradient's error is at most twice that of rounded weights in float64."""
 
     def round_weights(one: Trainer) -> None:
         for buffers in one.model.buffers:
@@ -243,8 +245,10 @@ def test_the_plan_and_the_numeric_key_name_the_attention_that_runs(
 def test_our_kernels_run_the_step(
     model: str, dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The `.cu` files and their bindings, every access to memory checked, on a model small enough
-    for that."""
+    """Run the `.cu` files and their bindings with every memory access checked.
+
+    The model is small enough for the emulator.
+    """
     if registering.emulator_unavailable:
         pytest.skip(registering.emulator_unavailable)
     small: dict[str, Any] = dict(layers=1, heads=2, dim=64, ffn_dim=48, batch=2, dropout=0.1)

@@ -18,13 +18,13 @@ DROPOUT = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 1
 
 
 def plain_pair(B: int, Tq: int, Tk: int, H: int, Hkv: int, K: int, causal: bool) -> Iterator[Case]:
-    """Both passes at these sizes, without masks."""
+    """Yield the cases of both passes at these sizes, without masks."""
     name = f"B{B}-Tq{Tq}-Tk{Tk}-H{H}-{Hkv}-K{K}{'-causal' if causal else ''}"
     yield from attention_pair(name, (B, Tq, Tk, H, Hkv, K), Visibility(causal))
 
 
 def masks(B: int, Tq: int, Tk: int) -> dict[str, Visibility]:
-    """Every kind of mask, alone and with others, for sizes of at least 50 queries and keys.
+    """Return every kind of mask, alone and with others, for at least 50 queries and keys.
 
     Rows differ by sample where they can. Some queries see no key, and some tiles no query.
     """
@@ -59,7 +59,7 @@ def masks(B: int, Tq: int, Tk: int) -> dict[str, Visibility]:
 
 
 def attention_cases() -> Iterator[Case]:
-    """Cases of all implementations that take any head width."""
+    """Yield the cases of all implementations that take any head width."""
     for shape in (
         *(
             (1, 1, 1, 1, 1, 1, True),
@@ -88,7 +88,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def dropout_cases(name: str, H: int, K: int) -> Iterator[Case]:
-    """Dropout with a causal mask, with none, and with times that differ by sample."""
+    """Yield cases of dropout: a causal mask, no mask, and times that differ by sample."""
     offset = Visibility(True, DROPOUT.times_q, DROPOUT.times_k)
     yield from attention_pair(name, (2, 140, 90, H, H // 2, K), offset, dropout=DROPOUT)
     yield from attention_pair(f"{name}-full", (2, 140, 90, H, H // 2, K), ALL, dropout=DROPOUT)
@@ -101,13 +101,15 @@ def dropout_cases(name: str, H: int, K: int) -> Iterator[Case]:
 
 
 def odd_attention_cases() -> Iterator[Case]:
-    """Head widths that the CUDA kernels are not made for."""
+    """Yield the cases whose head widths have no CUDA kernel."""
     yield from (replace(case, backends=("numpy", "c")) for case in attention_cases())
 
 
 def wide_attention_cases() -> Iterator[Case]:
-    """Head widths that the CUDA kernels have, at sizes that leave the last tile of each kind part
-    full and make every kernel walk."""
+    """Yield the cases whose head widths have CUDA kernels.
+
+    The sizes leave the last tile of each kind part full and make every kernel walk.
+    """
     for shape in (
         (1, 70, 70, 2, 1, 64, True),
         (1, 150, 150, 1, 1, 32, True),
@@ -141,8 +143,10 @@ def attention_pair(
     slack: float = 1.0,
     dropout: kernels.AttentionDropout | None = None,
 ) -> Iterator[Case]:
-    """Forward and backward case on views of a fused projection, with strided and poisoned
-    outputs."""
+    """Yield the forward and the backward case on views of a fused projection.
+
+    Outputs are strided and poisoned.
+    """
     B, Tq, Tk, H, Hkv, K = sizes
     make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
     without = () if dropout is None else ("v3",)
@@ -175,7 +179,7 @@ def attention_pair(
 
 
 def remembered(fn: Callable[..., Arrays]) -> Callable[..., Arrays]:
-    """`fn` with its last few results kept: all implementations get the same inputs."""
+    """Cache the last few results of `fn`: all implementations get the same inputs."""
     results: dict[tuple[bytes, ...], Arrays] = {}
 
     def run(*arrays: Any) -> Arrays:

@@ -1,5 +1,7 @@
-"""Compile for the emulator on all cores what tests are about to run: a compiler of its own for each
-library takes longer than the runs."""
+"""Compilation for the emulator, ahead of the tests and on all cores.
+
+One compiler process a library takes longer than the runs.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,11 @@ from minillm.kernels.emulator import emulate
 
 @contextmanager
 def compiled_ahead(calls: Iterable[Callable[[], Any]]) -> Iterator[None]:
-    """While the block runs, make the calls, one after another, with kernels that are compiled and
-    not run. A launch that needs a library which is being made waits for it."""
+    """Compile the kernels of the calls on a thread pool while the block runs.
+
+    The calls start in order, with kernels that are compiled and not run. A launch that needs a
+    library under compilation waits for it.
+    """
 
     def prepare(call: Callable[[], Any]) -> None:
         # Without kernels the numbers mean nothing, and what does not compile fails in the test.

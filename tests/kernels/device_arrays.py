@@ -1,8 +1,7 @@
-"""CUDA kernels called with NumPy arrays: the cases of the kernel test, written for NumPy, run on a
-GPU as they are.
+"""CUDA kernels called with NumPy arrays: cases written for NumPy run on a GPU unchanged.
 
-Whole allocations travel, not views: a strided view of a fused projection is the same strided view
-on the device, and what a kernel writes beside it is seen when the allocation comes back.
+Whole allocations travel, not views. A strided view of a fused projection is the same strided view
+on the device. A write beside the view is seen when the allocation comes back.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class CupyDevice:
         )
 
     def to_numpy(self, x: Any) -> np.ndarray:
-        """A copy of a device array; by way of its bytes, since not every release of CuPy copies
-        bfloat16."""
+        """Copy a device array to the host as bytes: not every release of CuPy copies bfloat16."""
         dense = self.module.ascontiguousarray(x)
         if not dense.size:
             return np.empty(x.shape, x.dtype)
@@ -48,21 +46,21 @@ class CupyDevice:
 
 
 def _root(x: np.ndarray) -> np.ndarray:
-    """The array that owns the memory `x` looks at."""
+    """Return the array that owns the memory of `x`."""
     while isinstance(x.base, np.ndarray):
         x = x.base
     return x
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:
-    """The memory of a whole allocation, as bytes."""
+    """Return the memory of a whole allocation as bytes."""
     order = x if x.flags.c_contiguous else x.T
     assert order.flags.c_contiguous, "an allocation is contiguous in one of the two orders"
     return order.reshape(-1).view(np.uint8)
 
 
 def on_device(fn: Callable[..., Any], device: Any) -> Callable[..., Any]:
-    """`fn`, a binding for device arrays, as a function of NumPy arrays."""
+    """Wrap `fn`, a binding for device arrays, as a function of NumPy arrays."""
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -104,8 +102,10 @@ def on_device(fn: Callable[..., Any], device: Any) -> Callable[..., Any]:
 
 
 def register(device: Any, source: str = "cuda") -> None:
-    """Make every implementation of backend `source` available to NumPy arrays as backend `device`,
-    for `use(layernorm="device:v1")`."""
+    """Make every implementation of backend `source` available to NumPy arrays.
+
+    Its backend is `device`, as in `use(layernorm="device:v1")`.
+    """
     registry.BACKENDS = {
         **registry.BACKENDS,
         "numpy": (*dict.fromkeys((*registry.BACKENDS["numpy"], "device")),),

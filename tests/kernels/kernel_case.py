@@ -1,4 +1,4 @@
-"""What a case of the kernel test is, and the arrays that cases are made of."""
+"""Case of the kernel test, and the arrays that cases are made of."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ Arrays = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """`inputs(rng)` in float64; `call(*inputs)` in the dtype under test; `expected(*inputs)` from
-    the same values in float64."""
+    """Case of the kernel test: inputs, call and expected results.
+
+    `inputs(rng)` are float64. `call(*inputs)` runs in the dtype under test. `expected(*inputs)`
+    computes in float64 from the same values.
+    """
 
     op: str
     name: str
@@ -33,15 +36,14 @@ class Case:
 
 
 def strided(x: Any) -> Any:
-    """The same values as `x` [rows, ...] as a view into every second row of a larger array of
-    NaN."""
+    """Return the values of `x` [rows, ...] as every second row of an array of NaN."""
     holder = np.full((2 * len(x), *x.shape[1:]), np.nan, x.dtype)
     holder[::2] = x
     return holder[::2]
 
 
 def poisoned(x: Any) -> Any:
-    """An array like `x` full of NaN, for an `out` argument."""
+    """Return an array like `x` full of NaN, for an `out` argument."""
     return np.full(x.shape, np.nan, x.dtype)
 
 

@@ -1,5 +1,8 @@
-"""The cases of the kernel test: op x sizes and options. A case makes inputs, calls the kernel, and
-names what the plain reference gives. Those of attention are in attention_cases.py."""
+"""Cases of the kernel test: op x sizes and options.
+
+A case makes inputs, calls the kernel, and names what the plain reference gives. The cases of
+attention are in attention_cases.py.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,10 @@ def rmsnorm_grads(grad_y: Any, x: Any, weight: Any, eps: float) -> Arrays:
 
 
 def cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int) -> Arrays:
-    """Losses [rows], and the gradient of sum(row_scale * loss) by the logits.
+    """Return losses [rows] and the gradient of sum(row_scale * loss) by the logits.
 
-    Whole rows at once, without the steps between ranks. Columns from `valid` on do not exist.
+    Whole rows are computed at once, without the steps between ranks. Columns from `valid` on do not
+    exist.
     """
     p = np.zeros_like(logits)
     p[:, :valid] = softmax.softmax_forward(logits[:, :valid])
@@ -315,8 +319,10 @@ def softmax_cases() -> Iterator[Case]:
 
 
 def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, parts: int) -> Arrays:
-    """Losses and gradient with the vocabulary cut into equal parts, combined as ranks would combine
-    them."""
+    """Return losses and gradient with the vocabulary cut into equal parts.
+
+    The parts are combined as ranks would combine them.
+    """
     width, pieces, valids = cut_logits(logits, valid, parts)
     row_max = np.max(
         [kernels.xent_max(p, valid_columns=n) for p, n in zip(pieces, valids, strict=True)], axis=0
@@ -334,7 +340,7 @@ def cut_cross_entropy(logits: Any, targets: Any, row_scale: Any, valid: int, par
 def cut_cross_entropy_in_two_steps(
     logits: Any, targets: Any, row_scale: Any, valid: int, parts: int
 ) -> Arrays:
-    """The same by statistics and a gradient that starts from the logits."""
+    """Return the same from statistics and a gradient that starts from the logits."""
     width, pieces, valids = cut_logits(logits, valid, parts)
     cuts = list(enumerate(zip(pieces, valids, strict=True)))
     found = [kernels.xent_statistics(p, targets, i * width, valid_columns=n) for i, (p, n) in cuts]
@@ -350,8 +356,10 @@ def cut_cross_entropy_in_two_steps(
 
 
 def cut_logits(logits: Any, valid: int, parts: int) -> tuple[int, list[Any], list[int]]:
-    """The width of each part, copies of the parts, whose padding holds large values, and how many
-    columns of each are none."""
+    """Return the width of a part, copies of the parts, and the valid columns of each.
+
+    The padding of a part holds large values.
+    """
     width = logits.shape[1] // parts
     pieces = [logits[:, i * width : (i + 1) * width].copy() for i in range(parts)]
     valids = [min(max(valid - i * width, 0), width) for i in range(parts)]
@@ -534,8 +542,10 @@ def optimizer_cases() -> Iterator[Case]:
             return p, m, v
 
         def update_mixed(p: Any, g: Any, m: Any, v: Any) -> Arrays:
-            """As a model trained in bfloat16: narrow gradients, a narrow copy of the parameters,
-            and a scale that is an array."""
+            """Update as for a model trained in bfloat16.
+
+            Gradients and the copy of the parameters are bfloat16, and the scale is an array.
+            """
             p, m, v, copy = p.copy(), m.copy(), v * v, poisoned(g.astype("bfloat16"))
             scale = np.full(1, 0.25, p.dtype)
             kernels.adamw_(
@@ -572,7 +582,7 @@ def optimizer_cases() -> Iterator[Case]:
 
 
 def sum_case(n: int, num_parts: int) -> Case:
-    """The sum of several arrays into the last of them, and its sum of squares."""
+    """Return the case of a sum of several arrays into the last, with its sum of squares."""
 
     def add_up(*parts: Any) -> Arrays:
         parts = tuple(part.copy() for part in parts)

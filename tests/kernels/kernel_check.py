@@ -1,5 +1,7 @@
-"""How a kernel's results are judged, and the memory that shows what it forgets to write. Without
-pytest, so that kernels/gpu_check/ can use it where there is none."""
+"""Checks of a kernel's results, and memory that shows elements left unwritten.
+
+The module does without pytest, so that kernels/gpu_check/ can use it where there is none.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,10 @@ def widen(x: Any) -> Any:
 
 
 def check(got: Any, want: Any, dtype: str, tolerance: float) -> None:
-    """Compare two tuples of arrays (None where nothing is expected) by their largest error;
-    infinities must match, NaN fails."""
+    """Compare two tuples of arrays by their largest error.
+
+    Entries are None where nothing is expected. Infinities must match, and NaN fails.
+    """
     for i, g, w in _pairs(got, want, dtype):
         finite = np.isfinite(w)
         assert np.array_equal(g[~finite], w[~finite]), f"result {i}: infinities differ"
@@ -52,9 +56,12 @@ def check(got: Any, want: Any, dtype: str, tolerance: float) -> None:
 
 
 def check_narrow(got: Any, want: Any, rounded: Any, dtype: str) -> None:
-    """Compare 16-bit results with exact ones by the norm of the error: at most NARROW_FACTOR times
-    that of `rounded`, the exact results for the rounded inputs, rounded here to the dtype of each
-    result. Where those are exact, CUDA_TOLERANCE remains."""
+    """Compare 16-bit results with exact ones by the norm of the error.
+
+    The error is at most NARROW_FACTOR times that of `rounded`. These are the exact results for the
+    rounded inputs, rounded here to the dtype of each result. CUDA_TOLERANCE remains where those are
+    exact.
+    """
     for i, g, w in _pairs(got, want, dtype):
         with np.errstate(over="ignore"):
             nearest = widen(rounded[i].astype(got[i].dtype))
@@ -72,8 +79,10 @@ def check_narrow(got: Any, want: Any, rounded: Any, dtype: str) -> None:
 
 
 def _pairs(got: Any, want: Any, dtype: str) -> Iterator[tuple[int, Any, Any]]:
-    """Number, result and expectation in float64, after their shapes and dtypes are checked.
-    Statistics of 16-bit arrays are float32."""
+    """Yield number, result and expectation in float64, after checks of shape and dtype.
+
+    Statistics of 16-bit arrays may be float32.
+    """
     assert len(got) == len(want)
     allowed = (dtype, "float32") if dtype in NARROW else (dtype,)
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -91,7 +100,7 @@ def exact_inputs(case: Case) -> Any:
 
 
 def choices(case: Case, choice: str) -> dict[str, str]:
-    """An implementation for each of the ops of a case that has it."""
+    """Return `choice` for each op of a case that has this implementation."""
     return {k.op: choice for k in kernels.available(case.op) if k.choice == choice}
 
 
@@ -102,8 +111,10 @@ def call_case(case: Case, choice: str, dtype: str) -> Any:
 
 
 def check_case(case: Case, choice: str, dtype: str, threads: int = 1, repeats: int = 1) -> None:
-    """Run a case on one implementation and judge its results; with `repeats`, the same bits must
-    come every time."""
+    """Run a case on one implementation and judge its results.
+
+    With `repeats`, every run must give the same bits.
+    """
     exact = exact_inputs(case)
     inputs = tuple(cast(x, dtype) for x in exact)
     copies = tuple(x.copy() for x in inputs)
@@ -131,7 +142,7 @@ def _bits(x: Any) -> bytes | None:
 
 
 def implementations(case: Case, dtype: str, backends: tuple[str, ...]) -> list[str]:
-    """The choices of `use` that can be asked to run a case, of the backends named."""
+    """Return the choices of `use`, of the backends named, that can run a case."""
     found = [
         k
         for k in kernels.available(case.op)
@@ -146,8 +157,10 @@ def implementations(case: Case, dtype: str, backends: tuple[str, ...]) -> list[s
 
 
 def emulator_crossing(cases: list[Case]) -> Iterator[tuple[Case, str, str]]:
-    """The cases that the emulator runs: small ones, in float32 and bfloat16. float16 compiles the
-    same templates: one case an op and direction."""
+    """Yield the runs of the emulator (case, choice, dtype): small, float32 and bfloat16.
+
+    float16 compiles the same templates: one case an op and direction.
+    """
     seen: set[tuple[str, bool]] = set()
     for case in cases:
         if not any(implementations(case, dtype, ("emulator",)) for dtype in ("float32", *NARROW)):
@@ -167,8 +180,10 @@ def emulator_crossing(cases: list[Case]) -> Iterator[tuple[Case, str, str]]:
 
 @contextmanager
 def poisoned_memory(module: ModuleType = np) -> Iterator[None]:
-    """`module.empty` gives NaN, so that an element nobody writes is seen; integers are 0 in NumPy
-    and -1 in CuPy."""
+    """Fill `module.empty` with NaN, so that an element left unwritten is seen.
+
+    Integers are 0 in NumPy and -1 in CuPy.
+    """
     plain, plain_like = module.empty, module.empty_like
 
     def empty(shape: Any, dtype: Any = float, order: Any = "C") -> Any:

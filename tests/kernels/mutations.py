@@ -1,5 +1,4 @@
-"""Bugs to plant into the CUDA kernels, as data: each is a line that somebody could well have
-written."""
+"""Bugs to plant into the CUDA kernels, as data: each is a plausible mistake."""
 
 from __future__ import annotations
 
@@ -23,8 +22,10 @@ WIDE_ROWS = Sizes(T=5, width=3000)
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, which stands once in `file` (a path in kernels/), becomes `new`: seen when `op` runs
-    as `variant`."""
+    """Planted bug: `old`, which stands once in `file`, becomes `new`.
+
+    `file` is a path in kernels/. The bug is seen when `op` runs as `variant`.
+    """
 
     name: str
     file: str

@@ -61,7 +61,7 @@ def normals(B: int, T: int, heads: tuple[int, ...], K: int = 8) -> list[Any]:
 def both_passes(
     choice: str, q: Any, k: Any, v: Any, grad_o: Any, seen: Visibility, dropout: Any = None
 ) -> tuple[Any, ...]:
-    """o, lse and the three gradients."""
+    """Return o, lse and the three gradients."""
     options: dict[str, Any] = dict(scale=0.5, visibility=seen, dropout=dropout)
     with kernels.use(attention=choice):
         o, lse = kernels.attention_forward(q, k, v, **options)
@@ -73,13 +73,16 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def formula_scores(q: Any, k: Any, scale: float, seen: Any) -> Any:
-    """[B, H, Tq, Tk], minus infinity where not `seen` (broadcast to the same shape)."""
+    """Return scores [B, H, Tq, Tk], minus infinity where not `seen`.
+
+    `seen` broadcasts to the same shape.
+    """
     k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
     return np.where(seen, np.einsum("bihd,bjhd->bhij", q, k) * scale, -np.inf)
 
 
 def formula(q: Any, k: Any, v: Any, scale: float, seen: Any) -> tuple[Any, ...]:
-    """Attention over whole matrices: o [B, Tq, H, K], lse [B, H, Tq]."""
+    """Compute attention over whole matrices: o [B, Tq, H, K], lse [B, H, Tq]."""
     p, lse = _probabilities(formula_scores(q, k, scale, seen))
     return np.einsum("bhij,bjhd->bihd", p, np.repeat(v, q.shape[2] // v.shape[2], axis=2)), lse
 
@@ -101,7 +104,10 @@ def formula_grads(grad_o: Any, q: Any, k: Any, v: Any, scale: float, seen: Any) 
 
 
 def _probabilities(scores: Any) -> tuple[Any, Any]:
-    """Softmax over keys and its log-sum-exp: 0 and minus infinity for rows that see no key."""
+    """Return the softmax over keys and its log-sum-exp.
+
+    Rows that see no key have 0 and minus infinity.
+    """
     top = scores.max(-1, keepdims=True, initial=-np.inf)
     top = np.where(np.isfinite(top), top, 0)
     e = np.exp(scores - top)
@@ -115,7 +121,10 @@ def _probabilities(scores: Any) -> tuple[Any, Any]:
 def test_a_query_sees_what_its_visibility_says(
     choice: str, seen: Visibility, rows: list[list[str]]
 ) -> None:
-    """Equal scores and unit values return the keys seen, each with the same probability."""
+    """Check that equal scores give each visible key the same probability.
+
+    Unit values make the output the probabilities.
+    """
     q, k = np.zeros((2, 3, 1, 4), np.float32), np.zeros((2, 4, 1, 4), np.float32)
     v = np.tile(np.eye(4, dtype=np.float32)[None, :, None], (2, 1, 1, 1))
     o, lse, *_ = both_passes(choice, q, k, v, q, seen)
@@ -156,7 +165,7 @@ def test_a_document_changes_no_bit_of_another(choice: str, factor: int) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_tiles_that_no_query_sees_are_left_out(choice: str) -> None:
-    """Invalid keys and values there reach no result."""
+    """Check that invalid keys and values in such tiles reach no result."""
     q, k, v, grad_o = normals(1, 512, (2, 1, 1, 2))
     seen = Visibility(first_time=np.arange(512) // 256 * 256)
     before = both_passes(choice, q, k, v, grad_o, seen)
@@ -183,7 +192,7 @@ def test_a_padded_row_equals_the_row_alone(choice: str, causal: bool) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_window_of_all_keys_equals_none(choice: str) -> None:
-    """To the bit, since the order of every sum is the same."""
+    """Compare bits, since the order of every sum is the same."""
     arrays = normals(2, 150, (2, 2, 2, 2))
     wide = Visibility(first_time=np.arange(150) - 149)
     for a, b in zip(
@@ -194,7 +203,7 @@ def test_a_window_of_all_keys_equals_none(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_times_of_a_sample_are_its_own(choice: str) -> None:
-    """A sample gets the mask and the dropout that it gets alone."""
+    """Check that a sample gets the mask and the dropout that it gets alone."""
     arrays = normals(3, 90, (2, 2, 2, 2))
     rng = np.random.default_rng(1)
     times = np.stack([rng.permutation(90) for _ in range(3)])

@@ -1,5 +1,7 @@
-"""The CUDA attention kernels under the emulator: schedules of threads, arrays that lie awkwardly,
-smaller GPUs, and what is refused."""
+"""CUDA attention kernels under the emulator: schedules of threads and awkward arrays.
+
+The tests also cover smaller GPUs and refused calls.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ FULL_GPU, AMPERE, SMALL_AMPERE, TURING = (
 def both_passes(
     variant: str, q: Any, k: Any, v: Any, grad_o: Any, **options: Any
 ) -> tuple[Any, ...]:
-    """o, lse and the three gradients."""
+    """Return o, lse and the three gradients."""
     options = {"scale": 0.2, "visibility": CAUSAL} | options
     with kernels.use(attention=f"emulator:{variant}"):
         o, lse = kernels.attention_forward(q, k, v, **options)
@@ -110,7 +112,7 @@ def test_every_plan_fits_its_gpu_and_is_compiled_in_ci(shared_bytes: int) -> Non
 
 
 def test_usual_masks_need_no_table() -> None:
-    """What a causal triangle or no mask at all says costs no reads."""
+    """Check that masks equal to a causal triangle, or to none, need no table."""
     q, k, _, _ = inputs(DTYPES["v2"], 2, 20, 1, 1, 32)
     by_sample = np.stack([np.arange(5, 25), np.arange(20)])
     usual = (

@@ -1,5 +1,8 @@
-"""Attention v3 under the emulator beyond the cases of the kernel test: rings that come round, many
-parts a block, schedules of threads, and what it leaves to other variants."""
+"""Attention v3 under the emulator, beyond the cases of the kernel test.
+
+The tests cover rings that come round, many parts a block, schedules of threads, and calls left to
+other variants.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ CAUSAL = kernels.Visibility()
 
 
 def exact_inputs(B: int, T: int, H: int, Hkv: int, K: int) -> tuple[Any, ...]:
-    """q, k, v and grad_o in float64."""
+    """Return q, k, v and grad_o in float64."""
     rng = np.random.default_rng(T)
     return tuple(rng.standard_normal((B, T, heads, K)) for heads in (H, Hkv, Hkv, H))
 
@@ -43,7 +46,7 @@ def padding(T: int, causal: bool = True) -> kernels.Visibility:
 
 
 def both_passes(arrays: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
-    """o, lse and the three gradients."""
+    """Return o, lse and the three gradients."""
     q, k, v, grad_o = arrays
     options = {"scale": SCALE, "visibility": CAUSAL} | options
     with kernels.use(attention="emulator:v3"):
@@ -93,7 +96,7 @@ def test_key_lengths_and_documents(T: int, K: int, causal: bool) -> None:
 
 
 def test_tiles_that_no_query_sees_are_not_loaded() -> None:
-    """What lies there may be anything."""
+    """Check that NaN and infinity in such tiles change no bit."""
     q, k, v, grad_o = rounded(exact_inputs(3, 450, 1, 1, 32))
     seen = padding(450)
     wanted = both_passes((q, k, v, grad_o), visibility=seen)

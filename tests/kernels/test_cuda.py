@@ -1,5 +1,7 @@
-"""Building and launching CUDA kernels, as far as that goes without a GPU; what they compute is in
-test_kernels.py."""
+"""Building and launching CUDA kernels, as far as that goes without a GPU.
+
+Their results are tested in test_kernels.py.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def test_kernels_for_all_devices_compile_for_hopper() -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A kernel that includes a header twice, and an empty cache."""
+    """Write a kernel that includes a header twice, and set an empty cache."""
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "part.cuh").write_text("#pragma once\n#define TWO 2\n")
     (tmp_path / "more.cuh").write_text('#include "part.cuh"\n#include "elsewhere.h"\n')
@@ -176,8 +178,10 @@ def test_arguments_are_what_the_kernel_declares() -> None:
 def test_the_limit_of_shared_memory_only_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It belongs to the kernel: a small launch after a large one must not lower it for the next
-    large one."""
+    """Check that a small launch does not lower the limit for the next large one.
+
+    The limit belongs to the kernel.
+    """
     limits: list[int] = []
     driver = SimpleNamespace(
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
@@ -278,8 +282,7 @@ def test_more_arrays_are_added_than_one_launch_takes() -> None:
 
 
 class HostDevice:
-    """A device whose memory is the host's: shows that the cases travel and come back as they
-    are."""
+    """Device whose memory is the host's: shows that the cases travel and come back unchanged."""
 
     module = np
 

@@ -1,5 +1,4 @@
-"""The emulator: that it reports every fault it promises to, at the line where it is, and that each
-instruction does what the GPU's does."""
+"""Emulator: faults are reported at their line, and instructions do what the GPU's do."""
 
 from __future__ import annotations
 
@@ -37,8 +36,10 @@ def floats(n: int) -> np.ndarray:
 
 
 class Fault(NamedTuple):
-    """A kernel of faults.cu: how it is launched, what the report is called (under some orders,
-    another), and what else it says."""
+    """Kernel of faults.cu: its launch, the name of the report, and what else it says.
+
+    Some orders of the threads give another report, which `kinds` allows.
+    """
 
     kernel: str
     kinds: str
@@ -435,8 +436,10 @@ def test_copies_fill_what_they_do_not_read_with_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float16)], ids=str)
 def test_mma_multiplies_fragments_from_ldmatrix(dtype: np.dtype) -> None:
-    """Distinct small integers are exact in 16 bits, and so is their product in float32: any element
-    in a wrong place shows."""
+    """Multiply distinct small integers, so that any element in a wrong place shows.
+
+    They are exact in 16 bits, and so is their product in float32.
+    """
     rng = np.random.default_rng(3)
     a, b = rng.permutation(256).reshape(16, 16) - 128, rng.permutation(128).reshape(16, 8) - 64
     d = np.zeros((2, 16, 8), np.float32)

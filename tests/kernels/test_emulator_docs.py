@@ -23,7 +23,7 @@ COMMAND = re.compile(
 
 
 class Shown(NamedTuple):
-    """A command and the lines that the page shows of its output."""
+    """Command and the lines of its output that the page shows."""
 
     words: str
     lines: list[str]
@@ -36,8 +36,10 @@ SHOWN = [
 
 
 def without_numbers(line: str) -> str:
-    """Line numbers move, and a compiler may round otherwise: what is left is the text, and minus
-    infinities."""
+    """Replace numbers, so that the text and minus infinities are left.
+
+    Line numbers move, and another compiler may round differently.
+    """
     return re.sub(r"[\d.e+-]*\d[\d.]*", "#", re.sub(r"\s+", " ", line.strip()))
 
 

@@ -1,6 +1,8 @@
-"""Hopper's instructions under the emulator: single products of tiles in every layout that kernels
-use, with integers that are exact in 16 bits, so that any element in a wrong place shows; and the
-reports on what a kernel can do wrong with them."""
+"""Hopper's instructions under the emulator: tile products in every layout of the kernels.
+
+The integers are exact in 16 bits, so that any element in a wrong place shows. Other tests cover the
+reports on what a kernel can do wrong with them.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ def integers(*shape: int) -> np.ndarray:
 
 
 def in_time(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A matrix [T, K] as one head of a strided array [B, T, H, K] that holds NaN everywhere
-    else."""
+    """Return a matrix [T, K] as one head of a strided array [B, T, H, K].
+
+    The array holds NaN everywhere else.
+    """
     holder = np.full((2, x.shape[0], 3, x.shape[1]), np.nan, dtype)
     holder[1:, :, 1:2] = x[None, :, None]
     return holder[1:, :, 1:2]
@@ -49,7 +53,10 @@ def run(kernel: str, args: tuple[Any, ...], **defines: str | int) -> None:
     ("N", "columns", "rows"), [(128, 64, 128), (64, 128, 64), (96, 96, 50), (32, 32, 7)]
 )
 def test_a_product_of_two_tiles(N: int, columns: int, rows: int, dtype: np.dtype) -> None:
-    """`rows` of both factors exist: the rest of the tiles is zero, and is not copied back."""
+    """Multiply tiles of which `rows` rows exist.
+
+    The rest of the tiles is zero, and is not copied back.
+    """
     a, b = integers(min(rows, 64), columns), integers(rows, columns)
     copy = in_time(np.full_like(a, np.nan), dtype)
     d = np.full((64, N), np.nan, np.float32)

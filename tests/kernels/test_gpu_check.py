@@ -1,5 +1,4 @@
-"""kernels/gpu_check.sh where there is no GPU: what it says then, and all of it that does not need
-one."""
+"""kernels/gpu_check.sh without a GPU: its message, and all parts that need none."""
 
 from __future__ import annotations
 
@@ -91,7 +90,7 @@ def test_a_failed_smoke_test_is_reported() -> None:
 
 
 def test_cublaslt_takes_our_descriptors() -> None:
-    """As far as cuBLASLt goes without a device: its descriptors are host memory."""
+    """Check descriptors, which are host memory, against the real library without a device."""
     try:
         lt = smoke.Lt()
     except OSError as error:
@@ -107,7 +106,7 @@ def test_cublaslt_takes_our_descriptors() -> None:
 
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A copy of the registry, for tests that add to it."""
+    """Replace the registry by a copy, for tests that add to it."""
     with monkeypatch.context() as patch:
         patch.setattr(
             registry, "_kernels", {op: list(entries) for op, entries in registry._kernels.items()}
@@ -118,8 +117,10 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_cases_run_on_a_device(own_registry: None) -> None:
-    """The whole of the device's kernel test, on a device that is the host and runs the emulator;
-    and a kernel gone wrong is seen."""
+    """Run the whole kernel test on a device that is the host and runs the emulator.
+
+    A wrong kernel and a passed deadline are seen.
+    """
     if registering.emulator_unavailable:
         pytest.skip(registering.emulator_unavailable)
     found = checks.run(TESTS, repeats=2, most_elements=100, device=HostDevice(), source="emulator")
@@ -202,8 +203,10 @@ def test_tests_that_cannot_start_are_a_failure() -> None:
 def test_cases_print_what_became_of_them(
     own_registry: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The process that run_apart follows, here and on the host: from the case it is told, without
-    what it is told to leave out."""
+    """Run the worker of run_apart on the host.
+
+    It starts at the case that it is told and leaves out what it is told to.
+    """
     if registering.emulator_unavailable:
         pytest.skip(registering.emulator_unavailable)
     small = [
@@ -225,8 +228,11 @@ def test_cases_print_what_became_of_them(
 
 @pytest.fixture
 def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A script that stands for the Python that runs a part; its fourth argument is the name of the
-    part, its sixth where to write."""
+    """Return the path of a script that stands for the Python that runs a part.
+
+    The test writes the script. Its fourth argument is the name of the part, its sixth the output
+    file.
+    """
     path = tmp_path / "python"
     monkeypatch.setattr(program.sys, "executable", str(path))
     monkeypatch.setattr(program, "START_SECONDS", 0)

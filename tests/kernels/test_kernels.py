@@ -1,5 +1,7 @@
-"""Every implementation of every op against the plain float64 reference: one test, crossed over
-case, dtype, implementation and threads."""
+"""Kernels: every implementation of every op against the plain float64 reference.
+
+One test is crossed over case, dtype, implementation and threads.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ CASES = all_cases()
 
 
 def _register_references() -> None:
-    """Make the plain definitions an implementation here, so that the cases hold them as well."""
+    """Register the plain definitions as an implementation, so that the cases cover them."""
     for folder in set(kernels.OPERATIONS) - {"attention"}:  # its cases are held against it
         plain = importlib.import_module(f"minillm.kernels.{folder}.reference")
         for op in kernels.ops():

@@ -1,5 +1,7 @@
-"""Planted bugs: each is caught by the emulator, by a report or by a wrong result; the kernels as
-they are pass in the same harness."""
+"""Planted bugs: the emulator catches each, by a report or by a wrong result.
+
+The unchanged kernels pass in the same harness.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ def run(mutation: Mutation, order: str) -> tuple[Any, ...]:
 
 
 def verdict(mutation: Mutation) -> str:
-    """How a planted bug shows, under the first order under which it does; "" if it does not."""
+    """Return the report or the error of a planted bug, empty if the bug does not show.
+
+    It is that of the first order of the threads under which the bug shows.
+    """
     want = expected(mutation.op, mutation.sizes, mutation.dtype)
     for order in emulator.ORDERS:
         try:

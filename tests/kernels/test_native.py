@@ -1,4 +1,4 @@
-"""The C extension: its pool of threads, what it refuses, and that all instruction sets agree."""
+"""C extension: its pool of threads, what it refuses, and that all instruction sets agree."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def lying_across(x: np.ndarray) -> np.ndarray:
 
 
 def pages_apart(x: np.ndarray) -> np.ndarray:
-    """The same values in rows that begin a whole number of pages apart."""
+    """Return the values of `x` in rows that begin a whole number of pages apart."""
     wide = np.full((len(x), (x.shape[1] // 1024 + 1) * 1024), np.nan, np.float32)
     wide[:, : x.shape[1]] = x
     return wide[:, : x.shape[1]]

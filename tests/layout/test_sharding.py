@@ -1,5 +1,7 @@
-"""Every element of a sharded array is held by exactly one rank of each replica group, whatever the
-mesh and however the array is cut."""
+"""Sharded arrays: exactly one rank of each replica group holds an element.
+
+This holds for every mesh and every cut of the array.
+"""
 
 import itertools
 import math
@@ -92,8 +94,10 @@ def test_vocabulary_padding_lies_at_the_end_of_the_last_ranks(vocab: int, tp: in
 
 
 def test_fused_segments_give_each_rank_its_part_of_each() -> None:
-    """Queries of 4 heads, keys and values of 2, head width 3, over two ranks: whole heads, in the
-    order q, k, v."""
+    """Check that each of two ranks gets whole heads, in the order q, k, v.
+
+    The queries have 4 heads, keys and values 2, and the head width is 3.
+    """
     spec = ShardSpec(
         (24,), ((Segment(12, ("tp",), 3), Segment(6, ("tp",), 3), Segment(6, ("tp",), 3)),)
     )
@@ -111,8 +115,10 @@ def test_fused_segments_give_each_rank_its_part_of_each() -> None:
 
 
 def test_padding_of_one_segment_does_not_move_the_next() -> None:
-    """Local arrays are laid out alike on all ranks, also on those whose part of a padded segment is
-    short or empty."""
+    """Check that the local layout is the same on all ranks.
+
+    This includes ranks whose part of a padded segment is short or empty.
+    """
     spec, mesh = ShardSpec((9,), ((Segment(5, ("tp",)), Segment(4)),), pad=True), MeshShape(tp=4)
     assert spec.local_shape(mesh) == (6,)
     for rank in range(4):

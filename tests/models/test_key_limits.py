@@ -54,7 +54,10 @@ def test_packed_documents_do_not_see_each_other(layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_keys_behind_a_sample_s_length_are_not_seen(layout: Layout) -> None:
-    """Another token at position 6 changes what position 10 predicts, unless 6 is padding."""
+    """Change the token at position 6, and compare the logits at position 10.
+
+    They change, unless 6 is padding.
+    """
     limits = KeyLimits(lengths=np.array([CONTEXT, 5]))
     other = TEXTS.copy()
     other[:, 6] = (other[:, 6] + 1) % VOCAB

@@ -82,7 +82,7 @@ def test_other_methods_of_data_parallelism(one_rank: Outcome) -> None:
 
 
 def test_each_loss_has_its_own_divisor(one_rank: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planted bug divides by the counts of the microbatch."""
+    """Plant a bug: divide by the counts of the microbatch."""
     original = SquaredError.forward
 
     def local(ctx: Any, x: Any, *, target: Any, mask: Any, divisor: float) -> Any:
@@ -111,7 +111,10 @@ def _measured(layout: Layout, path: Path | None, save_to: Path | None) -> Any:
 
 
 def test_metrics_and_checkpoints_on_another_mesh(tmp_path: Path) -> None:
-    """Ten rows do not divide over the ranks; counts are summed, never averaged."""
+    """Measure ten rows, which do not divide over the ranks.
+
+    Counts are summed, never averaged.
+    """
     wide = Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2)
     (start,) = _measured(Layout(), None, tmp_path)
     path = tmp_path / "step-00000002"

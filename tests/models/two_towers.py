@@ -1,8 +1,9 @@
 """Two-tower regressor: a second kind of model, all of it in this file.
 
 The first tower embeds points, the second one adds an offset per group. Every difference from a
-language model is on purpose: two losses at two stages with two divisors, masked targets, an integer
-array without gradient on the boundary, inputs that are no tokens, metrics that are counts.
+language model is on purpose. Two losses stand at two stages, with two divisors and masked targets.
+An integer array without gradient crosses the boundary. Inputs are no tokens, and metrics are
+counts.
 
     points [B, T, F] -> enter -> block ... -> block -> head -> value [B, T]
                           |                  + offset[group]   (last stage: loss "value")
@@ -58,7 +59,7 @@ class SquaredError(Function):
 
 
 class Squeeze(Function):
-    """Drop the last dim, of size 1."""
+    """Squeeze of the last dim, of size 1."""
 
     @staticmethod
     def forward(ctx: Context, x: Any) -> Any:
@@ -70,7 +71,7 @@ class Squeeze(Function):
 
 
 class Residual(Module):
-    """x + row(gelu(column(x)))."""
+    """Residual block: x + row(gelu(column(x)))."""
 
     def __init__(self, c: Config, region: Region, std: float) -> None:
         features = Segment(c.hidden, ("tp",))
@@ -82,7 +83,7 @@ class Residual(Module):
 
 
 class ScalarHead(Module):
-    """One number a point [B, T]: two projections, the second a partial sum over tp."""
+    """Scalar head [B, T]: two projections, the second a partial sum over tp."""
 
     def __init__(self, c: Config, region: Region, std: float) -> None:
         features = Segment(c.hidden, ("tp",))
@@ -97,7 +98,7 @@ class ScalarHead(Module):
 
 
 class Towers(Module):
-    """One stage of the regressor."""
+    """Stage of the regressor."""
 
     def __init__(self, c: Config, part: StagePart, region: Region, std: float) -> None:
         self.region, self.part, self.dim = region, part, c.dim
@@ -149,7 +150,7 @@ class Towers(Module):
 
 
 class TowerArchitecture:
-    """The regressor as the engine builds it."""
+    """Architecture of the regressor, as the engine builds it."""
 
     name = "two-towers"
 
@@ -170,7 +171,7 @@ class TowerArchitecture:
 
 
 class Regression:
-    """Points in an order that depends on the step; ragged masks; also the metrics."""
+    """Regression task and its metrics: ragged masks, order of points by step."""
 
     losses = ("level", "value")
     sums = ("level", "value", "hits", "counted")

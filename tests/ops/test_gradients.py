@@ -1,5 +1,7 @@
-"""Every operation passes the adjoint gradient check in float64: odd sizes, masks, grouped queries,
-ignored targets."""
+"""Adjoint gradient check of every operation, in float64.
+
+The cases have odd sizes, masks, grouped queries and ignored targets.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ ADDRESS: dict[str, Any] = dict(
 
 
 def _fresh(x: Tensor) -> Tensor:
-    """A copy, for operations that overwrite their input."""
+    """Return a copy, for operations that overwrite their input."""
     return ops.add_constant(x, np.zeros(1))
 
 
@@ -132,8 +134,7 @@ def test_adjoint(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_gradients_are_written_afresh(name: str) -> None:
-    """Incoming gradients that the caller still holds are left alone, and running twice gives the
-    same."""
+    """Check that incoming gradients are left alone and that a second run gives the same."""
     function, inputs = CASES[name]
     found = []
     for _ in range(2):

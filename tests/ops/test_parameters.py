@@ -85,7 +85,7 @@ def test_no_operation_pins_a_gathered_parameter(name: str) -> None:
 
 
 def test_a_saved_view_of_a_parameter_is_found() -> None:
-    """The planted bug: an operation saves a view of its parameter instead of the input."""
+    """Plant a bug: an operation saves a view of its parameter instead of the input."""
 
     class Pinning(Function):
         @staticmethod

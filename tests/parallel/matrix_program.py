@@ -1,5 +1,8 @@
-"""Run by test_matrix_mpi.py under mpirun: train in several layouts, and compare this rank's pieces
-with a run of its own on one rank."""
+"""Training in several layouts, compared with a run on one rank.
+
+test_matrix_mpi.py runs this program under mpirun. Each rank compares its pieces with a run of its
+own.
+"""
 
 from __future__ import annotations
 

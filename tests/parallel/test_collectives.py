@@ -1,5 +1,7 @@
-"""Every differentiable collective is the adjoint of its partner: <u, J v> = <J^T u, v>, summed over
-the ranks, in float64."""
+"""Differentiable collectives: each is the adjoint of its partner, <u, J v> = <J^T u, v>.
+
+The products are summed over the ranks, in float64.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,11 @@ CASES: dict[str, tuple[Callable, str, str, Callable[[int], tuple[int, ...]]]] = 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", list(CASES))
 def test_adjoint(name: str, n: int) -> None:
-    """The inner product of a replicated value counts once, of sharded or partial ones over all
-    ranks; a gradient has the dual layout of its value."""
+    """Compare <u, J v> with <J^T u, v>, summed over all ranks.
+
+    The inner product of a replicated value counts once. A gradient has the dual layout of its
+    value.
+    """
     function, layout_in, layout_out, shape = CASES[name]
 
     def rank(comm) -> tuple[float, float]:

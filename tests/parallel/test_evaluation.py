@@ -1,5 +1,4 @@
-"""The held-out loss is the same on every mesh, every token counted once, the ragged end
-included."""
+"""Held-out loss: the same on every mesh, every token counted once, ragged end included."""
 
 from __future__ import annotations
 

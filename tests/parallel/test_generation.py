@@ -23,19 +23,22 @@ def generator(comm: Communicator, config: ResolvedConfig) -> Generator:
 
 
 def cached(made: Generator) -> list[np.ndarray | None]:
-    """Logits after the prompt and after each further token, which alone goes through the model."""
+    """Return the logits after the prompt and after each further token.
+
+    Each further token goes through the model alone.
+    """
     cuts = [slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, LENGTH))]
     cache = made.new_cache(1)
     return [made.logits(IDS[:, cut], np.arange(LENGTH)[cut], cache) for cut in cuts]
 
 
 def uncached(made: Generator) -> list[np.ndarray | None]:
-    """The same logits, with the whole text read anew for each."""
+    """Return the same logits without a cache: every step reads the whole text."""
     return [made.logits(IDS[:, :end], np.arange(end)) for end in range(PROMPT, LENGTH + 1)]
 
 
 def last_stage(results: list) -> np.ndarray:
-    """What the ranks of the last stage return [steps, V], the same on all of them."""
+    """Return the logits [steps, V] of the last stage, the same on all of its ranks."""
     found = [np.concatenate(result) for result in results if result[0] is not None]
     assert all(np.array_equal(found[0], other) for other in found)
     return found[0]
@@ -59,8 +62,10 @@ def test_cached_logits_are_the_uncached_ones(model: str, layout: Layout) -> None
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
 @pytest.mark.parametrize("model", ["gpt2", "llama", "sinusoidal"])
 def test_prompts_of_unequal_lengths_share_a_batch(model: str, layout: Layout) -> None:
-    """Prompts of 3 and 6 tokens, padded to one length, then one token at a time at their own
-    positions: the logits are those of each text alone."""
+    """Compare a batch of prompts of 3 and 6 tokens with each text alone.
+
+    The prompts are padded to one length. Further tokens go one at a time, at their own positions.
+    """
     config, lengths, steps = make_config(model, layout), np.array([3, 6]), 5
     texts = np.random.default_rng(6).integers(0, VOCAB, (2, LENGTH))
     padded = np.where(np.arange(6) < lengths[:, None], texts[:, :6], 0)

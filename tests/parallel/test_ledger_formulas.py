@@ -1,5 +1,7 @@
-"""Law 2: the payload that a training step moves equals the closed formula of its method, exactly,
-per rank and axis."""
+"""Law 2: the payload of a training step equals the closed formula of its method.
+
+The equality is exact, per rank and axis.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ ITEM = 8  # float64
 
 
 def _payload(model: str, layout: Layout, **changes) -> list[dict[tuple[str, str], int]]:
-    """Per rank: (axis, operation) -> payload bytes of one step."""
+    """Return the payload bytes of one step by (axis, operation), for each rank."""
     config = make_config(model, layout, **changes)
 
     def rank(comm):
@@ -58,7 +60,10 @@ def _gpt2_parameters(vocab: int) -> int:
 @pytest.mark.parametrize("bucket_mb", [0.004, 4.0])
 @pytest.mark.parametrize("dp", [2, 4])
 def test_data_parallel_moves_each_gradient_once(dp: int, bucket_mb: float) -> None:
-    """Every size of BASE is a multiple of 64 bytes, so the flat buffer has no gaps to send."""
+    """Check the bytes of the gradients, all-reduced once.
+
+    Every size of BASE is a multiple of 64 bytes, so the flat buffer has no gaps to send.
+    """
     layout = Layout(dp=dp, num_microbatches=2)
     expected = {("dp", "all_reduce"): _gpt2_parameters(VOCAB) * ITEM}
     for rank in _payload("gpt2", layout, bucket_mb=bucket_mb):
@@ -74,9 +79,12 @@ def test_a_bucket_that_is_too_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_tensor_parallel_all_reduces_activations(tp: int) -> None:
-    """Per block two sums forward (after attention, after the MLP) and two backward (before them);
-    one forward for the embedding, one backward for the head's input; and three numbers per token
-    for the loss."""
+    """Check the bytes of all sums of a step.
+
+    A block has two sums forward (after attention, after the MLP) and two backward (before them).
+    The embedding has one forward, the head's input one backward. The loss adds three numbers per
+    token.
+    """
     layout = Layout(tp=tp, num_microbatches=2)
     tokens = _tokens(layout)
     activations = (4 * BASE["layers"] + 2) * tokens * BASE["dim"] * ITEM
@@ -87,9 +95,12 @@ def test_tensor_parallel_all_reduces_activations(tp: int) -> None:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_sequence_parallel_halves_of_the_same_sums(tp: int) -> None:
-    """Every all-reduce of activations becomes a reduce-scatter (input: whole activations) or an
-    all-gather (output: whole activations): entering costs a gather forward and a scatter backward,
-    leaving the reverse. Parameters outside the parallel part are summed over tp as well."""
+    """Check that reduce-scatters and all-gathers replace the all-reduces of activations.
+
+    A reduce-scatter has whole activations as input, an all-gather as output. Entering costs a
+    gather forward and a scatter backward, leaving the reverse. Parameters outside the parallel part
+    are summed over tp as well.
+    """
     layout = Layout(tp=tp, sp=True, num_microbatches=2)
     whole = _tokens(layout) * BASE["dim"] * ITEM
     crossings = (

@@ -1,5 +1,7 @@
-"""Law 1, one answer: loss, every gradient and the weights after five steps are the same on every
-layout as on one rank, dropout on."""
+"""Law 1, one answer: training gives the same on every layout as on one rank.
+
+The tests compare loss, every gradient and the weights after five steps, with dropout on.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,14 @@ from minillm.training.resolve import ResolvedConfig
 TOLERANCE = 1e-10  # float64
 WIDE_TOLERANCE = 1e-8  # AdamW divides rounding by small second moments
 
-# Drawn anew each day, and printed in the names of the tests that run.
+# Drawn again each day, and printed in the names of the tests that run.
 SEED = int(os.environ.get("MINILLM_SAMPLE_SEED", datetime.date.today().toordinal()))
 SAMPLE = [cell for cell in sampled_cells(40, SEED) if cell not in {*QUICK_CELLS, *MATRIX_CELLS}]
 
 
 @pytest.mark.parametrize("strength", [1, 2, 3])
 def test_covering_arrays_cover(strength: int) -> None:
-    """By brute force: every combination of factor values of any cell is in a chosen cell."""
+    """Check by brute force that chosen cells hold every combination of factor values."""
     cells = [cell for cell in all_cells() if cell[0] in ("gpt2", "llama")]
     chosen = covering(cells, strength)
     assert len(chosen) < len(cells) / 3
@@ -122,7 +124,7 @@ def wide_name(cell: WideCell) -> str:
 @pytest.mark.matrix
 @pytest.mark.parametrize("cell", covering(wide_cells(), 3), ids=wide_name)
 def test_wide_cells_equal_one_rank(cell: WideCell) -> None:
-    """Law 1 on schedules, methods and models that are none of the project's own, in all triples."""
+    """Check law 1 on schedules, methods and models that the project lacks, in all triples."""
     assert_same(train_wide(cell), wide_reference(cell[0]), WIDE_TOLERANCE)
 
 
@@ -133,8 +135,10 @@ def test_wide_cells_equal_one_rank(cell: WideCell) -> None:
     ids=str,
 )
 def test_float32_gradients_and_sgd_weights(model: str, layout: Layout) -> None:
-    """Norm-wise within 8 eps sqrt(n), n the longest reduction that a gradient goes through (tokens
-    of the batch), over a few layers."""
+    """Compare norm-wise within 8 eps sqrt(n), over a few layers.
+
+    n is the longest reduction that a gradient goes through: the tokens of the batch.
+    """
     expected = reference(model, changes=(("dtype", "float32"),))
     found = train(model, layout, dtype="float32")
     tolerance = 8 * np.finfo(np.float32).eps * np.sqrt(BASE["batch"] * BASE["context"])
@@ -150,8 +154,11 @@ def test_float32_gradients_and_sgd_weights(model: str, layout: Layout) -> None:
     ids=str,
 )
 def test_float32_adamw(model: str, layout: Layout) -> None:
-    """AdamW divides by the gradient's own size, which turns rounding of tiny gradients into steps:
-    1e-2 lr a step. A key bias has no true gradient."""
+    """Compare weights within 1e-2 lr a step.
+
+    AdamW divides by the gradient's own size, which turns rounding of tiny gradients into steps. A
+    key bias has no true gradient, so the qkv biases are left out.
+    """
     changes = dict(dtype="float32", lr=1e-3, warmup=0)
     expected = reference(model, "adamw", 5, tuple(changes.items()))
     found = train(model, layout, optimizer="adamw", **changes)

@@ -1,5 +1,7 @@
-"""Ranks that share memory compute what one rank computes, hold one copy of what they share, and
-move what the formula says."""
+"""Node-shared memory: ranks compute what one rank computes and hold one copy.
+
+They move the bytes that the formula says.
+"""
 
 from __future__ import annotations
 
@@ -87,8 +89,10 @@ def _trained(config: object, comm: Communicator) -> Trainer:
 
 
 def test_one_copy_on_a_node() -> None:
-    """Weights and optimizer state at the same addresses on the ranks of a node, at others on
-    another node; gradients each their own."""
+    """Compare addresses of weights, optimizer state and gradients.
+
+    Ranks of a node share the weights and the optimizer state. Each rank has its own gradients.
+    """
 
     def addresses(trainer: Trainer) -> list[int]:
         (buffers,) = trainer.model.buffers
@@ -104,8 +108,10 @@ def test_one_copy_on_a_node() -> None:
 
 @pytest.mark.parametrize("nodes", [[0, 0, 0, 0], [0, 0, 1, 1]])
 def test_window_bytes_are_those_of_the_formula(nodes: list[int]) -> None:
-    """Of n ranks on a node each reads n - 1 shares; between nodes each share is all-reduced once;
-    nothing else is payload."""
+    """Check the bytes of a step: each of n ranks on a node reads n - 1 shares.
+
+    Between nodes each share is all-reduced once. Nothing else is payload.
+    """
 
     def moved(trainer: Trainer) -> None:
         (buffers,) = trainer.model.buffers
@@ -172,7 +178,10 @@ def test_too_little_shared_memory(monkeypatch: Patch) -> None:
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    """What four sharing ranks save, four on two nodes and one alone continue alike."""
+    """Save on four sharing ranks, and compare the losses of three resumed runs.
+
+    They have four sharing ranks on one node, four on two nodes, and one rank.
+    """
     from minillm import checkpoint
 
     def save(trainer: Trainer) -> None:

@@ -1,5 +1,7 @@
-"""The proof of the proof: each classic bug of parallel training, planted, makes the comparison with
-one rank fail."""
+"""Proof of the proof: classic bugs of parallel training, planted.
+
+Each makes the comparison with one rank fail.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def _forget_tied_sum(patch: Patch) -> None:
 
 
 def _receive_into_live_buffer(patch: Patch) -> None:
-    """One buffer per stage, as a well-meant optimisation would have it."""
+    """Reuse one buffer per stage, a plausible optimization."""
 
     def receive(self: Any, mailbox: Any, from_stage: int, action: Any, specs: Any) -> None:
         held = self.__dict__.setdefault("_held", {})

@@ -76,12 +76,18 @@ def _ragged(layout: Layout) -> Outcome:
     ids=str,
 )
 def test_ragged_counts_of_targets(layout: Layout) -> None:
-    """One row counts no target at all. Means of microbatches or ranks would differ."""
+    """Train on rows with unequal counts of targets, one of them zero.
+
+    Means of microbatches or ranks would differ.
+    """
     assert_same(_ragged(layout), _ragged(Layout()), 1e-10)
 
 
 def test_the_norm_itself_is_compared() -> None:
-    """Adam hides a scaled gradient from losses and weights; the norm shows it."""
+    """Check that a scaled gradient is detected by its norm.
+
+    Adam hides it from losses and weights.
+    """
     expected = reference("gpt2", "adamw")
     found = train("gpt2", Layout(dp=2), optimizer="adamw")
     assert_same(found, expected, 1e-9)

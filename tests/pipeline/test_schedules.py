@@ -1,5 +1,7 @@
-"""Schedules as data: complete, free of deadlock even without buffering, with the bubble and the
-memory that the papers promise."""
+"""Schedules as data: complete, and free of deadlock even without buffering.
+
+Their bubble and memory are those that the papers promise.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,10 @@ def test_lowered_schedules_finish_even_if_sends_wait_for_their_receivers(
     ids=lambda c: f"{c.forward}-{c.backward}",
 )
 def test_messages_cost_no_time_by_where_they_stand(name: str, cost: Cost) -> None:
-    """A receive that stands too early would have its rank wait for what it needs only later."""
+    """Check that lowering leaves all events of a schedule unchanged.
+
+    A receive that stands too early would make its rank wait for what it needs only later.
+    """
     for p, m in SIZES:
         schedule = SCHEDULES.get(name, evaluation)(p, m)
         lowered = simulate(lower(schedule, train=name in SCHEDULES), cost)
@@ -100,7 +105,7 @@ def test_lowered_rows_of_1f1b() -> None:
 
 
 def test_a_send_takes_its_time() -> None:
-    """Two ranks, one microbatch: F, message, F B, message, B."""
+    """Check the time of two ranks and one microbatch: F, message, F B, message, B."""
     for schedule in (SCHEDULES["1f1b"](2, 1), lower(SCHEDULES["1f1b"](2, 1))):
         assert simulate(schedule, Cost(forward=1, backward=2, send=10)).makespan == 26
 
@@ -111,7 +116,7 @@ def test_evaluation_holds_no_activations() -> None:
 
 
 def test_two_stages_of_a_rank_hand_over_without_messages() -> None:
-    """Stages 0 and 1 on rank 0, stage 2 on rank 1."""
+    """Lower a schedule with stages 0 and 1 on rank 0 and stage 2 on rank 1."""
     rows = [["0F0", "1F0", "1B0", "0B0"], ["2F0", "2B0"]]
     schedule = Schedule(3, 1, (0, 0, 1), tuple(tuple(map(Action.parse, row)) for row in rows))
     lowered = lower(schedule)
@@ -167,8 +172,10 @@ def _with_row(schedule: Schedule, rank: int, row: list[Action]) -> Schedule:
 
 
 def test_a_deadlock_is_named() -> None:
-    """Both ranks wait for the other: rank 0 runs the backward of a microbatch before the forward
-    that rank 1 needs first."""
+    """Check the error where two ranks wait for each other.
+
+    Rank 0 runs the backward of a microbatch before the forward that rank 1 needs first.
+    """
     schedule = SCHEDULES["gpipe"](2, 2)
     row = [Action.parse(text) for text in ("0F0", "0B0", "0F1", "0B1")]
     crossed = _with_row(
@@ -238,8 +245,10 @@ def test_a_message_lost_on_both_sides_is_named() -> None:
 
 
 def test_crossing_sends_deadlock_only_if_sends_block() -> None:
-    """Both ranks send before they receive: fine with buffers or non-blocking sends, and what the
-    lowering must never need."""
+    """Check two ranks that both send before they receive.
+
+    Buffers or non-blocking sends allow this. The lowering must never need it.
+    """
     lowered = lower(SCHEDULES["1f1b"](2, 2))
     text = " ".join(map(str, lowered.actions[1])).replace("1RECV_F1 1SEND_B0", "1SEND_B0 1RECV_F1")
     crossed = _with_row(lowered, 1, [Action.parse(word) for word in text.split()])
@@ -262,7 +271,10 @@ def test_misplaced_stages_and_doubled_links_are_refused() -> None:
 
 
 def test_split_backward_runs_too() -> None:
-    """I and W in place of B: the input gradients leave early, the weight gradients fill the end."""
+    """Simulate I and W in place of B.
+
+    The input gradients leave early, the weight gradients fill the end.
+    """
     rows = [
         [Action.parse(t) for t in ("0F0", "0F1", "0I0", "0W0", "0I1", "0W1")],
         [Action.parse(t) for t in ("1F0", "1I0", "1F1", "1I1", "1W0", "1W1")],

@@ -1,4 +1,4 @@
-"""A small text, and a model small enough to train in a moment."""
+"""Small text, and a model small enough to train in a moment."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ TINY = [
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A file of 4,500 characters."""
+    """Write a text of 4,544 characters."""
     path = tmp_path / "text.txt"
     path.write_text("".join(f"line {i}: {i * i}\n" for i in range(300)))
     return path
@@ -32,5 +32,5 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny(text: Path, tmp_path: Path) -> list[str]:
-    """Options of `minillm.train` for a short run into tmp_path/run."""
+    """Return options of `minillm.train` for a short run into tmp_path/run."""
     return [*TINY, "--data", str(text), "--out", str(tmp_path / "run"), "--steps", "6"]

@@ -1,5 +1,7 @@
-"""Whatever is wrong, a run says it once, ends on every rank with a status other than 0, and leaves
-nothing half written."""
+"""Bad input and failing ranks: a run reports the error once and ends on every rank.
+
+The status is other than 0, and no file is left half written.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ TRAIN = ["-m", "minillm.train"]
 
 
 def refused(found: Finished, *words: str) -> None:
-    """The run ended with one message that holds all `words`, without a traceback."""
+    """Check that the run failed with one message that holds all `words`, without a traceback."""
     assert found.returncode != 0
     assert len(re.findall(r"^(?:rank \d+: )?error: ", found.output, re.M)) == 1, found.output
     assert "Traceback" not in found.output
@@ -27,7 +29,10 @@ def refused(found: Finished, *words: str) -> None:
 
 
 def left_behind(marker: Path, seconds: float = 5.0) -> list[str]:
-    """Processes whose command line holds the path `marker` and that do not end within `seconds`."""
+    """Return the processes that do not end within `seconds`.
+
+    Their command line holds the path `marker`.
+    """
     deadline = time.monotonic() + seconds
     while (found := _running(marker)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -47,7 +52,7 @@ def _running(marker: Path) -> list[str]:
 
 
 def unfinished(run: Path) -> list[Path]:
-    """What an interrupted writer would leave."""
+    """Return the files that an interrupted writer would leave."""
     return [path for path in run.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
 
 

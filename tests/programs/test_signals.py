@@ -26,7 +26,7 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int = 3) ->
 
 
 def check_saved(run: Path, output: str, ranks: int) -> None:
-    """The last step of the metrics is the checkpoint's, and the run can go on from it."""
+    """Check that the checkpoint is of the last logged step, and that the run resumes."""
     step = (run / "metrics.jsonl").read_text().count("\n")
     assert f"stopped at step {step} as asked" in output
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:08d}"]

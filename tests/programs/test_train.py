@@ -1,5 +1,7 @@
-"""What a run of `minillm.train` leaves behind, and that a stopped and resumed run is the
-uninterrupted one."""
+"""Runs of `minillm.train`: the files that they leave, and resumption.
+
+A stopped and resumed run is the uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ TRAIN = ["-m", "minillm.train"]
 
 
 def hashes(run: Path, step: int) -> dict[str, str]:
-    """File -> checksum of the run's checkpoint at `step`."""
+    """Return the checksum of each file of the run's checkpoint at `step`."""
     manifest = checkpoint.read_manifest(run / "checkpoints" / f"step-{step:08d}")
     return {name: entry.sha256 for name, entry in manifest.files.items()}
 

@@ -1,5 +1,7 @@
-"""A whole run of `minillm.train` on the CUDA kernels, which the emulator executes: the run on NumPy
-and C, to rounding."""
+"""Whole run of `minillm.train` on the CUDA kernels, which the emulator executes.
+
+It is the run on NumPy and C, to rounding.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ LLAMA = ["--norm", "rmsnorm", "--position", "rotary", "--dropout", "0.1", "--dev
 
 
 def losses(out: Path, choice: str) -> list[float]:
-    """Training losses of a run with --kernels `choice`."""
+    """Return the training losses of a run with --kernels `choice`."""
     command = [
         sys.executable,
         "-m",

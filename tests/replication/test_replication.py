@@ -67,7 +67,7 @@ def resumed(
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_sharded_state_is_saved_and_resharded(tmp_path: Path, width: int) -> None:
-    """Moments saved as shares of two ranks go on as shares of one, two and four."""
+    """Save moments as shares of two ranks, and resume them on one, two and four."""
     two, wide = Layout(dp=2), Layout(dp=width)
     run_ranks(2, lambda comm: resumed(comm, two, ShardedMoments, None, tmp_path, 0))
     path = tmp_path / "step-00000002"
@@ -102,7 +102,7 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: str(spec.shape))
 @pytest.mark.parametrize("num_shares", [1, 2, 3, 5])
 def test_flat_shares_cover_every_element_once(spec: ShardSpec, num_shares: int) -> None:
-    """Each rank's flat share holds exactly the elements that its pieces name."""
+    """Check that each rank's flat share holds exactly the elements that its pieces name."""
     mesh = MeshShape(dp=num_shares, tp=2)
     shard = FlatShard(spec, offset=16, length=160, step=8, axes=("dp", "ep", "cp"))
     whole = np.arange(np.prod(spec.shape)).reshape(spec.shape)

@@ -1,11 +1,12 @@
-"""A stand-in for CuPy: the training step of the GPU path runs on it without a GPU.
+"""Stand-in for CuPy: the training step of the GPU path runs on it without a GPU.
 
-Arrays lie in the host's memory, but they are a type of their own, which refuses what CuPy 14
-refuses and what would make the host wait unseen: mixing with NumPy arrays, float(x), bool(x),
-iteration, boolean indexing, batched products of 16-bit floats. `empty` gives NaN. Every copy
-between host and "device" and every wait is written into `events`; copies to the host that do not
-block hold NaN until their event has been waited for, and host memory that a copy still reads may
-not be changed.
+Arrays lie in the host's memory, but they are a type of their own. It refuses what CuPy 14 refuses
+and what would make the host wait unseen. Refused are mixing with NumPy arrays, float(x), bool(x),
+iteration, boolean indexing and batched products of 16-bit floats. `empty` gives NaN.
+
+Every copy between host and "device" and every wait is written into `events`. A copy to the host
+that does not block holds NaN until its event has been waited for. Host memory that a copy still
+reads may not be changed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _forbidden: Counter[str] = Counter()
 
 
 def note(what: str, num_bytes: int = 0) -> None:
-    """Write an event down. Raises RuntimeError where it is forbidden just now."""
+    """Record an event; raise RuntimeError where it is forbidden."""
     with _lock:
         events.append((what, num_bytes))
         if _forbidden[what]:
@@ -59,7 +60,7 @@ def forbidding(*kinds: str) -> Iterator[None]:
 
 @contextmanager
 def counting() -> Iterator[list[tuple[str, int]]]:
-    """The events inside the block."""
+    """Yield a list that holds the events of the block after its end."""
     found: list[tuple[str, int]] = []
     start = len(events)
     yield found
@@ -76,7 +77,7 @@ class _Pointer:
 
 
 class _Flags:
-    """CuPy's flags: there is no `writeable`."""
+    """Flags of a CuPy array: there is no `writeable`."""
 
     def __init__(self, host: np.ndarray) -> None:
         self.c_contiguous, self.f_contiguous = host.flags.c_contiguous, host.flags.f_contiguous
@@ -88,8 +89,10 @@ def _is_narrow(dtype: Any) -> bool:
 
 
 def _value(x: Any) -> Any:
-    """What NumPy computes with for an operand. Raises TypeError for what CuPy does not take beside
-    its own arrays."""
+    """Return an operand as NumPy computes with it.
+
+    Raises TypeError for what CuPy does not take beside its own arrays.
+    """
     if isinstance(x, ndarray):
         return x.host
     if isinstance(x, bool | int | float | np.generic):
@@ -117,7 +120,7 @@ def _waits(what: str) -> Callable[..., Any]:
 
 
 class ndarray:
-    """A device array: `host` is its memory."""
+    """Device array: `host` is its memory."""
 
     __array_ufunc__ = None  # NumPy leaves its operators to us
 
@@ -169,7 +172,7 @@ class ndarray:
         return ndarray(host, self if self.base is None else self.base)
 
     def _kept(self, host: Any) -> ndarray:
-        """A view where NumPy gave one, else new memory."""
+        """Return a view where NumPy gave one, else new memory."""
         return (
             self._view(host) if np.shares_memory(host, self.host) or not host.size else _wrap(host)
         )
@@ -198,7 +201,7 @@ class ndarray:
         self.host.fill(_value(value))
 
     def sum(self, axis: Any = None, dtype: Any = None) -> ndarray:
-        """CuPy adds 16-bit floats up in float32."""
+        """Sum as CuPy does: 16-bit floats are added in float32."""
         wide = np.float32 if _is_narrow(self.dtype) and dtype is None else dtype
         total = np.sum(self.host.astype(wide) if _is_narrow(self.dtype) else self.host, axis, wide)
         return _wrap(
@@ -271,8 +274,11 @@ def _has_arrays(key: Any) -> bool:
 
 
 def _index(key: Any) -> Any:
-    """An index for NumPy. Boolean ones make CuPy count on the host; an array of the host would be
-    uploaded at every use."""
+    """Return an index for NumPy.
+
+    A boolean index makes CuPy count on the host. An array of the host raises TypeError, since it
+    would be uploaded at every use.
+    """
     parts = []
     for part in _tuple(key):
         if isinstance(part, np.ndarray | list):
@@ -361,7 +367,7 @@ def zeros_like(x: ndarray, dtype: Any = None) -> ndarray:
 
 
 def asarray(x: Any, dtype: Any = None) -> ndarray:
-    """From the host this is an upload, through pinned memory of CuPy's: the host does not wait."""
+    """Upload from the host, through CuPy's pinned memory: the host does not wait."""
     if isinstance(x, ndarray):
         return x if dtype is None else x.astype(dtype, copy=False)
     if isinstance(x, float | int | np.generic):
@@ -451,5 +457,5 @@ ndarray.__qualname__ = "ndarray"
 
 
 def as_module() -> types.ModuleType:
-    """This module, to be imported as `cupy`."""
+    """Return the stand-in, to be imported as `cupy`."""
     return sys.modules[__name__]

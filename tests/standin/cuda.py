@@ -1,5 +1,7 @@
-"""What the stand-in has of `cupy.cuda`: streams and events that only count waiting, and cuBLAS's
-gemmEx in NumPy."""
+"""Stand-in for `cupy.cuda`: streams and events that only count waits.
+
+cuBLAS's gemmEx runs in NumPy.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import numpy as np
 
 
 class _Queue(threading.local):
-    """What the device of one rank has not been waited for."""
+    """Queue of one rank's device: copies that have not been waited for."""
 
     def __init__(self) -> None:
         self.downloads: list[_Download] = []
@@ -23,7 +25,7 @@ class _Queue(threading.local):
 
 
 class _Download(NamedTuple):
-    """What arrives in host memory, and where, once somebody waits."""
+    """Download: its values, and the host memory that receives them on a wait."""
 
     values: np.ndarray
     out: np.ndarray
@@ -50,21 +52,25 @@ def _checksum(x: np.ndarray) -> int:
 
 
 def download_later(values: np.ndarray, out: np.ndarray) -> None:
-    """A copy to the host that nobody has waited for: until then, `out` holds nothing of use. Copies
-    to the device that were queued before have read what it overwrites."""
+    """Queue a copy to the host: until a wait, `out` holds nothing of use.
+
+    Copies to the device that were queued before have read what it overwrites.
+    """
     _finish([], [read for read in _queue.reads if np.shares_memory(read.source, out)])
     out.reshape(-1).view(np.uint8)[...] = 0xFF
     _queue.downloads.append(_Download(values, out))
 
 
 def reading(source: np.ndarray) -> None:
-    """A copy to the device reads `source` until somebody waits."""
+    """Queue a copy to the device, which reads `source` until a wait."""
     _queue.reads.append(_Read(source, _checksum(source)))
 
 
 def _finish(downloads: list[_Download], reads: list[_Read]) -> None:
-    """These copies are over. Raises RuntimeError if the host has overwritten what was being
-    read."""
+    """Complete these copies.
+
+    Raises RuntimeError if the host has overwritten what was being read.
+    """
     for values, out in downloads:
         out[...] = values
     done = {id(x) for x in (*downloads, *reads)}
@@ -79,7 +85,7 @@ def _finish(downloads: list[_Download], reads: list[_Read]) -> None:
 
 
 def finish_all() -> None:
-    """The device has done everything queued."""
+    """Complete everything queued on the device."""
     _finish(_queue.downloads, _queue.reads)
 
 
@@ -91,7 +97,7 @@ class Event:
 
     @property
     def done(self) -> bool:
-        """The device gets there by the third time that somebody asks."""
+        """Completion, at the third poll or after a wait."""
         self._polled += 1
         if self._polled == 3:
             self._arrive()
@@ -116,7 +122,7 @@ class Event:
 
 
 def get_elapsed_time(start: Event, end: Event) -> float:
-    """Milliseconds."""
+    """Return the milliseconds between two events."""
     return (end.at - start.at) * 1e3
 
 
@@ -157,7 +163,7 @@ def alloc_pinned_memory(num_bytes: int) -> Any:
 
 
 class Device:
-    """An imaginary GPU of compute capability 8.0."""
+    """Imaginary GPU of compute capability 8.0."""
 
     attributes = {"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 163 << 10}  # noqa: RUF012
     compute_capability = "80"
@@ -200,7 +206,7 @@ _KNOWN = {
 
 
 class Product(NamedTuple):
-    """One call of gemmEx."""
+    """Call of gemmEx."""
 
     transposed: tuple[bool, bool]
     sizes: tuple[int, int, int]
@@ -218,7 +224,7 @@ def get_cublas_handle() -> int:
 
 
 def _matrix(pointer: int, rows: int, columns: int, leading: int, dtype: np.dtype) -> np.ndarray:
-    """A matrix [rows, columns] that lies column by column, `leading` elements apart."""
+    """Return a column-major matrix [rows, columns], with columns `leading` elements apart."""
     if leading < max(1, rows):
         raise RuntimeError(
             f"CUBLAS_STATUS_INVALID_VALUE: leading dim {leading} of a matrix of {rows} rows"
@@ -232,8 +238,10 @@ def _matrix(pointer: int, rows: int, columns: int, leading: int, dtype: np.dtype
 
 
 def _gemm_ex(*args: Any) -> None:
-    """C [m, n] = alpha op(A) op(B) + beta C, all column by column; products and sums in float32,
-    one rounding at the end."""
+    """Compute C [m, n] = alpha op(A) op(B) + beta C, all column-major.
+
+    Products and sums are float32, with one rounding at the end.
+    """
     wrong = [x for x in args if type(x) is not int]
     if len(args) != 19 or wrong:
         raise TypeError(f"gemmEx takes 19 integers, not {len(args)} arguments with {wrong}")

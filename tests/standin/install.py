@@ -1,5 +1,7 @@
-"""Put the stand-in in CuPy's place for a while, with kernels: the NumPy references, or our `.cu`
-files in the emulator."""
+"""Installation of the stand-in in CuPy's place, with kernels.
+
+The kernels are the NumPy references, or our `.cu` files in the emulator.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ OWN = (
 
 @contextmanager
 def installed(kernel_source: str = "reference") -> Iterator[Any]:
-    """`import cupy` gives the stand-in inside the block. `kernel_source`: "reference", or
-    "emulator" for the bindings and `.cu` files."""
+    """Make `import cupy` give the stand-in inside the block.
+
+    `kernel_source` is "reference", or "emulator" for the bindings and `.cu` files.
+    """
     before = {op: list(entries) for op, entries in registry._kernels.items()}
     own_function, own_encode, cupy = launching._function, launching._encode, sys.modules.get("cupy")
     caches = (
@@ -78,7 +82,7 @@ def _forget(caches: tuple[Any, ...]) -> None:
 
 
 class _Function:
-    """A kernel as CuPy would have loaded it."""
+    """Kernel as CuPy would have loaded it."""
 
     ptr = 0
 
@@ -133,7 +137,7 @@ def _encode(
     box: tuple[int, ...],
     swizzle: int,
 ) -> TensorMap:
-    """The emulator's map in place of the driver's."""
+    """Return the emulator's map in place of the driver's."""
     kind = np.dtype(dtype)
     steps = (*strides, kind.itemsize)
     num_bytes = kind.itemsize + sum(
@@ -156,9 +160,11 @@ def _function(path: Path, name: str, defines: Any, shared_bytes: int) -> Any:
 
 
 def hosted(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A NumPy kernel for the stand-in's arrays. 16-bit arrays are computed on in float32 and
-    rounded; what has one dim or none, and the log-sum-exp of attention, is a statistic and stays
-    float32, as the CUDA kernels have it."""
+    """Wrap a NumPy kernel for the stand-in's arrays.
+
+    16-bit arrays are computed on in float32 and rounded. Arrays of at most one dim, and the
+    log-sum-exp of attention, are statistics. They stay float32, as in the CUDA kernels.
+    """
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The stand-in's device memory: where arrays lie, and CuPy's pool."""
+"""Device memory of the stand-in: where arrays lie, and CuPy's pool."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _allocations: dict[int, tuple[int, Any]] = {}  # address -> (bytes, weak referen
 
 
 class Pool:
-    """How much the arrays hold, and how much the pool has taken from the driver for them: what is
-    free of that serves any request."""
+    """Memory pool: bytes that the arrays hold, and bytes taken from the driver for them.
+
+    Free bytes of the pool serve any request.
+    """
 
     limit = 1 << 30
 
@@ -55,8 +57,10 @@ pool = Pool()
 
 
 def allocate(shape: Any, dtype: Any) -> np.ndarray:
-    """Memory that begins at a multiple of 256 bytes, as CuPy's pool gives it, and holds NaN, or
-    -1."""
+    """Allocate memory at a multiple of 256 bytes, as CuPy's pool does.
+
+    Floats hold NaN, integers -1.
+    """
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -74,7 +78,7 @@ def allocate(shape: Any, dtype: Any) -> np.ndarray:
 
 
 def check_inside(address: int, num_bytes: int) -> None:
-    """Raises RuntimeError unless these bytes lie in one living allocation."""
+    """Raise RuntimeError unless these bytes lie in one living allocation."""
     if num_bytes <= _allocations.get(address, (0, None))[0]:
         return
     if not any(
