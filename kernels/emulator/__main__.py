@@ -17,8 +17,9 @@ from minillm.kernels import registry
 from minillm.kernels.emulator import heatmap
 from minillm.kernels.emulator.examples import EXAMPLES, Sizes, example, largest_error
 from minillm.kernels.emulator.heatmap import own_frame
-from minillm.kernels.emulator.machine import IS_ASYNCHRONOUS, IS_WRITE, ORDERS, Launched, emulate
+from minillm.kernels.emulator.machine import ORDERS, Launched, emulate
 from minillm.kernels.emulator.report import EmulatorError
+from minillm.kernels.emulator.structs import IS_ASYNCHRONOUS, IS_WRITE
 from minillm.kernels.gpu.build import FOLDER, BuildError
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from minillm.kernels.emulator.machine import IS_ASYNCHRONOUS, IS_SHARED, IS_WRITE, Launched
+from minillm.kernels.emulator.machine import Launched
 from minillm.kernels.emulator.report import DEVICE_HEADERS, Frame
+from minillm.kernels.emulator.structs import IS_ASYNCHRONOUS, IS_SHARED, IS_WRITE
 
 NUM_BANKS, BANK_BYTES, SECTOR_BYTES, WARP = 32, 4, 32, 32
 

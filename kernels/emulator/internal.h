@@ -25,7 +25,7 @@ struct Fiber {
     Tick fenced = 0; // its own tick at its last fence_async_proxy
 };
 
-// What Python passes in and gets back (library.py mirrors these structs with ctypes).
+// What Python passes in and gets back (structs.py mirrors these structs with ctypes).
 struct Array {
     uint64_t address, bytes;
     int32_t written;  // 0: holds nothing yet, so that reading it before writing is an error
