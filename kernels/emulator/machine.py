@@ -1,5 +1,4 @@
-"""Launching: arguments checked against the kernel's signature, a library called, and what it found
-made readable."""
+"""Kernel launches on the emulator, their options, and their access logs."""
 
 from __future__ import annotations
 
@@ -30,59 +29,61 @@ Array = Any
 
 ORDERS = ("round robin", "greedy warp", "reversed", "random")
 MAX_THREADS = 1024
-MAX_SHARED_BYTES = 232448  # of one block of an H100; also what a launch may ask for
-_lock = threading.Lock()  # a library holds one machine
-# Stacks of the fibers, and their number. All libraries share them: stacks of their own would
-# exhaust the mappings that a process may have.
+MAX_SHARED_BYTES = 232448  # of a block of an H100 (227 KiB): limit of dynamic shared memory
+_lock = threading.Lock()  # each library has a single machine
+# Address and number of the fiber stacks. All libraries share them: separate stacks would exhaust
+# the mappings that a process may have.
 _stacks: list[Any] = [None, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How kernels run in a context; see `emulate`."""
+    """Emulator options of a context, set by `emulate`."""
 
     order: str = "round robin"
-    """Which thread runs next: "round robin", "greedy warp" (one warp as far as it gets),
-    "reversed", or "random"."""
+    """Schedule of threads: "round robin", "greedy warp" (one warp until it waits), "reversed" or
+    "random"."""
     seed: int = 0
+    """Seed of the random order, of preemption and of the arrival of TMA copies."""
     preempt: int = 0
-    """Also switch threads in the middle, at one memory access in so many (0: only where they
-    wait)."""
+    """Preemption: switch threads at one memory access in `preempt` on average. 0: only at waits."""
     races: bool = True
+    """Report data races."""
     uninitialised: bool = True
+    """Report reads of shared memory and of `unwritten` before a write."""
     unwritten: tuple[Array, ...] = ()
-    """Arrays that hold nothing yet: reading an element before the kernel has written it is an
-    error."""
+    """Output arrays: reading an element before the kernel has written it is an error."""
     edits: tuple[tuple[str, str], ...] = ()
-    """(old text, new text) to replace in the sources of kernels before they are compiled: to try
-    what a line is for."""
+    """(old text, new text) to replace in the kernel sources before compilation."""
     only_block: int | None = None
+    """Linear index of the only block to run, x fastest. None: all blocks."""
     run: bool = True
-    """False: compile only, for a launch to come."""
+    """False: compile only, which fills the cache for later launches."""
     log_block: int | None = None
+    """Linear index of the block whose accesses are logged."""
     watch: tuple[int, int] | None = None
-    """(block, thread) whose WATCHes are recorded."""
+    """(block, thread), both linear, whose WATCH values and accesses are recorded."""
     record: list[Launched] | None = None
-    """Where to append what each launch recorded."""
+    """List to which each launch appends its Launched."""
 
 
 @dataclass(frozen=True)
 class Launched:
-    """What one launch left behind: its log of accesses and of watched values."""
+    """Record of one launch: access log, watched values, memory map."""
 
     path: Path
     kernel: str
     grid: tuple[int, ...]
     block: tuple[int, ...]
-    accesses: np.ndarray  # of ACCESS, by the logged block
+    accesses: np.ndarray  # [N] ACCESS, of the logged block
     watched: list[Watched]
-    trace: np.ndarray  # of TRACED: the watched thread's accesses
+    trace: np.ndarray  # [N] TRACED, of the watched thread
     memory: list[Memory]
     symbols: Symbols
-    switches: int
+    switches: int  # between fibers
 
     def memory_at(self, address: int) -> Memory | None:
-        """What lies at an address."""
+        """Return the memory that contains an address; None outside the launch's memory."""
         return next((m for m in self.memory if m.address <= address < m.address + m.bytes), None)
 
 
@@ -91,8 +92,12 @@ _options: ContextVar[Options] = ContextVar("emulator options", default=Options()
 
 @contextmanager
 def emulate(**changes: Any) -> Iterator[None]:
-    """In this context, kernels run with these Options: `with emulate(order="random", seed=3):
-    attention_forward(...)`."""
+    """Set fields of Options for all launches in this context.
+
+    `with emulate(order="random", seed=3): attention_forward(...)` runs the operation's kernels in a
+    random order. Contexts nest. Raises ValueError for an unknown order, TypeError for an unknown
+    field.
+    """
     options = replace(_options.get(), **changes)
     if options.order not in ORDERS:
         raise ValueError(f"there is no order {options.order!r}; there are {', '.join(ORDERS)}")
@@ -113,13 +118,16 @@ def launch(
     shared_bytes: int = 0,
     **changes: Any,
 ) -> None:
-    """Run kernel `name` of the file `path`, compiled with `defines`, on `grid` blocks of `block`
-    threads with `shared_bytes` of dynamic shared memory.
+    """Compile a `.cu` file and run one of its kernels; arrays are changed in place.
 
-    `args`: NumPy arrays (passed as pointers; accesses outside them are reported), NumPy scalars of
-    the types that the kernel declares, structs as `np.void`, tensor maps, None. `changes` are
-    fields of Options for this launch alone. Raises EmulatorError with a report when the kernel does
-    something that a GPU would punish or must not be relied on, BuildError if it does not compile.
+    `name`: the kernel. `defines`: macros. `grid`, `block`: 1 to 3 sizes, x first. `shared_bytes`:
+    dynamic shared memory. `changes`: fields of Options for this launch alone.
+
+    `args`, one per parameter: a NumPy array (passed as a pointer), a NumPy scalar of the declared
+    type, a struct as `np.void`, a tensor map, or None as the null pointer.
+
+    Raises EmulatorError for undefined behaviour of the kernel, a deadlock, or arguments and sizes
+    that do not fit. Raises BuildError if the source does not compile.
     """
     options = replace(_options.get(), **changes)
     compiled = compile_host(Path(path), tuple(defines.items()), options.edits)
@@ -137,7 +145,10 @@ def launch_compiled(
     shared_bytes: int = 0,
     **changes: Any,
 ) -> None:
-    """The same for a library already made."""
+    """Run a kernel of a compiled library; arrays are changed in place.
+
+    Arguments are those of `launch`. `path` names the source in messages. Raises EmulatorError.
+    """
     options = replace(_options.get(), **changes)
     if name not in compiled.kernels:
         raise EmulatorError(
@@ -220,8 +231,10 @@ def _check_sizes(
 
 
 def _divergent(report: structs.Report, symbols: Symbols) -> str:
-    """Why it is wrong that lanes of a warp met in one instruction: they stood at different source
-    lines."""
+    """Return the error text for lanes that executed a warp-wide instruction at different lines.
+
+    It is empty if all pairs of code addresses are at the same line, as copies of one call are.
+    """
     for i in range(report.num_divergent):
         one, other = (symbols.place(site) for site in report.divergent[i])
         if one != other:
