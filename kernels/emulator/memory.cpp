@@ -1,8 +1,8 @@
 // Checked memory: every load and store of a kernel comes here before it happens.
 //
 // Known regions are the launch's arrays, the block's shared memory (static and dynamic), the stacks of the fibers, and the constants of the
-// library. Arrays and shared memory have shadows, one cell per element or two bytes: was it ever written, who wrote it last, who read it
-// since. Two accesses to a cell of which one writes are a race unless the clocks say that a barrier lies between them.
+// library. Arrays and shared memory have shadow cells, one per element or two bytes. A cell records whether it was written, its last write
+// and the reads since. Two accesses to a cell, one of them a write, are a race unless the vector clocks order them.
 #include <link.h>
 
 #include <algorithm>
@@ -22,8 +22,8 @@ namespace emulator {
 
 // ---- shadows
 
-// Who did something where and when, in 64 bits: thread or agent (11 bits), asynchronous (1), place in `sites` (20), tick (32).
-// 0 is nobody.
+// Access event in 64 bits: thread or agent (11 bits), asynchronous (1), index in `sites` (20), tick (32).
+// 0: no event.
 typedef uint64_t Event;
 static Event make_event(int who, bool asynchronous, unsigned site, Tick tick) {
     return static_cast<Event>(who) << 53 | static_cast<Event>(asynchronous) << 52 | static_cast<Event>(site) << 32 | tick;
@@ -63,7 +63,7 @@ struct Region {
     std::string name;
     std::unique_ptr<Cell[], void (*)(void*)> cells{nullptr, free};
     std::vector<Written> written;  // by cell; empty: all of it holds something
-    std::vector<Event> awaited;    // by cell: who has started the copy that is on its way there
+    std::vector<Event> awaited;    // by cell: the start of the copy in flight to it
 
     size_t bytes() const { return end - begin; }
     size_t num_cells() const { return (bytes() + (1u << shift) - 1) >> shift; }
@@ -185,7 +185,7 @@ static void report_unwritten(const Region& region, size_t cell, int who, Site si
     if (region.written[cell] == IN_FLIGHT) {
         const Event starter = region.awaited[cell];
         fail_for(who, "read before it arrived", site,
-                 "%sreads %s while an asynchronous copy, started by %s at @%p@, is still on its way there: nobody has waited for it",
+                 "%sreads %s while an asynchronous copy, started by %s at @%p@, is still in flight: no thread has waited for it",
                  reader, place(region, address).c_str(), describe_thread(who_of(starter)).c_str(), sites[site_of(starter)]);
     }
     fail_for(who, "uninitialised read", site, "%sreads %s, which nothing has written%s", reader, place(region, address).c_str(),
