@@ -8,9 +8,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Paths whose docstrings are not rewritten yet. An entry goes when its last finding does.
-NOT_YET: set[str] = {"kernels/emulator"}
-
 QUESTIONS = {"What", "How", "Where", "Whether", "Which", "Who", "When", "Why", "See"}
 ARTICLES = {"The", "A", "An"}
 
@@ -50,31 +47,13 @@ def sources() -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
-def excused(path: str) -> bool:
-    return any(path == entry or path.startswith(f"{entry}/") for entry in NOT_YET)
-
-
-def found() -> dict[str, list[str]]:
-    """Return the findings of every file that has any."""
-    everything = {}
-    for path in sources():
-        name = path.relative_to(ROOT).as_posix()
-        lines = [f"{name}:{n}: {text}" for n, text in findings(path.read_text(encoding="utf-8"))]
-        if lines:
-            everything[name] = lines
-    return everything
-
-
 def test_docstrings_begin_with_a_verb_or_a_term() -> None:
-    broken = [line for name, lines in found().items() if not excused(name) for line in lines]
+    broken = [
+        f"{path.relative_to(ROOT).as_posix()}:{line}: {text}"
+        for path in sources()
+        for line, text in findings(path.read_text(encoding="utf-8"))
+    ]
     assert not broken, "\n".join(broken)
-
-
-def test_every_exception_is_needed() -> None:
-    """Check that the list of exceptions shrinks with its reasons."""
-    names = found()
-    idle = [e for e in NOT_YET if not any(n == e or n.startswith(f"{e}/") for n in names)]
-    assert not idle, f"remove from NOT_YET: {', '.join(sorted(idle))}"
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
 
     const Seen seen = visible.of_queries(first, OWN);
     for (int first_key = seen.first; first_key < seen.end; first_key += LOOP) {
-        __syncthreads();  // nobody reads the tiles any more
+        __syncthreads();  // all reads of the tiles are done
         load_tile<LOOP>(k_tile, k, a.k.time, first_key, a.num_keys);
         load_tile<LOOP>(v_tile, v, a.v.time, first_key, a.num_keys);
         __syncthreads();  // all has been written

@@ -147,8 +147,8 @@ __device__ __forceinline__ void clear(float (&sums)[M][BLOCKS][4]) {
             for (int e = 0; e < 4; e++) sums[m][c][e] = 0;
 }
 
-// A warp's sums, each row times its factor, through the tile rows it owns (nobody else reads them any more) to rows [row, ..) of a head:
-// fragments are 4 bytes wide, and memory wants 16.
+// Store a warp's sums, each row scaled by its factor, to rows [row, end) of a head. They pass through the warp's own tile rows, which no
+// other warp reads at this point: fragments are 4 bytes wide, and coalesced stores need 16.
 template <int M>
 __device__ __forceinline__ void store_rows(Element* x, int64_t stride, int row, int end, const float (&sums)[M][BLOCKS][4],
                                            const float (&factor)[M][2], Element* tile, int first) {

@@ -139,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
 
     for (int key = walked.first, buffer = 0; key < walked.end; key += LOOP, buffer ^= 1) {
         cp_async_wait<0>();
-        __syncthreads();  // this tile has arrived for all, and nobody reads the other buffer any more
+        __syncthreads();  // this tile has arrived for all threads, and all reads of the other buffer are done
         if (key == walked.first) queries.keep();
         if (key + LOOP < walked.end) {
             copy_tile<LOOP, THREADS>(k_tiles + (buffer ^ 1) * TILE, k, a.k.time, key + LOOP, a.num_keys);

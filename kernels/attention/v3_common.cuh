@@ -12,7 +12,7 @@ constexpr int MOST_SHARED_BYTES = 232448;  // that a block can have
 constexpr int KEYS = 128;                  // of a tile
 
 // Whether the computing warpgroups of a block, one more of which loads, find the registers that they ask for: a multiprocessor has 65536,
-// a block starts with as many of them for each thread as are a multiple of 8, and setmaxnreg waits for ever for what is not there.
+// a block starts with as many of them for each thread as are a multiple of 8, and setmaxnreg never returns if it requests more than there are.
 template <int CONSUMERS, int LOADER_REGISTERS, int CONSUMER_REGISTERS>
 constexpr bool REGISTERS_SUFFICE =
     LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= 65536 / (128 * (CONSUMERS + 1)) / 8 * 8 * (CONSUMERS + 1);

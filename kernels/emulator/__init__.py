@@ -1,9 +1,13 @@
-"""Runs our `.cu` files on the CPU, thread by thread, and checks every access to memory; see
-docs/emulator.md.
+"""CUDA emulator: `.cu` files on the CPU, one fiber a thread, with every memory access checked.
 
-from minillm.kernels import emulator emulator.launch(path, "layernorm_forward", {"ELEMENT":
-"bfloat16"}, grid, block, (x, y, np.int64(n))) with emulator.emulate(order="random", seed=1): ...
-other schedules for all launches in here
+    from minillm.kernels import emulator
+
+    defines = {"ELEMENT": "bfloat16"}
+    emulator.launch(path, "layernorm_forward", defines, grid, block, (x, y, np.int64(n)))
+    with emulator.emulate(order="random", seed=1):
+        ...  # another schedule for all launches in this context
+
+docs/emulator.md describes the checks and the command line.
 """
 
 from minillm.kernels.emulator.compiler import compiler_missing

@@ -1,4 +1,4 @@
-"""Watch a kernel at work, without a GPU.
+"""Command line of the emulator: run an operation on small inputs and trace one thread.
 
 python -m minillm.kernels.emulator attention v2 --T 128 --block 1 --thread 37 --watch S,m,l
 python -m minillm.kernels.emulator layernorm v1 --accesses 20
@@ -17,8 +17,9 @@ from minillm.kernels import registry
 from minillm.kernels.emulator import heatmap
 from minillm.kernels.emulator.examples import EXAMPLES, Sizes, example, largest_error
 from minillm.kernels.emulator.heatmap import own_frame
-from minillm.kernels.emulator.machine import IS_ASYNCHRONOUS, IS_WRITE, ORDERS, Launched, emulate
+from minillm.kernels.emulator.machine import ORDERS, Launched, emulate
 from minillm.kernels.emulator.report import EmulatorError
+from minillm.kernels.emulator.structs import IS_ASYNCHRONOUS, IS_WRITE
 from minillm.kernels.gpu.build import FOLDER, BuildError
 
 
@@ -87,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chosen(name: str, variant: str | None) -> registry.Kernel:
-    """The emulated implementation that is meant. Raises KernelUnavailable with what there is."""
+    """Return the first emulated implementation of an operation or family, forward before backward.
+
+    Raises KernelUnavailable if there is none, or if it cannot run here. The message lists the
+    implementations that exist.
+    """
     everything = (k for op in registry.ops() for k in registry.available(op))
     entries = [
         k
@@ -128,7 +133,11 @@ def _numbers(value: np.ndarray) -> str:
 
 
 def show_thread(launched: Launched, names: set[str] | None, accesses: int | None) -> None:
-    """Print what the watched thread saw: the values marked, then its accesses."""
+    """Print the watched thread's WATCH values, then its memory accesses.
+
+    `names`: the values to print, None for all. `accesses`: the number of accesses to print; None
+    means 20 if the kernel has no WATCH, and 0 otherwise.
+    """
     seen = [w for w in launched.watched if names is None or w.name in names]
     frames = launched.symbols.frames([w.site for w in seen])
     for step, watched in enumerate(seen, 1):
@@ -148,8 +157,11 @@ def show_thread(launched: Launched, names: set[str] | None, accesses: int | None
 
 
 def _described(launched: Launched, row: np.void) -> str:
-    """Such as "reads x[3 .. 6] = 0.5 1.2 -0.1 0.3" or "writes byte 128 of dynamic shared memory, 16
-    bytes"."""
+    """Return a description of one access, a row of dtype TRACED.
+
+    Examples: "reads x[3 .. 6] = 0.5 1.2 -0.1 0.3", "writes byte 128 of dynamic shared memory, 16
+    bytes".
+    """
     verb, address, size = (
         "writes" if row["flags"] & IS_WRITE else "reads",
         int(row["address"]),
@@ -174,6 +186,7 @@ def _described(launched: Launched, row: np.void) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 1 after an error, which goes to stderr."""
     args = _parser().parse_args(argv)
     sizes = Sizes(
         T=args.T,

@@ -1,6 +1,6 @@
-// Vector clocks: what each thread knows of every other's past, and so whether two accesses are ordered by barriers between them.
+// Vector clocks: each thread's knowledge of the others' pasts. They decide whether barriers order two accesses.
 //
-// Every thread has a tick. A barrier copies what its threads know, and their ticks, into all of them, and they tick on. An access by thread
+// Every thread has a tick. A barrier joins the clocks of its threads, including their ticks, and increments the ticks. An access by thread
 // w at tick k is in the past of thread t if t's clock holds k or more for w (Mattern 1988; Flanagan and Freund 2009 keep, as memory.cpp
 // does, only the last accesses to each place).
 #include <algorithm>
@@ -104,7 +104,7 @@ Tick agent_tick(uint32_t count) {
     return tick;
 }
 
-// Ticks go on from block to block, so that what an earlier block did can be told from what this one does.
+// Ticks increase from block to block, which distinguishes the accesses of earlier blocks from those of the current one.
 void prepare_block_clocks() {
     machine.num_clocks = std::min(machine.num_threads + MAX_AGENTS, MAX_CLOCKS + MAX_AGENTS);
     machine.block_start = ++machine.latest;

@@ -1,6 +1,6 @@
-// Where threads meet: collectives of a warp or a warpgroup, barriers of a block, and the warp instructions of ampere.cuh.
+// Synchronization points: collectives of a warp or a warpgroup, and barriers of a block.
 //
-// All who take part hand in the address of their operands, which lie on their own stacks. The last to come does the work for everybody.
+// Each participant passes the address of its operands, which are on its own stack. The last one to arrive computes the results of all.
 #include <cstdio>
 #include <cstring>
 #include <map>

@@ -1,5 +1,8 @@
-"""From a `.cu` file to a shared library of the host: the kernels, compiled with a call before every
-memory access, and the emulator's own C++ linked to them."""
+"""Compilation of `.cu` files to shared libraries of the host.
+
+The compiler inserts a call before every memory access of a kernel. The emulator's own C++ files are
+linked to the result.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +57,10 @@ _CLANG_ONLY = ("-fsanitize=array-bounds",)
 
 
 class Compiler(NamedTuple):
+    """Host C++ compiler."""
+
     path: str
-    version: str  # its first line about itself, part of every key
+    version: str  # first line of --version, part of every cache key
 
     @property
     def is_gcc(self) -> bool:
@@ -64,7 +69,7 @@ class Compiler(NamedTuple):
 
 @functools.cache
 def host_compiler() -> Compiler | None:
-    """$CXX, g++ or clang++; None if there is none of them."""
+    """Return the first of $CXX, g++ and clang++ that is installed; None without any."""
     for name in _CANDIDATES:
         path = shutil.which(name)
         if path is not None:
@@ -76,7 +81,10 @@ def host_compiler() -> Compiler | None:
 
 
 def compiler_missing() -> str | None:
-    """Why nothing can be emulated here; None if it can. Looks for a file only."""
+    """Return the reason why the emulator cannot run here; None if it can.
+
+    Searches the path for a compiler and starts no process.
+    """
     return (
         None
         if any(map(shutil.which, _CANDIDATES))
@@ -97,7 +105,10 @@ def _compile_object(compiler: Compiler, source: Path, target: Path) -> None:
 
 
 def _objects(compiler: Compiler) -> list[Path]:
-    """The emulator's own files, compiled, on all cores."""
+    """Compile the emulator's own C++ files on all cores and return the object files.
+
+    Unchanged files come from the cache. Raises BuildError if one does not compile.
+    """
     headers = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.h"))]
 
     def compiled(source: Path) -> Path:
@@ -115,6 +126,8 @@ def _objects(compiler: Compiler) -> list[Path]:
 
 
 class Parameter(NamedTuple):
+    """Kernel parameter, as declared in the source."""
+
     name: str
     declaration: str
 
@@ -124,17 +137,23 @@ def _without_comments(text: str) -> str:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position after the parenthesis that closes the one at `start`."""
+    """Return the position after the parenthesis that closes the one at `start`.
+
+    Raises BuildError if none does.
+    """
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
         if depth == 0:
             return i + 1
-    raise BuildError("a parenthesis is never closed")
+    raise BuildError("a parenthesis is not closed")
 
 
 def kernels_in(text: str) -> dict[str, list[Parameter]]:
-    """The kernels that a source defines, with their parameters."""
+    """Return the parameters of each kernel that a source defines, by the kernel's name.
+
+    Raises BuildError for unbalanced parentheses after `__global__`.
+    """
     text = _without_comments(text)
     found = {}
     for mark in re.finditer(r"\b__global__\b", text):
@@ -207,23 +226,25 @@ def _entry(name: str) -> str:
 
 
 class Compiled(NamedTuple):
-    """A library and what its kernels take."""
+    """Compiled library, with the parameters of its kernels by name."""
 
     library: Path
     kernels: dict[str, list[Parameter]]
 
 
-_wanted: dict[
-    Any, threading.Lock
-] = {}  # what has been asked for: threads that want the same wait for the first
+# A lock for each library requested: threads that request the same one wait for the first.
+_wanted: dict[Any, threading.Lock] = {}
 
 
 def compile_host(
     path: Path, defines: tuple[tuple[str, str | int], ...], edits: tuple[tuple[str, str], ...] = ()
 ) -> Compiled:
-    """The library of a `.cu` file compiled with macros, from the cache where it has been compiled
-    before; `edits` (old text, new text) are made to its source, includes in their places, first.
-    Raises BuildError."""
+    """Compile a `.cu` file, or take its library from the cache.
+
+    `defines`: (name, value) of macros. `edits`: (old text, new text) to replace in the source after
+    its includes are inlined. Raises BuildError if the source does not compile, or without a
+    compiler. Thread-safe.
+    """
     with _wanted.setdefault((path, defines, edits), threading.Lock()):
         return _compile_host(path, defines, edits)
 
@@ -239,8 +260,11 @@ def _compile_host(
 
 
 def compile_text(path: Path, text: str, defines: Defines) -> Compiled:
-    """The same for a text that stands for the file `path`. Raises BuildError if it does not
-    compile."""
+    """Compile the source `text`, or take its library from the cache.
+
+    `path` names the source in messages and is not read. Raises BuildError if the text does not
+    compile, or without a compiler.
+    """
     compiler = host_compiler()
     if compiler is None:
         raise BuildError(compiler_missing() or "no host C++ compiler")
@@ -283,8 +307,10 @@ def compile_text(path: Path, text: str, defines: Defines) -> Compiled:
 
 
 def _initialisation(compiler: Compiler) -> tuple[str, ...]:
-    """The option that fills uninitialised local variables with a pattern, where the compiler has it
-    (gcc from 12 on)."""
+    """Return the option that fills uninitialised local variables with a pattern.
+
+    gcc has it from version 12 on. For older versions the result is empty.
+    """
     number = re.search(r"(\d+)\.\d+", compiler.version)
     new_enough = not compiler.is_gcc or (number is not None and int(number[1]) >= 12)
     return ("-ftrivial-auto-var-init=pattern",) if new_enough else ()

@@ -1,7 +1,7 @@
-"""Small inputs for every operation: what to call so that its kernels run.
+"""Example calls with small random inputs, one for every operation.
 
-For the emulator's command line and for its tests. A folder's `examples.py` has a function for each
-operation, which returns all that it computes, arrays changed in place included.
+The emulator's command line and its tests run them. The `examples.py` of a kernel folder defines one
+function for each operation. It returns all results, including the arrays changed in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minillm import kernels
 
 
 def found_in(package: str, folders: list[str]) -> dict[str, Callable[[Maker], Any]]:
-    """Return the functions in `examples.py` of each folder that bear the name of an operation."""
+    """Return the example of each operation, from the `examples.py` of the folders in `package`."""
     found: dict[str, Callable[[Maker], Any]] = {}
     for folder in folders:
         name = f"{package}.{folder}.examples"
@@ -34,20 +34,25 @@ EXAMPLES = found_in("minillm.kernels", kernels.OPERATIONS)
 def example(
     op: str, sizes: Sizes, dtype: str, seed: int = 0, *, wide: bool = False
 ) -> tuple[Array, ...]:
-    """What `op` computes from small random inputs, or from the same values in float64. Raises
-    KeyError for an op without an example."""
+    """Run `op` on small random inputs and return its results.
+
+    `wide` runs it on the same values in float64. Raises KeyError for an op without an example.
+    """
     results = EXAMPLES[op](Maker(sizes, dtype, seed, wide))
     return results if isinstance(results, tuple) else (results,)
 
 
 def largest_error(got: tuple[Array, ...], want: tuple[Array, ...]) -> float:
-    """The largest norm-wise relative error of all results; infinite where one is not a number."""
+    """Return the largest norm-wise relative error of all results, inf if one is NaN.
+
+    Infinities that agree have no error. Results whose expected value is None are skipped.
+    """
     errors = [0.0]
     for g, w in zip(got, want, strict=True):
         if w is not None:
             g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
             with np.errstate(invalid="ignore"):
-                same = np.where(g == w, 0, g - w)  # infinities, too
+                same = np.where(g == w, 0, g - w)  # inf - inf is NaN
             error = float(np.linalg.norm(same)) / max(
                 float(np.linalg.norm(w[np.isfinite(w)])), 1e-300
             )

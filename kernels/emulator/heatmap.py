@@ -1,10 +1,10 @@
-"""What a block's accesses cost: shared-memory banks and sectors of global memory, per instruction,
-as a table and as a picture.
+"""Memory cost of a block per instruction: bank conflicts and coalescing, as a table and a picture.
 
-Shared memory has 32 banks of 4 bytes. The lanes of a warp are served together unless two of them
-want different words of one bank; each further word of the same bank costs another pass
-("wavefront"). Accesses of 16 bytes go by eight lanes at a time, of 8 bytes by sixteen. Global
-memory moves in sectors of 32 bytes: what a warp asks for should fill the sectors that it touches.
+Shared memory has 32 banks of 4 bytes. One pass ("wavefront") serves all lanes of a warp, unless two
+lanes access different words of one bank. Each further word of a bank costs another pass. Accesses
+of 8 bytes are served for 16 lanes at a time, accesses of 16 bytes for 8 lanes.
+
+Global memory moves in sectors of 32 bytes. A coalesced access uses every byte of its sectors.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from minillm.kernels.emulator.machine import IS_ASYNCHRONOUS, IS_SHARED, IS_WRITE, Launched
+from minillm.kernels.emulator.machine import Launched
 from minillm.kernels.emulator.report import DEVICE_HEADERS, Frame
+from minillm.kernels.emulator.structs import IS_ASYNCHRONOUS, IS_SHARED, IS_WRITE
 
 NUM_BANKS, BANK_BYTES, SECTOR_BYTES, WARP = 32, 4, 32, 32
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One load or store of the source, summed over all times that a warp executed it."""
+    """Load or store instruction, with its cost summed over all executions by a warp."""
 
     frames: tuple[Frame, ...]  # in the kernel's own file, innermost first
     is_shared: bool
@@ -31,10 +32,9 @@ class Instruction:
     bytes: int
     executions: int
     cost: float  # wavefronts or sectors per execution
-    ideal: float  # the fewest that its bytes need
-    banks: (
-        np.ndarray | None
-    )  # of shared memory: how many words each bank is asked for in the worst group of lanes
+    ideal: float  # the minimum for its bytes
+    # [32] int64: words per bank in the pass group with the most conflicts; None for global memory
+    banks: np.ndarray | None
 
     @property
     def text(self) -> str:
@@ -42,12 +42,12 @@ class Instruction:
 
     @property
     def place(self) -> str:
-        """The lines that lead there: "340>85" is line 85, reached from line 340."""
+        """Line numbers of the inlined calls: "340>85" is line 85, called from line 340."""
         return ">".join(str(frame.line) for frame in reversed(self.frames)) or "?"
 
     @property
     def ratio(self) -> float:
-        """How many times the ideal it costs."""
+        """Cost divided by the ideal cost."""
         return self.cost / self.ideal
 
     @property
@@ -57,12 +57,14 @@ class Instruction:
 
 
 def instructions(launched: Launched) -> list[Instruction]:
-    """The instructions that a launch's log holds, in the order of their lines."""
+    """Return the instructions in a launch's access log, sorted by source line.
+
+    Asynchronous accesses are left out. Addresses are shifted so that each allocation begins at a
+    multiple of 256 bytes, as it does on a GPU.
+    """
     log = launched.accesses[launched.accesses["flags"] & IS_ASYNCHRONOUS == 0].copy()
     address = log["address"].copy()
-    for memory in (
-        launched.memory
-    ):  # on a GPU allocations begin on a multiple of 256 bytes, on the host anywhere
+    for memory in launched.memory:
         inside = (address >= memory.address) & (address < memory.address + memory.bytes)
         log["address"][inside] = address[inside] - np.uint64(memory.origin % 256)
     frames = launched.symbols.frames(np.unique(log["site"]))
@@ -77,14 +79,17 @@ def instructions(launched: Launched) -> list[Instruction]:
 
 
 def _own_frames(frames: Sequence[Frame]) -> tuple[Frame, ...]:
-    """The places in the kernel's own file: an access inside load16 belongs to its caller."""
+    """Return the frames in the kernel's own file, or all frames if there are none.
+
+    An access inside `load16` of a device header counts for its caller.
+    """
     return tuple(frame for frame in frames if not frame.file.startswith(DEVICE_HEADERS)) or tuple(
         frames
     )
 
 
 def own_frame(frames: Sequence[Frame]) -> Frame | None:
-    """The innermost of them."""
+    """Return the innermost frame in the kernel's own file; None without frames."""
     return next(iter(_own_frames(frames)), None)
 
 
@@ -116,8 +121,11 @@ def _instruction(log: np.ndarray, frames: tuple[Frame, ...]) -> Instruction:
 
 
 def _executions(log: np.ndarray) -> Iterator[np.ndarray]:
-    """The addresses of the lanes of a warp, for each time that it executed an instruction: the n-th
-    time of each of its lanes."""
+    """Yield the lanes' addresses, [lanes] uint64, of each execution of an instruction by a warp.
+
+    `log` holds the accesses of one instruction. The n-th execution of a warp consists of the n-th
+    access of each of its lanes.
+    """
     order = np.argsort(log["thread"], kind="stable")
     threads, addresses = log["thread"][order], log["address"][order]
     starts = np.r_[0, np.flatnonzero(np.diff(threads)) + 1]
@@ -129,19 +137,19 @@ def _executions(log: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _served_together(addresses: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """The lanes whose requests share a pass: 128 bytes' worth."""
+    """Yield the addresses of the lanes that share a pass: 128 bytes of accesses."""
     lanes = WARP if size <= BANK_BYTES else WARP * BANK_BYTES // size
     yield from (addresses[i : i + lanes] for i in range(0, len(addresses), lanes))
 
 
 def _pieces(addresses: np.ndarray, size: int, piece: int) -> np.ndarray:
-    """The numbers of the pieces of memory of `piece` bytes that accesses touch."""
+    """Return the indices of the `piece`-byte units that each access touches, [lanes, units]."""
     offsets = np.unique(np.r_[np.arange(0, size, piece), size - 1]).astype(np.uint64)
     return (addresses[:, None] + offsets) // np.uint64(piece)
 
 
 def _words_by_bank(addresses: np.ndarray, size: int) -> np.ndarray:
-    """How many different words each bank is asked for."""
+    """Return the number of distinct words accessed in each bank, [32] int64."""
     words = np.unique(_pieces(addresses, size, BANK_BYTES))
     return np.bincount((words % np.uint64(NUM_BANKS)).astype(np.int64), minlength=NUM_BANKS)
 
@@ -150,7 +158,10 @@ def _words_by_bank(addresses: np.ndarray, size: int) -> np.ndarray:
 
 
 def table(found: Sequence[Instruction]) -> str:
-    """One line an instruction; what costs more than it must is marked with its factor."""
+    """Return a table with one line per instruction.
+
+    Instructions that cost over 5 % more than the ideal are marked with their ratio.
+    """
     lines = [
         f"{'line':>12}  {'instruction':<18} {'times':>6} {'cost':>7} {'ideal':>6}  {'':6} source"
     ]
@@ -169,9 +180,11 @@ _WIDTH = _CELLS_END + 640
 
 
 def draw(launched: Launched, found: Sequence[Instruction], path: Path) -> None:
-    """Write the picture as SVG: a row an instruction; for shared memory a cell a bank, the redder
-    the more passes it needs; for global memory a bar, as full as the sectors that it moves are of
-    bytes that were asked for."""
+    """Write the picture of `found` to `path` as SVG, one row per instruction.
+
+    A shared-memory row has one cell per bank, coloured by its number of words. A global-memory row
+    has a bar, filled by the ratio of ideal to moved sectors.
+    """
     shared, global_ = [i for i in found if i.is_shared], [i for i in found if not i.is_shared]
     height = _TOP + (len(found) + 5) * _ROW
     body = [
@@ -191,7 +204,7 @@ def draw(launched: Launched, found: Sequence[Instruction], path: Path) -> None:
     ]
     y = _TOP
     parts = (
-        ("shared memory: words wanted of each of the 32 banks at once, where it is worst", shared),
+        ("shared memory: words per bank in the group of lanes with the most conflicts", shared),
         ("global memory: bytes used of sectors moved", global_),
     )
     for heading, rows in parts:
@@ -238,7 +251,7 @@ def _row(i: Instruction, y: int) -> Iterator[str]:
 
 
 def _colour(words: float) -> str:
-    """White for an idle bank, green for one word, through yellow to red for eight."""
+    """Return the colour of a bank: white without words, green for 1, yellow, red from 8 on."""
     if words <= 1:
         return _mix((245, 245, 245), (120, 185, 140), words)
     share = min(1.0, np.log2(words) / 3)

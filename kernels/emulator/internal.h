@@ -25,7 +25,7 @@ struct Fiber {
     Tick fenced = 0; // its own tick at its last fence_async_proxy
 };
 
-// What Python passes in and gets back (library.py mirrors these structs with ctypes).
+// What Python passes in and gets back (structs.py mirrors these structs with ctypes).
 struct Array {
     uint64_t address, bytes;
     int32_t written;  // 0: holds nothing yet, so that reading it before writing is an error
@@ -66,7 +66,7 @@ struct Launch {
     int64_t only_block;    // -1: all
     int64_t log_block;     // log the accesses of this block; -1: none
     int64_t watch_block;
-    int32_t watch_thread;  // -1: nobody
+    int32_t watch_thread;  // -1: none
     int32_t num_stacks;
     char* stacks;  // of the fibers; one set serves all libraries of a process, and a launch that needs more replaces it
 };
@@ -91,7 +91,7 @@ struct Machine {
     Index block_index{};
     uint32_t block_number = 0;
     Tick block_start = 1;  // ticks below are of earlier blocks
-    Tick latest = 1;       // the highest tick of anybody
+    Tick latest = 1;       // the highest tick of all threads and agents
     std::vector<uint32_t> ready;  // a bit for each lane, by warp
     uint64_t random_state = 1;
     void* scheduler_stack = nullptr;
@@ -110,11 +110,11 @@ inline Fiber& running_fiber() { return machine.fibers[machine.running]; }
 [[noreturn]] void stop_with_report(int thread, const char* kind, Site site, const char* format, va_list args);
 std::string describe_thread(int thread);
 
-// An access in the kernel's own code: others may come in between.
+// An access in the kernel's own code, where preemption may switch threads.
 void access_of_kernel(void* address, size_t bytes, bool is_write, Site site);
 
-// Fibers. `emulator_switch` keeps where the running one stands and goes on with another; `new_stack_pointer` is where one that is to begin
-// with `entry` stands. `allocate_stacks` returns whether there is memory for so many.
+// Fibers. `emulator_switch` saves the running fiber's stack pointer and loads another's. `new_stack_pointer` returns that of a fiber that
+// begins with `entry`. `allocate_stacks` returns whether there is memory for `count` stacks.
 constexpr size_t STACK_BYTES = 256 << 10;
 extern "C" void emulator_switch(void** save, void* load);
 void* new_stack_pointer(char* top, void (*entry)());

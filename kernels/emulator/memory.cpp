@@ -1,18 +1,16 @@
 // Checked memory: every load and store of a kernel comes here before it happens.
 //
 // Known regions are the launch's arrays, the block's shared memory (static and dynamic), the stacks of the fibers, and the constants of the
-// library. Arrays and shared memory have shadows, one cell per element or two bytes: was it ever written, who wrote it last, who read it
-// since. Two accesses to a cell of which one writes are a race unless the clocks say that a barrier lies between them.
+// library. Arrays and shared memory have shadow cells, one per element or two bytes. A cell records whether it was written, its last write
+// and the reads since. Two accesses to a cell, one of them a write, are a race unless the vector clocks order them.
 #include <link.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 
-#include "internal.h"
+#include "shadow.h"
 
 // Static shared variables are put into a section of that name, whose ends the linker marks (cuda.h).
 extern "C" char __start_minillm_shared[] __attribute__((weak, visibility("hidden")));
@@ -20,20 +18,8 @@ extern "C" char __stop_minillm_shared[] __attribute__((weak, visibility("hidden"
 
 namespace emulator {
 
-// ---- shadows
-
-// Who did something where and when, in 64 bits: thread or agent (11 bits), asynchronous (1), place in `sites` (20), tick (32).
-// 0 is nobody.
-typedef uint64_t Event;
-static Event make_event(int who, bool asynchronous, unsigned site, Tick tick) {
-    return static_cast<Event>(who) << 53 | static_cast<Event>(asynchronous) << 52 | static_cast<Event>(site) << 32 | tick;
-}
-static int who_of(Event e) { return static_cast<int>(e >> 53); }
-static bool is_asynchronous(Event e) { return e >> 52 & 1; }
-static unsigned site_of(Event e) { return e >> 32 & 0xfffff; }
-static Tick tick_of(Event e) { return static_cast<Tick>(e); }
-
-static std::vector<Site> sites;
+std::vector<Region> regions;
+std::vector<Site> sites;
 static std::vector<uint32_t> site_table;  // open addressing: where in `sites` a code address is
 
 static unsigned number_of_site(Site site) {
@@ -47,30 +33,6 @@ static unsigned number_of_site(Site site) {
     }
 }
 
-enum Kind { GLOBAL, STATIC_SHARED, DYNAMIC_SHARED };
-enum Written : uint8_t { NEVER, WRITTEN, IN_FLIGHT };
-constexpr int READERS = 4;  // of the readers of a cell since its last write, so many are remembered
-
-struct Cell {
-    Event writer, readers[READERS];
-};
-
-struct Region {
-    uintptr_t begin, end;
-    Kind kind;
-    int shift;  // a cell is 1 << shift bytes
-    int item_bytes;
-    std::string name;
-    std::unique_ptr<Cell[], void (*)(void*)> cells{nullptr, free};
-    std::vector<Written> written;  // by cell; empty: all of it holds something
-    std::vector<Event> awaited;    // by cell: who has started the copy that is on its way there
-
-    size_t bytes() const { return end - begin; }
-    size_t num_cells() const { return (bytes() + (1u << shift) - 1) >> shift; }
-    bool is_shared() const { return kind != GLOBAL; }
-};
-
-static std::vector<Region> regions;
 static Region* last_region;
 static std::vector<char> arena;
 
@@ -140,78 +102,6 @@ static Region* find_region(uintptr_t address) {
     for (Region& region : regions)
         if (address >= region.begin && address < region.end) return last_region = &region;
     return nullptr;
-}
-
-// ---- reports
-
-static const char* verb(bool is_write) { return is_write ? "writes" : "reads"; }
-
-// "byte 128 of dynamic shared memory", "element 5 (byte 20) of x: float32 [100]".
-static std::string place(const Region& region, uintptr_t address) {
-    const size_t offset = address - region.begin;
-    char text[200];
-    if (region.item_bytes > 1)
-        snprintf(text, sizeof text, "element %zu (byte %zu) of %s", offset / region.item_bytes, offset, region.name.c_str());
-    else
-        snprintf(text, sizeof text, "byte %zu of %s", offset, region.name.c_str());
-    return text;
-}
-
-[[noreturn]] static void report_outside(uintptr_t address, size_t bytes, bool is_write, int who, Site site) {
-    const Region* nearest = nullptr;
-    size_t best = SIZE_MAX;
-    for (const Region& region : regions) {
-        const size_t distance = address < region.begin ? region.begin - address : address - region.end;
-        if (distance < best) best = distance, nearest = &region;
-    }
-    if (address < 4096)
-        fail_for(who, "out of bounds", site, "%s %zu bytes at address %zu: a null pointer", verb(is_write), bytes, size_t(address));
-    if (!nearest || best > (64u << 20))
-        fail_for(who, "out of bounds", site, "%s %zu bytes at address 0x%zx, far from any array of this launch and from shared memory",
-                 verb(is_write), bytes, size_t(address));
-    if (address < nearest->begin)
-        fail_for(who, "out of bounds", site, "%s %zu bytes that begin %zu bytes before the start of %s", verb(is_write), bytes, best,
-                 nearest->name.c_str());
-    const size_t offset = address - nearest->begin;
-    if (nearest->item_bytes > 1)
-        fail_for(who, "out of bounds", site, "%s %zu bytes at element %zu of %s, which has %zu", verb(is_write), bytes,
-                 offset / nearest->item_bytes, nearest->name.c_str(), nearest->bytes() / nearest->item_bytes);
-    fail_for(who, "out of bounds", site, "%s %zu bytes at byte %zu of %s, which has %zu", verb(is_write), bytes, offset,
-             nearest->name.c_str(), nearest->bytes());
-}
-
-static void report_unwritten(const Region& region, size_t cell, int who, Site site, const char* reader) {
-    const uintptr_t address = region.begin + (cell << region.shift);
-    if (region.written[cell] == IN_FLIGHT) {
-        const Event starter = region.awaited[cell];
-        fail_for(who, "read before it arrived", site,
-                 "%sreads %s while an asynchronous copy, started by %s at @%p@, is still on its way there: nobody has waited for it",
-                 reader, place(region, address).c_str(), describe_thread(who_of(starter)).c_str(), sites[site_of(starter)]);
-    }
-    fail_for(who, "uninitialised read", site, "%sreads %s, which nothing has written%s", reader, place(region, address).c_str(),
-             region.is_shared() ? " in this block" : "");
-}
-
-static std::string name_of(Event e) {
-    return who_of(e) < machine.num_threads ? describe_thread(who_of(e)) : std::string("an asynchronous copy");
-}
-
-static void report_race(const Region& region, size_t cell, int who, Site site, bool is_write, Event other, bool other_wrote,
-                        const char* subject) {
-    const uintptr_t address = region.begin + (cell << region.shift);
-    if (tick_of(other) < machine.block_start)
-        fail_for(who, "race between blocks", site, "%s%s %s, which another block %s at @%p@: blocks have no order", subject, verb(is_write),
-                 place(region, address).c_str(), other_wrote ? "wrote" : "read", sites[site_of(other)]);
-    fail_for(who, "race", site, "%s%s %s, which %s %s at @%p@: no barrier lies between the two", subject, verb(is_write),
-             place(region, address).c_str(), name_of(other).c_str(), other_wrote ? "wrote" : "read", sites[site_of(other)]);
-}
-
-static void report_unfenced(const Region& region, size_t cell, int who, Site site, Event writer, const char* subject) {
-    const uintptr_t address = region.begin + (cell << region.shift);
-    fail_for(who, "missing proxy fence", site,
-             "%sreads %s through the asynchronous proxy; %s wrote it with an ordinary store at @%p@ and has not called "
-             "fence_async_proxy() since",
-             subject, place(region, address).c_str(), name_of(writer).c_str(), sites[site_of(writer)]);
 }
 
 // ---- checks

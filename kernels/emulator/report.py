@@ -1,4 +1,4 @@
-"""Reports: code addresses become source lines, and what the library found becomes a text."""
+"""Error reports: symbolized code addresses and the text of an EmulatorError."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ DEVICE_HEADERS = "kernels/gpu/include/"
 
 
 class EmulatorError(Exception):
-    """A kernel did what it must not. The message says what, where, and which thread."""
+    """Error of a kernel or its launch: the message names the fault, the source line, the thread."""
 
 
 class Frame(NamedTuple):
-    """A place in the source: file (relative to the checkout where it lies in it), line, function,
-    and the line itself ("" if unknown)."""
+    """Source location of a code address."""
 
-    file: str
+    file: str  # relative to the repository if it is inside
     line: int
     function: str
-    text: str = ""
+    text: str = ""  # the source line; empty if unknown
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
 
 class Symbols:
-    """Source lines of code addresses in a library, by addr2line."""
+    """Symbolizer: source locations of code addresses in a library, by addr2line.
+
+    It caches its results. Without addr2line or llvm-addr2line every address has no location.
+    """
 
     def __init__(
         self, path: Path, library: ctypes.CDLL, edits: tuple[tuple[str, str], ...] = ()
@@ -48,16 +50,20 @@ class Symbols:
         self._frames: dict[int, list[Frame]] = {}
 
     def frames(self, sites: Any) -> dict[int, list[Frame]]:
-        """Of each return address, the places in the source, innermost first, without those inside
-        the emulator."""
+        """Return the frames of each return address, innermost first.
+
+        Inlined calls give several frames. Frames inside the emulator are left out.
+        """
         missing = sorted({int(site) for site in sites} - set(self._frames))
         if missing:
             self._frames.update(zip(missing, self._look_up(missing), strict=True))
         return {int(site): self._frames[int(site)] for site in sites}
 
     def place(self, site: int) -> str:
-        """The place in the kernel of a return address, such as "kernels/attention/v1.cu:88", and
-        where that is called from, if it lies in a header of all kernels."""
+        """Return the location of a return address as text, such as "kernels/attention/v1.cu:88".
+
+        For a location in a device header, the kernel line that calls it follows in parentheses.
+        """
         frames = self.frames([site])[site]
         if not frames:
             return f"code address {site:#x}"
@@ -70,9 +76,8 @@ class Symbols:
         tool = shutil.which("addr2line") or shutil.which("llvm-addr2line")
         if tool is None:
             return [[] for _ in sites]
-        asked = "\n".join(
-            f"{max(0, site - 1 - self._base):#x}" for site in sites
-        )  # the call itself, not what follows it
+        # A return address follows its call: 1 less is inside the call.
+        asked = "\n".join(f"{max(0, site - 1 - self._base):#x}" for site in sites)
         command = [tool, "-e", str(self._path), "-i", "-f", "-C", "-a"]
         lines = subprocess.run(
             command, input=asked, capture_output=True, text=True, check=False
@@ -115,7 +120,10 @@ def _lines(file: str, edits: tuple[tuple[str, str], ...]) -> list[str]:
 
 
 def _load_address(path: Path, address_of_launch: int) -> int:
-    """Where the library lies in memory: a function's address less its value in the symbol table."""
+    """Return the load address of a library; 0 without nm.
+
+    It is the address of a function minus its value in the symbol table.
+    """
     value = next(
         (symbol.value for symbol in _symbol_table(path) if symbol.name == "emulator_launch"), None
     )
@@ -123,6 +131,8 @@ def _load_address(path: Path, address_of_launch: int) -> int:
 
 
 class _Symbol(NamedTuple):
+    """Row of a symbol table."""
+
     value: int
     bytes: int
     name: str
@@ -130,7 +140,7 @@ class _Symbol(NamedTuple):
 
 @functools.cache
 def _symbol_table(path: Path) -> list[_Symbol]:
-    """The symbols of a library, demangled, by nm; none where there is no nm."""
+    """Return the demangled symbols of a library; none without nm or llvm-nm."""
     tool = shutil.which("nm") or shutil.which("llvm-nm")
     if tool is None:
         return []
@@ -145,7 +155,7 @@ def _symbol_table(path: Path) -> list[_Symbol]:
 
 
 class SharedVariable(NamedTuple):
-    """A `__shared__` array: where it lies in this process, and what it is called."""
+    """Static `__shared__` array: its address in this process, size and name."""
 
     address: int
     bytes: int
@@ -153,8 +163,10 @@ class SharedVariable(NamedTuple):
 
 
 def shared_variables(path: Path, library: ctypes.CDLL) -> list[SharedVariable]:
-    """The static shared variables of a library: the symbols in the section that cuda.h puts them
-    into."""
+    """Return the static shared variables of a library; none without nm.
+
+    They are the symbols in the section `minillm_shared`, into which cuda.h puts them.
+    """
     table = _symbol_table(path)
     ends = [
         symbol.value
@@ -173,7 +185,10 @@ def shared_variables(path: Path, library: ctypes.CDLL) -> list[SharedVariable]:
 
 
 def explain(report: Any, symbols: Symbols, where: str) -> str:
-    """The text of an EmulatorError."""
+    """Return the text of an EmulatorError.
+
+    `report` is a structs.Report, `where` the kernel and the order of its threads.
+    """
     kind, text = report.kind.decode(errors="replace"), report.text.decode(errors="replace")
     text = re.sub(r"@(0x[0-9a-f]+)@", lambda found: symbols.place(int(found[1], 16)), text).replace(
         "@(nil)@", "an unknown place"

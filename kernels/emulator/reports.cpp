@@ -1,4 +1,4 @@
-// What a launch that must stop leaves behind: which fault, of which thread of which block, and, where nobody can go on, who waits for what.
+// Error reports of a launch: the fault with its thread and block, or, in a deadlock, the waits of all threads.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -28,7 +28,7 @@ void stop_with_report(int thread, const char* kind, Site site, const char* forma
     report.thread[0] = t.x, report.thread[1] = t.y, report.thread[2] = t.z;
     machine.failed = true;
     if (machine.running < 0) throw Stopped{};
-    to_scheduler();  // which runs nobody any more
+    to_scheduler();  // which runs no thread after a failure
     __builtin_unreachable();
 }
 
@@ -52,7 +52,7 @@ void note_divergence(Site one, Site other) {
     if (report.num_divergent < 16) memcpy(report.divergent[report.num_divergent++], pair, sizeof pair);
 }
 
-// "threads 0-31, 64 wait" of those for which `chosen` holds.
+// Return text such as "threads 0-31, 64 wait", of the threads for which `chosen` holds.
 template <typename Chosen> static std::string thread_ranges(Chosen chosen, const char* one_does, const char* several_do) {
     std::string text;
     int count = 0;
@@ -67,14 +67,14 @@ template <typename Chosen> static std::string thread_ranges(Chosen chosen, const
     return (count == 1 ? "thread " : "threads ") + text + " " + (count == 1 ? one_does : several_do);
 }
 
-// Do two threads wait for the same at the same place?
+// Return whether two threads wait in the same call, for the same condition.
 static bool wait_alike(const Fiber& one, const Fiber& other) {
     return other.state == State::waiting && other.what == one.what && other.site == one.site && !strcmp(other.detail, one.detail);
 }
 
-// Nobody can go on: say who waits where.
+// Report a deadlock: the places where threads wait, with the threads.
 void report_deadlock() {
-    std::string text = "No thread can go on.\n";
+    std::string text = "No thread can continue.\n";
     std::vector<bool> told(machine.num_threads);
     const Fiber* first = &machine.fibers[0];
     for (int t = machine.num_threads - 1; t >= 0; t--)

@@ -34,19 +34,19 @@ size_t dynamic_shared_bytes();
 // End the launch with a report: `kind` in a few words ("out of bounds"), then a text for printf. "@%p@" in it, with a Site, becomes
 // "file:line".
 [[noreturn]] void fail(const char* kind, Site site, const char* format, ...) __attribute__((format(printf, 3, 4)));
-// The same, blaming another thread than the one that runs.
+// The same, with another thread named as the one at fault.
 [[noreturn]] void fail_for(int thread, const char* kind, Site site, const char* format, ...) __attribute__((format(printf, 4, 5)));
 
-// Let others run now; the thread stays able to run.
+// Switch to another thread; the running one stays ready.
 void yield();
-// Stop until somebody calls wake(thread). If nobody can run any more, the report says that this thread waits in `what` (and `detail`).
+// Suspend the thread until a call of wake(thread). In a deadlock the report says that it waits in `what` (and `detail`).
 void suspend(const char* what, Site site, const char* detail = "");
 void wake(int thread);
-// `poll` is called every few switches, and with idle = true when no thread can run; it says whether it did anything.
+// `poll` is called every few switches, and with idle = true when no thread can run; it returns whether it did anything.
 void add_poll(bool (*poll)(bool idle));
 // `reset` is called before each block.
 void add_reset(void (*reset)());
-// `finish` is called when all threads of a block have returned; it may still fail_for() somebody.
+// `finish` is called when all threads of a block have returned; it may still call fail_for().
 void add_finish(void (*finish)());
 struct Registration {  // static Registration registration(poll, reset, finish);
     Registration(bool (*poll)(bool idle), void (*reset)(), void (*finish)() = nullptr);
@@ -54,7 +54,8 @@ struct Registration {  // static Registration registration(poll, reset, finish);
 
 // ---- meeting points (collectives.cpp)
 
-// All lanes of `mask` come here with the same name and mask; the last runs execute(operands by lane, mask, warp), then all go on.
+// Collective of the lanes in `mask`, which call it with the same name and mask. The last one to arrive runs
+// execute(operands by lane, mask, warp); then all return.
 // `aligned`: the hardware wants all lanes at the same instruction, not just at one of the same kind.
 void warp_collective(const char* name, Site site, unsigned mask, void* operands, void (*execute)(void** operands, unsigned mask, int warp),
                      bool aligned = true);

@@ -1,5 +1,7 @@
-"""Tensor maps for the emulator: what the driver encodes for TMA on a GPU, checked by the same
-rules, laid out as tma.cpp reads it."""
+"""Tensor maps of the emulator: TMA descriptors, checked by the driver's rules.
+
+Their layout is that of `struct Map` in tma.cpp, not the driver's.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,19 @@ _ALIGNMENT = 16  # of addresses and strides, in bytes
 
 
 class TensorMap:
-    """The 128 bytes that a kernel gets by value, `words`, and the array that they describe."""
+    """TMA descriptor: the 128 bytes passed to a kernel by value, `words`, and their array."""
 
     def __init__(self, words: bytes, array: np.ndarray) -> None:
         self.words, self.array = words, array
 
 
 def tensor_map(array: np.ndarray, box: Sequence[int], swizzle: int = 128) -> TensorMap:
-    """How TMA is to cut `array` (2 to 5 dims, strides that are multiples of 16 bytes, the last dim
-    contiguous) into boxes with a size for every dim in the array's order. `swizzle` spans 0, 32, 64
-    or 128 bytes. Raises ValueError for what the hardware cannot do."""
+    """Return the descriptor by which TMA copies boxes of `array`.
+
+    `array`: 2 to 5 dims, float16, bfloat16 or float32, the last dim contiguous, the other strides
+    multiples of 16 bytes. `box`: the size of a box per dim, in the array's order, 1 to 256 each.
+    `swizzle`: 0, 32, 64 or 128 bytes. Raises ValueError for what the hardware does not support.
+    """
     if problem := _problem(array, box, swizzle):
         raise ValueError(
             f"no tensor map for shape {array.shape}, strides {array.strides}, {array.dtype}, box "

@@ -24,8 +24,8 @@ struct Barrier {
     int missing = 0;         // and those that this one still lacks
     int64_t bytes = 0;       // that it still lacks
     uint32_t phase = 0;
-    Clock gathered, done;    // what those knew who came in this phase, and in the last one
-    int agent = 0;           // who writes the tiles that it counts,
+    Clock gathered, done;    // the clocks of the arrivals in this phase, and in the last one
+    int agent = 0;           // writer of the tiles that it counts,
     uint32_t landed = 0;     // and how many it has written
     int made_by = 0;
     bool fenced = false;
@@ -53,7 +53,7 @@ void complete_if_nothing_is_missing(Barrier& barrier) {
         barrier.done = barrier.gathered;
         barrier.gathered = Clock();
     }
-    wake_waiters(barrier);  // those of an unfinished phase, too: what they wait for has changed
+    wake_waiters(barrier);  // also those of an unfinished phase, whose wait text has changed
 }
 
 void arrive(Barrier& barrier, int bytes, Site site) {
@@ -263,7 +263,7 @@ void tma_commit() {
     if (stores != stores_of.end()) stores->second.groups++;
 }
 
-// Both kinds of wait: a store that has read its tile has been written here, too.
+// Both kinds of wait are the same here: a store reads its tile and writes memory at one moment.
 void emulator::wait_for_stores(int pending) {
     const auto found = stores_of.find(thread());
     if (found == stores_of.end()) return;

@@ -99,7 +99,7 @@ MUTATIONS = [
     _v1("missing rescale", "sums[i][c] *= shrink;", "sums[i][c] *= 1;"),
     _v1(
         "missing barrier before tiles are overwritten",
-        "__syncthreads();  // nobody reads the tiles any more",
+        "__syncthreads();  // all reads of the tiles are done",
         "",
     ),
     _v1("missing barrier after tiles are written", "__syncthreads();  // all has been written", ""),
@@ -143,8 +143,8 @@ MUTATIONS = [
     _v2("lane missing in the sum", "return x + __shfl_xor_sync(0xffffffffu, x, 2);", "return x;"),
     _v2(
         "missing barrier",
-        "__syncthreads();  // this tile has arrived for all, and nobody reads the other buffer any "
-        "more",
+        "__syncthreads();  // this tile has arrived for all threads, and all reads of the other "
+        "buffer are done",
         "",
     ),
     _v2(

@@ -153,7 +153,7 @@ FAULT_LIST = [
     Fault(
         "copy_not_waited_for",
         "read before it arrived",
-        "nobody has waited for it",
+        "no thread has waited for it",
         lambda: (floats(128), floats(32)),
     ),
     Fault(
@@ -165,7 +165,7 @@ FAULT_LIST = [
     Fault(
         "one_group_too_few",
         "read before it arrived",
-        "nobody has waited for it",
+        "no thread has waited for it",
         lambda: (floats(128), floats(32)),
     ),
     Fault(

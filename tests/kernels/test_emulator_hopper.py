@@ -109,7 +109,7 @@ FAULTS = {
     "a tile is used before it arrives": (
         _WAIT,
         "    float sums[TEST_WIDTH / 2];\n",
-        "nobody has waited for it",
+        "no thread has waited for it",
     ),
     "fewer bytes are expected than come": (
         _EXPECT,
@@ -124,14 +124,14 @@ FAULTS = {
     "the wrong phase is waited for": (
         _WAIT,
         _WAIT.replace("full, 0", "full, 1"),
-        "nobody has waited for it",
+        "no thread has waited for it",
     ),
     "the copy engine does not know the barrier": (
         "        fence_barrier_init();\n",
         "",
         "no fence_barrier_init",
     ),
-    "nobody waits for the product": (
+    "product without a wait": (
         "    wait_for<0>(sums);\n    write_accumulators(d, sums);\n    if",
         "    if",
         "still under way",
@@ -151,7 +151,7 @@ FAULTS = {
         "    wgmma_m64_k16<Element, TEST_WIDTH, 0>(sums, 0, 0, false);\n",
         "no warpgroup_fence",
     ),
-    "a copy that nobody waits for": (
+    "copy without a wait": (
         "        tma_commit();\n        tma_wait<0>();\n    }\n}\n\n// d [64, TEST_WIDTH] = 1",
         "    }\n}\n\n// d [64, TEST_WIDTH] = 1",
         "still under way|$",
