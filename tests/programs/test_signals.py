@@ -82,7 +82,7 @@ def test_a_second_signal_aborts(ranks: int, tiny: list[str], tmp_path: Path) -> 
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
     found = finish(process, timeout=20)
-    assert found.returncode != 0 and found.output.count("SIGINT: finishing this step") == 1, (
-        found.output
-    )
+    assert found.output.count("SIGINT: finishing this step") == 1, found.output
+    # At a second Ctrl-C mpirun ends the ranks itself. MPICH's then leaves with 255, now and then 0.
+    assert ranks or found.returncode == 128 + signal.SIGINT
     assert "stopped at" not in found.output and not (tmp_path / "run" / "checkpoints").exists()
