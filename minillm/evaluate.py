@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.record import option
 from minillm.comm.agreement import known_to_all
@@ -63,6 +64,12 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
             held_out=share,
             comm=comm,
         )
+        if args.data is None and corpus.sha256 != opened.corpus:
+            raise ConfigError(
+                f"{corpus.source} has changed since training (sha256 {corpus.sha256[:12]}, was "
+                f"{opened.corpus[:12]}), so its end may hold text that the model was trained on; "
+                "put the old text back, or name a text with --data to measure on all of it"
+            )
         tokens = corpus.held_out if args.data is None else corpus.train
         windows = eval_windows(tokens, config.model.context, args.tokens)
         model = load_trained(opened, config, comm, device)

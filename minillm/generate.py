@@ -64,7 +64,9 @@ def _generate(comm: Communicator, args: GenerateArgs) -> str:
         if not prompt:
             raise ConfigError("--prompt is empty; give at least one character to continue")
         model = load_trained(opened, config, comm, device)
-    ids = Generator(model).generate(prompt, args.tokens, args.sampling())
+    ids = Generator(model, opened.tokenizer.vocab_size).generate(
+        prompt, args.tokens, args.sampling()
+    )
     return opened.tokenizer.decode(prompt + ids)
 
 

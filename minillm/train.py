@@ -113,7 +113,8 @@ def _sample(run: Run) -> str:
     corpus, options = run.corpus, run.config.options
     prompt = [int((corpus.held_out if len(corpus.held_out) else corpus.train)[0])]
     sampling = Sampling(temperature=SAMPLE_TEMPERATURE, seed=options.optimization.seed)
-    ids = Generator(run.trainer.model).generate(prompt, options.output.sample_tokens, sampling)
+    generator = Generator(run.trainer.model, corpus.tokenizer.vocab_size)
+    ids = generator.generate(prompt, options.output.sample_tokens, sampling)
     text = corpus.tokenizer.decode(prompt + ids)
     return f"\n--- a sample at temperature {SAMPLE_TEMPERATURE} ---\n{text}\n---"
 

@@ -19,7 +19,13 @@ from minillm.comm.agreement import agree, from_first
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.data.sources import DEFAULT_SOURCE, TextSource, find_source, read_text
-from minillm.data.token_files import fingerprint, held_out_beside, inspect_tokens, open_tokens
+from minillm.data.token_files import (
+    LARGEST_VOCABULARY,
+    fingerprint,
+    held_out_beside,
+    inspect_tokens,
+    open_tokens,
+)
 from minillm.data.tokenizers import IdTokenizer, Tokenizer, make_tokenizer, tokenizer_from_json
 
 
@@ -112,6 +118,14 @@ def _plan_tokens(
         raise ConfigError(
             f"--tokenizer {spec} is learnt from text, but {path} holds token ids; leave it out, or "
             "name the tokenizer.json that made the ids"
+        )
+    if largest >= LARGEST_VOCABULARY and not (spec or vocab):
+        worst = next(i for i, fact in enumerate(facts) if fact.largest == largest)
+        raise ConfigError(
+            f"{paths[worst]} has the token id {largest} at position {facts[worst].position}, which "
+            f"would need a vocabulary of {largest + 1}; a vocabulary has some hundred thousand "
+            f"tokens at most, so the file is damaged or holds no ids (--vocab {largest + 1} if it "
+            "is right)"
         )
     tokenizer = _tokenizer(spec, "") if spec else IdTokenizer(vocab or largest + 1)
     size = _vocabulary(tokenizer, vocab, str(path))

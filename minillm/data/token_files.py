@@ -1,12 +1,14 @@
 """Memory-mapped files of token ids: `.npy`, and `.bin` as written by nanoGPT and llm.c.
 
 nanoGPT's `.bin` holds uint16 ids and no header. llm.c's has a header of 256 int32: a magic number,
-which determines the dtype, the version, and the number of tokens.
+which determines the dtype, the version, and the number of tokens. Headers of other versions and raw
+ids of 32 or 64 bits are refused: read as uint16, they would train without an error.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,14 @@ from minillm.data.sources import reading
 
 HEADER_BYTES = 256 * 4
 LLMC_FORMATS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: (version, dtype)
+
+DATES = range(20200101, 20400101)  # magic numbers of llm.c are dates; these are refused if unknown
+OTHER_VERSIONS = 1000  # versions below this are taken for the second word of a header
+
+WIDE_SAMPLE = 1 << 20  # uint16 values that are looked at for ids of 32 bits
+WIDE_HIGH = 15  # largest upper half of an id below 2^20
+
+LARGEST_VOCABULARY = 1 << 20  # tokens; four times the largest published vocabulary
 
 CHECKED_TOKENS = 1 << 22  # checked at once in the pass over a whole file
 FINGERPRINT_SAMPLES = 64  # samples of a file in its fingerprint
@@ -93,13 +103,36 @@ def fingerprint(tokens: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def whole(tokens: np.ndarray) -> mmap.mmap | None:
+    """Return the mapping that holds `tokens`, None if they lie in memory."""
+    base: object = tokens
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
+
+
 def _open_npy(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        start = file.read(6)
+    if not start:
+        return np.empty(0, np.uint16)
+    if start != b"\x93NUMPY":
+        raise ConfigError(
+            f"{path} is not an array file: it does not begin as NumPy's .npy files do; name it "
+            ".txt if it holds text, or write it with numpy.save"
+        )
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        if path.stat().st_size == 0:
-            return np.empty(0, np.uint16)
-        raise ConfigError(f"{path} is not an array file that NumPy can map: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header raises whatever its parser raises
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if "Python objects" in reason or "pickle" in reason:
+            reason = "it holds Python objects, not numbers"
+        raise ConfigError(
+            f"{path} is not an array file that NumPy can map: {reason}; write it again with "
+            "numpy.save from an array of integers"
+        ) from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         array = isinstance(tokens, np.ndarray)
         found = f"{tokens.dtype} {list(tokens.shape)}" if array else "an archive"
@@ -111,22 +144,61 @@ def _open_bin(path: Path) -> np.ndarray:
     num_bytes = path.stat().st_size
     if num_bytes == 0:
         return np.empty(0, np.uint16)
-    has_header = num_bytes >= HEADER_BYTES
-    magic, version, length = map(int, np.fromfile(path, "<i4", count=3) if has_header else (0,) * 3)
-    if magic in LLMC_FORMATS and version == LLMC_FORMATS[magic][0]:
-        dtype = np.dtype(LLMC_FORMATS[magic][1])
-        count = (num_bytes - HEADER_BYTES) // dtype.itemsize
-        if length != count:
-            raise ConfigError(
-                f"{path} says it holds {length} tokens, but its {num_bytes} bytes hold {count}; it "
-                "was cut short or altered"
-            )
-        if not count:
-            return np.empty(0, dtype)
-        return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
+    words = np.fromfile(path, "<i4", count=min(3, num_bytes // 4)).tolist()
+    magic, version, length = [*words, 0, 0, 0][:3]
+    if magic in LLMC_FORMATS or (magic in DATES and 0 <= version < OTHER_VERSIONS):
+        return _open_llmc(path, num_bytes, magic, version, length)
     if num_bytes % 2:
         raise ConfigError(
             f"{path} has {num_bytes} bytes, an odd number; a .bin file holds uint16 token ids, two "
             "bytes each"
         )
-    return np.memmap(path, np.dtype("<u2"), mode="r")
+    tokens = np.memmap(path, np.dtype("<u2"), mode="r")
+    if (bits := _wider(tokens)) is not None:
+        raise ConfigError(
+            f"{path} seems to hold ids of {bits} bits: the upper halves of its words are all "
+            f"{WIDE_HIGH} or less; a .bin file without a header holds uint16. Convert it with: "
+            f"python -c \"import numpy; numpy.save('{path.with_suffix('.npy').name}', "
+            f"numpy.fromfile('{path.name}', '<i{bits // 8}'))\""
+        )
+    return tokens
+
+
+def _open_llmc(path: Path, num_bytes: int, magic: int, version: int, length: int) -> np.ndarray:
+    """Map the ids behind a header of llm.c.
+
+    Raises ConfigError for a header of another kind, or one that contradicts the file's length.
+    """
+    known = ", ".join(f"{m} version {v}" for m, (v, _) in LLMC_FORMATS.items())
+    expected, kind = LLMC_FORMATS.get(magic, (None, "<u2"))
+    if version != expected:
+        raise ConfigError(
+            f"{path} begins with a header of llm.c: magic number {magic}, version {version}, which "
+            f"is not known here ({known} are); write it as one of these, or as a .npy file of its "
+            "ids"
+        )
+    dtype = np.dtype(kind)
+    count = (num_bytes - HEADER_BYTES) // dtype.itemsize
+    if num_bytes < HEADER_BYTES or length != count:
+        raise ConfigError(
+            f"{path} says it holds {length} tokens, but its {num_bytes} bytes hold "
+            f"{max(0, count)}; it was cut short or altered"
+        )
+    if not count:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+def _wider(tokens: np.ndarray) -> int | None:
+    """Return 32 or 64 if uint16 `tokens` are the halves or quarters of wider ids, else None.
+
+    Ids below 2^20 have upper halves of 15 or less. Genuine uint16 ids of a vocabulary above 16 have
+    larger values at odd positions as well.
+    """
+    for parts in (4, 2):
+        if len(tokens) % parts == 0 and len(tokens) >= 16 * parts:
+            block = np.asarray(tokens[: WIDE_SAMPLE - WIDE_SAMPLE % parts]).reshape(-1, parts)
+            upper, zero = block[:, 1], block[:, 2:]
+            if upper.max() <= WIDE_HIGH < block[:, 0].max() and not zero.any():
+                return 16 * parts
+    return None

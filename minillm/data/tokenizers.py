@@ -7,6 +7,7 @@ use the optional package `tokenizers`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from minillm.base.errors import ConfigError
 
 # Characters that a byte-pair encoder gets at once: it needs hundreds of bytes a character.
 PIECE_CHARACTERS = 1 << 20
+
+LARGEST_GAP = 1 << 16  # ids without a token that a tokenizer.json may have beyond half of all
 
 NEED_PACKAGE = (
     "the package 'tokenizers' is not installed; install it with: "
@@ -164,40 +167,69 @@ class IdTokenizer:
 
 
 class HFTokenizer:
-    """Tokenizer of the package `tokenizers`, such as a byte-pair encoding."""
+    """Tokenizer of the package `tokenizers`, such as a byte-pair encoding.
+
+    Settings of the file that serve other programs are switched off: truncation and padding change
+    the number of tokens of a text, and dropout gives every rank other tokens.
+    """
 
     def __init__(self, definition: str, name: str) -> None:
         """Build the tokenizer from the text of a tokenizer.json.
 
-        Raises ConfigError if the package is missing or the text is not a tokenizer.
+        Raises ConfigError if the package is missing, the text is not a tokenizer, or its largest id
+        is far above its number of tokens.
         """
         package = _package()
-        try:
-            self._tokenizer = package.Tokenizer.from_str(definition)
-        except Exception as error:  # the package raises bare Exception
-            raise ConfigError(
-                f"{name} is not a tokenizer of the 'tokenizers' package: {error}"
-            ) from None
         self.name = name
-        self.vocab_size = (
-            max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        )
+        try:
+            definition, self.switched_off = _plain_settings(definition)
+        except (ValueError, AttributeError, RecursionError):  # no JSON object
+            self.switched_off = ()
+        with self._errors("is not a tokenizer of the 'tokenizers' package"):
+            self._tokenizer = package.Tokenizer.from_str(definition)
+            ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
+        if self.vocab_size > 2 * len(ids) + LARGEST_GAP:
+            raise ConfigError(
+                f"{name} has {len(ids)} tokens, but its largest id is {self.vocab_size - 1}; a "
+                "model would hold a row for every id below it. Number its tokens from 0"
+            )
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`, without special tokens.
 
-        Long texts are cut after line ends, about a million characters apart.
+        Long texts are cut after line ends, about a million characters apart. Raises ConfigError for
+        a text that the package cannot encode.
         """
         dtype = token_dtype(self.vocab_size)
-        parts = [
-            np.array(self._tokenizer.encode(piece, add_special_tokens=False).ids, dtype=dtype)
-            for piece in _pieces(text, PIECE_CHARACTERS)
-        ]
+        parts = []
+        for piece in _pieces(text, PIECE_CHARACTERS):
+            with self._errors("cannot encode the text"):
+                ids = self._tokenizer.encode(piece, add_special_tokens=False).ids
+            parts.append(np.array(ids, dtype=dtype))
         return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+    @contextlib.contextmanager
+    def _errors(self, failed: str) -> Iterator[None]:
+        """Turn an error of the package into a ConfigError.
+
+        The package raises bare Exception, and a BaseException where its Rust code panics.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+            raise
+        except BaseException as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ConfigError(
+                f"{self.name} {failed}: {reason}; train with another tokenizer.json, or choose "
+                "byte or char"
+            ) from None
 
     def decode(self, ids: Any) -> str:
         """Return the text, including special tokens."""
-        return self._tokenizer.decode(_checked(ids, self).tolist(), skip_special_tokens=False)
+        with self._errors("cannot decode ids"):
+            return self._tokenizer.decode(_checked(ids, self).tolist(), skip_special_tokens=False)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "hf", "name": self.name, "tokenizer": json.loads(self._tokenizer.to_str())}
@@ -272,6 +304,18 @@ def _read_hf(path: Path) -> HFTokenizer:
             "choose byte or char"
         ) from None
     return HFTokenizer(definition, path.name)
+
+
+def _plain_settings(definition: str) -> tuple[str, tuple[str, ...]]:
+    """Return a tokenizer.json without truncation, padding and dropout, and those it had."""
+    value = json.loads(definition)
+    model = value.get("model")
+    found = []
+    for table, name in ((value, "truncation"), (value, "padding"), (model or {}, "dropout")):
+        if table.get(name):
+            table[name] = None
+            found.append(name)
+    return (json.dumps(value) if found else definition), tuple(found)
 
 
 def _package() -> Any:

@@ -24,9 +24,14 @@ from minillm.training.assembly import Assembly
 
 
 class Generator:
-    """Ranks of one dp coordinate that generate together. Collective over their tp and pp axes."""
+    """Ranks of one dp coordinate that generate together. Collective over their tp and pp axes.
 
-    def __init__(self, model: Assembly) -> None:
+    Only ids below `num_ids` are chosen: those of the tokenizer, where the vocabulary of the model
+    is padded. None: all.
+    """
+
+    def __init__(self, model: Assembly, num_ids: int | None = None) -> None:
+        self.num_ids = num_ids
         self.device, self.links = model.device, model.mesh.axis("pp")
         self.models = {i: cast(Decoder, stage.model) for i, stage in model.stages.items()}
         placement = model.layout.rank_of_stage
@@ -101,6 +106,6 @@ class Generator:
         """Choose a token on the last stage and broadcast it to the others."""
         token = np.zeros(1, np.int64)
         if logits is not None:
-            token[:] = sampling.choose(logits, position)
+            token[:] = sampling.choose(logits[:, : self.num_ids], position)
         self.links.broadcast_(token, self._last_rank, kind="control")
         return int(token[0])

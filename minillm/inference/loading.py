@@ -33,12 +33,13 @@ class ReadOptions(Record):
 
 @dataclass(frozen=True)
 class Opened:
-    """Verified checkpoint: its folder, the options of its training, and its tokenizer."""
+    """Verified checkpoint: its folder, the options of its training, its tokenizer and its text."""
 
     path: Path
     config: RunConfig
     vocab: int
     tokenizer: Tokenizer
+    corpus: str  # SHA-256 of the text it was trained on
 
     def resolve(
         self, layout: ReadOptions, num_ranks: int, *, generating: bool = False
@@ -81,7 +82,8 @@ def open_checkpoint(path: str, comm: Communicator) -> Opened:
     checkpoint.verify(found, comm)
     record = checkpoint.RunRecord.read(found)
     config = RunConfig.from_dict(record.config, str(found))
-    return Opened(found, config, record.vocab, tokenizer_from_json(record.tokenizer))
+    tokenizer = tokenizer_from_json(record.tokenizer)
+    return Opened(found, config, record.vocab, tokenizer, record.corpus)
 
 
 def place(comm: Communicator, layout: ReadOptions) -> tuple[Communicator, Device]:

@@ -120,6 +120,19 @@ def test_the_likeliest_text_is_the_one_without_a_cache() -> None:
     assert fast == slow
 
 
+def test_ids_without_a_token_are_never_written() -> None:
+    def rank(comm: Communicator) -> list[list[int]]:
+        model = assemble(make_config("gpt2", Layout()), comm, std=INIT_STD)
+        return [
+            Generator(model, num_ids).generate([1, 2], 40, Sampling(temperature=heat, seed=2))
+            for num_ids in (4, None)
+            for heat in (0, 50.0)
+        ]
+
+    *masked, _, hot = run_ranks(1, rank)[0]
+    assert max(hot) >= 4 and all(0 <= max(text) < 4 for text in masked)
+
+
 def test_sampling_follows_its_options() -> None:
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
     np.testing.assert_allclose(Sampling().probabilities(logits), [[0.5, 0.3, 0.15, 0.05]])
