@@ -10,8 +10,10 @@ implementation available for its arrays, or what `use` forces.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from minillm.kernels.attention.dropout import AttentionDropout
@@ -89,6 +91,17 @@ OPERATIONS = register_folders(__name__, __path__)
 
 for _folder in OPERATIONS:
     globals().update(public_functions(f"{__name__}.{_folder}.reference"))
+
+
+def modules(
+    file: str, package: str = __name__, folders: Sequence[str] = OPERATIONS
+) -> Iterator[ModuleType]:
+    """Yield the module `file` of each operation folder that has one."""
+    for folder in folders:
+        name = f"{package}.{folder}.{file}"
+        if importlib.util.find_spec(name):
+            yield importlib.import_module(name)
+
 
 if TYPE_CHECKING:
 

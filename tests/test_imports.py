@@ -277,17 +277,3 @@ def test_importing_a_program_starts_no_mpi_and_nothing_optional(module: str) -> 
     loaded = loaded_by(f"import {module}")
     assert "minillm" in loaded
     assert not loaded & ({"mpi4py", "tyro", "safetensors", "tqdm"} | ONLY_WHEN_ASKED)
-
-
-def test_starting_a_program_is_fast() -> None:
-    """Check that importing the training program takes less than 2 s.
-
-    Its options must not import what only a run needs.
-    """
-    script = (
-        "import time\nstart = time.perf_counter()\nimport minillm.train\n"
-        "print(time.perf_counter() - start)"
-    )
-    command = [sys.executable, "-c", script]
-    runs = [float(subprocess.check_output(command, timeout=60)) for _ in range(3)]
-    assert min(runs) < 2.0  # seconds; the best of three, since the machine may be busy

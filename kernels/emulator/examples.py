@@ -6,8 +6,6 @@ function for each operation. It returns all results, including the arrays change
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +17,12 @@ from minillm import kernels
 
 def found_in(package: str, folders: list[str]) -> dict[str, Callable[[Maker], Any]]:
     """Return the example of each operation, from the `examples.py` of the folders in `package`."""
-    found: dict[str, Callable[[Maker], Any]] = {}
-    for folder in folders:
-        name = f"{package}.{folder}.examples"
-        if importlib.util.find_spec(name):
-            module = vars(importlib.import_module(name))
-            found |= {op: call for op, call in module.items() if op in kernels.ops()}
-    return found
+    return {
+        op: call
+        for module in kernels.modules("examples", package, folders)
+        for op, call in vars(module).items()
+        if op in kernels.ops()
+    }
 
 
 EXAMPLES = found_in("minillm.kernels", kernels.OPERATIONS)

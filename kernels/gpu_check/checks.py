@@ -1,4 +1,4 @@
-"""Kernel tests on the device: every case of tests/kernels, with poisoned outputs.
+"""Kernel tests on the device: every case of the operation folders, with poisoned outputs.
 
 Repeated calls of a case must return the same bits.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from minillm.kernels.case import all_cases
 from minillm.kernels.gpu_check.report import error_line
 from minillm.kernels.registry import KernelUnavailable
 
@@ -263,7 +264,7 @@ def crossing(
     Cases with more than `most_elements` elements of input are left out.
     """
     _, kernel_check = _import(tests)
-    for case in importlib.import_module("kernel_cases").all_cases():
+    for case in all_cases():
         if (
             most_elements is not None
             and sum(x.size for x in case.inputs(np.random.default_rng(0))) > most_elements

@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from kernel_case import Case
+from minillm.kernels.case import Case
 
 from minillm import kernels
 

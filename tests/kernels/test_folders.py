@@ -26,6 +26,8 @@ TOY = {
         "@kernel('toy_double')\ndef toy_double(x):\n    return x + x\n"
     ),
     "examples.py": "def toy_double(make):\n    return make\n",
+    "cases.py": "def cases():\n    yield 'a case of toy_double'\n",
+    "rates.py": "def calls(sizes):\n    yield f'toy_double of {sizes}'\n",
 }
 
 
@@ -42,6 +44,9 @@ def test_a_new_folder_registers_itself(tmp_path: Path, monkeypatch: pytest.Monke
         double = kernels.public_functions("toy_kernels.toy.reference")["toy_double"]
         assert double(np.arange(3)).tolist() == [0, 2, 4]
         assert list(examples.found_in("toy_kernels", ["toy"])) == ["toy_double"]
+        for file, names in (("cases", ["cases"]), ("rates", ["calls"]), ("reader", [])):
+            found = list(kernels.modules(file, "toy_kernels", ["toy"]))
+            assert [name for module in found for name in names if hasattr(module, name)] == names
     finally:
         registry._kernels.pop("toy_double", None)
         registry.forget()

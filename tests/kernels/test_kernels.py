@@ -14,8 +14,6 @@ import device_arrays
 import numpy as np
 import pytest
 from compile_ahead import compiled_ahead
-from kernel_case import Case
-from kernel_cases import all_cases
 from kernel_check import (
     NARROW,
     TOLERANCE,
@@ -30,6 +28,7 @@ from kernel_check import (
     widen,
 )
 from minillm.kernels import registry
+from minillm.kernels.case import Case, all_cases
 from minillm.kernels.gpu import registering
 
 from minillm import kernels

@@ -7,14 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from kernel_case import Arrays, Case, normals, poisoned
 from minillm.kernels import Visibility
 from minillm.kernels.attention import reference
+from minillm.kernels.case import Arrays, Case, normals, poisoned
 
 from minillm import kernels
 
 ALL = Visibility(causal=False)
 DROPOUT = kernels.AttentionDropout(0.3, 99, np.array([7, 3]), 5, np.arange(50, 190), np.arange(90))
+
+
+def cases() -> Iterator[Case]:
+    yield from odd_width_cases()
+    yield from cuda_width_cases()
 
 
 def plain_pair(B: int, Tq: int, Tk: int, H: int, Hkv: int, K: int, causal: bool) -> Iterator[Case]:
@@ -58,7 +63,7 @@ def masks(B: int, Tq: int, Tk: int) -> dict[str, Visibility]:
     }
 
 
-def attention_cases() -> Iterator[Case]:
+def any_width_cases() -> Iterator[Case]:
     """Yield the cases of all implementations that take any head width."""
     for shape in (
         *(
@@ -80,6 +85,7 @@ def attention_cases() -> Iterator[Case]:
     for name, seen in masks(2, 140, 90).items():
         yield from attention_pair(name, (2, 140, 90, 4, 2, 8), seen)
     few = masks(3, 70, 90)["window-by-sample"]  # queries for which nothing is packed
+    assert few.times_q is not None and few.first_time is not None
     few = replace(few, times_q=few.times_q[:, :3] + 30, first_time=few.first_time[:, :3] + 30)
     yield from attention_pair("few-queries", (3, 3, 90, 2, 1, 8), few)
     large = (1, 130, 130, 2, 2, 8)
@@ -93,19 +99,19 @@ def dropout_cases(name: str, H: int, K: int) -> Iterator[Case]:
     yield from attention_pair(name, (2, 140, 90, H, H // 2, K), offset, dropout=DROPOUT)
     yield from attention_pair(f"{name}-full", (2, 140, 90, H, H // 2, K), ALL, dropout=DROPOUT)
     seen = masks(2, 140, 90)["window-by-sample"]
-    assert seen.times_q is not None
+    assert seen.times_q is not None and seen.times_k is not None
     shuffled = np.random.default_rng(1).permuted(seen.times_k, axis=1)
     times = DROPOUT._replace(times_q=seen.times_q, times_k=shuffled)
     seen = replace(seen, times_k=shuffled)
     yield from attention_pair(f"{name}-by-sample", (2, 140, 90, H, H, K), seen, dropout=times)
 
 
-def odd_attention_cases() -> Iterator[Case]:
+def odd_width_cases() -> Iterator[Case]:
     """Yield the cases whose head widths have no CUDA kernel."""
-    yield from (replace(case, backends=("numpy", "c")) for case in attention_cases())
+    yield from (replace(case, backends=("numpy", "c")) for case in any_width_cases())
 
 
-def wide_attention_cases() -> Iterator[Case]:
+def cuda_width_cases() -> Iterator[Case]:
     """Yield the cases whose head widths have CUDA kernels.
 
     The sizes leave the last tile of each kind part full and make every kernel walk.

@@ -1,4 +1,8 @@
-"""Case of the kernel test, and the arrays that cases are made of."""
+"""Case of the kernel test, and the arrays that cases are made of.
+
+The `cases.py` of an operation folder yields its cases: sizes and options, and the results that its
+plain definition gives.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from minillm import kernels
+
 Arrays = tuple[Any, ...]
+
+SIZES = ((0, 5), (1, 1), (3, 33), (257, 96), (1030, 384))
+"""Rows and columns of row-wise operations: empty, one element, odd, and several blocks."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +58,20 @@ def poisoned(x: Any) -> Any:
 
 def normals(*shapes: tuple[int, ...]) -> Callable[[np.random.Generator], Arrays]:
     return lambda rng: tuple(rng.standard_normal(shape) for shape in shapes)
+
+
+def affine(
+    make: Callable[[np.random.Generator], Arrays], factor: float, offset: float = 0
+) -> Callable[[np.random.Generator], Arrays]:
+    """Return `make` with its first array times `factor` plus `offset`."""
+
+    def inputs(rng: np.random.Generator) -> Arrays:
+        first, *rest = make(rng)
+        return factor * first + offset, *rest
+
+    return inputs
+
+
+def all_cases() -> list[Case]:
+    """Return the cases of every operation folder that has a `cases.py`."""
+    return [case for module in kernels.modules("cases") for case in module.cases()]
