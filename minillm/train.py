@@ -68,7 +68,8 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         run = Run(comm, device, config, corpus, found, tracer, stop)
         if run.train() and options.output.sample_tokens:
             if run.trainer.mesh.coord("dp") == 0:
-                run.log(_sample(run))
+                with comm.working("writing a sample"):
+                    run.log(_sample(run))
             comm.barrier()
 
 

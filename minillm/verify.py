@@ -81,10 +81,11 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
     if comm.rank == 0:
         alone = config.replace(**ONE_RANK)
         exact = alone.replace(dtype="float64", device="cpu")
-        log(f"one rank, float64: {plural(steps, 'step')}")
-        truth = _course(SelfCommunicator(), resolve(exact, 1, vocab), corpus, CPU, steps)
-        log(f"one rank, {config.compute.dtype}: {plural(steps, 'step')}")
-        own = _course(SelfCommunicator(), resolve(alone, 1, vocab), corpus, device, steps)
+        with comm.working("computing on one rank"):
+            log(f"one rank, float64: {plural(steps, 'step')}")
+            truth = _course(SelfCommunicator(), resolve(exact, 1, vocab), corpus, CPU, steps)
+            log(f"one rank, {config.compute.dtype}: {plural(steps, 'step')}")
+            own = _course(SelfCommunicator(), resolve(alone, 1, vocab), corpus, device, steps)
     comm.barrier()
     log(f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}: {plural(steps, 'step')}\n")
     found = _course(on_device(comm, device), resolved, corpus, device, steps, pieces)

@@ -56,7 +56,7 @@ STANDARD_LIBRARY_ONLY = [
     f"minillm/pipeline/{name}.py" for name in ("action", "schedules", "lower", "simulate", "draw")
 ]
 YARDSTICKS = ("minillm/bench/torch_run.py",)  # a program in PyTorch that nothing imports
-MPI_AT_TOP = {"minillm/comm/mpi.py"}
+MPI_AT_TOP = {"minillm/comm/mpi.py", "minillm/comm/watchdog.py"}
 
 
 def sources() -> list[Path]:

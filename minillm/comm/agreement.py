@@ -3,7 +3,8 @@
 An error of one rank would leave the others waiting in their next collective. Whatever can fail
 before or between steps (options, files, memory) therefore runs through a function of this module.
 Only MinillmError and OSError are agreed on: they are messages to the user. Any other exception is
-a bug; it propagates on its rank, and `main_guard` ends all ranks.
+a bug; it propagates on its rank, and `main_guard` ends all ranks. `main_guard` also asks all ranks
+to confirm an AgreedError. The work of a rank inside these functions is no time-out of the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from minillm.base.errors import MinillmError
+from minillm.base.errors import CommTimeout, MinillmError, PeerFailed
 from minillm.comm.communicator import Communicator
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ def agree(comm: Communicator, fn: Callable[[], T], error: type[MinillmError] = A
 
     If it fails on any rank, every rank raises `error` with the lowest failing rank's message.
     """
-    value, failure = _attempt(fn)
+    value, failure = _attempt(comm, fn)
     _raise_first(comm.gather_json(failure), error)
     return value  # type: ignore[return-value]
 
@@ -39,7 +40,7 @@ def gather(
 
     If it fails on any rank, every rank raises `error` with the lowest failing rank's message.
     """
-    outcomes = comm.gather_json(_attempt(fn))
+    outcomes = comm.gather_json(_attempt(comm, fn))
     _raise_first([failure for _, failure in outcomes], error)
     return [value for value, _ in outcomes]
 
@@ -51,7 +52,7 @@ def from_first(
 
     If it fails, every rank raises `error` with the first rank's message.
     """
-    value, failure = comm.broadcast_json(_attempt(fn) if comm.rank == 0 else None)
+    value, failure = comm.broadcast_json(_attempt(comm, fn) if comm.rank == 0 else None)
     if failure is not None:
         raise error(failure)
     return value
@@ -59,19 +60,25 @@ def from_first(
 
 @contextmanager
 def known_to_all() -> Iterator[None]:
-    """Turn an error that every rank raises inside the block into an AgreedError."""
+    """Turn an error that every rank raises inside the block into an AgreedError.
+
+    CommTimeout and PeerFailed stay as they are: the ranks raise them for different waits.
+    """
     try:
         yield
-    except AgreedError:
+    except (AgreedError, CommTimeout, PeerFailed):
         raise
     except MinillmError as error:
         raise AgreedError(str(error)) from None
 
 
-def _attempt(fn: Callable[[], T]) -> tuple[T | None, str | None]:
+def _attempt(comm: Communicator, fn: Callable[[], T]) -> tuple[T | None, str | None]:
     """Return the value of `fn` and None, or None and the message of its error."""
     try:
-        return fn(), None
+        with comm.working("at work"):
+            return fn(), None
+    except (CommTimeout, PeerFailed):
+        raise
     except MinillmError as error:
         return None, str(error)
     except OSError as error:

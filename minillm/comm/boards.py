@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from minillm.comm.ledger import ledger
 class World:
     """State that all ranks of one `run_ranks` share.
 
-    One lock, the first failed rank, and by thread name what each waiting rank waits for.
+    One lock, the first failed rank, and by thread name what each waiting rank waits for and what
+    each working rank does.
     """
 
     def __init__(self, rendezvous: bool) -> None:
@@ -25,6 +27,22 @@ class World:
         self.failed: int | None = None
         self.rendezvous = rendezvous
         self.waiting: dict[str, str] = {}
+        self.working: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def work(self, what: str) -> Iterator[None]:
+        """Stop the clocks of the other ranks inside the block, except while this rank waits."""
+        name = threading.current_thread().name
+        with self.changed:
+            outer, self.working[name] = self.working.get(name), what
+        try:
+            yield
+        finally:
+            with self.changed:
+                del self.working[name]
+                if outer is not None:
+                    self.working[name] = outer
+                self.changed.notify_all()
 
     def wait_for(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
         """Wait, holding the lock, until `ready()`.
@@ -38,6 +56,8 @@ class World:
             if self.failed is not None:
                 raise PeerFailed(f"rank {self.failed} has failed, so {what} cannot complete")
             self.waiting[name] = what
+            if self.working.keys() - self.waiting.keys():
+                deadline = time.monotonic() + timeout
             left = deadline - time.monotonic()
             if left <= 0:
                 others = "; ".join(
@@ -46,7 +66,7 @@ class World:
                 raise CommTimeout(
                     f"waited {timeout:g} s: {others}. Last operations here:\n{ledger().recent()}"
                 )
-            self.changed.wait(min(left, 1.0))
+            self.changed.wait(min(left, timeout / 4, 1.0))
         self.waiting.pop(name, None)
 
 

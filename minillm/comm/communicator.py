@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -286,6 +287,15 @@ class Communicator(Transport):
             joined = self._all_gather(data, lengths)
             operation.num_bytes = joined.nbytes
         return [_decode(part) for part in cut(joined, lengths)]
+
+    def working(self, what: str) -> AbstractContextManager[None]:
+        """Return the context of work that other ranks wait for, such as "reading data".
+
+        Waits count from the last signal of a rank that is inside, about one a second: the work
+        of a rank is no time-out of the others. Waits inside the block still have theirs. Not
+        collective.
+        """
+        return nullcontext()
 
     # ---- groups and shared memory
 

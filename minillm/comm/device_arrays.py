@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections import deque
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,9 @@ class _DeviceCommunicator(Communicator):
         super().__init__(inner.rank, inner.size, inner.name, inner.timeout)
         self.inner = inner
         self.device = device
+
+    def working(self, what: str) -> AbstractContextManager[None]:
+        return self.inner.working(what)
 
     def _wrap(self, made: Any) -> Any:
         return made if made is None or made.size == 1 else self._around(made)

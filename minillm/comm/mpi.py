@@ -7,7 +7,7 @@ added in rank order in float32 and rounded once.
 Small collectives block inside MPI, which spins and is fastest. Receives, barriers and non-blocking
 operations may wait long for another rank's computation, so they poll. For about 5 ms they yield the
 core between polls: a rank with work runs first, and the steps of a large reduction follow without
-delay. After that they sleep between polls.
+delay. After that they sleep between polls. `Watchdog` ends both kinds of waits after the time-out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from minillm.base.arrays import is_narrow
 from minillm.base.errors import CommError, CommTimeout
 from minillm.comm.buffers import ReduceOp, chunks, cut, reduce_in_order
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
-from minillm.comm.ledger import ledger
 from minillm.comm.single import SelfCommunicator
+from minillm.comm.watchdog import Waiting, Watchdog
 from minillm.comm.work import SharedWindow, Work
 
 MAX_MESSAGE_BYTES = 1 << 30
@@ -52,10 +53,10 @@ class _Requests:
     """Work over MPI requests: polls, then sleeps, and says in a time-out what it waits for."""
 
     def __init__(
-        self, requests: Sequence[MPI.Request], keep: Any, what: str, timeout: float
+        self, comm: MPICommunicator, requests: Sequence[MPI.Request], keep: Any, what: str
     ) -> None:
-        self._requests, self._keep = list(requests), keep
-        self._what, self._timeout = what, timeout
+        self._comm, self._requests, self._keep = comm, list(requests), keep
+        self._what = what
 
     def test(self) -> bool:
         """Make progress and return True once all requests are done."""
@@ -64,31 +65,38 @@ class _Requests:
         return not self._requests
 
     def wait(self) -> None:
-        """Block until all requests are done. Raises CommTimeout."""
-        started, sleep = time.monotonic(), SLEEP_SECONDS[0]
-        while not self.test():
-            waited = time.monotonic() - started
-            if waited < SPIN_SECONDS:
-                os.sched_yield()
-                continue
-            if waited > self._timeout:
-                raise CommTimeout(
-                    f"waited {self._timeout:g} s for {self._what}; last operations "
-                    f"here:\n{ledger().recent()}"
-                )
-            time.sleep(sleep)
-            sleep = min(SLEEP_SECONDS[1], sleep * 1.5)
+        """Block until all requests are done. Raises CommTimeout or PeerFailed."""
+        with self._comm.waiting(self._what, polled=True) as waiting:
+            started, sleep = time.monotonic(), SLEEP_SECONDS[0]
+            while not self.test():
+                if time.monotonic() - started < SPIN_SECONDS:
+                    os.sched_yield()
+                    continue
+                waiting.check()
+                time.sleep(sleep)
+                sleep = min(SLEEP_SECONDS[1], sleep * 1.5)
 
 
 class MPICommunicator(Communicator):
-    """A group of MPI processes."""
+    """A group of MPI processes. All groups of a process share its watchdog."""
 
     def __init__(
-        self, comm: MPI.Comm, name: str = "world", timeout: float = DEFAULT_TIMEOUT
+        self,
+        comm: MPI.Comm,
+        watchdog: Watchdog,
+        name: str = "world",
+        timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size(), name, timeout)
-        self.mpi = comm
+        self.mpi, self._watchdog = comm, watchdog
         self.intra = comm if isinstance(comm, MPI.Intracomm) else MPI.COMM_SELF
+
+    def waiting(self, what: str, polled: bool = False) -> Waiting:
+        """Return the context of a wait, which ends it after the time-out."""
+        return Waiting(self._watchdog, what, self.name, self.timeout, polled)
+
+    def working(self, what: str) -> AbstractContextManager[None]:
+        return self._watchdog.working(what, self.timeout)
 
     # ---- collectives
 
@@ -96,7 +104,8 @@ class MPICommunicator(Communicator):
         if is_narrow(flat.dtype) or flat.dtype.kind == "b":
             self._reduce_slices(flat, op)
         elif flat.nbytes <= min(BLOCKING_BYTES, MAX_MESSAGE_BYTES):
-            self.mpi.Allreduce(MPI.IN_PLACE, flat, _OPS[op])
+            with self.waiting("an all_reduce"):
+                self.mpi.Allreduce(MPI.IN_PLACE, flat, _OPS[op])
         else:
             self._iall_reduce(flat, op).wait()
 
@@ -117,9 +126,9 @@ class MPICommunicator(Communicator):
     def _gather_into(self, out: np.ndarray, counts: list[int]) -> None:
         """Complete `out`, which holds this rank's part. Only MPI reads and writes it."""
         if out.nbytes <= MAX_MESSAGE_BYTES:
-            self.mpi.Allgatherv(
-                MPI.IN_PLACE, [_bytes(out), [count * out.itemsize for count in counts]]
-            )
+            sizes = [count * out.itemsize for count in counts]
+            with self.waiting("an all_gather"):
+                self.mpi.Allgatherv(MPI.IN_PLACE, [_bytes(out), sizes])
             return
         for root, part in enumerate(cut(out, counts)):
             self._broadcast(part, root)
@@ -127,7 +136,8 @@ class MPICommunicator(Communicator):
     def _reduce_scatter(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
         if flat.nbytes <= MAX_MESSAGE_BYTES and not is_narrow(flat.dtype):
             out = np.empty(counts[self.rank], flat.dtype)
-            self.mpi.Reduce_scatter(flat, out, counts, MPI.SUM)
+            with self.waiting("a reduce_scatter"):
+                self.mpi.Reduce_scatter(flat, out, counts, MPI.SUM)
             return out
         mine = self._all_to_all(cut(flat, counts), [counts[self.rank]] * self.size)
         return reduce_in_order(mine, ReduceOp.SUM)
@@ -143,52 +153,54 @@ class MPICommunicator(Communicator):
 
     def _isend(self, flat: np.ndarray, dest: int, tag: int) -> Work:
         requests = [self.mpi.Isend(_bytes(chunk), dest, tag) for chunk in _messages(flat)]
-        return self._work(
-            requests,
-            flat,
-            f"rank {dest} of {self.name!r} to receive {flat.nbytes} bytes, tag {tag}",
-        )
+        what = f"rank {dest} to receive {flat.nbytes} bytes, tag {tag},"
+        return self._work(requests, flat, what)
 
     def _irecv(self, flat: np.ndarray, source: int, tag: int) -> Work:
-        what = f"{flat.nbytes} bytes from rank {source} of {self.name!r}, tag {tag}"
+        what = f"{flat.nbytes} bytes from rank {source}, tag {tag},"
         requests = [self.mpi.Irecv(_bytes(chunk), source, tag) for chunk in _messages(flat)]
         return self._work(requests, flat, what)
 
     def _recv_any(self, flat: np.ndarray, tag: int) -> int:
         status = MPI.Status()
-        started = time.monotonic()
-        while not self.mpi.Iprobe(MPI.ANY_SOURCE, tag, status):
-            if time.monotonic() - started > self.timeout:
-                raise CommTimeout(
-                    f"waited {self.timeout:g} s for any message with tag {tag}; last operations "
-                    f"here:\n{ledger().recent()}"
-                )
-            time.sleep(SLEEP_SECONDS[0])
+        with self.waiting(f"any message with tag {tag}", polled=True) as waiting:
+            while not self.mpi.Iprobe(MPI.ANY_SOURCE, tag, status):
+                waiting.check()
+                time.sleep(SLEEP_SECONDS[0])
         self._irecv(flat, status.Get_source(), tag).wait()
         return status.Get_source()
 
     def _work(self, requests: Sequence[MPI.Request], keep: Any, what: str) -> _Requests:
-        return _Requests(requests, keep, what, self.timeout)
+        return _Requests(self, requests, keep, what)
 
     # ---- groups and shared memory
 
     def split(
         self, color: int | None, key: int | None = None, name: str = ""
     ) -> Communicator | None:
-        made = self.mpi.Split(
-            MPI.UNDEFINED if color is None else color, self.rank if key is None else key
-        )
-        return None if made == MPI.COMM_NULL else _wrap(made, name or self.name, self.timeout)
+        color = MPI.UNDEFINED if color is None else color
+        with self.waiting("forming groups"):
+            made = self.mpi.Split(color, self.rank if key is None else key)
+        return None if made == MPI.COMM_NULL else self._wrap(made, name or self.name)
 
     def split_by_node(self) -> Communicator:
-        return _wrap(self.mpi.Split_type(MPI.COMM_TYPE_SHARED), "node", self.timeout)
+        return self._wrap(self._node(), "node")
+
+    def _node(self) -> MPI.Comm:
+        with self.waiting("forming nodes"):
+            return self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
+
+    def _wrap(self, made: MPI.Comm, name: str) -> Communicator:
+        if made.Get_size() == 1:
+            return SelfCommunicator(name, self.timeout)
+        return MPICommunicator(made, self._watchdog, name, self.timeout)
 
     def dup(self, name: str) -> Communicator:
-        return MPICommunicator(self.mpi.Dup(), name, self.timeout)
+        with self.waiting("duplicating the group"):
+            return MPICommunicator(self.mpi.Dup(), self._watchdog, name, self.timeout)
 
     def alloc_shared(self, nbytes: int) -> SharedWindow:
-        node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
-        if node.Get_size() != self.size:
+        if self._node().Get_size() != self.size:
             raise CommError(
                 f"the {self.size} ranks of {self.name!r} lie on several nodes and cannot share "
                 "memory; use split_by_node()"
@@ -201,7 +213,8 @@ class _MPIWindow:
 
     def __init__(self, comm: MPICommunicator, nbytes: int) -> None:
         self._comm = comm
-        self._window = MPI.Win.Allocate_shared(nbytes + 64, 1, comm=comm.intra)
+        with comm.waiting("allocating shared memory"):
+            self._window = MPI.Win.Allocate_shared(nbytes + 64, 1, comm=comm.intra)
         self._window.Lock_all()
         sizes = comm._all_gather(np.array([nbytes], np.int64), [1] * comm.size)
         self.parts = [self._part(rank, int(size)) for rank, size in enumerate(sizes)]
@@ -222,15 +235,19 @@ class _MPIWindow:
     def free(self) -> None:
         self.parts = []
         self._window.Unlock_all()
-        self._window.Free()
+        with self._comm.waiting("freeing shared memory"):
+            self._window.Free()
 
 
-def _wrap(comm: MPI.Comm, name: str, timeout: float) -> Communicator:
-    return (
-        SelfCommunicator(name, timeout)
-        if comm.Get_size() == 1
-        else MPICommunicator(comm, name, timeout)
-    )
+def all_ranks(timeout: float, on_timeout: Callable[[CommTimeout], object]) -> Communicator:
+    """Return the group of all ranks, with a new watchdog. Collective.
+
+    `on_timeout` must end all ranks; `timeout` is in seconds.
+    """
+    watchdog = Watchdog(on_timeout)
+    with Waiting(watchdog, "the start", "world", timeout, polled=False):
+        own = MPI.COMM_WORLD.Dup()
+    return MPICommunicator(own, watchdog, "world", timeout)
 
 
 def takes_device_memory() -> bool:

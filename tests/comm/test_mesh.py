@@ -69,3 +69,23 @@ def test_two_blocking_sends_that_cross_deadlock_visibly_with_rendezvous() -> Non
     )
     with pytest.raises(CommTimeout, match=message):
         run_ranks(2, rank, rendezvous=True, timeout=1.0)
+
+
+def test_the_work_of_one_rank_is_no_time_out_of_the_others() -> None:
+    def rank(comm: Communicator) -> None:
+        if comm.rank == 0:
+            with comm.working("reading"):
+                time.sleep(0.8)
+        comm.barrier()
+
+    run_ranks(3, rank, timeout=0.3)
+
+
+def test_a_rank_that_works_and_waits_itself_times_out() -> None:
+    def rank(comm: Communicator) -> None:
+        with comm.working("reading"):
+            if comm.rank:
+                comm.barrier()
+
+    with pytest.raises(CommTimeout, match="rank 1 waits for operation 0"):
+        run_ranks(2, rank, timeout=0.3)

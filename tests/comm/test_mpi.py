@@ -16,7 +16,33 @@ pytestmark = needs_mpirun
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_collectives(n: int) -> None:
     done = mpirun(n, [PROGRAM, "all", str(n)])
-    assert done.returncode == 0 and "passed 7" in done.output, done.output
+    assert done.returncode == 0 and "passed 6" in done.output, done.output
+
+
+def test_waits_end_after_the_time_out_and_not_before() -> None:
+    done = mpirun(3, [PROGRAM, "waits", "3"])
+    assert done.returncode == 0 and "passed 4" in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("fault", "wait", "state"),
+    [
+        ("stopped", "an all_reduce on 'world'", r"rank 2 does not answer: it is stopped"),
+        ("late", "an all_gather on 'world'", r"rank 1 is busy at mpi_program.py:\d+ \(dawdle\)"),
+    ],
+)
+def test_a_time_out_names_the_rank_that_is_missing(fault: str, wait: str, state: str) -> None:
+    done = mpirun(4, [PROGRAM, fault, "4"])
+    assert done.returncode != 0 and done.seconds < 10
+    assert f"rank 0: error: waited 1 s (--comm-timeout) for {wait}" in done.output, done.output
+    assert re.search(state, done.output) and f"rank 3 waits for {wait}" in done.output
+    assert done.output.count("error: waited") == 1
+
+
+def test_an_error_of_one_rank_alone_is_printed_by_it_and_ends_all() -> None:
+    done = mpirun(3, [PROGRAM, "alone", "3"])
+    assert done.returncode != 0 and done.seconds < 10
+    assert "rank 1: error: only this rank sees the planted fault" in done.output
 
 
 def test_one_rank_raises_and_all_end() -> None:
