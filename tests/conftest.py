@@ -23,6 +23,7 @@ SUITES = {
 
 # Tests that repeat a fact more slowly: as whole processes, at full length, on more layouts.
 SLOW = (
+    "test_300_evaluations_and_checkpoints",
     "test_ctrl_c_on_mpirun",
     "test_delayed_weight_gradients_under",
     "test_every_layout_reports_the_same_loss",

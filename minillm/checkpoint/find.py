@@ -42,25 +42,36 @@ def find(path: Path) -> Path:
     manifest and the file sizes; `verify` also checks the contents. Raises CheckpointError if there
     is none. Raises it also for a damaged one, with the newest older checkpoint that is complete.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist; pass the folder of a run, or one of its step-* folders"
-        )
-    if not (path / MANIFEST).exists() and not _STEP.fullmatch(path.name):
-        found = steps(path) or steps(path / SUBFOLDER)
-        if not found:
-            raise CheckpointError(
-                f"no checkpoint in {path}: looked for folders like {step_name(100)} there and in "
-                f"{path / SUBFOLDER}, and for {path / MANIFEST}; pass the folder of a run that has "
-                "saved"
-            )
-        path = list(found.values())[-1]
+    try:
+        path = _newest(Path(path))
+    except OSError as error:  # no permission, a name that is too long
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     try:
         check_sizes(path, read_manifest(path))
     except Damaged as error:
         raise with_older(path, error) from None
     return path
+
+
+def _newest(path: Path) -> Path:
+    """Return `path` if it is a checkpoint, else the newest one of the run in it.
+
+    Raises CheckpointError if there is none, and OSError for a folder that cannot be read.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; pass the folder of a run, or one of its step-* folders"
+        )
+    if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
+        return path
+    found = steps(path) or steps(path / SUBFOLDER)
+    if not found:
+        raise CheckpointError(
+            f"no checkpoint in {path}: looked for folders like {step_name(100)} there and in "
+            f"{path / SUBFOLDER}, and for {path / MANIFEST}; pass the folder of a run that has "
+            "saved"
+        )
+    return list(found.values())[-1]
 
 
 def verify(path: Path, comm: Communicator) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from minillm.base.errors import CheckpointError
 MANIFEST = "manifest.json"
 FORMAT = "minillm-checkpoint"
 VERSION = 1
+MOST_BYTES = 1 << 28  # of a manifest: 1 KB per tensor and rank, for GPT-3 on 1000 ranks
 
 Bounds = tuple[tuple[int, int], ...]
 """Slices of a block as (start, stop) per dim: hashable, and a JSON value."""
@@ -90,7 +93,10 @@ class Manifest:
             "tensors": tensors,
         }
         body = json.loads(json.dumps(body))  # hash what will be read: tuples become lists
-        return json.dumps(body | {"sha256": _digest(body)}, indent=1) + "\n"
+        body["sha256"] = _digest(body)
+        # A line per entry. `indent` would choose Python's encoder, whose closures are a cycle.
+        entries = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in body.items())
+        return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -100,12 +106,14 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = Path(path) / MANIFEST
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
+        body = json.loads(_read(file))
+        # Lone surrogates cannot be printed, except those that stand for bytes of a file name.
+        json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except FileNotFoundError:
         raise Damaged(f"{file} is missing, so the checkpoint was never completed") from None
     except OSError as error:
         raise Damaged(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # JSON and UTF-8 errors
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors, deep brackets
         raise Damaged(f"{file} is truncated or altered: {error}") from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise Damaged(
@@ -124,8 +132,24 @@ def read_manifest(path: Path) -> Manifest:
         raise Damaged(f"{file} is malformed: {type(error).__name__}: {error}") from None
 
 
+def _read(file: Path) -> str:
+    """Return the text of a regular file of at most MOST_BYTES; raise OSError for any other."""
+    with open(file, encoding="utf-8", opener=_open_at_once) as stream:
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(0, "it is not a regular file")
+        if found.st_size > MOST_BYTES:
+            raise OSError(0, f"it has {found.st_size} bytes, more than any manifest")
+        return stream.read()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file, without waiting for the writer of a FIFO."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def check_coverage(tensors: Mapping[str, TensorEntry]) -> None:
-    """Raise ValueError unless each tensor's pieces are distinct, inside it, and sum to its size."""
+    """Raise ValueError unless the pieces of each tensor cover it and no two intersect."""
     for name, entry in tensors.items():
         if not all(_lies_inside(piece.bounds, entry.shape) for piece in entry.pieces):
             raise ValueError(f"a piece of {name} does not lie inside shape {entry.shape}")
@@ -134,8 +158,26 @@ def check_coverage(tensors: Mapping[str, TensorEntry]) -> None:
             raise ValueError(
                 f"the pieces of {name} have {covered} elements, but shape {entry.shape} has {size}"
             )
-        if len({piece.bounds for piece in entry.pieces}) != len(entry.pieces):
-            raise ValueError(f"{name} holds a piece twice")
+        common = _intersection([piece.bounds for piece in entry.pieces])
+        if common is not None:
+            raise ValueError(f"two pieces of {name} overlap: {common[0]} and {common[1]}")
+
+
+def _intersection(pieces: Sequence[Bounds]) -> tuple[Bounds, Bounds] | None:
+    """Return two of `pieces` that share an element, None if all are disjoint.
+
+    A sweep along the first dim: a piece is compared with those that reach beyond its start.
+    """
+    reaching: list[Bounds] = []
+    for bounds in sorted(pieces):
+        if bounds:
+            reaching = [other for other in reaching if other[0][1] > bounds[0][0]]
+        for other in reaching:
+            pairs = zip(bounds, other, strict=True)
+            if all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in pairs):
+                return other, bounds
+        reaching.append(bounds)
+    return None
 
 
 def _lies_inside(bounds: Bounds, shape: tuple[int, ...]) -> bool:
@@ -146,7 +188,7 @@ def _lies_inside(bounds: Bounds, shape: tuple[int, ...]) -> bool:
 
 def _parse(body: dict[str, Any]) -> Manifest:
     files = {
-        name: FileEntry(int(entry["size"]), str(entry["sha256"]))
+        name: FileEntry(_count(entry["size"]), str(entry["sha256"]))
         for name, entry in body["files"].items()
     }
     for name in files:
@@ -158,15 +200,21 @@ def _parse(body: dict[str, Any]) -> Manifest:
         for p in entry["pieces"]:
             if p["file"] not in files:
                 raise ValueError(f"{name} lies in {p['file']!r}, which is not listed")
-            bounds = tuple((int(lo), int(hi)) for lo, hi in p["slices"])
+            bounds = tuple((_count(lo), _count(hi)) for lo, hi in p["slices"])
             pieces.append(Piece(bounds, p["file"], str(p["key"])))
-        tensors[name] = TensorEntry(
-            tuple(map(int, entry["shape"])), str(entry["dtype"]), tuple(pieces)
-        )
+        shape = tuple(map(_count, entry["shape"]))
+        tensors[name] = TensorEntry(shape, str(entry["dtype"]), tuple(pieces))
     check_coverage(tensors)
     if not isinstance(body["meta"], dict):
         raise ValueError("meta is not an object")
-    return Manifest(int(body["step"]), body["meta"], tensors, files)
+    return Manifest(_count(body["step"]), body["meta"], tensors, files)
+
+
+def _count(value: Any) -> int:
+    """Return `value` if it is a whole number in [0, 2^63)."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def _digest(body: Mapping[str, Any]) -> str:

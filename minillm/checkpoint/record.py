@@ -11,6 +11,16 @@ from typing import Any
 from minillm.base.errors import CheckpointError
 from minillm.checkpoint.manifest import read_manifest
 
+# Field of `RunRecord`: its JSON type.
+_KINDS: dict[str, type] = {
+    "config": dict,
+    "tokenizer": dict,
+    "vocab": int,
+    "corpus": str,
+    "source": str,
+    "key": dict,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
@@ -31,14 +41,19 @@ class RunRecord:
     def read(cls, checkpoint: Path) -> RunRecord:
         """Read the record of the checkpoint in a folder `step-...`.
 
-        Raises CheckpointError if its manifest is damaged or holds no run.
+        Raises CheckpointError if its manifest is damaged, holds no run, or one of wrong types.
         """
         meta = read_manifest(checkpoint).meta
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in meta]
+        missing = [name for name in _KINDS if name not in meta]
         if missing:
             raise CheckpointError(
                 f"{checkpoint} does not hold a run of minillm.train: its manifest lacks "
                 f"{', '.join(missing)}"
             )
-        return cls(**{name: meta[name] for name in names})
+        for name, kind in _KINDS.items():
+            if type(meta[name]) is not kind:
+                raise CheckpointError(
+                    f"{checkpoint} does not hold a run of minillm.train: {name} in its manifest "
+                    f"is a {type(meta[name]).__name__} instead of a {kind.__name__}"
+                )
+        return cls(**{name: meta[name] for name in _KINDS})

@@ -77,21 +77,6 @@ class PipelineRuntime:
         self._tags |= {
             (link.dst_stage, link.src_stage): 2 * link.tag + 1 for link in schedule.links
         }
-        self._methods: dict[ActionKind, Callable[[Action], None]] = {
-            ActionKind.F: self._forward,
-            ActionKind.B: self._backward,
-            ActionKind.I: self._input_grad,
-            ActionKind.W: self._weight_grad,
-            ActionKind.SEND_F: self._send_activation,
-            ActionKind.RECV_F: self._receive_activation,
-            ActionKind.SEND_B: self._send_grad,
-            ActionKind.RECV_B: self._receive_grad,
-            ActionKind.UNSHARD: lambda action: replication.unshard(action.stage),
-            ActionKind.RESHARD: lambda action: replication.reshard(action.stage),
-            ActionKind.TIE_REDUCE: lambda action: replication.reduce_ties(),
-            ActionKind.REDUCE_GRAD: lambda action: replication.reduce(action.stage),
-            ActionKind.OPTIMIZER_STEP: lambda action: self._optimizer_step(self._totals()),
-        }
 
     def run(self, batches: Sequence[Batch]) -> Sums:
         """Execute the row on this rank's microbatches.
@@ -114,14 +99,16 @@ class PipelineRuntime:
                     self._sends = [work for work in self._sends if not work.test()]
         for work in self._sends:
             work.wait()
+        self._batches = ()
         return self._totals()
 
     def _execute(self, action: Action) -> None:
+        method = _METHODS[action.kind]
         if self.tracer is None:
-            self._methods[action.kind](action)
+            method(self, action)
             return
         with self.tracer.span(str(action), "compute"):
-            self._methods[action.kind](action)
+            method(self, action)
 
     def _totals(self) -> Sums:
         return {name: sum(values, 0.0) for name, values in self._sums.items()}
@@ -220,6 +207,24 @@ class PipelineRuntime:
         for array in arrays:
             self.links.recv(array, rank, tag)
         mailbox[_key(action)] = arrays
+
+
+# Functions, because a runtime that holds its own bound methods is a cycle.
+_METHODS: dict[ActionKind, Callable[[PipelineRuntime, Action], None]] = {
+    ActionKind.F: PipelineRuntime._forward,
+    ActionKind.B: PipelineRuntime._backward,
+    ActionKind.I: PipelineRuntime._input_grad,
+    ActionKind.W: PipelineRuntime._weight_grad,
+    ActionKind.SEND_F: PipelineRuntime._send_activation,
+    ActionKind.RECV_F: PipelineRuntime._receive_activation,
+    ActionKind.SEND_B: PipelineRuntime._send_grad,
+    ActionKind.RECV_B: PipelineRuntime._receive_grad,
+    ActionKind.UNSHARD: lambda run, action: run.replication.unshard(action.stage),
+    ActionKind.RESHARD: lambda run, action: run.replication.reshard(action.stage),
+    ActionKind.TIE_REDUCE: lambda run, action: run.replication.reduce_ties(),
+    ActionKind.REDUCE_GRAD: lambda run, action: run.replication.reduce(action.stage),
+    ActionKind.OPTIMIZER_STEP: lambda run, action: run._optimizer_step(run._totals()),
+}
 
 
 def _grad(tensor: Tensor) -> Array:

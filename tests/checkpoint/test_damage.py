@@ -1,5 +1,6 @@
 """Damaged checkpoints are refused, and an older one is offered."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from checkpoint_helpers import rewrite_manifest, small_run
 
 from minillm import checkpoint
 from minillm.base.errors import CheckpointError
-from minillm.checkpoint import CheckpointSource
+from minillm.checkpoint import CheckpointSource, Piece, TensorEntry
+from minillm.checkpoint.manifest import check_coverage
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 
@@ -86,6 +88,52 @@ def doubled_piece(path: Path) -> None:
     rewrite_manifest(path, change)
 
 
+def moved_piece(path: Path) -> None:
+    """Move a piece by one row: the counts of elements still fit, a row is in no piece."""
+
+    def change(body: dict[str, Any]) -> None:
+        body["tensors"]["cut"]["pieces"][1]["slices"][0] = [2, 5]
+
+    rewrite_manifest(path, change)
+
+
+def infinite_step(path: Path) -> None:
+    rewrite_manifest(path, lambda body: body.update(step=float("inf")))
+
+
+def infinite_bound(path: Path) -> None:
+    def change(body: dict[str, Any]) -> None:
+        body["tensors"]["cut"]["pieces"][1]["slices"][0][1] = float("inf")
+
+    rewrite_manifest(path, change)
+
+
+def truth_as_size(path: Path) -> None:
+    rewrite_manifest(path, lambda body: body["tensors"]["cut"].update(shape=[True, 24]))
+
+
+def lone_surrogate(path: Path) -> None:
+    rewrite_manifest(path, lambda body: body.update(meta={"key": "\ud800"}))
+
+
+def deep_brackets(path: Path) -> None:
+    (path / "manifest.json").write_text("[" * 100_000)
+
+
+def fifo(path: Path) -> None:
+    remove_manifest(path)
+    os.mkfifo(path / "manifest.json")
+
+
+def endless_link(path: Path) -> None:
+    remove_manifest(path)
+    (path / "manifest.json").symlink_to("/dev/zero")
+
+
+def sparse(path: Path) -> None:
+    os.truncate(path / "manifest.json", 8_000_000_000)
+
+
 def missing_field(path: Path) -> None:
     rewrite_manifest(path, lambda body: body["tensors"]["cut"].pop("shape"))
 
@@ -101,8 +149,17 @@ DAMAGES = {
     later_version: r"format version 2, but this minillm reads version 1",
     escaping_file: r"leads out of the folder",
     lost_piece: r"the pieces of cut have 12 elements, but shape \(6, 4\) has 24",
-    doubled_piece: r"cut holds a piece twice",
+    doubled_piece: r"two pieces of cut overlap: \(\(0, 3\), \(0, 4\)\) and \(\(0, 3\), \(0, 4\)\)",
+    moved_piece: r"two pieces of cut overlap: \(\(0, 3\), \(0, 4\)\) and \(\(2, 5\), \(0, 4\)\)",
     missing_field: r"malformed: KeyError: 'shape'",
+    infinite_step: r"malformed: ValueError: inf is no count",
+    infinite_bound: r"malformed: ValueError: inf is no count",
+    truth_as_size: r"malformed: ValueError: True is no count",
+    lone_surrogate: r"manifest\.json is truncated or altered: .*'\\ud800'",
+    deep_brackets: r"manifest\.json is truncated or altered: maximum recursion depth",
+    fifo: r"manifest\.json cannot be read: it is not a regular file",
+    endless_link: r"manifest\.json cannot be read: it is not a regular file",
+    sparse: r"manifest\.json cannot be read: it has 8000000000 bytes, more than any manifest",
 }
 
 
@@ -125,6 +182,48 @@ def test_damage_is_refused_and_an_older_one_offered(
         return str(caught.value)
 
     assert len(set(run_ranks(3, rank))) == 1
+
+
+def test_pieces_that_touch_do_not_overlap() -> None:
+    """Check that a grid of 3 x 4 blocks passes, and that any block moved by one is found."""
+    grid = [((2 * i, 2 * i + 2), (3 * j, 3 * j + 3)) for i in range(3) for j in range(4)]
+
+    def entry(bounds: list[Any]) -> dict[str, TensorEntry]:
+        return {"w": TensorEntry((6, 12), "float32", tuple(Piece(b, "f", "k") for b in bounds))}
+
+    check_coverage(entry(grid))
+    check_coverage(entry([*grid, ((3, 3), (0, 12))]))  # empty pieces overlap nothing
+    for at, ((first, last), columns) in enumerate(grid):
+        step = 1 if last < 6 else -1
+        moved = ((first + step, last + step), columns)
+        with pytest.raises(ValueError, match="two pieces of w overlap"):
+            check_coverage(entry([*grid[:at], moved, *grid[at + 1 :]]))
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer", "vocab", "corpus", "source", "key"])
+def test_a_record_of_wrong_types_is_refused(name: str, tmp_path: Path) -> None:
+    good: dict[str, Any] = dict(config={}, tokenizer={}, vocab=9, corpus="", source="", key={})
+    (path,) = small_run(tmp_path, 10, meta=good)
+    assert checkpoint.RunRecord.read(path).vocab == 9
+    for value in ([1], None, True):
+        rewrite_manifest(path, lambda body, value=value: body["meta"].update({name: value}))
+        with pytest.raises(CheckpointError, match=rf"minillm\.train: {name} in its manifest is a"):
+            checkpoint.RunRecord.read(path)
+
+
+def test_folders_that_cannot_be_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be read: File name too long"):
+        checkpoint.find(tmp_path / ("x" * 300))
+    (path,) = small_run(tmp_path, 10)
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)  # root may read everything
+    with pytest.raises(CheckpointError, match=r"cannot be read: Permission denied"):
+        checkpoint.find(tmp_path)
 
 
 def test_a_flipped_byte_in_any_file_is_found_by_all_ranks(tmp_path: Path) -> None:
