@@ -256,7 +256,8 @@ def test_every_flag_of_an_earlier_version_still_parses() -> None:
     assert (values["min_lr"], values["bucket_mb"], values["stage_layers"]) == (0.01, 2.0, "3")
     defaults = RunConfig().to_dict()
     assert {name for name in values if values[name] == defaults[name]} == {
-        *("preset", "heads", "tp", "pp", "device", "trace", "sequence_parallel", "check_order")
+        *("preset", "heads", "tp", "pp", "device", "trace", "sequence_parallel", "check_order"),
+        "log_every",  # is younger
     }
     underscored = [word.replace("-", "_").replace("__", "--", 1) for word in words]
     assert parse_train_args(underscored)[1] == config
@@ -473,11 +474,11 @@ def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
     )
 
 
-# What may differ between a run and its continuation, as commit e77a9ad defined it.
+# What may differ between a run and its continuation: as commit e77a9ad defined it, and log_every.
 RESUMABLE = """
     dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
     kernels device out save_every keep eval_every eval_tokens sample_tokens trace stop_after
-    check_every check_order comm_timeout
+    check_every check_order comm_timeout log_every
 """
 
 

@@ -1,11 +1,9 @@
-"""Progress lines, and metrics that survive an interruption."""
+"""Lines of the log, and metrics that survive an interruption."""
 
 import json
 from pathlib import Path
 
-import pytest
-
-from minillm.base.log import Log, MetricsFile, Progress, clock, compact
+from minillm.base.log import MetricsFile, clock, compact, fitted, paragraph
 
 
 def test_numbers_and_times_read_well() -> None:
@@ -19,17 +17,21 @@ def test_numbers_and_times_read_well() -> None:
     assert [clock(seconds) for seconds in (0, 5.4, 75, 3661)] == ["0:00", "0:05", "1:15", "1:01:01"]
 
 
-def test_progress_speaks_at_the_first_and_last_step_from_one_rank(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for rank in (0, 1):
-        progress = Progress(Log(rank), 0, 3, 100)
-        for step in range(3):
-            progress.update(step, 2.123456789, 1e-3, 0.5)
-        progress.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
-    assert all("loss 2.1234568" in line and "tokens/s" in line and "left" in line for line in lines)
+def test_a_paragraph_is_80_columns_wide_and_its_lines_begin_below_one_another() -> None:
+    lines = paragraph("plan", "twelve words of text " * 8 + "runs/" + "x" * 90).splitlines()
+    assert [line[:8] for line in lines] == ["plan    ", *["        "] * (len(lines) - 1)]
+    assert max(map(len, lines[:-1])) <= 80 and lines[-1] == " " * 8 + "runs/" + "x" * 90
+    assert " ".join(line[8:] for line in lines).startswith("twelve words of text twelve words")
+
+
+def test_fields_that_do_not_fit_are_left_out_from_the_end() -> None:
+    fields = ["step 1", "loss 2.5", "1k tokens/s"]
+    assert [fitted(fields, width) for width in (3, 15, 16, 29)] == [
+        "step 1",
+        "step 1",
+        "step 1  loss 2.5",
+        "step 1  loss 2.5  1k tokens/s",
+    ]
 
 
 def test_a_resumed_run_drops_the_steps_it_does_again(tmp_path: Path) -> None:

@@ -1,18 +1,21 @@
-"""Output of a run: log lines, progress display, and metrics as JSON lines. Rank 0 writes all."""
+"""Output of a run: log lines, and metrics as JSON lines. Rank 0 writes all."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import sys
-import time
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minillm.base.errors import MinillmError
 
-LINE_SECONDS = 5.0  # between progress lines, without a terminal for a bar
+WIDTH = 80  # columns of a paragraph at most, and of a terminal of unknown width
+LABEL = 8  # columns of the word that begins a line of the plan or of the result
 
 
 class Log:
@@ -25,68 +28,6 @@ class Log:
         """Print a line and flush, because a launcher's pipe buffers."""
         if self.rank == 0:
             print(text, flush=True)
-
-
-class Progress:
-    """Progress display: a bar on a terminal, else a line every few seconds with the time left.
-
-    mpirun pipes the output of its ranks, so they print lines.
-    """
-
-    def __init__(self, log: Log, first: int, total: int, tokens_per_step: int) -> None:
-        self.log, self.total, self.tokens_per_step = log, total, tokens_per_step
-        self._first, self._last_line = first, 0.0
-        self._started = time.perf_counter()
-        self._paused = 0.0
-        self._bar: Any = None
-        if log.rank == 0 and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total, initial=first, unit="step", dynamic_ncols=True, leave=True
-            )
-
-    def update(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Show step `step` (from 0) as completed."""
-        if self.log.rank:
-            return
-        if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {loss:.7f}, {compact(self.rate(step))} tokens/s", refresh=False
-            )
-            self._bar.update(1)
-            return
-        now = time.perf_counter()
-        if now - self._last_line >= LINE_SECONDS or step + 1 in (self._first + 1, self.total):
-            self._last_line = now
-            rate, done = self.rate(step), step + 1
-            left = (self.total - done) * self.tokens_per_step / max(rate, 1e-9)
-            self.log(
-                f"step {done:>{len(str(self.total))}}/{self.total}  "
-                f"{100 * done / self.total:3.0f} %  loss {loss:.7f}  lr {lr:.2e}  grad norm "
-                f"{grad_norm:.2f}  {compact(rate)} tokens/s  {clock(left)} left"
-            )
-
-    def rate(self, step: int) -> float:
-        """Return the mean tokens per second of this run, without pauses."""
-        busy = time.perf_counter() - self._started - self._paused
-        return (step + 1 - self._first) * self.tokens_per_step / max(busy, 1e-9)
-
-    def pause(self, seconds: float) -> None:
-        """Exclude `seconds` of an evaluation or a checkpoint from the rate."""
-        self._paused += seconds
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            self.log(text)
-
-    def close(self) -> None:
-        """Stop the display; the last state stays visible."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 class MetricsFile:
@@ -130,6 +71,40 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(text))
     return found
+
+
+def paragraph(label: str, text: str) -> str:
+    """Return `text` behind a label, in lines of at most 80 columns that begin below one another.
+
+    A word that is longer than a line stays whole.
+    """
+    return textwrap.fill(
+        text,
+        min(WIDTH, columns()),
+        initial_indent=f"{label:<{LABEL}}",
+        subsequent_indent=" " * LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def fitted(fields: Sequence[str], width: int) -> str:
+    """Join the first fields that fit into `width` columns together; the first is always there."""
+    line = fields[0]
+    for field in fields[1:]:
+        if len(line) + 2 + len(field) > width:
+            break
+        line += f"  {field}"
+    return line
+
+
+def columns(stream: TextIO | None = None) -> int:
+    """Return the width of the stream's terminal, by default of standard output; else 80."""
+    with contextlib.suppress(OSError, ValueError):
+        found = os.get_terminal_size((stream or sys.stdout).fileno()).columns
+        if found > 0:
+            return found
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def compact(number: float) -> str:

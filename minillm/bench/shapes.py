@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from minillm.models.gpt_config import ModelOptions
+
 
 class Shape(NamedTuple):
     """A GPT-2 and its batch."""
@@ -21,13 +23,9 @@ class Shape(NamedTuple):
         return self.context * self.batch
 
     def step_flops(self) -> float:
-        """Return 6 N tokens + 12 L D T tokens, the FLOP of a training step.
-
-        N excludes the position table. Causal attention is counted without its mask (Narayanan et
-        al. 2021, appendix).
-        """
-        matrices = 12 * self.layers * self.dim**2 + self.vocab * self.dim
-        return self.tokens * (6 * matrices + 12 * self.layers * self.dim * self.context)
+        """Return the FLOP of a training step."""
+        sizes = {name: getattr(self, name) for name in ("layers", "heads", "dim", "context")}
+        return self.tokens * ModelOptions(**sizes, vocab=self.vocab).resolve().training_flops
 
 
 CONFIGS = {

@@ -241,10 +241,7 @@ class GPTArchitecture:
 
     def layer_costs(self, config: ModelConfig) -> list[float]:
         """Return multiply-adds per token of each layer: its products and causal attention."""
-        c = config
-        up = c.ffn_dim * (2 if c.mlp == "swiglu" else 1)
-        products = c.dim * ((c.heads + 2 * c.kv_heads) * c.head_width + c.dim + up + c.ffn_dim)
-        return [float(products + c.dim * c.context)] * c.layers
+        return [float(config.layer_products + config.dim * config.context)] * config.layers
 
 
 ARCHITECTURE = GPTArchitecture()

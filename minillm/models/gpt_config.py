@@ -68,6 +68,23 @@ class ModelConfig(ModelShape):
         """Channels per attention head."""
         return self.dim // self.heads
 
+    @property
+    def layer_products(self) -> int:
+        """Multiply-adds per token of one layer's matrix products, without attention."""
+        up = self.ffn_dim * (2 if self.mlp == "swiglu" else 1)
+        projections = (self.heads + 2 * self.kv_heads) * self.head_width + self.dim
+        return self.dim * (projections + up + self.ffn_dim)
+
+    @property
+    def training_flops(self) -> float:
+        """FLOP to train on one token: 6 N + 12 L D T, with N weights in matrix products.
+
+        The head counts, tables of tokens and positions do not. Causal attention is counted without
+        its mask (Narayanan et al. 2021, appendix).
+        """
+        products = self.layers * self.layer_products + self.vocab * self.dim
+        return 6.0 * products + 12.0 * self.layers * self.dim * self.context
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(ModelShape):

@@ -88,13 +88,16 @@ class Evaluation:
 
     def describe(self) -> str:
         """Return the held-out loss and bits per byte as text."""
-        return f"held-out loss {self.loss:.7f}{self._bits()}"
+        return f"held-out loss {self.loss:#.4g}{self._bits()}"
 
-    def summary(self) -> str:
-        """Return all metrics as text."""
+    def summary(self, of: int) -> str:
+        """Return all metrics as text, and the share of the `of` held-out tokens that was read."""
+        text = f"held-out loss {self.loss:#.4g}, perplexity {self.perplexity:.2f}{self._bits()}"
+        if self.tokens >= of:
+            return f"{text}, over all {of:,} held-out tokens"
         return (
-            f"held-out loss {self.loss:.7f}, perplexity {self.perplexity:.2f}{self._bits()}, over "
-            f"{self.tokens} tokens"
+            f"{text}, over the first {self.tokens:,} of {of:,} held-out tokens; minillm evaluate "
+            "reads all"
         )
 
     def _bits(self) -> str:

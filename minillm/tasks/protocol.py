@@ -55,5 +55,5 @@ class Result(Protocol):
     def describe(self) -> str:
         """Return the metrics that are shown while training goes on, as text."""
 
-    def summary(self) -> str:
-        """Return all metrics as text."""
+    def summary(self, of: int) -> str:
+        """Return all metrics as text, and their share of the `of` tokens that exist."""

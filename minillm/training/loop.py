@@ -15,7 +15,8 @@ from minillm import checkpoint, kernels
 from minillm.base.device import Device
 from minillm.base.errors import ConfigError
 from minillm.base.flags import to_toml
-from minillm.base.log import Log, MetricsFile, Progress, clock, compact
+from minillm.base.log import Log, MetricsFile, clock, compact, paragraph
+from minillm.base.progress import Progress
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import AgreedError, from_first, known_to_all
 from minillm.comm.communicator import Communicator
@@ -75,12 +76,17 @@ class Run:
         path = self.out / "metrics.jsonl" if comm.rank == 0 else None
         self.metrics = MetricsFile(path, self.first_step)
         self.progress = Progress(
-            self.log, self.first_step, optimization.steps, config.tokens_per_step
+            self.log,
+            self.first_step,
+            optimization.steps,
+            config.tokens_per_step,
+            flops=config.tokens_per_step * config.model.training_flops,
+            every=self.output.log_interval(),
         )
         self.shares = TimeShares()
         self.result: Result | None = None
-        for line in plan(config, corpus, self.trainer.model, kernels.get_threads(), comm):
-            self.log(line)
+        for label, text in plan(config, corpus, self.trainer.model, kernels.get_threads(), comm):
+            self._say(label, text)
         self.log(f"output  {self.out}\n")
 
     def train(self) -> bool:
@@ -131,7 +137,7 @@ class Run:
         if due.evaluate:
             found = self.result = self._evaluate()
             if found is not None and step != self.last_step:
-                self.progress.say(f"step {step}: {found.describe()}")
+                self.progress.evaluated(step, found.describe())
         if due.save:
             self._save(step)
         line = step_metrics(report, self.config.tokens_per_step, moved, self.device)
@@ -211,19 +217,25 @@ class Run:
         if step > self.first_step:
             first = self.first_step
             steps = f"steps {first + 1} to {step}" if first else plural(step, "step")
-            self.log(
-                f"done    {steps} in {clock(seconds)}, "
+            self._say(
+                "done",
+                f"{steps} in {clock(seconds)}, "
                 f"{compact(self.progress.rate(step - 1))} tokens/s, at most "
-                f"{peak_mb(self.comm, self.device)} MB per rank"
+                f"{peak_mb(self.comm, self.device)} MB per rank",
             )
-            self.log(f"time    {self.shares.summary(self.comm)}")
+            self._say("time", self.shares.summary(self.comm))
+            self._say("loss", self.progress.curve.describe())
         if stopped:
             self.log(f"stopped at step {step} as asked; go on with --resume {self.out}")
             return
         if self.result is not None:
-            self.log(f"result  {self.result.summary()}")
-        program = "python -m minillm.generate"
-        self.log(f"saved   {self.out}; write text with: {program} --checkpoint {self.out}")
+            held_out = len(self.corpus.held_out) - 1
+            self._say("result", self.result.summary(of=held_out))
+        self.log(f"saved   {self.out}")
+        self.log(f"next    python -m minillm.generate --checkpoint {self.out}")
+
+    def _say(self, label: str, text: str) -> None:
+        self.log(paragraph(label, text))
 
 
 def prepare_folder(config: ResolvedConfig, found: Path | None) -> Path:

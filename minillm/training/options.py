@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minillm.base.errors import ConfigError
+from minillm.base.interval import Interval
 from minillm.base.record import Record, option
 
 
@@ -73,9 +74,21 @@ class OutputOptions(Record):
     """Held-out tokens per evaluation."""
     sample_tokens: int = option(200, at_least=0, resumable=True)
     """Tokens of the sample at the end; 0: none."""
+    log_every: str = option("auto", resumable=True)
+    """Interval between progress lines where there is no terminal: steps as 100, or time as 30s or
+    10m; auto: a hundredth of the steps, at least 5 s."""
     trace: bool = option(False, resumable=True)
     """Write OUT/trace.json, a timeline of all ranks to open in Perfetto."""
     stop_after: int | None = option(None, at_least=1, resumable=True)
     """End at this step, although the learning rate is planned for all steps."""
     check_every: int = option(0, at_least=0, resumable=True)
     """Steps between comparisons of the replicas' parameters; 0: never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.log_interval()
+
+    def log_interval(self) -> Interval | None:
+        """Return the interval of the progress lines, None for auto. Raises ConfigError."""
+        auto = self.log_every == "auto"
+        return None if auto else Interval.parse(self.log_every, "--log-every")

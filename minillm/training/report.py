@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from minillm import kernels
 from minillm.base.device import CPU, Device
 from minillm.base.log import compact
 from minillm.comm.communicator import Communicator
@@ -28,10 +29,10 @@ def plan(
     assembly: Assembly,
     threads: int,
     comm: Communicator,
-) -> list[str]:
-    """Return the plan as lines: data, model, layout, batch, kernels and memory. Collective.
+) -> list[tuple[str, str]]:
+    """Return the plan as pairs of a label and a text. Collective.
 
-    The memory is the prediction for the largest rank.
+    The memory is the prediction for the largest rank. README.md explains every word.
     """
     model, options, mesh = config.model, config.options, config.mesh
     own = sum(buffers.layout.size for buffers in assembly.buffers)
@@ -41,38 +42,59 @@ def plan(
     everyone = comm.gather_json([own, needs])
     most = max((entry[1] for entry in everyone), key=lambda kinds: sum(kinds.values()))
     parts = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in most.items() if size)
-    pipeline = ""
+    share = ""
+    if mesh.tp * mesh.pp > 1:
+        share = f", at most {compact(max(entry[0] for entry in everyone))} on a rank"
+    times = f" of {config.microbatch}, one after another" if config.num_microbatches > 1 else ""
+    per_rank = f"{plural(options.optimization.batch // mesh.dp, 'sequence')}"
+    in_parts = f" in {config.num_microbatches} microbatches{times}" if times else ""
+    replica = "the rank" if mesh.num_ranks == 1 else "each replica"
+    lines = {
+        "data": corpus.describe(),
+        "model": f"{options.preset}: {plural(model.layers, 'layer')} of width {model.dim}, "
+        f"{plural(model.heads, 'head')}, context {model.context}, {options.compute.dtype}; "
+        f"{compact(num_parameters(GPT, model))} parameters{share}",
+        "layout": _layout(config, threads, memory.description),
+        "batch": f"{config.tokens_per_step} tokens a step: {options.optimization.batch} sequences "
+        f"of {model.context}; {replica} takes {per_rank}{in_parts}; "
+        f"{plural(options.optimization.steps, 'step')}",
+        "kernels": _kernels(config, assembly.device),
+        "memory": f"{sum(most.values()) / 1e6:.0f} MB predicted for the largest rank ({parts})",
+    }
+    return list(lines.items())
+
+
+def _layout(config: ResolvedConfig, threads: int, description: str) -> str:
+    """Return the grid of ranks in words, axes of one rank left out."""
+    options, mesh = config.options, config.mesh
+    each = plural(threads, "thread")
+    last = f"; {description}" if description else ""
+    if mesh.num_ranks == 1:
+        return f"one process with {each}{last}"
+    words = []
+    if mesh.dp > 1:
+        words.append(f"{mesh.dp} replicas (dp)")
+    if mesh.tp > 1:
+        sequence = ", sequence-parallel" if options.layout.sequence_parallel else ""
+        words.append(f"layers cut over {mesh.tp} ranks (tp{sequence})")
     if mesh.pp > 1:
         layers = comma_list(config.stage_layers)
-        pipeline = f" ({options.pipeline.schedule}, layers {layers})"
-    sequence = " (sequence-parallel)" if options.layout.sequence_parallel and mesh.tp > 1 else ""
-    return [
-        f"data    {corpus.describe()}",
-        f"model   {options.preset}: {model.layers} layers, width {model.dim}, {model.heads} heads, "
-        f"context {model.context}, {options.compute.dtype}; "
-        f"{compact(num_parameters(GPT, model))} parameters, at most "
-        f"{compact(max(entry[0] for entry in everyone))} per rank",
-        f"layout  {plural(mesh.num_ranks, 'rank')}: dp {mesh.dp} x tp {mesh.tp}{sequence} x "
-        f"pp {mesh.pp}{pipeline}, "
-        f"{plural(threads, 'thread')} "
-        f"each{'; ' + memory.description if memory.description else ''}",
-        f"batch   {options.optimization.batch} sequences = {config.tokens_per_step} tokens a step, "
-        f"in {plural(config.num_microbatches, 'microbatch', 'es')} "
-        f"of {config.microbatch} per dp rank; {options.optimization.steps} steps",
-        f"kernels {_kernels(config, assembly.device)}",
-        f"memory  {sum(most.values()) / 1e6:.0f} MB predicted for the largest rank ({parts})",
-    ]
+        words.append(f"{mesh.pp} stages of {layers} layers (pp, {options.pipeline.schedule})")
+    axes = f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}"
+    return f"{mesh.num_ranks} ranks = {axes}, {each} each: {', '.join(words)}{last}"
 
 
 def _kernels(config: ResolvedConfig, device: Device) -> str:
     """Return the implementations of the operations, most used first.
 
-    Includes the attention kernel on a GPU, and the reason where C kernels are unavailable.
+    Leaves out operations that have one implementation alone. Includes the attention kernel on a
+    GPU, and the reason where C kernels are unavailable.
     """
     choices = kernel_choices(config, device)
-    words = ", ".join(
-        f"{choice} for {plural(count, 'operation')}"
-        for choice, count in Counter(choices.values()).most_common()
+    several = [op for op in choices if len(_host_kernels(op)) > 2 or not device.on_host]
+    counts = Counter(choices[op] for op in several or choices).most_common()
+    words = counts[0][0] + "".join(
+        f", {choice} for {plural(count, 'operation')}" for choice, count in counts[1:]
     )
     if not device.on_host:
         return f"{words}; attention {choices['attention_forward']}"
@@ -80,6 +102,11 @@ def _kernels(config: ResolvedConfig, device: Device) -> str:
         native.blas_unavailable if choices["matmul"] == "c:baseline" else None
     )
     return f"{words} ({missing})" if missing else words
+
+
+def _host_kernels(op: str) -> list[str]:
+    """Return the implementations of an operation that run on the CPU's cores."""
+    return [kernel.choice for kernel in kernels.available(op) if kernel.backend in ("numpy", "c")]
 
 
 def plural(number: int, word: str, ending: str = "s") -> str:
@@ -109,7 +136,7 @@ def step_metrics(
         "seconds": report.seconds,
         "tokens_per_second": tokens / report.seconds,
         "exposed_seconds": report.exposed_seconds,
-        "peak_rss_mb" if device.on_host else "peak_device_mb": report.peak_bytes / (1 << 20),
+        "peak_rss_mb" if device.on_host else "peak_device_mb": report.peak_bytes / 1e6,
         "comm": dict(comm),
     }
 

@@ -60,7 +60,7 @@ def test_train_save_resume_evaluate_and_generate(
     dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    text = run(capsys, f"--dtype={dtype}", f"--out={whole}")
+    text = " ".join(run(capsys, f"--dtype={dtype}", f"--out={whole}").split())
     assert "stand-in, device 0" in text and "--- a sample" in text and "held-out loss" in text
     run(capsys, f"--dtype={dtype}", f"--out={parts}", "--stop-after=3")
     run(capsys, f"--resume={parts}")
@@ -76,7 +76,8 @@ def test_train_save_resume_evaluate_and_generate(
     # Elsewhere the checkpoint is a model in float32, as evaluated on the CPU.
     assert evaluate.main([f"--checkpoint={whole}", "--tokens=256"]) == 0
     found = json.loads(capsys.readouterr().out)
-    held_out = float(re.findall(r"result +held-out loss ([\d.]+)", text)[0])
+    held_out = first[-1]["val_loss"]
+    assert f"result held-out loss {held_out:#.4g}, " in text
     assert found["loss"] == pytest.approx(held_out, rel=1e-5 if dtype == "float32" else 5e-3)
     with installed() as gpu, gpu.counting() as events:
         assert evaluate.main([f"--checkpoint={whole}", "--tokens=256", "--device=cuda"]) == 0

@@ -1,0 +1,252 @@
+"""Progress of a run on the screen: one live line on a terminal, else lines at an interval.
+
+mpirun pipes the output of its ranks. Rank 0 therefore looks for the terminal of the launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from minillm.base.interval import Interval
+from minillm.base.log import Log, clock, columns, compact, fitted
+
+LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "orterun", "prterun", "prted")
+LINE_SECONDS = 5.0  # least time between progress lines by default
+SMOOTHED_STEPS = 20  # length of the mean of the loss that is shown
+SPARK_COLUMNS = 60
+_BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
+
+
+class Progress:
+    """Progress display: a bar on a terminal, else lines, at most one a step.
+
+    `every` is the interval of the lines; None is 5 s and a hundredth of the steps. `flops` are the
+    floating-point operations of a step, on all ranks together.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        first: int,
+        total: int,
+        tokens_per_step: int,
+        *,
+        flops: float = 0.0,
+        every: Interval | None = None,
+    ) -> None:
+        self.log, self.total, self.tokens_per_step, self.flops = log, total, tokens_per_step, flops
+        self.curve, self.loss = Curve(), RunningMean(SMOOTHED_STEPS)
+        self._every = every or Interval(total // 100, LINE_SECONDS)
+        self._first, self._last_step, self._last_time = first, -total, -math.inf
+        self._started = time.perf_counter()
+        self._paused = 0.0
+        self._terminal = _terminal() if log.rank == 0 else None
+        self._bar: Any = None
+
+    def update(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
+        """Show step `step` (from 0) as completed."""
+        if self.log.rank:
+            return
+        self.curve.add(loss)
+        smooth, done, rate = self.loss.add(loss), step + 1, self.rate(step)
+        fields = [
+            f"loss {smooth:#.4g}",
+            f"{compact(rate)} tokens/s",
+            f"{clock((self.total - done) * self.tokens_per_step / max(rate, 1e-9))} left",
+            *([f"{self._gflops(rate):.3g} GFLOP/s"] if self.flops else []),
+            f"norm {grad_norm:.2g}",
+            f"lr {lr:.2g}",
+        ]
+        if self._terminal is not None:
+            self._draw(done, fields)
+            return
+        now = time.perf_counter()
+        due = self._every.passed(done - self._last_step, now - self._last_time)
+        if due or done in (self._first + 1, self.total):
+            self._last_step, self._last_time = done, now
+            count = (
+                f"step {done:>{len(str(self.total))}}/{self.total} {100 * done / self.total:3.0f} %"
+            )
+            self.log(fitted([count, *fields], columns() - 1))
+
+    def _draw(self, done: int, fields: list[str]) -> None:
+        """Move the bar to step `done`."""
+        if self._bar is None:
+            from tqdm import tqdm
+
+            # Made at the first step, so that it does not stand between the lines of the plan.
+            self._bar = tqdm(
+                total=self.total,
+                initial=done - 1,
+                file=self._terminal,
+                bar_format="{percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}  {desc}",
+            )
+        self._bar.ncols = columns(self._terminal) - 1
+        # The percentage, a bar of six columns and the step numbers stand before the fields.
+        width = self._bar.ncols - 16 - 2 * len(str(self.total))
+        self._bar.set_description_str(fitted(fields, width), refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def rate(self, step: int) -> float:
+        """Return the mean tokens per second of this run, without pauses."""
+        busy = time.perf_counter() - self._started - self._paused
+        return (step + 1 - self._first) * self.tokens_per_step / max(busy, 1e-9)
+
+    def _gflops(self, rate: float) -> float:
+        return rate / self.tokens_per_step * self.flops / 1e9
+
+    def pause(self, seconds: float) -> None:
+        """Exclude `seconds` of an evaluation or a checkpoint from the rate."""
+        self._paused += seconds
+
+    def evaluated(self, step: int, text: str) -> None:
+        """Print the result of an evaluation after `step` steps, below the loss of the steps."""
+        self.say(f"eval {self._count(step)}{'':8}{text}")
+
+    def _count(self, done: int) -> str:
+        return f"{done:>{len(str(self.total))}}/{self.total}"
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+            # The bar returns with a later step, when the launcher has passed the line on.
+            self._bar.last_print_t = time.time()
+        self.log(text)
+
+    def close(self) -> None:
+        """Stop the display; the last state stays visible."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
+
+
+class RunningMean:
+    """Exponential moving mean over about `steps` values, without a bias to its start.
+
+    Adam's correction (Kingma and Ba 2015, section 3).
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._decay, self._sum, self._weight = 1 - 1 / steps, 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        """Add a value and return the mean."""
+        self._sum = self._decay * self._sum + (1 - self._decay) * value
+        self._weight = self._decay * self._weight + 1 - self._decay
+        return self._sum / self._weight
+
+
+class Curve:
+    """Series of any length in bounded memory: means over equal groups of values.
+
+    When there are too many groups, neighbours are joined.
+    """
+
+    def __init__(self, most: int = 2 * SPARK_COLUMNS) -> None:
+        self._most, self._size, self._means, self._open = most, 1, list[float](), list[float]()
+
+    def add(self, value: float) -> None:
+        """Append a value."""
+        self._open.append(value)
+        if len(self._open) == self._size:
+            self._means.append(sum(self._open) / self._size)
+            self._open.clear()
+        if len(self._means) == self._most:
+            pairs = zip(self._means[::2], self._means[1::2], strict=True)
+            self._means, self._size = [(a + b) / 2 for a, b in pairs], 2 * self._size
+
+    def values(self) -> list[float]:
+        """Return the means in order; the last group may be shorter."""
+        rest = [sum(self._open) / len(self._open)] if self._open else []
+        return self._means + rest
+
+    def describe(self) -> str:
+        """Return the series as blocks between its first and its last mean; empty without values."""
+        means = self.values()
+        return f"{means[0]:#.4g} {sparkline(means)} {means[-1]:#.4g}" if means else ""
+
+
+def sparkline(values: Sequence[float], width: int = SPARK_COLUMNS) -> str:
+    """Return the values as blocks of eight heights, at most `width`; heights are logarithmic."""
+    values = resampled([v for v in values if v > 0], width)
+    if not values:
+        return ""
+    blocks = _BLOCKS if can_print(_BLOCKS) else _ASCII_BLOCKS
+    logs = [math.log(value) for value in values]
+    low, span = min(logs), (max(logs) - min(logs)) or 1.0
+    return "".join(blocks[min(7, int(8 * (each - low) / span))] for each in logs)
+
+
+def resampled(values: Sequence[float], width: int) -> list[float]:
+    """Return at most `width` means over neighbouring values."""
+    if len(values) <= width:
+        return list(values)
+    cuts = [len(values) * i // width for i in range(width + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
+
+
+def can_print(text: str) -> bool:
+    """Return True if standard output has these characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _terminal() -> TextIO | None:
+    """Return the terminal for a live line: standard error, or that of the launcher, else None."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        return sys.stderr
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        launchers = list(_launchers())
+        if launchers and _in_foreground(launchers[-1]):
+            return _opened(f"/proc/{launchers[-1]}/fd/2")
+    return None
+
+
+def _launchers(root: str = "/proc") -> Iterator[int]:
+    """Yield the ancestors of this process that belong to the launcher, the nearest first."""
+    pid = os.getppid()
+    while pid > 1:
+        name, parent = _process(pid, root)[:2]
+        if name not in LAUNCHERS:
+            return
+        yield pid
+        pid = int(parent)
+
+
+def _process(pid: int, root: str = "/proc") -> list[str]:
+    """Return name, parent, group and foreground group of the terminal of a process (proc(5))."""
+    with open(f"{root}/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        before, _, after = file.read().rpartition(")")
+    words = after.split()
+    return [before.partition("(")[2], words[1], words[2], words[5]]
+
+
+def _in_foreground(pid: int) -> bool:
+    _, _, group, foreground = _process(pid)
+    return group == foreground
+
+
+def _opened(path: str) -> TextIO | None:
+    """Return the terminal at `path` for writing, None if it is no terminal.
+
+    It does not become the terminal that controls this process.
+    """
+    if not os.readlink(path).startswith("/dev/"):
+        return None
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOCTTY)
+    if os.isatty(descriptor):
+        encoding = getattr(sys.stderr, "encoding", None)
+        return open(descriptor, "w", encoding=encoding, errors="replace")
+    os.close(descriptor)
+    return None
