@@ -5,20 +5,29 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from minillm import __version__
 from minillm.base.errors import MinillmError
 from minillm.base.record import known_name
 
-# Name of the program, which is also its module -> what it does.
+
+class Program(NamedTuple):
+    """Program of the command."""
+
+    module: str  # has a `main`; python -m MODULE is the same program
+    sentence: str
+
+
 PROGRAMS = {
-    "train": "train a model, alone or over the ranks of mpirun",
-    "evaluate": "measure the loss of a checkpoint",
-    "generate": "write text with a checkpoint",
-    "verify": "compare a layout with one rank",
-    "schedule": "draw a pipeline schedule",
-    "bench": "time the training step and the kernels",
-    "doctor": "look over this machine and name what is missing",
+    "train": Program("minillm.train", "train a model, alone or over the ranks of mpirun"),
+    "evaluate": Program("minillm.evaluate", "measure the loss of a checkpoint"),
+    "generate": Program("minillm.generate", "write text with a checkpoint"),
+    "plot": Program("minillm.training.plot", "draw the curves of runs"),
+    "verify": Program("minillm.verify", "compare a layout with one rank"),
+    "schedule": Program("minillm.schedule", "draw a pipeline schedule"),
+    "bench": Program("minillm.bench", "time the training step and the kernels"),
+    "doctor": Program("minillm.doctor", "look over this machine and name what is missing"),
 }
 
 
@@ -35,25 +44,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minillm {__version__}")
         return 0
     try:
-        program = known_name(argv[0], PROGRAMS, "program")
+        program = PROGRAMS[known_name(argv[0], PROGRAMS, "program")]
     except MinillmError as error:
         print(f"minillm: {error}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"minillm.{program}").main(argv[1:])
+    return importlib.import_module(program.module).main(argv[1:])
 
 
 def usage() -> str:
     """One line for each program."""
     width = max(map(len, PROGRAMS)) + 2
-    lines = [f"  {name:<{width}}{sentence}" for name, sentence in PROGRAMS.items()]
+    lines = [f"  {name:<{width}}{program.sentence}" for name, program in PROGRAMS.items()]
     head = ["usage: minillm PROGRAM [OPTIONS]", "       minillm --version", "", "programs:"]
     return "\n".join(
         [
             *head,
             *lines,
             "",
-            "minillm PROGRAM --help lists the options of one; python -m minillm.PROGRAM is the "
-            "same program.",
+            "minillm PROGRAM --help lists the options of one.",
         ]
     )
 

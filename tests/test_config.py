@@ -257,7 +257,7 @@ def test_every_flag_of_an_earlier_version_still_parses() -> None:
     defaults = RunConfig().to_dict()
     assert {name for name in values if values[name] == defaults[name]} == {
         *("preset", "heads", "tp", "pp", "device", "trace", "sequence_parallel", "check_order"),
-        "log_every",  # is younger
+        *("log_every", "log_to"),  # are younger
     }
     underscored = [word.replace("-", "_").replace("__", "--", 1) for word in words]
     assert parse_train_args(underscored)[1] == config
@@ -307,7 +307,9 @@ def test_sizes_left_out_follow() -> None:
     assert (found["stage_layers"], found["recompute"], found["out"]) == ("4", "none", "runs/nano")
     assert resolved.min_lr == found["min_lr"] == pytest.approx(3e-4)
     assert resolved.tokens_per_step == 16 * 128
-    assert {name for name, value in found.items() if value is None} == {"stop_after", "tokenizer"}
+    assert {name for name, value in found.items() if value is None} == {
+        *("stop_after", "tokenizer", "log_to")
+    }
 
 
 def test_swiglu_width_is_two_thirds_rounded_up_to_64() -> None:
@@ -474,11 +476,11 @@ def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
     )
 
 
-# What may differ between a run and its continuation: as commit e77a9ad defined it, and log_every.
+# What may differ between a run and its continuation: as in commit e77a9ad, and younger options.
 RESUMABLE = """
     dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
     kernels device out save_every keep eval_every eval_tokens sample_tokens trace stop_after
-    check_every check_order comm_timeout log_every
+    check_every check_order comm_timeout log_every log_to
 """
 
 

@@ -18,7 +18,7 @@ from minillm.base.flags import to_toml
 from minillm.base.log import Log, MetricsFile, clock, compact, paragraph
 from minillm.base.progress import Progress
 from minillm.base.trace import Tracer
-from minillm.comm.agreement import AgreedError, from_first, known_to_all
+from minillm.comm.agreement import AgreedError, agree, from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
@@ -32,6 +32,7 @@ from minillm.training.report import TimeShares, peak_mb, plan, plural, step_metr
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import StepReport, Trainer
 from minillm.training.verdict import NotFinite
+from minillm.training.writers import Start, Writers, check_packages, place_names
 
 Moved = Mapping[RowKey, Row]  # what the ledger counted during a step
 
@@ -63,6 +64,8 @@ class Run:
         self.comm, self.device, self.config, self.corpus = comm, device, config, corpus
         self.tracer, self.stop, self.log = tracer, stop, Log(comm.rank)
         self.output, optimization = config.options.output, config.options.optimization
+        places = place_names(self.output.log_to)
+        agree(comm, lambda: check_packages(places if comm.rank == 0 else []))
         self.out = Path(from_first(comm, lambda: str(prepare_folder(config, found))))
         batches = Batches(corpus.train, config.model.context, optimization.batch, optimization.seed)
         with known_to_all():
@@ -82,6 +85,10 @@ class Run:
             config.tokens_per_step,
             flops=config.tokens_per_step * config.model.training_flops,
             every=self.output.log_interval(),
+        )
+        start = Start(self.out, config.filled().to_dict(), self.first_step)
+        self.writers = agree(
+            comm, lambda: Writers(places if comm.rank == 0 else [], start, self.progress.say)
         )
         self.shares = TimeShares()
         self.result: Result | None = None
@@ -141,7 +148,9 @@ class Run:
         if due.save:
             self._save(step)
         line = step_metrics(report, self.config.tokens_per_step, moved, self.device)
-        self.metrics.write(**line, **({} if found is None else found.values()))
+        line |= {} if found is None else found.values()
+        self.metrics.write(**line)
+        self.writers.write(line)
         self.progress.pause(time.perf_counter() - paused)
 
     @contextmanager
@@ -210,6 +219,7 @@ class Run:
         """Save, and print the totals."""
         self._save(step)
         self.metrics.close()
+        self.writers.close()
         if self.tracer is not None:
             path = self.out / "trace.json"
             self.tracer.write(path, self.comm)

@@ -8,6 +8,7 @@ from typing import Literal
 from minillm.base.errors import ConfigError
 from minillm.base.interval import Interval
 from minillm.base.record import Record, option
+from minillm.training.writers import place_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,9 @@ class OutputOptions(Record):
     log_every: str = option("auto", resumable=True)
     """Interval between progress lines where there is no terminal: steps as 100, or time as 30s or
     10m; auto: a hundredth of the steps, at least 5 s."""
+    log_to: str | None = option(None, resumable=True)
+    """Further places for the metrics: csv (OUT/metrics.csv), tensorboard, wandb; several as
+    csv,wandb."""
     trace: bool = option(False, resumable=True)
     """Write OUT/trace.json, a timeline of all ranks to open in Perfetto."""
     stop_after: int | None = option(None, at_least=1, resumable=True)
@@ -87,6 +91,7 @@ class OutputOptions(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.log_interval()
+        place_names(self.log_to)
 
     def log_interval(self) -> Interval | None:
         """Return the interval of the progress lines, None for auto. Raises ConfigError."""
