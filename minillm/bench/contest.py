@@ -27,6 +27,11 @@ from minillm.comm.cores import usable_cores
 from minillm.kernels.gpu_check.report import table
 
 TRIES = 3  # runs in a round while other processes use the machine
+MARK = "*"  # behind a number whose rounds were all disturbed
+NOTE = (
+    f"{MARK} other processes used more than {FOREIGN_LIMIT:.0%} of the cores in every round: the "
+    "times are upper bounds"
+)
 
 
 def command(module: str, part: str, options: Mapping[str, Any]) -> list[str]:
@@ -36,12 +41,16 @@ def command(module: str, part: str, options: Mapping[str, Any]) -> list[str]:
 
 @dataclass
 class Contestant:
-    """Command under comparison and the output of its runs; None for a disturbed run."""
+    """Command under comparison and the output of its runs.
+
+    `foreign` in a run is the share of the cores that other processes took. Above FOREIGN_LIMIT the
+    run is disturbed. It counts only if all are.
+    """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    runs: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
+    runs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def run(self, timeout: float | None = None) -> dict[str, Any]:
         """Run the command and return its output. Raises MinillmError if the command fails."""
@@ -57,22 +66,35 @@ class Contestant:
         return found
 
     def take_round(self) -> None:
-        """Append one run; run again while other processes use the machine."""
-        for _ in range(TRIES):
+        """Append one run: the first that is undisturbed, or the least disturbed of three."""
+        tries: list[dict[str, Any]] = []
+        while len(tries) < TRIES and not (tries and _is_quiet(tries[-1])):
             with ForeignLoad() as load:
                 found = self.run()
-            if load.share <= FOREIGN_LIMIT:
-                self.runs.append(found)
-                return
-        self.runs.append(None)
+            tries.append(found | {"foreign": load.share})
+        self.runs.append(min(tries, key=lambda run: run["foreign"]))
+
+    @property
+    def mark(self) -> str:
+        """The mark of numbers from disturbed runs, empty if a run is undisturbed."""
+        return "" if any(map(_is_quiet, self.runs)) else MARK
+
+    def _counts(self, run: dict[str, Any]) -> bool:
+        return _is_quiet(run) or bool(self.mark)
 
     def medians(self, measure: str) -> list[float]:
-        """Return the median seconds of `measure` in each round; NaN for a disturbed run."""
-        return [np.nan if run is None else float(np.median(run[measure])) for run in self.runs]
+        """Return the median seconds of `measure` in each round, NaN if it does not count."""
+        return [
+            float(np.median(run[measure])) if self._counts(run) else np.nan for run in self.runs
+        ]
 
     def number(self, name: str) -> list[float]:
-        """Return a number that each undisturbed run has printed."""
-        return [run[name] for run in self.runs if run is not None]
+        """Return a number that each run which counts has printed."""
+        return [run[name] for run in self.runs if self._counts(run)]
+
+
+def _is_quiet(run: dict[str, Any]) -> bool:
+    return run["foreign"] <= FOREIGN_LIMIT
 
 
 def advantage(own: Contestant, other: Contestant, measure: str) -> tuple[str, str]:
@@ -82,7 +104,7 @@ def advantage(own: Contestant, other: Contestant, measure: str) -> tuple[str, st
     if own is other or not len(ratios):
         return "", ""
     low, high = interval(ratios.tolist())
-    return f"{np.median(ratios):.2f}", f"{low:.2f}-{high:.2f}"
+    return f"{np.median(ratios):.2f}{own.mark or other.mark}", f"{low:.2f}-{high:.2f}"
 
 
 @dataclass(frozen=True)
@@ -145,16 +167,19 @@ def run(comm: Communicator, contest: Contest) -> None:
         for number in range(contest.rounds):
             for one in field:
                 one.take_round()
-                seconds = one.medians(list(case.amounts)[-1])[-1]
+                last = one.runs[-1]
+                seconds = float(np.median(last[list(case.amounts)[-1]]))
                 note = f"{seconds * 1e3:9.2f} ms"
-                if np.isnan(seconds):
-                    note = "left out: other processes used the machine"
+                if not _is_quiet(last):
+                    note += f" {MARK} others used {last['foreign']:.0%} of the cores"
                 print(f"round {number + 1}  {case.label:8s} {one.name:24s} {note}", flush=True)
         for measure, amount in case.amounts.items():
             rows += [_row(contest, case, measure, amount, one, field[0]) for one in field]
         results.append({"options": case.options, "runs": {one.name: one.runs for one in field}})
     header = (*contest.header(), "peak MB", "minillm is faster by", "95 %")
     print("\n" + table(header, rows))
+    if any(MARK in cell for row in rows for cell in row):
+        print(NOTE)
     write_json(contest.json, {"options": dataclasses.asdict(contest), "results": results})
 
 
@@ -162,12 +187,10 @@ def _row(
     contest: Contest, case: Case, measure: str, amount: float, one: Contestant, own: Contestant
 ) -> list[str]:
     names = [f"{case.label} {measure}", one.name] if case.label else [one.name]
-    if not one.number("peak_rss"):
-        return [*names, *["-"] * (len(contest.header()) - len(names) + 3)]
     seconds = float(np.nanmedian(one.medians(measure)))
     rates = contest.rates(amount, seconds, own)
     peak = f"{max(one.number('peak_rss')) / 1e6:.0f}"
-    ms = f"{seconds * 1e3:.{2 if case.label else 1}f}"
+    ms = f"{seconds * 1e3:.{2 if case.label else 1}f}{one.mark}"
     return [*names, ms, *rates, peak, *advantage(own, one, measure)]
 
 

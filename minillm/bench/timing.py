@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-FOREIGN_LIMIT = 0.1  # share of the cores' time: a run in which others used more is left out
+FOREIGN_LIMIT = 0.1  # share of the cores' time: a run in which others used more is disturbed
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 

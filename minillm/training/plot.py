@@ -201,6 +201,8 @@ def _draw_file(curves: Sequence[Curve], key: str, path: Path) -> None:
     values = [value for curve in curves for _, value in curve.points]
     if _scale(min(values), max(values)) is math.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel="step", ylabel=key)
     axes.grid(alpha=0.3, which="both")
     axes.legend()

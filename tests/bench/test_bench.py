@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
+from minillm.bench import contest
 from minillm.bench.contest import Contestant, advantage
 from minillm.bench.shapes import CONFIGS
 from minillm.bench.timing import ForeignLoad, interval, median_seconds, repeated
@@ -59,12 +62,49 @@ def test_repetition_ends_with_the_seconds_or_the_calls() -> None:
     assert repeated(lambda: calls.append(1), 0, repeats=0, warmup=0) == []
 
 
+def runs(*steps: float | list[float], busy: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """Return runs with these times; others took half the cores in those that `busy` names."""
+    return [
+        {"step": step if isinstance(step, list) else [step], "foreign": 0.5 * (index in busy)}
+        for index, step in enumerate(steps)
+    ]
+
+
 def test_advantage_pairs_rounds_and_leaves_out_disturbed_runs() -> None:
     own, other = Contestant("own", []), Contestant("other", [])
-    own.runs = [{"step": [1.0]}, None, {"step": [2.0, 2.0, 9.0]}, {"step": [1.0]}]
-    other.runs = [{"step": [2.0]}, {"step": [7.0]}, {"step": [6.0]}, None]
+    own.runs = runs(1.0, 50.0, [2.0, 2.0, 9.0], 1.0, busy=[1])
+    other.runs = runs(2.0, 7.0, 6.0, 70.0, busy=[3])
     assert advantage(own, other, "step") == ("2.50", "2.00-3.00")  # of 2 / 1 and 6 / 2
     assert advantage(own, own, "step") == ("", "")
+    assert own.medians("step") == pytest.approx([1.0, np.nan, 2.0, 1.0], nan_ok=True)
+
+
+def test_numbers_of_a_busy_machine_carry_a_mark() -> None:
+    own, other = Contestant("own", []), Contestant("other", [])
+    own.runs, other.runs = runs(1.0, 2.0, busy=[0, 1]), runs(2.0, 6.0)
+    assert own.medians("step") == [1.0, 2.0] and (own.mark, other.mark) == ("*", "")
+    assert advantage(own, other, "step") == ("2.50*", "2.00-3.00")
+
+
+def test_a_disturbed_round_is_repeated_and_the_least_disturbed_run_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares = iter([0.6, 0.3, 0.4, 0.2, 0.05])
+
+    class Load:
+        def __enter__(self) -> Load:
+            self.share = next(shares)
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    one = Contestant("own", [])
+    monkeypatch.setattr(contest, "ForeignLoad", Load)
+    monkeypatch.setattr(one, "run", lambda: {"step": [1.0]})
+    one.take_round()
+    one.take_round()
+    assert [run["foreign"] for run in one.runs] == [0.3, 0.05]
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -90,14 +130,12 @@ def test_train_prints_a_table_and_writes_its_runs(tmp_path: Path, ranks: str) ->
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout and "of SGEMM" in done.stdout
     report = json.loads((tmp_path / "runs.json").read_text())
-    runs = report["results"][0]["runs"]
-    assert [name[: len("minillm 1 x")] for name in runs] == [
+    found = report["results"][0]["runs"]
+    assert [name[: len("minillm 1 x")] for name in found] == [
         f"minillm {n} x" for n in sorted({ranks, "1"}, reverse=True)
     ]
-    for (run,) in runs.values():  # several ranks, and one process beside them
-        assert run is None or (
-            min(run["step"]) > 0 and run["peak_rss"] > 1e7 and run["gemm_flops"] > 1e8
-        )
+    for (run,) in found.values():  # several ranks, and one process beside them
+        assert min(run["step"]) > 0 and run["peak_rss"] > 1e7 and run["gemm_flops"] > 1e8
 
 
 def test_kernels_times_every_implementation(tmp_path: Path) -> None:
