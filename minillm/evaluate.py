@@ -30,9 +30,9 @@ class EvaluateArgs(ReadOptions):
     The values are loss (nats per token), perplexity, bits_per_byte and tokens.
     """
 
-    checkpoint: str
+    checkpoint: str = option(path=True)
     """Folder of a run, or one of its checkpoints."""
-    data: str | None = None
+    data: str | None = option(None, path=True)
     """Text to measure on, all of it; left out: the held-out part of the text that the model was
     trained on."""
     tokens: int | None = option(None, at_least=1)
@@ -52,7 +52,7 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
     """Return the measured numbers as one line of JSON. Collective."""
     with known_to_all():
         comm, device = place(comm, args)
-        opened = open_checkpoint(args.checkpoint, comm)
+        opened = open_checkpoint(args.checkpoint, comm, args.best)
         config = opened.resolve(args, comm.size)
         share = None if args.data is None else 0.0
         source = opened.config.corpus.data if args.data is None else args.data

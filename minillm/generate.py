@@ -21,7 +21,7 @@ from minillm.inference.sampling import Sampling
 class GenerateArgs(ReadOptions):
     """Continue a prompt with a trained model and print the text."""
 
-    checkpoint: str
+    checkpoint: str = option(path=True)
     """Folder of a run, or one of its checkpoints."""
     prompt: str = "\n"
     """Text to continue."""
@@ -58,7 +58,7 @@ def _generate(comm: Communicator, args: GenerateArgs) -> str:
     """Return the prompt and its continuation. Collective."""
     with known_to_all():
         comm, device = place(comm, args)
-        opened = open_checkpoint(args.checkpoint, comm)
+        opened = open_checkpoint(args.checkpoint, comm, args.best)
         config = opened.resolve(args, comm.size, generating=True)
         prompt = [int(token) for token in opened.tokenizer.encode(args.prompt)]
         if not prompt:

@@ -6,19 +6,19 @@ Reads the options, loads the text, runs the loop of training/loop.py, and shows 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from minillm import checkpoint, kernels
+from minillm import kernels
 from minillm.base.device import CPU, Device, open_device
 from minillm.base.errors import ConfigError
 from minillm.base.flags import to_toml
 from minillm.base.log import Log
 from minillm.base.options import ComputeOptions
 from minillm.base.trace import Tracer
-from minillm.comm.agreement import agree, known_to_all
+from minillm.comm.agreement import agree, from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.ledger import recording
@@ -30,7 +30,9 @@ from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig
+from minillm.training.folder import Claim, check_visible, claim_existing, claim_new
 from minillm.training.loop import Run
+from minillm.training.origin import Origin, continued_run, find_origin, saved_options
 from minillm.training.resolve import ResolvedConfig, resolve
 
 SAMPLE_TEMPERATURE = 0.8
@@ -38,23 +40,32 @@ SAMPLE_TEMPERATURE = 0.8
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status."""
-    return run_program(lambda words: parse_train_args(words, saved=_saved_values), _train, argv)
+    return run_program(lambda words: parse_train_args(words, saved=saved_options), _train, argv)
 
 
 def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
     start, options = given
     comm.timeout = options.comm.comm_timeout
-    resume, on = start.resume, options.compute.device
-    found = agree(comm, lambda: checkpoint.find(Path(resume))) if resume else None
+    on, log = options.compute.device, Log(comm.rank)
     local_rank = comm.split_by_node().rank
     device = CPU if start.print_config else agree(comm, lambda: open_device(on, local_rank))
-    corpus, config = _plan(comm, options, found)
-    if start.print_config:
-        Log(comm.rank)(to_toml(config.filled()).rstrip())
-        return
-    comm = on_device(comm, device)
-    tracer = Tracer(comm.rank) if options.output.trace else None
     with ExitStack() as stack:
+        run = from_first(comm, lambda: _text(continued_run(start, options.output.out)))
+        if run is not None and not start.print_config:
+            # Owned before its newest checkpoint is looked for: no other job can add one.
+            _own(comm, stack, lambda: claim_existing(Path(run)))
+        origin = _origin(comm, start)
+        corpus, config = _plan(comm, options, origin)
+        if start.print_config:
+            log(to_toml(config.filled()).rstrip())
+            return
+        if origin is not None and (nothing := _nothing_left(origin, config)):
+            log(nothing)
+            return
+        asked, default = options.output.out, config.out
+        out = Path(run) if run else _own(comm, stack, lambda: claim_new(asked, default))
+        comm = on_device(comm, device)
+        tracer = Tracer(comm.rank) if options.output.trace else None
         stack.enter_context(
             kernels.use(**agree(comm, lambda: _kernel_choices(options.compute, device)))
         )
@@ -65,12 +76,55 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             )
         )
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
-        run = Run(comm, device, config, corpus, found, tracer, stop)
-        if run.train() and options.output.sample_tokens:
-            if run.trainer.mesh.coord("dp") == 0:
+        training = Run(comm, device, config, corpus, out, origin, tracer, stop)
+        if training.train() and options.output.sample_tokens:
+            if training.trainer.mesh.coord("dp") == 0:
                 with comm.working("writing a sample"):
-                    run.log(_sample(run))
+                    log(_sample(training))
             comm.barrier()
+
+
+def _own(comm: Communicator, stack: ExitStack, claim: Callable[[], Claim]) -> Path:
+    """Claim a folder on rank 0 until `stack` closes, and return it on all ranks. Collective.
+
+    Raises ConfigError on every rank if another job owns it, or if one rank cannot write there.
+    """
+
+    def on_first() -> list[str | None]:
+        found = claim()
+        stack.enter_context(found.lock)
+        return [str(found.path), found.note]
+
+    path, note = from_first(comm, on_first)
+    if note is not None:
+        Log(comm.rank)(note)
+    agree(comm, lambda: check_visible(Path(path)))
+    return Path(path)
+
+
+def _origin(comm: Communicator, start: StartOptions) -> Origin | None:
+    """Return the checkpoint to start from, the same on every rank. Collective."""
+    if start.resume is None and start.init_from is None:
+        return None
+    path = Path(from_first(comm, lambda: str(find_origin(start))))
+    return agree(comm, lambda: Origin.read(start, path))
+
+
+def _nothing_left(origin: Origin, config: ResolvedConfig) -> str | None:
+    """Return the line that ends a resumed run without a step to do; None if there are some."""
+    output, step = config.options.output, origin.step
+    steps = config.options.optimization.steps
+    if not origin.continues or step < min(steps, output.stop_after or steps):
+        return None
+    asked = f"--stop-after {output.stop_after}" if step < steps else f"--steps {steps}"
+    return (
+        f"{origin.path} is of step {step}, so nothing is left to do for {asked}; to train longer, "
+        f"pass a larger one, as in: --resume {origin.run or origin.path} --steps {2 * step}"
+    )
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _kernel_choices(compute: ComputeOptions, device: Device) -> dict[str, str]:
@@ -85,13 +139,8 @@ def _kernel_choices(compute: ComputeOptions, device: Device) -> dict[str, str]:
     return choices
 
 
-def _saved_values(path: str) -> dict[str, Any]:
-    """Return the flat configuration of the run whose checkpoint lies at `path`."""
-    return dict(checkpoint.RunRecord.read(checkpoint.find(Path(path))).config)
-
-
 def _plan(
-    comm: Communicator, options: RunConfig, found: Path | None
+    comm: Communicator, options: RunConfig, origin: Origin | None
 ) -> tuple[Corpus, ResolvedConfig]:
     """Return the text and the resolved configuration, checked before anything is allocated.
 
@@ -100,8 +149,8 @@ def _plan(
     data, model = options.corpus, options.model
     with known_to_all():
         tokenizer: Any = data.tokenizer
-        if found is not None:
-            tokenizer = tokenizer_from_json(checkpoint.RunRecord.read(found).tokenizer)
+        if origin is not None:
+            tokenizer = tokenizer_from_json(origin.record.tokenizer)
         corpus = load_corpus(
             data.data, tokenizer, context=model.context, vocab=model.vocab, comm=comm
         )

@@ -257,7 +257,7 @@ def test_every_flag_of_an_earlier_version_still_parses() -> None:
     defaults = RunConfig().to_dict()
     assert {name for name in values if values[name] == defaults[name]} == {
         *("preset", "heads", "tp", "pp", "device", "trace", "sequence_parallel", "check_order"),
-        *("log_every", "log_to"),  # are younger
+        *("log_every", "log_to", "keep_best"),  # are younger
     }
     underscored = [word.replace("-", "_").replace("__", "--", 1) for word in words]
     assert parse_train_args(underscored)[1] == config
@@ -308,7 +308,7 @@ def test_sizes_left_out_follow() -> None:
     assert resolved.min_lr == found["min_lr"] == pytest.approx(3e-4)
     assert resolved.tokens_per_step == 16 * 128
     assert {name for name, value in found.items() if value is None} == {
-        *("stop_after", "tokenizer", "log_to")
+        *("stop_after", "tokenizer", "log_to", "save_every")
     }
 
 
@@ -439,7 +439,8 @@ def test_resume_starts_from_what_was_saved_and_layout_may_change(tmp_path: Path)
         saved["dp"] is None
         and saved["kv_heads"] == 2
         and saved["vocab"] == 256
-        and saved["warmup"] == 5
+        and saved["warmup"] is None
+        and saved["out"] is None
     )
     start, config = parse_train_args(
         ["--resume", "runs/x", "--tp", "1", "--pp", "2", "--stop-after", "7"],
@@ -450,15 +451,16 @@ def test_resume_starts_from_what_was_saved_and_layout_may_change(tmp_path: Path)
     assert start.resume == "runs/x"
     assert expected == {name: values[name] for name in expected}
     assert resolve(config, 8, vocab=256).mesh.dp == 4
-    again = parse("--resume", "runs/x", "--steps", "50", saved=lambda path: saved)
-    assert again.optimization.steps == 50
+    again = parse("--resume", "runs/x", "--steps", "500", saved=lambda start: saved)
+    assert again.optimization.steps == 500
+    assert (saved["warmup"], resolve(again, 8, vocab=256).warmup) == (None, 50)
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--steps", "60"],
-        ["--lr", "0.5"],
+        ["--context", "64"],
+        ["--beta1", "0.5"],
         ["--layers", "8"],
         ["--no-tied"],
         ["--seed", "1"],
@@ -476,59 +478,99 @@ def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
     )
 
 
-# What may differ between a run and its continuation: as in commit e77a9ad, and younger options.
-RESUMABLE = """
+# What may differ between a run and its continuation: silently, and with a line.
+SILENT = """
     dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
-    kernels device out save_every keep eval_every eval_tokens sample_tokens trace stop_after
-    check_every check_order comm_timeout log_every log_to
+    kernels device out save_every keep keep_best eval_every eval_tokens sample_tokens trace
+    stop_after check_every check_order comm_timeout log_every log_to
 """
+ANNOUNCED = "steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data"
 
 
 def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
     other: dict[str, Any] = dict(
-        **dict(
-            layers=8,
-            heads=2,
-            dim=64,
-            context=64,
-            norm="rmsnorm",
-            mlp="relu",
-            position="rotary",
-            bias=False,
-            dropout=0.5,
-            tied=False,
-        ),
-        **dict(
-            kv_heads=2,
-            ffn_dim=64,
-            vocab=512,
-            preset="gpt2",
-            data="austen",
-            tokenizer="char",
-            batch=32,
-            steps=7,
-            lr=0.5,
-            min_lr=1e-9,
-        ),
-        **dict(
-            lr_schedule="linear",
-            warmup=3,
-            weight_decay=0.5,
-            beta1=0.5,
-            beta2=0.5,
-            clip=0.5,
-            seed=7,
-            dtype="float64",
-        ),
+        **dict(layers=8, heads=2, dim=64, context=64, norm="rmsnorm", mlp="relu"),
+        **dict(position="rotary", bias=False, tied=False, kv_heads=2, ffn_dim=64, vocab=512),
+        **dict(preset="gpt2", tokenizer="char", beta1=0.5, beta2=0.5, seed=7, dtype="float64"),
     )
-    resumable = set(RESUMABLE.split())
-    assert other.keys() | resumable == RunConfig.options().keys()
-    assert {name for name, known in RunConfig.options().items() if known.resumable} == resumable
+    known = RunConfig.options()
+    announced = set(ANNOUNCED.split())
+    resumable = announced | set(SILENT.split())
+    assert other.keys() | resumable == known.keys()
+    assert {name for name in known if known[name].resumable} == resumable
+    assert {name for name in known if known[name].announced} == announced
     config = run_config(vocab=256)
     check_resume(config.to_dict(), config)
     for name, value in other.items():
         with pytest.raises(ConfigError, match=f"{flag(name)} .*was"):
             check_resume({**config.to_dict(), name: value}, config)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--dim", "64"], "--dim 64 (was 32)"),
+        (["--preset", "llama-tiny", "--position", "rotary"], "--position rotary (was learned)"),
+        (["--dtype", "float64"], "--dtype float64 (was float32)"),
+        (["--tokenizer", "char"], "--tokenizer char (was None)"),
+        (["--context", "17"], "--context 17 is longer than the 16 positions"),
+    ],
+)
+def test_weights_refuse_another_model(argv: list[str], words: str) -> None:
+    saved = resolve(run_config(**SMALL), 1).saved_values()
+    with pytest.raises(ConfigError) as error:
+        parse_train_args(["--init-from", "runs/x", *argv], saved=lambda start: saved)
+    assert words in str(error.value)
+
+
+def test_weights_bring_their_model_and_text_and_nothing_else() -> None:
+    settings = SMALL | dict(position="rotary", lr=0.5, steps=7, batch=3, data="austen", seed=5)
+    saved = resolve(run_config(**settings), 1).saved_values()
+    config = parse("--init-from", "x", "--context", "32", "--lr", "0.1", saved=lambda start: saved)
+    fresh, found = RunConfig().to_dict(), config.to_dict()
+    expected = fresh | SMALL | dict(position="rotary", data="austen", lr=0.1, context=32)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--resume", "x", "--init-from", "y"], "use one of them"),
+        (["--best"], "--best goes with --init-from"),
+        (["--out", ""], "--out '' is empty"),
+        (["--resume", ""], "--resume '' is empty"),
+        (["--data", ""], "--data '' is empty"),
+        (["--tokenizer", ""], "--tokenizer '' is empty"),
+        (["--out", "~nosuchuser/x"], "unknown user"),
+        (["--save-every", "10x"], "--save-every 10x"),
+        (["--save-every", "-5"], "--save-every -5"),
+    ],
+)
+def test_starts_that_make_no_sense_are_refused(argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(*argv)
+    assert words in str(error.value)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start, config = parse_train_args(["--out=~/x", "--resume", "~/y", "--data", "~/z.txt"])
+    home = str(tmp_path)
+    assert (config.output.out, start.resume) == (f"{home}/x", f"{home}/y")
+    assert config.corpus.data == f"{home}/z.txt"
+    assert parse("--out", "./~x").output.out == "./~x"
+
+
+@pytest.mark.parametrize(("text", "value"), [("save_every = 5", 5), ('save-every = "2h"', "2h")])
+def test_save_every_reads_steps_and_times(tmp_path: Path, text: str, value: int | str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    config = parse("--config", str(file))
+    assert config.output.save_every == value == parse("--save-every", str(value)).output.save_every
+    assert parse().output.save_every is None
+    file.write_text("save_every = 1.5")
+    with pytest.raises(ConfigError, match="must be of type int or str"):
+        parse("--config", str(file))
 
 
 def test_or_list_and_divisors() -> None:

@@ -1,9 +1,6 @@
-"""Lines of the log, and metrics that survive an interruption."""
+"""Lines of the log: numbers, times and paragraphs."""
 
-import json
-from pathlib import Path
-
-from minillm.base.log import MetricsFile, clock, compact, fitted, paragraph
+from minillm.base.log import clock, compact, fitted, paragraph
 
 
 def test_numbers_and_times_read_well() -> None:
@@ -32,19 +29,3 @@ def test_fields_that_do_not_fit_are_left_out_from_the_end() -> None:
         "step 1  loss 2.5",
         "step 1  loss 2.5  1k tokens/s",
     ]
-
-
-def test_a_resumed_run_drops_the_steps_it_does_again(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, 0)
-    for step in (1, 2, 3):
-        first.write(step=step, loss=1.0)
-    first.close()
-    path.write_text(path.read_text() + '{"step": 4, "lo')  # cut off by a crash
-    again = MetricsFile(path, 2)
-    again.write(step=3, loss=2.0)
-    again.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 2.0},
-    ]  # fmt: skip
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]

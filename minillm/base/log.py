@@ -1,18 +1,14 @@
-"""Output of a run: log lines, and metrics as JSON lines. Rank 0 writes all."""
+"""Output of a run: log lines. Rank 0 writes all."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TextIO
-
-from minillm.base.errors import MinillmError
+from typing import TextIO
 
 WIDTH = 80  # columns of a paragraph at most, and of a terminal of unknown width
 LABEL = 8  # columns of the word that begins a line of the plan or of the result
@@ -28,49 +24,6 @@ class Log:
         """Print a line and flush, because a launcher's pipe buffers."""
         if self.rank == 0:
             print(text, flush=True)
-
-
-class MetricsFile:
-    """Metrics file: one JSON line a step or evaluation, on rank 0.
-
-    A resumed run drops the lines after its first step, which it writes again.
-    """
-
-    def __init__(self, path: Path | None, first_step: int) -> None:
-        self._file = None
-        if path is None:
-            return
-        kept = [line for line in _lines(path) if line.get("step", 0) <= first_step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
-
-    def write(self, **values: Any) -> None:
-        """Append one line. Raises MinillmError if the disk is full."""
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise MinillmError(
-                f"{self._file.name} cannot be written: {error.strerror}; free some space and "
-                "--resume"
-            ) from None
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of an earlier part of the run, except one that a crash cut off."""
-    found = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(text))
-    return found
 
 
 def paragraph(label: str, text: str) -> str:

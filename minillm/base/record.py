@@ -18,6 +18,7 @@ import difflib
 import functools
 import math
 import operator
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
@@ -39,8 +40,13 @@ class Option(NamedTuple):
 
     @property
     def resumable(self) -> bool:
-        """True if a resumed run may change it: it does not alter what is computed."""
-        return self.metadata.get("resumable", False)
+        """True if a resumed run may change it."""
+        return self.metadata.get("resumable", False) or self.announced
+
+    @property
+    def announced(self) -> bool:
+        """True if a resumed run may change it and says so: it alters what is computed."""
+        return self.metadata.get("announced", False)
 
 
 def option(
@@ -50,15 +56,20 @@ def option(
     above: float | None = None,
     below: float | None = None,
     resumable: bool = False,
+    announced: bool = False,
+    path: bool = False,
 ) -> Any:
     """Return a dataclass field with its bounds.
 
-    NaN and infinity fall outside any bounds. `resumable` marks what may differ between a run and
-    its continuation: how it computes and what it reports, never what it computes.
+    NaN and infinity fall outside any bounds. `resumable` marks how a run computes and what it
+    reports: a continuation may change it silently. `announced` marks what alters the result: a
+    continuation may change it and prints a line. `path` marks a file or folder, where ~ stands for
+    the home folder.
     """
     given = {"at least": at_least, "more than": above, "below": below}
     bounds = {words: bound for words, bound in given.items() if bound is not None}
-    return dataclasses.field(default=default, metadata={"bounds": bounds, "resumable": resumable})
+    marks = {"resumable": resumable, "announced": announced, "path": path}
+    return dataclasses.field(default=default, metadata={"bounds": bounds, **marks})
 
 
 class Record:
@@ -158,6 +169,8 @@ def _checked(value: Any, known: Option, text: str, *, bounds: bool = True) -> An
         value = float(value)
     if wanted := _wanted_type(value, known.kind):
         raise ConfigError(f"{text.format(value)} must be {wanted}")
+    if isinstance(value, str) and bounds:
+        return _checked_text(value, known, text)
     limits = known.metadata.get("bounds") if bounds and value is not None else None
     if limits and not (
         math.isfinite(value) and all(_HOLDS[words](value, limits[words]) for words in limits)
@@ -167,13 +180,36 @@ def _checked(value: Any, known: Option, text: str, *, bounds: bool = True) -> An
     return value
 
 
+def _checked_text(value: str, known: Option, text: str) -> str:
+    """Return `value`, ~ in a path as the home folder. Raises ConfigError if it is empty."""
+    if not value:
+        raise ConfigError(f"{text.format(repr(value))} is empty; give a value, or leave it out")
+    if not (known.metadata.get("path") and value.startswith("~")):
+        return value
+    found = os.path.expanduser(value)
+    if found.startswith("~"):
+        raise ConfigError(
+            f"{text.format(value)} names the home of an unknown user; a file that begins with ~ "
+            f"is ./{value}"
+        )
+    return found
+
+
 def _wanted_type(value: Any, kind: Any) -> str:
     """Return the description of `kind` unless `value` is of it, else an empty string."""
     inner = get_args(kind)
     if get_origin(kind) is Literal:
         return "" if value in inner else f"one of {', '.join(inner)}"
-    if inner:  # X | None
-        return "" if value is None else _wanted_type(value, inner[0])
+    if inner:  # X | None, X | Y | None
+        kinds = [each for each in inner if each is not type(None)]
+        if len(kinds) < len(inner) and value is None:
+            return ""
+        wanted = [_wanted_type(value, each) for each in kinds]
+        return (
+            ""
+            if "" in wanted
+            else wanted[0] + "".join(f" or {each.__name__}" for each in kinds[1:])
+        )
     return "" if type(value) is kind else f"of type {kind.__name__}"
 
 

@@ -9,28 +9,49 @@ conditions under which a resumed run gives the same bits.
 
 from __future__ import annotations
 
-from minillm.checkpoint.find import SUBFOLDER, find, verify
+from minillm.checkpoint.find import (
+    LEFT,
+    SUBFOLDER,
+    TEMPORARY,
+    best,
+    find,
+    run_of,
+    run_steps,
+    step_name,
+    verify,
+)
 from minillm.checkpoint.key import difference
 from minillm.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, read_manifest
+from minillm.checkpoint.policy import SaveEvery, SavePolicy, set_aside
 from minillm.checkpoint.record import RunRecord
 from minillm.checkpoint.save import save
-from minillm.checkpoint.source import CheckpointSource
+from minillm.checkpoint.source import CheckpointSource, FirstRows
 from minillm.checkpoint.state import StateSource, StateTensor, load
 
 __all__ = [
+    "LEFT",
     "SUBFOLDER",
+    "TEMPORARY",
     "CheckpointSource",
     "FileEntry",
+    "FirstRows",
     "Manifest",
     "Piece",
     "RunRecord",
+    "SaveEvery",
+    "SavePolicy",
     "StateSource",
     "StateTensor",
     "TensorEntry",
+    "best",
     "difference",
     "find",
     "load",
     "read_manifest",
+    "run_of",
+    "run_steps",
     "save",
+    "set_aside",
+    "step_name",
     "verify",
 ]

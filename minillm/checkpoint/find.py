@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from minillm.base.errors import CheckpointError
 from minillm.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, read_manifest
@@ -12,7 +15,9 @@ from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 
 SUBFOLDER = "checkpoints"
-# .old-: set aside by a replacement that died between its two renames.
+TEMPORARY = ".tmp-"
+ASIDE = ".old-"  # set aside by a replacement that died between its two renames
+LEFT = "left-"  # of a course that the run abandoned
 _STEP = re.compile(r"(?:\.old-)?step-(\d{8,})")
 
 
@@ -35,22 +40,109 @@ def steps(directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def find(path: Path) -> Path:
+def run_steps(run: Path) -> dict[int, Path]:
+    """Return the checkpoints of a run by step: those in its folder and in its `checkpoints`."""
+    return dict(sorted((steps(run) | steps(run / SUBFOLDER)).items()))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether `path` is a checkpoint itself, complete or not, rather than a run."""
+    return (path / MANIFEST).exists() or _STEP.fullmatch(path.name) is not None
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the folder of the run to which `path` belongs: a run, or one of its checkpoints.
+
+    None for a checkpoint that lies outside any run.
+    """
+    if not is_checkpoint(path):
+        return path.parent if path.name == SUBFOLDER and steps(path) else path
+    parent = path.parent if path.parent.name else path.absolute().parent
+    if parent.name == SUBFOLDER:
+        return parent.parent
+    return parent if (parent / SUBFOLDER).exists() else None
+
+
+def find(path: Path, best_one: bool = False) -> Path:
     """Return the folder of a checkpoint: `path` itself, or the newest one of the run in `path`.
 
-    A run keeps its checkpoints in its directory or in the subfolder `checkpoints`. Checks the
-    manifest and the file sizes; `verify` also checks the contents. Raises CheckpointError if there
-    is none. Raises it also for a damaged one, with the newest older checkpoint that is complete.
+    A run keeps its checkpoints in its directory or in the subfolder `checkpoints`. With `best_one`
+    it is the one with the lowest held-out loss. Checks the manifest and the file sizes; `verify`
+    also checks the contents. Raises CheckpointError if there is none. Raises it also for a damaged
+    one, with the newest older checkpoint that is complete.
     """
+    path = Path(path)
     try:
-        path = _newest(Path(path))
+        return _found(path, best_one)
     except OSError as error:  # no permission, a name that is too long
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        check_sizes(path, read_manifest(path))
-    except Damaged as error:
-        raise with_older(path, error) from None
-    return path
+
+
+def _found(path: Path, best_one: bool) -> Path:
+    """Return what `find` does. Raises OSError as well, for a folder that cannot be read."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; pass the folder of a run, or one of its step-* folders"
+        )
+    alone = is_checkpoint(path)
+    if alone and best_one:
+        raise CheckpointError(
+            f"--best chooses among the checkpoints of a run, but {path} is one; leave it out"
+        )
+    while True:
+        found = path if alone else _choose(path, best_one)
+        try:
+            check_sizes(found, read_manifest(found))
+            return found
+        except Damaged as error:
+            if alone or found.exists():
+                raise with_older(found, error) from None
+            # A run that is training has removed it: a newer one is there.
+
+
+def _choose(run: Path, best_one: bool) -> Path:
+    """Return the newest or the best checkpoint in the folder of a run."""
+    found = list(run_steps(run).values())
+    if not found:
+        again = ""
+        if (run / "config.toml").exists():
+            again = (
+                f". The run there ended before its first checkpoint; start it again with --config "
+                f"{run / 'config.toml'} --out {run}"
+            )
+        raise CheckpointError(
+            f"no checkpoint in {run}: looked for folders like {step_name(100)} there and in "
+            f"{run / SUBFOLDER}, and for {run / MANIFEST}; pass the folder of a run that has "
+            f"saved{again}"
+        )
+    if not best_one:
+        return found[-1]
+    chosen = best(found)
+    if chosen is None:
+        raise CheckpointError(
+            f"no checkpoint in {run} knows its held-out loss; leave --best out for the newest"
+        )
+    return chosen
+
+
+def best(paths: Iterable[Path]) -> Path | None:
+    """Return the checkpoint with the lowest held-out loss, the newest of equals.
+
+    `paths` ascend by step. Losses count only if they are of the same text and number of tokens as
+    the newest one. Checkpoints without a loss and damaged ones do not count. None if no one does.
+    """
+    losses: list[tuple[float, Path]] = []
+    newest: Any = None
+    for path in reversed(list(paths)):
+        try:
+            meta = read_manifest(path).meta
+            loss, of = meta["held_out"]["loss"], (meta["corpus"], meta["held_out"]["tokens"])
+        except (Damaged, KeyError, TypeError):
+            continue
+        newest = newest or of
+        if of == newest and isinstance(loss, float) and math.isfinite(loss):
+            losses.append((loss, path))
+    return min(losses, key=lambda entry: entry[0])[1] if losses else None
 
 
 def _newest(path: Path) -> Path:

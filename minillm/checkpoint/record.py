@@ -20,6 +20,8 @@ _KINDS: dict[str, type] = {
     "source": str,
     "key": dict,
 }
+# Likewise, for what checkpoints of earlier versions lack. None is legal.
+_MAY_LACK: dict[str, type] = {"position": int, "held_out": dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,10 @@ class RunRecord:
     corpus: str  # SHA-256 of the text
     source: str  # name of the text, for messages
     key: Mapping[str, Any]  # numeric key
+    position: int | None = None
+    """Sequences of the text read so far; None in checkpoints that count step * batch."""
+    held_out: Mapping[str, Any] | None = None
+    """Held-out loss at this step and the number of tokens behind it, if it was measured."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as the manifest's `meta`."""
@@ -44,16 +50,18 @@ class RunRecord:
         Raises CheckpointError if its manifest is damaged, holds no run, or one of wrong types.
         """
         meta = read_manifest(checkpoint).meta
-        missing = [name for name in _KINDS if name not in meta]
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in meta and name not in _MAY_LACK]
         if missing:
             raise CheckpointError(
                 f"{checkpoint} does not hold a run of minillm.train: its manifest lacks "
                 f"{', '.join(missing)}"
             )
-        for name, kind in _KINDS.items():
-            if type(meta[name]) is not kind:
+        for name, kind in (_KINDS | _MAY_LACK).items():
+            value = meta.get(name)
+            if type(value) is not kind and not (name in _MAY_LACK and value is None):
                 raise CheckpointError(
                     f"{checkpoint} does not hold a run of minillm.train: {name} in its manifest "
-                    f"is a {type(meta[name]).__name__} instead of a {kind.__name__}"
+                    f"is a {type(value).__name__} instead of a {kind.__name__}"
                 )
-        return cls(**{name: meta[name] for name in _KINDS})
+        return cls(**{name: meta[name] for name in names if name in meta})

@@ -7,7 +7,6 @@ error on one rank is raised on all.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -22,7 +21,7 @@ import numpy as np
 
 from minillm.base.arrays import Array, dtype_name, to_host
 from minillm.base.errors import CheckpointError
-from minillm.checkpoint.find import step_name, steps
+from minillm.checkpoint.find import ASIDE, LEFT, TEMPORARY, step_name
 from minillm.checkpoint.manifest import (
     MANIFEST,
     Bounds,
@@ -32,15 +31,12 @@ from minillm.checkpoint.manifest import (
     TensorEntry,
     check_coverage,
 )
+from minillm.checkpoint.policy import prune
 from minillm.checkpoint.state import StateTensor
 from minillm.comm.agreement import AgreedError, agree, gather
 from minillm.comm.communicator import Communicator
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import Sharded, Slices, slice_shape
-
-TEMPORARY = ".tmp-"
-ASIDE = ".old-"
-LEFT = "left-"
 
 # NumPy's name of a dtype: its name in a safetensors header.
 _DTYPES = {
@@ -67,19 +63,22 @@ def save(
     meta: dict[str, Any],
     step: int,
     keep: int,
+    keep_best: bool = False,
+    left: bool = False,
 ) -> Path:
     """Write the checkpoint of `step` into `directory` and return its folder.
 
     Collective over `world`: every rank passes its own `tensors`. Replaces an earlier checkpoint of
-    the same step. Afterwards the newest `keep` (at least 1) remain. Checkpoints of later steps
-    belong to a course that the run abandoned by resuming from an earlier step. They are renamed to
-    `left-step-...`, so that no run resumes from them by accident.
+    the same step. Afterwards the newest `keep` (at least 1) remain, and with `keep_best` the one
+    with the lowest held-out loss. Checkpoints of later steps belong to a course that the run
+    abandoned by resuming from an earlier step. They are renamed to `left-step-...`, so that no run
+    resumes from them by accident. With `left` the new one gets such a name, and all others remain.
 
     Raises the same CheckpointError on every rank if the folder cannot be written or the disk is
     full. All earlier checkpoints then remain, and no partial one.
     """
     directory = Path(directory)
-    final = directory / step_name(step)
+    final = directory / f"{LEFT if left else ''}{step_name(step)}"
     temporary = directory / f"{TEMPORARY}{final.name}"
     try:
         agree(world, lambda: _prepare(directory, temporary) if world.rank == 0 else None)
@@ -97,8 +96,8 @@ def save(
             f"checkpoint {final} could not be written: {error}. Earlier checkpoints are untouched; "
             "free some space, or choose a folder that all ranks can write to"
         ) from None
-    if world.rank == 0:
-        _prune(directory, step, max(keep, 1))
+    if world.rank == 0 and not left:
+        prune(directory, step, max(keep, 1), keep_best)
     world.barrier()
     return final
 
@@ -280,24 +279,6 @@ def _merge(parts: Sequence[dict[str, Any] | None], meta: dict[str, Any], step: i
     except ValueError as error:
         raise CheckpointError(f"the ranks disagree about who holds what: {error}") from None
     return Manifest(step, meta, dict(sorted(tensors.items())), files)
-
-
-def _prune(directory: Path, step: int, keep: int) -> None:
-    """Keep the newest `keep` checkpoints up to `step`, and rename later ones.
-
-    The next save retries a removal that fails.
-    """
-    found = steps(directory)
-    for later in (path for number, path in found.items() if number > step):
-        left = directory / f"{LEFT}{later.name}"
-        with contextlib.suppress(OSError):
-            shutil.rmtree(left, ignore_errors=True)
-            later.rename(left)
-    for old in [path for number, path in found.items() if number <= step][:-keep]:
-        doomed = directory / f"{TEMPORARY}{old.name}"
-        with contextlib.suppress(OSError):
-            old.rename(doomed)  # first, so that no partly removed folder has a checkpoint's name
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _sync(stream: Any) -> None:

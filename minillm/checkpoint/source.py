@@ -11,6 +11,7 @@ import numpy as np
 
 from minillm.checkpoint.find import with_older
 from minillm.checkpoint.manifest import Damaged, Piece, TensorEntry, read_manifest
+from minillm.checkpoint.state import StateSource
 from minillm.layout.sharding import Slices, overlap, slice_shape
 
 
@@ -98,6 +99,36 @@ class CheckpointSource:
         if name not in self.manifest.tensors:
             raise Damaged(f"{self.path} holds no tensor called {name}")
         return self.manifest.tensors[name]
+
+
+class FirstRows:
+    """Source in which the tensor `name`, if there is one, has at most its first `rows` rows.
+
+    A model with a shorter context takes the head of a learned table of positions.
+    """
+
+    def __init__(self, source: StateSource, name: str, rows: int) -> None:
+        self.source, self.name, self.rows = source, name, rows
+
+    def __str__(self) -> str:
+        return str(self.source)
+
+    def names(self) -> Iterable[str]:
+        """Return the names of all tensors."""
+        return self.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the global shape of `name`."""
+        shape = self.source.shape(name)
+        return (min(shape[0], self.rows), *shape[1:]) if name == self.name else shape
+
+    def dtype(self, name: str) -> str:
+        """Return NumPy's name of the dtype."""
+        return self.source.dtype(name)
+
+    def read(self, name: str, global_slices: Slices) -> np.ndarray:
+        """Return a block of the global tensor."""
+        return self.source.read(name, global_slices)
 
 
 def _relative(slices: Slices, starts: Iterable[int]) -> Slices:

@@ -1,7 +1,8 @@
 """Sampling of training and evaluation batches: stateless, a function of (seed, step, row).
 
-Row r of step s is sequence number s * batch + r, on any mesh and for any microbatch size. No step
-depends on earlier steps, so resuming needs no state. A rank reads only its own rows.
+Row r of step s is sequence number first + s * batch + r, on any mesh and for any microbatch size.
+`first` is 0 until a resumed run changes its batch or its data. No step depends on earlier steps, so
+resuming needs no other state. A rank reads only its own rows.
 
 An epoch cuts the corpus into disjoint windows of `context` tokens and visits them in the order of
 a stateless permutation. The first window starts at an offset in [0, context) that changes every
@@ -33,10 +34,13 @@ IGNORE_INDEX = -100  # target that the loss ignores
 class Batches:
     """Training batches: `batch` sequences of `context` tokens per step, shuffled by `seed`.
 
-    `tokens`: [N], any integer dtype, in memory or mapped.
+    `tokens`: [N], any integer dtype, in memory or mapped. `first`: number of the sequence in
+    row 0 of step 0, negative if the run began with other data.
     """
 
-    def __init__(self, tokens: np.ndarray, context: int, batch: int, seed: int) -> None:
+    def __init__(
+        self, tokens: np.ndarray, context: int, batch: int, seed: int, first: int = 0
+    ) -> None:
         """Raise ConfigError if N < context + 1 or a size is not positive."""
         if context < 1 or batch < 1:
             raise ConfigError(f"context {context} and batch {batch} must be at least 1")
@@ -51,6 +55,7 @@ class Batches:
         self.context = context
         self.batch = batch
         self.seed = seed
+        self.first = first
         self.num_sequences = max(1, (len(tokens) - context) // context)
         """Windows in an epoch: as many as fit after the largest offset."""
         self._num_offsets = min(context, len(tokens) - self.num_sequences * context)
@@ -65,8 +70,12 @@ class Batches:
             raise IndexError(
                 f"rows {min(rows)} to {max(rows)} do not lie in a batch of {self.batch}"
             )
-        first = step * self.batch
+        first = self.position(step)
         return np.array([self._start(first + row) for row in rows], np.int64)
+
+    def position(self, step: int) -> int:
+        """Return the number of sequences read before `step`."""
+        return self.first + step * self.batch
 
     def _start(self, number: int) -> int:
         """Return the corpus position at which sequence `number` of the run begins."""
@@ -104,7 +113,7 @@ class Batches:
 
     def epoch(self, step: int) -> float:
         """Return the number of passes over the corpus completed before `step`."""
-        return step * self.batch / self.num_sequences
+        return self.position(step) / self.num_sequences
 
 
 class EvalWindows:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 from minillm import checkpoint
 from minillm.base.device import CPU, Device, open_device
-from minillm.base.errors import ConfigError
+from minillm.base.errors import CheckpointError, ConfigError
 from minillm.base.record import Record, option
-from minillm.comm.agreement import agree
+from minillm.comm.agreement import agree, from_first
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
 from minillm.training.assembly import Assembly, assemble
 from minillm.training.config import RunConfig
 from minillm.training.resolve import ResolvedConfig, resolve
+
+T = TypeVar("T")
+
+MOST_LOOKS = 20  # for a checkpoint, while a run removes the ones found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +34,22 @@ class ReadOptions(Record):
     """Pipeline stages, each with its share of the layers."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device: the CPU, where a model trained in bfloat16 runs in float32, or a GPU (cuda)."""
+    best: bool = False
+    """Read the checkpoint with the lowest held-out loss, not the newest."""
+
+
+class Search(NamedTuple):
+    """Question for a checkpoint: a run or a checkpoint, and whether its best is wanted."""
+
+    folder: Path
+    best: bool
 
 
 @dataclass(frozen=True)
 class Opened:
     """Verified checkpoint: its folder, the options of its training, its tokenizer and its text."""
 
+    search: Search
     path: Path
     config: RunConfig
     vocab: int
@@ -73,17 +88,45 @@ class Opened:
         return resolve(free, num_ranks, self.vocab)
 
 
-def open_checkpoint(path: str, comm: Communicator) -> Opened:
-    """Find and verify the checkpoint at `path`.
+def open_checkpoint(path: str, comm: Communicator, best: bool = False) -> Opened:
+    """Find and verify the checkpoint at `path`, the newest of a run or its `best`.
 
-    Collective. Raises CheckpointError on every rank if it is missing or damaged.
+    Looks again if a run that is training removes it meanwhile. Collective. Raises CheckpointError
+    on every rank if it is missing or damaged.
     """
-    found = checkpoint.find(Path(path))
+    return _looking_again(comm, Search(Path(path), best), None, lambda found: found)
+
+
+def _open(comm: Communicator, search: Search, found: Path) -> Opened:
     checkpoint.verify(found, comm)
-    record = checkpoint.RunRecord.read(found)
+    record = agree(comm, lambda: checkpoint.RunRecord.read(found), CheckpointError)
     config = RunConfig.from_dict(record.config, str(found))
     tokenizer = tokenizer_from_json(record.tokenizer)
-    return Opened(found, config, record.vocab, tokenizer, record.corpus)
+    return Opened(search, found, config, record.vocab, tokenizer, record.corpus)
+
+
+def _looking_again(
+    comm: Communicator, search: Search, opened: Opened | None, use: Callable[[Opened], T]
+) -> T:
+    """Return `use` of a checkpoint, `opened` first; of the newest one if that is removed meanwhile.
+
+    Collective. Raises CheckpointError on every rank.
+    """
+    for _ in range(MOST_LOOKS):
+        path = None if opened is None else opened.path
+        try:
+            if path is None:
+                words = from_first(comm, lambda: str(checkpoint.find(*search)), CheckpointError)
+                path = Path(words)
+            return use(opened or _open(comm, search, path))
+        except CheckpointError:
+            opened = None
+            if path is None or path == search.folder or from_first(comm, path.exists):
+                raise
+    raise CheckpointError(
+        f"{search.folder} removes its checkpoints faster than they can be read; let the run keep "
+        "more (--keep), or copy one"
+    )
 
 
 def place(comm: Communicator, layout: ReadOptions) -> tuple[Communicator, Device]:
@@ -105,6 +148,13 @@ def load_trained(
     """
     model = assemble(config, world, training=False, device=device)
     tensors, mesh = list(model.weights()), model.mesh
-    source = checkpoint.CheckpointSource(opened.path)
-    agree(world, lambda: checkpoint.load(source, tensors, mesh.shape, mesh.coords))
+
+    def fill(found: Opened) -> None:
+        def own() -> None:
+            source = checkpoint.CheckpointSource(found.path)
+            checkpoint.load(source, tensors, mesh.shape, mesh.coords)
+
+        agree(world, own, CheckpointError)
+
+    _looking_again(world, opened.search, opened, fill)
     return model

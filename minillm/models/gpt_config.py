@@ -34,7 +34,7 @@ class ModelShape(Record):
     """Encoding of positions: a learned table, a fixed table, or rotated queries and keys."""
     bias: bool = True
     """Biases in the linear layers and in layernorm."""
-    dropout: float = option(0.0, at_least=0, below=1)
+    dropout: float = option(0.0, at_least=0, below=1, announced=True)
     """Share of activations dropped in training, in [0, 1)."""
     tied: bool = True
     """Use the token embedding as the output head as well."""

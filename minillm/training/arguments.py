@@ -8,9 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags, read_toml, split_flags
-from minillm.base.record import Record
-from minillm.training.config import RunConfig, check_resume, preset_values
+from minillm.base.record import Record, option
+from minillm.training.config import (
+    FROM_WEIGHTS,
+    RunConfig,
+    check_resume,
+    check_weights,
+    preset_values,
+)
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -19,12 +26,32 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 class StartOptions(Record):
     """Start of the run; not part of its configuration."""
 
-    config: str | None = None
+    config: str | None = option(None, path=True)
     """TOML file with the same names; flags win over it."""
     print_config: bool = False
     """Print the resolved configuration as TOML and stop."""
-    resume: str | None = None
-    """Folder of a run, or one of its checkpoints, to continue."""
+    resume: str | None = option(None, path=True)
+    """Folder of a run, or one of its checkpoints, to continue in that folder; with --out as a new
+    run, which begins as a copy."""
+    init_from: str | None = option(None, path=True)
+    """Folder of a run, or one of its checkpoints, whose weights a new run starts from; its model,
+    tokenizer and text are the defaults."""
+    best: bool = False
+    """Start from the checkpoint of --init-from with the lowest held-out loss, not the newest."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for flags that exclude each other."""
+        super().__post_init__()
+        if self.resume is not None and self.init_from is not None:
+            raise ConfigError(
+                "--resume continues a run and --init-from starts a new one from its weights; use "
+                "one of them"
+            )
+        if self.best and self.init_from is None:
+            raise ConfigError(
+                "--best goes with --init-from; to resume from an earlier checkpoint, pass its "
+                "folder to --resume"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,31 +64,33 @@ class _Origins(StartOptions):
 def parse_train_args(
     argv: Sequence[str] | None = None,
     *,
-    saved: Callable[[str], Mapping[str, Any]] | None = None,
+    saved: Callable[[StartOptions], Mapping[str, Any]] | None = None,
     prog: str = "python -m minillm.train",
     cls: type[ConfigT] = RunConfig,  # type: ignore[assignment]
 ) -> tuple[StartOptions, ConfigT]:
     """Return the options of `argv` (default: the process's own) over those of file and preset.
 
-    `saved` reads the configuration held by the folder given to `--resume`. It then replaces the
-    preset, and what must not change is checked. Raises ConfigError for unknown or bad options, and
-    SystemExit(0) after `--help`.
+    `saved` reads the configuration held by the checkpoint that the start options name. It replaces
+    the preset for `--resume`, and the model of the preset for `--init-from`. What must not change
+    is checked. Raises ConfigError for unknown or bad options, and SystemExit(0) after `--help`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     first, rest = split_flags(_Origins, words, prog=prog, add_help=False)
     start = StartOptions(**{name: getattr(first, name) for name in StartOptions().to_dict()})
     from_file = {} if first.config is None else read_toml(first.config)
     cls.from_dict(from_file, str(first.config))  # before the preset, so that errors name the file
-    held: Mapping[str, Any] | None = None
-    if first.resume is not None and saved is not None:
-        held = saved(first.resume)
-        base = cls.from_dict(held, first.resume)
+    origin = start.resume or start.init_from
+    held = saved(start) if saved is not None and origin is not None else None
+    if held is not None and start.resume is not None:
+        base = cls.from_dict(held, str(origin))
     else:
         base = cls.from_dict(preset_values(first.preset or from_file.get("preset", cls.preset)))
+        if held is not None:
+            base = base.replace(**{name: held[name] for name in FROM_WEIGHTS if name in held})
     chosen = {} if first.preset is None else {"preset": first.preset}
     config = _parse_rest(base.replace(**{**from_file, **chosen}), start, rest, prog)
     if held is not None:
-        check_resume(held, config)
+        (check_resume if start.resume is not None else check_weights)(held, config)
     return start, config
 
 

@@ -8,7 +8,7 @@ in once the number of ranks and the vocabulary are known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,18 +86,51 @@ def preset_values(name: str) -> dict[str, Any]:
     return {**PRESETS[known_name(name, PRESETS, "preset")], "preset": name}
 
 
+# Options that weights bring along for a run that starts from them. The other options of the model
+# (context, dropout) and the text only have the old run's values as defaults.
+FIXED_BY_WEIGHTS = (
+    *(name for name in ModelOptions.options() if name not in ("context", "dropout")),
+    *("tokenizer", "dtype"),
+)
+FROM_WEIGHTS = (*FIXED_BY_WEIGHTS, "context", "dropout", "data")
+
+
 def check_resume(saved: Mapping[str, Any], config: RunConfig) -> None:
     """Raise ConfigError unless `config` continues the run whose checkpoint holds `saved`."""
-    before = type(config).from_dict(saved, "the checkpoint").to_dict()
-    now, known = config.to_dict(), config.options()
-    changed = [
-        f"{flag(name)} {now[name]} (was {before[name]})"
-        for name in before
-        if not known[name].resumable and before[name] != now[name]
-    ]
-    if changed:
-        may = ", ".join(flag(name) for name in before if known[name].resumable)
+    known = config.options()
+    fixed = [name for name in known if not known[name].resumable]
+    if changed := _changed(saved, config, fixed):
+        may = ", ".join(flag(name) for name in known if known[name].resumable)
         raise ConfigError(
-            f"a resumed run cannot change {', '.join(changed)}; leave it out, or start a new run. "
-            f"These may change: {may}"
+            f"a resumed run cannot change {changed}; leave it out, or start a new run (with "
+            f"--init-from from these weights). These may change: {may}"
         )
+
+
+def check_weights(saved: Mapping[str, Any], config: RunConfig) -> None:
+    """Raise ConfigError unless a run of `config` can begin with the weights of `saved`.
+
+    A learned table of positions cannot grow; rotary and sinusoidal positions have none.
+    """
+    if changed := _changed(saved, config, FIXED_BY_WEIGHTS):
+        raise ConfigError(
+            f"weights taken by --init-from cannot change {changed}; leave it out, or train a new "
+            "model"
+        )
+    had, wanted = saved["context"], config.model.context
+    if config.model.position == "learned" and wanted > had:
+        raise ConfigError(
+            f"--context {wanted} is longer than the {had} positions that the weights of "
+            f"--init-from have learned; use --context {had} or less. A model trained with "
+            "--position rotary can be continued at a longer context"
+        )
+
+
+def _changed(saved: Mapping[str, Any], config: RunConfig, names: Iterable[str]) -> str:
+    """Return the options of `names` that differ from `saved`, as text."""
+    before, now = type(config).from_dict(saved, "the checkpoint").to_dict(), config.to_dict()
+    return ", ".join(
+        f"{flag(name)} {now[name]} (was {before[name]})"
+        for name in names
+        if before[name] != now[name]
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,9 @@ from typing import NamedTuple
 
 from minillm import checkpoint, kernels
 from minillm.base.device import Device
-from minillm.base.errors import ConfigError
 from minillm.base.flags import to_toml
-from minillm.base.log import Log, MetricsFile, clock, compact, paragraph
+from minillm.base.log import Log, clock, compact, paragraph
+from minillm.base.metrics_file import METRICS, MetricsFile
 from minillm.base.progress import Progress
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import AgreedError, agree, from_first, known_to_all
@@ -26,8 +25,10 @@ from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
 from minillm.tasks.protocol import Result
+from minillm.training.folder import begin, way_back
 from minillm.training.held_out import measure
 from minillm.training.numeric_key import numeric_key
+from minillm.training.origin import Origin
 from minillm.training.report import TimeShares, peak_mb, plan, plural, step_metrics
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import StepReport, Trainer
@@ -48,7 +49,8 @@ class Due(NamedTuple):
 class Run:
     """One training run of this rank. Collective over `comm`.
 
-    `found` is the checkpoint to continue from, None for a new run.
+    `out` is the folder that it owns. `origin` is the checkpoint to start from, None for initial
+    weights.
     """
 
     def __init__(
@@ -57,7 +59,8 @@ class Run:
         device: Device,
         config: ResolvedConfig,
         corpus: Corpus,
-        found: Path | None,
+        out: Path,
+        origin: Origin | None,
         tracer: Tracer | None,
         stop: StopRequest,
     ) -> None:
@@ -66,18 +69,27 @@ class Run:
         self.output, optimization = config.options.output, config.options.optimization
         places = place_names(self.output.log_to)
         agree(comm, lambda: check_packages(places if comm.rank == 0 else []))
-        self.out = Path(from_first(comm, lambda: str(prepare_folder(config, found))))
-        batches = Batches(corpus.train, config.model.context, optimization.batch, optimization.seed)
+        self.out, self.origin = out, origin
+        self.first_step = origin.first_step if origin else 0
+        batch, seed = optimization.batch, optimization.seed
         with known_to_all():
+            position, moved = origin.position(corpus, config.options) if origin else (0, None)
+            first = position - self.first_step * batch
+            self.batches = batches = Batches(
+                corpus.train, config.model.context, batch, seed, first=first
+            )
             self.trainer = Trainer(
                 config, comm, LanguageModeling(batches), tracer=tracer, device=device
             )
         self.key = numeric_key(config, comm, self.trainer.replication.memory.alias[1], device)
-        self.first_step = self._resume(found) if found is not None else 0
+        if origin is not None:
+            self._load(origin, moved)
         self.last_step = min(optimization.steps, self.output.stop_after or optimization.steps)
-        self.saved_step = self.first_step if found is not None else -1
-        path = self.out / "metrics.jsonl" if comm.rank == 0 else None
-        self.metrics = MetricsFile(path, self.first_step)
+        self.saved_step = self.first_step if origin and origin.continues else -1
+        self.policy = checkpoint.SavePolicy(checkpoint.SaveEvery.parse(self.output.save_every))
+        toml = to_toml(config.filled().replace(out=None))
+        for line in from_first(comm, lambda: begin(self.out, toml, origin)):
+            self.log(line)
         self.progress = Progress(
             self.log,
             self.first_step,
@@ -90,6 +102,8 @@ class Run:
         self.writers = agree(
             comm, lambda: Writers(places if comm.rank == 0 else [], start, self.progress.say)
         )
+        path = self.out / METRICS if comm.rank == 0 else None
+        self.metrics = MetricsFile(path, self.progress.say)
         self.shares = TimeShares()
         self.result: Result | None = None
         for label, text in plan(config, corpus, self.trainer.model, kernels.get_threads(), comm):
@@ -106,11 +120,12 @@ class Run:
         while step < self.last_step and not stopped:
             before = ledger().snapshot()
             self.trainer.stop_requested = self.stop.signal is not None
+            self.trainer.clock = time.perf_counter() - started if self.comm.rank == 0 else 0.0
             with self._saving_before_a_failure():
                 report = self.trainer.step(step)
             waiting.append((report, ledger().since(before)))
             step, stopped = step + 1, report.stop
-            due = self._due(step, stopped)
+            due = self._due(step, stopped, report.clock)
             while len(waiting) > (0 if any(due) else self.trainer.lag):
                 self._settle(*waiting.popleft(), due if not waiting else Due(False, False, False))
         self.progress.close()
@@ -118,18 +133,16 @@ class Run:
         self._finish(step, time.perf_counter() - started, stopped)
         return not stopped
 
-    def _due(self, step: int, stopped: bool) -> Due:
-        """Return what follows `step` steps."""
+    def _due(self, step: int, stopped: bool, clock: float) -> Due:
+        """Return what follows `step` steps, the last of them at `clock` seconds."""
         output, last = self.output, step == self.last_step
 
         def every(number: int) -> bool:
             return number > 0 and step % number == 0
 
-        return Due(
-            every(output.check_every),
-            not stopped and (last or every(output.eval_every)),
-            stopped or last or every(output.save_every),
-        )
+        evaluate = not stopped and (last or every(output.eval_every))
+        wanted = self.policy.wants(step, clock, evaluate)
+        return Due(every(output.check_every), evaluate, stopped or last or wanted)
 
     def _settle(self, report: StepReport, moved: Moved, due: Due) -> None:
         """Read a step's numbers, show and write them, and do what is due."""
@@ -145,23 +158,28 @@ class Run:
             found = self.result = self._evaluate()
             if found is not None and step != self.last_step:
                 self.progress.evaluated(step, found.describe())
-        if due.save:
-            self._save(step)
         line = step_metrics(report, self.config.tokens_per_step, moved, self.device)
         line |= {} if found is None else found.values()
         self.metrics.write(**line)
         self.writers.write(line)
+        if due.save:
+            self._save(step, found)
         self.progress.pause(time.perf_counter() - paused)
 
     @contextmanager
     def _saving_before_a_failure(self) -> Iterator[None]:
-        """Save the weights before a step that failed, and raise an error that all ranks know."""
+        """Save the weights before a step that failed, and raise an error that all ranks know.
+
+        They are set aside: from them the same step fails whatever the rate. The error names an
+        earlier checkpoint to go back to.
+        """
         try:
             yield
         except NotFinite as error:
-            self._save(error.step)
-            where = f"The weights before this step are saved in {self.out}"
-            raise AgreedError(f"{error}. {where}") from None
+            step = error.step
+            self._save(step, left=True)
+            way = from_first(self.comm, lambda: way_back(self.out, step))
+            raise AgreedError(f"{error}. {way}") from None
 
     def _evaluate(self) -> Result | None:
         """Return the metrics on held-out text, None if nothing is held out."""
@@ -172,9 +190,14 @@ class Run:
         held_out = HeldOutText(windows, self.corpus.bytes_per_token)
         return measure(self.trainer.model, held_out, self.comm, self.config.microbatch)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, found: Result | None = None, left: bool = False) -> None:
+        """Write a checkpoint unless there is one; `found` are the metrics of this step.
+
+        With `left` it is set aside.
+        """
         if step == self.saved_step:
             return
+        loss = None if found is None else found.numbers().get("loss")
         record = checkpoint.RunRecord(
             config=self.config.saved_values(),
             tokenizer=self.corpus.tokenizer.to_json(),
@@ -182,7 +205,10 @@ class Run:
             corpus=self.corpus.sha256,
             source=self.corpus.source,
             key=self.key,
+            position=self.batches.position(step),
+            held_out=None if loss is None else {"loss": loss, "tokens": self.output.eval_tokens},
         )
+        self.metrics.sync()  # before the checkpoint: no step is saved without its line
         with known_to_all():
             checkpoint.save(
                 self.out / checkpoint.SUBFOLDER,
@@ -193,27 +219,31 @@ class Run:
                 meta=record.to_json(),
                 step=step,
                 keep=self.output.keep,
+                keep_best=self.output.keep_best,
+                left=left,
             )
         self.saved_step = step
+        self.policy.saved()
 
-    def _resume(self, found: Path) -> int:
-        """Fill weights and optimizer state from a checkpoint; return the step to continue with."""
+    def _load(self, origin: Origin, moved: str | None) -> None:
+        """Fill the state from the checkpoint of `origin`, and say what changes with this run."""
+        found, record = origin.path, origin.record
         with known_to_all():
             checkpoint.verify(found, self.comm)
-            step = checkpoint.read_manifest(found).step
-            before = checkpoint.RunRecord.read(found)
-            if before.corpus != self.corpus.sha256:
-                raise ConfigError(
-                    f"{found} was trained on {before.source} with sha256 {before.corpus[:12]}, "
-                    f"but {self.corpus.source} now has {self.corpus.sha256[:12]}; resume with the "
-                    "same text"
-                )
-        self.trainer.load(checkpoint.CheckpointSource(found))
-        self.log(f"resumed from {found} at step {step}")
-        difference = checkpoint.difference(before.key, self.key)
+            source = checkpoint.CheckpointSource(found)
+        if not origin.continues:
+            self.trainer.load_weights(
+                checkpoint.FirstRows(source, "model/positions", self.config.model.context)
+            )
+            self.log(f"weights from {found}, trained on {record.source} for {origin.step} steps")
+            return
+        self.trainer.load(source)
+        self.log(f"resumed from {found} at step {origin.step}")
+        for line in (*origin.changes(self.config), *([moved] if moved else [])):
+            self.log(line)
+        difference = checkpoint.difference(record.key, self.key)
         if difference:
             self.log(f"results continue to rounding, not bit for bit: {difference}")
-        return step
 
     def _finish(self, step: int, seconds: float, stopped: bool) -> None:
         """Save, and print the totals."""
@@ -246,30 +276,3 @@ class Run:
 
     def _say(self, label: str, text: str) -> None:
         self.log(paragraph(label, text))
-
-
-def prepare_folder(config: ResolvedConfig, found: Path | None) -> Path:
-    """Make the run's folder and try to write there. A new run never writes into another's folder.
-
-    Raises ConfigError if the folder holds a run or cannot be written.
-    """
-    asked, path = config.options.output.out, Path(config.out)
-    if found is not None and asked is None:
-        return found.parent.parent if found.parent.name == checkpoint.SUBFOLDER else found.parent
-    if found is None and _holds_run(path):
-        if asked is not None:
-            raise ConfigError(
-                f"--out {path} holds an earlier run; continue it with --resume {path}, or choose "
-                "another folder"
-            )
-        numbered = (path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))
-        path = next(other for other in numbered if not _holds_run(other))
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise ConfigError(f"--out {path} is not writable; choose another folder")
-    (path / "config.toml").write_text(to_toml(config.filled()))
-    return path
-
-
-def _holds_run(path: Path) -> bool:
-    return (path / "metrics.jsonl").exists() or (path / checkpoint.SUBFOLDER).exists()

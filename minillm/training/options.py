@@ -8,6 +8,7 @@ from typing import Literal
 from minillm.base.errors import ConfigError
 from minillm.base.interval import Interval
 from minillm.base.record import Record, option
+from minillm.checkpoint import SaveEvery
 from minillm.training.writers import place_names
 
 
@@ -15,26 +16,26 @@ from minillm.training.writers import place_names
 class OptimizationOptions(Record):
     """Optimization."""
 
-    batch: int = option(16, at_least=1)
+    batch: int = option(16, at_least=1, announced=True)
     """Sequences per step over all ranks."""
-    steps: int = option(1000, at_least=1)
+    steps: int = option(1000, at_least=1, announced=True)
     """Optimizer steps in the whole run."""
-    lr: float = option(2e-3, above=0)
+    lr: float = option(2e-3, above=0, announced=True)
     """Highest learning rate, reached after the warm-up."""
-    min_lr: float | None = option(None, at_least=0)
+    min_lr: float | None = option(None, at_least=0, announced=True)
     """Learning rate at the last step; left out: lr / 10."""
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", announced=True)
     """Decay of the learning rate from lr to min-lr after the warm-up."""
-    warmup: int | None = option(None, at_least=0)
+    warmup: int | None = option(None, at_least=0, announced=True)
     """Steps over which the learning rate rises from zero; left out: a tenth of steps, at most
     100."""
-    weight_decay: float = option(0.1, at_least=0)
+    weight_decay: float = option(0.1, at_least=0, announced=True)
     """Decay of matrices and embeddings per unit of learning rate; never of norms and biases."""
     beta1: float = option(0.9, at_least=0, below=1)
     """AdamW's decay of the running mean of gradients."""
     beta2: float = option(0.99, at_least=0, below=1)
     """AdamW's decay of the running mean of squared gradients."""
-    clip: float = option(1.0, at_least=0)
+    clip: float = option(1.0, at_least=0, announced=True)
     """Longest allowed gradient, by its norm over all parameters; 0: no limit."""
     seed: int = option(1337, at_least=0)
     """Seed of initial weights, dropout and the order of sequences."""
@@ -54,7 +55,7 @@ class OptimizationOptions(Record):
         min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         if min_lr > self.lr:
             raise ConfigError(
-                f"--min-lr {min_lr} is above --lr {self.lr}; leave it out for lr / 10"
+                f"--min-lr {min_lr} is above --lr {self.lr}; try --min-lr {self.lr / 10:g}"
             )
         return min_lr
 
@@ -63,12 +64,16 @@ class OptimizationOptions(Record):
 class OutputOptions(Record):
     """Output of the run."""
 
-    out: str | None = option(None, resumable=True)
+    out: str | None = option(None, resumable=True, path=True)
     """Folder for metrics, configuration and checkpoints; left out: runs/PRESET."""
-    save_every: int = option(0, at_least=0, resumable=True)
-    """Steps between checkpoints; 0: only at the end."""
+    save_every: int | str | None = option(None, resumable=True)
+    """Steps between checkpoints, or the time between them as in 30s, 10m or 2h; 0: only at the end;
+    left out: at an evaluation a minute or more after the last one, at the latest after ten
+    minutes."""
     keep: int = option(2, at_least=1, resumable=True)
     """Newest checkpoints to keep."""
+    keep_best: bool = option(True, resumable=True)
+    """Keep the checkpoint with the lowest held-out loss as well."""
     eval_every: int = option(100, at_least=0, resumable=True)
     """Steps between evaluations on held-out text; 0: only at the end."""
     eval_tokens: int = option(16384, at_least=0, resumable=True)
@@ -89,9 +94,11 @@ class OutputOptions(Record):
     """Steps between comparisons of the replicas' parameters; 0: never."""
 
     def __post_init__(self) -> None:
+        """Raise ConfigError for an interval or a place that cannot be read."""
         super().__post_init__()
         self.log_interval()
         place_names(self.log_to)
+        SaveEvery.parse(self.save_every)
 
     def log_interval(self) -> Interval | None:
         """Return the interval of the progress lines, None for auto. Raises ConfigError."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from minillm.base.arrays import float_dtype
 from minillm.base.errors import ConfigError
 from minillm.base.record import divisors, flag, some_divisors
+from minillm.data.sources import located
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.options import comma_list, even_split
 from minillm.models.gpt_config import ModelConfig
@@ -73,9 +74,11 @@ class ResolvedConfig:
         """Return the flat configuration that a checkpoint keeps.
 
         Resumable options are stored as asked, so that a resumed run resolves them for its own
-        ranks. `stop_after` is not stored.
+        ranks and for what it changes. `stop_after` and `out` are not stored: a checkpoint never
+        decides where files are written. The path of the data is absolute.
         """
-        asked, known = self.options.to_dict() | {"stop_after": None}, self.options.options()
+        not_kept = {"stop_after": None, "out": None, "data": located(self.options.corpus.data)}
+        asked, known = self.options.to_dict() | not_kept, self.options.options()
         return {
             name: asked[name] if known[name].resumable else value
             for name, value in self.filled().to_dict().items()

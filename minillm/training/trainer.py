@@ -50,6 +50,7 @@ class StepReport(NamedTuple):
     verdict: Verdict  # agreed by all ranks
     lr: float
     stop: bool  # a rank was asked to stop
+    clock: float  # s of the first rank's clock at the step, the same on all ranks
     peak_bytes: int  # of the largest rank; on a GPU, of the device
     seconds: float  # of this rank, in all
     exposed_seconds: float  # s this rank waited in reductions that backward did not hide
@@ -129,14 +130,17 @@ class Trainer:
         rows = np.arange(per_rank) + self.mesh.axis("dp", "ep").rank * per_rank
         # This rank's sequences of the global batch, by microbatches.
         self._rows = np.split(rows, config.num_microbatches)
+        clip = f"smaller --clip (now {optimization.clip:g})" if optimization.clip else "--clip 1"
         advice = (
             f"try a smaller --lr (now {optimization.lr:g}), a longer --warmup (now "
-            f"{config.warmup}) or a smaller --clip"
+            f"{config.warmup}) or a {clip}"
         )
         self._judge = Judge(device, task.losses, optimization.clip, advice)
         # The ranks along tp compute equal losses: the first one counts.
         self._counts_losses = self.mesh.coord("tp") == 0
         self.stop_requested = False
+        self.clock = 0.0
+        """Time in s that the ranks agree on: their largest."""
 
     @property
     def lag(self) -> int:
@@ -154,12 +158,13 @@ class Trainer:
         self.runtime.run([self.task.batch(step, rows, self.device) for rows in self._rows])
         if before is not None and self.lag:
             before.numbers()  # so that the host is never more than a step ahead
-        stop, peak = self._worst
+        stop, peak, clock = self._worst
         return StepReport(
             step,
             self._verdict,
             self._lr,
             stop > 0,
+            clock,
             int(peak),
             time.perf_counter() - started,
             self.replication.exposed_seconds - exposed,
@@ -173,7 +178,7 @@ class Trainer:
         squares = self.replication.sum_of_squares()
         self._verdict = self._judge.agree(ranks, self._step, own, squares)
         peak = self.device.peak_bytes()
-        self._worst = ranks.reduce_numbers([self.stop_requested, peak], MAX)
+        self._worst = ranks.reduce_numbers([self.stop_requested, peak, self.clock], MAX)
         if not self.lag:
             self._verdict.numbers()
         self._lr = learning_rate(
@@ -210,6 +215,28 @@ class Trainer:
         first, step = memory.alias
         mine = self.state()[first::step]
         agree(self.world, lambda: load(source, mine, self.mesh.shape, self.mesh.coords))
+        memory.sync()
+
+    def load_weights(self, source: StateSource) -> None:
+        """Fill the weights alone; the optimizer's state stays at its beginning.
+
+        Where the model has masters, they take the masters of `source`, or its weights. Collective.
+        Raises CheckpointError on every rank if one cannot read.
+        """
+        memory, mesh = self.replication.memory, self.mesh
+        tensors = list(self.model.weights())
+        named = frozenset(source.names())
+        for buffers in self.model.buffers:
+            if buffers.masters is None:
+                continue
+            arrays = buffers.shaped(buffers.masters)
+            for parameter in buffers.parameters:
+                name = f"optimizer/master/{parameter.name}"
+                name = name if name in named else f"model/{parameter.name}"
+                tensors.append(StateTensor(name, parameter.spec, arrays[id(parameter)]))
+        first, step = memory.alias
+        mine = tensors[first::step]
+        agree(self.world, lambda: load(source, mine, mesh.shape, mesh.coords))
         memory.sync()
 
     def check_replicas(self) -> None:

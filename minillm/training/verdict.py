@@ -58,7 +58,7 @@ class Verdict:
         loss = sum(losses)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFinite(
-                f"step {self.step}: the loss is {loss} and the gradient norm {norm}, so this "
+                f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}, so this "
                 f"update was not applied; {self._advice}",
                 self.step,
             )

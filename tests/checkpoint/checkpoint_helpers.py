@@ -86,6 +86,7 @@ def small_save(
     value: float = 1.0,
     keep: int = 9,
     meta: dict[str, Any] | None = None,
+    keep_best: bool = False,
 ) -> Path:
     """Save one array cut over tp and one that all ranks hold."""
     mesh = MeshShape(tp=comm.size)
@@ -104,6 +105,7 @@ def small_save(
         meta=meta or {},
         step=step,
         keep=keep,
+        keep_best=keep_best,
     )
 
 

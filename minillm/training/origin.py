@@ -1,0 +1,144 @@
+"""Origin of a run: the checkpoint that it continues, or whose weights it starts from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillm import checkpoint
+from minillm.base.errors import ConfigError
+from minillm.base.record import flag
+from minillm.data.corpus import Corpus
+from minillm.data.sources import located
+from minillm.training.arguments import StartOptions
+from minillm.training.config import RunConfig
+from minillm.training.resolve import ResolvedConfig
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Checkpoint that a run starts from."""
+
+    path: Path
+    step: int
+    record: checkpoint.RunRecord
+    run: Path | None
+    """Folder of the run that the checkpoint belongs to; None outside any run."""
+    continues: bool
+    """True for `--resume`: the run goes on at `step`. False for `--init-from`: weights alone."""
+
+    @classmethod
+    def read(cls, start: StartOptions, path: Path) -> Origin:
+        """Read the manifest of the checkpoint `path` that `start` means. Raises CheckpointError."""
+        record, step = checkpoint.RunRecord.read(path), checkpoint.read_manifest(path).step
+        run = checkpoint.run_of(Path(start.resume or start.init_from or ""))
+        return cls(path, step, record, run, start.resume is not None)
+
+    @property
+    def first_step(self) -> int:
+        """Completed steps at the start of the run."""
+        return self.step if self.continues else 0
+
+    def changes(self, config: ResolvedConfig) -> Iterator[str]:
+        """Yield one line for each option of a continued run that alters its result from now on."""
+        before, now = (
+            _announced(RunConfig.from_dict(asked(self.record))),
+            _announced(config.options),
+        )
+        for name, value in now.items():
+            if value != before[name]:
+                follows = ""
+                if config.options.to_dict()[name] is None:
+                    follows = ", which follows from the other options"
+                yield (
+                    f"changed from step {self.step + 1} on: {flag(name)} {value} "
+                    f"(was {before[name]}){follows}"
+                )
+
+    def position(self, corpus: Corpus, config: RunConfig) -> tuple[int, str | None]:
+        """Return the sequences of `corpus` read so far, and a line if the text or its path changed.
+
+        Raises ConfigError if the text changed although no other was named.
+        """
+        record, options = self.record, asked(self.record)
+        if not self.continues:
+            return 0, None
+        moved = located(config.corpus.data) != located(options["data"])
+        if record.corpus == corpus.sha256:
+            read = record.position
+            line = f"{corpus.source} holds the text that was {record.source} before"
+            return self.step * options["batch"] if read is None else read, line if moved else None
+        if not moved:
+            raise ConfigError(
+                f"{self.path} was trained on {record.source} with sha256 {record.corpus[:12]}, "
+                f"but {corpus.source} now has {corpus.sha256[:12]}; put the old text back, name "
+                "another with --data, or start a new run from these weights with --init-from"
+            )
+        return 0, (
+            f"changed from step {self.step + 1} on: --data {config.corpus.data} from its beginning "
+            f"(was {record.source})"
+        )
+
+
+def asked(record: checkpoint.RunRecord) -> dict[str, Any]:
+    """Return the options of a checkpoint as they were asked for.
+
+    Checkpoints without a position hold derived values filled in, and 0 as the default of
+    save_every. Here they are left out again, so that they follow what a resumed run changes.
+    """
+    values = {**record.config, "out": None}
+    if record.position is None:
+        follows = RunConfig.from_dict(values | {"min_lr": None, "warmup": None}).optimization
+        for name, value in (
+            ("min_lr", follows.resolve_min_lr()),
+            ("warmup", follows.resolve_warmup()),
+            ("save_every", 0),
+        ):
+            if values.get(name) == value:
+                values[name] = None
+    return values
+
+
+def saved_options(start: StartOptions) -> Mapping[str, Any]:
+    """Return the flat configuration held by the checkpoint that `start` names."""
+    return asked(checkpoint.RunRecord.read(find_origin(start)))
+
+
+def find_origin(start: StartOptions) -> Path:
+    """Return the checkpoint that `start` names. Raises CheckpointError if there is none."""
+    return checkpoint.find(Path(start.resume or start.init_from or ""), start.best)
+
+
+def continued_run(start: StartOptions, out: str | None) -> Path | None:
+    """Return the folder that a resumed run writes to; None for a new run.
+
+    It is the run that `--resume` names, unless `--out` names another folder. Raises ConfigError for
+    a single checkpoint outside any run without `--out`.
+    """
+    if start.resume is None:
+        return None
+    run = checkpoint.run_of(Path(start.resume))
+    if out is None and run is None:
+        raise ConfigError(
+            f"--resume {start.resume} is a checkpoint outside the folder of a run; pass --out "
+            "FOLDER for the run that goes on from it"
+        )
+    same = out is None or (run is not None and os.path.realpath(out) == os.path.realpath(run))
+    return run if same else None
+
+
+def _announced(config: RunConfig) -> dict[str, Any]:
+    """Return the options that alter the result and may change, with what follows filled in."""
+    optimization = config.optimization
+    values = config.to_dict() | {
+        "min_lr": optimization.resolve_min_lr(),
+        "warmup": optimization.resolve_warmup(),
+    }
+    return {
+        name: values[name]
+        for name, known in config.options().items()
+        if known.announced and name != "data"
+    }
