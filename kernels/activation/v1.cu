@@ -3,6 +3,9 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
+// minillm-sass: *_forward LDG.E.128*2 STG.E.128
+// minillm-sass: *_backward LDG.E.128*3 STG.E.128
+// minillm-sass: swiglu_backward STG.E.128*2
 #include "../gpu/include/vectors.cuh"
 
 #define THREADS 256

@@ -4,6 +4,7 @@
 // minillm-build: -DELEMENT=bfloat16 -DCOPY=bfloat16
 // minillm-build: -DELEMENT=float32 -DCOPY=bfloat16
 // minillm-build: -DELEMENT=float16 -DCOPY=float16
+// minillm-sass: adamw LDG.E.128*3 STG.E.128*3
 #include "../gpu/include/vectors.cuh"
 
 #ifndef COPY

@@ -55,16 +55,17 @@ struct Visible {
     __device__ __forceinline__ Visible(const int* tables, const Attention& a, int sample)
         : Visible(tables, a.visible_step, sample, a.num_queries, a.num_keys, a.causal) {}
 
-    // Keys of a query; none of one past the end.
+    // Keys of a query; none of one before the start or past the end.
     __device__ __forceinline__ Range keys_of(int query) const {
-        if (query >= num_queries) return {0, 0};
+        if (unsigned(query) >= unsigned(num_queries)) return {0, 0};
         if (!table) return {0, causal ? min(query + 1, num_keys) : num_keys};
         const Pack<int, 2> keys = load<2>(table + 2 * query);
         return {keys.v[0], keys.v[1]};
     }
-    // Keys of `rows` queries from `first` on; both are multiples of 16.
+    // Keys of `rows` queries from `first` on; both are multiples of 16, and `first` may be negative.
     __device__ __forceinline__ Seen of_queries(int first, int rows) const {
         const int end = min(first + rows, num_queries);
+        first = max(first, 0);
         if (first >= end) return {0, 0, 0, 0};
         if (!table) return {0, 0, keys_of(first).end, keys_of(end - 1).end};
         Seen seen = {num_keys, 0, num_keys, 0};

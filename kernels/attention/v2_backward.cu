@@ -9,7 +9,9 @@
 //
 // measured: not yet
 //
-// minillm-sass: HMMA
+// minillm-sass: attention_grad_kv HMMA*32 LDSM*8 LDGSTS.E.BYPASS.128 STG.E.128*2
+// minillm-sass: attention_grad_q HMMA*24 LDSM*8 LDGSTS.E.BYPASS.128 STG.E.128
+// minillm-sass: attention_delta LDG.E.128*2
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=32 -DDROPOUT=0 -DWARPS=4 -DWARP_ROWS=32 -DLOOP=64
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=32 -DDROPOUT=1 -DWARPS=4 -DWARP_ROWS=32 -DLOOP=64
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=64 -DDROPOUT=0 -DWARPS=4 -DWARP_ROWS=32 -DLOOP=64

@@ -36,7 +36,7 @@
 //
 // measured: not yet
 //
-// minillm-sass: HMMA
+// minillm-sass: attention_forward HMMA*32 LDSM*8 LDGSTS.E.BYPASS.128 STG.E.128
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=32 -DDROPOUT=0 -DWARPS=4 -DWARP_ROWS=32 -DLOOP=64
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=32 -DDROPOUT=1 -DWARPS=4 -DWARP_ROWS=32 -DLOOP=32
 // minillm-build: -DELEMENT=bfloat16 -DHEAD_WIDTH=64 -DDROPOUT=0 -DWARPS=4 -DWARP_ROWS=32 -DLOOP=64

@@ -47,10 +47,9 @@
 // minillm-build: -DHEAD_WIDTH=96 -DELEMENT=float16
 // minillm-build: -DHEAD_WIDTH=32 -DELEMENT=bfloat16
 // minillm-build: -DHEAD_WIDTH=32 -DELEMENT=float16
-// minillm-sass: HGMMA
-// minillm-sass: UTMALDG
-// minillm-sass: UTMASTG
-// minillm-sass: USETMAXREG
+// minillm-sass: attention_grad_kv HGMMA*20 UTMALDG*4 UTMASTG*2 USETMAXREG*2
+// minillm-sass: attention_grad_q HGMMA*12 UTMALDG*4 UTMASTG USETMAXREG*2
+// minillm-sass: attention_statistics LDG.E.128*2
 #include "v3_common.cuh"
 
 constexpr int CONSUMERS = 2, LOADER = CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
@@ -279,7 +278,7 @@ struct QueryShared {
 };
 static_assert(sizeof(QueryShared) <= MOST_SHARED_BYTES, "more shared memory than a block can have");
 
-typedef QueryPart<OWN> OwnQueries;
+typedef QueryPart<OWN, OWN> OwnQueries;  // none begins before query 0, where there are no statistics
 
 __device__ __forceinline__ void load_own_queries(QueryShared& shared, const TensorMap* q_map, const TensorMap* grad_o_map,
                                                  const int* tables, const Problem& p) {

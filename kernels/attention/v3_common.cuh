@@ -64,8 +64,11 @@ struct Schedule {
     }
 };
 
-// One part of the work on queries: ROWS of one head.
-template <int ROWS> struct QueryPart {
+// One part of the work on queries: ROWS of one head. Parts are counted from the end, a multiple of
+// UNIT queries. The last queries see most keys, so the longest part is whole, and its warpgroups all
+// work. The part that is left at the start may begin before query 0: there are no queries, loads
+// bring zeros, and stores are clipped.
+template <int ROWS, int UNIT> struct QueryPart {
     int first, head, sample;
     int first_tile, end_tile;  // of keys that any of the queries sees
 
@@ -73,7 +76,7 @@ template <int ROWS> struct QueryPart {
         const int blocks = num_blocks(p.num_queries, ROWS);
         int of_all, number;
         if (!Schedule{blocks, p.samples * p.heads, p.section}.part(round, of_all, number)) return false;
-        first = (blocks - 1 - number) * ROWS;  // the last queries see most keys
+        first = num_blocks(p.num_queries, UNIT) * UNIT - (number + 1) * ROWS;
         head = of_all % p.heads;
         sample = of_all / p.heads;
         const Seen seen = visible_of(tables, p, sample).of_queries(first, ROWS);

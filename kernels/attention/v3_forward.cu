@@ -56,10 +56,7 @@
 // minillm-build: -DHEAD_WIDTH=96 -DELEMENT=float16
 // minillm-build: -DHEAD_WIDTH=32 -DELEMENT=bfloat16
 // minillm-build: -DHEAD_WIDTH=32 -DELEMENT=float16
-// minillm-sass: HGMMA
-// minillm-sass: UTMALDG
-// minillm-sass: UTMASTG
-// minillm-sass: USETMAXREG
+// minillm-sass: attention_forward HGMMA*20 UTMALDG*3 UTMASTG USETMAXREG*2
 #include "v3_common.cuh"
 
 constexpr int CONSUMERS = HEAD_WIDTH > 64 ? 2 : 3;  // warpgroups that compute, for 64 queries each
@@ -77,7 +74,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= MOST_SHARED_BYTES, "more shared memory than a block can have");
 
-typedef QueryPart<QUERIES> Part;
+typedef QueryPart<QUERIES, 64> Part;
 
 // ---- the loading warpgroup: one thread for the keys and values (load_keys in v3_common.cuh), one for the queries, so that neither waits
 // for the other's buffers
@@ -113,21 +110,23 @@ __device__ __forceinline__ void pass_turn_on(int consumer) {
 // What a thread knows of its two rows.
 struct Rows {
     Range keys[2];                          // seen
-    float top[2] = {-INFINITY, -INFINITY};  // the greatest score so far
-    float sum[2] = {0, 0};                  // of exp2(scale (score - top)), over this thread's columns
+    float top[2] = {-INFINITY, -INFINITY};  // the greatest score so far, times `scale`
+    float sum[2] = {0, 0};                  // of exp2(scale score - top), of this thread's columns
 };
 
-// Scores become exp2(scale (score - top)). All that was summed with an earlier top is to be multiplied by `correction`.
+// Scores become exp2(scale score - top). Sums with an earlier top are to be multiplied by
+// `correction`, which is 1 exactly where the top has not changed.
 __device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& rows, float (&correction)[2], float scale) {
     #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float top = rows.top[half];
+        float top = -INFINITY;
         #pragma unroll
         for (int i = 2 * half; i < KEYS / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));  // four neighbouring lanes hold a row
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        const float shift = top == -INFINITY ? 0 : top * scale;  // a row that has seen nothing yet
-        correction[half] = exp2_(rows.top[half] * scale - shift);
+        top = fmaxf(rows.top[half], top * scale);
+        const float shift = top == -INFINITY ? 0 : top;  // a row that has seen nothing yet
+        correction[half] = exp2_(rows.top[half] - shift);
         rows.top[half] = top;
         float sum = 0;
         #pragma unroll
@@ -138,6 +137,14 @@ __device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& ro
         }
         rows.sum[half] = rows.sum[half] * correction[half] + sum;
     }
+}
+
+// A warp multiplies its rows by `correction`, if one of them has a new top. After the first tiles
+// that is rare.
+__device__ __forceinline__ void rescale(float (&out)[HEAD_WIDTH / 2], const float (&correction)[2]) {
+    if (!__any_sync(0xffffffffu, correction[0] != 1 || correction[1] != 1)) return;
+    #pragma unroll
+    for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] *= correction[i / 2 % 2];
 }
 
 // out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys from `first_tile` on, one at least, of exp(scores) values. The scores of one tile are computed while the
@@ -176,8 +183,7 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
         release_with(&shared.k_empty[next.stage], rows.sum[0] + rows.sum[1]);
         wait_for<0>(out);
         release(&shared.v_empty[at.stage]);
-        #pragma unroll
-        for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] *= correction[i / 2 % 2];
+        rescale(out, correction);
         as_left_factor<KEYS>(probabilities, scores);
         at = next;
     }
@@ -210,8 +216,9 @@ __device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Pr
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         factor[half] = sum == 0 ? 0 : 1 / sum;
         const int query = first + accumulator_row() + 8 * half;
-        if (LANE % 4 == 0 && query < p.num_queries)
-            lse[(int64_t(part.sample) * p.heads + part.head) * p.num_queries + query] = rows.top[half] * p.scale + LN_2 * log2_(sum);
+        if (LANE % 4 == 0 && unsigned(query) < unsigned(p.num_queries))
+            lse[(int64_t(part.sample) * p.heads + part.head) * p.num_queries + query] =
+                LN_2 * (rows.top[half] + log2_(sum));
     }
 }
 

@@ -5,6 +5,7 @@
 // minillm-build: -DELEMENT=float16 -DRESULT=float32
 // minillm-build: -DELEMENT=bfloat16 -DRESULT=float16
 // minillm-build: -DELEMENT=float16 -DRESULT=bfloat16
+// minillm-sass: cast LDG.E.128 STG.E.128
 #include "../gpu/include/vectors.cuh"
 
 #ifndef RESULT

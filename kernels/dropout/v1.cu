@@ -5,6 +5,7 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
+// minillm-sass: dropout LDG.E.128*2 STG.E.128*2
 #include "../gpu/include/hashing.cuh"
 #include "../gpu/include/vectors.cuh"
 

@@ -7,6 +7,9 @@
 // minillm-build: -DELEMENT=bfloat16 -DSUM=bfloat16
 // minillm-build: -DELEMENT=bfloat16 -DSUM=float32
 // minillm-build: -DELEMENT=float16 -DSUM=float16
+// minillm-sass: embedding_forward LDG.E.128*5 STG.E.128*5
+// minillm-sass: embedding_backward LDG.E.128*8 STG.E.128*2
+// minillm-sass: embedding_backward_long LDG.E.128*6 STG.E.128
 #include "../gpu/include/vectors.cuh"
 
 #ifndef SUM

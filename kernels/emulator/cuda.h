@@ -84,6 +84,10 @@ template <> struct Word<4> { typedef uint32_t type; };
 template <> struct Word<8> { typedef uint64_t type; };
 template <> struct Word<16> { typedef uint32_t type __attribute__((vector_size(16))); };
 
+template <typename T> EMULATED void store_word(T* to, T x) {
+    *reinterpret_cast<typename Word<sizeof(T)>::type*>(to) = *reinterpret_cast<typename Word<sizeof(T)>::type*>(&x);
+}
+
 template <typename T> EMULATED T* dynamic_shared() { return static_cast<T*>(emulator::dynamic_shared()); }
 
 // ---- arithmetic

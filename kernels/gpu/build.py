@@ -9,7 +9,8 @@ Comments in a file may set how it is built:
     // minillm-arch: sm_90a                       the only architecture with its instructions
     // minillm-options: --fmad=false              options that its results depend on
     // minillm-build: -DELEMENT=bfloat16          one set of macros to check, one line a set
-    // minillm-sass: HMMA                         an instruction that its machine code must hold
+    // minillm-sass: gelu_* STG.E.128 LDG.E.128*2 instructions that the machine code of each kernel with
+                                               such a name holds, one line a rule
 
 `python -m minillm.kernels.gpu.precompile` compiles all of them for one device, with one process
 per core.

@@ -1,7 +1,7 @@
 // Smoke test of what the Hopper kernels build on: a tensor map passed by value, a TMA copy, and the
 // barrier at which the copy arrives.
 // minillm-arch: sm_90a
-// minillm-sass: UTMALDG
+// minillm-sass: copy_box UTMALDG
 // minillm-build: -DELEMENT=bfloat16
 #include "../gpu/include/hopper.cuh"
 

@@ -3,6 +3,8 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
+// minillm-sass: sum_of_squares LDG.E.128*4
+// minillm-sass: sum_arrays LDG.E.128*8 STG.E.128
 #include "../gpu/include/vectors.cuh"
 
 #define THREADS 512

@@ -15,6 +15,8 @@
 // minillm-build: -DELEMENT=float16 -DVALUES=8
 // minillm-build: -DELEMENT=float16 -DVALUES=24
 // minillm-build: -DELEMENT=float16 -DVALUES=32
+// minillm-sass: layernorm_forward LDG.E.128*4 STG.E.128*2
+// minillm-sass: layernorm_backward LDG.E.128*7 STG.E.128*3
 #include "../gpu/include/norms.cuh"
 
 // y = (x - mean) rstd weight + bias of x [rows, D], or of x + delta, which is then written to sum_out. bias may be null.

@@ -5,6 +5,7 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
+// minillm-sass: column_sum LDG.E.128*4 STG.E.128
 #include "../gpu/include/vectors.cuh"
 
 #define WARPS 8

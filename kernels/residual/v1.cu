@@ -2,6 +2,7 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
+// minillm-sass: add LDG.E.128*2 STG.E.128
 #include "../gpu/include/vectors.cuh"
 
 #define THREADS 256

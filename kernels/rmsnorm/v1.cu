@@ -13,6 +13,8 @@
 // minillm-build: -DELEMENT=float16 -DVALUES=8
 // minillm-build: -DELEMENT=float16 -DVALUES=24
 // minillm-build: -DELEMENT=float16 -DVALUES=32
+// minillm-sass: rmsnorm_forward LDG.E.128*3 STG.E.128*2
+// minillm-sass: rmsnorm_backward LDG.E.128*5 STG.E.128*2
 #include "../gpu/include/norms.cuh"
 
 // y = x rstd weight of x [rows, D], or of x + delta, which is then written to sum_out.

@@ -4,6 +4,7 @@
 // minillm-build: -DELEMENT=bfloat16 -DTABLE=float32
 // minillm-build: -DELEMENT=float16 -DTABLE=float16
 // minillm-build: -DELEMENT=float16 -DTABLE=float32
+// minillm-sass: rope LDG.E.128*4 STG.E.128*2
 #include "../gpu/include/vectors.cuh"
 
 #ifndef TABLE

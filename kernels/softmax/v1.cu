@@ -2,6 +2,8 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
+// minillm-sass: softmax_forward LDG.E.128*3 STG.E.128
+// minillm-sass: softmax_backward LDG.E.128*4 STG.E.128
 #include "../gpu/include/vectors.cuh"
 
 #define MOST_THREADS 512

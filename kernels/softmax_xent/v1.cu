@@ -8,6 +8,9 @@
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
+// minillm-sass: xent_* LDG.E.128*2
+// minillm-sass: xent_grad* STG.E.128*2
+// minillm-sass: xent_shifted_sum STG.E.128*2
 #include "../gpu/include/vectors.cuh"
 
 #define MOST_THREADS 512

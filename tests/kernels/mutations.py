@@ -289,6 +289,30 @@ MUTATIONS = [
         "PANEL_EIGHT_ROWS, PANEL_EIGHT_ROWS, SWIZZLE",
         "gpu/include/tiles.cuh",
     ),
+    _v3(
+        "panel forgotten in a step",
+        "return k / 4 * ROWS * PANEL_ROW_BYTES + k % 4 * 32;",
+        "return k * 32;",
+        "gpu/include/tiles.cuh",
+    ),
+    _v3(
+        "half a step along the rows",
+        "return k * 16 * PANEL_ROW_BYTES;",
+        "return k * 8 * PANEL_ROW_BYTES;",
+        "gpu/include/tiles.cuh",
+    ),
+    _v3(
+        "rescaled only if every row has a new top",
+        "if (!__any_sync(0xffffffffu, correction",
+        "if (!__all_sync(0xffffffffu, correction",
+    ),
+    _masked(
+        "log-sum-exp before the first query",
+        "v3_forward.cu",
+        "unsigned(query) < unsigned(p.num_queries)",
+        "query < p.num_queries",
+        variant="v3",
+    ),
     _v3_back(
         "mask off by one", "if (i / 4 * 8 + i % 2 < distance", "if (i / 4 * 8 + i % 2 <= distance"
     ),

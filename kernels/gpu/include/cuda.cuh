@@ -95,6 +95,19 @@ template <> struct Word<4> { typedef uint32_t type; };
 template <> struct Word<8> { typedef uint2 type; };
 template <> struct Word<16> { typedef uint4 type; };
 
+// Write 16 or 8 bytes of global memory in one instruction. An assignment may become one store for
+// each component: the compiler splits a union's words and does not join them again.
+__device__ __forceinline__ void store_word(uint4* to, uint4 x) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+__device__ __forceinline__ void store_word(uint2* to, uint2 x) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x),
+                 "r"(x.y)
+                 : "memory");
+}
+
 // WATCH(name, value) shows `value` (a number or an array of numbers) of one chosen thread under the emulator; nothing on the GPU.
 #define WATCH(name, value)
 #endif

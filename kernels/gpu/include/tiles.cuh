@@ -40,24 +40,37 @@ __device__ __forceinline__ void store_tile(const TensorMap* map, const Element* 
         tma_store_4d(map, tile + panel * ROWS * PANEL_COLUMNS, panel * PANEL_COLUMNS, head, time, sample);
 }
 
-// The 16 columns from 16 k on of a tile, which are summed over: for a left factor, or for a right one that lies as [N, columns].
-template <int ROWS> __device__ __forceinline__ uint64_t columns_descriptor(const Element* tile, int k) {
-    const Element* start = tile + k / 4 * ROWS * PANEL_COLUMNS + k % 4 * 16;
-    return shared_descriptor(start, 16, PANEL_EIGHT_ROWS, SWIZZLE_128);
+// Descriptor of the memory `bytes` after that of another. Addresses end below 2^18 and are counted in
+// units of 16 bytes, so only the low word changes: one addition instead of a new descriptor.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
+    return (descriptor & 0xffffffff00000000ull) | uint32_t(uint32_t(descriptor) + (bytes >> 4));
 }
-// The 16 rows from 16 k on of a tile, which are summed over: for a right factor that lies as [rows, N].
-template <int ROWS> __device__ __forceinline__ uint64_t rows_descriptor(const Element* tile, int k) {
-    return shared_descriptor(tile + k * 16 * PANEL_COLUMNS, ROWS * PANEL_ROW_BYTES, PANEL_EIGHT_ROWS, SWIZZLE_128);
+
+// Factors are summed over 16 columns, or 16 rows, at a time: number k of them is `advanced` by these
+// bytes from the descriptor of the tile.
+//   columns: of a left factor, or of a right one that lies as [N, columns]
+//   rows: of a right factor that lies as [rows, N]
+__device__ __forceinline__ uint64_t columns_descriptor(const Element* tile) {
+    return shared_descriptor(tile, 16, PANEL_EIGHT_ROWS, SWIZZLE_128);
 }
+template <int ROWS> __device__ __forceinline__ int columns_step(int k) {
+    return k / 4 * ROWS * PANEL_ROW_BYTES + k % 4 * 32;
+}
+template <int ROWS> __device__ __forceinline__ uint64_t rows_descriptor(const Element* tile) {
+    return shared_descriptor(tile, ROWS * PANEL_ROW_BYTES, PANEL_EIGHT_ROWS, SWIZZLE_128);
+}
+__device__ __forceinline__ int rows_step(int k) { return k * 16 * PANEL_ROW_BYTES; }
 
 // d [64, N] = a [64, COLUMNS] b [N, COLUMNS]^T, both tiles. Started and committed as one group.
 template <int N, int COLUMNS>
 __device__ __forceinline__ void start_product_transposed(float (&d)[N / 2], const Element* a, const Element* b) {
     accumulator_fence(d);
     warpgroup_fence();
+    const uint64_t left = columns_descriptor(a), right = columns_descriptor(b);
     #pragma unroll
     for (int k = 0; k < COLUMNS / 16; k++)
-        wgmma_m64_k16<Element, N, 0>(d, columns_descriptor<64>(a, k), columns_descriptor<N>(b, k), k > 0);
+        wgmma_m64_k16<Element, N, 0>(d, advanced(left, columns_step<64>(k)), advanced(right, columns_step<N>(k)),
+                                     k > 0);
     warpgroup_commit();
 }
 // d [64, N] += a [64, ROWS] b [ROWS, N], a in registers, b a tile. Started and committed as one group.
@@ -65,8 +78,10 @@ template <int N, int ROWS>
 __device__ __forceinline__ void start_sum_of_products(float (&d)[N / 2], const uint32_t (&a)[ROWS / 16][4], const Element* b) {
     accumulator_fence(d);
     warpgroup_fence();
+    const uint64_t right = rows_descriptor<ROWS>(b);
     #pragma unroll
-    for (int k = 0; k < ROWS / 16; k++) wgmma_m64_k16<Element, N, 1>(d, a[k], rows_descriptor<ROWS>(b, k), true);
+    for (int k = 0; k < ROWS / 16; k++)
+        wgmma_m64_k16<Element, N, 1>(d, a[k], advanced(right, rows_step(k)), true);
     warpgroup_commit();
 }
 // Waits until at most PENDING groups are under way, the one that computes d not among them.

@@ -80,7 +80,8 @@ template <int N, typename T> __device__ __forceinline__ void store_floats(T* to,
         for (int i = 0; i < N; i += 2) run.bits[i / 2] = pack2<T>(x[i], x[i + 1]);
     }
     #pragma unroll
-    for (int i = 0; i < Run<T, N>::WORDS; i++) reinterpret_cast<typename Run<T, N>::Word*>(to)[i] = run.words[i];
+    for (int i = 0; i < Run<T, N>::WORDS; i++)
+        store_word(reinterpret_cast<typename Run<T, N>::Word*>(to) + i, run.words[i]);
 }
 
 // A value as an array of T would give it back.
