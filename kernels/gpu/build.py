@@ -6,11 +6,11 @@ NVRTC comes from the pip wheels. Neither a CUDA toolkit nor a GPU is needed.
 
 Comments in a file may set how it is built:
 
-    // minillm-arch: sm_90a                       the only architecture with its instructions
-    // minillm-options: --fmad=false              options that its results depend on
-    // minillm-build: -DELEMENT=bfloat16          one set of macros to check, one line a set
-    // minillm-sass: gelu_* STG.E.128 LDG.E.128*2 instructions that the machine code of each kernel with
-                                               such a name holds, one line a rule
+    // minillm-arch: sm_90a                          the only architecture with its instructions
+    // minillm-options: --fmad=false                 options that its results depend on
+    // minillm-build: -DELEMENT=bfloat16             one set of macros to check, one line a set
+    // minillm-sass: gelu_* STG.E.128 LDG.E.128*2 instructions that the machine code of each kernel
+                                                  of such a name holds, with the least count
 
 `python -m minillm.kernels.gpu.precompile` compiles all of them for one device, with one process
 per core.
