@@ -5,6 +5,7 @@ Reads the options, loads the text, runs the loop of training/loop.py, and shows 
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from minillm.base.log import Log
 from minillm.base.options import ComputeOptions
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import agree, from_first, known_to_all
-from minillm.comm.communicator import Communicator
+from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.ledger import recording
 from minillm.comm.process import run_program
@@ -50,6 +51,7 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
     local_rank = comm.split_by_node().rank
     device = CPU if start.print_config else agree(comm, lambda: open_device(on, local_rank))
     with ExitStack() as stack:
+        stack.callback(gc.enable)  # the loop disables it, and may fail
         run = from_first(comm, lambda: _text(continued_run(start, options.output.out)))
         if run is not None and not start.print_config:
             # Owned before its newest checkpoint is looked for: no other job can add one.
@@ -78,9 +80,10 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
         training = Run(comm, device, config, corpus, out, origin, tracer, stop)
         if training.train() and options.output.sample_tokens:
-            if training.trainer.mesh.coord("dp") == 0:
+            replica = comm.split(training.trainer.mesh.coord("dp"), name="replica")
+            if replica is not None and training.trainer.mesh.coord("dp") == 0:
                 with comm.working("writing a sample"):
-                    log(_sample(training))
+                    log(_sample(training, replica))
             comm.barrier()
 
 
@@ -158,14 +161,20 @@ def _plan(
     return corpus, config
 
 
-def _sample(run: Run) -> str:
-    """Return what the model writes after one token of the held-out text."""
+def _sample(run: Run, replica: Communicator) -> str:
+    """Return what the model writes after one token of the held-out text, up to a request to stop.
+
+    Collective over the ranks of one `replica` of the model.
+    """
     corpus, options = run.corpus, run.config.options
     prompt = [int((corpus.held_out if len(corpus.held_out) else corpus.train)[0])]
     sampling = Sampling(temperature=SAMPLE_TEMPERATURE, seed=options.optimization.seed)
-    generator = Generator(run.trainer.model, corpus.tokenizer.vocab_size)
-    ids = generator.generate(prompt, options.output.sample_tokens, sampling)
-    text = corpus.tokenizer.decode(prompt + ids)
+    generator, ids = Generator(run.trainer.model, corpus.tokenizer.vocab_size), list(prompt)
+    for token in generator.stream(prompt, options.output.sample_tokens, sampling):
+        ids.append(token)
+        if replica.reduce_numbers([run.stop.asked()], MAX)[0]:
+            break
+    text = corpus.tokenizer.decode(ids)
     return f"\n--- a sample at temperature {SAMPLE_TEMPERATURE} ---\n{text}\n---"
 
 

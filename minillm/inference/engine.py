@@ -6,7 +6,7 @@ further token costs one position. The stages run the forward-only schedule, as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -50,29 +50,34 @@ class Generator:
         return next(iter(self.models.values())).context
 
     def generate(self, prompt: Sequence[int], num_tokens: int, sampling: Sampling) -> list[int]:
-        """Return `num_tokens` ids that continue `prompt`, which has at least one id.
+        """Return the ids that `stream` yields."""
+        return list(self.stream(prompt, num_tokens, sampling))
 
-        When the context is full, generation restarts from its last half.
+    def stream(self, prompt: Sequence[int], num_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """Yield `num_tokens` ids that continue `prompt`, which has at least one id.
+
+        When the context is full, generation restarts from its last half. Collective: every rank
+        takes the same number of ids.
         """
-        context, ids = self.context, list(prompt)
-        while len(ids) < len(prompt) + num_tokens:
+        context, ids, end = self.context, list(prompt), len(prompt) + num_tokens
+        while len(ids) < end:
             window = ids[-context:] if len(ids) <= context else ids[-(context // 2 or 1) :]
-            room = context - len(window) + 1
-            missing = len(prompt) + num_tokens - len(ids)
-            ids += self._fill(window, min(room, missing), sampling, len(ids))
-        return ids[len(prompt) :]
+            count = min(context - len(window) + 1, end - len(ids))
+            for token in self._fill(window, count, sampling, len(ids)):
+                ids.append(token)
+                yield token
 
-    def _fill(self, window: list[int], count: int, sampling: Sampling, position: int) -> list[int]:
-        """Return `count` tokens after `window`, from one cache."""
-        chosen: list[int] = []
+    def _fill(
+        self, window: list[int], count: int, sampling: Sampling, position: int
+    ) -> Iterator[int]:
+        """Yield `count` tokens after `window`, from one cache."""
         cache = self.new_cache(1)
         new, start = window, 0
         for i in range(count):
             logits = self.logits(np.array([new]), np.arange(start, start + len(new)), cache)
             start += len(new)
-            chosen.append(self._agree(logits, sampling, position + i))
-            new = chosen[-1:]
-        return chosen
+            new = [self._agree(logits, sampling, position + i)]
+            yield new[0]
 
     def new_cache(self, batch: int) -> dict[str, KVCache]:
         """Return an empty cache for `batch` sequences in this rank's layers."""

@@ -6,7 +6,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from minillm.data.corpus import Corpus
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
 from minillm.tasks.protocol import Result
 from minillm.training.folder import begin, way_back
-from minillm.training.held_out import measure
+from minillm.training.held_out import Stopped, measure
 from minillm.training.numeric_key import numeric_key
 from minillm.training.origin import Origin
 from minillm.training.report import TimeShares, peak_mb, plan, plural, step_metrics
@@ -119,7 +119,7 @@ class Run:
         waiting: deque[tuple[StepReport, Moved]] = deque()  # steps whose numbers are not read yet
         while step < self.last_step and not stopped:
             before = ledger().snapshot()
-            self.trainer.stop_requested = self.stop.signal is not None
+            self.trainer.stop_requested = self.stop.asked()
             self.trainer.clock = time.perf_counter() - started if self.comm.rank == 0 else 0.0
             with self._saving_before_a_failure():
                 report = self.trainer.step(step)
@@ -182,13 +182,16 @@ class Run:
             raise AgreedError(f"{error}. {way}") from None
 
     def _evaluate(self) -> Result | None:
-        """Return the metrics on held-out text, None if nothing is held out."""
+        """Return the metrics on held-out text, None if nothing is held out or a stop is asked."""
         tokens = self.output.eval_tokens
         if not tokens or len(self.corpus.held_out) < 2:
             return None
         windows = eval_windows(self.corpus.held_out, self.config.model.context, tokens)
         held_out = HeldOutText(windows, self.corpus.bytes_per_token)
-        return measure(self.trainer.model, held_out, self.comm, self.config.microbatch)
+        model, microbatch = self.trainer.model, self.config.microbatch
+        with suppress(Stopped):
+            return measure(model, held_out, self.comm, microbatch, self.stop.asked)
+        return None
 
     def _save(self, step: int, found: Result | None = None, left: bool = False) -> None:
         """Write a checkpoint unless there is one; `found` are the metrics of this step.

@@ -1,15 +1,22 @@
-"""Ctrl-C and SIGTERM finish the step, save and stop; a second one ends the run at once."""
+"""Signals finish the step, save and stop; a second one ends the run at once."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mpi_helpers import finish, mpirun, needs_mpirun, start
+
+from minillm.comm import signals
+from minillm.comm.signals import StopRequest
+from minillm.train import main
 
 PROGRAM = str(Path(__file__).with_name("fault_program.py"))
 ENDLESS = ["--steps", "1000000", "--eval-every", "0"]
@@ -36,7 +43,7 @@ def check_saved(run: Path, output: str, ranks: int) -> None:
     assert again.returncode == 0 and f"at step {step}" in again.output, again.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_one_process(number: signal.Signals, tiny: list[str], tmp_path: Path) -> None:
     process = start(0, ["-m", "minillm.train", *tiny, *ENDLESS])
     wait_for_steps(process, tmp_path / "run")
@@ -86,3 +93,77 @@ def test_a_second_signal_aborts(ranks: int, tiny: list[str], tmp_path: Path) -> 
     # At a second Ctrl-C mpirun ends the ranks itself. MPICH's then leaves with 255, now and then 0.
     assert ranks or found.returncode == 128 + signal.SIGINT
     assert "stopped at" not in found.output and not (tmp_path / "run" / "checkpoints").exists()
+
+
+LONG = ["--eval-tokens", "1000000000", "--sample-tokens", "1000000", "--steps", "6"]
+
+
+@needs_mpirun
+@pytest.mark.parametrize(
+    ("options", "after"),
+    [
+        (["--eval-every", "5"], "evaluation"),
+        (["--eval-every", "0", "--eval-tokens", "1"], "sample"),
+    ],
+)
+def test_a_signal_ends_an_evaluation_and_a_sample(
+    options: list[str], after: str, tiny: list[str], tmp_path: Path
+) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text("the quick brown fox\n" * 100_000)
+    process = start(2, ["-m", "minillm.train", *tiny, "--data", str(text), *LONG, *options])
+    wait_for_steps(process, tmp_path / "run", 4 if after == "evaluation" else 6)
+    time.sleep(1)  # into the evaluation after step 5, or the sample after step 6
+    os.killpg(process.pid, signal.SIGINT)
+    found = finish(process, 10)
+    assert found.returncode == 0, found.output
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved == ["step-00000006"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_an_ignored_signal_stays_ignored_and_handlers_return(number: signal.Signals) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    usual = signal.getsignal(signal.SIGINT)
+    try:
+        with StopRequest(announces=False).listening() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert not stop.asked() and signal.getsignal(signal.SIGINT) is not usual
+            os.kill(os.getpid(), number)
+            wait_until(stop.asked)
+            assert stop.signal == number.name
+    finally:
+        ignored = signal.signal(signal.SIGHUP, before)
+    assert ignored is signal.SIG_IGN and signal.getsignal(signal.SIGINT) is usual
+
+
+def test_a_step_that_takes_long_says_that_it_is_being_finished(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "REMINDER_SECONDS", 0.05)
+    with StopRequest(announces=True).listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+    error = capfd.readouterr().err
+    assert error.startswith("\nSIGTERM: finishing this step, then saving and stopping; once more")
+    assert error.count("SIGTERM: still finishing the step or saving, for 0 min now") >= 2
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_main_runs_in_a_thread_and_after_a_failure(tiny: list[str], tmp_path: Path) -> None:
+    arguments = [*tiny, "--steps", "2"]
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(main(arguments)))
+    thread.start()
+    thread.join()
+    bad = ["--lr", "1e30", "--warmup", "0", "--clip", "0", "--min-lr", "1e30", "--steps", "50"]
+    statuses.append(main([*tiny, *bad, "--out", str(tmp_path / "bad")]))
+    assert statuses == [0, 1] and gc.isenabled()
+    assert main([*arguments, "--out", str(tmp_path / "third")]) == 0
