@@ -5,7 +5,8 @@ Two pools on the same cores wait for each other and can make a step many times s
 because ranks may be threads of one process. The C kernels have a pool of the same size in C.
 
 The partition is static: contiguous ranges, determined by the numbers of items and threads. So
-results do not depend on the speed of threads.
+results do not depend on the speed of threads. If the system starts fewer threads, the caller runs
+the ranges that are left.
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ def parallel_for(num_items: int, fn: Callable[[int, int], None], grain: int = 1)
         return
     bounds = [num_items * i // parts for i in range(parts + 1)]
     token = num_threads.set(1)
-    workers = [_take_worker() for _ in range(parts - 1)]
+    workers = _take_workers(parts - 1)
     try:
         for i, worker in enumerate(workers, start=1):
             worker.start(fn, bounds[i], bounds[i + 1])
         fn(0, bounds[1])
+        for i in range(len(workers) + 1, parts):
+            fn(bounds[i], bounds[i + 1])
     finally:
         num_threads.reset(token)
         errors = _finish(workers)
@@ -68,11 +71,18 @@ def parallel_for(num_items: int, fn: Callable[[int, int], None], grain: int = 1)
             raise error
 
 
-def _take_worker() -> _Worker:
-    try:
-        return _idle.pop()
-    except IndexError:
-        return _Worker()
+def _take_workers(number: int) -> list[_Worker]:
+    """Return up to `number` workers, fewer if the system starts no more threads."""
+    taken: list[_Worker] = []
+    while len(taken) < number:
+        try:
+            taken.append(_idle.pop())
+        except IndexError:
+            try:
+                taken.append(_Worker())
+            except RuntimeError:  # "can't start new thread"
+                break
+    return taken
 
 
 def _finish(workers: list[_Worker]) -> list[BaseException | None]:

@@ -1,54 +1,88 @@
-/* Sum of squares: short runs in float32, which vectorise, added in float64. */
+/* Sums of squares: short runs in float32, which vectorise, added in float64. */
+
+enum { SQUARES_RUN = 512, SQUARES_GRAIN = 1 << 14, ARRAYS_GRAIN = 1 << 13 };
+
+/* The sums of runs, in the order of groups.h. */
+static double add_runs(const Groups *runs, const float *sums) {
+    double total = 0;
+    for (int64_t part = 0; part < runs->num_parts; part++) {
+        double sum = 0;
+        for (int64_t i = 0; i < runs->in_part; i++) sum += (double)sums[part * runs->in_part + i];
+        total += sum;
+    }
+    return total;
+}
 
 typedef struct {
     const float *x;
-    double *partials; /* [threads] zeros */
-    int64_t size;
+    double *total; /* [1] */
+    int64_t size, num_parts;
 } SumOfSquares;
 
-enum { SQUARES_RUN = 512 };
+typedef struct {
+    const void *arguments;
+    Groups runs;
+    float *sums; /* [runs] */
+} SquaredRuns;
 
-static void sum_of_squares_range(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
-    const SumOfSquares *a = state;
-    double total = 0;
-    for (int64_t first = start; first < stop; first += SQUARES_RUN) {
-        const int64_t n = first + SQUARES_RUN < stop ? SQUARES_RUN : stop - first;
-        total += (double)dot(a->x + first, a->x + first, n);
+static void sum_of_squares_runs(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
+    const SquaredRuns *r = state;
+    const SumOfSquares *a = r->arguments;
+    for (int64_t i = start; i < stop; i++) {
+        const Group run = group_at(&r->runs, i);
+        r->sums[i] = dot(a->x + run.start, a->x + run.start, run.stop - run.start);
     }
-    a->partials[thread] = total;
+}
+
+/* Run `function` over the runs of `size` elements, and return the sum of their squares. */
+static double squares_of(
+    Pool *pool, RangeFunction *function, const void *arguments, int64_t size, int64_t num_parts,
+    int64_t grain
+) {
+    SquaredRuns r = {arguments, groups_of(size, SQUARES_RUN, num_parts, grain), NULL};
+    r.sums = groups_memory(pool, &r.runs, 1);
+    if (!r.sums) return 0;
+    pool_run(pool, function, &r, r.runs.num_parts * r.runs.in_part, grain / SQUARES_RUN);
+    const double total = add_runs(&r.runs, r.sums);
+    free(r.sums);
+    return total;
 }
 
 static void sum_of_squares(Pool *pool, const Argument *arguments) {
     UNPACK(SumOfSquares, a, arguments);
-    pool_run(pool, sum_of_squares_range, &a, a.size, 1 << 14);
+    *a.total = squares_of(pool, sum_of_squares_runs, &a, a.size, a.num_parts, SQUARES_GRAIN);
 }
 
 typedef struct {
-    float *const *parts; /* [num_parts] arrays [size], of which out may be one */
+    float *const *parts; /* [num_arrays] arrays [size], of which out may be one */
     float *out;
-    double *partials; /* [threads] zeros */
-    int64_t num_parts, size;
+    double *total; /* [1] */
+    int64_t num_arrays, size, num_parts;
 } SumArrays;
 
-static void sum_arrays_range(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
-    const SumArrays *a = state;
-    double squares = 0;
-    for (int64_t first = start; first < stop; first += SQUARES_RUN) {
-        const int64_t n = first + SQUARES_RUN < stop ? SQUARES_RUN : stop - first;
+static void sum_arrays_runs(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
+    const SquaredRuns *r = state;
+    const SumArrays *a = r->arguments;
+    for (int64_t i = start; i < stop; i++) {
+        const Group run = group_at(&r->runs, i);
+        const int64_t first = run.start, n = run.stop - first;
         float total[SQUARES_RUN];
-        memcpy(total, a->parts[0] + first, n * sizeof *total);
-        for (int64_t p = 1; p < a->num_parts; p++) {
+        memcpy(total, a->parts[0] + first, (size_t)n * sizeof *total);
+        for (int64_t p = 1; p < a->num_arrays; p++) {
             const float *part = a->parts[p] + first;
 #pragma omp simd
-            for (int64_t i = 0; i < n; i++) total[i] += part[i];
+            for (int64_t j = 0; j < n; j++) total[j] += part[j];
         }
-        memcpy(a->out + first, total, n * sizeof *total);
-        squares += (double)dot(total, total, n);
+        memcpy(a->out + first, total, (size_t)n * sizeof *total);
+        r->sums[i] = dot(total, total, n);
     }
-    a->partials[thread] = squares;
 }
 
 static void sum_arrays(Pool *pool, const Argument *arguments) {
     UNPACK(SumArrays, a, arguments);
-    pool_run(pool, sum_arrays_range, &a, a.size, 1 << 13);
+    *a.total = squares_of(pool, sum_arrays_runs, &a, a.size, a.num_parts, ARRAYS_GRAIN);
 }

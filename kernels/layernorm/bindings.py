@@ -41,14 +41,12 @@ def layernorm_backward(
 ) -> tuple[Any, Any, Any]:
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     grad_x = out_like(x, grad_x_out) if need_x else None
-    partials = np.zeros((get_threads(), 2, D), x.dtype) if need_params else None
+    params = np.empty((2, D), x.dtype) if need_params else None
     grad_sum = None if grad_sum is None else dense(grad_sum)
-    c.layernorm_backward(
-        pool(), dense(grad_y), grad_sum, dense(x), weight, mean, rstd, grad_x, partials, num_rows, D
-    )
+    rows = (dense(x), weight, mean, rstd, grad_x, params, num_rows, D, get_threads())
+    c.layernorm_backward(pool(), dense(grad_y), grad_sum, *rows)
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
-    if partials is None:
+    if params is None:
         return grad_x, None, None
-    grad_weight, grad_bias = np.add.reduce(partials)
-    return grad_x, grad_weight, grad_bias if has_bias else None
+    return grad_x, params[0], params[1] if has_bias else None

@@ -44,8 +44,8 @@ static void layernorm_forward(Pool *pool, const Argument *arguments) {
 typedef struct {
     const float *grad_y, *grad_sum, *x, *weight, *mean, *rstd; /* grad_sum: or NULL */
     float *grad_x;   /* or NULL; may be grad_y */
-    float *partials; /* [threads, 2, D] zeros, or NULL: each thread's share of the gradients of weight and bias */
-    int64_t num_rows, D;
+    float *grad_params; /* [2, D]: the gradients of weight and bias, or NULL */
+    int64_t num_rows, D, num_parts;
 } LayerNormBackward;
 
 static void layernorm_backward_row(const LayerNormBackward *a, int64_t row, float *sums) {
@@ -76,20 +76,32 @@ static void layernorm_backward_row(const LayerNormBackward *a, int64_t row, floa
     if (a->grad_sum) add_to(grad_x, a->grad_sum + row * D, D);
 }
 
-static void layernorm_backward_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
-    const LayerNormBackward *a = state;
-    const int64_t size = 2 * a->D;
-    float *sums = a->partials ? pool_scratch(pool, thread, (size_t)size) : NULL;
-    if (a->partials && !sums) return;
-    for (int64_t first = start; first < stop; first += SUM_ROWS) {
-        const int64_t last = first + SUM_ROWS < stop ? first + SUM_ROWS : stop;
-        if (sums) memset(sums, 0, (size_t)size * sizeof *sums);
-        for (int64_t row = first; row < last; row++) layernorm_backward_row(a, row, sums);
-        if (sums) add_to(a->partials + thread * size, sums, size);
+typedef struct {
+    const LayerNormBackward *arguments;
+    Groups groups;
+    float *sums; /* [groups, 2, D] or NULL */
+} LayerNormBackwardGroups;
+
+static void layernorm_backward_groups(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
+    const LayerNormBackwardGroups *g = state;
+    const LayerNormBackward *a = g->arguments;
+    const int64_t width = 2 * a->D;
+    for (int64_t number = start; number < stop; number++) {
+        const Group rows = group_at(&g->groups, number);
+        float *sums = g->sums ? g->sums + number * width : NULL;
+        if (sums) memset(sums, 0, (size_t)width * sizeof *sums);
+        for (int64_t row = rows.start; row < rows.stop; row++) layernorm_backward_row(a, row, sums);
     }
 }
 
 static void layernorm_backward(Pool *pool, const Argument *arguments) {
     UNPACK(LayerNormBackward, a, arguments);
-    pool_run(pool, layernorm_backward_rows, &a, a.num_rows, SUM_ROWS);
+    LayerNormBackwardGroups g = {&a, groups_of(a.num_rows, SUM_ROWS, a.num_parts, SUM_ROWS), NULL};
+    const int64_t width = 2 * a.D;
+    if (a.grad_params && !(g.sums = groups_memory(pool, &g.groups, width))) return;
+    pool_run(pool, layernorm_backward_groups, &g, g.groups.num_parts * g.groups.in_part, 1);
+    if (g.sums) add_groups(pool, &g.groups, g.sums, width, a.grad_params);
+    free(g.sums);
 }

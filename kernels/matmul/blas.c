@@ -27,9 +27,9 @@ static void blas_columns(Pool *pool, const void *state, int64_t start, int64_t s
     blas_slice(p, 0, p->M, start, stop - start);
 }
 
+/* One slice for each thread: a BLAS copies the other operand for every slice. */
 static void matmul_blas(Pool *pool, const MatMul *p) {
-    if (4 * p->M >= p->N) /* long slices of rows are faster than of columns */
-        pool_run(pool, blas_rows, p, p->M, 16);
-    else
-        pool_run(pool, blas_columns, p, p->N, 16);
+    const int by_rows = 4 * p->M >= p->N; /* long slices of rows are faster than of columns */
+    const int64_t length = by_rows ? p->M : p->N, slices = least(pool_size(pool), length / 16);
+    pool_run_pieces(pool, by_rows ? blas_rows : blas_columns, p, length, slices, (int)slices);
 }

@@ -1,33 +1,18 @@
-/* The product by blocks (Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication"): BLOCK_DEPTH x BLOCK_COLUMNS of b
-   are packed once and stay in the second-level cache; the rows of a pass by, TILE_ROWS at a time, and stay in the first-level cache while
-   they meet every panel of the block. Meanwhile what comes next is fetched.
+/* The product by blocks (Goto and van de Geijn 2008, "Anatomy of high-performance matrix
+   multiplication"). BLOCK_DEPTH x BLOCK_COLUMNS of b are packed once and stay in the second-level
+   cache. The rows of a pass by, TILE_ROWS at a time, and stay in the first-level cache while they
+   meet every panel of the block. Meanwhile what comes next is fetched.
 
-   Which products an element is the sum of, and in which order they are added, depends on K alone: any number of threads gives the same
-   bits. */
+   Which products an element is the sum of, and in which order they are added, depends on K alone:
+   any number of threads gives the same bits. */
 
 enum {
     BLOCK_DEPTH = 512,
-    BLOCK_COLUMNS = VECTOR_BYTES == 64 ? 384 : 192, /* processors with AVX-512 have 1 MB of second-level cache and more, others half of it */
+    /* Processors with AVX-512 have 1 MB of second-level cache and more, others half of it. */
+    BLOCK_COLUMNS = VECTOR_BYTES == 64 ? 384 : 192,
     PAGE = 4096 / sizeof(float),
     LINE = 64 / sizeof(float),
 };
-
-/* A part of the result. */
-typedef struct {
-    int64_t row, rows, column, columns;
-} Part;
-
-/* How one thread computes a part: blocks [depth, width] of b, along the depth first. */
-typedef struct {
-    const MatMul *product;
-    Part part;
-    int64_t depth, num_depths, width, num_blocks;
-} Plan;
-
-/* A block of b, without extent after the last. */
-typedef struct {
-    int64_t first, depth, column, columns;
-} Block;
 
 /* The size of equal pieces of n, whole units of at most `most`; not 0. */
 static int64_t piece(int64_t n, int64_t most, int64_t unit) {
@@ -35,63 +20,105 @@ static int64_t piece(int64_t n, int64_t most, int64_t unit) {
     return n ? round_up((n + pieces - 1) / pieces, unit) : unit;
 }
 
-static Plan plan_of(const MatMul *p, Part part) {
-    Plan plan = {.product = p, .part = part, .depth = piece(p->K, BLOCK_DEPTH, LANES), .width = piece(part.columns, BLOCK_COLUMNS, PANEL)};
-    plan.num_depths = p->K ? (p->K + plan.depth - 1) / plan.depth : 1; /* without any depth, one block that gives zeros */
-    plan.num_blocks = (part.columns + plan.width - 1) / plan.width * plan.num_depths;
-    return plan;
+/* A part of the result: a thread's share, until others steal of it. */
+typedef struct {
+    int64_t row, rows, column, columns;
+} Part;
+
+/* The result as `down` x `across` parts. A part is cut into `columns` column blocks, and each of
+   these into `chunks` pieces, groups of tiles of rows. A thread packs a column block at its first
+   piece of it: `layers` blocks that follow each other along the depth. */
+typedef struct {
+    const MatMul *product;
+    int64_t down, across;
+    int64_t depth, width;      /* of a block, at most BLOCK_DEPTH and BLOCK_COLUMNS */
+    int64_t columns, chunks;   /* of the largest part */
+    int64_t first, layers;     /* the blocks along the depth of this call */
+} Plan;
+
+static Part part_of(const Plan *plan, int64_t number) {
+    const MatMul *p = plan->product;
+    const int64_t i = number / plan->across, j = number % plan->across;
+    const int64_t panels = (p->N + PANEL - 1) / PANEL;
+    const int64_t row = p->M * i / plan->down, end = p->M * (i + 1) / plan->down;
+    const int64_t column = panels * j / plan->across * PANEL;
+    const int64_t last = least(p->N, panels * (j + 1) / plan->across * PANEL);
+    return (Part){row, end - row, column, last - column};
 }
 
-static Block block_of(const Plan *plan, int64_t number) {
-    if (number >= plan->num_blocks) return (Block){0};
-    const int64_t first = number % plan->num_depths * plan->depth, column = number / plan->num_depths * plan->width;
-    return (Block){first, least(plan->depth, plan->product->K - first), plan->part.column + column, least(plan->width, plan->part.columns - column)};
+/* A block of b, without extent behind the last. */
+typedef struct {
+    int64_t first, depth, column, columns;
+} Block;
+
+/* Column block `number` of a part, the blocks `layer` of the depth. */
+static Block block_of(const Plan *plan, Part part, int64_t number, int64_t layer) {
+    const int64_t column = number * plan->width, first = (plan->first + layer) * plan->depth;
+    if (column >= part.columns) return (Block){0};
+    return (Block){
+        first, least(plan->depth, plan->product->K - first), part.column + column,
+        least(plan->width, part.columns - column)
+    };
 }
 
-static const float *start_of(const MatMul *p, Block block) { return p->b.start + block.first * p->b.row + block.column * p->b.column; }
+static const float *start_of(const MatMul *p, Block block) {
+    return p->b.start + block.first * p->b.row + block.column * p->b.column;
+}
 
 static void pack_block(const MatMul *p, Block block, float *panels) {
+    const float *b = start_of(p, block);
     if (p->b.column == 1)
-        pack(start_of(p, block), p->b.row, block.depth, block.columns, panels);
+        pack(b, p->b.row, block.depth, block.columns, panels);
     else
-        pack_transposed(start_of(p, block), p->b.column, block.columns, block.depth, 1.0f, panels);
+        pack_transposed(b, p->b.column, block.columns, block.depth, 1.0f, panels);
 }
 
-/* A tile's rows of a, copied where they would not stay in the first-level cache: rows that lie whole pages apart all fall into one set of
-   it, and of rows that lie side by side a narrow tile uses but a small part of each line. */
+/* A tile's rows of a, copied where they would not stay in the first-level cache: rows that lie
+   whole pages apart all fall into one set of it, and of rows that lie side by side a narrow tile
+   uses but a small part of each line. */
 static Matrix gather(Matrix a, int rows, int64_t depth, float *copy) {
     enum { STRIDE = BLOCK_DEPTH + LINE };
     if (a.row == 1 && TILE_ROWS < LINE / 2 && rows == TILE_ROWS) {
-        for (int64_t k = 0; k < depth; k++) memcpy(copy + k * TILE_ROWS, a.start + k * a.column, TILE_ROWS * sizeof(float));
+        for (int64_t k = 0; k < depth; k++)
+            memcpy(copy + k * TILE_ROWS, a.start + k * a.column, TILE_ROWS * sizeof(float));
         return (Matrix){copy, 1, TILE_ROWS};
     }
     if (a.column == 1 && a.row % PAGE == 0 && depth >= LANES) {
         for (int64_t r = 0; r < rows; r++, a.start += a.row) {
-            for (int64_t k = 0; k + LANES <= depth; k += LANES) store(copy + r * STRIDE + k, load(a.start + k));
-            store(copy + r * STRIDE + depth - LANES, load(a.start + depth - LANES));
+            float *to = copy + r * STRIDE;
+            for (int64_t k = 0; k + LANES <= depth; k += LANES) store(to + k, load(a.start + k));
+            store(to + depth - LANES, load(a.start + depth - LANES));
         }
         return (Matrix){copy, STRIDE, 1};
     }
     return a;
 }
 
-/* Memory that will be read soon, [rows, length]: `count` lines of it are fetched into the second-level cache at a time. */
+/* Memory that will be read soon, [rows, length]: `count` lines of it are fetched into the
+   second-level cache at a time. */
 typedef struct {
     const float *start;
     int64_t stride, rows, length, count, row, column;
 } Ahead;
 
-static Ahead ahead_of_block(const MatMul *p, Block block, int64_t times) {
+/* The share of piece `number` of `pieces` of a block, in `times` times. */
+static Ahead ahead_of_block(
+    const MatMul *p, Block block, int64_t number, int64_t pieces, int64_t times
+) {
     Ahead next = {start_of(p, block), p->b.row, block.depth, block.columns};
     if (p->b.column != 1) next = (Ahead){next.start, p->b.column, block.columns, block.depth};
-    next.count = (next.rows * (next.length / LINE + 1) + times - 1) / times;
+    const int64_t end = next.rows * (number + 1) / pieces;
+    next.row = next.rows * number / pieces;
+    next.rows = end;
+    next.count = ((end - next.row) * (next.length / LINE + 1) + times - 1) / times;
     return next;
 }
 
 /* Of rows alone: what lies along the depth, a few elements of each line, is too many lines. */
 static Ahead ahead_of_rows(Matrix a, int64_t rows, int64_t depth, int64_t times) {
     if (a.column != 1) return (Ahead){0};
-    return (Ahead){a.start, a.row, rows, depth, .count = (rows * (depth / LINE + 1) + times - 1) / times};
+    const int64_t count = (rows * (depth / LINE + 1) + times - 1) / times;
+    return (Ahead){a.start, a.row, rows, depth, .count = count};
 }
 
 static void fetch(Ahead *next) {
@@ -114,23 +141,36 @@ static void fetch_tile(const float *c, int64_t stride, int64_t rows) {
 }
 
 /* The last columns, fewer than a panel: out [rows, n] = a b plus the addend. */
-static void edge_tile(int rows, int64_t n, int64_t depth, Matrix a, const float *panel, float *out, int64_t stride, Addend plus) {
+static void edge_tile(
+    int rows, int64_t n, int64_t depth, Matrix a, const float *panel, float *out, int64_t stride,
+    Addend plus
+) {
     float whole[TILE_ROWS * PANEL];
     tile(rows, n <= LANES ? 1 : 2, depth, a, panel, whole, PANEL, (Addend){NULL, 0});
     for (int r = 0; r < rows; r++)
-        for (int64_t i = 0; i < n; i++) out[r * stride + i] = whole[r * PANEL + i] + (plus.start ? plus.start[r * plus.row + i] : 0);
+        for (int64_t i = 0; i < n; i++) {
+            const float before = plus.start ? plus.start[r * plus.row + i] : 0;
+            out[r * stride + i] = whole[r * PANEL + i] + before;
+        }
 }
 
 /* Rows [row, row + rows) of the result, at most TILE_ROWS, in the columns of a block. */
-static void product_of_rows(const MatMul *p, int64_t row, int rows, Block block, const float *panels, float *copy, Ahead *block_ahead) {
+static void product_of_rows(
+    const MatMul *p, int64_t row, int rows, Block block, const float *panels, float *copy,
+    Ahead *block_ahead
+) {
     float *out = p->out + row * p->stride_out + block.column;
     const int64_t num_panels = (block.columns + PANEL - 1) / PANEL;
-    const Matrix lying = {p->a.start + row * p->a.row + block.first * p->a.column, p->a.row, p->a.column};
+    const float *start = p->a.start + row * p->a.row + block.first * p->a.column;
+    const Matrix lying = {start, p->a.row, p->a.column};
     const Matrix a = gather(lying, rows, block.depth, copy);
     Addend plus = {p->bias ? p->bias + block.column : NULL, 0};
     if (block.first || p->accumulate) plus = (Addend){out, p->stride_out};
     Ahead rows_ahead = {0};
-    if (row + 2 * rows <= p->M) rows_ahead = ahead_of_rows((Matrix){lying.start + rows * lying.row, lying.row, lying.column}, rows, block.depth, num_panels);
+    if (row + 2 * rows <= p->M) {
+        const Matrix next = {start + rows * lying.row, lying.row, lying.column};
+        rows_ahead = ahead_of_rows(next, rows, block.depth, num_panels);
+    }
     for (int64_t i = 0; i < num_panels; i++, panels += block.depth * PANEL, out += PANEL) {
         const int64_t n = least(PANEL, block.columns - i * PANEL);
         fetch(block_ahead);
@@ -144,63 +184,103 @@ static void product_of_rows(const MatMul *p, int64_t row, int rows, Block block,
     }
 }
 
-static void matmul_part(const MatMul *p, Part part, float *panels, float *copy) {
-    if (!part.rows || !part.columns) return; /* more threads than tiles */
-    const Plan plan = plan_of(p, part);
+/* A thread's memory: the packed blocks of column block `held / (layers + 1)` of all parts, of which
+   the first `held % (layers + 1)` are there; and rows of a. */
+#define NOTHING INT64_MAX
+
+typedef struct {
+    float *panels, *copy;
+    int64_t *held;
+} Memory;
+
+/* Piece `number` of the whole result. */
+static void matmul_piece(const Plan *plan, int64_t number, const Memory *memory) {
+    const MatMul *p = plan->product;
+    const int64_t which = number / plan->chunks, chunk = number % plan->chunks;
+    const Part part = part_of(plan, which / plan->columns);
+    const int64_t column = which % plan->columns, all = plan->layers + 1;
     const int64_t num_tiles = (part.rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (int64_t number = 0; number < plan.num_blocks; number++) {
-        const Block block = block_of(&plan, number);
-        Ahead next = ahead_of_block(p, block_of(&plan, number + 1), num_tiles * ((block.columns + PANEL - 1) / PANEL));
-        pack_block(p, block, panels);
-        for (int64_t i = 0; i < num_tiles; i++) { /* evenly many rows each */
-            const int64_t row = part.rows * i / num_tiles, rows = part.rows * (i + 1) / num_tiles - row;
-            product_of_rows(p, part.row + row, (int)rows, block, panels, copy, &next);
+    const int64_t start = num_tiles * chunk / plan->chunks;
+    const int64_t stop = num_tiles * (chunk + 1) / plan->chunks;
+    if (column * plan->width >= part.columns || start == stop) return;
+    if (*memory->held / all != which) *memory->held = which * all;
+    float *panels = memory->panels;
+    for (int64_t layer = 0; layer < plan->layers; layer++) {
+        const Block block = block_of(plan, part, column, layer);
+        const int64_t num_panels = (block.columns + PANEL - 1) / PANEL;
+        const int64_t times = (stop - start) * num_panels;
+        Ahead next;
+        if (*memory->held % all == layer) {
+            pack_block(p, block, panels);
+            ++*memory->held;
         }
+        if (layer + 1 < plan->layers && *memory->held % all == layer + 1)
+            next = ahead_of_block(p, block_of(plan, part, column, layer + 1), 0, 1, times);
+        else
+            next = ahead_of_block(
+                p, block_of(plan, part, column + 1, layer), chunk, plan->chunks, times
+            );
+        for (int64_t i = start; i < stop; i++) { /* evenly many rows each */
+            const int64_t row = part.rows * i / num_tiles;
+            const int rows = (int)(part.rows * (i + 1) / num_tiles - row);
+            product_of_rows(p, part.row + row, rows, block, panels, memory->copy, &next);
+        }
+        panels += block.depth * num_panels * PANEL;
     }
 }
 
-/* The threads are a grid of `down` x `across` parts of the result. */
-typedef struct {
-    const MatMul *product;
-    int64_t down, across;
-} Grid;
-
-static Part part_of(const Grid *grid, int64_t number) {
-    const MatMul *p = grid->product;
-    const int64_t i = number / grid->across, j = number % grid->across, panels = (p->N + PANEL - 1) / PANEL;
-    const int64_t row = p->M * i / grid->down, column = panels * j / grid->across * PANEL;
-    return (Part){row, p->M * (i + 1) / grid->down - row, column, least(p->N, panels * (j + 1) / grid->across * PANEL) - column};
+static void matmul_pieces(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+    const Plan *plan = state;
+    const size_t blocks = (size_t)BLOCK_DEPTH * BLOCK_COLUMNS;
+    const size_t rows = TILE_ROWS * (BLOCK_DEPTH + LINE);
+    float *scratch = pool_scratch(pool, thread, blocks + rows);
+    const Memory memory = {scratch, scratch + blocks, pool_held(pool, thread)};
+    for (int64_t i = start; scratch && i < stop; i++) matmul_piece(plan, i, &memory);
 }
 
-/* The largest part's time, in units of one product of two elements: to pack an element of b takes about PACK of them, to fetch one of a
-   READ (measured). */
-static int64_t cost(const Grid *grid) {
+/* The largest part's time, in units of one product of two elements: to pack an element of b takes
+   about PACK of them, to fetch one of a READ (measured). */
+static int64_t cost(const MatMul *p, int64_t down, int64_t across) {
     enum { PACK = 6, READ = 16 };
-    const int64_t panels = (grid->product->N + PANEL - 1) / PANEL, columns = (panels + grid->across - 1) / grid->across * PANEL;
-    const int64_t rows = (grid->product->M + grid->down - 1) / grid->down;
+    const int64_t panels = (p->N + PANEL - 1) / PANEL;
+    const int64_t columns = (panels + across - 1) / across * PANEL;
+    const int64_t rows = (p->M + down - 1) / down;
     return columns * (rows + PACK) + rows * READ;
 }
 
-static Grid best_grid(const MatMul *p, int64_t threads) {
-    Grid best = {p, threads, 1};
-    for (int64_t across = 2; across <= threads; across++) {
-        const Grid other = {p, threads / across, across};
-        if (threads % across == 0 && cost(&other) < cost(&best)) best = other;
-    }
-    return best;
-}
-
-static void matmul_parts(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
-    const Grid *grid = state;
-    const size_t block = (size_t)BLOCK_DEPTH * BLOCK_COLUMNS, rows = TILE_ROWS * (BLOCK_DEPTH + LINE);
-    float *scratch = pool_scratch(pool, thread, block + rows);
-    if (!scratch) return;
-    for (int64_t i = start; i < stop; i++) matmul_part(grid->product, part_of(grid, i), scratch, scratch + block);
+static Plan plan_of(const MatMul *p, int64_t threads) {
+    enum { PIECES = 16, LEAST_TILES = 4 }; /* of a part; of a piece, which may need a block packed */
+    Plan plan = {.product = p, .down = threads, .across = 1};
+    for (int64_t across = 2; across <= threads; across++)
+        if (threads % across == 0 &&
+            cost(p, threads / across, across) < cost(p, plan.down, plan.across)) {
+            plan.down = threads / across;
+            plan.across = across;
+        }
+    const int64_t panels = (p->N + PANEL - 1) / PANEL;
+    const int64_t columns = (panels + plan.across - 1) / plan.across * PANEL;
+    const int64_t rows = (p->M + plan.down - 1) / plan.down;
+    plan.depth = piece(p->K, BLOCK_DEPTH, LANES);
+    plan.width = piece(columns, BLOCK_COLUMNS, PANEL);
+    plan.columns = (columns + plan.width - 1) / plan.width;
+    const int64_t most = (rows + LEAST_TILES * TILE_ROWS - 1) / (LEAST_TILES * TILE_ROWS);
+    plan.chunks = least((PIECES + plan.columns - 1) / plan.columns, most);
+    return plan;
 }
 
 static void matmul_blocked(Pool *pool, const MatMul *p) {
     if (!p->M || !p->N) return;
-    enum { WORTHWHILE = 1 << 17 }; /* products of two elements for a thread: less is done before it is awake */
-    const Grid grid = best_grid(p, least(pool_size(pool), p->M * p->N * p->K / WORTHWHILE + 1));
-    pool_run(pool, matmul_parts, &grid, grid.down * grid.across, 1);
+    /* products of two elements for a thread: less is done before it is awake */
+    enum { WORTHWHILE = 1 << 17 };
+    const int64_t threads = least(pool_size(pool), p->M * p->N * p->K / WORTHWHILE + 1);
+    Plan plan = plan_of(p, threads);
+    /* without any depth, one block that gives zeros */
+    const int64_t depths = p->K ? (p->K + plan.depth - 1) / plan.depth : 1;
+    const int64_t fit = BLOCK_DEPTH * BLOCK_COLUMNS / (plan.depth * plan.width);
+    const int64_t pieces = plan.down * plan.across * plan.columns * plan.chunks;
+    for (; plan.first < depths; plan.first += plan.layers) {
+        plan.layers = least(fit, depths - plan.first);
+        for (int i = 0; i < pool_size(pool); i++) *pool_held(pool, i) = NOTHING;
+        pool_run_pieces(pool, matmul_pieces, &plan, pieces, pieces, (int)threads);
+    }
 }

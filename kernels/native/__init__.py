@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -120,10 +121,19 @@ _blas_limit: Any = None  # keeps threadpoolctl's limit in force
 
 
 class _BySize(dict[int, Any]):
-    """Pools by their number of threads, made when they are first asked for."""
+    """Pools by their number of threads, made when they are first asked for.
+
+    A pool for which the system starts fewer threads works with these. Its results are the same.
+    """
 
     def __missing__(self, size: int) -> Any:
         made = self[size] = extension.Pool(size)  # type: ignore[union-attr]
+        if made.threads < size:
+            print(
+                f"minillm: only {made.threads} of {size} threads could be started, so kernels "
+                "are slower; the limit is `ulimit -u` or the container's pids.max",
+                file=sys.stderr,
+            )
         return made
 
 

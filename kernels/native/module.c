@@ -29,7 +29,7 @@ static PyObject *pool_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     self->pool = pool_create(num_threads);
     if (!self->pool) {
         Py_DECREF(self);
-        return PyErr_Format(PyExc_OSError, "cannot start %d threads", num_threads);
+        return PyErr_NoMemory();
     }
     return (PyObject *)self;
 }
@@ -43,11 +43,21 @@ static void pool_dealloc(PoolObject *self) {
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
+static PyObject *pool_threads(PyObject *self, void *nothing) {
+    return PyLong_FromLong(pool_running(((PoolObject *)self)->pool));
+}
+
+static PyGetSetDef pool_fields[] = {
+    {"threads", pool_threads, NULL, "Threads that run: fewer than asked for if the system starts no more.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyTypeObject PoolType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "minillm.kernels.native._c.Pool",
     .tp_doc = "Pool(num_threads): threads for kernels to run on, the calling one included. One call at a time.",
     .tp_basicsize = sizeof(PoolObject),
     .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_getset = pool_fields,
     .tp_new = pool_new,
     .tp_dealloc = (destructor)pool_dealloc,
 };

@@ -1,4 +1,4 @@
-/* One pool of threads per rank: a handle, no static state. The calling thread works too. */
+/* One pool of threads per rank: a handle, no static state. The calling thread works as well. */
 #ifndef MINILLM_POOL_H
 #define MINILLM_POOL_H
 
@@ -7,20 +7,40 @@
 
 typedef struct Pool Pool;
 
-/* Works on the range [start, stop) of the items, as thread number `thread` of the pool. */
-typedef void RangeFunction(Pool *pool, const void *state, int64_t start, int64_t stop, int thread);
+/* Works on the range [start, stop) of the items, as thread number `thread` of the pool. Ranges may
+   run on any thread and in any order: what a range computes must depend on the range alone. */
+typedef void RangeFunction(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+);
 
-/* NULL if memory or threads cannot be had. */
+/* Make a pool of up to `num_threads` threads, fewer if the system starts no more. NULL if memory is
+   short. */
 Pool *pool_create(int num_threads);
 void pool_destroy(Pool *pool);
+
+/* Threads asked for, and threads that run. */
 int pool_size(const Pool *pool);
+int pool_running(const Pool *pool);
 
-/* Call `function` on contiguous ranges that cover 0 to `num_items`, at most one per thread and each of at least `grain` items. The cut
-   depends on the numbers alone, so that results repeat. Range i is always run by thread i. */
-void pool_run(Pool *pool, RangeFunction *function, const void *state, int64_t num_items, int64_t grain);
+/* Call `function` on contiguous ranges that cover 0 to `num_items`, for at most one thread per
+   `grain` items. */
+void pool_run(
+    Pool *pool, RangeFunction *function, const void *state, int64_t num_items, int64_t grain
+);
 
-/* `num_floats` floats on a 64-byte boundary that belong to one thread until its next call; NULL if memory is short. */
+/* The same for `num_pieces` ranges of equal length. The first `threads` threads begin with equal
+   shares of them. With one thread, there is one range. */
+void pool_run_pieces(
+    Pool *pool, RangeFunction *function, const void *state, int64_t num_items, int64_t num_pieces,
+    int threads
+);
+
+/* Return `num_floats` floats on a 64-byte boundary, a thread's own until its next call; NULL if
+   memory is short. */
 float *pool_scratch(Pool *pool, int thread, size_t num_floats);
+
+/* Return the function's note of what a thread's scratch holds. It may be set before a call. */
+int64_t *pool_held(Pool *pool, int thread);
 
 /* Remember that memory was short; module.c turns it into MemoryError. */
 void pool_out_of_memory(Pool *pool);

@@ -1,5 +1,6 @@
 /* Every op's cpu.c, compiled for one instruction set: the including file defines VARIANT and VECTOR_BYTES and chooses the target. */
 
+#include "groups.h"
 #include "tile.h"
 #include "vector.h"
 
@@ -32,17 +33,17 @@ const Kernel VARIANT[] = {
     {"gelu_erf_forward", "fFi", gelu_erf_forward},
     {"gelu_tanh_backward", "ffFi", gelu_tanh_backward},
     {"gelu_tanh_forward", "fFi", gelu_tanh_forward},
-    {"layernorm_backward", "ff?ffffF?F?ii", layernorm_backward},
+    {"layernorm_backward", "ff?ffffF?F?iii", layernorm_backward},
     {"layernorm_forward", "ff?ff?F?FFFiid", layernorm_forward},
     {"matmul", "mmMf?F?iiiii", matmul},
     {"relu_backward", "ffFi", relu_backward},
     {"relu_forward", "fFi", relu_forward},
-    {"rmsnorm_backward", "ff?fffF?F?ii", rmsnorm_backward},
+    {"rmsnorm_backward", "ff?fffF?F?iii", rmsnorm_backward},
     {"rmsnorm_forward", "ff?fF?FFiid", rmsnorm_forward},
     {"rope", "Hffiiiii", rope},
     {"sgd", "Ffid", sgd},
-    {"sum_arrays", "UFDii", sum_arrays},
-    {"sum_of_squares", "fDi", sum_of_squares},
+    {"sum_arrays", "UFDiii", sum_arrays},
+    {"sum_of_squares", "fDii", sum_of_squares},
     {"swiglu_backward", "ffFii", swiglu_backward},
     {"swiglu_forward", "fFii", swiglu_forward},
     {"xent_grad", "Fffqiii", xent_grad},

@@ -141,7 +141,7 @@ INLINE float dot(const float *x, const float *y, int64_t n) {
     return total;
 }
 
-enum { SUM_ROWS = 64 }; /* rows summed before they join the total: many short sums round less than a long one */
+enum { SUM_ROWS = 64 }; /* rows of a short sum: many short sums round less than a long one */
 
 /* sum = x + y */
 INLINE void add_rows(const float *x, const float *y, float *sum, int64_t n) {

@@ -35,11 +35,10 @@ def rmsnorm_backward(
 ) -> tuple[Any, Any]:
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     grad_x = out_like(x, grad_x_out) if need_x else None
-    partials = np.zeros((get_threads(), D), x.dtype) if need_params else None
+    grad_weight = np.empty(D, x.dtype) if need_params else None
     grad_sum = None if grad_sum is None else dense(grad_sum)
-    c.rmsnorm_backward(
-        pool(), dense(grad_y), grad_sum, dense(x), weight, rstd, grad_x, partials, num_rows, D
-    )
+    rows = (dense(x), weight, rstd, grad_x, grad_weight, num_rows, D, get_threads())
+    c.rmsnorm_backward(pool(), dense(grad_y), grad_sum, *rows)
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
-    return grad_x, None if partials is None else np.add.reduce(partials)
+    return grad_x, grad_weight

@@ -32,8 +32,8 @@ static void rmsnorm_forward(Pool *pool, const Argument *arguments) {
 typedef struct {
     const float *grad_y, *grad_sum, *x, *weight, *rstd; /* grad_sum: or NULL */
     float *grad_x;   /* or NULL; may be grad_y */
-    float *partials; /* [threads, D] zeros, or NULL: each thread's share of the gradient of weight */
-    int64_t num_rows, D;
+    float *grad_params; /* [D]: the gradient of weight, or NULL */
+    int64_t num_rows, D, num_parts;
 } RMSNormBackward;
 
 static void rmsnorm_backward_row(const RMSNormBackward *a, int64_t row, float *grad_weight) {
@@ -55,19 +55,32 @@ static void rmsnorm_backward_row(const RMSNormBackward *a, int64_t row, float *g
     if (a->grad_sum) add_to(grad_x, a->grad_sum + row * D, D);
 }
 
-static void rmsnorm_backward_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
-    const RMSNormBackward *a = state;
-    float *sums = a->partials ? pool_scratch(pool, thread, (size_t)a->D) : NULL;
-    if (a->partials && !sums) return;
-    for (int64_t first = start; first < stop; first += SUM_ROWS) {
-        const int64_t last = first + SUM_ROWS < stop ? first + SUM_ROWS : stop;
-        if (sums) memset(sums, 0, (size_t)a->D * sizeof *sums);
-        for (int64_t row = first; row < last; row++) rmsnorm_backward_row(a, row, sums);
-        if (sums) add_to(a->partials + thread * a->D, sums, a->D);
+typedef struct {
+    const RMSNormBackward *arguments;
+    Groups groups;
+    float *sums; /* [groups, D] or NULL */
+} RMSNormBackwardGroups;
+
+static void rmsnorm_backward_groups(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
+    const RMSNormBackwardGroups *g = state;
+    const RMSNormBackward *a = g->arguments;
+    const int64_t width = a->D;
+    for (int64_t number = start; number < stop; number++) {
+        const Group rows = group_at(&g->groups, number);
+        float *sums = g->sums ? g->sums + number * width : NULL;
+        if (sums) memset(sums, 0, (size_t)width * sizeof *sums);
+        for (int64_t row = rows.start; row < rows.stop; row++) rmsnorm_backward_row(a, row, sums);
     }
 }
 
 static void rmsnorm_backward(Pool *pool, const Argument *arguments) {
     UNPACK(RMSNormBackward, a, arguments);
-    pool_run(pool, rmsnorm_backward_rows, &a, a.num_rows, SUM_ROWS);
+    RMSNormBackwardGroups g = {&a, groups_of(a.num_rows, SUM_ROWS, a.num_parts, SUM_ROWS), NULL};
+    const int64_t width = a.D;
+    if (a.grad_params && !(g.sums = groups_memory(pool, &g.groups, width))) return;
+    pool_run(pool, rmsnorm_backward_groups, &g, g.groups.num_parts * g.groups.in_part, 1);
+    if (g.sums) add_groups(pool, &g.groups, g.sums, width, a.grad_params);
+    free(g.sums);
 }

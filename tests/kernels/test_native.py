@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -20,9 +22,9 @@ c = native.VARIANTS[-1].functions
 
 
 def squares(pool: object, x: np.ndarray, threads: int) -> float:
-    partials = np.zeros(threads)
-    c.sum_of_squares(pool, x, partials, x.size)
-    return float(partials.sum())
+    total = np.empty(1)
+    c.sum_of_squares(pool, x, total, x.size, threads)
+    return float(total[0])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 64])
@@ -31,6 +33,78 @@ def test_a_pool_covers_every_item_once(threads: int) -> None:
     for size in (0, 1, 1000, 16384 * threads, 16384 * threads + 5):
         x = np.ones(size, np.float32)
         assert squares(pool, x, threads) == size
+
+
+def operations(threads: int) -> list[bytes]:
+    """Return the results of operations whose work a pool cuts, in a context of `threads`."""
+    rng = np.random.default_rng(7)
+    x, grad = (rng.standard_normal((1000, 96)).astype(np.float32) for _ in range(2))
+    weight, long = x[0].copy(), rng.standard_normal(200_003).astype(np.float32)
+    q, k, v = (rng.standard_normal((3, 70, 5, 32)).astype(np.float32) for _ in range(3))
+    with kernels.threads(threads):
+        y, mean, rstd = kernels.layernorm_forward(x, weight, weight, 1e-5)[:3]
+        found = [
+            y,
+            *kernels.layernorm_backward(grad, x, weight, mean, rstd),
+            kernels.matmul(x, np.ascontiguousarray(grad.T)),
+            kernels.matmul(x.T, grad),
+            kernels.gelu_forward(long, "tanh"),
+            *kernels.attention_forward(q, k, v, scale=0.2, visibility=kernels.Visibility()),
+            np.float64(kernels.sum_of_squares(long)),
+        ]
+    return [np.ascontiguousarray(array).tobytes() for array in found]
+
+
+def test_pieces_may_run_on_any_thread() -> None:
+    expected = operations(3)
+    stop = threading.Event()
+
+    def disturb() -> None:
+        while not stop.is_set():
+            sum(range(1000))
+
+    others = [threading.Thread(target=disturb) for _ in range(4)]
+    for other in others:
+        other.start()
+    try:
+        for _ in range(20):
+            assert operations(3) == expected
+    finally:
+        stop.set()
+        for other in others:
+            other.join()
+
+
+LIMITED = """
+import hashlib, os, resource, sys
+import numpy as np
+from minillm import kernels
+x = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
+y = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float32)
+def products():
+    with kernels.threads(3), kernels.use(matmul=sys.argv[1]):
+        return kernels.sum_of_squares(x), kernels.matmul(y, y.T.copy()).tobytes()
+if sys.argv[2] == "limited":
+    if os.getuid() == 0:
+        os.setuid(54321)  # the limit does not bind root
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+print(products()[0], hashlib.sha256(products()[1]).hexdigest())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit counts threads on Linux alone")
+@pytest.mark.parametrize("matmul", ["c", "numpy"])
+def test_a_pool_without_its_threads_gives_the_same_results(matmul: str) -> None:
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", LIMITED, matmul, how], capture_output=True, text=True, timeout=60
+        )
+        for how in ("free", "limited")
+    ]
+    assert all(run.returncode == 0 for run in runs), runs[1].stderr
+    assert runs[0].stdout == runs[1].stdout and not runs[0].stderr
+    assert runs[1].stderr.count("\n") == 1
+    assert "only 1 of 3 threads could be started" in runs[1].stderr
 
 
 def test_workers_that_fell_asleep_wake_up() -> None:
