@@ -89,7 +89,7 @@ class PipelineRuntime:
         self._activations: Mailbox = {}
         self._grads: Mailbox = {}
         self._sends: list[Work] = []
-        self._sums: dict[str, list[Any]] = {}
+        self.terms: dict[str, list[Any]] = {}  # of the sums, by name, in order
         if self.train:
             self.replication.begin_step()
         with nullcontext() if self.train else no_grad():
@@ -111,12 +111,12 @@ class PipelineRuntime:
             method(self, action)
 
     def _totals(self) -> Sums:
-        return {name: sum(values, 0.0) for name, values in self._sums.items()}
+        return {name: sum(values, 0.0) for name, values in self.terms.items()}
 
     def _add(self, sums: Mapping[str, Any]) -> None:
         for name, value in sums.items():
             value = float(value) if on_host(value) else value
-            self._sums.setdefault(name, []).append(value)
+            self.terms.setdefault(name, []).append(value)
 
     def _forward(self, action: Action) -> None:
         stage, key = self.stages[action.stage], _key(action)

@@ -9,7 +9,7 @@ from training_helpers import INIT_STD, VOCAB, Layout, make_batches, make_config
 from minillm.comm.threads import run_ranks
 from minillm.data.batches import eval_windows
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
-from minillm.training.held_out import measure
+from minillm.training.held_out import Stopped, measure
 from minillm.training.trainer import Trainer
 
 
@@ -40,6 +40,26 @@ def _evaluate(layout: Layout, num_tokens: int, **changes) -> list[tuple[float, i
 def test_equals_one_rank(layout: Layout, num_tokens: int) -> None:
     (expected,) = _evaluate(Layout(), num_tokens)
     assert expected[1] == num_tokens
+    assert 0.7 * np.log(VOCAB) < expected[0] < 3 * np.log(VOCAB)  # near that of a uniform guess
     for loss, counted in _evaluate(layout, num_tokens):
         assert counted == num_tokens
         assert abs(loss - expected[0]) <= 1e-12 * expected[0]
+
+
+def test_a_request_to_stop_on_one_rank_ends_the_measurement_on_all() -> None:
+    config = make_config("gpt2", Layout(dp=2, pp=2, num_microbatches=2))
+    looks = []
+
+    def rank(comm):
+        trainer = Trainer(config, comm, LanguageModeling(make_batches(config)), std=INIT_STD)
+        windows = eval_windows(np.zeros(100_000, np.int64), config.model.context, 99_999)
+
+        def stop() -> bool:
+            looks.append(comm.rank)
+            return comm.rank == 1 and looks.count(1) == 2
+
+        with pytest.raises(Stopped):
+            measure(trainer.model, HeldOutText(windows, None), comm, config.microbatch, stop)
+
+    run_ranks(4, rank)
+    assert sorted(looks) == [0, 0, 1, 1, 2, 2, 3, 3]
