@@ -18,7 +18,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 from minillm.data.batches import eval_windows
 from minillm.data.corpus import load_corpus
-from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint, place
+from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place
 from minillm.tasks.language_model import HeldOutText
 from minillm.training.held_out import measure
 
@@ -31,7 +31,7 @@ class EvaluateArgs(ReadOptions):
     """
 
     checkpoint: str = option(path=True)
-    """Folder of a run, or one of its checkpoints."""
+    """Folder of a run, or one of its checkpoints; may also be the first word, without the flag."""
     data: str | None = option(None, path=True)
     """Text to measure on, all of it; left out: the held-out part of the text that the model was
     trained on."""
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> EvaluateArgs:
-    return parse_flags(EvaluateArgs, argv, prog="python -m minillm.evaluate")
+    return parse_flags(EvaluateArgs, named_run(argv), prog="python -m minillm.evaluate")
 
 
 def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:

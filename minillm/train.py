@@ -18,6 +18,7 @@ from minillm.base.errors import ConfigError
 from minillm.base.flags import to_toml
 from minillm.base.log import Log
 from minillm.base.options import ComputeOptions
+from minillm.base.terminal import printable
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import agree, from_first, known_to_all
 from minillm.comm.communicator import MAX, Communicator
@@ -175,7 +176,7 @@ def _sample(run: Run, replica: Communicator) -> str:
         if replica.reduce_numbers([run.stop.asked()], MAX)[0]:
             break
     text = corpus.tokenizer.decode(ids)
-    return f"\n--- a sample at temperature {SAMPLE_TEMPERATURE} ---\n{text}\n---"
+    return f"\n--- a sample at temperature {SAMPLE_TEMPERATURE} ---\n{printable(text)}\n---"
 
 
 if __name__ == "__main__":

@@ -55,10 +55,14 @@ def split_flags(
         with registry, contextlib.redirect_stderr(io.StringIO()):
             found, unknown = tyro.cli(
                 cls,
-                args=list(argv),
+                args=_joined(cls, argv),
                 prog=prog,
                 description=(cls.__doc__ or "").partition("\n")[0],
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+                config=(
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.DisallowNone,
+                    tyro.conf.UseAppendAction,
+                ),
                 return_unknown_args=True,
                 add_help=add_help,
                 **given,
@@ -74,6 +78,16 @@ def split_flags(
         ]
         raise ConfigError(f"{', '.join(required)} must be given; see {prog} --help") from None
     return found, unknown
+
+
+def _joined(cls: type[Record], argv: Sequence[str]) -> list[str]:
+    """Return `argv` with each text that may begin with a dash joined to its flag by `=`."""
+    texts = {flag(name) for name, known in cls.options().items() if known.metadata.get("verbatim")}
+    words, joined = iter(argv), []
+    for word in words:
+        value = next(words, None) if word in texts else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
 
 
 def to_toml(config: Record) -> str:
@@ -120,6 +134,8 @@ def _refuse(cls: type[Record], words: Sequence[str], prog: str) -> None:
 
 def _reading(constructors: Any, kind: Any) -> Any:
     """Return tyro's rule for a value: any number of words, so that `Record` finds the errors."""
+    if get_origin(kind) is tuple:
+        return None  # tyro's own rule: a flag that may be given several times
     inner = kind if get_origin(kind) is Literal else next(iter(get_args(kind)), kind)  # X | None
     choices = get_args(inner)
     if not choices and inner not in (int, float, str):

@@ -58,17 +58,19 @@ def option(
     resumable: bool = False,
     announced: bool = False,
     path: bool = False,
+    verbatim: bool = False,
 ) -> Any:
     """Return a dataclass field with its bounds.
 
     NaN and infinity fall outside any bounds. `resumable` marks how a run computes and what it
     reports: a continuation may change it silently. `announced` marks what alters the result: a
     continuation may change it and prints a line. `path` marks a file or folder, where ~ stands for
-    the home folder.
+    the home folder. `verbatim` marks a text that may begin with a dash: the word after the flag is
+    its value, whatever it is.
     """
     given = {"at least": at_least, "more than": above, "below": below}
     bounds = {words: bound for words, bound in given.items() if bound is not None}
-    marks = {"resumable": resumable, "announced": announced, "path": path}
+    marks = dict(resumable=resumable, announced=announced, path=path, verbatim=verbatim)
     return dataclasses.field(default=default, metadata={"bounds": bounds, **marks})
 
 
@@ -163,6 +165,9 @@ def _checked(value: Any, known: Option, text: str, *, bounds: bool = True) -> An
 
     Raises ConfigError that begins with `text`, formatted with the value.
     """
+    if get_origin(known.kind) is tuple:
+        one = known._replace(kind=get_args(known.kind)[0])
+        return tuple(_checked(item, one, text, bounds=bounds) for item in value)
     if isinstance(value, Words):
         raise ConfigError(f"{text.format('takes one value')}, not {' '.join(value) or 'none'}")
     if type(value) is int and float in (known.kind, *get_args(known.kind)):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from minillm import kernels
 from minillm.base.errors import ConfigError, MinillmError, PeerFailed
+from minillm.base.terminal import drop_output, open_streams
 from minillm.comm.agreement import AgreedError, agree
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.cores import threads_per_rank
@@ -155,6 +156,7 @@ def run_program(
         with kernels.threads(threads_per_rank(comm)):
             body(comm, options)
         comm.barrier()  # MPI_Finalize waits for all ranks without a time-out
+        sys.stdout.flush()
         return 0
 
     return main_guard(program)
@@ -164,8 +166,10 @@ def main_guard(program: Callable[[], int]) -> int:
     """Return the exit status of a program: its own, 1 after an error, 130 after Ctrl-C.
 
     The first rank prints an AgreedError once all ranks have confirmed it. Any other error is
-    printed by its rank and ends all ranks.
+    printed by its rank and ends all ranks. If the reader of standard output has gone, the program
+    ends silently with 141, the status that a shell gives to such programs.
     """
+    open_streams()
     try:
         return program()
     except AgreedError as error:
@@ -177,6 +181,10 @@ def main_guard(program: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         abort(130)
         return 130
+    except BrokenPipeError:
+        drop_output()
+        abort(141)
+        return 141
     except Exception as error:
         return _end(error)
 

@@ -59,13 +59,17 @@ class Generator:
         When the context is full, generation restarts from its last half. Collective: every rank
         takes the same number of ids.
         """
-        context, ids, end = self.context, list(prompt), len(prompt) + num_tokens
+        ids, end = list(prompt), len(prompt) + num_tokens
         while len(ids) < end:
-            window = ids[-context:] if len(ids) <= context else ids[-(context // 2 or 1) :]
-            count = min(context - len(window) + 1, end - len(ids))
+            window = ids[-self.reads(len(ids)) :]
+            count = min(self.context - len(window) + 1, end - len(ids))
             for token in self._fill(window, count, sampling, len(ids)):
                 ids.append(token)
                 yield token
+
+    def reads(self, length: int) -> int:
+        """Return how many of the last ids of a text of `length` ids the model reads."""
+        return length if length <= self.context else self.context // 2 or 1
 
     def _fill(
         self, window: list[int], count: int, sampling: Sampling, position: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -57,17 +57,19 @@ class Opened:
     corpus: str  # SHA-256 of the text it was trained on
 
     def resolve(
-        self, layout: ReadOptions, num_ranks: int, *, generating: bool = False
+        self, layout: ReadOptions, num_ranks: int, *, texts: int | None = None
     ) -> ResolvedConfig:
         """Return the configuration on `num_ranks` ranks; dp gets the ranks that tp and pp leave.
 
-        Raises ConfigError for an impossible layout, and if the device has no kernels for the model.
+        `texts` is the number of texts to write, of which each replica takes one at a time. Raises
+        ConfigError for an impossible layout, for replicas without a text, and if the device has no
+        kernels for the model.
         """
         dp = max(1, num_ranks // (layout.tp * layout.pp))
-        if generating and num_ranks != layout.tp * layout.pp:
+        if texts is not None and dp > texts:
             raise ConfigError(
                 f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * "
-                f"{layout.pp} ranks; use --tp {num_ranks}, or one rank"
+                f"{layout.pp} ranks; use --tp {num_ranks}, --samples {dp}, or one rank"
             )
         dtype = self.config.compute.dtype
         if layout.device == "cpu" and dtype == "bfloat16":
@@ -86,6 +88,12 @@ class Opened:
             batch=8 * dp,
         )
         return resolve(free, num_ranks, self.vocab)
+
+
+def named_run(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with the run that its first word may name as `--checkpoint`."""
+    words = list(argv)
+    return ["--checkpoint", *words] if words and not words[0].startswith("-") else words
 
 
 def open_checkpoint(path: str, comm: Communicator, best: bool = False) -> Opened:

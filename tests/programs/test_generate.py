@@ -1,0 +1,169 @@
+"""`minillm generate`: prompts, samples, stop texts, and output that nothing can break."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mpi_helpers import environment, mpirun, needs_mpirun
+
+from minillm import generate
+from minillm.base.errors import ConfigError
+
+RUN = str(Path(__file__).parents[1] / "checkpoint" / "saved_by_e77a9ad")
+WHOLE = ["--tokens", "6", "--temperature", "0"]  # the likeliest text: the same on every layout
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[object]:
+    def program(*argv: str, status: int = 0) -> str:
+        assert generate.main([RUN, *argv]) == status
+        return "".join(capsys.readouterr())
+
+    yield program
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+    """Pipe `text` into standard input."""
+    reading, writing = os.pipe()
+    os.write(writing, text)
+    os.close(writing)
+    monkeypatch.setattr(sys, "stdin", open(reading, encoding="ascii"))  # noqa: SIM115
+
+
+def test_the_run_may_be_the_first_word(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("--prompt", "The", *WHOLE) == run("--prompt=The", *WHOLE)
+    with pytest.raises(ConfigError, match=r"--checkpoint must be given"):
+        generate._parse(["--prompt", "The"])
+
+
+def test_a_prompt_may_look_like_a_flag(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("--prompt", "--foo", *WHOLE).startswith("--foo")
+    assert run("--prompt", "", *WHOLE, status=1).startswith("error: --prompt is empty")
+    assert generate._parse(["run", "--stop", "--a", "--stop=-", "--stop", "b c"]).stop == (
+        *("--a", "-"),
+        "b c",
+    )
+
+
+def test_each_piped_line_is_a_prompt(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    typed(monkeypatch, "Thé\n\nOf ".encode())
+    texts = run(*WHOLE).split("\n---\n")
+    assert len(texts) == 2 and texts[0].startswith("Thé") and texts[1].startswith("Of ")
+    typed(monkeypatch, b"One\nTwo\n")
+    assert run("--prompt", "-", *WHOLE).startswith("One\nTwo")
+    typed(monkeypatch, b"One\nTwo\n")
+    assert run("--prompt", "here", *WHOLE).startswith("here")  # what is piped stays unread
+    typed(monkeypatch, b"")
+    assert run(*WHOLE).startswith("\n")
+    typed(monkeypatch, b"\xff\n")
+    assert run(*WHOLE, status=1).startswith("error: standard input is not UTF-8")
+
+
+def test_samples_have_seeds_of_their_own(run) -> None:  # type: ignore[no-untyped-def]
+    three = run("--prompt", "The", "--samples", "3", "--seed", "4", "--tokens", "9")
+    each = [run("--prompt", "The", "--seed", str(4 + i), "--tokens", "9") for i in range(3)]
+    assert three == "---\n".join(each) and len(set(each)) == 3
+
+
+def test_impossible_requests_are_refused() -> None:
+    for words, message in (
+        (["--samples", "2", "--temperature", "0"], "the same text each time"),
+        (["--interactive", "--prompt", "a"], "leave --prompt out"),
+        (["--stop", ""], "--stop is empty"),
+        (["--top-p", "2"], "--top-p 2.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            generate._parse(["run", *words])
+
+
+def test_the_text_ends_before_a_stop_text(run) -> None:  # type: ignore[no-untyped-def]
+    text = run("--prompt", "The", "--tokens", "60")[3:]
+    stop = text[20:22]
+    assert run("--prompt", "The", "--tokens", "60", "--stop", stop)[3:] == (
+        text[: text.index(stop)] + "\n"
+    )
+
+
+def test_a_prompt_that_is_cut_says_so(run) -> None:  # type: ignore[no-untyped-def]
+    assert "note: the prompt has 17 tokens, and the context is 16; the model reads the last 8" in (
+        run("--prompt", "a" * 17, *WHOLE)
+    )
+    assert "note" not in run("--prompt", "a" * 16, *WHOLE)
+
+
+def test_a_bad_prompt_does_not_end_the_loop(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The\n\ud800\nOf"))
+    texts = run("--interactive", *WHOLE)
+    assert texts.startswith("The") and "\nOf" in texts and "error: the text has U+D800" in texts
+
+
+def test_any_encoding_of_the_output_will_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "minillm.generate", RUN, "--prompt", "é€", *WHOLE],
+        env=environment({"PYTHONIOENCODING": "ascii"}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and done.stdout.startswith(b"\\xe9\\u20ac"), done
+
+
+def test_a_reader_may_leave() -> None:
+    command = [sys.executable, "-m", "minillm.generate", RUN, "--tokens", "100000"]
+    program = subprocess.Popen(
+        command,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert program.stdout is not None and program.stderr is not None
+    assert len(program.stdout.read(20)) == 20  # long before the last token
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait(60) == 141
+    program.stderr.close()
+
+
+def test_a_terminal_gets_no_control_characters_and_a_prompt_loop() -> None:
+    command = [sys.executable, "-m", "minillm.generate", RUN, "--interactive", "--temperature=9"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [*command, "--tokens=100000"], environment())
+    seen = b""
+
+    def wait_for(text: bytes, size: int = 0) -> None:
+        nonlocal seen
+        while text not in seen or len(seen) < size:
+            seen += os.read(terminal, 4096)
+
+    try:
+        wait_for(b"> ")
+        os.write(terminal, b"The\n")
+        wait_for(b"The\r\nThe", 600)
+        os.kill(pid, signal.SIGINT)  # ends the text, not the loop
+        wait_for(b"\r\n> ")
+        os.write(terminal, b"\x04")
+        _, status = os.waitpid(pid, 0)
+    finally:
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0
+    shown = seen[seen.index(b"The\r\nThe") : seen.rindex(b"\r\n> ")]
+    assert not set(shown) & ({*range(32), 127} - set(b"\r\n\t"))
+    assert b"\\x" in shown  # a model that has learnt nothing writes them
+
+
+@needs_mpirun
+def test_replicas_share_the_samples() -> None:
+    argv = ["-m", "minillm.generate", RUN, "--prompt", "The", "--samples", "3", "--tokens", "12"]
+    one, two = mpirun(0, argv), mpirun(4, [*argv, "--tp", "2"])
+    assert one.returncode == two.returncode == 0, two.output
+    shown = generate.printable(one.output)  # under a launcher, whose pipe may be a terminal
+    assert two.output == shown and shown.count("\n---\n") == 2
