@@ -21,6 +21,7 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     "train": Program("minillm.train", "train a model, alone or over the ranks of mpirun"),
+    "prepare": Program("minillm.data.prepare", "tokenize a text once, for many runs"),
     "evaluate": Program("minillm.evaluate", "measure the loss of a checkpoint"),
     "generate": Program("minillm.generate", "write text with a checkpoint"),
     "plot": Program("minillm.training.plot", "draw the curves of runs"),

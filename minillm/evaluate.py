@@ -35,6 +35,11 @@ class EvaluateArgs(ReadOptions):
     data: str | None = option(None, path=True)
     """Text to measure on, all of it; left out: the held-out part of the text that the model was
     trained on."""
+    text_field: str | None = None
+    """Field of .jsonl lines, or column of .parquet files, that holds the text; left out: as in
+    training."""
+    cache: str | None = None
+    """Folder for tokenized texts; left out: as in training."""
     tokens: int | None = option(None, at_least=1)
     """Tokens to predict, from the beginning; left out: all."""
 
@@ -54,26 +59,27 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm, args.best)
         config = opened.resolve(args, comm.size)
-        share = None if args.data is None else 0.0
-        source = opened.config.corpus.data if args.data is None else args.data
+        data = opened.config.corpus
+        own = args.data or data.val_data  # measured as a whole
         corpus = load_corpus(
-            source,
+            own or data.data,
             opened.tokenizer,
             context=1,
             vocab=config.model.vocab,
-            held_out=share,
+            held_out=1.0 if own else None,
+            text_field=args.text_field or data.text_field,
+            cache=args.cache or data.cache,
             comm=comm,
         )
-        if args.data is None and corpus.sha256 != opened.corpus:
+        if not own and corpus.sha256 != opened.corpus:
             raise ConfigError(
                 f"{corpus.source} has changed since training (sha256 {corpus.sha256[:12]}, was "
                 f"{opened.corpus[:12]}), so its end may hold text that the model was trained on; "
                 "put the old text back, or name a text with --data to measure on all of it"
             )
-        tokens = corpus.held_out if args.data is None else corpus.train
-        windows = eval_windows(tokens, config.model.context, args.tokens)
+        windows = eval_windows(corpus.held_out, config.model.context, args.tokens)
         model = load_trained(opened, config, comm, device)
-    held_out = HeldOutText(windows, corpus.bytes_per_token)
+    held_out = HeldOutText(windows, corpus.held_out_bytes(windows.num_tokens))
     return json.dumps(measure(model, held_out, comm, config.microbatch).numbers())
 
 

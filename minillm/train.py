@@ -156,7 +156,14 @@ def _plan(
         if origin is not None:
             tokenizer = tokenizer_from_json(origin.record.tokenizer)
         corpus = load_corpus(
-            data.data, tokenizer, context=model.context, vocab=model.vocab, comm=comm
+            data.data,
+            tokenizer,
+            context=model.context,
+            vocab=model.vocab,
+            val_data=data.val_data,
+            text_field=data.text_field,
+            cache=data.cache,
+            comm=comm,
         )
         config = resolve(options, comm.size, corpus.vocab_size)
     return corpus, config

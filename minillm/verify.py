@@ -71,6 +71,9 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
             config.corpus.tokenizer,
             context=config.model.context,
             vocab=config.model.vocab,
+            val_data=config.corpus.val_data,
+            text_field=config.corpus.text_field,
+            cache=config.corpus.cache,
             comm=comm,
         )
         resolved = resolve(config, comm.size, corpus.vocab_size)

@@ -13,8 +13,16 @@ class DataOptions(Record):
 
     data: str = option("stdlib", announced=True, path=True)
     """Text to learn: stdlib (the source of Python's standard library), austen (a novel, included),
-    shakespeare (fetched once), a text file, a folder of text files, or a .bin or .npy file of
-    tokens."""
+    shakespeare (fetched once), a text file, a folder of texts, a pattern such as 'src/**/*.py', or
+    a .bin or .npy file of tokens."""
+    val_data: str | None = option(None, resumable=True, path=True)
+    """Held-out text or tokens of its own, named as for --data; left out: the end of the text, or
+    val.bin beside train.bin."""
+    text_field: str = option("text", announced=True)
+    """Field of .jsonl lines, or column of .parquet files, that holds the text."""
     tokenizer: str | None = None
     """Tokens of the text: byte, char, or the path of a tokenizer.json; left out: byte for text,
     none for files of tokens."""
+    cache: str | None = option(None, resumable=True, path=True)
+    """Folder for tokenized texts, which later starts map; left out: minillm in $XDG_CACHE_HOME or
+    ~/.cache."""

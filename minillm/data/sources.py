@@ -1,19 +1,20 @@
-"""Sources of text: resolution of `--data`, and the text itself.
+"""Sources of text: resolution of `--data` to a list of files.
 
-A text source is a list of UTF-8 files that are concatenated. It is the source of Python's standard
-library (`stdlib`, on every machine), a novel included in the package (`austen`), a file, or a
-folder of `.txt` files. `token_files` opens files of token ids.
+A source is the source code of Python's standard library (`stdlib`, on every machine), a novel
+included in the package (`austen`), a file, a folder, or a pattern such as `src/**/*.py`. `reading`
+reads the files, `token_files` opens files of token ids.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import gzip
+import glob
 import os
+import stat
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 TOKEN_SUFFIXES = (".bin", ".npy")
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+"""Kinds of file that a folder is searched for; each but the last may be compressed, as .txt.gz."""
+
+HIDDEN, SPECIAL, BROKEN = "hidden", "no regular file", "broken link"
 
 _NOT_SOURCE = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}
@@ -47,26 +52,36 @@ class TextSource:
     name: str
     files: tuple[Path, ...]
     held_out: float = 0.1  # default fraction for evaluation
+    field: str = "text"  # of a .jsonl object or a .parquet row
+    summary: str = ""  # of a folder or a pattern: the files read and left out
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value, so that rank 0 can send the list to the other ranks."""
-        return {
-            "name": self.name,
-            "files": [str(path) for path in self.files],
-            "held_out": self.held_out,
-        }
+        return {**vars(self), "files": [str(path) for path in self.files]}
 
     @staticmethod
     def from_json(value: Any) -> TextSource:
         """Rebuild the source that `to_json` wrote."""
-        return TextSource(value["name"], tuple(map(Path, value["files"])), value["held_out"])
+        return TextSource(**{**value, "files": tuple(map(Path, value["files"]))})
 
 
-def find_source(source: str) -> TextSource | Path:
+def shown(path: Path | str) -> str:
+    """Return a path for messages; bytes of its name that are not UTF-8 become U+FFFD."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
+
+
+def kind_of(path: Path) -> str:
+    """Return the suffix of a file in lower case, without that of its compression."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def find_source(source: str, field: str = "text", option: str = "--data") -> TextSource | Path:
     """Resolve `--data source`: return a text, or the path of a token file.
 
-    A built-in name wins over a path: `./austen` is a file. Raises ConfigError if nothing has that
-    name. The message lists the built-in names and suggests a similar one.
+    A built-in name wins over a path: `./austen` is a file. An existing path wins over a pattern.
+    `field` is that of --text-field. Raises ConfigError if nothing has that name. The message lists
+    the built-in names and suggests a similar one.
     """
     if source == "stdlib":
         return TextSource("stdlib", stdlib_files(), held_out=0.05)
@@ -74,27 +89,34 @@ def find_source(source: str) -> TextSource | Path:
         return TextSource("austen", (Path(__file__).with_name("austen.txt.gz"),))
     if source == "shakespeare":
         return TextSource("shakespeare", (_fetch_shakespeare(),))
-    path = Path(source).expanduser()
+    if not source:
+        raise ConfigError(f"{option} is empty; give a file, a folder, or one of {built_in_names()}")
+    name = shown(source)
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
-            return _find_in_folder(path)
+            return _find_in_folder(path, field)
         if path.is_file():
-            return path if path.suffix in TOKEN_SUFFIXES else TextSource(str(path), (path,))
+            tokens = path.suffix in TOKEN_SUFFIXES
+            return path if tokens else TextSource(shown(path), (path,), field=field)
         if path.exists():
             raise ConfigError(
-                f"--data {source!r} is neither a file nor a folder; give a file on disk, or one of "
-                f"{_names()}"
+                f"{option} {name!r} is neither a file nor a folder; give a file on disk, or one of "
+                f"{built_in_names()}"
             )
-    except OSError as error:
+        if glob.has_magic(source):
+            return _find_by_pattern(str(path), field, option)
+    except (OSError, RuntimeError, ValueError) as error:  # no home of that user; a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"cannot look at --data {source!r}: {error.strerror}; give a readable file or folder, "
-            f"or one of {_names()}"
+            f"cannot look at {option} {name!r}: {reason}; give a readable file or folder, or one "
+            f"of {built_in_names()}"
         ) from None
     close = difflib.get_close_matches(source.lower(), BUILT_IN, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
-        f"--data {source!r}: no such file or folder, and no built-in data of that name.{hint} "
-        f"Built-in: {_names()}"
+        f"{option} {name!r}: no such file or folder, and no built-in data of that name.{hint} "
+        f"Built-in: {built_in_names()}"
     )
 
 
@@ -130,75 +152,102 @@ def stdlib_files(root: Path | None = None) -> tuple[Path, ...]:
     return tuple(path for _, path in sorted(found))
 
 
-def read_text(source: TextSource) -> str:
-    """Return the concatenated text of all files, with a line end after each of several files.
+def _find_in_folder(folder: Path, field: str) -> TextSource | Path:
+    """Return train.bin or train.npy of a folder, else its texts, sorted by the bytes of their path.
 
-    Raises ConfigError for a file that is missing, unreadable or not UTF-8 (with the position of
-    the first wrong byte), and for a blank text.
-    """
-    parts = []
-    for path in source.files:
-        with reading(path):
-            data = path.read_bytes()
-            data = gzip.decompress(data) if path.suffix == ".gz" else data
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at position "
-                f"{error.start} of {len(data)} ({error.reason}); convert it, for example with "
-                "`iconv -f LATIN1 -t UTF-8`, or name token files .bin or .npy"
-            ) from None
-        parts.append(text if len(source.files) == 1 or text.endswith("\n") else text + "\n")
-    text = "".join(parts)
-    if not text.strip():
-        size = f"{len(text)} characters, all blank" if text else "0 bytes"
-        raise ConfigError(
-            f"--data {source.name} is empty ({size}); give a text, or choose one of {_names()}"
-        )
-    return text
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Raise ConfigError naming `path` if the enclosed block cannot read it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} is gone: it existed when the run looked for its data; put it back and start "
-            "again"
-        ) from None
-    except (OSError, EOFError) as error:
-        raise ConfigError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the file and "
-            "its permissions"
-        ) from None
-
-
-def _find_in_folder(folder: Path) -> TextSource | Path:
-    """Return train.bin or train.npy of a folder, else its `.txt` files.
-
-    The files of all subfolders are sorted by path.
+    Linked folders are entered, each folder once. Hidden files and folders are left out.
     """
     for suffix in TOKEN_SUFFIXES:
         if (folder / f"train{suffix}").is_file():
             return folder / f"train{suffix}"
-    texts: list[Path] = []
-    others: set[str] = set()
-    for inside, _, files in os.walk(folder):
-        texts += (Path(inside, name) for name in files if name.endswith(".txt"))
-        others.update(Path(name).suffix or name for name in files if not name.endswith(".txt"))
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    seen = {_identity(folder)}
+    for inside, subfolders, files in os.walk(folder, followlinks=True):
+        subfolders.sort(key=os.fsencode)  # which of two links to a folder is entered
+        left_out[HIDDEN] += sum(name.startswith(".") for name in (*subfolders, *files))
+        visible = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [name for name in visible if _is_new(Path(inside, name), seen)]
+        found += (Path(inside, name) for name in files if not name.startswith("."))
+    texts, others = _texts_of(found)
     if not texts:
-        seen = f"it has {', '.join(sorted(others)[:8])}" if others else "it has no files"
+        kinds = _counted(others + left_out)
         raise ConfigError(
-            f"the folder {folder} holds no .txt files and no train.bin ({seen}); name one file, or "
-            "put your text into .txt files"
+            f"the folder {shown(folder)} holds no {', '.join(TEXT_SUFFIXES)} files and no "
+            f"train.bin ({f'it has {kinds}' if kinds else 'it has no files'}); name one file, or a "
+            "pattern such as 'folder/**/*.tex'"
         )
+    texts.sort(key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))
     return TextSource(
-        str(folder),
-        tuple(sorted(texts, key=lambda path: path.relative_to(folder).as_posix().encode())),
+        shown(folder), tuple(texts), field=field, summary=_summary(texts, others + left_out)
     )
+
+
+def _find_by_pattern(pattern: str, field: str, option: str) -> TextSource:
+    """Return the files that match `pattern`, where ** stands for any folders, each file once."""
+    matches = sorted(glob.glob(pattern, recursive=True), key=os.fsencode)
+    paths = list({os.path.realpath(match): Path(match) for match in reversed(matches)}.values())
+    files = [path for path in reversed(paths) if not path.is_dir()]
+    texts, left_out = _texts_of(files, any_kind=True)
+    tokens = [path for path in texts if path.suffix in TOKEN_SUFFIXES]
+    if not texts or tokens:
+        why = f"matches the token file {shown(tokens[0])}" if tokens else "matches no file"
+        raise ConfigError(
+            f"{option} {shown(pattern)!r} {why}; a pattern names texts, such as 'src/**/*.py' (in "
+            "quotes, so that the shell hands it on)"
+        )
+    summary = _summary(texts, left_out)
+    return TextSource(shown(pattern), tuple(texts), field=field, summary=summary)
+
+
+def _texts_of(paths: Iterable[Path], any_kind: bool = False) -> tuple[list[Path], Counter[str]]:
+    """Return the regular files of a kind that is read, and the number of others by kind.
+
+    A FIFO, a socket or a device is never opened: reading it could wait without an end.
+    """
+    texts: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for path in paths:
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError:
+            left_out[BROKEN] += 1
+            continue
+        if regular and (any_kind or kind_of(path) in TEXT_SUFFIXES):
+            texts.append(path)
+        else:
+            left_out[(path.suffix.lower() or "without a suffix") if regular else SPECIAL] += 1
+    return texts, left_out
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """Return True the first time that a folder is met, under whatever name."""
+    identity = _identity(folder)
+    if identity in seen:
+        return False
+    seen.add(identity)
+    return True
+
+
+def _summary(texts: Sequence[Path], left_out: Counter[str]) -> str:
+    """Return the files read and left out, by kind: '3 files (2 .py, 1 .md; left out: 1 .png)'."""
+    kinds = _counted(Counter(kind_of(path) or "without a suffix" for path in texts))
+    others = _counted(left_out)
+    number = f"{len(texts)} file{'s' if len(texts) != 1 else ''}"
+    return f"{number} ({kinds}{f'; left out: {others}' if others else ''})"
+
+
+def _counted(kinds: Counter[str]) -> str:
+    """Return numbers by kind, most first, at most six kinds."""
+    ranked = sorted(((number, kind) for kind, number in kinds.items() if number), reverse=True)
+    words = [f"{number} {shown(kind)}" for number, kind in ranked[:6]]
+    rest = sum(number for number, _ in ranked[6:])
+    return ", ".join([*words, *([f"{rest} others"] if rest else [])])
 
 
 def _fetch_shakespeare() -> Path:
@@ -235,5 +284,6 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _names() -> str:
+def built_in_names() -> str:
+    """Return the built-in sources and what they are, for messages."""
     return ", ".join(f"{name} ({what})" for name, what in BUILT_IN.items())

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from minillm.base.errors import ConfigError
-from minillm.data.sources import reading
+from minillm.data.reading import reading
 
 HEADER_BYTES = 256 * 4
 LLMC_FORMATS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: (version, dtype)

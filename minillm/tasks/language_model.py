@@ -37,13 +37,14 @@ class LanguageModeling:
 class HeldOutText:
     """Cross-entropy over the targets of `windows`.
 
-    `bytes_per_token` converts it to bits per byte, which compares across tokenizers.
+    `num_bytes`, the UTF-8 bytes of these targets, converts it to bits per byte, which compares
+    across tokenizers. None if it is unknown.
     """
 
     sums: Sequence[str] = ("loss",)
 
-    def __init__(self, windows: EvalWindows, bytes_per_token: float | None) -> None:
-        self.windows, self.bytes_per_token = windows, bytes_per_token
+    def __init__(self, windows: EvalWindows, num_bytes: int | None) -> None:
+        self.windows, self.num_bytes = windows, num_bytes
         self.num_rows = windows.num_windows
         self._times = np.arange(windows.context)
 
@@ -60,7 +61,7 @@ class HeldOutText:
     def result(self, sums: Mapping[str, float]) -> Evaluation:
         """Return loss, perplexity and bits per byte."""
         tokens = self.windows.num_tokens
-        return Evaluation.of(sums["loss"] / tokens, tokens, self.bytes_per_token)
+        return Evaluation.of(sums["loss"] / tokens, tokens, self.num_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +74,9 @@ class Evaluation:
     tokens: int  # counted targets
 
     @staticmethod
-    def of(loss: float, tokens: int, bytes_per_token: float | None) -> Evaluation:
-        """Return the evaluation with a mean loss in nats per token."""
-        bits = loss / math.log(2) / bytes_per_token if bytes_per_token else None
+    def of(loss: float, tokens: int, num_bytes: int | None) -> Evaluation:
+        """Return the evaluation with a mean loss in nats per token, over `num_bytes` of text."""
+        bits = loss * tokens / math.log(2) / num_bytes if num_bytes else None
         return Evaluation(loss, perplexity(loss), bits, tokens)
 
     def values(self) -> dict[str, float]:

@@ -187,7 +187,7 @@ class Run:
         if not tokens or len(self.corpus.held_out) < 2:
             return None
         windows = eval_windows(self.corpus.held_out, self.config.model.context, tokens)
-        held_out = HeldOutText(windows, self.corpus.bytes_per_token)
+        held_out = HeldOutText(windows, self.corpus.held_out_bytes(windows.num_tokens))
         model, microbatch = self.trainer.model, self.config.microbatch
         with suppress(Stopped):
             return measure(model, held_out, self.comm, microbatch, self.stop.asked)

@@ -77,8 +77,10 @@ class ResolvedConfig:
         ranks and for what it changes. `stop_after` and `out` are not stored: a checkpoint never
         decides where files are written. The path of the data is absolute.
         """
-        not_kept = {"stop_after": None, "out": None, "data": located(self.options.corpus.data)}
-        asked, known = self.options.to_dict() | not_kept, self.options.options()
+        corpus = self.options.corpus
+        val_data = None if corpus.val_data is None else located(corpus.val_data)
+        kept = {"stop_after": None, "out": None, "data": located(corpus.data), "val_data": val_data}
+        asked, known = self.options.to_dict() | kept, self.options.options()
         return {
             name: asked[name] if known[name].resumable else value
             for name, value in self.filled().to_dict().items()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,8 +55,8 @@ def test_text_is_cut_in_two_and_comes_back(path: Path, tokenizer: str) -> None:
     assert restored.decode(corpus.train) + restored.decode(corpus.held_out) == TEXT
     assert corpus.sha256 == hashlib.sha256(TEXT.encode()).hexdigest()
     assert len(restored.decode(corpus.held_out)) == int(0.1 * len(TEXT))
-    held_bytes = len(restored.decode(corpus.held_out).encode())
-    assert corpus.bytes_per_token == pytest.approx(held_bytes / len(corpus.held_out))
+    scored = restored.decode(corpus.held_out[1:9])
+    assert corpus.held_out_bytes(8) == len(scored.encode())
     assert corpus.vocab_size == (256 if tokenizer == "byte" else len(set(TEXT)))
 
 
@@ -62,7 +64,7 @@ def test_folder_reads_its_texts_in_order(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "1.txt").write_text("second, without an end of line")
     (tmp_path / "a.txt").write_text("first\n")
-    (tmp_path / "c.md").write_text("not a text file")
+    (tmp_path / "c.tex").write_text("not of a kind that is read")
     corpus = load_corpus(str(tmp_path), context=4, held_out=0.0)
     assert corpus.tokenizer.decode(corpus.train) == "first\nsecond, without an end of line\n"
 
@@ -87,7 +89,7 @@ def test_token_files(tmp_path: Path) -> None:
             np.array_equal(np.concatenate([corpus.train, corpus.held_out]), ids)
             and len(corpus.held_out) == 500
         )
-        assert corpus.vocab_size == int(ids.max()) + 1 and corpus.bytes_per_token is None
+        assert corpus.vocab_size == int(ids.max()) + 1 and corpus.held_out_bytes(10) is None
 
 
 def test_all_ranks_have_the_same(path: Path) -> None:
@@ -100,14 +102,16 @@ def test_all_ranks_have_the_same(path: Path) -> None:
 def test_a_text_that_differs_on_one_rank_is_refused_on_all(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minillm.data import corpus as module
+    from minillm.data import encoding as module
 
-    usual = module.read_text
+    usual = module.read_blocks
 
-    def read(source: object) -> str:
-        return usual(source) + ("!" if threading.current_thread().name == "rank 1" else "")  # type: ignore[arg-type]
+    def read(source: Any) -> Iterator[str]:
+        yield from usual(source)
+        if threading.current_thread().name == "rank 1":
+            yield "!"
 
-    monkeypatch.setattr(module, "read_text", read)
+    monkeypatch.setattr(module, "read_blocks", read)
 
     def rank(comm: Communicator) -> str:
         with pytest.raises(ConfigError, match="not the same on all ranks") as error:
