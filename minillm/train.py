@@ -60,7 +60,10 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         origin = _origin(comm, start)
         corpus, config = _plan(comm, options, origin)
         if start.print_config:
-            log(to_toml(config.filled()).rstrip())
+            shown = config.filled()
+            if start.resume is not None:  # the folder is that of the run
+                shown = shown.replace(out=options.output.out)
+            log(to_toml(shown).rstrip())
             return
         if origin is not None and (nothing := _nothing_left(origin, config)):
             log(nothing)

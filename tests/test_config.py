@@ -554,11 +554,18 @@ def test_starts_that_make_no_sense_are_refused(argv: list[str], words: str) -> N
 
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    start, config = parse_train_args(["--out=~/x", "--resume", "~/y", "--data", "~/z.txt"])
+    words, saved = ["--out=~/x", "--resume", "~/y", "--data", "~/z.txt"], RunConfig().to_dict()
+    start, config = parse_train_args(words, saved=lambda start: saved)
     home = str(tmp_path)
     assert (config.output.out, start.resume) == (f"{home}/x", f"{home}/y")
     assert config.corpus.data == f"{home}/z.txt"
     assert parse("--out", "./~x").output.out == "./~x"
+
+
+def test_a_file_of_a_text_editor_on_windows_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(b"\xef\xbb\xbfsteps = 5\r\n")
+    assert parse("--config", str(file)).optimization.steps == 5
 
 
 @pytest.mark.parametrize(("text", "value"), [("save_every = 5", 5), ('save-every = "2h"', "2h")])

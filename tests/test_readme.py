@@ -60,7 +60,9 @@ def test_ci_runs_the_extracted_test_command_last() -> None:
 
 
 def test_train_flags_in_the_readme_exist() -> None:
-    known = {flag(name) for cls in (RunConfig, StartOptions) for name in cls.options()}
+    options = {**RunConfig.options(), **StartOptions.options()}
+    known = {flag(name) for name in options}
+    known |= {flag(f"no_{name}") for name in options if options[name].kind is bool}
     lines = [
         line.partition("#")[0]
         for block in BLOCKS

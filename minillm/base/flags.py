@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from minillm.base.errors import ConfigError
@@ -107,11 +108,11 @@ def read_toml(path: str) -> dict[str, Any]:
     import tomllib
 
     try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
+        # As text editors on Windows write it, with a BOM; and names of files may be any bytes.
+        values = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig", "surrogateescape"))
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path} is not TOML: {error}") from None
     return {name.replace("-", "_"): value for name, value in values.items()}
 

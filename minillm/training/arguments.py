@@ -80,6 +80,8 @@ def parse_train_args(
     from_file = {} if first.config is None else read_toml(first.config)
     cls.from_dict(from_file, str(first.config))  # before the preset, so that errors name the file
     origin = start.resume or start.init_from
+    if origin is not None and saved is None:
+        raise ConfigError(f"{prog} begins with initial weights; leave {origin} out")
     held = saved(start) if saved is not None and origin is not None else None
     if held is not None and start.resume is not None:
         base = cls.from_dict(held, str(origin))

@@ -51,7 +51,7 @@ def _gpt2(layers: int, heads: int, dim: int, lr: float, microbatch: int) -> dict
         layers=layers, heads=heads, dim=dim, context=1024, vocab=50257, bias=True, tied=True
     )
     training = dict(batch=512, microbatch=microbatch, steps=600_000, lr=lr, warmup=2000, beta2=0.95)
-    return model | training | dict(eval_every=1000, eval_tokens=1 << 20, save_every=1000)
+    return model | training | dict(eval_every=1000, eval_tokens=1 << 20)
 
 
 def _shakespeare_char() -> dict[str, Any]:

@@ -133,7 +133,8 @@ def begin(run: Path, config: str, origin: Origin | None) -> list[str]:
         if origin.run is not None:
             keep_until(origin.step, origin.run / METRICS, metrics)
     temporary = run / f"{CONFIG}.tmp"
-    temporary.write_text(config, encoding="utf-8")
+    # Names of files may be any bytes: Python holds what is not UTF-8 as surrogates.
+    temporary.write_bytes(config.encode("utf-8", "surrogateescape"))
     os.replace(temporary, run / CONFIG)
     return lines
 

@@ -23,7 +23,7 @@ class OptimizationOptions(Record):
     lr: float = option(2e-3, above=0, announced=True)
     """Highest learning rate, reached after the warm-up."""
     min_lr: float | None = option(None, at_least=0, announced=True)
-    """Learning rate at the last step; left out: lr / 10."""
+    """Learning rate at the end of the decay, one step after the last; left out: lr / 10."""
     lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", announced=True)
     """Decay of the learning rate from lr to min-lr after the warm-up."""
     warmup: int | None = option(None, at_least=0, announced=True)

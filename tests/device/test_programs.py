@@ -64,6 +64,11 @@ def test_train_save_resume_evaluate_and_generate(
     assert "stand-in, device 0" in text and "--- a sample" in text and "held-out loss" in text
     run(capsys, f"--dtype={dtype}", f"--out={parts}", "--stop-after=3")
     run(capsys, f"--resume={parts}")
+    run(
+        capsys, f"--init-from={whole}", f"--dtype={dtype}", "--steps=1", f"--out={tmp_path / 'new'}"
+    )
+    started = lines(tmp_path / "new")[0]["loss"]  # on the first batch of the run
+    assert started < lines(whole)[0]["loss"] - 0.1
     first, second = lines(whole), lines(parts)
     assert (
         [line["step"] for line in first] == [line["step"] for line in second] == list(range(1, 7))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from importlib import import_module
@@ -14,9 +15,14 @@ import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
 from minillm import checkpoint, evaluate, train
+from minillm.base.errors import ConfigError
+from minillm.base.flags import to_toml
 from minillm.base.lock import FolderLock
 from minillm.data.batches import Batches
 from minillm.inference import loading
+from minillm.training.arguments import parse_train_args
+from minillm.training.config import RunConfig
+from minillm.training.folder import begin, check_visible
 from minillm.training.trainer import StepReport, Trainer
 
 Train = Callable[..., str]
@@ -183,6 +189,12 @@ def dying_at(step: int, usual: Callable[..., StepReport]) -> Callable[..., StepR
     return dying
 
 
+def test_every_rank_looks_at_the_folder(tmp_path: Path) -> None:
+    check_visible(tmp_path)
+    with pytest.raises(ConfigError, match="choose a folder that all ranks share"):
+        check_visible(tmp_path / "on another host")
+
+
 # Other options
 
 
@@ -282,6 +294,34 @@ def test_the_advice_after_a_divergence_works(
     output = run_train("--resume", back, "--lr", 1e-3, "--clip", 1)
     assert "--lr 0.001 (was 0.002)" in output
     assert steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_configuration_and_a_run_to_resume_go_together(
+    tiny: list[str], tmp_path: Path, run_train: Train
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "more.toml"
+    run_train(*tiny)
+    before = contents(run)
+    printed = run_train("--resume", run, "--steps", 9, "--print-config")
+    assert "steps = 9\n" in printed and "\nout = " not in printed
+    assert contents(run) == before and "\nout = " not in (run / "config.toml").read_text()
+    file.write_text("steps = 8\nlr = 0.01\n")
+    output = run_train("--resume", run, "--config", file, "--lr", 0.02)
+    assert "--steps 8 (was 6)" in output and "--lr 0.02 (was 0.002)" in output
+    assert "warmup" not in output and steps(run) == list(range(1, 9))
+    file.write_text("dim = 32\n")
+    assert "--dim 32 (was 16)" in run_train("--resume", run, "--config", file, status=1)
+    output = run_train("--resume", run, "--config", run / "config.toml", "--steps", 9)
+    assert f"output  {run}\n" in output and "--steps 9 (was 8)" in output
+    with pytest.raises(ConfigError, match="begins with initial weights"):
+        parse_train_args(["--resume", str(run)])
+
+
+def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
+    config = RunConfig().replace(data=os.fsdecode(b"/caf\xe9.txt"))
+    begin(tmp_path, to_toml(config), None)
+    assert b"caf\xe9.txt" in (tmp_path / "config.toml").read_bytes()
+    assert parse_train_args(["--config", str(tmp_path / "config.toml")])[1] == config
 
 
 # From weights
