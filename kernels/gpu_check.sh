@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Tests and times the CUDA kernels on a machine with a GPU: about five minutes for the kernels, then
-# at most four for training. What does not fit into the time is reported as not run.
+# Tests and times the CUDA kernels on a machine with a GPU: at most nine minutes for the kernels, and
+# nine for training. What does not fit into the time is reported as not run. Where a command may take
+# ten minutes, make two calls:
+#
+#     kernels/gpu_check.sh --only ceilings,smoke,tests,attention,steps --out DIR
+#     kernels/gpu_check.sh --only training --out DIR
 #
 # Sections: environment, two ceilings, smoke tests, every kernel test on the device, attention
 # beside PyTorch's, the other kernels as a share of the copy ceiling, compute-sanitizer, training.
-# Writes JSON and Markdown to docs/gpu-results/ (--out: elsewhere). `--help` lists the options.
+# Writes JSON and Markdown to docs/gpu-results/ (--out: elsewhere), after each section. `--help` lists
+# the options. MINILLM_COMMIT names the commit where the files come without their .git folder.
 #
 # Installs nothing. Runs with the Python of the machine (PYTHON, else python3), which needs NumPy,
 # ml_dtypes and CuPy 14 with NVRTC. Ranks that share the GPU are processes if mpi4py and mpirun are

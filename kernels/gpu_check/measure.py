@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,13 @@ import numpy as np
 # A turn is a thousand times a launch: Python's work between launches stays hidden.
 TURN_SECONDS = 5e-3
 TURNS = 7
+
+
+def save_json(path: Path, found: Any) -> None:
+    """Replace a file by results as JSON, atomically: it never holds half of them."""
+    half = path.with_suffix(".half")
+    half.write_text(json.dumps(found), encoding="utf-8")
+    os.replace(half, path)
 
 
 def seconds(run: Callable[[], Any], turns: int = TURNS) -> float:

@@ -10,6 +10,7 @@ Found = dict[str, Any]
 _PEERS = ("flash", "cuDNN")
 _GROUPS = {"flash": ("flash",), "cuDNN": ("cuDNN",), "the faster peer": _PEERS}
 _SHORT, _LONG = (64, True, 1024), (128, True, 4096)  # head width, causal, T
+GOAL_SHAPES = (_SHORT, _LONG)
 # Our rate over that of a group of peers: direction, shape, group, targets by stages.
 _ATTENTION_GOALS = (
     ("forward", _SHORT, "flash", (0.9, 1.0)),

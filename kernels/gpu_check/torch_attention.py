@@ -1,6 +1,7 @@
-"""Rates of PyTorch's attention, with its flash and its cuDNN back end, printed as JSON.
+"""Rates of PyTorch's attention, with its flash and its cuDNN back end, in a JSON file.
 
-The operation is scaled_dot_product_attention; the shapes are those of attention.py.
+The operation is scaled_dot_product_attention; the shapes are those of attention.py. The file is
+replaced after each shape, so that a process which is stopped leaves what it has measured.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from minillm.kernels.gpu_check.attention import Shape, shapes
-from minillm.kernels.gpu_check.measure import median_seconds
+from minillm.kernels.gpu_check.attention import Shape, empty, goals_first
+from minillm.kernels.gpu_check.measure import median_seconds, save_json
 from minillm.kernels.gpu_check.report import error_line
 
 BACKENDS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
@@ -53,11 +55,13 @@ def _row(torch: Any, shape: Shape, notes: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Print the table as JSON. The program's only argument is the lengths, as JSON."""
+    """Write the table. The program's arguments are the lengths, as JSON, and the file."""
     torch = importlib.import_module("torch")
+    found = empty(tuple(json.loads(sys.argv[1])))
     notes = [f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"]
-    rows = [_row(torch, shape, notes) for shape in shapes(tuple(json.loads(sys.argv[1])))]
-    print(json.dumps({"rows": rows, "notes": list(dict.fromkeys(notes))}))
+    for row, shape in goals_first(found):
+        row.update(_row(torch, shape, notes))
+        save_json(Path(sys.argv[2]), found | {"notes": list(dict.fromkeys(notes))})
     return 0
 
 

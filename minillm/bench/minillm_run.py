@@ -36,6 +36,7 @@ def train(
     device: str,
     dtype: str,
     choices: str = "auto",
+    recompute: str = "auto",
     **sizes: int,
 ) -> dict[str, Any]:
     """Time training steps; collective.
@@ -44,7 +45,8 @@ def train(
     """
     place = open_device(device, comm.split_by_node().rank)
     with kernels.use(**kernels.choices_from(choices)):
-        trainer = random_trainer(comm, place, Shape(**sizes), device=device, dtype=dtype)
+        options = dict(device=device, dtype=dtype, recompute=recompute)
+        trainer = random_trainer(comm, place, Shape(**sizes), **options)
         comm = trainer.world
         gc.disable()
         for step in range(warmup):

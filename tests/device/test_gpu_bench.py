@@ -128,6 +128,12 @@ def test_what_there_is_no_time_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+def test_the_yardstick_runs_right_after_the_own_step() -> None:
+    assert gpu.SECTIONS.index("torch compile") == gpu.SECTIONS.index("gpt2") + 1
+    assert gpu.TIMED["gpt2"][1]["recompute"] == "none", "as PyTorch's own step"
+    assert set(gpu.TIMED) <= set(gpu.SECTIONS)
+
+
 def test_it_needs_numpy_cupy_and_ml_dtypes_only() -> None:
     """Import all of gpu_check and run training without the other packages."""
     script = """
@@ -154,6 +160,7 @@ def test_the_profile_accounts_for_the_step(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gpu, "BUSY", 64)
     with installed():
         found = gpu.profile(open_device("cuda"), TINY)
+    assert not found["idle"]
     assert found["launches"] > 0 and {"products", "CuPy's kernels", "host gaps"} <= set(
         found["shares"]
     )

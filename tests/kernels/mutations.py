@@ -225,8 +225,8 @@ MUTATIONS = [
     ),
     _v3(
         "values given back while they are read",
-        "        wait_for<0>(out);\n        release(&shared.v_empty[at.stage]);\n        #p",
-        "        release(&shared.v_empty[at.stage]);\n        wait_for<0>(out);\n        #p",
+        "        wait_for<0>(out);\n        release(&shared.v_empty[at.stage]);\n        rescale",
+        "        release(&shared.v_empty[at.stage]);\n        wait_for<0>(out);\n        rescale",
     ),
     _v3(
         "sums read while they are computed",
@@ -235,8 +235,8 @@ MUTATIONS = [
     ),
     _v3(
         "values never given back",
-        "        wait_for<0>(out);\n        release(&shared.v_empty[at.stage]);\n        #p",
-        "        wait_for<0>(out);\n        #p",
+        "        wait_for<0>(out);\n        release(&shared.v_empty[at.stage]);\n        rescale",
+        "        wait_for<0>(out);\n        rescale",
     ),
     _v3("missing rescale", "out[i] *= correction[i / 2 % 2];", ";"),
     _masked(

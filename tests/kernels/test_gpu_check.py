@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +17,15 @@ import pytest
 from minillm.kernels import registry
 from minillm.kernels.gpu import precompile, registering
 from minillm.kernels.gpu_check import __main__ as program
-from minillm.kernels.gpu_check import attention, checks, measure, report, smoke, steps
+from minillm.kernels.gpu_check import (
+    attention,
+    checks,
+    measure,
+    report,
+    smoke,
+    steps,
+    torch_attention,
+)
 from test_cuda import HostDevice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,6 +290,52 @@ def test_a_variant_that_breaks_leaves_the_others_their_numbers(
     found = program._attention(lambda: 40.0, problems)
     assert found["rows"][0]["forward"] == {"v2": 200.0, "flash": 230.0} and found["notes"] == ["a"]
     assert problems == ["attention v3: exit status 1: "]
+
+
+def test_goals_are_measured_first() -> None:
+    order = [shape for _, shape in attention.goals_first(attention.empty())]
+    assert [tuple(shape) for shape in order[:2]] == [(64, True, 1024), (128, True, 4096)]
+    assert sorted(order) == sorted(attention.shapes()), "and all others once"
+
+
+def test_rows_of_pytorch_survive_a_time_out(
+    part: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Check that the rows measured until a time-out or a failure are kept, in their place."""
+    installed = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True))
+    monkeypatch.setattr(attention, "importlib", installed)
+    measured: list[Any] = []
+
+    def row(torch: Any, shape: Any, notes: list[str]) -> dict[str, Any]:
+        if len(measured) == 2:
+            raise KeyboardInterrupt  # as a kill would, in the third shape
+        measured.append(shape)
+        return {"forward": {"flash": float(shape.T)}, "backward": {}}
+
+    modules = SimpleNamespace(
+        __version__="2", backends=SimpleNamespace(cudnn=SimpleNamespace(version=lambda: 9))
+    )
+    found = SimpleNamespace(import_module=lambda name: modules)
+    monkeypatch.setattr(torch_attention, "importlib", found)
+    monkeypatch.setattr(torch_attention, "_row", row)
+    saved = tmp_path / "rows.json"
+    monkeypatch.setattr(
+        torch_attention.sys, "argv", ["", json.dumps(attention.LENGTHS), str(saved)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        torch_attention.main()
+    for end, words in (
+        ("exec sleep 60", "PyTorch timed out after 1 s"),
+        ("exit 3", "PyTorch failed"),
+    ):
+        part.write_text(f'#!/bin/sh\ncp "{saved}" "$4"\n{end}\n')
+        part.chmod(0o755)
+        found = attention.empty()
+        attention.add(found, attention.torch(timeout=1))
+        rates = [row["forward"]["flash"] for row in found["rows"] if row["forward"]]
+        assert rates == [1024, 4096] and found["notes"][0] == "PyTorch 2, cuDNN 9"
+        assert found["notes"][1].startswith(words)
+        assert found["rows"][1]["forward"] and found["rows"][1]["T"] == 1024
 
 
 def test_without_the_sanitizer_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
