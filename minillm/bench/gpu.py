@@ -151,11 +151,11 @@ def profile(device: Device, shape: Shape) -> dict[str, Any]:
     trainer.step(9).verdict.numbers()
     idle: list[bool] = []
 
-    def step(start: Any) -> None:
+    def watched(start: Any) -> None:
         trainer.step(10)
         idle.append(start.done)  # the GPU had nothing left before all of the step was queued
 
-    busy = _span(device, step, lambda: _keep_busy(device, 2 * free + 0.05))
+    busy = _span(device, watched, lambda: _keep_busy(device, 2 * free + 0.05))
     parts: dict[str, list[Any]] = {}
     with _bracketed(device, parts):
         trainer.step(11).verdict.numbers()

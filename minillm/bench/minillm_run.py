@@ -45,7 +45,7 @@ def train(
     """
     place = open_device(device, comm.split_by_node().rank)
     with kernels.use(**kernels.choices_from(choices)):
-        options = dict(device=device, dtype=dtype, recompute=recompute)
+        options: dict[str, Any] = dict(device=device, dtype=dtype, recompute=recompute)
         trainer = random_trainer(comm, place, Shape(**sizes), **options)
         comm = trainer.world
         gc.disable()
