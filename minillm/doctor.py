@@ -23,7 +23,7 @@ from typing import Literal
 
 from minillm import __version__
 from minillm.base.requirements import installed_version, new_enough, parse_requirement
-from minillm.comm.cores import usable_cores
+from minillm.comm.cores import affinity, cgroup_quota, omp_limit, usable_cores
 
 DISTRIBUTION = "minillm-mpi"
 OLDEST_PYTHON = (3, 11)
@@ -300,13 +300,16 @@ def check_gpu() -> Iterator[Finding]:
 
 def check_machine(ranks: int) -> Iterator[Finding]:
     """Check cores, threads, memory shared between ranks, and the current folder."""
-    cores = usable_cores()
+    cores, quota, limit = usable_cores(), cgroup_quota(), omp_limit()
     each = max(cores // ranks, 1)
-    words = f"{cores} usable; {ranks} ranks here have {each} thread{'s' * (each > 1)} each"
+    words = f"{cores} usable"
+    if quota is not None:
+        words += f" ({len(affinity())} by affinity, a quota of {quota:.3g} by control groups)"
+    if limit is not None and limit < each:
+        each, words = limit, f"{words}; OMP_NUM_THREADS={limit}"
+    words += f"; {ranks} ranks here have {each} thread{'s' * (each > 1)} each (or --threads N)"
     if ranks > cores:
         words += f", no faster than {cores} ranks"
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        words += f"; OMP_NUM_THREADS={threads} is set"
     yield ok("cores", words)
     shared = Path("/dev/shm")
     if shared.is_dir():

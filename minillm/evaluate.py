@@ -46,7 +46,9 @@ class EvaluateArgs(ReadOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status."""
-    return run_program(_parse, lambda comm, args: print(_evaluate(comm, args)), argv)
+    return run_program(
+        _parse, lambda comm, args: print(_evaluate(comm, args)), argv, lambda args: args.threads
+    )
 
 
 def _parse(argv: Sequence[str]) -> EvaluateArgs:

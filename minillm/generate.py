@@ -78,7 +78,7 @@ class GenerateArgs(ReadOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status."""
-    return run_program(_parse, _generate, argv)
+    return run_program(_parse, _generate, argv, lambda args: args.threads)
 
 
 def _parse(argv: Sequence[str]) -> GenerateArgs:

@@ -42,7 +42,12 @@ SAMPLE_TEMPERATURE = 0.8
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status."""
-    return run_program(lambda words: parse_train_args(words, saved=saved_options), _train, argv)
+    return run_program(
+        lambda words: parse_train_args(words, saved=saved_options),
+        _train,
+        argv,
+        lambda given: given[1].compute.threads,
+    )
 
 
 def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda words: parse_train_args(words, prog="python -m minillm.verify", cls=VerifyConfig),
         _verify,
         argv,
+        lambda given: given[1].compute.threads,
     )
 
 

@@ -257,7 +257,8 @@ def test_every_flag_of_an_earlier_version_still_parses() -> None:
     defaults = RunConfig().to_dict()
     assert {name for name in values if values[name] == defaults[name]} == {
         *("preset", "heads", "tp", "pp", "device", "trace", "sequence_parallel", "check_order"),
-        *("log_every", "log_to", "keep_best", "val_data", "text_field", "cache"),  # are younger
+        # Younger:
+        *("log_every", "log_to", "keep_best", "val_data", "text_field", "cache", "threads"),
     }
     underscored = [word.replace("-", "_").replace("__", "--", 1) for word in words]
     assert parse_train_args(underscored)[1] == config
@@ -308,7 +309,7 @@ def test_sizes_left_out_follow() -> None:
     assert resolved.min_lr == found["min_lr"] == pytest.approx(3e-4)
     assert resolved.tokens_per_step == 16 * 128
     assert {name for name, value in found.items() if value is None} == {
-        *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache")
+        *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache", "threads")
     }
 
 
@@ -482,7 +483,7 @@ def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
 SILENT = """
     dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
     kernels device out save_every keep keep_best eval_every eval_tokens sample_tokens trace
-    stop_after check_every check_order comm_timeout log_every log_to val_data cache
+    stop_after check_every check_order comm_timeout log_every log_to val_data cache threads
 """
 ANNOUNCED = "steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field"
 

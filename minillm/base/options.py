@@ -20,6 +20,9 @@ class ComputeOptions(Record):
     kernels: str = option("auto", resumable=True)
     """Implementation of the operations: auto (the fastest), numpy, c, cuda, or by operation as
     attention=cuda:v2,matmul=c:avx2."""
+    threads: int | None = option(None, at_least=1, resumable=True)
+    """Threads of each rank's kernels; left out: its share of the cores that it may use on its
+    node, at most OMP_NUM_THREADS."""
     device: Literal["cpu", "cuda"] = option("cpu", resumable=True)
     """Memory of the arrays: the host's (cpu), or a GPU's (cuda)."""
 

@@ -3,25 +3,142 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from minillm import kernels
 
 if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator
 
+# Roots below which the files of a control group lie: version 2, then version 1.
+_ROOTS = (
+    "sys/fs/cgroup",
+    "sys/fs/cgroup/unified",
+    "sys/fs/cgroup/cpu",
+    "sys/fs/cgroup/cpu,cpuacct",
+)
+
+
+class ThreadShare(NamedTuple):
+    """Threads of a rank's kernels."""
+
+    threads: int
+    reason: str  # what limits them, in words
+
+    def words(self, each: str = "") -> str:
+        """Return the number with its noun and the reason, if there is one."""
+        words = f"{self.threads} thread{'s' * (self.threads != 1)}{each}"
+        return f"{words} ({self.reason})" if self.reason else words
+
+
+_in_use: ContextVar[ThreadShare] = ContextVar("thread_share")
+
+
+def affinity() -> set[int]:
+    """Return the cores that the scheduler may run this process on."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def cgroup_quota(root: Path = Path("/")) -> float | None:
+    """Return the cores' worth of time that control groups grant, or None without a limit.
+
+    The least of the quotas of this process's group and of the groups around it, of version 1 and
+    2. `root` is the root of the file system.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = {line.split(":", 2)[2] for line in lines if line.count(":") >= 2} | {"/"}
+    # Inside a container, the name of the group may be the host's, and the root is the group.
+    names = {name for path in own for name in (Path(path), *Path(path).parents)}
+    folders = {root / below / str(name).lstrip("/") for below in _ROOTS for name in names}
+    return min((quota for folder in folders for quota in _quotas(folder)), default=None)
+
+
+def _quotas(folder: Path) -> Iterator[float]:
+    """Yield the quotas that a group's folder states, in cores."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = map(int, " ".join((folder / f).read_text() for f in files).split())
+        except (OSError, ValueError):  # no such file, or the word max
+            continue
+        if quota > 0 and period > 0:  # -1: no limit
+            yield quota / period
+
 
 def usable_cores() -> int:
     """Return the cores that this process may run on, by affinity and by the container's quota."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    quota = cgroup_quota()
+    cores = len(affinity())
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def omp_limit() -> int | None:
+    """Return the first number of OMP_NUM_THREADS, or None if it names no positive one."""
+    word = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(word) if word.isascii() and word.isdigit() and int(word) > 0 else None
+
+
+def share_of_cores(masks: list[set[int]], rank: int) -> tuple[int, int]:
+    """Return the cores that `rank` shares with others, and how many ranks share them.
+
+    `masks` has the affinity mask of each rank of a node. Ranks share cores if their masks overlap,
+    or if both overlap with a third rank's.
+    """
+    cores, sharing = set(masks[rank]), {rank}
+    while more := {i for i, mask in enumerate(masks) if i not in sharing and mask & cores}:
+        sharing |= more
+        cores |= set().union(*(masks[i] for i in more))
+    return len(cores), len(sharing)
+
+
+def thread_share(comm: Communicator, asked: int | None = None) -> ThreadShare:
+    """Return the threads of this rank's kernels. Collective.
+
+    `asked` is the number that the user gave. Without it, the ranks of a node divide the cores that
+    their affinity masks and the quota leave them. OMP_NUM_THREADS is an upper bound.
+    """
+    node = comm.split_by_node()
+    everyone = node.gather_json([sorted(affinity()), cgroup_quota()])
+    if asked is not None:
+        return ThreadShare(asked, f"--threads {asked}")
+    cores, ranks = share_of_cores([set(mask) for mask, _ in everyone], node.rank)
+    among = f" for {ranks} ranks" if ranks > 1 else ""
+    best = ThreadShare(max(1, cores // ranks), f"{cores} core{'s' * (cores > 1)}{among}")
+    quotas = [quota for _, quota in everyone if quota is not None]
+    if quotas and (each := max(1, int(min(quotas) / node.size))) < best.threads:
+        best = ThreadShare(each, f"a quota of {min(quotas):.3g} cores")
+    bound = omp_limit()
+    if bound is not None and bound < best.threads:
+        best = ThreadShare(bound, f"OMP_NUM_THREADS={bound}")
+    return best
+
+
+@contextmanager
+def use_threads(comm: Communicator, asked: int | None = None) -> Iterator[None]:
+    """Let this context's kernels use this rank's `thread_share`. Collective."""
+    share = thread_share(comm, asked)
+    token = _in_use.set(share)
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(min(cores, int(quota) // int(period)), 1)
-    except (OSError, ValueError):
-        return cores
+        with kernels.threads(share.threads):
+            yield
+    finally:
+        _in_use.reset(token)
 
 
-def threads_per_rank(comm: Communicator) -> int:
-    """Return this node's cores divided by its number of ranks, at least 1. Collective."""
-    return max(1, usable_cores() // comm.split_by_node().size)
+def threads_in_use() -> ThreadShare:
+    """Return the threads of this context's kernels, and why there are so many."""
+    share, threads = _in_use.get(None), kernels.get_threads()
+    return share if share is not None and share.threads == threads else ThreadShare(threads, "")
+
+
+def threads_per_rank(comm: Communicator, asked: int | None = None) -> int:
+    """Return the number of threads of `thread_share`. Collective."""
+    return thread_share(comm, asked).threads

@@ -26,7 +26,7 @@ from minillm.base.errors import ConfigError, MinillmError, PeerFailed
 from minillm.base.terminal import drop_output, open_streams
 from minillm.comm.agreement import AgreedError, agree
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
-from minillm.comm.cores import threads_per_rank
+from minillm.comm.cores import use_threads
 from minillm.comm.single import SelfCommunicator
 
 Options = TypeVar("Options")
@@ -136,12 +136,14 @@ def run_program(
     parse: Callable[[list[str]], Options],
     body: Callable[[Communicator, Options], None],
     argv: Sequence[str] | None = None,
+    threads: Callable[[Options], int | None] = lambda options: None,
 ) -> int:
     """Run a command-line program on all ranks and return its exit status (see `main_guard`).
 
     `parse` turns `argv` (default: the process's own arguments) into options. If it fails on one
-    rank, all ranks end with that message. `body` runs with the kernels prepared and with this
-    rank's share of the node's cores. Standard output is shown from the first rank only.
+    rank, all ranks end with that message. `body` runs with the kernels prepared, on the number of
+    threads that `threads` finds in the options, or else on this rank's share of the node's cores.
+    Standard output is shown from the first rank only.
     """
 
     def program() -> int:
@@ -153,7 +155,7 @@ def run_program(
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
         options = agree(comm, lambda: parse(list(sys.argv[1:] if argv is None else argv)))
         kernels.prepare_process()
-        with kernels.threads(threads_per_rank(comm)):
+        with use_threads(comm, threads(options)):
             body(comm, options)
         comm.barrier()  # MPI_Finalize waits for all ranks without a time-out
         sys.stdout.flush()

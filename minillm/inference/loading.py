@@ -34,6 +34,8 @@ class ReadOptions(Record):
     """Pipeline stages, each with its share of the layers."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device: the CPU, where a model trained in bfloat16 runs in float32, or a GPU (cuda)."""
+    threads: int | None = option(None, at_least=1)
+    """Threads of each rank's kernels; left out: its share of the node's cores."""
     best: bool = False
     """Read the checkpoint with the lowest held-out loss, not the newest."""
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from minillm import checkpoint, kernels
+from minillm import checkpoint
 from minillm.base.device import Device
 from minillm.base.flags import to_toml
 from minillm.base.log import Log, clock, compact, paragraph
@@ -19,6 +19,7 @@ from minillm.base.progress import Progress
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import AgreedError, agree, from_first, known_to_all
 from minillm.comm.communicator import Communicator
+from minillm.comm.cores import threads_in_use
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
 from minillm.data.batches import Batches, eval_windows
@@ -106,7 +107,7 @@ class Run:
         self.metrics = MetricsFile(path, self.progress.say)
         self.shares = TimeShares()
         self.result: Result | None = None
-        for label, text in plan(config, corpus, self.trainer.model, kernels.get_threads(), comm):
+        for label, text in plan(config, corpus, self.trainer.model, threads_in_use(), comm):
             self._say(label, text)
         self.log(f"output  {self.out}\n")
 

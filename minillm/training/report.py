@@ -10,6 +10,7 @@ from minillm import kernels
 from minillm.base.device import CPU, Device
 from minillm.base.log import compact
 from minillm.comm.communicator import Communicator
+from minillm.comm.cores import ThreadShare
 from minillm.comm.ledger import Row, RowKey
 from minillm.data.corpus import Corpus
 from minillm.kernels import native
@@ -27,7 +28,7 @@ def plan(
     config: ResolvedConfig,
     corpus: Corpus,
     assembly: Assembly,
-    threads: int,
+    threads: ThreadShare,
     comm: Communicator,
 ) -> list[tuple[str, str]]:
     """Return the plan as pairs of a label and a text. Collective.
@@ -64,13 +65,12 @@ def plan(
     return list(lines.items())
 
 
-def _layout(config: ResolvedConfig, threads: int, description: str) -> str:
+def _layout(config: ResolvedConfig, threads: ThreadShare, description: str) -> str:
     """Return the grid of ranks in words, axes of one rank left out."""
     options, mesh = config.options, config.mesh
-    each = plural(threads, "thread")
     last = f"; {description}" if description else ""
     if mesh.num_ranks == 1:
-        return f"one process with {each}{last}"
+        return f"one process with {threads.words()}{last}"
     words = []
     if mesh.dp > 1:
         words.append(f"{mesh.dp} replicas (dp)")
@@ -81,7 +81,7 @@ def _layout(config: ResolvedConfig, threads: int, description: str) -> str:
         layers = comma_list(config.stage_layers)
         words.append(f"{mesh.pp} stages of {layers} layers (pp, {options.pipeline.schedule})")
     axes = f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}"
-    return f"{mesh.num_ranks} ranks = {axes}, {each} each: {', '.join(words)}{last}"
+    return f"{mesh.num_ranks} ranks = {axes}, {threads.words(' each')}: {', '.join(words)}{last}"
 
 
 def _kernels(config: ResolvedConfig, device: Device) -> str:
