@@ -26,6 +26,7 @@ import numpy as np
 
 from minillm.base import rng
 from minillm.base.errors import ConfigError
+from minillm.data.token_files import length_check
 
 _BLOCK = 1024  # sequences permuted at once
 IGNORE_INDEX = -100  # target that the loss ignores
@@ -50,6 +51,7 @@ class Batches:
                 f"target; use --context {max(1, len(tokens) - 1)} or less"
             )
         self.tokens = np.asarray(tokens)
+        self._check_length = length_check(tokens)
         # [N - T, T + 1]: a view from every position.
         self._windows = np.lib.stride_tricks.sliding_window_view(self.tokens, context + 1)
         self.context = context
@@ -107,6 +109,7 @@ class Batches:
 
         They do not depend on the mesh. Raises IndexError for a row outside [0, batch).
         """
+        self._check_length()
         # [b, T + 1]; a mapped file pages in only these windows.
         both = self._windows[self.starts(step, rows)]
         return both[:, :-1].astype(np.int64, order="C"), both[:, 1:].astype(np.int64, order="C")
@@ -124,6 +127,7 @@ class EvalWindows:
 
     def __init__(self, tokens: np.ndarray, context: int, num_tokens: int) -> None:
         self.tokens = np.asarray(tokens)
+        self._check_length = length_check(tokens)
         self.context = context
         self.num_tokens = num_tokens
         """Number of targets: the divisor of the mean loss."""
@@ -141,6 +145,7 @@ class EvalWindows:
                 f"rows {rows.min()} to {rows.max()} do not lie in {self.num_windows} evaluation "
                 "windows"
             )
+        self._check_length()
         at = rows[:, None] * self.context + np.arange(self.context)  # [b, T]: input positions
         counted = at < self.num_tokens
         at = np.minimum(at, self.num_tokens - 1)

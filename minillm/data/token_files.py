@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from minillm.base.errors import ConfigError
 from minillm.data.reading import reading
+from minillm.data.sources import shown
 
 HEADER_BYTES = 256 * 4
 LLMC_FORMATS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: (version, dtype)
@@ -103,12 +105,29 @@ def fingerprint(tokens: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def whole(tokens: np.ndarray) -> mmap.mmap | None:
-    """Return the mapping that holds `tokens`, None if they lie in memory."""
-    base: object = tokens
+def length_check(tokens: np.ndarray) -> Callable[[], None]:
+    """Return a function that raises ConfigError if the file of mapped `tokens` was cut short.
+
+    The processor ends a process that reads a page behind the end of a mapped file. The look at the
+    length takes a microsecond. A file that is replaced or deleted keeps its pages.
+    """
+    name, base = getattr(tokens, "filename", None), tokens.base
     while isinstance(base, np.ndarray):
         base = base.base
-    return base if isinstance(base, mmap.mmap) else None
+    if not isinstance(base, mmap.mmap):
+        return lambda: None
+    mapping: mmap.mmap = base
+
+    def check() -> None:
+        size = mapping.size()
+        if size < len(mapping):
+            raise ConfigError(
+                f"{shown(name or 'the token file')} was cut to {size} bytes while "
+                f"this run reads its {len(mapping)} bytes; put the whole file back, and go on with "
+                "--resume"
+            )
+
+    return check
 
 
 def _open_npy(path: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from minillm.base.errors import ConfigError
+from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import load_corpus
 from minillm.data.token_files import open_tokens
 
@@ -112,3 +114,20 @@ def test_every_flipped_bit_of_a_header_is_read_or_refused(tmp_path: Path) -> Non
             open_tokens(path)
         except ConfigError as error:
             assert str(path) in str(error)
+
+
+def test_a_file_that_is_cut_while_it_is_mapped_is_named(tmp_path: Path) -> None:
+    tokens = ids(50_000, 100)
+    for name in ("cut.bin", "deleted.bin"):
+        tokens.tofile(tmp_path / name)
+    corpora = [load_corpus(str(tmp_path / name), context=16) for name in ("cut.bin", "deleted.bin")]
+    (cut, cut_held), (deleted, _) = [
+        (Batches(corpus.train, 16, 8, seed=1), eval_windows(corpus.held_out, 16))
+        for corpus in corpora
+    ]
+    os.truncate(tmp_path / "cut.bin", 60_000)
+    (tmp_path / "deleted.bin").unlink()
+    assert deleted.microbatch(0, np.arange(8))[0].shape == (8, 16)
+    for read in (lambda: cut.microbatch(0, [0]), lambda: cut_held.microbatch([0])):
+        with pytest.raises(ConfigError, match=r"cut\.bin was cut to 60000 bytes"):
+            read()
