@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minillm.base.bar import bar
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.record import option
@@ -82,7 +83,9 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
         windows = eval_windows(corpus.held_out, config.model.context, args.tokens)
         model = load_trained(opened, config, comm, device)
     held_out = HeldOutText(windows, corpus.held_out_bytes(windows.num_tokens))
-    return json.dumps(measure(model, held_out, comm, config.microbatch).numbers())
+    with bar("measuring", windows.num_windows, "window", comm.rank == 0) as advance:
+        found = measure(model, held_out, comm, config.microbatch, advance=advance)
+    return json.dumps(found.numbers())
 
 
 if __name__ == "__main__":

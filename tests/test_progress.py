@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Replace the clock of the display and its terminal; the list holds the time."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(progress, "_terminal", lambda: None)
+    monkeypatch.setattr(progress, "terminal", lambda: None)
     return now
 
 

@@ -47,7 +47,7 @@ class Progress:
         self._first, self._last_step, self._last_time = first, -total, -math.inf
         self._started = time.perf_counter()
         self._paused = 0.0
-        self._terminal = _terminal() if log.rank == 0 else None
+        self._terminal = terminal() if log.rank == 0 else None
         self._bar: Any = None
 
     def update(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
@@ -202,7 +202,7 @@ def can_print(text: str) -> bool:
     return True
 
 
-def _terminal() -> TextIO | None:
+def terminal() -> TextIO | None:
     """Return the terminal for a live line: standard error, or that of the launcher, else None."""
     if sys.stderr is not None and sys.stderr.isatty():
         return sys.stderr

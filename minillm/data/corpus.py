@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from minillm.base.bar import bar
 from minillm.base.errors import ConfigError
 from minillm.comm.agreement import agree, from_first, gather
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.data.cache import default_cache
-from minillm.data.encoding import TextPlan, encode_text, progress
+from minillm.data.encoding import TextPlan, encode_text
 from minillm.data.learnt import learnt_tokenizer
 from minillm.data.reading import TextFacts, read_blocks, scan
 from minillm.data.sources import DEFAULT_SOURCE, TextSource, find_source, shown
@@ -164,7 +165,7 @@ def _plan_text(
 
 
 def _scanned(source: TextSource) -> TextFacts:
-    with progress("reading", 0, True) as advance:
+    with bar("reading", 0, "char", True) as advance:
         return scan(source, advance)
 
 
@@ -182,7 +183,8 @@ def _tokenizer(
         return spec
 
     def blocks() -> Iterator[str]:
-        with progress(f"learning {spec}", sum(f.num_characters for f in facts), True) as advance:
+        total = sum(fact.num_characters for fact in facts)
+        with bar(f"learning {spec}", total, "char", True) as advance:
             for source in sources:
                 for block in read_blocks(source):
                     yield block

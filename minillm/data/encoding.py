@@ -7,13 +7,11 @@ cache and mapped. A rank therefore holds some pieces at a time, never the text o
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from minillm import kernels
+from minillm.base.bar import bar
 from minillm.base.errors import ConfigError
 from minillm.comm.agreement import agree, from_first, gather
 from minillm.comm.communicator import Communicator
@@ -36,9 +35,6 @@ ALONE_BYTES = 1 << 26
 ALONE_BYTES_PACKAGE = 1 << 20  # byte-pair encoding takes a second for two megabytes
 
 Piece = tuple[np.ndarray, np.ndarray | None]  # ids, and the lengths of held-out ones
-
-BAR_DELAY = 1.0  # seconds of work before a bar is shown
-LINE_SECONDS = 5.0  # between its lines, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -206,7 +202,7 @@ def _encode_pieces(
     digest = hashlib.sha256()
     pieces = _pieces(plan, digest)
     per_rank = from_first(comm, kernels.get_threads)  # the package uses as many threads
-    with progress("tokenizing", plan.num_characters, comm.rank == 0) as advance:
+    with bar("tokenizing", plan.num_characters, "char", comm.rank == 0) as advance:
         while group := _next_group(pieces, per_rank * comm.size, plan, comm):
             own, sizes = _encode_group(tokenizer, group, per_rank, comm)
             _exchange(own, sizes, tokenizer, writer, comm)
@@ -286,48 +282,3 @@ def _gathered(
     joined = comm.all_gather(flat.view(np.uint8), 0, number, kind="control").view(dtype)
     ends = np.cumsum([size for rank in sizes for size in rank])
     return np.split(joined, ends[:-1])
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """Show a bar on standard error while the block runs, for work that takes more than a second.
-
-    Yields the function that is called with the characters done. Without a terminal the bar is a
-    line every few seconds.
-    """
-    from tqdm import tqdm
-
-    stream: Any = sys.stderr
-    if stream is None or not shown:
-        yield lambda number: None
-        return
-    terminal = stream.isatty()
-    with tqdm(
-        total=total or None,
-        desc=what,
-        unit="char",
-        unit_scale=True,
-        delay=BAR_DELAY,
-        mininterval=0.1 if terminal else LINE_SECONDS,
-        dynamic_ncols=terminal,
-        ncols=None if terminal else 72,
-        leave=False,
-        file=stream if terminal else _Lines(stream),
-    ) as bar:
-        yield bar.update
-
-
-class _Lines:
-    """Stream that turns the redrawn bar of tqdm into lines, for a log or a launcher's pipe."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        """Write the text as a line of its own."""
-        if text := text.strip("\r\n "):
-            self._stream.write(text + "\n")
-
-    def flush(self) -> None:
-        """Flush the stream."""
-        self._stream.flush()

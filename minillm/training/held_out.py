@@ -33,11 +33,14 @@ def measure(
     world: Communicator,
     microbatch: int,
     stop: Callable[[], bool] | None = None,
+    advance: Callable[[int], Any] = lambda number: None,
 ) -> Result:
     """Return the metrics of a model, the same on every rank. Collective over `world`.
 
     Each data-parallel rank takes every n-th row, `microbatch` rows at a time. Sums are added over
     the ranks, averages are never averaged. Raises Stopped on every rank once `stop` is true on one.
+    `advance` is called with the number of rows done, of all ranks. Memory does not grow with the
+    rows: some microbatches exist at a time.
     """
     mesh, device = model.mesh, model.device
     data = mesh.axis("dp", "ep")
@@ -58,6 +61,7 @@ def measure(
             runtime.run(batches)
             for name, terms in runtime.terms.items():
                 values[name] += terms
+        advance(min(stride * data.size, what.num_rows - first * data.size))
         if stop is not None and world.reduce_numbers([stop()], MAX)[0]:
             raise Stopped
     # The ranks along tp hold equal sums: the first one counts.

@@ -21,7 +21,15 @@ def _evaluate(layout: Layout, num_tokens: int, **changes) -> list[tuple[float, i
         task = LanguageModeling(make_batches(config))
         trainer = Trainer(config, comm, task, std=INIT_STD)
         windows = eval_windows(tokens, config.model.context, num_tokens)
-        found = measure(trainer.model, HeldOutText(windows, None), comm, config.microbatch)
+        done: list[int] = []
+        found = measure(
+            trainer.model,
+            HeldOutText(windows, None),
+            comm,
+            config.microbatch,
+            advance=done.append,
+        )
+        assert sum(done) == windows.num_windows
         return found.loss, found.tokens
 
     return run_ranks(layout.num_ranks, rank)
