@@ -23,7 +23,9 @@ from typing import Literal
 
 from minillm import __version__
 from minillm.base.requirements import installed_version, new_enough, parse_requirement
+from minillm.comm import leftovers
 from minillm.comm.cores import affinity, cgroup_quota, omp_limit, usable_cores
+from minillm.comm.launchers import OPEN_MPI_STOP, last_words, launched, mpi_family, version_in
 
 DISTRIBUTION = "minillm-mpi"
 OLDEST_PYTHON = (3, 11)
@@ -71,7 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ranks", type=int, default=4, help="ranks that this machine is to run (default: 4)"
     )
-    findings = list(examine(max(parser.parse_args(argv).ranks, 1)))
+    parser.add_argument(
+        "--clean", action="store_true", help="remove what ended runs have left in shared memory"
+    )
+    args = parser.parse_args(argv)
+    if args.clean:
+        print(leftovers.clean())
+        return 0
+    findings = list(examine(max(args.ranks, 1)))
     print(report(findings))
     return int(any(finding.mark == "problem" for finding in findings))
 
@@ -200,6 +209,12 @@ def check_mpi() -> Iterator[Finding]:
     _, text = run([launcher, "--version"])
     family = mpi_family(text)
     yield ok("mpirun", f"{family or 'unknown'} {version_in(text)} at {launcher}")
+    if launch := launched():
+        words = f"{launch.variable}={launch.ranks} says that {launch.launcher} started this program"
+        remedy = f"without a launcher, as in a shell of salloc: unset {launch.variable}"
+        yield warning("launcher", words, remedy)
+    if family == "Open MPI":
+        yield warning("Ctrl-C", "ends the ranks within a quarter of a second", OPEN_MPI_STOP)
     if library is not None:
         trial = run([launcher, "-n", "2", sys.executable, "-c", SIZE_OF_WORLD])
         yield judge_launch(library, family, *trial)
@@ -320,6 +335,9 @@ def check_machine(ranks: int) -> Iterator[Finding]:
             yield warning("shared memory", words, remedy)
         else:
             yield ok("shared memory", words)
+    if found := leftovers.find():
+        words = f"ended runs have left {leftovers.describe(found)}"
+        yield warning("leftovers", words, "minillm doctor --clean")
     try:
         with tempfile.TemporaryFile(dir="."):
             free = shutil.disk_usage(".").free
@@ -355,29 +373,6 @@ def run(command: Sequence[str]) -> tuple[int, str]:
 def run_python(script: str) -> tuple[int, str]:
     """Run a script by this interpreter in a process of its own (see `run`)."""
     return run([sys.executable, "-c", script])
-
-
-def mpi_family(text: str) -> str | None:
-    """Return the MPI family that a version text of a library or an mpirun names."""
-    signs = {
-        "Intel MPI": r"Intel\(R\) MPI",
-        "MVAPICH": "MVAPICH",
-        "Open MPI": r"Open MPI|OpenRTE|PRRTE|prterun",
-        "MPICH": "MPICH|HYDRA",
-    }
-    return next((family for family, sign in signs.items() if re.search(sign, text)), None)
-
-
-def version_in(text: str) -> str:
-    """Return the first version number of a text."""
-    found = re.search(r"\d+\.\d+(\.\d+)?", text)
-    return found[0] if found else "of unknown version"
-
-
-def last_words(text: str) -> str:
-    """Return the last line of an output that has a word."""
-    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
-    return lines[-1] if lines else "no output"
 
 
 def activate_or_install() -> str:

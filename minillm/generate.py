@@ -17,7 +17,8 @@ from minillm.base.record import option
 from minillm.base.terminal import printable
 from minillm.comm.agreement import AgreedError, from_first, known_to_all
 from minillm.comm.communicator import Communicator
-from minillm.comm.process import launched, run_program
+from minillm.comm.launchers import launched
+from minillm.comm.process import run_program
 from minillm.data.tokenizers import Tokenizer
 from minillm.inference.engine import Generator
 from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place

@@ -23,6 +23,7 @@ from minillm.base.trace import Tracer
 from minillm.comm.agreement import agree, from_first, known_to_all
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.device_arrays import on_device
+from minillm.comm.launchers import OPEN_MPI_STOP, launched
 from minillm.comm.ledger import recording
 from minillm.comm.process import run_program
 from minillm.comm.signals import StopRequest
@@ -88,6 +89,8 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         )
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
         training = Run(comm, device, config, corpus, out, origin, tracer, stop)
+        if (launch := launched()) and launch.launcher.startswith("Open MPI"):
+            log(f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}\n")
         if training.train() and options.output.sample_tokens:
             replica = comm.split(training.trainer.mesh.coord("dp"), name="replica")
             if replica is not None and training.trainer.mesh.coord("dp") == 0:

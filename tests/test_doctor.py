@@ -15,6 +15,7 @@ import pytest
 
 from minillm import doctor
 from minillm.base.requirements import new_enough, parse_requirement
+from minillm.comm.launchers import LAUNCHERS
 from minillm.doctor import Finding, judge_launch, mpi_family, report
 
 
@@ -83,6 +84,29 @@ def test_a_foreign_mpirun_is_found_by_starting_it(
     assert "Open MPI 5.0.1" in named(iter(findings), "mpirun").found
     together = named(iter(findings), "together")
     assert together.mark == "problem" and "2 runs of one rank" in together.found
+
+
+OPEN_MPI = (0, "mpirun (Open MPI) 5.0.1\nsize 2\nsize 2")
+
+
+def test_the_variable_of_a_launcher_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, _ in LAUNCHERS:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(doctor, "run", lambda command: OPEN_MPI)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/mpirun")
+    assert not [f for f in doctor.check_mpi() if f.subject == "launcher"]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    finding = named(doctor.check_mpi(), "launcher")
+    assert finding.mark == "warning" and "unset SLURM_STEP_NUM_TASKS" in finding.remedy
+
+
+def test_the_grace_of_open_mpi_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "run", lambda command: OPEN_MPI)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/mpirun")
+    finding = named(doctor.check_mpi(), "Ctrl-C")
+    assert finding.mark == "warning" and "pkill -USR1 prterun" in finding.remedy
 
 
 def test_missing_mpirun_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,3 +285,12 @@ def test_commands_that_hang_or_are_not_there(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(doctor, "LAUNCH_SECONDS", 0.2)
     assert doctor.run([sys.executable, "-c", "import time; time.sleep(30)"])[0] == 124
     assert doctor.run(["/nowhere/mpirun"])[0] == 127
+
+
+def test_the_doctor_starts_without_any_package() -> None:
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['numpy', 'mpi4py', 'tqdm', 'tyro'])); "
+        "from minillm import doctor; doctor.main(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "--clean" in done.stdout, done.stderr

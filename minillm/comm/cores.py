@@ -9,8 +9,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from minillm import kernels
-
 if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator
 
@@ -124,6 +122,8 @@ def thread_share(comm: Communicator, asked: int | None = None) -> ThreadShare:
 @contextmanager
 def use_threads(comm: Communicator, asked: int | None = None) -> Iterator[None]:
     """Let this context's kernels use this rank's `thread_share`. Collective."""
+    from minillm import kernels  # needs NumPy, and `minillm doctor` does without
+
     share = thread_share(comm, asked)
     token = _in_use.set(share)
     try:
@@ -135,6 +135,8 @@ def use_threads(comm: Communicator, asked: int | None = None) -> Iterator[None]:
 
 def threads_in_use() -> ThreadShare:
     """Return the threads of this context's kernels, and why there are so many."""
+    from minillm import kernels
+
     share, threads = _in_use.get(None), kernels.get_threads()
     return share if share is not None and share.threads == threads else ThreadShare(threads, "")
 

@@ -214,7 +214,7 @@ class _MPIWindow:
     def __init__(self, comm: MPICommunicator, nbytes: int) -> None:
         self._comm = comm
         with comm.waiting("allocating shared memory"):
-            self._window = MPI.Win.Allocate_shared(nbytes + 64, 1, comm=comm.intra)
+            self._window = _allocate(nbytes + 64, comm.intra)
         self._window.Lock_all()
         sizes = comm._all_gather(np.array([nbytes], np.int64), [1] * comm.size)
         self.parts = [self._part(rank, int(size)) for rank, size in enumerate(sizes)]
@@ -237,6 +237,18 @@ class _MPIWindow:
         self._window.Unlock_all()
         with self._comm.waiting("freeing shared memory"):
             self._window.Free()
+
+
+def _allocate(nbytes: int, comm: MPI.Intracomm) -> MPI.Win:
+    """Return a window of `nbytes` per rank. Collective. Raises CommError if memory is short."""
+    try:
+        return MPI.Win.Allocate_shared(nbytes, 1, comm=comm)
+    except MPI.Exception as error:
+        raise CommError(
+            f"{nbytes} bytes of shared memory cannot be allocated ({error.Get_error_string()}); "
+            "free some of /dev/shm (minillm doctor names what ended runs have left there), or use "
+            "--node-shared off"
+        ) from None
 
 
 def all_ranks(timeout: float, on_timeout: Callable[[CommTimeout], object]) -> Communicator:

@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 from minillm import kernels
 from minillm.base.errors import ConfigError, MinillmError, PeerFailed
@@ -27,42 +27,16 @@ from minillm.base.terminal import drop_output, open_streams
 from minillm.comm.agreement import AgreedError, agree
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.cores import use_threads
+from minillm.comm.launchers import Launch, launched
 from minillm.comm.single import SelfCommunicator
 
 Options = TypeVar("Options")
-
-LAUNCHERS: tuple[tuple[str, str], ...] = (
-    ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
-    ("PMI_SIZE", "MPICH's mpirun"),
-    ("MV2_COMM_WORLD_SIZE", "MVAPICH's mpirun"),
-    ("SLURM_STEP_NUM_TASKS", "srun"),
-)
-"""Pairs of the environment variable that holds the number of ranks and the launcher's name."""
-
 
 START_SECONDS = 300  # for all ranks to come to MPI_Init
 CONFIRM_SECONDS = 3.0  # for all ranks to confirm an error that each of them should have
 PEER_SECONDS = 1.0  # for mpirun to name the process that has ended, before this one ends the rest
 ABORT_SECONDS = 3.0  # for MPI_Abort
 FORWARD_SECONDS = 0.1  # for mpirun to pass on the last line
-
-
-class Launch(NamedTuple):
-    """Sign of a launcher in the environment."""
-
-    ranks: int
-    launcher: str
-    variable: str
-
-
-def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
-    """Return the number of ranks that a launcher started and its name; None without one."""
-    environment = os.environ if environment is None else environment
-    for variable, launcher in LAUNCHERS:
-        value = environment.get(variable, "")
-        if value.isdigit():
-            return Launch(int(value), launcher, variable)
-    return None
 
 
 def world(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
@@ -92,13 +66,29 @@ def world(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
 
 def _start_mpi() -> Any:
     """Return mpi4py.MPI. Its import waits for all ranks, in C and with Python's lock held."""
+    # Open MPI's one-sided UCX prints an error at each start where there is no such network. Windows
+    # here are shared memory, which another component serves.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     with contextlib.suppress(*NO_STREAM):
         faulthandler.dump_traceback_later(START_SECONDS, exit=True)
+    _on_ctrl_c(signal.SIG_DFL)  # Python's handler would not run
     try:
         from mpi4py import MPI
     finally:
         faulthandler.cancel_dump_traceback_later()
+        _on_ctrl_c(signal.default_int_handler)
     return MPI
+
+
+def _on_ctrl_c(handler: Any) -> None:
+    """Exchange the default handlers of SIGINT, of the system and of Python, for each other.
+
+    Any other handler stays, and so does one outside of the main thread.
+    """
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGINT) in usual:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _check_launcher(found: Launch, size: int, library: str) -> None:
@@ -151,6 +141,7 @@ def run_program(
             faulthandler.enable()
             faulthandler.register(signal.SIGUSR2)  # prints where the rank stands
         comm = world()
+        _on_ctrl_c(signal.default_int_handler)
         if comm.rank:  # help text and the like is printed once
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
         options = agree(comm, lambda: parse(list(sys.argv[1:] if argv is None else argv)))

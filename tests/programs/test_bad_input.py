@@ -209,6 +209,7 @@ def test_another_launcher_than_the_library_is_named(tiny: list[str]) -> None:
     assert (
         "started 4 ranks, but the MPI library in use sees 1" in found.stderr
         and found.stderr.count("error: ") == 1
+        and "unset MV2_COMM_WORLD_SIZE" in found.stderr
     )
 
 

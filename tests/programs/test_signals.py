@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mpi_helpers import finish, mpirun, needs_mpirun, start
@@ -167,3 +168,18 @@ def test_main_runs_in_a_thread_and_after_a_failure(tiny: list[str], tmp_path: Pa
     statuses.append(main([*tiny, *bad, "--out", str(tmp_path / "bad")]))
     assert statuses == [0, 1] and gc.isenabled()
     assert main([*arguments, "--out", str(tmp_path / "third")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "handler"),
+    [
+        (["-m", "minillm.doctor", "--help"], signal.SIG_DFL),  # Ctrl-C ends the imports silently
+        (["-c", "import minillm"], signal.default_int_handler),
+    ],
+)
+def test_ctrl_c_during_the_imports(command: list[str], handler: Any, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, signal; atexit.register(lambda: print(signal.getsignal(signal.SIGINT)))"
+    )
+    found = finish(start(0, command, {"PYTHONPATH": str(tmp_path)}))
+    assert found.output.splitlines()[-1].split(" at ")[0] == str(handler).split(" at ")[0]

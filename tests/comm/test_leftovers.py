@@ -1,0 +1,50 @@
+"""Files that killed runs leave behind are found, and those in use are not."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from minillm import doctor
+from minillm.comm import leftovers
+
+
+def segment(path: Path, age: float) -> Path:
+    """Write a file of 4,096 bytes that was changed `age` seconds ago."""
+    path.write_bytes(bytes(4096))
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_only_old_files_that_no_process_uses_are_found(tmp_path: Path) -> None:
+    left = segment(tmp_path / "mpich_shm_1_0", 120)
+    topology = segment(tmp_path / "hydra_hwloc_xmlfile_abc", 120)
+    segment(tmp_path / "mpich_shm_young", 0)
+    segment(tmp_path / "another_program", 120)
+    mapped = segment(tmp_path / "mpich_shm_mapped", 120)
+    named = segment(tmp_path / "hydra_hwloc_xmlfile_named", 120)
+    child = subprocess.Popen(["sleep", "30"], env={"HWLOC_XMLFILE": str(named)})
+    with mapped.open("r+b") as stream, mmap.mmap(stream.fileno(), 0):
+        assert leftovers.find(tmp_path, tmp_path) == [topology, left]
+    child.kill()
+    child.wait()
+
+
+def test_doctor_names_and_removes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [segment(tmp_path / f"mpich_shm_{i}_0", 120) for i in range(5)]
+    monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(leftovers, "HYDRA", "no such file")
+    (found,) = [f for f in doctor.check_machine(2) if f.subject == "leftovers"]
+    assert found.mark == "warning" and found.remedy == "minillm doctor --clean"
+    assert f"5 files of 0.0 MB ({paths[0]}, " in found.found
+    assert doctor.main(["--clean"]) == 0 and not any(path.exists() for path in paths)
+    assert "removed 5 files" in capsys.readouterr().out
+    assert doctor.main(["--clean"]) == 0
+    assert "nothing behind" in capsys.readouterr().out
