@@ -38,8 +38,10 @@ class Encoded(NamedTuple):
     sha256: str  # of the ids, those to train on first, as little-endian bytes
 
 
-def default_cache() -> Path:
-    """Return $XDG_CACHE_HOME/minillm, or ~/.cache/minillm."""
+def cache_folder(asked: str | None) -> Path:
+    """Return the folder of --cache, by default $XDG_CACHE_HOME/minillm or ~/.cache/minillm."""
+    if asked:
+        return Path(asked).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
     return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "minillm"
 

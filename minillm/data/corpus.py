@@ -21,10 +21,10 @@ from minillm.base.errors import ConfigError
 from minillm.comm.agreement import agree, from_first, gather
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
-from minillm.data.cache import default_cache
+from minillm.data.cache import cache_folder
 from minillm.data.encoding import TextPlan, encode_text
-from minillm.data.learnt import learnt_tokenizer
-from minillm.data.reading import TextFacts, read_blocks, scan
+from minillm.data.reading import TextFacts, read_blocks
+from minillm.data.remembered import learnt_tokenizer, scanned
 from minillm.data.sources import DEFAULT_SOURCE, TextSource, find_source, shown
 from minillm.data.token_files import (
     LARGEST_VOCABULARY,
@@ -140,8 +140,10 @@ def _plan_text(
 ) -> dict[str, Any]:
     """Return as a JSON value what every rank needs to encode the text. Runs on rank 0."""
     sources = [found] if val is None else [found, val]
-    facts = [_scanned(source) for source in sources]
-    tokenizer = _tokenizer(spec or "byte", sources, facts, cache)
+    folder = cache_folder(cache)
+    with bar("reading", 0, "char", True) as advance:
+        facts = [scanned(source, folder, advance) for source in sources]
+    tokenizer = _tokenizer(spec or "byte", sources, facts, folder)
     share = (found.held_out if held_out is None else held_out) if val is None else 0.0
     own = facts[0].num_characters
     plans = [_text_plan(found, facts[0], own - int(own * share))]
@@ -164,11 +166,6 @@ def _plan_text(
     }
 
 
-def _scanned(source: TextSource) -> TextFacts:
-    with bar("reading", 0, "char", True) as advance:
-        return scan(source, advance)
-
-
 def _text_plan(source: TextSource, facts: TextFacts, cut: int) -> TextPlan:
     return TextPlan(source, facts.sha256, facts.num_characters, facts.num_bytes, cut)
 
@@ -177,7 +174,7 @@ def _tokenizer(
     spec: str | Tokenizer,
     sources: Sequence[TextSource],
     facts: Sequence[TextFacts],
-    cache: str | None,
+    folder: Path,
 ) -> Tokenizer:
     if not isinstance(spec, str):
         return spec
@@ -190,7 +187,6 @@ def _tokenizer(
                     yield block
                     advance(len(block))
 
-    folder = Path(cache).expanduser() if cache else default_cache()
     return learnt_tokenizer(spec, blocks, facts, folder)
 
 

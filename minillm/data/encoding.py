@@ -23,7 +23,7 @@ from minillm.base.bar import bar
 from minillm.base.errors import ConfigError
 from minillm.comm.agreement import agree, from_first, gather
 from minillm.comm.communicator import Communicator
-from minillm.data.cache import Encoded, EntryWriter, default_cache, entry_key, read_entry
+from minillm.data.cache import Encoded, EntryWriter, cache_folder, entry_key, read_entry
 from minillm.data.package_tokenizer import HFTokenizer, package_version
 from minillm.data.pieces import cut_pieces, token_dtype
 from minillm.data.reading import encoded, read_blocks
@@ -69,8 +69,8 @@ def encode_text(
     small = ALONE_BYTES_PACKAGE if isinstance(tokenizer, HFTokenizer) else ALONE_BYTES
     if plan.num_bytes <= small and not keep:
         return agree(comm, lambda: _encode_alone(plan, tokenizer), ConfigError), ""
-    path = Path(cache).expanduser() if cache else default_cache()
-    return _encode_together(plan, tokenizer, path / "tokens" / _key(plan, tokenizer), comm)
+    path = cache_folder(cache) / "tokens" / _key(plan, tokenizer)
+    return _encode_together(plan, tokenizer, path, comm)
 
 
 def _key(plan: TextPlan, tokenizer: Tokenizer) -> str:

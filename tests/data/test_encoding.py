@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from minillm.base.errors import ConfigError
 from minillm.comm.threads import run_ranks
 from minillm.data import cache as cache_module
-from minillm.data import encoding, pieces
+from minillm.data import encoding, pieces, remembered
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.pieces import cut_pieces
 from minillm.data.tokenizers import ByteTokenizer, CharTokenizer
@@ -229,3 +230,42 @@ def test_bits_per_byte_count_the_bytes_of_the_scored_tokens(tmp_path: Path) -> N
     ]
     assert [corpus.held_out_bytes(1000) for corpus in found] == [1000, 1000]
     assert found[1].held_out_bytes(4079) == 1079 + 4 * 3000
+
+
+def test_the_hash_of_large_files_is_kept_until_they_change(
+    path: Path, tmp_path: Path, together: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "SCANNED_BYTES", 0)
+    scans: list[int] = []
+    usual = remembered.scan
+    monkeypatch.setattr(remembered, "scan", lambda *given: (scans.append(1), usual(*given))[1])
+    load(path, "byte", tmp_path / "cache")  # too young to be kept
+    assert not (tmp_path / "cache" / "scans").exists()
+    monkeypatch.setattr(remembered, "SETTLED", -1e9)
+    first, again = (load(path, "byte", tmp_path / "cache")[0] for _ in range(2))
+    assert len(scans) == 2 and again.sha256 == first.sha256
+    times = path.stat()
+    path.write_text(TEXT.replace("Zeile 0", "Zeile 9"), encoding="utf-8")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # size, inode and mtime as before
+    (changed,) = load(path, "byte", tmp_path / "cache")
+    assert len(scans) == 3 and bytes(changed.train[:7]) == b"Zeile 9"
+    for damaged in (tmp_path / "cache" / "scans").iterdir():
+        damaged.write_text("[]")
+    assert load(path, "byte", tmp_path / "cache")[0].sha256 == changed.sha256
+
+
+def test_a_learnt_tokenizer_is_kept(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "KEPT_BYTES", 0)
+    learnt: list[str] = []
+    usual = remembered.make_tokenizer
+    monkeypatch.setattr(
+        remembered, "make_tokenizer", lambda *given: (learnt.append(given[0]), usual(*given))[1]
+    )
+    first, again = (load(path, "char", tmp_path / "cache")[0] for _ in range(2))
+    assert learnt == ["char"] and content(first) == content(again)
+    for damaged in (tmp_path / "cache" / "tokenizers").iterdir():
+        damaged.write_text('{"kind": "char"}')
+    assert content(load(path, "char", tmp_path / "cache")[0]) == content(first)
+    assert learnt == ["char", "char"]
