@@ -6,6 +6,7 @@ Prints the loss on held-out or other text as JSON.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from minillm.base.bar import bar
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.record import option
-from minillm.comm.agreement import known_to_all
+from minillm.comm.agreement import AgreedError, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 from minillm.data.batches import eval_windows
@@ -85,7 +86,15 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
     held_out = HeldOutText(windows, corpus.held_out_bytes(windows.num_tokens))
     with bar("measuring", windows.num_windows, "window", comm.rank == 0) as advance:
         found = measure(model, held_out, comm, config.microbatch, advance=advance)
-    return json.dumps(found.numbers())
+    numbers = found.numbers()
+    if not math.isfinite(numbers["loss"]):
+        raise AgreedError(
+            f"the loss on {corpus.source} is {numbers['loss']}: the weights of {opened.path} are "
+            "finite, but their activations are not; use an earlier checkpoint"
+        )
+    if not math.isfinite(numbers["perplexity"]):
+        numbers["perplexity"] = None  # JSON has no infinity
+    return json.dumps(numbers)
 
 
 if __name__ == "__main__":

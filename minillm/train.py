@@ -33,6 +33,7 @@ from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig
+from minillm.training.fit import fit
 from minillm.training.folder import Claim, check_visible, claim_existing, claim_new
 from minillm.training.loop import Run
 from minillm.training.origin import Origin, continued_run, find_origin, saved_options
@@ -65,6 +66,8 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             _own(comm, stack, lambda: claim_existing(Path(run)))
         origin = _origin(comm, start)
         corpus, config = _plan(comm, options, origin)
+        with known_to_all():
+            config = fit(config, comm, device, refuse=not start.print_config)
         if start.print_config:
             shown = config.filled()
             if start.resume is not None:  # the folder is that of the run

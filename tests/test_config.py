@@ -259,6 +259,7 @@ def test_every_flag_of_an_earlier_version_still_parses() -> None:
         *("preset", "heads", "tp", "pp", "device", "trace", "sequence_parallel", "check_order"),
         # Younger:
         *("log_every", "log_to", "keep_best", "val_data", "text_field", "cache", "threads"),
+        "memory",
     }
     underscored = [word.replace("-", "_").replace("__", "--", 1) for word in words]
     assert parse_train_args(underscored)[1] == config
@@ -309,7 +310,8 @@ def test_sizes_left_out_follow() -> None:
     assert resolved.min_lr == found["min_lr"] == pytest.approx(3e-4)
     assert resolved.tokens_per_step == 16 * 128
     assert {name for name, value in found.items() if value is None} == {
-        *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache", "threads")
+        *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache", "threads"),
+        "memory",
     }
 
 
@@ -483,7 +485,7 @@ def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
 SILENT = """
     dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
     kernels device out save_every keep keep_best eval_every eval_tokens sample_tokens trace
-    stop_after check_every check_order comm_timeout log_every log_to val_data cache threads
+    stop_after check_every check_order comm_timeout log_every log_to val_data cache threads memory
 """
 ANNOUNCED = "steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field"
 

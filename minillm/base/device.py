@@ -8,10 +8,7 @@ runs ahead of the GPU. It waits in `Future.read`, in `to_host`, and where ranks 
 from __future__ import annotations
 
 import importlib
-import resource
-import sys
 from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +16,7 @@ import numpy as np
 
 from minillm.base.arrays import Array, float_dtype, sum_dtype, to_device
 from minillm.base.errors import ConfigError
+from minillm.base.host_memory import available, peak_rss
 
 # CUDA version -> the oldest NVIDIA driver series that runs it, on Linux.
 OLDEST_DRIVER = {12: 525, 13: 580}
@@ -73,6 +71,10 @@ class Device:
         No later step has to ask the driver for more.
         """
 
+    def available_bytes(self) -> int:
+        """Return what new arrays may take: memory of this node, or of the GPU."""
+        return available()
+
     def peak_bytes(self) -> int:
         """Return the peak memory of this process: resident on the CPU, of arrays on a GPU."""
         return peak_rss()
@@ -98,25 +100,6 @@ class Device:
 
 
 CPU = Device()
-
-
-def peak_rss() -> int:
-    """Return the peak resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
-
-
-def proportional_rss() -> int:
-    """Return the proportional set size (PSS) of this process, in bytes.
-
-    Memory shared by n processes counts 1/n in each, so values of several ranks may be added. Falls
-    back to `peak_rss` where the system does not report it.
-    """
-    try:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return peak_rss()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
 
 class CudaDevice(Device):
@@ -162,14 +145,18 @@ class CudaDevice(Device):
         try:
             self.xp.empty(num_bytes, np.uint8)
         except self.xp.cuda.memory.OutOfMemoryError:
-            free, total = self.xp.cuda.runtime.memGetInfo()
-            if pool.get_limit():
-                free = min(free, pool.get_limit() - pool.total_bytes())
+            free, total = self.available_bytes(), self.xp.cuda.runtime.memGetInfo()[1]
             raise ConfigError(
                 f"activations and logits need about {num_bytes / 1e9:.1f} GB, and "
                 f"{self.describe()} has {free / 1e9:.1f} of its "
                 f"{total / 1e9:.1f} GB free; use a smaller --microbatch or --recompute full"
             ) from None
+
+    def available_bytes(self) -> int:
+        """Return what is free on the GPU, and at most what CuPy's pool may still take."""
+        pool, free = self.xp.get_default_memory_pool(), self.xp.cuda.runtime.memGetInfo()[0]
+        limit = pool.get_limit()
+        return int(min(free, limit - pool.total_bytes()) if limit else free)
 
     def peak_bytes(self) -> int:
         """Return the bytes that the pool holds, which never shrink after `reserve`."""

@@ -11,11 +11,12 @@ import dataclasses
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from minillm.base.errors import ConfigError
 from minillm.base.record import Record, Words, flag, known_name
+
+MOST_TOML = 1_000_000  # bytes of a --config file
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -108,11 +109,15 @@ def read_toml(path: str) -> dict[str, Any]:
     import tomllib
 
     try:
+        with open(path, "rb") as file:
+            content = file.read(MOST_TOML + 1)  # a pipe is welcome, /dev/zero is not
+        if len(content) > MOST_TOML:
+            raise ValueError(f"it is longer than {MOST_TOML // 1000} kB")
         # As text editors on Windows write it, with a BOM; and names of files may be any bytes.
-        values = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig", "surrogateescape"))
+        values = tomllib.loads(content.decode("utf-8-sig", "surrogateescape"))
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOML, too many digits or brackets
         raise ConfigError(f"--config {path} is not TOML: {error}") from None
     return {name.replace("-", "_"): value for name, value in values.items()}
 
@@ -139,6 +144,7 @@ def _reading(constructors: Any, kind: Any) -> Any:
         return None  # tyro's own rule: a flag that may be given several times
     inner = kind if get_origin(kind) is Literal else next(iter(get_args(kind)), kind)  # X | None
     choices = get_args(inner)
+    words = [word for other in get_args(kind)[1:] for word in get_args(other) if not choices]
     if not choices and inner not in (int, float, str):
         return None  # flags of bool and nested records keep tyro's own rules
 
@@ -154,7 +160,9 @@ def _reading(constructors: Any, kind: Any) -> Any:
 
     return constructors.PrimitiveConstructorSpec(
         nargs="*",
-        metavar=f"{{{','.join(choices)}}}" if choices else inner.__name__.upper(),
+        metavar=f"{{{','.join(choices)}}}"
+        if choices
+        else "|".join((inner.__name__.upper(), *words)),
         instance_from_str=read,
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],

@@ -25,6 +25,9 @@ class ComputeOptions(Record):
     node, at most OMP_NUM_THREADS."""
     device: Literal["cpu", "cuda"] = option("cpu", resumable=True)
     """Memory of the arrays: the host's (cpu), or a GPU's (cuda)."""
+    memory: float | None = option(None, above=0, resumable=True)
+    """GB (10^9 bytes) that the ranks of a node, or of a GPU, may use; left out: what is free at the
+    start."""
 
     def check(self, dim: int, heads: int) -> None:
         """Raise ConfigError if the device has no kernels for the dtype or for the model's sizes."""

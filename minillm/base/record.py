@@ -24,11 +24,21 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origi
 
 from minillm.base.errors import ConfigError
 
+MOST = 1 << 63  # whole numbers are smaller: they become int64, and floats without overflow
+_MOST_TRIED = 100_000  # divisors, 10 ms
+_SHOWN = 60  # characters of a bad value that an error shows
+_MOST_NAMED = 20  # names that an error lists
 _HOLDS = {"at least": operator.ge, "more than": operator.gt, "below": operator.lt}
 
 
 class Words(tuple[str, ...]):
     """Words of a flag that takes one value and did not get exactly one."""
+
+
+class _Unquoted(str):
+    """Text whose repr has no quotes."""
+
+    __repr__ = str.__str__
 
 
 class Option(NamedTuple):
@@ -170,10 +180,12 @@ def _checked(value: Any, known: Option, text: str, *, bounds: bool = True) -> An
         return tuple(_checked(item, one, text, bounds=bounds) for item in value)
     if isinstance(value, Words):
         raise ConfigError(f"{text.format('takes one value')}, not {' '.join(value) or 'none'}")
+    if type(value) is int and abs(value) >= MOST:
+        raise ConfigError(f"{text.format(_short(value))} must be less than 2^63")
     if type(value) is int and float in (known.kind, *get_args(known.kind)):
         value = float(value)
     if wanted := _wanted_type(value, known.kind):
-        raise ConfigError(f"{text.format(value)} must be {wanted}")
+        raise ConfigError(f"{text.format(_short(value))} must be {wanted}")
     if isinstance(value, str) and bounds:
         return _checked_text(value, known, text)
     limits = known.metadata.get("bounds") if bounds and value is not None else None
@@ -200,21 +212,27 @@ def _checked_text(value: str, known: Option, text: str) -> str:
     return found
 
 
+def _short(value: Any) -> Any:
+    """Return `value`, or the beginning of it as text if an error could not show it whole."""
+    if type(value) is int and value.bit_length() > 64:  # Python refuses to print 4300 digits
+        return _Unquoted(f"(a number of {value.bit_length()} bits)")
+    text = str(value)
+    return value if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+
+
 def _wanted_type(value: Any, kind: Any) -> str:
     """Return the description of `kind` unless `value` is of it, else an empty string."""
     inner = get_args(kind)
     if get_origin(kind) is Literal:
-        return "" if value in inner else f"one of {', '.join(inner)}"
+        return "" if value in inner else "one of " * (len(inner) > 1) + ", ".join(inner)
     if inner:  # X | None, X | Y | None
         kinds = [each for each in inner if each is not type(None)]
         if len(kinds) < len(inner) and value is None:
             return ""
         wanted = [_wanted_type(value, each) for each in kinds]
-        return (
-            ""
-            if "" in wanted
-            else wanted[0] + "".join(f" or {each.__name__}" for each in kinds[1:])
-        )
+        # The second of two types without "of type": of type int or str.
+        others = "".join(f" or {words.removeprefix('of type ')}" for words in wanted[1:])
+        return "" if "" in wanted else wanted[0] + others
     return "" if type(value) is kind else f"of type {kind.__name__}"
 
 
@@ -232,13 +250,21 @@ def known_name(name: str, known: Iterable[str], what: str) -> str:
     if name in known:
         return name
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)}"
-    raise ConfigError(f"unknown {what}: {name!r}; {hint}")
+    hint = f"choose one of {', '.join(known)}"
+    if close:
+        hint = f"did you mean {' or '.join(close)}?"
+    elif len(known) > _MOST_NAMED:
+        hint = "minillm train --help lists all"
+    raise ConfigError(f"unknown {what}: {_short(name)!r}; {hint}")
 
 
 def divisors(number: int) -> list[int]:
-    """Return all divisors of a positive number, ascending: 12 -> 1, 2, 3, 4, 6, 12."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    """Return all divisors of a positive number, ascending: 12 -> 1, 2, 3, 4, 6, 12.
+
+    Beyond 10^10 those are missing whose two factors both exceed 10^5.
+    """
+    last = min(math.isqrt(number), _MOST_TRIED)
+    small = [d for d in range(1, last + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
 
 

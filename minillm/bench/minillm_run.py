@@ -14,7 +14,8 @@ import numpy as np
 from minillm import kernels
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import float_dtype
-from minillm.base.device import Device, open_device, peak_rss, proportional_rss
+from minillm.base.device import Device, open_device
+from minillm.base.host_memory import peak_rss, proportional_rss
 from minillm.bench.shapes import Shape
 from minillm.bench.synthetic import random_trainer
 from minillm.bench.timing import median_seconds, repeated

@@ -26,7 +26,13 @@ from minillm.checkpoint.policy import SaveEvery, SavePolicy, set_aside
 from minillm.checkpoint.record import RunRecord
 from minillm.checkpoint.save import save
 from minillm.checkpoint.source import CheckpointSource, FirstRows
-from minillm.checkpoint.state import StateSource, StateTensor, load
+from minillm.checkpoint.state import (
+    StateSource,
+    StateTensor,
+    check_finite,
+    check_shapes,
+    load,
+)
 
 __all__ = [
     "LEFT",
@@ -44,6 +50,8 @@ __all__ = [
     "StateTensor",
     "TensorEntry",
     "best",
+    "check_finite",
+    "check_shapes",
     "difference",
     "find",
     "load",

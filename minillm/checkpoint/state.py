@@ -70,9 +70,38 @@ def load(
             tensor.data[local_slices] = to_device(block, namespace(tensor.data))
 
 
+def check_shapes(source: StateSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless `source` has tensors of these names and global shapes.
+
+    Needs no arrays, so a wrong size is found before memory is asked for.
+    """
+    _refuse(source, _other_shapes(source, shapes))
+
+
+def check_finite(source: StateSource, tensors: Sequence[StateTensor]) -> None:
+    """Raise CheckpointError that names the first of `tensors` with NaN or an infinity.
+
+    `source` is where they came from.
+    """
+    for tensor in tensors:
+        if not bool(namespace(tensor.data).isfinite(tensor.data).all()):
+            raise CheckpointError(
+                f"{source} holds values of {tensor.name} that are not finite: the run had "
+                "diverged; use an earlier checkpoint"
+            )
+
+
 def _check_fits(source: StateSource, tensors: Sequence[StateTensor]) -> None:
     """Raise CheckpointError unless `source` has every tensor in its shape and dtype."""
-    problems = list(_misfits(source, tensors))
+    shapes = {tensor.name: tensor.spec.shape for tensor in tensors}
+    problems = list(_other_shapes(source, shapes))
+    if not problems:
+        problems = list(_other_dtypes(source, tensors))
+    _refuse(source, problems)
+
+
+def _refuse(source: StateSource, problems: Iterable[str]) -> None:
+    problems = list(problems)
     if problems:
         more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
         raise CheckpointError(
@@ -81,15 +110,19 @@ def _check_fits(source: StateSource, tensors: Sequence[StateTensor]) -> None:
         )
 
 
-def _misfits(source: StateSource, tensors: Sequence[StateTensor]) -> Iterator[str]:
+def _other_shapes(source: StateSource, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     known = frozenset(source.names())
-    for tensor in tensors:
-        name, shape, dtype = tensor.name, tensor.spec.shape, dtype_name(tensor.data.dtype)
+    for name, shape in shapes.items():
         if name not in known:
             yield f"it has no {name}"
         elif tuple(source.shape(name)) != shape:
             yield f"its {name} has shape {tuple(source.shape(name))} instead of {shape}"
-        elif dtype not in (source.dtype(name), _widened(source.dtype(name))):
+
+
+def _other_dtypes(source: StateSource, tensors: Sequence[StateTensor]) -> Iterator[str]:
+    for tensor in tensors:
+        name, dtype = tensor.name, dtype_name(tensor.data.dtype)
+        if dtype not in (source.dtype(name), _widened(source.dtype(name))):
             yield f"its {name} is {source.dtype(name)} instead of {dtype}"
 
 

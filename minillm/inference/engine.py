@@ -13,6 +13,7 @@ import numpy as np
 
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import sum_dtype, to_host
+from minillm.base.errors import CheckpointError
 from minillm.inference.cache import KVCache, cached_keys, new_cache
 from minillm.inference.sampling import Sampling
 from minillm.models.protocol import Batch, Decoder
@@ -115,6 +116,11 @@ class Generator:
         """Choose a token on the last stage and broadcast it to the others."""
         token = np.zeros(1, np.int64)
         if logits is not None:
+            if not np.isfinite(logits).all():
+                raise CheckpointError(
+                    f"the logits of token {position} are not finite, although the weights are; "
+                    "use an earlier checkpoint"
+                )
             token[:] = sampling.choose(logits[:, : self.num_ids], position)
         self.links.broadcast_(token, self._last_rank, kind="control")
         return int(token[0])

@@ -15,8 +15,9 @@ from minillm.comm.agreement import agree, from_first
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
-from minillm.training.assembly import Assembly, assemble
+from minillm.training.assembly import Assembly, assemble, model_shapes
 from minillm.training.config import RunConfig
+from minillm.training.fit import fit
 from minillm.training.resolve import ResolvedConfig, resolve
 
 T = TypeVar("T")
@@ -36,6 +37,9 @@ class ReadOptions(Record):
     """Device: the CPU, where a model trained in bfloat16 runs in float32, or a GPU (cuda)."""
     threads: int | None = option(None, at_least=1)
     """Threads of each rank's kernels; left out: its share of the node's cores."""
+    memory: float | None = option(None, above=0)
+    """GB (10^9 bytes) that the ranks of a node, or of a GPU, may use; left out: what is free at the
+    start."""
     best: bool = False
     """Read the checkpoint with the lowest held-out loss, not the newest."""
 
@@ -78,6 +82,7 @@ class Opened:
             dtype = "float32"  # holds every bfloat16 exactly
         free = self.config.replace(
             device=layout.device,
+            memory=layout.memory,
             dtype=dtype,
             node_shared="auto",
             kernels="auto",
@@ -154,8 +159,19 @@ def load_trained(
 ) -> Assembly:
     """Return this rank's stages on `device` with the checkpoint's weights, without gradients.
 
-    Collective. Raises on every rank if one cannot read its part.
+    Collective. Sizes are compared before anything is allocated. Raises on every rank if the model
+    does not fit the memory, or one cannot read its part or finds values that are not finite.
     """
+    fit(config, world, device, training=False)
+    shapes = model_shapes(config)
+
+    def compare(found: Opened) -> None:
+        def own() -> None:
+            checkpoint.check_shapes(checkpoint.CheckpointSource(found.path), shapes)
+
+        agree(world, own, CheckpointError)
+
+    _looking_again(world, opened.search, opened, compare)
     model = assemble(config, world, training=False, device=device)
     tensors, mesh = list(model.weights()), model.mesh
 
@@ -163,6 +179,7 @@ def load_trained(
         def own() -> None:
             source = checkpoint.CheckpointSource(found.path)
             checkpoint.load(source, tensors, mesh.shape, mesh.coords)
+            checkpoint.check_finite(source, tensors)
 
         agree(world, own, CheckpointError)
 

@@ -52,10 +52,14 @@ class LayoutOptions(Record):
                 )
             return even
         words = [word.strip() for word in given.split(",")]
-        if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        # 18 digits are below 2^63; Python refuses to read 4300.
+        if not all(
+            word.isascii() and word.isdigit() and len(word) <= 18 and int(word) > 0
+            for word in words
+        ):
             raise ConfigError(
-                f"--stage-layers {given!r} must be whole numbers above 0 with commas between, as "
-                f"in {comma_list(even)}"
+                f"--stage-layers {given[:60]!r} must be whole numbers above 0 with commas between, "
+                f"as in {comma_list(even)}"
             )
         sizes = tuple(int(word) for word in words)
         if len(sizes) != pp:

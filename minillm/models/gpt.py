@@ -25,9 +25,9 @@ from minillm.nn.norm import norm
 from minillm.nn.position import sinusoidal_table
 from minillm.nn.vocabulary import (
     VocabParallelEmbedding,
+    chunk_rows,
     head_logits,
     head_loss,
-    most_rows,
     vocab_weight,
 )
 from minillm.parallel.tensor import PlannedGroup, Region, TensorParallel
@@ -223,21 +223,43 @@ class GPTArchitecture:
         activation, and the norms' outputs unless sequence parallelism has gathered them. Full
         recomputation keeps the block's input alone (D).
         """
+        return work.tokens * self._kept(config, work) * num_layers * work.itemsize
+
+    def _kept(self, config: ModelConfig, work: Workload) -> int:
+        """Return the elements that the tape keeps per token and block."""
         outside = work.tp if work.sequence_parallel else 1
         if work.recompute == "full":
-            return work.tokens * config.dim // outside * num_layers * work.itemsize
+            return config.dim // outside
         selective = work.recompute == "selective"
         hidden = config.ffn_dim * ((3 if config.mlp == "swiglu" else 2) - selective)
         projections = (config.heads + 2 * config.kv_heads) * config.head_width
         inside = projections + config.dim + hidden
         normed = 0 if selective and outside == 1 else 2 * config.dim
-        kept = 2 * config.dim // outside + normed + inside // work.tp
-        return work.tokens * kept * num_layers * work.itemsize
+        return 2 * config.dim // outside + normed + inside // work.tp
+
+    def workspace_bytes(self, config: ModelConfig, work: Workload, *, last: bool) -> int:
+        """Return the bytes of temporaries while the backward pass of a block runs on a rank.
+
+        Per token: gradients of the MLP's hidden layer (1/tp) and of the stream (3 D), and what
+        recomputation makes again. `last` adds the head's input and its gradient (D). Tensor
+        parallelism holds a message of whole sequences (D).
+        """
+        outside, stream = work.tp if work.sequence_parallel else 1, 4 if last else 3
+        selective, swiglu = work.recompute == "selective", config.mlp == "swiglu"
+        # Before swiglu's two gradients exist, what selective recomputation made again is gone.
+        hidden = config.ffn_dim * (3 if swiglu else 1 + selective)
+        again = config.dim // outside if selective else 0
+        if work.recompute == "full":
+            stream -= 2  # the block's own sums
+            again = self._kept(config, work._replace(recompute="none"))
+        messages = config.dim if work.tp > 1 else 0
+        per_token = hidden // work.tp + again + stream * config.dim // outside + messages
+        return work.tokens * per_token * work.itemsize
 
     def head_bytes(self, config: ModelConfig, work: Workload) -> int:
         """Return the bytes of the logits that exist at once on a rank with the head."""
         row_bytes = -(-config.vocab // work.tp) * work.itemsize
-        return min(work.tokens, most_rows(row_bytes, on_gpu=work.on_gpu)) * row_bytes
+        return chunk_rows(work.tokens, row_bytes, on_gpu=work.on_gpu) * row_bytes
 
     def layer_costs(self, config: ModelConfig) -> list[float]:
         """Return multiply-adds per token of each layer: its products and causal attention."""

@@ -119,6 +119,9 @@ class Architecture(Protocol):
     def activation_bytes(self, config: Any, num_layers: int, work: Workload) -> int:
         """Return the bytes that the tape keeps of one microbatch in `num_layers` on a rank."""
 
+    def workspace_bytes(self, config: Any, work: Workload, *, last: bool) -> int:
+        """Return the bytes of temporaries on a rank, which holds the `last` stage or does not."""
+
     def head_bytes(self, config: Any, work: Workload) -> int:
         """Return the bytes that exist at once in the head and its loss."""
 

@@ -113,7 +113,7 @@ class _HeadLoss(Function):
         grad_x = xp.empty(rows.shape, x.dtype) if ctx.needs[0] else None
         slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
         total: Any = 0.0
-        chunk = _chunk(len(rows), weight.shape[0] * x.dtype.itemsize, on_gpu=not on_host(x))
+        chunk = chunk_rows(len(rows), weight.shape[0] * x.dtype.itemsize, on_gpu=not on_host(x))
         buffer = xp.empty((min(chunk, len(rows)), weight.shape[0]), x.dtype)  # of every chunk
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
@@ -144,15 +144,14 @@ class _HeadLoss(Function):
         return ctx.saved
 
 
-def _chunk(num_rows: int, row_bytes: int, *, on_gpu: bool) -> int:
-    """Return the rows of one chunk of logits: as few chunks as fit, of equal size."""
-    num_chunks = max(1, -(-num_rows // most_rows(row_bytes, on_gpu=on_gpu)))
+def chunk_rows(num_rows: int, row_bytes: int, *, on_gpu: bool) -> int:
+    """Return the rows of logits, of `row_bytes` each, that exist at once: as few chunks as fit.
+
+    All chunks have this size but the last.
+    """
+    most = max(128, (GPU_LOGITS_BYTES if on_gpu else LOGITS_BYTES) // max(1, row_bytes))
+    num_chunks = max(1, -(-num_rows // most))
     return max(1, -(-num_rows // num_chunks))
-
-
-def most_rows(row_bytes: int, *, on_gpu: bool) -> int:
-    """Return the most rows of logits, of `row_bytes` each, that exist at once."""
-    return max(128, (GPU_LOGITS_BYTES if on_gpu else LOGITS_BYTES) // max(1, row_bytes))
 
 
 def _counted_sum(losses: Array, counted: Array) -> Any:

@@ -15,9 +15,9 @@ class PipelineOptions(Record):
 
     schedule: Literal["gpipe", "1f1b"] = option("1f1b", resumable=True)
     """Order of the microbatches in the pipeline."""
-    microbatch: int | None = option(None, at_least=1, resumable=True)
+    microbatch: int | Literal["auto"] | None = option(None, at_least=1, resumable=True)
     """Sequences per microbatch and data-parallel rank; left out: all at once, with a pipeline about
-    2 pp microbatches."""
+    2 pp microbatches; auto: the same, or less until it fits the memory."""
     recompute: Literal["auto", "none", "selective", "full"] = option("auto", resumable=True)
     """Part of the forward pass that backward computes again instead of keeping it: selective (what
     norms and activations return: about 1 % more work), full (all but the input of each block: a
@@ -29,7 +29,7 @@ class PipelineOptions(Record):
         Raises ConfigError if the asked size does not divide the rank's share.
         """
         share = batch // dp
-        if self.microbatch is not None:
+        if isinstance(self.microbatch, int):
             if share % self.microbatch:
                 raise ConfigError(
                     f"--batch {batch} over dp = {dp} is {share} sequences a rank, which "

@@ -7,7 +7,7 @@ error that names the waiting actions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TypeAlias
@@ -82,16 +82,20 @@ class Timeline:
 
         Activations live from F to B or W of each stage. Without a backward pass the peak is 0.
         """
-        events = [event for event in self.events if event.rank == rank]  # in row order
-        trained = any(event.action.kind is not K.F for event in events)
-        held = peak = 0
-        for event in events:
-            if event.action.kind is K.F and trained:
-                held += 1
-                peak = max(peak, held)
-            elif event.action.kind in (K.B, K.W):
-                held -= 1
-        return peak
+        return peak_in_flight(self.schedule.actions[rank])
+
+
+def peak_in_flight(row: Sequence[Action]) -> int:
+    """Return the peak number of microbatches whose activations a rank holds that runs `row`."""
+    trained = any(action.kind in (K.B, K.W) for action in row)
+    held = peak = 0
+    for action in row:
+        if action.kind is K.F and trained:
+            held += 1
+            peak = max(peak, held)
+        elif action.kind in (K.B, K.W):
+            held -= 1
+    return peak
 
 
 def simulate(schedule: Schedule, cost: Cost | None = None, *, rendezvous: bool = False) -> Timeline:

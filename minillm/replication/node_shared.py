@@ -108,7 +108,7 @@ def find_group(mesh: Mesh, num_values: int, dtype: np.dtype) -> NodeGroup | str:
     # Its gradients, and its share of the parameters and of AdamW's two moments.
     own = num_values * dtype.itemsize * (1 + 3 / node.size)
     needed = mesh.world.split_by_node().all_reduce_(np.array([own]), kind="control")
-    places = [node.size, node.rank, replicas.rank, float(needed[0]), _free_bytes()]
+    places = [node.size, node.rank, replicas.rank, float(needed[0]), free_shared_bytes()]
     problem = _obstacle(mesh.world.gather_json(places))
     if problem:
         return problem
@@ -140,7 +140,8 @@ def _obstacle(places: list[list[Any]]) -> str:
     return ""
 
 
-def _free_bytes() -> int:
+def free_shared_bytes() -> int:
+    """Return the free bytes of the node's shared memory."""
     return shutil.disk_usage(SHARED_FOLDER).free if SHARED_FOLDER.is_dir() else sys.maxsize
 
 

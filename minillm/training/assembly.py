@@ -22,6 +22,8 @@ from minillm.replication.choose import choose
 from minillm.replication.protocol import Replication
 from minillm.training.resolve import ResolvedConfig
 
+WEIGHTS = "model/"  # begins the names of a model's tensors in a checkpoint
+
 
 def layout_of(
     config: ResolvedConfig,
@@ -46,22 +48,31 @@ def build_model(
     *,
     architecture: Architecture = GPT,
     std: float = INIT_STD,
+    most: int | None = None,
 ) -> StageModel:
     """Build the part of the model that `stage` holds; `group` are the tp ranks.
 
-    Parameters get no memory, so this serves planning as well.
+    Parameters get no memory, so this serves planning as well, with the first `most` layers.
     """
     sequence_parallel = config.options.layout.sequence_parallel and group.size > 1
     region: Region = (SequenceParallel if sequence_parallel else TensorParallel)(group)
     layers, last = layout.layers_of_stage[stage], layout.num_stages - 1
     return architecture.build(
         config.model,
-        StagePart(layers, stage == 0, stage == last),
+        StagePart(layers[:most], stage == 0, stage == last),
         region,
         seed=config.options.optimization.seed,
         recompute=config.recompute,
         std=std,
     )
+
+
+def model_shapes(
+    config: ResolvedConfig, architecture: Architecture = GPT
+) -> dict[str, tuple[int, ...]]:
+    """Return the global shape of every tensor of the model by its name in a checkpoint."""
+    specs = architecture.specs(config.model)
+    return {f"{WEIGHTS}{name}": spec.shape for name, spec in specs.items()}
 
 
 @dataclass
@@ -88,7 +99,7 @@ class Assembly:
             for parameter in stage.buffers.parameters:
                 owned = self.layout.owns(stage.index, parameter.spec.tie)
                 yield StateTensor(
-                    f"model/{parameter.name}", parameter.spec, parameter.get(), owned=owned
+                    f"{WEIGHTS}{parameter.name}", parameter.spec, parameter.get(), owned=owned
                 )
 
 

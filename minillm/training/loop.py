@@ -13,6 +13,7 @@ from typing import NamedTuple
 from minillm import checkpoint
 from minillm.base.device import Device
 from minillm.base.flags import to_toml
+from minillm.base.host_memory import resident
 from minillm.base.log import Log, clock, compact, paragraph
 from minillm.base.metrics_file import METRICS, MetricsFile
 from minillm.base.progress import Progress
@@ -26,6 +27,7 @@ from minillm.data.batches import Batches, eval_windows
 from minillm.data.corpus import Corpus
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
 from minillm.tasks.protocol import Result
+from minillm.training.assembly import model_shapes
 from minillm.training.folder import begin, way_back
 from minillm.training.held_out import Stopped, measure
 from minillm.training.numeric_key import numeric_key
@@ -68,11 +70,15 @@ class Run:
         self.comm, self.device, self.config, self.corpus = comm, device, config, corpus
         self.tracer, self.stop, self.log = tracer, stop, Log(comm.rank)
         self.output, optimization = config.options.output, config.options.optimization
+        program = resident()
         places = place_names(self.output.log_to)
         agree(comm, lambda: check_packages(places if comm.rank == 0 else []))
         self.out, self.origin = out, origin
         self.first_step = origin.first_step if origin else 0
         batch, seed = optimization.batch, optimization.seed
+        if origin is not None and origin.continues:
+            shapes, old = model_shapes(config), origin.path
+            agree(comm, lambda: checkpoint.check_shapes(checkpoint.CheckpointSource(old), shapes))
         with known_to_all():
             position, moved = origin.position(corpus, config.options) if origin else (0, None)
             first = position - self.first_step * batch
@@ -107,7 +113,8 @@ class Run:
         self.metrics = MetricsFile(path, self.progress.say)
         self.shares = TimeShares()
         self.result: Result | None = None
-        for label, text in plan(config, corpus, self.trainer.model, threads_in_use(), comm):
+        threads = threads_in_use()
+        for label, text in plan(config, corpus, self.trainer.model, threads, comm, program):
             self._say(label, text)
         self.log(f"output  {self.out}\n")
 

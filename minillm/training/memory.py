@@ -1,6 +1,12 @@
-"""Prediction of the memory that a rank will need, before it asks for it."""
+"""Prediction of the memory that a rank will need.
+
+Needs no running ranks and allocates nothing, so an impossible size costs no more than a possible
+one.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from minillm.base.arrays import ALIGNMENT, float_dtype, sum_dtype
 from minillm.layout.flat import FlatLayout
@@ -9,11 +15,30 @@ from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.protocol import Architecture, Workload
 from minillm.parallel.tensor import PlannedGroup
 from minillm.pipeline.schedules import SCHEDULES
-from minillm.pipeline.simulate import simulate
+from minillm.pipeline.simulate import peak_in_flight
 from minillm.training.assembly import build_model
 from minillm.training.resolve import ResolvedConfig
 
-PROGRAM_BYTES = 60 << 20  # the interpreter, NumPy and MPI themselves
+LATER_BYTES = 4_000_000  # modules imported during a run, and the kernels' threads: as measured
+LAYER_BYTES = 25_000  # Python objects of a block: as measured
+MICROBATCH_BYTES = 1_300  # Python objects of a microbatch and its row of the schedule: as measured
+MAPPED_BYTES = 32 << 20  # larger arrays return to the system when freed (native/module.c)
+MOST_BUILT = 64  # layers that a prediction builds; it extrapolates beyond
+
+
+@dataclass(frozen=True)
+class Need:
+    """Predicted memory of one rank, in bytes."""
+
+    kinds: dict[str, int]
+    """Resident memory by kind. Shared arrays count in full, as the system counts them."""
+    new: int
+    """Memory that this rank adds to its node or GPU. Of shared arrays its equal part counts."""
+
+    @property
+    def total(self) -> int:
+        """All kinds: the peak of resident memory."""
+        return sum(self.kinds.values())
 
 
 def predicted(
@@ -21,35 +46,89 @@ def predicted(
     layout: Layout,
     pp_rank: int,
     architecture: Architecture = GPT,
+    *,
     shared_by: int = 1,
-) -> dict[str, int]:
-    """Return the bytes of a rank by kind.
+    program: int = 0,
+    training: bool = True,
+) -> Need:
+    """Return what the largest rank at `pp_rank` needs.
 
-    The kinds are parameters, gradients, optimizer, activations, logits and program. `shared_by`
-    ranks hold one copy of parameters and optimizer state, which counts in equal parts. Activations
-    are what the tape keeps for each microbatch in flight. Temporaries of single operations are not
-    counted. On a GPU it is the device's memory, without that of CUDA and its libraries. Needs no
-    running ranks and allocates nothing.
+    The kinds are parameters, gradients, optimizer, activations, logits, workspace, messages,
+    batches and program. `shared_by` ranks hold one copy of parameters and optimizer state, and read
+    the gradients of each other. Activations are what the tape keeps for each microbatch in flight,
+    the workspace is temporaries. `program` is what this process holds already. On a GPU it is the
+    device's memory, without that of CUDA and its libraries.
     """
     options, stages = config.options, layout.stages_of(pp_rank)
     dtype, on_gpu = float_dtype(options.compute.dtype), options.compute.device == "cuda"
     item, wide = dtype.itemsize, sum_dtype(dtype).itemsize
-    group, size = PlannedGroup(0, layout.mesh.tp), 0
-    for stage in stages:
-        model = build_model(config, layout, stage, group, architecture=architecture)
-        size += FlatLayout(model.parameters(), layout.mesh, ALIGNMENT // item).size
-    schedule = SCHEDULES[options.pipeline.schedule](config.mesh.pp, config.num_microbatches)
-    in_flight = simulate(schedule).peak_in_flight(pp_rank) / len(stages)
+    sizes = [_num_values(config, layout, stage, architecture) for stage in stages]
+    size = sum(values for values, _ in sizes)
     tokens, sharded = config.microbatch * config.model.context, options.layout.sequence_parallel
     work = Workload(tokens, layout.mesh.tp, sharded, config.recompute, item, on_gpu)
     num_layers = sum(len(layout.layers_of_stage[stage]) for stage in stages)
-    kept = architecture.activation_bytes(config.model, num_layers, work)
-    has_head = layout.num_stages - 1 in stages
-    return {
-        "parameters": size * item // shared_by,
-        "gradients": size * wide,
-        "optimizer": (3 if wide > item else 2) * size * wide // shared_by,
-        "activations": round(in_flight * kept),
-        "logits": architecture.head_bytes(config.model, work) if has_head else 0,
-        "program": 0 if on_gpu else PROGRAM_BYTES,
+    in_flight = _in_flight(config, pp_rank) / len(stages) if training else 0
+    last, rows = layout.num_stages - 1 in stages, config.num_microbatches * training
+    logits = architecture.head_bytes(config.model, work) if last else 0
+    workspace = architecture.workspace_bytes(config.model, work, last=last)
+    if not training:
+        workspace += architecture.activation_bytes(config.model, 1, work._replace(recompute="none"))
+    if logits < MAPPED_BYTES or on_gpu:
+        workspace = max(0, workspace - logits)  # in memory that the logits have left
+    moments = (3 if wide > item else 2) * size * wide * training
+    objects = LATER_BYTES + num_layers * LAYER_BYTES + rows * layout.mesh.pp * MICROBATCH_BYTES
+    parts = {
+        "activations": round(
+            in_flight * architecture.activation_bytes(config.model, num_layers, work)
+        ),
+        "logits": logits,
+        "workspace": workspace,
+        # MPI's copy of half a tied gradient, which the ranks of its copies all-reduce.
+        "messages": sum(tied for _, tied in sizes) * wide // 2 * training,
+        "batches": rows * tokens * 16,  # tokens and targets, int64
     }
+    others = size * wide * (shared_by - 1) // shared_by * training
+    kinds = {
+        "parameters": size * item,
+        "gradients": size * wide * training + others,
+        "optimizer": moments,
+        **parts,
+        "program": 0 if on_gpu else program + objects,
+    }
+    own = (size * item + moments) // shared_by + size * wide * training
+    return Need(kinds, own + sum(parts.values()) + (0 if on_gpu else objects))
+
+
+def _num_values(
+    config: ResolvedConfig, layout: Layout, stage: int, architecture: Architecture
+) -> tuple[int, int]:
+    """Return the elements of a stage's flat buffer, and those of copies of other stages' weights.
+
+    Layers beyond `MOST_BUILT` count as the last one: the buffer aligns each parameter alone, so its
+    size is linear in the number of equal layers.
+    """
+    step = ALIGNMENT // float_dtype(config.options.compute.dtype).itemsize
+    group, num_layers = PlannedGroup(0, layout.mesh.tp), len(layout.layers_of_stage[stage])
+
+    def sizes(most: int) -> tuple[int, int]:
+        model = build_model(config, layout, stage, group, architecture=architecture, most=most)
+        parameters = model.parameters()
+        tied = sum(p.spec.local_size(layout.mesh) for p in parameters if p.spec.tie is not None)
+        return FlatLayout(parameters, layout.mesh, step).size, tied
+
+    if num_layers <= MOST_BUILT:
+        return sizes(num_layers)
+    most, tied = sizes(MOST_BUILT)
+    return most + (num_layers - MOST_BUILT) * (most - sizes(MOST_BUILT - 1)[0]), tied
+
+
+def _in_flight(config: ResolvedConfig, pp_rank: int) -> int:
+    """Return the most microbatches whose activations a rank holds.
+
+    Beyond 4 pp microbatches a schedule holds either all of them or no more than before.
+    """
+    num_ranks, number = config.mesh.pp, config.num_microbatches
+    few = min(number, 4 * num_ranks)
+    schedule = SCHEDULES[config.options.pipeline.schedule](num_ranks, few)
+    found = peak_in_flight(schedule.actions[pp_rank])
+    return number if found == few else found

@@ -8,6 +8,7 @@ from typing import Any
 
 from minillm import kernels
 from minillm.base.device import CPU, Device
+from minillm.base.host_memory import size
 from minillm.base.log import compact
 from minillm.comm.communicator import Communicator
 from minillm.comm.cores import ThreadShare
@@ -30,19 +31,21 @@ def plan(
     assembly: Assembly,
     threads: ThreadShare,
     comm: Communicator,
+    program: int = 0,
 ) -> list[tuple[str, str]]:
     """Return the plan as pairs of a label and a text. Collective.
 
-    The memory is the prediction for the largest rank. README.md explains every word.
+    The memory is the prediction for the largest rank, of a process that held `program` bytes.
+    README.md explains every word.
     """
     model, options, mesh = config.model, config.options, config.mesh
     own = sum(buffers.layout.size for buffers in assembly.buffers)
     memory, pp_rank = assembly.replication.memory, assembly.mesh.coord("pp")
     shared_by = memory.alias[1]
-    needs = predicted(config, assembly.layout, pp_rank, shared_by=shared_by)
-    everyone = comm.gather_json([own, needs])
+    need = predicted(config, assembly.layout, pp_rank, shared_by=shared_by, program=program)
+    everyone = comm.gather_json([own, need.kinds])
     most = max((entry[1] for entry in everyone), key=lambda kinds: sum(kinds.values()))
-    parts = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in most.items() if size)
+    parts = ", ".join(f"{kind} {size(each)}" for kind, each in most.items() if each >= 500_000)
     share = ""
     if mesh.tp * mesh.pp > 1:
         share = f", at most {compact(max(entry[0] for entry in everyone))} on a rank"
@@ -60,7 +63,7 @@ def plan(
         f"of {model.context}; {replica} takes {per_rank}{in_parts}; "
         f"{plural(options.optimization.steps, 'step')}",
         "kernels": _kernels(config, assembly.device),
-        "memory": f"{sum(most.values()) / 1e6:.0f} MB predicted for the largest rank ({parts})",
+        "memory": f"{size(sum(most.values()))} predicted for the largest rank ({parts})",
     }
     return list(lines.items())
 

@@ -5,6 +5,7 @@ Nothing is allocated and no rank needs to run.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from minillm.models.gpt_config import ModelConfig
 from minillm.training.config import RunConfig
 
 # Selective recomputation must save this much of a rank's activations to be worth its time.
-RECOMPUTE_BYTES = 16 << 20
+RECOMPUTE_BYTES = 16_000_000
 _MOST_LAYOUTS = 12  # alternatives that an error lists
 
 
@@ -116,6 +117,12 @@ def resolve(config: RunConfig, num_ranks: int, vocab: int | None = None) -> Reso
     )
 
 
+def with_microbatch(config: ResolvedConfig, microbatch: int) -> ResolvedConfig:
+    """Return `config` with another microbatch, which divides its own, and what follows from it."""
+    recompute = _recompute(config.options, config.model, microbatch * max(config.stage_layers))
+    return dataclasses.replace(config, microbatch=microbatch, recompute=recompute)
+
+
 def valid_layouts(
     config: RunConfig, model: ModelConfig, num_ranks: int
 ) -> list[tuple[int, int, int]]:
@@ -134,7 +141,8 @@ def valid_layouts(
         for pp in divisors(num_ranks // tp)
         if pp <= model.layers
     ]
-    batch, microbatch = config.optimization.batch, config.pipeline.microbatch or 1
+    batch, asked = config.optimization.batch, config.pipeline.microbatch
+    microbatch = asked if isinstance(asked, int) else 1
     fits = [layout for layout in layouts if batch % (layout[0] * microbatch) == 0]
     return sorted(fits, key=lambda layout: (layout[2], layout[1]))
 

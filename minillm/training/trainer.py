@@ -116,8 +116,8 @@ class Trainer:
             else SGD(buffers)
         )
         if not device.on_host:
-            needs = predicted(config, self.model.layout, self.mesh.coord("pp"), architecture)
-            device.reserve(needs["activations"] + needs["logits"])
+            need = predicted(config, self.model.layout, self.mesh.coord("pp"), architecture)
+            device.reserve(need.kinds["activations"] + need.kinds["logits"])
         self.runtime = PipelineRuntime(
             lower(schedule, ties=self.model.layout.tied_stages),
             self.model.stages,

@@ -317,7 +317,7 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["gpipe", "--ranks", "four"], "four"),
         (["gpipe", "--forward-cost", "-1"], "must be more than 0"),
         (["gpipe", "--backward-cost", "nan"], "must be more than 0"),
-        (["gpipe", "--svg", ""], "no file name"),
+        (["gpipe", "--svg", ""], "--svg '' is empty"),
         (["gpipe", "--svg", "/nowhere/x.svg"], "cannot be written"),
     ],
 )

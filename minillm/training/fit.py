@@ -1,0 +1,151 @@
+"""Choice of a microbatch that fits the memory, and refusal of a run that does not.
+
+Runs before anything is allocated. The ranks of a node share its memory, the ranks of a GPU that
+GPU's: their needs are summed and compared with what is free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from minillm.base.device import CPU, Device
+from minillm.base.errors import ConfigError
+from minillm.base.host_memory import size
+from minillm.base.record import divisors
+from minillm.comm.communicator import Communicator
+from minillm.models.gpt import ARCHITECTURE as GPT
+from minillm.models.protocol import Architecture
+from minillm.pipeline.schedules import SCHEDULES
+from minillm.replication.node_shared import SPARE_BYTES, free_shared_bytes
+from minillm.training.assembly import layout_of
+from minillm.training.memory import Need, predicted
+from minillm.training.resolve import ResolvedConfig, with_microbatch
+
+
+def fit(
+    config: ResolvedConfig,
+    comm: Communicator,
+    device: Device = CPU,
+    *,
+    training: bool = True,
+    refuse: bool = True,
+    architecture: Architecture = GPT,
+) -> ResolvedConfig:
+    """Return `config`, with the largest microbatch that fits where it asks for `auto`.
+
+    Collective over `comm`. Raises the same ConfigError on every rank, with the way out, if the run
+    needs more memory than a node or GPU has. Without `refuse` it returns the smallest microbatch.
+    """
+    judge = _Judge(config, comm, device, training, architecture)
+    tried = [config]
+    if config.options.pipeline.microbatch == "auto" and training:
+        tried = list(_smaller(config))
+    problems = judge.problems(tried)
+    for candidate, problem in zip(tried, problems, strict=True):
+        if problem is None:
+            return candidate
+    if not refuse:
+        return tried[-1]
+    ways = _ways(config) if training else []
+    found = [problem is None for problem in judge.problems([way for way, _ in ways])]
+    fits = next((text for (_, text), ok in zip(ways, found, strict=True) if ok), None)
+    raise ConfigError(f"{problems[-1]}; {fits or _last_resort(training)}")
+
+
+def _last_resort(training: bool) -> str:
+    if not training:
+        return "use more ranks with --tp or --pp, or another machine"
+    return (
+        "no --microbatch fits, not even with --recompute full: use more ranks with --tp or --pp, "
+        "or a smaller --context, --vocab, --dim or --layers"
+    )
+
+
+def _smaller(config: ResolvedConfig) -> Iterator[ResolvedConfig]:
+    """Yield `config` with every microbatch that divides its own, the largest first."""
+    for number in reversed(divisors(config.microbatch)):
+        yield with_microbatch(config, number)
+
+
+def _ways(config: ResolvedConfig) -> list[tuple[ResolvedConfig, str]]:
+    """Return changes that save memory and what to call them, those that cost least first."""
+    smaller = list(_smaller(config))[1:]
+    full = [dataclasses.replace(other, recompute="full") for other in (config, *smaller)]
+    return [
+        *((other, f"use --microbatch {other.microbatch}, or auto") for other in smaller),
+        *((other, f"use --recompute full --microbatch {other.microbatch}") for other in full),
+    ]
+
+
+class _Judge:
+    """Comparison of candidates with the memory of all nodes. Collective over `comm`."""
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        comm: Communicator,
+        device: Device,
+        training: bool,
+        architecture: Architecture,
+    ) -> None:
+        self.comm, self.training, self.architecture = comm, training, architecture
+        node, limit = comm.split_by_node(), config.options.compute.memory
+        self.free = device.available_bytes() if limit is None else int(limit * 1e9)
+        has = "this machine" if device.on_host else device.describe()
+        self.where = f"{has} has" if limit is None else f"--memory gives {has}"
+        self.home = node.broadcast_json(comm.rank)
+        self.pp_rank = config.mesh.coords(comm.rank)["pp"]
+        schedule = SCHEDULES[config.options.pipeline.schedule](config.mesh.pp, 1)
+        self.layout = layout_of(config, architecture, schedule.rank_of_stage)
+        self.shared_by = 1
+        if training and device.on_host and config.options.replication.node_shared != "off":
+            replicas = max(1, min(config.mesh.dp, node.size // config.mesh.tp))
+            self.shared_by = replicas if self._has_shared(config, replicas) else 1
+
+    def _has_shared(self, config: ResolvedConfig, replicas: int) -> bool:
+        """Return whether the shared memory of all nodes holds what `replicas` ranks would share."""
+        kinds = self._need(config).kinds
+        mine = kinds["gradients"] + (kinds["parameters"] + kinds["optimizer"]) // replicas
+        needed: dict[int, int] = {}
+        places = self.comm.gather_json([self.home, mine, free_shared_bytes()])
+        for home, num_bytes, _ in places:
+            needed[home] = needed.get(home, SPARE_BYTES) + num_bytes
+        return all(needed[home] <= free for home, _, free in places)
+
+    def _need(self, config: ResolvedConfig) -> Need:
+        return predicted(
+            config,
+            self.layout,
+            self.pp_rank,
+            self.architecture,
+            shared_by=self.shared_by,
+            training=self.training,
+        )
+
+    def problems(self, candidates: Sequence[ResolvedConfig]) -> list[str | None]:
+        """Return for each candidate why it does not fit, None if it does."""
+        needs = [self._need(candidate) for candidate in candidates]
+        own = [self.home, self.where, self.free, [[need.new, need.kinds] for need in needs]]
+        places: dict[tuple[int, str], list[tuple[int, list[Any]]]] = {}
+        for home, where, free, found in self.comm.gather_json(own):
+            places.setdefault((home, where), []).append((free, found))
+        judged = (
+            [_problem(ranks, at, where) for (_, where), ranks in places.items()]
+            for at in range(len(candidates))
+        )
+        return [next(filter(None, found), None) for found in judged]
+
+
+def _problem(ranks: list[tuple[int, list[Any]]], candidate: int, where: str) -> str | None:
+    """Return why the ranks of one memory do not fit, None if they do."""
+    free, needs = min(rank[0] for rank in ranks), [rank[1][candidate] for rank in ranks]
+    needed = sum(new for new, _ in needs)
+    if needed <= free:
+        return None
+    kinds = max((kinds for _, kinds in needs), key=lambda kinds: sum(kinds.values()))
+    largest = sorted(kinds.items(), key=lambda kind: -kind[1])[:3]
+    parts = ", ".join(f"{name} {size(value)}" for name, value in largest)
+    each = f"{len(ranks)} ranks, each at most " if len(ranks) > 1 else ""
+    return f"the run needs {size(needed)} of memory ({each}{parts}), but {where} {size(free)}"
