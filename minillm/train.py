@@ -39,7 +39,13 @@ from minillm.training.loop import Run
 from minillm.training.origin import Origin, continued_run, find_origin, saved_options
 from minillm.training.resolve import ResolvedConfig, resolve
 
-SAMPLE_TEMPERATURE = 0.8
+SAMPLE_TEMPERATURE = 0.7  # below 1, since a small model's unlikely tokens are mostly wrong
+# Built-in text -> the words that its sample continues. Of others, the held-out text's first tokens.
+SAMPLE_PROMPTS = {
+    "stdlib": "def ",
+    "austen": "It is a truth universally acknowledged, that ",
+}
+NUM_PROMPT_TOKENS = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,20 +190,23 @@ def _plan(
 
 
 def _sample(run: Run, replica: Communicator) -> str:
-    """Return what the model writes after one token of the held-out text, up to a request to stop.
+    """Return what the model writes after a few words, up to a request to stop.
 
     Collective over the ranks of one `replica` of the model.
     """
     corpus, options = run.corpus, run.config.options
-    prompt = [int((corpus.held_out if len(corpus.held_out) else corpus.train)[0])]
+    words = SAMPLE_PROMPTS.get(corpus.source)
+    tokens = corpus.held_out if len(corpus.held_out) else corpus.train
+    given = tokens[:NUM_PROMPT_TOKENS] if words is None else corpus.tokenizer.encode(words)
+    prompt = [int(token) for token in given]
     sampling = Sampling(temperature=SAMPLE_TEMPERATURE, seed=options.optimization.seed)
     generator, ids = Generator(run.trainer.model, corpus.tokenizer.vocab_size), list(prompt)
     for token in generator.stream(prompt, options.output.sample_tokens, sampling):
         ids.append(token)
         if replica.reduce_numbers([run.stop.asked()], MAX)[0]:
             break
-    text = corpus.tokenizer.decode(ids)
-    return f"\n--- a sample at temperature {SAMPLE_TEMPERATURE} ---\n{printable(text)}\n---"
+    title = f"a sample at temperature {SAMPLE_TEMPERATURE}, its beginning given"
+    return f"\n--- {title} ---\n{printable(corpus.tokenizer.decode(ids))}\n---"
 
 
 if __name__ == "__main__":

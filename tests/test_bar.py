@@ -13,7 +13,7 @@ def test_without_a_terminal_a_bar_is_lines_on_standard_error(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(module, "terminal", lambda: None)
+    monkeypatch.setattr(module, "terminals", lambda: (None, None))
     monkeypatch.setattr(module, "DELAY", delay)
     monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
     with bar("tokenizing", 4_000_000, "char", shown) as advance:

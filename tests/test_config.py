@@ -530,7 +530,7 @@ def test_weights_bring_their_model_and_text_and_nothing_else() -> None:
     settings = SMALL | dict(position="rotary", lr=0.5, steps=7, batch=3, data="austen", seed=5)
     saved = resolve(run_config(**settings), 1).saved_values()
     config = parse("--init-from", "x", "--context", "32", "--lr", "0.1", saved=lambda start: saved)
-    fresh, found = RunConfig().to_dict(), config.to_dict()
+    fresh, found = preset("nano").to_dict(), config.to_dict()
     expected = fresh | SMALL | dict(position="rotary", data="austen", lr=0.1, context=32)
     assert found == expected
 

@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Replace the clock of the display and its terminal; the list holds the time."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(progress, "terminal", lambda: None)
+    monkeypatch.setattr(progress, "terminals", lambda: (None, None))
     return now
 
 
@@ -97,6 +97,14 @@ def test_a_line_has_the_smoothed_loss_and_rates_in_80_columns(
         "step    1/1000   0 %  loss 3.000  4.1k tokens/s  8:20 left  22.8 GFLOP/s",
         "step    2/1000   0 %  loss 1.974  4.1k tokens/s  8:19 left  22.8 GFLOP/s",
     ]
+    shown.close()  # the last line stands there already
+    assert capsys.readouterr().out == ""
+    rare = Progress(Log(0), 0, 1000, 2048, every=Interval(500))
+    for step in range(20):
+        rare.update(step, 3.0, 2e-3, 0.85)
+    rare.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/1000", "20/1000"]
     silent = Progress(Log(1), 0, 10, 100)
     silent.update(0, 2.0, 1e-3, 0.5)
     assert capsys.readouterr() == ("", "") and silent.curve.describe() == ""
@@ -128,6 +136,7 @@ def test_the_curve_keeps_means_in_bounded_memory() -> None:
     assert len(curve.values()) <= 8
     assert curve.values()[0] == sum(range(128)) / 128
     assert curve.values()[-1] == sum(range(896, 1000)) / 104
+    assert curve.describe().startswith("0.000 ") and curve.describe().endswith(" 947.5")
 
 
 def test_a_sparkline_is_logarithmic_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:

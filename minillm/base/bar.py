@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from minillm.base.progress import LINE_SECONDS, terminal
+from minillm.base.progress import LINE_SECONDS, terminals
 
 DELAY = 1.0  # seconds of work before the bar is shown
 
@@ -20,7 +20,7 @@ def bar(what: str, total: int, unit: str, shown: bool) -> Iterator[Callable[[int
     Without a terminal, also that of the launcher, the bar is a line every few seconds on standard
     error.
     """
-    live = terminal() if shown else None
+    live = terminals()[0] if shown else None
     stream: Any = live or (_Lines(sys.stderr) if sys.stderr is not None else None)
     if stream is None or not shown:
         yield lambda number: None

@@ -47,8 +47,9 @@ class Progress:
         self._first, self._last_step, self._last_time = first, -total, -math.inf
         self._started = time.perf_counter()
         self._paused = 0.0
-        self._terminal = terminal() if log.rank == 0 else None
+        self._terminal, self._lines = terminals() if log.rank == 0 else (None, None)
         self._bar: Any = None
+        self._latest = ""  # line of a step that is not printed yet
 
     def update(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
         """Show step `step` (from 0) as completed."""
@@ -67,14 +68,19 @@ class Progress:
         if self._terminal is not None:
             self._draw(done, fields)
             return
+        count = f"step {self._count(done)} {100 * done / self.total:3.0f} %"
+        self._latest = fitted([count, *fields], columns() - 1)
         now = time.perf_counter()
         due = self._every.passed(done - self._last_step, now - self._last_time)
         if due or done in (self._first + 1, self.total):
             self._last_step, self._last_time = done, now
-            count = (
-                f"step {done:>{len(str(self.total))}}/{self.total} {100 * done / self.total:3.0f} %"
-            )
-            self.log(fitted([count, *fields], columns() - 1))
+            self._show_latest()
+
+    def _show_latest(self) -> None:
+        """Print the line of the latest step, unless it stands there."""
+        if self._latest:
+            self.log(self._latest)
+        self._latest = ""
 
     def _draw(self, done: int, fields: list[str]) -> None:
         """Move the bar to step `done`."""
@@ -117,12 +123,15 @@ class Progress:
         """Print a line above the bar."""
         if self._bar is not None:
             self._bar.clear()
-            # The bar returns with a later step, when the launcher has passed the line on.
-            self._bar.last_print_t = time.time()
+            if self._lines is not None:
+                # Through the launcher's pipe the line could arrive after the next bar.
+                print(text, file=self._lines, flush=True)
+                return
         self.log(text)
 
     def close(self) -> None:
         """Stop the display; the last state stays visible."""
+        self._show_latest()
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
@@ -152,9 +161,12 @@ class Curve:
 
     def __init__(self, most: int = 2 * SPARK_COLUMNS) -> None:
         self._most, self._size, self._means, self._open = most, 1, list[float](), list[float]()
+        self._first = 0.0
 
     def add(self, value: float) -> None:
         """Append a value."""
+        if not self._means and not self._open:
+            self._first = value
         self._open.append(value)
         if len(self._open) == self._size:
             self._means.append(sum(self._open) / self._size)
@@ -169,9 +181,9 @@ class Curve:
         return self._means + rest
 
     def describe(self) -> str:
-        """Return the series as blocks between its first and its last mean; empty without values."""
+        """Return the series as blocks between its first value and its last mean; empty without."""
         means = self.values()
-        return f"{means[0]:#.4g} {sparkline(means)} {means[-1]:#.4g}" if means else ""
+        return f"{self._first:#.4g} {sparkline(means)} {means[-1]:#.4g}" if means else ""
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_COLUMNS) -> str:
@@ -202,15 +214,19 @@ def can_print(text: str) -> bool:
     return True
 
 
-def terminal() -> TextIO | None:
-    """Return the terminal for a live line: standard error, or that of the launcher, else None."""
+def terminals() -> tuple[TextIO | None, TextIO | None]:
+    """Return the terminal for a live line, and that of the launcher for lines above it.
+
+    The first is that of standard error, of this process or of its launcher. None if there is none.
+    """
     if sys.stderr is not None and sys.stderr.isatty():
-        return sys.stderr
+        return sys.stderr, None
     with contextlib.suppress(OSError, ValueError, IndexError):
         launchers = list(_launchers())
         if launchers and _in_foreground(launchers[-1]):
-            return _opened(f"/proc/{launchers[-1]}/fd/2")
-    return None
+            live, lines = (_opened(f"/proc/{launchers[-1]}/fd/{number}") for number in (2, 1))
+            return live, lines
+    return None, None
 
 
 def _launchers(root: str = "/proc") -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -121,10 +122,15 @@ def thread_share(comm: Communicator, asked: int | None = None) -> ThreadShare:
 
 @contextmanager
 def use_threads(comm: Communicator, asked: int | None = None) -> Iterator[None]:
-    """Let this context's kernels use this rank's `thread_share`. Collective."""
+    """Let this context's kernels use this rank's `thread_share`. Collective.
+
+    The kernels use fewer threads where the system refuses to start so many.
+    """
     from minillm import kernels  # needs NumPy, and `minillm doctor` does without
 
     share = thread_share(comm, asked)
+    if (started := startable(share.threads)) < share.threads:
+        share = ThreadShare(started, "as many as the system starts: ulimit -u")
     token = _in_use.set(share)
     try:
         with kernels.threads(share.threads):
@@ -144,3 +150,25 @@ def threads_in_use() -> ThreadShare:
 def threads_per_rank(comm: Communicator, asked: int | None = None) -> int:
     """Return the number of threads of `thread_share`. Collective."""
     return thread_share(comm, asked).threads
+
+
+def startable(wanted: int) -> int:
+    """Return how many of `wanted` threads a rank can have, its first included.
+
+    Each further one stands twice: in the pool of the C kernels and in that of NumPy's. One more
+    watches the rank's waits.
+    """
+    release = threading.Event()
+    helpers: list[threading.Thread] = []
+    try:
+        for _ in range(2 * (wanted - 1) + 1):
+            helper = threading.Thread(target=release.wait, daemon=True)
+            helper.start()
+            helpers.append(helper)
+    except RuntimeError:  # can't start new thread
+        return 1 + max(0, len(helpers) - 1) // 2
+    finally:
+        release.set()
+        for helper in helpers:
+            helper.join()
+    return wanted

@@ -64,17 +64,24 @@ def _shakespeare_char() -> dict[str, Any]:
     return dict(data="shakespeare", tokenizer="char") | model | training | dict(eval_every=250)
 
 
-# Preset -> the options that it sets. The others keep their defaults, which are the preset nano.
+def _nano() -> dict[str, Any]:
+    """Return a run of two to three minutes on two cores with AVX2, whose sample reads as English.
+
+    A byte model with rotary positions learns at twice the learning rate of a position table.
+    """
+    training = dict(steps=2400, lr=4e-3, eval_every=200, sample_tokens=400)
+    return dict(data="austen", position="rotary") | training
+
+
+# Preset -> the options that it sets. The others keep their defaults.
 PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {},
+    "nano": _nano(),
     "shakespeare-char": _shakespeare_char(),
     "gpt2": _gpt2(12, 12, 768, 6e-4, microbatch=4),
     "gpt2-medium": _gpt2(24, 16, 1024, 3e-4, microbatch=2),
     "gpt2-large": _gpt2(36, 20, 1280, 2.5e-4, microbatch=1),
     "gpt2-xl": _gpt2(48, 25, 1600, 2e-4, microbatch=1),
-    "llama-tiny": dict(
-        kv_heads=2, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False
-    ),
+    "llama-tiny": _nano() | dict(kv_heads=2, norm="rmsnorm", mlp="swiglu", bias=False, tied=False),
 }
 
 

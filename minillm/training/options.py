@@ -80,7 +80,7 @@ class OutputOptions(Record):
     """Held-out tokens per evaluation."""
     sample_tokens: int = option(200, at_least=0, resumable=True)
     """Tokens of the sample at the end; 0: none."""
-    log_every: str = option("auto", resumable=True)
+    log_every: int | str = option("auto", resumable=True)
     """Interval between progress lines where there is no terminal: steps as 100, or time as 30s or
     10m; auto: a hundredth of the steps, at least 5 s."""
     log_to: str | None = option(None, resumable=True)
@@ -103,4 +103,4 @@ class OutputOptions(Record):
     def log_interval(self) -> Interval | None:
         """Return the interval of the progress lines, None for auto. Raises ConfigError."""
         auto = self.log_every == "auto"
-        return None if auto else Interval.parse(self.log_every, "--log-every")
+        return None if auto else Interval.parse(str(self.log_every), "--log-every")

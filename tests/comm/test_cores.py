@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,25 @@ def test_ranks_of_a_node_share_its_quota(monkeypatch: pytest.MonkeyPatch) -> Non
     share = run_ranks(4, program)[3]
     assert share == ThreadShare(4, "16 cores for 4 ranks")
     assert share.words(" each") == "4 threads each (16 cores for 4 ranks)"
+
+
+@pytest.mark.parametrize(("limit", "threads"), [(0, 1), (1, 1), (3, 2), (6, 3), (7, 4), (99, 4)])
+def test_a_limit_of_the_system_leaves_fewer_threads(
+    limit: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if len(running) >= limit:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+        running.append(thread)
+
+    before = threading.active_count()
+    limits(monkeypatch, set(range(4)), None, None)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with cores.use_threads(SelfCommunicator()):
+        assert kernels.get_threads() == threads
+        assert ("ulimit -u" in cores.threads_in_use().reason) == (threads < 4)
+    assert threading.active_count() == before

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
-from minillm import checkpoint
+from minillm import checkpoint, train
 
 TRAIN = ["-m", "minillm.train"]
 
@@ -113,7 +113,7 @@ def test_every_layout_reports_the_same_loss(tiny: list[str], tmp_path: Path) -> 
 
 @needs_mpirun
 def test_evaluate_and_generate_on_any_mesh(tiny: list[str], tmp_path: Path) -> None:
-    assert mpirun(0, [*TRAIN, *tiny]).returncode == 0
+    assert mpirun(0, [*TRAIN, *tiny, "--tokenizer", "char"]).returncode == 0
     measured, written = [], []
     for ranks, options in ((0, []), (2, ["--tp", "2"]), (2, ["--pp", "2"])):
         found = mpirun(
@@ -130,3 +130,18 @@ def test_evaluate_and_generate_on_any_mesh(tiny: list[str], tmp_path: Path) -> N
     assert set(measured[0]) == {"loss", "perplexity", "bits_per_byte", "tokens"}
     assert all(found["loss"] == pytest.approx(measured[0]["loss"], rel=1e-5) for found in measured)
     assert len(set(written)) == 1
+
+
+@pytest.mark.parametrize("source", ["austen", "file"])
+def test_the_sample_continues_words_of_the_text(
+    source: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = "It is a truth universally acknowledged, that "
+    if source == "file":  # of others the first eight bytes of the last tenth
+        whole, source = text.read_text(), str(text)
+        begin = whole[len(whole) - len(whole) // 10 :][:8]
+    sizes = ["--layers=1", "--heads=1", "--dim=8", "--context=16", "--batch=1", "--steps=1"]
+    options = [f"--data={source}", "--sample-tokens=3", f"--out={tmp_path / 'run'}"]
+    assert train.main([*sizes, *options]) == 0
+    sample = capsys.readouterr().out.partition("its beginning given ---\n")[2]
+    assert sample.startswith(begin) and sample.endswith("\n---\n")
