@@ -18,7 +18,7 @@ from minillm.base.errors import ConfigError
 from minillm.base.flags import to_toml
 from minillm.base.log import Log
 from minillm.base.options import ComputeOptions
-from minillm.base.terminal import printable
+from minillm.base.terminal import guarded_output, printable
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import agree, from_first, known_to_all
 from minillm.comm.communicator import MAX, Communicator
@@ -97,6 +97,7 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             )
         )
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
+        stack.enter_context(guarded_output(stop.ask))
         training = Run(comm, device, config, corpus, out, origin, tracer, stop)
         if (launch := launched()) and launch.launcher.startswith("Open MPI"):
             log(f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}\n")

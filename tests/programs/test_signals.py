@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi_helpers import finish, mpirun, needs_mpirun, start
+from mpi_helpers import environment, finish, mpirun, needs_mpirun, start
 
 from minillm.comm import signals
 from minillm.comm.signals import StopRequest
@@ -183,3 +184,21 @@ def test_ctrl_c_during_the_imports(command: list[str], handler: Any, tmp_path: P
     )
     found = finish(start(0, command, {"PYTHONPATH": str(tmp_path)}))
     assert found.output.splitlines()[-1].split(" at ")[0] == str(handler).split(" at ")[0]
+
+
+def test_a_reader_that_goes_is_a_request_to_stop(tiny: list[str], tmp_path: Path) -> None:
+    """Read one line, as `| head -1` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minillm.train", *tiny, *ENDLESS],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith("data")
+    process.stdout.close()
+    assert process.wait(60) == 0
+    error = process.stderr.read()
+    assert "standard output is lost (Broken pipe): finishing this step" in error, error
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) and "Traceback" not in error
