@@ -134,8 +134,8 @@ class ShardSpec:
 class FlatShard:
     """Intersection of a parameter with one rank's share of a flat buffer. The local array is 1-d.
 
-    The ranks over the mesh `axes` hold one `share` each of the buffer, as in ZeRO (Rajbhandari et
-    al. 2020, arXiv:1910.02054).
+    Of the ranks over the mesh `axes`, every `ways` neighbours hold one `share` each of the buffer,
+    as in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
     """
 
     spec: ShardSpec  # of the parameter
@@ -143,6 +143,7 @@ class FlatShard:
     length: int  # of the buffer, in elements
     step: int  # shares begin at multiples of it, in elements
     axes: tuple[str, ...]
+    ways: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,8 +152,8 @@ class FlatShard:
 
     def range(self, mesh: MeshShape, coords: Mapping[str, int]) -> slice:
         """Return the part of the parameter's flattened local array that `coords` holds."""
-        index = _index(self.axes, mesh, coords)
-        held = share(self.length, index, mesh.size(*self.axes), self.step)
+        index = _index(self.axes, mesh, coords) % self.ways
+        held = share(self.length, index, self.ways, self.step)
         stop = self.offset + self.spec.local_size(mesh)
         part = overlap(held, slice(self.offset, stop))
         return slice(part.start - self.offset, part.stop - self.offset)

@@ -2,7 +2,7 @@
 
 All parameters of a pipeline stage are views into one buffer, their gradients views into another, in
 the same layout: a gradient bucket is a slice, and the optimizer walks over long runs instead of
-many small arrays.
+many small arrays. A data-parallel method may shard any of them: values, gradients, optimizer state.
 """
 
 from __future__ import annotations
@@ -15,49 +15,68 @@ import numpy as np
 from minillm import kernels
 from minillm.base.arrays import ALIGNMENT, Array, aligned_empty, sum_dtype
 from minillm.base.device import CPU, Device
-from minillm.layout.flat import FlatLayout, Run
+from minillm.layout.flat import FlatLayout, Run, Span
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import FlatShard, Sharded, overlap, share
-from minillm.params.parameter import Parameter, PlainStorage
+from minillm.layout.sharding import FlatShard, Sharded, overlap, share, slice_shape
+from minillm.params.parameter import Parameter, ParamStorage, PlainStorage
 
 
 class Memory(Protocol):
     """Allocator of flat buffers, and this rank's share of the work on them.
 
-    A rank reduces, updates and initialises share `rank` of `size`. `description` is shown in the
-    plan and may be empty.
+    Rank `rank` of `size` reduces, updates and initialises its share of every zone. `description`
+    is shown in the plan and may be empty.
     """
 
     rank: int
     size: int
     description: str
     device: Device
-    axes: tuple[str, ...]  # mesh axes over which optimizer state is sharded; () if it is not
+    shards: frozenset[str]
+    """Kinds of which a rank holds its own shares alone: of values, grads and state."""
+    axes: tuple[str, ...]  # mesh axes over which `shards` are cut; () if nothing is
     alias: tuple[int, int]  # place among, and number of, the ranks with the same common arrays
 
+    def zones(self, layout: FlatLayout[Parameter]) -> Sequence[slice]:
+        """Return the consecutive slices of the buffer that are each cut into shares."""
+
     def common(self, size: int, dtype: np.dtype) -> Array:
-        """Return zeros [size], one copy for all ranks that share: parameters. Collective."""
+        """Return zeros [size], one copy for all ranks that share: values. Collective."""
 
     def own(self, size: int, dtype: np.dtype) -> Array:
         """Return zeros [size] that this rank alone writes: gradients. Collective."""
 
-    def state(self, size: int, dtype: np.dtype, step: int) -> tuple[Array, int]:
-        """Return zeros for optimizer state, and the index of their first element in the buffer.
-
-        The buffer has `size` elements. The state covers all of it, or this rank's `share`.
-        Collective.
-        """
+    def storage(self, buffers: FlatBuffers, span: Span[Parameter]) -> ParamStorage:
+        """Return the storage of one parameter of `buffers`."""
 
     def sync(self) -> None:
         """Wait for all ranks that share, then see what they have written. Collective."""
 
 
-class PrivateMemory:
+class WholeMemory:
+    """Memory in which every rank addresses whole buffers. Base class of the memories."""
+
+    device: Device = CPU
+    shards: frozenset[str] = frozenset()
+    axes: tuple[str, ...] = ()
+
+    def zones(self, layout: FlatLayout[Parameter]) -> Sequence[slice]:
+        """Return one zone, the whole buffer."""
+        return [slice(0, layout.size)]
+
+    def storage(self, buffers: FlatBuffers, span: Span[Parameter]) -> ParamStorage:
+        """Return views of the buffers."""
+        shape, part = buffers.shape_of(span.parameter), slice(span.start, span.stop)
+        grad = buffers.grads[part].reshape(shape) if buffers.grads.size else None
+        return PlainStorage(buffers.values[part].reshape(shape), grad)
+
+
+class PrivateMemory(WholeMemory):
     """Memory of one rank: a single share, which is the whole."""
 
-    rank, size = 0, 1
-    axes: tuple[str, ...] = ()
-    alias = (0, 1)
+    rank: int = 0
+    size: int = 1
+    alias: tuple[int, int] = (0, 1)
 
     def __init__(self, description: str = "", device: Device = CPU) -> None:
         self.description, self.device = description, device
@@ -72,10 +91,6 @@ class PrivateMemory:
 
     own = common
 
-    def state(self, size: int, dtype: np.dtype, step: int) -> tuple[Array, int]:
-        """Return zeros [size], which begin at element 0."""
-        return self.common(size, dtype), 0
-
     def sync(self) -> None:
         """Do nothing: there is no other rank."""
 
@@ -84,8 +99,9 @@ class FlatBuffers:
     """Parameters and gradients of one stage in flat, aligned memory.
 
     Attaches the storage to the parameters. Without `gradients` (inference), no memory is spent on
-    them. `share` is the slice of the buffers that this rank updates: everything, unless `memory`
-    is shared. `layout` says where each parameter lies. Collective over the ranks that share.
+    them. `layout` says where each parameter lies, `parts` are the slices of it that this rank
+    updates: everything, unless `memory` shares or shards. Where `memory` shards the values or the
+    gradients, the array holds the parts one after another. Collective over the ranks that share.
 
     `values` of a narrow dtype have float32 gradients and, for training, float32 `masters`. The
     optimizer updates the masters, and `values` are their rounded copy. Otherwise `masters` is None.
@@ -101,51 +117,101 @@ class FlatBuffers:
         memory: Memory | None = None,
     ) -> None:
         self.memory = memory or PrivateMemory()
-        self.dtype = dtype
+        self.mesh, self.dtype = mesh, dtype
         wide = sum_dtype(dtype)
         self.layout = FlatLayout(parameters, mesh, ALIGNMENT // dtype.itemsize)
         self.parameters = tuple(parameters)
-        size = self.layout.size
+        self.zones = tuple(self.memory.zones(self.layout))
+        self.parts = tuple(self.part_of(zone, self.memory.rank) for zone in self.zones)
+        self._first: dict[int, int] = {}  # start of a part -> its place among this rank's parts
+        self.num_held = 0
+        for part in self.parts:
+            self._first[part.start] = self.num_held
+            self.num_held += part.stop - part.start
         # Zeros, because whole-run operations read the gaps between parameters.
-        self.values = self.memory.common(size, dtype)
-        self.grads = self.memory.own(size if gradients else 0, wide)
-        self.masters = self.memory.common(size, wide) if gradients and wide != dtype else None
-        self.share = share(size, self.memory.rank, self.memory.size, self.layout.step)
+        self.values = self.memory.common(self.num_elements("values"), dtype)
+        self.grads = self.memory.own(self.num_elements("grads") if gradients else 0, wide)
+        self.masters = (
+            self.memory.common(self.num_elements("state"), wide)
+            if gradients and wide != dtype
+            else None
+        )
         for span in self.layout.spans():
-            shape = span.parameter.spec.local_shape(mesh)
-            value = self.values[span.start : span.stop].reshape(shape)
-            grad = self.grads[span.start : span.stop].reshape(shape) if gradients else None
-            span.parameter.storage = PlainStorage(value, grad)
+            span.parameter.storage = self.memory.storage(self, span)
         self.slots = tuple(parameter.slot() for parameter in self.parameters) if gradients else ()
+
+    def num_elements(self, kind: str) -> int:
+        """Return the elements of an array of `kind` on this rank: all, or those of its parts."""
+        return self.num_held if kind in self.memory.shards else self.layout.size
+
+    def shape_of(self, parameter: Parameter) -> tuple[int, ...]:
+        """Return the shape of a parameter's local array."""
+        return parameter.spec.local_shape(self.mesh)
+
+    def part_of(self, zone: slice, rank: int) -> slice:
+        """Return the share of a zone that rank `rank` of the memory's ranks updates."""
+        size = zone.stop - zone.start
+        part = share(size, rank, self.memory.size, self.layout.step)
+        return slice(zone.start + part.start, zone.start + part.stop)
+
+    def at(self, array: Array, kind: str, part: slice) -> Array:
+        """Return the slice `part` of the buffer, within one of `parts` if `kind` is sharded."""
+        if kind not in self.memory.shards:
+            return array[part]
+        holder = next(p for p in self.parts if p.start <= part.start and part.stop <= p.stop)
+        first = self._first[holder.start] + part.start - holder.start
+        return array[first : first + part.stop - part.start]
 
     def initialise(self, seed: int, mesh: MeshShape, coords: Mapping[str, int]) -> None:
         """Fill this rank's shard of every parameter with addressed initial values.
 
         Padding stays zero. Ranks that share memory divide the parameters. Collective over them.
         """
-        wide = sum_dtype(self.dtype)
-        masters = {} if self.masters is None else self.shaped(self.masters)
         first, step = self.memory.alias
-        for parameter in self.parameters[first::step]:
-            local = parameter.get()
-            for global_slices, local_slices in parameter.spec.pieces(mesh, coords):
-                drawn = parameter.init.values(
-                    seed, parameter.name, parameter.spec.shape, global_slices, wide
-                )
-                block = self.memory.device.upload(drawn)
-                if masters:
-                    masters[id(parameter)][local_slices] = block
-                local[local_slices] = (
-                    block if wide == local.dtype else kernels.cast(block, local.dtype)
-                )
+        arrays = [(self.values, "values")]
+        arrays += [] if self.masters is None else [(self.masters, "state")]
+        for array, kind in arrays:
+            for parameter, sharded, local in list(self.tensors(array, kind))[first::step]:
+                for global_slices, local_slices in sharded.pieces(mesh, coords):
+                    drawn = parameter.init.values(
+                        seed,
+                        parameter.name,
+                        parameter.spec.shape,
+                        global_slices,
+                        sum_dtype(self.dtype),
+                    ).reshape(slice_shape(local_slices))
+                    block = self.memory.device.upload(drawn)
+                    local[local_slices] = (
+                        block if block.dtype == local.dtype else kernels.cast(block, local.dtype)
+                    )
         self.memory.sync()
 
-    def shaped(self, flat: Array) -> dict[int, Array]:
-        """Return id(parameter) -> its part of a buffer in this layout, in its local shape."""
-        return {
-            id(s.parameter): flat[s.start : s.stop].reshape(s.parameter.get().shape)
-            for s in self.layout.spans()
-        }
+    def tensors(self, array: Array, kind: str) -> Iterator[tuple[Parameter, Sharded, Array]]:
+        """Yield each parameter with its sharding in an array of `kind`, and what is held here.
+
+        A parameter that reaches into several zones comes several times.
+        """
+        if kind not in self.memory.shards:
+            for span in self.layout.spans():
+                local = array[span.start : span.stop].reshape(self.shape_of(span.parameter))
+                yield span.parameter, span.parameter.spec, local
+            return
+        for zone, part in zip(self.zones, self.parts, strict=True):
+            for span in self.layout.spans():
+                held = overlap(slice(span.start, span.stop), part)
+                if held.start < held.stop:
+                    yield (
+                        span.parameter,
+                        FlatShard(
+                            span.parameter.spec,
+                            span.start - zone.start,
+                            zone.stop - zone.start,
+                            self.layout.step,
+                            self.memory.axes,
+                            self.memory.size,
+                        ),
+                        self.at(array, kind, held),
+                    )
 
     def start_step(self) -> None:
         """Discard the gradients: the next write to each slot overwrites."""
@@ -153,44 +219,32 @@ class FlatBuffers:
             slot.writes = 0
 
     def shared_runs(self) -> Iterator[tuple[Run[Parameter], slice]]:
-        """Yield the runs that reach into this rank's share, each with the part that does."""
+        """Yield the runs that reach into this rank's parts, each with what does."""
         for run in self.layout.runs:
-            part = overlap(slice(run.start, run.stop), self.share)
-            if part.start < part.stop:
-                yield run, part
+            for held in self.parts:
+                part = overlap(slice(run.start, run.stop), held)
+                if part.start < part.stop:
+                    yield run, part
 
 
 class FlatState:
     """Optimizer state with one element per parameter value, in the layout of `buffers`.
 
-    Covers the whole buffer, or this rank's share where the memory shards it. Collective over the
+    Covers the whole buffer, or this rank's parts where the memory shards it. Collective over the
     ranks that share.
     """
 
     def __init__(self, buffers: FlatBuffers, array: Array | None = None) -> None:
-        self.buffers, self.first = buffers, 0
+        self.buffers = buffers
         if array is None:
-            wide, layout = sum_dtype(buffers.dtype), buffers.layout
-            array, self.first = buffers.memory.state(layout.size, wide, layout.step)
+            size = buffers.num_elements("state")
+            array = buffers.memory.common(size, sum_dtype(buffers.dtype))
         self.array = array
 
     def part(self, part: slice) -> Array:
         """Return the state of the slice `part` of the flat buffer."""
-        return self.array[part.start - self.first : part.stop - self.first]
+        return self.buffers.at(self.array, "state", part)
 
     def tensors(self) -> Iterator[tuple[Parameter, Sharded, Array]]:
         """Yield each parameter with the sharding of its state, and the state held here."""
-        layout, axes = self.buffers.layout, self.buffers.memory.axes
-        for span in layout.spans():
-            parameter = span.parameter
-            if self.array.size == layout.size:
-                yield (
-                    parameter,
-                    parameter.spec,
-                    self.part(slice(span.start, span.stop)).reshape(parameter.get().shape),
-                )
-                continue
-            shard = FlatShard(parameter.spec, span.start, layout.size, layout.step, axes)
-            held = overlap(slice(span.start, span.stop), self.buffers.share)
-            if held.start < held.stop:
-                yield parameter, shard, self.part(held)
+        return self.buffers.tensors(self.array, "state")

@@ -32,7 +32,6 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.arrays import ALIGNMENT, Array
-from minillm.base.device import CPU
 from minillm.comm.communicator import Communicator, SharedWindow
 from minillm.comm.ledger import ledger
 from minillm.comm.mesh import Mesh
@@ -40,7 +39,7 @@ from minillm.layout.flat import Run
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
 from minillm.layout.sharding import overlap
-from minillm.params.storage import FlatBuffers
+from minillm.params.storage import FlatBuffers, WholeMemory
 from minillm.replication.all_reduce import counted_parts
 from minillm.replication.protocol import Replication
 
@@ -56,11 +55,8 @@ class NodeGroup:
     peers: Communicator
 
 
-class NodeMemory:
+class NodeMemory(WholeMemory):
     """Memory of the replicas of one node: windows that all of them address."""
-
-    device = CPU
-    axes: tuple[str, ...] = ()
 
     def __init__(self, group: NodeGroup) -> None:
         self.group = group
@@ -77,10 +73,6 @@ class NodeMemory:
     def own(self, size: int, dtype: np.dtype) -> Array:
         """Return zeros [size] in this rank's window."""
         return self._allocate(size, dtype, of=self.rank)
-
-    def state(self, size: int, dtype: np.dtype, step: int) -> tuple[Array, int]:
-        """Return zeros [size] for all ranks of the node, which begin at element 0."""
-        return self.common(size, dtype), 0
 
     def everyones(self, array: Array) -> list[Array]:
         """Return the node's arrays, in rank order, that correspond to `array`, made by `own`."""

@@ -96,11 +96,9 @@ class Assembly:
         The later copies of a tied weight are read but never written.
         """
         for stage in self.stages.values():
-            for parameter in stage.buffers.parameters:
+            for parameter, sharded, data in stage.buffers.tensors(stage.buffers.values, "values"):
                 owned = self.layout.owns(stage.index, parameter.spec.tie)
-                yield StateTensor(
-                    f"{WEIGHTS}{parameter.name}", parameter.spec, parameter.get(), owned=owned
-                )
+                yield StateTensor(f"{WEIGHTS}{parameter.name}", sharded, data, owned=owned)
 
 
 def assemble(

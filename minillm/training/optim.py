@@ -52,12 +52,11 @@ class AdamW:
     def _cut(
         self, buffers: FlatBuffers, exp_avg: FlatState, exp_avg_sq: FlatState
     ) -> Iterator[Part]:
-        updated = buffers.values if buffers.masters is None else buffers.masters
         for run, part in buffers.shared_runs():
-            rounded = None if buffers.masters is None else buffers.values[part]
-            decay = self.weight_decay if run.decay else 0.0
+            values, rounded = updated_parts(buffers, part)
+            grads = buffers.at(buffers.grads, "grads", part)
             moments = exp_avg.part(part), exp_avg_sq.part(part)
-            yield Part(updated[part], buffers.grads[part], *moments, decay, rounded)
+            yield Part(values, grads, *moments, self.weight_decay if run.decay else 0.0, rounded)
 
     def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share of the parameters from the reduced gradient times `grad_scale`.
@@ -96,15 +95,24 @@ class SGD:
     def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share from the reduced gradient times `grad_scale`."""
         for buffers in self.buffers:
-            part, values = buffers.share, buffers.values[buffers.share]
-            updated = values if buffers.masters is None else buffers.masters[part]
-            kernels.sgd_(updated, buffers.grads[part], lr=lr, grad_scale=grad_scale)
-            if buffers.masters is not None:
-                kernels.cast(updated, values.dtype, out=values)
+            for part in buffers.parts:
+                values, rounded = updated_parts(buffers, part)
+                grads = buffers.at(buffers.grads, "grads", part)
+                kernels.sgd_(values, grads, lr=lr, grad_scale=grad_scale)
+                if rounded is not None:
+                    kernels.cast(values, rounded.dtype, out=rounded)
 
     def state(self) -> Mapping[str, Sequence[FlatState]]:
         """Return nothing: plain gradient descent has no state."""
         return {}
+
+
+def updated_parts(buffers: FlatBuffers, part: slice) -> tuple[Array, Array | None]:
+    """Return the slice `part` of what an optimizer updates, and of its narrow copy if any."""
+    values = buffers.at(buffers.values, "values", part)
+    if buffers.masters is None:
+        return values, None
+    return buffers.at(buffers.masters, "state", part), values
 
 
 def learning_rate(

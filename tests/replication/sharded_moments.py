@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from minillm.base.arrays import Array
 from minillm.comm.mesh import Mesh
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
-from minillm.layout.sharding import share
 from minillm.params.storage import PrivateMemory
 from minillm.replication.all_reduce import AllReduce
 from minillm.replication.protocol import Optimizer
@@ -24,14 +20,11 @@ class ShardedState(PrivateMemory):
     """Private parameters and gradients, with optimizer state for this rank's share alone."""
 
     axes = TOKEN_AXES
+    shards = frozenset({"state"})
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__()
         self.rank, self.size = rank, size
-
-    def state(self, size: int, dtype: np.dtype, step: int) -> tuple[Array, int]:
-        held = share(size, self.rank, self.size, step)
-        return self.common(held.stop - held.start, dtype), held.start
 
 
 class ShardedMoments(AllReduce):
@@ -46,5 +39,5 @@ class ShardedMoments(AllReduce):
         ranks = self.mesh.axis(*TOKEN_AXES)
         for buffers in self.buffers.values():
             for owner in range(ranks.size):
-                part = share(buffers.layout.size, owner, ranks.size, buffers.layout.step)
+                part = buffers.part_of(buffers.zones[0], owner)
                 ranks.broadcast_(buffers.values[part], owner)

@@ -104,7 +104,7 @@ SPECS = [
 def test_flat_shares_cover_every_element_once(spec: ShardSpec, num_shares: int) -> None:
     """Check that each rank's flat share holds exactly the elements that its pieces name."""
     mesh = MeshShape(dp=num_shares, tp=2)
-    shard = FlatShard(spec, offset=16, length=160, step=8, axes=("dp", "ep", "cp"))
+    shard = FlatShard(spec, offset=16, length=160, step=8, axes=("dp", "ep", "cp"), ways=num_shares)
     whole = np.arange(np.prod(spec.shape)).reshape(spec.shape)
     seen = np.zeros(spec.shape, int)
     for rank in range(mesh.num_ranks):
