@@ -6,20 +6,21 @@ The global arrays are put together again for comparison.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from minillm.base.arrays import ALIGNMENT, to_host
+from minillm.base.arrays import to_host
 from minillm.base.device import open_device
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.threads import run_ranks
 from minillm.data.batches import Batches
-from minillm.layout.sharding import share
+from minillm.layout.sharding import Sharded, slice_shape
+from minillm.params.parameter import Parameter
 from minillm.params.storage import FlatBuffers
 from minillm.replication.node_shared import NodeMemory
 from minillm.tasks.language_model import LanguageModeling
@@ -169,37 +170,39 @@ def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
 
     An entry is (global shape, [(global slices, copy of the local block)]).
     """
-    mesh = trainer.mesh
-    found = {}
+    mesh, found = trainer.mesh, {}
     trainer.world.barrier()
     for buffers in trainer.model.buffers:
-        values = buffers.values if buffers.masters is None else buffers.masters
-        flat = to_host(values if what == "value" else reduced_grads(buffers))
-        for span in buffers.layout.spans():
-            parameter = span.parameter
-            local = flat[span.start : span.stop].reshape(parameter.spec.local_shape(mesh.shape))
-            blocks = [
-                (globally, local[locally].copy())
-                for globally, locally in parameter.spec.pieces(mesh.shape, mesh.coords)
+        for parameter, sharded, held in held_here(buffers, what):
+            local = to_host(held)
+            _, blocks = found.setdefault(parameter.name, (sharded.shape, []))
+            blocks += [
+                (globally, local[locally].reshape(slice_shape(globally)).copy())
+                for globally, locally in sharded.pieces(mesh.shape, mesh.coords)
             ]
-            found[parameter.name] = (parameter.spec.shape, blocks)
     trainer.world.barrier()
     return found
 
 
-def reduced_grads(buffers: FlatBuffers) -> np.ndarray:
-    """Return the flat reduced gradient.
+def held_here(buffers: FlatBuffers, what: str) -> Iterable[tuple[Parameter, Sharded, Any]]:
+    """Return the parameters with the sharding of values or reduced gradients, and these.
 
-    Where memory is shared, it is put together from the shares of all ranks.
+    Where memory is shared or sharded, the rank's own part of the gradient is the reduced one.
     """
+    if what == "value":
+        if buffers.masters is not None:
+            return buffers.tensors(buffers.masters, "state")
+        return buffers.tensors(buffers.values, "values")
     memory = buffers.memory
-    if not isinstance(memory, NodeMemory):
-        return buffers.grads
-    step = ALIGNMENT // buffers.grads.itemsize
-    shares = [share(buffers.grads.size, rank, memory.size, step) for rank in range(memory.size)]
-    return np.concatenate(
-        [grads[part] for grads, part in zip(memory.everyones(buffers.grads), shares, strict=True)]
-    )
+    if isinstance(memory, NodeMemory):
+        grads = memory.everyones(buffers.grads)
+        shares = [buffers.part_of(buffers.zones[0], rank) for rank in range(memory.size)]
+        whole = [part_of[part] for part_of, part in zip(grads, shares, strict=True)]
+        return buffers.tensors(np.concatenate(whole), "grads")
+    if "state" not in memory.shards:
+        return buffers.tensors(buffers.grads, "grads")
+    own = [buffers.at(buffers.grads, "grads", part) for part in buffers.parts]
+    return buffers.tensors(np.concatenate(own), "state")
 
 
 def assemble(per_rank: list[dict[str, Any]], tolerance: float = 1e-12) -> dict[str, np.ndarray]:

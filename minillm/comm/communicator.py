@@ -133,6 +133,34 @@ class Communicator(Transport):
             own = self._reduce_scatter(rank_major(x, dim, sizes), counts)
             return own.reshape(*x.shape[:dim], sizes[self.rank], *x.shape[dim + 1 :])
 
+    def ireduce_scatter_(self, x: Array, sizes: Sequence[int], kind: str = "payload") -> Work:
+        """Launch a sum over the ranks of which each keeps its slice of flat `x` [sum(sizes)].
+
+        Afterwards the slice [sizes[rank]] of this rank holds the sum, in rank order; the rest of
+        `x` is unchanged. `x` must be neither read nor written until the Work is done.
+        """
+        checks.reducible(self, x, SUM)
+        checks.sizes(self, "ireduce_scatter", sizes, x.size, own=False)
+        if self.size == 1:
+            return DoneWork()
+        operation = self._collective(
+            "reduce_scatter", kind, x.nbytes, "ireduce_scatter", x.dtype, x.shape, sizes
+        )
+        return TrackedWork(self._ireduce_scatter(x, list(sizes)), operation, "ireduce_scatter")
+
+    def iall_gather_(self, x: Array, sizes: Sequence[int], kind: str = "payload") -> Work:
+        """Launch the completion of flat `x` [sum(sizes)], of which each rank holds its slice.
+
+        `x` must be neither read nor written until the Work is done.
+        """
+        checks.sizes(self, "iall_gather", sizes, x.size, own=False)
+        if self.size == 1:
+            return DoneWork()
+        operation = self._collective(
+            "all_gather", kind, x.nbytes, "iall_gather", x.dtype, x.shape, sizes
+        )
+        return TrackedWork(self._iall_gather(x, list(sizes)), operation, "iall_gather")
+
     def all_to_all(
         self,
         parts: Sequence[Array],

@@ -6,7 +6,7 @@ from minillm.base.arrays import Array, namespace
 from minillm.base.errors import CommError
 from minillm.comm.buffers import ReduceOp, cut, even_counts, reduce_in_order
 from minillm.comm.checks import MAX_TAG
-from minillm.comm.work import AllWork, Work
+from minillm.comm.work import AllWork, ThenWork, Work
 
 
 class Transport:
@@ -47,6 +47,27 @@ class Transport:
             + [self._isend(parts[r], r, MAX_TAG) for r in others]
         ).wait()
         return received
+
+    def _ireduce_scatter(self, flat: Array, counts: list[int]) -> Work:
+        """Launch the sum of this rank's slice of `flat` over the ranks, in rank order, in place."""
+        parts = cut(flat, counts)
+        mine, others = parts[self.rank], [r for r in range(self.size) if r != self.rank]
+        received = {r: namespace(flat).empty_like(mine) for r in others} | {self.rank: mine}
+        messages = [self._irecv(received[r], r, MAX_TAG) for r in others]
+        messages += [self._isend(parts[r], r, MAX_TAG) for r in others]
+
+        def add_up() -> None:
+            mine[...] = reduce_in_order([received[r] for r in range(self.size)], ReduceOp.SUM)
+
+        return ThenWork(AllWork(messages), flat, add_up)
+
+    def _iall_gather(self, flat: Array, counts: list[int]) -> Work:
+        """Launch the completion of `flat`, which holds this rank's slice, with the others'."""
+        parts = cut(flat, counts)
+        others = [r for r in range(self.size) if r != self.rank]
+        messages = [self._irecv(parts[r], r, MAX_TAG) for r in others]
+        messages += [self._isend(parts[self.rank], r, MAX_TAG) for r in others]
+        return ThenWork(AllWork(messages), flat)
 
     def _broadcast(self, flat: Array, root: int) -> None:
         raise self._unsupported("broadcast")

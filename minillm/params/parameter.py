@@ -59,9 +59,8 @@ class ParamStorage(Protocol):
 class PlainStorage:
     """Local array and gradient that this rank alone holds."""
 
-    def __init__(self, value: Array, grad: Array | None) -> None:
-        self._value, self.dtype = value, value.dtype
-        self._slot = None if grad is None else GradSlot(grad)
+    def __init__(self, value: Array, slot: GradSlot | None) -> None:
+        self._value, self.dtype, self._slot = value, value.dtype, slot
 
     def full(self) -> Array:
         """Return the local array."""

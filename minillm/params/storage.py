@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from minillm import kernels
+from minillm.autograd.tape import GradSlot
 from minillm.base.arrays import ALIGNMENT, Array, aligned_empty, sum_dtype
 from minillm.base.device import CPU, Device
 from minillm.layout.flat import FlatLayout, Run, Span
@@ -67,8 +68,8 @@ class WholeMemory:
     def storage(self, buffers: FlatBuffers, span: Span[Parameter]) -> ParamStorage:
         """Return views of the buffers."""
         shape, part = buffers.shape_of(span.parameter), slice(span.start, span.stop)
-        grad = buffers.grads[part].reshape(shape) if buffers.grads.size else None
-        return PlainStorage(buffers.values[part].reshape(shape), grad)
+        slot = GradSlot(buffers.grads[part].reshape(shape)) if buffers.grads.size else None
+        return PlainStorage(buffers.values[part].reshape(shape), slot)
 
 
 class PrivateMemory(WholeMemory):

@@ -145,8 +145,9 @@ class PipelineRuntime:
         self._differentiate(action, live, live.deferred)
 
     def _weight_grad(self, action: Action) -> None:
-        observer = self.replication.observer(action.stage)
-        deferred = self._live.pop(_key(action)).deferred
+        key = _key(action)
+        observer = self.replication.observer(action.stage, key in self._arming)
+        deferred = self._live.pop(key).deferred
         deferred.reverse()
         # Emptied, because each work refers to the list: a cycle that reference counts never free.
         while deferred:
@@ -166,8 +167,7 @@ class PipelineRuntime:
         if live.outputs:
             roots += zip(live.outputs, self._grads.pop(key), strict=True)
         arrived, live.arrived, live.outputs, live.losses = live.arrived, (), (), ()
-        armed = key in self._arming
-        observer = self.replication.observer(action.stage) if armed else None
+        observer = self.replication.observer(action.stage, key in self._arming)
         backward(roots, defer=defer, observer=observer)
         if action.stage in self._source:
             self._grads[self._source[action.stage], key[1]] = tuple(

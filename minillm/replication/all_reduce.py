@@ -141,10 +141,10 @@ class AllReduce(Replication):
             if counts
         ]
 
-    def observer(self, stage: int) -> BackwardObserver | None:
-        """Return the stage's bucket reducer if there is another replica."""
+    def observer(self, stage: int, last: bool) -> BackwardObserver | None:
+        """Return the stage's bucket reducer if there is another replica, in the last pass."""
         reducer = self._reducers[stage]
-        return reducer if reducer.overlaps else None
+        return reducer if last and reducer.overlaps else None
 
     def begin_step(self) -> None:
         """Discard last step's gradients."""

@@ -61,8 +61,16 @@ class Replication:
             for name, stages in sorted(self.layout.ties.items())
         }
 
-    def observer(self, stage: int) -> BackwardObserver | None:
-        """Return the observer of the last backward pass of `stage`; None if nothing overlaps."""
+    @property
+    def copies(self) -> Communicator:
+        """The ranks that hold the same parameters as this one, and must agree on them."""
+        return self.mesh.axis("dp")
+
+    def observer(self, stage: int, last: bool) -> BackwardObserver | None:
+        """Return the observer of a backward pass of `stage`, None if nothing overlaps.
+
+        `last`: no other microbatch adds to the stage's gradients in this step.
+        """
         return None
 
     def begin_step(self) -> None:

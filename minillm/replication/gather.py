@@ -1,0 +1,144 @@
+"""Gathering of sharded parameters, one block at a time, with the next one prefetched.
+
+A rank holds its share of every zone. `ShardedStorage.full` gathers the block of a parameter when an
+operation asks for it, forward or backward, and drops the block before. The tape keeps parameters,
+never gathered arrays, so a dropped block is freed at once. The order of the last step predicts the
+next block of this one: its gather runs while the present block computes.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from minillm.autograd.tape import GradSlot
+from minillm.base.arrays import Array, namespace
+from minillm.comm.communicator import Communicator, Work
+from minillm.layout.flat import Span
+from minillm.params.parameter import Parameter
+from minillm.params.storage import FlatBuffers
+
+_BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+
+
+def unit_of(name: str) -> str:
+    """Return the block of a parameter, `blocks.3`; outside the blocks, its module."""
+    found = _BLOCK.match(name)
+    return found.group() if found else name.split(".")[0]
+
+
+class Unit:
+    """Zones that are gathered together: those of a block."""
+
+    def __init__(self, zones: list[int]) -> None:
+        self.zones = zones
+        self.arrays: dict[int, Array] | None = None  # zone -> its values, whole
+        self.works: list[Work] = []
+
+
+class Gatherer:
+    """Gathered parameters of one stage: of the block in use, and of the next one.
+
+    Invariant: all ranks of `comm` use the blocks in the same order, so their gathers match.
+    """
+
+    def __init__(self, buffers: FlatBuffers, comm: Communicator) -> None:
+        self.buffers, self.comm = buffers, comm
+        self._sizes = {
+            index: [
+                part.stop - part.start
+                for part in (buffers.part_of(zone, rank) for rank in range(comm.size))
+            ]
+            for index, zone in enumerate(buffers.zones)
+        }
+        self._unit_of_zone: dict[int, Unit] = {}
+        by_name: dict[str, Unit] = {}
+        for index, zone in enumerate(buffers.zones):
+            first = next(s for s in buffers.layout.spans() if s.start == zone.start)
+            unit = by_name.setdefault(unit_of(first.parameter.name), Unit([]))
+            unit.zones.append(index)
+            self._unit_of_zone[index] = unit
+        self._held: list[Unit] = []
+        self._current: Unit | None = None
+        self._order: list[Unit] = []  # of this step
+        self._last_order: list[Unit] = []
+
+    def start_step(self) -> None:
+        """Begin to follow the order of the last step."""
+        self.drop()
+        self._order, self._last_order = [], self._order
+
+    def end_step(self) -> None:
+        """Drop all values, because the parameters have changed."""
+        self.drop()
+
+    def drop(self) -> None:
+        """Release the gathered values."""
+        for unit in self._held:
+            _finish(unit)
+            unit.arrays = None
+        self._held, self._current = [], None
+
+    def zone(self, index: int) -> Array:
+        """Return the values of a zone, whole, gathering its block if it is not in use."""
+        unit = self._unit_of_zone[index]
+        if unit is not self._current:
+            self._enter(unit)
+        assert unit.arrays is not None
+        return unit.arrays[index]
+
+    def _enter(self, unit: Unit) -> None:
+        if unit.arrays is None:
+            self._launch(unit)
+        _finish(unit)
+        for other in self._held:
+            if other is not unit:
+                _finish(other)
+                other.arrays = None
+        self._held, self._current = [unit], unit
+        self._order.append(unit)
+        done = len(self._order)
+        if self._last_order[:done] == self._order and done < len(self._last_order):
+            following = self._last_order[done]
+            if following.arrays is None:
+                self._launch(following)
+
+    def _launch(self, unit: Unit) -> None:
+        buffers = self.buffers
+        unit.arrays = {}
+        for index in unit.zones:
+            zone, part = buffers.zones[index], buffers.parts[index]
+            whole = namespace(buffers.values).empty(zone.stop - zone.start, buffers.dtype)
+            whole[part.start - zone.start : part.stop - zone.start] = buffers.at(
+                buffers.values, "values", part
+            )
+            unit.arrays[index] = whole
+            unit.works.append(self.comm.iall_gather_(whole, self._sizes[index]))
+        self._held.append(unit)
+
+
+def _finish(unit: Unit) -> None:
+    for work in unit.works:
+        work.wait()
+    unit.works = []
+
+
+class ShardedStorage:
+    """Storage of a parameter whose values are cut over ranks and gathered on use."""
+
+    def __init__(self, gatherer: Gatherer, span: Span[Parameter], slot: GradSlot) -> None:
+        buffers = gatherer.buffers
+        self._gatherer, self._slot, self.dtype = gatherer, slot, buffers.dtype
+        self._shape = buffers.shape_of(span.parameter)
+        starts = [zone.start for zone in buffers.zones]
+        self._zone = max(i for i, start in enumerate(starts) if start <= span.start)
+        self._place = slice(span.start - starts[self._zone], span.stop - starts[self._zone])
+
+    def full(self) -> np.ndarray:
+        """Return the local array, gathered."""
+        return self._gatherer.zone(self._zone)[self._place].reshape(self._shape)
+
+    def slot(self) -> GradSlot:
+        """Return the gradient slot."""
+        return self._slot

@@ -1,0 +1,334 @@
+"""ZeRO: optimizer state, gradients and parameters cut over the data-parallel ranks.
+
+Each rank updates its share of every zone of the flat buffers (Rajbhandari et al. 2020,
+arXiv:1910.02054; FSDP, Zhao et al. 2023, arXiv:2304.11277). The stages differ in what a rank holds:
+
+1. Optimizer state is sharded. Gradients are reduce-scattered while the last backward pass runs.
+   Each rank updates its share, and the parameters are all-gathered.
+2. Gradients are sharded as well. Every microbatch is reduce-scattered, and a zone's whole gradient
+   lives from its first write to its reduction.
+3. Parameters are sharded as well. A block is gathered when it is used (gather.py).
+
+With a shard group of n ranks, n neighbours on the axis share a replica, and the groups all-reduce
+their shares of the gradients (hybrid sharding).
+
+Invariant: zones are reduced in the order of the flat buffer, never in the order of readiness. The
+sum of a share runs in rank order. Tied weights are reduced after their copies have been summed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from minillm import kernels
+from minillm.autograd.backward import BackwardObserver
+from minillm.autograd.tape import GradSlot, Leaf
+from minillm.base.arrays import Array, namespace
+from minillm.base.device import CPU, Device
+from minillm.comm.communicator import Communicator, Work
+from minillm.comm.mesh import Mesh
+from minillm.layout.flat import FlatLayout, Span
+from minillm.layout.mesh_shape import TOKEN_AXES
+from minillm.layout.placement import Layout
+from minillm.layout.sharding import overlap
+from minillm.params.parameter import Parameter, ParamStorage, PlainStorage
+from minillm.params.storage import FlatBuffers, PrivateMemory
+from minillm.replication.all_reduce import counted_parts
+from minillm.replication.gather import Gatherer, ShardedStorage, unit_of
+from minillm.replication.protocol import Optimizer, Replication
+
+KINDS = {"state": "optimizer state", "grads": "gradients", "values": "parameters"}
+"""Kinds of flat arrays in the order in which the stages of ZeRO shard them."""
+
+
+class ShardGroup:
+    """Ranks that share a replica, and the ranks with this one's share of the other replicas.
+
+    Collective over the token axes of the mesh.
+    """
+
+    def __init__(self, mesh: Mesh, size: int) -> None:
+        replicas = mesh.axis(*TOKEN_AXES)
+        self.size = size or replicas.size
+        group, place = divmod(replicas.rank, self.size)
+        name = replicas.name
+        self.shards = _split(replicas, group, name)
+        self.gathers = self.shards.dup(f"{name} gather") if self.size > 1 else self.shards
+        self.peers = _split(replicas, replicas.size // self.size + place, f"{name} replicas")
+
+
+def _split(comm: Communicator, color: int, name: str) -> Communicator:
+    made = comm.split(color, comm.rank, name) if comm.size > 1 else comm
+    assert made is not None
+    return made
+
+
+class ShardedMemory(PrivateMemory):
+    """Memory of a ZeRO stage: whole arrays of the kinds that it does not shard."""
+
+    axes: tuple[str, ...] = TOKEN_AXES
+
+    def __init__(
+        self, stage: int, group: ShardGroup, bucket_bytes: int, device: Device = CPU
+    ) -> None:
+        held = ", ".join(list(KINDS.values())[:stage])
+        super().__init__(f"ZeRO {stage}: {held} sharded over {group.shards.size} ranks", device)
+        self.stage, self.group, self.bucket_bytes = stage, group, bucket_bytes
+        self.rank, self.size = group.shards.rank, group.shards.size
+        self.shards = frozenset(list(KINDS)[:stage])
+        self.reducers: dict[int, ZoneReducer] = {}  # id(buffers) -> reducer
+        self.gatherers: dict[int, Gatherer] = {}
+
+    def zones(self, layout: FlatLayout[Parameter]) -> Sequence[slice]:
+        """Cut runs into zones of about `bucket_bytes`; where values are cut, of one block each."""
+        starts: list[int] = []
+        for run in layout.runs:
+            unit, size = None, 0
+            for span in run.spans:
+                split = self.stage == 3 and unit_of(span.parameter.name) != unit
+                if span is run.spans[0] or split or size >= self.bucket_bytes:
+                    starts.append(span.start)
+                    size = 0
+                unit = unit_of(span.parameter.name)
+                size += (span.stop - span.start) * 4
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], layout.size], strict=True)]
+
+    def storage(self, buffers: FlatBuffers, span: Span[Parameter]) -> ParamStorage:
+        """Return whole views, or storage that is reduced and gathered zone by zone."""
+        if self.stage == 1:
+            return super().storage(buffers, span)
+        reducer = self.reducers.get(id(buffers))
+        if reducer is None:
+            reducer = self.reducers[id(buffers)] = ZoneReducer(buffers, self.group.shards)
+        slot = ZoneSlot(reducer.zone_at(span.start), span, buffers.shape_of(span.parameter))
+        if self.stage == 2:
+            value = buffers.values[span.start : span.stop]
+            return PlainStorage(value.reshape(buffers.shape_of(span.parameter)), slot)
+        gatherer = self.gatherers.get(id(buffers))
+        if gatherer is None:
+            gatherer = self.gatherers[id(buffers)] = Gatherer(buffers, self.group.gathers)
+        return ShardedStorage(gatherer, span, slot)
+
+
+class Zone:
+    """Slice of the flat buffer whose gradient is reduce-scattered at once."""
+
+    def __init__(self, buffers: FlatBuffers, index: int, ranks: int) -> None:
+        self.buffers = buffers
+        self.whole, self.part = buffers.zones[index], buffers.parts[index]
+        parts = [buffers.part_of(self.whole, rank) for rank in range(ranks)]
+        self.sizes = [part.stop - part.start for part in parts]
+        self.run = next(r for r in buffers.layout.runs if r.start <= self.whole.start < r.stop)
+        self.spans = [s for s in self.run.spans if self.whole.start <= s.start < self.whole.stop]
+        self.slots: tuple[GradSlot, ...] = ()
+        self.sharded = "grads" in buffers.memory.shards
+        self.launches = self.reductions = 0  # in this step
+        self.waiting: set[int] = set()  # id(parameter) without a gradient since the last launch
+        self._grad: Array | None = None
+
+    def whole_grad(self) -> Array:
+        """Return the zone's gradient, all of it: allocated here where gradients are sharded."""
+        if not self.sharded:
+            return self.buffers.grads[self.whole]
+        if self._grad is None:
+            held = self.buffers.grads
+            self._grad = namespace(held).empty(self.whole.stop - self.whole.start, held.dtype)
+            stops = [span.start for span in self.spans[1:]] + [self.whole.stop]
+            for span, stop in zip(self.spans, stops, strict=True):  # gaps enter the norm
+                self._grad[span.stop - self.whole.start : stop - self.whole.start] = 0
+        return self._grad
+
+    def expect(self) -> None:
+        """Wait for every parameter of the zone again."""
+        self.waiting = {id(span.parameter) for span in self.spans}
+
+    def take(self) -> Array:
+        """Return the finished gradient and let the next microbatch begin another one."""
+        for slot in self.slots:
+            slot.finish()
+        grad = self.whole_grad()
+        if self.sharded:
+            self._grad = None
+            for slot in self.slots:
+                slot.writes = 0
+        self.expect()
+        self.launches += 1
+        return grad
+
+    def add(self, grad: Array) -> None:
+        """Add this rank's share of a reduced gradient to that of the earlier microbatches."""
+        if self.sharded:
+            start = self.whole.start
+            reduced = grad[self.part.start - start : self.part.stop - start]
+            held = self.buffers.at(self.buffers.grads, "grads", self.part)
+            if self.reductions:
+                held += reduced
+            else:
+                held[...] = reduced
+        self.reductions += 1
+
+
+class ZoneSlot(GradSlot):
+    """Gradient slot in a zone's gradient, which exists between first write and reduction."""
+
+    __slots__ = ("_place", "_shape", "_zone")
+
+    def __init__(self, zone: Zone, span: Span[Parameter], shape: tuple[int, ...]) -> None:
+        self._zone, self._shape, self.writes = zone, shape, 0
+        self._place = slice(span.start - zone.whole.start, span.stop - zone.whole.start)
+
+    @property
+    def buf(self) -> Array:
+        """View of the zone's gradient."""
+        return self._zone.whole_grad()[self._place].reshape(self._shape)
+
+
+class ZoneReducer:
+    """Reduce-scatter of one stage's gradients, zone by zone, overlapped with backward.
+
+    Implements `BackwardObserver`.
+    """
+
+    def __init__(self, buffers: FlatBuffers, comm: Communicator) -> None:
+        self.buffers, self.comm = buffers, comm
+        self.zones = [Zone(buffers, index, comm.size) for index in range(len(buffers.zones))]
+        self._zone_of = {id(s.parameter): zone for zone in self.zones for s in zone.spans}
+        self._order = [zone for zone in self.zones if not zone.run.tied]
+        self._next = 0
+        self._under_way: deque[tuple[Zone, Array, Work]] = deque()
+
+    def zone_at(self, start: int) -> Zone:
+        """Return the zone that holds element `start` of the buffer."""
+        return next(z for z in self.zones if z.whole.start <= start < z.whole.stop)
+
+    def attach(self) -> None:
+        """Find the slots, once every parameter has its storage."""
+        for zone in self.zones:
+            zone.slots = tuple(span.parameter.slot() for span in zone.spans)
+
+    def start_step(self) -> None:
+        """Begin the sums of another step."""
+        self._next = 0
+        for zone in self.zones:
+            zone.launches = zone.reductions = 0
+            zone.expect()
+
+    def leaf_ready(self, leaf: Leaf) -> None:
+        """Launch the zones that `leaf` completes. Zones of tied weights wait for `finish`."""
+        self._zone_of[id(leaf)].waiting.discard(id(leaf))
+        while self._order and not self._order[self._next].waiting:
+            self._launch(self._order[self._next])
+            self._next = (self._next + 1) % len(self._order)
+
+    def between_nodes(self) -> None:
+        """Poll the reductions under way."""
+        while self._under_way and self._under_way[0][2].test():
+            zone, grad, _ = self._under_way.popleft()
+            zone.add(grad)
+
+    def finish(self) -> None:
+        """Reduce what has not been reduced in this step, and wait for all."""
+        for zone in self.zones:
+            if not zone.launches or (zone.sharded and any(slot.writes for slot in zone.slots)):
+                self._launch(zone)
+        while self._under_way:
+            zone, grad, work = self._under_way.popleft()
+            work.wait()
+            zone.add(grad)
+
+    def _launch(self, zone: Zone) -> None:
+        grad = zone.take()
+        work = self.comm.ireduce_scatter_(grad, zone.sizes)
+        self._under_way.append((zone, grad, work))
+
+
+class Zero(Replication):
+    """Replicas that hold a share each of optimizer state, gradients and parameters."""
+
+    memory: ShardedMemory
+
+    def attach(self, buffers: Mapping[int, FlatBuffers]) -> None:
+        """Make the reducer of each stage."""
+        super().attach(buffers)
+        memory = self.memory
+        self._reducers = {
+            stage: memory.reducers.get(id(b)) or ZoneReducer(b, memory.group.shards)
+            for stage, b in buffers.items()
+        }
+        for reducer in self._reducers.values():
+            reducer.attach()
+        self._counted = [part for stage in buffers for part in self._counted_of(stage)]
+
+    def _counted_of(self, stage: int) -> Iterator[Array]:
+        """Yield the parts of this rank's reduced gradients that enter the norm here."""
+        buffers = self.buffers[stage]
+        found = counted_parts(buffers.layout, self.layout, stage, self.mesh.coords, axes=("tp",))
+        for counted, counts in found:
+            for held in buffers.parts:
+                part = overlap(counted, held)
+                if counts and part.start < part.stop:
+                    yield buffers.at(buffers.grads, "grads", part)
+
+    @property
+    def copies(self) -> Communicator:
+        """The ranks that hold the same parameters."""
+        return self.memory.group.peers if self.memory.stage == 3 else super().copies
+
+    def observer(self, stage: int, last: bool) -> BackwardObserver | None:
+        """Return the stage's reducer in the last pass, with sharded gradients in every pass."""
+        return self._reducers[stage] if last or self.memory.stage > 1 else None
+
+    def begin_step(self) -> None:
+        """Discard last step's gradients."""
+        super().begin_step()
+        for reducer in self._reducers.values():
+            reducer.start_step()
+        for gatherer in self.memory.gatherers.values():
+            gatherer.start_step()
+
+    def reduce(self, stage: int) -> None:
+        """Wait for this rank's share of the sums of the stage, over all replicas."""
+        started = time.perf_counter()
+        buffers, works = self.buffers[stage], []
+        self._reducers[stage].finish()
+        for run, part in buffers.shared_runs():
+            grads = buffers.at(buffers.grads, "grads", part)
+            for axis in run.sum_axes:
+                if axis not in TOKEN_AXES:
+                    self.mesh.axis(axis).all_reduce_(grads)
+            works.append(self.memory.group.peers.iall_reduce_(grads))
+        for work in works:
+            work.wait()
+        self.exposed_seconds += time.perf_counter() - started
+
+    def sum_of_squares(self) -> Any:
+        """Return the squared norm of this rank's share; of all replicas the first one counts."""
+        if self.memory.group.peers.rank:
+            return 0.0
+        return sum(map(kernels.sum_of_squares, self._counted))
+
+    def update(self, optimizer: Optimizer, step: int, lr: float, scale: Any) -> None:
+        """Update this rank's share and gather the others', or drop the gathered values."""
+        super().update(optimizer, step, lr, scale)
+        for gatherer in self.memory.gatherers.values():
+            gatherer.end_step()
+        if self.memory.stage == 3:
+            return
+        works = [
+            self.memory.group.gathers.iall_gather_(reducer.buffers.values[zone.whole], zone.sizes)
+            for reducer in self._reducers.values()
+            for zone in reducer.zones
+        ]
+        for work in works:
+            work.wait()
+
+
+def make(
+    mesh: Mesh, layout: Layout, stage: int, shard_group: int, bucket_bytes: int, device: Device
+) -> Zero:
+    """Return the method of a ZeRO stage. Collective over the mesh."""
+    memory = ShardedMemory(stage, ShardGroup(mesh, shard_group), bucket_bytes, device)
+    return Zero(mesh, layout, memory)
