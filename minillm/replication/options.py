@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from minillm.base.errors import ConfigError
 from minillm.base.record import Record, option
+from minillm.layout.mesh_shape import MeshShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +17,26 @@ class ReplicationOptions(Record):
     bucket_mb: float = option(4.0, above=0, resumable=True)
     """Size in MB (10^6 bytes) of the pieces in which gradients are reduced while backward still
     runs."""
+    zero: int = option(0, at_least=0, below=4, resumable=True)
+    """Stage of ZeRO: cut optimizer state (1), gradients (2) and parameters (3) over the
+    data-parallel ranks. 0: every rank holds all of them."""
+    shard_group: int = option(0, at_least=0, resumable=True)
+    """Number of data-parallel ranks that share a replica under --zero; 0: all of them."""
     node_shared: Literal["auto", "on", "off"] = option("auto", resumable=True)
     """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in
     shared memory: auto (where possible)."""
+
+    def check(self, mesh: MeshShape) -> None:
+        """Raise ConfigError for methods that do not go together, or do not fit the mesh."""
+        if self.zero and self.node_shared == "on":
+            raise ConfigError(
+                "--zero and --node-shared on are two ways to hold one replica; leave one out"
+            )
+        if self.shard_group and not self.zero:
+            raise ConfigError("--shard-group needs --zero 1, 2 or 3")
+        if self.shard_group and mesh.dp % self.shard_group:
+            fitting = ", ".join(str(n) for n in range(1, mesh.dp + 1) if mesh.dp % n == 0)
+            raise ConfigError(
+                f"--shard-group {self.shard_group} does not divide the {mesh.dp} data-parallel "
+                f"ranks; choose one of {fitting}"
+            )

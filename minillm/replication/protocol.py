@@ -66,6 +66,11 @@ class Replication:
         """The ranks that hold the same parameters as this one, and must agree on them."""
         return self.mesh.axis("dp")
 
+    @property
+    def in_first_replica(self) -> bool:
+        """True if this rank computes with the first replica: the one that samples."""
+        return self.mesh.coord("dp") == 0
+
     def observer(self, stage: int, last: bool) -> BackwardObserver | None:
         """Return the observer of a backward pass of `stage`, None if nothing overlaps.
 

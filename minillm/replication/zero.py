@@ -53,9 +53,9 @@ class ShardGroup:
     def __init__(self, mesh: Mesh, size: int) -> None:
         replicas = mesh.axis(*TOKEN_AXES)
         self.size = size or replicas.size
-        group, place = divmod(replicas.rank, self.size)
+        self.number, place = divmod(replicas.rank, self.size)
         name = replicas.name
-        self.shards = _split(replicas, group, name)
+        self.shards = _split(replicas, self.number, name)
         self.gathers = self.shards.dup(f"{name} gather") if self.size > 1 else self.shards
         self.peers = _split(replicas, replicas.size // self.size + place, f"{name} replicas")
 
@@ -276,6 +276,11 @@ class Zero(Replication):
     def copies(self) -> Communicator:
         """The ranks that hold the same parameters."""
         return self.memory.group.peers if self.memory.stage == 3 else super().copies
+
+    @property
+    def in_first_replica(self) -> bool:
+        """True if this rank's parameters, or its share of them, are of the first replica."""
+        return self.memory.group.number == 0 if self.memory.stage == 3 else super().in_first_replica
 
     def observer(self, stage: int, last: bool) -> BackwardObserver | None:
         """Return the stage's reducer in the last pass, with sharded gradients in every pass."""

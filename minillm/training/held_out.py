@@ -47,20 +47,19 @@ def measure(
     rows = np.arange(data.rank, what.num_rows, data.size)
     values: dict[str, list[Any]] = defaultdict(list)
 
-    stride = microbatch * LOOK * mesh.axis("pp").size
-    for first in range(0, -(-what.num_rows // data.size), stride):
-        part = rows[first : first + stride]
-        batches = [
-            what.batch(part[i : i + microbatch], device) for i in range(0, len(part), microbatch)
-        ]
-        if batches:
-            schedule = lower(forward_only(model.layout.rank_of_stage, len(batches)), train=False)
-            runtime = PipelineRuntime(
-                schedule, model.stages, mesh.axis("pp"), model.replication, count=what.count
-            )
-            runtime.run(batches)
-            for name, terms in runtime.terms.items():
-                values[name] += terms
+    # Every rank runs as many microbatches, the last perhaps without rows: sharded parameters are
+    # gathered by all replicas together.
+    most, stride = -(-what.num_rows // data.size), microbatch * LOOK * mesh.axis("pp").size
+    for first in range(0, most, stride):
+        starts = range(first, min(first + stride, most), microbatch)
+        batches = [what.batch(rows[i : i + microbatch], device) for i in starts]
+        schedule = lower(forward_only(model.layout.rank_of_stage, len(batches)), train=False)
+        runtime = PipelineRuntime(
+            schedule, model.stages, mesh.axis("pp"), model.replication, count=what.count
+        )
+        runtime.run(batches)
+        for name, terms in runtime.terms.items():
+            values[name] += terms
         advance(min(stride * data.size, what.num_rows - first * data.size))
         if stop is not None and world.reduce_numbers([stop()], MAX)[0]:
             raise Stopped

@@ -12,6 +12,7 @@ import numpy as np
 from minillm import kernels
 from minillm.base.device import CPU, Device
 from minillm.comm.communicator import Communicator
+from minillm.replication.options import ReplicationOptions
 from minillm.training.resolve import ResolvedConfig
 
 
@@ -35,6 +36,7 @@ def numeric_key(
         "num_microbatches": config.num_microbatches,
         "bucket_mb": options.replication.bucket_mb,
         "shared_by": shared_by,
+        **_zero(options.replication),
         "schedule": options.pipeline.schedule,
         "sequence_parallel": options.layout.sequence_parallel,
         "recompute": config.recompute,
@@ -43,6 +45,11 @@ def numeric_key(
         "kernels": kernel_choices(config, device),
         **{name: _common([rank[name] for rank in ranks]) for name in local},
     }
+
+
+def _zero(options: ReplicationOptions) -> dict[str, int]:
+    """Return the stage of ZeRO and its shard group, which order the sums of gradients."""
+    return {"zero": options.zero, "shard_group": options.shard_group} if options.zero else {}
 
 
 def kernel_choices(config: ResolvedConfig, device: Device) -> dict[str, str]:
