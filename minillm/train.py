@@ -102,8 +102,9 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         if (launch := launched()) and launch.launcher.startswith("Open MPI"):
             log(f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}\n")
         if training.train() and options.output.sample_tokens:
-            replica = comm.split(training.trainer.mesh.coord("dp"), name="replica")
-            if replica is not None and training.trainer.mesh.coord("dp") == 0:
+            number = training.trainer.replication.replica
+            replica = comm.split(number, name="replica")
+            if replica is not None and number == 0:
                 with comm.working("writing a sample"):
                     log(_sample(training, replica))
             comm.barrier()

@@ -64,7 +64,7 @@ class _FusedAttention(Function):
         q, k, v = split_heads(qkv, heads, kv_heads)
         o, lse = kernels.attention_forward(q, k, v, **options)
         ctx.save(q, k, v, o, lse, options)
-        return o.reshape(*o.shape[:2], -1)
+        return o.reshape(*o.shape[:2], o.shape[2] * o.shape[3])
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:

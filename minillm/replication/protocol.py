@@ -67,9 +67,9 @@ class Replication:
         return self.mesh.axis("dp")
 
     @property
-    def in_first_replica(self) -> bool:
-        """True if this rank computes with the first replica: the one that samples."""
-        return self.mesh.coord("dp") == 0
+    def replica(self) -> int:
+        """Number of the replica that this rank computes with. The first one, 0, samples."""
+        return self.mesh.coord("dp")
 
     def observer(self, stage: int, last: bool) -> BackwardObserver | None:
         """Return the observer of a backward pass of `stage`, None if nothing overlaps.

@@ -278,9 +278,9 @@ class Zero(Replication):
         return self.memory.group.peers if self.memory.stage == 3 else super().copies
 
     @property
-    def in_first_replica(self) -> bool:
-        """True if this rank's parameters, or its share of them, are of the first replica."""
-        return self.memory.group.number == 0 if self.memory.stage == 3 else super().in_first_replica
+    def replica(self) -> int:
+        """Number of the replica of which this rank holds all parameters, or its share."""
+        return self.memory.group.number if self.memory.stage == 3 else super().replica
 
     def observer(self, stage: int, last: bool) -> BackwardObserver | None:
         """Return the stage's reducer in the last pass, with sharded gradients in every pass."""

@@ -229,11 +229,10 @@ class Trainer:
         for buffers in self.model.buffers:
             if buffers.masters is None:
                 continue
-            arrays = buffers.shaped(buffers.masters)
-            for parameter in buffers.parameters:
+            for parameter, sharded, data in buffers.tensors(buffers.masters, "state"):
                 name = f"optimizer/master/{parameter.name}"
                 name = name if name in named else f"model/{parameter.name}"
-                tensors.append(StateTensor(name, parameter.spec, arrays[id(parameter)]))
+                tensors.append(StateTensor(name, sharded, data))
         first, step = memory.alias
         mine = tensors[first::step]
         agree(self.world, lambda: load(source, mine, mesh.shape, mesh.coords))
