@@ -190,15 +190,18 @@ class FlatBuffers:
     def tensors(self, array: Array, kind: str) -> Iterator[tuple[Parameter, Sharded, Array]]:
         """Yield each parameter with its sharding in an array of `kind`, and what is held here.
 
-        A parameter that reaches into several zones comes several times.
+        They come in the order of the model; of sharded arrays zone by zone, where a parameter
+        that reaches into several zones comes several times.
         """
+        spans = {id(span.parameter): span for span in self.layout.spans()}
+        in_order = [spans[id(parameter)] for parameter in self.parameters]
         if kind not in self.memory.shards:
-            for span in self.layout.spans():
+            for span in in_order:
                 local = array[span.start : span.stop].reshape(self.shape_of(span.parameter))
                 yield span.parameter, span.parameter.spec, local
             return
         for zone, part in zip(self.zones, self.parts, strict=True):
-            for span in self.layout.spans():
+            for span in in_order:
                 held = overlap(slice(span.start, span.stop), part)
                 if held.start < held.stop:
                     yield (
