@@ -6,7 +6,9 @@ one.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from minillm.base.arrays import ALIGNMENT, float_dtype, sum_dtype
 from minillm.layout.flat import FlatLayout
@@ -16,6 +18,7 @@ from minillm.models.protocol import Architecture, Workload
 from minillm.parallel.tensor import PlannedGroup
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.pipeline.simulate import peak_in_flight
+from minillm.replication.gather import unit_of
 from minillm.training.assembly import build_model
 from minillm.training.resolve import ResolvedConfig
 
@@ -63,7 +66,7 @@ def predicted(
     dtype, on_gpu = float_dtype(options.compute.dtype), options.compute.device == "cuda"
     item, wide = dtype.itemsize, sum_dtype(dtype).itemsize
     sizes = [_num_values(config, layout, stage, architecture) for stage in stages]
-    size = sum(values for values, _ in sizes)
+    size = sum(values.all for values in sizes)
     tokens, sharded = config.microbatch * config.model.context, options.layout.sequence_parallel
     work = Workload(tokens, layout.mesh.tp, sharded, config.recompute, item, on_gpu)
     num_layers = sum(len(layout.layers_of_stage[stage]) for stage in stages)
@@ -75,7 +78,11 @@ def predicted(
         workspace += architecture.activation_bytes(config.model, 1, work._replace(recompute="none"))
     if logits < MAPPED_BYTES or on_gpu:
         workspace = max(0, workspace - logits)  # in memory that the logits have left
-    moments = (3 if wide > item else 2) * size * wide * training
+    zero, unit = options.replication.zero * training, max(values.largest for values in sizes)
+    ways = (options.replication.shard_group or layout.mesh.dp) if zero else 1
+    moments = (3 if wide > item else 2) * size * wide * training // ways
+    weights = size // ways + 2 * unit if zero > 2 else size  # gathered: two blocks
+    grads = (size // ways + unit if zero > 1 else size) * training
     objects = LATER_BYTES + num_layers * LAYER_BYTES + rows * layout.mesh.pp * MICROBATCH_BYTES
     parts = {
         "activations": round(
@@ -84,25 +91,33 @@ def predicted(
         "logits": logits,
         "workspace": workspace,
         # MPI's copy of half a tied gradient, which the ranks of its copies all-reduce.
-        "messages": sum(tied for _, tied in sizes) * wide // 2 * training,
+        "messages": sum(values.tied for values in sizes) * wide // 2 * training,
         "batches": rows * tokens * 16,  # tokens and targets, int64
     }
     others = size * wide * (shared_by - 1) // shared_by * training
     kinds = {
-        "parameters": size * item,
-        "gradients": size * wide * training + others,
+        "parameters": weights * item,
+        "gradients": grads * wide + others,
         "optimizer": moments,
         **parts,
         "program": 0 if on_gpu else program + objects,
     }
-    own = (size * item + moments) // shared_by + size * wide * training
+    own = (weights * item + moments) // shared_by + grads * wide
     return Need(kinds, own + sum(parts.values()) + (0 if on_gpu else objects))
+
+
+class _Values(NamedTuple):
+    """Elements of a stage: of its flat buffer, of tied weights, and of its largest block."""
+
+    all: int
+    tied: int
+    largest: int
 
 
 def _num_values(
     config: ResolvedConfig, layout: Layout, stage: int, architecture: Architecture
-) -> tuple[int, int]:
-    """Return the elements of a stage's flat buffer, and those of copies of other stages' weights.
+) -> _Values:
+    """Count the values of a stage.
 
     Layers beyond `MOST_BUILT` count as the last one: the buffer aligns each parameter alone, so its
     size is linear in the number of equal layers.
@@ -110,16 +125,21 @@ def _num_values(
     step = ALIGNMENT // float_dtype(config.options.compute.dtype).itemsize
     group, num_layers = PlannedGroup(0, layout.mesh.tp), len(layout.layers_of_stage[stage])
 
-    def sizes(most: int) -> tuple[int, int]:
+    def sizes(most: int) -> _Values:
         model = build_model(config, layout, stage, group, architecture=architecture, most=most)
-        parameters = model.parameters()
+        parameters, units = model.parameters(), Counter[str]()
+        for parameter in parameters:
+            units[unit_of(parameter.name)] += parameter.spec.local_size(layout.mesh)
         tied = sum(p.spec.local_size(layout.mesh) for p in parameters if p.spec.tie is not None)
-        return FlatLayout(parameters, layout.mesh, step).size, tied
+        return _Values(
+            FlatLayout(parameters, layout.mesh, step).size, tied, max(units.values(), default=0)
+        )
 
     if num_layers <= MOST_BUILT:
         return sizes(num_layers)
-    most, tied = sizes(MOST_BUILT)
-    return most + (num_layers - MOST_BUILT) * (most - sizes(MOST_BUILT - 1)[0]), tied
+    most = sizes(MOST_BUILT)
+    each = most.all - sizes(MOST_BUILT - 1).all
+    return most._replace(all=most.all + (num_layers - MOST_BUILT) * each)
 
 
 def _in_flight(config: ResolvedConfig, pp_rank: int) -> int:
