@@ -1,1 +1,1 @@
-"""Starting runs on machines and clusters. `mpirun` on one machine needs nothing from here."""
+"""Programs around the start of others: completion in a shell."""

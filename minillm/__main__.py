@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import NamedTuple
 
-from minillm import __version__
 from minillm.base.errors import MinillmError
 from minillm.base.record import known_name
 
@@ -28,6 +28,10 @@ PROGRAMS = {
     "verify": Program("minillm.verify", "compare a layout with one rank"),
     "schedule": Program("minillm.schedule", "draw a pipeline schedule"),
     "bench": Program("minillm.bench", "time the training step and the kernels"),
+    "emulator": Program(
+        "minillm.kernels.emulator.__main__", "run a CUDA kernel on the CPU and watch one thread"
+    ),
+    "completion": Program("minillm.launch.completion", "print a script for completion in a shell"),
     "doctor": Program("minillm.doctor", "look over this machine and name what is missing"),
 }
 
@@ -42,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(f"minillm {__version__}")
+        # Not minillm.__version__: above a clone named minillm, its folder stands for the package.
+        print(f"minillm {metadata.version('minillm-mpi')}")
         return 0
     try:
         program = PROGRAMS[known_name(argv[0], PROGRAMS, "program")]

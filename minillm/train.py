@@ -32,7 +32,7 @@ from minillm.data.tokenizers import tokenizer_from_json
 from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
 from minillm.training.arguments import StartOptions, parse_train_args
-from minillm.training.config import RunConfig
+from minillm.training.config import RunConfig, preset_values
 from minillm.training.fit import fit
 from minillm.training.folder import Claim, check_visible, claim_existing, claim_new
 from minillm.training.loop import Run
@@ -78,7 +78,9 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             shown = config.filled()
             if start.resume is not None:  # the folder is that of the run
                 shown = shown.replace(out=options.output.out)
-            log(to_toml(shown).rstrip())
+            usual = RunConfig.from_dict(preset_values(options.preset)).to_dict()
+            del usual["preset"]  # is always shown as given
+            log(to_toml(options, shown, usual).rstrip())
             return
         if origin is not None and (nothing := _nothing_left(origin, config)):
             log(nothing)

@@ -1,7 +1,9 @@
 """`minillm` command: the program that it starts, and its message when there is none."""
 
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +37,19 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"minillm {__version__}\n"
     assert main([]) == 2
+
+
+def test_it_starts_above_a_clone_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "minillm").mkdir()  # Python takes a folder without __init__.py for a package
+    done = subprocess.run(
+        [sys.executable, "-m", "minillm", "schedule", "1f1b", "--ranks", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and "bubble" in done.stdout, done
+    done = subprocess.run(
+        [sys.executable, "-m", "minillm", "--version"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == f"minillm {__version__}\n"

@@ -6,6 +6,7 @@ Everything that cannot work gives one clear error.
 import dataclasses
 import itertools
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,67 @@ def test_printed_configuration_reads_back_to_the_same(tmp_path: Path) -> None:
         assert again == resolved.filled()
         assert resolve(again, 2, vocab=65).filled() == resolved.filled()
         assert tomllib.loads(file.read_text(encoding="utf-8")) == read_toml(str(file))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_file_begun_with_a_printed_one_pins_nothing_that_follows(
+    name: str, tmp_path: Path
+) -> None:
+    given = preset(name, batch=24)
+    usual = {name: value for name, value in preset(name).to_dict().items() if name != "preset"}
+    printed = to_toml(given, resolve(given, 1, vocab=65).filled(), usual)
+    file = tmp_path / "run.toml"
+    file.write_text(printed, encoding="utf-8")
+    assert tomllib.loads(printed) == {"preset": name, "batch": 24}
+    shown = {line.split(" = ")[0] for line in printed.replace("# ", "").splitlines()}
+    assert {"ffn_dim", "min_lr", "warmup", "dp", "out", "microbatch", "layers"} <= shown
+    assert parse("--config", str(file)) == given
+    other = parse("--config", str(file), "--dim", "4800", "--lr", "0.01", "--steps", "3000")
+    found = resolve(other, 2, vocab=65)
+    assert found.min_lr == pytest.approx(1e-4 if name == "shakespeare-char" else 1e-3)
+    assert (found.mesh.dp, found.model.ffn_dim) == (2, 12800 if name == "llama-tiny" else 19200)
+
+
+def test_derived_numbers_are_printed_as_a_person_writes_them() -> None:
+    printed = to_toml(run_config(lr=6e-4), resolve(run_config(lr=6e-4), 1, vocab=65).filled())
+    assert "\nlr = 0.0006\n" in printed and "\n# min_lr = 6e-05\n" in printed
+
+
+def test_a_file_may_have_tables(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        "steps = 7\n[model]\nlayers = 2\nkv-heads = 1\n[data]\ndata = 'austen'\n"
+        "[output]\nkeep = 1\n"
+    )
+    found = parse("--config", str(file)).to_dict()
+    wanted = dict(steps=7, layers=2, kv_heads=1, data="austen", keep=1)
+    assert wanted == {name: found[name] for name in wanted}
+    for text, words in (
+        ("[modle]\nlayers = 2\n", "unknown table in .*'modle'; did you mean model"),
+        ("[model]\nlayerz = 2\n", "'layerz'; did you mean layers"),
+        ("layers = 1\n[model]\nlayers = 2\n", "layers stands twice"),
+        ("zzzz = 1\n", "'zzzz'; the nearest are [a-z_]+, [a-z_]+ or [a-z_]+; minillm train --help"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            parse("--config", str(file))
+
+
+def test_help_has_groups_with_an_example_each(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_train_args(["--help"])
+    text = " ".join(re.sub("[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
+    assert "(default: None)" not in text and "corpus" not in text
+    parts = re.split(r" (\w+) options (?=-|[A-Z])", text)
+    boxes = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert set(boxes) == {*RunConfig.titles(), "start"}
+    for title, box in boxes.items():
+        example = re.search(r"as in `(--[^`]+)`", box)
+        assert example, title
+        words = example[1].split()
+        assert set(words[::2]) <= set(re.findall(r"--[a-z][\w-]*", box.replace(example[0], "")))
+        if title != "start":
+            parse_train_args(words)  # is a valid command
 
 
 # What follows

@@ -102,7 +102,8 @@ def _chosen(name: str, variant: str | None) -> registry.Kernel:
     entries.sort(key=lambda k: list(EXAMPLES).index(k.op))  # forward before backward
     found = next((k for k in entries if variant in (None, k.variant)), None)
     if found is None or found.unavailable:
-        there = ", ".join(f"{k.op} {k.variant}" for k in entries) or "nothing of it"
+        known = sorted({k.family for op in EXAMPLES for k in registry.available(op)})
+        there = ", ".join(f"{k.op} {k.variant}" for k in entries) or ", ".join(known)
         unknown = f"the emulator runs {there}, not {name} {variant or ''}"
         raise registry.KernelUnavailable(str(found.unavailable) if found else unknown)
     return found

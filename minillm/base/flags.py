@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
-from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from minillm.base.errors import ConfigError
 from minillm.base.record import Record, Words, flag, known_name
@@ -50,16 +51,14 @@ def split_flags(
     """
     import tyro
 
-    registry = tyro.constructors.ConstructorRegistry()
-    registry.primitive_rule(lambda info: _reading(tyro.constructors, info.type))
     given: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with registry, contextlib.redirect_stderr(io.StringIO()):
+        with _rules(tyro), contextlib.redirect_stderr(io.StringIO()):
             found, unknown = tyro.cli(
                 cls,
                 args=_joined(cls, argv),
                 prog=prog,
-                description=(cls.__doc__ or "").partition("\n")[0],
+                description=inspect.cleandoc(cls.__doc__ or ""),
                 config=(
                     tyro.conf.OmitArgPrefixes,
                     tyro.conf.DisallowNone,
@@ -82,6 +81,46 @@ def split_flags(
     return found, unknown
 
 
+def completion_script(programs: Mapping[str, type[Record]], shell: str, prog: str) -> str:
+    """Return a script that completes the flags of each of `programs`, and their values.
+
+    `shell` is bash, zsh or fish. The script runs a Python without packages for each completion.
+    """
+    import tyro
+
+    kinds: Any = [
+        Annotated[
+            dataclasses.make_dataclass(
+                name, [], bases=(cls,), namespace={"__doc__": cls.__doc__}, frozen=True
+            ),
+            tyro.conf.subcommand(name, prefix_name=False),
+        ]
+        for name, cls in programs.items()
+    ]
+    either: Any = Union[tuple(kinds)]  # noqa: UP007 (made at run time)
+    script = io.StringIO()
+    with (
+        _rules(tyro, completing=True),
+        contextlib.redirect_stdout(script),
+        contextlib.suppress(SystemExit),
+    ):
+        tyro.cli(
+            either,
+            args=["--tyro-print-completion", shell],
+            prog=prog,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+    return script.getvalue()
+
+
+def _rules(tyro: Any, *, completing: bool = False) -> Any:
+    """Return tyro's registry with the rules for records and their values, a context manager."""
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(lambda info: _reading(tyro.constructors, info.type, completing))
+    registry.struct_rule(lambda info: _fields(tyro, info.type, info.default))
+    return registry
+
+
 def _joined(cls: type[Record], argv: Sequence[str]) -> list[str]:
     """Return `argv` with each text that may begin with a dash joined to its flag by `=`."""
     texts = {flag(name) for name, known in cls.options().items() if known.metadata.get("verbatim")}
@@ -92,19 +131,31 @@ def _joined(cls: type[Record], argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def to_toml(config: Record) -> str:
-    """Return `config` as TOML that `--config` reads back to the same values; None is left out."""
-    return "".join(
-        f"{name} = {_toml_value(value)}\n"
-        for name, value in config.to_dict().items()
-        if value is not None
-    )
+def to_toml(
+    config: Record, filled: Record | None = None, usual: Mapping[str, Any] | None = None
+) -> str:
+    """Return `config` as TOML that `--config` reads back; None is left out.
+
+    Comments show what would follow without a line: the values of `filled` that `config` leaves out,
+    and values equal to those of `usual`.
+    """
+    values, usual, lines = config.to_dict(), usual or {}, []
+    for name, shown in (config if filled is None else filled).to_dict().items():
+        value = values[name]
+        if value is not None and (name not in usual or value != usual[name]):
+            lines.append(f"{name} = {_toml_value(value)}")
+        elif shown is not None:
+            if type(shown) is float:
+                shown = float(f"{shown:.12g}")  # lr / 10 as a person would write it
+            lines.append(f"# {name} = {_toml_value(shown)}")
+    return "".join(f"{line}\n" for line in lines)
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """Return the table of the TOML file at `path`, dashes in names as underscores.
+def read_toml(path: str, tables: Collection[str] = ()) -> dict[str, Any]:
+    """Return the flat table of the TOML file at `path`, dashes in names as underscores.
 
-    Raises ConfigError for a file that cannot be read.
+    Options may stand in `tables`, as under [model]. Raises ConfigError for a file that cannot be
+    read, for another table, and for an option that stands twice.
     """
     import tomllib
 
@@ -119,7 +170,17 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOML, too many digits or brackets
         raise ConfigError(f"--config {path} is not TOML: {error}") from None
-    return {name.replace("-", "_"): value for name, value in values.items()}
+    flat: dict[str, Any] = {}
+    for table, content in values.items():
+        inner = {table: content}
+        if isinstance(content, dict) and tables:
+            inner = content
+            known_name(table, tables, f"table in {path}")
+        names = {name.replace("-", "_"): value for name, value in inner.items()}
+        if twice := flat.keys() & names.keys():
+            raise ConfigError(f"{', '.join(sorted(twice))} stands twice in {path}")
+        flat |= names
+    return flat
 
 
 def _refuse(cls: type[Record], words: Sequence[str], prog: str) -> None:
@@ -138,12 +199,38 @@ def _refuse(cls: type[Record], words: Sequence[str], prog: str) -> None:
     raise ConfigError(f"{words[0]!r} cannot be read; see {prog} --help")
 
 
-def _reading(constructors: Any, kind: Any) -> Any:
-    """Return tyro's rule for a value: any number of words, so that `Record` finds the errors."""
+def _fields(tyro: Any, kind: Any, default: Any) -> Any:
+    """Return tyro's rule for a record: its fields, without a default where it is left out."""
+    if not (isinstance(kind, type) and issubclass(kind, Record)):
+        return None
+    hints, sentences, fields = get_type_hints(kind), kind.sentences(), []
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value = field.default if not isinstance(default, kind) else getattr(default, field.name)
+        hint = "" if value is None or value == () else None
+        marks = tyro.conf.arg(
+            name=field.metadata.get("title"),
+            help=sentences.get(field.name),
+            help_behavior_hint=hint,
+        )
+        fields.append(
+            tyro.constructors.StructFieldSpec(
+                name=field.name,
+                type=Annotated[hints[field.name], marks],
+                default=tyro.MISSING if value is dataclasses.MISSING else value,
+            )
+        )
+    return tyro.constructors.StructConstructorSpec(instantiate=kind, fields=tuple(fields))
+
+
+def _reading(constructors: Any, kind: Any, completing: bool) -> Any:
+    """Return tyro's rule for a value: any number of words, so that `Record` finds the errors.
+
+    A script for completion needs one word, and the choices.
+    """
     if get_origin(kind) is tuple:
         return None  # tyro's own rule: a flag that may be given several times
     inner = kind if get_origin(kind) is Literal else next(iter(get_args(kind)), kind)  # X | None
-    choices = get_args(inner)
+    choices = get_args(inner) if get_origin(inner) is Literal else ()
     words = [word for other in get_args(kind)[1:] for word in get_args(other) if not choices]
     if not choices and inner not in (int, float, str):
         return None  # flags of bool and nested records keep tyro's own rules
@@ -159,7 +246,8 @@ def _reading(constructors: Any, kind: Any) -> Any:
             return words[0]
 
     return constructors.PrimitiveConstructorSpec(
-        nargs="*",
+        nargs=1 if completing else "*",
+        choices=choices or None if completing else None,
         metavar=f"{{{','.join(choices)}}}"
         if choices
         else "|".join((inner.__name__.upper(), *words)),

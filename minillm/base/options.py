@@ -12,7 +12,7 @@ from minillm.kernels.limits import refusal
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions(Record):
-    """Computation."""
+    """Computation, as in `--device cuda --dtype bfloat16` (docs/gpu.md)."""
 
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Type of weights and activations; bfloat16 on a GPU, where gradients, masters and statistics

@@ -13,12 +13,17 @@ Outside Python their options form one flat table: a flag or a TOML key names the
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
+import itertools
 import math
 import operator
 import os
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
@@ -112,10 +117,33 @@ class Record:
         return found
 
     @classmethod
+    def titles(cls) -> list[str]:
+        """Return the names of the rooms as users read them, in help texts and TOML tables."""
+        return [data.get("title", name) for name, kind, data in _fields(cls) if _is_room(kind)]
+
+    @classmethod
     def absent(cls) -> dict[str, str]:
         """Return the options that this record and its rooms refuse by name, with the reasons."""
         rooms = [kind for _, kind, _ in _fields(cls) if _is_room(kind)]
         return {name: reason for each in (cls, *rooms) for name, reason in each.ABSENT.items()}
+
+    @classmethod
+    @functools.cache
+    def sentences(cls) -> dict[str, str]:
+        """Return the help of each field: the text below it in the source, on one line.
+
+        A class without source, such as one made at run time, has those of its bases alone.
+        """
+        found: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            with contextlib.suppress(OSError, TypeError):  # no source
+                body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+                for field, below in itertools.pairwise(body):
+                    if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                        found[ast.unparse(field.target)] = " ".join(
+                            ast.literal_eval(below.value).split()
+                        )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return the flat table: option name -> value, in the order of the fields."""
@@ -244,7 +272,7 @@ def flag(name: str) -> str:
 def known_name(name: str, known: Iterable[str], what: str) -> str:
     """Return `name` if it is one of `known`.
 
-    Raises ConfigError with the nearest names, or with all of them when none is near.
+    Raises ConfigError with the nearest names, or with all if none is near and they are few.
     """
     known = list(known)
     if name in known:
@@ -254,7 +282,8 @@ def known_name(name: str, known: Iterable[str], what: str) -> str:
     if close:
         hint = f"did you mean {' or '.join(close)}?"
     elif len(known) > _MOST_NAMED:
-        hint = "minillm train --help lists all"
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0)
+        hint = f"the nearest are {or_list(nearest)}; minillm train --help lists all"
     raise ConfigError(f"unknown {what}: {_short(name)!r}; {hint}")
 
 

@@ -10,7 +10,7 @@ from minillm.comm.communicator import DEFAULT_TIMEOUT
 
 @dataclass(frozen=True, kw_only=True)
 class CommOptions(Record):
-    """Communication."""
+    """Communication, as in `--comm-timeout 600` (docs/architecture.md)."""
 
     check_order: bool = option(False, resumable=True)
     """Compare the order of communications between ranks, to find a mismatch; slow."""

@@ -9,7 +9,7 @@ from minillm.base.record import Record, option
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Record):
-    """Text and tokens."""
+    """Text and tokens, as in `--data book.txt --tokenizer char` (README: Your own data)."""
 
     data: str = option("stdlib", announced=True, path=True)
     """Text to learn: stdlib (the source of Python's standard library), austen (a novel, included),

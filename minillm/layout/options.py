@@ -12,7 +12,7 @@ from minillm.base.record import Record, option, some_divisors
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutOptions(Record):
-    """Layout over the ranks."""
+    """Layout over the ranks, as in `--tp 2 --pp 2` (docs/parallel.md)."""
 
     ABSENT: ClassVar[Mapping[str, str]] = {
         "cp": "context parallelism does not exist yet; use --tp with --sequence-parallel",

@@ -88,7 +88,7 @@ class ModelConfig(ModelShape):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(ModelShape):
-    """Model."""
+    """Model, as in `--layers 6 --heads 6 --dim 384 --context 256` (minillm/models/gpt.py)."""
 
     kv_heads: int | None = option(None, at_least=1)
     """Number of key-value heads (grouped-query attention); left out: heads."""

@@ -11,7 +11,7 @@ from minillm.base.record import Record, divisors, option, some_divisors
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineOptions(Record):
-    """Pipeline and microbatches."""
+    """Pipeline, as in `--schedule 1f1b --microbatch 2` (docs/parallel.md)."""
 
     schedule: Literal["gpipe", "1f1b"] = option("1f1b", resumable=True)
     """Order of the microbatches in the pipeline."""

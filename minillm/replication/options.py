@@ -12,7 +12,7 @@ from minillm.layout.mesh_shape import MeshShape
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicationOptions(Record):
-    """Data parallelism."""
+    """Data parallelism, as in `--node-shared off --bucket-mb 1` (docs/parallel.md)."""
 
     bucket_mb: float = option(4.0, above=0, resumable=True)
     """Size in MB (10^6 bytes) of the pieces in which gradients are reduced while backward still

@@ -24,12 +24,12 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions(Record):
-    """Start of the run; not part of its configuration."""
+    """Start of the run, as in `--resume runs/nano`; not part of its configuration."""
 
     config: str | None = option(None, path=True)
-    """TOML file with the same names; flags win over it."""
+    """TOML file with the same names, also in tables such as [model]; flags win over it."""
     print_config: bool = False
-    """Print the resolved configuration as TOML and stop."""
+    """Print what differs from the preset as TOML, with all other values as comments, and stop."""
     resume: str | None = option(None, path=True)
     """Folder of a run, or one of its checkpoints, to continue in that folder; with --out as a new
     run, which begins as a copy."""
@@ -77,7 +77,7 @@ def parse_train_args(
     words = list(sys.argv[1:] if argv is None else argv)
     first, rest = split_flags(_Origins, words, prog=prog, add_help=False)
     start = StartOptions(**{name: getattr(first, name) for name in StartOptions().to_dict()})
-    from_file = {} if first.config is None else read_toml(first.config)
+    from_file = {} if first.config is None else read_toml(first.config, cls.titles())
     cls.from_dict(from_file, str(first.config))  # before the preset, so that errors name the file
     origin = start.resume or start.init_from
     if origin is not None and saved is None:
@@ -96,11 +96,9 @@ def parse_train_args(
     return start, config
 
 
-def _parse_rest(default: ConfigT, start: StartOptions, words: list[str], prog: str) -> ConfigT:
-    """Return `default` with the flags of `words` applied; `--help` lists those of `start` too."""
-    cls = type(default)
-    rooms = {field.name: getattr(default, field.name) for field in dataclasses.fields(cls)}
-    whole: Any = dataclasses.make_dataclass(
+def with_start(cls: type[ConfigT]) -> Any:
+    """Return `cls` with the start options as a further room, as `--help` lists them."""
+    return dataclasses.make_dataclass(
         cls.__name__,
         [("start", StartOptions, StartOptions())],
         bases=(cls,),
@@ -108,5 +106,12 @@ def _parse_rest(default: ConfigT, start: StartOptions, words: list[str], prog: s
         kw_only=True,
         namespace={"__doc__": cls.__doc__},
     )
+
+
+def _parse_rest(default: ConfigT, start: StartOptions, words: list[str], prog: str) -> ConfigT:
+    """Return `default` with the flags of `words` applied; `--help` lists those of `start` too."""
+    cls = type(default)
+    rooms = {field.name: getattr(default, field.name) for field in dataclasses.fields(cls)}
+    whole = with_start(cls)
     found = parse_flags(whole, words, prog=prog, default=whole(start=start, **rooms))
     return cls(**{name: getattr(found, name) for name in rooms})

@@ -26,13 +26,18 @@ from minillm.training.options import OptimizationOptions, OutputOptions
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Record):
-    """Train a GPT, on one process or over the ranks of mpirun."""
+    """Train a GPT, on one process or over the ranks of mpirun.
+
+    mpirun -n 4 python -m minillm.train --preset nano --tp 2
+
+    The README explains layouts, data and output. --print-config shows every value.
+    """
 
     preset: str = "nano"
     """Named set of defaults: nano, shakespeare-char, gpt2, gpt2-medium, gpt2-large, gpt2-xl or
     llama-tiny."""
     model: ModelOptions = field(default=ModelOptions())
-    corpus: DataOptions = field(default=DataOptions())
+    corpus: DataOptions = field(default=DataOptions(), metadata={"title": "data"})
     optimization: OptimizationOptions = field(default=OptimizationOptions())
     compute: ComputeOptions = field(default=ComputeOptions())
     layout: LayoutOptions = field(default=LayoutOptions())

@@ -94,7 +94,7 @@ class Run:
         self.last_step = min(optimization.steps, self.output.stop_after or optimization.steps)
         self.saved_step = self.first_step if origin and origin.continues else -1
         self.policy = checkpoint.SavePolicy(checkpoint.SaveEvery.parse(self.output.save_every))
-        toml = to_toml(config.filled().replace(out=None))
+        toml = to_toml(config.options.replace(out=None), config.filled().replace(out=None))
         for line in from_first(comm, lambda: begin(self.out, toml, origin)):
             self.log(line)
         self.progress = Progress(

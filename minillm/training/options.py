@@ -14,7 +14,7 @@ from minillm.training.writers import place_names
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationOptions(Record):
-    """Optimization."""
+    """Optimization, as in `--batch 32 --steps 2000 --lr 1e-3` (minillm/training/optim.py)."""
 
     batch: int = option(16, at_least=1, announced=True)
     """Sequences per step over all ranks."""
@@ -62,7 +62,7 @@ class OptimizationOptions(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions(Record):
-    """Output of the run."""
+    """Output of the run, as in `--out runs/book --eval-every 50` (README: Output)."""
 
     out: str | None = option(None, resumable=True, path=True)
     """Folder for metrics, configuration and checkpoints; left out: runs/PRESET."""

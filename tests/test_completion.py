@@ -1,0 +1,71 @@
+"""Completion scripts: a shell offers programs, flags and values."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from minillm.launch import completion
+
+from minillm.__main__ import PROGRAMS
+
+
+def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert completion.main([shell]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_offers_programs_flags_and_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "minillm.sh"
+    file.write_text(script("bash", capsys), encoding="utf-8")
+    lines = [
+        "minillm ge",
+        "minillm em",
+        "minillm train --lay",
+        "minillm train --norm rm",
+        "minillm train --resu",
+        "minillm generate --inter",
+        "minillm verify --compare",
+        "minillm schedule --svg",
+    ]
+    tries = "\n".join(f"try {line}" for line in lines)
+    shell = """
+        source "$1"
+        wanted=$(complete -p minillm | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); $wanted; echo "${COMPREPLY[0]}"; }
+    """
+    done = subprocess.run(
+        ["bash", "-c", shell + tries, "bash", str(file)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == [
+        *("generate", "emulator", "--layers", "rmsnorm", "--resume"),
+        *("--interactive", "--compare-steps", "--svg"),
+    ], done
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_every_program_and_flag(
+    shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = script(shell, capsys)
+    assert all(name in text for name in (*PROGRAMS, "--preset", "--samples", "Width of the model."))
+    if shutil.which(shell):
+        file = tmp_path / "minillm"
+        file.write_text(text, encoding="utf-8")
+        subprocess.run([shell, "-n", str(file)], check=True, timeout=60)
+
+
+def test_every_program_is_known() -> None:
+    assert {*completion.OPTIONS, *completion.OTHERS} == set(PROGRAMS)
+
+
+def test_an_unknown_shell_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert completion.main(["bahs"]) == 1
+    assert "did you mean bash" in capsys.readouterr().err
+    assert completion.main(["--help"]) == 0
+    assert 'eval "$(minillm completion bash)"' in capsys.readouterr().out
