@@ -32,8 +32,8 @@ class KernelBench(Record):
     """Columns of the logits."""
     threads: int = 0
     """Threads; 0: one for each core."""
-    only: str = ""
-    """Run only operations whose name contains this."""
+    only: str | None = None
+    """Run only operations whose name contains this; left out: all."""
     json: str | None = None
     """File to write the results to."""
 

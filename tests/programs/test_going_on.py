@@ -307,7 +307,7 @@ def test_a_configuration_and_a_run_to_resume_go_together(
     assert contents(run) == before and "\nout = " not in (run / "config.toml").read_text()
     file.write_text("steps = 8\nlr = 0.01\n")
     output = run_train("--resume", run, "--config", file, "--lr", 0.02)
-    assert "--steps 8 (was 6)" in output and "--lr 0.02 (was 0.002)" in output
+    assert "--steps 8 (was 6)" in output and "--lr 0.02 (was 0.004)" in output
     assert "warmup" not in output and steps(run) == list(range(1, 9))
     file.write_text("dim = 32\n")
     assert "--dim 32 (was 16)" in run_train("--resume", run, "--config", file, status=1)
