@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from minillm import evaluate, generate, train
+from minillm.checkpoint import RunRecord
+from minillm.training.origin import asked
 
 SAVED = Path(__file__).parent / "saved_by_e77a9ad"
 LOSSES = [5.455289848148823, 5.417181082069874, 5.398521587252617]
@@ -35,6 +37,13 @@ def test_a_run_continues(
     np.testing.assert_allclose([line["loss"] for line in lines], LOSSES, rtol=1e-6)
     np.testing.assert_allclose([line["grad_norm"] for line in lines], NORMS, rtol=1e-5)
     assert "mesh dp 1 x tp 1 x pp 1 (was dp 1 x tp 2 x pp 1)" in capsys.readouterr().out
+
+
+def test_its_derived_values_follow_a_change() -> None:
+    options = asked(RunRecord.read(SAVED / "step-00000003"))
+    # lr / 10 and the default of save_every were derived; a tenth of 6 steps is no warm-up of 1.
+    found = {name: options[name] for name in ("min_lr", "save_every", "warmup", "out")}
+    assert found == {"min_lr": None, "save_every": None, "warmup": 1, "out": None}
 
 
 def test_programs_read_it(capsys: pytest.CaptureFixture[str]) -> None:
