@@ -172,7 +172,7 @@ def test_what_cannot_be_shared_is_said(name: str) -> None:
 
 
 def test_too_little_shared_memory(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(node_shared, "_free_bytes", lambda: node_shared.SPARE_BYTES)
+    monkeypatch.setattr(node_shared, "free_shared_bytes", lambda: node_shared.SPARE_BYTES)
     with pytest.raises(ConfigError, match="MB free where"):
         _trainers(Layout(dp=2), [0, 0], lambda trainer: None, node_shared="on")
 
