@@ -55,7 +55,7 @@ def run(comm: Communicator, args: KernelBench) -> None:
         found: list[dict[str, Any]] = [
             dict(op=call.op, choice=choice, seconds=s, bytes=call.num_bytes, flops=call.flops)
             for call in all_calls(StepSizes(args.rows, args.dim, args.context, args.vocab))
-            if args.only in call.op
+            if (args.only or "") in call.op
             for choice, s in _times(call)
         ]
     rows = [
