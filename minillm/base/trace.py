@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillm.base.errors import MinillmError
+
 if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator
 
+MOST_EVENTS = 200_000  # of a rank, 0.1 GB: some 20,000 steps of a layout without a pipeline
 TRACKS = {"compute": 0, "communication": 1}
 
 
@@ -23,13 +26,14 @@ class Tracer:
     """Recorder of one rank's spans, on two tracks.
 
     Times of `time.perf_counter` are converted to the machine's clock, so the ranks of a node share
-    one time axis.
+    one time axis. The first `MOST_EVENTS` spans are kept; `dropped` counts the others.
     """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self._epoch = time.time() - time.perf_counter()
         self._events: list[dict[str, Any]] = []
+        self.dropped = 0
 
     @contextmanager
     def span(self, name: str, track: str) -> Iterator[None]:
@@ -42,6 +46,9 @@ class Tracer:
 
     def add(self, name: str, track: str, start: float, end: float, **args: Any) -> None:
         """Record a span from `start` to `end`, in seconds of `time.perf_counter`."""
+        if len(self._events) >= MOST_EVENTS:
+            self.dropped += 1
+            return
         event = {
             "name": name,
             "ph": "X",
@@ -57,7 +64,10 @@ class Tracer:
         self.add(f"{name} {axis}", "communication", start, end, bytes=num_bytes)
 
     def write(self, path: Path, comm: Communicator) -> None:
-        """Gather all ranks' spans and write one JSON file on rank 0, atomically. Collective."""
+        """Gather all ranks' spans and write one JSON file on rank 0, atomically. Collective.
+
+        Raises MinillmError on rank 0 if the file cannot be written.
+        """
         everyone = comm.gather_json(self._events)
         if comm.rank:
             return
@@ -72,5 +82,9 @@ class Tracer:
         origin = min((event["ts"] for events in everyone for event in events), default=0.0)
         events = [event | {"ts": event["ts"] - origin} for events in everyone for event in events]
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}))
-        os.replace(temporary, path)
+        text = json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"})
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise MinillmError(f"{path} cannot be written: {error.strerror}") from None

@@ -29,7 +29,6 @@ from minillm.checkpoint.source import CheckpointSource, FirstRows
 from minillm.checkpoint.state import (
     StateSource,
     StateTensor,
-    check_finite,
     check_shapes,
     load,
 )
@@ -50,7 +49,6 @@ __all__ = [
     "StateTensor",
     "TensorEntry",
     "best",
-    "check_finite",
     "check_shapes",
     "difference",
     "find",

@@ -52,12 +52,15 @@ def load(
     tensors: Sequence[StateTensor],
     mesh_shape: MeshShape,
     coords: Mapping[str, int],
+    *,
+    finite: bool = False,
 ) -> None:
     """Fill the local arrays of `tensors` in place with the part at `coords`; zero the padding.
 
     Not collective: each rank reads what it needs, and one rank may raise alone. All names, shapes
     and dtypes are compared before the first write. Raises CheckpointError if some do not fit,
-    which means that the source belongs to another model.
+    which means that the source belongs to another model. Raises it also for NaN and infinities if
+    they must be `finite`, and names the tensor.
     """
     _check_fits(source, tensors)
     for tensor in tensors:
@@ -66,6 +69,11 @@ def load(
             tensor.data[...] = 0  # padding
         for global_slices, local_slices in pieces:
             block = source.read(tensor.name, global_slices).astype(tensor.data.dtype, copy=False)
+            if finite and not np.isfinite(block).all():
+                raise CheckpointError(
+                    f"{source} holds values of {tensor.name} that are not finite: the run had "
+                    "diverged; use an earlier checkpoint"
+                )
             block = block.reshape(slice_shape(local_slices))
             tensor.data[local_slices] = to_device(block, namespace(tensor.data))
 
@@ -76,19 +84,6 @@ def check_shapes(source: StateSource, shapes: Mapping[str, tuple[int, ...]]) -> 
     Needs no arrays, so a wrong size is found before memory is asked for.
     """
     _refuse(source, _other_shapes(source, shapes))
-
-
-def check_finite(source: StateSource, tensors: Sequence[StateTensor]) -> None:
-    """Raise CheckpointError that names the first of `tensors` with NaN or an infinity.
-
-    `source` is where they came from.
-    """
-    for tensor in tensors:
-        if not bool(namespace(tensor.data).isfinite(tensor.data).all()):
-            raise CheckpointError(
-                f"{source} holds values of {tensor.name} that are not finite: the run had "
-                "diverged; use an earlier checkpoint"
-            )
 
 
 def _check_fits(source: StateSource, tensors: Sequence[StateTensor]) -> None:

@@ -178,8 +178,7 @@ def load_trained(
     def fill(found: Opened) -> None:
         def own() -> None:
             source = checkpoint.CheckpointSource(found.path)
-            checkpoint.load(source, tensors, mesh.shape, mesh.coords)
-            checkpoint.check_finite(source, tensors)
+            checkpoint.load(source, tensors, mesh.shape, mesh.coords, finite=True)
 
         agree(world, own, CheckpointError)
 

@@ -264,7 +264,8 @@ class Run:
         if self.tracer is not None:
             path = self.out / "trace.json"
             self.tracer.write(path, self.comm)
-            self.log(f"trace   {path}: a timeline of all ranks, to open in ui.perfetto.dev")
+            cut = ", without the last steps" if self.tracer.dropped else ""
+            self.log(f"trace   {path}: a timeline of all ranks{cut}, to open in ui.perfetto.dev")
         if step > self.first_step:
             first = self.first_step
             steps = f"steps {first + 1} to {step}" if first else plural(step, "step")

@@ -87,7 +87,8 @@ class OutputOptions(Record):
     """Further places for the metrics: csv (OUT/metrics.csv), tensorboard, wandb; several as
     csv,wandb."""
     trace: bool = option(False, resumable=True)
-    """Write OUT/trace.json, a timeline of all ranks to open in Perfetto."""
+    """Write OUT/trace.json, a timeline of all ranks to open in Perfetto: the first 200,000 spans of
+    each."""
     stop_after: int | None = option(None, at_least=1, resumable=True)
     """End at this step, although the learning rate is planned for all steps."""
     check_every: int = option(0, at_least=0, resumable=True)

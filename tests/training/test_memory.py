@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mpi_helpers import mpirun, needs_mpirun
 from training_helpers import VOCAB, make_batches
 
 from minillm.base import host_memory
 from minillm.base.errors import ConfigError
 from minillm.base.host_memory import size
+from minillm.bench.shapes import CONFIGS
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
@@ -144,6 +148,28 @@ def test_the_ranks_of_a_node_share_its_memory() -> None:
     assert "4 ranks, each at most activations" in refused[0]
     two_nodes = run_ranks(4, lambda comm: rank(comm, 2.1 * one), nodes=[0, 0, 1, 1])
     assert two_nodes == ["32"] * 4
+
+
+@needs_mpirun
+@pytest.mark.parametrize("shape", ["c1", "c2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["--dp 4", "--tp 4", "--tp 2 --sequence-parallel", "--tp 2 --pp 2", "--pp 2 --node-shared off"],
+)
+def test_the_plan_is_within_a_tenth_of_the_peak(shape: str, layout: str, tmp_path: Path) -> None:
+    """Compare the plan's line with the peak of resident memory that the run reports."""
+    sizes = CONFIGS[shape]._asdict() | dict(heads=8)
+    vocab = sizes["vocab"]
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, vocab, 50_000, np.uint16))
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    rest = "--steps 3 --eval-tokens 0 --sample-tokens 0 --warmup 0 --data t.npy --out run"
+    options = [*words, *layout.split(), *rest.split()]
+    found = mpirun(4, ["-m", "minillm.train", *options], cwd=tmp_path, timeout=200)
+    assert found.returncode == 0, found.output
+    predicted_mb = float(re.findall(r"memory +([\d.]+) MB predicted", found.output)[0])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    peak_mb = max(json.loads(line)["peak_rss_mb"] for line in lines)
+    assert predicted_mb == pytest.approx(peak_mb, rel=0.1)
 
 
 def test_a_reader_needs_no_gradients() -> None:

@@ -1,0 +1,29 @@
+"""Traces are bounded, and end in one line where they cannot be written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minillm.base import trace
+from minillm.base.errors import MinillmError
+from minillm.base.trace import Tracer
+from minillm.comm.single import SelfCommunicator
+
+
+def test_a_trace_keeps_its_first_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "MOST_EVENTS", 3)
+    tracer = Tracer(0)
+    for number in range(5):
+        tracer.add(f"span {number}", "compute", float(number), number + 1.0)
+    tracer.write(tmp_path / "trace.json", SelfCommunicator())
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [event["name"] for event in events if event["ph"] == "X"]
+    assert spans == ["span 0", "span 1", "span 2"] and tracer.dropped == 2
+
+
+def test_a_trace_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MinillmError, match=r"none/trace\.json cannot be written: No such file"):
+        Tracer(0).write(tmp_path / "none" / "trace.json", SelfCommunicator())
