@@ -100,7 +100,13 @@ class _Judge:
         schedule = SCHEDULES[config.options.pipeline.schedule](config.mesh.pp, 1)
         self.layout = layout_of(config, architecture, schedule.rank_of_stage)
         self.shared_by = 1
-        if training and device.on_host and config.options.replication.node_shared != "off":
+        replication = config.options.replication
+        if (
+            training
+            and device.on_host
+            and replication.node_shared != "off"
+            and not replication.zero
+        ):
             replicas = max(1, min(config.mesh.dp, node.size // config.mesh.tp))
             self.shared_by = replicas if self._has_shared(config, replicas) else 1
 
