@@ -85,7 +85,7 @@ def _encode_alone(plan: TextPlan, tokenizer: Tokenizer) -> Encoded:
     lengths: list[np.ndarray] = []
     for held_out, piece in _pieces(plan, digest):
         if held_out:
-            ids, measured = tokenizer.encode_measured(piece)
+            ((ids, measured),) = tokenizer.encode_measured([piece])
             lengths.append(measured)
         else:
             (ids,) = tokenizer.encode_pieces([piece])
@@ -237,9 +237,9 @@ def _encode_group(
     own: list[Piece] = []
 
     def encode() -> list[tuple[int, bool]]:
-        train = [piece for held_out, piece in mine if not held_out]
+        train, held = ([text for held_out, text in mine if held_out == which] for which in (0, 1))
         own.extend((ids, None) for ids in (tokenizer.encode_pieces(train) if train else ()))
-        own.extend(tokenizer.encode_measured(piece) for held_out, piece in mine if held_out)
+        own.extend(tokenizer.encode_measured(held) if held else ())
         return [(len(ids), lengths is not None) for ids, lengths in own]
 
     return own, gather(comm, encode, ConfigError)

@@ -69,14 +69,17 @@ class HFTokenizer:
             found = self._tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
         return [np.array(each.ids, dtype) for each in found]
 
-    def encode_measured(self, piece: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of a piece, and the bytes up to the end of each from the end before.
+    def encode_measured(self, pieces: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of each piece, and the bytes up to the end of each from the end before.
 
         A token stands for the characters since the token before it, so that what the tokenizer
         drops is counted as well.
         """
         with self._errors("cannot encode the text"):
-            found = self._tokenizer.encode(piece, add_special_tokens=False)
+            found = self._tokenizer.encode_batch(list(pieces), add_special_tokens=False)
+        return [self._measured(*each) for each in zip(pieces, found, strict=True)]
+
+    def _measured(self, piece: str, found: Any) -> tuple[np.ndarray, np.ndarray]:
         bytes_before = np.zeros(len(piece) + 1, np.int64)  # [characters + 1]
         np.cumsum(utf8_lengths(code_points(piece)), out=bytes_before[1:])
         ends = np.fromiter((end for _, end in found.offsets), np.int64, len(found.ids))

@@ -40,8 +40,8 @@ class Tokenizer(Protocol):
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each piece of a text, as `encode` does."""
 
-    def encode_measured(self, piece: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of a piece, and the UTF-8 bytes of the text that each stands for.
+    def encode_measured(self, pieces: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of each piece, and the UTF-8 bytes of the text that each id stands for.
 
         The bytes are integers [num_tokens] whose sum is that of the piece; zeros if unknown.
         """
@@ -69,9 +69,8 @@ class ByteTokenizer:
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(piece) for piece in pieces]
 
-    def encode_measured(self, piece: str) -> tuple[np.ndarray, np.ndarray]:
-        ids = self.encode(piece)
-        return ids, np.ones(len(ids), np.uint8)
+    def encode_measured(self, pieces: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(ids, np.ones(len(ids), np.uint8)) for ids in self.encode_pieces(pieces)]
 
     def decode(self, ids: Any) -> str:
         """Return the text.
@@ -118,15 +117,16 @@ class CharTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Return one id a character.
 
-        Raises ConfigError for characters outside the vocabulary, with the position of the first.
+        Raises ConfigError for characters outside the vocabulary; it names the first and its place.
         """
         points = code_points(text)
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
         unknown = ids == self.vocab_size
         if unknown.any():
             at = int(unknown.argmax())
+            around = text[max(0, at - 15) : at + 16]
             raise ConfigError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among the "
+                f"character {text[at]!r} (U+{ord(text[at]):04X}) in {around!r} is not among the "
                 f"{self.vocab_size} characters of this vocabulary; leave it out, or train with "
                 "--tokenizer byte, which can write any text"
             )
@@ -135,9 +135,8 @@ class CharTokenizer:
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(piece) for piece in pieces]
 
-    def encode_measured(self, piece: str) -> tuple[np.ndarray, np.ndarray]:
-        ids = self.encode(piece)
-        return ids, self._bytes[ids]
+    def encode_measured(self, pieces: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(ids, self._bytes[ids]) for ids in self.encode_pieces(pieces)]
 
     def decode(self, ids: Any) -> str:
         """Return one character an id."""
@@ -173,9 +172,8 @@ class IdTokenizer:
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(piece) for piece in pieces]
 
-    def encode_measured(self, piece: str) -> tuple[np.ndarray, np.ndarray]:
-        ids = self.encode(piece)
-        return ids, np.zeros(len(ids), np.uint8)
+    def encode_measured(self, pieces: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(ids, np.zeros(len(ids), np.uint8)) for ids in self.encode_pieces(pieces)]
 
     def decode(self, ids: Any) -> str:
         """Return the ids as decimal numbers between spaces."""

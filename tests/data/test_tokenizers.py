@@ -90,3 +90,13 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     for value in ([], {}, "text", {"model": []}):
         with pytest.raises(ConfigError, match="is not a tokenizer"):
             make_tokenizer(written(tmp_path, value), "")
+
+
+def test_a_token_counts_the_bytes_since_the_one_before(tmp_path: Path) -> None:
+    """Measure words between blanks, which the tokenizer drops."""
+    made = model("WordLevel", vocab={"der": 0, "Mühle": 1, "?": 2}, unk_token="?")
+    tokenizer = make_tokenizer(written(tmp_path, made), "")
+    ((ids, lengths), (_, second)) = tokenizer.encode_measured(["der Mühle 漢字\n", " der"])
+    assert ids.tolist() == [0, 1, 2]
+    assert lengths.tolist() == [3, 7, 8]  # "der", " Mühle", " 漢字" and the line end
+    assert second.tolist() == [4]
