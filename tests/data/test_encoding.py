@@ -65,6 +65,7 @@ def test_pieces_do_not_depend_on_blocks(blocks: int, monkeypatch: pytest.MonkeyP
     begin = lines[start:]  # the last lines are shorter than a piece; then 700 x, then blanks
     assert found[0] == (begin + rest)[: 2 * PIECE] and max(map(len, found)) <= 2 * PIECE
     assert all(piece.startswith(" ") for piece in found[-2:])
+    assert list(cut_pieces(["x" * (PIECE - 1) + "\n" + "y\n"]))[1:] == ["y\n"]
 
 
 @pytest.mark.parametrize("spec", ["byte", "char", "bpe:300"])
