@@ -71,6 +71,13 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     for attempt in (lambda: keep_until(1, path, path), lambda: MetricsFile(path)):
         with pytest.raises(MinillmError, match="is not a regular file"):
             attempt()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    gone = MetricsFile(folder / "metrics.jsonl")
+    (folder / "metrics.jsonl").unlink()
+    folder.rmdir()
+    with pytest.raises(MinillmError, match=r"No such file.*--resume when that is mended"):
+        gone.write(step=1)
     gone = MetricsFile(tmp_path / "a")
     (tmp_path / "a").unlink()
     (tmp_path / "a").mkdir()

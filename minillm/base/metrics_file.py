@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -67,9 +68,9 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MinillmError(
-            f"{path} cannot be written: {error.strerror}; free some space and --resume"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way = "free some space and --resume" if full else "--resume when that is mended"
+        raise MinillmError(f"{path} cannot be written: {error.strerror}; {way}") from None
 
 
 def open_regular(path: Path, mode: str) -> BinaryIO:

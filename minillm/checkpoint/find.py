@@ -136,8 +136,9 @@ def best(paths: Iterable[Path]) -> Path | None:
     for path in reversed(list(paths)):
         try:
             meta = read_manifest(path).meta
-            loss, of = meta["held_out"]["loss"], (meta["corpus"], meta["held_out"]["tokens"])
-        except (Damaged, KeyError, TypeError):
+            loss, tokens = meta["held_out"]["loss"], meta["held_out"]["tokens"]
+            of = (meta["corpus"], meta.get("config", {}).get("val_data"), tokens)
+        except (Damaged, KeyError, TypeError, AttributeError):
             continue
         newest = newest or of
         if of == newest and isinstance(loss, float) and math.isfinite(loss):

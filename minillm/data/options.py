@@ -20,7 +20,7 @@ class DataOptions(Record):
     val.bin beside train.bin."""
     text_field: str = option("text", announced=True)
     """Field of .jsonl lines, or column of .parquet files, that holds the text."""
-    tokenizer: str | None = None
+    tokenizer: str | None = option(None, path=True)
     """Tokens of the text: byte, char, or the path of a tokenizer.json; left out: byte for text,
     none for files of tokens."""
     cache: str | None = option(None, resumable=True, path=True)

@@ -85,6 +85,8 @@ def test_losses_of_another_text_do_not_compare(tmp_path: Path) -> None:
         small_run(tmp_path, step, num_ranks=1, meta=other, keep=9)
     small_run(tmp_path, 6, num_ranks=1, meta=meta(4.5, "b"), keep=9)
     assert checkpoint.find(tmp_path, best_one=True).name == "step-00000003"
+    small_run(tmp_path, 7, num_ranks=1, meta=meta(9.0, "b") | {"config": {"val_data": "c"}})
+    assert checkpoint.find(tmp_path, best_one=True).name == "step-00000007"
 
 
 def test_without_a_loss_there_is_no_best(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_the_advice_after_a_divergence_works(
     assert checkpoints(run) == ["left-step-00000004", "step-00000003"]
     back = output.split("as in: --resume ")[1].split()[0]
     output = run_train("--resume", back, "--lr", 1e-3, "--clip", 1)
-    assert "--lr 0.001 (was 0.004)" in output
+    assert "--lr 0.001 (was " in output
     assert steps(run) == [1, 2, 3, 4, 5, 6]
 
 
@@ -300,14 +300,14 @@ def test_a_configuration_and_a_run_to_resume_go_together(
     tiny: list[str], tmp_path: Path, run_train: Train
 ) -> None:
     run, file = tmp_path / "run", tmp_path / "more.toml"
-    run_train(*tiny)
+    run_train(*tiny, "--lr", 0.005)
     before = contents(run)
     printed = run_train("--resume", run, "--steps", 9, "--print-config")
     assert "steps = 9\n" in printed and "\nout = " not in printed
     assert contents(run) == before and "\nout = " not in (run / "config.toml").read_text()
     file.write_text("steps = 8\nlr = 0.01\n")
     output = run_train("--resume", run, "--config", file, "--lr", 0.02)
-    assert "--steps 8 (was 6)" in output and "--lr 0.02 (was 0.004)" in output
+    assert "--steps 8 (was 6)" in output and "--lr 0.02 (was 0.005)" in output
     assert "warmup" not in output and steps(run) == list(range(1, 9))
     file.write_text("dim = 32\n")
     assert "--dim 32 (was 16)" in run_train("--resume", run, "--config", file, status=1)
