@@ -1,9 +1,26 @@
-"""minillm: train and run language models in parallel, from scratch."""
+"""minillm: train and run language models in parallel, from scratch.
 
+`Config`, `Trainer`, `Model` and `load` are the Python interface (minillm/inference/api.py). They
+are imported when they are first used.
+"""
+
+import importlib
 import signal
 import sys
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from minillm.inference.api import Config, Model, Trainer, load
+
+__all__ = ["Config", "Model", "Trainer", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the Python interface."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("minillm.inference.api"), name)
 
 
 def _runs_as_program() -> bool:
