@@ -1,7 +1,8 @@
 /* x [M, K] times w^T, w [N, K], for a few rows x: each row of w is read once, at the speed of memory. A blocked product would first copy w
    into its own layout, which costs more than the product itself. This is what generating text one token at a time consists of. */
 
-enum { FEW_ROWS = 8, DOT_ROWS = 4, DOT_COLUMNS = 4 };
+/* 4 x 3 sums and the columns they meet fill 16 registers; processors with AVX-512 have 32. */
+enum { FEW_ROWS = 8, DOT_ROWS = 4, DOT_COLUMNS = VECTOR_BYTES == 64 ? 4 : 3 };
 
 INLINE float sum_of_lanes(Vector v) {
     float total = 0;

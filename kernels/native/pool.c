@@ -176,7 +176,7 @@ void pool_run_pieces(
     int threads
 ) {
     if (num_items <= 0) return;
-    if (num_pieces <= 1 || threads <= 1 || pool->running == 1 || getpid() != pool->owner) {
+    if (num_pieces <= 1 || threads <= 1) {
         function(pool, state, 0, num_items, 0);
         return;
     }
@@ -184,6 +184,10 @@ void pool_run_pieces(
     pool->state = state;
     pool->num_items = num_items;
     pool->num_pieces = num_pieces;
+    if (pool->running == 1 || getpid() != pool->owner) {
+        for (int64_t piece = 0; piece < num_pieces; piece++) run_piece(pool, piece, 0);
+        return;
+    }
     atomic_store(&pool->left, num_pieces);
     for (int i = 0; i < threads; i++) {
         const uint64_t first = (uint64_t)(num_pieces * i / threads);

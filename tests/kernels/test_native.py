@@ -93,7 +93,9 @@ print(products()[0], hashlib.sha256(products()[1]).hexdigest())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit counts threads on Linux alone")
-@pytest.mark.parametrize("matmul", ["c", "numpy"])
+@pytest.mark.parametrize(
+    "matmul", ["c", "numpy", *(["c:blas"] if native.blas_unavailable is None else [])]
+)
 def test_a_pool_without_its_threads_gives_the_same_results(matmul: str) -> None:
     runs = [
         subprocess.run(
