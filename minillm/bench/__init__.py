@@ -1,4 +1,4 @@
-"""Benchmarks: `minillm bench train`, `kernels`, `attention`, `head`, `generate` and `comm`."""
+"""Benchmarks: `minillm bench train`, `kernels`, `attention`, `head`, `generate` and others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from minillm.base.flags import parse_flags
 from minillm.base.record import known_name
-from minillm.bench import contest, kernel_times, messages, parts, training_step
+from minillm.bench import contest, kernel_times, messages, parts, shared_core, training_step
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, tuple[type, Run]] = {
     "head": (parts.HeadBench, contest.run),
     "generate": (parts.GenerateBench, contest.run),
     "comm": (messages.CommBench, messages.run),
+    "shared": (shared_core.SharedCoreBench, shared_core.run),
 }
 
 

@@ -45,7 +45,7 @@ def innermost(text: str) -> Iterator[list[str]]:
 
 
 def test_loops_of_products_do_not_spill() -> None:
-    """A loop that adds to many sums at each step is a product's; a spilled sum costs a third."""
+    """Hold every loop that adds to many sums at a step: a spilled sum costs a third."""
     products = []
     for loop in loops():
         # Accumulates in the destination; polynomials use the other two forms.
