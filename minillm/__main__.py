@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from minillm.base.errors import MinillmError
 from minillm.base.record import known_name
+from minillm.base.terminal import drop_output
 
 
 class Program(NamedTuple):
@@ -54,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinillmError as error:
         print(f"minillm: {error}", file=sys.stderr)
         return 2
-    return importlib.import_module(program.module).main(argv[1:])
+    try:
+        return importlib.import_module(program.module).main(argv[1:])
+    except BrokenPipeError:  # of the programs outside of `main_guard`: emulator and doctor
+        drop_output()
+        return 141
 
 
 def usage() -> str:
