@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from minillm.kernels.gpu.build import FOLDER, BuildError, Defines, cached, inlined_source
 
 HERE = Path(__file__).resolve().parent
+MAX_THREADS = 1024  # of a block of a kernel without __launch_bounds__
 ROOT = FOLDER.parent
 _CANDIDATES = (*filter(None, [os.environ.get("CXX")]), "g++", "clang++")
 HEADERS = ("cuda.h", "ampere.h", "hopper.h")  # put before a .cu file
@@ -170,6 +171,16 @@ def kernels_in(text: str) -> dict[str, list[Parameter]]:
     return found
 
 
+def bounds_in(text: str) -> dict[str, str]:
+    """Return the expression of the most threads of a block, by kernel, where a source gives one."""
+    text, found = _without_comments(text), {}
+    for mark in re.finditer(r"\b__launch_bounds__\s*(?=\()", text):
+        end = _closing(text, mark.end())
+        if name := re.compile(r"\s*(\w+)").match(text, end):
+            found[name[1]] = text[mark.end() + 1 : end - 1].split(",")[0]
+    return found
+
+
 def _parameters(text: str) -> Iterator[Parameter]:
     for part in re.split(r",(?![^<(]*[>)])", text):
         words = re.findall(r"\w+", part)
@@ -177,8 +188,8 @@ def _parameters(text: str) -> Iterator[Parameter]:
             yield Parameter(words[-1], " ".join(part.split()))
 
 
-# One function per kernel that calls it with arguments from an array of pointers, and one that says
-# of what kinds they are.
+# One function per kernel that calls it with arguments from an array of pointers, one that says of
+# what kinds they are, and a constant: the most threads of a block.
 _ENTRIES = """
 namespace emulator_entries {
 template <char LETTER, int BYTES> struct Is {
@@ -215,13 +226,15 @@ template <typename... P> int describe(void (*)(P...), char* letters, int* bytes)
 """
 
 
-def _entry(name: str) -> str:
+def _entry(name: str, most_threads: str) -> str:
     visible = 'extern "C" __attribute__((visibility("default"), no_sanitize("thread")))'
     return (
         f"{visible} void emulator_call_{name}(void** args) {{ emulator_entries::call({name}, "
         f"args); }}\n"
         f"{visible} int emulator_describe_{name}(char* letters, int* bytes)\n"
         f"{{ return emulator_entries::describe({name}, letters, bytes); }}\n"
+        'extern "C" __attribute__((visibility("default"))) '
+        f"const int emulator_most_threads_{name} = {most_threads};\n"
     )
 
 
@@ -268,10 +281,9 @@ def compile_text(path: Path, text: str, defines: Defines) -> Compiled:
     compiler = host_compiler()
     if compiler is None:
         raise BuildError(compiler_missing() or "no host C++ compiler")
-    kernels = kernels_in(text)
-    source = (
-        text + '\n#line 1 "kernels/emulator/entries"\n' + _ENTRIES + "".join(map(_entry, kernels))
-    )
+    kernels, bounds = kernels_in(text), bounds_in(text)
+    entries = "".join(_entry(name, bounds.get(name, str(MAX_THREADS))) for name in kernels)
+    source = text + '\n#line 1 "kernels/emulator/entries"\n' + _ENTRIES + entries
     objects = _objects(compiler)
     options = [
         *_KERNEL,

@@ -20,7 +20,7 @@ from minillm.kernels.emulator.arguments import (
     memory_map,
     parameter_kinds,
 )
-from minillm.kernels.emulator.compiler import Compiled, compile_host
+from minillm.kernels.emulator.compiler import MAX_THREADS, Compiled, compile_host
 from minillm.kernels.emulator.report import EmulatorError, Symbols, explain, shared_variables
 from minillm.kernels.emulator.structs import Watched
 from minillm.kernels.gpu.build import Defines
@@ -28,7 +28,6 @@ from minillm.kernels.gpu.build import Defines
 Array = Any
 
 ORDERS = ("round robin", "greedy warp", "reversed", "random")
-MAX_THREADS = 1024
 MAX_SHARED_BYTES = 232448  # of a block of an H100 (227 KiB): limit of dynamic shared memory
 _lock = threading.Lock()  # each library has a single machine
 # Address and number of the fiber stacks. All libraries share them: separate stacks would exhaust
@@ -159,6 +158,12 @@ def launch_compiled(
     pack = PackedArguments(name, parameters, parameter_kinds(library, name, len(parameters)), args)
     grid, block = _three(grid), _three(block)
     _check_sizes(name, grid, block, shared_bytes)
+    most = ctypes.c_int.in_dll(library, f"emulator_most_threads_{name}").value
+    if np.prod(block) > most:
+        raise EmulatorError(
+            f"{name} is launched with blocks of {np.prod(block)} threads; its __launch_bounds__ "
+            f"give it registers for {most}"
+        )
     watch_block, watch_thread = options.watch or (-1, -1)
     arrays = array_structs(parameters, args, options.unwritten)
     shared = [

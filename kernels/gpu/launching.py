@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +26,9 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 PLAIN_SHARED_BYTES = 48 << 10  # dynamic shared memory that a kernel gets without being asked
 _NULL = np.uint64(0)
-# Loaded kernels, with the limit of dynamic shared memory of each.
-_functions: dict[tuple[Any, ...], tuple[Any, int]] = {}
+_REGISTERS = 65536  # of a multiprocessor, for the threads of a block
+# Loaded kernels, with the limits of each: dynamic shared memory, and threads of a block.
+_functions: dict[tuple[Any, ...], tuple[Any, int, int]] = {}
 
 
 def launch(
@@ -42,7 +44,7 @@ def launch(
 
     `grid`: blocks per dim; 0 blocks are a no-op. `block`: threads per dim. `shared_bytes`: dynamic
     shared memory of a block. Raises BuildError if the file does not compile, KernelUnavailable if
-    it is for another device.
+    it is for another device, and ValueError for more threads than the compiled kernel can have.
     """
     if 0 in grid:
         return
@@ -52,7 +54,7 @@ def launch(
         emulator = importlib.import_module("minillm.kernels.emulator")
         emulator.launch(path, name, defines, tuple(grid), tuple(block), tuple(args), shared_bytes)
         return
-    function = _function(path, name, defines, shared_bytes)
+    function = _function(path, name, defines, shared_bytes, math.prod(block))
     function(tuple(grid), tuple(block), tuple(_argument(a) for a in args), shared_mem=shared_bytes)
 
 
@@ -73,19 +75,28 @@ def _argument(x: Any) -> Any:
     return x
 
 
-def _function(path: Path, name: str, defines: build.Defines, shared_bytes: int) -> Any:
-    """Return the loaded kernel for the current device."""
+def _function(
+    path: Path, name: str, defines: build.Defines, shared_bytes: int, threads: int
+) -> Any:
+    """Return the loaded kernel for the current device, for blocks of `threads`."""
     cupy = importlib.import_module("cupy")
     key = (cupy.cuda.runtime.getDevice(), path, name, tuple(defines.items()))
-    found, allowed = _functions.get(key, (None, PLAIN_SHARED_BYTES))
+    found, allowed, most = _functions.get(key, (None, PLAIN_SHARED_BYTES, 0))
     if found is None:
         found = _module(cupy, key[0], path, key[3]).get_function(name)
+        most = min(found.max_threads_per_block, _REGISTERS // max(1, found.num_regs))
+    if threads > most:
+        raise ValueError(
+            f"{name} of {path.parent.name}/{path.name} is launched with blocks of {threads} "
+            f"threads; the compiled kernel uses {found.num_regs} registers a thread and can have "
+            f"{most} threads"
+        )
     if shared_bytes > allowed:  # the limit is the kernel's, whoever launches it: it may only grow
         driver, allowed = cupy.cuda.driver, shared_bytes
         driver.funcSetAttribute(
             found.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, allowed
         )
-    _functions[key] = found, allowed
+    _functions[key] = found, allowed, most
     return found
 
 
@@ -132,8 +143,8 @@ def resident_blocks(
     """
     if isinstance(like, np.ndarray):
         return 3
-    function = _function(path, name, defines, 0)
-    threads = int(np.prod(block))
+    threads = math.prod(block)
+    function = _function(path, name, defines, 0, threads)
     found = _occupancies.get((function, threads))
     if found is None:
         driver = importlib.import_module("cupy").cuda.driver
@@ -146,7 +157,13 @@ def resident_blocks(
 
 def element(x: Array) -> str:
     """Return the name of an array's type in a `.cu` file."""
-    return str(x.dtype)
+    return _dtype_name(x.dtype)
+
+
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype; NumPy takes some microseconds to make it."""
+    return str(dtype)
 
 
 def same_dtype(*arrays: Array | None) -> None:
@@ -154,8 +171,8 @@ def same_dtype(*arrays: Array | None) -> None:
 
     Kernels read raw memory and would misread another dtype.
     """
-    found = [str(a.dtype) for a in arrays if a is not None]
-    if len(set(found)) > 1:
+    found = [_dtype_name(a.dtype) for a in arrays if a is not None]
+    if found.count(found[0]) < len(found):
         raise TypeError(f"the arrays of a CUDA kernel have one dtype, not {', '.join(found)}")
 
 
@@ -189,7 +206,7 @@ def tensor_map(array: Array, box: Sequence[int], swizzle: int = 128) -> Any:
         return importlib.import_module("minillm.kernels.emulator").tensor_map(array, box, swizzle)
     strides = tuple(array.strides[:-1])
     words = _encode(
-        array.data.ptr, tuple(array.shape), strides, str(array.dtype), tuple(box), swizzle
+        array.data.ptr, tuple(array.shape), strides, element(array), tuple(box), swizzle
     )
     return DeviceTensorMap(words, array)
 

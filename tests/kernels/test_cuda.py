@@ -189,14 +189,20 @@ def test_the_limit_of_shared_memory_only_grows(
     )
     cuda_module = SimpleNamespace(driver=driver, runtime=SimpleNamespace(getDevice=lambda: 0))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda_module))
-    function = SimpleNamespace(ptr=1)
+    function = SimpleNamespace(ptr=1, max_threads_per_block=256, num_regs=168)
     monkeypatch.setattr(
         launching, "_module", lambda *key: SimpleNamespace(get_function=lambda name: function)
     )
     monkeypatch.setattr(launching, "_functions", {})
     for shared_bytes in (0, 40 << 10, 100 << 10, 60 << 10, 100 << 10, 200 << 10):
-        assert launching._function(tmp_path / "k.cu", "k", {}, shared_bytes) is function
+        assert launching._function(tmp_path / "k.cu", "k", {}, shared_bytes, 256) is function
     assert limits == [100 << 10, 200 << 10]
+    with pytest.raises(ValueError, match=r"blocks of 257 threads; .* can have 256 threads"):
+        launching._function(tmp_path / "k.cu", "k", {}, 0, 257)
+    function.max_threads_per_block, function.num_regs = 1024, 168  # 65536 / 168 = 390
+    launching._functions.clear()
+    with pytest.raises(ValueError, match=r"168 registers a thread and can have 390 threads"):
+        launching._function(tmp_path / "k.cu", "k", {}, 0, 512)
 
 
 def test_rows_fit_their_registers() -> None:

@@ -284,6 +284,20 @@ def test_arguments_of_another_type_are_refused(args: tuple[Any, ...], message: s
         launch(FAULTS, "past_registers", {}, (1,), (32,), args)
 
 
+def test_a_block_beyond_its_launch_bounds_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "k.cu"
+    source.write_text(
+        "#define WARPS 2\n"
+        'extern "C" __global__ void __launch_bounds__(32 * (WARPS), 1) two(float* x) '
+        "{ x[threadIdx.x] = 1; }\n"
+    )
+    x = floats(96)
+    launch(source, "two", {}, (1,), (64,), (x,))
+    assert x[:64].tolist() == [1] * 64
+    with pytest.raises(EmulatorError, match=r"96 threads; its __launch_bounds__ .* 64"):
+        launch(source, "two", {}, (1,), (96,), (x,))
+
+
 def test_a_launch_that_no_gpu_takes_is_refused() -> None:
     with pytest.raises(EmulatorError, match="a block has 1 to 1024"):
         launch(FAULTS, "past_registers", {}, (1,), (1056,), (floats(32), np.int32(4)))

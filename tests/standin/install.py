@@ -151,7 +151,7 @@ def _encode(
 _loaded: dict[Any, _Function] = {}
 
 
-def _function(path: Path, name: str, defines: Any, shared_bytes: int) -> Any:
+def _function(path: Path, name: str, defines: Any, shared_bytes: int, threads: int) -> Any:
     key = path, name, tuple(defines.items())
     return _loaded.setdefault(key, _Function(path, name, defines))
 
