@@ -38,6 +38,15 @@ def out_like(x: Array, out: Array | None) -> Array:
     return out if out is not None and out.flags.c_contiguous else empty(x.shape, x.dtype, x)
 
 
+def vector(length: int, dtype: Any, like: Array, out: Array | None) -> Array:
+    """Return a contiguous vector to compute into: `out` if it is one of that dtype, else a new one.
+
+    `deliver` takes the result from it.
+    """
+    suits = out is not None and out.flags.c_contiguous and out.dtype == dtype
+    return out if suits else empty(length, dtype, like)
+
+
 def deliver(computed: Array, out: Array | None) -> Array:
     """Return a result computed into `out_like(x, out)`; copy it into `out` where that differs."""
     if out is None or computed is out:

@@ -38,6 +38,8 @@ def layernorm_backward(
     has_bias: bool = True,
     grad_x_out: Any = None,
     grad_sum: Any = None,
+    grad_weight_out: Any = None,
+    grad_bias_out: Any = None,
 ) -> tuple[Any, Any, Any]:
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     grad_x = out_like(x, grad_x_out) if need_x else None
@@ -49,4 +51,5 @@ def layernorm_backward(
         grad_x = deliver(grad_x, grad_x_out)
     if params is None:
         return grad_x, None, None
-    return grad_x, params[0], params[1] if has_bias else None
+    grad_weight = deliver(params[0], grad_weight_out)
+    return grad_x, grad_weight, deliver(params[1], grad_bias_out) if has_bias else None

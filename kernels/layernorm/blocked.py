@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import deliver
 from minillm.kernels.pool import get_threads, parallel_for
 from minillm.kernels.registry import kernel
 from minillm.kernels.rows import row_blocks
@@ -51,6 +52,8 @@ def layernorm_backward(
     has_bias: bool = True,
     grad_x_out: Any = None,
     grad_sum: Any = None,
+    grad_weight_out: Any = None,
+    grad_bias_out: Any = None,
 ) -> tuple[Any, Any, Any]:
     shape, D = x.shape, x.shape[-1]
     x, grad_y, grad_x_out, grad_sum = (
@@ -83,11 +86,9 @@ def layernorm_backward(
         return grad_x, None, None
     ordered = [sums for _, *sums in sorted(partial, key=lambda item: item[0])]
     grad_weight = sum((s[0] for s in ordered), np.zeros(D, x.dtype))
-    return (
-        grad_x,
-        grad_weight,
-        sum((s[1] for s in ordered), np.zeros(D, x.dtype)) if has_bias else None,
-    )
+    grad_bias = sum((s[1] for s in ordered), np.zeros(D, x.dtype))
+    grad_weight = deliver(grad_weight, grad_weight_out)
+    return grad_x, grad_weight, deliver(grad_bias, grad_bias_out) if has_bias else None
 
 
 def _with_sums(num_rows: int, D: int, x: Any, partial: list, block: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from minillm.kernels.case import SIZES, Arrays, Case, affine, normals, poisoned, strided
 from minillm.kernels.layernorm import reference
 
@@ -16,6 +17,15 @@ EPS = 1e-5
 def backward(gy: Any, x: Any, w: Any, **options: Any) -> Arrays:
     _, mean, rstd = kernels.layernorm_forward(x, w, None, EPS)
     return kernels.layernorm_backward(gy, x, w, mean, rstd, **options)
+
+
+def into_parameters(gy: Any, x: Any, w: Any) -> Arrays:
+    """Return the gradients, those of the parameters in memory of their own."""
+    dtype = np.float32 if x.itemsize == 2 else x.dtype
+    outs = [np.full(x.shape[1], np.nan, dtype) for _ in range(2)]
+    found = backward(gy, x, w, grad_weight_out=outs[0], grad_bias_out=outs[1])
+    assert found[1] is outs[0] and found[2] is outs[1]
+    return found
 
 
 def expected_grads(gy: Any, x: Any, w: Any) -> Arrays:
@@ -62,6 +72,7 @@ def cases() -> Iterator[Case]:
         lambda gy, x, w: backward(gy, x, w, grad_sum=strided(3 * gy)),
         lambda gy, x, w: (lambda g, *rest: (g + 3 * gy, *rest))(*expected_grads(gy, x, w)),
     )
+    yield Case("layernorm", "into-parameters", small, into_parameters, expected_grads)
     yield Case(
         "layernorm",
         "only-x-in-place",

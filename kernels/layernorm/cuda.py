@@ -64,6 +64,8 @@ def layernorm_backward(
     has_bias: bool = True,
     grad_x_out: Any = None,
     grad_sum: Any = None,
+    grad_weight_out: Any = None,
+    grad_bias_out: Any = None,
 ) -> tuple[Any, Any, Any]:
     same_dtype(x, grad_y, weight, grad_x_out, grad_sum)
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
@@ -97,5 +99,6 @@ def layernorm_backward(
         grad_x = deliver(grad_x, grad_x_out)
     if partials is None:
         return grad_x, None, None
-    grad_weight, grad_bias = sum_rows(partials)
+    outs = grad_weight_out, grad_bias_out if has_bias else None
+    grad_weight, grad_bias = sum_rows(partials, *outs)
     return grad_x, grad_weight, grad_bias if has_bias else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import deliver
 
 
 def layernorm_forward(
@@ -38,6 +39,8 @@ def layernorm_backward(
     has_bias: bool = True,
     grad_x_out: Any = None,
     grad_sum: Any = None,
+    grad_weight_out: Any = None,
+    grad_bias_out: Any = None,
 ) -> tuple[Any, Any, Any]:
     """Gradients of x [..., D], weight [D] and bias [D], each None where it is not needed.
 
@@ -46,6 +49,7 @@ def layernorm_backward(
     grad_y, x: [..., D]; mean, rstd: [rows], as the forward pass returned them.
     grad_x_out: contiguous rows that take the gradient of x; may be `grad_y` itself.
     grad_sum: [..., D], the gradient that reaches x around the norm; added to that of x.
+    grad_weight_out, grad_bias_out: [D], take the gradients of the parameters.
     """
     shape, D = x.shape, x.shape[-1]
     x, grad_y = x.reshape(-1, D), grad_y.reshape(-1, D)
@@ -65,4 +69,5 @@ def layernorm_backward(
             grad_x = grad_x_out
     if not need_params:
         return grad_x, None, None
-    return grad_x, grad_weight, grad_bias if has_bias else None
+    grad_weight = deliver(grad_weight, grad_weight_out)
+    return grad_x, grad_weight, deliver(grad_bias, grad_bias_out) if has_bias else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.arrays import dense
+from minillm.kernels.arrays import deliver, dense, vector
 from minillm.kernels.native import VARIANTS, blas_unavailable, c_kernel, pool
 from minillm.kernels.registry import kernel
 
@@ -41,7 +41,8 @@ def matmul(
     if sums is not None and not (
         N and a.T.flags.c_contiguous and sums.flags.c_contiguous and sums.dtype == np.float32
     ):
-        sums[...], sums = column_sum(c, a.T), None
+        column_sum(c, a.T, sums)
+        sums = None
     if out is not None and (out.strides[1] != 4 or out.strides[0] < 4 * N):
         product = matmul(c, a, b, bias=bias, sums=sums, by_blas=by_blas)
         out[...] = out + product if accumulate else product
@@ -64,8 +65,8 @@ c_kernel("matmul", VARIANTS[-1:])(matmul)
 
 
 @c_kernel("column_sum")
-def column_sum(c: Any, x: Any) -> Any:
+def column_sum(c: Any, x: Any, out: Any = None) -> Any:
     num_rows, D = x.shape
-    out = np.empty(D, x.dtype)
-    c.column_sum(pool(), dense(x), out, num_rows, D)
-    return out
+    total = vector(D, x.dtype, x, out)
+    c.column_sum(pool(), dense(x), total, num_rows, D)
+    return deliver(total, out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import deliver, vector
 from minillm.kernels.pool import get_threads, parallel_for
 from minillm.kernels.registry import kernel
 
@@ -23,7 +24,7 @@ def matmul(
     if out is None:
         out = np.empty((M, N), a.dtype)
     if sums is not None:
-        sums[...] = column_sum(a.T)
+        column_sum(a.T, sums)
     by_rows = M >= N
 
     def run(start: int, stop: int) -> None:
@@ -46,12 +47,12 @@ def matmul(
 
 
 @kernel("column_sum")
-def column_sum(x: Any) -> Any:
-    out = np.empty(x.shape[1], x.dtype)
+def column_sum(x: Any, out: Any = None) -> Any:
+    total = vector(x.shape[1], x.dtype, x, out)
     ones = np.ones(x.shape[0], x.dtype)
 
     def run(start: int, stop: int) -> None:
-        np.matmul(ones, x[:, start:stop], out=out[start:stop])
+        np.matmul(ones, x[:, start:stop], out=total[start:stop])
 
     parallel_for(x.shape[1], run, 64)
-    return out
+    return deliver(total, out)

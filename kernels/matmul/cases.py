@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,20 @@ def cases() -> Iterator[Case]:
             lambda x: (kernels.column_sum(x),),
             lambda x: (x.sum(0),),
         )
+        yield Case(
+            "column_sum",
+            f"into-{shape}",
+            normals(shape),
+            lambda x: into_vector(x, lambda out: kernels.column_sum(x, out)),
+            lambda x: (x.sum(0),),
+        )
+
+
+def into_vector(x: Any, run: Callable[[Any], Any]) -> Arrays:
+    """Call `run` with a vector of NaN for the sums of x's columns, which it must return."""
+    out = np.full(x.shape[1], np.nan, np.float32 if x.itemsize == 2 else x.dtype)
+    assert run(out) is out
+    return (out,)
 
 
 def product_and_sums(a: Any, b: Any, c: Any) -> Arrays:

@@ -10,8 +10,11 @@
 
 #define WARPS 8
 
-// out [gridDim.z, gridDim.y, D] = sums over the rows of x [gridDim.z, rows, D], each block summing `rows_each` of them.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) column_sum(const Element* x, float* out, int64_t num_rows, int64_t rows_each, int D) {
+// out [gridDim.y, D] = sums over the rows of x [gridDim.z, rows, D], each block summing `rows_each`
+// of them. The sums of a second matrix go to `second` [gridDim.y, D].
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    column_sum(const Element* x, float* out, float* second, int64_t num_rows, int64_t rows_each,
+               int D) {
     __shared__ float shared[WARPS][32 * RUN];
     const int warp = threadIdx.y, c = (blockIdx.x * 32 + threadIdx.x) * RUN;
     const int64_t first = blockIdx.y * rows_each, end = min(first + rows_each, num_rows);
@@ -33,5 +36,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) column_sum(const Elemen
         #pragma unroll
         for (int i = 0; i < RUN; i++) sums[i] += shared[w][i * 32 + threadIdx.x];
     }
-    store_floats(out + ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * D + c, sums, D - c);
+    store_floats((blockIdx.z ? second : out) + (int64_t)blockIdx.y * D + c, sums, D - c);
 }

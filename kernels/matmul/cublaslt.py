@@ -274,7 +274,7 @@ def matmul(
         None if done or given is None or given.dtype != out.dtype else given
     )  # it is taken to be of the result's dtype
     if sums is not None and vector is None:
-        sums[...] = row_sums(a)
+        row_sums(a, sums)
     if done:
         return out
     left, right, target = operand(b), operand(a), operand(out)

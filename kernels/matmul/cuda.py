@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from minillm.kernels.arrays import dense, empty
+from minillm.kernels.arrays import deliver, dense, empty, vector
 from minillm.kernels.gpu.grids import blocks, runs
 from minillm.kernels.gpu.launching import element, launch, multiprocessors, same_dtype
 from minillm.kernels.gpu.registering import cuda_kernel, unavailable
@@ -65,7 +65,7 @@ def matmul(
 ) -> Any:
     out, done = checked_product(a, b, out, accumulate, bias, sums)
     if sums is not None:
-        sums[...] = row_sums(a)
+        row_sums(a, sums)
     if not done:
         gemm(a, b, out, accumulate)
         if bias is not None:
@@ -73,9 +73,9 @@ def matmul(
     return out
 
 
-def row_sums(a: Any) -> Any:
-    """Return the sum of each row of a [M, K], float32 [M], in a pass of its own."""
-    return lookup("column_sum", a)(a.T)
+def row_sums(a: Any, out: Any) -> None:
+    """Write the sum of each row of a [M, K] to `out` [M], in a pass of its own."""
+    lookup("column_sum", a)(a.T, out)
 
 
 def checked_product(
@@ -139,14 +139,15 @@ def gemm(a: Any, b: Any, out: Any, accumulate: bool) -> None:
 
 
 @cuda_kernel("column_sum")
-def column_sum(x: Any) -> Any:
-    return sum_rows(dense(x)[None])[0]
+def column_sum(x: Any, out: Any = None) -> Any:
+    return sum_rows(dense(x)[None], out)[0]
 
 
-def sum_rows(x: Any) -> Any:
-    """Return the sums over rows, float32 [n, D], of a contiguous x [n, rows, D].
+def sum_rows(x: Any, *outs: Any) -> list[Any]:
+    """Return the sums over rows, n float32 arrays [D], of a contiguous x [n, rows, D], n at most 2.
 
-    The order of the sum depends on the sizes and the device only.
+    `outs` may name the memory of each result, such as the slot of a gradient; None leaves it to
+    this function. The order of the sum depends on the sizes and the device only.
     """
     n, rows, D = x.shape
     tiles = blocks(runs(D, x.dtype), 32)
@@ -155,8 +156,12 @@ def sum_rows(x: Any) -> Any:
         if rows <= _FEW_ROWS
         else min(blocks(rows, 8 * _WARPS), max(1, 8 * multiprocessors(x) // max(1, n * tiles)))
     )
-    out = empty((n, parts, D), np.float32, x)
+    wanted = (*outs, None, None)[:n]
+    left = empty((n, parts, D), np.float32, x) if parts > 1 else None
+    targets = list(left) if left is not None else [vector(D, np.float32, x, o) for o in wanted]
     each = blocks(rows, parts)
-    args = (x, out, np.int64(rows), np.int64(each), np.int32(D))
+    args = (x, *(*targets, None)[:2], np.int64(rows), np.int64(each), np.int32(D))
     launch(_FILE, "column_sum", {"ELEMENT": element(x)}, (tiles, parts, n), (32, _WARPS), args)
-    return out.reshape(n, D) if parts == 1 else sum_rows(out)
+    if left is not None:
+        return sum_rows(left, *outs)
+    return [deliver(target, out) for target, out in zip(targets, wanted, strict=True)]

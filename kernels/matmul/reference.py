@@ -28,6 +28,12 @@ def matmul(
     return out
 
 
-def column_sum(x: Any) -> Any:
-    """Sum over rows, x [rows, D] -> [D]: the gradient of a bias. On a GPU float32."""
-    return x.sum(0)
+def column_sum(x: Any, out: Any = None) -> Any:
+    """Sum over rows, x [rows, D] -> [D]: the gradient of a bias. On a GPU float32.
+
+    `out`: [D], takes the result.
+    """
+    if out is None:
+        return x.sum(0)
+    out[...] = x.sum(0)
+    return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from minillm.kernels.arrays import deliver, dense, out_like
+from minillm.kernels.arrays import deliver, dense, out_like, vector
 from minillm.kernels.native import c_kernel, pool
 from minillm.kernels.pool import get_threads
 
@@ -32,13 +32,16 @@ def rmsnorm_backward(
     need_params: bool = True,
     grad_x_out: Any = None,
     grad_sum: Any = None,
+    grad_weight_out: Any = None,
 ) -> tuple[Any, Any]:
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     grad_x = out_like(x, grad_x_out) if need_x else None
-    grad_weight = np.empty(D, x.dtype) if need_params else None
+    grad_weight = vector(D, x.dtype, x, grad_weight_out) if need_params else None
     grad_sum = None if grad_sum is None else dense(grad_sum)
     rows = (dense(x), weight, rstd, grad_x, grad_weight, num_rows, D, get_threads())
     c.rmsnorm_backward(pool(), dense(grad_y), grad_sum, *rows)
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
+    if need_params:
+        grad_weight = deliver(grad_weight, grad_weight_out)
     return grad_x, grad_weight

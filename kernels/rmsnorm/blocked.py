@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import deliver
 from minillm.kernels.pool import parallel_for
 from minillm.kernels.registry import kernel
 from minillm.kernels.rows import row_blocks
@@ -44,6 +45,7 @@ def rmsnorm_backward(
     need_params: bool = True,
     grad_x_out: Any = None,
     grad_sum: Any = None,
+    grad_weight_out: Any = None,
 ) -> tuple[Any, Any]:
     shape, D = x.shape, x.shape[-1]
     x, grad_y, grad_x_out, grad_sum = (
@@ -70,9 +72,8 @@ def rmsnorm_backward(
         partial.append((start, total))
 
     parallel_for(len(x), run, step)
-    grad_weight = (
-        sum((s for _, s in sorted(partial, key=lambda item: item[0])), np.zeros(D, x.dtype))
-        if need_params
-        else None
-    )
+    grad_weight = None
+    if need_params:
+        ordered = (total for _, total in sorted(partial, key=lambda item: item[0]))
+        grad_weight = deliver(sum(ordered, np.zeros(D, x.dtype)), grad_weight_out)
     return None if grad_x is None else grad_x.reshape(shape), grad_weight

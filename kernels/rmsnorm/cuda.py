@@ -56,6 +56,7 @@ def rmsnorm_backward(
     need_params: bool = True,
     grad_x_out: Any = None,
     grad_sum: Any = None,
+    grad_weight_out: Any = None,
 ) -> tuple[Any, Any]:
     same_dtype(x, grad_y, weight, grad_x_out, grad_sum)
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
@@ -86,4 +87,4 @@ def rmsnorm_backward(
     )
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)
-    return grad_x, None if partials is None else sum_rows(partials)[0]
+    return grad_x, None if partials is None else sum_rows(partials, grad_weight_out)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from minillm.kernels.arrays import deliver
 
 
 def rmsnorm_forward(
@@ -33,6 +34,7 @@ def rmsnorm_backward(
     need_params: bool = True,
     grad_x_out: Any = None,
     grad_sum: Any = None,
+    grad_weight_out: Any = None,
 ) -> tuple[Any, Any]:
     """Gradients of x [..., D] and weight [D], each None where it is not needed.
 
@@ -41,11 +43,12 @@ def rmsnorm_backward(
     grad_y, x: [..., D]; rstd: [rows], as the forward pass returned it.
     grad_x_out: contiguous rows that take the gradient of x; may be `grad_y` itself.
     grad_sum: [..., D], the gradient that reaches x around the norm; added to that of x.
+    grad_weight_out: [D], takes the gradient of the weight.
     """
     shape, D = x.shape, x.shape[-1]
     x, grad_y = x.reshape(-1, D), grad_y.reshape(-1, D)
     z = x * rstd[:, None]
-    grad_weight = (grad_y * z).sum(0) if need_params else None
+    grad_weight = deliver((grad_y * z).sum(0), grad_weight_out) if need_params else None
     if not need_x:
         return None, grad_weight
     grad_x = np.empty_like(x)

@@ -59,12 +59,15 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     for (int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; row < num_rows; row += (int64_t)gridDim.x * blockDim.y) {
         const int64_t start = row * D;
         const float rstd = rstd_in[row];
-        Run<Element, RUN> x_row[RUNS], grad_row[RUNS];  // kept as they came: half the registers of floats
+        // Kept as they came: half the registers of floats. All loads start before the reduction.
+        Run<Element, RUN> x_row[RUNS], grad_row[RUNS], more[RUNS];
         float along_z = 0.0f;
         #pragma unroll
         for (int r = 0; r < RUNS; r++) {
             x_row[r] = load_run<RUN>(x + start + column(r), D - column(r));
             grad_row[r] = load_run<RUN>(grad_y + start + column(r), D - column(r));
+            if (grad_x != nullptr && grad_sum != nullptr)
+                more[r] = load_run<RUN>(grad_sum + start + column(r), D - column(r));
         }
         #pragma unroll
         for (int r = 0; r < RUNS; r++) {
@@ -90,7 +93,12 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
             load_floats(w, weight + c, D - c);
             #pragma unroll
             for (int i = 0; i < RUN; i++) g[i] = (g[i] * w[i] - z[i] * rstd * along_z) * rstd;
-            if (grad_sum != nullptr) add_run(g, grad_sum + start + c, D - c);
+            if (grad_sum != nullptr) {
+                float m[RUN];
+                to_floats(m, more[r]);
+                #pragma unroll
+                for (int i = 0; i < RUN; i++) g[i] += m[i];
+            }
             store_floats(grad_x + start + c, g, D - c);
         }
     }

@@ -55,6 +55,11 @@ class GradSlot:
             self.buf[...] = 0
 
 
+def fresh_of(slot: GradSlot | None) -> Array | None:
+    """Return the memory for computing a slot's first gradient in place, if there is any."""
+    return None if slot is None else slot.fresh
+
+
 class Recipe:
     """Placeholder for a saved array: `get()` recomputes or re-gathers it during backward.
 

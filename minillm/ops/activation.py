@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.autograd.tape import Context, Function, Tensor, recomputable, value_of
+from minillm.autograd.tape import Context, Function, Tensor, fresh_of, recomputable, value_of
 from minillm.base.arrays import Array, writeable
 
 
@@ -62,7 +62,9 @@ class _GELU(Function):
         grad = kernels.gelu_backward(
             grad_outs[0], x, approximate, out=_reusable(ctx, grad_outs[0]), **more
         )
-        return grad, kernels.column_sum(grad.reshape(-1, grad.shape[-1])) if needs[1] else None
+        if not needs[1]:
+            return grad, None
+        return grad, kernels.column_sum(grad.reshape(-1, grad.shape[-1]), fresh_of(into[1]))
 
 
 def _gelu(x: Array, approximate: str, bias: Array | None) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Tensor
+from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Tensor, fresh_of
 from minillm.base.arrays import Array, namespace, sum_dtype
 
 
@@ -42,7 +42,7 @@ class _Linear(Function):
             grad_bias = _sums_of(grad, into[2]) if needs[2] else None
             grad_weight = _product_into(into[1], grad.T, _rows(ctx.load(0)), grad_bias)
         elif needs[2]:
-            grad_bias = kernels.column_sum(grad)
+            grad_bias = kernels.column_sum(grad, fresh_of(into[2]))
         return grad_x, grad_weight, grad_bias
 
 
@@ -57,7 +57,7 @@ class _AddBias(Function):
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
         grad = grad_outs[0]
-        return grad, kernels.column_sum(_rows(grad)) if needs[1] else None
+        return grad, kernels.column_sum(_rows(grad), fresh_of(into[1])) if needs[1] else None
 
 
 def _rows(x: Array) -> Array:
@@ -66,7 +66,7 @@ def _rows(x: Array) -> Array:
 
 def _sums_of(grad: Array, slot: GradSlot | None) -> Array:
     """Return an array for a bias's gradient, the column sums of `grad`: the slot's own if fresh."""
-    fresh = None if slot is None else slot.fresh
+    fresh = fresh_of(slot)
     return namespace(grad).empty(grad.shape[1], sum_dtype(grad.dtype)) if fresh is None else fresh
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.autograd.tape import Context, Function, Tensor, recomputable, value_of
+from minillm.autograd.tape import Context, Function, Tensor, fresh_of, recomputable, value_of
 from minillm.base.arrays import Array, namespace, writeable
 
 
@@ -82,7 +82,8 @@ class _LayerNorm(Function):
         need_x, need_params = needs[0] or needs[1], needs[2] or needs[3]
         grad_sum, grad, out = _incoming(ctx, grad_outs, x)
         grad_x, grad_weight, grad_bias = kernels.layernorm_backward(
-            grad, x, weight, mean, rstd, need_x, need_params, needs[3], out, grad_sum
+            *(grad, x, weight, mean, rstd, need_x, need_params, needs[3], out, grad_sum),
+            *(fresh_of(into[2]), fresh_of(into[3])),
         )
         return grad_x if needs[0] else None, grad_x if needs[1] else None, grad_weight, grad_bias
 
@@ -103,7 +104,7 @@ class _RMSNorm(Function):
         need_x = needs[0] or needs[1]
         grad_sum, grad, out = _incoming(ctx, grad_outs, x)
         grad_x, grad_weight = kernels.rmsnorm_backward(
-            grad, x, weight, rstd, need_x, needs[2], out, grad_sum
+            grad, x, weight, rstd, need_x, needs[2], out, grad_sum, fresh_of(into[2])
         )
         return grad_x if needs[0] else None, grad_x if needs[1] else None, grad_weight
 
