@@ -204,7 +204,7 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, gpu: Any) -> 
     weight[...] = standin.float32(np.inf)
     report = one.step(2)
     weight[...] = kept
-    with pytest.raises(NotFinite, match="step 2: the loss is nan") as failure:
+    with pytest.raises(NotFinite, match="step 3: the loss is nan") as failure:
         one.step(3)  # its own gradient is finite
     assert failure.value.step == 2
     with pytest.raises(NotFinite):
