@@ -23,6 +23,7 @@ import os
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -110,6 +111,8 @@ class Watchdog:
         self._states: dict[int, str] = {}
         self._heard = False
         self._sent: list[tuple[MPI.Request, bytes]] = []
+        self._num_sent = array("q", [0] * self._comm.Get_size())  # messages to each rank
+        self._num_received = array("q", [0] * self._comm.Get_size())
         self._watched = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -117,9 +120,26 @@ class Watchdog:
         atexit.register(self.stop)  # before MPI_Finalize: no other thread may be inside MPI then
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread, and take the messages under way.
+
+        MPICH kills the job if MPI_Finalize finds one that was never received. All ranks that end
+        come here; one that does not costs the others `ANSWER_SECONDS`.
+        """
         self._stop.set()
         self._thread.join(2 * ANSWER_SECONDS)
+        if not self._talks or self._thread.is_alive():
+            return
+        expected, deadline = bytearray(8 * len(self._num_sent)), time.monotonic() + ANSWER_SECONDS
+        request = self._comm.Ialltoall([self._num_sent, MPI.INT64_T], [expected, MPI.INT64_T])
+        while not request.Test():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(1e-3)
+        while list(self._num_received) != list(memoryview(expected).cast("q")):
+            if time.monotonic() > deadline:
+                return
+            self._receive()
+        MPI.Request.Waitall([request for request, _ in self._sent])
 
     @contextlib.contextmanager
     def working(self, what: str, timeout: float) -> Iterator[None]:
@@ -164,6 +184,7 @@ class Watchdog:
     def _send(self, message: Mapping[str, Any], rank: int) -> None:
         text = json.dumps(message).encode()
         self._sent.append((self._comm.Isend([text, MPI.BYTE], rank, TAG), text))
+        self._num_sent[rank] += 1
 
     def _receive(self) -> None:
         """Take all messages of other watchdogs, and answer their questions."""
@@ -171,12 +192,13 @@ class Watchdog:
         while self._comm.Iprobe(MPI.ANY_SOURCE, TAG, status):
             text, rank = bytearray(status.Get_count(MPI.BYTE)), status.Get_source()
             self._comm.Recv([text, MPI.BYTE], rank, TAG)
+            self._num_received[rank] += 1
             message = json.loads(bytes(text))
             if "state" in message:
                 self._states[rank] = message["state"]
             elif "working" in message:
                 self._heard = True
-            else:
+            elif not self._stop.is_set():
                 self._send({"state": self._state()}, rank)
 
     def _state(self) -> str:

@@ -211,6 +211,13 @@ def raises(comm: Communicator) -> None:
     comm.barrier()
 
 
+def chatty(comm: Communicator) -> None:
+    """End while signals of the watchdogs are under way."""
+    comm.barrier()
+    for _ in range(20):
+        comm._watchdog._send_all({"working": True})  # type: ignore[attr-defined]
+
+
 def killed(comm: Communicator) -> None:
     """Kill one rank while the others wait for it."""
     comm.barrier()

@@ -52,6 +52,11 @@ def test_one_rank_raises_and_all_end() -> None:
     assert "rank 1: Traceback" in done.output
 
 
+def test_signals_under_way_at_the_end_are_taken() -> None:
+    done = mpirun(4, [PROGRAM, "chatty", "4"])
+    assert done.returncode == 0 and "KILLED" not in done.output, done.output
+
+
 def test_one_rank_killed_and_all_end() -> None:
     done = mpirun(3, [PROGRAM, "killed", "3"])
     assert done.returncode != 0 and done.seconds < 10
