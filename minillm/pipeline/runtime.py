@@ -103,7 +103,7 @@ class PipelineRuntime:
         return self._totals()
 
     def _execute(self, action: Action) -> None:
-        method = _METHODS[action.kind]
+        method = METHODS[action.kind]
         if self.tracer is None:
             method(self, action)
             return
@@ -209,8 +209,7 @@ class PipelineRuntime:
         mailbox[_key(action)] = arrays
 
 
-# Functions, because a runtime that holds its own bound methods is a cycle.
-_METHODS: dict[ActionKind, Callable[[PipelineRuntime, Action], None]] = {
+METHODS: dict[ActionKind, Callable[[PipelineRuntime, Action], None]] = {
     ActionKind.F: PipelineRuntime._forward,
     ActionKind.B: PipelineRuntime._backward,
     ActionKind.I: PipelineRuntime._input_grad,
@@ -225,6 +224,7 @@ _METHODS: dict[ActionKind, Callable[[PipelineRuntime, Action], None]] = {
     ActionKind.REDUCE_GRAD: lambda run, action: run.replication.reduce(action.stage),
     ActionKind.OPTIMIZER_STEP: lambda run, action: run._optimizer_step(run._totals()),
 }
+"""Kind -> what executes it: functions, because a runtime with its own bound methods is a cycle."""
 
 
 def _grad(tensor: Tensor) -> Array:

@@ -8,8 +8,9 @@ import pytest
 from pipeline.placements import greedy, interleaved_ranks, v_ranks
 from training_helpers import Layout, assert_same, reference, train
 
+from minillm.pipeline.action import Action, ActionKind
 from minillm.pipeline.lower import lower
-from minillm.pipeline.runtime import PipelineRuntime
+from minillm.pipeline.runtime import METHODS, PipelineRuntime
 from minillm.pipeline.simulate import simulate
 from minillm.replication.protocol import Replication
 
@@ -78,13 +79,13 @@ def test_lowered_placements_finish_without_buffering(placement: str, split: bool
 
 
 def test_a_dropped_weight_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = PipelineRuntime._weight_grad
+    weight_grad = METHODS[ActionKind.W]
 
-    def forgetful(self: PipelineRuntime, action: object) -> None:
-        if action.microbatch:  # type: ignore[attr-defined]
-            original(self, action)  # type: ignore[arg-type]
+    def forgetful(runtime: PipelineRuntime, action: Action) -> None:
+        if action.microbatch:
+            weight_grad(runtime, action)
 
-    monkeypatch.setattr(PipelineRuntime, "_weight_grad", forgetful)
+    monkeypatch.setitem(METHODS, ActionKind.W, forgetful)
     with pytest.raises(AssertionError):
         check("gpt2", layout_of((0, 1)), (0, 1), split=True)
 
