@@ -15,6 +15,7 @@ import ml_dtypes
 
 from minillm.base.arrays import float_dtype
 from minillm.base.device import CPU, Device, open_device
+from minillm.base.errors import ConfigError
 from minillm.base.log import Log
 from minillm.base.record import Record, option
 from minillm.comm.agreement import AgreedError, agree, known_to_all
@@ -78,6 +79,11 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
             comm=comm,
         )
         resolved = resolve(config, comm.size, corpus.vocab_size)
+        if not config.replication.equals_one_rank(resolved.mesh):
+            raise ConfigError(
+                f"--compress {config.replication.compress} does not compute on this mesh what one "
+                "rank computes; verify the layout without it"
+            )
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(config.compute.device, local_rank))
     steps, vocab, mesh = config.verify.compare_steps, corpus.vocab_size, resolved.mesh

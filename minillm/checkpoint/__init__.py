@@ -28,10 +28,11 @@ from minillm.checkpoint.save import save
 from minillm.checkpoint.source import CheckpointSource, FirstRows
 from minillm.checkpoint.state import (
     StateSource,
-    StateTensor,
     check_shapes,
+    fallbacks,
     load,
 )
+from minillm.params.state import StateTensor
 
 __all__ = [
     "LEFT",
@@ -51,6 +52,7 @@ __all__ = [
     "best",
     "check_shapes",
     "difference",
+    "fallbacks",
     "find",
     "load",
     "read_manifest",

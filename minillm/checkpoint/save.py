@@ -32,11 +32,11 @@ from minillm.checkpoint.manifest import (
     check_coverage,
 )
 from minillm.checkpoint.policy import prune
-from minillm.checkpoint.state import StateTensor
 from minillm.comm.agreement import AgreedError, agree, gather
 from minillm.comm.communicator import Communicator
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import Sharded, Slices, slice_shape
+from minillm.params.state import StateTensor
 
 # NumPy's name of a dtype: its name in a safetensors header.
 _DTYPES = {

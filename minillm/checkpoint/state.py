@@ -1,31 +1,20 @@
-"""State of a run: named, sharded tensors, and the sources from which they are loaded."""
+"""Sources of the state of a run, and loading from them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from minillm.base.arrays import Array, dtype_name, float_dtype, namespace, sum_dtype, to_device
+from minillm.base.arrays import dtype_name, float_dtype, namespace, sum_dtype, to_device
 from minillm.base.errors import CheckpointError
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import Sharded, Slices, slice_shape
+from minillm.layout.sharding import Slices, slice_shape
+from minillm.params.state import StateTensor
 
 MOST_NAMED = 4  # tensors listed in an error
-
-
-@dataclass
-class StateTensor:
-    """Local part of a global tensor."""
-
-    name: str
-    spec: Sharded
-    data: Array  # the local array that the local slices of `spec` address, with padding
-    owned: bool = True
-    """False for the second copy of a tied weight, which `load` fills and `save` skips."""
 
 
 class StateSource(Protocol):
@@ -59,9 +48,11 @@ def load(
 
     Not collective: each rank reads what it needs, and one rank may raise alone. All names, shapes
     and dtypes are compared before the first write. Raises CheckpointError if some do not fit,
-    which means that the source belongs to another model. Raises it also for NaN and infinities if
+    which means that the source belongs to another model. Tensors with a `fallback` stay as they
+    are instead (`fallbacks` names them). Raises it also for NaN and infinities if
     they must be `finite`, and names the tensor.
     """
+    tensors = [tensor for tensor in tensors if not _falls_back(source, tensor)]
     _check_fits(source, tensors)
     for tensor in tensors:
         pieces = list(tensor.spec.pieces(mesh_shape, coords))
@@ -76,6 +67,18 @@ def load(
                 )
             block = block.reshape(slice_shape(local_slices))
             tensor.data[local_slices] = to_device(block, namespace(tensor.data))
+
+
+def fallbacks(source: StateSource, tensors: Iterable[StateTensor]) -> list[str]:
+    """Return the texts of the tensors that `load` leaves as they are, each once."""
+    return list(dict.fromkeys(t.fallback for t in tensors if _falls_back(source, t)))
+
+
+def _falls_back(source: StateSource, tensor: StateTensor) -> bool:
+    if not tensor.fallback:
+        return False
+    shapes = {tensor.name: tensor.spec.shape}
+    return any(_other_shapes(source, shapes)) or any(_other_dtypes(source, [tensor]))
 
 
 def check_shapes(source: StateSource, shapes: Mapping[str, tuple[int, ...]]) -> None:

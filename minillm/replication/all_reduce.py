@@ -23,6 +23,7 @@ from typing import Any
 from minillm import kernels
 from minillm.autograd.backward import BackwardObserver
 from minillm.autograd.tape import GradSlot, Leaf
+from minillm.base.arrays import Array
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import Mesh
 from minillm.layout.flat import FlatLayout, Run, Span
@@ -134,12 +135,7 @@ class AllReduce(Replication):
         self._reducers = {
             stage: BucketReducer(b, self.mesh, self.bucket_bytes) for stage, b in buffers.items()
         }
-        self._counted = [
-            b.grads[part]
-            for stage, b in buffers.items()
-            for part, counts in counted_parts(b.layout, self.layout, stage, self.mesh.coords)
-            if counts
-        ]
+        self._counted = counted_grads(buffers, self.layout, self.mesh.coords)
 
     def observer(self, stage: int, last: bool) -> BackwardObserver | None:
         """Return the stage's bucket reducer if there is another replica, in the last pass."""
@@ -161,6 +157,18 @@ class AllReduce(Replication):
     def sum_of_squares(self) -> Any:
         """Return the squared norm of the parameters that this rank counts."""
         return sum(map(kernels.sum_of_squares, self._counted))
+
+
+def counted_grads(
+    buffers: Mapping[int, FlatBuffers], layout: Layout, coords: Mapping[str, int]
+) -> list[Array]:
+    """Return the slices of whole gradients that enter the norm on the rank at `coords`."""
+    return [
+        b.grads[part]
+        for stage, b in buffers.items()
+        for part, counts in counted_parts(b.layout, layout, stage, coords)
+        if counts
+    ]
 
 
 def counted_parts(

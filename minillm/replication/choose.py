@@ -10,7 +10,7 @@ from minillm.comm.mesh import Mesh
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
 from minillm.params.storage import PrivateMemory
-from minillm.replication import zero
+from minillm.replication import compressed, zero
 from minillm.replication.all_reduce import AllReduce
 from minillm.replication.node_shared import NodeMemory, NodeShared, find_group
 from minillm.replication.options import ReplicationOptions
@@ -24,17 +24,21 @@ def choose(
     options: ReplicationOptions,
     dtype: np.dtype,
     device: Device = CPU,
+    seed: int = 0,
 ) -> Replication:
     """Return the method that the options name, else what suits the machine.
 
     That is shared memory within nodes where option and machine allow it, else all-reduce.
 
-    `num_values` are this rank's parameters. On a GPU memory is never shared. Collective over the
-    mesh. Raises ConfigError on every rank if "on" is impossible.
+    `num_values` are this rank's parameters; `seed` is for methods that draw numbers. On a GPU
+    memory is never shared. Collective over the mesh. Raises ConfigError on every rank if "on" is
+    impossible.
     """
     node_shared, bucket_bytes = options.node_shared, int(options.bucket_mb * 1e6)
     if options.zero:
         return zero.make(mesh, layout, options.zero, options.shard_group, bucket_bytes, device)
+    if options.compress != "none":
+        return compressed.make(mesh, layout, options, seed, device)
     if not device.on_host:
         return AllReduce(mesh, layout, PrivateMemory(device.describe(), device), bucket_bytes)
     alone = mesh.axis(*TOKEN_AXES).size == 1

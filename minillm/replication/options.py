@@ -22,9 +22,28 @@ class ReplicationOptions(Record):
     data-parallel ranks. 0: every rank holds all of them."""
     shard_group: int = option(0, at_least=0, resumable=True)
     """Number of data-parallel ranks that share a replica under --zero; 0: all of them."""
+    compress: Literal["none", "bf16", "powersgd", "topk", "onebit"] = option("none", announced=True)
+    """Send gradients compressed: as bfloat16, as factors of low rank (powersgd), the largest
+    elements (topk), or signs and a scale (onebit). The last three remember what they left out."""
+    compress_rank: int = option(4, at_least=1, announced=True)
+    """Rank of the factors under --compress powersgd."""
+    compress_share: float = option(0.01, above=0, below=1, announced=True)
+    """Share of the elements that --compress topk sends."""
     node_shared: Literal["auto", "on", "off"] = option("auto", resumable=True)
     """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in
     shared memory: auto (where possible)."""
+
+    def equals_one_rank(self, mesh: MeshShape) -> bool:
+        """Return whether a mesh computes what one rank computes, up to rounding.
+
+        PowerSGD compresses the shards of tp. The other codecs round what each worker sends.
+        """
+        return self.compress == "none" or (self.compress == "powersgd" and mesh.tp == 1)
+
+    @property
+    def may_share(self) -> bool:
+        """True if replicas on a node may share memory: no other method is asked for."""
+        return self.node_shared != "off" and not self.zero and self.compress == "none"
 
     def check(self, mesh: MeshShape) -> None:
         """Raise ConfigError for methods that do not go together, or do not fit the mesh."""
@@ -32,6 +51,20 @@ class ReplicationOptions(Record):
             raise ConfigError(
                 "--zero and --node-shared on are two ways to hold one replica; leave one out"
             )
+        if self.compress != "none" and (self.zero or self.node_shared == "on"):
+            other = f"--zero {self.zero}" if self.zero else "--node-shared on"
+            raise ConfigError(
+                f"--compress {self.compress} and {other} are two ways to sum gradients; leave one "
+                "out. --compress goes with --tp, --sequence-parallel, --pp, and --node-shared "
+                "auto or off"
+            )
+        for name, method in (("compress_rank", "powersgd"), ("compress_share", "topk")):
+            value = getattr(self, name)
+            if value != getattr(ReplicationOptions, name) and self.compress != method:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {value} needs --compress {method}, not "
+                    f"{self.compress}"
+                )
         if self.shard_group and not self.zero:
             raise ConfigError("--shard-group needs --zero 1, 2 or 3")
         if self.shard_group and mesh.dp % self.shard_group:

@@ -9,16 +9,14 @@ methods and know no more. A new method is one file with one subclass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from minillm.autograd.backward import BackwardObserver
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh
 from minillm.layout.placement import Layout
+from minillm.params.state import StateTensor
 from minillm.params.storage import FlatBuffers, Memory
-
-if TYPE_CHECKING:
-    from minillm.checkpoint.state import StateTensor
 
 
 class Optimizer(Protocol):

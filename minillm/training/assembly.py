@@ -134,7 +134,8 @@ def assemble(
         parameters = [p for model in models.values() for p in model.parameters()]
         num_values = sum(parameter.spec.local_size(layout.mesh) for parameter in parameters)
         options = config.options.replication
-        replication = choose(mesh, layout, num_values, options, dtype, device)
+        seed = config.options.optimization.seed
+        replication = choose(mesh, layout, num_values, options, dtype, device, seed)
     stages = {}
     for index, model in models.items():
         memory = replication.memory

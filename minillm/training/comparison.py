@@ -63,8 +63,13 @@ def run(trainer: Trainer, steps: int, keep: Callable[[Sequence[StateTensor]], An
         losses.append(report.loss)
         norms.append(report.grad_norm)
         if step == 0:
-            first = keep(trainer.state())
-    return Course(losses, norms, first, keep(trainer.state()))
+            first = keep(_of_any_mesh(trainer))
+    return Course(losses, norms, first, keep(_of_any_mesh(trainer)))
+
+
+def _of_any_mesh(trainer: Trainer) -> list[StateTensor]:
+    """Return the state that has the same shape on every mesh."""
+    return [tensor for tensor in trainer.state() if not tensor.fallback]
 
 
 def whole(trainer: Trainer) -> Callable[[Sequence[StateTensor]], State]:

@@ -101,12 +101,7 @@ class _Judge:
         self.layout = layout_of(config, architecture, schedule.rank_of_stage)
         self.shared_by = 1
         replication = config.options.replication
-        if (
-            training
-            and device.on_host
-            and replication.node_shared != "off"
-            and not replication.zero
-        ):
+        if training and device.on_host and replication.may_share:
             replicas = max(1, min(config.mesh.dp, node.size // config.mesh.tp))
             self.shared_by = replicas if self._has_shared(config, replicas) else 1
 

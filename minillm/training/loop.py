@@ -250,7 +250,8 @@ class Run:
             return
         self.trainer.load(source)
         self.log(f"resumed from {found} at step {origin.step}")
-        for line in (*origin.changes(self.config), *([moved] if moved else [])):
+        lost = checkpoint.fallbacks(source, self.trainer.state())
+        for line in (*origin.changes(self.config), *([moved] if moved else []), *lost):
             self.log(line)
         difference = checkpoint.difference(record.key, self.key)
         if difference:

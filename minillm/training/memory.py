@@ -83,6 +83,7 @@ def predicted(
     moments = (3 if wide > item else 2) * size * wide * training // ways
     weights = size // ways + 2 * unit if zero > 2 else size  # gathered: two blocks
     grads = (size // ways + unit if zero > 1 else size) * training
+    held, sent = _compression(config, on_gpu) if training else (0.0, 0.0)
     objects = LATER_BYTES + num_layers * LAYER_BYTES + rows * layout.mesh.pp * MICROBATCH_BYTES
     parts = {
         "activations": round(
@@ -91,9 +92,11 @@ def predicted(
         "logits": logits,
         "workspace": workspace,
         # MPI's copy of half a tied gradient, which the ranks of its copies all-reduce.
-        "messages": sum(values.tied for values in sizes) * wide // 2 * training,
+        "messages": sum(values.tied for values in sizes) * wide // 2 * training
+        + round(sent * size * wide),
         "batches": rows * tokens * 16,  # tokens and targets, int64
     }
+    grads += round(held * size)  # error memory
     others = size * wide * (shared_by - 1) // shared_by * training
     kinds = {
         "parameters": weights * item,
@@ -104,6 +107,20 @@ def predicted(
     }
     own = (weights * item + moments) // shared_by + grads * wide
     return Need(kinds, own + sum(parts.values()) + (0 if on_gpu else objects))
+
+
+def _compression(config: ResolvedConfig, on_gpu: bool) -> tuple[float, float]:
+    """Return error memory and messages of compressed gradients, as shares of the gradients."""
+    options, ways = config.options.replication, config.mesh.dp
+    if on_gpu and options.compress != "bf16":
+        return 0.0, 0.0  # in the host's memory
+    sent = {
+        "bf16": 1.5 + 1 / ways,  # what is sent, received and gathered, and a float32 sum
+        "topk": 2 * options.compress_share * (1 + ways),  # values and places, own and gathered
+        "onebit": 4 / 32,  # own, received and gathered signs, and those of a block's sum
+    }
+    held = {"bf16": 0.0, "none": 0.0, "onebit": 1 + 1 / ways}
+    return held.get(options.compress, 1.0), sent.get(options.compress, 0.0)
 
 
 class _Values(NamedTuple):

@@ -36,7 +36,7 @@ def numeric_key(
         "num_microbatches": config.num_microbatches,
         "bucket_mb": options.replication.bucket_mb,
         "shared_by": shared_by,
-        **_zero(options.replication),
+        **_method(options.replication),
         "schedule": options.pipeline.schedule,
         "sequence_parallel": options.layout.sequence_parallel,
         "recompute": config.recompute,
@@ -47,9 +47,13 @@ def numeric_key(
     }
 
 
-def _zero(options: ReplicationOptions) -> dict[str, int]:
-    """Return the stage of ZeRO and its shard group, which order the sums of gradients."""
-    return {"zero": options.zero, "shard_group": options.shard_group} if options.zero else {}
+def _method(options: ReplicationOptions) -> dict[str, Any]:
+    """Return the data-parallel method, which orders and rounds the sums of gradients."""
+    if options.zero:
+        return {"zero": options.zero, "shard_group": options.shard_group}
+    sizes = {"powersgd": options.compress_rank, "topk": options.compress_share}
+    name = options.compress
+    return {} if name == "none" else {"compress": name, "compress_size": sizes.get(name, 0)}
 
 
 def kernel_choices(config: ResolvedConfig, device: Device) -> dict[str, str]:

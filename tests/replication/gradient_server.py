@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from minillm import kernels
-from minillm.checkpoint.state import StateTensor
 from minillm.comm.mesh import Mesh
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
 from minillm.layout.sharding import ShardSpec
+from minillm.params.state import StateTensor
 from minillm.params.storage import FlatBuffers, PrivateMemory
 from minillm.replication.all_reduce import counted_parts
 from minillm.replication.protocol import Optimizer, Replication

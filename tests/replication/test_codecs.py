@@ -1,0 +1,293 @@
+"""Codecs: the laws of error feedback, serial simulations, round trips, planted bugs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.comm.communicator import Communicator
+from minillm.comm.threads import run_ranks
+from minillm.replication import codecs
+from minillm.replication.codecs import Bf16, Codec, Matrix, OneBit, PowerSGD, TopK
+
+SHAPES = [(17, 19), (24, 16)]  # the first one is padded on every number of workers
+MAKE: dict[str, Callable[[], Codec]] = {
+    "powersgd": lambda: PowerSGD(2, seed=5),
+    "topk": lambda: TopK(0.1),
+    "onebit": OneBit,
+}
+
+
+def gradients(workers: int, steps: int, shapes: Any = SHAPES, seed: int = 0) -> list[Any]:
+    """Return random gradients [step][matrix] of shape [workers, rows, columns], some of them 0."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: tuple[int, int]) -> np.ndarray:
+        values = rng.normal(size=(workers, *shape)) * np.arange(1, workers + 1)[:, None, None]
+        return np.where(rng.random(values.shape) < 0.2, 0.0, values)
+
+    return [[draw(shape) for shape in shapes] for _ in range(steps)]
+
+
+def exchange(make: Callable[[], Codec], grads: list[Any]) -> list[Any]:
+    """Run a codec on thread ranks. Returns [worker][step][matrix] of (sum, error, server)."""
+
+    def rank(comm: Communicator) -> Any:
+        codec, found = make(), []
+        matrices = [Matrix(f"m{i}", np.zeros(g.shape[1:])) for i, g in enumerate(grads[0])]
+        for matrix in matrices:
+            codec.start(matrix, comm)
+        for step in grads:
+            for matrix, grad in zip(matrices, step, strict=True):
+                matrix.grad[...] = grad[comm.rank]
+            codec.sum_(matrices, comm)
+            found.append(
+                [
+                    (
+                        m.grad.copy(),
+                        None if m.error is None else m.error.copy(),
+                        m.private.get("server", np.zeros(0)).copy(),
+                    )
+                    for m in matrices
+                ]
+            )
+        return found
+
+    return run_ranks(len(grads[0][0]), rank)
+
+
+def check_telescoping(make: Callable[[], Codec], grads: list[Any]) -> None:
+    """Check after every step: applied sums plus all error memory are the sums of all gradients."""
+    found = exchange(make, grads)
+    for i, first in enumerate(grads[0]):
+        applied, given, shape = 0.0, 0.0, first.shape[1:]
+        for step, now in enumerate(grads):
+            applied = applied + found[0][step][i][0]
+            given = given + now[i].sum(0)
+            memory = sum(worker[step][i][1] for worker in found)
+            servers = np.concatenate([worker[step][i][2] for worker in found])
+            if servers.size:
+                assert not servers[math.prod(shape) :].any()
+                memory = memory + servers[: math.prod(shape)].reshape(shape)
+            np.testing.assert_allclose(
+                applied + memory, given, rtol=0, atol=1e-12 * len(found) ** 2
+            )
+            for worker in found:
+                np.testing.assert_array_equal(worker[step][i][0], found[0][step][i][0])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("name", MAKE)
+def test_nothing_is_lost(name: str, workers: int) -> None:
+    check_telescoping(MAKE[name], gradients(workers, 6))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    workers=st.integers(1, 3),
+    rows=st.integers(3, 40),
+    columns=st.integers(3, 40),
+    name=st.sampled_from(sorted(MAKE)),
+    seed=st.integers(0, 99),
+)
+def test_nothing_is_lost_at_any_size(
+    workers: int, rows: int, columns: int, name: str, seed: int
+) -> None:
+    check_telescoping(MAKE[name], gradients(workers, 2, [(rows, columns)], seed))
+
+
+def check_powersgd() -> None:
+    """Check that the workers' sum is that of one worker, and exact up to the rank."""
+    grads = gradients(3, 1)
+    left, right = np.random.default_rng(1).normal(size=(2, 19, 2))
+    # Each worker alone has full rank; their sum has rank 2.
+    grads[0][0][2] = left[:17] @ right.T - grads[0][0][:2].sum(0)
+    together = [[g.sum(0, keepdims=True) for g in step] for step in grads]
+    found, alone = exchange(MAKE["powersgd"], grads)[0], exchange(MAKE["powersgd"], together)[0]
+    for (a, _, _), (b, _, _) in zip(found[0], alone[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found[0][0][0], left[:17] @ right.T, rtol=0, atol=1e-12)
+
+
+def test_powersgd_depends_on_the_sum_alone() -> None:
+    check_powersgd()
+
+
+def test_powersgd_survives_zero_gradients() -> None:
+    grads = gradients(2, 4)
+    grads[:2] = [[np.zeros_like(g) for g in step] for step in grads[:2]]
+    check_telescoping(MAKE["powersgd"], grads)
+
+
+def simulate_topk(grads: list[Any], share: float) -> list[Any]:
+    """Return the sums [step][matrix] of virtual workers, in one process."""
+    errors = [np.zeros_like(g) for g in grads[0]]
+    sums = []
+    for step in grads:
+        sums.append([])
+        for error, grad in zip(errors, step, strict=True):
+            total = np.zeros(grad[0].size)
+            for worker, memory in enumerate(error):
+                memory += grad[worker]
+                count = math.ceil(share * memory.size)
+                places = np.argsort(-np.abs(memory.ravel()), kind="stable")[:count]
+                total[places] += memory.ravel()[places]
+                memory.ravel()[places] = 0
+            sums[-1].append(total.reshape(grad[0].shape))
+    return sums
+
+
+def signs_and_rest(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    decoded = np.where(x >= 0, 1.0, -1.0) * (np.abs(x).mean() if x.size else 0)
+    return decoded, x - decoded
+
+
+def simulate_onebit(grads: list[Any], _: float) -> list[Any]:
+    """Return the sums of virtual workers and servers, in one process, without any padding."""
+    workers = len(grads[0][0])
+    errors = [np.zeros_like(g) for g in grads[0]]
+    servers = [np.zeros(g[0].size) for g in grads[0]]
+    sums = []
+    for step in grads:
+        sums.append([])
+        for error, server, grad in zip(errors, servers, step, strict=True):
+            total = server.copy()
+            for worker in range(workers):
+                decoded, error[worker] = signs_and_rest(error[worker] + grad[worker])
+                total += decoded.ravel()
+            block = math.ceil(total.size / (8 * workers)) * 8
+            for start in range(0, block * workers, block):
+                part = slice(start, start + block)
+                total[part], server[part] = signs_and_rest(total[part])
+            sums[-1].append(total.reshape(grad[0].shape))
+    return sums
+
+
+def simulate_bf16(grads: list[Any], _: float) -> list[Any]:
+    """Return float32 sums in rank order of rounded gradients, rounded."""
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return x.astype(ml_dtypes.bfloat16)
+
+    def total(grad: np.ndarray) -> np.ndarray:
+        found = np.zeros(grad[0].shape, np.float32)
+        for worker in grad:
+            found += rounded(worker).astype(np.float32)
+        return rounded(found).astype(np.float64)
+
+    return [[total(g) for g in step] for step in grads]
+
+
+SIMULATE: dict[str, tuple[Callable[[], Codec], Callable[..., Any]]] = {
+    "topk": (MAKE["topk"], simulate_topk),
+    "onebit": (OneBit, simulate_onebit),
+    "bf16": (Bf16, simulate_bf16),
+}
+
+
+def check_simulation(name: str) -> None:
+    """Compare with the serial simulation; small integers make ties."""
+    make, simulate = SIMULATE[name]
+    grads = [[np.round(g) for g in step] for step in gradients(3, 4)]
+    expected, found = simulate(grads, 0.1), exchange(make, grads)
+    for worker in found:
+        for step, sums in zip(worker, expected, strict=True):
+            for (grad, _, _), total in zip(step, sums, strict=True):
+                np.testing.assert_allclose(grad, total, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SIMULATE)
+def test_the_sum_is_that_of_virtual_workers(name: str) -> None:
+    check_simulation(name)
+
+
+def forget(matrix: Matrix) -> Any:
+    """Overwrite the memory with the gradient."""
+    matrix.error[...] = matrix.grad
+    return matrix.error.reshape(-1)
+
+
+def count_padding(memory: Any, real: int, length: int) -> Any:
+    """Divide the scale by the padded length."""
+    scale, bits = compress(memory, real, length)
+    return scale * real / length, bits
+
+
+def zero_is_negative(flat: Any, length: int) -> Any:
+    bits = np.zeros(length, bool)
+    bits[: flat.size] = flat > 0
+    return np.packbits(bits)
+
+
+def drop_duplicates(flat: Any, places: Any, values: Any) -> None:
+    flat[places.reshape(-1)] += values.reshape(-1)
+
+
+def draw_per_rank(codec: PowerSGD, matrix: Matrix, comm: Communicator) -> None:
+    codec.seed += comm.rank
+    start(codec, matrix, comm)
+
+
+def divide_by_norms(matrix: Any) -> Any:
+    """Orthonormalise by Gram and Schmidt without a guard."""
+    out = matrix.copy()
+    with np.errstate(invalid="ignore"):
+        for i in range(out.shape[1]):
+            out[:, i] -= out[:, :i] @ (out[:, :i].T @ out[:, i])
+            out[:, i] /= np.linalg.norm(out[:, i])
+    return out
+
+
+def last_of_equal(flat: Any, count: int) -> Any:
+    return np.sort(np.argsort(np.abs(flat), kind="stable")[-count:]).astype(np.int32)
+
+
+compress, start = OneBit._compress, PowerSGD.start
+PLANTED: list[tuple[Any, str, Any, Callable[[], None]]] = [
+    (Matrix, "fed_back", forget, lambda: test_nothing_is_lost("powersgd", 3)),
+    (Matrix, "fed_back", forget, lambda: test_nothing_is_lost("topk", 3)),
+    (Matrix, "fed_back", forget, lambda: test_nothing_is_lost("onebit", 3)),
+    (OneBit, "_compress", staticmethod(count_padding), lambda: check_simulation("onebit")),
+    (codecs, "packed_signs", zero_is_negative, lambda: test_nothing_is_lost("onebit", 3)),
+    (codecs, "add_at", drop_duplicates, lambda: check_simulation("topk")),
+    (codecs, "largest", last_of_equal, lambda: check_simulation("topk")),
+    (PowerSGD, "start", draw_per_rank, check_powersgd),
+    (codecs, "orthonormal", lambda matrix: matrix, check_powersgd),
+    (codecs, "orthonormal", divide_by_norms, test_powersgd_survives_zero_gradients),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "fault", "law"), PLANTED)
+def test_planted_faults_are_seen(
+    kind: Any, name: str, fault: Any, law: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law()
+    monkeypatch.setattr(kind, name, fault)
+    with pytest.raises(AssertionError):
+        law()
+
+
+@given(size=st.integers(1, 300), workers=st.integers(1, 9), seed=st.integers(0, 9))
+def test_signs_round_trip(size: int, workers: int, seed: int) -> None:
+    flat = np.random.default_rng(seed).integers(-2, 3, size).astype(np.float32)
+    length = codecs.padded(size, workers)
+    assert length % (8 * workers) == 0 and 0 <= length - size < 8 * workers
+    bits = codecs.packed_signs(flat, length)
+    assert bits.nbytes == length // 8
+    signs = codecs.unpacked_signs(bits, flat.dtype)[:size]
+    np.testing.assert_array_equal(signs, np.where(flat >= 0, 1, -1))
+
+
+@given(size=st.integers(1, 200), share=st.floats(0.001, 0.999), seed=st.integers(0, 9))
+def test_the_largest_are_those_of_a_stable_sort(size: int, share: float, seed: int) -> None:
+    flat = np.random.default_rng(seed).integers(-4, 5, size).astype(np.float64)
+    count = TopK(share).count(size)
+    expected = np.sort(np.argsort(-np.abs(flat), kind="stable")[:count])
+    np.testing.assert_array_equal(codecs.largest(flat, count), expected)
