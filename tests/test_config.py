@@ -548,8 +548,10 @@ SILENT = """
     stop_after check_every check_order comm_timeout log_every log_to val_data cache threads memory
     zero shard_group
 """
-ANNOUNCED = "steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field"
-ANNOUNCED += " compress compress_rank compress_share"
+ANNOUNCED = """
+    steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field
+    compress compress_rank compress_share
+"""
 
 
 def test_every_option_either_may_change_or_is_checked_on_resume() -> None:

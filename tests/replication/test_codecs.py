@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpi_helpers import mpirun, needs_mpirun
 
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
@@ -36,31 +38,32 @@ def gradients(workers: int, steps: int, shapes: Any = SHAPES, seed: int = 0) -> 
     return [[draw(shape) for shape in shapes] for _ in range(steps)]
 
 
+def exchange_here(comm: Communicator, make: Callable[[], Codec], grads: list[Any]) -> list[Any]:
+    """Run a codec on this rank. Returns [step][matrix] of (sum, error, server)."""
+    codec, found = make(), []
+    matrices = [Matrix(f"m{i}", np.zeros(g.shape[1:])) for i, g in enumerate(grads[0])]
+    for matrix in matrices:
+        codec.start(matrix, comm)
+    for step in grads:
+        for matrix, grad in zip(matrices, step, strict=True):
+            matrix.grad[...] = grad[comm.rank]
+        codec.sum_(matrices, comm)
+        found.append(
+            [
+                (
+                    m.grad.copy(),
+                    None if m.error is None else m.error.copy(),
+                    m.private.get("server", np.zeros(0)).copy(),
+                )
+                for m in matrices
+            ]
+        )
+    return found
+
+
 def exchange(make: Callable[[], Codec], grads: list[Any]) -> list[Any]:
     """Run a codec on thread ranks. Returns [worker][step][matrix] of (sum, error, server)."""
-
-    def rank(comm: Communicator) -> Any:
-        codec, found = make(), []
-        matrices = [Matrix(f"m{i}", np.zeros(g.shape[1:])) for i, g in enumerate(grads[0])]
-        for matrix in matrices:
-            codec.start(matrix, comm)
-        for step in grads:
-            for matrix, grad in zip(matrices, step, strict=True):
-                matrix.grad[...] = grad[comm.rank]
-            codec.sum_(matrices, comm)
-            found.append(
-                [
-                    (
-                        m.grad.copy(),
-                        None if m.error is None else m.error.copy(),
-                        m.private.get("server", np.zeros(0)).copy(),
-                    )
-                    for m in matrices
-                ]
-            )
-        return found
-
-    return run_ranks(len(grads[0][0]), rank)
+    return run_ranks(len(grads[0][0]), lambda comm: exchange_here(comm, make, grads))
 
 
 def check_telescoping(make: Callable[[], Codec], grads: list[Any]) -> None:
@@ -291,3 +294,9 @@ def test_the_largest_are_those_of_a_stable_sort(size: int, share: float, seed: i
     count = TopK(share).count(size)
     expected = np.sort(np.argsort(-np.abs(flat), kind="stable")[:count])
     np.testing.assert_array_equal(codecs.largest(flat, count), expected)
+
+
+@needs_mpirun
+def test_processes_sum_as_virtual_workers() -> None:
+    done = mpirun(3, [str(Path(__file__).with_name("codec_program.py"))], timeout=120)
+    assert done.returncode == 0 and done.output.count("same ") == 4, done.output
