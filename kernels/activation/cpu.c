@@ -1,4 +1,5 @@
-/* Activations: one pass over memory. Backward passes compute the activation again from the pre-activation. */
+/* Activations: one pass over memory. Backward passes recompute the activation from the
+   pre-activation. */
 
 typedef struct {
     const float *x;
@@ -17,8 +18,10 @@ enum { ACTIVATION_GRAIN = 4096 };
 #define GELU_C0 0.7978845608028654f /* sqrt(2 / pi) */
 #define GELU_C1 0.044715f
 
-/* sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3), which equals (1 + tanh u) / 2. */
-INLINE float gelu_gate(float x) { return sigmoid_((2 * GELU_C0 * GELU_C1 * x * x + 2 * GELU_C0) * x); }
+/* Return sigmoid(2 u), equal to (1 + tanh u) / 2, with u = sqrt(2/pi) (x + 0.044715 x^3). */
+INLINE float gelu_gate(float x) {
+    return sigmoid_((2 * GELU_C0 * GELU_C1 * x * x + 2 * GELU_C0) * x);
+}
 
 INLINE float gelu_tanh(float x) { return x * gelu_gate(x); }
 
@@ -29,14 +32,18 @@ INLINE float gelu_tanh_slope(float x) {
 
 INLINE float gelu_erf(float x) { return 0.5f * x * (1 + erf_(x * 0.70710678f)); }
 
-INLINE float gelu_erf_slope(float x) { return 0.5f * (1 + erf_(x * 0.70710678f)) + x * exp_(-0.5f * x * x) * 0.39894228f; }
+INLINE float gelu_erf_slope(float x) {
+    return 0.5f * (1 + erf_(x * 0.70710678f)) + x * exp_(-0.5f * x * x) * 0.39894228f;
+}
 
 INLINE float relu(float x) { return x < 0 ? 0 : x; }
 
 INLINE float relu_slope(float x) { return x > 0 ? 1.0f : 0.0f; }
 
 #define ACTIVATION(name) \
-    static void name##_forward_range(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) { \
+    static void name##_forward_range( \
+        Pool *pool, const void *state, int64_t start, int64_t stop, int thread \
+    ) { \
         const ActivationForward *a = state; \
         const float *x = a->x; \
         float *y = a->y; \
@@ -46,11 +53,14 @@ INLINE float relu_slope(float x) { return x > 0 ? 1.0f : 0.0f; }
         UNPACK(ActivationForward, a, arguments); \
         pool_run(pool, name##_forward_range, &a, a.size, ACTIVATION_GRAIN); \
     } \
-    static void name##_backward_range(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) { \
+    static void name##_backward_range( \
+        Pool *pool, const void *state, int64_t start, int64_t stop, int thread \
+    ) { \
         const ActivationBackward *a = state; \
         const float *x = a->x, *grad_y = a->grad_y; \
         float *grad_x = a->grad_x; \
-        _Pragma("omp simd") for (int64_t i = start; i < stop; i++) grad_x[i] = grad_y[i] * name##_slope(x[i]); \
+        _Pragma("omp simd") for (int64_t i = start; i < stop; i++) \
+            grad_x[i] = grad_y[i] * name##_slope(x[i]); \
     } \
     static void name##_backward(Pool *pool, const Argument *arguments) { \
         UNPACK(ActivationBackward, a, arguments); \
@@ -67,7 +77,9 @@ typedef struct {
     int64_t num_rows, F;
 } SwiGLUForward;
 
-static void swiglu_forward_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void swiglu_forward_rows(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const SwiGLUForward *a = state;
     const int64_t F = a->F;
     for (int64_t row = start; row < stop; row++) {
@@ -89,7 +101,9 @@ typedef struct {
     int64_t num_rows, F;
 } SwiGLUBackward;
 
-static void swiglu_backward_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void swiglu_backward_rows(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const SwiGLUBackward *a = state;
     const int64_t F = a->F;
     for (int64_t row = start; row < stop; row++) {

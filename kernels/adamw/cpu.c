@@ -1,4 +1,4 @@
-/* Optimizer updates over flat buffers: each element is read once and written once. */
+/* Optimizer updates over flat buffers: one read and one write of each element. */
 
 typedef struct {
     float *param;
@@ -12,8 +12,10 @@ static void adamw_range(Pool *pool, const void *state, int64_t start, int64_t st
     const AdamW *a = state;
     float *param = a->param, *exp_avg = a->exp_avg, *exp_avg_sq = a->exp_avg_sq;
     const float *grad = a->grad;
-    const float rate = (float)a->rate, inverse_root = (float)a->inverse_root, eps = (float)a->eps, keep = (float)a->keep;
-    const float beta1 = (float)a->beta1, beta2 = (float)a->beta2, rest1 = (float)(1 - a->beta1), rest2 = (float)(1 - a->beta2);
+    const float rate = (float)a->rate, inverse_root = (float)a->inverse_root, eps = (float)a->eps,
+                keep = (float)a->keep;
+    const float beta1 = (float)a->beta1, beta2 = (float)a->beta2, rest1 = (float)(1 - a->beta1),
+                rest2 = (float)(1 - a->beta2);
     const float grad_scale = (float)a->grad_scale;
 #pragma omp simd
     for (int64_t i = start; i < stop; i++) {

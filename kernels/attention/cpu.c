@@ -1,17 +1,23 @@
-/* Scaled dot-product attention on one head at a time. Never a T x T array: both passes hold the scores of a tile of queries and keys, and
-   all their products run through the micro-kernel of native/tile.h. It reads its left operand by any two strides, so the products with a
-   transposed tile of scores need no transposition. */
+/* Scaled dot-product attention, one head at a time. Both passes hold the scores of a tile of
+   queries and keys, never a T x T array. All products run through the micro-kernel of
+   native/tile.h. It reads its left operand by any two strides, so a transposed tile of scores
+   needs no copy. */
 
-enum { KEY_COLUMNS = 128 }; /* keys of a tile, whose queries are a panel */
+enum { KEY_COLUMNS = 128 }; /* keys per tile; its queries are one panel */
 
-/* c [rows, num_panels * PANEL] (+)= a [rows, depth] times packed panels, `panel_size` floats from one to the next; rows <= TILE_ROWS. */
-static void row_product(int rows, int64_t depth, Matrix a, const float *panels, int64_t panel_size, int64_t num_panels, float *c, int64_t stride_c, int add) {
+/* Compute c [rows, num_panels * PANEL] (+)= a [rows, depth] times packed panels. Panels lie
+   `panel_size` floats apart; rows <= TILE_ROWS. */
+static void row_product(
+    int rows, int64_t depth, Matrix a, const float *panels, int64_t panel_size, int64_t num_panels,
+    float *c, int64_t stride_c, int add
+) {
     for (int64_t p = 0; p < num_panels; p++, panels += panel_size, c += PANEL)
         tile(rows, 2, depth, a, panels, c, stride_c, (Addend){add ? c : NULL, stride_c});
 }
 
-/* Arguments of both passes. Query i of sample b sees the keys [first[at], limits[at]), at = b * bound_step + i; NULL: all first are 0. A query
-   that sees no key has limit 0. */
+/* Arguments of both passes. Query i of sample b sees the keys [first[at], limits[at]), with
+   at = b * bound_step + i. With `first` NULL every lower bound is 0. The limit of a query without
+   keys is 0. */
 typedef struct {
     const float *q; /* strides in elements, those of channels 1 */
     int64_t q_b, q_t, q_h, q_k;
@@ -23,13 +29,17 @@ typedef struct {
     const uint64_t *row_words;     /* dropout: [B, H, Tq] or NULL */
     const uint32_t *column_words;  /* dropout: [Tk] or [B, Tk] */
     int64_t B, Tq, Tk, H, Hkv, K;
-    int64_t bound_step, column_step; /* from sample to sample; 0 where all samples are alike */
+    int64_t bound_step, column_step; /* from sample to sample; 0 if all samples share one row */
     int64_t threshold;
     double scale, keep_scale;
 } Attention;
 
-/* Multiply s [n, PANEL], of `rows` queries from `first` on and of the keys from `key` on, by their scaled keep mask. */
-static void drop_keys(const Attention *a, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t key, int64_t n, float *s) {
+/* Multiply s [n, PANEL] by its scaled keep mask: `rows` queries from `first` on, n keys from
+   `key` on. */
+static void drop_keys(
+    const Attention *a, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t key, int64_t n,
+    float *s
+) {
     const uint64_t *words = a->row_words + (b * a->H + h) * a->Tq + first;
     const uint32_t threshold = (uint32_t)a->threshold;
     const float scale = (float)a->keep_scale;
@@ -43,11 +53,12 @@ static void drop_keys(const Attention *a, int64_t b, int64_t h, int64_t first, i
         float *row = s + j * PANEL;
         const uint32_t column = columns[j];
 #pragma omp simd
-        for (int lane = 0; lane < PANEL; lane++) row[lane] *= keeps(low[lane], high[lane], column, threshold) ? scale : 0.0f;
+        for (int lane = 0; lane < PANEL; lane++)
+            row[lane] *= keeps(low[lane], high[lane], column, threshold) ? scale : 0.0f;
     }
 }
 
-/* Interval of the keys that any of `rows` queries from `query` on sees: [first, limit). */
+/* Interval [first, limit) of keys: the union over `rows` queries from `query` on. */
 typedef struct {
     int64_t first, limit;
 } Keys;
@@ -55,21 +66,24 @@ typedef struct {
 static Keys keys_of(const Attention *a, int64_t b, int64_t query, int64_t rows) {
     const int64_t at = b * a->bound_step + query;
     Keys keys = {a->first ? a->Tk : 0, 0};
-    for (int64_t i = at; i < at + rows; i++) keys.limit = a->limits[i] > keys.limit ? a->limits[i] : keys.limit;
-    for (int64_t i = at; a->first && i < at + rows; i++) keys.first = least(a->first[i], keys.first);
+    for (int64_t i = at; i < at + rows; i++)
+        keys.limit = a->limits[i] > keys.limit ? a->limits[i] : keys.limit;
+    for (int64_t i = at; a->first && i < at + rows; i++)
+        keys.first = least(a->first[i], keys.first);
     return keys;
 }
 
-/* The part of it among the n keys from `key` on, counted from `key`: empty where limit <= first. */
+/* Intersect the interval with the n keys from `key` on. Indices count from `key`; the result is
+   empty if limit <= first. */
 static Keys keys_within(Keys keys, int64_t key, int64_t n) {
     return (Keys){keys.first > key ? keys.first - key : 0, least(n, keys.limit - key)};
 }
 
-/* Bounds of as many queries as a vector has lanes, a query a lane; a lane without a query sees no key. */
+/* Key bounds of LANES queries, one query per lane. A lane without a query sees no key. */
 typedef struct {
     int32_t first[LANES], limit[LANES];
     Keys any;     /* keys that some query sees */
-    int64_t open; /* queries that see a key see those from here on up to their limits */
+    int64_t open; /* largest lower bound of the queries that see a key */
 } Bounds;
 
 static void bounds_start(Bounds *m, const Attention *a, int64_t b, int64_t query, int64_t n) {
@@ -80,12 +94,16 @@ static void bounds_start(Bounds *m, const Attention *a, int64_t b, int64_t query
         m->first[lane] = lane < n && a->first ? (int32_t)a->first[at + lane] : 0;
         m->limit[lane] = lane < n ? (int32_t)a->limits[at + lane] : 0;
         if (!m->limit[lane]) continue;
-        m->any = (Keys){least(m->any.first, m->first[lane]), m->limit[lane] > m->any.limit ? m->limit[lane] : m->any.limit};
+        m->any = (Keys){
+            least(m->any.first, m->first[lane]),
+            m->limit[lane] > m->any.limit ? m->limit[lane] : m->any.limit
+        };
         m->open = m->first[lane] > m->open ? m->first[lane] : m->open;
     }
 }
 
-/* Parts of the n keys from `key` on, counted from `key`: none sees those before `start` or from `stop` on; all see the first of [open, stop). */
+/* Parts of the n keys from `key` on; indices count from `key`. Keys before `start` or from
+   `stop` on are hidden from every query. In [open, stop) no query needs its lower bound checked. */
 typedef struct {
     int64_t start, open, stop;
 } Seen;
@@ -96,15 +114,20 @@ static Seen bounds_within(const Bounds *m, int64_t key, int64_t n) {
     return (Seen){start, m->open - key < start ? start : least(m->open - key, stop), stop};
 }
 
-/* Ask for rows [first, first + rows) of one head of x [B, T, H, K]: a head's rows lie far apart, so the processor does not foresee them, and
-   waiting for them would take half as long as the products. Each group of rows asks for its share of the head that comes next. */
-INLINE void prefetch(const float *x, int64_t stride_b, int64_t stride_t, int64_t stride_h, int64_t b, int64_t h, int64_t T, int64_t K, int64_t first, int64_t rows) {
+/* Prefetch rows [first, first + rows) of one head of x [B, T, H, K]. A head's rows lie too far
+   apart for the hardware prefetcher. Without this, the loads would take half as long as the
+   products. Each group of rows prefetches its share of the next head. */
+INLINE void prefetch(
+    const float *x, int64_t stride_b, int64_t stride_t, int64_t stride_h, int64_t b, int64_t h,
+    int64_t T, int64_t K, int64_t first, int64_t rows
+) {
     const int64_t last = least(first + rows, T);
     for (int64_t t = first; t < last; t++)
-        for (int64_t i = 0; i < K; i += 16) __builtin_prefetch(x + b * stride_b + t * stride_t + h * stride_h + i, 0, 2);
+        for (int64_t i = 0; i < K; i += 16)
+            __builtin_prefetch(x + b * stride_b + t * stride_t + h * stride_h + i, 0, 2);
 }
 
-/* The same for what both passes read of query head `head` of all B * H, if there is one. */
+/* Prefetch the inputs of both passes for query head `head`; a no-op from B * H on. */
 static void prefetch_head(const Attention *a, int64_t head, int64_t first, int64_t rows) {
     if (head >= a->B * a->H) return;
     const int64_t b = head / a->H, h = head % a->H, group = a->H / a->Hkv;
@@ -114,8 +137,11 @@ static void prefetch_head(const Attention *a, int64_t head, int64_t first, int64
     prefetch(a->v, a->v_b, a->v_t, a->v_h, b, h / group, a->Tk, a->K, first, rows);
 }
 
-/* Cut a thread's scratch into parts of `sizes` floats, each on a 64-byte boundary; 0 if memory is short. */
-static int share_scratch(Pool *pool, int thread, int n, const int64_t *sizes, float **const *parts) {
+/* Cut a thread's scratch into parts of `sizes` floats, each on a 64-byte boundary. Return 0 if
+   memory is short. */
+static int share_scratch(
+    Pool *pool, int thread, int n, const int64_t *sizes, float **const *parts
+) {
     int64_t total = 0;
     for (int i = 0; i < n; i++) total += round_up(sizes[i], 16);
     float *memory = pool_scratch(pool, thread, (size_t)total);

@@ -1,4 +1,5 @@
-/* The backward pass: tiles of PANEL queries and KEY_COLUMNS keys, whose scores are computed again from the log-sum-exp. */
+/* Backward pass: tiles of PANEL queries and KEY_COLUMNS keys. Scores are recomputed from the
+   log-sum-exp. */
 
 typedef struct {
     Attention common;
@@ -15,7 +16,7 @@ typedef struct {
     int64_t gv_b, gv_t, gv_h, gv_k;
 } AttentionBackward;
 
-/* A thread's memory while it works on one key-value head. */
+/* Scratch of one thread for one key-value head. */
 typedef struct {
     float *keys;                /* packed: k */
     float *grad_k, *grad_v;     /* [Tk, width] sums */
@@ -26,20 +27,23 @@ typedef struct {
     int64_t width;              /* K rounded up to whole panels */
 } BackwardScratch;
 
-/* What is known of as many queries as a vector has lanes. */
+/* Bounds, log-sum-exp and delta of LANES queries. */
 typedef struct {
     Bounds bounds;
     float lse[LANES], delta[LANES];
 } Queries;
 
-static void queries_start(const AttentionBackward *f, int64_t b, int64_t h, int64_t first, int64_t n, Queries *m) {
+static void queries_start(
+    const AttentionBackward *f, int64_t b, int64_t h, int64_t first, int64_t n, Queries *m
+) {
     const Attention *a = &f->common;
-    const float *grad_o = f->grad_o + b * f->go_b + first * f->go_t + h * f->go_h, *o = f->o + b * f->o_b + first * f->o_t + h * f->o_h;
+    const float *grad_o = f->grad_o + b * f->go_b + first * f->go_t + h * f->go_h,
+                *o = f->o + b * f->o_b + first * f->o_t + h * f->o_h;
     *m = (Queries){0};
     bounds_start(&m->bounds, a, b, first, n);
     for (int64_t lane = 0; lane < least(n, LANES); lane++) {
         const float lse = f->lse[(b * a->H + h) * a->Tq + first + lane];
-        if (lse == -__builtin_inff()) { /* sees no key */
+        if (lse == -__builtin_inff()) { /* fully masked query */
             m->bounds.limit[lane] = 0;
             continue;
         }
@@ -48,14 +52,18 @@ static void queries_start(const AttentionBackward *f, int64_t b, int64_t h, int6
     }
 }
 
-/* The keys [key + start, key + stop) of score_grads; check_first as in hide_scores. */
-INLINE void score_grads_of(const Queries *m, int64_t key, int64_t start, int64_t stop, const int check_first, float *s, float *grad_s) {
+/* Apply score_grads to the keys [key + start, key + stop); check_first as in hide_scores. */
+INLINE void score_grads_of(
+    const Queries *m, int64_t key, int64_t start, int64_t stop, const int check_first, float *s,
+    float *grad_s
+) {
     for (int64_t j = start; j < stop; j++) {
         float *row = s + j * PANEL, *grad_row = grad_s + j * PANEL;
         const int32_t at = (int32_t)(key + j);
 #pragma omp simd
         for (int lane = 0; lane < LANES; lane++) {
-            const int seen = at < m->bounds.limit[lane] && (!check_first || at >= m->bounds.first[lane]);
+            const int seen =
+                at < m->bounds.limit[lane] && (!check_first || at >= m->bounds.first[lane]);
             row[lane] = exp_(seen ? row[lane] - m->lse[lane] : -__builtin_inff());
             grad_row[lane] = row[lane] * (grad_row[lane] - m->delta[lane]);
         }
@@ -69,7 +77,8 @@ static void clear_scores(int64_t start, int64_t stop, float *s, float *grad_s) {
     }
 }
 
-/* From scores s and <grad_o, v> of the keys [key, key + n), one a row of PANEL floats, to probabilities and the gradient of the scores. */
+/* Turn scores s into probabilities, and <grad_o, v> in grad_s into the gradient of the scores.
+   Keys [key, key + n), one row of PANEL floats each. */
 static void score_grads(const Queries *m, int64_t key, int64_t n, float *s, float *grad_s) {
     const Seen seen = bounds_within(&m->bounds, key, n);
     clear_scores(0, seen.start, s, grad_s);
@@ -78,15 +87,26 @@ static void score_grads(const Queries *m, int64_t key, int64_t n, float *s, floa
     clear_scores(seen.stop, n, s, grad_s);
 }
 
-/* Probabilities and gradients of the scores of PANEL queries and of the keys [key, key + n), transposed as in the forward pass. */
-static void backward_scores(const AttentionBackward *f, int64_t b, int64_t h, int64_t first, int64_t rows, const Queries queries[2], int64_t key, int64_t n, const BackwardScratch *w) {
+/* Compute probabilities and score gradients of PANEL queries and the keys [key, key + n),
+   transposed as in the forward pass. */
+static void backward_scores(
+    const AttentionBackward *f, int64_t b, int64_t h, int64_t first, int64_t rows,
+    const Queries queries[2], int64_t key, int64_t n, const BackwardScratch *w
+) {
     const Attention *a = &f->common;
     const int64_t g = h / (a->H / a->Hkv);
-    const float *k = a->k + b * a->k_b + key * a->k_t + g * a->k_h, *v = a->v + b * a->v_b + key * a->v_t + g * a->v_h;
+    const float *k = a->k + b * a->k_b + key * a->k_t + g * a->k_h,
+                *v = a->v + b * a->v_b + key * a->v_t + g * a->v_h;
     for (int64_t j = 0; j < n; j += TILE_ROWS) {
         const int count = (int)least(TILE_ROWS, n - j);
-        row_product(count, a->K, (Matrix){k + j * a->k_t, a->k_t, 1}, w->queries_t, 0, 1, w->s + j * PANEL, PANEL, 0);
-        row_product(count, a->K, (Matrix){v + j * a->v_t, a->v_t, 1}, w->grads_t, 0, 1, w->grad_s + j * PANEL, PANEL, 0);
+        row_product(
+            count, a->K, (Matrix){k + j * a->k_t, a->k_t, 1}, w->queries_t, 0, 1, w->s + j * PANEL,
+            PANEL, 0
+        );
+        row_product(
+            count, a->K, (Matrix){v + j * a->v_t, a->v_t, 1}, w->grads_t, 0, 1,
+            w->grad_s + j * PANEL, PANEL, 0
+        );
     }
     if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->grad_s);
     for (int half = 0; half < 2; half++)
@@ -94,9 +114,13 @@ static void backward_scores(const AttentionBackward *f, int64_t b, int64_t h, in
     if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->s);
 }
 
-/* Add the products of the tiles s and grad_s to grad_v, grad_k and grad_q. Each group of keys leaves out the queries before the first and
-   behind the last that sees one of it, each group of queries the keys that none of it sees. */
-static void backward_products(const Attention *a, int64_t b, int64_t first, int64_t rows, int64_t key, int64_t n, const BackwardScratch *w) {
+/* Add the products of the tiles s and grad_s to grad_v, grad_k and grad_q. Each group of keys
+   skips the queries outside the first and the last that see one of its keys. Each group of
+   queries skips the keys hidden from all of it. */
+static void backward_products(
+    const Attention *a, int64_t b, int64_t first, int64_t rows, int64_t key, int64_t n,
+    const BackwardScratch *w
+) {
     const int64_t width = w->width, panels = width / PANEL, bound = b * a->bound_step + first;
     for (int64_t j = 0, r = 0; j < n; j += TILE_ROWS) {
         while (r < rows && a->limits[bound + r] <= key + j) r++;
@@ -105,26 +129,40 @@ static void backward_products(const Attention *a, int64_t b, int64_t first, int6
         while (a->first && end > r && a->first[bound + end - 1] >= key + j + count) end--;
         if (end <= r) continue;
         const int64_t at = j * PANEL + r, to = (key + j) * width;
-        row_product(count, end - r, (Matrix){w->s + at, PANEL, 1}, w->grads + r * PANEL, rows * PANEL, panels, w->grad_v + to, width, 1);
-        row_product(count, end - r, (Matrix){w->grad_s + at, PANEL, 1}, w->queries + r * PANEL, rows * PANEL, panels, w->grad_k + to, width, 1);
+        row_product(
+            count, end - r, (Matrix){w->s + at, PANEL, 1}, w->grads + r * PANEL, rows * PANEL,
+            panels, w->grad_v + to, width, 1
+        );
+        row_product(
+            count, end - r, (Matrix){w->grad_s + at, PANEL, 1}, w->queries + r * PANEL,
+            rows * PANEL, panels, w->grad_k + to, width, 1
+        );
     }
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
         const int count = (int)least(TILE_ROWS, rows - r);
         const Keys seen = keys_within(keys_of(a, b, first + r, count), key, n);
         if (seen.limit <= seen.first) continue;
         const Matrix grads = {w->grad_s + seen.first * PANEL + r, 1, PANEL};
-        row_product(count, seen.limit - seen.first, grads, w->keys + (key + seen.first) * PANEL, a->Tk * PANEL, panels, w->grad_q + r * width, width, 1);
+        row_product(
+            count, seen.limit - seen.first, grads, w->keys + (key + seen.first) * PANEL,
+            a->Tk * PANEL, panels, w->grad_q + r * width, width, 1
+        );
     }
 }
 
-/* At most PANEL queries of one head over the keys that they see, KEY_COLUMNS at a time. */
-static void attention_backward_queries(const AttentionBackward *f, int64_t b, int64_t h, int64_t first, int64_t rows, const BackwardScratch *w) {
+/* Process at most PANEL queries of one head over their visible keys, KEY_COLUMNS at a time. */
+static void attention_backward_queries(
+    const AttentionBackward *f, int64_t b, int64_t h, int64_t first, int64_t rows,
+    const BackwardScratch *w
+) {
     const Attention *a = &f->common;
     const int64_t K = a->K, width = w->width;
     const Keys keys = keys_of(a, b, first, rows);
-    const float *q = a->q + b * a->q_b + first * a->q_t + h * a->q_h, *grad_o = f->grad_o + b * f->go_b + first * f->go_t + h * f->go_h;
+    const float *q = a->q + b * a->q_b + first * a->q_t + h * a->q_h,
+                *grad_o = f->grad_o + b * f->go_b + first * f->go_t + h * f->go_h;
     Queries queries[2];
-    for (int half = 0; half < 2; half++) queries_start(f, b, h, first + half * LANES, rows - half * LANES, &queries[half]);
+    for (int half = 0; half < 2; half++)
+        queries_start(f, b, h, first + half * LANES, rows - half * LANES, &queries[half]);
     pack_transposed(q, a->q_t, rows, K, (float)a->scale, w->queries_t);
     pack_transposed(grad_o, f->go_t, rows, K, 1.0f, w->grads_t);
     pack(q, a->q_t, rows, K, w->queries);
@@ -141,7 +179,7 @@ static void attention_backward_queries(const AttentionBackward *f, int64_t b, in
     }
 }
 
-/* Ask for what the rows [first, first + rows) of head `head` read and write besides q, k and v. */
+/* Prefetch rows [first, first + rows) of grad_o, o and grad_q of head `head`. */
 static void prefetch_grads(const AttentionBackward *f, int64_t head, int64_t first, int64_t rows) {
     const Attention *a = &f->common;
     const int64_t b = head / a->H, h = head % a->H;
@@ -151,14 +189,21 @@ static void prefetch_grads(const AttentionBackward *f, int64_t head, int64_t fir
     prefetch(f->grad_q, f->gq_b, f->gq_t, f->gq_h, b, h, a->Tq, a->K, first, rows);
 }
 
-static void attention_backward_heads(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void attention_backward_heads(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const AttentionBackward *f = state;
     const Attention *a = &f->common;
     const int64_t group = a->H / a->Hkv, K = a->K, Tk = a->Tk, width = round_up(K, PANEL);
-    const int64_t sizes[] = {Tk * width, Tk * width, Tk * width, K * PANEL, K * PANEL, PANEL * width, PANEL * width,
-                             KEY_COLUMNS * PANEL, KEY_COLUMNS * PANEL, PANEL * width};
+    const int64_t sizes[] = {
+        Tk * width, Tk * width, Tk * width, K * PANEL, K * PANEL,
+        PANEL * width, PANEL * width, KEY_COLUMNS * PANEL, KEY_COLUMNS * PANEL, PANEL * width
+    };
     BackwardScratch w = {.width = width};
-    float **const parts[] = {&w.keys, &w.grad_k, &w.grad_v, &w.queries_t, &w.grads_t, &w.queries, &w.grads, &w.s, &w.grad_s, &w.grad_q};
+    float **const parts[] = {
+        &w.keys, &w.grad_k, &w.grad_v, &w.queries_t, &w.grads_t,
+        &w.queries, &w.grads, &w.s, &w.grad_s, &w.grad_q
+    };
     if (!share_scratch(pool, thread, 10, sizes, parts)) return;
     for (int64_t item = start; item < stop; item++) {
         const int64_t b = item / a->Hkv, g = item % a->Hkv;
@@ -173,7 +218,8 @@ static void attention_backward_heads(Pool *pool, const void *state, int64_t star
                 attention_backward_queries(f, b, h, first, rows, &w);
             }
         for (int64_t t = 0; t < Tk; t++) {
-            float *grad_k = f->grad_k + b * f->gk_b + t * f->gk_t + g * f->gk_h, *grad_v = f->grad_v + b * f->gv_b + t * f->gv_t + g * f->gv_h;
+            float *grad_k = f->grad_k + b * f->gk_b + t * f->gk_t + g * f->gk_h,
+                  *grad_v = f->grad_v + b * f->gv_b + t * f->gv_t + g * f->gv_h;
             for (int64_t i = 0; i < K; i++) grad_k[i] = (float)a->scale * w.grad_k[t * width + i];
             memcpy(grad_v, w.grad_v + t * width, (size_t)K * sizeof(float));
         }

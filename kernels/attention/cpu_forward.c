@@ -1,4 +1,5 @@
-/* The forward pass: tiles of PANEL queries over all keys; single queries, for generation, without packing anything. */
+/* Forward pass: tiles of PANEL queries over all keys. Single queries (generation) skip the
+   packing. */
 
 typedef struct {
     Attention common;
@@ -7,8 +8,9 @@ typedef struct {
     float *lse; /* [B, H, Tq] */
 } AttentionForward;
 
-/* Softmax of as many queries as a vector has lanes: of the keys so far the largest score of each (minus infinity if it saw none) and the sum
-   of exp(score - top). A query a lane: maxima and sums need nothing across the lanes. */
+/* Online softmax of LANES queries, one per lane: `top` is the largest score so far, minus
+   infinity before the first visible key; `total` is the sum of exp(score - top). Maxima and sums
+   need no operation across lanes. */
 typedef struct {
     Bounds bounds;
     float top[LANES], total[LANES];
@@ -22,23 +24,29 @@ static void softmax_start(Softmax *m, const Attention *a, int64_t b, int64_t que
     }
 }
 
-/* Hide the scores s of the keys [key + start, key + stop), and raise `top` to the largest that is seen. check_first: 0 where every query sees
-   these keys' lower end, which saves a comparison. */
-INLINE void hide_scores(const Bounds *m, int64_t key, int64_t start, int64_t stop, const int check_first, float *s, float *top) {
+/* Hide the scores s of the keys [key + start, key + stop), and raise `top` to the largest
+   visible one. check_first is 0 if these keys lie above every query's lower bound, which saves a
+   comparison. */
+INLINE void hide_scores(
+    const Bounds *m, int64_t key, int64_t start, int64_t stop, const int check_first, float *s,
+    float *top
+) {
     for (int64_t j = start; j < stop; j++) {
         float *row = s + j * PANEL;
         const int32_t at = (int32_t)(key + j);
 #pragma omp simd
         for (int lane = 0; lane < LANES; lane++) {
-            const float x = at < m->limit[lane] && (!check_first || at >= m->first[lane]) ? row[lane] : -__builtin_inff();
+            const float x = at < m->limit[lane] && (!check_first || at >= m->first[lane])
+                                ? row[lane] : -__builtin_inff();
             row[lane] = x;
             top[lane] = x > top[lane] ? x : top[lane];
         }
     }
 }
 
-/* Overwrite the scores s of the keys [key, key + n), one a row of PANEL floats, by exp(score - top). What was computed with the largest
-   scores so far is to be multiplied by `rescale` [LANES]. */
+/* Overwrite the scores s of the keys [key, key + n), one row of PANEL floats each, by
+   exp(score - top). The caller multiplies sums computed with the previous `top` by `rescale`
+   [LANES]. */
 static void softmax_keys(Softmax *m, int64_t key, int64_t n, float *s, float *rescale) {
     const Seen seen = bounds_within(&m->bounds, key, n);
     float top[LANES], total[LANES] = {0};
@@ -68,7 +76,7 @@ static void softmax_keys(Softmax *m, int64_t key, int64_t n, float *s, float *re
     }
 }
 
-/* A thread's memory in the forward pass. */
+/* Scratch of one thread in the forward pass. */
 typedef struct {
     float *values;  /* packed: all of v of a head */
     float *queries; /* packed: scale q^T of PANEL queries */
@@ -77,23 +85,36 @@ typedef struct {
     int64_t width;  /* K rounded up to whole panels */
 } ForwardScratch;
 
-/* At most PANEL queries of one head over the keys that they see, KEY_COLUMNS at a time (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867).
-   The scores are computed transposed, a key a row and a query a lane. */
-static void attention_forward_queries(const AttentionForward *f, int64_t b, int64_t h, int64_t first, int64_t rows, const ForwardScratch *w) {
+/* Process at most PANEL queries of one head over their visible keys, KEY_COLUMNS at a time.
+   Scores are computed transposed: one key per row, one query per lane.
+
+   Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867. */
+static void attention_forward_queries(
+    const AttentionForward *f, int64_t b, int64_t h, int64_t first, int64_t rows,
+    const ForwardScratch *w
+) {
     const Attention *a = &f->common;
     const int64_t K = a->K, width = w->width, panels = width / PANEL;
     const Keys keys = keys_of(a, b, first, rows);
     const float *k = a->k + b * a->k_b + h / (a->H / a->Hkv) * a->k_h;
     Softmax softmax[2];
-    for (int half = 0; half < 2; half++) softmax_start(&softmax[half], a, b, first + half * LANES, rows - half * LANES);
-    pack_transposed(a->q + b * a->q_b + first * a->q_t + h * a->q_h, a->q_t, rows, K, (float)a->scale, w->queries);
+    for (int half = 0; half < 2; half++)
+        softmax_start(&softmax[half], a, b, first + half * LANES, rows - half * LANES);
+    pack_transposed(
+        a->q + b * a->q_b + first * a->q_t + h * a->q_h, a->q_t, rows, K, (float)a->scale,
+        w->queries
+    );
     memset(w->out, 0, (size_t)(PANEL * width) * sizeof(float));
     for (int64_t key = keys.first; key < keys.limit; key += KEY_COLUMNS) {
         const int64_t n = least(KEY_COLUMNS, keys.limit - key);
         float rescale[PANEL];
         for (int64_t j = 0; j < n; j += TILE_ROWS)
-            row_product((int)least(TILE_ROWS, n - j), K, (Matrix){k + (key + j) * a->k_t, a->k_t, 1}, w->queries, 0, 1, w->s + j * PANEL, PANEL, 0);
-        for (int half = 0; half < 2; half++) softmax_keys(&softmax[half], key, n, w->s + half * LANES, rescale + half * LANES);
+            row_product(
+                (int)least(TILE_ROWS, n - j), K, (Matrix){k + (key + j) * a->k_t, a->k_t, 1},
+                w->queries, 0, 1, w->s + j * PANEL, PANEL, 0
+            );
+        for (int half = 0; half < 2; half++)
+            softmax_keys(&softmax[half], key, n, w->s + half * LANES, rescale + half * LANES);
         if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->s);
         for (int64_t r = 0; key > keys.first && r < rows; r++)
             for (int64_t i = 0; i < width; i++) w->out[r * width + i] *= rescale[r];
@@ -102,32 +123,38 @@ static void attention_forward_queries(const AttentionForward *f, int64_t b, int6
             const Keys seen = keys_within(keys_of(a, b, first + r, count), key, n);
             if (seen.limit <= seen.first) continue;
             const Matrix weights = {w->s + seen.first * PANEL + r, 1, PANEL};
-            row_product(count, seen.limit - seen.first, weights, w->values + (key + seen.first) * PANEL, a->Tk * PANEL, panels, w->out + r * width, width, 1);
+            row_product(
+                count, seen.limit - seen.first, weights, w->values + (key + seen.first) * PANEL,
+                a->Tk * PANEL, panels, w->out + r * width, width, 1
+            );
         }
     }
     for (int64_t r = 0; r < rows; r++) {
         const Softmax *m = &softmax[r / LANES];
-        const float total = m->total[r % LANES], top = m->top[r % LANES], factor = total > 0 ? 1 / total : total == 0 ? 0 : total;
-        f->lse[(b * a->H + h) * a->Tq + first + r] = total == 0 ? -__builtin_inff() : __builtin_logf(total) + top;
+        const float total = m->total[r % LANES], top = m->top[r % LANES],
+                    factor = total > 0 ? 1 / total : total == 0 ? 0 : total;
+        f->lse[(b * a->H + h) * a->Tq + first + r] =
+            total == 0 ? -__builtin_inff() : __builtin_logf(total) + top;
         float *o = f->o + b * f->o_b + (first + r) * f->o_t + h * f->o_h;
         for (int64_t i = 0; i < K; i++) o[i] = w->out[r * width + i] * factor;
     }
 }
 
-/* Fill a row of scores up to a whole number of vectors; returns that length. Loops over it need no scalar rest, which for rows of a few
-   dozen keys would take longer than the vectors. Rows of scratch are whole panels long. */
+/* Pad a row of scores to whole vectors and return that length. Loops over it need no scalar
+   remainder, which takes longer than the vectors for rows of a few dozen keys. Rows of scratch
+   are whole panels long. */
 INLINE int64_t fill_vector(float *row, int64_t n, float value) {
     const int64_t whole = round_up(n, LANES);
     for (int64_t j = n; j < whole; j++) row[j] = value;
-    return whole & -(int64_t)LANES; /* tells the compiler that it is a multiple */
+    return whole & -(int64_t)LANES; /* marks it as a multiple for the compiler */
 }
 
-/* Overwrite the scores s [n] of one query by unnormalised probabilities. Returns their sum and the shift: log(sum) + shift is the
-   log-sum-exp. */
+/* Overwrite the scores s [n] of one query by unnormalised probabilities. Return their sum and
+   set the shift: log(sum) + shift is the log-sum-exp. */
 static float probabilities(int64_t n, float *s, float *shift) {
     const int64_t whole = fill_vector(s, n, -__builtin_inff());
     float top = maximum(s, whole), total = 0;
-    if (top == -__builtin_inff()) top = 0; /* sees nothing */
+    if (top == -__builtin_inff()) top = 0; /* fully masked query */
 #pragma omp simd reduction(+ : total)
     for (int64_t j = 0; j < whole; j++) {
         const float e = exp_(s[j] - top);
@@ -139,23 +166,30 @@ static float probabilities(int64_t n, float *s, float *shift) {
 }
 
 /* Multiply n values of query i, from key `first` on, by their scaled keep mask. */
-static void drop(const Attention *a, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n, float *x) {
+static void drop(
+    const Attention *a, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n, float *x
+) {
     const uint64_t word = a->row_words[(b * a->H + h) * a->Tq + i];
-    const uint32_t low = (uint32_t)word, high = (uint32_t)(word >> 32), threshold = (uint32_t)a->threshold;
+    const uint32_t low = (uint32_t)word, high = (uint32_t)(word >> 32),
+                   threshold = (uint32_t)a->threshold;
     const uint32_t *columns = a->column_words + b * a->column_step + first;
     const float scale = (float)a->keep_scale;
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) x[j] *= keeps(low, high, columns[j], threshold) ? scale : 0.0f;
 }
 
-/* One query row without packing, for generation: packing the keys would cost as much as the products. */
-static void attention_forward_row(const AttentionForward *f, int64_t b, int64_t h, int64_t i, float *s) {
+/* Process one query without packing, for generation: packing the keys would cost as much as the
+   products. */
+static void attention_forward_row(
+    const AttentionForward *f, int64_t b, int64_t h, int64_t i, float *s
+) {
     const Attention *a = &f->common;
     const int64_t K = a->K, group = a->H / a->Hkv;
     const Keys keys = keys_of(a, b, i, 1);
     const int64_t first = keys.first, n = keys.limit > first ? keys.limit - first : 0;
     const float *q = a->q + b * a->q_b + i * a->q_t + h * a->q_h;
-    const float *k = a->k + b * a->k_b + first * a->k_t + h / group * a->k_h, *v = a->v + b * a->v_b + first * a->v_t + h / group * a->v_h;
+    const float *k = a->k + b * a->k_b + first * a->k_t + h / group * a->k_h,
+                *v = a->v + b * a->v_b + first * a->v_t + h / group * a->v_h;
     float *o = f->o + b * f->o_b + i * f->o_t + h * f->o_h, shift;
     for (int64_t j = 0; j < n; j++) s[j] = dot(q, k + j * a->k_t, K) * (float)a->scale;
     const float total = probabilities(n, s, &shift);
@@ -172,19 +206,25 @@ static void attention_forward_row(const AttentionForward *f, int64_t b, int64_t 
 
 enum { FEW_QUERIES = 4 };
 
-static void attention_forward_heads(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void attention_forward_heads(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const AttentionForward *f = state;
     const Attention *a = &f->common;
     const int64_t group = a->H / a->Hkv, K = a->K;
     if (a->Tq <= FEW_QUERIES) { /* items are (sample, head) */
         float *s = pool_scratch(pool, thread, (size_t)round_up(a->Tk, LANES));
         for (int64_t item = start; s && item < stop; item++)
-            for (int64_t i = 0; i < a->Tq; i++) attention_forward_row(f, item / a->H, item % a->H, i, s);
+            for (int64_t i = 0; i < a->Tq; i++)
+                attention_forward_row(f, item / a->H, item % a->H, i, s);
         return;
     }
     ForwardScratch w = {.width = round_up(K, PANEL)};
     const int64_t sizes[] = {a->Tk * w.width, K * PANEL, KEY_COLUMNS * PANEL, PANEL * w.width};
-    if (!share_scratch(pool, thread, 4, sizes, (float **const[]){&w.values, &w.queries, &w.s, &w.out})) return;
+    if (!share_scratch(
+            pool, thread, 4, sizes, (float **const[]){&w.values, &w.queries, &w.s, &w.out}
+        ))
+        return;
     for (int64_t item = start; item < stop; item++) { /* items are (sample, key-value head) */
         const int64_t b = item / a->Hkv, g = item % a->Hkv;
         pack(a->v + b * a->v_b + g * a->v_h, a->v_t, a->Tk, K, w.values);
@@ -199,5 +239,8 @@ static void attention_forward_heads(Pool *pool, const void *state, int64_t start
 
 static void attention_forward(Pool *pool, const Argument *arguments) {
     UNPACK(AttentionForward, f, arguments);
-    pool_run(pool, attention_forward_heads, &f, f.common.B * (f.common.Tq <= FEW_QUERIES ? f.common.H : f.common.Hkv), 1);
+    pool_run(
+        pool, attention_forward_heads, &f,
+        f.common.B * (f.common.Tq <= FEW_QUERIES ? f.common.H : f.common.Hkv), 1
+    );
 }

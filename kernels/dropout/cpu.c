@@ -1,4 +1,5 @@
-/* Dropout: the keep-or-drop decision of element (row, column) mixes the two addresses' words (random/hashing.py). */
+/* Dropout: the keep-or-drop decision of an element mixes its row's and its column's address
+   words (random/hashing.py). */
 
 INLINE int keeps(uint32_t low, uint32_t high, uint32_t column, uint32_t threshold) {
     uint32_t z = (low ^ column) * 0x7FEB352Du;
@@ -20,11 +21,13 @@ static void dropout_rows(Pool *pool, const void *state, int64_t start, int64_t s
     const float scale = (float)a->scale;
     const uint32_t threshold = (uint32_t)a->threshold;
     for (int64_t row = start; row < stop; row++) {
-        const uint32_t low = (uint32_t)a->row_words[row], high = (uint32_t)(a->row_words[row] >> 32);
+        const uint32_t low = (uint32_t)a->row_words[row],
+                       high = (uint32_t)(a->row_words[row] >> 32);
         const float *x = a->x + row * a->C;
         float *y = a->y + row * a->C;
 #pragma omp simd
-        for (int64_t i = 0; i < a->C; i++) y[i] = x[i] * (keeps(low, high, a->column_words[i], threshold) ? scale : 0.0f);
+        for (int64_t i = 0; i < a->C; i++)
+            y[i] = x[i] * (keeps(low, high, a->column_words[i], threshold) ? scale : 0.0f);
     }
 }
 

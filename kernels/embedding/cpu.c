@@ -1,4 +1,5 @@
-/* Embedding lookup and its backward pass, which is deterministic because a thread owns columns, not rows: it meets the ids in order. */
+/* Embedding lookup and its backward pass. The backward pass is deterministic: a thread owns
+   columns, not rows, and adds the ids in order. */
 
 typedef struct {
     const int64_t *ids;
@@ -7,7 +8,9 @@ typedef struct {
     int64_t num_ids, V, D, first_row;
 } EmbeddingForward;
 
-static void embedding_forward_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void embedding_forward_rows(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const EmbeddingForward *a = state;
     const size_t row_bytes = (size_t)a->D * sizeof(float);
     for (int64_t i = start; i < stop; i++) {
@@ -31,14 +34,18 @@ typedef struct {
     int64_t num_ids, V, D, first_row, accumulate;
 } EmbeddingBackward;
 
-static void embedding_backward_columns(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void embedding_backward_columns(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const EmbeddingBackward *a = state;
     const int64_t first = start * LANES, last = stop * LANES < a->D ? stop * LANES : a->D;
     if (!a->accumulate)
-        for (int64_t row = 0; row < a->V; row++) memset(a->grad_weight + row * a->D + first, 0, (size_t)(last - first) * sizeof(float));
+        for (int64_t row = 0; row < a->V; row++)
+            memset(a->grad_weight + row * a->D + first, 0, (size_t)(last - first) * sizeof(float));
     for (int64_t i = 0; i < a->num_ids; i++) {
         const int64_t row = a->ids[i] - a->first_row;
-        if (row >= 0 && row < a->V) add_to(a->grad_weight + row * a->D + first, a->grad_y + i * a->D + first, last - first);
+        if (row >= 0 && row < a->V)
+            add_to(a->grad_weight + row * a->D + first, a->grad_y + i * a->D + first, last - first);
     }
 }
 

@@ -2,7 +2,7 @@
 
 enum { SQUARES_RUN = 512, SQUARES_GRAIN = 1 << 14, ARRAYS_GRAIN = 1 << 13 };
 
-/* The sums of runs, in the order of groups.h. */
+/* Add the sums of runs in the order of groups.h. */
 static double add_runs(const Groups *runs, const float *sums) {
     double total = 0;
     for (int64_t part = 0; part < runs->num_parts; part++) {

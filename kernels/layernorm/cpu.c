@@ -1,4 +1,4 @@
-/* Layer normalisation: a row is read from memory once and passed over in cache. */
+/* Layer normalisation: one read of each row from memory, further passes from cache. */
 
 typedef struct {
     const float *x, *delta, *weight, *bias; /* delta, bias: or NULL */
@@ -7,7 +7,9 @@ typedef struct {
     double eps;
 } LayerNormForward;
 
-static void layernorm_forward_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void layernorm_forward_rows(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const LayerNormForward *a = state;
     const int64_t D = a->D;
     for (int64_t row = start; row < stop; row++) {
@@ -72,7 +74,8 @@ static void layernorm_backward_row(const LayerNormBackward *a, int64_t row, floa
     average /= (float)D;
     along *= rstd * rstd / (float)D;
 #pragma omp simd
-    for (int64_t i = 0; i < D; i++) grad_x[i] = (grad_x[i] - average - (x[i] - mean) * along) * rstd;
+    for (int64_t i = 0; i < D; i++)
+        grad_x[i] = (grad_x[i] - average - (x[i] - mean) * along) * rstd;
     if (a->grad_sum) add_to(grad_x, a->grad_sum + row * D, D);
 }
 

@@ -1,10 +1,10 @@
-/* The product by blocks (Goto and van de Geijn 2008, "Anatomy of high-performance matrix
-   multiplication"). BLOCK_DEPTH x BLOCK_COLUMNS of b are packed once and stay in the second-level
-   cache. The rows of a pass by, TILE_ROWS at a time, and stay in the first-level cache while they
-   meet every panel of the block. Meanwhile what comes next is fetched.
+/* Blocked matrix product (Goto and van de Geijn 2008, "Anatomy of high-performance matrix
+   multiplication"). BLOCK_DEPTH x BLOCK_COLUMNS of b are packed once and stay in the
+   second-level cache. TILE_ROWS rows of a stay in the first-level cache while every panel of the
+   block is multiplied. The next operands are prefetched meanwhile.
 
-   Which products an element is the sum of, and in which order they are added, depends on K alone:
-   any number of threads gives the same bits. */
+   The terms of an element and their order depend on K alone: any number of threads gives the
+   same bits. */
 
 enum {
     BLOCK_DEPTH = 512,
@@ -14,20 +14,20 @@ enum {
     LINE = 64 / sizeof(float),
 };
 
-/* The size of equal pieces of n, whole units of at most `most`; not 0. */
+/* Return the size of equal pieces of n, in whole units of at most `most`; never 0. */
 static int64_t piece(int64_t n, int64_t most, int64_t unit) {
     const int64_t pieces = (n + most - 1) / most;
     return n ? round_up((n + pieces - 1) / pieces, unit) : unit;
 }
 
-/* A part of the result: a thread's share, until others steal of it. */
+/* Part of the result: a thread's share before work stealing. */
 typedef struct {
     int64_t row, rows, column, columns;
 } Part;
 
-/* The result as `down` x `across` parts. A part is cut into `columns` column blocks, and each of
-   these into `chunks` pieces, groups of tiles of rows. A thread packs a column block at its first
-   piece of it: `layers` blocks that follow each other along the depth. */
+/* Partition of the result into `down` x `across` parts. A part has `columns` column blocks, and
+   each of these `chunks` pieces: groups of tiles of rows. A thread packs a column block at its
+   first piece of it: `layers` consecutive blocks along the depth. */
 typedef struct {
     const MatMul *product;
     int64_t down, across;
@@ -46,12 +46,12 @@ static Part part_of(const Plan *plan, int64_t number) {
     return (Part){row, end - row, column, last - column};
 }
 
-/* A block of b, without extent behind the last. */
+/* Block of b; empty past the last. */
 typedef struct {
     int64_t first, depth, column, columns;
 } Block;
 
-/* Column block `number` of a part, the blocks `layer` of the depth. */
+/* Return block `layer` along the depth of column block `number` of a part. */
 static Block block_of(const Plan *plan, Part part, int64_t number, int64_t layer) {
     const int64_t column = number * plan->width, first = (plan->first + layer) * plan->depth;
     if (column >= part.columns) return (Block){0};
@@ -73,9 +73,9 @@ static void pack_block(const MatMul *p, Block block, float *panels) {
         pack_transposed(b, p->b.column, block.columns, block.depth, 1.0f, panels);
 }
 
-/* A tile's rows of a, copied where they would not stay in the first-level cache: rows that lie
-   whole pages apart all fall into one set of it, and of rows that lie side by side a narrow tile
-   uses but a small part of each line. */
+/* Return a tile's rows of a, copied if they would not stay in the first-level cache. Rows whole
+   pages apart all map to one cache set. If rows lie side by side, a narrow tile uses a small
+   part of each line. */
 static Matrix gather(Matrix a, int rows, int64_t depth, float *copy) {
     enum { STRIDE = BLOCK_DEPTH + LINE };
     if (a.row == 1 && TILE_ROWS < LINE / 2 && rows == TILE_ROWS) {
@@ -94,14 +94,13 @@ static Matrix gather(Matrix a, int rows, int64_t depth, float *copy) {
     return a;
 }
 
-/* Memory that will be read soon, [rows, length]: `count` lines of it are fetched into the
-   second-level cache at a time. */
+/* Memory to prefetch into the second-level cache, [rows, length], `count` lines at a time. */
 typedef struct {
     const float *start;
     int64_t stride, rows, length, count, row, column;
 } Ahead;
 
-/* The share of piece `number` of `pieces` of a block, in `times` times. */
+/* Return the share of piece `number` of `pieces` of a block, prefetched in `times` calls. */
 static Ahead ahead_of_block(
     const MatMul *p, Block block, int64_t number, int64_t pieces, int64_t times
 ) {
@@ -114,7 +113,8 @@ static Ahead ahead_of_block(
     return next;
 }
 
-/* Of rows alone: what lies along the depth, a few elements of each line, is too many lines. */
+/* Return rows to prefetch; none for a column-major operand, which uses a few elements of too
+   many lines. */
 static Ahead ahead_of_rows(Matrix a, int64_t rows, int64_t depth, int64_t times) {
     if (a.column != 1) return (Ahead){0};
     const int64_t count = (rows * (depth / LINE + 1) + times - 1) / times;
@@ -132,7 +132,7 @@ static void fetch(Ahead *next) {
     }
 }
 
-/* Where a tile will be stored. */
+/* Prefetch the destination of a tile. */
 static void fetch_tile(const float *c, int64_t stride, int64_t rows) {
     for (int64_t r = 0; r < rows; r++) {
         __builtin_prefetch(c + r * stride, 1);
@@ -140,7 +140,7 @@ static void fetch_tile(const float *c, int64_t stride, int64_t rows) {
     }
 }
 
-/* The last columns, fewer than a panel: out [rows, n] = a b plus the addend. */
+/* Compute the last columns, fewer than a panel: out [rows, n] = a b plus the addend. */
 static void edge_tile(
     int rows, int64_t n, int64_t depth, Matrix a, const float *panel, float *out, int64_t stride,
     Addend plus
@@ -154,7 +154,7 @@ static void edge_tile(
         }
 }
 
-/* Rows [row, row + rows) of the result, at most TILE_ROWS, in the columns of a block. */
+/* Compute rows [row, row + rows) of the result, at most TILE_ROWS, in the columns of a block. */
 static void product_of_rows(
     const MatMul *p, int64_t row, int rows, Block block, const float *panels, float *copy,
     Ahead *block_ahead
@@ -184,8 +184,8 @@ static void product_of_rows(
     }
 }
 
-/* A thread's memory: the packed blocks of column block `held / (layers + 1)` of all parts, of which
-   the first `held % (layers + 1)` are there; and rows of a. */
+/* Scratch of one thread: rows of a, and the packed blocks of column block `held / (layers + 1)`
+   over all parts. The first `held % (layers + 1)` of these blocks are packed. */
 #define NOTHING INT64_MAX
 
 typedef struct {
@@ -193,7 +193,7 @@ typedef struct {
     int64_t *held;
 } Memory;
 
-/* Piece `number` of the whole result. */
+/* Compute piece `number` of the whole result. */
 static void matmul_piece(const Plan *plan, int64_t number, const Memory *memory) {
     const MatMul *p = plan->product;
     const int64_t which = number / plan->chunks, chunk = number % plan->chunks;
@@ -220,7 +220,7 @@ static void matmul_piece(const Plan *plan, int64_t number, const Memory *memory)
             next = ahead_of_block(
                 p, block_of(plan, part, column + 1, layer), chunk, plan->chunks, times
             );
-        for (int64_t i = start; i < stop; i++) { /* evenly many rows each */
+        for (int64_t i = start; i < stop; i++) { /* equal shares of rows */
             const int64_t row = part.rows * i / num_tiles;
             const int rows = (int)(part.rows * (i + 1) / num_tiles - row);
             product_of_rows(p, part.row + row, rows, block, panels, memory->copy, &next);
@@ -238,8 +238,8 @@ static void matmul_pieces(Pool *pool, const void *state, int64_t start, int64_t 
     for (int64_t i = start; scratch && i < stop; i++) matmul_piece(plan, i, &memory);
 }
 
-/* The largest part's time, in units of one product of two elements: to pack an element of b takes
-   about PACK of them, to fetch one of a READ (measured). */
+/* Return the largest part's time, in multiply-adds. Packing an element of b costs PACK of them,
+   fetching one of a costs READ (measured). */
 static int64_t cost(const MatMul *p, int64_t down, int64_t across) {
     enum { PACK = 6, READ = 16 };
     const int64_t panels = (p->N + PANEL - 1) / PANEL;
@@ -249,7 +249,8 @@ static int64_t cost(const MatMul *p, int64_t down, int64_t across) {
 }
 
 static Plan plan_of(const MatMul *p, int64_t threads) {
-    enum { PIECES = 16, LEAST_TILES = 4 }; /* of a part; of a piece, which may need a block packed */
+    /* Pieces per part, and tiles per piece: a piece may have to pack a block. */
+    enum { PIECES = 16, LEAST_TILES = 4 };
     Plan plan = {.product = p, .down = threads, .across = 1};
     for (int64_t across = 2; across <= threads; across++)
         if (threads % across == 0 &&
@@ -270,11 +271,11 @@ static Plan plan_of(const MatMul *p, int64_t threads) {
 
 static void matmul_blocked(Pool *pool, const MatMul *p) {
     if (!p->M || !p->N) return;
-    /* products of two elements for a thread: less is done before it is awake */
+    /* multiply-adds per thread: less is done before a thread wakes up */
     enum { WORTHWHILE = 1 << 17 };
     const int64_t threads = least(pool_size(pool), p->M * p->N * p->K / WORTHWHILE + 1);
     Plan plan = plan_of(p, threads);
-    /* without any depth, one block that gives zeros */
+    /* K = 0: one block that gives zeros */
     const int64_t depths = p->K ? (p->K + plan.depth - 1) / plan.depth : 1;
     const int64_t fit = BLOCK_DEPTH * BLOCK_COLUMNS / (plan.depth * plan.width);
     const int64_t pieces = plan.down * plan.across * plan.columns * plan.chunks;

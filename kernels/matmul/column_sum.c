@@ -8,8 +8,8 @@ typedef struct {
 
 enum { SUM_COLUMNS = 64 };
 
-/* The first column of a part. All but the first part begin on a cache line, if rows are a whole number of lines: a vector that lies across
-   two lines takes twice as long to load. */
+/* Return the first column of a part. All parts but the first start on a cache line if rows are
+   whole lines: a vector across two lines takes twice as long to load. */
 INLINE int64_t first_column(const ColumnSum *a, int64_t part) {
     const int64_t before_line = (int64_t)(-((uintptr_t)a->x / sizeof(float)) % 16);
     const int64_t column = part * SUM_COLUMNS - (before_line ? SUM_COLUMNS - before_line : 0);
@@ -25,7 +25,9 @@ INLINE void sum_columns(const ColumnSum *a, int64_t column, const int64_t n, flo
     }
 }
 
-static void column_sum_parts(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void column_sum_parts(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const ColumnSum *a = state;
     for (int64_t part = start; part < stop; part++) {
         const int64_t column = first_column(a, part), n = first_column(a, part + 1) - column;

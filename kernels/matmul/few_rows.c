@@ -1,5 +1,6 @@
-/* x [M, K] times w^T, w [N, K], for a few rows x: each row of w is read once, at the speed of memory. A blocked product would first copy w
-   into its own layout, which costs more than the product itself. This is what generating text one token at a time consists of. */
+/* Product x [M, K] times w^T, w [N, K], for a few rows of x: each row of w is read once, at the
+   speed of memory. A blocked product would first pack w, which costs more than the product
+   itself. Generation of one token at a time runs through this kernel. */
 
 /* 4 x 3 sums and the columns they meet fill 16 registers; processors with AVX-512 have 32. */
 enum { FEW_ROWS = 8, DOT_ROWS = 4, DOT_COLUMNS = VECTOR_BYTES == 64 ? 4 : 3 };
@@ -10,8 +11,11 @@ INLINE float sum_of_lanes(Vector v) {
     return total;
 }
 
-/* out[r, c] (+)= x[r] . w[c] for `rows` x `columns` constants at the call: the sums stay in registers. */
-INLINE void dot_tile(const MatMul *p, int64_t row, int64_t column, const int rows, const int columns) {
+/* Compute out[r, c] (+)= x[r] . w[c]. `rows` and `columns` are constants at the call, so the
+   sums stay in registers. */
+INLINE void dot_tile(
+    const MatMul *p, int64_t row, int64_t column, const int rows, const int columns
+) {
     const float *x = p->a.start + row * p->a.row, *w = p->b.start + column * p->b.column;
     const int64_t K = p->K, stride_x = p->a.row, stride_w = p->b.column;
     Vector sums[DOT_ROWS][DOT_COLUMNS] = {{{0}}};
@@ -44,7 +48,9 @@ INLINE void dot_columns(const MatMul *p, int64_t column, const int columns) {
     for (; row < p->M; row++) dot_tile(p, row, column, 1, columns);
 }
 
-static void matmul_few_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void matmul_few_rows(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const MatMul *p = state;
     int64_t column = start;
     for (; column + DOT_COLUMNS <= stop; column += DOT_COLUMNS) dot_columns(p, column, DOT_COLUMNS);

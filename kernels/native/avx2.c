@@ -1,4 +1,4 @@
-/* The kernels for processors with AVX2 and FMA. */
+/* Kernels for processors with AVX2 and FMA. */
 #include "blas.h"
 #include "tables.h"
 

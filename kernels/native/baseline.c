@@ -1,4 +1,5 @@
-/* The kernels for any processor of the architecture: 16-byte vectors, which x86-64 (SSE2) and 64-bit ARM (NEON) all have. */
+/* Kernels for any processor of the architecture. Vectors of 16 bytes exist on all of x86-64
+   (SSE2) and 64-bit ARM (NEON). */
 #include "blas.h"
 #include "tables.h"
 

@@ -1,4 +1,5 @@
-/* Kernels whose bits are the same everywhere: compiled once, for the baseline, without contraction to fused multiply-adds. */
+/* Kernels with the same bits on every machine: compiled once, for the baseline, without
+   contraction to fused multiply-adds. */
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #else

@@ -1,7 +1,7 @@
-/* Sums over many items, of which any thread may add any group: the groups are added in one order.
+/* Deterministic sums: any thread may add any group, and the groups are added in one order.
 
-   The items are cut into parts, and each part into groups of equal size; the last of a part may be
-   shorter. A group's sum goes to a place of its own. At the end the sums of a part are added in
+   The items are cut into parts, and each part into groups of equal size; the last of a part may
+   be shorter. Each group's sum has its own slot. At the end the sums of a part are added in
    order, then the parts. */
 #ifndef MINILLM_GROUPS_H
 #define MINILLM_GROUPS_H
@@ -17,7 +17,7 @@ typedef struct {
     int64_t num_items, size, num_parts, in_part; /* in_part: groups in the longest part */
 } Groups;
 
-/* At most `most` parts, each of at least `grain` items. */
+/* Return at most `most` parts, each of at least `grain` items. */
 INLINE Groups groups_of(int64_t num_items, int64_t size, int64_t most, int64_t grain) {
     const int64_t enough = num_items / grain, parts = enough < most ? enough : most;
     const int64_t num_parts = parts < 1 ? 1 : parts;
@@ -25,7 +25,7 @@ INLINE Groups groups_of(int64_t num_items, int64_t size, int64_t most, int64_t g
     return (Groups){num_items, size, num_parts, (longest + size - 1) / size};
 }
 
-/* The items [start, stop) of a group; none where a part has fewer groups than the longest. */
+/* Items [start, stop) of a group; empty if a part has fewer groups than the longest. */
 typedef struct {
     int64_t start, stop;
 } Group;
@@ -37,7 +37,7 @@ INLINE Group group_at(const Groups *g, int64_t number) {
     return (Group){start < end ? start : end, start + g->size < end ? start + g->size : end};
 }
 
-/* Memory for `width` sums of every group; NULL if memory is short. */
+/* Allocate `width` sums per group; NULL if memory is short. */
 INLINE float *groups_memory(Pool *pool, const Groups *g, int64_t width) {
     const size_t size = (size_t)(g->num_parts * g->in_part * width) * sizeof(float);
     float *sums = malloc(size ? size : 1);
@@ -45,7 +45,7 @@ INLINE float *groups_memory(Pool *pool, const Groups *g, int64_t width) {
     return sums;
 }
 
-/* The sums of all groups, [parts, groups, width], and their total [width]. */
+/* Sums of all groups, [parts, groups, width], and their total [width]. */
 typedef struct {
     const Groups *groups;
     const float *sums;

@@ -1,4 +1,5 @@
-/* What every C kernel is: a function of a thread pool and a list of 8-byte arguments, which it copies into a struct of its own. */
+/* Interface of every C kernel: a function of a thread pool and a list of 8-byte arguments. The
+   kernel copies the list into its own struct. */
 #ifndef MINILLM_KERNEL_H
 #define MINILLM_KERNEL_H
 
@@ -17,17 +18,23 @@ _Static_assert(sizeof(Argument) == 8 && sizeof(void *) == 8, "an argument is 8 b
 
 typedef void KernelFunction(Pool *pool, const Argument *arguments);
 
-/* `signature` has one letter an argument; module.c reads it:
-   f read float32, F write float32, D write float64, q int64, u uint32, U uint64, b bool (arrays, C-contiguous);
-   m read, M write a float32 matrix, h read, H write float32 heads [B, T, H, K], that may lie anyhow: such an array arrives as its address
-   followed by the stride of each dim, in elements; i integer; d number. A letter followed by ? may be None, which arrives as NULL. */
+/* `signature` has one letter per argument; module.c reads it:
+
+        f read, F write  float32 array        q  int64 array     i  integer
+        m read, M write  float32 matrix       u  uint32 array    d  number
+        h read, H write  float32 heads        U  uint64 array
+        D write          float64 array        b  bool array
+
+   Arrays are C-contiguous. Matrices and heads [B, T, H, K] have any strides: each arrives as its
+   address followed by the stride of each dim, in elements. A letter followed by ? may be None,
+   which arrives as NULL. */
 typedef struct {
     const char *name;
     const char *signature;
     KernelFunction *function;
 } Kernel;
 
-/* Copy the arguments into a struct whose members are all 8 bytes wide and stand in the order of the signature. */
+/* Copy the arguments into a struct of 8-byte members, in the order of the signature. */
 #define UNPACK(Struct, name, arguments) \
     Struct name; \
     _Static_assert(sizeof(Struct) % 8 == 0, "members are 8 bytes wide"); \

@@ -1,4 +1,5 @@
-/* The Python side: kernels as functions of a Pool and arrays, numbers or None, read by the kernel's signature (kernel.h). */
+/* Python module: kernels as functions of a Pool and arrays, numbers or None, parsed by the
+   kernel's signature (kernel.h). */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
@@ -23,7 +24,10 @@ typedef struct {
 static PyObject *pool_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     int num_threads;
     if (!PyArg_ParseTuple(args, "i:Pool", &num_threads)) return NULL;
-    if (num_threads < 1) return PyErr_Format(PyExc_ValueError, "the number of threads is %d; it must be at least 1", num_threads);
+    if (num_threads < 1)
+        return PyErr_Format(
+            PyExc_ValueError, "the number of threads is %d; it must be at least 1", num_threads
+        );
     PoolObject *self = (PoolObject *)type->tp_alloc(type, 0);
     if (!self) return NULL;
     self->pool = pool_create(num_threads);
@@ -48,13 +52,15 @@ static PyObject *pool_threads(PyObject *self, void *nothing) {
 }
 
 static PyGetSetDef pool_fields[] = {
-    {"threads", pool_threads, NULL, "Threads that run: fewer than asked for if the system starts no more.", NULL},
+    {"threads", pool_threads, NULL,
+     "Threads that run: fewer than asked for if the system starts no more.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyTypeObject PoolType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "minillm.kernels.native._c.Pool",
-    .tp_doc = "Pool(num_threads): threads for kernels to run on, the calling one included. One call at a time.",
+    .tp_doc = "Pool(num_threads): threads for kernels to run on, the calling one included. "
+              "One call at a time.",
     .tp_basicsize = sizeof(PoolObject),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_getset = pool_fields,
@@ -73,7 +79,8 @@ static void release(Views *views) {
     while (views->count) PyBuffer_Release(&views->views[--views->count]);
 }
 
-/* The element formats (struct module's letters) and the size that a signature letter stands for. */
+/* Return the element formats (letters of the struct module) of a signature letter, and set its
+   size. */
 static const char *formats_of(char letter, Py_ssize_t *itemsize) {
     switch (letter) {
         case 'f': case 'F': case 'm': case 'M': case 'h': case 'H': *itemsize = 4; return "f";
@@ -86,7 +93,7 @@ static const char *formats_of(char letter, Py_ssize_t *itemsize) {
     }
 }
 
-/* How many dims an array has that comes with its strides; 0 for other letters. */
+/* Return the number of dims of an array passed with its strides; 0 for other letters. */
 static int dims_of(char letter) {
     switch (letter) {
         case 'm': case 'M': return 2;
@@ -95,15 +102,23 @@ static int dims_of(char letter) {
     }
 }
 
-/* The strides of a view, in elements, behind its address. */
-static int read_strides(const Kernel *kernel, int number, int dims, const Py_buffer *view, Argument *to) {
+/* Write the strides of a view, in elements, after its address. */
+static int read_strides(
+    const Kernel *kernel, int number, int dims, const Py_buffer *view, Argument *to
+) {
     if (view->ndim != dims) {
-        PyErr_Format(PyExc_TypeError, "%s: argument %d has %d dims, not %d", kernel->name, number, view->ndim, dims);
+        PyErr_Format(
+            PyExc_TypeError, "%s: argument %d has %d dims, not %d", kernel->name, number,
+            view->ndim, dims
+        );
         return -1;
     }
     for (int i = 0; i < dims; i++) {
         if (view->strides[i] % view->itemsize) {
-            PyErr_Format(PyExc_ValueError, "%s: argument %d has strides that are no whole elements", kernel->name, number);
+            PyErr_Format(
+                PyExc_ValueError, "%s: argument %d has strides that are no whole elements",
+                kernel->name, number
+            );
             return -1;
         }
         to[1 + i].integer = view->strides[i] / view->itemsize;
@@ -111,7 +126,9 @@ static int read_strides(const Kernel *kernel, int number, int dims, const Py_buf
     return 0;
 }
 
-static int read_array(const Kernel *kernel, int number, char letter, PyObject *object, Views *views, Argument *to) {
+static int read_array(
+    const Kernel *kernel, int number, char letter, PyObject *object, Views *views, Argument *to
+) {
     Py_ssize_t itemsize;
     const char *formats = formats_of(letter, &itemsize);
     if (!formats || views->count == MOST_ARRAYS) {
@@ -119,19 +136,26 @@ static int read_array(const Kernel *kernel, int number, char letter, PyObject *o
         return -1;
     }
     const int dims = dims_of(letter), written = strchr("FDMH", letter) != NULL;
-    const int flags = PyBUF_FORMAT | (dims ? PyBUF_STRIDES : PyBUF_C_CONTIGUOUS) | (written ? PyBUF_WRITABLE : 0);
+    const int flags =
+        PyBUF_FORMAT | (dims ? PyBUF_STRIDES : PyBUF_C_CONTIGUOUS) | (written ? PyBUF_WRITABLE : 0);
     Py_buffer *view = &views->views[views->count];
     if (PyObject_GetBuffer(object, view, flags)) return -1;
     views->count++;
     if (view->itemsize != itemsize || !strchr(formats, view->format[0]) || view->format[1]) {
-        PyErr_Format(PyExc_TypeError, "%s: argument %d has elements of format '%s', not '%c'", kernel->name, number, view->format, formats[0]);
+        PyErr_Format(
+            PyExc_TypeError, "%s: argument %d has elements of format '%s', not '%c'", kernel->name,
+            number, view->format, formats[0]
+        );
         return -1;
     }
     to->array = view->buf;
     return dims ? read_strides(kernel, number, dims, view, to) : 0;
 }
 
-static int read_argument(const Kernel *kernel, int number, char letter, int optional, PyObject *object, Views *views, Argument *to) {
+static int read_argument(
+    const Kernel *kernel, int number, char letter, int optional, PyObject *object, Views *views,
+    Argument *to
+) {
     if (letter == 'i') {
         to->integer = (int64_t)PyLong_AsUnsignedLongLongMask(object);
         return PyErr_Occurred() ? -1 : 0;
@@ -147,26 +171,36 @@ static int read_argument(const Kernel *kernel, int number, char letter, int opti
     return read_array(kernel, number, letter, object, views, to);
 }
 
-static int read_arguments(const Kernel *kernel, PyObject *const *objects, Py_ssize_t count, Views *views, Argument *arguments) {
+static int read_arguments(
+    const Kernel *kernel, PyObject *const *objects, Py_ssize_t count, Views *views,
+    Argument *arguments
+) {
     int number = 0, filled = 0;
     for (const char *letter = kernel->signature; *letter; letter++, number++) {
         const char type = *letter;
         const int optional = letter[1] == '?', dims = dims_of(type);
         letter += optional;
         if (number >= count || filled + 1 + dims > MOST_ARGUMENTS) break;
-        if (read_argument(kernel, number, type, optional, objects[number], views, &arguments[filled])) return -1;
+        if (read_argument(
+                kernel, number, type, optional, objects[number], views, &arguments[filled]
+            ))
+            return -1;
         filled += 1 + dims;
         if (!letter[1] && number + 1 == count) return 0;
     }
-    PyErr_Format(PyExc_TypeError, "%s takes a pool and the arguments '%s', not %zd of them", kernel->name, kernel->signature, count);
+    PyErr_Format(
+        PyExc_TypeError, "%s takes a pool and the arguments '%s', not %zd of them", kernel->name,
+        kernel->signature, count
+    );
     return -1;
 }
 
-/* kernel(pool, *arguments); `self` is a capsule that holds the Kernel. */
+/* Run kernel(pool, *arguments); `self` is a capsule that holds the Kernel. */
 static PyObject *call(PyObject *self, PyObject *const *objects, Py_ssize_t count) {
     const Kernel *kernel = PyCapsule_GetPointer(self, NULL);
     if (!kernel) return NULL;
-    if (count < 1 || !PyObject_TypeCheck(objects[0], &PoolType)) return PyErr_Format(PyExc_TypeError, "%s: the first argument is a Pool", kernel->name);
+    if (count < 1 || !PyObject_TypeCheck(objects[0], &PoolType))
+        return PyErr_Format(PyExc_TypeError, "%s: the first argument is a Pool", kernel->name);
     Pool *pool = ((PoolObject *)objects[0])->pool;
     Argument arguments[MOST_ARGUMENTS];
     Views views = {.count = 0};
@@ -176,7 +210,9 @@ static PyObject *call(PyObject *self, PyObject *const *objects, Py_ssize_t count
     }
     if (!pool_acquire(pool)) {
         release(&views);
-        return PyErr_Format(PyExc_RuntimeError, "%s: another thread is using this pool", kernel->name);
+        return PyErr_Format(
+            PyExc_RuntimeError, "%s: another thread is using this pool", kernel->name
+        );
     }
     Py_BEGIN_ALLOW_THREADS;
     kernel->function(pool, arguments);
@@ -190,7 +226,9 @@ static PyObject *call(PyObject *self, PyObject *const *objects, Py_ssize_t count
 
 /* ---- the module */
 
-static PyMethodDef call_method = {"kernel", (PyCFunction)(void (*)(void))call, METH_FASTCALL, "kernel(pool, *arguments)"};
+static PyMethodDef call_method = {
+    "kernel", (PyCFunction)(void (*)(void))call, METH_FASTCALL, "kernel(pool, *arguments)"
+};
 
 static int add_kernels(PyObject *functions, const Kernel *kernel) {
     for (; kernel->name; kernel++) {
@@ -214,17 +252,21 @@ static PyObject *variants(PyObject *self, PyObject *nothing) {
     const Variant all[] = {
 #if defined(__x86_64__)
         {"avx512", minillm_kernels_avx512,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
-        {"avx2", minillm_kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("fma")},
+        {"avx2", minillm_kernels_avx2,
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
         {"baseline", minillm_kernels_baseline, 1},
     };
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list && i < sizeof all / sizeof *all; i++) {
         PyObject *functions = PyDict_New();
-        PyObject *entry = functions ? Py_BuildValue("(sOi)", all[i].name, functions, all[i].runs_here) : NULL;
-        if (!entry || add_kernels(functions, all[i].kernels) || add_kernels(functions, minillm_kernels_exact) || PyList_Append(list, entry))
+        PyObject *entry =
+            functions ? Py_BuildValue("(sOi)", all[i].name, functions, all[i].runs_here) : NULL;
+        if (!entry || add_kernels(functions, all[i].kernels) ||
+            add_kernels(functions, minillm_kernels_exact) || PyList_Append(list, entry))
             Py_CLEAR(list);
         Py_XDECREF(entry);
         Py_XDECREF(functions);
@@ -238,7 +280,8 @@ static PyObject *load_blas(PyObject *self, PyObject *args) {
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL); /* stays open: kernels point into it */
     if (!library) return PyErr_Format(PyExc_OSError, "%s", dlerror());
     void *function = dlsym(library, sgemm), *setter = dlsym(library, set_threads);
-    if (!function || !setter) return PyErr_Format(PyExc_OSError, "%s has no %s or no %s", path, sgemm, set_threads);
+    if (!function || !setter)
+        return PyErr_Format(PyExc_OSError, "%s has no %s or no %s", path, sgemm, set_threads);
     void (*limit)(int);
     memcpy(&limit, &setter, sizeof limit);
     limit(1);
@@ -246,11 +289,12 @@ static PyObject *load_blas(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* A step frees and allocates the same arrays again. By default the C library gives large ones back to the system, which hands them out again
-   page by page, zeroed: a tenth of a step's time. */
+/* Keep freed memory in the process. A step frees and allocates the same arrays again. By default
+   the C library returns large ones to the system, which zeroes the pages of the next allocation:
+   a tenth of a step's time. */
 static PyObject *keep_freed_memory(PyObject *self, PyObject *nothing) {
 #if defined(__GLIBC__)
-    mallopt(M_MMAP_THRESHOLD, 32 << 20); /* the largest that glibc takes */
+    mallopt(M_MMAP_THRESHOLD, 32 << 20); /* the maximum of glibc */
     mallopt(M_TRIM_THRESHOLD, INT_MAX);
     mallopt(M_TOP_PAD, 64 << 20);
 #endif
@@ -258,13 +302,19 @@ static PyObject *keep_freed_memory(PyObject *self, PyObject *nothing) {
 }
 
 static PyMethodDef methods[] = {
-    {"variants", variants, METH_NOARGS, "[(name, {kernel name: function}, whether this processor can run it)], fastest first."},
-    {"load_blas", load_blas, METH_VARARGS, "load_blas(path, sgemm, set_threads): use the 64-bit cblas_sgemm of a library, on one thread."},
-    {"keep_freed_memory", keep_freed_memory, METH_NOARGS, "Let freed arrays stay with the process, to be allocated again."},
+    {"variants", variants, METH_NOARGS,
+     "[(name, {kernel name: function}, whether this processor can run it)], fastest first."},
+    {"load_blas", load_blas, METH_VARARGS,
+     "load_blas(path, sgemm, set_threads): use the 64-bit cblas_sgemm of a library, on one "
+     "thread."},
+    {"keep_freed_memory", keep_freed_memory, METH_NOARGS,
+     "Let freed arrays stay with the process, to be allocated again."},
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_c", .m_doc = "C kernels.", .m_size = -1, .m_methods = methods};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "_c", .m_doc = "C kernels.", .m_size = -1, .m_methods = methods
+};
 
 PyMODINIT_FUNC PyInit__c(void) {
     if (PyType_Ready(&PoolType)) return NULL;

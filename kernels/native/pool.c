@@ -1,8 +1,8 @@
-/* Threads that steal from each other, spin for 0.15 to 0.3 ms, then sleep.
+/* Work-stealing threads that spin for 0.15 to 0.3 ms, then sleep.
 
-   A call is cut into pieces. Each thread owns a contiguous share of them, so that what one call
-   leaves in a core's caches is there for the next. A thread without pieces of its own steals the
-   last of another's. A call therefore ends without the threads that did not get a core in time.
+   A call is cut into pieces. Each thread owns a contiguous share of them, so one call's data in
+   a core's caches serves the next call. A thread without pieces of its own steals the last of
+   another's. A call therefore ends without the threads that did not get a core in time.
 
    A training step calls a kernel every few hundred microseconds. The next call usually finds the
    threads awake, and between steps they cost nothing. */
@@ -18,8 +18,8 @@
 
 enum { SPINS = 6000, YIELDS = 50, ALIGNMENT = 64, PIECES_A_THREAD = 8 };
 
-/* Nanoseconds that a worker runs before it offers its core to other processes, between two pieces.
-   Otherwise the system takes the core after 3 to 4 ms, amid a piece, for which all then wait. */
+/* Nanoseconds until a worker yields its core to other processes, between two pieces. Otherwise
+   the system preempts it after 3 to 4 ms, within a piece, and all threads wait for it. */
 enum { TURN = 2000000 };
 
 typedef struct {
@@ -28,7 +28,7 @@ typedef struct {
     pthread_t thread;
 } Worker;
 
-/* Unclaimed pieces of one thread: the first of them in the upper half, the end in the lower. */
+/* Unclaimed pieces of one thread: the first in the upper half, the end in the lower. */
 typedef struct {
     _Alignas(ALIGNMENT) atomic_uint_fast64_t pieces;
     float *memory; /* its scratch */
@@ -37,7 +37,7 @@ typedef struct {
 } Share;
 
 struct Pool {
-    int size;    /* threads asked for: what cuts a call */
+    int size;    /* threads asked for; divides a call */
     int running; /* threads that could be started, the calling one included */
     pid_t owner; /* a forked child has none of the threads */
     Worker *workers;
@@ -73,7 +73,7 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Claim a piece of a share: its owner the first, others the last. -1 if none is left. */
+/* Claim a piece of a share: its owner the first, others the last. Return -1 if none is left. */
 static int64_t claim(Share *share, int owner) {
     uint_fast64_t pieces = atomic_load(&share->pieces);
     for (;;) {
@@ -100,8 +100,8 @@ static void report(Pool *pool, int64_t number) {
     pthread_mutex_unlock(&pool->lock);
 }
 
-/* Run pieces until none is left: those of the thread's own share, then those of the others'.
-   `turn`: when a worker's turn began; NULL for the caller. */
+/* Run pieces until none is left: those of the thread's own share, then those of the others.
+   `turn` is the start of a worker's turn, NULL for the caller. */
 static void run_pieces(Pool *pool, int thread, int64_t *turn) {
     int64_t number = 0;
     for (int i = 0; i < pool->size; i++) {
@@ -128,7 +128,7 @@ static unsigned wait_for_call(Pool *pool, unsigned seen, int64_t *turn) {
             sched_yield();
     }
     pthread_mutex_lock(&pool->lock);
-    /* before the last look at `generation`, which the caller moves before it looks for sleepers */
+    /* Precedes the last load of `generation`; the caller stores that before it loads `sleepers`. */
     atomic_fetch_add(&pool->sleepers, 1);
     while (atomic_load(&pool->generation) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
     atomic_fetch_sub(&pool->sleepers, 1);

@@ -1,4 +1,4 @@
-/* The kernels as compiled for each instruction set; each table ends with an entry without a name. */
+/* Kernel tables, one per instruction set, each ended by an entry without a name. */
 #ifndef MINILLM_TABLES_H
 #define MINILLM_TABLES_H
 

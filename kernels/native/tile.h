@@ -1,10 +1,14 @@
-/* The micro-kernel of all matrix products: a tile of the result, TILE_ROWS x PANEL, is summed in registers while the depth passes by.
+/* Micro-kernel of all matrix products: sums a TILE_ROWS x PANEL tile in registers along the
+   depth.
 
-       sum[r][:] += a[r][k] * panel[k][:]
+        sum[r][:] += a[r][k] * panel[k][:]
 
-   The right operand is packed into panels, [depth][PANEL] each; the left one is read where it lies, by any two strides. Every element is
-   the sum over k in order, whatever tile it falls in. (Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication"; Van
-   Zee and van de Geijn 2015, "BLIS: a framework for rapidly instantiating BLAS functionality".) */
+   The right operand is packed into panels, [depth][PANEL] each. The left one is read in place,
+   by any two strides. Every element is the sum over k in order, independent of the tile that
+   holds it.
+
+   Sources: Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication"; Van
+   Zee and van de Geijn 2015, "BLIS: a framework for rapidly instantiating BLAS functionality". */
 #ifndef MINILLM_TILE_H
 #define MINILLM_TILE_H
 
@@ -14,26 +18,31 @@
 
 enum {
     PANEL = 2 * LANES,
-    TILE_ROWS = VECTOR_BYTES == 64 ? 12 : 6, /* with 2 vectors a row this fills the registers: 32 of 64 bytes, 16 of 32 or 16 bytes */
+    /* Fills the registers with 2 vectors per row: 32 of 64 bytes, or 16 of 32 or 16 bytes. */
+    TILE_ROWS = VECTOR_BYTES == 64 ? 12 : 6,
 };
 
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* A matrix that lies anyhow: strides in elements. */
+/* Matrix with any strides, in elements. */
 typedef struct {
     const float *start;
     int64_t row, column;
 } Matrix;
 
-/* What is added to a tile: a result so far, or with stride 0 the same to each row. `start` may be NULL. */
+/* Addend of a tile: the result so far, or with stride 0 one row for all. `start` may be NULL. */
 typedef struct {
     const float *start;
     int64_t row;
 } Addend;
 
-/* c [rows, vectors * LANES] = a [rows, depth] times a panel, plus the addend, which may be c itself. */
-INLINE void tile_product(const int rows, const int vectors, int64_t depth, Matrix a, const float *panel, float *c, int64_t stride_c, Addend plus) {
+/* Compute c [rows, vectors * LANES] = a [rows, depth] times a panel, plus the addend, which may
+   be c. */
+INLINE void tile_product(
+    const int rows, const int vectors, int64_t depth, Matrix a, const float *panel, float *c,
+    int64_t stride_c, Addend plus
+) {
     Vector sum[TILE_ROWS][2] = {{{0}}};
 #if VECTOR_BYTES == 64 /* others have too few registers for two steps at once */
 #pragma GCC unroll 2
@@ -58,8 +67,11 @@ INLINE void tile_product(const int rows, const int vectors, int64_t depth, Matri
     }
 }
 
-/* The same for any number of rows up to TILE_ROWS, and 1 or 2 vectors. */
-static void tile(int rows, int vectors, int64_t depth, Matrix a, const float *panel, float *c, int64_t stride_c, Addend plus) {
+/* Compute the product for 1 to TILE_ROWS rows, and 1 or 2 vectors. */
+static void tile(
+    int rows, int vectors, int64_t depth, Matrix a, const float *panel, float *c, int64_t stride_c,
+    Addend plus
+) {
     switch (rows) {
 #define ROWS(n) \
     case n: \
@@ -76,7 +88,8 @@ static void tile(int rows, int vectors, int64_t depth, Matrix a, const float *pa
     }
 }
 
-/* x [rows, columns] into panels of PANEL columns, [rows][PANEL] each; the last is padded with zeros. */
+/* Pack x [rows, columns] into panels of PANEL columns, [rows][PANEL] each; pad the last with
+   zeros. */
 static void pack(const float *x, int64_t stride, int64_t rows, int64_t columns, float *panels) {
     for (int64_t first = 0; first < columns; first += PANEL) {
         const int64_t n = least(PANEL, columns - first);
@@ -93,17 +106,22 @@ static void pack(const float *x, int64_t stride, int64_t rows, int64_t columns, 
     }
 }
 
-/* scale * x^T for x [rows, columns] into panels of PANEL rows of x, [columns][PANEL] each; the last is padded with zeros. */
-static void pack_transposed(const float *x, int64_t stride, int64_t rows, int64_t columns, float scale, float *panels) {
+/* Pack scale * x^T, x [rows, columns], into panels of PANEL rows of x, [columns][PANEL] each;
+   pad the last with zeros. */
+static void pack_transposed(
+    const float *x, int64_t stride, int64_t rows, int64_t columns, float scale, float *panels
+) {
     for (int64_t first = 0; first < rows; first += PANEL, panels += columns * PANEL) {
         const int64_t n = least(PANEL, rows - first);
         if (n < PANEL) memset(panels, 0, (size_t)(columns * PANEL) * sizeof(float));
         for (int64_t i = 0; i < n; i += LANES) {
             const float *from = x + (first + i) * stride;
             const int64_t whole = n - i >= LANES ? columns - columns % LANES : 0;
-            for (int64_t column = 0; column < whole; column += LANES) transpose(from + column, stride, scale, panels + column * PANEL + i, PANEL);
+            for (int64_t column = 0; column < whole; column += LANES)
+                transpose(from + column, stride, scale, panels + column * PANEL + i, PANEL);
             for (int64_t column = whole; column < columns; column++)
-                for (int64_t j = i; j < least(n, i + LANES); j++) panels[column * PANEL + j] = scale * x[(first + j) * stride + column];
+                for (int64_t j = i; j < least(n, i + LANES); j++)
+                    panels[column * PANEL + j] = scale * x[(first + j) * stride + column];
         }
     }
 }

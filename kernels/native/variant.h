@@ -1,4 +1,5 @@
-/* Every op's cpu.c, compiled for one instruction set: the including file defines VARIANT and VECTOR_BYTES and chooses the target. */
+/* Every op's cpu.c, compiled for one instruction set. The including file defines VARIANT and
+   VECTOR_BYTES and selects the target. */
 
 #include "groups.h"
 #include "tile.h"

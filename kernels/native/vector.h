@@ -1,6 +1,8 @@
-/* Vectors of the instruction set that this translation unit is compiled for, and mathematical functions that compilers turn into them.
+/* Vectors of the instruction set of this translation unit, and mathematical functions that
+   compilers vectorise.
 
-   The functions are plain C without branches; `#pragma omp simd` around a loop of them is enough. No fast-math: NaN stays NaN. */
+   The functions are plain C without branches; `#pragma omp simd` around a loop suffices. No
+   fast-math: NaN stays NaN. */
 #ifndef MINILLM_VECTOR_H
 #define MINILLM_VECTOR_H
 
@@ -16,7 +18,7 @@ typedef int32_t VectorInt __attribute__((vector_size(VECTOR_BYTES), may_alias));
 INLINE Vector load(const float *from) { return *(const Vector *)from; }
 INLINE void store(float *to, Vector value) { *(Vector *)to = value; }
 
-/* The lanes of two vectors in turn: those of their lower and those of their upper halves. */
+/* Interleave the lanes of two vectors: their lower halves, and their upper halves. */
 #if VECTOR_BYTES == 64
 #define LOW_IN_TURN 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH_IN_TURN 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
@@ -33,9 +35,12 @@ INLINE void store(float *to, Vector value) { *(Vector *)to = value; }
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (VectorInt){__VA_ARGS__})
 #endif
 
-/* to [LANES, LANES] = scale times the transpose of from. Each round takes the rows of both halves in turn, lane by lane: it moves the
-   highest bit of the row's number below the column's. After as many rounds as a row's number has bits, both have changed places. */
-INLINE void transpose(const float *from, int64_t stride, float scale, float *to, int64_t stride_to) {
+/* Write scale times the transpose of `from` to `to` [LANES, LANES]. Each round interleaves the
+   rows of both halves: the highest bit of the row's number moves below the column's bits. After
+   log2(LANES) rounds rows and columns have changed places. */
+INLINE void transpose(
+    const float *from, int64_t stride, float scale, float *to, int64_t stride_to
+) {
     Vector rows[LANES], turned[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) rows[i] = load(from + i * stride) * scale;
@@ -69,13 +74,15 @@ INLINE float float_of(uint32_t bits) {
     return both.f;
 }
 
-/* e^x to 1e-7 for x <= 88; 0 below -87.3; NaN stays NaN. 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], n = round(x / ln 2). */
+/* Return e^x to 1e-7 for x <= 88; 0 below -87.3; NaN stays NaN. Method: 2^n times a polynomial
+   on [-ln 2 / 2, ln 2 / 2], n = round(x / ln 2). */
 INLINE float exp_(float x) {
     const float rounder = 12582912.0f; /* 1.5 * 2^23: adding it leaves round(.) in the low bits */
     float inside = x < -87.3f ? -87.3f : x;
     float shifted = inside * 1.44269504f + rounder;
     float n = shifted - rounder;
-    float r = inside - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first with few digits */
+    /* ln 2 in two parts, the first with few digits */
+    float r = inside - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 0.0013836843f;
     p = p * r + 0.0083748158f;
     p = p * r + 0.041668225f;
@@ -87,13 +94,14 @@ INLINE float exp_(float x) {
     return x < -87.3f ? 0.0f : result;
 }
 
-/* 1 / (1 + e^-x). */
+/* Return 1 / (1 + e^-x). */
 INLINE float sigmoid_(float x) {
     float z = -x;
     return 1.0f / (1.0f + exp_(z > 80.0f ? 80.0f : z));
 }
 
-/* erf(x) to 2e-7: x P(x^2) on [-1, 1], 1 - exp(Q(|x|)) outside. Polynomials fitted to minimax relative error. */
+/* Return erf(x) to 2e-7: x P(x^2) on [-1, 1], 1 - exp(Q(|x|)) outside. P and Q are fitted to
+   minimax relative error. */
 INLINE float erf_(float x) {
     float s = x * x, t = x < 0 ? -x : x;
     float p = -9.6415169e-06f;
@@ -119,7 +127,8 @@ INLINE float erf_(float x) {
     return t <= 1.0f ? x * p : x < 0 ? -outside : outside;
 }
 
-/* Lane by lane, since clang does not reorder a maximum that may meet NaN; NaN is passed over. */
+/* Return the largest value, ignoring NaN. Lanes are explicit: clang does not reorder a maximum
+   that may meet NaN. */
 INLINE float maximum(const float *x, int64_t n) {
     Vector most = (Vector){0} - __builtin_inff();
     int64_t i = 0;
@@ -143,13 +152,13 @@ INLINE float dot(const float *x, const float *y, int64_t n) {
 
 enum { SUM_ROWS = 64 }; /* rows of a short sum: many short sums round less than a long one */
 
-/* sum = x + y */
+/* Set sum = x + y. */
 INLINE void add_rows(const float *x, const float *y, float *sum, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) sum[i] = x[i] + y[i];
 }
 
-/* total += x */
+/* Add x to total. */
 INLINE void add_to(float *total, const float *x, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) total[i] += x[i];

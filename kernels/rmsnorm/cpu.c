@@ -7,7 +7,9 @@ typedef struct {
     double eps;
 } RMSNormForward;
 
-static void rmsnorm_forward_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void rmsnorm_forward_rows(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const RMSNormForward *a = state;
     const int64_t D = a->D;
     for (int64_t row = start; row < stop; row++) {

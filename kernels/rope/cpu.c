@@ -1,4 +1,4 @@
-/* Rotary positions in place: channel i turns with channel i + K/2. */
+/* Rotary positions in place: rotates channel i with channel i + K/2. */
 
 typedef struct {
     float *x; /* [B, T, H, K]; strides in elements, the last 1 */

@@ -8,7 +8,8 @@ typedef struct {
 
 static void xent_max_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
     const XentMax *a = state;
-    for (int64_t row = start; row < stop; row++) a->row_max[row] = maximum(a->logits + row * a->V, a->valid);
+    for (int64_t row = start; row < stop; row++)
+        a->row_max[row] = maximum(a->logits + row * a->V, a->valid);
 }
 
 static void xent_max(Pool *pool, const Argument *arguments) {
@@ -24,7 +25,9 @@ typedef struct {
     int64_t num_rows, V, valid, first_class;
 } XentShiftedSum;
 
-static void xent_shifted_sum_rows(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+static void xent_shifted_sum_rows(
+    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
+) {
     const XentShiftedSum *a = state;
     for (int64_t row = start; row < stop; row++) {
         float *x = a->logits + row * a->V, total = 0;
