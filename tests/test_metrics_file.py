@@ -76,7 +76,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     gone = MetricsFile(folder / "metrics.jsonl")
     (folder / "metrics.jsonl").unlink()
     folder.rmdir()
-    with pytest.raises(MinillmError, match=r"No such file.*--resume when that is mended"):
+    with pytest.raises(MinillmError, match=r"No such file.*--resume when that is repaired"):
         gone.write(step=1)
     gone = MetricsFile(tmp_path / "a")
     (tmp_path / "a").unlink()

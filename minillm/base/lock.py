@@ -69,7 +69,7 @@ class FolderLock:
     def release(self) -> None:
         """Remove the file and release the lock; a no-op the second time."""
         if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)  # before the release: nobody else owns it yet
+            self.path.unlink(missing_ok=True)  # before the release: no other run owns it yet
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -69,7 +69,7 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        way = "free some space and --resume" if full else "--resume when that is mended"
+        way = "free some space and --resume" if full else "--resume when that is repaired"
         raise MinillmError(f"{path} cannot be written: {error.strerror}; {way}") from None
 
 

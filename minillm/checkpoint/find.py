@@ -146,27 +146,6 @@ def best(paths: Iterable[Path]) -> Path | None:
     return min(losses, key=lambda entry: entry[0])[1] if losses else None
 
 
-def _newest(path: Path) -> Path:
-    """Return `path` if it is a checkpoint, else the newest one of the run in it.
-
-    Raises CheckpointError if there is none, and OSError for a folder that cannot be read.
-    """
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist; pass the folder of a run, or one of its step-* folders"
-        )
-    if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
-        return path
-    found = steps(path) or steps(path / SUBFOLDER)
-    if not found:
-        raise CheckpointError(
-            f"no checkpoint in {path}: looked for folders like {step_name(100)} there and in "
-            f"{path / SUBFOLDER}, and for {path / MANIFEST}; pass the folder of a run that has "
-            "saved"
-        )
-    return list(found.values())[-1]
-
-
 def verify(path: Path, comm: Communicator) -> None:
     """Check all files of the checkpoint folder `path`, each on one rank. Collective over `comm`.
 

@@ -32,7 +32,7 @@ from minillm.checkpoint.manifest import (
     check_coverage,
 )
 from minillm.checkpoint.policy import prune
-from minillm.comm.agreement import AgreedError, agree, gather
+from minillm.comm.agreement import AgreedError, agree, from_first, gather
 from minillm.comm.communicator import Communicator
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import Sharded, Slices, slice_shape
@@ -96,9 +96,8 @@ def save(
             f"checkpoint {final} could not be written: {error}. Earlier checkpoints are untouched; "
             "free some space, or choose a folder that all ranks can write to"
         ) from None
-    if world.rank == 0 and not left:
-        prune(directory, step, max(keep, 1), keep_best)
-    world.barrier()
+    if not left:
+        from_first(world, lambda: prune(directory, step, max(keep, 1), keep_best), CheckpointError)
     return final
 
 

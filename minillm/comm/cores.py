@@ -147,11 +147,6 @@ def threads_in_use() -> ThreadShare:
     return share if share is not None and share.threads == threads else ThreadShare(threads, "")
 
 
-def threads_per_rank(comm: Communicator, asked: int | None = None) -> int:
-    """Return the number of threads of `thread_share`. Collective."""
-    return thread_share(comm, asked).threads
-
-
 def startable(wanted: int) -> int:
     """Return how many of `wanted` threads a rank can have, its first included.
 

@@ -110,7 +110,7 @@ class Run:
             comm, lambda: Writers(places if comm.rank == 0 else [], start, self.progress.say)
         )
         path = self.out / METRICS if comm.rank == 0 else None
-        self.metrics = MetricsFile(path, self.progress.say)
+        self.metrics = agree(comm, lambda: MetricsFile(path, self.progress.say))
         self.shares = TimeShares()
         self.result: Result | None = None
         threads = threads_in_use()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.log import clock, columns, compact
+from minillm.base.metrics_file import METRICS, steps_of
 from minillm.base.record import Record, option
 from minillm.comm.process import run_program
 
@@ -81,17 +82,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
     Raises ConfigError if there are none.
     """
-    path = run / "metrics.jsonl" if run.is_dir() else run
-    lines: dict[int, dict[str, Any]] = {}
+    path = run / METRICS if run.is_dir() else run
     try:
         if not path.is_file():
-            raise ConfigError(f"{run} holds no metrics.jsonl; name the folder of a run")
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-                lines[int(line["step"])] = line
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue
+            raise ConfigError(f"{run} holds no {METRICS}; name the folder of a run")
+        lines = {step: json.loads(text) for step, text in steps_of(path)}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     if not lines:

@@ -119,7 +119,7 @@ class Writers:
                 self._opened[name] = PLACES[name].open(start)
             except Exception as error:  # whatever another package raises
                 raise ConfigError(
-                    f"--log-to {name} cannot be opened: {_line(error)}; leave it out, or mend it"
+                    f"--log-to {name} cannot be opened: {_line(error)}; leave it out, or repair it"
                 ) from None
 
     def write(self, line: Mapping[str, Any]) -> None:

@@ -169,3 +169,24 @@ def test_later_steps_of_an_abandoned_course_are_set_aside(tmp_path: Path) -> Non
     assert names(tmp_path) == ["left-step-00000020", "left-step-00000030", "step-00000015"]
     assert checkpoint.find(tmp_path).name == "step-00000015"
     assert checkpoint.find(tmp_path / "left-step-00000030").name == "left-step-00000030"
+
+
+def test_a_checkpoint_that_cannot_be_set_aside_is_an_error_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run(tmp_path, 10, 20)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "step-00000020":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    def rank(comm: Communicator) -> None:
+        with pytest.raises(CheckpointError, match="step-00000020 cannot be renamed"):
+            small_save(comm, tmp_path, 15, 5.0, keep=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        run_ranks(2, rank)
+    assert "step-00000015" in names(tmp_path)
