@@ -18,6 +18,7 @@ def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.slow
 def test_bash_offers_programs_flags_and_values(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

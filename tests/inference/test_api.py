@@ -64,6 +64,7 @@ def test_a_wrong_option_is_named() -> None:
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_one_process_and_two_have_the_same_losses(tmp_path: Path) -> None:
     file = tmp_path / "script.py"
     file.write_text(SCRIPT, encoding="utf-8")
@@ -80,6 +81,7 @@ def shown(cell: dict[str, Any]) -> str:
     )
 
 
+@pytest.mark.slow
 def test_the_notebook_shows_what_its_cells_print() -> None:
     scope: dict[str, Any] = {}
     numbers = re.compile(r"\d+(?:\.\d+)?")

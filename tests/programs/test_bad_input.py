@@ -141,6 +141,7 @@ def test_full_disk(tiny: list[str], tmp_path: Path) -> None:
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_resuming_another_model_or_a_damaged_checkpoint(tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mpirun(2, [*TRAIN, *tiny, "--save-every", "3"]).returncode == 0

@@ -161,6 +161,7 @@ def test_a_terminal_gets_no_control_characters_and_a_prompt_loop() -> None:
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_replicas_share_the_samples() -> None:
     argv = ["-m", "minillm.generate", RUN, "--prompt", "The", "--samples", "3", "--tokens", "12"]
     one, two = mpirun(0, argv), mpirun(4, [*argv, "--tp", "2"])

@@ -103,6 +103,7 @@ def test_a_run_goes_on_in_the_folder_that_is_named(
     assert not list((tmp_path / "else").glob("*"))
 
 
+@pytest.mark.slow
 def test_out_makes_a_new_run_that_starts_as_a_copy(
     tiny: list[str], tmp_path: Path, run_train: Train
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_checkpoint_outside_a_run_needs_a_folder(
 # One owner
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_or_numbered(
     tiny: list[str], tmp_path: Path, run_train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +200,7 @@ def test_every_rank_looks_at_the_folder(tmp_path: Path) -> None:
 # Other options
 
 
+@pytest.mark.slow
 def test_options_that_alter_the_result_are_announced(
     tiny: list[str], tmp_path: Path, run_train: Train
 ) -> None:
@@ -249,6 +252,7 @@ def test_the_position_in_the_text_counts_sequences() -> None:
     assert found == numbers
 
 
+@pytest.mark.slow
 def test_the_same_text_elsewhere_is_recognised_and_another_one_announced(
     tiny: list[str],
     text: Path,
@@ -278,6 +282,7 @@ def test_the_same_text_elsewhere_is_recognised_and_another_one_announced(
     assert contents(run) == before
 
 
+@pytest.mark.slow
 def test_the_advice_after_a_divergence_works(
     tiny: list[str], tmp_path: Path, run_train: Train
 ) -> None:
@@ -296,6 +301,7 @@ def test_the_advice_after_a_divergence_works(
     assert steps(run) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_configuration_and_a_run_to_resume_go_together(
     tiny: list[str], tmp_path: Path, run_train: Train
 ) -> None:

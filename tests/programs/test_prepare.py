@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_tokens_are_prepared_once_and_mapped(text: Path, tmp_path: Path) -> None:
     data = ["--data", str(text), "--tokenizer", "char", "--cache", str(tmp_path / "cache")]
     prepared = mpirun(2, ["-m", "minillm.data.prepare", *data])

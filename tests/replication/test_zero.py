@@ -110,6 +110,7 @@ PLANTED: list[tuple[Any, str, Any, int]] = [
 
 
 @pytest.mark.parametrize(("kind", "name", "fault", "stage"), PLANTED)
+@pytest.mark.slow
 def test_planted_faults_are_seen(
     kind: Any, name: str, fault: Any, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +150,7 @@ def run(comm: Communicator, layout: Layout, start: Path | None, end: Path | None
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_shards_resume_on_every_method(tmp_path: Path, layout: Layout, zero: Any) -> None:
     run_ranks(2, lambda comm: run(comm, Layout(dp=2), None, tmp_path, zero=3))
     path = tmp_path / "step-00000002"

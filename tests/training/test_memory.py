@@ -108,6 +108,7 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
+@pytest.mark.slow
 def test_impossible_sizes_are_refused_at_once(name: str) -> None:
     config = config_of(memory=24.0, **IMPOSSIBLE[name])
     tracemalloc.start()
