@@ -10,14 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from minillm import kernels
-from minillm.base.device import CPU, Device, open_device
-from minillm.base.errors import ConfigError
+from minillm.base.device import CPU, open_device
 from minillm.base.flags import to_toml
 from minillm.base.log import Log
-from minillm.base.options import ComputeOptions
 from minillm.base.terminal import guarded_output, printable
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import agree, from_first, known_to_all
@@ -27,7 +24,7 @@ from minillm.comm.launchers import OPEN_MPI_STOP, launched
 from minillm.comm.ledger import recording
 from minillm.comm.process import run_program
 from minillm.comm.signals import StopRequest
-from minillm.data.corpus import Corpus, load_corpus
+from minillm.data.corpus import Corpus, corpus_of
 from minillm.data.tokenizers import tokenizer_from_json
 from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
@@ -36,6 +33,7 @@ from minillm.training.config import RunConfig, preset_values
 from minillm.training.fit import fit
 from minillm.training.folder import Claim, check_visible, claim_existing, claim_new
 from minillm.training.loop import Run
+from minillm.training.numeric_key import asked_kernels
 from minillm.training.origin import Origin, continued_run, find_origin, saved_options
 from minillm.training.resolve import ResolvedConfig, resolve
 
@@ -89,9 +87,7 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         out = Path(run) if run else _own(comm, stack, lambda: claim_new(asked, default))
         comm = on_device(comm, device)
         tracer = Tracer(comm.rank) if options.output.trace else None
-        stack.enter_context(
-            kernels.use(**agree(comm, lambda: _kernel_choices(options.compute, device)))
-        )
+        stack.enter_context(kernels.use(**asked_kernels(comm, options.compute, device)))
         stack.enter_context(
             recording(
                 check_order=options.comm.check_order,
@@ -155,18 +151,6 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _kernel_choices(compute: ComputeOptions, device: Device) -> dict[str, str]:
-    """Return op -> the kernel that --kernels names. Raises ConfigError if it cannot run here."""
-    try:
-        choices = kernels.choices_from(compute.kernels)
-        with kernels.use(**choices):
-            for op in kernels.ops():
-                kernels.chosen(op, device.like(op, compute.dtype))
-    except kernels.KernelUnavailable as error:
-        raise ConfigError(f"--kernels {compute.kernels}: {error}") from None
-    return choices
-
-
 def _plan(
     comm: Communicator, options: RunConfig, origin: Origin | None
 ) -> tuple[Corpus, ResolvedConfig]:
@@ -176,18 +160,9 @@ def _plan(
     """
     data, model = options.corpus, options.model
     with known_to_all():
-        tokenizer: Any = data.tokenizer
-        if origin is not None:
-            tokenizer = tokenizer_from_json(origin.record.tokenizer)
-        corpus = load_corpus(
-            data.data,
-            tokenizer,
-            context=model.context,
-            vocab=model.vocab,
-            val_data=data.val_data,
-            text_field=data.text_field,
-            cache=data.cache,
-            comm=comm,
+        tokenizer = None if origin is None else tokenizer_from_json(origin.record.tokenizer)
+        corpus = corpus_of(
+            data, context=model.context, vocab=model.vocab, tokenizer=tokenizer, comm=comm
         )
         config = resolve(options, comm.size, corpus.vocab_size)
     return corpus, config

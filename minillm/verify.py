@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 
+from minillm import kernels
 from minillm.base.arrays import float_dtype
 from minillm.base.device import CPU, Device, open_device
 from minillm.base.errors import ConfigError
@@ -24,11 +25,12 @@ from minillm.comm.device_arrays import on_device
 from minillm.comm.process import run_program
 from minillm.comm.single import SelfCommunicator
 from minillm.data.batches import Batches
-from minillm.data.corpus import Corpus, load_corpus
+from minillm.data.corpus import Corpus, corpus_of
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.comparison import Course, Deviation, compare, pieces, run, whole
 from minillm.training.config import RunConfig
+from minillm.training.numeric_key import asked_kernels
 from minillm.training.report import plural
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
@@ -68,15 +70,8 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
     config, log = given[1], Log(comm.rank)
     comm.timeout = config.comm.comm_timeout
     with known_to_all():
-        corpus = load_corpus(
-            config.corpus.data,
-            config.corpus.tokenizer,
-            context=config.model.context,
-            vocab=config.model.vocab,
-            val_data=config.corpus.val_data,
-            text_field=config.corpus.text_field,
-            cache=config.corpus.cache,
-            comm=comm,
+        corpus = corpus_of(
+            config.corpus, context=config.model.context, vocab=config.model.vocab, comm=comm
         )
         resolved = resolve(config, comm.size, corpus.vocab_size)
         if not config.replication.equals_one_rank(resolved.mesh):
@@ -86,6 +81,7 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
             )
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(config.compute.device, local_rank))
+    choices = asked_kernels(comm, config.compute, device)
     steps, vocab, mesh = config.verify.compare_steps, corpus.vocab_size, resolved.mesh
     truth = own = None
     if comm.rank == 0:
@@ -95,10 +91,12 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
             log(f"one rank, float64: {plural(steps, 'step')}")
             truth = _course(SelfCommunicator(), resolve(exact, 1, vocab), corpus, CPU, steps)
             log(f"one rank, {config.compute.dtype}: {plural(steps, 'step')}")
-            own = _course(SelfCommunicator(), resolve(alone, 1, vocab), corpus, device, steps)
+            with kernels.use(**choices):
+                own = _course(SelfCommunicator(), resolve(alone, 1, vocab), corpus, device, steps)
     comm.barrier()
     log(f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}: {plural(steps, 'step')}\n")
-    found = _course(on_device(comm, device), resolved, corpus, device, steps, pieces)
+    with kernels.use(**choices):
+        found = _course(on_device(comm, device), resolved, corpus, device, steps, pieces)
     epsilon = float(ml_dtypes.finfo(float_dtype(config.compute.dtype)).eps)
     deviations = compare(comm, found, truth, own, epsilon)
     for line in report(deviations):

@@ -23,6 +23,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.data.cache import cache_folder
 from minillm.data.encoding import TextPlan, encode_text
+from minillm.data.options import DataOptions
 from minillm.data.reading import TextFacts, read_blocks
 from minillm.data.remembered import learnt_tokenizer, scanned
 from minillm.data.sources import DEFAULT_SOURCE, TextSource, find_source, shown
@@ -69,6 +70,29 @@ class Corpus:
             f"out ({self.held_out_source}), {self.tokenizer.name} vocabulary of "
             f"{self.vocab_size:,}, sha256 {self.sha256[:12]}"
         )
+
+
+def corpus_of(
+    options: DataOptions,
+    *,
+    context: int,
+    vocab: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    prepare: bool = False,
+    comm: Communicator,
+) -> Corpus:
+    """Load the corpus of `options` as `load_corpus` does; `tokenizer` replaces theirs."""
+    return load_corpus(
+        options.data,
+        tokenizer or options.tokenizer,
+        context=context,
+        vocab=vocab,
+        val_data=options.val_data,
+        text_field=options.text_field,
+        cache=options.cache,
+        prepare=prepare,
+        comm=comm,
+    )
 
 
 def load_corpus(
@@ -119,7 +143,8 @@ def load_corpus(
     plan = from_first(comm, make_plan, ConfigError)
     opened = _open_text if "train" in plan else _open_tokens
     corpus = opened(plan, cache, prepare, comm)
-    _check_lengths(source, len(corpus.train), len(corpus.held_out), context, plan["held_out"])
+    trains = val_data is not None or plan["held_out"] < 1
+    _check_lengths(corpus, source, val_data, context, trains, plan["held_out"] > 0)
     return corpus
 
 
@@ -299,20 +324,24 @@ def _open_tokens(
 
 
 def _check_lengths(
-    source: str, num_train: int, num_held: int, context: int, held_out: float
+    corpus: Corpus, source: str, val_data: str | None, context: int, trains: bool, measures: bool
 ) -> None:
-    name = shown(source)
-    if held_out < 1 and num_train < context + 1:
+    """Raise ConfigError if a part is too short to train on or to measure on."""
+    name, num_train, num_held = shown(source), len(corpus.train), len(corpus.held_out)
+    if trains and num_train < context + 1:
         shorter = f"use --context {num_train - 1} or less, or more text"
+        held = "" if val_data else f" ({num_held} are held out)"
         raise ConfigError(
-            f"--data {name} is too short: {num_train} tokens to train on ({num_held} are held "
-            f"out), but a sequence of --context {context} needs {context + 1}; "
+            f"--data {name} is too short: {num_train} tokens to train on{held}, but a sequence of "
+            f"--context {context} needs {context + 1}; "
             f"{shorter if num_train > 1 else 'give more text'}"
         )
-    if held_out and num_held < 2:
+    if measures and num_held < 2:
+        named = f"--data {name}" if val_data is None else f"--val-data {shown(val_data)}"
+        more = "give more text" + (", or hold out more" if val_data is None else "")
         raise ConfigError(
-            f"--data {name} is too short: {num_held} tokens are held out, and a prediction needs "
-            "2; give more text, or hold out more"
+            f"{named} is too short: {num_held} tokens are held out, and a prediction needs 2; "
+            f"{more}"
         )
 
 

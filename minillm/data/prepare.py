@@ -17,7 +17,7 @@ from minillm.base.record import flag
 from minillm.comm.agreement import known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
-from minillm.data.corpus import load_corpus
+from minillm.data.corpus import corpus_of
 from minillm.data.options import DataOptions
 
 
@@ -37,16 +37,7 @@ def _parse(argv: Sequence[str]) -> PrepareArgs:
 
 def _prepare(comm: Communicator, args: PrepareArgs) -> None:
     with known_to_all():
-        corpus = load_corpus(
-            args.data,
-            args.tokenizer,
-            context=1,
-            val_data=args.val_data,
-            text_field=args.text_field,
-            cache=args.cache,
-            prepare=True,
-            comm=comm,
-        )
+        corpus = corpus_of(args, context=1, prepare=True, comm=comm)
     log, defaults = Log(comm.rank), PrepareArgs().to_dict()
     given = {name: value for name, value in args.to_dict().items() if value != defaults[name]}
     words = " ".join(f"{flag(name)} {shlex.quote(value)}" for name, value in given.items())

@@ -13,13 +13,14 @@ checkpoints and metrics are the business of the command `minillm train`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from minillm import kernels
-from minillm.base.device import open_device
+from minillm.base.device import Device, open_device
 from minillm.base.errors import ConfigError
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
@@ -27,7 +28,7 @@ from minillm.comm.cores import use_threads
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import world
 from minillm.data.batches import Batches, eval_windows
-from minillm.data.corpus import load_corpus
+from minillm.data.corpus import corpus_of
 from minillm.data.tokenizers import Tokenizer
 from minillm.inference.engine import Generator
 from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint, place
@@ -36,7 +37,9 @@ from minillm.inference.text import decoded, first_ids, until
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
 from minillm.training.assembly import Assembly
 from minillm.training.config import RunConfig, preset_values
+from minillm.training.fit import fit
 from minillm.training.held_out import measure
+from minillm.training.numeric_key import asked_kernels
 from minillm.training.resolve import resolve
 from minillm.training.trainer import Trainer as Steps
 
@@ -61,7 +64,7 @@ class Model:
         """Return `prompt` and at most `tokens` tokens after it. Collective.
 
         `prompt` None begins with a line end. `options` are temperature, top_k, top_p, seed and stop
-        (a list of texts to end at), as in `minillm generate`.
+        (a text to end at, or several), as in `minillm generate`.
         """
         with use_threads(self.comm, None):
             ids = self._ids(prompt)
@@ -84,12 +87,13 @@ class Model:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Yield the text after `ids` in complete characters, up to the first of `stop`."""
         sampling = Sampling(temperature, top_k, top_p, seed)
         chosen = self._generator.stream(ids, tokens, sampling)
-        return until(decoded(self.tokenizer, ids, chosen), stop)
+        stops = (stop,) if isinstance(stop, str) else stop
+        return until(decoded(self.tokenizer, ids, chosen), [text for text in stops if text])
 
 
 class Trainer:
@@ -103,25 +107,28 @@ class Trainer:
         world_ = world(config.comm.comm_timeout)
         local_rank = world_.split_by_node().rank
         device = agree(world_, lambda: open_device(config.compute.device, local_rank))
-        self.comm, data = on_device(world_, device), config.corpus
-        self._corpus = load_corpus(
-            data.data,
-            data.tokenizer,
-            context=config.model.context,
-            vocab=config.model.vocab,
-            val_data=data.val_data,
-            text_field=data.text_field,
-            cache=data.cache,
-            comm=self.comm,
+        self.comm = on_device(world_, device)
+        self._corpus = corpus_of(
+            config.corpus, context=config.model.context, vocab=config.model.vocab, comm=self.comm
         )
-        self.config = resolve(config, self.comm.size, self._corpus.vocab_size)
+        resolved = resolve(config, self.comm.size, self._corpus.vocab_size)
+        self.config = fit(resolved, self.comm, device)
         optimization = config.optimization
         batches = Batches(
             self._corpus.train, config.model.context, optimization.batch, optimization.seed
         )
-        self._steps = Steps(self.config, self.comm, LanguageModeling(batches), device=device)
+        with self._computing(device):
+            self._steps = Steps(self.config, self.comm, LanguageModeling(batches), device=device)
         self.model = Model(self.comm, self._steps.model, self._corpus.tokenizer)
         self.losses: list[float] = []
+
+    @contextlib.contextmanager
+    def _computing(self, device: Device) -> Iterator[None]:
+        """Run the block on the threads and kernels of the configuration. Collective."""
+        compute = self.config.options.compute
+        choices = asked_kernels(self.comm, compute, device)
+        with use_threads(self.comm, compute.threads), kernels.use(**choices):
+            yield
 
     def train(self, steps: int | None = None) -> list[float]:
         """Run `steps` more steps, None for all that the configuration has left.
@@ -130,7 +137,7 @@ class Trainer:
         """
         done = len(self.losses)
         left = self.config.options.optimization.steps - done
-        with use_threads(self.comm, None):
+        with self._computing(self._steps.model.device):
             for step in range(done, done + (left if steps is None else min(steps, left))):
                 self.losses.append(self._steps.step(step).loss)
         return self.losses[done:]
@@ -140,7 +147,7 @@ class Trainer:
         count = self.config.options.output.eval_tokens if tokens is None else tokens
         windows = eval_windows(self._corpus.held_out, self.config.model.context, count)
         what = HeldOutText(windows, self._corpus.held_out_bytes(windows.num_tokens))
-        with use_threads(self.comm, None):
+        with self._computing(self._steps.model.device):
             found = measure(self._steps.model, what, self.comm, self.config.microbatch)
         return {name: float(np.asarray(value)) for name, value in found.numbers().items()}
 

@@ -11,6 +11,9 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.device import CPU, Device
+from minillm.base.errors import ConfigError
+from minillm.base.options import ComputeOptions
+from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 from minillm.replication.options import ReplicationOptions
 from minillm.training.resolve import ResolvedConfig
@@ -65,6 +68,25 @@ def kernel_choices(config: ResolvedConfig, device: Device) -> dict[str, str]:
         )
         for op in kernels.ops()
     }
+
+
+def asked_kernels(comm: Communicator, compute: ComputeOptions, device: Device) -> dict[str, str]:
+    """Return the arguments of `kernels.use` for what --kernels names. Collective.
+
+    Raises ConfigError on every rank if one of them cannot run there.
+    """
+
+    def choices() -> dict[str, str]:
+        try:
+            found = kernels.choices_from(compute.kernels)
+            with kernels.use(**found):
+                for op in kernels.ops():
+                    kernels.chosen(op, device.like(op, compute.dtype))
+        except kernels.KernelUnavailable as error:
+            raise ConfigError(f"--kernels {compute.kernels}: {error}") from None
+        return found
+
+    return agree(comm, choices)
 
 
 def _common(values: list[Any]) -> Any:

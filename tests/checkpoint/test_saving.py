@@ -188,5 +188,5 @@ def test_a_checkpoint_that_cannot_be_set_aside_is_an_error_of_all_ranks(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fail)
-        run_ranks(2, rank)
+        run_ranks(2, rank, timeout=5.0)
     assert "step-00000015" in names(tmp_path)

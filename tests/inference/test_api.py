@@ -16,7 +16,7 @@ from mpi_helpers import mpirun, needs_mpirun
 
 import minillm
 from minillm import generate
-from minillm.base.errors import ConfigError
+from minillm.base.errors import ConfigError, MinillmError
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = str(ROOT / "tests" / "checkpoint" / "saved_by_e77a9ad")
@@ -54,6 +54,9 @@ def test_load_writes_what_the_program_writes(capsys: pytest.CaptureFixture[str])
         model.generate("The", 30, seed=3, stop=[whole[10:12]])
         == (whole[: whole.index(whole[10:12], 3)])
     )
+    assert model.generate("The", 30, seed=3, stop=whole[10:12]) == model.generate(
+        "The", 30, seed=3, stop=[whole[10:12]]
+    )
     with pytest.raises(ConfigError, match="the prompt is empty"):
         model.generate("")
 
@@ -61,6 +64,21 @@ def test_load_writes_what_the_program_writes(capsys: pytest.CaptureFixture[str])
 def test_a_wrong_option_is_named() -> None:
     with pytest.raises(ConfigError, match="'layerz'; did you mean layers"):
         minillm.Config(layerz=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kernels": "matmul=nothing"}, "--kernels matmul=nothing: matmul has no implementation"),
+        ({"memory": 0.001}, "the run needs .* but --memory gives this machine 1.0 MB"),
+    ],
+)
+def test_a_trainer_heeds_the_options_of_the_computation(
+    options: dict[str, Any], words: str
+) -> None:
+    config = minillm.Config(layers=1, heads=2, dim=16, context=16, batch=4, steps=6, **options)
+    with pytest.raises(MinillmError, match=words):
+        minillm.Trainer(config)
 
 
 @needs_mpirun

@@ -100,6 +100,12 @@ def test_options(options: list[str], words: list[str], tiny: list[str], tmp_path
     [
         ("empty.txt", b"", [], ["empty", "0 bytes"]),
         ("short.txt", b"too short", [], ["is too short", "--context 16 needs 17"]),
+        (
+            "short.txt",
+            b"too short",
+            ["--val-data", "austen"],
+            ["is too short: 9 tokens to train on, but", "--context 16 needs 17"],
+        ),
         ("latin.txt", b"caf\xe9 " * 100, [], ["is not UTF-8", "0xe9 at position 3", "iconv"]),
         (
             "ids.bin",
