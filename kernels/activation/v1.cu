@@ -1,5 +1,6 @@
-// Activations of the MLP, forward and backward. Each thread takes one run of 16 bytes and ends: 2048 threads of a processor have 32 KB or
-// more under way, about twice what the memory of an H100 needs to stay busy.
+// Activations of the MLP, forward and backward. A thread takes one run of 16 bytes: the 2048
+// threads of a multiprocessor have 32 KB or more in flight, about twice the need of an H100's
+// memory.
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
@@ -15,15 +16,19 @@
 #define SQRT_HALF 0.7071067811865476f
 #define INV_SQRT_2PI 0.3989422804014327f
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_(-LOG2_E * x)); }
+__device__ __forceinline__ float sigmoid(float x) {
+    return __fdividef(1.0f, 1.0f + exp2_(-LOG2_E * x));
+}
 
 // GPT-2's GELU: x (1 + tanh u) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3), which is x sigmoid(2 u).
 struct GeluTanh {
-    static __device__ __forceinline__ float gate(float x) { return sigmoid(2 * SQRT_2_PI * x * (1.0f + CUBIC * x * x)); }
+    static __device__ __forceinline__ float gate(float x) {
+        return sigmoid(2 * SQRT_2_PI * x * (1.0f + CUBIC * x * x));
+    }
     static __device__ __forceinline__ float value(float x) { return x * gate(x); }
     static __device__ __forceinline__ float slope(float x) {
         const float s = gate(x);
-        // Where the gate is shut or open its slope is 0, however large x^3 is; without the test that would be 0 times infinity.
+        // A saturated gate has slope 0; for large x the formula gives 0 times infinity.
         const float inner = 2 * SQRT_2_PI * x * (1.0f + 3 * CUBIC * x * x) * (1.0f - s) * s;
         return fabsf(x) > 30.0f ? s : s + inner;
     }
@@ -31,9 +36,12 @@ struct GeluTanh {
 
 // GELU itself: x Phi(x).
 struct GeluErf {
-    static __device__ __forceinline__ float value(float x) { return 0.5f * x * (1.0f + erff(SQRT_HALF * x)); }
+    static __device__ __forceinline__ float value(float x) {
+        return 0.5f * x * (1.0f + erff(SQRT_HALF * x));
+    }
     static __device__ __forceinline__ float slope(float x) {
-        return 0.5f * (1.0f + erff(SQRT_HALF * x)) + x * INV_SQRT_2PI * exp2_(-0.5f * LOG2_E * x * x);
+        return 0.5f * (1.0f + erff(SQRT_HALF * x)) +
+               x * INV_SQRT_2PI * exp2_(-0.5f * LOG2_E * x * x);
     }
 };
 
@@ -42,16 +50,18 @@ struct Relu {
     static __device__ __forceinline__ float slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
 };
 
-// Where a thread works on [rows, F]: `tiles` blocks share a row. What has no rows is one row.
+// Position of a thread in [rows, F]: `tiles` blocks share a row. An array without rows is one row.
 struct Place {
     int64_t row, column;
 };
 __device__ __forceinline__ Place place(int tiles) {
-    return {(int64_t)(blockIdx.x / tiles), ((int64_t)(blockIdx.x % tiles) * THREADS + threadIdx.x) * RUN};
+    return {(int64_t)(blockIdx.x / tiles),
+            ((int64_t)(blockIdx.x % tiles) * THREADS + threadIdx.x) * RUN};
 }
 
 // v = the run of x [rows, F] at a place, plus bias [F] unless that is null.
-__device__ __forceinline__ void load_biased(float (&v)[RUN], const Element* x, const Element* bias, Place at, int64_t F) {
+__device__ __forceinline__ void load_biased(float (&v)[RUN], const Element* x, const Element* bias,
+                                            Place at, int64_t F) {
     load_floats(v, x + at.row * F + at.column, F - at.column);
     if (bias == nullptr) return;
     float b[RUN];
@@ -61,7 +71,8 @@ __device__ __forceinline__ void load_biased(float (&v)[RUN], const Element* x, c
 }
 
 template <typename Activation>
-__device__ __forceinline__ void forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+__device__ __forceinline__ void forward(const Element* x, const Element* bias, Element* y,
+                                        int64_t F, int tiles) {
     const Place at = place(tiles);
     if (at.column >= F) return;
     float v[RUN];
@@ -73,7 +84,8 @@ __device__ __forceinline__ void forward(const Element* x, const Element* bias, E
 
 // grad_x may be grad_y.
 template <typename Activation>
-__device__ __forceinline__ void backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F,
+__device__ __forceinline__ void backward(const Element* grad_y, const Element* x,
+                                         const Element* bias, Element* grad_x, int64_t F,
                                          int tiles) {
     const Place at = place(tiles);
     if (at.column >= F) return;
@@ -90,7 +102,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     forward<GeluTanh>(x, bias, y, F, tiles);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gelu_tanh_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F, int tiles) {
+    gelu_tanh_backward(const Element* grad_y, const Element* x, const Element* bias,
+                       Element* grad_x, int64_t F, int tiles) {
     backward<GeluTanh>(grad_y, x, bias, grad_x, F, tiles);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -98,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     forward<GeluErf>(x, bias, y, F, tiles);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gelu_erf_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F, int tiles) {
+    gelu_erf_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x,
+                      int64_t F, int tiles) {
     backward<GeluErf>(grad_y, x, bias, grad_x, F, tiles);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -106,12 +120,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     forward<Relu>(x, bias, y, F, tiles);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
-    relu_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x, int64_t F, int tiles) {
+    relu_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x,
+                  int64_t F, int tiles) {
     backward<Relu>(grad_y, x, bias, grad_x, F, tiles);
 }
 
 // y [rows, F] = silu(gate) up, of gate_up [rows, 2F] = [gate | up].
-extern "C" __global__ void __launch_bounds__(THREADS) swiglu_forward(const Element* gate_up, Element* y, int64_t F, int tiles) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    swiglu_forward(const Element* gate_up, Element* y, int64_t F, int tiles) {
     const Place at = place(tiles);
     if (at.column >= F) return;
     const int64_t left = F - at.column;
@@ -124,9 +140,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu_forward(const Eleme
     store_floats(y + at.row * F + at.column, up, left);
 }
 
-// grad [rows, 2F] of gate_up from grad_y [rows, F]; d silu / d gate = s + gate s (1 - s) with s = sigmoid(gate).
+// grad [rows, 2F] of gate_up from grad_y [rows, F]; d silu / d gate = s + gate s (1 - s) with s =
+// sigmoid(gate).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    swiglu_backward(const Element* grad_y, const Element* gate_up, Element* grad, int64_t F, int tiles) {
+    swiglu_backward(const Element* grad_y, const Element* gate_up, Element* grad, int64_t F,
+                    int tiles) {
     const Place at = place(tiles);
     if (at.column >= F) return;
     const int64_t left = F - at.column;

@@ -1,25 +1,26 @@
-// What all variants agree on: arguments, the keys that a query sees, and what dropout keeps. Array arguments that do not apply are null
-// pointers; the bindings are cuda.py.
+// Definitions shared by all variants: arguments, the visible keys of a query, and the elements that
+// dropout keeps. Array arguments that do not apply are null pointers. The bindings are cuda.py.
 #pragma once
 #include "../gpu/include/hashing.cuh"
 
-// From one sample, time and head to the next, in elements. The last dim of an array [B, T, H, K] has stride 1.
+// Strides of samples, times and heads, in elements. The last dim of an array [B, T, H, K] has
+// stride 1.
 struct Strides {
     int64_t batch, time, head;
 };
 
-// Passed by value. A grid says how many samples there are.
+// Passed by value. The grid gives the number of samples.
 struct Attention {
     Strides q, k, v, o, grad_o, grad_q, grad_k, grad_v; // the last four: backward only
     int32_t num_queries, num_keys, num_heads, num_kv_heads;
-    int32_t causal;       // without a table of visible keys: query i sees the keys up to i; otherwise all
-    int32_t visible_step; // from one sample's table to the next, in elements; 0 where all samples are alike
+    int32_t causal;       // without a table of visible keys, query i sees the keys up to i; 0: all
+    int32_t visible_step; // stride of the samples' tables, in elements; 0: one table for all
     int32_t column_step;  // the same for dropout's words of the keys
-    uint32_t threshold;   // dropout: what hashes below is dropped
+    uint32_t threshold;   // of dropout: elements that hash below it are dropped
     float scale, keep_scale;
 };
 
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f; // exp(x) = exp2(LOG2_E x): the hardware has exp2
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f; // exp(x) = exp2(LOG2_E x)
 
 template <class T>
 __device__ __forceinline__ T* head_start(T* x, Strides strides, int sample, int head) {
@@ -31,18 +32,22 @@ struct Range {
     int first, end;
 };
 
-// Of some queries: none sees a key outside [first, end), all see those in [open, least).
+// Visible keys of several queries: none sees a key outside [first, end), all see [open, least).
 struct Seen {
     int first, open, least, end;
 
-    // Whether one of them does not see one of `n` keys from `key` on.
-    __device__ __forceinline__ bool hides(int key, int n) const { return key < open || key + n > least; }
-    // Whether none of them sees any of these.
-    __device__ __forceinline__ bool misses(int key, int n) const { return key >= end || key + n <= first; }
+    // True if some query does not see some of the `n` keys from `key` on.
+    __device__ __forceinline__ bool hides(int key, int n) const {
+        return key < open || key + n > least;
+    }
+    // True if no query sees any of these keys.
+    __device__ __forceinline__ bool misses(int key, int n) const {
+        return key >= end || key + n <= first;
+    }
 };
 
-// Visible keys of the queries of one sample: an interval for each query. Where indices alone do not tell it, a table does (device_table.py),
-// of int32, sizes rounded up to 128:
+// Visible keys of the queries of one sample: an interval for each query. An int32 table
+// (device_table.py) gives those that do not follow from indices; sizes are rounded up to 128:
 //     bounds  [queries]       first, end of the keys that a query sees; num_keys, 0 if it sees none
 //     blocks  [queries / 16]  struct Seen of 16 queries
 //     readers [keys / 16]     first, end of the queries that see any of 16 keys, in whole blocks
@@ -50,19 +55,22 @@ struct Visible {
     const int* table;  // null: a causal triangle, or all keys
     int num_queries, num_keys, causal;
 
-    __device__ __forceinline__ Visible(const int* tables, int step, int sample, int num_queries, int num_keys, int causal)
-        : table(tables ? tables + int64_t(sample) * step : nullptr), num_queries(num_queries), num_keys(num_keys), causal(causal) {}
+    __device__ __forceinline__ Visible(const int* tables, int step, int sample, int num_queries,
+                                       int num_keys, int causal)
+        : table(tables ? tables + int64_t(sample) * step : nullptr), num_queries(num_queries),
+          num_keys(num_keys), causal(causal) {}
     __device__ __forceinline__ Visible(const int* tables, const Attention& a, int sample)
         : Visible(tables, a.visible_step, sample, a.num_queries, a.num_keys, a.causal) {}
 
-    // Keys of a query; none of one before the start or past the end.
+    // Keys of a query; an empty range for a query out of bounds.
     __device__ __forceinline__ Range keys_of(int query) const {
         if (unsigned(query) >= unsigned(num_queries)) return {0, 0};
         if (!table) return {0, causal ? min(query + 1, num_keys) : num_keys};
         const Pack<int, 2> keys = load<2>(table + 2 * query);
         return {keys.v[0], keys.v[1]};
     }
-    // Keys of `rows` queries from `first` on; both are multiples of 16, and `first` may be negative.
+    // Keys of `rows` queries from `first` on; both are multiples of 16, and `first` may be
+    // negative.
     __device__ __forceinline__ Seen of_queries(int first, int rows) const {
         const int end = min(first + rows, num_queries);
         first = max(first, 0);
@@ -72,17 +80,19 @@ struct Visible {
         #pragma unroll 1  // v3's loading threads have 24 registers
         for (int query = first; query < end; query += 16) {
             const Pack<int, 4> of = load<4>(table + 2 * round_up(num_queries) + query / 4);
-            seen = {min(seen.first, of.v[0]), max(seen.open, of.v[1]), min(seen.least, of.v[2]), max(seen.end, of.v[3])};
+            seen = {min(seen.first, of.v[0]), max(seen.open, of.v[1]), min(seen.least, of.v[2]),
+                    max(seen.end, of.v[3])};
         }
         return seen;
     }
-    // Queries outside of which none sees any of `rows` keys from `first` on; both are multiples of 16.
+    // Range of the queries that see any of `rows` keys from `first` on; both are multiples of 16.
     __device__ __forceinline__ Range readers(int first, int rows) const {
         if (!table) return {causal ? first : 0, num_queries};
         Range queries = {num_queries, 0};
         #pragma unroll 1
         for (int key = first; key < min(first + rows, num_keys); key += 16) {
-            const Pack<int, 2> of = load<2>(table + 2 * round_up(num_queries) + round_up(num_queries) / 4 + key / 8);
+            const Pack<int, 2> of =
+                load<2>(table + 2 * round_up(num_queries) + round_up(num_queries) / 4 + key / 8);
             if (of.v[1]) queries = {min(queries.first, of.v[0]), max(queries.end, of.v[1])};
         }
         return queries;
@@ -92,5 +102,7 @@ private:
     static __device__ __forceinline__ int round_up(int n) { return (n + 127) / 128 * 128; }
 };
 
-// Dropout keeps the probability of (query, key) by a word of the query and head, this one, and a word of the key.
-__device__ __forceinline__ uint64_t row_word(uint64_t head_key, int64_t query_time) { return random_bits(head_key, uint64_t(query_time)); }
+// Word of a query and head; with a word of the key it decides which probabilities dropout keeps.
+__device__ __forceinline__ uint64_t row_word(uint64_t head_key, int64_t query_time) {
+    return random_bits(head_key, uint64_t(query_time));
+}

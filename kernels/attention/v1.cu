@@ -1,34 +1,33 @@
-// Attention, variant 1: float32 tiles in shared memory, for any GPU and any element type. The one to learn from.
+// Attention, variant 1: float32 tiles in shared memory, for any GPU and element type.
 //
-// o = softmax(scale q k^T) v without the [Tq, Tk] array of scores. A block owns OWN rows of one head and walks over all that they meet,
-// LOOP rows at a time. All three kernels have this one shape:
+// o = softmax(scale q k^T) v without the [Tq, Tk] array of scores. A block owns OWN rows of one
+// head and walks over the rows that they meet, LOOP at a time. All three kernels have this shape:
 //
 //     kernel   owns       walks over   two tiles of scores from    adds up
-//     forward  queries    keys         q.k                         o  += P v      (with the online softmax)
+//     forward  queries    keys         q.k                         o  += P v      (online softmax)
 //     grad_kv  keys       queries      k.q and v.grad_o            gv += P^T grad_o,  gk += dS^T q
 //     grad_q   queries    keys         q.k and grad_o.v            gq += dS k
 //
-// and so two functions do all products: `dot_rows` (own rows by walked rows, WIDTH deep) and `add_weighted_rows` (scores by walked rows,
-// LOOP deep). 256 threads stand as 16 x 16; thread (y, x) holds rows y, y + 16, .. of the own side and columns x, x + 16, .. of the other:
+// Two functions compute all products: `dot_rows` (own by walked rows, WIDTH deep) and
+// `add_weighted_rows` (scores by walked rows, LOOP deep). 256 threads form a 16 x 16 grid. Thread
+// (y, x) holds own rows y, y + 16, .. and columns x, x + 16, .. of the other side:
 //
 //                 walked rows (LOOP)                   WIDTH columns
 //                 x x+16                               x x+16 x+32 x+48
 //            y    #  #                            y    #  #    #    #
-//     own    y+16 #  #   scores            own    y+16 #  #    #    #   sums, in registers to the end
+//     own    y+16 #  #   scores            own    y+16 #  #    #    #   sums, in registers
 //     rows   y+32 #  #                     rows   y+32 #  #    #    #
 //            y+48 #  #                            y+48 #  #    #    #
 //
-// The 16 threads of a row are half a warp, so a row's maximum and sum are four shuffles, and scores pass from the first product to the
-// second through shared memory without a block-wide barrier. Rows in shared memory are longer than they need be: by four floats, so that
-// the 16 rows that a warp reads at once do not meet in the same banks; those of scores so that the two rows that a warp writes are 16 banks
-// apart.
+// The 16 threads of a row are half a warp, so a row's maximum and sum take four shuffles. Scores
+// pass between the products through shared memory without a block-wide barrier. Padding by four
+// floats puts the 16 rows that a warp reads into different banks; that of scores puts the two rows
+// that a warp writes 16 banks apart.
 //
-// The online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): keep the maximum m seen so far; when it grows, what has been added up
-// so far shrinks by exp(m_old - m_new). Backward computes P again from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135) in two kernels,
-// of which each owns what it writes: no atomics, so the bits repeat, for 7 products instead of 5.
-//
-// measured: not yet
-//
+// The online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): keep a running maximum m;
+// when it grows, the sums so far shrink by exp(m_old - m_new). Backward recomputes P from the
+// log-sum-exp (Dao et al. 2022, arXiv:2205.14135). Each of its two kernels owns its output: no
+// atomics, so the bits repeat, for 7 products instead of 5.
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=32 -DOWN=64 -DLOOP=32
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=64 -DOWN=64 -DLOOP=32
 // minillm-build: -DELEMENT=float32 -DHEAD_WIDTH=96 -DOWN=32 -DLOOP=32
@@ -42,7 +41,7 @@
 #ifndef HEAD_WIDTH
 #define HEAD_WIDTH 64
 #endif
-#ifndef OWN  // rows that a block owns
+#ifndef OWN  // rows of a block
 #define OWN 64
 #endif
 #ifndef LOOP  // rows that it walks over at a time
@@ -50,28 +49,31 @@
 #endif
 
 constexpr int SIDE = 16, THREADS = SIDE * SIDE;
-constexpr int OWN_ROWS = OWN / SIDE, LOOP_ROWS = LOOP / SIDE, COLUMNS = HEAD_WIDTH / SIDE;  // of a thread
-constexpr int PITCH = HEAD_WIDTH + 4, SCORE_PITCH = LOOP | 16;  // floats from row to row in shared memory
+constexpr int OWN_ROWS = OWN / SIDE, LOOP_ROWS = LOOP / SIDE, COLUMNS = HEAD_WIDTH / SIDE;
+constexpr int PITCH = HEAD_WIDTH + 4, SCORE_PITCH = LOOP | 16;  // floats from row to row
 
 #define X ((int)threadIdx.x % SIDE)
 #define Y ((int)threadIdx.x / SIDE)
 
-// Rows [first, first + ROWS) of a head into a tile [ROWS][PITCH] as float32; rows from `end` on are zero.
+// Load rows [first, first + ROWS) of a head into a float32 tile [ROWS][PITCH]; zeros from `end` on.
 template <int ROWS>
-__device__ __forceinline__ void load_tile(float* tile, const Element* x, int64_t stride, int first, int end) {
+__device__ __forceinline__ void load_tile(float* tile, const Element* x, int64_t stride, int first,
+                                          int end) {
     for (int i = threadIdx.x; i < ROWS * HEAD_WIDTH; i += THREADS) {
         const int row = i / HEAD_WIDTH, column = i % HEAD_WIDTH;
-        tile[row * PITCH + column] = first + row < end ? to_float(x[(first + row) * stride + column]) : 0.0f;
+        tile[row * PITCH + column] =
+            first + row < end ? to_float(x[(first + row) * stride + column]) : 0.0f;
     }
 }
 
 // dots[i][j] = <row Y + 16 i of own, row X + 16 j of walked>
-__device__ __forceinline__ void dot_rows(float (&dots)[OWN_ROWS][LOOP_ROWS], const float* own, const float* walked) {
+__device__ __forceinline__ void dot_rows(float (&dots)[OWN_ROWS][LOOP_ROWS], const float* own,
+                                         const float* walked) {
     #pragma unroll
     for (int i = 0; i < OWN_ROWS; i++)
         #pragma unroll
         for (int j = 0; j < LOOP_ROWS; j++) dots[i][j] = 0;
-    #pragma unroll 1  // two blocks a multiprocessor hide more than a longer loop body would
+    #pragma unroll 1  // two blocks a multiprocessor hide more latency than a longer loop body
     for (int k = 0; k < HEAD_WIDTH; k += 4) {
         Pack16<float> a[OWN_ROWS], b[LOOP_ROWS];
         #pragma unroll
@@ -88,12 +90,14 @@ __device__ __forceinline__ void dot_rows(float (&dots)[OWN_ROWS][LOOP_ROWS], con
 }
 
 // sums[i][c] += sum over n of scores[Y + 16 i][n] * walked[n][X + 16 c]
-__device__ __forceinline__ void add_weighted_rows(float (&sums)[OWN_ROWS][COLUMNS], const float* scores, const float* walked) {
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[OWN_ROWS][COLUMNS],
+                                                  const float* scores, const float* walked) {
     #pragma unroll 2
     for (int n = 0; n < LOOP; n += 4) {
         Pack16<float> weight[OWN_ROWS];
         #pragma unroll
-        for (int i = 0; i < OWN_ROWS; i++) weight[i] = load16(scores + (Y + SIDE * i) * SCORE_PITCH + n);
+        for (int i = 0; i < OWN_ROWS; i++)
+            weight[i] = load16(scores + (Y + SIDE * i) * SCORE_PITCH + n);
         #pragma unroll
         for (int u = 0; u < 4; u++)
             #pragma unroll
@@ -108,32 +112,39 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[OWN_ROWS][COLUMN
 // Over the 16 threads that hold a row.
 __device__ __forceinline__ float row_max(float x) {
     #pragma unroll
-    for (int distance = SIDE / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
+    for (int distance = SIDE / 2; distance > 0; distance /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
     return x;
 }
 __device__ __forceinline__ float row_sum(float x) {
     #pragma unroll
-    for (int distance = SIDE / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    for (int distance = SIDE / 2; distance > 0; distance /= 2)
+        x += __shfl_xor_sync(0xffffffffu, x, distance);
     return x;
 }
 
-// Row Y + 16 i of the block's sums, times `factor`, to rows [first, ..) of a head.
-__device__ __forceinline__ void store_row(Element* x, int64_t stride, int row, int end, const float (&sums)[COLUMNS], float factor) {
+// Store a row of the block's sums, times `factor`, unless it is past the end.
+__device__ __forceinline__ void store_row(Element* x, int64_t stride, int row, int end,
+                                          const float (&sums)[COLUMNS], float factor) {
     if (row >= end) return;
     #pragma unroll
-    for (int c = 0; c < COLUMNS; c++) x[row * stride + X + SIDE * c] = from_float<Element>(sums[c] * factor);
+    for (int c = 0; c < COLUMNS; c++)
+        x[row * stride + X + SIDE * c] = from_float<Element>(sums[c] * factor);
 }
 
 // Grid (query tiles, heads, samples). o [B, Tq, H, K]; lse [B, H, Tq].
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
-    const Element* q, const Element* k, const Element* v, Element* o, float* lse, const int* tables,
-    const uint64_t* head_keys, const int64_t* query_times, const uint32_t* column_words, const Attention a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    attention_forward(const Element* q, const Element* k, const Element* v, Element* o, float* lse,
+                      const int* tables, const uint64_t* head_keys, const int64_t* query_times,
+                      const uint32_t* column_words, const Attention a) {
     float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
     float* k_tile = q_tile + OWN * PITCH;           // [LOOP][PITCH]
     float* v_tile = k_tile + LOOP * PITCH;          // [LOOP][PITCH]
     float* scores = v_tile + LOOP * PITCH;          // [OWN][SCORE_PITCH]
-    const int h = blockIdx.y, b = blockIdx.z, kv_head = h / (a.num_heads / a.num_kv_heads), row_of_head = b * a.num_heads + h;
-    const int first = (gridDim.x - 1 - blockIdx.x) * OWN;  // under a causal mask the last queries see most: the longest work starts first
+    const int h = blockIdx.y, b = blockIdx.z, kv_head = h / (a.num_heads / a.num_kv_heads),
+              row_of_head = b * a.num_heads + h;
+    // The last queries of a causal mask see most: longest work first.
+    const int first = (gridDim.x - 1 - blockIdx.x) * OWN;
     k = head_start(k, a.k, b, kv_head);
     v = head_start(v, a.v, b, kv_head);
     if (column_words) column_words += int64_t(b) * a.column_step;
@@ -148,7 +159,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     for (int i = 0; i < OWN_ROWS; i++) {
         const int query = first + Y + SIDE * i;
         keys[i] = visible.keys_of(query);
-        word[i] = head_keys && query < a.num_queries ? row_word(head_keys[row_of_head], query_times[int64_t(b) * a.num_queries + query]) : 0;
+        word[i] = head_keys && query < a.num_queries
+                      ? row_word(head_keys[row_of_head],
+                                 query_times[int64_t(b) * a.num_queries + query]) : 0;
         m[i] = -INFINITY;
         l[i] = 0;
         #pragma unroll
@@ -173,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
                 top = fmaxf(top, s[i][j]);
             }
             top = row_max(top);
-            const float base = top == -INFINITY ? 0.0f : top;  // a row that has seen nothing: no infinity minus infinity
+            const float base = top == -INFINITY ? 0.0f : top;  // no key seen yet: avoid inf - inf
             const float shrink = exp2_(m[i] - base);
             m[i] = top;
             l[i] *= shrink;
@@ -183,8 +196,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
             for (int j = 0; j < LOOP_ROWS; j++) {
                 const int key = first_key + X + SIDE * j;
                 float p = exp2_(s[i][j] - base);
-                l[i] += p;  // of this thread's keys alone; the row's threads meet at the end
-                if (head_keys && key < keys[i].end) p = keeps(word[i], column_words[key], a.threshold) ? p * a.keep_scale : 0.0f;
+                l[i] += p;  // of this thread's keys; the row's threads reduce at the end
+                if (head_keys && key < keys[i].end)
+                    p = keeps(word[i], column_words[key], a.threshold) ? p * a.keep_scale : 0.0f;
                 scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = p;
             }
         }
@@ -201,15 +215,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
         const int query = first + Y + SIDE * i;
         const float total = row_sum(l[i]);
         store_row(o, a.o.time, query, a.num_queries, sums[i], total > 0 ? 1 / total : 0.0f);
-        if (X == 0 && query < a.num_queries) lse[int64_t(row_of_head) * a.num_queries + query] = (m[i] + log2_(total)) * LN_2;
+        if (X == 0 && query < a.num_queries)
+            lse[int64_t(row_of_head) * a.num_queries + query] = (m[i] + log2_(total)) * LN_2;
     }
 }
 
-// What every entry of a row of P and dP is lowered by: for each sample and head a row of `padded` floats, lse in powers of two and
-// delta = <grad_o, o>. (v2 copies them in tiles, hence the padding.) Grid (padded / 8, heads, samples), a warp a query.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_delta(
-    const Element* grad_o, const Element* o, const float* lse, float* lse_2, float* delta, int padded, const Attention a) {
-    const int h = blockIdx.y, b = blockIdx.z, query = blockIdx.x * (THREADS / 32) + WARP, row_of_head = b * a.num_heads + h;
+// Row statistics that P and dP subtract: lse in powers of two, delta = <grad_o, o>, padded for v2's
+// copies of tiles. Grid (padded / 8, heads, samples), one warp a query.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_delta(const Element* grad_o, const Element* o, const float* lse, float* lse_2,
+                    float* delta, int padded, const Attention a) {
+    const int h = blockIdx.y, b = blockIdx.z, query = blockIdx.x * (THREADS / 32) + WARP,
+              row_of_head = b * a.num_heads + h;
     if (query >= a.num_queries) return;
     grad_o = head_start(grad_o, a.grad_o, b, h) + query * a.grad_o.time;
     o = head_start(o, a.o, b, h) + query * a.o.time;
@@ -217,50 +234,59 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_delta(
     for (int i = LANE; i < HEAD_WIDTH; i += 32) sum += to_float(grad_o[i]) * to_float(o[i]);
     sum = warp_sum(sum);
     if (LANE) return;
-    lse_2[int64_t(row_of_head) * padded + query] = lse[int64_t(row_of_head) * a.num_queries + query] * LOG2_E;
+    lse_2[int64_t(row_of_head) * padded + query] =
+        lse[int64_t(row_of_head) * a.num_queries + query] * LOG2_E;
     delta[int64_t(row_of_head) * padded + query] = sum;
 }
 
-// What the backward pass knows of a query.
+// Statistics and visible keys of a query in the backward pass.
 struct Query {
     Range keys;
     float lse_2, delta;
     uint64_t word;
 };
 
-__device__ __forceinline__ Query query_at(const Attention& a, const Visible& visible, const float* lse_2, const float* delta, int padded,
-                                          const uint64_t* head_keys, const int64_t* query_times, int b, int h, int query) {
+__device__ __forceinline__ Query query_at(
+    const Attention& a, const Visible& visible, const float* lse_2, const float* delta, int padded,
+    const uint64_t* head_keys, const int64_t* query_times, int b, int h, int query) {
     if (query >= a.num_queries) return {{0, 0}, 0.0f, 0.0f, 0};
     const int row_of_head = b * a.num_heads + h;
     const int64_t at = int64_t(row_of_head) * padded + query;
-    return {visible.keys_of(query), lse_2[at], delta[at], head_keys ? row_word(head_keys[row_of_head], query_times[int64_t(b) * a.num_queries + query]) : 0};
+    return {visible.keys_of(query), lse_2[at], delta[at],
+            head_keys ? row_word(head_keys[row_of_head],
+                                 query_times[int64_t(b) * a.num_queries + query]) : 0};
 }
 
-// From the dot products q.k and grad_o.v of a query and a key to what multiplies grad_o (p) and what multiplies q and k (grad_s).
-__device__ __forceinline__ void probability(float& p, float& grad_s, const Attention& a, const Query& query, int key,
-                                            const uint32_t* column_words) {
+// Turn the dot products q.k and grad_o.v into the factors p of grad_o and grad_s of q and k.
+__device__ __forceinline__ void probability(
+    float& p, float& grad_s, const Attention& a, const Query& query, int key,
+    const uint32_t* column_words) {
     if (key >= query.keys.end || key < query.keys.first) {
         p = grad_s = 0;
         return;
     }
     const float before = exp2_(p * a.scale * LOG2_E - query.lse_2);
-    const float factor = !column_words ? 1.0f : keeps(query.word, column_words[key], a.threshold) ? a.keep_scale : 0.0f;
+    const float factor = !column_words                                       ? 1.0f
+                         : keeps(query.word, column_words[key], a.threshold) ? a.keep_scale
+                                                                             : 0.0f;
     p = before * factor;
     grad_s = before * (grad_s * factor - query.delta);
 }
 
-// Grid (key tiles, key-value heads, samples). The queries of all heads that read a key-value head come one head after another.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
-    const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
-    Element* grad_k, Element* grad_v, const int* tables, const uint64_t* head_keys, const int64_t* query_times,
-    const uint32_t* column_words, const Attention a) {
+// Grid (key tiles, key-value heads, samples). Walks over the query heads of a key head.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    attention_grad_kv(const Element* grad_o, const Element* q, const Element* k, const Element* v,
+                      const float* lse_2, const float* delta, int padded, Element* grad_k,
+                      Element* grad_v, const int* tables, const uint64_t* head_keys,
+                      const int64_t* query_times, const uint32_t* column_words, const Attention a) {
     float* k_tile = dynamic_shared<float>();        // [OWN][PITCH]
     float* v_tile = k_tile + OWN * PITCH;           // [OWN][PITCH]
     float* q_tile = v_tile + OWN * PITCH;           // [LOOP][PITCH]
     float* grad_o_tile = q_tile + LOOP * PITCH;     // [LOOP][PITCH]
     float* scores = grad_o_tile + LOOP * PITCH;     // [OWN][SCORE_PITCH]
     float* grad_scores = scores + OWN * SCORE_PITCH;
-    const int kv_head = blockIdx.y, b = blockIdx.z, group = a.num_heads / a.num_kv_heads, first = blockIdx.x * OWN;
+    const int kv_head = blockIdx.y, b = blockIdx.z, group = a.num_heads / a.num_kv_heads,
+              first = blockIdx.x * OWN;
     if (column_words) column_words += int64_t(b) * a.column_step;
     const Visible visible(tables, a, b);
 
@@ -274,10 +300,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
 
     const Range queries = visible.readers(first, OWN);
     for (int h = kv_head * group; h < (kv_head + 1) * group; h++)
-        for (int first_query = queries.first / LOOP * LOOP; first_query < queries.end; first_query += LOOP) {
+        for (int first_query = queries.first / LOOP * LOOP; first_query < queries.end;
+             first_query += LOOP) {
             __syncthreads();
             load_tile<LOOP>(q_tile, head_start(q, a.q, b, h), a.q.time, first_query, a.num_queries);
-            load_tile<LOOP>(grad_o_tile, head_start(grad_o, a.grad_o, b, h), a.grad_o.time, first_query, a.num_queries);
+            load_tile<LOOP>(grad_o_tile, head_start(grad_o, a.grad_o, b, h), a.grad_o.time,
+                            first_query, a.num_queries);
             __syncthreads();
             float s[OWN_ROWS][LOOP_ROWS], grad_s[OWN_ROWS][LOOP_ROWS];
             dot_rows(s, k_tile, q_tile);
@@ -285,10 +313,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
             #pragma unroll
             for (int j = 0; j < LOOP_ROWS; j++) {
                 const int column = first_query + X + SIDE * j;
-                const Query query = query_at(a, visible, lse_2, delta, padded, head_keys, query_times, b, h, column);
+                const Query query = query_at(a, visible, lse_2, delta, padded, head_keys,
+                                             query_times, b, h, column);
                 #pragma unroll
                 for (int i = 0; i < OWN_ROWS; i++) {
-                    probability(s[i][j], grad_s[i][j], a, query, first + Y + SIDE * i, column_words);
+                    probability(s[i][j], grad_s[i][j], a, query, first + Y + SIDE * i,
+                                column_words);
                     scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = s[i][j];
                     grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
                 }
@@ -310,10 +340,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_kv(
 }
 
 // Grid (query tiles, heads, samples).
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
-    const Element* grad_o, const Element* q, const Element* k, const Element* v, const float* lse_2, const float* delta, int padded,
-    Element* grad_q, const int* tables, const uint64_t* head_keys, const int64_t* query_times,
-    const uint32_t* column_words, const Attention a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    attention_grad_q(const Element* grad_o, const Element* q, const Element* k, const Element* v,
+                     const float* lse_2, const float* delta, int padded, Element* grad_q,
+                     const int* tables, const uint64_t* head_keys, const int64_t* query_times,
+                     const uint32_t* column_words, const Attention a) {
     float* q_tile = dynamic_shared<float>();        // [OWN][PITCH]
     float* grad_o_tile = q_tile + OWN * PITCH;      // [OWN][PITCH]
     float* k_tile = grad_o_tile + OWN * PITCH;      // [LOOP][PITCH]
@@ -327,12 +358,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
     const Visible visible(tables, a, b);
 
     load_tile<OWN>(q_tile, head_start(q, a.q, b, h), a.q.time, first, a.num_queries);
-    load_tile<OWN>(grad_o_tile, head_start(grad_o, a.grad_o, b, h), a.grad_o.time, first, a.num_queries);
+    load_tile<OWN>(grad_o_tile, head_start(grad_o, a.grad_o, b, h), a.grad_o.time, first,
+                   a.num_queries);
     Query query[OWN_ROWS];
     float sums[OWN_ROWS][COLUMNS];
     #pragma unroll
     for (int i = 0; i < OWN_ROWS; i++) {
-        query[i] = query_at(a, visible, lse_2, delta, padded, head_keys, query_times, b, h, first + Y + SIDE * i);
+        query[i] = query_at(a, visible, lse_2, delta, padded, head_keys, query_times, b, h,
+                            first + Y + SIDE * i);
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) sums[i][c] = 0;
     }
@@ -350,7 +383,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
         for (int i = 0; i < OWN_ROWS; i++)
             #pragma unroll
             for (int j = 0; j < LOOP_ROWS; j++) {
-                probability(s[i][j], grad_s[i][j], a, query[i], first_key + X + SIDE * j, column_words);
+                probability(s[i][j], grad_s[i][j], a, query[i], first_key + X + SIDE * j,
+                            column_words);
                 grad_scores[(Y + SIDE * i) * SCORE_PITCH + X + SIDE * j] = grad_s[i][j];
             }
         WATCH(P, s);
@@ -361,5 +395,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_grad_q(
 
     grad_q = head_start(grad_q, a.grad_q, b, h);
     #pragma unroll
-    for (int i = 0; i < OWN_ROWS; i++) store_row(grad_q, a.grad_q.time, first + Y + SIDE * i, a.num_queries, sums[i], a.scale);
+    for (int i = 0; i < OWN_ROWS; i++)
+        store_row(grad_q, a.grad_q.time, first + Y + SIDE * i, a.num_queries, sums[i], a.scale);
 }

@@ -1,5 +1,5 @@
-// What the forward and the backward kernels of v2 agree on: how tiles lie in shared memory and get there, products of a warp's rows with
-// tiles, what is hidden, and how results leave. Why it is done so is told in v2_forward.cu.
+// Parts shared by the kernels of v2: layout and copies of tiles in shared memory, products of a
+// warp's rows with tiles, masks, and stores. v2_forward.cu gives the reasons.
 #pragma once
 #include "../gpu/include/ampere.cuh"
 #include "common.cuh"
@@ -22,24 +22,29 @@ constexpr int BLOCKS = HEAD_WIDTH / 8;   // fragments of 8 columns in a row of s
 
 typedef uint32_t Fragment[4];  // 16 x 16 of a left side, or two of 16 x 8 of a right side
 
-// Where chunk `chunk` of row `row` of a tile lies, in elements. Chunks change places within groups of 8. Where a row is an odd multiple of
-// 64 bytes, it is two neighbours that fill the 32 banks together, so groups are of 4 and each pair of rows has its own exchange.
+// Offset of chunk `chunk` of row `row` in a tile, in elements. Chunks are permuted within groups of
+// 8. If a row is an odd multiple of 64 bytes, two neighbouring rows fill the 32 banks together;
+// groups then have 4 chunks, and each pair of rows its own permutation.
 constexpr int EXCHANGED = CHUNKS % 8 == 0 ? 8 : 4;
 __device__ __forceinline__ int place(int row, int chunk) {
     return row * HEAD_WIDTH + 8 * (chunk ^ (EXCHANGED == 8 ? row % 8 : row / 2 % 4));
 }
 
-// From the place of chunk 0 or 1 of a row to that of the chunk 2 `step` further on. As 2 `step` and that 0 or 1 have no bit in common,
-// their sum is their exclusive or, which may be taken after that with the row: a thread has one place a row, and the steps are constants.
+// Offset of the chunk 2 `step` after chunk 0 or 1, whose offset is `at`. 2 `step` and 0 or 1 share
+// no bit, so their sum is their exclusive or, which commutes with the row's. A thread keeps one
+// offset a row, and the steps are constants.
 __device__ __forceinline__ int further(int at, int step) {
     constexpr int STEPS_A_GROUP = EXCHANGED / 2;
     return (at ^ 16 * (step % STEPS_A_GROUP)) + 8 * EXCHANGED * (step / STEPS_A_GROUP);
 }
 
-// Start to copy rows [first, first + ROWS) of a head into a tile; rows from `end` on become zero. EXCHANGED threads copy a row.
+// Start copying rows [first, first + ROWS) of a head into a tile; rows from `end` on become zero.
+// EXCHANGED threads copy a row.
 template <int ROWS, int THREADS>
-__device__ __forceinline__ void copy_tile(Element* tile, const Element* x, int64_t stride, int first, int end) {
-    constexpr int STEP = THREADS / EXCHANGED;  // rows at a time: a multiple of 8, so that the places below differ by constants
+__device__ __forceinline__ void copy_tile(Element* tile, const Element* x, int64_t stride,
+                                          int first, int end) {
+    // Rows at a time: a multiple of 8, so offsets differ by constants.
+    constexpr int STEP = THREADS / EXCHANGED;
     static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "all threads copy equally much");
     const int row = threadIdx.x / EXCHANGED, chunk = threadIdx.x % EXCHANGED;
     const Element* from = x + (first + row) * stride + 8 * chunk;
@@ -49,18 +54,20 @@ __device__ __forceinline__ void copy_tile(Element* tile, const Element* x, int64
         const bool inside = first + row + r < end;
         const Element* there = inside ? from : x;
         #pragma unroll
-        for (int c = 0; c < CHUNKS; c += EXCHANGED) cp_async_16(to + r * HEAD_WIDTH + 8 * c, there + 8 * c, inside ? 16 : 0);
+        for (int c = 0; c < CHUNKS; c += EXCHANGED)
+            cp_async_16(to + r * HEAD_WIDTH + 8 * c, there + 8 * c, inside ? 16 : 0);
     }
 }
 
-// A warp's own rows [first, first + 16 M) of a tile as left sides, kept in registers or read again each time.
+// Own rows [first, first + 16 M) of a warp as left sides, kept in registers or read each time.
 template <int M, bool KEEP> struct OwnRows {
     const Element* tile;
     int first;
     Fragment kept[KEEP ? M : 1][KEEP ? STEPS : 1];
 
     __device__ __forceinline__ void read(Fragment& part, int m, int step) const {
-        ldmatrix_x4(part, tile + further(place(first + LANE % 16, LANE / 16), step) + 16 * m * HEAD_WIDTH);
+        ldmatrix_x4(
+            part, tile + further(place(first + LANE % 16, LANE / 16), step) + 16 * m * HEAD_WIDTH);
     }
     __device__ __forceinline__ void keep() {
         if constexpr (KEEP)
@@ -79,7 +86,8 @@ template <int M, bool KEEP> struct OwnRows {
 };
 
 // Two products that share a left side: d0 += a b[0..1], d1 += a b[2..3].
-__device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], const Fragment& a, const Fragment& b) {
+__device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], const Fragment& a,
+                                              const Fragment& b) {
     const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
     mma_16x8x16<Element>(d0, a, first);
     mma_16x8x16<Element>(d1, a, second);
@@ -87,14 +95,15 @@ __device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], co
 
 // dots = own rows times rows [first, first + 8 N) of the tile
 template <int M, int N, bool KEEP>
-__device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M, KEEP>& own, const Element* tile, int first) {
+__device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M, KEEP>& own,
+                                         const Element* tile, int first) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int n = 0; n < N; n++)
             #pragma unroll
             for (int e = 0; e < 4; e++) dots[m][n][e] = 0;
-    // As B is stored by columns, and 8 rows of the tile are 8 columns of B, this is no transposition.
+    // No transposition: B is stored by columns, and 8 rows of the tile are 8 columns of B.
     const int at = place(first + LANE % 8 + LANE / 16 * 8, LANE / 8 % 2);
     #pragma unroll
     for (int step = 0; step < STEPS; step++) {
@@ -113,7 +122,8 @@ __device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M
 
 // Fragments n and n + 1 of scores as a left side 16 deep.
 template <int M, int N>
-__device__ __forceinline__ void pack_scores(Fragment (&weights)[M], const float (&scores)[M][N][4], int n) {
+__device__ __forceinline__ void pack_scores(Fragment (&weights)[M], const float (&scores)[M][N][4],
+                                            int n) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
@@ -125,7 +135,8 @@ __device__ __forceinline__ void pack_scores(Fragment (&weights)[M], const float 
 
 // sums += weights times rows [first, first + 16) of the tile
 template <int M>
-__device__ __forceinline__ void add_weighted_rows(float (&sums)[M][BLOCKS][4], const Fragment (&weights)[M], const Element* tile,
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[M][BLOCKS][4],
+                                                  const Fragment (&weights)[M], const Element* tile,
                                                   int first) {
     const int at = place(first + LANE % 16, LANE / 16);
     #pragma unroll
@@ -147,10 +158,12 @@ __device__ __forceinline__ void clear(float (&sums)[M][BLOCKS][4]) {
             for (int e = 0; e < 4; e++) sums[m][c][e] = 0;
 }
 
-// Store a warp's sums, each row scaled by its factor, to rows [row, end) of a head. They pass through the warp's own tile rows, which no
-// other warp reads at this point: fragments are 4 bytes wide, and coalesced stores need 16.
+// Store a warp's sums, each row scaled by its factor, to rows [row, end) of a head. They pass
+// through the warp's own tile rows, which no other warp reads here: fragments are 4 bytes wide, and
+// coalesced stores need 16.
 template <int M>
-__device__ __forceinline__ void store_rows(Element* x, int64_t stride, int row, int end, const float (&sums)[M][BLOCKS][4],
+__device__ __forceinline__ void store_rows(Element* x, int64_t stride, int row, int end,
+                                           const float (&sums)[M][BLOCKS][4],
                                            const float (&factor)[M][2], Element* tile, int first) {
     __syncwarp();
     #pragma unroll
@@ -161,18 +174,22 @@ __device__ __forceinline__ void store_rows(Element* x, int64_t stride, int row, 
             for (int half = 0; half < 2; half++) {
                 const float* pair = &sums[m][c][2 * half];
                 Element* to = tile + place(first + 16 * m + 8 * half + LANE / 4, c) + LANE % 4 * 2;
-                *reinterpret_cast<uint32_t*>(to) = pack2<Element>(pair[0] * factor[m][half], pair[1] * factor[m][half]);
+                *reinterpret_cast<uint32_t*>(to) =
+                    pack2<Element>(pair[0] * factor[m][half], pair[1] * factor[m][half]);
             }
     __syncwarp();
     for (int i = LANE; i < 16 * M * CHUNKS; i += 32) {
         const int r = i / CHUNKS, chunk = i % CHUNKS;
-        if (row + r < end) store16(x + (row + r) * stride + 8 * chunk, load16(tile + place(first + r, chunk)));
+        if (row + r < end)
+            store16(x + (row + r) * stride + 8 * chunk, load16(tile + place(first + r, chunk)));
     }
 }
 
-// Minus infinity where a key is not seen. Own rows are queries from `query` on, walked rows keys from `key` on.
+// Set scores of hidden keys to minus infinity. Own rows are queries from `query` on, walked rows
+// keys from `key` on.
 template <int M, int N>
-__device__ __forceinline__ void hide_keys(float (&s)[M][N][4], const Visible& visible, int query, int key) {
+__device__ __forceinline__ void hide_keys(float (&s)[M][N][4], const Visible& visible, int query,
+                                          int key) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
@@ -189,18 +206,23 @@ __device__ __forceinline__ void hide_keys(float (&s)[M][N][4], const Visible& vi
 
 // Dropout's words of a thread's own rows, which are queries.
 template <int M>
-__device__ __forceinline__ void query_words(uint64_t (&words)[M][2], const Attention& a, const uint64_t* head_keys,
-                                            const int64_t* query_times, int b, int h, int query) {
+__device__ __forceinline__ void query_words(uint64_t (&words)[M][2], const Attention& a,
+                                            const uint64_t* head_keys, const int64_t* query_times,
+                                            int b, int h, int query) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = query + 16 * m + 8 * half + LANE / 4;
-            words[m][half] = row < a.num_queries ? row_word(head_keys[b * a.num_heads + h], query_times[int64_t(b) * a.num_queries + row]) : uint64_t(0);
+            words[m][half] = row < a.num_queries
+                                 ? row_word(head_keys[b * a.num_heads + h],
+                                            query_times[int64_t(b) * a.num_queries + row])
+                                 : uint64_t(0);
         }
 }
 
-// What dropout multiplies walked key `key` of own query (m, half) by.
-__device__ __forceinline__ float kept(const Attention& a, uint64_t word, const uint32_t* column_words, int key) {
+// Dropout's factor of key `key` for the query of `word`.
+__device__ __forceinline__ float kept(const Attention& a, uint64_t word,
+                                      const uint32_t* column_words, int key) {
     return key < a.num_keys && keeps(word, column_words[key], a.threshold) ? a.keep_scale : 0.0f;
 }

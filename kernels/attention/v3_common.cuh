@@ -1,5 +1,5 @@
-// What the forward and the backward kernels of v3 agree on: sizes, the order of the work, places in a ring of tiles, and how tiles of keys
-// get there and results leave.
+// Parts shared by the kernels of v3: sizes, order of the work, stages of a ring of tiles, loads of
+// keys and stores of results.
 #pragma once
 #include "../gpu/include/tiles.cuh"
 #include "common.cuh"
@@ -11,11 +11,12 @@
 constexpr int MOST_SHARED_BYTES = 232448;  // that a block can have
 constexpr int KEYS = 128;                  // of a tile
 
-// Whether the computing warpgroups of a block, one more of which loads, find the registers that they ask for: a multiprocessor has 65536,
-// a block starts with as many of them for each thread as are a multiple of 8, and setmaxnreg never returns if it requests more than there are.
+// True if the computing warpgroups and the loading one get the registers that they request. A
+// multiprocessor has 65536; a block starts with an equal share for each thread, a multiple of 8.
+// setmaxnreg never returns if it requests more than there are.
 template <int CONSUMERS, int LOADER_REGISTERS, int CONSUMER_REGISTERS>
-constexpr bool REGISTERS_SUFFICE =
-    LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= 65536 / (128 * (CONSUMERS + 1)) / 8 * 8 * (CONSUMERS + 1);
+constexpr bool REGISTERS_SUFFICE = LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
+                                   65536 / (128 * (CONSUMERS + 1)) / 8 * 8 * (CONSUMERS + 1);
 
 template <int ROWS> using Tile = Element[PANELS_OF<HEAD_WIDTH> * ROWS * PANEL_COLUMNS];
 
@@ -27,28 +28,35 @@ struct Problem {
     float scale;
 };
 
-__device__ __forceinline__ int num_blocks(int size, int block) { return (size + block - 1) / block; }
+__device__ __forceinline__ int num_blocks(int size, int block) {
+    return (size + block - 1) / block;
+}
 
 __device__ __forceinline__ Visible visible_of(const int* tables, const Problem& p, int sample) {
     return Visible(tables, p.visible_step, sample, p.num_queries, p.num_keys, p.causal);
 }
 
-// Accumulators [64, KEYS] of a tile from key `first` on become `hidden` where a query does not see the key. `keys`: of the thread's two rows.
-__device__ __forceinline__ void hide_keys(float (&scores)[KEYS / 2], const Range (&keys)[2], int first, float hidden) {
+// Set accumulators [64, KEYS] of a tile from key `first` on to `hidden` where a query does not see
+// the key. `keys`: of the thread's two rows.
+__device__ __forceinline__ void hide_keys(float (&scores)[KEYS / 2], const Range (&keys)[2],
+                                          int first, float hidden) {
     const int shift = first + accumulator_column();
-    const int first_0 = keys[0].first - shift, first_1 = keys[1].first - shift, end_0 = keys[0].end - shift, end_1 = keys[1].end - shift;
+    const int first_0 = keys[0].first - shift, first_1 = keys[1].first - shift,
+              end_0 = keys[0].end - shift, end_1 = keys[1].end - shift;
     #pragma unroll
     for (int i = 0; i < KEYS / 2; i++) {
         const int column = i / 4 * 8 + i % 2;
-        if (column >= (i / 2 % 2 ? end_1 : end_0) || column < (i / 2 % 2 ? first_1 : first_0)) scores[i] = hidden;
+        if (column >= (i / 2 % 2 ? end_1 : end_0) || column < (i / 2 % 2 ? first_1 : first_0))
+            scores[i] = hidden;
     }
 }
 
-// The work is `per_head` equal parts of `heads` heads (of all samples). A block of the grid stays, and takes one part each round, so that
-// it loads the next part while it finishes one. Which, decides speed only:
-//   - within a section of heads, whose keys and values fit into the second-level cache, the same part of all heads, then the next part:
-//     parts are numbered from the longest to the shortest, and what is left for the end is short;
-//   - every second round runs backwards, so that no block gets the longer part each time.
+// The work is `per_head` equal parts of `heads` heads (of all samples). Blocks are persistent and
+// take one part a round, so that a block loads the next part while it finishes one. The order only
+// affects speed:
+//   - within a section of heads, whose keys and values fit into the L2 cache: the same part of all
+//     heads, then the next part, from the longest to the shortest;
+//   - every second round runs backwards, to balance long and short parts.
 struct Schedule {
     int per_head, heads, section;
 
@@ -56,7 +64,8 @@ struct Schedule {
     __device__ __forceinline__ bool part(int round, int& head, int& number) const {
         const int index = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
         if (index >= per_head * heads) return false;
-        const int first_head = index / (section * per_head) * section, rest = index % (section * per_head);
+        const int first_head = index / (section * per_head) * section,
+                  rest = index % (section * per_head);
         const int width = min(section, heads - first_head);
         head = first_head + rest % width;
         number = rest / width;
@@ -65,9 +74,9 @@ struct Schedule {
 };
 
 // One part of the work on queries: ROWS of one head. Parts are counted from the end, a multiple of
-// UNIT queries. The last queries see most keys, so the longest part is whole, and its warpgroups all
-// work. The part that is left at the start may begin before query 0: there are no queries, loads
-// bring zeros, and stores are clipped.
+// UNIT queries. The last queries see most keys, so the longest part is complete and all its
+// warpgroups work. The first part may begin before query 0: loads of those rows bring zeros, and
+// stores are clipped.
 template <int ROWS, int UNIT> struct QueryPart {
     int first, head, sample;
     int first_tile, end_tile;  // of keys that any of the queries sees
@@ -75,7 +84,8 @@ template <int ROWS, int UNIT> struct QueryPart {
     __device__ __forceinline__ bool of_round(const Problem& p, const int* tables, int round) {
         const int blocks = num_blocks(p.num_queries, ROWS);
         int of_all, number;
-        if (!Schedule{blocks, p.samples * p.heads, p.section}.part(round, of_all, number)) return false;
+        if (!Schedule{blocks, p.samples * p.heads, p.section}.part(round, of_all, number))
+            return false;
         first = num_blocks(p.num_queries, UNIT) * UNIT - (number + 1) * ROWS;
         head = of_all % p.heads;
         sample = of_all / p.heads;
@@ -86,15 +96,18 @@ template <int ROWS, int UNIT> struct QueryPart {
     }
 };
 
-// Tile number n of a stream goes through stage n % STAGES of a ring, where it is full in a phase of this parity.
+// Stage of tile number n in a ring, and the parity of the phase in which it is full.
 template <int STAGES> struct Place {
     int stage, parity;
-    __device__ __forceinline__ explicit Place(unsigned n) : stage(n % STAGES), parity(n / STAGES % 2) {}
+    __device__ __forceinline__ explicit Place(unsigned n)
+        : stage(n % STAGES), parity(n / STAGES % 2) {}
 };
 
-// Thread 0 of the loading warpgroup: the tiles of keys and values of one part after another, each into the next stage of its ring.
+// Load the tiles of keys and values of each part into the stages of their rings. Called by thread 0
+// of the loading warpgroup.
 template <class Part, int STAGES, class Shared>
-__device__ __forceinline__ void load_keys(Shared& shared, const TensorMap* k_map, const TensorMap* v_map, const int* tables,
+__device__ __forceinline__ void load_keys(Shared& shared, const TensorMap* k_map,
+                                          const TensorMap* v_map, const int* tables,
                                           const Problem& p) {
     int n = 0;
     Part part;
@@ -105,33 +118,39 @@ __device__ __forceinline__ void load_keys(Shared& shared, const TensorMap* k_map
             const int first = tile * KEYS;
             mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);
             mbarrier_expect(&shared.k_full[at.stage], sizeof(Tile<KEYS>));
-            load_tile<KEYS, HEAD_WIDTH>(shared.k[at.stage], k_map, &shared.k_full[at.stage], first, kv_head, part.sample);
+            load_tile<KEYS, HEAD_WIDTH>(shared.k[at.stage], k_map, &shared.k_full[at.stage], first,
+                                        kv_head, part.sample);
             mbarrier_wait(&shared.v_empty[at.stage], at.parity ^ 1);
             mbarrier_expect(&shared.v_full[at.stage], sizeof(Tile<KEYS>));
-            load_tile<KEYS, HEAD_WIDTH>(shared.v[at.stage], v_map, &shared.v_full[at.stage], first, kv_head, part.sample);
+            load_tile<KEYS, HEAD_WIDTH>(shared.v[at.stage], v_map, &shared.v_full[at.stage], first,
+                                        kv_head, part.sample);
         }
     }
 }
 
-// A warp has done with a buffer. One arrival a warp: a warp knows only of itself that its products are complete.
+// Release a buffer: one arrival for each warp, whose wait covers only its own products.
 constexpr int WARPS_PER_GROUP = 4;
 __device__ __forceinline__ void release(uint64_t* empty) {
     __syncwarp();
     if (LANE == 0) mbarrier_arrive(empty);
 }
 
-// The same, no sooner than `x`, which is never negative, is known. That is said to ptxas alone: it moves a wait for products up as far as
-// it can, before the arithmetic that is meant to run beside them. An arrival that hangs on a result of that arithmetic stands in its way.
+// Release a buffer once `x`, which is never negative, is known. The dependency is for ptxas: it
+// hoists a wait for products above the arithmetic that should overlap them. An arrival that depends
+// on the result of the arithmetic prevents it.
 __device__ __forceinline__ void release_with(uint64_t* empty, float x) {
     __syncwarp();
     if (LANE == 0 && !(x < 0)) mbarrier_arrive(empty);  // also if x is not a number
 }
 
-// A thread of a computing warpgroup puts its accumulators into a tile from which the copy engine stores them: 64 rows from `time` on.
-// `barrier` is one of the warpgroup's own, and OTHERS says from how many other tiles it stores before it comes to this one again.
+// Store a warpgroup's accumulators, 64 rows from `time` on, through a tile and the copy engine.
+// `barrier` is the warpgroup's own. OTHERS: number of other tiles that it stores between two uses
+// of this one.
 template <int OTHERS>
-__device__ __forceinline__ void store_rows(const TensorMap* map, Element* tile, const float (&d)[HEAD_WIDTH / 2], const float (&factor)[2],
-                                           int time, int head, int sample, int barrier) {
+__device__ __forceinline__ void store_rows(const TensorMap* map, Element* tile,
+                                           const float (&d)[HEAD_WIDTH / 2],
+                                           const float (&factor)[2], int time, int head, int sample,
+                                           int barrier) {
     const bool leader = threadIdx.x % 128 == 0;
     if (leader) tma_wait_read<OTHERS>();  // the last store from this tile
     named_barrier_sync(barrier, 128);

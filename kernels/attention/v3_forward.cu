@@ -1,49 +1,55 @@
-// Attention forward, variant 3: Hopper's own way, for bfloat16 and float16 on compute capability 9.0. The design of FlashAttention-3 (Shah
-// et al. 2024, arXiv:2407.08608) in spirit; tiles.cuh shows how tiles lie, v3_common.cuh in which order the work is done.
+// Attention forward, variant 3: Hopper's instructions, for bfloat16 and float16 on compute
+// capability 9.0. After FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608). tiles.cuh shows the
+// layout of tiles, v3_common.cuh the order of the work.
 //
-// What it adds to v2, and why:
+// Differences from v2, with reasons:
 //
-// * wgmma in the place of mma.sync, which reaches two thirds of this chip's peak only. A warpgroup multiplies 64 rows by a whole tile in
-//   one instruction, and the tensor cores read tiles from shared memory by themselves: no ldmatrix, no registers for the right factor.
-//   Scores still never leave registers: packed to 16 bits, they are the left factor of the product with the values.
+// * wgmma instead of mma.sync, which reaches two thirds of this chip's peak. A warpgroup multiplies
+//   64 rows by a whole tile in one instruction. The tensor cores read tiles from shared memory: no
+//   ldmatrix, no registers for the right factor. Scores stay in registers: packed to 16 bits, they
+//   are the left factor of the product with the values.
 //
-// * TMA in the place of cp.async: one thread asks for a tile, the copy engine fetches it, clips it at the array's end and swizzles it. An
-//   mbarrier counts the bytes in. No thread computes addresses.
+// * TMA instead of cp.async: one thread requests a tile, and the copy engine fetches, clips and
+//   swizzles it. An mbarrier counts the bytes. No thread computes addresses.
 //
-// * Warpgroups with one task each. The last loads, the others compute; they know of one another only through "full" and "empty" barriers,
-//   two for each buffer of a ring. Loading needs few registers, and gives the others those that it does not need (setmaxnreg).
+// * Warp specialisation. The last warpgroup loads, the others compute; each buffer of a ring has a
+//   "full" and an "empty" barrier. Loading needs few registers, and the rest go to the others
+//   (setmaxnreg).
 //
-//       loader, thread 0      K0 V0 K1 V1 K2 V2 ..   waits for `empty` of a stage, asks for a tile with `full` as its counter
-//       loader, thread 32     Q                      the next part's queries, as soon as this part's last scores are computed
+//       loader, thread 0      K0 V0 K1 V1 ..   waits for `empty` of a stage, loads the tile
+//       loader, thread 32     Q                the next part's, after this part's last scores
 //
 //       ring of STAGES        +-----+-----+-----+-----+
-//       tiles of keys, and    | K0  | K1  | K2  | K3  |   tile n: stage n % STAGES, parity n / STAGES % 2
-//       one of values         +-----+-----+-----+-----+
+//       tiles of keys, and    | K0  | K1  | K2  | K3  |   tile n: stage n % STAGES,
+//       one of values         +-----+-----+-----+-----+   parity n / STAGES % 2
 //
 //       consumer 0..2         waits for `full`, computes, and every warp arrives at `empty`
 //
-// * Products run while the warpgroup computes: the scores of tile t + 1 are started before the sum over tile t, and the exponentials of
-//   t + 1 are taken while that sum runs. And the warpgroups take turns: while one has the tensor cores, the others take exponentials.
+// * Products overlap with arithmetic: the scores of tile t + 1 start before the sum over tile t,
+//   and the exponentials of t + 1 run during that sum. Warpgroups take turns: one uses the tensor
+//   cores while the others compute exponentials.
 //
 //       consumer 0   QK1 PV0  exp 1 .............   QK2 PV1  exp 2 ..
 //       consumer 1            QK1 PV0  exp 1 .............   QK2 PV1  exp 2 ..
 //       consumer 2                     QK1 PV0  exp 1 .............   QK2 ..
 //       tensor cores  0   0   1    1   2    2    0   0   1    1
 //
-// * The output goes through shared memory to the copy engine as well: written from registers, a row would come in pieces of 16 bytes.
+// * The output goes through shared memory to the copy engine: from registers, a row would be
+//   written in pieces of 16 bytes.
 //
-// * Blocks stay. As many as there are multiprocessors go through all the work, so that a part's output is stored, and the next part's
-//   queries and keys are fetched, while others compute. For causal attention long parts come first.
+// * Persistent blocks, one a multiprocessor. Stores of a part's output and loads of the next part's
+//   queries and keys overlap with other work. For causal attention long parts come first.
 //
-// Registers, by thread: head width 64: 64 scores + 32 sums + 32 for their packed left factor, of 160; 128: 64 + 64 + 32 of 232, hence one
-// consumer less. Shared memory: 176 and 192 KB, one block a multiprocessor.
+// Registers of a thread: at head width 64, 64 scores + 32 sums + 32 for the packed left factor, of
+// 160; at 128, 64 + 64 + 32 of 232, hence one consumer less. Shared memory: 176 and 192 KB, one
+// block a multiprocessor.
 //
-// * Tiles of keys that none of a block's queries sees are not loaded and not computed; in the others, hidden scores become minus infinity.
-//   All of the block walks over the same tiles, from the first that one of its queries sees.
+// * Tiles of keys that no query of a block sees are skipped; in the others, hidden scores become
+//   minus infinity. All warpgroups of a block walk over the same tiles, from the first visible one.
 //
-// Not here, and left to v2: dropout. Its hash takes some ten integer instructions for each score, at 64 a
-// clock and multiprocessor, where the score's products take a sixteenth of a clock and its exponential another: the kernel would run at
-// half its speed, and at head width 64 there are no registers for the words of the rows.
+// Dropout is left to v2. Its hash takes about ten integer instructions a score, at 64 a clock and
+// multiprocessor; a score's products take 1/16 clock and its exponential another 1/16. The kernel
+// would run at half its speed, and head width 64 leaves no registers for the words of the rows.
 //
 // measured: not yet
 //
@@ -60,12 +66,15 @@
 #include "v3_common.cuh"
 
 constexpr int CONSUMERS = HEAD_WIDTH > 64 ? 2 : 3;  // warpgroups that compute, for 64 queries each
-constexpr int STAGES = HEAD_WIDTH > 64 ? 2 : 4;     // tiles of keys, and of values, that are there or on their way
+constexpr int STAGES = HEAD_WIDTH > 64 ? 2 : 4;     // of the rings of tiles of keys and of values
 constexpr int QUERIES = 64 * CONSUMERS;
 constexpr int LOADER = CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
-// A multiprocessor has 65536 registers. Threads start with an equal share; the loading warpgroup gives back what it does not need.
-constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
-static_assert(REGISTERS_SUFFICE<CONSUMERS, LOADER_REGISTERS, CONSUMER_REGISTERS>, "more registers than a block has");
+// A multiprocessor has 65536 registers. Threads start with an equal share; the loading warpgroup
+// releases those that it does not need.
+constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32,
+              CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+static_assert(REGISTERS_SUFFICE<CONSUMERS, LOADER_REGISTERS, CONSUMER_REGISTERS>,
+              "more registers than a block has");
 
 struct Shared {
     Tile<64> q[CONSUMERS], o[CONSUMERS];
@@ -76,24 +85,27 @@ static_assert(sizeof(Shared) <= MOST_SHARED_BYTES, "more shared memory than a bl
 
 typedef QueryPart<QUERIES, 64> Part;
 
-// ---- the loading warpgroup: one thread for the keys and values (load_keys in v3_common.cuh), one for the queries, so that neither waits
-// for the other's buffers
+// ---- the loading warpgroup: one thread for the keys and values (load_keys in v3_common.cuh), one
+// for the queries, so that neither waits for the other's buffers
 
-__device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_map, const int* tables, const Problem& p) {
+__device__ __forceinline__ void load_queries(Shared& shared, const TensorMap* q_map,
+                                             const int* tables, const Problem& p) {
     Part part;
     for (int round = 0; part.of_round(p, tables, round); round++) {
         mbarrier_wait(&shared.q_empty, round % 2 ^ 1);
         mbarrier_expect(&shared.q_full, sizeof(shared.q));
         #pragma unroll
         for (int i = 0; i < CONSUMERS; i++)
-            load_tile<64, HEAD_WIDTH>(shared.q[i], q_map, &shared.q_full, part.first + 64 * i, part.head, part.sample);
+            load_tile<64, HEAD_WIDTH>(shared.q[i], q_map, &shared.q_full, part.first + 64 * i,
+                                      part.head, part.sample);
     }
 }
 
 // ---- a computing warpgroup
 
-// The warpgroups take turns at starting products, so that one works on the scores that it has got while the tensor cores compute for the
-// others. Turn barriers come after those of store_rows; two warpgroups meet in one: the one whose turn it is and the one before.
+// Warpgroups take turns at starting products, so that one works on its scores while the tensor
+// cores serve the others. The ids of turn barriers follow those of store_rows. Each synchronises
+// two warpgroups: the one whose turn it is and the one before.
 #ifndef TAKE_TURNS
 #define TAKE_TURNS 1
 #endif
@@ -107,25 +119,28 @@ __device__ __forceinline__ void pass_turn_on(int consumer) {
     if (TAKE_TURNS) named_barrier_arrive(1 + CONSUMERS + (consumer + 1) % CONSUMERS, 256);
 }
 
-// What a thread knows of its two rows.
+// State of a thread's two rows.
 struct Rows {
     Range keys[2];                          // seen
     float top[2] = {-INFINITY, -INFINITY};  // the greatest score so far, times `scale`
     float sum[2] = {0, 0};                  // of exp2(scale score - top), of this thread's columns
 };
 
-// Scores become exp2(scale score - top). Sums with an earlier top are to be multiplied by
-// `correction`, which is 1 exactly where the top has not changed.
-__device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& rows, float (&correction)[2], float scale) {
+// Replace scores by exp2(scale score - top). `correction` is the factor of sums with an earlier
+// top: exactly 1 where the top has not changed.
+__device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& rows,
+                                             float (&correction)[2], float scale) {
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         float top = -INFINITY;
         #pragma unroll
-        for (int i = 2 * half; i < KEYS / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));  // four neighbouring lanes hold a row
+        for (int i = 2 * half; i < KEYS / 2; i += 4)
+            top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
+        // Four neighbouring lanes hold a row.
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
         top = fmaxf(rows.top[half], top * scale);
-        const float shift = top == -INFINITY ? 0 : top;  // a row that has seen nothing yet
+        const float shift = top == -INFINITY ? 0 : top;  // no key seen yet
         correction[half] = exp2_(rows.top[half] - shift);
         rows.top[half] = top;
         float sum = 0;
@@ -139,18 +154,21 @@ __device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], Rows& ro
     }
 }
 
-// A warp multiplies its rows by `correction`, if one of them has a new top. After the first tiles
-// that is rare.
-__device__ __forceinline__ void rescale(float (&out)[HEAD_WIDTH / 2], const float (&correction)[2]) {
+// Multiply a warp's rows by `correction` if one of them has a new top, which is rare after the
+// first tiles.
+__device__ __forceinline__ void rescale(float (&out)[HEAD_WIDTH / 2],
+                                        const float (&correction)[2]) {
     if (!__any_sync(0xffffffffu, correction[0] != 1 || correction[1] != 1)) return;
     #pragma unroll
     for (int i = 0; i < HEAD_WIDTH / 2; i++) out[i] *= correction[i / 2 % 2];
 }
 
-// out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys from `first_tile` on, one at least, of exp(scores) values. The scores of one tile are computed while the
-// values of the last one are summed, and while neither waits for this warpgroup, the others use the tensor cores.
-__device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows, const Seen& seen, int first_tile, int tiles, int n,
-                                       float scale, float (&out)[HEAD_WIDTH / 2]) {
+// out [64, HEAD_WIDTH] = sum over `tiles` tiles of keys from `first_tile` on, one at least, of
+// exp(scores) values. The scores of one tile are computed during the sum over the last one's
+// values; the other warpgroups use the tensor cores in between.
+__device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows, const Seen& seen,
+                                       int first_tile, int tiles, int n, float scale,
+                                       float (&out)[HEAD_WIDTH / 2]) {
     float scores[KEYS / 2], correction[2];
     uint32_t probabilities[KEYS / 16][4];
 
@@ -159,7 +177,8 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
     start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[at.stage]);
     wait_for<0>(scores);
     release(&shared.k_empty[at.stage]);
-    if (seen.hides(first_tile * KEYS, KEYS)) hide_keys(scores, rows.keys, first_tile * KEYS, -INFINITY);
+    if (seen.hides(first_tile * KEYS, KEYS))
+        hide_keys(scores, rows.keys, first_tile * KEYS, -INFINITY);
     WATCH(S, scores);
     exponentiate(scores, rows, correction, scale);
     WATCH(m, rows.top);
@@ -169,7 +188,8 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
         const Place<STAGES> next(n + i);
         mbarrier_wait(&shared.k_full[next.stage], next.parity);
         await_turn(consumer);
-        start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer], shared.k[next.stage]);
+        start_product_transposed<KEYS, HEAD_WIDTH>(scores, shared.q[consumer],
+                                                   shared.k[next.stage]);
         mbarrier_wait(&shared.v_full[at.stage], at.parity);
         start_sum_of_products<HEAD_WIDTH, KEYS>(out, probabilities, shared.v[at.stage]);
         pass_turn_on(consumer);
@@ -194,7 +214,8 @@ __device__ __forceinline__ void attend(Shared& shared, int consumer, Rows& rows,
     release(&shared.v_empty[at.stage]);
 }
 
-// Tiles from `own` on that other warpgroups of the block need and this one does not. Nobody takes turns for the first tile of a part.
+// Skip the tiles from `own` on that only other warpgroups of the block need. There are no turns for
+// the first tile of a part.
 __device__ __forceinline__ void pass_over(Shared& shared, int consumer, int own, int tiles, int n) {
     for (int i = own; i < tiles; i++) {
         const Place<STAGES> at(n + i);
@@ -207,8 +228,10 @@ __device__ __forceinline__ void pass_over(Shared& shared, int consumer, int own,
     }
 }
 
-// What `factor` the sums of the thread's two rows are to be multiplied by; writes their log-sum-exp.
-__device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Problem& p, const Part& part, int first, float (&factor)[2]) {
+// Compute the `factor` that normalises the sums of the thread's two rows, and write their
+// log-sum-exp.
+__device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Problem& p,
+                                          const Part& part, int first, float (&factor)[2]) {
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         float sum = rows.sum[half];
@@ -222,8 +245,8 @@ __device__ __forceinline__ void normalise(const Rows& rows, float* lse, const Pr
     }
 }
 
-__device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, float* lse, const int* tables, const Problem& p,
-                                        int consumer) {
+__device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, float* lse,
+                                        const int* tables, const Problem& p, int consumer) {
     int n = 0;
     Part part;
     begin_turns(consumer);
@@ -248,16 +271,21 @@ __device__ __forceinline__ void compute(Shared& shared, const TensorMap* o_map, 
         n += of_part;
         float factor[2];
         normalise(rows, lse, p, part, first, factor);
-        store_rows<0>(o_map, shared.o[consumer], out, factor, first, part.head, part.sample, 1 + consumer);
+        store_rows<0>(o_map, shared.o[consumer], out, factor, first, part.head, part.sample,
+                      1 + consumer);
     }
     if (threadIdx.x % 128 == 0) tma_wait<0>();
 }
 
-// o [B, Tq, H, K] and lse [B, H, Tq] of q [B, Tq, H, K], k and v [B, Tk, Hkv, K]; tables: Visible. All sizes are at least 1, scale > 0.
-// Boxes of the maps: 64 queries, or KEYS keys, of one head, by 64 columns. The grid may have any number of blocks.
+// o [B, Tq, H, K] and lse [B, H, Tq] of q [B, Tq, H, K], k and v [B, Tk, Hkv, K]; tables: Visible.
+// All sizes are at least 1, scale > 0. Boxes of the maps: 64 queries, or KEYS keys, of one head, by
+// 64 columns. The grid may have any number of blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-                  const __grid_constant__ TensorMap o_map, float* lse, const int* tables, const Problem p) {
+    attention_forward(const __grid_constant__ TensorMap q_map,
+                      const __grid_constant__ TensorMap k_map,
+                      const __grid_constant__ TensorMap v_map,
+                      const __grid_constant__ TensorMap o_map, float* lse, const int* tables,
+                      const Problem p) {
     Shared& shared = *dynamic_shared<Shared>();
     if (threadIdx.x == 0) {
         mbarrier_init(&shared.q_full, 1);

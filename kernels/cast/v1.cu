@@ -14,7 +14,8 @@
 #define THREADS 256
 #define TAKEN 8  // elements of a thread: 16 bytes on one side at least
 
-extern "C" __global__ void __launch_bounds__(THREADS) cast(const Element* x, RESULT* y, int64_t size) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    cast(const Element* x, RESULT* y, int64_t size) {
     const int64_t first = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * TAKEN;
     if (first >= size) return;
     float v[TAKEN];

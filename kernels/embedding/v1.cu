@@ -1,8 +1,9 @@
 // Embedding lookup and its backward pass without atomics.
 //
-// Backward is given the ids in sorted order: equal ids lie side by side, and a warp adds up their rows, in the tokens' order. Words are
-// used very unequally, so runs of equal ids are cut at every CHUNK-th place: what lies within a chunk goes straight to the gradient, and the
-// pieces of longer runs go to `partials`, which a second launch adds in order. Where the cuts lie depends on the ids only: the bits repeat.
+// Backward takes the ids in sorted order: a warp sums the rows of a run of equal ids, in the
+// tokens' order. Word frequencies are very uneven, so runs are cut at every multiple of CHUNK. Runs
+// within a chunk are added to the gradient; the pieces of longer runs go to `partials`, which a
+// second launch adds in order. The cuts depend on the ids only: the bits repeat.
 // minillm-build: -DELEMENT=float32 -DSUM=float32
 // minillm-build: -DELEMENT=bfloat16 -DSUM=bfloat16
 // minillm-build: -DELEMENT=bfloat16 -DSUM=float32
@@ -18,9 +19,11 @@
 #define WARPS 8
 #define CHUNK 64
 
-// out [num_ids, D] = rows ids - first_row of weight [V, D]; zeros where there is no such row. A warp copies a row.
+// out [num_ids, D] = rows ids - first_row of weight [V, D]; zeros for ids out of range. A warp
+// copies a row.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    embedding_forward(const int64_t* ids, const Element* weight, Element* out, int64_t num_ids, int64_t V, int D, int64_t first_row) {
+    embedding_forward(const int64_t* ids, const Element* weight, Element* out, int64_t num_ids,
+                      int64_t V, int D, int64_t first_row) {
     const int64_t token = (int64_t)blockIdx.x * WARPS + threadIdx.y;
     if (token >= num_ids) return;
     const int64_t row = ids[token] - first_row;
@@ -34,7 +37,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 }
 
 // grad_weight[row] += sums, for the columns of this thread.
-__device__ __forceinline__ void add_to_row(SUM* grad_weight, int64_t row, int D, int c, const float (&sums)[RUN]) {
+__device__ __forceinline__ void add_to_row(SUM* grad_weight, int64_t row, int D, int c,
+                                           const float (&sums)[RUN]) {
     float total[RUN];
     load_floats(total, grad_weight + row * D + c, D - c);
     #pragma unroll
@@ -42,7 +46,8 @@ __device__ __forceinline__ void add_to_row(SUM* grad_weight, int64_t row, int D,
     store_floats(grad_weight + row * D + c, total, D - c);
 }
 
-// How many ids from `start` on, before `end`, equal the one there; at most CHUNK. The same for all lanes.
+// Number of ids in [start, end) that equal the one at `start`, at most CHUNK. Uniform over the
+// warp.
 __device__ __forceinline__ int run_length(const int64_t* sorted, int64_t start, int64_t end) {
     int length = 0;
     #pragma unroll
@@ -53,14 +58,18 @@ __device__ __forceinline__ int run_length(const int64_t* sorted, int64_t start, 
     return length;
 }
 
-// Add to row id - first_row of grad_weight [V, D] the rows of grad_y [num_ids, D] of that id; `order` sorts the ids into `sorted`.
-// partials [chunks, 2, D] take the pieces of runs that cross a cut: at 0 the piece that begins the chunk, at 1 one that begins later.
+// Add to row id - first_row of grad_weight [V, D] the rows of grad_y [num_ids, D] of that id;
+// `order` sorts the ids into `sorted`. partials [chunks, 2, D] take the pieces of runs that cross a
+// cut: at 0 the piece that begins the chunk, at 1 one that begins later.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    embedding_backward(const Element* grad_y, const int64_t* order, const int64_t* sorted, SUM* grad_weight, float* partials,
-                       int64_t num_ids, int64_t V, int D, int64_t first_row) {
-    const int64_t chunk = blockIdx.x, begin = chunk * CHUNK, end = begin + CHUNK < num_ids ? begin + CHUNK : num_ids;
+    embedding_backward(const Element* grad_y, const int64_t* order, const int64_t* sorted,
+                       SUM* grad_weight, float* partials, int64_t num_ids, int64_t V, int D,
+                       int64_t first_row) {
+    const int64_t chunk = blockIdx.x, begin = chunk * CHUNK,
+                  end = begin + CHUNK < num_ids ? begin + CHUNK : num_ids;
     const int c = (blockIdx.y * 32 + threadIdx.x) * RUN, each = CHUNK / WARPS;
-    for (int64_t start = begin + threadIdx.y * each; start < end && start < begin + (threadIdx.y + 1) * each; start++) {
+    for (int64_t start = begin + threadIdx.y * each;
+         start < end && start < begin + (threadIdx.y + 1) * each; start++) {
         const int64_t id = sorted[start], row = id - first_row;
         const bool first = start == 0 || sorted[start - 1] != id;
         if (row < 0 || row >= V || !(first || start == begin)) continue;
@@ -81,14 +90,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
 }
 
-// The runs that cross a cut: a warp for each chunk, which adds up the pieces of a run that begins in it and goes on.
+// Add the pieces of runs that cross a cut: one warp for each chunk, for the run that begins in it.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    embedding_backward_long(const int64_t* sorted, const float* partials, SUM* grad_weight, int64_t num_ids, int64_t V, int D,
-                            int64_t first_row) {
-    const int64_t chunk = (int64_t)blockIdx.x * WARPS + threadIdx.y, begin = chunk * CHUNK, next = begin + CHUNK;
+    embedding_backward_long(const int64_t* sorted, const float* partials, SUM* grad_weight,
+                            int64_t num_ids, int64_t V, int D, int64_t first_row) {
+    const int64_t chunk = (int64_t)blockIdx.x * WARPS + threadIdx.y, begin = chunk * CHUNK,
+                  next = begin + CHUNK;
     if (next >= num_ids) return;
     const int64_t id = sorted[next], row = id - first_row;
-    if (sorted[next - 1] != id || (begin > 0 && sorted[begin - 1] == id) || row < 0 || row >= V) return;
+    if (sorted[next - 1] != id || (begin > 0 && sorted[begin - 1] == id) || row < 0 || row >= V)
+        return;
     const int c = (blockIdx.y * 32 + threadIdx.x) * RUN;
     float sums[RUN], v[RUN];
     load_floats(sums, partials + (2 * chunk + (sorted[begin] == id ? 0 : 1)) * D + c, D - c);

@@ -1,9 +1,11 @@
 // Layer normalisation, forward and backward.
 //
-// A row lives in registers (norms.cuh). So memory is read and written once, and mean and variance are exact two-pass sums over registers.
+// A row is held in registers (norms.cuh): memory is read and written once, and mean and variance
+// are two-pass sums over registers.
 //
-// Backward walks down the rows with a fixed number of blocks: every thread adds up its columns' share of the gradients of weight and bias
-// in registers, the rows of a block are summed in order, and column_sum.cu adds the blocks. No atomics: the bits repeat.
+// Backward walks down the rows with a fixed number of blocks. Every thread sums its columns'
+// gradients of weight and bias in registers; the rows of a block are summed in order, and
+// column_sum.cu adds the blocks. No atomics: the bits repeat.
 // minillm-build: -DELEMENT=float32 -DVALUES=8
 // minillm-build: -DELEMENT=float32 -DVALUES=16
 // minillm-build: -DELEMENT=float32 -DVALUES=24
@@ -19,13 +21,15 @@
 // minillm-sass: layernorm_backward LDG.E.128*7 STG.E.128*3
 #include "../gpu/include/norms.cuh"
 
-// y = (x - mean) rstd weight + bias of x [rows, D], or of x + delta, which is then written to sum_out. bias may be null.
+// y = (x - mean) rstd weight + bias of x [rows, D], or of x + delta, which is then written to
+// sum_out. bias may be null.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
-    layernorm_forward(const Element* x, const Element* delta, const Element* weight, const Element* bias, Element* sum_out, Element* y,
-                      float* mean_out, float* rstd_out, int64_t num_rows, int D, float eps) {
+    layernorm_forward(const Element* x, const Element* delta, const Element* weight,
+                      const Element* bias, Element* sum_out, Element* y, float* mean_out,
+                      float* rstd_out, int64_t num_rows, int D, float eps) {
     __shared__ float2 shared[MOST_THREADS / 32];
     const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= num_rows) return;  // a whole warp, of a block whose rows have a warp each
+    if (row >= num_rows) return;  // uniform over a warp: such rows have a warp each
     const int64_t start = row * D;
 
     float v[RUNS][RUN];
@@ -65,18 +69,21 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
     }
 }
 
-// grad_x = (g - mean(g) - z mean(g z)) rstd + grad_sum with z = (x - mean) rstd, g = grad_y weight. Any of grad_sum, grad_x, partials may be
-// null, and grad_x may be grad_y. partials [2, gridDim.x, D] takes each block's sums over rows of grad_y z and of grad_y.
+// grad_x = (g - mean(g) - z mean(g z)) rstd + grad_sum with z = (x - mean) rstd, g = grad_y weight.
+// Any of grad_sum, grad_x, partials may be null, and grad_x may be grad_y. partials [2, gridDim.x,
+// D] takes each block's sums over rows of grad_y z and of grad_y.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
-    layernorm_backward(const Element* grad_y, const Element* grad_sum, const Element* x, const Element* weight, const float* mean_in,
-                       const float* rstd_in, Element* grad_x, float* partials, int64_t num_rows, int D) {
+    layernorm_backward(const Element* grad_y, const Element* grad_sum, const Element* x,
+                       const Element* weight, const float* mean_in, const float* rstd_in,
+                       Element* grad_x, float* partials, int64_t num_rows, int D) {
     __shared__ float2 shared[MOST_THREADS / 32];
     float sums[2][RUNS][RUN] = {};  // over rows: for weight and bias
 
-    for (int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; row < num_rows; row += (int64_t)gridDim.x * blockDim.y) {
+    for (int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; row < num_rows;
+         row += (int64_t)gridDim.x * blockDim.y) {
         const int64_t start = row * D;
         const float mean = mean_in[row], rstd = rstd_in[row];
-        Run<Element, RUN> x_row[RUNS], grad_row[RUNS];  // kept as they came: half the registers of floats
+        Run<Element, RUN> x_row[RUNS], grad_row[RUNS];  // kept packed: half the registers of floats
         float2 along = make_float2(0.0f, 0.0f);
         #pragma unroll
         for (int r = 0; r < RUNS; r++) {
@@ -110,7 +117,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
             to_floats(g, grad_row[r]);
             load_floats(w, weight + c, D - c);
             #pragma unroll
-            for (int i = 0; i < RUN; i++) g[i] = (g[i] * w[i] - along_one - (z[i] - mean) * rstd * along_z) * rstd;
+            for (int i = 0; i < RUN; i++)
+                g[i] = (g[i] * w[i] - along_one - (z[i] - mean) * rstd * along_z) * rstd;
             if (grad_sum != nullptr) add_run(g, grad_sum + start + c, D - c);
             store_floats(grad_x + start + c, g, D - c);
         }

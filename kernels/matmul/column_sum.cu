@@ -1,7 +1,9 @@
-// Sums over the rows of a matrix: bias gradients, and the last step of every kernel whose blocks leave partial sums.
+// Sums over the rows of a matrix: bias gradients, and the last step of every kernel whose blocks
+// leave partial sums.
 //
-// A block sums RUN columns for each of its 32 lanes; its 8 warps take every eighth of the rows that the block is to sum, and add up in
-// order. Where there are many rows, a first launch cuts them over gridDim.y blocks, each leaving one row for the second launch.
+// A block sums RUN columns for each of its 32 lanes. Its 8 warps take every eighth row each, and
+// their sums are added in order. For many rows, a first launch splits them over gridDim.y blocks,
+// each writing one row for the second launch.
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16

@@ -8,7 +8,8 @@
 #define THREADS 256
 
 // out = x + y; out may be either.
-extern "C" __global__ void __launch_bounds__(THREADS) add(const Element* x, const Element* y, Element* out, int64_t size) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    add(const Element* x, const Element* y, Element* out, int64_t size) {
     const int64_t first = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * RUN;
     if (first >= size) return;
     float a[RUN], b[RUN];

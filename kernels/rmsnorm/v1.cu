@@ -1,7 +1,7 @@
 // Root-mean-square normalisation, forward and backward.
 //
-// As in layernorm/v1.cu, a row lives in registers (norms.cuh), and backward walks down the rows with a fixed number of blocks, each of which
-// adds up its share of the weight's gradient for column_sum.cu to finish.
+// As in layernorm/v1.cu, a row is held in registers (norms.cuh). Backward walks down the rows with
+// a fixed number of blocks; column_sum.cu adds the blocks' partial gradients of the weight.
 // minillm-build: -DELEMENT=float32 -DVALUES=8
 // minillm-build: -DELEMENT=float32 -DVALUES=16
 // minillm-build: -DELEMENT=float32 -DVALUES=24
@@ -19,11 +19,11 @@
 
 // y = x rstd weight of x [rows, D], or of x + delta, which is then written to sum_out.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
-    rmsnorm_forward(const Element* x, const Element* delta, const Element* weight, Element* sum_out, Element* y, float* rstd_out,
-                    int64_t num_rows, int D, float eps) {
+    rmsnorm_forward(const Element* x, const Element* delta, const Element* weight, Element* sum_out,
+                    Element* y, float* rstd_out, int64_t num_rows, int D, float eps) {
     __shared__ float2 shared[MOST_THREADS / 32];
     const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= num_rows) return;  // a whole warp, of a block whose rows have a warp each
+    if (row >= num_rows) return;  // uniform over a warp: such rows have a warp each
     const int64_t start = row * D;
 
     float v[RUNS][RUN];
@@ -48,18 +48,21 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
     if (threadIdx.x == 0) rstd_out[row] = rstd;
 }
 
-// grad_x = (g - z mean(g z)) rstd + grad_sum with z = x rstd, g = grad_y weight. Any of grad_sum, grad_x, partials may be null, and grad_x
-// may be grad_y. partials [gridDim.x, D] takes each block's sums over rows of grad_y z.
+// grad_x = (g - z mean(g z)) rstd + grad_sum with z = x rstd, g = grad_y weight. Any of grad_sum,
+// grad_x, partials may be null, and grad_x may be grad_y. partials [gridDim.x, D] takes each
+// block's sums over rows of grad_y z.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
-    rmsnorm_backward(const Element* grad_y, const Element* grad_sum, const Element* x, const Element* weight, const float* rstd_in,
-                     Element* grad_x, float* partials, int64_t num_rows, int D) {
+    rmsnorm_backward(const Element* grad_y, const Element* grad_sum, const Element* x,
+                     const Element* weight, const float* rstd_in, Element* grad_x, float* partials,
+                     int64_t num_rows, int D) {
     __shared__ float2 shared[MOST_THREADS / 32];
     float sums[1][RUNS][RUN] = {};
 
-    for (int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; row < num_rows; row += (int64_t)gridDim.x * blockDim.y) {
+    for (int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; row < num_rows;
+         row += (int64_t)gridDim.x * blockDim.y) {
         const int64_t start = row * D;
         const float rstd = rstd_in[row];
-        // Kept as they came: half the registers of floats. All loads start before the reduction.
+        // Kept packed: half the registers of floats. All loads start before the reduction.
         Run<Element, RUN> x_row[RUNS], grad_row[RUNS], more[RUNS];
         float along_z = 0.0f;
         #pragma unroll

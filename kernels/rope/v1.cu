@@ -1,4 +1,5 @@
-// Rotary positions: x [B, T, H, K] turned in place, channel c with channel c + K/2. A thread turns one run of pairs.
+// Rotary positions: x [B, T, H, K] turned in place, channel c with channel c + K/2. A thread
+// rotates one run of pairs.
 // minillm-build: -DELEMENT=float32 -DTABLE=float32
 // minillm-build: -DELEMENT=bfloat16 -DTABLE=bfloat16
 // minillm-build: -DELEMENT=bfloat16 -DTABLE=float32
@@ -12,10 +13,11 @@
 #endif
 #define THREADS 256
 
-// cos, sin [T, half]; `sign` is -1 to turn back. The strides of x are in elements; its last dim is contiguous.
+// cos, sin [T, half]; `sign` is -1 to turn back. The strides of x are in elements; its last dim is
+// contiguous.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    rope(Element* x, const TABLE* cos, const TABLE* sin, uint32_t total, int T, int H, int half, int64_t stride_b, int64_t stride_t,
-         int64_t stride_h, float sign) {
+    rope(Element* x, const TABLE* cos, const TABLE* sin, uint32_t total, int T, int H, int half,
+         int64_t stride_b, int64_t stride_t, int64_t stride_h, float sign) {
     const uint32_t index = blockIdx.x * THREADS + threadIdx.x;
     if (index >= total) return;
     const uint32_t runs = (half + RUN - 1) / RUN;

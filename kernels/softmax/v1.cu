@@ -1,4 +1,5 @@
-// Softmax over the last dim, forward and backward. A block has a row, which it reads from memory once and from the cache after that.
+// Softmax over the last dim, forward and backward. A block processes one row, which it reads from
+// memory once and then from the cache.
 // minillm-build: -DELEMENT=float32
 // minillm-build: -DELEMENT=bfloat16
 // minillm-build: -DELEMENT=float16
@@ -10,7 +11,8 @@
 #define LOG2_E 1.4426950408889634f
 
 // y = exp(x - max) / sum over rows of D.
-extern "C" __global__ void __launch_bounds__(MOST_THREADS) softmax_forward(const Element* x, Element* y, int D) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+    softmax_forward(const Element* x, Element* y, int D) {
     __shared__ float shared[MOST_THREADS / 32];
     const int64_t start = (int64_t)blockIdx.x * D;
     float v[RUN], largest = -INFINITY, sum = 0.0f;

@@ -71,9 +71,8 @@ def _v3(
 
 
 def _v3_back(name: str, old: str, new: str) -> Mutation:
-    return Mutation(
-        name, "attention/v3_backward.cu", old, new, "attention_backward", "v3", LONG_ATTENTION
-    )
+    file = "attention/v3_backward_keys.cuh"
+    return Mutation(name, file, old, new, "attention_backward", "v3", LONG_ATTENTION)
 
 
 def _masked(
@@ -143,8 +142,7 @@ MUTATIONS = [
     _v2("lane missing in the sum", "return x + __shfl_xor_sync(0xffffffffu, x, 2);", "return x;"),
     _v2(
         "missing barrier",
-        "__syncthreads();  // this tile has arrived for all threads, and all reads of the other "
-        "buffer are done",
+        "__syncthreads();  // this tile has arrived, and reads of the other are done",
         "",
     ),
     _v2(
@@ -163,9 +161,7 @@ MUTATIONS = [
         "const bool inside = first + row + r < end;",
         "const bool inside = first + row + r <= end;",
     ),
-    _v2_tiles(
-        "row written beyond the end", "if (row + r < end) store16(", "if (row + r <= end) store16("
-    ),
+    _v2_tiles("row written beyond the end", "if (row + r < end)", "if (row + r <= end)"),
     _v2_tiles(
         "halves of a fragment exchanged",
         "place(first + LANE % 16, LANE / 16), step)",
@@ -387,7 +383,7 @@ MUTATIONS = [
     ),
     _masked(
         "bounds of another query",
-        "v3_backward.cu",
+        "v3_backward_keys.cuh",
         "2 * (first_query + accumulator_column());",
         "2 * first_query;",
         "attention_backward",
@@ -411,8 +407,8 @@ MUTATIONS = [
     _step(
         "warp sum of half the lanes",
         "gpu/include/cuda.cuh",
-        "distance > 0; distance /= 2) x += __shfl",
-        "distance > 1; distance /= 2) x += __shfl",
+        "distance > 0; distance /= 2)\n        x += __shfl",
+        "distance > 1; distance /= 2)\n        x += __shfl",
         "layernorm_forward",
     ),
     _step(

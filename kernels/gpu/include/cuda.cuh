@@ -1,10 +1,13 @@
-// The base of every .cu file: element types, 16-byte accesses, packing, and reductions over a warp and a block.
+// Base of every .cu file: element types, 16-byte accesses, packing, and reductions over a warp and
+// a block.
 //
-// A .cu file includes this and perhaps ampere.cuh or hopper.cuh, and nothing else, so that three compilers read it alike: nvcc, NVRTC
-// (which has no standard headers), and the host compiler for the emulator. The emulator brings its own version of everything between
-// `#ifndef MINILLM_EMULATOR` and its `#endif` (kernels/emulator/cuda.h); what stands outside runs there unchanged.
+// A .cu file includes only this and other headers of kernels/, so that three compilers read it
+// alike: nvcc, NVRTC (which has no standard headers), and the host compiler of the emulator.
+// kernels/emulator/cuda.h replaces the code between `#ifndef MINILLM_EMULATOR` and its `#endif`;
+// the rest runs there unchanged.
 //
-// -DELEMENT=float32 | bfloat16 | float16 chooses `Element`, the type of the arrays. Sums and statistics are always float.
+// -DELEMENT=float32 | bfloat16 | float16 chooses `Element`, the type of the arrays. Sums and
+// statistics are always float.
 #pragma once
 
 #ifndef MINILLM_EMULATOR
@@ -47,10 +50,14 @@ __device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
 
 template <typename T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) { return __float2bfloat16_rn(x); }
-template <> __device__ __forceinline__ float16 from_float<float16>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+template <> __device__ __forceinline__ float16 from_float<float16>(float x) {
+    return __float2half_rn(x);
+}
 
-// Two 16-bit elements in a register, `low` in the low half: the form in which tensor cores take their operands.
+// Two 16-bit elements in a register, `low` in the low half: an operand of tensor cores.
 template <typename T> __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <> __device__ __forceinline__ uint32_t pack2<bfloat16>(float low, float high) {
     __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
@@ -63,14 +70,16 @@ template <> __device__ __forceinline__ uint32_t pack2<float16>(float low, float 
 
 template <typename T> __device__ __forceinline__ float2 unpack2(uint32_t both);
 template <> __device__ __forceinline__ float2 unpack2<bfloat16>(uint32_t both) {
-    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));  // a bfloat16 is the upper half of a float
+    // A bfloat16 is the upper half of a float.
+    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
 }
 template <> __device__ __forceinline__ float2 unpack2<float16>(uint32_t both) {
     return __half22float2(*reinterpret_cast<__half2*>(&both));
 }
 
-// The special-function unit's exponential and logarithm: one instruction each, about 2 ulp, denormals are zero.
-// There is one for powers of two only, so kernels scale by log2(e) once and stay in base two.
+// The special-function unit's exponential and logarithm: one instruction each, about 2 ulp,
+// denormals are zero. It is for powers of two only, so kernels scale by log2(e) once and stay in
+// base two.
 __device__ __forceinline__ float exp2_(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -82,13 +91,14 @@ __device__ __forceinline__ float log2_(float x) {
     return y;
 }
 
-// The start of dynamic shared memory, whose size the launch gives. 1024 bytes is the alignment that TMA's widest swizzle needs.
+// Start of dynamic shared memory, whose size the launch gives. TMA's widest swizzle needs an
+// alignment of 1024 bytes.
 template <typename T> __device__ __forceinline__ T* dynamic_shared() {
     extern __shared__ __align__(1024) unsigned char minillm_dynamic_shared[];
     return reinterpret_cast<T*>(minillm_dynamic_shared);
 }
 
-// The built-in type that moves so many bytes in one instruction.
+// Built-in type that moves BYTES bytes in one instruction.
 template <int BYTES> struct Word;
 template <> struct Word<2> { typedef uint16_t type; };
 template <> struct Word<4> { typedef uint32_t type; };
@@ -108,11 +118,13 @@ __device__ __forceinline__ void store_word(uint2* to, uint2 x) {
                  : "memory");
 }
 
-// WATCH(name, value) shows `value` (a number or an array of numbers) of one chosen thread under the emulator; nothing on the GPU.
+// WATCH(name, value) shows `value` (a number or an array of numbers) of one chosen thread in the
+// emulator; a no-op on the GPU.
 #define WATCH(name, value)
 #endif
 
-// N elements that move together. Pack16 is the widest access of a thread: one instruction, 512 bytes a warp.
+// N elements that move together. Pack16 is the widest access of a thread: one instruction, 512
+// bytes a warp.
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
     T v[N];
 };
@@ -129,24 +141,30 @@ template <int N, typename T> __device__ __forceinline__ void store(T* to, const 
     typedef typename Word<N * sizeof(T)>::type Whole;
     *reinterpret_cast<Whole*>(to) = *reinterpret_cast<const Whole*>(&pack);
 }
-template <typename T> __device__ __forceinline__ Pack16<T> load16(const T* from) { return load<16 / sizeof(T)>(from); }
-template <typename T> __device__ __forceinline__ void store16(T* to, const Pack16<T>& pack) { store(to, pack); }
+template <typename T> __device__ __forceinline__ Pack16<T> load16(const T* from) {
+    return load<16 / sizeof(T)>(from);
+}
+template <typename T> __device__ __forceinline__ void store16(T* to, const Pack16<T>& pack) {
+    store(to, pack);
+}
 
-// Reductions over the 32 lanes of a warp. After step i every lane holds the result of 2^i lanes; in the end all hold the same bits,
-// since float addition is commutative.
+// Reductions over the 32 lanes of a warp. After step i every lane holds the result of 2^i lanes; at
+// the end all hold the same bits, since float addition is commutative.
 __device__ __forceinline__ float warp_sum(float x) {
     #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    for (int distance = 16; distance > 0; distance /= 2)
+        x += __shfl_xor_sync(0xffffffffu, x, distance);
     return x;
 }
 __device__ __forceinline__ float warp_max(float x) {
     #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
+    for (int distance = 16; distance > 0; distance /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
     return x;
 }
 
-// Reductions over a one-dimensional block of whole warps, all of whose threads take part and get the result. `shared`: one float a
-// warp, free again afterwards.
+// Reductions over a one-dimensional block of whole warps, all of whose threads take part and get
+// the result. `shared`: one float a warp, free again afterwards.
 __device__ __forceinline__ float block_sum(float x, float* shared) {
     const int num_warps = blockDim.x / 32;
     x = warp_sum(x);

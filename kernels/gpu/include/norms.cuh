@@ -1,5 +1,6 @@
-// What layer norm and RMS norm agree on. A row lives in the registers of one warp, or of one block of several warps where it is wide: VALUES
-// elements a thread, in runs of 16 bytes that lie a warp's width apart. threadIdx.x is within the row, threadIdx.y which of the block's rows.
+// Parts shared by layer norm and RMS norm. A row is held in the registers of one warp, or of one
+// block of several warps if it is wide: VALUES elements a thread, in runs of 16 bytes that are a
+// warp's width apart. threadIdx.x is the position within the row, threadIdx.y the row of the block.
 #pragma once
 #include "vectors.cuh"
 
@@ -13,8 +14,10 @@ constexpr int RUNS = VALUES / RUN;
 // The first column of run number r of this thread.
 __device__ __forceinline__ int column(int r) { return (r * blockDim.x + threadIdx.x) * RUN; }
 
-// The row from element `start` on of x, or of x + delta, which is then written to sum_out. delta and sum_out may be null.
-__device__ __forceinline__ void load_row(float (&v)[RUNS][RUN], const Element* x, const Element* delta, Element* sum_out, int64_t start,
+// Load the row from element `start` on of x, or of x + delta, which is then written to sum_out.
+// delta and sum_out may be null.
+__device__ __forceinline__ void load_row(float (&v)[RUNS][RUN], const Element* x,
+                                         const Element* delta, Element* sum_out, int64_t start,
                                          int D) {
     #pragma unroll
     for (int r = 0; r < RUNS; r++) {
@@ -23,23 +26,27 @@ __device__ __forceinline__ void load_row(float (&v)[RUNS][RUN], const Element* x
         if (delta == nullptr) continue;
         float d[RUN];
         load_floats(d, delta + start + c, D - c);
+        // The value that backward reads.
         #pragma unroll
-        for (int i = 0; i < RUN; i++) v[r][i] = rounded<Element>(v[r][i] + d[i]);  // what backward will read
+        for (int i = 0; i < RUN; i++) v[r][i] = rounded<Element>(v[r][i] + d[i]);
         if (sum_out != nullptr) store_floats(sum_out + start + c, v[r], D - c);
     }
 }
 
 // x += the run at `from`, of which `left` elements exist.
-template <typename T> __device__ __forceinline__ void add_run(float (&x)[RUN], const T* from, int left) {
+template <typename T> __device__ __forceinline__ void add_run(float (&x)[RUN], const T* from,
+                                                              int left) {
     float more[RUN];
     load_floats(more, from, left);
     #pragma unroll
     for (int i = 0; i < RUN; i++) x[i] += more[i];
 }
 
-// What the block's rows have summed, for each of several arrays, to partials [ARRAYS, gridDim.x, D]: the first row writes its sums, each
-// further one adds its own. No atomics: the bits repeat. The whole block calls it.
-template <int ARRAYS> __device__ __forceinline__ void store_partials(float* partials, float (&sums)[ARRAYS][RUNS][RUN], int D) {
+// Store the sums over the block's rows, for each of several arrays, to partials [ARRAYS, gridDim.x,
+// D]: the first row writes, each further one adds. No atomics: the bits repeat. The whole block
+// calls it.
+template <int ARRAYS> __device__ __forceinline__ void store_partials(
+    float* partials, float (&sums)[ARRAYS][RUNS][RUN], int D) {
     for (int y = 0; y < (int)blockDim.y; y++) {
         if ((int)threadIdx.y == y) {
             #pragma unroll

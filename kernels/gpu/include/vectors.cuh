@@ -1,7 +1,8 @@
-// Runs of consecutive elements as floats in registers, whatever the arrays hold, and sums over a row that a warp or a block shares.
+// Runs of consecutive elements as floats in registers, for any element type, and sums over a row
+// that a warp or a block shares.
 //
-// Memory moves fastest in 16-byte accesses, so a thread takes a run of consecutive elements at a time. The last run of an array may be cut
-// short, and an array may start anywhere: both are seen here, and nowhere else.
+// Memory is fastest in 16-byte accesses, so a thread takes a run of consecutive elements at a time.
+// Only this file handles cut-off last runs and unaligned arrays.
 #pragma once
 #include "cuda.cuh"
 
@@ -11,7 +12,7 @@ template <int BYTES> struct WordOf;
 template <> struct WordOf<16> { typedef uint4 type; };
 template <> struct WordOf<8> { typedef uint2 type; };
 
-// N elements as they lie in memory, in words of up to 16 bytes.
+// N elements as in memory, in words of up to 16 bytes.
 template <typename T, int N> struct Run {
     static constexpr int BYTES = N * (int)sizeof(T) >= 16 ? 16 : N * (int)sizeof(T);
     typedef typename WordOf<BYTES>::type Word;
@@ -23,29 +24,33 @@ template <typename T, int N> struct Run {
     };
 };
 
-// Whether the N elements at an address can be moved in wide accesses.
+// True if the N elements at an address can be moved in wide accesses.
 template <int N, typename T> __device__ __forceinline__ bool whole(const T* from, int64_t left) {
     return left >= N && (uint64_t)from % Run<T, N>::BYTES == 0;
 }
 
 // The N elements at `from`, of which `left` exist; the others are zero.
-template <int N, typename T> __device__ __forceinline__ Run<T, N> load_run(const T* from, int64_t left) {
+template <int N, typename T> __device__ __forceinline__ Run<T, N> load_run(const T* from,
+                                                                           int64_t left) {
     Run<T, N> run;
     if (whole<N>(from, left)) {
         #pragma unroll
-        for (int i = 0; i < Run<T, N>::WORDS; i++) run.words[i] = reinterpret_cast<const typename Run<T, N>::Word*>(from)[i];
+        for (int i = 0; i < Run<T, N>::WORDS; i++)
+            run.words[i] = reinterpret_cast<const typename Run<T, N>::Word*>(from)[i];
     } else if constexpr (sizeof(T) == 4) {
         #pragma unroll
         for (int i = 0; i < N; i++) run.floats[i] = i < left ? from[i] : 0.0f;
     } else {
         #pragma unroll
         for (int i = 0; i < N; i += 2)
-            run.bits[i / 2] = pack2<T>(i < left ? to_float(from[i]) : 0.0f, i + 1 < left ? to_float(from[i + 1]) : 0.0f);
+            run.bits[i / 2] = pack2<T>(i < left ? to_float(from[i]) : 0.0f,
+                                       i + 1 < left ? to_float(from[i + 1]) : 0.0f);
     }
     return run;
 }
 
-template <int N, typename T> __device__ __forceinline__ void to_floats(float (&x)[N], const Run<T, N>& run) {
+template <int N, typename T> __device__ __forceinline__ void to_floats(float (&x)[N],
+                                                                       const Run<T, N>& run) {
     if constexpr (sizeof(T) == 4) {
         #pragma unroll
         for (int i = 0; i < N; i++) x[i] = run.floats[i];
@@ -59,12 +64,16 @@ template <int N, typename T> __device__ __forceinline__ void to_floats(float (&x
     }
 }
 
-template <int N, typename T> __device__ __forceinline__ void load_floats(float (&x)[N], const T* from, int64_t left) {
+template <int N, typename T> __device__ __forceinline__ void load_floats(float (&x)[N],
+                                                                         const T* from,
+                                                                         int64_t left) {
     to_floats(x, load_run<N>(from, left));
 }
 
 // Write x, rounded to T, to the N elements at `to`, of which `left` exist.
-template <int N, typename T> __device__ __forceinline__ void store_floats(T* to, const float (&x)[N], int64_t left) {
+template <int N, typename T> __device__ __forceinline__ void store_floats(T* to,
+                                                                          const float (&x)[N],
+                                                                          int64_t left) {
     if (!whole<N>(to, left)) {
         #pragma unroll
         for (int i = 0; i < N; i++)
@@ -84,11 +93,13 @@ template <int N, typename T> __device__ __forceinline__ void store_floats(T* to,
         store_word(reinterpret_cast<typename Run<T, N>::Word*>(to) + i, run.words[i]);
 }
 
-// A value as an array of T would give it back.
-template <typename T> __device__ __forceinline__ float rounded(float x) { return to_float(from_float<T>(x)); }
+// Round a value to T.
+template <typename T> __device__ __forceinline__ float rounded(float x) {
+    return to_float(from_float<T>(x));
+}
 
-// The sums of two numbers over the threads (·, y) of a row: a warp, or a block of several warps with one row. `shared` holds two floats a
-// warp. Every thread gets the same bits.
+// The sums of two numbers over the threads (·, y) of a row: a warp, or a block of several warps
+// with one row. `shared` holds two floats a warp. Every thread gets the same bits.
 __device__ __forceinline__ float2 row_sums(float2 x, float2* shared) {
     x.x = warp_sum(x.x);
     x.y = warp_sum(x.y);
@@ -100,4 +111,6 @@ __device__ __forceinline__ float2 row_sums(float2 x, float2* shared) {
     __syncthreads();
     return make_float2(warp_sum(x.x), warp_sum(x.y));
 }
-__device__ __forceinline__ float row_sum(float x, float2* shared) { return row_sums(make_float2(x, 0.0f), shared).x; }
+__device__ __forceinline__ float row_sum(float x, float2* shared) {
+    return row_sums(make_float2(x, 0.0f), shared).x;
+}
