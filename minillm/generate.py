@@ -219,7 +219,7 @@ def _all_input() -> str:
 
 def _line(interactive: bool) -> str | None:
     """Return the next line of standard input, None at its end; ask for it if `interactive`."""
-    if interactive and sys.stdin.isatty():
+    if interactive and sys.stdin is not None and sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")  # input() then edits lines and remembers them
         try:
@@ -234,7 +234,12 @@ def _line(interactive: bool) -> str | None:
 
 
 def _read(read: Callable[[], str]) -> str:
-    """Return what `read` takes from standard input. Raises ConfigError if it is not UTF-8."""
+    """Return what `read` takes from standard input.
+
+    Raises ConfigError if it is closed, or not UTF-8.
+    """
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed; give the text with --prompt")
     try:
         return read()
     except UnicodeDecodeError as error:

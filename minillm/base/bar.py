@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from minillm.base.progress import LINE_SECONDS, terminals
+from minillm.base.progress import LINE_SECONDS
+from minillm.base.terminal import terminals
 
 DELAY = 1.0  # seconds of work before the bar is shown
 

@@ -1,23 +1,17 @@
-"""Progress of a run on the screen: one live line on a terminal, else lines at an interval.
-
-mpirun pipes the output of its ranks. Rank 0 therefore looks for the terminal of the launcher.
-"""
+"""Progress of a run on the screen: one live line on a terminal, else lines at an interval."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import Any
 
 from minillm.base.interval import Interval
 from minillm.base.log import Log, clock, columns, compact, fitted
+from minillm.base.terminal import can_print, terminals
 
-LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "orterun", "prterun", "prted")
 LINE_SECONDS = 5.0  # least time between progress lines by default
 SMOOTHED_STEPS = 20  # length of the mean of the loss that is shown
 SPARK_COLUMNS = 60
@@ -203,66 +197,3 @@ def resampled(values: Sequence[float], width: int) -> list[float]:
         return list(values)
     cuts = [len(values) * i // width for i in range(width + 1)]
     return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
-
-
-def can_print(text: str) -> bool:
-    """Return True if standard output has these characters."""
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def terminals() -> tuple[TextIO | None, TextIO | None]:
-    """Return the terminal for a live line, and that of the launcher for lines above it.
-
-    The first is that of standard error, of this process or of its launcher. None if there is none.
-    """
-    if sys.stderr is not None and sys.stderr.isatty():
-        return sys.stderr, None
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        launchers = list(_launchers())
-        if launchers and _in_foreground(launchers[-1]):
-            live, lines = (_opened(f"/proc/{launchers[-1]}/fd/{number}") for number in (2, 1))
-            return live, lines
-    return None, None
-
-
-def _launchers(root: str = "/proc") -> Iterator[int]:
-    """Yield the ancestors of this process that belong to the launcher, the nearest first."""
-    pid = os.getppid()
-    while pid > 1:
-        name, parent = _process(pid, root)[:2]
-        if name not in LAUNCHERS:
-            return
-        yield pid
-        pid = int(parent)
-
-
-def _process(pid: int, root: str = "/proc") -> list[str]:
-    """Return name, parent, group and foreground group of the terminal of a process (proc(5))."""
-    with open(f"{root}/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        before, _, after = file.read().rpartition(")")
-    words = after.split()
-    return [before.partition("(")[2], words[1], words[2], words[5]]
-
-
-def _in_foreground(pid: int) -> bool:
-    _, _, group, foreground = _process(pid)
-    return group == foreground
-
-
-def _opened(path: str) -> TextIO | None:
-    """Return the terminal at `path` for writing, None if it is no terminal.
-
-    It does not become the terminal that controls this process.
-    """
-    if not os.readlink(path).startswith("/dev/"):
-        return None
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOCTTY)
-    if os.isatty(descriptor):
-        encoding = getattr(sys.stderr, "encoding", None)
-        return open(descriptor, "w", encoding=encoding, errors="replace")
-    os.close(descriptor)
-    return None

@@ -1,4 +1,4 @@
-"""Standard streams: text that a terminal shows safely, and printing that never fails."""
+"""Standard streams: their terminals, text that is safe there, and printing that never fails."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
+
+# Programs of MPICH and Open MPI between a terminal and the ranks.
+_LAUNCHERS = {
+    *("mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy"),
+    *("orterun", "prterun", "prted"),
+}
 
 # C0 controls but tab and line feed, DEL, and C1 controls: a terminal obeys them.
 _CONTROLS = {
@@ -35,13 +41,13 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def drop_output() -> None:
-    """Send the rest of standard output nowhere, after its reader has gone.
+def drop_output(stream: TextIO | None = None) -> None:
+    """Send the rest of a stream nowhere, by default of standard output, after its reader has gone.
 
     The interpreter flushes the stream when it ends, and would report the broken pipe again.
     """
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        os.dup2(nowhere.fileno(), (stream or sys.stdout).fileno())
 
 
 class GuardedStream:
@@ -71,9 +77,8 @@ class GuardedStream:
             return fn(*args)
         except OSError as error:
             self._gone = True
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                # The interpreter flushes the stream when it ends, and would fail again.
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+            with contextlib.suppress(OSError, ValueError):
+                drop_output(self._stream)
             self._lost(f"standard output is lost ({error.strerror})")
             return None
 
@@ -90,3 +95,67 @@ def guarded_output(lost: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         sys.stdout = before
+
+
+def can_print(text: str) -> bool:
+    """Return True if standard output has these characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def terminals() -> tuple[TextIO | None, TextIO | None]:
+    """Return the terminal for a live line, and that of the launcher for lines above it.
+
+    The first is that of standard error, of this process or of its launcher: mpirun pipes the output
+    of its ranks. None if there is none.
+    """
+    if sys.stderr is not None and sys.stderr.isatty():
+        return sys.stderr, None
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        launchers = list(_launchers())
+        if launchers and _in_foreground(launchers[-1]):
+            live, lines = (_opened(f"/proc/{launchers[-1]}/fd/{number}") for number in (2, 1))
+            return live, lines
+    return None, None
+
+
+def _launchers(root: str = "/proc") -> Iterator[int]:
+    """Yield the ancestors of this process that belong to the launcher, the nearest first."""
+    pid = os.getppid()
+    while pid > 1:
+        name, parent = _process(pid, root)[:2]
+        if name not in _LAUNCHERS:
+            return
+        yield pid
+        pid = int(parent)
+
+
+def _process(pid: int, root: str = "/proc") -> list[str]:
+    """Return name, parent, group and foreground group of the terminal of a process (proc(5))."""
+    with open(f"{root}/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        before, _, after = file.read().rpartition(")")
+    words = after.split()
+    return [before.partition("(")[2], words[1], words[2], words[5]]
+
+
+def _in_foreground(pid: int) -> bool:
+    _, _, group, foreground = _process(pid)
+    return group == foreground
+
+
+def _opened(path: str) -> TextIO | None:
+    """Return the terminal at `path` for writing, None if it is no terminal.
+
+    It does not become the terminal that controls this process.
+    """
+    if not os.readlink(path).startswith("/dev/"):
+        return None
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOCTTY)
+    if os.isatty(descriptor):
+        encoding = getattr(sys.stderr, "encoding", None)
+        return open(descriptor, "w", encoding=encoding, errors="replace")
+    os.close(descriptor)
+    return None

@@ -18,14 +18,16 @@ from minillm.comm.process import abort
 
 # Ctrl-C, kill and schedulers, a closed terminal, and the warning that schedulers can be asked for.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# After a request. A closed terminal and schedulers may send the others several times.
+ABORTING = (signal.SIGINT, signal.SIGTERM)
 REMINDER_SECONDS = 60.0
 
 
 class StopRequest:
     """Record of the first signal, so that a run can finish its step, save and stop.
 
-    A second signal ends all ranks at once. With `announces` the first one prints a line, and so
-    does every minute until the run has stopped.
+    Ctrl-C or kill after that ends all ranks at once. With `announces` the first one prints a line,
+    and so does every minute until the run has stopped.
     """
 
     def __init__(self, announces: bool) -> None:
@@ -83,7 +85,9 @@ class StopRequest:
                 return
             if numbers[0] not in SIGNALS:
                 continue
-            if self.signal is not None:
+            if self.asked():
+                if numbers[0] not in ABORTING:
+                    continue
                 abort(128 + numbers[0])
                 os._exit(128 + numbers[0])
             began = time.monotonic()

@@ -168,3 +168,12 @@ def test_replicas_share_the_samples() -> None:
     assert one.returncode == two.returncode == 0, two.output
     shown = generate.printable(one.output)  # under a launcher, whose pipe may be a terminal
     assert two.output == shown and shown.count("\n---\n") == 2
+
+
+def test_a_closed_standard_input_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert generate.main([RUN, "--prompt", "-"]) == 1
+    wanted = "error: standard input is closed; give the text with --prompt\n"
+    assert capsys.readouterr().err == wanted

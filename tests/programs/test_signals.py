@@ -140,6 +140,24 @@ def test_an_ignored_signal_stays_ignored_and_handlers_return(number: signal.Sign
     assert ignored is signal.SIG_IGN and signal.getsignal(signal.SIGINT) is usual
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_or_a_scheduler_may_ask_several_times(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(signals, "abort", ended.append)
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    with StopRequest(announces=False).listening() as stop:
+        stop.ask("standard output is lost")
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+            time.sleep(0.02)
+        assert not ended
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: len(ended) == 2)
+    assert ended == [128 + signal.SIGTERM] * 2
+
+
 def test_a_step_that_takes_long_says_that_it_is_being_finished(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
