@@ -1,4 +1,4 @@
-// ampere.cuh under the emulator: what each instruction does is in ampere.cpp.
+// Emulated ampere.cuh: ampere.cpp defines each instruction.
 #pragma once
 #include <cstdint>
 
@@ -17,13 +17,24 @@ template <> struct emulator::TypeOf<bfloat16> { static constexpr bool is_bfloat1
 template <> struct emulator::TypeOf<float16> { static constexpr bool is_bfloat16 = false; };
 
 EMULATED uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
-EMULATED void cp_async_16(void* shared, const void* global, int bytes = 16) { emulator::cp_async(shared, global, bytes); }
+EMULATED void cp_async_16(void* shared, const void* global, int bytes = 16) {
+    emulator::cp_async(shared, global, bytes);
+}
 EMULATED void cp_async_commit() { emulator::cp_async_commit(); }
 template <int N> EMULATED void cp_async_wait() { emulator::cp_async_wait(N); }
-EMULATED void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) { emulator::ldmatrix(r, shared_row, 4, false); }
-EMULATED void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row) { emulator::ldmatrix(r, shared_row, 2, false); }
-EMULATED void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) { emulator::ldmatrix(r, shared_row, 4, true); }
-EMULATED void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared_row) { emulator::ldmatrix(r, shared_row, 2, true); }
-template <typename T> EMULATED void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+EMULATED void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
+    emulator::ldmatrix(r, shared_row, 4, false);
+}
+EMULATED void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row) {
+    emulator::ldmatrix(r, shared_row, 2, false);
+}
+EMULATED void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
+    emulator::ldmatrix(r, shared_row, 4, true);
+}
+EMULATED void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared_row) {
+    emulator::ldmatrix(r, shared_row, 2, true);
+}
+template <typename T>
+EMULATED void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulator::mma(d, a, b, emulator::TypeOf<T>::is_bfloat16);
 }

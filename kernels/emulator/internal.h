@@ -1,4 +1,4 @@
-// The emulator's own state, shared by its .cpp files and by nothing else.
+// State of the emulator, shared by its .cpp files alone.
 #pragma once
 #include <cstdarg>
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Fiber {
     Tick fenced = 0; // its own tick at its last fence_async_proxy
 };
 
-// What Python passes in and gets back (structs.py mirrors these structs with ctypes).
+// Interface to Python: structs.py mirrors these structs with ctypes.
 struct Array {
     uint64_t address, bytes;
     int32_t written;  // 0: holds nothing yet, so that reading it before writing is an error
@@ -68,7 +68,9 @@ struct Launch {
     int64_t watch_block;
     int32_t watch_thread;  // -1: none
     int32_t num_stacks;
-    char* stacks;  // of the fibers; one set serves all libraries of a process, and a launch that needs more replaces it
+    // Stacks of the fibers. One set serves all libraries of a process; a launch that needs more
+    // replaces it.
+    char* stacks;
 };
 struct Report {
     char kind[64];
@@ -76,7 +78,8 @@ struct Report {
     uint64_t site;
     uint32_t block[3], thread[3];
     uint64_t num_accesses, watched_bytes, switches, num_divergent;
-    uint64_t divergent[16][2];  // pairs of sites at which lanes of a warp met in one aligned instruction
+    // Pairs of sites at which lanes of a warp met in one aligned instruction.
+    uint64_t divergent[16][2];
     const Access* accesses;
     const char* watched;
     const Traced* trace;
@@ -107,14 +110,17 @@ struct Machine {
 extern Machine machine;
 inline Fiber& running_fiber() { return machine.fibers[machine.running]; }
 
-[[noreturn]] void stop_with_report(int thread, const char* kind, Site site, const char* format, va_list args);
+[[noreturn]] void stop_with_report(
+    int thread, const char* kind, Site site, const char* format, va_list args
+);
 std::string describe_thread(int thread);
 
-// An access in the kernel's own code, where preemption may switch threads.
+// Record an access in the kernel's own code, where preemption may switch threads.
 void access_of_kernel(void* address, size_t bytes, bool is_write, Site site);
 
-// Fibers. `emulator_switch` saves the running fiber's stack pointer and loads another's. `new_stack_pointer` returns that of a fiber that
-// begins with `entry`. `allocate_stacks` returns whether there is memory for `count` stacks.
+// Fibers. `emulator_switch` saves the running fiber's stack pointer and loads another's.
+// `new_stack_pointer` returns the one of a fiber that begins with `entry`. `allocate_stacks`
+// returns whether memory suffices for `count` stacks.
 constexpr size_t STACK_BYTES = 256 << 10;
 extern "C" void emulator_switch(void** save, void* load);
 void* new_stack_pointer(char* top, void (*entry)());
@@ -123,7 +129,7 @@ void to_scheduler();
 
 void report_deadlock();
 
-// Each file's part of preparing a launch and a block.
+// Prepare each file's state for a launch and a block.
 void prepare_memory(const Launch& launch);
 void prepare_block_memory();
 void finish_memory();

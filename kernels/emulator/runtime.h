@@ -1,7 +1,9 @@
-// What emulated CUDA code and the parts of the emulator call: threads as fibers, meeting points, and checked memory.
+// Interface for emulated CUDA code and the parts of the emulator: threads as fibers, meeting
+// points, and checked memory.
 //
-// A kernel is compiled by the host compiler with -fsanitize=thread, which puts a call before every access to memory; sanitizer.cpp answers
-// those calls. The emulator's own .cpp files are compiled without it, so what they read and write is checked only where they ask for it.
+// The host compiler compiles a kernel with -fsanitize=thread, which puts a call before every access
+// to memory. sanitizer.cpp implements those calls. The emulator's own .cpp files are compiled
+// without it, so their accesses are checked only on request.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -31,22 +33,26 @@ unsigned random_below(unsigned n);  // from the launch's seed
 void* dynamic_shared();
 size_t dynamic_shared_bytes();
 
-// End the launch with a report: `kind` in a few words ("out of bounds"), then a text for printf. "@%p@" in it, with a Site, becomes
-// "file:line".
-[[noreturn]] void fail(const char* kind, Site site, const char* format, ...) __attribute__((format(printf, 3, 4)));
-// The same, with another thread named as the one at fault.
-[[noreturn]] void fail_for(int thread, const char* kind, Site site, const char* format, ...) __attribute__((format(printf, 4, 5)));
+// End the launch with a report: `kind` in a few words ("out of bounds"), then a text for printf.
+// "@%p@" in it, with a Site, becomes "file:line".
+[[noreturn]] void fail(const char* kind, Site site, const char* format, ...)
+    __attribute__((format(printf, 3, 4)));
+// End the launch with a report that names another thread as the one at fault.
+[[noreturn]] void fail_for(int thread, const char* kind, Site site, const char* format, ...)
+    __attribute__((format(printf, 4, 5)));
 
 // Switch to another thread; the running one stays ready.
 void yield();
-// Suspend the thread until a call of wake(thread). In a deadlock the report says that it waits in `what` (and `detail`).
+// Suspend the thread until a call of wake(thread). A deadlock report names `what` (and `detail`) as
+// the event it waits for.
 void suspend(const char* what, Site site, const char* detail = "");
 void wake(int thread);
-// `poll` is called every few switches, and with idle = true when no thread can run; it returns whether it did anything.
+// Register `poll`, called every few switches, and with idle = true when no thread can run. It
+// returns whether it did anything.
 void add_poll(bool (*poll)(bool idle));
-// `reset` is called before each block.
+// Register `reset`, called before each block.
 void add_reset(void (*reset)());
-// `finish` is called when all threads of a block have returned; it may still call fail_for().
+// Register `finish`, called after all threads of a block have returned; it may call fail_for().
 void add_finish(void (*finish)());
 struct Registration {  // static Registration registration(poll, reset, finish);
     Registration(bool (*poll)(bool idle), void (*reset)(), void (*finish)() = nullptr);
@@ -54,22 +60,28 @@ struct Registration {  // static Registration registration(poll, reset, finish);
 
 // ---- meeting points (collectives.cpp)
 
-// Collective of the lanes in `mask`, which call it with the same name and mask. The last one to arrive runs
-// execute(operands by lane, mask, warp); then all return.
-// `aligned`: the hardware wants all lanes at the same instruction, not just at one of the same kind.
-void warp_collective(const char* name, Site site, unsigned mask, void* operands, void (*execute)(void** operands, unsigned mask, int warp),
-                     bool aligned = true);
-// The same for `count` threads from `first` on, such as a warpgroup.
-void group_collective(const char* name, Site site, int first, int count, void* operands, void (*execute)(void** operands, int first));
-// Barrier `id` of the block for `threads` threads (0, all threads: __syncthreads). Combines `value` of all: sum, and, or.
+// Run a collective of the lanes in `mask`, which call it with the same name and mask. The last one
+// to arrive runs execute(operands by lane, mask, warp); then all return. `aligned`: the hardware
+// requires the same instruction of all lanes, not only the same kind.
+void warp_collective(
+    const char* name, Site site, unsigned mask, void* operands,
+    void (*execute)(void** operands, unsigned mask, int warp), bool aligned = true
+);
+// Run a collective of `count` threads from `first` on, such as a warpgroup.
+void group_collective(
+    const char* name, Site site, int first, int count, void* operands,
+    void (*execute)(void** operands, int first)
+);
+// Combination of the `value` of all threads at a barrier: sum, and, or.
 struct Votes {
     int sum, all, any;
 };
-// `line`: of the source, which all lanes of a warp must agree in.
+// Wait at barrier `id` of the block for `threads` threads (0, all threads: __syncthreads). `line`
+// is the source line, the same for all lanes of a warp.
 Votes barrier_sync(int id, int threads, Site site, const char* name, int value = 0, int line = 0);
 void barrier_arrive(int id, int threads, Site site);
 
-// ---- order of accesses (clocks.cpp): a vector clock per thread says what it has seen of every other thread's past
+// ---- order of accesses (clocks.cpp): a vector clock per thread of every other thread's past
 
 typedef uint32_t Tick;
 
@@ -95,47 +107,56 @@ class Clock {  // a shared, immutable snapshot; copying is cheap
     static void release(Data* data);
 };
 
-// What the running thread did so far becomes part of `clock`; whoever acquires from it has seen that.
+// Join the running thread's past into `clock`; an acquire from it then sees that past.
 void release_into(Clock& clock);
 void acquire_from(const Clock& clock);
 void release_thread_into(int thread, Clock& clock);
 void acquire_thread_from(int thread, const Clock& clock);
-// The running thread's ordinary writes so far may be read by TMA and wgmma once a barrier has passed.
+// Allow TMA and wgmma to read the running thread's ordinary writes so far once a barrier has
+// passed.
 void fence_async_proxy();
-int new_agent();                     // a virtual thread for asynchronous accesses
-Tick agent_tick(uint32_t count);     // the tick for the count-th thing that an agent does in this block
+int new_agent();                  // a virtual thread for asynchronous accesses
+Tick agent_tick(uint32_t count);  // tick of an agent's count-th operation in this block
 
 // ---- checked memory (memory.cpp)
 
-// Check an access of the running thread, as its own loads and stores are checked, and note it.
+// Check an access of the running thread like its own loads and stores, and record it.
 void read(const void* address, size_t bytes, Site site);
 void write(void* address, size_t bytes, Site site);
-// A vector access: the address must be a multiple of `bytes`.
+// Require that the address of a vector access is a multiple of `bytes`.
 void require_aligned(const void* address, size_t bytes, Site site);
 void require_shared(const void* address, size_t bytes, Site site, const char* what);
 void require_global(const void* address, size_t bytes, Site site, const char* what);
-// What `shared_address` of ampere.cuh gives: bytes from the start of dynamic shared memory; static shared memory follows that.
+// Return the shared_address of ampere.cuh: bytes from the start of dynamic shared memory, which
+// static shared memory follows.
 uint32_t shared_address(const void* pointer);
-// Bytes that an asynchronous copy of the running thread brings: a write that is no instruction of its own.
+// Record bytes of the running thread's asynchronous copy: a write without an instruction of its
+// own.
 void write_landed(void* address, size_t bytes, Site site);
-// Mark as awaited from an asynchronous copy: reading it is an error until it is written or marked as landed.
+// Mark as in flight: reading it is an error until it is written or marked as landed.
 void mark_in_flight(void* address, size_t bytes, Site site);
 void mark_landed(void* address, size_t bytes);
 
-// An access by hardware that runs beside the threads, started by `thread` when it had seen `seen`.
+// Access by hardware beside the threads, started by `thread` with the clock `seen`.
 struct Async {
     int thread;
     Site site;
     Clock seen;
 };
 Async begin_async(Site site);
-// `agent` and `tick` (of agent_tick) date the access: it has been seen by whoever's clock holds `tick` or more for `agent`. Reads by the
-// asynchronous proxy need a fence after ordinary writes.
-void async_access(const Async& by, void* address, size_t bytes, bool is_write, int agent, Tick tick, const char* what);
+// Record an asynchronous access. `agent` and `tick` (of agent_tick) date it: a clock that holds
+// `tick` or more for `agent` has seen it. Reads by the asynchronous proxy need a fence after
+// ordinary writes.
+void async_access(
+    const Async& by, void* address, size_t bytes, bool is_write, int agent, Tick tick,
+    const char* what
+);
 
-// ---- what a reader asked to see
+// ---- watched values
 
-// `type`: 'f', 'i' or 'u'; `shape`: four sizes, 0 from the rank on.
-void watch(const char* name, char type, int element_bytes, const void* data, size_t count, const int* shape);
+// Log a watched value. `type`: 'f', 'i' or 'u'; `shape`: four sizes, 0 from the rank on.
+void watch(
+    const char* name, char type, int element_bytes, const void* data, size_t count, const int* shape
+);
 
 }  // namespace emulator

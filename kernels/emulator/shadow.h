@@ -1,4 +1,5 @@
-// Shadow memory: access events, cells and regions. memory.cpp keeps them, and memory_reports.cpp describes what they show.
+// Shadow memory: access events, cells and regions. memory.cpp keeps them; memory_reports.cpp
+// describes their state.
 #pragma once
 #include <cstdlib>
 #include <memory>
@@ -9,11 +10,12 @@
 
 namespace emulator {
 
-// Access event in 64 bits: thread or agent (11 bits), asynchronous (1), index in `sites` (20), tick (32).
-// 0: no event.
+// Access event in 64 bits: thread or agent (11 bits), asynchronous (1), index in `sites` (20), tick
+// (32). 0: no event.
 typedef uint64_t Event;
 inline Event make_event(int who, bool asynchronous, unsigned site, Tick tick) {
-    return static_cast<Event>(who) << 53 | static_cast<Event>(asynchronous) << 52 | static_cast<Event>(site) << 32 | tick;
+    return static_cast<Event>(who) << 53 | static_cast<Event>(asynchronous) << 52 |
+           static_cast<Event>(site) << 32 | tick;
 }
 inline int who_of(Event e) { return static_cast<int>(e >> 53); }
 inline bool is_asynchronous(Event e) { return e >> 52 & 1; }
@@ -46,16 +48,25 @@ struct Region {
 extern std::vector<Region> regions;
 extern std::vector<Site> sites;
 
-// "reads" or "writes".
+// Return "reads" or "writes".
 const char* verb(bool is_write);
-// "byte 128 of dynamic shared memory", "element 5 (byte 20) of x: float32 [100]".
+// Return "byte 128 of dynamic shared memory", or "element 5 (byte 20) of x: float32 [100]".
 std::string place(const Region& region, uintptr_t address);
 
-// End the launch with a report on thread `who`. `subject`: what it started ("started wgmma, which "), or nothing.
-[[noreturn]] void report_outside(uintptr_t address, size_t bytes, bool is_write, int who, Site site);
-[[noreturn]] void report_unwritten(const Region& region, size_t cell, int who, Site site, const char* subject);
-[[noreturn]] void report_race(const Region& region, size_t cell, int who, Site site, bool is_write, Event other, bool other_wrote,
-                              const char* subject);
-[[noreturn]] void report_unfenced(const Region& region, size_t cell, int who, Site site, Event writer, const char* subject);
+// End the launch with a report on thread `who`. `subject`: its asynchronous operation ("started
+// wgmma, which "), or nothing.
+[[noreturn]] void report_outside(
+    uintptr_t address, size_t bytes, bool is_write, int who, Site site
+);
+[[noreturn]] void report_unwritten(
+    const Region& region, size_t cell, int who, Site site, const char* subject
+);
+[[noreturn]] void report_race(
+    const Region& region, size_t cell, int who, Site site, bool is_write, Event other,
+    bool other_wrote, const char* subject
+);
+[[noreturn]] void report_unfenced(
+    const Region& region, size_t cell, int who, Site site, Event writer, const char* subject
+);
 
 }  // namespace emulator

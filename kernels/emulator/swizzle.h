@@ -1,4 +1,4 @@
-// How tiles lie in shared memory, for TMA and wgmma alike.
+// Layout of tiles in shared memory, for TMA and wgmma.
 #pragma once
 #include "runtime.h"
 
@@ -6,7 +6,7 @@ namespace emulator {
 
 inline char* shared_start() { return static_cast<char*>(dynamic_shared()); }
 
-// Where the byte at an offset of shared memory lies in a swizzled tile: 16-byte chunks are exchanged by the bits of the offset itself.
+// Return the offset of a byte in a swizzled tile: bits of the offset exchange its 16-byte chunks.
 inline size_t exchanged(size_t offset, int swizzle_bytes) {
     const size_t mask = swizzle_bytes ? swizzle_bytes / 16 - 1 : 0;
     return offset ^ ((offset >> 7 & mask) << 4);
