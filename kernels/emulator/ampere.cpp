@@ -10,7 +10,7 @@
 
 namespace emulator {
 
-// ---- cp.async: copied at the wait, and not a moment earlier
+// ---- cp.async: copied at the wait, not earlier
 
 struct Copy {
     void* to;
@@ -28,7 +28,9 @@ static Registration registration(nullptr, forget_copies);
 
 void cp_async(void* shared, const void* global, int bytes) {
     const Site site = EMULATOR_SITE;
-    if (bytes < 0 || bytes > 16) fail("wrong operand", site, "cp_async_16 copies 0 to 16 bytes, and this asks for %d", bytes);
+    if (bytes < 0 || bytes > 16)
+        fail("wrong operand", site, "cp_async_16 copies 0 to 16 bytes, and this asks for %d",
+             bytes);
     require_shared(shared, 16, site, "the target of cp_async_16");
     require_aligned(shared, 16, site);
     require_aligned(global, 16, site);
@@ -81,7 +83,8 @@ template <int COUNT, bool TRANSPOSE> static void execute_ldmatrix(void** operand
     }
 }
 
-template <int COUNT, bool TRANSPOSE> static void ldmatrix_of(uint32_t* to, const void* row, Site site, const char* name) {
+template <int COUNT, bool TRANSPOSE> static void ldmatrix_of(uint32_t* to, const void* row,
+                                                             Site site, const char* name) {
     if (thread() % WARP_SIZE < COUNT * 8) {
         require_shared(row, 16, site, "a row of ldmatrix");
         require_aligned(row, 16, site);
@@ -119,8 +122,11 @@ template <typename T> static void execute_mma(void** operands, unsigned, int) {
     for (int lane = 0; lane < WARP_SIZE; lane++) {
         const int row = lane / 4, column = lane % 4 * 2;
         for (int half = 0; half < 2; half++) {
-            for (int i = 0; i < 4; i++) a[row + 8 * (i % 2)][column + 8 * (i / 2) + half] = half_of<T>(lanes[lane]->a[i], half);
-            for (int i = 0; i < 2; i++) b[column + 8 * i + half][row] = half_of<T>(lanes[lane]->b[i], half);
+            for (int i = 0; i < 4; i++)
+                a[row + 8 * (i % 2)][column + 8 * (i / 2) + half] =
+                    half_of<T>(lanes[lane]->a[i], half);
+            for (int i = 0; i < 2; i++)
+                b[column + 8 * i + half][row] = half_of<T>(lanes[lane]->b[i], half);
         }
         for (int i = 0; i < 4; i++) d[row + 8 * (i / 2)][column + i % 2] = lanes[lane]->d[i];
     }
@@ -128,12 +134,14 @@ template <typename T> static void execute_mma(void** operands, unsigned, int) {
         for (int k = 0; k < 16; k++)
             for (int j = 0; j < 8; j++) d[i][j] += a[i][k] * b[k][j];
     for (int lane = 0; lane < WARP_SIZE; lane++)
-        for (int i = 0; i < 4; i++) lanes[lane]->d[i] = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
+        for (int i = 0; i < 4; i++)
+            lanes[lane]->d[i] = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
 }
 
 void mma(float* d, const uint32_t* a, const uint32_t* b, bool is_bfloat16) {
     Mma mine{d, a, b};
-    warp_collective("mma_16x8x16", EMULATOR_SITE, ~0u, &mine, is_bfloat16 ? execute_mma<bfloat16> : execute_mma<float16>);
+    warp_collective("mma_16x8x16", EMULATOR_SITE, ~0u, &mine,
+                    is_bfloat16 ? execute_mma<bfloat16> : execute_mma<float16>);
 }
 
 }  // namespace emulator

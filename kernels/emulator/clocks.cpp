@@ -1,8 +1,10 @@
-// Vector clocks: each thread's knowledge of the others' pasts. They decide whether barriers order two accesses.
+// Vector clocks: for each thread, the latest seen tick of every other. They decide if barriers
+// order two accesses.
 //
-// Every thread has a tick. A barrier joins the clocks of its threads, including their ticks, and increments the ticks. An access by thread
-// w at tick k is in the past of thread t if t's clock holds k or more for w (Mattern 1988; Flanagan and Freund 2009 keep, as memory.cpp
-// does, only the last accesses to each place).
+// Every thread has a tick. A barrier joins the clocks of its threads, including their ticks, and
+// increments the ticks. An access by thread w at tick k is in the past of thread t if t's clock
+// holds k or more for w (Mattern 1988; Flanagan and Freund 2009 keep, as memory.cpp does, only the
+// last accesses to each place).
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -55,7 +57,8 @@ void Clock::join(const Clock& other) {
         return;
     }
     own();
-    for (int i = 0; i < machine.num_clocks; i++) data_->tick[i] = std::max(data_->tick[i], other.data_->tick[i]);
+    for (int i = 0; i < machine.num_clocks; i++)
+        data_->tick[i] = std::max(data_->tick[i], other.data_->tick[i]);
 }
 
 void Clock::raise(int who, Tick tick) {
@@ -73,7 +76,7 @@ void release_thread_into(int thread, Clock& clock) {
 
 void acquire_thread_from(int thread, const Clock& clock) {
     Fiber& fiber = machine.fibers[thread];
-    // Threads that leave a barrier together mostly knew the same, and so know the same afterwards: share the result.
+    // Threads that leave a barrier together mostly had equal clocks, so they share the result.
     static Clock before, with, result;
     if (!(before.same_as(fiber.seen) && with.same_as(clock))) {
         before = fiber.seen;
@@ -94,7 +97,9 @@ void fence_async_proxy() {
 }
 
 int new_agent() {
-    if (num_agents == MAX_AGENTS) fail("too much for the emulator", nullptr, "a block uses more than %d mbarriers", MAX_AGENTS);
+    if (num_agents == MAX_AGENTS)
+        fail("too much for the emulator", nullptr, "a block uses more than %d mbarriers",
+             MAX_AGENTS);
     return machine.num_threads + num_agents++;
 }
 
@@ -104,7 +109,8 @@ Tick agent_tick(uint32_t count) {
     return tick;
 }
 
-// Ticks increase from block to block, which distinguishes the accesses of earlier blocks from those of the current one.
+// Ticks increase from block to block, which distinguishes the accesses of earlier blocks from those
+// of the current one.
 void prepare_block_clocks() {
     machine.num_clocks = std::min(machine.num_threads + MAX_AGENTS, MAX_CLOCKS + MAX_AGENTS);
     machine.block_start = ++machine.latest;

@@ -1,6 +1,7 @@
 // Synchronization points: collectives of a warp or a warpgroup, and barriers of a block.
 //
-// Each participant passes the address of its operands, which are on its own stack. The last one to arrive computes the results of all.
+// Each participant passes the address of its operands, which are on its own stack. The last one to
+// arrive computes the results of all.
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -13,14 +14,14 @@ namespace emulator {
 
 typedef void (*Execute)(void** operands, unsigned mask, int warp);
 
-// Lanes waiting for the rest of their mask.
+// Lanes that wait for the rest of their mask.
 struct Meeting {
     Execute execute;
     unsigned mask, arrived;
     void* operands[WARP_SIZE];
     Site sites[WARP_SIZE];
 };
-static std::vector<std::vector<Meeting>> meetings;  // by warp; more than one only where lanes have diverged
+static std::vector<std::vector<Meeting>> meetings;  // by warp; several only if lanes have diverged
 
 struct Group {
     int arrived;
@@ -37,7 +38,7 @@ struct Waiter {
 struct Barrier {
     int threads = 0, arrived = 0, sum = 0;
     bool all = true, any = false;
-    Clock seen;  // by those who arrive without waiting
+    Clock seen;  // of arrivals without a wait
     std::vector<Waiter> waiters;
     Site first_site = nullptr;
 };
@@ -62,9 +63,12 @@ static Meeting& join_meeting(int warp, Execute execute, unsigned mask) {
     return meetings[warp].back();
 }
 
-void warp_collective(const char* name, Site site, unsigned mask, void* operands, Execute execute, bool aligned) {
+void warp_collective(const char* name, Site site, unsigned mask, void* operands, Execute execute,
+                     bool aligned) {
     const int me = machine.running, warp = me / WARP_SIZE, lane = me % WARP_SIZE;
-    if (!(mask >> lane & 1)) fail("wrong mask", site, "lane %d calls %s with the mask 0x%08x, in which it is not", lane, name, mask);
+    if (!(mask >> lane & 1))
+        fail("wrong mask", site, "lane %d calls %s with the mask 0x%08x, in which it is not", lane,
+             name, mask);
     mask &= existing_lanes(warp);
     Meeting& meeting = join_meeting(warp, execute, mask);
     meeting.arrived |= 1u << lane;
@@ -72,7 +76,8 @@ void warp_collective(const char* name, Site site, unsigned mask, void* operands,
     meeting.sites[lane] = site;
     if (meeting.arrived != mask) {
         char detail[96];
-        snprintf(detail, sizeof detail, mask == ~0u ? "for its whole warp" : "for the lanes 0x%08x", mask);
+        snprintf(detail, sizeof detail, mask == ~0u ? "for its whole warp" : "for the lanes 0x%08x",
+                 mask);
         suspend(name, site, detail);
         return;
     }
@@ -86,7 +91,8 @@ void warp_collective(const char* name, Site site, unsigned mask, void* operands,
     }
 }
 
-void group_collective(const char* name, Site site, int first, int count, void* operands, void (*execute)(void** operands, int first)) {
+void group_collective(const char* name, Site site, int first, int count, void* operands,
+                      void (*execute)(void** operands, int first)) {
     Group& group = groups[{first, name}];
     if (group.operands.empty()) group = Group{0, std::vector<void*>(count)};
     group.operands[machine.running - first] = operands;
@@ -106,19 +112,22 @@ void group_collective(const char* name, Site site, int first, int count, void* o
 // ---- barriers of a block
 
 static void check_barrier(const Barrier& barrier, int id, int threads, Site site) {
-    if (id < 0 || id > 15) fail("wrong barrier", site, "there are barriers 0 to 15, and this names %d", id);
+    if (id < 0 || id > 15)
+        fail("wrong barrier", site, "there are barriers 0 to 15, and this names %d", id);
     if (threads % WARP_SIZE && threads != machine.num_threads)
-        fail("wrong barrier", site, "barrier %d is for %d threads, which is no multiple of 32", id, threads);
+        fail("wrong barrier", site, "barrier %d is for %d threads, which is no multiple of 32", id,
+             threads);
     if (barrier.arrived && barrier.threads != threads)
-        fail("wrong barrier", site, "barrier %d is for %d threads here, and for %d at @%p@", id, threads, barrier.threads,
-             barrier.first_site);
+        fail("wrong barrier", site, "barrier %d is for %d threads here, and for %d at @%p@", id,
+             threads, barrier.threads, barrier.first_site);
 }
 
-// Lanes of a warp must come to a barrier together, at one place.
+// Lanes of a warp must reach a barrier together, at one place.
 static void check_together(const Waiter& one, const Waiter& other) {
     if (one.line != other.line)
         fail_for(other.thread, "divergent instruction", other.site,
-                 "lanes of one warp meet in a barrier that the whole warp has to execute together, some at line %d, some at line %d",
+                 "lanes of one warp meet in a barrier that the whole warp has to execute together, "
+                 "some at line %d, some at line %d",
                  one.line, other.line);
     if (one.site != other.site) note_divergence(one.site, other.site);
 }
@@ -129,7 +138,8 @@ static void complete_barrier(Barrier& barrier) {
         const Fiber& fiber = machine.fibers[waiter.thread];
         if (!last.same_as(fiber.seen)) joined.join(last = fiber.seen);
     }
-    for (const Waiter& waiter : barrier.waiters) joined.raise(waiter.thread, machine.fibers[waiter.thread].now);
+    for (const Waiter& waiter : barrier.waiters)
+        joined.raise(waiter.thread, machine.fibers[waiter.thread].now);
     std::vector<const Waiter*> first_of_warp(machine.num_warps);
     for (const Waiter& waiter : barrier.waiters) {
         Fiber& fiber = machine.fibers[waiter.thread];
@@ -153,7 +163,9 @@ static void arrive(Barrier& barrier, int id, int threads, Site site, int value) 
     barrier.all &= value != 0;
     barrier.any |= value != 0;
     for (const Waiter& waiter : barrier.waiters)
-        if (waiter.thread == machine.running) fail("wrong barrier", site, "the thread arrives twice at barrier %d before it completes", id);
+        if (waiter.thread == machine.running)
+            fail("wrong barrier", site,
+                 "the thread arrives twice at barrier %d before it completes", id);
 }
 
 Votes barrier_sync(int id, int threads, Site site, const char* name, int value, int line) {

@@ -1,4 +1,5 @@
-// Fibers: a stack for each thread, with a guard below it, and the switch from one to another, by hand where the processor is known.
+// Fibers: a stack for each thread, with a guard below it, and the switch between them, in assembly
+// for known processors.
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -85,7 +86,8 @@ void* new_stack_pointer(char* top, void (*entry)()) {
     return sp;
 }
 #else
-// Anywhere else: the C library's contexts, slower since each switch is a system call. The stack pointer points to a context instead.
+// Other processors: the C library's contexts, slower since each switch is a system call. The stack
+// pointer points to a context instead.
 extern "C" void emulator_switch(void** save, void* load) {
     ucontext_t here;
     *save = &here;
@@ -102,13 +104,15 @@ void* new_stack_pointer(char* top, void (*entry)()) {
 }
 #endif
 
-// Stacks with a guard below each, where a thread that recurses without end stops. Returns whether there is memory for them.
+// Allocate stacks with a guard page below each, which stops endless recursion. Returns false if
+// there is no memory for them.
 bool allocate_stacks(Launch& launch, int count) {
     const size_t each = STACK_BYTES + GUARD_BYTES;
     if (count > launch.num_stacks) {
         if (launch.num_stacks) munmap(launch.stacks, launch.num_stacks * each);
         launch.num_stacks = 0;
-        void* memory = mmap(nullptr, count * each, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory = mmap(nullptr, count * each, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) return false;
         launch.stacks = static_cast<char*>(memory);
         launch.num_stacks = count;
@@ -116,7 +120,8 @@ bool allocate_stacks(Launch& launch, int count) {
     }
     machine.stacks_begin = launch.stacks;
     machine.stacks_end = launch.stacks + launch.num_stacks * each;
-    for (int i = 0; i < count; i++) machine.fibers[i].stack = launch.stacks + i * each + GUARD_BYTES;
+    for (int i = 0; i < count; i++)
+        machine.fibers[i].stack = launch.stacks + i * each + GUARD_BYTES;
     return true;
 }
 

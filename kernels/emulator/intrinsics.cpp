@@ -22,7 +22,8 @@ static void execute_sync_warp(void**, unsigned mask, int warp) {
         if (!last.same_as(fiber.seen)) joined.join(last = fiber.seen);
     }
     for (int lane = 0; lane < WARP_SIZE; lane++)
-        if (mask >> lane & 1) joined.raise(warp * WARP_SIZE + lane, machine.fibers[warp * WARP_SIZE + lane].now);
+        if (mask >> lane & 1)
+            joined.raise(warp * WARP_SIZE + lane, machine.fibers[warp * WARP_SIZE + lane].now);
     for (int lane = 0; lane < WARP_SIZE; lane++) {
         if (!(mask >> lane & 1)) continue;
         Fiber& fiber = machine.fibers[warp * WARP_SIZE + lane];
@@ -31,7 +32,9 @@ static void execute_sync_warp(void**, unsigned mask, int warp) {
     }
 }
 
-void sync_warp(unsigned mask) { warp_collective("__syncwarp", EMULATOR_SITE, mask, nullptr, execute_sync_warp, false); }
+void sync_warp(unsigned mask) {
+    warp_collective("__syncwarp", EMULATOR_SITE, mask, nullptr, execute_sync_warp, false);
+}
 
 // ---- shuffles: no memory order, just values
 
@@ -50,7 +53,9 @@ static void execute_shuffle(void** operands, unsigned mask, int) {
         if (!(mask >> lane & 1)) continue;
         const Shuffle& mine = *lanes[lane];
         if (!(mask >> mine.source & 1))
-            fail("wrong mask", mine.site, "lane %d shuffles from lane %d, which does not take part (mask 0x%08x)", lane, mine.source, mask);
+            fail("wrong mask", mine.site,
+                 "lane %d shuffles from lane %d, which does not take part (mask 0x%08x)", lane,
+                 mine.source, mask);
         memcpy(mine.value, values[mine.source], mine.bytes);
     }
 }
@@ -64,8 +69,12 @@ static int source_lane(char how, int lane, int operand, int width) {
 }
 
 void shuffle(unsigned mask, void* value, int bytes, char how, int operand, int width) {
-    const char* name = how == 'i' ? "__shfl_sync" : how == 'x' ? "__shfl_xor_sync" : how == 'd' ? "__shfl_down_sync" : "__shfl_up_sync";
-    Shuffle mine{value, bytes, source_lane(how, machine.running % WARP_SIZE, operand, width), EMULATOR_SITE};
+    const char* name = how == 'i'   ? "__shfl_sync"
+                       : how == 'x' ? "__shfl_xor_sync"
+                       : how == 'd' ? "__shfl_down_sync"
+                                    : "__shfl_up_sync";
+    Shuffle mine{value, bytes, source_lane(how, machine.running % WARP_SIZE, operand, width),
+                 EMULATOR_SITE};
     warp_collective(name, mine.site, mask, &mine, execute_shuffle, false);
 }
 
@@ -91,8 +100,8 @@ unsigned ballot(unsigned mask, bool predicate, const char* name) {
     return mine.result;
 }
 
-// ---- atomics. They also order what their threads do, which is more than a GPU promises without fences: a missing __threadfence is not
-// found here.
+// ---- atomics. They also order all accesses of their threads, which a GPU guarantees only with
+// fences: a missing __threadfence is not detected.
 
 static std::map<uintptr_t, Clock> atomic_clocks;
 static void forget_atomics() {
@@ -102,8 +111,11 @@ static void forget_atomics() {
 }
 static Registration registration(nullptr, forget_atomics);
 
-static uint64_t combined(char how, uint64_t old, uint64_t operand, uint64_t compare, int bytes, bool is_signed) {
-    const bool less = is_signed && bytes == 4 ? static_cast<int32_t>(old) < static_cast<int32_t>(operand) : old < operand;
+static uint64_t combined(char how, uint64_t old, uint64_t operand, uint64_t compare, int bytes,
+                         bool is_signed) {
+    const bool less = is_signed && bytes == 4
+                          ? static_cast<int32_t>(old) < static_cast<int32_t>(operand)
+                          : old < operand;
     switch (how) {
         case '+': return old + operand;
         case 'x': return operand;
@@ -113,7 +125,8 @@ static uint64_t combined(char how, uint64_t old, uint64_t operand, uint64_t comp
     }
 }
 
-uint64_t atomic(void* address, int bytes, char how, uint64_t operand, uint64_t compare, bool is_signed) {
+uint64_t atomic(void* address, int bytes, char how, uint64_t operand, uint64_t compare,
+                bool is_signed) {
     const Site site = EMULATOR_SITE;
     Clock& clock = atomic_clocks[reinterpret_cast<uintptr_t>(address)];
     acquire_from(clock);

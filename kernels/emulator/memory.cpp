@@ -1,8 +1,10 @@
-// Checked memory: every load and store of a kernel comes here before it happens.
+// Checked memory: every load and store of a kernel passes here first.
 //
-// Known regions are the launch's arrays, the block's shared memory (static and dynamic), the stacks of the fibers, and the constants of the
-// library. Arrays and shared memory have shadow cells, one per element or two bytes. A cell records whether it was written, its last write
-// and the reads since. Two accesses to a cell, one of them a write, are a race unless the vector clocks order them.
+// Known regions are the launch's arrays, the block's shared memory (static and dynamic), the stacks
+// of the fibers, and the constants of the library. Arrays and shared memory have shadow cells, one
+// per element or two bytes. A cell records whether it was written, its last write and the reads
+// since. Two accesses to a cell, one of them a write, are a race unless the vector clocks order
+// them.
 #include <link.h>
 
 #include <algorithm>
@@ -12,7 +14,7 @@
 
 #include "shadow.h"
 
-// Static shared variables are put into a section of that name, whose ends the linker marks (cuda.h).
+// Ends of the section of static shared variables (cuda.h), set by the linker.
 extern "C" char __start_minillm_shared[] __attribute__((weak, visibility("hidden")));
 extern "C" char __stop_minillm_shared[] __attribute__((weak, visibility("hidden")));
 
@@ -24,7 +26,8 @@ static std::vector<uint32_t> site_table;  // open addressing: where in `sites` a
 
 static unsigned number_of_site(Site site) {
     const size_t mask = site_table.size() - 1;
-    for (size_t i = (reinterpret_cast<uintptr_t>(site) * 0x9e3779b97f4a7c15ull >> 44) & mask;; i = (i + 1) & mask) {
+    for (size_t i = (reinterpret_cast<uintptr_t>(site) * 0x9e3779b97f4a7c15ull >> 44) & mask;;
+         i = (i + 1) & mask) {
         if (!site_table[i]) {
             sites.push_back(site);
             return site_table[i] = static_cast<uint32_t>(sites.size() - 1);
@@ -36,7 +39,8 @@ static unsigned number_of_site(Site site) {
 static Region* last_region;
 static std::vector<char> arena;
 
-static void add_region(uintptr_t begin, size_t bytes, Kind kind, int item_bytes, std::string name, bool written) {
+static void add_region(uintptr_t begin, size_t bytes, Kind kind, int item_bytes, std::string name,
+                       bool written) {
     if (!bytes) return;
     Region region;
     region.begin = begin;
@@ -51,10 +55,11 @@ static void add_region(uintptr_t begin, size_t bytes, Kind kind, int item_bytes,
     regions.push_back(std::move(region));
 }
 
-// Arrays may be views of one another's memory (q, k, v of one projection): those that overlap become one region.
+// Add the arrays, merging those that overlap (q, k, v of one projection) into one region.
 static void add_arrays(const Launch& launch) {
     std::vector<Array> arrays(launch.arrays, launch.arrays + launch.num_arrays);
-    std::sort(arrays.begin(), arrays.end(), [](const Array& a, const Array& b) { return a.address < b.address; });
+    std::sort(arrays.begin(), arrays.end(),
+              [](const Array& a, const Array& b) { return a.address < b.address; });
     for (size_t i = 0; i < arrays.size();) {
         Array all = arrays[i];
         std::string name = all.name;
@@ -62,7 +67,8 @@ static void add_arrays(const Launch& launch) {
         for (; j < arrays.size() && arrays[j].address < all.address + all.bytes; j++) {
             all.bytes = std::max(all.bytes, arrays[j].address + arrays[j].bytes - all.address);
             all.written &= arrays[j].written;
-            if (name.find(arrays[j].name) == std::string::npos) name += std::string(" / ") + arrays[j].name;
+            if (name.find(arrays[j].name) == std::string::npos)
+                name += std::string(" / ") + arrays[j].name;
         }
         add_region(all.address, all.bytes, GLOBAL, all.item_bytes, name, all.written);
         i = j;
@@ -79,16 +85,20 @@ void prepare_memory(const Launch& launch) {
         const Array& variable = launch.shared_variables[i];
         add_region(variable.address, variable.bytes, STATIC_SHARED, 1, variable.name, false);
     }
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(__start_minillm_shared), end = reinterpret_cast<uintptr_t>(__stop_minillm_shared);
-    if (!launch.num_shared_variables) add_region(begin, end - begin, STATIC_SHARED, 1, "static shared memory", false);
-    constexpr size_t ALIGNMENT = 1024, RED_ZONE = 4096;  // no array of the launch lies within a red zone's reach
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(__start_minillm_shared),
+                    end = reinterpret_cast<uintptr_t>(__stop_minillm_shared);
+    if (!launch.num_shared_variables)
+        add_region(begin, end - begin, STATIC_SHARED, 1, "static shared memory", false);
+    // No array of the launch is within a red zone.
+    constexpr size_t ALIGNMENT = 1024, RED_ZONE = 4096;
     arena.resize(launch.shared_bytes + ALIGNMENT + 2 * RED_ZONE);
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(arena.data()) + RED_ZONE + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(arena.data()) + RED_ZONE + ALIGNMENT - 1) /
+                            ALIGNMENT * ALIGNMENT;
     machine.shared = reinterpret_cast<char*>(start);
     add_region(start, launch.shared_bytes, DYNAMIC_SHARED, 1, "dynamic shared memory", false);
 }
 
-// A new block finds nothing in shared memory: all bits set, which is a NaN in every floating-point type.
+// Fill shared memory for a new block with set bits, a NaN in every floating-point type.
 void prepare_block_memory() {
     for (Region& region : regions) {
         if (!region.is_shared()) continue;
@@ -98,7 +108,8 @@ void prepare_block_memory() {
 }
 
 static Region* find_region(uintptr_t address) {
-    if (last_region && address >= last_region->begin && address < last_region->end) return last_region;
+    if (last_region && address >= last_region->begin && address < last_region->end)
+        return last_region;
     for (Region& region : regions)
         if (address >= region.begin && address < region.end) return last_region = &region;
     return nullptr;
@@ -106,15 +117,15 @@ static Region* find_region(uintptr_t address) {
 
 // ---- checks
 
-// Whose access is checked, and what its author had seen of the others.
+// Author of a checked access, and the clock that it had seen.
 struct Author {
     int thread;       // blamed in reports
-    int who;          // dates the access: the thread itself or an agent
+    int who;          // the thread itself or an agent, which dates the access
     Tick tick;
     bool asynchronous;
     Site site;
     const Clock& seen;
-    Tick own;         // the thread's tick when it did this: its own past counts as seen
+    Tick own;         // the thread's tick at the access: its own past counts as seen
     const char* subject;  // "started wgmma, which ", or nothing: the thread itself
 
     bool knows(Event e) const {
@@ -124,22 +135,27 @@ struct Author {
     }
 };
 
-// Would these two accesses have to be ordered, and are not? Blocks are ordered by nothing but atomics.
+// Return true if two accesses lack an order. Only atomics order blocks.
 static bool conflicts(const Region& region, const Author& by, Event other) {
     if (!other) return false;
-    if (tick_of(other) < machine.block_start) return region.kind == GLOBAL && by.seen[who_of(other)] < tick_of(other);
+    if (tick_of(other) < machine.block_start)
+        return region.kind == GLOBAL && by.seen[who_of(other)] < tick_of(other);
     return !by.knows(other);
 }
 
 static void check_unfenced(const Region& region, size_t cell, const Author& by, Event writer) {
-    if (!by.asynchronous || !writer || is_asynchronous(writer) || tick_of(writer) < machine.block_start) return;
-    if (machine.fibers[who_of(writer)].fenced < tick_of(writer)) report_unfenced(region, cell, by.thread, by.site, writer, by.subject);
+    if (!by.asynchronous || !writer || is_asynchronous(writer) ||
+        tick_of(writer) < machine.block_start)
+        return;
+    if (machine.fibers[who_of(writer)].fenced < tick_of(writer))
+        report_unfenced(region, cell, by.thread, by.site, writer, by.subject);
 }
 
 static void check_read(Region& region, size_t first, size_t last, const Author& by) {
     if (machine.launch->checks & 2 && !region.written.empty())
         for (size_t cell = first; cell <= last; cell++)
-            if (region.written[cell] != WRITTEN) report_unwritten(region, cell, by.thread, by.site, by.subject);
+            if (region.written[cell] != WRITTEN)
+                report_unwritten(region, cell, by.thread, by.site, by.subject);
     if (!(machine.launch->checks & 1)) return;
     const Event event = make_event(by.who, by.asynchronous, number_of_site(by.site), by.tick);
     const int slot = (by.who + by.who / WARP_SIZE) % READERS;
@@ -147,7 +163,8 @@ static void check_read(Region& region, size_t first, size_t last, const Author& 
     for (size_t cell = first; cell <= last; cell++) {
         Cell& at = region.cells[cell];
         if (at.writer != fine) {
-            if (conflicts(region, by, at.writer)) report_race(region, cell, by.thread, by.site, false, at.writer, true, by.subject);
+            if (conflicts(region, by, at.writer))
+                report_race(region, cell, by.thread, by.site, false, at.writer, true, by.subject);
             if (region.is_shared()) check_unfenced(region, cell, by, at.writer);
             fine = at.writer;
         }
@@ -162,7 +179,9 @@ static void check_write(Region& region, size_t first, size_t last, const Author&
         for (size_t cell = first; cell <= last; cell++) {
             Cell& at = region.cells[cell];
             if (at.writer != fine) {
-                if (conflicts(region, by, at.writer)) report_race(region, cell, by.thread, by.site, true, at.writer, true, by.subject);
+                if (conflicts(region, by, at.writer))
+                    report_race(region, cell, by.thread, by.site, true, at.writer, true,
+                                by.subject);
                 fine = at.writer;
             }
             for (Event& reader : at.readers) {
@@ -175,26 +194,33 @@ static void check_write(Region& region, size_t first, size_t last, const Author&
             at.writer = event;
         }
     }
-    if (!region.written.empty()) std::fill(region.written.begin() + first, region.written.begin() + last + 1, WRITTEN);
+    if (!region.written.empty())
+        std::fill(region.written.begin() + first, region.written.begin() + last + 1, WRITTEN);
 }
 
-static void log_access(std::vector<Access>& log, uintptr_t address, size_t bytes, bool is_write, const Region& region, const Author& by) {
-    const uint8_t flags = (is_write ? 1 : 0) | (region.is_shared() ? 2 : 0) | (by.asynchronous ? 4 : 0);
-    log.push_back({reinterpret_cast<uint64_t>(by.site), address, machine.block_number, static_cast<uint16_t>(by.thread),
+static void log_access(std::vector<Access>& log, uintptr_t address, size_t bytes, bool is_write,
+                       const Region& region, const Author& by) {
+    const uint8_t flags =
+        (is_write ? 1 : 0) | (region.is_shared() ? 2 : 0) | (by.asynchronous ? 4 : 0);
+    log.push_back({reinterpret_cast<uint64_t>(by.site), address, machine.block_number,
+                   static_cast<uint16_t>(by.thread),
                    static_cast<uint8_t>(std::min<size_t>(bytes, 255)), flags});
 }
 
-// The bytes of a write are known only later: at the thread's next access.
+// Fill in the bytes of a write, which are known at the thread's next access.
 static void complete_trace() {
     if (!machine.trace_lacks_data) return;
     Traced& last = machine.trace.back();
-    memcpy(last.data, reinterpret_cast<const void*>(last.access.address), std::min<size_t>(last.access.bytes, sizeof last.data));
+    memcpy(last.data, reinterpret_cast<const void*>(last.access.address),
+           std::min<size_t>(last.access.bytes, sizeof last.data));
     machine.trace_lacks_data = false;
 }
 
-static void log_and_trace(uintptr_t address, size_t bytes, bool is_write, const Region& region, const Author& by) {
+static void log_and_trace(uintptr_t address, size_t bytes, bool is_write, const Region& region,
+                          const Author& by) {
     const Launch& launch = *machine.launch;
-    if (launch.log_block == machine.block_number) log_access(machine.log, address, bytes, is_write, region, by);
+    if (launch.log_block == machine.block_number)
+        log_access(machine.log, address, bytes, is_write, region, by);
     if (launch.watch_block != machine.block_number || launch.watch_thread != by.thread) return;
     complete_trace();
     std::vector<Access> row;
@@ -204,16 +230,21 @@ static void log_and_trace(uintptr_t address, size_t bytes, bool is_write, const 
     if (!is_write) complete_trace();
 }
 
-static void check(uintptr_t address, size_t bytes, bool is_write, const Author& by, bool logged = true) {
+static void check(uintptr_t address, size_t bytes, bool is_write, const Author& by,
+                  bool logged = true) {
     Region* region = find_region(address);
     if (!region) report_outside(address, bytes, is_write, by.thread, by.site);
-    if (address + bytes > region->end) report_outside(region->end, address + bytes - region->end, is_write, by.thread, by.site);
+    if (address + bytes > region->end)
+        report_outside(region->end, address + bytes - region->end, is_write, by.thread, by.site);
     if (logged) log_and_trace(address, bytes, is_write, *region, by);
-    const size_t first = (address - region->begin) >> region->shift, last = (address + bytes - 1 - region->begin) >> region->shift;
-    if (bytes < (1u << region->shift)) {  // part of a cell: neighbours may belong to others, so only bounds and initialisation are checked
+    const size_t first = (address - region->begin) >> region->shift,
+                 last = (address + bytes - 1 - region->begin) >> region->shift;
+    // Part of a cell, whose rest may belong to other threads: no check for races.
+    if (bytes < (1u << region->shift)) {
         if (is_write) {
             if (!region->written.empty()) region->written[first] = WRITTEN;
-        } else if (machine.launch->checks & 2 && !region->written.empty() && region->written[first] != WRITTEN) {
+        } else if (machine.launch->checks & 2 && !region->written.empty() &&
+                   region->written[first] != WRITTEN) {
             report_unwritten(*region, first, by.thread, by.site, by.subject);
         }
         return;
@@ -235,10 +266,14 @@ static void access(uintptr_t address, size_t bytes, bool is_write, Site site) {
     Fiber& fiber = machine.fibers[me];
     const uintptr_t stack = reinterpret_cast<uintptr_t>(fiber.stack);
     if (address - stack < STACK_BYTES) return;  // its own local variables
-    if (address >= reinterpret_cast<uintptr_t>(machine.stacks_begin) && address < reinterpret_cast<uintptr_t>(machine.stacks_end))
-        fail("out of bounds", site, "%s %zu bytes of another thread's local variables", verb(is_write), bytes);
-    if (!find_region(address) && (in_library(address) || in_arguments(address))) return;  // constants and tables
-    check(address, bytes, is_write, Author{me, me, fiber.now, false, site, fiber.seen, fiber.now, ""});
+    if (address >= reinterpret_cast<uintptr_t>(machine.stacks_begin) &&
+        address < reinterpret_cast<uintptr_t>(machine.stacks_end))
+        fail("out of bounds", site, "%s %zu bytes of another thread's local variables",
+             verb(is_write), bytes);
+    // Constants and tables.
+    if (!find_region(address) && (in_library(address) || in_arguments(address))) return;
+    check(address, bytes, is_write,
+          Author{me, me, fiber.now, false, site, fiber.seen, fiber.now, ""});
 }
 
 void access_of_kernel(void* address, size_t bytes, bool is_write, Site site) {
@@ -247,8 +282,12 @@ void access_of_kernel(void* address, size_t bytes, bool is_write, Site site) {
     if (machine.launch->preempt && !random_below(machine.launch->preempt)) yield();
 }
 
-void read(const void* address, size_t bytes, Site site) { access(reinterpret_cast<uintptr_t>(address), bytes, false, site); }
-void write(void* address, size_t bytes, Site site) { access(reinterpret_cast<uintptr_t>(address), bytes, true, site); }
+void read(const void* address, size_t bytes, Site site) {
+    access(reinterpret_cast<uintptr_t>(address), bytes, false, site);
+}
+void write(void* address, size_t bytes, Site site) {
+    access(reinterpret_cast<uintptr_t>(address), bytes, true, site);
+}
 
 void write_landed(void* address, size_t bytes, Site site) {
     const Fiber& me = running_fiber();
@@ -260,7 +299,8 @@ void require_aligned(const void* address, size_t bytes, Site site) {
     const uintptr_t a = reinterpret_cast<uintptr_t>(address);
     if (a % bytes == 0) return;
     const Region* region = find_region(a);
-    fail("misaligned access", site, "accesses %zu bytes at once at %s, and the address 0x%zx is no multiple of %zu", bytes,
+    fail("misaligned access", site,
+         "accesses %zu bytes at once at %s, and the address 0x%zx is no multiple of %zu", bytes,
          region ? place(*region, a).c_str() : "memory of no array", static_cast<size_t>(a), bytes);
 }
 
@@ -269,19 +309,26 @@ static void require(const void* address, size_t bytes, Site site, const char* wh
     const Region* region = find_region(a);
     if (region && region->is_shared() == shared && a + bytes <= region->end) return;
     if (region && region->is_shared() != shared)
-        fail("wrong memory", site, "%s takes an address in %s memory, and this is %s", what, shared ? "shared" : "global",
-             place(*region, a).c_str());
-    report_outside(region ? region->end : a, region ? a + bytes - region->end : bytes, false, machine.running, site);
+        fail("wrong memory", site, "%s takes an address in %s memory, and this is %s", what,
+             shared ? "shared" : "global", place(*region, a).c_str());
+    report_outside(region ? region->end : a, region ? a + bytes - region->end : bytes, false,
+                   machine.running, site);
 }
-void require_shared(const void* address, size_t bytes, Site site, const char* what) { require(address, bytes, site, what, true); }
-void require_global(const void* address, size_t bytes, Site site, const char* what) { require(address, bytes, site, what, false); }
+void require_shared(const void* address, size_t bytes, Site site, const char* what) {
+    require(address, bytes, site, what, true);
+}
+void require_global(const void* address, size_t bytes, Site site, const char* what) {
+    require(address, bytes, site, what, false);
+}
 
 uint32_t shared_address(const void* pointer) {
     const Region* region = find_region(reinterpret_cast<uintptr_t>(pointer));
-    if (!region || !region->is_shared()) fail("wrong memory", EMULATOR_SITE, "shared_address of an address outside shared memory");
+    if (!region || !region->is_shared())
+        fail("wrong memory", EMULATOR_SITE, "shared_address of an address outside shared memory");
     const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
     if (region->kind == DYNAMIC_SHARED) return static_cast<uint32_t>(address - region->begin);
-    return static_cast<uint32_t>(machine.launch->shared_bytes + address - reinterpret_cast<uintptr_t>(__start_minillm_shared));
+    return static_cast<uint32_t>(machine.launch->shared_bytes + address -
+                                 reinterpret_cast<uintptr_t>(__start_minillm_shared));
 }
 
 // ---- asynchronous accesses
@@ -292,9 +339,11 @@ void mark_in_flight(void* address, size_t bytes, Site site) {
     if (!region || a + bytes > region->end) report_outside(a, bytes, true, machine.running, site);
     memset(address, 0xff, bytes);
     if (region->written.empty()) return;
-    const size_t first = (a - region->begin) >> region->shift, last = (a + bytes - 1 - region->begin) >> region->shift;
+    const size_t first = (a - region->begin) >> region->shift,
+                 last = (a + bytes - 1 - region->begin) >> region->shift;
     std::fill(region->written.begin() + first, region->written.begin() + last + 1, IN_FLIGHT);
-    const Event starter = make_event(machine.running, true, number_of_site(site), running_fiber().now);
+    const Event starter =
+        make_event(machine.running, true, number_of_site(site), running_fiber().now);
     std::fill(region->awaited.begin() + first, region->awaited.begin() + last + 1, starter);
 }
 
@@ -302,7 +351,8 @@ void mark_landed(void* address, size_t bytes) {
     const uintptr_t a = reinterpret_cast<uintptr_t>(address);
     Region* region = find_region(a);
     if (!region || region->written.empty()) return;
-    const size_t first = (a - region->begin) >> region->shift, last = (a + bytes - 1 - region->begin) >> region->shift;
+    const size_t first = (a - region->begin) >> region->shift,
+                 last = (a + bytes - 1 - region->begin) >> region->shift;
     std::fill(region->written.begin() + first, region->written.begin() + last + 1, WRITTEN);
 }
 
@@ -314,9 +364,11 @@ Async begin_async(Site site) {
     return Async{machine.running, site, seen};
 }
 
-void async_access(const Async& by, void* address, size_t bytes, bool is_write, int agent, Tick tick, const char* what) {
+void async_access(const Async& by, void* address, size_t bytes, bool is_write, int agent, Tick tick,
+                  const char* what) {
     const std::string subject = std::string("started ") + what + ", which ";
-    const Author author{by.thread, agent, tick, true, by.site, by.seen, by.seen[by.thread], subject.c_str()};
+    const Author author{by.thread,          agent,          tick, true, by.site, by.seen,
+                        by.seen[by.thread], subject.c_str()};
     check(reinterpret_cast<uintptr_t>(address), bytes, is_write, author);
 }
 
@@ -324,7 +376,7 @@ void async_access(const Async& by, void* address, size_t bytes, bool is_write, i
 
 static uintptr_t library_begin, library_end;
 
-// The extent of this library (the kernel and the emulator, linked together) in memory.
+// Find the extent of this library (the kernel linked with the emulator) in memory.
 static int find_library(dl_phdr_info* info, size_t, void* inside) {
     uintptr_t begin = UINTPTR_MAX, end = 0;
     for (int i = 0; i < info->dlpi_phnum; i++) {

@@ -1,7 +1,9 @@
-// Running a launch: blocks one after another, the threads of a block as fibers, all in one thread of the process.
+// Execution of a launch: blocks in sequence, the threads of a block as fibers, all in one thread of
+// the process.
 //
-// A thread runs until it has to wait for others (or is made to yield). Which one goes on then is the order's choice: each order is a legal
-// schedule of the GPU's, and a kernel that lacks a barrier gives other results under some of them.
+// A thread runs until it waits for others (or is preempted). The order chooses the next one: each
+// order is a legal schedule of the GPU, and a kernel that lacks a barrier gives different results
+// under some of them.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -99,7 +101,8 @@ static int highest(uint32_t lanes) { return 31 - __builtin_clz(lanes); }
 
 // The next warp from `warp` on, in steps of `step`, of which a lane can run; -1 if there is none.
 static int next_ready_warp(int warp, int step) {
-    for (int i = 0, w = warp; i < machine.num_warps; i++, w = (w + step + machine.num_warps) % machine.num_warps)
+    for (int i = 0, w = warp; i < machine.num_warps;
+         i++, w = (w + step + machine.num_warps) % machine.num_warps)
         if (machine.ready[w]) return w;
     return -1;
 }
@@ -169,7 +172,8 @@ static void start_block(uint32_t number) {
 
 static void run_threads() {
     const bool forwards = machine.launch->order == static_cast<int>(Order::round_robin);
-    int last = forwards ? machine.num_threads - 1 : 0;  // so that the first to run is thread 0, or the last where order is reversed
+    // The first to run is thread 0, or the last if reversed.
+    int last = forwards ? machine.num_threads - 1 : 0;
     constexpr int SWITCHES_PER_POLL = 16;
     for (uint64_t count = 1; machine.left > 0 && !machine.failed; count++) {
         if (count % SWITCHES_PER_POLL == 0) poll_all(false);
@@ -200,7 +204,8 @@ static std::vector<uint32_t> block_order() {
     const Index grid = machine.launch->grid;
     std::vector<uint32_t> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
     std::iota(order.begin(), order.end(), 0);
-    if (machine.launch->order == static_cast<int>(Order::reversed)) std::reverse(order.begin(), order.end());
+    if (machine.launch->order == static_cast<int>(Order::reversed))
+        std::reverse(order.begin(), order.end());
     if (machine.launch->order == static_cast<int>(Order::random))
         for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[random_below(i)]);
     return order;
@@ -230,7 +235,8 @@ static bool prepare(Launch& launch, Report& report) {
     return false;
 }
 
-extern "C" __attribute__((visibility("default"))) int emulator_launch(Launch* launch, Report* report) {
+extern "C" __attribute__((visibility("default"))) int emulator_launch(Launch* launch,
+                                                                      Report* report) {
     if (!prepare(*launch, *report)) return 1;
     for (uint32_t number : block_order()) {
         if (launch->only_block >= 0 && number != launch->only_block) continue;
@@ -251,9 +257,12 @@ extern "C" __attribute__((visibility("default"))) int emulator_launch(Launch* la
 
 // ---- watching
 
-void watch(const char* name, char type, int element_bytes, const void* data, size_t count, const int* shape) {
+void watch(const char* name, char type, int element_bytes, const void* data, size_t count,
+           const int* shape) {
     const Site site = EMULATOR_SITE;
-    if (machine.launch->watch_thread != machine.running || machine.launch->watch_block != machine.block_number) return;
+    if (machine.launch->watch_thread != machine.running ||
+        machine.launch->watch_block != machine.block_number)
+        return;
     Watched header{};
     header.site = reinterpret_cast<uint64_t>(site);
     header.count = count;
@@ -264,7 +273,8 @@ void watch(const char* name, char type, int element_bytes, const void* data, siz
     std::vector<char>& log = machine.watched;
     const char* bytes = reinterpret_cast<const char*>(&header);
     log.insert(log.end(), bytes, bytes + sizeof header);
-    log.insert(log.end(), static_cast<const char*>(data), static_cast<const char*>(data) + count * element_bytes);
+    log.insert(log.end(), static_cast<const char*>(data),
+               static_cast<const char*>(data) + count * element_bytes);
     log.resize((log.size() + 7) / 8 * 8);
 }
 

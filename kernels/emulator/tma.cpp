@@ -1,8 +1,9 @@
-// Hopper's copy engine and its barriers, as late as they may be: a tile lands at some random moment after it was asked for, and until then
-// counts as unwritten, so a kernel that lacks a wait gets a report.
+// Hopper's copy engine and its barriers. A tile lands at a random time after its request and counts
+// as unwritten until then, so a kernel that lacks a wait gets a report.
 //
-// Copies read and write for a virtual thread of their own (an agent), at a tick of its clock; whoever has waited for them in the way that
-// the PTX manual asks for has seen that tick, and only he may touch the same memory.
+// Copies access memory as a virtual thread (an agent), at a tick of its clock. A thread that has
+// waited for them as the PTX manual requires has seen that tick; others must not access the same
+// memory.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -20,13 +21,13 @@ using namespace emulator;
 namespace {
 
 struct Barrier {
-    int count = 0;           // arrivals that a phase needs,
-    int missing = 0;         // and those that this one still lacks
-    int64_t bytes = 0;       // that it still lacks
+    int count = 0;           // arrivals of a phase
+    int missing = 0;         // missing arrivals
+    int64_t bytes = 0;       // missing bytes
     uint32_t phase = 0;
-    Clock gathered, done;    // the clocks of the arrivals in this phase, and in the last one
-    int agent = 0;           // writer of the tiles that it counts,
-    uint32_t landed = 0;     // and how many it has written
+    Clock gathered, done;    // clocks of the arrivals in this phase and the last one
+    int agent = 0;           // agent that writes its tiles
+    uint32_t landed = 0;     // number of tiles written
     int made_by = 0;
     bool fenced = false;
     std::vector<int> waiters;
@@ -36,7 +37,8 @@ std::map<const void*, Barrier> barriers;
 Barrier& barrier_at(uint64_t* address, Site site) {
     require_shared(address, 8, site, "an mbarrier");
     const auto found = barriers.find(address);
-    if (found == barriers.end()) fail("no mbarrier", site, "there is no mbarrier at this place: it was never initialised");
+    if (found == barriers.end())
+        fail("no mbarrier", site, "there is no mbarrier at this place: it was never initialised");
     read(address, 8, site);
     return found->second;
 }
@@ -53,12 +55,14 @@ void complete_if_nothing_is_missing(Barrier& barrier) {
         barrier.done = barrier.gathered;
         barrier.gathered = Clock();
     }
-    wake_waiters(barrier);  // also those of an unfinished phase, whose wait text has changed
+    wake_waiters(barrier);  // including those of an unfinished phase, whose wait text has changed
 }
 
 void arrive(Barrier& barrier, int bytes, Site site) {
     if (barrier.missing == 0)
-        fail("wrong mbarrier", site, "more than the %d arrivals that the mbarrier was made for, in phase %u", barrier.count, barrier.phase);
+        fail("wrong mbarrier", site,
+             "more than the %d arrivals that the mbarrier was made for, in phase %u", barrier.count,
+             barrier.phase);
     barrier.missing--;
     barrier.bytes += bytes;
     release_into(barrier.gathered);
@@ -80,8 +84,12 @@ void mbarrier_init(uint64_t* address, int count) {
     barrier.made_by = thread();
 }
 
-void mbarrier_expect(uint64_t* address, int bytes) { arrive(barrier_at(address, EMULATOR_SITE), bytes, EMULATOR_SITE); }
-void mbarrier_arrive(uint64_t* address) { arrive(barrier_at(address, EMULATOR_SITE), 0, EMULATOR_SITE); }
+void mbarrier_expect(uint64_t* address, int bytes) {
+    arrive(barrier_at(address, EMULATOR_SITE), bytes, EMULATOR_SITE);
+}
+void mbarrier_arrive(uint64_t* address) {
+    arrive(barrier_at(address, EMULATOR_SITE), 0, EMULATOR_SITE);
+}
 
 void mbarrier_wait(uint64_t* address, int parity) {
     const Site site = EMULATOR_SITE;
@@ -90,8 +98,9 @@ void mbarrier_wait(uint64_t* address, int parity) {
     while (static_cast<int>(barrier.phase % 2) == parity) {
         barrier.waiters.push_back(thread());
         char detail[96];
-        snprintf(detail, sizeof detail, "phase %u at offset %td lacks %d arrivals and %lld bytes", barrier.phase,
-                 reinterpret_cast<char*>(address) - shared_start(), barrier.missing, static_cast<long long>(barrier.bytes));
+        snprintf(detail, sizeof detail, "phase %u at offset %td lacks %d arrivals and %lld bytes",
+                 barrier.phase, reinterpret_cast<char*>(address) - shared_start(), barrier.missing,
+                 static_cast<long long>(barrier.bytes));
         suspend("mbarrier_wait", site, detail);
     }
     acquire_from(barrier.done);
@@ -105,7 +114,8 @@ void fence_barrier_init() {
 
 namespace {
 
-// What tensor_map.py packs into the 128 bytes of a TensorMap. Dims and coordinates: the contiguous one first.
+// Contents of a TensorMap (tensor_map.py), 128 bytes. Dims and coordinates: the contiguous one
+// first.
 struct Map {
     uint32_t magic;
     uint8_t rank, element_bytes;
@@ -126,7 +136,7 @@ struct Copy {
     uint64_t* barrier;  // of a load
     int coordinates[5];
     Async by;
-    int group;          // of a store: how many groups its thread had committed before
+    int group;          // of a store: number of earlier groups of its thread
 };
 std::vector<Copy> copies;  // under way
 
@@ -145,7 +155,8 @@ size_t box_bytes(const Map& map) {
     return bytes;
 }
 
-// Copy one row of a box, at `position` [dims 1 ..]; what lies outside the array is zero in the tile and is not written.
+// Copy one row of a box, at `position` [dims 1 ..]; elements outside the array are zero in the tile
+// and are not written.
 void copy_row(const Copy& copy, const int* position, size_t tile_offset, int agent, Tick tick) {
     const Map& map = copy.map;
     bool inside = true;
@@ -156,15 +167,21 @@ void copy_row(const Copy& copy, const int* position, size_t tile_offset, int age
     }
     constexpr int CHUNK = 16;
     const int row_bytes = map.box[0] * map.element_bytes;
-    const int64_t size = int64_t(map.sizes[0]) * map.element_bytes, first = int64_t(position[0]) * map.element_bytes;
+    const int64_t size = int64_t(map.sizes[0]) * map.element_bytes,
+                  first = int64_t(position[0]) * map.element_bytes;
     for (int c = 0; c < row_bytes; c += CHUNK) {
-        char* tile = shared_start() + exchanged(copy.shared - shared_start() + tile_offset + c, map.swizzle_bytes);
+        char* tile = shared_start() +
+                     exchanged(copy.shared - shared_start() + tile_offset + c, map.swizzle_bytes);
         char* global = reinterpret_cast<char*>(map.address + offset + first + c);
-        const int64_t from = std::max<int64_t>(0, -(first + c)), to = std::min<int64_t>(CHUNK, size - first - c);
+        const int64_t from = std::max<int64_t>(0, -(first + c)),
+                      to = std::min<int64_t>(CHUNK, size - first - c);
         const bool any = inside && from < to;
         if (copy.kind == Copy::load) async_access(copy.by, tile, CHUNK, true, agent, tick, "TMA");
-        if (any && copy.kind != Copy::load) async_access(copy.by, tile + from, to - from, false, agent, tick, "TMA");
-        if (any) async_access(copy.by, global + from, to - from, copy.kind != Copy::load, agent, tick, "TMA");
+        if (any && copy.kind != Copy::load)
+            async_access(copy.by, tile + from, to - from, false, agent, tick, "TMA");
+        if (any)
+            async_access(copy.by, global + from, to - from, copy.kind != Copy::load, agent, tick,
+                         "TMA");
         if (copy.kind == Copy::load) {
             memset(tile, 0, CHUNK);
             if (any) memcpy(tile + from, global + from, to - from);
@@ -176,7 +193,8 @@ void copy_row(const Copy& copy, const int* position, size_t tile_offset, int age
 
 void copy_box(const Copy& copy, int agent, Tick tick) {
     const Map& map = copy.map;
-    const size_t row_bytes = size_t(map.box[0]) * map.element_bytes, rows = box_bytes(map) / row_bytes;
+    const size_t row_bytes = size_t(map.box[0]) * map.element_bytes,
+                 rows = box_bytes(map) / row_bytes;
     for (size_t row = 0; row < rows; row++) {
         int position[5] = {copy.coordinates[0]};
         size_t rest = row;
@@ -207,13 +225,16 @@ void land(size_t index) {
     }
 }
 
-void start_copy(Copy::Kind kind, const void* shared, const TensorMap* tensor_map, uint64_t* barrier, int rank, const int* coordinates,
-                Site site) {
+void start_copy(Copy::Kind kind, const void* shared, const TensorMap* tensor_map, uint64_t* barrier,
+                int rank, const int* coordinates, Site site) {
     Copy copy{};
     copy.kind = kind;
     memcpy(&copy.map, tensor_map, sizeof copy.map);
-    if (copy.map.magic != MAP_MAGIC) fail("no tensor map", site, "the map of this copy was not made by tensor_map()");
-    if (copy.map.rank != rank) fail("wrong tensor map", site, "a copy in %d dims by a map of %d dims", rank, copy.map.rank);
+    if (copy.map.magic != MAP_MAGIC)
+        fail("no tensor map", site, "the map of this copy was not made by tensor_map()");
+    if (copy.map.rank != rank)
+        fail("wrong tensor map", site, "a copy in %d dims by a map of %d dims", rank,
+             copy.map.rank);
     copy.shared = static_cast<char*>(const_cast<void*>(shared));
     require_shared(shared, box_bytes(copy.map), site, "the tile of a TMA copy");
     require_aligned(shared, 128, site);
@@ -222,7 +243,9 @@ void start_copy(Copy::Kind kind, const void* shared, const TensorMap* tensor_map
     if (kind == Copy::load) {
         const Barrier& counts = barrier_at(barrier, site);
         if (!counts.fenced)
-            fail("missing fence", site, "the copy engine may not know this mbarrier: no fence_barrier_init() after mbarrier_init");
+            fail("missing fence", site,
+                 "the copy engine may not know this mbarrier: no fence_barrier_init() after "
+                 "mbarrier_init");
         mark_in_flight(copy.shared, box_bytes(copy.map), site);
     } else {
         const auto [stores, fresh] = stores_of.try_emplace(thread());
@@ -249,7 +272,8 @@ void tma_load_3d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, 
     const int c[] = {c0, c1, c2};
     start_copy(Copy::load, shared, map, barrier, 3, c, EMULATOR_SITE);
 }
-void tma_load_4d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
+void tma_load_4d(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
+                 int c3) {
     const int c[] = {c0, c1, c2, c3};
     start_copy(Copy::load, shared, map, barrier, 4, c, EMULATOR_SITE);
 }
@@ -263,14 +287,15 @@ void tma_commit() {
     if (stores != stores_of.end()) stores->second.groups++;
 }
 
-// Both kinds of wait are the same here: a store reads its tile and writes memory at one moment.
+// Both kinds of wait are equal here: a store reads its tile and writes memory at once.
 void emulator::wait_for_stores(int pending) {
     const auto found = stores_of.find(thread());
     if (found == stores_of.end()) return;
     Stores& stores = found->second;
     const int end = stores.groups - pending;  // of the groups waited for
     for (size_t i = 0; i < copies.size();) {
-        if (copies[i].kind != Copy::load && copies[i].by.thread == thread() && copies[i].group < end)
+        if (copies[i].kind != Copy::load && copies[i].by.thread == thread() &&
+            copies[i].group < end)
             land(i);
         else
             i++;
@@ -283,7 +308,9 @@ void emulator::wait_for_stores(int pending) {
 
 // ---- named barriers
 
-void named_barrier_sync(int id, int threads) { barrier_sync(id, threads, EMULATOR_SITE, "named_barrier_sync"); }
+void named_barrier_sync(int id, int threads) {
+    barrier_sync(id, threads, EMULATOR_SITE, "named_barrier_sync");
+}
 void named_barrier_arrive(int id, int threads) { barrier_arrive(id, threads, EMULATOR_SITE); }
 
 // ---- from block to block
@@ -300,13 +327,15 @@ void reset() {
 void check_at_end() {
     for (const Copy& copy : copies) {
         const char* what = copy.kind == Copy::load ? "load" : "store";
-        fail_for(copy.by.thread, "not waited for", copy.by.site, "a TMA %s was still under way when the block ended", what);
+        fail_for(copy.by.thread, "not waited for", copy.by.site,
+                 "a TMA %s was still under way when the block ended", what);
     }
     for (const auto& [address, barrier] : barriers)
         if (barrier.bytes)
             fail_for(barrier.made_by, "wrong byte count", nullptr,
                      "the mbarrier at offset %td ends with %lld bytes announced that did not come",
-                     static_cast<const char*>(address) - shared_start(), static_cast<long long>(barrier.bytes));
+                     static_cast<const char*>(address) - shared_start(),
+                     static_cast<long long>(barrier.bytes));
 }
 
 Registration registration{poll, reset, check_at_end};
