@@ -322,7 +322,8 @@ def check_machine(ranks: int) -> Iterator[Finding]:
         words += f" ({len(affinity())} by affinity, a quota of {quota:.3g} by control groups)"
     if limit is not None and limit < each:
         each, words = limit, f"{words}; OMP_NUM_THREADS={limit}"
-    words += f"; {ranks} ranks here have {each} thread{'s' * (each > 1)} each (or --threads N)"
+    have = f"{ranks} ranks here have" if ranks > 1 else "1 rank here has"
+    words += f"; {have} {each} thread{'s' * (each > 1)}{' each' * (ranks > 1)} (or --threads N)"
     if ranks > cores:
         words += f", no faster than {cores} ranks"
     yield ok("cores", words)

@@ -80,9 +80,10 @@ def find(path: Path, best_one: bool = False) -> Path:
 
 def _found(path: Path, best_one: bool) -> Path:
     """Return what `find` does. Raises OSError as well, for a folder that cannot be read."""
-    if not path.exists():
+    if not path.is_dir():
+        reason = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(
-            f"{path} does not exist; pass the folder of a run, or one of its step-* folders"
+            f"{path} {reason}; pass the folder of a run, or one of its step-* folders"
         )
     alone = is_checkpoint(path)
     if alone and best_one:

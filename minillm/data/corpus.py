@@ -34,7 +34,13 @@ from minillm.data.token_files import (
     inspect_tokens,
     open_tokens,
 )
-from minillm.data.tokenizers import IdTokenizer, Tokenizer, make_tokenizer, tokenizer_from_json
+from minillm.data.tokenizers import (
+    IdTokenizer,
+    Tokenizer,
+    is_learnt,
+    make_tokenizer,
+    tokenizer_from_json,
+)
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ def _plan_tokens(
     files = [open_tokens(p) for p in paths]
     facts = [inspect_tokens(tokens, p) for tokens, p in zip(files, paths, strict=True)]
     largest = max(fact.largest for fact in facts)
-    if isinstance(spec, str) and (spec == "char" or spec.startswith("bpe:")):
+    if isinstance(spec, str) and is_learnt(spec):
         raise ConfigError(
             f"--tokenizer {spec} is learnt from text, but {shown(path)} holds token ids; leave it "
             "out, or name the tokenizer.json that made the ids"

@@ -40,6 +40,7 @@ def _prepare(comm: Communicator, args: PrepareArgs) -> None:
         corpus = corpus_of(args, context=1, prepare=True, comm=comm)
     log, defaults = Log(comm.rank), PrepareArgs().to_dict()
     given = {name: value for name, value in args.to_dict().items() if value != defaults[name]}
+    given = {"data": args.data} | given  # in any case: a preset may have other data
     words = " ".join(f"{flag(name)} {shlex.quote(value)}" for name, value in given.items())
     log(f"data    {corpus.describe()}")
     log(f"ready   train with: python -m minillm.train {words}".rstrip())

@@ -17,7 +17,7 @@ from minillm.data.cache import entry_key, read_json, write_json
 from minillm.data.package_tokenizer import package_version
 from minillm.data.reading import TextFacts, reading, scan
 from minillm.data.sources import TextSource
-from minillm.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
+from minillm.data.tokenizers import Tokenizer, is_learnt, make_tokenizer, tokenizer_from_json
 
 KEPT_BYTES = 1 << 20  # of text, above which a learnt tokenizer is kept
 SCANNED_BYTES = 1 << 26  # of files, above which their hash is kept: a fraction of a second
@@ -62,8 +62,8 @@ def learnt_tokenizer(
 
     Raises ConfigError as `make_tokenizer` does. A folder that cannot be written is no error.
     """
-    if not _is_learnt(spec) or sum(fact.num_bytes for fact in facts) <= KEPT_BYTES:
-        return make_tokenizer(spec, blocks() if _is_learnt(spec) else "")
+    if not is_learnt(spec) or sum(fact.num_bytes for fact in facts) <= KEPT_BYTES:
+        return make_tokenizer(spec, blocks() if is_learnt(spec) else "")
     version = package_version() if spec.startswith("bpe:") else ""
     key = entry_key(spec=spec, texts=[fact.sha256 for fact in facts], package=version)
     path = cache / "tokenizers" / f"{key}.json"
@@ -73,7 +73,3 @@ def learnt_tokenizer(
     with contextlib.suppress(OSError):
         write_json(path, tokenizer.to_json())
     return tokenizer
-
-
-def _is_learnt(spec: str) -> bool:
-    return spec == "char" or spec.startswith("bpe:")

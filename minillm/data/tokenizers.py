@@ -183,6 +183,11 @@ class IdTokenizer:
         return {"kind": "ids", "vocab_size": self.vocab_size}
 
 
+def is_learnt(spec: str) -> bool:
+    """Return True if the tokenizer `spec` is fitted to the text."""
+    return spec == "char" or spec.startswith("bpe:")
+
+
 def make_tokenizer(spec: str, text: str | Iterable[str]) -> Tokenizer:
     """Make the tokenizer `spec`; "char" and "bpe:SIZE" are fitted to `text`, whole or in blocks.
 

@@ -25,11 +25,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
-            raise ConfigError(
-                f"--temperature {self.temperature} and --top-k {self.top_k} must be at least 0, "
-                f"--top-p {self.top_p} above 0 and at most 1"
-            )
+        for words, right in (
+            (f"--temperature {self.temperature:g} must be at least 0", self.temperature >= 0),
+            (f"--top-k {self.top_k} must be at least 0", self.top_k >= 0),
+            (f"--top-p {self.top_p:g} must be above 0 and at most 1", 0 < self.top_p <= 1),
+        ):
+            if not right:
+                raise ConfigError(words)
 
     def choose(self, logits: np.ndarray, position: int) -> np.ndarray:
         """Choose one token id per row of logits [B, V]: int64 [B].

@@ -63,11 +63,12 @@ class Gatherer:
         self._current: Unit | None = None
         self._order: list[Unit] = []  # of this step
         self._last_order: list[Unit] = []
+        self._follows = True  # the order of this step is a beginning of the last one's
 
     def start_step(self) -> None:
         """Begin to follow the order of the last step."""
         self.drop()
-        self._order, self._last_order = [], self._order
+        self._order, self._last_order, self._follows = [], self._order, True
 
     def end_step(self) -> None:
         """Drop all values, because the parameters have changed."""
@@ -98,11 +99,10 @@ class Gatherer:
                 other.arrays = None
         self._held, self._current = [unit], unit
         self._order.append(unit)
-        done = len(self._order)
-        if self._last_order[:done] == self._order and done < len(self._last_order):
-            following = self._last_order[done]
-            if following.arrays is None:
-                self._launch(following)
+        last, done = self._last_order, len(self._order)
+        self._follows = self._follows and done <= len(last) and last[done - 1] is unit
+        if self._follows and done < len(last) and last[done].arrays is None:
+            self._launch(last[done])
 
     def _launch(self, unit: Unit) -> None:
         buffers = self.buffers

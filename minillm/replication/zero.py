@@ -75,7 +75,8 @@ class ShardedMemory(PrivateMemory):
         self, stage: int, group: ShardGroup, bucket_bytes: int, device: Device = CPU
     ) -> None:
         held = ", ".join(list(KINDS.values())[:stage])
-        super().__init__(f"ZeRO {stage}: {held} sharded over {group.shards.size} ranks", device)
+        ranks = f"{group.shards.size} rank{'s' * (group.shards.size > 1)}"
+        super().__init__(f"ZeRO {stage}: {held} sharded over {ranks}", device)
         self.stage, self.group, self.bucket_bytes = stage, group, bucket_bytes
         self.rank, self.size = group.shards.rank, group.shards.size
         self.shards = frozenset(list(KINDS)[:stage])

@@ -114,8 +114,8 @@ def check_resume(saved: Mapping[str, Any], config: RunConfig) -> None:
     if changed := _changed(saved, config, fixed):
         may = ", ".join(flag(name) for name in known if known[name].resumable)
         raise ConfigError(
-            f"a resumed run cannot change {changed}; leave it out, or start a new run (with "
-            f"--init-from from these weights). These may change: {may}"
+            f"a resumed run cannot change {changed}; leave it out, or start a new run from "
+            f"these weights with --init-from. These may change: {may}"
         )
 
 

@@ -78,7 +78,7 @@ def test_impossible_requests_are_refused() -> None:
         (["--samples", "2", "--temperature", "0"], "the same text each time"),
         (["--interactive", "--prompt", "a"], "leave --prompt out"),
         (["--stop", ""], "--stop .*is empty"),
-        (["--top-p", "2"], "--top-p 2.0"),
+        (["--top-p", "2"], "--top-p 2 must"),
     ):
         with pytest.raises(ConfigError, match=message):
             generate._parse(["run", *words])
@@ -177,3 +177,25 @@ def test_a_closed_standard_input_is_one_line(
     assert generate.main([RUN, "--prompt", "-"]) == 1
     wanted = "error: standard input is closed; give the text with --prompt\n"
     assert capsys.readouterr().err == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--temperature", "-1"], "--temperature -1 must be at least 0"),
+        (["--top-k", "-2"], "--top-k -2 must be at least 0"),
+        (["--top-p", "3"], "--top-p 3 must be above 0 and at most 1"),
+        (["--top-p", "nan"], "--top-p nan must be above 0 and at most 1"),
+    ],
+)
+def test_the_option_out_of_range_is_named_alone(
+    words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main([RUN, *words]) == 1
+    assert capsys.readouterr().err == f"error: {wanted}\n"
+
+
+def test_a_file_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert generate.main([str(tmp_path / "metrics.jsonl")]) == 1
+    assert "metrics.jsonl is a file; pass the folder of a run" in capsys.readouterr().err

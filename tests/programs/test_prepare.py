@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
+from minillm.data import prepare, sources
+
 
 @needs_mpirun
 @pytest.mark.slow
@@ -23,3 +25,12 @@ def test_tokens_are_prepared_once_and_mapped(text: Path, tmp_path: Path) -> None
     again = mpirun(2, ["-m", "minillm.data.prepare", *data, "--val-data", str(text)])
     assert again.returncode == 0, again.output
     assert (entry / "train").stat().st_mtime_ns == before
+
+
+def test_the_data_are_named_whatever_a_preset_has(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "stdlib_files", lambda: (text,))
+    assert prepare.main(["--cache", str(tmp_path)]) == 0
+    wanted = f"ready   train with: python -m minillm.train --data stdlib --cache {tmp_path}"
+    assert capsys.readouterr().out.splitlines()[-1] == wanted
