@@ -59,7 +59,7 @@ __device__ __forceinline__ Place place(int tiles) {
             ((int64_t)(blockIdx.x % tiles) * THREADS + threadIdx.x) * RUN};
 }
 
-// v = the run of x [rows, F] at a place, plus bias [F] unless that is null.
+// Load the run of x [rows, F] at a place, plus bias [F] unless that is null.
 __device__ __forceinline__ void load_biased(float (&v)[RUN], const Element* x, const Element* bias,
                                             Place at, int64_t F) {
     load_floats(v, x + at.row * F + at.column, F - at.column);

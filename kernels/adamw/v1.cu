@@ -1,6 +1,6 @@
-// Optimizer updates over flat buffers. Parameters and moments are float32; gradients may be
-// narrower, and so may the copy of the parameters that the model computes with. A thread updates
-// four elements: 56 bytes in flight at float32, 28 bytes moved an element.
+// Optimizer updates over flat buffers. Parameters and moments are float32; gradients, and the
+// model's copy of the parameters, may be narrower. A thread updates four elements: 56 bytes in
+// flight at float32, 28 bytes moved an element.
 // minillm-build: -DELEMENT=float32 -DCOPY=float32
 // minillm-build: -DELEMENT=bfloat16 -DCOPY=bfloat16
 // minillm-build: -DELEMENT=float32 -DCOPY=bfloat16
@@ -18,9 +18,9 @@ __device__ __forceinline__ int64_t first_element() {
     return ((int64_t)blockIdx.x * THREADS + threadIdx.x) * TAKEN;
 }
 
-// One AdamW update: m and v follow the gradient times grad_scale times *scale_factor (null: 1; NaN:
-// nothing happens), then param = keep param - rate m / (sqrt(v) inverse_root + eps), which is also
-// written to `copy` unless that is null. rest1 = 1 - beta1, rest2 = 1 - beta2.
+// Apply one AdamW update: m and v follow the gradient times grad_scale times *scale_factor (null:
+// 1; NaN: nothing happens), then param = keep param - rate m / (sqrt(v) inverse_root + eps), which
+// is also written to `copy` unless that is null. rest1 = 1 - beta1, rest2 = 1 - beta2.
 extern "C" __global__ void __launch_bounds__(THREADS)
     adamw(float* param, const Element* grad, float* exp_avg, float* exp_avg_sq, COPY* copy,
           const float* scale_factor, float grad_scale, float rate, float inverse_root, float beta1,

@@ -36,11 +36,11 @@ struct Range {
 struct Seen {
     int first, open, least, end;
 
-    // True if some query does not see some of the `n` keys from `key` on.
+    // Return true if some query does not see some of the `n` keys from `key` on.
     __device__ __forceinline__ bool hides(int key, int n) const {
         return key < open || key + n > least;
     }
-    // True if no query sees any of these keys.
+    // Return true if no query sees any of these keys.
     __device__ __forceinline__ bool misses(int key, int n) const {
         return key >= end || key + n <= first;
     }
@@ -62,15 +62,15 @@ struct Visible {
     __device__ __forceinline__ Visible(const int* tables, const Attention& a, int sample)
         : Visible(tables, a.visible_step, sample, a.num_queries, a.num_keys, a.causal) {}
 
-    // Keys of a query; an empty range for a query out of bounds.
+    // Return the keys of a query; an empty range for a query out of bounds.
     __device__ __forceinline__ Range keys_of(int query) const {
         if (unsigned(query) >= unsigned(num_queries)) return {0, 0};
         if (!table) return {0, causal ? min(query + 1, num_keys) : num_keys};
         const Pack<int, 2> keys = load<2>(table + 2 * query);
         return {keys.v[0], keys.v[1]};
     }
-    // Keys of `rows` queries from `first` on; both are multiples of 16, and `first` may be
-    // negative.
+    // Return the keys of `rows` queries from `first` on, which may be negative; both are multiples
+    // of 16.
     __device__ __forceinline__ Seen of_queries(int first, int rows) const {
         const int end = min(first + rows, num_queries);
         first = max(first, 0);
@@ -85,7 +85,7 @@ struct Visible {
         }
         return seen;
     }
-    // Range of the queries that see any of `rows` keys from `first` on; both are multiples of 16.
+    // Return the queries that see any of `rows` keys from `first` on; both are multiples of 16.
     __device__ __forceinline__ Range readers(int first, int rows) const {
         if (!table) return {causal ? first : 0, num_queries};
         Range queries = {num_queries, 0};
@@ -102,7 +102,7 @@ private:
     static __device__ __forceinline__ int round_up(int n) { return (n + 127) / 128 * 128; }
 };
 
-// Word of a query and head; with a word of the key it decides which probabilities dropout keeps.
+// Return the word of a query and head; with that of a key it decides if dropout keeps a score.
 __device__ __forceinline__ uint64_t row_word(uint64_t head_key, int64_t query_time) {
     return random_bits(head_key, uint64_t(query_time));
 }

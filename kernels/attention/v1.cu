@@ -109,7 +109,7 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[OWN_ROWS][COLUMN
     }
 }
 
-// Over the 16 threads that hold a row.
+// Reduce over the 16 threads of a row.
 __device__ __forceinline__ float row_max(float x) {
     #pragma unroll
     for (int distance = SIDE / 2; distance > 0; distance /= 2)

@@ -66,7 +66,7 @@ __device__ __forceinline__ void probability(float& p, float& grad_s, float scale
     grad_s = before * (grad_s * factor - delta);
 }
 
-// hide_keys for own rows that are keys from `key` on, and walked queries from `query` on.
+// Apply hide_keys to own rows that are keys from `key` on, and walked queries from `query` on.
 template <int M, int N>
 __device__ __forceinline__ void hide_queries(float (&s)[M][N][4], const Visible& visible, int key,
                                              int query) {
@@ -85,8 +85,8 @@ __device__ __forceinline__ void hide_queries(float (&s)[M][N][4], const Visible&
         }
 }
 
-// Probabilities of a warp's own keys, from `key` on, for the walked queries of a slice, whose
-// statistics are in shared memory.
+// Compute probabilities of a warp's own keys, from `key` on, for the walked queries of a slice,
+// whose statistics are in shared memory.
 template <int M, int N>
 __device__ __forceinline__ void probabilities_of_keys(float (&s)[M][N][4], float (&grad_s)[M][N][4],
                                                       const Attention& a, float scale,

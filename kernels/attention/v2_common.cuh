@@ -22,17 +22,17 @@ constexpr int BLOCKS = HEAD_WIDTH / 8;   // fragments of 8 columns in a row of s
 
 typedef uint32_t Fragment[4];  // 16 x 16 of a left side, or two of 16 x 8 of a right side
 
-// Offset of chunk `chunk` of row `row` in a tile, in elements. Chunks are permuted within groups of
-// 8. If a row is an odd multiple of 64 bytes, two neighbouring rows fill the 32 banks together;
-// groups then have 4 chunks, and each pair of rows its own permutation.
+// Return the offset of chunk `chunk` of row `row` in a tile, in elements. Chunks are permuted in
+// groups of 8. If a row is an odd multiple of 64 bytes, two neighbouring rows fill the 32 banks
+// together; groups then have 4 chunks, and each pair of rows its own permutation.
 constexpr int EXCHANGED = CHUNKS % 8 == 0 ? 8 : 4;
 __device__ __forceinline__ int place(int row, int chunk) {
     return row * HEAD_WIDTH + 8 * (chunk ^ (EXCHANGED == 8 ? row % 8 : row / 2 % 4));
 }
 
-// Offset of the chunk 2 `step` after chunk 0 or 1, whose offset is `at`. 2 `step` and 0 or 1 share
-// no bit, so their sum is their exclusive or, which commutes with the row's. A thread keeps one
-// offset a row, and the steps are constants.
+// Return the offset of the chunk 2 `step` after chunk 0 or 1, whose offset is `at`. 2 `step` and 0
+// or 1 share no bit, so their sum is their exclusive or, which commutes with the row's. A thread
+// keeps one offset a row, and the steps are constants.
 __device__ __forceinline__ int further(int at, int step) {
     constexpr int STEPS_A_GROUP = EXCHANGED / 2;
     return (at ^ 16 * (step % STEPS_A_GROUP)) + 8 * EXCHANGED * (step / STEPS_A_GROUP);
@@ -85,7 +85,7 @@ template <int M, bool KEEP> struct OwnRows {
     }
 };
 
-// Two products that share a left side: d0 += a b[0..1], d1 += a b[2..3].
+// Compute two products that share a left side: d0 += a b[0..1], d1 += a b[2..3].
 __device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], const Fragment& a,
                                               const Fragment& b) {
     const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
@@ -93,7 +93,7 @@ __device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], co
     mma_16x8x16<Element>(d1, a, second);
 }
 
-// dots = own rows times rows [first, first + 8 N) of the tile
+// Compute dots = own rows times rows [first, first + 8 N) of the tile.
 template <int M, int N, bool KEEP>
 __device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M, KEEP>& own,
                                          const Element* tile, int first) {
@@ -120,7 +120,7 @@ __device__ __forceinline__ void dot_rows(float (&dots)[M][N][4], const OwnRows<M
     }
 }
 
-// Fragments n and n + 1 of scores as a left side 16 deep.
+// Pack fragments n and n + 1 of scores as a left side 16 deep.
 template <int M, int N>
 __device__ __forceinline__ void pack_scores(Fragment (&weights)[M], const float (&scores)[M][N][4],
                                             int n) {
@@ -133,7 +133,7 @@ __device__ __forceinline__ void pack_scores(Fragment (&weights)[M], const float 
         }
 }
 
-// sums += weights times rows [first, first + 16) of the tile
+// Add weights times rows [first, first + 16) of the tile to sums.
 template <int M>
 __device__ __forceinline__ void add_weighted_rows(float (&sums)[M][BLOCKS][4],
                                                   const Fragment (&weights)[M], const Element* tile,
@@ -204,7 +204,7 @@ __device__ __forceinline__ void hide_keys(float (&s)[M][N][4], const Visible& vi
         }
 }
 
-// Dropout's words of a thread's own rows, which are queries.
+// Compute dropout's words of a thread's own rows, which are queries.
 template <int M>
 __device__ __forceinline__ void query_words(uint64_t (&words)[M][2], const Attention& a,
                                             const uint64_t* head_keys, const int64_t* query_times,
@@ -221,7 +221,7 @@ __device__ __forceinline__ void query_words(uint64_t (&words)[M][2], const Atten
         }
 }
 
-// Dropout's factor of key `key` for the query of `word`.
+// Return dropout's factor of key `key` for the query of `word`.
 __device__ __forceinline__ float kept(const Attention& a, uint64_t word,
                                       const uint32_t* column_words, int key) {
     return key < a.num_keys && keeps(word, column_words[key], a.threshold) ? a.keep_scale : 0.0f;

@@ -58,7 +58,7 @@ constexpr int DOWN = WARP_ROWS / 16, ACROSS = LOOP / 8;       // fragments of a 
 constexpr int OWN = WARPS * WARP_ROWS, THREADS = 32 * WARPS;  // of a block
 constexpr bool KEEP_QUERIES = HEAD_WIDTH <= 64;
 
-// Over the 4 lanes that hold a row.
+// Reduce over the 4 lanes of a row.
 __device__ __forceinline__ float row_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));

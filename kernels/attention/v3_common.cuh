@@ -60,7 +60,7 @@ __device__ __forceinline__ void hide_keys(float (&scores)[KEYS / 2], const Range
 struct Schedule {
     int per_head, heads, section;
 
-    // This block's part in a round; false if there is none left.
+    // Find this block's part in a round; false if there is none left.
     __device__ __forceinline__ bool part(int round, int& head, int& number) const {
         const int index = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
         if (index >= per_head * heads) return false;

@@ -46,8 +46,7 @@ __device__ __forceinline__ void add_to_row(SUM* grad_weight, int64_t row, int D,
     store_floats(grad_weight + row * D + c, total, D - c);
 }
 
-// Number of ids in [start, end) that equal the one at `start`, at most CHUNK. Uniform over the
-// warp.
+// Count the equal ids from `start` on, before `end`, at most CHUNK. Uniform over the warp.
 __device__ __forceinline__ int run_length(const int64_t* sorted, int64_t start, int64_t end) {
     int length = 0;
     #pragma unroll

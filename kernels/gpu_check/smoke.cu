@@ -8,7 +8,7 @@
 #define ROWS 8
 #define COLUMNS 32
 
-// Copies the box of the mapped matrix that begins at (row, column) to out [ROWS, COLUMNS]. Elements
+// Copy the box of the mapped matrix that begins at (row, column) to out [ROWS, COLUMNS]. Elements
 // outside the matrix are zero.
 extern "C" __global__ void __launch_bounds__(128)
 copy_box(const __grid_constant__ TensorMap map, Element* out, int row, int column) {

@@ -10,7 +10,7 @@
 
 #define THREADS 512
 
-// The sum of x over the block, on thread 0.
+// Sum x over the block, for thread 0.
 __device__ __forceinline__ double block_total(double x, double* shared) {
     shared[threadIdx.x] = x;
     __syncthreads();

@@ -5,7 +5,7 @@
 
 #define THREADS 256
 
-// A rational function of degree 7 over 7, coefficients from the constant term up.
+// Evaluate a rational function of degree 7 over 7, coefficients from the constant term up.
 __device__ __forceinline__ double ratio(const double (&p)[8], const double (&q)[8], double r) {
     double top = p[7] * r, bottom = q[7] * r;
     #pragma unroll
@@ -16,8 +16,8 @@ __device__ __forceinline__ double ratio(const double (&p)[8], const double (&q)[
     return (top + p[0]) / (bottom + q[0]);
 }
 
-// Natural logarithm of a normal x < 1: x = m 2^e with m in [sqrt(1/2), sqrt(2)), and the series of
-// 2 artanh((m - 1) / (m + 1)).
+// Return the natural logarithm of a normal x < 1: x = m 2^e with m in [sqrt(1/2), sqrt(2)), and the
+// series of 2 artanh((m - 1) / (m + 1)).
 __device__ __forceinline__ double logarithm(double x) {
     union {
         double value;
@@ -37,7 +37,7 @@ __device__ __forceinline__ double logarithm(double x) {
     return 2 * s * series + exponent * 0.69314718055994531;
 }
 
-// The z with Phi(z) = u, u in (0, 1): algorithm AS 241.
+// Return the z with Phi(z) = u, u in (0, 1): algorithm AS 241.
 __device__ double inverse_normal(double u) {
     const double centre_p[8] = {3.3871328727963666080e0, 1.3314166789178437745e2,
                                 1.9715909503065514427e3, 1.3731693765509461125e4,

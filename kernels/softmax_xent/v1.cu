@@ -1,8 +1,8 @@
 // Softmax cross-entropy in place on logits [rows, V], of which a rank may hold a part of the
 // columns. A block processes one row.
 //
-// There are two ways, as in reference.py: xent_max, xent_shifted_sum and xent_grad move the logits
-// five times; xent_statistics and xent_grad_from_logits move them three times and compute the
+// Two ways, as in reference.py: xent_max, xent_shifted_sum and xent_grad move the logits five
+// times; xent_statistics and xent_grad_from_logits move them three times and compute the
 // exponentials twice, which is faster here.
 //
 // Kernels that overwrite a row read the target's element first, then synchronise, and write its

@@ -14,7 +14,7 @@
 
 #ifndef MINILLM_EMULATOR
 
-// 32-bit address within the block's shared memory, the operand of instructions.
+// Return the 32-bit address within the block's shared memory, the operand of instructions.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -70,8 +70,8 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                  : "memory");
 }
 
-// d += a b by the whole warp: 16 x 8 += (16 x 16) (16 x 8), 16-bit elements T, float sums. 4096
-// flops for one instruction.
+// Compute d += a b by the whole warp: 16 x 8 += (16 x 16) (16 x 8), 16-bit elements T, float sums.
+// 4096 flops for one instruction.
 template <typename T>
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4],
                                             const uint32_t (&b)[2]);

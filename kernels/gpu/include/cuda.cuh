@@ -148,8 +148,8 @@ template <typename T> __device__ __forceinline__ void store16(T* to, const Pack1
     store(to, pack);
 }
 
-// Reductions over the 32 lanes of a warp. After step i every lane holds the result of 2^i lanes; at
-// the end all hold the same bits, since float addition is commutative.
+// Reduce over the 32 lanes of a warp. After step i every lane holds the result of 2^i lanes; at the
+// end all hold the same bits, since float addition is commutative.
 __device__ __forceinline__ float warp_sum(float x) {
     #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
@@ -163,8 +163,8 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Reductions over a one-dimensional block of whole warps, all of whose threads take part and get
-// the result. `shared`: one float a warp, free again afterwards.
+// Reduce over a one-dimensional block of whole warps; all threads take part and get the result.
+// `shared`: one float a warp, free again afterwards.
 __device__ __forceinline__ float block_sum(float x, float* shared) {
     const int num_warps = blockDim.x / 32;
     x = warp_sum(x);

@@ -13,7 +13,7 @@ __device__ __forceinline__ uint64_t random_bits(uint64_t key, uint64_t index) {
     return finalise(finalise(index * golden + key) + golden);
 }
 
-// True if dropout keeps the element of a 64-bit word of its row and a 32-bit word of its column.
+// Return true if dropout keeps the element with a 64-bit row word and a 32-bit column word.
 __device__ __forceinline__ bool keeps(uint64_t row, uint32_t column, uint32_t threshold) {
     uint32_t z = (uint32_t(row) ^ column) * 0x7FEB352Du;
     z = ((z ^ (z >> 15)) + uint32_t(row >> 32)) * 0x846CA68Bu;

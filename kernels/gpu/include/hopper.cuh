@@ -19,15 +19,15 @@ struct alignas(64) TensorMap {
 // multiple of 1024, 512 or 256 bytes.
 enum Swizzle { SWIZZLE_NONE = 0, SWIZZLE_128 = 1, SWIZZLE_64 = 2, SWIZZLE_32 = 3 };
 
-// Descriptor of a tile in shared memory for wgmma (PTX manual, "Matrix Descriptor Format"): start
-// address, two strides and the swizzle, in units of 16 bytes. Tiles consist of "core matrices" of 8
-// rows x 16 bytes.
+// Return the descriptor of a tile in shared memory for wgmma (PTX manual, "Matrix Descriptor
+// Format"): start address, two strides and the swizzle, in units of 16 bytes. Tiles consist of
+// "core matrices" of 8 rows x 16 bytes.
 //   - K-major (A, and B [N x K] with TRANSPOSE_B = 0), rows of 128 bytes, SWIZZLE_128:
 //     leading_bytes is ignored, stride_bytes = 1024 from eight rows to the next eight. The next 16
-//     columns of k stand 32 bytes further on within the row.
+//     columns of k are 32 bytes further in the row.
 //   - N-major (B [K x N], TRANSPOSE_B = 1), rows of 64 n, SWIZZLE_128: leading_bytes from one panel
 //     of 64 n to the next, stride_bytes = 1024 from eight rows of k to the next eight. The next 16
-//     rows of k stand 2048 bytes further on.
+//     rows of k are 2048 bytes further.
 __host__ __device__ __forceinline__ uint64_t descriptor_bits(uint32_t address, int leading_bytes,
                                                              int stride_bytes, int swizzle) {
     return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(leading_bytes >> 4) << 16 |
@@ -262,7 +262,7 @@ template <typename T> struct TypeOf;
 template <> struct TypeOf<bfloat16> { static constexpr bool is_bfloat16 = true; };
 template <> struct TypeOf<float16> { static constexpr bool is_bfloat16 = false; };
 
-// d = a b, plus d if `accumulate`. A and B by their descriptors.
+// Compute d = a b, plus d if `accumulate`, with A and B from shared memory.
 template <typename T, int N, int TRANSPOSE_B>
 __device__ __forceinline__ void wgmma_m64_k16(float (&d)[N / 2], uint64_t a, uint64_t b,
                                               bool accumulate) {
@@ -274,7 +274,7 @@ __device__ __forceinline__ void wgmma_m64_k16(float (&d)[N / 2], uint64_t a, uin
         MINILLM_WGMMA_SHARED_ANY("f16");
     }
 }
-// wgmma with A from registers.
+// Compute the same with A from registers.
 template <typename T, int N, int TRANSPOSE_B>
 __device__ __forceinline__ void wgmma_m64_k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
                                               bool accumulate) {

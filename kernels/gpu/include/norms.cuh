@@ -11,7 +11,7 @@
 
 constexpr int RUNS = VALUES / RUN;
 
-// The first column of run number r of this thread.
+// Return the first column of run number r of this thread.
 __device__ __forceinline__ int column(int r) { return (r * blockDim.x + threadIdx.x) * RUN; }
 
 // Load the row from element `start` on of x, or of x + delta, which is then written to sum_out.
@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_row(float (&v)[RUNS][RUN], const Element* x
     }
 }
 
-// x += the run at `from`, of which `left` elements exist.
+// Add the run at `from`, of which `left` elements exist, to x.
 template <typename T> __device__ __forceinline__ void add_run(float (&x)[RUN], const T* from,
                                                               int left) {
     float more[RUN];

@@ -3,8 +3,8 @@
 //
 // A tile [ROWS][columns] lies as panels of 64 columns, each [ROWS][64] elements from a multiple of
 // 1024 bytes on; the last may be partly empty. A row of a panel is 128 bytes, the width of the 32
-// banks, in eight chunks of 16. Chunk c of row r lies at c ^ (r % 8) ("128-byte swizzle"): eight
-// rows of one chunk then touch all banks once, and so do the eight chunks of one row.
+// banks, in eight chunks of 16. Chunk c of row r lies at c ^ (r % 8) ("128-byte swizzle"): a chunk
+// of eight rows, or the eight chunks of one row, then covers all banks once.
 //
 //       chunk  0 1 2 3 4 5 6 7        panel 0            panel 1            in memory
 //     row 0    0 1 2 3 4 5 6 7    columns 0 .. 63    columns 64 .. 127    +---------+ 0
@@ -21,15 +21,15 @@ constexpr int PANEL_COLUMNS = 64, PANEL_ROW_BYTES = 128, PANEL_EIGHT_ROWS = 8 * 
 // Number of panels of a tile.
 template <int COLUMNS> constexpr int PANELS_OF = (COLUMNS + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
 
-// Offset of element (row, column) of a tile, in elements.
+// Return the offset of element (row, column) of a tile, in elements.
 template <int ROWS> __device__ __forceinline__ int swizzled(int row, int column) {
     const int chunk = (column % PANEL_COLUMNS / 8) ^ (row % 8);
     return column / PANEL_COLUMNS * ROWS * PANEL_COLUMNS + row * PANEL_COLUMNS + chunk * 8 +
            column % 8;
 }
 
-// Copies between a tile and a box of an array [B, T, H, K], all its panels. Rows and columns
-// outside the array are zeros in the tile.
+// Copy all panels of a tile from or to a box of an array [B, T, H, K]. Rows and columns outside the
+// array are zeros in the tile.
 template <int ROWS, int COLUMNS>
 __device__ __forceinline__ void load_tile(Element* tile, const TensorMap* map, uint64_t* full,
                                           int time, int head, int sample) {
@@ -47,14 +47,14 @@ __device__ __forceinline__ void store_tile(const TensorMap* map, const Element* 
                      sample);
 }
 
-// Descriptor of the memory `bytes` after that of another. Addresses end below 2^18 and are counted
-// in units of 16 bytes, so only the low word changes, by one addition.
+// Return the descriptor of the memory `bytes` after that of another. Addresses end below 2^18 and
+// are counted in units of 16 bytes, so only the low word changes, by one addition.
 __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
     return (descriptor & 0xffffffff00000000ull) | uint32_t(uint32_t(descriptor) + (bytes >> 4));
 }
 
-// Factors are summed over 16 columns, or 16 rows, at a time: number k of them is `advanced` by
-// these bytes from the descriptor of the tile.
+// Products sum over 16 columns or rows at a time: step k is `advanced` by these bytes from the
+// descriptor of the tile.
 //   columns: of a left factor, or of a right one that lies as [N, columns]
 //   rows: of a right factor that lies as [rows, N]
 __device__ __forceinline__ uint64_t columns_descriptor(const Element* tile) {
@@ -112,14 +112,14 @@ template <int N> __device__ __forceinline__ void as_left_factor(uint32_t (&a)[N 
     }
 }
 
-// Index of the thread's warpgroup in the block; the shuffle makes it uniform over a warp for the
+// Return the index of the thread's warpgroup; the shuffle makes it uniform over a warp for the
 // compiler.
 __device__ __forceinline__ int warpgroup_index() {
     return __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
 }
 
-// Row, of a warpgroup's 64, of this thread's accumulators d[4 i], d[4 i + 1]; d[4 i + 2], d[4 i +
-// 3] are 8 rows below. Their columns are 8 i + accumulator_column() and the next.
+// Return the row, of a warpgroup's 64, of this thread's accumulators d[4 i], d[4 i + 1]; the two
+// after them are 8 rows below. Their columns are 8 i + accumulator_column() and the next.
 __device__ __forceinline__ int accumulator_row() { return WARP % 4 * 16 + LANE / 4; }
 __device__ __forceinline__ int accumulator_column() { return LANE % 4 * 2; }
 

@@ -24,12 +24,12 @@ template <typename T, int N> struct Run {
     };
 };
 
-// True if the N elements at an address can be moved in wide accesses.
+// Return true if the N elements at an address can be moved in wide accesses.
 template <int N, typename T> __device__ __forceinline__ bool whole(const T* from, int64_t left) {
     return left >= N && (uint64_t)from % Run<T, N>::BYTES == 0;
 }
 
-// The N elements at `from`, of which `left` exist; the others are zero.
+// Load the N elements at `from`, of which `left` exist; the others are zero.
 template <int N, typename T> __device__ __forceinline__ Run<T, N> load_run(const T* from,
                                                                            int64_t left) {
     Run<T, N> run;
@@ -98,8 +98,8 @@ template <typename T> __device__ __forceinline__ float rounded(float x) {
     return to_float(from_float<T>(x));
 }
 
-// The sums of two numbers over the threads (·, y) of a row: a warp, or a block of several warps
-// with one row. `shared` holds two floats a warp. Every thread gets the same bits.
+// Sum two numbers over the threads (·, y) of a row: a warp, or a block of several warps with one
+// row. `shared` holds two floats a warp. Every thread gets the same bits.
 __device__ __forceinline__ float2 row_sums(float2 x, float2* shared) {
     x.x = warp_sum(x.x);
     x.y = warp_sum(x.y);
