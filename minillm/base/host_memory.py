@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from minillm.base.control_groups import group_folders
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
-CGROUPS = Path("/sys/fs/cgroup")
 # Version -> files of the limit and the usage, and the entry of memory.stat for idle page cache.
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -54,7 +55,7 @@ def proportional_rss() -> int:
 
 def available() -> int:
     """Return what new arrays of this node may take: of the machine, and of each control group."""
-    return max(0, min((_machine(), *_control_groups(Path("/proc/self/cgroup"), CGROUPS))))
+    return max(0, min((_machine(), *_control_groups())))
 
 
 def _machine() -> int:
@@ -65,23 +66,10 @@ def _machine() -> int:
     return os.sysconf("SC_PHYS_PAGES") * PAGE
 
 
-def _control_groups(memberships: Path, root: Path) -> Iterator[int]:
-    """Yield the memory left in each control group of this process and in their parents.
-
-    A container's own group may be mounted as the root: folders that are not there have no limit.
-    """
-    try:
-        lines = memberships.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        version, top = (1, root / "memory") if controllers else (2, root)
-        folder = top / name.lstrip("/")
-        for group in (folder, *(parent for parent in folder.parents if top in parent.parents), top):
-            yield from _left(group, *_FILES[version])
+def _control_groups(root: Path = Path("/")) -> Iterator[int]:
+    """Yield the memory left in each control group of this process and in their parents."""
+    for version, folder in group_folders("memory", root):
+        yield from _left(folder, *_FILES[version])
 
 
 def _left(group: Path, limit: str, usage: str, idle: str) -> Iterator[int]:

@@ -10,16 +10,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from minillm.base.control_groups import group_folders
+
 if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator
 
-# Roots below which the files of a control group lie: version 2, then version 1.
-_ROOTS = (
-    "sys/fs/cgroup",
-    "sys/fs/cgroup/unified",
-    "sys/fs/cgroup/cpu",
-    "sys/fs/cgroup/cpu,cpuacct",
-)
+# Version of control groups -> files of a quota and its period.
+_FILES = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}
 
 
 class ThreadShare(NamedTuple):
@@ -50,26 +47,17 @@ def cgroup_quota(root: Path = Path("/")) -> float | None:
     The least of the quotas of this process's group and of the groups around it, of version 1 and
     2. `root` is the root of the file system.
     """
+    quotas = (_quota(folder, _FILES[version]) for version, folder in group_folders("cpu", root))
+    return min(filter(None, quotas), default=None)
+
+
+def _quota(folder: Path, files: tuple[str, ...]) -> float | None:
+    """Return the quota that a group's folder states, in cores; None without one."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    own = {line.split(":", 2)[2] for line in lines if line.count(":") >= 2} | {"/"}
-    # Inside a container, the name of the group may be the host's, and the root is the group.
-    names = {name for path in own for name in (Path(path), *Path(path).parents)}
-    folders = {root / below / str(name).lstrip("/") for below in _ROOTS for name in names}
-    return min((quota for folder in folders for quota in _quotas(folder)), default=None)
-
-
-def _quotas(folder: Path) -> Iterator[float]:
-    """Yield the quotas that a group's folder states, in cores."""
-    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        try:
-            quota, period = map(int, " ".join((folder / f).read_text() for f in files).split())
-        except (OSError, ValueError):  # no such file, or the word max
-            continue
-        if quota > 0 and period > 0:  # -1: no limit
-            yield quota / period
+        quota, period = map(int, " ".join((folder / f).read_text() for f in files).split())
+    except (OSError, ValueError):  # no such file, or the word max
+        return None
+    return quota / period if quota > 0 and period > 0 else None  # -1: no limit
 
 
 def usable_cores() -> int:

@@ -187,24 +187,25 @@ def test_limits_of_control_groups_count(tmp_path: Path) -> None:
 
     def group(path: str, limit: str, used: int, idle: int, version: int) -> None:
         limit_file, usage_file, idle_name = host_memory._FILES[version]
-        folder = tmp_path / path
+        folder = tmp_path / "sys/fs/cgroup" / path
         folder.mkdir(parents=True, exist_ok=True)
         (folder / limit_file).write_text(f"{limit}\n")
         (folder / usage_file).write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 5\n{idle_name} {idle}\n")
 
-    memberships = tmp_path / "cgroup"
+    memberships = tmp_path / "proc" / "self" / "cgroup"
+    memberships.parent.mkdir(parents=True)
     memberships.write_text("0::/user/job\n")
     group("user", "9000000", 3_000_000, 500_000, 2)
     group("user/job", "max", 1_000_000, 0, 2)
-    assert list(host_memory._control_groups(memberships, tmp_path)) == [6_500_000]
+    assert list(host_memory._control_groups(tmp_path)) == [6_500_000]
     memberships.write_text("5:cpu,cpuacct:/job\n3:memory:/job\n")
     group("memory/job", "4000000", 1_000_000, 0, 1)
-    assert list(host_memory._control_groups(memberships, tmp_path)) == [3_000_000]
+    assert list(host_memory._control_groups(tmp_path)) == [3_000_000]
     memberships.write_text("3:memory:/not/visible/in/a/container\n")
     group("memory", "2000000", 500_000, 0, 1)
-    assert list(host_memory._control_groups(memberships, tmp_path)) == [1_500_000]
-    assert list(host_memory._control_groups(tmp_path / "none", tmp_path)) == []
+    assert list(host_memory._control_groups(tmp_path)) == [1_500_000]
+    assert list(host_memory._control_groups(tmp_path / "none")) == []
     assert 0 < host_memory.available() < 1 << 50
 
 
