@@ -139,6 +139,18 @@ def test_the_curve_keeps_means_in_bounded_memory() -> None:
     assert curve.describe().startswith("0.000 ") and curve.describe().endswith(" 947.5")
 
 
+@pytest.mark.parametrize(("width", "blocks"), [(200, 60), (80, 60), (60, 40)])
+def test_the_curve_of_a_run_fits_one_line(
+    width: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "columns", lambda: width)
+    curve = Curve()
+    for value in range(100):
+        curve.add(12.5 - 0.1 * value)
+    first, drawn, last = curve.describe().split()
+    assert (first, len(drawn), last) == ("12.50", blocks, "2.600")
+
+
 def test_a_sparkline_is_logarithmic_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sparkline([1.0, 2.0, 4.0, 8.0, 16.0]) == "▁▃▅▇█"
     assert len(sparkline([float(n + 1) for n in range(500)], 60)) == 60

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minillm.base.interval import Interval
-from minillm.base.log import Log, clock, columns, compact, fitted
+from minillm.base.log import LABEL, WIDTH, Log, clock, columns, compact, fitted
 from minillm.base.terminal import can_print, terminals
 
 LINE_SECONDS = 5.0  # least time between progress lines by default
@@ -175,9 +175,16 @@ class Curve:
         return self._means + rest
 
     def describe(self) -> str:
-        """Return the series as blocks between its first value and its last mean; empty without."""
+        """Return the series as blocks between its first value and its last mean; empty without.
+
+        The blocks fit a line of the plan on this terminal.
+        """
         means = self.values()
-        return f"{self._first:#.4g} {sparkline(means)} {means[-1]:#.4g}" if means else ""
+        if not means:
+            return ""
+        first, last = f"{self._first:#.4g}", f"{means[-1]:#.4g}"
+        space = min(WIDTH, columns()) - LABEL - len(first) - len(last) - 2
+        return f"{first} {sparkline(means, max(1, min(SPARK_COLUMNS, space)))} {last}"
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_COLUMNS) -> str:

@@ -83,14 +83,14 @@ def prune(directory: Path, step: int, keep: int, keep_best: bool) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def set_aside(directory: Path, step: int) -> list[int]:
-    """Rename the checkpoints after `step` to `left-step-...`; return their steps.
+def set_aside(directory: Path, step: int) -> None:
+    """Rename the checkpoints after `step` to `left-step-...`.
 
     They belong to a course that the run abandoned. The newest goes first: after a crash in between
     the rest is a shorter course, never one with a hole. Raises CheckpointError if one stays.
     """
-    later = [(number, path) for number, path in steps(directory).items() if number > step]
-    for _, path in reversed(later):
+    later = [path for number, path in steps(directory).items() if number > step]
+    for path in reversed(later):
         left = directory / f"{LEFT}{path.name}"
         shutil.rmtree(left, ignore_errors=True)
         try:
@@ -100,4 +100,3 @@ def set_aside(directory: Path, step: int) -> list[int]:
                 f"{path} cannot be renamed to {left.name}: {error.strerror}; the run goes back to "
                 f"step {step}, and it must not be resumed from there by accident"
             ) from None
-    return [number for number, _ in later]

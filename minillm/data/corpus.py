@@ -147,8 +147,8 @@ def load_corpus(
         return _plan_tokens(found, val, tokenizer, vocab, held_out)
 
     plan = from_first(comm, make_plan, ConfigError)
-    opened = _open_text if "train" in plan else _open_tokens
-    corpus = opened(plan, cache, prepare, comm)
+    text = "train" in plan
+    corpus = _open_text(plan, cache, prepare, comm) if text else _open_tokens(plan, comm)
     trains = val_data is not None or plan["held_out"] < 1
     _check_lengths(corpus, source, val_data, context, trains, plan["held_out"] > 0)
     return corpus
@@ -307,9 +307,7 @@ def _open_text(
     )
 
 
-def _open_tokens(
-    plan: dict[str, Any], cache: str | None, prepare: bool, comm: Communicator
-) -> Corpus:
+def _open_tokens(plan: dict[str, Any], comm: Communicator) -> Corpus:
     """Map the files of a plan, compare them with rank 0's, and split them. Collective."""
     tokenizer = agree(comm, lambda: tokenizer_from_json(plan["tokenizer"]), ConfigError)
     name, *beside = plan["paths"]
