@@ -231,7 +231,9 @@ def _reading(constructors: Any, kind: Any, completing: bool) -> Any:
         return None  # tyro's own rule: a flag that may be given several times
     inner = kind if get_origin(kind) is Literal else next(iter(get_args(kind)), kind)  # X | None
     choices = get_args(inner) if get_origin(inner) is Literal else ()
-    words = [word for other in get_args(kind)[1:] for word in get_args(other) if not choices]
+    # What stands beside the first type: the words of a Literal, or the name of a type.
+    others = [] if choices else [each for each in get_args(kind)[1:] if each is not type(None)]
+    words = [word for each in others for word in get_args(each) or (each.__name__.upper(),)]
     if not choices and inner not in (int, float, str):
         return None  # flags of bool and nested records keep tyro's own rules
 

@@ -3,8 +3,9 @@
 An error of one rank would leave the others waiting in their next collective. Whatever can fail
 before or between steps (options, files, memory) therefore runs through a function of this module.
 Only MinillmError and OSError are agreed on: they are messages to the user. Any other exception is
-a bug; it propagates on its rank, and `main_guard` ends all ranks. `main_guard` also asks all ranks
-to confirm an AgreedError. The work of a rank inside these functions is no time-out of the others.
+a bug, or a reader that has gone; it propagates on its rank, and `main_guard` ends all ranks.
+`main_guard` also asks all ranks to confirm an AgreedError. The work of a rank inside these
+functions is no time-out of the others.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _attempt(comm: Communicator, fn: Callable[[], T]) -> tuple[T | None, str | N
     try:
         with comm.working("at work"):
             return fn(), None
-    except (CommTimeout, PeerFailed):
+    except (CommTimeout, PeerFailed, BrokenPipeError):  # the last: `--help | head` is no error
         raise
     except MinillmError as error:
         return None, str(error)

@@ -220,3 +220,17 @@ def test_a_reader_that_goes_is_a_request_to_stop(tiny: list[str], tmp_path: Path
     error = process.stderr.read()
     assert "standard output is lost (Broken pipe): finishing this step" in error, error
     assert list((tmp_path / "run" / "checkpoints").iterdir()) and "Traceback" not in error
+
+
+def test_a_reader_of_the_help_may_go() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    program = subprocess.run(
+        [sys.executable, "-m", "minillm.evaluate", "--help"],
+        env=environment(),
+        stdout=write,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(write)
+    assert (program.returncode, program.stderr) == (141, b"")
