@@ -140,10 +140,10 @@ def _nothing_left(origin: Origin, config: ResolvedConfig) -> str | None:
     steps = config.options.optimization.steps
     if not origin.continues or step < min(steps, output.stop_after or steps):
         return None
-    asked = f"--stop-after {output.stop_after}" if step < steps else f"--steps {steps}"
+    name, number = ("--stop-after", output.stop_after) if step < steps else ("--steps", steps)
     return (
-        f"{origin.path} is of step {step}, so nothing is left to do for {asked}; to train longer, "
-        f"pass a larger one, as in: --resume {origin.run or origin.path} --steps {2 * step}"
+        f"{origin.path} is of step {step}, so nothing is left to do for {name} {number}; to train "
+        f"longer, pass a larger one, as in: --resume {origin.run or origin.path} {name} {2 * step}"
     )
 
 

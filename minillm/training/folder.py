@@ -51,7 +51,7 @@ def claim_new(asked: str | None, default: str) -> Claim:
         return next(filter(None, map(_claim_free, itertools.chain([base], numbered))))
     path = Path(asked)
     _refuse_run(path)
-    path.mkdir(parents=True, exist_ok=True)
+    _make(path)
     try:
         claim = _locked(path)
     except FolderTaken as error:
@@ -69,11 +69,22 @@ def claim_new(asked: str | None, default: str) -> Claim:
     return claim
 
 
+def _make(path: Path) -> None:
+    """Make the folder if it is not there. Raises ConfigError if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if path.is_file() else error.strerror
+        raise ConfigError(
+            f"{path} cannot be made ({reason}); choose another folder with --out"
+        ) from None
+
+
 def _claim_free(path: Path) -> Claim | None:
     """Claim a folder that no run has used; None if one has or does."""
     if _used(path):
         return None
-    path.mkdir(parents=True, exist_ok=True)
+    _make(path)
     try:
         claim = _locked(path)
     except FolderTaken:

@@ -133,7 +133,10 @@ def test_data_that_vanishes(tiny: list[str], text: Path) -> None:
 
 @needs_mpirun
 def test_out_that_cannot_be_made(tiny: list[str], text: Path) -> None:
-    refused(mpirun(2, [*TRAIN, *tiny, "--out", str(text / "run")]), str(text / "run"))
+    below = [*TRAIN, *tiny, "--out", str(text / "run")]
+    refused(mpirun(2, below), f"{text / 'run'} cannot be made (Not a directory)", "with --out")
+    file = [*TRAIN, *tiny, "--out", str(text)]
+    refused(mpirun(0, file), f"{text} cannot be made (it is a file)", "with --out")
 
 
 @needs_mpirun

@@ -233,9 +233,9 @@ def test_a_finished_run_can_be_made_longer(
     output = run_train("--resume", longer)
     assert output.count("\n") == 1 and "nothing is left to do for --steps 6" in output
     assert f"--resume {longer} --steps 12" in output
-    assert "nothing is left to do for --stop-after 2" in run_train(
-        "--resume", longer, "--steps", 9, "--stop-after", 2
-    )
+    output = run_train("--resume", longer, "--steps", 9, "--stop-after", 2)
+    assert "nothing is left to do for --stop-after 2" in output
+    assert f"--resume {longer} --stop-after 12" in output
     assert contents(longer) == before
     assert "changed from step 7 on: --steps 9 (was 6)" in run_train(
         "--resume", longer, "--steps", 9
