@@ -103,7 +103,7 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             number = training.trainer.replication.replica
             replica = comm.split(number, name="replica")
             if replica is not None and number == 0:
-                with comm.working("writing a sample"):
+                with comm.working("writing a sample"), training.trainer.replication.agreed():
                     log(_sample(training, replica))
             comm.barrier()
 

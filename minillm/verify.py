@@ -75,9 +75,11 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
         )
         resolved = resolve(config, comm.size, corpus.vocab_size)
         if not config.replication.equals_one_rank(resolved.mesh):
+            local, name = config.replication.local_steps, config.replication.compress
+            method = f"--local-steps {local}" if local else f"--compress {name}"
             raise ConfigError(
-                f"--compress {config.replication.compress} does not compute on this mesh what one "
-                "rank computes; verify the layout without it"
+                f"{method} does not compute on this mesh what one rank computes; verify the layout "
+                "without it"
             )
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(config.compute.device, local_rank))

@@ -105,23 +105,23 @@ def save(
 
 
 def own_pieces(
-    spec: Sharded,
+    tensor: StateTensor,
     mesh: MeshShape,
     coords: Mapping[str, int],
-    name: str,
     holders: dict[tuple[Sharded, int], dict[Bounds, list[int]]],
 ) -> list[tuple[Slices, Slices]]:
     """Return the pieces (global slices, local slices) of a tensor that the rank at `coords` writes.
 
     Each rank computes the holders of every piece of its stage. A hash of the tensor's name picks
-    one of them, so replicas share the work without messages. `holders` caches the result per spec
+    one of them, so replicas share the work without messages. The first one writes a tensor that
+    differs between replicas. `holders` caches the result per spec
     and stage, because many tensors have the same spec.
     """
-    me, stage = mesh.rank(coords), coords["pp"]
+    me, stage, spec = mesh.rank(coords), coords["pp"], tensor.spec
     if (spec, stage) not in holders:
         holders[spec, stage] = _holders(spec, mesh, stage)
     found = holders[spec, stage]
-    number = zlib.crc32(name.encode())
+    number = 0 if tensor.differs else zlib.crc32(tensor.name.encode())
     chosen = {bounds: ranks[number % len(ranks)] for bounds, ranks in found.items()}
     return [piece for piece in spec.pieces(mesh, coords) if chosen[_bounds(piece[0])] == me]
 
@@ -173,9 +173,7 @@ def _write_own(
         if not tensor.owned:
             continue
         dtype = dtype_name(tensor.data.dtype)
-        for global_slices, local_slices in own_pieces(
-            tensor.spec, mesh, coords, tensor.name, holders
-        ):
+        for global_slices, local_slices in own_pieces(tensor, mesh, coords, holders):
             bounds, shape, key = _bounds(global_slices), slice_shape(global_slices), tensor.name
             if shape != tensor.spec.shape:
                 key += f"[{','.join(f'{lo}:{hi}' for lo, hi in bounds)}]"

@@ -10,7 +10,7 @@ from minillm.comm.mesh import Mesh
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
 from minillm.params.storage import PrivateMemory
-from minillm.replication import compressed, zero
+from minillm.replication import compressed, local_steps, zero
 from minillm.replication.all_reduce import AllReduce
 from minillm.replication.node_shared import NodeMemory, NodeShared, find_group
 from minillm.replication.options import ReplicationOptions
@@ -39,6 +39,8 @@ def choose(
         return zero.make(mesh, layout, options.zero, options.shard_group, bucket_bytes, device)
     if options.compress != "none":
         return compressed.make(mesh, layout, options, seed, device)
+    if options.local_steps:
+        return local_steps.make(mesh, layout, options, device)
     if not device.on_host:
         return AllReduce(mesh, layout, PrivateMemory(device.describe(), device), bucket_bytes)
     alone = mesh.axis(*TOKEN_AXES).size == 1

@@ -29,6 +29,13 @@ class ReplicationOptions(Record):
     """Rank of the factors under --compress powersgd."""
     compress_share: float = option(0.01, above=0, below=1, announced=True)
     """Share of the elements that --compress topk sends."""
+    local_steps: int = option(0, at_least=0, announced=True)
+    """Let every data-parallel worker train alone for this many steps, then average the weights. 0:
+    sum gradients in every step."""
+    outer_lr: float = option(0.7, above=0, announced=True)
+    """Rate of the outer update under --local-steps: 1 without momentum takes the average."""
+    outer_momentum: float = option(0.9, at_least=0, below=1, announced=True)
+    """Nesterov momentum of the outer update under --local-steps."""
     node_shared: Literal["auto", "on", "off"] = option("auto", resumable=True)
     """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in
     shared memory: auto (where possible)."""
@@ -36,17 +43,22 @@ class ReplicationOptions(Record):
     def equals_one_rank(self, mesh: MeshShape) -> bool:
         """Return whether a mesh computes what one rank computes, up to rounding.
 
-        PowerSGD compresses the shards of tp. The other codecs round what each worker sends.
+        PowerSGD compresses the shards of tp. The other codecs round what each worker sends. Local
+        steps train another model on every number of workers.
         """
+        if self.local_steps:
+            return False
         return self.compress == "none" or (self.compress == "powersgd" and mesh.tp == 1)
 
     @property
     def may_share(self) -> bool:
         """True if replicas on a node may share memory: no other method is asked for."""
-        return self.node_shared != "off" and not self.zero and self.compress == "none"
+        other = self.zero or self.compress != "none" or self.local_steps
+        return self.node_shared != "off" and not other
 
-    def check(self, mesh: MeshShape) -> None:
-        """Raise ConfigError for methods that do not go together, or do not fit the mesh."""
+    def check(self, mesh: MeshShape, steps: int) -> None:
+        """Raise ConfigError for methods that do not go together, or do not fit mesh or steps."""
+        self._check_local_steps(steps)
         if self.zero and self.node_shared == "on":
             raise ConfigError(
                 "--zero and --node-shared on are two ways to hold one replica; leave one out"
@@ -72,4 +84,30 @@ class ReplicationOptions(Record):
             raise ConfigError(
                 f"--shard-group {self.shard_group} does not divide the {mesh.dp} data-parallel "
                 f"ranks; choose one of {fitting}"
+            )
+
+    def _check_local_steps(self, steps: int) -> None:
+        every = self.local_steps
+        if not every:
+            for name in ("outer_lr", "outer_momentum"):
+                value = getattr(self, name)
+                if value != getattr(ReplicationOptions, name):
+                    raise ConfigError(f"--{name.replace('_', '-')} {value} needs --local-steps")
+            return
+        others = {
+            f"--zero {self.zero}": self.zero,
+            f"--compress {self.compress}": self.compress != "none",
+            "--node-shared on": self.node_shared == "on",
+        }
+        for other, given in others.items():
+            if given:
+                raise ConfigError(
+                    f"--local-steps {every} and {other} do not go together: workers that train "
+                    "alone hold weights of their own; leave one out. --local-steps goes with "
+                    "--tp, --sequence-parallel, --pp, and --node-shared auto or off"
+                )
+        if rest := steps % every:
+            raise ConfigError(
+                f"--steps {steps} is not a multiple of --local-steps {every}: the last {rest} "
+                f"would never be averaged; use --steps {steps - rest + every}"
             )

@@ -8,7 +8,8 @@ methods and know no more. A new method is one file with one subclass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from minillm.autograd.backward import BackwardObserver
@@ -68,6 +69,24 @@ class Replication:
     def replica(self) -> int:
         """Number of the replica that this rank computes with. The first one, 0, samples."""
         return self.mesh.coord("dp")
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Own index and number of the workers that each update by themselves.
+
+        Each clips by its own norm and has optimizer state of its own. Usually all ranks are one.
+        """
+        return 0, 1
+
+    def adopt(self) -> None:
+        """Take the parameters that the model holds now for the agreed ones, on every replica."""
+
+    def agreed(self) -> AbstractContextManager[None]:
+        """Return a context in which the model holds weights that all replicas agree on.
+
+        Evaluation, samples and checkpoints take these. No step runs within it. Not collective.
+        """
+        return nullcontext()
 
     def observer(self, stage: int, last: bool) -> BackwardObserver | None:
         """Return the observer of a backward pass of `stage`, None if nothing overlaps.
@@ -130,6 +149,10 @@ class Replication:
 
     def state(self) -> Iterator[StateTensor]:
         """Yield what a resumed run needs besides weights and optimizer state."""
+        return iter(())
+
+    def own_state(self, optimizer: Iterable[StateTensor]) -> Iterator[StateTensor]:
+        """Yield this replica's own version of the tensors of the optimizer, where they differ."""
         return iter(())
 
 

@@ -197,7 +197,7 @@ class Run:
         windows = eval_windows(self.corpus.held_out, self.config.model.context, tokens)
         held_out = HeldOutText(windows, self.corpus.held_out_bytes(windows.num_tokens))
         model, microbatch = self.trainer.model, self.config.microbatch
-        with suppress(Stopped):
+        with suppress(Stopped), self.trainer.replication.agreed():
             return measure(model, held_out, self.comm, microbatch, self.stop.asked)
         return None
 
@@ -220,7 +220,7 @@ class Run:
             held_out=None if loss is None else {"loss": loss, "tokens": self.output.eval_tokens},
         )
         self.metrics.sync()  # before the checkpoint: no step is saved without its line
-        with known_to_all():
+        with known_to_all(), self.trainer.replication.agreed():
             checkpoint.save(
                 self.out / checkpoint.SUBFOLDER,
                 world=self.comm,
@@ -255,7 +255,8 @@ class Run:
             self.log(line)
         difference = checkpoint.difference(record.key, self.key)
         if difference:
-            self.log(f"results continue to rounding, not bit for bit: {difference}")
+            how = "change from here on" if lost else "continue to rounding, not bit for bit"
+            self.log(f"results {how}: {difference}")
 
     def _finish(self, step: int, seconds: float, stopped: bool) -> None:
         """Save, and print the totals."""

@@ -81,6 +81,8 @@ def predicted(
     zero, unit = options.replication.zero * training, max(values.largest for values in sizes)
     ways = (options.replication.shard_group or layout.mesh.dp) if zero else 1
     moments = (3 if wide > item else 2) * size * wide * training // ways
+    if training and options.replication.local_steps:
+        moments += 2 * size * wide  # agreed weights and outer momentum
     weights = size // ways + 2 * unit if zero > 2 else size  # gathered: two blocks
     grads = (size // ways + unit if zero > 1 else size) * training
     held, sent = _compression(config, on_gpu) if training else (0.0, 0.0)

@@ -54,6 +54,8 @@ def _method(options: ReplicationOptions) -> dict[str, Any]:
     """Return the data-parallel method, which orders and rounds the sums of gradients."""
     if options.zero:
         return {"zero": options.zero, "shard_group": options.shard_group}
+    if options.local_steps:
+        return {"local_steps": options.local_steps}  # on the workers that "mesh" names
     sizes = {"powersgd": options.compress_rank, "topk": options.compress_share}
     name = options.compress
     return {} if name == "none" else {"compress": name, "compress_size": sizes.get(name, 0)}

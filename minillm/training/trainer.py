@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -176,7 +176,8 @@ class Trainer:
         optimization, ranks = self.config.options.optimization, self.replication.agreeing
         own = losses if self._counts_losses else {}
         squares = self.replication.sum_of_squares()
-        self._verdict = self._judge.agree(ranks, self._step, own, squares)
+        workers = self.replication.workers
+        self._verdict = self._judge.agree(ranks, self._step, own, squares, workers)
         peak = self.device.peak_bytes()
         self._worst = ranks.reduce_numbers([self.stop_requested, peak, self.clock], MAX)
         if not self.lag:
@@ -194,28 +195,46 @@ class Trainer:
         self._optimizer_seconds = time.perf_counter() - started
 
     def state(self) -> list[StateTensor]:
-        """Return everything a resumed run needs besides the step."""
-        return [*self.model.weights(), *self._optimizer_state(), *self.replication.state()]
+        """Return everything a resumed run needs besides the step.
+
+        To be read or written within `Replication.agreed`.
+        """
+        return [*self._common_state(), *self._replica_state()]
+
+    def _common_state(self) -> list[StateTensor]:
+        return [*self.model.weights(), *self._optimizer_state()]
+
+    def _replica_state(self) -> list[StateTensor]:
+        """Return what belongs to the data-parallel method."""
+        own = self.replication.own_state(self._optimizer_state())
+        return [*own, *self.replication.state()]
 
     def _optimizer_state(self) -> Iterator[StateTensor]:
+        differs = self.replication.workers[1] > 1
         for name, states in self.optimizer.state().items():
             for stage, state in zip(self.model.stages, states, strict=True):
                 for parameter, sharded, data in state.tensors():
                     owned = self.model.layout.owns(stage, parameter.spec.tie)
                     full_name = f"optimizer/{name}/{parameter.name}"
-                    yield StateTensor(full_name, sharded, data, owned=owned)
+                    yield StateTensor(full_name, sharded, data, owned=owned, differs=differs)
 
     def load(self, source: StateSource) -> None:
-        """Fill weights and optimizer state.
+        """Fill weights, optimizer state, and the state of the data-parallel method.
 
         Ranks that share memory read a part of the tensors each. Collective. Raises CheckpointError
         on every rank if one cannot read.
         """
         memory = self.replication.memory
         first, step = memory.alias
-        mine = self.state()[first::step]
-        agree(self.world, lambda: load(source, mine, self.mesh.shape, self.mesh.coords))
+        with self.replication.agreed():
+            self._fill(source, self._common_state()[first::step])
+            self.replication.adopt()
+            self._fill(source, self._replica_state()[first::step])
         memory.sync()
+
+    def _fill(self, source: StateSource, tensors: Sequence[StateTensor]) -> None:
+        """Fill `tensors` from `source`, or raise on every rank. Collective."""
+        agree(self.world, lambda: load(source, tensors, self.mesh.shape, self.mesh.coords))
 
     def load_weights(self, source: StateSource) -> None:
         """Fill the weights alone; the optimizer's state stays at its beginning.
@@ -223,7 +242,7 @@ class Trainer:
         Where the model has masters, they take the masters of `source`, or its weights. Collective.
         Raises CheckpointError on every rank if one cannot read.
         """
-        memory, mesh = self.replication.memory, self.mesh
+        memory = self.replication.memory
         tensors = list(self.model.weights())
         named = frozenset(source.names())
         for buffers in self.model.buffers:
@@ -234,18 +253,19 @@ class Trainer:
                 name = name if name in named else f"model/{parameter.name}"
                 tensors.append(StateTensor(name, sharded, data))
         first, step = memory.alias
-        mine = tensors[first::step]
-        agree(self.world, lambda: load(source, mine, mesh.shape, mesh.coords))
+        self._fill(source, tensors[first::step])
         memory.sync()
+        self.replication.adopt()
 
     def check_replicas(self) -> None:
-        """Compare a hash of the parameters over the data-parallel replicas. Collective.
+        """Compare a hash of the agreed parameters over the data-parallel replicas. Collective.
 
         Raises CommError naming the ranks that differ.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for buffers in self.model.buffers:
-            digest.update(to_host(buffers.values).view(np.uint8).data)
+        with self.replication.agreed():
+            for buffers in self.model.buffers:
+                digest.update(to_host(buffers.values).view(np.uint8).data)
         hashes = self.replication.copies.gather_json(digest.hexdigest())
         odd = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
         if odd:

@@ -81,37 +81,51 @@ class Judge:
         self.last: Verdict | None = None
 
     def agree(
-        self, ranks: Communicator, step: int, losses: Mapping[str, Any], squares: Any
+        self,
+        ranks: Communicator,
+        step: int,
+        losses: Mapping[str, Any],
+        squares: Any,
+        workers: tuple[int, int] = (0, 1),
     ) -> Verdict:
         """Return the verdict on a step from this rank's parts of the losses and squared norm.
 
-        The parts are floats, or arrays without dims on the device. Collective over `ranks`.
+        The parts are floats, or arrays without dims on the device. `workers` are the index of
+        this rank's worker and their number. Each clips by its own norm, and the verdict holds the
+        root mean square of the norms. Collective over `ranks`.
         """
-        parts = [*(losses.get(name, 0.0) for name in self.names), squares]
+        own, number = workers
+        norms = [squares if worker == own else 0.0 for worker in range(number)]
+        parts = [*(losses.get(name, 0.0) for name in self.names), *norms]
         decide = self._on_host if self.device.on_host else self._on_device
-        self.last = decide(ranks, step, parts)
+        self.last = decide(ranks, step, parts, own)
         return self.last
 
-    def _on_host(self, ranks: Communicator, step: int, parts: list[Any]) -> Verdict:
-        *losses, squares = ranks.reduce_numbers(parts)
-        norm = math.sqrt(squares) if squares >= 0 else math.nan
-        scale = min(1.0, self.max_norm / (norm + CLIP_EPS)) if self.max_norm else 1.0
+    def _on_host(self, ranks: Communicator, step: int, parts: list[Any], own: int) -> Verdict:
+        totals, count = ranks.reduce_numbers(parts), len(self.names)
+        losses, squares = totals[:count], totals[count:]
+        mean = sum(squares) / len(squares)
+        norm = math.sqrt(mean) if mean >= 0 else math.nan
+        clipped = math.sqrt(squares[own]) if mean >= 0 else math.nan
+        scale = min(1.0, self.max_norm / (clipped + CLIP_EPS)) if self.max_norm else 1.0
         return Verdict(step, self.names, Future((*losses, norm)), scale, None, self.advice)
 
-    def _on_device(self, ranks: Communicator, step: int, parts: list[Any]) -> Verdict:
-        xp = self.device.xp
+    def _on_device(self, ranks: Communicator, step: int, parts: list[Any], own: int) -> Verdict:
+        xp, count = self.device.xp, len(self.names)
         totals = xp.zeros(len(parts), np.float64)
         for i, part in enumerate(parts):
             if not isinstance(part, int | float):  # a rank that computes no loss, or counts nothing
                 totals[i] = part
         ranks.all_reduce_(totals, kind="control")
-        norm = xp.sqrt(totals[-1:])
-        good = xp.isfinite(totals[:-1].sum().reshape(1)) & xp.isfinite(norm)
+        clips = norm = xp.sqrt(totals[count + own : count + own + 1])
+        if len(parts) > count + 1:
+            norm = xp.sqrt(totals[count:].sum().reshape(1) / (len(parts) - count))
+        good = xp.isfinite(totals[:count].sum().reshape(1)) & xp.isfinite(norm)
         if self.last is not None and self.last.good is not None:
             good &= self.last.good
         clipped = xp.ones(1, np.float64)
         if self.max_norm:
-            clipped = xp.minimum(self.max_norm / (norm + CLIP_EPS), 1.0)
+            clipped = xp.minimum(self.max_norm / (clips + CLIP_EPS), 1.0)
         scale = xp.where(good, clipped, math.nan).astype(np.float32)
-        numbers = self.device.fetch(xp.concatenate([totals[:-1], norm]))
+        numbers = self.device.fetch(xp.concatenate([totals[:count], norm]))
         return Verdict(step, self.names, numbers, scale, good, self.advice)

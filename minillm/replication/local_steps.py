@@ -1,0 +1,212 @@
+"""Local steps: workers that train alone and average their weights every H steps.
+
+Between two synchronisations no gradient crosses the data axis. Each worker clips by its own norm
+and updates with its own optimizer state, which is never averaged or reset. Every H-th step all
+workers take the agreed weights, theta (Stich 2019, arXiv:1805.09767; DiLoCo, Douillard et al.
+2023, arXiv:2311.08105, with Nesterov momentum outside):
+
+    D     = theta - mean of the workers' weights
+    buf   = momentum * buf + D
+    theta = theta - lr * (D + momentum * buf)
+
+Losses are divided by the global count before backward starts, so a worker's gradient is 1 / d of
+the gradient of its own mean loss. Its update and norm therefore take d times that gradient.
+
+Invariant: step s (from 0) synchronises if s + 1 is a multiple of H. No counter is kept, so none can
+be wrong after a resume. Weights are averaged run by run in the order of the buffer, so all copies
+of a tied or replicated weight keep the same bits.
+
+The agreed weights, those of the last synchronisation, are evaluated, sampled and saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from minillm import kernels
+from minillm.base.arrays import Array, to_host
+from minillm.base.device import CPU, Device
+from minillm.comm.mesh import Mesh
+from minillm.layout.placement import Layout
+from minillm.layout.sharding import Segment, ShardSpec
+from minillm.params.state import StateTensor
+from minillm.params.storage import FlatBuffers, FlatState, PrivateMemory
+from minillm.replication.all_reduce import counted_grads
+from minillm.replication.options import ReplicationOptions
+from minillm.replication.protocol import Optimizer, Replication
+
+CHUNK = 1 << 18  # elements of the outer update at once: its temporary array stays in the cache
+NO_WORKERS = (
+    "every worker begins from the agreed weights and the saved optimizer state: the checkpoint has "
+    "none of its own for this number of workers"
+)
+NO_MOMENTUM = "the outer momentum begins at zero: the checkpoint has none"
+
+
+class Worker:
+    """Second set of weights of one stage, outer momentum, and their exchange with the model."""
+
+    def __init__(self, buffers: FlatBuffers) -> None:
+        self.buffers = buffers
+        self.held = buffers.values if buffers.masters is None else buffers.masters
+        """The weights that the model computes with and the optimizer updates."""
+        self.other = buffers.memory.own(self.held.size, self.held.dtype)
+        """The agreed weights; the worker's own while the model holds the agreed ones."""
+        self.momentum = buffers.memory.own(self.held.size, self.held.dtype)
+
+    def swap(self) -> None:
+        """Exchange the two sets of weights."""
+        for held, other in self._chunks(self.held, self.other):
+            kept = held.copy()
+            held[...] = other
+            other[...] = kept
+        self._round()
+
+    def outer_step(self, num_workers: int, lr: float, momentum: float) -> None:
+        """Update the agreed weights from the sum of the workers' weights, which the model holds."""
+        for held, theta, buf in self._chunks(self.held, self.other, self.momentum):
+            held *= 1 / num_workers
+            outer_grad = theta - held
+            buf *= momentum
+            buf += outer_grad
+            outer_grad += momentum * buf
+            outer_grad *= lr
+            theta -= outer_grad
+            held[...] = theta
+        self._round()
+
+    def _round(self) -> None:
+        """Round the model's narrow weights from their masters."""
+        if self.buffers.masters is not None:
+            values = self.buffers.values
+            kernels.cast(self.buffers.masters, values.dtype, out=values)
+
+    def _chunks(self, *arrays: Array) -> Iterator[tuple[Array, ...]]:
+        for start in range(0, arrays[0].size, CHUNK):
+            yield tuple(array[start : start + CHUNK] for array in arrays)
+
+
+class LocalSteps(Replication):
+    """Workers along dp that average their weights every `every` steps.
+
+    The other axes work within a replica as usual: partial sums and tied weights are reduced in
+    every step.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        layout: Layout,
+        memory: PrivateMemory,
+        every: int,
+        lr: float = 0.7,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__(mesh, layout, memory)
+        self.every, self.lr, self.momentum = every, lr, momentum
+        self.num_workers = mesh.size("dp")
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The worker of this rank, and their number."""
+        return self.mesh.coord("dp"), self.num_workers
+
+    def attach(self, buffers: Mapping[int, FlatBuffers]) -> None:
+        """Allocate the agreed weights and the outer momentum."""
+        super().attach(buffers)
+        self._workers = {stage: Worker(b) for stage, b in buffers.items()}
+        self._counted = counted_grads(buffers, self.layout, {**self.mesh.coords, "dp": 0})
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Take the weights of the model for both sets, the agreed ones and this worker's own."""
+        for worker in self._workers.values():
+            worker.other[...] = worker.held
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Let the model hold the agreed weights. Not collective."""
+        for worker in self._workers.values():
+            worker.swap()
+        try:
+            yield
+        finally:
+            for worker in self._workers.values():
+                worker.swap()
+
+    def reduce(self, stage: int) -> None:
+        """Sum the partial gradients of the stage within the replica."""
+        super().reduce(stage)
+        started, buffers = time.perf_counter(), self.buffers[stage]
+        for run in buffers.layout.runs:
+            for axis in run.sum_axes:
+                if axis != "dp":
+                    self.mesh.axis(axis).all_reduce_(buffers.grads[run.start : run.stop])
+        self.exposed_seconds += time.perf_counter() - started
+
+    def sum_of_squares(self) -> Any:
+        """Return this rank's part of the squared norm of its worker's gradient."""
+        return self.num_workers**2 * sum(map(kernels.sum_of_squares, self._counted))
+
+    def update(self, optimizer: Optimizer, step: int, lr: float, scale: Any) -> None:
+        """Update this worker's weights; after every H-th step, average them. Collective then.
+
+        On a GPU, a synchronisation waits for the verdict on the step.
+        """
+        super().update(optimizer, step, lr, scale * self.num_workers)
+        if (step + 1) % self.every == 0 and np.isfinite(to_host(scale)).all():
+            self._synchronise()
+
+    def _synchronise(self) -> None:
+        started, comm = time.perf_counter(), self.mesh.axis("dp")
+        for stage, worker in self._workers.items():
+            for run in self.buffers[stage].layout.runs:
+                comm.all_reduce_(worker.held[run.start : run.stop])
+            worker.outer_step(self.num_workers, self.lr, self.momentum)
+        self.exposed_seconds += time.perf_counter() - started
+
+    def state(self) -> Iterator[StateTensor]:
+        """Yield the outer momentum and every worker's weights, within `agreed`.
+
+        The worker's are named by its number and cut like the parameter, so they resume on any tp
+        and pp with the same number of workers.
+        """
+        for stage, worker in self._workers.items():
+            for array, kind in ((worker.momentum, "momentum"), (worker.other, "weights")):
+                for parameter, spec, data in FlatState(worker.buffers, array).tensors():
+                    owned = self.layout.owns(stage, parameter.spec.tie)
+                    name = f"local/{kind}/{parameter.name}"
+                    tensor = StateTensor(name, spec, data, owned=owned, fallback=NO_MOMENTUM)
+                    yield tensor if kind == "momentum" else self._of_worker(tensor, name)
+
+    def own_state(self, optimizer: Iterable[StateTensor]) -> Iterator[StateTensor]:
+        """Yield every worker's optimizer state. Masters are the weights that `state` yields."""
+        for tensor in optimizer:
+            if not tensor.name.startswith("optimizer/master/"):
+                yield self._of_worker(tensor, f"local/{tensor.name}")
+
+    def _of_worker(self, tensor: StateTensor, name: str) -> StateTensor:
+        """Return `tensor` as this worker's row of an array with one row for each worker."""
+        spec = tensor.spec
+        assert isinstance(spec, ShardSpec)
+        workers = (Segment(self.num_workers, ("dp",)),)
+        rows = ShardSpec((self.num_workers, *spec.shape), (workers, *spec.dims), pad=spec.pad)
+        return StateTensor(name, rows, tensor.data[None], owned=tensor.owned, fallback=NO_WORKERS)
+
+
+def make(
+    mesh: Mesh, layout: Layout, options: ReplicationOptions, device: Device = CPU
+) -> LocalSteps:
+    """Return the method that `options` describe."""
+    every, lr, momentum = options.local_steps, options.outer_lr, options.outer_momentum
+    steps = "every step" if every == 1 else f"every {every} steps"
+    words = (
+        f"weights averaged {steps} (outer rate {lr:g}, momentum {momentum:g}), so the result "
+        "depends on dp"
+    )
+    return LocalSteps(mesh, layout, PrivateMemory(words, device), every, lr, momentum)
