@@ -74,6 +74,8 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             config = fit(config, comm, device, refuse=not start.print_config)
         if start.print_config:
             shown = config.filled()
+            if options.compute.device == "cuda":  # decided by the memory of a GPU, not opened here
+                shown = shown.replace(recompute=options.pipeline.recompute)
             if start.resume is not None:  # the folder is that of the run
                 shown = shown.replace(out=options.output.out)
             usual = RunConfig.from_dict(preset_values(options.preset)).to_dict()

@@ -21,7 +21,8 @@ class PipelineOptions(Record):
     recompute: Literal["auto", "none", "selective", "full"] = option("auto", resumable=True)
     """Part of the forward pass that backward computes again instead of keeping it: selective (what
     norms and activations return: about 1 % more work), full (all but the input of each block: a
-    third more work), none; auto: selective where that saves 16 MB or more."""
+    third more work), none; auto: selective where that saves 16 MB or more, on a GPU only where none
+    would take more than 80 % of its free memory."""
 
     def resolve_microbatch(self, batch: int, dp: int, pp: int) -> int:
         """Return the sequences per microbatch on one rank, for a global batch over `dp` ranks.

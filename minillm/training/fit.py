@@ -23,6 +23,10 @@ from minillm.training.assembly import layout_of
 from minillm.training.memory import Need, predicted
 from minillm.training.resolve import ResolvedConfig, with_microbatch
 
+# Share of a GPU's free memory that a run may need without recomputation under --recompute auto. The
+# rest is for the kernels' code, the workspaces of CUDA's libraries and the gaps of the memory pool.
+FULL_TAPE_SHARE = 0.8
+
 
 def fit(
     config: ResolvedConfig,
@@ -35,6 +39,8 @@ def fit(
 ) -> ResolvedConfig:
     """Return `config`, with the largest microbatch that fits where it asks for `auto`.
 
+    Where --recompute is `auto` on a GPU with room to spare, nothing is recomputed.
+
     Collective over `comm`. Raises the same ConfigError on every rank, with the way out, if the run
     needs more memory than a node or GPU has. Without `refuse` it returns the smallest microbatch.
     """
@@ -45,13 +51,25 @@ def fit(
     problems = judge.problems(tried)
     for candidate, problem in zip(tried, problems, strict=True):
         if problem is None:
-            return candidate
+            return _with_room(candidate, judge, device) if training else candidate
     if not refuse:
         return tried[-1]
     ways = _ways(config) if training else []
     found = [problem is None for problem in judge.problems([way for way, _ in ways])]
     fits = next((text for (_, text), ok in zip(ways, found, strict=True) if ok), None)
     raise ConfigError(f"{problems[-1]}; {fits or _last_resort(training)}")
+
+
+def _with_room(config: ResolvedConfig, judge: _Judge, device: Device) -> ResolvedConfig:
+    """Return `config` without recomputation where `auto` chose it and a GPU has the room.
+
+    Collective. On the CPU `auto` stays: selective recomputation is the faster one there, by caches.
+    """
+    asked = config.options.pipeline.recompute
+    if device.on_host or asked != "auto" or config.recompute == "none":
+        return config
+    whole = dataclasses.replace(config, recompute="none")
+    return whole if judge.problems([whole], FULL_TAPE_SHARE) == [None] else config
 
 
 def _last_resort(training: bool) -> str:
@@ -125,10 +143,16 @@ class _Judge:
             training=self.training,
         )
 
-    def problems(self, candidates: Sequence[ResolvedConfig]) -> list[str | None]:
-        """Return for each candidate why it does not fit, None if it does."""
+    def problems(
+        self, candidates: Sequence[ResolvedConfig], share: float = 1.0
+    ) -> list[str | None]:
+        """Return for each candidate why it does not fit `share` of what is free, None if it does.
+
+        The same on every rank.
+        """
         needs = [self._need(candidate) for candidate in candidates]
-        own = [self.home, self.where, self.free, [[need.new, need.kinds] for need in needs]]
+        free = int(share * self.free)
+        own = [self.home, self.where, free, [[need.new, need.kinds] for need in needs]]
         places: dict[tuple[int, str], list[tuple[int, list[Any]]]] = {}
         for home, where, free, found in self.comm.gather_json(own):
             places.setdefault((home, where), []).append((free, found))

@@ -63,7 +63,8 @@ def plan(
         f"of {model.context}; {replica} takes {per_rank}{in_parts}; "
         f"{plural(options.optimization.steps, 'step')}",
         "kernels": _kernels(config, assembly.device),
-        "memory": f"{size(sum(most.values()))} predicted for the largest rank ({parts})",
+        "memory": f"{size(sum(most.values()))} predicted for the largest rank ({parts})"
+        f"{_recompute(config, assembly.device)}",
     }
     return list(lines.items())
 
@@ -85,6 +86,15 @@ def _layout(config: ResolvedConfig, threads: ThreadShare, description: str) -> s
         words.append(f"{mesh.pp} stages of {layers} layers (pp, {options.pipeline.schedule})")
     axes = f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}"
     return f"{mesh.num_ranks} ranks = {axes}, {threads.words(' each')}: {', '.join(words)}{last}"
+
+
+def _recompute(config: ResolvedConfig, device: Device) -> str:
+    """Return what backward recomputes, and the reason if `auto` chose it; empty for nothing."""
+    found, auto = config.recompute, config.options.pipeline.recompute == "auto"
+    if found == "none":
+        return "; recompute none, the device has the room" if auto and not device.on_host else ""
+    saves = "it saves 16 MB or more" if device.on_host else "the device is short of memory"
+    return f"; recompute {found}{f', {saves}' if auto else ''}"
 
 
 def _kernels(config: ResolvedConfig, device: Device) -> str:

@@ -301,6 +301,12 @@ def test_the_advice_after_a_divergence_works(
     assert steps(run) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_printed_configuration_leaves_to_a_gpu_what_its_memory_decides(run_train: Train) -> None:
+    large = ("--print-config", "--dim", 256, "--batch", 256)
+    assert '# recompute = "selective"\n' in run_train(*large)
+    assert '# recompute = "auto"\n' in run_train(*large, "--device", "cuda")
+
+
 @pytest.mark.slow
 def test_a_configuration_and_a_run_to_resume_go_together(
     tiny: list[str], tmp_path: Path, run_train: Train

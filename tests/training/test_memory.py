@@ -14,6 +14,7 @@ from mpi_helpers import mpirun, needs_mpirun
 from training_helpers import VOCAB, make_batches
 
 from minillm.base import host_memory
+from minillm.base.device import CPU, Device
 from minillm.base.errors import ConfigError
 from minillm.base.host_memory import size
 from minillm.bench.shapes import CONFIGS
@@ -25,6 +26,7 @@ from minillm.training.assembly import layout_of, model_shapes
 from minillm.training.config import RunConfig
 from minillm.training.fit import fit
 from minillm.training.memory import MOST_BUILT, predicted
+from minillm.training.numeric_key import numeric_key
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
 
@@ -130,6 +132,70 @@ def test_auto_takes_the_largest_microbatch_that_fits() -> None:
     with pytest.raises(ConfigError, match=r"use --microbatch 8, or auto"):
         fit(config, SelfCommunicator())
     assert fit(config, SelfCommunicator(), refuse=False) == config
+
+
+class Planted(Device):
+    """GPU with `free` bytes."""
+
+    name, on_host = "cuda", False
+
+    def __init__(self, free: float) -> None:
+        self.free = int(free)
+
+    def available_bytes(self) -> int:
+        return self.free
+
+    def describe(self) -> str:
+        return "a planted GPU"
+
+
+# 256 sequences of 64 tokens keep 256 * 64 * (2 * 128 + 512) * 4 = 50 MB a block: above 16 MB.
+LARGE: dict[str, Any] = dict(batch=256, device="cuda")
+
+
+def needed(recompute: str, ranks: int = 1, **options: Any) -> int:
+    config = config_of(ranks, recompute=recompute, **(LARGE | options))
+    return predicted(config, layout_of(config), 0).new
+
+
+def chosen(free: float, **options: Any) -> str:
+    config = config_of(**(LARGE | options))
+    return fit(config, SelfCommunicator(), Planted(free)).recompute
+
+
+def test_a_gpu_recomputes_only_where_its_memory_is_short() -> None:
+    whole = needed("none")
+    assert needed("selective") < 0.8 * whole
+    assert chosen(1.26 * whole) == "none"
+    assert chosen(1.24 * whole) == "selective"
+    assert chosen(1.26 * whole, memory=1.24 * whole / 1e9) == "selective"
+    assert chosen(1.24 * whole, recompute="none") == "none"
+    assert chosen(9 * whole, recompute="selective") == "selective"
+    kept = fit(config_of(**LARGE), SelfCommunicator(), Planted(9 * whole))
+    assert numeric_key(kept, SelfCommunicator(), 1)["recompute"] == "none"
+    assert kept.saved_values()["recompute"] == "auto"
+
+
+def test_a_cpu_recomputes_whatever_its_memory() -> None:
+    config = config_of(batch=256, memory=1000.0)
+    assert fit(config, SelfCommunicator(), CPU).recompute == "selective"
+
+
+def test_the_ranks_of_a_job_recompute_alike() -> None:
+    """Give one of two nodes a GPU that is short, and let two ranks of a node share one GPU."""
+    whole = needed("none", 2, dp=2, batch=512)
+
+    def rank(comm: Communicator, *free: float) -> str:
+        config = config_of(2, dp=2, **(LARGE | dict(batch=512)))
+        return fit(config, comm, Planted(free[comm.rank % len(free)])).recompute
+
+    def both(*free: float, nodes: list[int] | None = None) -> list[str]:
+        return run_ranks(2, lambda comm: rank(comm, *free), nodes=nodes)
+
+    assert both(1.3 * whole, 1.1 * whole, nodes=[0, 1]) == ["selective"] * 2
+    assert both(1.3 * whole, nodes=[0, 1]) == ["none"] * 2
+    assert both(2.4 * whole) == ["selective"] * 2
+    assert both(2.6 * whole) == ["none"] * 2
 
 
 def test_the_ranks_of_a_node_share_its_memory() -> None:

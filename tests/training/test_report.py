@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from minillm.tasks.language_model import Evaluation
-from minillm.training.report import step_metrics
+from minillm.training.report import _recompute, step_metrics
 
 
 def test_a_megabyte_is_a_million_bytes() -> None:
@@ -16,6 +18,26 @@ def test_a_megabyte_is_a_million_bytes() -> None:
     )  # fmt: skip
     line = step_metrics(report, 1000, {})
     assert (line["step"], line["peak_rss_mb"], line["tokens_per_second"]) == (5, 123.456789, 2000)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "on_host", "words"),
+    [
+        ("auto", "none", True, ""),
+        ("auto", "selective", True, "; recompute selective, it saves 16 MB or more"),
+        ("auto", "none", False, "; recompute none, the device has the room"),
+        ("auto", "selective", False, "; recompute selective, the device is short of memory"),
+        ("none", "none", False, ""),
+        ("full", "full", False, "; recompute full"),
+    ],
+)
+def test_the_plan_says_what_is_recomputed(
+    asked: str, found: str, on_host: bool, words: str
+) -> None:
+    options = SimpleNamespace(pipeline=SimpleNamespace(recompute=asked))
+    config: Any = SimpleNamespace(options=options, recompute=found)
+    device: Any = SimpleNamespace(on_host=on_host)
+    assert _recompute(config, device) == words
 
 
 def test_a_result_says_which_tokens_it_is_over() -> None:
