@@ -27,3 +27,17 @@ def test_a_trace_keeps_its_first_spans(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_trace_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(MinillmError, match=r"none/trace\.json cannot be written: No such file"):
         Tracer(0).write(tmp_path / "none" / "trace.json", SelfCommunicator())
+
+
+def test_parts_divide_a_span_and_count_within_one_alone() -> None:
+    tracer = Tracer(0)
+    tracer.part("an evaluation's")
+    with tracer.span("whole", "compute"):
+        tracer.part("second", before="first")
+        tracer.part("third", before="never")
+    tracer.part("another")
+    assert [event["name"] for event in tracer._events] == ["first", "second", "third", "whole"]
+    first, second, third, whole = tracer._events
+    assert first["ts"] == whole["ts"]
+    assert second["ts"] == pytest.approx(first["ts"] + first["dur"], abs=1)
+    assert third["ts"] + third["dur"] == pytest.approx(whole["ts"] + whole["dur"], abs=1)

@@ -18,7 +18,7 @@ from minillm.base.errors import MinillmError
 if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator
 
-MOST_EVENTS = 200_000  # of a rank, 0.1 GB: some 20,000 steps of a layout without a pipeline
+MOST_EVENTS = 200_000  # of a rank, 0.1 GB: 6,000 steps of 12 layers without a pipeline
 TRACKS = {"compute": 0, "communication": 1}
 
 
@@ -33,16 +33,35 @@ class Tracer:
         self.rank = rank
         self._epoch = time.time() - time.perf_counter()
         self._events: list[dict[str, Any]] = []
+        self._part: tuple[str, float] | None = None  # title and start, within a span
         self.dropped = 0
 
     @contextmanager
     def span(self, name: str, track: str) -> Iterator[None]:
-        """Record the enclosed block."""
+        """Record the enclosed block, and the parts that it announces. Spans do not nest."""
         start = time.perf_counter()
+        self._part = ("", start)
         try:
             yield
         finally:
-            self.add(name, track, start, time.perf_counter())
+            end = self._end_part("")
+            self._part = None
+            self.add(name, track, start, end)
+
+    def part(self, name: str, before: str = "") -> None:
+        """Begin a part of the enclosing span, and end the one before it. No-op outside of spans.
+
+        `before` names what the span has done before its first part. It is not recorded if empty.
+        """
+        if self._part is not None:
+            self._part = (name, self._end_part(before))
+
+    def _end_part(self, otherwise: str) -> float:
+        """Record the part that ends now, called `otherwise` if it has no name; return the time."""
+        now = time.perf_counter()
+        if self._part is not None and (name := self._part[0] or otherwise):
+            self.add(name, "compute", self._part[1], now)
+        return now
 
     def add(self, name: str, track: str, start: float, end: float, **args: Any) -> None:
         """Record a span from `start` to `end`, in seconds of `time.perf_counter`."""

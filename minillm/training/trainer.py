@@ -27,6 +27,7 @@ from minillm.layout.placement import Layout
 from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.gpt import INIT_STD
 from minillm.models.protocol import Architecture
+from minillm.models.traced import trace_layers
 from minillm.pipeline.action import Schedule
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime, Sums
@@ -118,6 +119,9 @@ class Trainer:
         if not device.on_host:
             need = predicted(config, self.model.layout, self.mesh.coord("pp"), architecture)
             device.reserve(need.kinds["activations"] + need.kinds["logits"])
+        if tracer is not None:
+            for stage in self.model.stages.values():
+                trace_layers(stage.model, tracer)
         self.runtime = PipelineRuntime(
             lower(schedule, ties=self.model.layout.tied_stages),
             self.model.stages,
