@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from minillm.base.errors import ConfigError
 from minillm.base.flags import completion_script
 from minillm.base.record import Record, known_name
+from minillm.bench.compare import CompareConfig
 from minillm.comm.process import main_guard
 from minillm.data.prepare import PrepareArgs
 from minillm.evaluate import EvaluateArgs
@@ -32,6 +33,7 @@ OPTIONS: Mapping[str, type[Record]] = {
     "generate": GenerateArgs,
     "plot": PlotArgs,
     "verify": with_start(VerifyConfig),
+    "compare": with_start(CompareConfig),
     "schedule": ScheduleArgs,
 }
 OTHERS = ("bench", "emulator", "completion", "doctor")

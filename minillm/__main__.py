@@ -27,6 +27,7 @@ PROGRAMS = {
     "generate": Program("minillm.generate", "write text with a checkpoint"),
     "plot": Program("minillm.training.plot", "draw the curves of runs"),
     "verify": Program("minillm.verify", "compare a layout with one rank"),
+    "compare": Program("minillm.bench.compare", "compare data-parallel methods in one table"),
     "schedule": Program("minillm.schedule", "draw a pipeline schedule"),
     "bench": Program("minillm.bench", "time the training step and the kernels"),
     "emulator": Program(

@@ -26,7 +26,7 @@ from minillm.autograd.tape import GradSlot, Leaf
 from minillm.base.arrays import Array
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import Mesh
-from minillm.layout.flat import FlatLayout, Run, Span
+from minillm.layout.flat import FlatLayout, P, Run, Span
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
 from minillm.params.parameter import Parameter
@@ -73,12 +73,7 @@ class BucketReducer:
 
     def _cut(self, run: Run[Parameter], bucket_bytes: int) -> list[Bucket]:
         comm = self.mesh.axis(*run.sum_axes)
-        groups: list[list[Span[Parameter]]] = [[]]
-        for span in run.spans:
-            size = sum(s.stop - s.start for s in groups[-1]) * self.buffers.grads.itemsize
-            if groups[-1] and size >= bucket_bytes:
-                groups.append([])
-            groups[-1].append(span)
+        groups = bucket_spans(run, bucket_bytes, self.buffers.grads.itemsize)
         slots = [tuple(span.parameter.slot() for span in group) for group in groups]
         return [Bucket(tuple(g), s, comm, run.tied) for g, s in zip(groups, slots, strict=True)]
 
@@ -120,6 +115,20 @@ class BucketReducer:
         if bucket.comm.size > 1:
             bucket.work = bucket.comm.iall_reduce_(self.buffers.grads[bucket.slice])
         self._next += 1
+
+
+def bucket_spans(run: Run[P], bucket_bytes: int, itemsize: int) -> list[list[Span[P]]]:
+    """Return the parameters of a run by buckets of at least `bucket_bytes`, the last one smaller.
+
+    `itemsize` is the number of bytes of a gradient.
+    """
+    groups: list[list[Span[P]]] = [[]]
+    for span in run.spans:
+        size = sum(s.stop - s.start for s in groups[-1]) * itemsize
+        if groups[-1] and size >= bucket_bytes:
+            groups.append([])
+        groups[-1].append(span)
+    return groups
 
 
 class AllReduce(Replication):

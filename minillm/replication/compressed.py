@@ -169,11 +169,17 @@ def make(
     mesh: Mesh, layout: Layout, options: ReplicationOptions, seed: int, device: Device = CPU
 ) -> Compressed:
     """Return the method that `options` name. `seed` draws the first bases of PowerSGD."""
+    codec = codec_of(options, seed)
+    return Compressed(mesh, layout, PrivateMemory(codec.description, device), codec)
+
+
+def codec_of(options: ReplicationOptions, seed: int) -> Codec:
+    """Return the codec that `options` name."""
     codecs = {
         "bf16": Bf16,
         "powersgd": lambda: PowerSGD(options.compress_rank, seed),
         "topk": lambda: TopK(options.compress_share),
         "onebit": OneBit,
     }
-    codec: Codec = codecs[options.compress]()
-    return Compressed(mesh, layout, PrivateMemory(codec.description, device), codec)
+    made: Codec = codecs[options.compress]()
+    return made

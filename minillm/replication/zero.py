@@ -30,7 +30,7 @@ from minillm.base.arrays import Array, namespace
 from minillm.base.device import CPU, Device
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import Mesh
-from minillm.layout.flat import FlatLayout, Span
+from minillm.layout.flat import FlatLayout, P, Span
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
 from minillm.layout.sharding import overlap
@@ -85,17 +85,7 @@ class ShardedMemory(PrivateMemory):
 
     def zones(self, layout: FlatLayout[Parameter]) -> Sequence[slice]:
         """Cut runs into zones of about `bucket_bytes`; where values are cut, of one block each."""
-        starts: list[int] = []
-        for run in layout.runs:
-            unit, size = None, 0
-            for span in run.spans:
-                split = self.stage == 3 and unit_of(span.parameter.name) != unit
-                if span is run.spans[0] or split or size >= self.bucket_bytes:
-                    starts.append(span.start)
-                    size = 0
-                unit = unit_of(span.parameter.name)
-                size += (span.stop - span.start) * 4
-        return [slice(a, b) for a, b in zip(starts, [*starts[1:], layout.size], strict=True)]
+        return zones_of(layout, self.stage, self.bucket_bytes)
 
     def storage(self, buffers: FlatBuffers, span: Span[Parameter]) -> ParamStorage:
         """Return whole views, or storage that is reduced and gathered zone by zone."""
@@ -112,6 +102,21 @@ class ShardedMemory(PrivateMemory):
         if gatherer is None:
             gatherer = self.gatherers[id(buffers)] = Gatherer(buffers, self.group.gathers)
         return ShardedStorage(gatherer, span, slot)
+
+
+def zones_of(layout: FlatLayout[P], stage: int, bucket_bytes: int) -> list[slice]:
+    """Cut runs into zones of about `bucket_bytes`; in stage 3, of one block each."""
+    starts: list[int] = []
+    for run in layout.runs:
+        unit, size = None, 0
+        for span in run.spans:
+            split = stage == 3 and unit_of(span.parameter.name) != unit
+            if span is run.spans[0] or split or size >= bucket_bytes:
+                starts.append(span.start)
+                size = 0
+            unit = unit_of(span.parameter.name)
+            size += (span.stop - span.start) * 4
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], layout.size], strict=True)]
 
 
 class Zone:

@@ -67,12 +67,14 @@ def parse_train_args(
     saved: Callable[[StartOptions], Mapping[str, Any]] | None = None,
     prog: str = "python -m minillm.train",
     cls: type[ConfigT] = RunConfig,  # type: ignore[assignment]
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[StartOptions, ConfigT]:
     """Return the options of `argv` (default: the process's own) over those of file and preset.
 
     `saved` reads the configuration held by the checkpoint that the start options name. It replaces
     the preset for `--resume`, and the model of the preset for `--init-from`. What must not change
-    is checked. Raises ConfigError for unknown or bad options, and SystemExit(0) after `--help`.
+    is checked. `defaults` replace values of the preset. Raises ConfigError for unknown or bad
+    options, and SystemExit(0) after `--help`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     first, rest = split_flags(_Origins, words, prog=prog, add_help=False)
@@ -86,7 +88,8 @@ def parse_train_args(
     if held is not None and start.resume is not None:
         base = cls.from_dict(held, str(origin))
     else:
-        base = cls.from_dict(preset_values(first.preset or from_file.get("preset", cls.preset)))
+        values = preset_values(first.preset or from_file.get("preset", cls.preset))
+        base = cls.from_dict({**values, **(defaults or {})})
         if held is not None:
             base = base.replace(**{name: held[name] for name in FROM_WEIGHTS if name in held})
     chosen = {} if first.preset is None else {"preset": first.preset}

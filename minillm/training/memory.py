@@ -37,6 +37,8 @@ class Need:
     """Resident memory by kind. Shared arrays count in full, as the system counts them."""
     new: int
     """Memory that this rank adds to its node or GPU. Of shared arrays its equal part counts."""
+    held: int
+    """Weights, gradients, optimizer state and memory of the method, counted as in `new`."""
 
     @property
     def total(self) -> int:
@@ -108,7 +110,7 @@ def predicted(
         "program": 0 if on_gpu else program + objects,
     }
     own = (weights * item + moments) // shared_by + grads * wide
-    return Need(kinds, own + sum(parts.values()) + (0 if on_gpu else objects))
+    return Need(kinds, own + sum(parts.values()) + (0 if on_gpu else objects), own)
 
 
 def _compression(config: ResolvedConfig, on_gpu: bool) -> tuple[float, float]:

@@ -1,0 +1,274 @@
+"""Compare data-parallel methods: `mpirun -n 4 minillm compare`, with the flags of train.
+
+Each method trains the same model on the same data for some steps, in the same processes, one after
+another. One table shows speed, time shares, bytes sent and held, and loss.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minillm import kernels
+from minillm.base.device import Device, open_device
+from minillm.base.errors import ConfigError
+from minillm.base.log import Log, compact
+from minillm.base.record import Record, option
+from minillm.comm.agreement import AgreedError, agree, known_to_all
+from minillm.comm.communicator import Communicator
+from minillm.comm.device_arrays import on_device
+from minillm.comm.ledger import Ledger, recording
+from minillm.comm.process import run_program
+from minillm.data.batches import Batches
+from minillm.data.cache import write_json
+from minillm.data.corpus import Corpus, corpus_of
+from minillm.replication.costs import payload
+from minillm.replication.options import ReplicationOptions
+from minillm.tasks.language_model import LanguageModeling
+from minillm.training.arguments import StartOptions, parse_train_args
+from minillm.training.config import RunConfig
+from minillm.training.costs import data_axis, held_bytes
+from minillm.training.memory import predicted
+from minillm.training.numeric_key import asked_kernels
+from minillm.training.report import TimeShares, plural
+from minillm.training.resolve import ResolvedConfig, resolve
+from minillm.training.trainer import Trainer
+
+# Method -> the options that it sets, and those of the command line that it takes.
+METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "all-reduce": ({"node_shared": "off"}, ()),
+    "node-shared": ({"node_shared": "on"}, ()),
+    "zero1": ({"zero": 1}, ("shard_group",)),
+    "zero2": ({"zero": 2}, ("shard_group",)),
+    "zero3": ({"zero": 3}, ("shard_group",)),
+    "local": ({"outer_lr": 1.0, "outer_momentum": 0.0}, ("outer_lr", "outer_momentum")),
+    "bf16": ({"compress": "bf16"}, ()),
+    "powersgd": ({"compress": "powersgd"}, ("compress_rank",)),
+    "topk": ({"compress": "topk"}, ("compress_share",)),
+    "onebit": ({"compress": "onebit"}, ()),
+}
+LOCAL_STEPS = 5  # at most, between two averages; fewer if they do not divide the steps
+HEAD = ("method", "tokens/s", "compute", "comm.", "wait", "sent, counted", "held, counted", "loss")
+FOOT = """\
+comm. is time in operations on data, wait in agreements and for stages of the pipeline. sent: MB a
+step of the largest rank on the data axis, by formula and by the ledger; of node-shared, MB read.
+held: MB of weights, gradients, optimizer state and the method's memory, by formula (at the peak of
+a step, with the blocks that ZeRO 2 and 3 gather) and of the arrays kept between steps. loss: of the
+last step, on the training text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Record):
+    """Methods to compare, as in `--methods all-reduce,zero3 --json found.json`."""
+
+    methods: str | None = None
+    """Methods, separated by commas: all-reduce, node-shared, zero1, zero2, zero3, local, bf16,
+    powersgd, topk, onebit. Default: all that this machine can run."""
+    json: str | None = option(None, path=True)
+    """File for the results as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(RunConfig):
+    """Compare data-parallel methods: speed, bytes sent and held, and loss of a few steps."""
+
+    compare: CompareOptions = field(default=CompareOptions())
+
+
+@dataclass(frozen=True)
+class Found:
+    """Results of one method. Bytes are those of the largest rank, sent ones per step."""
+
+    method: str
+    tokens_per_second: float
+    compute: float  # shares of time, means over the ranks
+    communication: float
+    waiting: float
+    sent_predicted: float
+    sent_counted: float
+    held_predicted: int
+    held_measured: int
+    loss: float  # of the last step
+
+    def cells(self) -> list[str]:
+        """Return the cells of the table."""
+        shares = (self.compute, self.communication, self.waiting)
+        return [
+            self.method,
+            compact(self.tokens_per_second),
+            *(f"{share:.0%}" for share in shares),
+            f"{self.sent_predicted / 1e6:.3f} {self.sent_counted / 1e6:.3f}",
+            f"{self.held_predicted / 1e6:.2f} {self.held_measured / 1e6:.2f}",
+            f"{self.loss:.4f}",
+        ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status."""
+    return run_program(
+        lambda words: parse_train_args(
+            words, prog="python -m minillm.bench.compare", cls=CompareConfig, defaults={"steps": 30}
+        ),
+        _compare,
+        argv,
+        lambda given: given[1].compute.threads,
+    )
+
+
+def chosen(text: str | None) -> list[str]:
+    """Return the methods that `--methods` names. Raises ConfigError for an unknown one."""
+    names = list(METHODS) if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(
+                f"--methods: unknown method {name!r}; choose from {', '.join(METHODS)}"
+            )
+    return list(dict.fromkeys(names))
+
+
+def with_method(config: CompareConfig, method: str) -> CompareConfig:
+    """Return `config` with the options of a method. Options of the other methods are left out."""
+    given, default = config.replication, ReplicationOptions()
+    values, taken = METHODS[method]
+    options = {**default.to_dict(), "bucket_mb": given.bucket_mb, **values}
+    changed = {name: getattr(given, name) for name in taken}
+    options |= {name: v for name, v in changed.items() if v != getattr(default, name)}
+    if method == "local":
+        steps = config.optimization.steps
+        fitting = next(n for n in range(LOCAL_STEPS, 0, -1) if steps % n == 0)
+        options["local_steps"] = given.local_steps or fitting
+    return config.replace(**options)
+
+
+def _check(options: ReplicationOptions) -> None:
+    """Raise ConfigError for a flag that chooses a method: `--methods` does."""
+    if options.zero or options.compress != "none" or options.node_shared != "auto":
+        raise ConfigError(
+            "compare runs the methods of --methods; leave out --zero, --compress and --node-shared"
+        )
+
+
+def _compare(comm: Communicator, given: tuple[StartOptions, CompareConfig]) -> None:
+    config, log = given[1], Log(comm.rank)
+    comm.timeout = config.comm.comm_timeout
+    path = None if config.compare.json is None else Path(config.compare.json)
+    with known_to_all():
+        _check(config.replication)
+        methods = chosen(config.compare.methods)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"--json {path}: its folder does not exist; make it first")
+        corpus = corpus_of(
+            config.corpus, context=config.model.context, vocab=config.model.vocab, comm=comm
+        )
+        resolve(with_method(config, "all-reduce"), comm.size, corpus.vocab_size)
+    local_rank = comm.split_by_node().rank
+    device = agree(comm, lambda: open_device(config.compute.device, local_rank))
+    choices, steps = asked_kernels(comm, config.compute, device), config.optimization.steps
+    log(f"{plural(len(methods), 'method')} on {plural(comm.size, 'rank')}, {steps} steps each")
+    results, skipped = [], []
+    with kernels.use(**choices):
+        for method in methods:
+            started = time.perf_counter()
+            try:
+                resolved = resolve(with_method(config, method), comm.size, corpus.vocab_size)
+                found = measure(on_device(comm, device), resolved, method, corpus, device)
+            except ConfigError as error:  # the same on every rank
+                if config.compare.methods is not None:
+                    raise AgreedError(f"{method}: {error}") from None
+                skipped.append(f"{method} is left out: {error}")
+                continue
+            finally:
+                gc.collect()
+            results.append(found)
+            log(f"  {method:<12} {time.perf_counter() - started:.1f} s")
+    for line in ("", *table(results), "", FOOT, *skipped):
+        log(line)
+    if path is not None:
+        record = {"ranks": comm.size, "steps": steps, "methods": [vars(f) for f in results]}
+        agree(comm, lambda: write_json(path, record) if comm.rank == 0 else None)
+
+
+def measure(
+    comm: Communicator, config: ResolvedConfig, method: str, corpus: Corpus, device: Device
+) -> Found:
+    """Train by one method. Collective; every rank returns the same.
+
+    The first step counts in the bytes alone, because it also allocates.
+    """
+    optimization, shares = config.options.optimization, TimeShares()
+    batches = Batches(corpus.train, config.model.context, optimization.batch, optimization.seed)
+    steps, loss, started = optimization.steps, 0.0, 0.0
+    with recording() as ledger:
+        trainer = Trainer(config, comm, LanguageModeling(batches), device=device)
+        built = ledger.snapshot()
+        for step in range(steps):
+            if step == min(1, steps - 1):
+                comm.barrier()
+                started = time.perf_counter()
+            before = ledger.snapshot()
+            report = trainer.step(step)
+            if step or steps == 1:
+                shares.add(report, ledger.since(before))
+        loss = report.loss
+        device.synchronize()
+        seconds = time.perf_counter() - started
+        sent = _counted(ledger, built)
+    axis = data_axis(trainer)
+    expected = sum(count for key, count in payload(axis, steps).items() if _of_data(key[0]))
+    need = predicted(
+        config, trainer.model.layout, trainer.mesh.coord("pp"), shared_by=axis.shared_by
+    )
+    parts = [shares.total, 0.0, 0.0]
+    for name, each in shares.seconds.items():
+        if name != "optimizer":
+            parts[1 if name.startswith("communication") else 2] += each
+    everyone = comm.gather_json([sent, expected, need.held, held_bytes(trainer), seconds, parts])
+    most = [max(rank[i] for rank in everyone) for i in range(5)]
+    total, moving, waiting = (sum(rank[5][i] for rank in everyone) for i in range(3))
+    return Found(
+        method,
+        tokens_per_second=config.tokens_per_step * max(1, steps - 1) / most[4],
+        compute=max(0.0, 1 - (moving + waiting) / total),
+        communication=moving / total,
+        waiting=waiting / total,
+        sent_predicted=most[1] / steps,
+        sent_counted=most[0] / steps,
+        held_predicted=most[2],
+        held_measured=most[3],
+        loss=loss,
+    )
+
+
+def _counted(ledger: Ledger, before: Any) -> int:
+    """Return the bytes that the data axis moved since the snapshot `before`."""
+    return sum(
+        row.bytes
+        for (axis, _, kind), row in ledger.since(before).items()
+        if kind in ("payload", "window") and _of_data(axis)
+    )
+
+
+def _of_data(axis: str) -> bool:
+    return axis.split()[0].split("+")[0] == "dp"
+
+
+def table(results: Sequence[Found]) -> list[str]:
+    """Return the lines of the table, at most 100 columns wide."""
+    rows = [list(HEAD), *(found.cells() for found in results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
