@@ -435,7 +435,11 @@ def test_even_split_is_even_with_the_larger_stages_inside() -> None:
             4,
             ("--context 126", "--tp 4", "--sequence-parallel"),
         ),
-        (dict(pp=3), 3, ("--layers 4", "--pp 3", "--stage-layers 1,2,1", "1, 2 or 4")),
+        (
+            dict(pp=3),
+            3,
+            ("--layers 4", "--pp 3", "--stage-layers auto", "--stage-layers 1,2,1", "1, 2 or 4"),
+        ),
         (dict(pp=5), 5, ("--pp 5", "--layers 4")),
         (dict(pp=2, stage_layers="3,2"), 2, ("3,2", "5", "--layers is 4", "2,2")),
         (dict(pp=2, stage_layers="1,2,1"), 2, ("3 stages", "--pp is 2", "--pp 3")),

@@ -24,7 +24,7 @@ def digits(number: int) -> str:
 def test_numbers_of_any_length_are_one_short_line(flag: str, number: int) -> None:
     with pytest.raises(ConfigError, match=rf"^{flag} ") as caught:
         config = parse_train_args([flag, digits(number)])[1]
-        config.layout.resolve_stage_layers(4)
+        config.layout.resolve_stage_layers(4, lambda: [1] * 4)
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 
@@ -47,9 +47,12 @@ def test_large_numbers_are_divided_at_once() -> None:
 
 
 def test_stage_layers_are_read_as_before() -> None:
-    assert LayoutOptions(pp=2, stage_layers="1, 3").resolve_stage_layers(4) == (1, 3)
+    assert LayoutOptions(pp=2, stage_layers="1, 3").resolve_stage_layers(4, lambda: [1] * 4) == (
+        1,
+        3,
+    )
     with pytest.raises(ConfigError, match=r"adds up to 11, but --layers is 4"):
-        LayoutOptions(pp=2, stage_layers="1,10").resolve_stage_layers(4)
+        LayoutOptions(pp=2, stage_layers="1,10").resolve_stage_layers(4, lambda: [1] * 4)
 
 
 @pytest.mark.parametrize(

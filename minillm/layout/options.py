@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from minillm.base.errors import ConfigError
 from minillm.base.record import Record, option, some_divisors
+from minillm.layout.partition import partition
+
+_MOST_PARTITIONED = 2048  # layers that `auto` partitions, in 2 s at most over 64 stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +30,18 @@ class LayoutOptions(Record):
     pp: int = option(1, at_least=1, resumable=True)
     """Pipeline stages, each with its share of the layers."""
     stage_layers: str | None = option(None, resumable=True)
-    """Layers of each pipeline stage, as in 3,5; left out: the same number each."""
+    """Layers of each pipeline stage, as in 3,5; auto: the slowest stage is as fast as can be, with
+    the embedding and the head counted; left out: the same number each."""
     sequence_parallel: bool = option(False, resumable=True)
     """Shard norms and dropout along time over the tensor-parallel ranks."""
 
-    def resolve_stage_layers(self, layers: int) -> tuple[int, ...]:
+    def resolve_stage_layers(
+        self, layers: int, costs: Callable[[], Sequence[float]]
+    ) -> tuple[int, ...]:
         """Return the number of layers of each stage, in order.
+
+        `costs` returns the cost of each layer, that of the embedding and the head in the first and
+        the last. It is called for `auto` alone.
 
         Raises ConfigError if they do not add up to `layers` or are not `pp` numbers above 0.
         """
@@ -48,9 +57,16 @@ class LayoutOptions(Record):
                 fits = some_divisors(layers, near=pp)
                 raise ConfigError(
                     f"--layers {layers} does not divide over --pp {pp}; try --stage-layers "
-                    f"{comma_list(even)}, or --pp {fits}"
+                    f"auto, --stage-layers {comma_list(even)}, or --pp {fits}"
                 )
             return even
+        if given.strip() == "auto":
+            if pp > 1 and layers > _MOST_PARTITIONED:
+                raise ConfigError(
+                    f"--stage-layers auto takes at most {_MOST_PARTITIONED} layers, but --layers "
+                    f"is {layers}; try --stage-layers {comma_list(even)}"
+                )
+            return partition(costs(), pp) if pp > 1 else even
         words = [word.strip() for word in given.split(",")]
         # 18 digits are below 2^63; Python refuses to read 4300.
         if not all(
@@ -59,7 +75,7 @@ class LayoutOptions(Record):
         ):
             raise ConfigError(
                 f"--stage-layers {given[:60]!r} must be whole numbers above 0 with commas between, "
-                f"as in {comma_list(even)}"
+                f"as in {comma_list(even)}, or auto"
             )
         sizes = tuple(int(word) for word in words)
         if len(sizes) != pp:

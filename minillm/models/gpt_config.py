@@ -82,8 +82,26 @@ class ModelConfig(ModelShape):
         The head counts, tables of tokens and positions do not. Causal attention is counted without
         its mask (Narayanan et al. 2021, appendix).
         """
-        products = self.layers * self.layer_products + self.vocab * self.dim
-        return 6.0 * products + 12.0 * self.layers * self.dim * self.context
+        return float(self.layers * self._layer_flops + self._head_flops)
+
+    @property
+    def _layer_flops(self) -> int:
+        return 6 * self.layer_products + 12 * self.dim * self.context
+
+    @property
+    def _head_flops(self) -> int:
+        return 6 * self.vocab * self.dim
+
+    def layer_costs(self) -> list[int]:
+        """Return FLOP to train each layer on one token, as in `training_flops`.
+
+        The first includes the embedding: 3 D additions, of the position and to both gradients. The
+        last includes the head.
+        """
+        costs = [self._layer_flops] * self.layers
+        costs[0] += 3 * self.dim
+        costs[-1] += self._head_flops
+        return costs
 
 
 @dataclass(frozen=True, kw_only=True)

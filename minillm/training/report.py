@@ -16,6 +16,7 @@ from minillm.comm.ledger import Row, RowKey
 from minillm.data.corpus import Corpus
 from minillm.kernels import native
 from minillm.layout.options import comma_list
+from minillm.layout.partition import balance
 from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.protocol import num_parameters
 from minillm.training.assembly import Assembly
@@ -83,7 +84,11 @@ def _layout(config: ResolvedConfig, threads: ThreadShare, description: str) -> s
         words.append(f"layers cut over {mesh.tp} ranks (tp{sequence})")
     if mesh.pp > 1:
         layers = comma_list(config.stage_layers)
-        words.append(f"{mesh.pp} stages of {layers} layers (pp, {options.pipeline.schedule})")
+        slowest = balance(config.model.layer_costs(), config.stage_layers)
+        words.append(
+            f"{mesh.pp} stages of {layers} layers (pp, {options.pipeline.schedule}, slowest stage "
+            f"{slowest:.2f} of the mean)"
+        )
     axes = f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}"
     return f"{mesh.num_ranks} ranks = {axes}, {threads.words(' each')}: {', '.join(words)}{last}"
 

@@ -104,7 +104,7 @@ def resolve(config: RunConfig, num_ranks: int, vocab: int | None = None) -> Reso
     mesh = _mesh(config, model, num_ranks)
     _check_tensor_parallel(config, model)
     config.replication.check(mesh, optimization.steps)
-    stage_layers = layout.resolve_stage_layers(model.layers)
+    stage_layers = layout.resolve_stage_layers(model.layers, model.layer_costs)
     microbatch = config.pipeline.resolve_microbatch(optimization.batch, mesh.dp, mesh.pp)
     return ResolvedConfig(
         options=config,
