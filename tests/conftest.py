@@ -5,10 +5,20 @@ A mark is chosen by `pytest -m emulator`; it replaces the selection of pyproject
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 from minillm.kernels import native
+
+# A background job of a script, or one under nohup, begins with these ignored. Programs keep it so,
+# and children inherit it: the tests of signals would wait for nothing.
+for number, usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # Beginning of a test's path under tests/ -> the mark of its suite.
 SUITES = {
