@@ -109,7 +109,8 @@ class Batches:
 
         They do not depend on the mesh. Raises IndexError for a row outside [0, batch).
         """
-        self._check_length()
+        if self._check_length is not None:
+            self._check_length()
         # [b, T + 1]; a mapped file pages in only these windows.
         both = self._windows[self.starts(step, rows)]
         return both[:, :-1].astype(np.int64, order="C"), both[:, 1:].astype(np.int64, order="C")
@@ -145,7 +146,8 @@ class EvalWindows:
                 f"rows {rows.min()} to {rows.max()} do not lie in {self.num_windows} evaluation "
                 "windows"
             )
-        self._check_length()
+        if self._check_length is not None:
+            self._check_length()
         at = rows[:, None] * self.context + np.arange(self.context)  # [b, T]: input positions
         counted = at < self.num_tokens
         at = np.minimum(at, self.num_tokens - 1)

@@ -105,8 +105,10 @@ def fingerprint(tokens: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def length_check(tokens: np.ndarray) -> Callable[[], None]:
+def length_check(tokens: np.ndarray) -> Callable[[], None] | None:
     """Return a function that raises ConfigError if the file of mapped `tokens` was cut short.
+
+    Tokens in memory need none: None.
 
     The processor ends a process that reads a page behind the end of a mapped file. The look at the
     length takes a microsecond. A file that is replaced or deleted keeps its pages.
@@ -115,7 +117,7 @@ def length_check(tokens: np.ndarray) -> Callable[[], None]:
     while isinstance(base, np.ndarray):
         base = base.base
     if not isinstance(base, mmap.mmap):
-        return lambda: None
+        return None
     mapping: mmap.mmap = base
 
     def check() -> None:

@@ -1,4 +1,4 @@
-"""Whole run of `minillm.train` on the CUDA kernels, which the emulator executes.
+"""Training run of `minillm.train` on the CUDA kernels, which the emulator executes.
 
 It is the run on NumPy and C, to rounding.
 """
