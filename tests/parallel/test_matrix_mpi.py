@@ -13,6 +13,7 @@ PROGRAM = str(Path(__file__).with_name("matrix_program.py"))
 
 @needs_mpirun
 @pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=pytest.mark.matrix) for n in (2, 8))])
+@pytest.mark.slow
 def test_float64_equals_one_rank(n: int) -> None:
     done = mpirun(n, [PROGRAM], timeout=120)
     assert done.returncode == 0 and done.output.count("same ") == len(LAYOUTS[n]), done.output

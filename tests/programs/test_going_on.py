@@ -222,6 +222,7 @@ def test_options_that_alter_the_result_are_announced(
     assert rates[4] == pytest.approx(0.5) and rates[3] < 0.01
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(
     tiny: list[str], tmp_path: Path, run_train: Train
 ) -> None:
@@ -505,6 +506,7 @@ def test_a_reader_finds_the_newest_while_the_run_prunes(
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_ranks_agree_on_the_time_to_save(tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     often = ["--save-every", "0.001s", "--keep", "99"]

@@ -108,6 +108,7 @@ LONG = ["--eval-tokens", "1000000000", "--sample-tokens", "1000000", "--steps", 
         (["--eval-every", "0", "--eval-tokens", "1"], "sample"),
     ],
 )
+@pytest.mark.slow
 def test_a_signal_ends_an_evaluation_and_a_sample(
     options: list[str], after: str, tiny: list[str], tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ SMALL = "--layers 2 --heads 2 --dim 16 --context 16 --batch 4 --data austen".spl
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_the_program_exits_by_its_verdict() -> None:
     good = mpirun(4, ["-m", "minillm.verify", *SMALL, "--tp", "2", "--pp", "2"])
     assert good.returncode == 0, good.output
