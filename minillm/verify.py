@@ -26,6 +26,7 @@ from minillm.comm.process import run_program
 from minillm.comm.single import SelfCommunicator
 from minillm.data.batches import Batches
 from minillm.data.corpus import Corpus, corpus_of
+from minillm.replication.methods import method_of
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.comparison import Course, Deviation, compare, pieces, run, whole
@@ -74,12 +75,11 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
             config.corpus, context=config.model.context, vocab=config.model.vocab, comm=comm
         )
         resolved = resolve(config, comm.size, corpus.vocab_size)
-        if not config.replication.equals_one_rank(resolved.mesh):
-            local, name = config.replication.local_steps, config.replication.compress
-            method = f"--local-steps {local}" if local else f"--compress {name}"
+        method = method_of(config.replication)
+        if not method.equals_one_rank(config.replication, resolved.mesh):
             raise ConfigError(
-                f"{method} does not compute on this mesh what one rank computes; verify the layout "
-                "without it"
+                f"{method.flag(config.replication)} does not compute on this mesh what one rank "
+                "computes; verify the layout without it"
             )
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(config.compute.device, local_rank))

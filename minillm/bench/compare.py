@@ -27,7 +27,7 @@ from minillm.comm.process import run_program
 from minillm.data.batches import Batches
 from minillm.data.cache import write_json
 from minillm.data.corpus import Corpus, corpus_of
-from minillm.replication.costs import payload
+from minillm.replication.methods import METHODS, method_of, payload
 from minillm.replication.options import ReplicationOptions
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.arguments import StartOptions, parse_train_args
@@ -39,20 +39,7 @@ from minillm.training.report import TimeShares, plural
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
 
-# Method -> the options that it sets, and those of the command line that it takes.
-METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "all-reduce": ({"node_shared": "off"}, ()),
-    "node-shared": ({"node_shared": "on"}, ()),
-    "zero1": ({"zero": 1}, ("shard_group",)),
-    "zero2": ({"zero": 2}, ("shard_group",)),
-    "zero3": ({"zero": 3}, ("shard_group",)),
-    "local": ({"outer_lr": 1.0, "outer_momentum": 0.0}, ("outer_lr", "outer_momentum")),
-    "bf16": ({"compress": "bf16"}, ()),
-    "powersgd": ({"compress": "powersgd"}, ("compress_rank",)),
-    "topk": ({"compress": "topk"}, ("compress_share",)),
-    "onebit": ({"compress": "onebit"}, ()),
-}
-LOCAL_STEPS = 5  # at most, between two averages; fewer if they do not divide the steps
+ROWS = {row: (method, values) for method in METHODS for row, values in method.compared.items()}
 HEAD = ("method", "tokens/s", "compute", "comm.", "wait", "sent, counted", "held, counted", "loss")
 FOOT = """\
 comm. is time in operations on data, wait in agreements and for stages of the pipeline. sent: MB a
@@ -67,8 +54,8 @@ class CompareOptions(Record):
     """Methods to compare, as in `--methods all-reduce,zero3 --json found.json`."""
 
     methods: str | None = None
-    """Methods, separated by commas: all-reduce, node-shared, zero1, zero2, zero3, local, bf16,
-    powersgd, topk, onebit. Default: all that this machine can run."""
+    """Methods, separated by commas, by their names in the table, as all-reduce. Default: all that
+    this machine can run."""
     json: str | None = option(None, path=True)
     """File for the results as JSON."""
 
@@ -122,35 +109,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def chosen(text: str | None) -> list[str]:
     """Return the methods that `--methods` names. Raises ConfigError for an unknown one."""
-    names = list(METHODS) if text is None else [name.strip() for name in text.split(",")]
+    names = list(ROWS) if text is None else [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in METHODS:
-            raise ConfigError(
-                f"--methods: unknown method {name!r}; choose from {', '.join(METHODS)}"
-            )
+        if name not in ROWS:
+            raise ConfigError(f"--methods: unknown method {name!r}; choose from {', '.join(ROWS)}")
     return list(dict.fromkeys(names))
 
 
 def with_method(config: CompareConfig, method: str) -> CompareConfig:
     """Return `config` with the options of a method. Options of the other methods are left out."""
     given, default = config.replication, ReplicationOptions()
-    values, taken = METHODS[method]
-    options = {**default.to_dict(), "bucket_mb": given.bucket_mb, **values}
+    found, values = ROWS[method]
+    set_here = {
+        name: value(config.optimization.steps) if callable(value) else value
+        for name, value in values.items()
+    }
+    options = {**default.to_dict(), "bucket_mb": given.bucket_mb, **set_here}
+    asks = found.flag(ReplicationOptions(**options))
+    taken = [name for name, needed in found.needs.items() if asks.startswith(needed)]
+    taken += [found.option] if found.option and found.asked(given) else []
     changed = {name: getattr(given, name) for name in taken}
     options |= {name: v for name, v in changed.items() if v != getattr(default, name)}
-    if method == "local":
-        steps = config.optimization.steps
-        fitting = next(n for n in range(LOCAL_STEPS, 0, -1) if steps % n == 0)
-        options["local_steps"] = given.local_steps or fitting
     return config.replace(**options)
 
 
 def _check(options: ReplicationOptions) -> None:
-    """Raise ConfigError for a flag that chooses a method: `--methods` does."""
-    if options.zero or options.compress != "none" or options.node_shared != "auto":
-        raise ConfigError(
-            "compare runs the methods of --methods; leave out --zero, --compress and --node-shared"
-        )
+    """Raise ConfigError for a flag that chooses a method: `--methods` does.
+
+    The size of a method whose row sets it by the number of steps may be given.
+    """
+    method = method_of(options)
+    sized = any(callable(values.get(method.option or "")) for values in method.compared.values())
+    given = "" if sized else method.flag(options)
+    if options.node_shared == "off":
+        given = "--node-shared off"
+    if given:
+        raise ConfigError(f"compare runs the methods of --methods; leave out {given}")
 
 
 def _compare(comm: Communicator, given: tuple[StartOptions, CompareConfig]) -> None:

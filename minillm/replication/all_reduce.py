@@ -30,7 +30,9 @@ from minillm.layout.flat import FlatLayout, P, Run, Span
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
 from minillm.params.parameter import Parameter
-from minillm.params.storage import FlatBuffers, Memory
+from minillm.params.storage import FlatBuffers, Memory, PrivateMemory
+from minillm.replication.costs import Bytes, DataAxis, add
+from minillm.replication.method import Method, Setting
 from minillm.replication.protocol import Replication
 
 
@@ -201,3 +203,29 @@ def counted_parts(
     for counted, spans in itertools.groupby(flat.spans(), counts):
         members = list(spans)
         yield slice(members[0].start, members[-1].stop), counted
+
+
+def _make(setting: Setting) -> AllReduce:
+    """Return the method in memory of each rank's own."""
+    device = setting.device
+    memory = PrivateMemory("" if device.on_host else device.describe(), device)
+    return AllReduce(setting.mesh, setting.layout, memory, setting.bucket_bytes)
+
+
+def _sends(axis: DataAxis, layout: FlatLayout[Any]) -> Bytes:
+    """Each gradient once. Gaps between buckets are not sent."""
+    found = Bytes()
+    for run in layout.runs:
+        for spans in bucket_spans(run, int(axis.options.bucket_mb * 1e6), axis.wide):
+            size = spans[-1].stop - spans[0].start
+            add(found, axis.mesh, run.sum_axes, "all_reduce", size * axis.wide)
+    return found
+
+
+METHOD = Method(
+    name="all-reduce",
+    option=None,
+    make=_make,
+    sends=_sends,
+    compared={"all-reduce": {"node_shared": "off"}},
+)

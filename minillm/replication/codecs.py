@@ -69,6 +69,17 @@ class Codec:
         """
         raise TypeError(f"{type(self).__name__} does not define sum_")
 
+    def payload(self, shapes: Sequence[tuple[int, ...]], workers: int, wide: int) -> dict[str, int]:
+        """Return the bytes by operation in which matrices of these shapes are summed.
+
+        `wide` are the bytes of a gradient.
+        """
+        raise TypeError(f"{type(self).__name__} does not define payload")
+
+    def shares(self, workers: int) -> tuple[float, float]:
+        """Return error memory and messages in memory, as shares of the gradients."""
+        return float(self.remembers), 0.0
+
 
 class Bf16(Codec):
     """Wire of 16-bit floats: the sum is taken in float32, in rank order, with two roundings."""
@@ -96,6 +107,15 @@ class Bf16(Codec):
         for matrix, part in _parts(whole, [m.grad.size for m in matrices]):
             grad = matrices[matrix].grad
             grad[...] = kernels.cast(part, grad.dtype).reshape(grad.shape)
+
+    def payload(self, shapes: Sequence[tuple[int, ...]], workers: int, wide: int) -> dict[str, int]:
+        """Return two bytes an element each way."""
+        num_bytes = 2 * sum(map(math.prod, shapes))
+        return {"all_to_all": num_bytes, "all_gather": num_bytes}
+
+    def shares(self, workers: int) -> tuple[float, float]:
+        """Return what is sent, received and gathered, and a float32 sum."""
+        return 0.0, 1.5 + 1 / workers
 
 
 class PowerSGD(Codec):
@@ -154,6 +174,11 @@ class PowerSGD(Codec):
             matrix.grad[...] = left.reshape(-1, self.rank) @ factor.T
             matrix.shared["basis"][...] = factor
 
+    def payload(self, shapes: Sequence[tuple[int, ...]], workers: int, wide: int) -> dict[str, int]:
+        """Return the bytes of both factors."""
+        edges = sum(math.prod(shape[:-1]) + shape[-1] for shape in shapes)
+        return {"all_reduce": self.rank * edges * wide}
+
 
 class TopK(Codec):
     """The `share` of largest elements of each worker (Stich et al. 2018, arXiv:1809.07599).
@@ -190,6 +215,15 @@ class TopK(Codec):
     def count(self, size: int) -> int:
         """Return the number of elements that a worker sends of a matrix of `size`."""
         return max(1, math.ceil(self.share * size))
+
+    def payload(self, shapes: Sequence[tuple[int, ...]], workers: int, wide: int) -> dict[str, int]:
+        """Return the bytes of the values and 4-byte places of all workers."""
+        count = sum(self.count(math.prod(shape)) for shape in shapes)
+        return {"all_gather": workers * count * (wide + 4)}
+
+    def shares(self, workers: int) -> tuple[float, float]:
+        """Return one memory, and values and places, own and gathered."""
+        return 1.0, 2 * self.share * (1 + workers)
 
 
 class OneBit(Codec):
@@ -237,6 +271,19 @@ class OneBit(Codec):
             ):
                 part = matrix.grad.reshape(-1)[server * block : (server + 1) * block]
                 part[...] = scale * unpacked_signs(bits, dtype)[: part.size]
+
+    def payload(self, shapes: Sequence[tuple[int, ...]], workers: int, wide: int) -> dict[str, int]:
+        """Return the bytes of signs, padded to whole bytes of each server, and of scales."""
+        signs = sum(padded(math.prod(shape), workers) // 8 for shape in shapes)
+        both = signs + workers * wide * len(shapes)
+        return {"all_to_all": both, "all_gather": both}
+
+    def shares(self, workers: int) -> tuple[float, float]:
+        """Return the memories of a worker and a server, and four sets of signs.
+
+        They are own, received and gathered ones, and those of a block's sum.
+        """
+        return 1 + 1 / workers, 4 / 32
 
     @staticmethod
     def _compress(memory: Array, real: int, length: int) -> tuple[Array, Array]:

@@ -15,17 +15,16 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from minillm import kernels
 from minillm.base.arrays import Array, namespace, on_host, to_device, to_host
-from minillm.base.device import CPU, Device
 from minillm.comm.mesh import Mesh
-from minillm.layout.flat import Run
-from minillm.layout.mesh_shape import TOKEN_AXES
+from minillm.layout.flat import FlatLayout, Run
+from minillm.layout.mesh_shape import TOKEN_AXES, MeshShape
 from minillm.layout.placement import Layout
 from minillm.layout.sharding import Segment, ShardSpec
 from minillm.params.parameter import Parameter
@@ -33,6 +32,8 @@ from minillm.params.state import StateTensor
 from minillm.params.storage import FlatBuffers, PrivateMemory
 from minillm.replication.all_reduce import counted_grads
 from minillm.replication.codecs import Bf16, Codec, Matrix, OneBit, PowerSGD, TopK
+from minillm.replication.costs import Bytes, DataAxis, Held, Sizes, add
+from minillm.replication.method import Method, Setting, whole
 from minillm.replication.options import ReplicationOptions
 from minillm.replication.protocol import Optimizer, Replication
 
@@ -165,21 +166,84 @@ class Compressed(Replication):
                 yield kind, ShardSpec(sizes, dims), array[None, None]
 
 
-def make(
-    mesh: Mesh, layout: Layout, options: ReplicationOptions, seed: int, device: Device = CPU
-) -> Compressed:
-    """Return the method that `options` name. `seed` draws the first bases of PowerSGD."""
-    codec = codec_of(options, seed)
-    return Compressed(mesh, layout, PrivateMemory(codec.description, device), codec)
+def _make(setting: Setting) -> Compressed:
+    codec = codec_of(setting.options, setting.seed)
+    memory = PrivateMemory(codec.description, setting.device)
+    return Compressed(setting.mesh, setting.layout, memory, codec)
 
 
-def codec_of(options: ReplicationOptions, seed: int) -> Codec:
-    """Return the codec that `options` name."""
-    codecs = {
-        "bf16": Bf16,
-        "powersgd": lambda: PowerSGD(options.compress_rank, seed),
-        "topk": lambda: TopK(options.compress_share),
-        "onebit": OneBit,
+def codec_of(options: ReplicationOptions, seed: int = 0) -> Codec:
+    """Return the codec that `options` name. `seed` draws the first bases of PowerSGD."""
+    return CODECS[options.compress](options, seed)
+
+
+CODECS: dict[str, Callable[[ReplicationOptions, int], Codec]] = {
+    "bf16": lambda options, seed: Bf16(),
+    "powersgd": lambda options, seed: PowerSGD(options.compress_rank, seed),
+    "topk": lambda options, seed: TopK(options.compress_share),
+    "onebit": lambda options, seed: OneBit(),
+}
+
+
+def _sends(axis: DataAxis, layout: FlatLayout[Any]) -> Bytes:
+    """Matrices by the codec's message, the other arrays densely, run by run."""
+    found, codec = Bytes(), codec_of(axis.options)
+    for run in layout.runs:
+        shapes = []
+        for taken, members in itertools.groupby(
+            run.spans, lambda span: codec.takes(span.parameter.spec.local_shape(axis.mesh))
+        ):
+            spans = list(members)
+            if taken:
+                shapes += [span.parameter.spec.local_shape(axis.mesh) for span in spans]
+            else:
+                size = (spans[-1].stop - spans[0].start) * axis.wide
+                add(found, axis.mesh, ("dp",), "all_reduce", size)
+        if shapes:
+            for operation, count in codec.payload(shapes, axis.mesh.dp, axis.wide).items():
+                add(found, axis.mesh, ("dp",), operation, count)
+    return found
+
+
+def _holds(sizes: Sizes, options: ReplicationOptions) -> Held:
+    """Return the bytes of a whole replica, error memory and messages.
+
+    Those of a codec that works on the host are not in a GPU's memory.
+    """
+    held, codec = whole(sizes, options), codec_of(options)
+    if codec.on_host and not sizes.on_host:
+        return held
+    memory, messages = codec.shares(sizes.workers)
+    errors = round(memory * sizes.values) * sizes.wide
+    messages = round(messages * sizes.values * sizes.wide)
+    return held._replace(grads=held.grads + errors, messages=messages)
+
+
+def _key(options: ReplicationOptions) -> dict[str, Any]:
+    size = next((name for name, codec in SIZES.items() if codec == options.compress), None)
+    return {
+        "compress": options.compress,
+        "compress_size": 0 if size is None else getattr(options, size),
     }
-    made: Codec = codecs[options.compress]()
-    return made
+
+
+def _equals_one_rank(options: ReplicationOptions, mesh: MeshShape) -> bool:
+    """Return whether the codec is linear and sees whole matrices.
+
+    PowerSGD compresses the shards of tp. The other codecs round what each worker sends.
+    """
+    return options.compress == "powersgd" and mesh.tp == 1
+
+
+SIZES = {"compress_rank": "powersgd", "compress_share": "topk"}
+METHOD = Method(
+    name="compressed",
+    option="compress",
+    make=_make,
+    sends=_sends,
+    holds=_holds,
+    key=_key,
+    equals_one_rank=_equals_one_rank,
+    needs={name: f"--compress {codec}" for name, codec in SIZES.items()},
+    compared={codec: {"compress": codec} for codec in CODECS},
+)

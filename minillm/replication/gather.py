@@ -8,17 +8,21 @@ next block of this one: its gather runs while the present block computes.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
+from typing import Any
 
 import numpy as np
 
 from minillm.autograd.tape import GradSlot
 from minillm.base.arrays import Array, namespace
 from minillm.comm.communicator import Communicator, Work
-from minillm.layout.flat import Span
+from minillm.layout.flat import FlatLayout, Span
 from minillm.params.parameter import Parameter
 from minillm.params.storage import FlatBuffers
 
+LOOKUPS = ("embedding", "positions")  # tables whose values no derivative reads
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
@@ -142,3 +146,26 @@ class ShardedStorage:
     def slot(self) -> GradSlot:
         """Return the gradient slot."""
         return self._slot
+
+
+def gathered(layout: FlatLayout[Any], passes: str, num_ranks: int) -> int:
+    """Return the elements of a stage that the `passes` of a step, "FB", gather.
+
+    A pass gathers its blocks in order. A block that the pass before has left in use is still there.
+    A tied table on one stage is used at both ends of the forward pass. On `num_ranks` pp ranks, a
+    tied table of the last stage serves the head alone.
+    """
+    spans = list(layout.spans())
+    stops = [span.start for span in spans[1:]] + [layout.size]
+    sizes: Counter[str] = Counter()
+    for span, stop in zip(spans, stops, strict=True):
+        sizes[unit_of(span.parameter.name)] += stop - span.start
+    blocks = [unit for unit in sizes if unit[-1].isdigit()]
+    blocks.sort(key=lambda unit: int(unit.rsplit(".", 1)[-1]))
+    last = ["norm", "head" if "head" in sizes else "embedding"] if "norm" in sizes else []
+    copied = num_ranks > 1 and bool(last)
+    first = [unit for unit in LOOKUPS if unit in sizes and not (copied and unit in last)]
+    forward = [*first, *blocks, *last]
+    backward = [*reversed(last), *reversed(blocks)]
+    order = itertools.chain.from_iterable(forward if kind == "F" else backward for kind in passes)
+    return sum(sizes[unit] for unit, _ in itertools.groupby(order))

@@ -30,13 +30,17 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.arrays import Array, to_host
-from minillm.base.device import CPU, Device
+from minillm.base.errors import ConfigError
 from minillm.comm.mesh import Mesh
+from minillm.layout.flat import FlatLayout
+from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.placement import Layout
 from minillm.layout.sharding import Segment, ShardSpec
 from minillm.params.state import StateTensor
 from minillm.params.storage import FlatBuffers, FlatState, PrivateMemory
 from minillm.replication.all_reduce import counted_grads
+from minillm.replication.costs import Bytes, DataAxis, Held, Sizes, add
+from minillm.replication.method import Method, Setting, whole
 from minillm.replication.options import ReplicationOptions
 from minillm.replication.protocol import Optimizer, Replication
 
@@ -199,14 +203,57 @@ class LocalSteps(Replication):
         return StateTensor(name, rows, tensor.data[None], owned=tensor.owned, fallback=NO_WORKERS)
 
 
-def make(
-    mesh: Mesh, layout: Layout, options: ReplicationOptions, device: Device = CPU
-) -> LocalSteps:
-    """Return the method that `options` describe."""
+def _make(setting: Setting) -> LocalSteps:
+    options = setting.options
     every, lr, momentum = options.local_steps, options.outer_lr, options.outer_momentum
     steps = "every step" if every == 1 else f"every {every} steps"
     words = (
         f"weights averaged {steps} (outer rate {lr:g}, momentum {momentum:g}), so the result "
         "depends on dp"
     )
-    return LocalSteps(mesh, layout, PrivateMemory(words, device), every, lr, momentum)
+    memory = PrivateMemory(words, setting.device)
+    return LocalSteps(setting.mesh, setting.layout, memory, every, lr, momentum)
+
+
+def _sends(axis: DataAxis, layout: FlatLayout[Any]) -> Bytes:
+    """Return the bytes of one average: every weight once, run by run."""
+    found = Bytes()
+    for run in layout.runs:
+        add(found, axis.mesh, ("dp",), "all_reduce", (run.stop - run.start) * axis.wide)
+    return found
+
+
+def _holds(sizes: Sizes, options: ReplicationOptions) -> Held:
+    """Return the bytes of a whole replica, the agreed weights and the outer momentum."""
+    held = whole(sizes, options)
+    return held._replace(state=held.state + 2 * sizes.values * sizes.wide)
+
+
+def _check(options: ReplicationOptions, mesh: MeshShape, steps: int) -> None:
+    """Raise ConfigError for steps that would never be averaged."""
+    every = options.local_steps
+    if rest := steps % every:
+        raise ConfigError(
+            f"--steps {steps} is not a multiple of --local-steps {every}: the last {rest} "
+            f"would never be averaged; use --steps {steps - rest + every}"
+        )
+
+
+def _fitting(steps: int) -> int:
+    """Return a number of steps between two averages that divides `steps`: 5 at most."""
+    return next(every for every in range(5, 0, -1) if steps % every == 0)
+
+
+METHOD = Method(
+    name="local-steps",
+    option="local_steps",
+    make=_make,
+    sends=_sends,
+    holds=_holds,
+    every=lambda options: options.local_steps,
+    key=lambda options: {"local_steps": options.local_steps},  # on the workers of the mesh
+    equals_one_rank=lambda options, mesh: False,  # another model on every number of workers
+    check=_check,
+    needs={"outer_lr": "--local-steps", "outer_momentum": "--local-steps"},
+    compared={"local": {"local_steps": _fitting, "outer_lr": 1.0, "outer_momentum": 0.0}},
+)

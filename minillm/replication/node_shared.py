@@ -32,15 +32,18 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.arrays import ALIGNMENT, Array
+from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator, SharedWindow
 from minillm.comm.ledger import ledger
 from minillm.comm.mesh import Mesh
-from minillm.layout.flat import Run
+from minillm.layout.flat import FlatLayout, Run
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
-from minillm.layout.sharding import overlap
-from minillm.params.storage import FlatBuffers, WholeMemory
-from minillm.replication.all_reduce import counted_parts
+from minillm.layout.sharding import overlap, share
+from minillm.params.storage import FlatBuffers, PrivateMemory, WholeMemory
+from minillm.replication.all_reduce import AllReduce, counted_parts
+from minillm.replication.costs import Bytes, DataAxis, common
+from minillm.replication.method import Method, Setting
 from minillm.replication.protocol import Replication
 
 SHARED_FOLDER = Path("/dev/shm")  # where MPI libraries keep windows on Linux
@@ -226,3 +229,39 @@ class NodeShared(Replication):
 def _beyond_tokens(run: Run) -> tuple[str, ...]:
     """Return the reduction axes over which the replicas of the token axes do not extend."""
     return tuple(axis for axis in run.sum_axes if axis not in TOKEN_AXES)
+
+
+def _make(setting: Setting) -> Replication:
+    """Return the method, or all-reduce with the reason where sharing is impossible.
+
+    Raises ConfigError on every rank if --node-shared is on and it is.
+    """
+    mesh, layout, bucket_bytes = setting.mesh, setting.layout, setting.bucket_bytes
+    group = find_group(mesh, setting.num_values, setting.dtype)
+    if not isinstance(group, str):
+        return NodeShared(mesh, layout, NodeMemory(group), bucket_bytes)
+    if METHOD.asked(setting.options):
+        raise ConfigError(f"--node-shared on: {group}; use --node-shared off")
+    return AllReduce(mesh, layout, PrivateMemory(f"not shared within nodes: {group}"), bucket_bytes)
+
+
+def _sends(axis: DataAxis, layout: FlatLayout[Any]) -> Bytes:
+    """Read this rank's share of the other ranks' gradients; all-reduce it between nodes."""
+    ways, found = axis.shared_by, Bytes()
+    part = share(layout.size, axis.rank % ways, ways, layout.step)
+    size = sum(common(run, part) for run in layout.runs) * axis.wide
+    found["dp in node", "sum"] = (ways - 1) * size
+    if axis.mesh.dp > ways:
+        found["dp between nodes", "all_reduce"] = size
+    return found
+
+
+METHOD = Method(
+    name="node-shared",
+    option="node_shared",
+    unasked=("auto", "off"),
+    make=_make,
+    sends=_sends,
+    goes_with="--tp, --sequence-parallel and --pp",
+    compared={"node-shared": {"node_shared": "on"}},
+)

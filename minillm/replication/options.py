@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from minillm.base.errors import ConfigError
 from minillm.base.record import Record, option
-from minillm.layout.mesh_shape import MeshShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,75 +37,3 @@ class ReplicationOptions(Record):
     node_shared: Literal["auto", "on", "off"] = option("auto", resumable=True)
     """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in
     shared memory: auto (where possible)."""
-
-    def equals_one_rank(self, mesh: MeshShape) -> bool:
-        """Return whether a mesh computes what one rank computes, up to rounding.
-
-        PowerSGD compresses the shards of tp. The other codecs round what each worker sends. Local
-        steps train another model on every number of workers.
-        """
-        if self.local_steps:
-            return False
-        return self.compress == "none" or (self.compress == "powersgd" and mesh.tp == 1)
-
-    @property
-    def may_share(self) -> bool:
-        """True if replicas on a node may share memory: no other method is asked for."""
-        other = self.zero or self.compress != "none" or self.local_steps
-        return self.node_shared != "off" and not other
-
-    def check(self, mesh: MeshShape, steps: int) -> None:
-        """Raise ConfigError for methods that do not go together, or do not fit mesh or steps."""
-        self._check_local_steps(steps)
-        if self.zero and self.node_shared == "on":
-            raise ConfigError(
-                "--zero and --node-shared on are two ways to hold one replica; leave one out"
-            )
-        if self.compress != "none" and (self.zero or self.node_shared == "on"):
-            other = f"--zero {self.zero}" if self.zero else "--node-shared on"
-            raise ConfigError(
-                f"--compress {self.compress} and {other} are two ways to sum gradients; leave one "
-                "out. --compress goes with --tp, --sequence-parallel, --pp, and --node-shared "
-                "auto or off"
-            )
-        for name, method in (("compress_rank", "powersgd"), ("compress_share", "topk")):
-            value = getattr(self, name)
-            if value != getattr(ReplicationOptions, name) and self.compress != method:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} {value} needs --compress {method}, not "
-                    f"{self.compress}"
-                )
-        if self.shard_group and not self.zero:
-            raise ConfigError("--shard-group needs --zero 1, 2 or 3")
-        if self.shard_group and mesh.dp % self.shard_group:
-            fitting = ", ".join(str(n) for n in range(1, mesh.dp + 1) if mesh.dp % n == 0)
-            raise ConfigError(
-                f"--shard-group {self.shard_group} does not divide the {mesh.dp} data-parallel "
-                f"ranks; choose one of {fitting}"
-            )
-
-    def _check_local_steps(self, steps: int) -> None:
-        every = self.local_steps
-        if not every:
-            for name in ("outer_lr", "outer_momentum"):
-                value = getattr(self, name)
-                if value != getattr(ReplicationOptions, name):
-                    raise ConfigError(f"--{name.replace('_', '-')} {value} needs --local-steps")
-            return
-        others = {
-            f"--zero {self.zero}": self.zero,
-            f"--compress {self.compress}": self.compress != "none",
-            "--node-shared on": self.node_shared == "on",
-        }
-        for other, given in others.items():
-            if given:
-                raise ConfigError(
-                    f"--local-steps {every} and {other} do not go together: workers that train "
-                    "alone hold weights of their own; leave one out. --local-steps goes with "
-                    "--tp, --sequence-parallel, --pp, and --node-shared auto or off"
-                )
-        if rest := steps % every:
-            raise ConfigError(
-                f"--steps {steps} is not a multiple of --local-steps {every}: the last {rest} "
-                f"would never be averaged; use --steps {steps - rest + every}"
-            )

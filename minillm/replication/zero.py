@@ -28,16 +28,19 @@ from minillm.autograd.backward import BackwardObserver
 from minillm.autograd.tape import GradSlot, Leaf
 from minillm.base.arrays import Array, namespace
 from minillm.base.device import CPU, Device
+from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import Mesh
 from minillm.layout.flat import FlatLayout, P, Span
-from minillm.layout.mesh_shape import TOKEN_AXES
-from minillm.layout.placement import Layout
-from minillm.layout.sharding import overlap
+from minillm.layout.mesh_shape import TOKEN_AXES, MeshShape
+from minillm.layout.sharding import overlap, share
 from minillm.params.parameter import Parameter, ParamStorage, PlainStorage
 from minillm.params.storage import FlatBuffers, PrivateMemory
 from minillm.replication.all_reduce import counted_parts
-from minillm.replication.gather import Gatherer, ShardedStorage, unit_of
+from minillm.replication.costs import Bytes, DataAxis, Held, Sizes, common
+from minillm.replication.gather import Gatherer, ShardedStorage, gathered, unit_of
+from minillm.replication.method import Method, Setting
+from minillm.replication.options import ReplicationOptions
 from minillm.replication.protocol import Optimizer, Replication
 
 KINDS = {"state": "optimizer state", "grads": "gradients", "values": "parameters"}
@@ -337,9 +340,71 @@ class Zero(Replication):
             work.wait()
 
 
-def make(
-    mesh: Mesh, layout: Layout, stage: int, shard_group: int, bucket_bytes: int, device: Device
-) -> Zero:
+def _make(setting: Setting) -> Zero:
     """Return the method of a ZeRO stage. Collective over the mesh."""
-    memory = ShardedMemory(stage, ShardGroup(mesh, shard_group), bucket_bytes, device)
-    return Zero(mesh, layout, memory)
+    options = setting.options
+    group = ShardGroup(setting.mesh, options.shard_group)
+    memory = ShardedMemory(options.zero, group, setting.bucket_bytes, setting.device)
+    return Zero(setting.mesh, setting.layout, memory)
+
+
+def _sends(axis: DataAxis, layout: FlatLayout[Any]) -> Bytes:
+    """Scatter gradients, gather weights; between shard groups, all-reduce a share.
+
+    From stage 2 on, each microbatch scatters, except tied weights, which come once. Zones include
+    the gaps that align parameters.
+    """
+    options, found = axis.options, Bytes()
+    ways = options.shard_group or axis.mesh.dp
+    zones = zones_of(layout, options.zero, int(options.bucket_mb * 1e6))
+    tied = sum(z.stop - z.start for z in zones for r in layout.runs if r.tied and common(r, z))
+    times = axis.passes.count("B") if options.zero > 1 else 1
+    if ways > 1:
+        scattered = times * (layout.size - tied) + tied
+        moved = gathered(layout, axis.passes, axis.mesh.pp) if options.zero == 3 else layout.size
+        found["dp", "reduce_scatter"] = scattered * axis.wide
+        found["dp gather", "all_gather"] = moved * axis.item
+    if axis.mesh.dp > ways:
+        place, size = axis.rank % ways, 0
+        for zone in zones:
+            part = share(zone.stop - zone.start, place, ways, layout.step)
+            held = slice(zone.start + part.start, zone.start + part.stop)
+            size += sum(common(run, held) for run in layout.runs)
+        found["dp replicas", "all_reduce"] = size * axis.wide
+    return found
+
+
+def _holds(sizes: Sizes, options: ReplicationOptions) -> Held:
+    """Return the bytes of a share of each kind that the stage shards.
+
+    Two gathered blocks come on top of the parameters, one block's gradient on top of the gradients.
+    """
+    ways, stage, block = options.shard_group or sizes.workers, options.zero, sizes.largest
+    part = sizes.values // ways
+    values = part + 2 * block if stage > 2 else sizes.values
+    grads = part + block if stage > 1 else sizes.values
+    state = sizes.moments * sizes.values * sizes.wide // ways
+    return Held(values * sizes.item, grads * sizes.wide, state)
+
+
+def _check(options: ReplicationOptions, mesh: MeshShape, steps: int) -> None:
+    """Raise ConfigError for groups that do not divide the ranks."""
+    if options.shard_group and mesh.dp % options.shard_group:
+        fitting = ", ".join(str(n) for n in range(1, mesh.dp + 1) if mesh.dp % n == 0)
+        raise ConfigError(
+            f"--shard-group {options.shard_group} does not divide the {mesh.dp} data-parallel "
+            f"ranks; choose one of {fitting}"
+        )
+
+
+METHOD = Method(
+    name="zero",
+    option="zero",
+    make=_make,
+    sends=_sends,
+    holds=_holds,
+    key=lambda options: {"zero": options.zero, "shard_group": options.shard_group},
+    check=_check,
+    needs={"shard_group": "--zero"},
+    compared={f"zero{stage}": {"zero": stage} for stage in (1, 2, 3)},
+)

@@ -18,7 +18,8 @@ from minillm.parallel.sequence import SequenceParallel
 from minillm.parallel.tensor import Group, Region, TensorParallel
 from minillm.params.storage import FlatBuffers, PrivateMemory
 from minillm.pipeline.stage import Stage
-from minillm.replication.choose import choose
+from minillm.replication.method import Setting
+from minillm.replication.methods import choose
 from minillm.replication.protocol import Replication
 from minillm.training.resolve import ResolvedConfig
 
@@ -133,9 +134,8 @@ def assemble(
     else:
         parameters = [p for model in models.values() for p in model.parameters()]
         num_values = sum(parameter.spec.local_size(layout.mesh) for parameter in parameters)
-        options = config.options.replication
-        seed = config.options.optimization.seed
-        replication = choose(mesh, layout, num_values, options, dtype, device, seed)
+        options, seed = config.options.replication, config.options.optimization.seed
+        replication = choose(Setting(mesh, layout, options, num_values, dtype, device, seed))
     stages = {}
     for index, model in models.items():
         memory = replication.memory

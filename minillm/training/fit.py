@@ -18,6 +18,7 @@ from minillm.comm.communicator import Communicator
 from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.protocol import Architecture
 from minillm.pipeline.schedules import SCHEDULES
+from minillm.replication.methods import may_share
 from minillm.replication.node_shared import SPARE_BYTES, free_shared_bytes
 from minillm.training.assembly import layout_of
 from minillm.training.memory import Need, predicted
@@ -118,8 +119,7 @@ class _Judge:
         schedule = SCHEDULES[config.options.pipeline.schedule](config.mesh.pp, 1)
         self.layout = layout_of(config, architecture, schedule.rank_of_stage)
         self.shared_by = 1
-        replication = config.options.replication
-        if training and device.on_host and replication.may_share:
+        if training and device.on_host and may_share(config.options.replication):
             replicas = max(1, min(config.mesh.dp, node.size // config.mesh.tp))
             self.shared_by = replicas if self._has_shared(config, replicas) else 1
 

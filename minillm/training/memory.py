@@ -18,7 +18,9 @@ from minillm.models.protocol import Architecture, Workload
 from minillm.parallel.tensor import PlannedGroup
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.pipeline.simulate import peak_in_flight
+from minillm.replication.costs import Held, Sizes
 from minillm.replication.gather import unit_of
+from minillm.replication.methods import method_of
 from minillm.training.assembly import build_model
 from minillm.training.resolve import ResolvedConfig
 
@@ -80,14 +82,18 @@ def predicted(
         workspace += architecture.activation_bytes(config.model, 1, work._replace(recompute="none"))
     if logits < MAPPED_BYTES or on_gpu:
         workspace = max(0, workspace - logits)  # in memory that the logits have left
-    zero, unit = options.replication.zero * training, max(values.largest for values in sizes)
-    ways = (options.replication.shard_group or layout.mesh.dp) if zero else 1
-    moments = (3 if wide > item else 2) * size * wide * training // ways
-    if training and options.replication.local_steps:
-        moments += 2 * size * wide  # agreed weights and outer momentum
-    weights = size // ways + 2 * unit if zero > 2 else size  # gathered: two blocks
-    grads = (size // ways + unit if zero > 1 else size) * training
-    held, sent = _compression(config, on_gpu) if training else (0.0, 0.0)
+    held = Held(size * item, 0, 0)
+    if training:
+        trained = Sizes(
+            values=size,
+            largest=max(values.largest for values in sizes),
+            moments=3 if wide > item else 2,
+            item=item,
+            wide=wide,
+            workers=layout.mesh.dp,
+            on_host=not on_gpu,
+        )
+        held = method_of(options.replication).holds(trained, options.replication)
     objects = LATER_BYTES + num_layers * LAYER_BYTES + rows * layout.mesh.pp * MICROBATCH_BYTES
     parts = {
         "activations": round(
@@ -96,35 +102,19 @@ def predicted(
         "logits": logits,
         "workspace": workspace,
         # MPI's copy of half a tied gradient, which the ranks of its copies all-reduce.
-        "messages": sum(values.tied for values in sizes) * wide // 2 * training
-        + round(sent * size * wide),
+        "messages": sum(values.tied for values in sizes) * wide // 2 * training + held.messages,
         "batches": rows * tokens * 16,  # tokens and targets, int64
     }
-    grads += round(held * size)  # error memory
     others = size * wide * (shared_by - 1) // shared_by * training
     kinds = {
-        "parameters": weights * item,
-        "gradients": grads * wide + others,
-        "optimizer": moments,
+        "parameters": held.values,
+        "gradients": held.grads + others,
+        "optimizer": held.state,
         **parts,
         "program": 0 if on_gpu else program + objects,
     }
-    own = (weights * item + moments) // shared_by + grads * wide
+    own = (held.values + held.state) // shared_by + held.grads
     return Need(kinds, own + sum(parts.values()) + (0 if on_gpu else objects), own)
-
-
-def _compression(config: ResolvedConfig, on_gpu: bool) -> tuple[float, float]:
-    """Return error memory and messages of compressed gradients, as shares of the gradients."""
-    options, ways = config.options.replication, config.mesh.dp
-    if on_gpu and options.compress != "bf16":
-        return 0.0, 0.0  # in the host's memory
-    sent = {
-        "bf16": 1.5 + 1 / ways,  # what is sent, received and gathered, and a float32 sum
-        "topk": 2 * options.compress_share * (1 + ways),  # values and places, own and gathered
-        "onebit": 4 / 32,  # own, received and gathered signs, and those of a block's sum
-    }
-    held = {"bf16": 0.0, "none": 0.0, "onebit": 1 + 1 / ways}
-    return held.get(options.compress, 1.0), sent.get(options.compress, 0.0)
 
 
 class _Values(NamedTuple):

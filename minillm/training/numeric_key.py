@@ -15,7 +15,7 @@ from minillm.base.errors import ConfigError
 from minillm.base.options import ComputeOptions
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
-from minillm.replication.options import ReplicationOptions
+from minillm.replication.methods import method_of
 from minillm.training.resolve import ResolvedConfig
 
 
@@ -39,7 +39,7 @@ def numeric_key(
         "num_microbatches": config.num_microbatches,
         "bucket_mb": options.replication.bucket_mb,
         "shared_by": shared_by,
-        **_method(options.replication),
+        **method_of(options.replication).key(options.replication),
         "schedule": options.pipeline.schedule,
         "sequence_parallel": options.layout.sequence_parallel,
         "recompute": config.recompute,
@@ -48,17 +48,6 @@ def numeric_key(
         "kernels": kernel_choices(config, device),
         **{name: _common([rank[name] for rank in ranks]) for name in local},
     }
-
-
-def _method(options: ReplicationOptions) -> dict[str, Any]:
-    """Return the data-parallel method, which orders and rounds the sums of gradients."""
-    if options.zero:
-        return {"zero": options.zero, "shard_group": options.shard_group}
-    if options.local_steps:
-        return {"local_steps": options.local_steps}  # on the workers that "mesh" names
-    sizes = {"powersgd": options.compress_rank, "topk": options.compress_share}
-    name = options.compress
-    return {} if name == "none" else {"compress": name, "compress_size": sizes.get(name, 0)}
 
 
 def kernel_choices(config: ResolvedConfig, device: Device) -> dict[str, str]:

@@ -16,6 +16,7 @@ from minillm.data.sources import located
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.options import comma_list, even_split
 from minillm.models.gpt_config import ModelConfig
+from minillm.replication import methods
 from minillm.training.config import RunConfig
 
 # Selective recomputation must save this much of a rank's activations to be worth its time.
@@ -103,7 +104,7 @@ def resolve(config: RunConfig, num_ranks: int, vocab: int | None = None) -> Reso
         )
     mesh = _mesh(config, model, num_ranks)
     _check_tensor_parallel(config, model)
-    config.replication.check(mesh, optimization.steps)
+    methods.check(config.replication, mesh, optimization.steps)
     stage_layers = layout.resolve_stage_layers(model.layers, model.layer_costs)
     microbatch = config.pipeline.resolve_microbatch(optimization.batch, mesh.dp, mesh.pp)
     return ResolvedConfig(

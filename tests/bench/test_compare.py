@@ -9,13 +9,13 @@ import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
 from minillm.base.errors import ConfigError
-from minillm.bench.compare import METHODS, CompareConfig, Found, chosen, table, with_method
+from minillm.bench.compare import ROWS, CompareConfig, Found, chosen, table, with_method
 
 TINY = [f"--{name}={n}" for name, n in dict(layers=1, dim=16, heads=2, context=16, batch=8).items()]
 
 
 def test_methods_are_chosen_by_name() -> None:
-    assert chosen(None) == list(METHODS)
+    assert chosen(None) == list(ROWS)
     assert chosen("zero3, local,zero3") == ["zero3", "local"]
     with pytest.raises(ConfigError, match="unknown method 'zero4'; choose from all-reduce"):
         chosen("all-reduce,zero4")

@@ -15,7 +15,9 @@ from minillm.layout.flat import FlatLayout
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import ShardSpec
 from minillm.params.parameter import Constant, Parameter
-from minillm.replication.costs import DataAxis, codec_payload, payload
+from minillm.replication.compressed import codec_of
+from minillm.replication.costs import DataAxis
+from minillm.replication.methods import payload
 from minillm.replication.options import ReplicationOptions
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.costs import data_axis
@@ -90,7 +92,7 @@ def test_formulas_by_hand() -> None:
     assert payload(shared) == {("dp in node", "sum"): 3 * 128 * 4}  # 33 lines of 16: 8 of them
     powersgd = payload(_axis(compress="powersgd"))
     assert powersgd == {("dp", "all_reduce"): (4 * (16 + 32) + 10) * 4}
-    topk = codec_payload(ReplicationOptions(compress="topk"), [(16, 32)], 4, 4)
+    topk = codec_of(ReplicationOptions(compress="topk")).payload([(16, 32)], 4, 4)
     assert topk == {"all_gather": 4 * 6 * 8}  # ceil(0.01 x 512) values and places
-    onebit = codec_payload(ReplicationOptions(compress="onebit"), [(16, 32)], 4, 4)
+    onebit = codec_of(ReplicationOptions(compress="onebit")).payload([(16, 32)], 4, 4)
     assert onebit == {"all_to_all": 64 + 16, "all_gather": 64 + 16}

@@ -473,7 +473,7 @@ def test_numbers_that_are_not_finite_stop_every_worker(bad: float) -> None:
     ("changes", "words"),
     [
         ({"local_steps": 2, "zero": 1}, "--local-steps 2 and --zero 1 do not go together"),
-        ({"local_steps": 2, "compress": "bf16"}, "and --compress bf16 .*goes with --tp"),
+        ({"local_steps": 2, "compress": "bf16"}, "--compress bf16 and .*goes with --tp"),
         ({"local_steps": 2, "node_shared": "on"}, "and --node-shared on"),
         ({"outer_lr": 1.0}, "--outer-lr 1.0 needs --local-steps"),
         ({"outer_momentum": 0.5}, "--outer-momentum 0.5 needs --local-steps"),

@@ -1,0 +1,86 @@
+"""Record of a data-parallel method: what can be said before any rank runs, and how to make it.
+
+Each method fills one in beside its code, and methods.py lists them. Plan, memory prediction,
+numeric key and comparison read the record, so they name no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minillm.base.device import CPU, Device
+from minillm.base.record import flag
+from minillm.comm.mesh import Mesh
+from minillm.layout.flat import FlatLayout
+from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.placement import Layout
+from minillm.replication.costs import Bytes, DataAxis, Held, Sizes
+from minillm.replication.options import ReplicationOptions
+from minillm.replication.protocol import Replication
+
+
+class Setting(NamedTuple):
+    """Ingredients of a method. `num_values` are the parameters of this rank."""
+
+    mesh: Mesh
+    layout: Layout
+    options: ReplicationOptions
+    num_values: int
+    dtype: np.dtype
+    device: Device = CPU
+    seed: int = 0  # of methods that draw numbers
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the pieces in which gradients are reduced."""
+        return int(self.options.bucket_mb * 1e6)
+
+
+def whole(sizes: Sizes, options: ReplicationOptions) -> Held:
+    """Return the bytes of a rank that holds everything for itself."""
+    grads = sizes.values * sizes.wide
+    return Held(sizes.values * sizes.item, grads, sizes.moments * grads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Data-parallel method as data. Functions take the options of the run.
+
+    A method is asked for if `option` has a value that is not in `unasked`.
+    """
+
+    name: str
+    option: str | None
+    make: Callable[[Setting], Replication]
+    """Make the method. Collective over the mesh; raises ConfigError on every rank."""
+    sends: Callable[[DataAxis, FlatLayout[Any]], Bytes]
+    """Bytes of one exchange for a stage, as the ledger counts them on one rank. Rows of tensor and
+    pipeline parallelism are left out, except the partial sums that an all-reduce joins."""
+    holds: Callable[[Sizes, ReplicationOptions], Held] = whole
+    every: Callable[[ReplicationOptions], int] = lambda options: 1
+    """Steps from one exchange to the next."""
+    key: Callable[[ReplicationOptions], dict[str, Any]] = lambda options: {}
+    """Part of the numeric key: all that orders and rounds the sums of gradients."""
+    equals_one_rank: Callable[[ReplicationOptions, MeshShape], bool] = lambda options, mesh: True
+    """True if a mesh computes what one rank computes, up to rounding."""
+    check: Callable[[ReplicationOptions, MeshShape, int], None] = lambda options, mesh, steps: None
+    """Raise ConfigError for options that do not fit the mesh, or a run of `steps` steps."""
+    unasked: tuple[Any, ...] = (0, "none")
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """Option that means something to this method alone -> beginning of the flag that it needs."""
+    goes_with: str = "--tp, --sequence-parallel, --pp, and --node-shared auto or off"
+    compared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Row of `minillm compare` -> the options that it sets; a function is called with the steps."""
+
+    def asked(self, options: ReplicationOptions) -> bool:
+        """Return whether the options ask for this method."""
+        return self.option is not None and getattr(options, self.option) not in self.unasked
+
+    def flag(self, options: ReplicationOptions) -> str:
+        """Return the flag that asks for the method; empty if none does."""
+        asked = self.option if self.asked(options) else None
+        return f"{flag(asked)} {getattr(options, asked)}" if asked else ""
