@@ -1,47 +1,44 @@
 """Measure a trained model: `python -m minillm.evaluate --checkpoint DIR`, on any mesh.
 
-Prints the loss on held-out or other text as JSON.
+Prints the loss on held-out or other data as JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from minillm import checkpoint
 from minillm.base.bar import bar
-from minillm.base.errors import ConfigError
-from minillm.base.flags import parse_flags
-from minillm.base.record import option
+from minillm.base.errors import MinillmError
+from minillm.base.flags import parse_flags, split_flags
+from minillm.base.record import Record, option, with_defaults
+from minillm.checkpoint import RunRecord
 from minillm.comm.agreement import AgreedError, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
-from minillm.data.batches import eval_windows
-from minillm.data.corpus import load_corpus
 from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place
-from minillm.tasks.language_model import HeldOutText
+from minillm.tasks.language_model import TextToMeasure
+from minillm.training.config import RunConfig
 from minillm.training.held_out import measure
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs(ReadOptions):
-    """Measure a trained model's loss on text and print it as JSON.
+    """Measure a trained model on held-out or other data and print the numbers as JSON.
 
-    The values are loss (nats per token), perplexity, bits_per_byte and tokens.
+    Those of a language model are loss (nats per token), perplexity, bits_per_byte and tokens. The
+    flags that name data are those of the model's kind.
     """
 
     checkpoint: str = option(path=True)
     """Folder of a run, or one of its checkpoints; may also be the first word, without the flag."""
-    data: str | None = option(None, path=True)
-    """Text to measure on, all of it; left out: the held-out part of the text that the model was
-    trained on."""
-    text_field: str | None = None
-    """Field of .jsonl lines, or column of .parquet files, that holds the text; left out: as in
-    training."""
-    cache: str | None = None
-    """Folder for tokenized texts; left out: as in training."""
+    asked: Record = field(default=TextToMeasure(), metadata={"title": "data"})
     tokens: int | None = option(None, at_least=1)
     """Tokens to predict, from the beginning; left out: all."""
 
@@ -53,8 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Named(Record):
+    """Flags that decide which others there are."""
+
+    checkpoint: str = option("", path=True)
+    best: bool = False
+
+
 def _parse(argv: Sequence[str]) -> EvaluateArgs:
-    return parse_flags(EvaluateArgs, named_run(argv), prog="python -m minillm.evaluate")
+    prog, words = "python -m minillm.evaluate", named_run(argv)
+    named, _ = split_flags(_Named, words, prog=prog, add_help=False)
+    cls = EvaluateArgs
+    if named.checkpoint:
+        # A checkpoint that cannot be read is reported later, once all ranks can agree on it.
+        with contextlib.suppress(MinillmError):
+            found = RunRecord.read(checkpoint.find(Path(named.checkpoint), named.best))
+            data = RunConfig.from_dict(found.config).objective
+            cls = with_defaults(EvaluateArgs, asked=data.measured())
+    return parse_flags(cls, words, prog=prog)
 
 
 def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
@@ -63,37 +77,23 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm, args.best)
         config = opened.resolve(args, comm.size)
-        data = opened.config.corpus
-        own = args.data or data.val_data  # measured as a whole
-        corpus = load_corpus(
-            own or data.data,
-            opened.tokenizer,
-            context=1,
-            vocab=config.model.vocab,
-            held_out=1.0 if own else None,
-            text_field=args.text_field or data.text_field,
-            cache=args.cache or data.cache,
-            comm=comm,
+        options = opened.config
+        data = options.objective.held_out(
+            args.asked, options.corpus, config.model, opened.vocabulary, opened.corpus, comm
         )
-        if not own and corpus.sha256 != opened.corpus:
-            raise ConfigError(
-                f"{corpus.source} has changed since training (sha256 {corpus.sha256[:12]}, was "
-                f"{opened.corpus[:12]}), so its end may hold text that the model was trained on; "
-                "put the old text back, or name a text with --data to measure on all of it"
-            )
-        windows = eval_windows(corpus.held_out, config.model.context, args.tokens)
+        what = data.measure(config.model, args.tokens)
         model = load_trained(opened, config, comm, device)
-    held_out = HeldOutText(windows, corpus.held_out_bytes(windows.num_tokens))
-    with bar("measuring", windows.num_windows, "window", comm.rank == 0) as advance:
-        found = measure(model, held_out, comm, config.microbatch, advance=advance)
+    with bar("measuring", what.num_rows, "sequence", comm.rank == 0) as advance:
+        found = measure(model, what, comm, config.microbatch, advance=advance)
     numbers = found.numbers()
-    if not math.isfinite(numbers["loss"]):
+    if not math.isfinite(numbers.get("loss", 0.0)):
         raise AgreedError(
-            f"the loss on {corpus.source} is {numbers['loss']}: the weights of {opened.path} are "
+            f"the loss on {data.source} is {numbers['loss']}: the weights of {opened.path} are "
             "finite, but their activations are not; use an earlier checkpoint"
         )
-    if not math.isfinite(numbers["perplexity"]):
-        numbers["perplexity"] = None  # JSON has no infinity
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            numbers[name] = None  # JSON has no infinity
     return json.dumps(numbers)
 
 

@@ -91,6 +91,7 @@ def _generate(comm: Communicator, args: GenerateArgs) -> None:
     with known_to_all():
         placed, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, placed, args.best)
+        opened.config.family.check_writes()
         config = opened.resolve(args, comm.size, texts=args.samples)
         model = load_trained(opened, config, placed, device)
     writer = Writer(comm, args, opened.tokenizer, model)

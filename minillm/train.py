@@ -1,6 +1,6 @@
-"""Train a GPT: `python -m minillm.train`, or `mpirun -n 4 python -m minillm.train --tp 2`.
+"""Train a model: `python -m minillm.train`, or `mpirun -n 4 python -m minillm.train --tp 2`.
 
-Reads the options, loads the text, runs the loop of training/loop.py, and shows a sample at the end.
+Reads the options, loads the data, runs the loop of training/loop.py, and shows a sample at the end.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ from minillm import kernels
 from minillm.base.device import CPU, open_device
 from minillm.base.flags import to_toml
 from minillm.base.log import Log
-from minillm.base.terminal import guarded_output, printable
+from minillm.base.terminal import guarded_output
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import agree, from_first, known_to_all
-from minillm.comm.communicator import MAX, Communicator
+from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.launchers import OPEN_MPI_STOP, launched
 from minillm.comm.ledger import recording
 from minillm.comm.process import run_program
 from minillm.comm.signals import StopRequest
-from minillm.data.corpus import Corpus, corpus_of
-from minillm.data.tokenizers import tokenizer_from_json
-from minillm.inference.engine import Generator
-from minillm.inference.sampling import Sampling
+from minillm.inference.sample import SAMPLES
+from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig, preset_values
 from minillm.training.fit import fit
@@ -36,14 +34,6 @@ from minillm.training.loop import Run
 from minillm.training.numeric_key import asked_kernels
 from minillm.training.origin import Origin, continued_run, find_origin, saved_options
 from minillm.training.resolve import ResolvedConfig, resolve
-
-SAMPLE_TEMPERATURE = 0.7  # below 1, since a small model's unlikely tokens are mostly wrong
-# Built-in text -> the words that its sample continues. Of others, the held-out text's first tokens.
-SAMPLE_PROMPTS = {
-    "stdlib": "def ",
-    "austen": "It is a truth universally acknowledged, that ",
-}
-NUM_PROMPT_TOKENS = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +59,7 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             # Owned before its newest checkpoint is looked for: no other job can add one.
             _own(comm, stack, lambda: claim_existing(Path(run)))
         origin = _origin(comm, start)
-        corpus, config = _plan(comm, options, origin)
+        data, config = _plan(comm, options, origin)
         with known_to_all():
             config = fit(config, comm, device, refuse=not start.print_config)
         if start.print_config:
@@ -98,16 +88,11 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         )
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
         stack.enter_context(guarded_output(stop.ask))
-        training = Run(comm, device, config, corpus, out, origin, tracer, stop)
+        training = Run(comm, device, config, data, out, origin, tracer, stop)
         if (launch := launched()) and launch.launcher.startswith("Open MPI"):
             log(f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}\n")
-        if training.train() and options.output.sample_tokens:
-            number = training.trainer.replication.replica
-            replica = comm.split(number, name="replica")
-            if replica is not None and number == 0:
-                with comm.working("writing a sample"), training.trainer.replication.agreed():
-                    log(_sample(training, replica))
-            comm.barrier()
+        if training.train():
+            _show_sample(training)
 
 
 def _own(comm: Communicator, stack: ExitStack, claim: Callable[[], Claim]) -> Path:
@@ -155,39 +140,32 @@ def _text(path: Path | None) -> str | None:
 
 def _plan(
     comm: Communicator, options: RunConfig, origin: Origin | None
-) -> tuple[Corpus, ResolvedConfig]:
-    """Return the text and the resolved configuration, checked before anything is allocated.
+) -> tuple[Dataset, ResolvedConfig]:
+    """Return the data and the resolved configuration, checked before anything is allocated.
 
     Collective. Raises ConfigError on every rank.
     """
-    data, model = options.corpus, options.model
     with known_to_all():
-        tokenizer = None if origin is None else tokenizer_from_json(origin.record.tokenizer)
-        corpus = corpus_of(
-            data, context=model.context, vocab=model.vocab, tokenizer=tokenizer, comm=comm
-        )
-        config = resolve(options, comm.size, corpus.vocab_size)
-    return corpus, config
+        vocabulary = None if origin is None else origin.record.tokenizer
+        data = options.objective.load(options.corpus, options.shape, vocabulary, comm)
+        config = resolve(options, comm.size, data.vocab_size)
+    return data, config
 
 
-def _sample(run: Run, replica: Communicator) -> str:
-    """Return what the model writes after a few words, up to a request to stop.
-
-    Collective over the ranks of one `replica` of the model.
-    """
-    corpus, options = run.corpus, run.config.options
-    words = SAMPLE_PROMPTS.get(corpus.source)
-    tokens = corpus.held_out if len(corpus.held_out) else corpus.train
-    given = tokens[:NUM_PROMPT_TOKENS] if words is None else corpus.tokenizer.encode(words)
-    prompt = [int(token) for token in given]
-    sampling = Sampling(temperature=SAMPLE_TEMPERATURE, seed=options.optimization.seed)
-    generator, ids = Generator(run.trainer.model, corpus.tokenizer.vocab_size), list(prompt)
-    for token in generator.stream(prompt, options.output.sample_tokens, sampling):
-        ids.append(token)
-        if replica.reduce_numbers([run.stop.asked()], MAX)[0]:
-            break
-    title = f"a sample at temperature {SAMPLE_TEMPERATURE}, its beginning given"
-    return f"\n--- {title} ---\n{printable(corpus.tokenizer.decode(ids))}\n---"
+def _show_sample(run: Run) -> None:
+    """Show what the trained model writes, if its family writes anything. Collective."""
+    comm, options = run.comm, run.config.options
+    sample, number = SAMPLES.get(run.config.family.writes), run.trainer.replication.replica
+    if sample is None or not options.output.sample_tokens:
+        return
+    replica = comm.split(number, name="replica")
+    if replica is not None and number == 0:
+        with comm.working("writing a sample"), run.trainer.replication.agreed():
+            tokens, seed = options.output.sample_tokens, options.optimization.seed
+            Log(comm.rank)(
+                sample(run.trainer.model, run.data, tokens, seed, replica, run.stop.asked)
+            )
+    comm.barrier()
 
 
 if __name__ == "__main__":

@@ -17,22 +17,19 @@ from minillm import kernels
 from minillm.base.arrays import float_dtype
 from minillm.base.device import CPU, Device, open_device
 from minillm.base.errors import ConfigError
-from minillm.base.log import Log
+from minillm.base.log import Log, plural
 from minillm.base.record import Record, option
 from minillm.comm.agreement import AgreedError, agree, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import run_program
 from minillm.comm.single import SelfCommunicator
-from minillm.data.batches import Batches
-from minillm.data.corpus import Corpus, corpus_of
 from minillm.replication.methods import method_of
-from minillm.tasks.language_model import LanguageModeling
+from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.comparison import Course, Deviation, compare, pieces, run, whole
 from minillm.training.config import RunConfig
 from minillm.training.numeric_key import asked_kernels
-from minillm.training.report import plural
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
 
@@ -71,10 +68,8 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
     config, log = given[1], Log(comm.rank)
     comm.timeout = config.comm.comm_timeout
     with known_to_all():
-        corpus = corpus_of(
-            config.corpus, context=config.model.context, vocab=config.model.vocab, comm=comm
-        )
-        resolved = resolve(config, comm.size, corpus.vocab_size)
+        data = config.objective.load(config.corpus, config.shape, None, comm)
+        resolved = resolve(config, comm.size, data.vocab_size)
         method = method_of(config.replication)
         if not method.equals_one_rank(config.replication, resolved.mesh):
             raise ConfigError(
@@ -84,21 +79,21 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(config.compute.device, local_rank))
     choices = asked_kernels(comm, config.compute, device)
-    steps, vocab, mesh = config.verify.compare_steps, corpus.vocab_size, resolved.mesh
+    steps, vocab, mesh = config.verify.compare_steps, data.vocab_size, resolved.mesh
     truth = own = None
     if comm.rank == 0:
         alone = config.replace(**ONE_RANK)
         exact = alone.replace(dtype="float64", device="cpu")
         with comm.working("computing on one rank"):
             log(f"one rank, float64: {plural(steps, 'step')}")
-            truth = _course(SelfCommunicator(), resolve(exact, 1, vocab), corpus, CPU, steps)
+            truth = _course(SelfCommunicator(), resolve(exact, 1, vocab), data, CPU, steps)
             log(f"one rank, {config.compute.dtype}: {plural(steps, 'step')}")
             with kernels.use(**choices):
-                own = _course(SelfCommunicator(), resolve(alone, 1, vocab), corpus, device, steps)
+                own = _course(SelfCommunicator(), resolve(alone, 1, vocab), data, device, steps)
     comm.barrier()
     log(f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}: {plural(steps, 'step')}\n")
     with kernels.use(**choices):
-        found = _course(on_device(comm, device), resolved, corpus, device, steps, pieces)
+        found = _course(on_device(comm, device), resolved, data, device, steps, pieces)
     epsilon = float(ml_dtypes.finfo(float_dtype(config.compute.dtype)).eps)
     deviations = compare(comm, found, truth, own, epsilon)
     for line in report(deviations):
@@ -115,14 +110,14 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
 def _course(
     world: Communicator,
     config: ResolvedConfig,
-    corpus: Corpus,
+    data: Dataset,
     device: Device,
     steps: int,
     copy: Callable[[Trainer], Callable[..., Any]] = whole,
 ) -> Course:
     optimization = config.options.optimization
-    batches = Batches(corpus.train, config.model.context, optimization.batch, optimization.seed)
-    trainer = Trainer(config, world, LanguageModeling(batches), device=device)
+    task = data.task(config.model, batch=optimization.batch, seed=optimization.seed)
+    trainer = Trainer(config, world, task, device=device)
     return run(trainer, steps, copy(trainer))
 
 

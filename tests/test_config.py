@@ -18,10 +18,10 @@ from minillm.base.flags import parse_flags, read_toml, to_toml
 from minillm.base.record import Record, divisors, flag, option, or_list
 from minillm.layout.options import even_split
 from minillm.models.gpt import ARCHITECTURE
-from minillm.models.gpt_config import ModelConfig
+from minillm.models.gpt_config import PRESETS, ModelConfig
 from minillm.models.protocol import num_parameters
 from minillm.training.arguments import StartOptions, parse_train_args
-from minillm.training.config import PRESETS, RunConfig, check_resume, preset_values
+from minillm.training.config import RunConfig, check_resume, preset_values
 from minillm.training.resolve import resolve, valid_layouts
 
 SMALL: dict[str, Any] = dict(
@@ -58,7 +58,7 @@ def count(model: ModelConfig) -> int:
     ],
 )
 def test_gpt2_presets_have_the_published_number_of_parameters(name: str, millions: float) -> None:
-    model = preset(name).model.resolve()
+    model = preset(name).shape.resolve()
     assert count(model) == round(millions * 1e6)
     assert (model.vocab, model.context, model.bias, model.tied) == (50257, 1024, True, True)
     assert (model.kv_heads, model.ffn_dim) == (model.heads, 4 * model.dim)
@@ -127,7 +127,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
     found = parse(
         *("--preset", "llama-tiny", f"--config={file}", "--layers", "8"),
         *("--no-bias", "--norm", "rmsnorm"),
-    ).model
+    ).shape
     assert (found.layers, found.kv_heads, found.tied, found.norm, found.mlp, found.bias) == (
         *(8, 1, True),
         *("rmsnorm", "swiglu", False),
@@ -137,18 +137,18 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
 
 
 def test_three_state_flags_leave_the_preset_to_decide() -> None:
-    assert parse().model.tied is True
-    assert parse("--preset", "llama-tiny").model.tied is False
-    assert parse("--preset", "llama-tiny", "--tied").model.tied is True
-    assert parse("--no-tied").model.tied is False
+    assert parse().shape.tied is True
+    assert parse("--preset", "llama-tiny").shape.tied is False
+    assert parse("--preset", "llama-tiny", "--tied").shape.tied is True
+    assert parse("--no-tied").shape.tied is False
 
 
 def test_the_file_may_name_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('preset = "gpt2"\nlayers = 2\n')
-    found = parse("--config", str(file)).model
+    found = parse("--config", str(file)).shape
     assert (found.dim, found.layers) == (768, 2)
-    assert parse("--config", str(file), "--preset", "nano").model.dim == 128
+    assert parse("--config", str(file), "--preset", "nano").shape.dim == 128
 
 
 def test_shakespeare_char_is_nanogpts_setting() -> None:
@@ -377,7 +377,7 @@ def test_sizes_left_out_follow() -> None:
 
 def test_swiglu_width_is_two_thirds_rounded_up_to_64() -> None:
     widths = {
-        dim: run_config(mlp="swiglu", dim=dim).model.resolve(256).ffn_dim
+        dim: run_config(mlp="swiglu", dim=dim).shape.resolve(256).ffn_dim
         for dim in (96, 128, 768, 4096)
     }
     assert widths == {96: 256, 128: 384, 768: 2048, 4096: 10944}
@@ -480,7 +480,7 @@ def test_vocabulary_must_come_from_somewhere_and_need_not_divide() -> None:
 )
 def test_valid_layouts_are_exactly_those_that_resolve(changes: dict[str, Any]) -> None:
     config = run_config(**{**dict(layers=3, heads=4, kv_heads=2, batch=12, context=128), **changes})
-    model = config.model.resolve(256)
+    model = config.shape.resolve(256)
     for num_ranks in (1, 2, 4, 6, 8, 12):
         fits = set()
         for dp, tp, pp in itertools.product(divisors(num_ranks), repeat=3):
@@ -567,7 +567,7 @@ def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
     known = RunConfig.options()
     announced = set(ANNOUNCED.split())
     resumable = announced | set(SILENT.split())
-    assert other.keys() | resumable == known.keys()
+    assert other.keys() | resumable | {"model"} == known.keys()  # tests/models/test_family.py
     assert {name for name in known if known[name].resumable} == resumable
     assert {name for name in known if known[name].announced} == announced
     config = run_config(vocab=256)
@@ -684,7 +684,7 @@ def toy(*argv: str, **more: Any) -> ToyRun:
 
 def test_a_room_adds_its_flags_by_one_field(capsys: pytest.CaptureFixture[str]) -> None:
     found = toy("--toy-level", "3", "--toy-loud", "--layers", "2", "--preset", "gpt2")
-    assert (found.toy, found.model.layers, found.model.dim) == (
+    assert (found.toy, found.shape.layers, found.shape.dim) == (
         ToyOptions(toy_level=3, toy_loud=True),
         2,
         768,

@@ -41,7 +41,7 @@ def test_large_numbers_are_divided_at_once() -> None:
     started = time.perf_counter()
     assert divisors(10**18)[:6] == [1, 2, 4, 5, 8, 10]
     with pytest.raises(ConfigError, match="--heads 7 does not divide"):
-        RunConfig().replace(dim=10**18, heads=7).model.resolve(29)
+        RunConfig().replace(dim=10**18, heads=7).shape.resolve(29)
     assert time.perf_counter() - started < 5
     assert divisors(12) == [1, 2, 3, 4, 6, 12] and divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
 

@@ -20,10 +20,11 @@ from minillm.autograd.backward import backward  # noqa: E402
 from minillm.autograd.tape import Tensor, no_grad  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.data.batches import Batches  # noqa: E402
+from minillm.models.gpt_config import PRESETS  # noqa: E402
 from minillm.models.protocol import Batch  # noqa: E402
 from minillm.params.where import Where  # noqa: E402
 from minillm.tasks.language_model import LanguageModeling  # noqa: E402
-from minillm.training.config import PRESETS, RunConfig  # noqa: E402
+from minillm.training.config import RunConfig  # noqa: E402
 from minillm.training.optim import learning_rate  # noqa: E402
 from minillm.training.resolve import resolve  # noqa: E402
 from minillm.training.trainer import Trainer  # noqa: E402

@@ -12,14 +12,12 @@ import inspect
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record, Words, flag, known_name
+from minillm.base.record import Record, RecordT, Words, flag, kinds, known_name
 
 MOST_TOML = 1_000_000  # bytes of a --config file
-
-RecordT = TypeVar("RecordT", bound=Record)
 
 
 def parse_flags(
@@ -188,7 +186,8 @@ def _refuse(cls: type[Record], words: Sequence[str], prog: str) -> None:
     word, _, value = words[0].partition("=")
     if not word.startswith("-"):
         raise ConfigError(f"{words[0]!r} belongs to no flag; see {prog} --help")
-    reason = cls.absent().get(word.lstrip("-").replace("-", "_"))
+    name, absent = word.lstrip("-").replace("-", "_"), cls.absent()
+    reason = absent.get(name) or absent.get(name.removeprefix("no_"))
     if reason is not None:
         shown = " ".join((word, value or "".join(words[1:2]))).rstrip()
         raise ConfigError(f"{shown}: {reason}")
@@ -203,7 +202,7 @@ def _fields(tyro: Any, kind: Any, default: Any) -> Any:
     """Return tyro's rule for a record: its fields, without a default where it is left out."""
     if not (isinstance(kind, type) and issubclass(kind, Record)):
         return None
-    hints, sentences, fields = get_type_hints(kind), kind.sentences(), []
+    hints, sentences, fields = kinds(kind), kind.sentences(), []
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         value = field.default if not isinstance(default, kind) else getattr(default, field.name)
         hint = "" if value is None or value == () else None

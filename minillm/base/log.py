@@ -26,6 +26,11 @@ class Log:
             print(text, flush=True)
 
 
+def plural(number: int, word: str, ending: str = "s") -> str:
+    """Return a number and its noun: 1 rank, 2 ranks."""
+    return f"{number} {word}{ending if number != 1 else ''}"
+
+
 def paragraph(label: str, text: str) -> str:
     """Return `text` behind a label, in lines of at most 80 columns that begin below one another.
 

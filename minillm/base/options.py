@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record, divisors, option, or_list
-from minillm.kernels.limits import refusal
+from minillm.base.record import Record, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +28,8 @@ class ComputeOptions(Record):
     """GB (10^9 bytes) that the ranks of a node, or of a GPU, may use; left out: what is free at the
     start."""
 
-    def check(self, dim: int, heads: int) -> None:
-        """Raise ConfigError if the device has no kernels for the dtype or for the model's sizes."""
+    def check(self) -> None:
+        """Raise ConfigError if the device has no kernels for the dtype."""
         if self.device == "cpu" and self.dtype == "bfloat16":
             raise ConfigError(
                 "--dtype bfloat16 needs --device cuda; on the CPU use --dtype float32 (or float64)"
@@ -39,14 +38,4 @@ class ComputeOptions(Record):
             raise ConfigError(
                 "--dtype float64 needs --device cpu; the CUDA kernels compute in float32 and "
                 "bfloat16"
-            )
-        why = refusal(self.device, row=dim)
-        if why is not None:
-            raise ConfigError(f"--dim {dim} {why}; use a smaller --dim, or --device cpu")
-        why = refusal(self.device, head_width=dim // heads)
-        if why is not None:
-            fits = [n for n in divisors(dim) if refusal(self.device, head_width=dim // n) is None]
-            way = f"--heads {or_list(fits)}" if fits else "a --dim that is a multiple of 32"
-            raise ConfigError(
-                f"dim / heads = {dim} / {heads} = {dim // heads}, and {why}; use {way}"
             )

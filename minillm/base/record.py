@@ -25,9 +25,21 @@ import operator
 import os
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from minillm.base.errors import ConfigError
+
+RecordT = TypeVar("RecordT", bound="Record")
 
 MOST = 1 << 63  # whole numbers are smaller: they become int64, and floats without overflow
 _MOST_TRIED = 100_000  # divisors, 10 ms
@@ -169,10 +181,43 @@ class Record:
         return dataclasses.replace(copy, **own, **changed)
 
 
+def with_defaults(cls: type[RecordT], **defaults: Any) -> type[RecordT]:
+    """Return a subclass of `cls` with other defaults of fields, or with further rooms.
+
+    A record takes the place of a room of any type.
+    """
+    old, kind = {field.name: field.metadata for field in dataclasses.fields(cls)}, kinds(cls)  # type: ignore[arg-type]
+    fields = [
+        (
+            name,
+            type(value) if isinstance(value, Record) else kind[name],
+            dataclasses.field(default=value, metadata=old.get(name)),
+        )
+        for name, value in defaults.items()
+    ]
+    return dataclasses.make_dataclass(
+        cls.__name__,
+        fields,
+        bases=(cls,),
+        frozen=True,
+        kw_only=True,
+        namespace={"__doc__": cls.__doc__},
+    )
+
+
+def kinds(cls: Any) -> dict[str, Any]:
+    """Return the type of each field of a record; that of a room is the type of its default."""
+    hints = get_type_hints(cls)
+    return {
+        field.name: type(field.default) if isinstance(field.default, Record) else hints[field.name]
+        for field in dataclasses.fields(cls)
+    }
+
+
 def _fields(cls: Any) -> list[tuple[str, Any, Mapping[str, Any]]]:
     """Return name, type and metadata of each field of a dataclass."""
-    hints = get_type_hints(cls)
-    return [(field.name, hints[field.name], field.metadata) for field in dataclasses.fields(cls)]
+    found = kinds(cls)
+    return [(field.name, found[field.name], field.metadata) for field in dataclasses.fields(cls)]
 
 
 def _is_room(kind: Any) -> bool:
@@ -186,11 +231,11 @@ def _by_room(
 
     Raises ConfigError for unknown names and wrong types.
     """
-    known, absent = cls.options(), cls.absent()
+    known = cls.options()
     own: dict[str, Any] = {}
     rooms: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        if name in absent:
+        if name not in known and name in (absent := cls.absent()):
             raise ConfigError(f"{name} = {value!r} in {source}: {absent[name]}")
         found = known[known_name(name, known, f"option in {source}")]
         target = own if found.room is None else rooms.setdefault(found.room, {})

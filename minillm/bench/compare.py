@@ -17,25 +17,23 @@ from typing import Any
 from minillm import kernels
 from minillm.base.device import Device, open_device
 from minillm.base.errors import ConfigError
-from minillm.base.log import Log, compact
+from minillm.base.log import Log, compact, plural
 from minillm.base.record import Record, option
 from minillm.comm.agreement import AgreedError, agree, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.ledger import Ledger, recording
 from minillm.comm.process import run_program
-from minillm.data.batches import Batches
 from minillm.data.cache import write_json
-from minillm.data.corpus import Corpus, corpus_of
 from minillm.replication.methods import METHODS, method_of, payload
 from minillm.replication.options import ReplicationOptions
-from minillm.tasks.language_model import LanguageModeling
+from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig
 from minillm.training.costs import data_axis, held_bytes
 from minillm.training.memory import predicted
 from minillm.training.numeric_key import asked_kernels
-from minillm.training.report import TimeShares, plural
+from minillm.training.report import TimeShares
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
 
@@ -156,10 +154,8 @@ def _compare(comm: Communicator, given: tuple[StartOptions, CompareConfig]) -> N
         methods = chosen(config.compare.methods)
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"--json {path}: its folder does not exist; make it first")
-        corpus = corpus_of(
-            config.corpus, context=config.model.context, vocab=config.model.vocab, comm=comm
-        )
-        resolve(with_method(config, "all-reduce"), comm.size, corpus.vocab_size)
+        data = config.objective.load(config.corpus, config.shape, None, comm)
+        resolve(with_method(config, "all-reduce"), comm.size, data.vocab_size)
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(config.compute.device, local_rank))
     choices, steps = asked_kernels(comm, config.compute, device), config.optimization.steps
@@ -169,8 +165,8 @@ def _compare(comm: Communicator, given: tuple[StartOptions, CompareConfig]) -> N
         for method in methods:
             started = time.perf_counter()
             try:
-                resolved = resolve(with_method(config, method), comm.size, corpus.vocab_size)
-                found = measure(on_device(comm, device), resolved, method, corpus, device)
+                resolved = resolve(with_method(config, method), comm.size, data.vocab_size)
+                found = measure(on_device(comm, device), resolved, method, data, device)
             except ConfigError as error:  # the same on every rank
                 if config.compare.methods is not None:
                     raise AgreedError(f"{method}: {error}") from None
@@ -188,17 +184,17 @@ def _compare(comm: Communicator, given: tuple[StartOptions, CompareConfig]) -> N
 
 
 def measure(
-    comm: Communicator, config: ResolvedConfig, method: str, corpus: Corpus, device: Device
+    comm: Communicator, config: ResolvedConfig, method: str, data: Dataset, device: Device
 ) -> Found:
     """Train by one method. Collective; every rank returns the same.
 
     The first step counts in the bytes alone, because it also allocates.
     """
     optimization, shares = config.options.optimization, TimeShares()
-    batches = Batches(corpus.train, config.model.context, optimization.batch, optimization.seed)
+    task = data.task(config.model, batch=optimization.batch, seed=optimization.seed)
     steps, loss, started = optimization.steps, 0.0, 0.0
     with recording() as ledger:
-        trainer = Trainer(config, comm, LanguageModeling(batches), device=device)
+        trainer = Trainer(config, comm, task, device=device)
         built = ledger.snapshot()
         for step in range(steps):
             if step == min(1, steps - 1):

@@ -1,15 +1,38 @@
-"""Options of the text to learn from."""
+"""Options of the data to learn from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from minillm.base.record import Record, option
+from minillm.data.sources import located
+
+
+class SourceOptions(Record):
+    """Base of the options that name what a run learns from."""
+
+    TRAINS: ClassVar[tuple[str, ...]] = ()
+    """Options that name the training data: defaults of a run from old weights."""
+    MEASURES: ClassVar[tuple[str, ...]] = ()
+    """Options that name held-out data."""
+    FIXED: ClassVar[tuple[str, ...]] = ()
+    """Options that give ids their meaning: weights cannot change them."""
+
+    def located(self) -> dict[str, Any]:
+        """Return the names of data, independent of the working folder."""
+        values = self.to_dict()
+        names = [name for name in (*self.TRAINS, *self.MEASURES) if values[name] is not None]
+        return {name: located(values[name]) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(Record):
+class DataOptions(SourceOptions):
     """Text and tokens, as in `--data book.txt --tokenizer char` (README: Your own data)."""
+
+    TRAINS: ClassVar[tuple[str, ...]] = ("data",)
+    MEASURES: ClassVar[tuple[str, ...]] = ("val_data",)
+    FIXED: ClassVar[tuple[str, ...]] = ("tokenizer",)
 
     data: str = option("stdlib", announced=True, path=True)
     """Text to learn: stdlib (the source of Python's standard library), austen (a novel, included),

@@ -14,7 +14,8 @@ checkpoints and metrics are the business of the command `minillm train`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,14 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.cores import use_threads
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import world
-from minillm.data.batches import Batches, eval_windows
-from minillm.data.corpus import corpus_of
-from minillm.data.tokenizers import Tokenizer
+from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
 from minillm.inference.engine import Generator
 from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint, place
 from minillm.inference.sampling import Sampling
 from minillm.inference.text import decoded, first_ids, until
-from minillm.tasks.language_model import HeldOutText, LanguageModeling
+from minillm.models.family import DEFAULT, Family
 from minillm.training.assembly import Assembly
-from minillm.training.config import RunConfig, preset_values
+from minillm.training.config import RunConfig, default_values, preset_values
 from minillm.training.fit import fit
 from minillm.training.held_out import measure
 from minillm.training.numeric_key import asked_kernels
@@ -44,21 +43,37 @@ from minillm.training.resolve import resolve
 from minillm.training.trainer import Trainer as Steps
 
 
-def Config(preset: str = "nano", **options: Any) -> RunConfig:
+def Config(preset: str | None = None, *, model: str | None = None, **options: Any) -> RunConfig:
     """Return the configuration of a run: a preset with `options` changed.
 
-    The options are those of `minillm train --help`, with underscores: `Config(batch=32, lr=1e-3)`.
-    Raises ConfigError for an unknown name or a bad value.
+    Without a preset it begins with the default one of the family `model`. The options are those of
+    `minillm train --help`, with underscores: `Config(batch=32, lr=1e-3)`. Raises ConfigError for an
+    unknown name or a bad value.
     """
-    return RunConfig.from_dict({**preset_values(preset), **options})
+    values = default_values(model or DEFAULT) if preset is None else preset_values(preset)
+    return RunConfig.from_dict({**values, "model": model or values["model"], **options})
 
 
 class Model:
-    """Trained model with its tokenizer, on this rank or shared by the ranks of a mesh."""
+    """Trained model with its vocabulary, on this rank or shared by the ranks of a mesh."""
 
-    def __init__(self, comm: Communicator, assembly: Assembly, tokenizer: Tokenizer) -> None:
-        self.comm, self.assembly, self.tokenizer = comm, assembly, tokenizer
-        self._generator = Generator(assembly, tokenizer.vocab_size)
+    def __init__(
+        self,
+        comm: Communicator,
+        family: Family,
+        assembly: Assembly,
+        vocabulary: Mapping[str, Any],
+    ) -> None:
+        self.comm, self.family, self.assembly, self._vocabulary = comm, family, assembly, vocabulary
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of a model that writes text."""
+        return tokenizer_from_json(self._vocabulary)
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return Generator(self.assembly, self.tokenizer.vocab_size)
 
     def generate(self, prompt: str | None = None, tokens: int = 200, **options: Any) -> str:
         """Return `prompt` and at most `tokens` tokens after it. Collective.
@@ -66,6 +81,7 @@ class Model:
         `prompt` None begins with a line end. `options` are temperature, top_k, top_p, seed and stop
         (a text to end at, or several), as in `minillm generate`.
         """
+        self.family.check_writes()
         with use_threads(self.comm, None):
             ids = self._ids(prompt)
             return self.tokenizer.decode(ids) + "".join(self._pieces(ids, tokens, **options))
@@ -108,18 +124,15 @@ class Trainer:
         local_rank = world_.split_by_node().rank
         device = agree(world_, lambda: open_device(config.compute.device, local_rank))
         self.comm = on_device(world_, device)
-        self._corpus = corpus_of(
-            config.corpus, context=config.model.context, vocab=config.model.vocab, comm=self.comm
-        )
-        resolved = resolve(config, self.comm.size, self._corpus.vocab_size)
+        self._data = config.objective.load(config.corpus, config.shape, None, self.comm)
+        resolved = resolve(config, self.comm.size, self._data.vocab_size)
         self.config = fit(resolved, self.comm, device)
         optimization = config.optimization
-        batches = Batches(
-            self._corpus.train, config.model.context, optimization.batch, optimization.seed
-        )
+        shape = self.config.model
+        task = self._data.task(shape, batch=optimization.batch, seed=optimization.seed)
         with self._computing(device):
-            self._steps = Steps(self.config, self.comm, LanguageModeling(batches), device=device)
-        self.model = Model(self.comm, self._steps.model, self._corpus.tokenizer)
+            self._steps = Steps(self.config, self.comm, task, device=device)
+        self.model = Model(self.comm, config.family, self._steps.model, self._data.vocabulary())
         self.losses: list[float] = []
 
     @contextlib.contextmanager
@@ -143,10 +156,9 @@ class Trainer:
         return self.losses[done:]
 
     def evaluate(self, tokens: int | None = None) -> dict[str, Any]:
-        """Return loss, perplexity, bits_per_byte and tokens of the first held-out `tokens`."""
+        """Return the metrics over the first held-out `tokens`, such as loss and perplexity."""
         count = self.config.options.output.eval_tokens if tokens is None else tokens
-        windows = eval_windows(self._corpus.held_out, self.config.model.context, count)
-        what = HeldOutText(windows, self._corpus.held_out_bytes(windows.num_tokens))
+        what = self._data.measure(self.config.model, count)
         with self._computing(self._steps.model.device):
             found = measure(self._steps.model, what, self.comm, self.config.microbatch)
         return {name: float(np.asarray(value)) for name, value in found.numbers().items()}
@@ -164,4 +176,4 @@ def load(run: str, *, tp: int = 1, pp: int = 1, best: bool = False, device: str 
     placed, on = place(comm, options)
     opened = open_checkpoint(run, placed, best)
     model = load_trained(opened, opened.resolve(options, comm.size, texts=1), placed, on)
-    return Model(placed, model, opened.tokenizer)
+    return Model(placed, opened.config.family, model, opened.vocabulary)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from minillm import checkpoint
 from minillm.base.device import CPU, Device, open_device
@@ -53,14 +53,19 @@ class Search(NamedTuple):
 
 @dataclass(frozen=True)
 class Opened:
-    """Verified checkpoint: its folder, the options of its training, its tokenizer and its text."""
+    """Verified checkpoint: its folder, the options of its training, its vocabulary, its text."""
 
     search: Search
     path: Path
     config: RunConfig
     vocab: int
-    tokenizer: Tokenizer
-    corpus: str  # SHA-256 of the text it was trained on
+    vocabulary: Mapping[str, Any]  # what gives ids their meaning, as its data made it
+    corpus: str  # SHA-256 of the data it was trained on
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of a model that writes text."""
+        return tokenizer_from_json(self.vocabulary)
 
     def resolve(
         self, layout: ReadOptions, num_ranks: int, *, texts: int | None = None
@@ -116,8 +121,7 @@ def _open(comm: Communicator, search: Search, found: Path) -> Opened:
     checkpoint.verify(found, comm)
     record = agree(comm, lambda: checkpoint.RunRecord.read(found), CheckpointError)
     config = RunConfig.from_dict(record.config, str(found))
-    tokenizer = tokenizer_from_json(record.tokenizer)
-    return Opened(search, found, config, record.vocab, tokenizer, record.corpus)
+    return Opened(search, found, config, record.vocab, record.tokenizer, record.corpus)
 
 
 def _looking_again(

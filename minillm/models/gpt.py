@@ -15,8 +15,17 @@ from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec
-from minillm.models.gpt_config import ModelConfig
-from minillm.models.protocol import ArraySpec, Batch, BoundarySpec, StagePart, StageResult, Workload
+from minillm.models.family import Family
+from minillm.models.gpt_config import PRESETS, ModelConfig, ModelOptions
+from minillm.models.protocol import (
+    INIT_STD,
+    ArraySpec,
+    Batch,
+    BoundarySpec,
+    StagePart,
+    StageResult,
+    Workload,
+)
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
@@ -35,7 +44,6 @@ from minillm.params.module import Module
 from minillm.params.parameter import Normal, Parameter
 from minillm.params.where import Pass
 
-INIT_STD = 0.02
 TIED_WEIGHT = "embedding.weight"
 
 
@@ -261,9 +269,14 @@ class GPTArchitecture:
         row_bytes = -(-config.vocab // work.tp) * work.itemsize
         return chunk_rows(work.tokens, row_bytes, on_gpu=work.on_gpu) * row_bytes
 
-    def layer_costs(self, config: ModelConfig) -> list[float]:
-        """Return multiply-adds per token of each layer: its products and causal attention."""
-        return [float(config.layer_products + config.dim * config.context)] * config.layers
-
 
 ARCHITECTURE = GPTArchitecture()
+FAMILY = Family(
+    name="gpt",
+    options=ModelOptions,
+    architecture=ARCHITECTURE,
+    objective="text",
+    presets=PRESETS,
+    writes="text",
+    tables={"positions": "context"},
+)

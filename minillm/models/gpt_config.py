@@ -1,12 +1,15 @@
-"""Options and shape of a GPT."""
+"""Options, shape and presets of a GPT."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record, flag, option, some_divisors
+from minillm.base.log import plural
+from minillm.base.record import Record, option
+from minillm.models.family import ShapeOptions
+from minillm.models.sizes import check_divides, check_kernels, check_vocab
 
 # Width of swiglu's hidden layer is rounded up to this: whole vector registers, and room for
 # tensor parallelism.
@@ -54,8 +57,8 @@ class ModelConfig(ModelShape):
     def __post_init__(self) -> None:
         """Raise ConfigError for sizes that do not fit together."""
         super().__post_init__()
-        _check_divides("heads", self.heads, "dim", self.dim)
-        _check_divides("kv_heads", self.kv_heads, "heads", self.heads)
+        check_divides("heads", self.heads, "dim", self.dim)
+        check_divides("kv_heads", self.kv_heads, "heads", self.heads)
         if self.position == "rotary" and self.head_width % 2:
             raise ConfigError(
                 "rotary positions turn pairs of channels, but dim / heads = "
@@ -103,9 +106,25 @@ class ModelConfig(ModelShape):
         costs[-1] += self._head_flops
         return costs
 
+    def cut_over_tp(self, sequence_parallel: bool) -> dict[str, int]:
+        """Return option -> size that tensor parallelism divides."""
+        cut = {"heads": self.heads, "kv_heads": self.kv_heads, "ffn_dim": self.ffn_dim}
+        return cut | ({"context": self.context} if sequence_parallel else {})
+
+    def check_device(self, device: str) -> None:
+        """Raise ConfigError if the device has no kernels for these sizes."""
+        check_kernels(device, self.dim, self.heads)
+
+    def describe(self) -> str:
+        """Return the sizes in words."""
+        return (
+            f"{plural(self.layers, 'layer')} of width {self.dim}, {plural(self.heads, 'head')}, "
+            f"context {self.context}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(ModelShape):
+class ModelOptions(ModelShape, ShapeOptions):
     """Model, as in `--layers 6 --heads 6 --dim 384 --context 256` (minillm/models/gpt.py)."""
 
     kv_heads: int | None = option(None, at_least=1)
@@ -121,27 +140,63 @@ class ModelOptions(ModelShape):
         Raises ConfigError for sizes that do not fit together, and where the number of tokens is
         unknown.
         """
-        if self.vocab is None and vocab is None:
-            raise ConfigError("the number of tokens is not known; pass --vocab")
-        if self.vocab is not None and vocab is not None and self.vocab < vocab:
-            raise ConfigError(
-                f"--vocab {self.vocab} is less than the {vocab} tokens of the data; pass --vocab "
-                f"{vocab} or leave it out"
-            )
         swiglu_dim = -(-8 * self.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
         follows = {
             "kv_heads": self.heads,
             "ffn_dim": swiglu_dim if self.mlp == "swiglu" else 4 * self.dim,
-            "vocab": vocab,
+            "vocab": check_vocab(self.vocab, vocab),
         }
         given = {name: value for name, value in self.to_dict().items() if value is not None}
         return ModelConfig(**follows | given)
 
+    def check_weights(self, had: ModelOptions) -> None:
+        """Raise ConfigError if a table of positions would grow; other positions have none."""
+        if self.position == "learned" and self.context > had.context:
+            raise ConfigError(
+                f"--context {self.context} is longer than the {had.context} positions that the "
+                f"weights of --init-from have learned; use --context {had.context} or less. A "
+                "model trained with --position rotary can be continued at a longer context"
+            )
 
-def _check_divides(part: str, size: int, whole: str, total: int) -> None:
-    """Raise ConfigError with the sizes that fit unless `size` divides `total`."""
-    if total % size:
-        raise ConfigError(
-            f"{flag(part)} {size} does not divide {flag(whole)} {total}; {flag(part)} can be "
-            f"{some_divisors(total, near=size)}"
-        )
+
+def _gpt2(layers: int, heads: int, dim: int, lr: float, microbatch: int) -> dict[str, Any]:
+    """Return GPT-2 (Radford et al. 2019), with its batch of 512 x 1024 tokens.
+
+    The learning rate is that of GPT-3 at the same size (Brown et al. 2020).
+    """
+    model = dict(
+        layers=layers, heads=heads, dim=dim, context=1024, vocab=50257, bias=True, tied=True
+    )
+    training = dict(batch=512, microbatch=microbatch, steps=600_000, lr=lr, warmup=2000, beta2=0.95)
+    return model | training | dict(eval_every=1000, eval_tokens=1 << 20)
+
+
+def _shakespeare_char() -> dict[str, Any]:
+    """Return nanoGPT's setting for a laptop.
+
+    It is config/train_shakespeare_char.py with the CPU flags of the README.
+    """
+    model = dict(layers=4, heads=4, dim=128, context=64, dropout=0.0, bias=False)
+    training = dict(batch=12, steps=2000, lr=1e-3, min_lr=1e-4, warmup=100, beta2=0.99)
+    return dict(data="shakespeare", tokenizer="char") | model | training | dict(eval_every=250)
+
+
+def _nano() -> dict[str, Any]:
+    """Return a run of two to three minutes on two cores with AVX2, whose sample reads as English.
+
+    A byte model with rotary positions learns at twice the learning rate of a position table.
+    """
+    training = dict(steps=2400, lr=4e-3, eval_every=200, sample_tokens=400)
+    return dict(data="austen", position="rotary") | training
+
+
+# Preset -> the options that it sets. The others keep their defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": _nano(),
+    "shakespeare-char": _shakespeare_char(),
+    "gpt2": _gpt2(12, 12, 768, 6e-4, microbatch=4),
+    "gpt2-medium": _gpt2(24, 16, 1024, 3e-4, microbatch=2),
+    "gpt2-large": _gpt2(36, 20, 1280, 2.5e-4, microbatch=1),
+    "gpt2-xl": _gpt2(48, 25, 1600, 2e-4, microbatch=1),
+    "llama-tiny": _nano() | dict(kv_heads=2, norm="rmsnorm", mlp="swiglu", bias=False, tied=False),
+}

@@ -7,7 +7,7 @@ through an `Architecture`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +19,8 @@ from minillm.parallel.tensor import Region
 from minillm.params.module import M
 from minillm.params.parameter import Parameter
 from minillm.params.where import KeyLimits, Where
+
+INIT_STD = 0.02  # of initial weights, unless a test asks for another
 
 
 class ArraySpec(NamedTuple):
@@ -124,9 +126,6 @@ class Architecture(Protocol):
 
     def head_bytes(self, config: Any, work: Workload) -> int:
         """Return the bytes that exist at once in the head and its loss."""
-
-    def layer_costs(self, config: Any) -> Sequence[float]:
-        """Return multiply-adds per token of each layer."""
 
 
 def num_parameters(architecture: Architecture, config: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,23 @@ import numpy as np
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import IntArray
 from minillm.base.device import Device
-from minillm.data.batches import Batches, EvalWindows
+from minillm.base.errors import ConfigError
+from minillm.base.record import Record, option
+from minillm.comm.communicator import Communicator
+from minillm.data.batches import Batches, EvalWindows, eval_windows
+from minillm.data.corpus import Corpus, corpus_of, load_corpus
+from minillm.data.options import DataOptions
+from minillm.data.tokenizers import tokenizer_from_json
+from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
+
+# Built-in text -> the words that a sample continues. Of others, the held-out text's first tokens.
+SAMPLE_PROMPTS = {
+    "stdlib": "def ",
+    "austen": "It is a truth universally acknowledged, that ",
+}
+NUM_PROMPT_TOKENS = 8
 
 
 class LanguageModeling:
@@ -64,7 +79,7 @@ class HeldOutText:
         return Evaluation.of(sums["loss"] / tokens, tokens, self.num_bytes)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Evaluation:
     """Quality of a language model on held-out text."""
 
@@ -112,3 +127,105 @@ def perplexity(loss: float) -> float:
 
 def _upload(device: Device, tokens: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     return {"tokens": device.upload(tokens), "targets": device.upload(targets)}
+
+
+class Text:
+    """Text to learn: a corpus as windows of the model's context."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus, self.source, self.sha256 = corpus, corpus.source, corpus.sha256
+        self.vocab_size = corpus.vocab_size
+        self.num_held_out = max(0, len(corpus.held_out) - 1)
+
+    def vocabulary(self) -> dict[str, Any]:
+        """Return the tokenizer as a JSON value."""
+        return self.corpus.tokenizer.to_json()
+
+    def describe(self) -> str:
+        """Return one line for the plan."""
+        return self.corpus.describe()
+
+    def task(self, shape: Shape, *, batch: int, seed: int, first: int = 0) -> LanguageModeling:
+        """Return next-token prediction on shuffled windows of the training part."""
+        return LanguageModeling(Batches(self.corpus.train, shape.context, batch, seed, first=first))
+
+    def measure(self, shape: Shape, tokens: int | None) -> HeldOutText:
+        """Return the measure over the first `tokens` held-out targets, None: over all."""
+        windows = eval_windows(self.corpus.held_out, shape.context, tokens)
+        return HeldOutText(windows, self.corpus.held_out_bytes(windows.num_tokens))
+
+    def prompt(self) -> Sequence[int]:
+        """Return the ids of a few words that a sample continues."""
+        words = SAMPLE_PROMPTS.get(self.source)
+        tokens = self.corpus.held_out if len(self.corpus.held_out) else self.corpus.train
+        if words is None:
+            return tokens[:NUM_PROMPT_TOKENS].tolist()
+        return self.corpus.tokenizer.encode(words).tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToMeasure(Record):
+    """Text to measure on, as in `--data other.txt`."""
+
+    data: str | None = option(None, path=True)
+    """Text to measure on, all of it; left out: the held-out part of the text that the model was
+    trained on."""
+    text_field: str | None = None
+    """Field of .jsonl lines, or column of .parquet files, that holds the text; left out: as in
+    training."""
+    cache: str | None = None
+    """Folder for tokenized texts; left out: as in training."""
+
+
+class TextObjective:
+    """Objective "text": the next token of a text."""
+
+    name = "text"
+    options, measured = DataOptions, TextToMeasure
+
+    def load(
+        self,
+        options: DataOptions,
+        shape: Any,
+        vocabulary: Mapping[str, Any] | None,
+        comm: Communicator,
+    ) -> Text:
+        """Load the text for a model of the options `shape`: context and vocab. Collective."""
+        tokenizer = None if vocabulary is None else tokenizer_from_json(vocabulary)
+        return Text(
+            corpus_of(
+                options, context=shape.context, vocab=shape.vocab, tokenizer=tokenizer, comm=comm
+            )
+        )
+
+    def held_out(
+        self,
+        asked: TextToMeasure,
+        trained: DataOptions,
+        shape: Shape,
+        vocabulary: Mapping[str, Any],
+        sha256: str,
+        comm: Communicator,
+    ) -> Text:
+        """Load the text to measure. Collective."""
+        own = asked.data or trained.val_data  # measured as a whole
+        corpus = load_corpus(
+            own or trained.data,
+            tokenizer_from_json(vocabulary),
+            context=1,
+            vocab=shape.vocab,
+            held_out=1.0 if own else None,
+            text_field=asked.text_field or trained.text_field,
+            cache=asked.cache or trained.cache,
+            comm=comm,
+        )
+        if not own and corpus.sha256 != sha256:
+            raise ConfigError(
+                f"{corpus.source} has changed since training (sha256 {corpus.sha256[:12]}, was "
+                f"{sha256[:12]}), so its end may hold text that the model was trained on; put the "
+                "old text back, or name a text with --data to measure on all of it"
+            )
+        return Text(corpus)
+
+
+OBJECTIVE = TextObjective()

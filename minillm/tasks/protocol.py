@@ -1,4 +1,9 @@
-"""Task protocol: training batches, losses, and how held-out data are measured."""
+"""Protocols of what a model learns: objectives, their data, the batches of a step, and measures.
+
+Objective  options -> Dataset          tokens, vocabulary, hash; one objective a file
+Dataset    -> Task                     training batches and the divisors of the losses
+Dataset    -> Measure -> Result        sums over held-out rows, and the metrics they give
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,10 @@ from typing import Any, Protocol
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import IntArray
 from minillm.base.device import Device
+from minillm.base.record import Record
+from minillm.comm.communicator import Communicator
+from minillm.data.options import SourceOptions
+from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 
 
@@ -57,3 +66,65 @@ class Result(Protocol):
 
     def summary(self, of: int) -> str:
         """Return all metrics as text, and their share of the `of` tokens that exist."""
+
+
+class Dataset(Protocol):
+    """Data of a run or of a measurement: equal on every rank, read by rows."""
+
+    source: str  # name, for messages
+    sha256: str  # of the content
+    vocab_size: int  # different tokens; 0 without a vocabulary
+    num_held_out: int  # targets that exist in the held-out part; 0: nothing is held out
+
+    def vocabulary(self) -> dict[str, Any]:
+        """Return what gives ids their meaning, such as a tokenizer, as a JSON value.
+
+        Checkpoints keep it.
+        """
+
+    def describe(self) -> str:
+        """Return one line for the plan: source, sizes, vocabulary, hash."""
+
+    def task(self, shape: Any, *, batch: int, seed: int, first: int = 0) -> Task:
+        """Return the training batches of `batch` sequences for a model of `shape`.
+
+        Row r of step s is sequence number first + s * batch + r, a function of it and `seed` alone.
+        """
+
+    def measure(self, shape: Any, tokens: int | None) -> Measure:
+        """Return the measure over the first `tokens` held-out targets, None: over all."""
+
+    def prompt(self) -> Sequence[int]:
+        """Return the ids that a sample at the end of a run continues; empty without a sample."""
+
+
+class Objective(Protocol):
+    """Objective of training, by name in `minillm.models.family.Family.objective`."""
+
+    name: str
+    options: type[SourceOptions]  # flags of training
+    measured: type[Record]  # flags of `minillm evaluate` that name other data
+
+    def load(
+        self, options: Any, shape: Any, vocabulary: Mapping[str, Any] | None, comm: Communicator
+    ) -> Dataset:
+        """Load the data of `options` for a model of the options `shape`. Collective.
+
+        `vocabulary` is that of a checkpoint, and replaces what `options` say. Raises ConfigError on
+        every rank for data that are missing, damaged or too small.
+        """
+
+    def held_out(
+        self,
+        asked: Any,
+        trained: Any,
+        shape: Shape,
+        vocabulary: Mapping[str, Any],
+        sha256: str,
+        comm: Communicator,
+    ) -> Dataset:
+        """Load what `minillm evaluate` measures, all of it held out. Collective.
+
+        It is what `asked` names, else the held-out part of the data of `trained`. Raises
+        ConfigError on every rank if these no longer have the hash `sha256`.
+        """

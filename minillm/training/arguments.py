@@ -1,4 +1,7 @@
-"""Command line of a training run: preset, then `--config` file, then flags, each over the last."""
+"""Command line of a training run: preset, then `--config` file, then flags, each over the last.
+
+The family of the model is read before everything else: it decides which other options there are.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,20 @@ from typing import Any, TypeVar
 
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags, read_toml, split_flags
-from minillm.base.record import Record, option
+from minillm.base.record import Record, option, with_defaults
+from minillm.models.family import DEFAULT, family_of_preset
 from minillm.training.config import (
-    FROM_WEIGHTS,
     RunConfig,
     check_resume,
     check_weights,
+    default_values,
+    from_weights,
     preset_values,
 )
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+_NAMED = ("model", "preset")  # options that decide which others there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,7 @@ class StartOptions(Record):
 class _Origins(StartOptions):
     """Flags that decide the defaults of the others."""
 
+    model: str | None = None
     preset: str | None = None
 
 
@@ -80,41 +88,63 @@ def parse_train_args(
     first, rest = split_flags(_Origins, words, prog=prog, add_help=False)
     start = StartOptions(**{name: getattr(first, name) for name in StartOptions().to_dict()})
     from_file = {} if first.config is None else read_toml(first.config, cls.titles())
-    cls.from_dict(from_file, str(first.config))  # before the preset, so that errors name the file
     origin = start.resume or start.init_from
     if origin is not None and saved is None:
         raise ConfigError(f"{prog} begins with initial weights; leave {origin} out")
     held = saved(start) if saved is not None and origin is not None else None
+    chosen = {name: value for name in _NAMED if (value := getattr(first, name)) is not None}
+    named = {**from_file, **chosen}
+    named = {name: named[name] for name in _NAMED if isinstance(named.get(name), str)}
+    model = _model(named, held, start)
+    # Before the preset, so that errors name the file.
+    cls.from_dict({"model": model, **from_file}, str(first.config))
     if held is not None and start.resume is not None:
         base = cls.from_dict(held, str(origin))
     else:
-        values = preset_values(first.preset or from_file.get("preset", cls.preset))
+        values = preset_values(named["preset"]) if "preset" in named else default_values(model)
         base = cls.from_dict({**values, **(defaults or {})})
         if held is not None:
-            base = base.replace(**{name: held[name] for name in FROM_WEIGHTS if name in held})
-    chosen = {} if first.preset is None else {"preset": first.preset}
+            base = base.replace(**from_weights(held))
     config = _parse_rest(base.replace(**{**from_file, **chosen}), start, rest, prog)
     if held is not None:
         (check_resume if start.resume is not None else check_weights)(held, config)
     return start, config
 
 
-def with_start(cls: type[ConfigT]) -> Any:
+def _model(named: Mapping[str, str], held: Mapping[str, Any] | None, start: StartOptions) -> str:
+    """Return the family of a run: that of its checkpoint, of `--model`, or of the preset.
+
+    Raises ConfigError if they differ.
+    """
+    model, preset = named.get("model"), named.get("preset")
+    if held is not None:
+        had = held.get("model", DEFAULT)
+        for name, other in (("model", model), ("preset", preset and family_of_preset(preset).name)):
+            if other not in (None, had):
+                raise ConfigError(
+                    f"{start.resume or start.init_from} holds a model of --model {had}, but "
+                    f"--{name} {named[name]} asks for another; leave it out, or train a new model"
+                )
+        return had
+    if preset is None:
+        return model or DEFAULT
+    found = family_of_preset(preset)
+    if model not in (None, found.name):
+        raise ConfigError(
+            f"--preset {preset} is of --model {found.name}, not {model}; leave one of them out"
+        )
+    return found.name
+
+
+def with_start(cls: type[ConfigT]) -> type[ConfigT]:
     """Return `cls` with the start options as a further room, as `--help` lists them."""
-    return dataclasses.make_dataclass(
-        cls.__name__,
-        [("start", StartOptions, StartOptions())],
-        bases=(cls,),
-        frozen=True,
-        kw_only=True,
-        namespace={"__doc__": cls.__doc__},
-    )
+    return with_defaults(cls, start=StartOptions())
 
 
 def _parse_rest(default: ConfigT, start: StartOptions, words: list[str], prog: str) -> ConfigT:
     """Return `default` with the flags of `words` applied; `--help` lists those of `start` too."""
     cls = type(default)
     rooms = {field.name: getattr(default, field.name) for field in dataclasses.fields(cls)}
-    whole = with_start(cls)
+    whole: Any = with_start(cls)
     found = parse_flags(whole, words, prog=prog, default=whole(start=start, **rooms))
     return cls(**{name: getattr(found, name) for name in rooms})

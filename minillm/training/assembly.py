@@ -11,9 +11,7 @@ from minillm.checkpoint import StateTensor
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh
 from minillm.layout.placement import Layout, consecutive
-from minillm.models.gpt import ARCHITECTURE as GPT
-from minillm.models.gpt import INIT_STD
-from minillm.models.protocol import Architecture, StageModel, StagePart
+from minillm.models.protocol import INIT_STD, StageModel, StagePart
 from minillm.parallel.sequence import SequenceParallel
 from minillm.parallel.tensor import Group, Region, TensorParallel
 from minillm.params.storage import FlatBuffers, PrivateMemory
@@ -26,18 +24,14 @@ from minillm.training.resolve import ResolvedConfig
 WEIGHTS = "model/"  # begins the names of a model's tensors in a checkpoint
 
 
-def layout_of(
-    config: ResolvedConfig,
-    architecture: Architecture = GPT,
-    rank_of_stage: tuple[int, ...] | None = None,
-) -> Layout:
+def layout_of(config: ResolvedConfig, rank_of_stage: tuple[int, ...] | None = None) -> Layout:
     """Return the layout of a run. Without `rank_of_stage` stage s lies on pp rank s."""
     layers = consecutive(config.stage_layers)
     return Layout(
         config.mesh,
         layers,
         tuple(range(len(layers))) if rank_of_stage is None else rank_of_stage,
-        architecture.ties(config.model, len(layers)),
+        config.family.architecture.ties(config.model, len(layers)),
     )
 
 
@@ -47,7 +41,6 @@ def build_model(
     stage: int,
     group: Group,
     *,
-    architecture: Architecture = GPT,
     std: float = INIT_STD,
     most: int | None = None,
 ) -> StageModel:
@@ -58,7 +51,7 @@ def build_model(
     sequence_parallel = config.options.layout.sequence_parallel and group.size > 1
     region: Region = (SequenceParallel if sequence_parallel else TensorParallel)(group)
     layers, last = layout.layers_of_stage[stage], layout.num_stages - 1
-    return architecture.build(
+    return config.family.architecture.build(
         config.model,
         StagePart(layers[:most], stage == 0, stage == last),
         region,
@@ -68,11 +61,9 @@ def build_model(
     )
 
 
-def model_shapes(
-    config: ResolvedConfig, architecture: Architecture = GPT
-) -> dict[str, tuple[int, ...]]:
+def model_shapes(config: ResolvedConfig) -> dict[str, tuple[int, ...]]:
     """Return the global shape of every tensor of the model by its name in a checkpoint."""
-    specs = architecture.specs(config.model)
+    specs = config.family.architecture.specs(config.model)
     return {f"{WEIGHTS}{name}": spec.shape for name, spec in specs.items()}
 
 
@@ -107,7 +98,6 @@ def assemble(
     world: Communicator,
     *,
     training: bool = True,
-    architecture: Architecture = GPT,
     std: float = INIT_STD,
     device: Device = CPU,
     rank_of_stage: tuple[int, ...] | None = None,
@@ -117,13 +107,11 @@ def assemble(
 
     `replicate` makes the data-parallel method; by default the configuration chooses it.
     """
-    layout = layout_of(config, architecture, rank_of_stage)
+    layout = layout_of(config, rank_of_stage)
     ties = {name: layout.ranks_of_tie(name) for name in layout.ties}
     mesh = Mesh(world, layout.mesh, ties)
     models = {
-        stage: build_model(
-            config, layout, stage, mesh.axis("tp"), architecture=architecture, std=std
-        )
+        stage: build_model(config, layout, stage, mesh.axis("tp"), std=std)
         for stage in layout.stages_of(mesh.coord("pp"))
     }
     dtype = float_dtype(config.options.compute.dtype)

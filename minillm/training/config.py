@@ -1,43 +1,54 @@
-"""Configuration of a training run: the options of every subject, and the presets.
+"""Configuration of a training run: the options of every subject, for any family of models.
 
 Every option is one flag of `python -m minillm.train`, one key of a `--config` file and one key of
 a checkpoint's configuration. A subsystem adds its options with a `Record` of its own and one field
-of `RunConfig`. An option left at None follows from the others: `minillm.training.resolve` fills it
-in once the number of ranks and the vocabulary are known.
+of `RunConfig`. `--model` decides what stands in two of these rooms: the options of the family, and
+those of the data that it trains on. An option left at None follows from the others:
+`minillm.training.resolve` fills it in once the number of ranks and the vocabulary are known.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from minillm.base.errors import ConfigError
 from minillm.base.options import ComputeOptions
-from minillm.base.record import Record, flag, known_name
+from minillm.base.record import Record, flag, or_list, with_defaults
 from minillm.comm.options import CommOptions
-from minillm.data.options import DataOptions
+from minillm.data.options import SourceOptions
 from minillm.layout.options import LayoutOptions
-from minillm.models.gpt_config import ModelOptions
+from minillm.models.family import DEFAULT, Family, ShapeOptions, families, family, family_of_preset
 from minillm.pipeline.options import PipelineOptions
 from minillm.replication.options import ReplicationOptions
+from minillm.tasks.objectives import objective
+from minillm.tasks.protocol import Objective
 from minillm.training.options import OptimizationOptions, OutputOptions
+
+RunConfigT = TypeVar("RunConfigT", bound="RunConfig")
+
+_FIRST = families()[DEFAULT]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Record):
-    """Train a GPT, on one process or over the ranks of mpirun.
+    """Train a model, on one process or over the ranks of mpirun.
 
     mpirun -n 4 python -m minillm.train --preset nano --tp 2
 
     The README explains layouts, data and output. --print-config shows every value.
     """
 
-    preset: str = "nano"
-    """Named set of defaults: nano, shakespeare-char, gpt2, gpt2-medium, gpt2-large, gpt2-xl or
-    llama-tiny."""
-    model: ModelOptions = field(default=ModelOptions())
-    corpus: DataOptions = field(default=DataOptions(), metadata={"title": "data"})
+    model: str = DEFAULT
+    """Family of the model."""
+    preset: str = next(iter(_FIRST.presets))
+    """Named set of defaults."""
+    shape: ShapeOptions = field(default=_FIRST.options(), metadata={"title": "model"})
+    corpus: SourceOptions = field(
+        default=objective(_FIRST.objective).options(), metadata={"title": "data"}
+    )
     optimization: OptimizationOptions = field(default=OptimizationOptions())
     compute: ComputeOptions = field(default=ComputeOptions())
     layout: LayoutOptions = field(default=LayoutOptions())
@@ -46,65 +57,104 @@ class RunConfig(Record):
     output: OutputOptions = field(default=OutputOptions())
     comm: CommOptions = field(default=CommOptions())
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values out of bounds, and for options of another family."""
+        super().__post_init__()
+        if self.model != type(self).model:
+            raise ConfigError(
+                f"--model {self.model} has other options than --model {type(self).model}; begin "
+                "with a configuration of its own"
+            )
 
-def _gpt2(layers: int, heads: int, dim: int, lr: float, microbatch: int) -> dict[str, Any]:
-    """Return GPT-2 (Radford et al. 2019), with its batch of 512 x 1024 tokens.
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        return family(self.model)
 
-    The learning rate is that of GPT-3 at the same size (Brown et al. 2020).
-    """
-    model = dict(
-        layers=layers, heads=heads, dim=dim, context=1024, vocab=50257, bias=True, tied=True
+    @property
+    def objective(self) -> Objective:
+        """The objective that the family trains on."""
+        return objective(self.family.objective)
+
+    @classmethod
+    def of(cls, name: str) -> type[Self]:
+        """Return this configuration with the options of the family `name`.
+
+        Raises ConfigError for an unknown one.
+        """
+        return _of_family(cls, family(name))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> Self:
+        """Return the configuration that holds the flat table `values`, for the family it names."""
+        name = values.get("model", DEFAULT)
+        made = cls.of(name if isinstance(name, str) else DEFAULT)
+        return super(RunConfig, made).from_dict(values, source)
+
+    @classmethod
+    @functools.cache
+    def sentences(cls) -> dict[str, str]:
+        """Return the help of each field."""
+        found = super().sentences()
+        own = family(cls.model).presets
+        others = [name for each in families().values() for name in each.presets if name not in own]
+        more = f"; with another model {or_list(others)}" if others else ""
+        return found | {
+            "model": f"{found['model'].rstrip('.')}: {or_list(families())}.",
+            "preset": f"{found['preset'].rstrip('.')}: {or_list(own)}{more}.",
+        }
+
+    @classmethod
+    def absent(cls) -> dict[str, str]:
+        """Return the options that this configuration refuses by name, those of other families."""
+        owners: dict[str, list[str]] = {}
+        for name, other in families().items():
+            for each in cls.of(name).options().keys() - cls.options().keys():
+                owners.setdefault(each, []).append(f"--model {other.name}")
+        others = {
+            name: f"is an option of {or_list(models)}, not of --model {cls.model}"
+            for name, models in owners.items()
+        }
+        return others | super().absent()
+
+
+@functools.cache
+def _of_family(cls: type[RunConfigT], of: Family) -> type[RunConfigT]:
+    """Return `cls` itself, or a subclass with the options of another family."""
+    if cls.model == of.name:
+        return cls
+    return with_defaults(
+        cls,
+        model=of.name,
+        preset=next(iter(of.presets)),
+        shape=of.options(),
+        corpus=objective(of.objective).options(),
     )
-    training = dict(batch=512, microbatch=microbatch, steps=600_000, lr=lr, warmup=2000, beta2=0.95)
-    return model | training | dict(eval_every=1000, eval_tokens=1 << 20)
-
-
-def _shakespeare_char() -> dict[str, Any]:
-    """Return nanoGPT's setting for a laptop.
-
-    It is config/train_shakespeare_char.py with the CPU flags of the README.
-    """
-    model = dict(layers=4, heads=4, dim=128, context=64, dropout=0.0, bias=False)
-    training = dict(batch=12, steps=2000, lr=1e-3, min_lr=1e-4, warmup=100, beta2=0.99)
-    return dict(data="shakespeare", tokenizer="char") | model | training | dict(eval_every=250)
-
-
-def _nano() -> dict[str, Any]:
-    """Return a run of two to three minutes on two cores with AVX2, whose sample reads as English.
-
-    A byte model with rotary positions learns at twice the learning rate of a position table.
-    """
-    training = dict(steps=2400, lr=4e-3, eval_every=200, sample_tokens=400)
-    return dict(data="austen", position="rotary") | training
-
-
-# Preset -> the options that it sets. The others keep their defaults.
-PRESETS: dict[str, dict[str, Any]] = {
-    "nano": _nano(),
-    "shakespeare-char": _shakespeare_char(),
-    "gpt2": _gpt2(12, 12, 768, 6e-4, microbatch=4),
-    "gpt2-medium": _gpt2(24, 16, 1024, 3e-4, microbatch=2),
-    "gpt2-large": _gpt2(36, 20, 1280, 2.5e-4, microbatch=1),
-    "gpt2-xl": _gpt2(48, 25, 1600, 2e-4, microbatch=1),
-    "llama-tiny": _nano() | dict(kv_heads=2, norm="rmsnorm", mlp="swiglu", bias=False, tied=False),
-}
 
 
 def preset_values(name: str) -> dict[str, Any]:
-    """Return the options that the preset `name` sets, its name included.
+    """Return the options that the preset `name` sets, its name and its family included.
 
     Raises ConfigError with close matches for an unknown name.
     """
-    return {**PRESETS[known_name(name, PRESETS, "preset")], "preset": name}
+    found = family_of_preset(name)
+    return {**found.presets[name], "preset": name, "model": found.name}
 
 
-# Options that weights bring along for a run that starts from them. The other options of the model
-# (context, dropout) and the text only have the old run's values as defaults.
-FIXED_BY_WEIGHTS = (
-    *(name for name in ModelOptions.options() if name not in ("context", "dropout")),
-    *("tokenizer", "dtype"),
-)
-FROM_WEIGHTS = (*FIXED_BY_WEIGHTS, "context", "dropout", "data")
+def default_values(name: str) -> dict[str, Any]:
+    """Return the options that the default preset of the family `name` sets."""
+    return preset_values(next(iter(family(name).presets)))
+
+
+def from_weights(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what weights bring along for a run that starts from them, out of their options.
+
+    Some are fixed (`check_weights`). The others, such as context, dropout and the text, are
+    defaults.
+    """
+    made = RunConfig.of(saved.get("model", DEFAULT))
+    names = ("model", *made.shape.options(), *made.corpus.FIXED, *made.corpus.TRAINS, "dtype")
+    return {name: saved[name] for name in names if name in saved}
 
 
 def check_resume(saved: Mapping[str, Any], config: RunConfig) -> None:
@@ -120,22 +170,15 @@ def check_resume(saved: Mapping[str, Any], config: RunConfig) -> None:
 
 
 def check_weights(saved: Mapping[str, Any], config: RunConfig) -> None:
-    """Raise ConfigError unless a run of `config` can begin with the weights of `saved`.
-
-    A learned table of positions cannot grow; rotary and sinusoidal positions have none.
-    """
-    if changed := _changed(saved, config, FIXED_BY_WEIGHTS):
+    """Raise ConfigError unless a run of `config` can begin with the weights of `saved`."""
+    shape, corpus = config.shape, config.corpus
+    fixed = [name for name in shape.options() if name not in shape.FREE]
+    if changed := _changed(saved, config, [*fixed, *corpus.FIXED, "dtype"]):
         raise ConfigError(
             f"weights taken by --init-from cannot change {changed}; leave it out, or train a new "
             "model"
         )
-    had, wanted = saved["context"], config.model.context
-    if config.model.position == "learned" and wanted > had:
-        raise ConfigError(
-            f"--context {wanted} is longer than the {had} positions that the weights of "
-            f"--init-from have learned; use --context {had} or less. A model trained with "
-            "--position rotary can be continued at a longer context"
-        )
+    shape.check_weights(type(config).from_dict(saved, "the checkpoint").shape)
 
 
 def _changed(saved: Mapping[str, Any], config: RunConfig, names: Iterable[str]) -> str:

@@ -13,10 +13,8 @@ from typing import Any
 from minillm.base.device import CPU, Device
 from minillm.base.errors import ConfigError
 from minillm.base.host_memory import size
-from minillm.base.record import divisors
+from minillm.base.record import divisors, flag, or_list
 from minillm.comm.communicator import Communicator
-from minillm.models.gpt import ARCHITECTURE as GPT
-from minillm.models.protocol import Architecture
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.replication.methods import may_share
 from minillm.replication.node_shared import SPARE_BYTES, free_shared_bytes
@@ -36,7 +34,6 @@ def fit(
     *,
     training: bool = True,
     refuse: bool = True,
-    architecture: Architecture = GPT,
 ) -> ResolvedConfig:
     """Return `config`, with the largest microbatch that fits where it asks for `auto`.
 
@@ -45,7 +42,7 @@ def fit(
     Collective over `comm`. Raises the same ConfigError on every rank, with the way out, if the run
     needs more memory than a node or GPU has. Without `refuse` it returns the smallest microbatch.
     """
-    judge = _Judge(config, comm, device, training, architecture)
+    judge = _Judge(config, comm, device, training)
     tried = [config]
     if config.options.pipeline.microbatch == "auto" and training:
         tried = list(_smaller(config))
@@ -58,7 +55,7 @@ def fit(
     ways = _ways(config) if training else []
     found = [problem is None for problem in judge.problems([way for way, _ in ways])]
     fits = next((text for (_, text), ok in zip(ways, found, strict=True) if ok), None)
-    raise ConfigError(f"{problems[-1]}; {fits or _last_resort(training)}")
+    raise ConfigError(f"{problems[-1]}; {fits or _last_resort(config, training)}")
 
 
 def _with_room(config: ResolvedConfig, judge: _Judge, device: Device) -> ResolvedConfig:
@@ -73,12 +70,13 @@ def _with_room(config: ResolvedConfig, judge: _Judge, device: Device) -> Resolve
     return whole if judge.problems([whole], FULL_TAPE_SHARE) == [None] else config
 
 
-def _last_resort(training: bool) -> str:
+def _last_resort(config: ResolvedConfig, training: bool) -> str:
     if not training:
         return "use more ranks with --tp or --pp, or another machine"
+    sizes = [name for name in ("context", "vocab", "dim", "layers") if hasattr(config.model, name)]
     return (
         "no --microbatch fits, not even with --recompute full: use more ranks with --tp or --pp, "
-        "or a smaller --context, --vocab, --dim or --layers"
+        f"or a smaller {or_list(map(flag, sizes))}"
     )
 
 
@@ -107,9 +105,8 @@ class _Judge:
         comm: Communicator,
         device: Device,
         training: bool,
-        architecture: Architecture,
     ) -> None:
-        self.comm, self.training, self.architecture = comm, training, architecture
+        self.comm, self.training = comm, training
         node, limit = comm.split_by_node(), config.options.compute.memory
         self.free = device.available_bytes() if limit is None else int(limit * 1e9)
         has = "this machine" if device.on_host else device.describe()
@@ -117,7 +114,7 @@ class _Judge:
         self.home = node.broadcast_json(comm.rank)
         self.pp_rank = config.mesh.coords(comm.rank)["pp"]
         schedule = SCHEDULES[config.options.pipeline.schedule](config.mesh.pp, 1)
-        self.layout = layout_of(config, architecture, schedule.rank_of_stage)
+        self.layout = layout_of(config, schedule.rank_of_stage)
         self.shared_by = 1
         if training and device.on_host and may_share(config.options.replication):
             replicas = max(1, min(config.mesh.dp, node.size // config.mesh.tp))
@@ -138,7 +135,6 @@ class _Judge:
             config,
             self.layout,
             self.pp_rank,
-            self.architecture,
             shared_by=self.shared_by,
             training=self.training,
         )

@@ -14,7 +14,7 @@ from minillm import checkpoint
 from minillm.base.device import Device
 from minillm.base.flags import to_toml
 from minillm.base.host_memory import resident
-from minillm.base.log import Log, clock, compact, paragraph
+from minillm.base.log import Log, clock, compact, paragraph, plural
 from minillm.base.metrics_file import METRICS, MetricsFile
 from minillm.base.progress import Progress
 from minillm.base.trace import Tracer
@@ -23,16 +23,13 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.cores import threads_in_use
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
-from minillm.data.batches import Batches, eval_windows
-from minillm.data.corpus import Corpus
-from minillm.tasks.language_model import HeldOutText, LanguageModeling
-from minillm.tasks.protocol import Result
-from minillm.training.assembly import model_shapes
+from minillm.tasks.protocol import Dataset, Result
+from minillm.training.assembly import WEIGHTS, model_shapes
 from minillm.training.folder import begin, way_back
 from minillm.training.held_out import Stopped, measure
 from minillm.training.numeric_key import numeric_key
 from minillm.training.origin import Origin
-from minillm.training.report import TimeShares, peak_mb, plan, plural, step_metrics
+from minillm.training.report import TimeShares, peak_mb, plan, step_metrics
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import StepReport, Trainer
 from minillm.training.verdict import NotFinite
@@ -61,13 +58,13 @@ class Run:
         comm: Communicator,
         device: Device,
         config: ResolvedConfig,
-        corpus: Corpus,
+        data: Dataset,
         out: Path,
         origin: Origin | None,
         tracer: Tracer | None,
         stop: StopRequest,
     ) -> None:
-        self.comm, self.device, self.config, self.corpus = comm, device, config, corpus
+        self.comm, self.device, self.config, self.data = comm, device, config, data
         self.tracer, self.stop, self.log = tracer, stop, Log(comm.rank)
         self.output, optimization = config.options.output, config.options.optimization
         program = resident()
@@ -80,14 +77,11 @@ class Run:
             shapes, old = model_shapes(config), origin.path
             agree(comm, lambda: checkpoint.check_shapes(checkpoint.CheckpointSource(old), shapes))
         with known_to_all():
-            position, moved = origin.position(corpus, config.options) if origin else (0, None)
-            first = position - self.first_step * batch
-            self.batches = batches = Batches(
-                corpus.train, config.model.context, batch, seed, first=first
-            )
-            self.trainer = Trainer(
-                config, comm, LanguageModeling(batches), tracer=tracer, device=device
-            )
+            position, moved = origin.position(data, config.options) if origin else (0, None)
+            # Number of the sequence in row 0 of step 0, as if the run had begun with this data.
+            self.first = position - self.first_step * batch
+            task = data.task(config.model, batch=batch, seed=seed, first=self.first)
+            self.trainer = Trainer(config, comm, task, tracer=tracer, device=device)
         self.key = numeric_key(config, comm, self.trainer.replication.memory.alias[1], device)
         if origin is not None:
             self._load(origin, moved)
@@ -114,7 +108,7 @@ class Run:
         self.shares = TimeShares()
         self.result: Result | None = None
         threads = threads_in_use()
-        for label, text in plan(config, corpus, self.trainer.model, threads, comm, program):
+        for label, text in plan(config, data, self.trainer.model, threads, comm, program):
             self._say(label, text)
         self.log(f"output  {self.out}\n")
 
@@ -190,12 +184,11 @@ class Run:
             raise AgreedError(f"{error}. {way}") from None
 
     def _evaluate(self) -> Result | None:
-        """Return the metrics on held-out text, None if nothing is held out or a stop is asked."""
+        """Return the metrics on held-out data, None if nothing is held out or a stop is asked."""
         tokens = self.output.eval_tokens
-        if not tokens or len(self.corpus.held_out) < 2:
+        if not tokens or not self.data.num_held_out:
             return None
-        windows = eval_windows(self.corpus.held_out, self.config.model.context, tokens)
-        held_out = HeldOutText(windows, self.corpus.held_out_bytes(windows.num_tokens))
+        held_out = self.data.measure(self.config.model, tokens)
         model, microbatch = self.trainer.model, self.config.microbatch
         with suppress(Stopped), self.trainer.replication.agreed():
             return measure(model, held_out, self.comm, microbatch, self.stop.asked)
@@ -211,12 +204,12 @@ class Run:
         loss = None if found is None else found.numbers().get("loss")
         record = checkpoint.RunRecord(
             config=self.config.saved_values(),
-            tokenizer=self.corpus.tokenizer.to_json(),
+            tokenizer=self.data.vocabulary(),
             vocab=self.config.model.vocab,
-            corpus=self.corpus.sha256,
-            source=self.corpus.source,
+            corpus=self.data.sha256,
+            source=self.data.source,
             key=self.key,
-            position=self.batches.position(step),
+            position=self.first + step * self.config.options.optimization.batch,
             held_out=None if loss is None else {"loss": loss, "tokens": self.output.eval_tokens},
         )
         self.metrics.sync()  # before the checkpoint: no step is saved without its line
@@ -243,9 +236,7 @@ class Run:
             checkpoint.verify(found, self.comm)
             source = checkpoint.CheckpointSource(found)
         if not origin.continues:
-            self.trainer.load_weights(
-                checkpoint.FirstRows(source, "model/positions", self.config.model.context)
-            )
+            self.trainer.load_weights(self._first_rows(source))
             self.log(f"weights from {found}, trained on {record.source} for {origin.step} steps")
             return
         self.trainer.load(source)
@@ -257,6 +248,13 @@ class Run:
         if difference:
             how = "change from here on" if lost else "continue to rounding, not bit for bit"
             self.log(f"results {how}: {difference}")
+
+    def _first_rows(self, source: checkpoint.StateSource) -> checkpoint.StateSource:
+        """Return `source`, its tables no longer than those of this model."""
+        for parameter, size in self.config.family.tables.items():
+            rows = getattr(self.config.model, size)
+            source = checkpoint.FirstRows(source, f"{WEIGHTS}{parameter}", rows)
+        return source
 
     def _finish(self, step: int, seconds: float, stopped: bool) -> None:
         """Save, and print the totals."""
@@ -283,10 +281,10 @@ class Run:
             self.log(f"stopped at step {step} as asked; go on with --resume {self.out}")
             return
         if self.result is not None:
-            held_out = len(self.corpus.held_out) - 1
-            self._say("result", self.result.summary(of=held_out))
+            self._say("result", self.result.summary(of=self.data.num_held_out))
         self.log(f"saved   {self.out}")
-        self.log(f"next    python -m minillm.generate --checkpoint {self.out}")
+        program = "generate" if self.config.family.writes == "text" else "evaluate"
+        self.log(f"next    python -m minillm.{program} --checkpoint {self.out}")
 
     def _say(self, label: str, text: str) -> None:
         self.log(paragraph(label, text))

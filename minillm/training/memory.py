@@ -13,8 +13,7 @@ from typing import NamedTuple
 from minillm.base.arrays import ALIGNMENT, float_dtype, sum_dtype
 from minillm.layout.flat import FlatLayout
 from minillm.layout.placement import Layout
-from minillm.models.gpt import ARCHITECTURE as GPT
-from minillm.models.protocol import Architecture, Workload
+from minillm.models.protocol import Workload
 from minillm.parallel.tensor import PlannedGroup
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.pipeline.simulate import peak_in_flight
@@ -52,7 +51,6 @@ def predicted(
     config: ResolvedConfig,
     layout: Layout,
     pp_rank: int,
-    architecture: Architecture = GPT,
     *,
     shared_by: int = 1,
     program: int = 0,
@@ -67,9 +65,10 @@ def predicted(
     device's memory, without that of CUDA and its libraries.
     """
     options, stages = config.options, layout.stages_of(pp_rank)
+    architecture = config.family.architecture
     dtype, on_gpu = float_dtype(options.compute.dtype), options.compute.device == "cuda"
     item, wide = dtype.itemsize, sum_dtype(dtype).itemsize
-    sizes = [_num_values(config, layout, stage, architecture) for stage in stages]
+    sizes = [_num_values(config, layout, stage) for stage in stages]
     size = sum(values.all for values in sizes)
     tokens, sharded = config.microbatch * config.model.context, options.layout.sequence_parallel
     work = Workload(tokens, layout.mesh.tp, sharded, config.recompute, item, on_gpu)
@@ -125,9 +124,7 @@ class _Values(NamedTuple):
     largest: int
 
 
-def _num_values(
-    config: ResolvedConfig, layout: Layout, stage: int, architecture: Architecture
-) -> _Values:
+def _num_values(config: ResolvedConfig, layout: Layout, stage: int) -> _Values:
     """Count the values of a stage.
 
     Layers beyond `MOST_BUILT` count as the last one: the buffer aligns each parameter alone, so its
@@ -137,7 +134,7 @@ def _num_values(
     group, num_layers = PlannedGroup(0, layout.mesh.tp), len(layout.layers_of_stage[stage])
 
     def sizes(most: int) -> _Values:
-        model = build_model(config, layout, stage, group, architecture=architecture, most=most)
+        model = build_model(config, layout, stage, group, most=most)
         parameters, units = model.parameters(), Counter[str]()
         for parameter in parameters:
             units[unit_of(parameter.name)] += parameter.spec.local_size(layout.mesh)

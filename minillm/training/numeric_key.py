@@ -52,7 +52,8 @@ def numeric_key(
 
 def kernel_choices(config: ResolvedConfig, device: Device) -> dict[str, str]:
     """Return op -> the implementation that runs when the configuration is trained on `device`."""
-    width, dropout = config.model.head_width, config.model.dropout > 0
+    # Without attention no kernel of it runs, and its width means nothing.
+    width, dropout = config.model.head_width or 64, config.model.dropout > 0
     return {
         op: kernels.resolved(
             op, device.like(op, config.options.compute.dtype), head_width=width, dropout=dropout

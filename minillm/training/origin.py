@@ -10,9 +10,8 @@ from typing import Any
 
 from minillm import checkpoint
 from minillm.base.errors import ConfigError
-from minillm.base.record import flag
-from minillm.data.corpus import Corpus
-from minillm.data.sources import located
+from minillm.base.record import flag, or_list
+from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions
 from minillm.training.config import RunConfig
 from minillm.training.resolve import ResolvedConfig
@@ -58,28 +57,33 @@ class Origin:
                     f"(was {before[name]}){follows}"
                 )
 
-    def position(self, corpus: Corpus, config: RunConfig) -> tuple[int, str | None]:
-        """Return the sequences of `corpus` read so far, and a line if the text or its path changed.
+    def position(self, data: Dataset, config: RunConfig) -> tuple[int, str | None]:
+        """Return the sequences of `data` read so far, and a line if they or their path changed.
 
-        Raises ConfigError if the text changed although no other was named.
+        Raises ConfigError if the data changed although no others were named.
         """
         record, options = self.record, asked(self.record)
         if not self.continues:
             return 0, None
-        moved = located(config.corpus.data) != located(options["data"])
-        if record.corpus == corpus.sha256:
+        names = [flag(name) for name in config.corpus.TRAINS]
+        before, now = RunConfig.from_dict(options).corpus.located(), config.corpus.located()
+        moved = any(now.get(name) != before.get(name) for name in config.corpus.TRAINS)
+        if record.corpus == data.sha256:
             read = record.position
-            line = f"{corpus.source} holds the text that was {record.source} before"
+            line = f"{data.source} holds the text that was {record.source} before"
             return self.step * options["batch"] if read is None else read, line if moved else None
         if not moved:
             raise ConfigError(
                 f"{self.path} was trained on {record.source} with sha256 {record.corpus[:12]}, "
-                f"but {corpus.source} now has {corpus.sha256[:12]}; put the old text back, name "
-                "another with --data, or start a new run from these weights with --init-from"
+                f"but {data.source} now has {data.sha256[:12]}; put the old text back, name "
+                f"another with {or_list(names)}, or start a new run from these weights with "
+                "--init-from"
             )
+        given = config.corpus.to_dict()
+        named = " ".join(f"{flag(name)} {given[name]}" for name in config.corpus.TRAINS)
         return 0, (
-            f"changed from step {self.step + 1} on: --data {config.corpus.data} from its beginning "
-            f"(was {record.source})"
+            f"changed from step {self.step + 1} on: {named} from its beginning (was "
+            f"{record.source})"
         )
 
 
@@ -140,5 +144,5 @@ def _announced(config: RunConfig) -> dict[str, Any]:
     return {
         name: values[name]
         for name, known in config.options().items()
-        if known.announced and name != "data"
+        if known.announced and name not in config.corpus.TRAINS
     }

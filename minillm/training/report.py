@@ -9,16 +9,15 @@ from typing import Any
 from minillm import kernels
 from minillm.base.device import CPU, Device
 from minillm.base.host_memory import size
-from minillm.base.log import compact
+from minillm.base.log import compact, plural
 from minillm.comm.communicator import Communicator
 from minillm.comm.cores import ThreadShare
 from minillm.comm.ledger import Row, RowKey
-from minillm.data.corpus import Corpus
 from minillm.kernels import native
 from minillm.layout.options import comma_list
 from minillm.layout.partition import balance
-from minillm.models.gpt import ARCHITECTURE as GPT
 from minillm.models.protocol import num_parameters
+from minillm.tasks.protocol import Dataset
 from minillm.training.assembly import Assembly
 from minillm.training.memory import predicted
 from minillm.training.numeric_key import kernel_choices
@@ -28,7 +27,7 @@ from minillm.training.trainer import StepReport
 
 def plan(
     config: ResolvedConfig,
-    corpus: Corpus,
+    data: Dataset,
     assembly: Assembly,
     threads: ThreadShare,
     comm: Communicator,
@@ -55,10 +54,9 @@ def plan(
     in_parts = f" in {config.num_microbatches} microbatches{times}" if times else ""
     replica = "the rank" if mesh.num_ranks == 1 else "each replica"
     lines = {
-        "data": corpus.describe(),
-        "model": f"{options.preset}: {plural(model.layers, 'layer')} of width {model.dim}, "
-        f"{plural(model.heads, 'head')}, context {model.context}, {options.compute.dtype}; "
-        f"{compact(num_parameters(GPT, model))} parameters{share}",
+        "data": data.describe(),
+        "model": f"{options.preset}: {model.describe()}, {options.compute.dtype}; "
+        f"{compact(num_parameters(config.family.architecture, model))} parameters{share}",
         "layout": _layout(config, threads, memory.description),
         "batch": f"{config.tokens_per_step} tokens a step: {options.optimization.batch} sequences "
         f"of {model.context}; {replica} takes {per_rank}{in_parts}; "
@@ -125,11 +123,6 @@ def _kernels(config: ResolvedConfig, device: Device) -> str:
 def _host_kernels(op: str) -> list[str]:
     """Return the implementations of an operation that run on the CPU's cores."""
     return [kernel.choice for kernel in kernels.available(op) if kernel.backend in ("numpy", "c")]
-
-
-def plural(number: int, word: str, ending: str = "s") -> str:
-    """Return a number and its noun: 1 rank, 2 ranks."""
-    return f"{number} {word}{ending if number != 1 else ''}"
 
 
 def step_metrics(

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from minillm.base.arrays import float_dtype
 from minillm.base.errors import ConfigError
 from minillm.base.record import divisors, flag, some_divisors
-from minillm.data.sources import located
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.options import comma_list, even_split
-from minillm.models.gpt_config import ModelConfig
+from minillm.models.family import Family, Shape
+from minillm.models.protocol import Workload
 from minillm.replication import methods
 from minillm.training.config import RunConfig
 
@@ -30,7 +30,10 @@ class ResolvedConfig:
 
     options: RunConfig
     """Options as asked. What is left out there stands in the other fields."""
-    model: ModelConfig
+    family: Family
+    model: Any
+    """Shape of the model, a `minillm.models.family.Shape`: what a family adds to that stays its
+    own."""
     mesh: MeshShape
     stage_layers: tuple[int, ...]
     """Layers of each pipeline stage, in order."""
@@ -59,8 +62,7 @@ class ResolvedConfig:
 
     def filled(self) -> RunConfig:
         """Return the options with everything that was left open filled in."""
-        model = self.model
-        sizes = dict(kv_heads=model.kv_heads, ffn_dim=model.ffn_dim, vocab=model.vocab)
+        sizes = {name: getattr(self.model, name) for name in self.options.shape.options()}
         found: dict[str, Any] = dict(
             dp=self.mesh.dp,
             stage_layers=comma_list(self.stage_layers),
@@ -77,11 +79,9 @@ class ResolvedConfig:
 
         Resumable options are stored as asked, so that a resumed run resolves them for its own
         ranks and for what it changes. `stop_after` and `out` are not stored: a checkpoint never
-        decides where files are written. The path of the data is absolute.
+        decides where files are written. Paths of data are absolute.
         """
-        corpus = self.options.corpus
-        val_data = None if corpus.val_data is None else located(corpus.val_data)
-        kept = {"stop_after": None, "out": None, "data": located(corpus.data), "val_data": val_data}
+        kept = {"stop_after": None, "out": None, **self.options.corpus.located()}
         asked, known = self.options.to_dict() | kept, self.options.options()
         return {
             name: asked[name] if known[name].resumable else value
@@ -95,8 +95,9 @@ def resolve(config: RunConfig, num_ranks: int, vocab: int | None = None) -> Reso
     Raises ConfigError for sizes that do not divide, for a layout that does not use all ranks, and
     if neither `config` nor the tokenizer gives the number of tokens.
     """
-    model, layout, optimization = config.model.resolve(vocab), config.layout, config.optimization
-    config.compute.check(model.dim, model.heads)
+    model, layout, optimization = config.shape.resolve(vocab), config.layout, config.optimization
+    config.compute.check()
+    model.check_device(config.compute.device)
     if config.compute.device == "cuda" and config.replication.node_shared == "on":
         raise ConfigError(
             "--node-shared on needs --device cpu: it shares the host's memory; leave it out on a "
@@ -109,6 +110,7 @@ def resolve(config: RunConfig, num_ranks: int, vocab: int | None = None) -> Reso
     microbatch = config.pipeline.resolve_microbatch(optimization.batch, mesh.dp, mesh.pp)
     return ResolvedConfig(
         options=config,
+        family=config.family,
         model=model,
         mesh=mesh,
         stage_layers=stage_layers,
@@ -125,17 +127,16 @@ def with_microbatch(config: ResolvedConfig, microbatch: int) -> ResolvedConfig:
     return dataclasses.replace(config, microbatch=microbatch, recompute=recompute)
 
 
-def valid_layouts(
-    config: RunConfig, model: ModelConfig, num_ranks: int
-) -> list[tuple[int, int, int]]:
+def valid_layouts(config: RunConfig, model: Shape, num_ranks: int) -> list[tuple[int, int, int]]:
     """Return every (dp, tp, pp) on `num_ranks` ranks that this model and batch can be cut into.
 
     Layouts with the fewest stages come first, then those with the fewest tensor-parallel ranks.
     """
+    sharded = config.layout.sequence_parallel
     tps = [
         tp
         for tp in divisors(num_ranks)
-        if all(total % tp == 0 for total in _cut_over_tp(config, model).values())
+        if all(total % tp == 0 for total in model.cut_over_tp(sharded).values())
     ]
     layouts = [
         (num_ranks // (tp * pp), tp, pp)
@@ -149,13 +150,7 @@ def valid_layouts(
     return sorted(fits, key=lambda layout: (layout[2], layout[1]))
 
 
-def _cut_over_tp(config: RunConfig, model: ModelConfig) -> dict[str, int]:
-    """Return option -> size that tensor parallelism divides. The vocabulary is padded instead."""
-    cut = {"heads": model.heads, "kv_heads": model.kv_heads, "ffn_dim": model.ffn_dim}
-    return cut | ({"context": model.context} if config.layout.sequence_parallel else {})
-
-
-def _mesh(config: RunConfig, model: ModelConfig, num_ranks: int) -> MeshShape:
+def _mesh(config: RunConfig, model: Shape, num_ranks: int) -> MeshShape:
     """Return the mesh, its data-parallel size as asked or what tp and pp leave."""
     tp, pp, batch = config.layout.tp, config.layout.pp, config.optimization.batch
     dp = max(num_ranks // (tp * pp), 1) if config.layout.dp is None else config.layout.dp
@@ -174,7 +169,7 @@ def _mesh(config: RunConfig, model: ModelConfig, num_ranks: int) -> MeshShape:
     return mesh
 
 
-def _other_layouts(config: RunConfig, model: ModelConfig, num_ranks: int) -> str:
+def _other_layouts(config: RunConfig, model: Shape, num_ranks: int) -> str:
     """Return the valid layouts as text for an error, one a line."""
     layouts = valid_layouts(config, model, num_ranks)
     if not layouts:
@@ -193,12 +188,12 @@ def _uneven(layers: int, pp: int) -> str:
     return f" --stage-layers {comma_list(even_split(layers, pp))}" if layers % pp else ""
 
 
-def _check_tensor_parallel(config: RunConfig, model: ModelConfig) -> None:
+def _check_tensor_parallel(config: RunConfig, model: Shape) -> None:
     """Raise ConfigError for a size that does not divide over the tensor-parallel ranks."""
-    tp = config.layout.tp
-    for name, total in _cut_over_tp(config, model).items():
+    tp, anyway = config.layout.tp, model.cut_over_tp(False)
+    for name, total in model.cut_over_tp(config.layout.sequence_parallel).items():
         if total % tp:
-            why = " with --sequence-parallel" if name == "context" else ""
+            why = "" if name in anyway else " with --sequence-parallel"
             raise ConfigError(
                 f"{flag(name)} {total} does not divide over --tp {tp}{why}; --tp can be "
                 f"{some_divisors(total, near=tp)}"
@@ -206,15 +201,18 @@ def _check_tensor_parallel(config: RunConfig, model: ModelConfig) -> None:
 
 
 def _recompute(
-    config: RunConfig, model: ModelConfig, sequences: int
+    config: RunConfig, model: Shape, sequences: int
 ) -> Literal["none", "selective", "full"]:
     """Return what was asked for, or selective recomputation where it saves much.
 
-    `sequences` pass through a block and stay on the tape.
+    `sequences` pass through a layer and stay on the tape.
     """
-    asked = config.pipeline.recompute
+    asked, layout = config.pipeline.recompute, config.layout
     if asked != "auto":
         return asked
-    width = 2 * model.dim + model.ffn_dim // config.layout.tp
-    saved = sequences * model.context * width * float_dtype(config.compute.dtype).itemsize
+    item, on_gpu = float_dtype(config.compute.dtype).itemsize, config.compute.device == "cuda"
+    tokens, sharded = sequences * model.context, layout.sequence_parallel
+    work = Workload(tokens, layout.tp, sharded, "none", item, on_gpu)
+    kept = config.family.architecture.activation_bytes
+    saved = kept(model, 1, work) - kept(model, 1, work._replace(recompute="selective"))
     return "selective" if saved >= RECOMPUTE_BYTES else "none"

@@ -24,9 +24,7 @@ from minillm.comm.agreement import agree
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.mesh import Mesh
 from minillm.layout.placement import Layout
-from minillm.models.gpt import ARCHITECTURE as GPT
-from minillm.models.gpt import INIT_STD
-from minillm.models.protocol import Architecture
+from minillm.models.protocol import INIT_STD
 from minillm.models.traced import trace_layers
 from minillm.pipeline.action import Schedule
 from minillm.pipeline.lower import lower
@@ -81,7 +79,6 @@ class Trainer:
         world: Communicator,
         task: Task,
         *,
-        architecture: Architecture = GPT,
         tracer: Tracer | None = None,
         std: float = INIT_STD,
         optimizer: type[AdamW] | type[SGD] = AdamW,
@@ -98,7 +95,6 @@ class Trainer:
         self.model = assemble(
             config,
             world,
-            architecture=architecture,
             std=std,
             device=device,
             rank_of_stage=schedule.rank_of_stage,
@@ -117,7 +113,7 @@ class Trainer:
             else SGD(buffers)
         )
         if not device.on_host:
-            need = predicted(config, self.model.layout, self.mesh.coord("pp"), architecture)
+            need = predicted(config, self.model.layout, self.mesh.coord("pp"))
             device.reserve(need.kinds["activations"] + need.kinds["logits"])
         if tracer is not None:
             for stage in self.model.stages.values():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_helpers import load_trainer, save_trainer
-from models.two_towers import Config, Regression, SquaredError, TowerArchitecture
+from models.two_towers import FAMILY, Config, Regression, SquaredError
 from pipeline.placements import greedy, interleaved_ranks, v_ranks
 from replication.gradient_server import GradientServer
 from training_helpers import Layout, Outcome, assert_same, make_config, train
@@ -27,13 +27,12 @@ BATCH = 16
 def adapted(config: ResolvedConfig, stage_layers: tuple[int, ...] | None = None) -> ResolvedConfig:
     """Put the regressor in the place of the GPT."""
     return dataclasses.replace(
-        config, model=CONFIG, stage_layers=stage_layers or config.stage_layers
+        config, family=FAMILY, model=CONFIG, stage_layers=stage_layers or config.stage_layers
     )
 
 
 def options(**more: Any) -> dict[str, Any]:
-    task = Regression(CONFIG, BATCH)
-    return {"architecture": TowerArchitecture(), "task": task, **more}
+    return {"task": Regression(CONFIG, BATCH), **more}
 
 
 def run(layout: Layout, *, adapt: Any = adapted, **more: Any) -> Outcome:

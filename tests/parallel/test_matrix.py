@@ -24,7 +24,7 @@ from layouts import (
     sampled_cells,
     wide_cells,
 )
-from models.two_towers import Config, Regression, TowerArchitecture
+from models.two_towers import FAMILY, Config, Regression
 from pipeline.placements import greedy, interleaved_ranks, v_ranks
 from replication.gradient_server import GradientServer
 from replication.sharded_moments import ShardedMoments
@@ -82,9 +82,9 @@ def train_wide(cell: WideCell, steps: int = WIDE_STEPS) -> Outcome:
     changes: dict[str, Any] = {"recompute": recompute}
     replaced: dict[str, Any] = {}
     if model == "two-towers":
-        options |= {"architecture": TowerArchitecture(), "task": Regression(TOWERS, BASE["batch"])}
+        options["task"] = Regression(TOWERS, BASE["batch"])
         changes["dropout"] = 0.0
-        replaced["model"] = TOWERS
+        replaced |= {"model": TOWERS, "family": FAMILY}
     if placement:
         chain = tuple(range(layout.pp))
         ranks = {
