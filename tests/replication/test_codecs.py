@@ -15,10 +15,15 @@ from hypothesis import strategies as st
 from mpi_helpers import mpirun, needs_mpirun
 
 from minillm.comm.communicator import Communicator
+from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
 from minillm.replication import codecs
 from minillm.replication.codecs import Bf16, Codec, Matrix, OneBit, PowerSGD, TopK
+from minillm.replication.compressed import codec_of
+from minillm.replication.costs import codec_payload
+from minillm.replication.options import ReplicationOptions
 
+SEEDS = st.integers(0, 99)
 SHAPES = [(17, 19), (24, 16)]  # the first one is padded on every number of workers
 MAKE: dict[str, Callable[[], Codec]] = {
     "powersgd": lambda: PowerSGD(2, seed=5),
@@ -97,7 +102,7 @@ def test_nothing_is_lost(name: str, workers: int) -> None:
     rows=st.integers(3, 40),
     columns=st.integers(3, 40),
     name=st.sampled_from(sorted(MAKE)),
-    seed=st.integers(0, 99),
+    seed=SEEDS,
 )
 def test_nothing_is_lost_at_any_size(
     workers: int, rows: int, columns: int, name: str, seed: int
@@ -194,10 +199,10 @@ SIMULATE: dict[str, tuple[Callable[[], Codec], Callable[..., Any]]] = {
 }
 
 
-def check_simulation(name: str) -> None:
+def check_simulation(name: str, drawn: Any = None) -> None:
     """Compare with the serial simulation; small integers make ties."""
     make, simulate = SIMULATE[name]
-    grads = [[np.round(g) for g in step] for step in gradients(3, 4)]
+    grads = [[np.round(g) for g in step] for step in drawn or gradients(3, 4)]
     expected, found = simulate(grads, 0.1), exchange(make, grads)
     for worker in found:
         for step, sums in zip(worker, expected, strict=True):
@@ -208,6 +213,36 @@ def check_simulation(name: str) -> None:
 @pytest.mark.parametrize("name", SIMULATE)
 def test_the_sum_is_that_of_virtual_workers(name: str) -> None:
     check_simulation(name)
+
+
+SIZES = dict(
+    workers=st.integers(2, 5), rows=st.integers(3, 30), columns=st.integers(3, 30), seed=SEEDS
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(name=st.sampled_from(sorted(SIMULATE)), **SIZES)
+def test_the_sum_is_that_of_virtual_workers_at_any_size(
+    name: str, workers: int, rows: int, columns: int, seed: int
+) -> None:
+    check_simulation(name, gradients(workers, 2, [(rows, columns), (4, 5)], seed))
+
+
+@settings(max_examples=12, deadline=None)
+@given(name=st.sampled_from(["bf16", *sorted(MAKE)]), **SIZES)
+def test_bytes_are_those_of_the_formula_at_any_size(
+    name: str, workers: int, rows: int, columns: int, seed: int
+) -> None:
+    options = ReplicationOptions(compress=name, compress_rank=2, compress_share=0.1)  # type: ignore[arg-type]
+    shapes = [(rows, columns), (columns, rows)]
+    (step,) = gradients(workers, 1, shapes, seed)
+
+    def rank(comm: Communicator) -> dict[str, int]:
+        exchange_here(comm, lambda: codec_of(options, 0), [step])
+        return {operation: count for (_, operation), count in ledger().payload().items()}
+
+    expected = codec_payload(options, shapes, workers, 8)
+    assert run_ranks(workers, rank) == [expected] * workers
 
 
 def forget(matrix: Matrix) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_helpers import TINY, load_trainer, save_trainer, state_pieces
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from training_helpers import (
     BASE,
     INIT_STD,
@@ -27,8 +29,12 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
 from minillm.data.batches import EvalWindows
+from minillm.layout.flat import FlatLayout
+from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.sharding import FlatShard, ShardSpec, share
+from minillm.params.parameter import Constant, Parameter
 from minillm.replication.gather import Gatherer, unit_of
-from minillm.replication.zero import Zero, Zone
+from minillm.replication.zero import Zero, Zone, zones_of
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
 from minillm.training.held_out import measure
 from minillm.training.trainer import Trainer
@@ -233,6 +239,81 @@ def test_ragged_evaluation_gathers_on_every_rank() -> None:
     expected = run_ranks(1, lambda comm: rank(comm, Layout(), 0))
     found = run_ranks(4, lambda comm: rank(comm, Layout(dp=4), 3))
     np.testing.assert_allclose(found, expected * 4, rtol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40)), min_size=1, max_size=6),
+    ranks=st.integers(1, 5),
+    stage=st.integers(1, 3),
+    bucket_bytes=st.integers(1, 3000),
+)
+def test_shares_of_any_sizes_hold_every_element_once(
+    shapes: list[tuple[int, int]], ranks: int, stage: int, bucket_bytes: int
+) -> None:
+    """Check zones, shares of zones, and the blocks of parameters in them, for AdamW's state."""
+    mesh, step, parameters = MeshShape(dp=ranks), 16, []
+    for i, shape in enumerate(shapes):
+        spec = ShardSpec.replicated(*shape, tie="tie" if i == 4 else None)
+        parameters.append(Parameter(spec, Constant(0.0), decay=i % 3 > 0))
+        parameters[-1].name = f"blocks.{i // 2}.w{i}"
+    layout = FlatLayout(parameters, mesh, step)
+    zones = zones_of(layout, stage, bucket_bytes)
+    assert [z.start for z in zones] == [0, *(z.stop for z in zones[:-1])]
+    assert zones[-1].stop == layout.size
+    buffer = np.full(layout.size, -1)
+    for span in layout.spans():
+        buffer[span.start : span.stop] = np.arange(span.stop - span.start)
+    counts = {p.name: np.zeros(p.spec.shape, int) for p in parameters}
+    for zone in zones:
+        parts = [share(zone.stop - zone.start, rank, ranks, step) for rank in range(ranks)]
+        sizes = [part.stop - part.start for part in parts]
+        assert sum(sizes) == zone.stop - zone.start and max(sizes) - min(sizes) <= step
+        for rank, part in enumerate(parts):
+            held = slice(zone.start + part.start, zone.start + part.stop)
+            for span in layout.spans():
+                local = buffer[max(held.start, span.start) : max(0, min(held.stop, span.stop))]
+                cut = FlatShard(
+                    span.parameter.spec,
+                    span.start - zone.start,
+                    zone.stop - zone.start,
+                    step,
+                    ("dp",),
+                    ranks,
+                )
+                if not zone.start <= span.start < zone.stop:
+                    continue
+                shape = span.parameter.spec.shape
+                whole = np.arange(span.stop - span.start).reshape(shape)
+                for globally, locally in cut.pieces(mesh, mesh.coords(rank)):
+                    np.testing.assert_array_equal(whole[globally].ravel(), local[locally])
+                    counts[span.parameter.name][globally] += 1
+    for count in counts.values():
+        np.testing.assert_array_equal(count, 1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(st.integers(0, 20), min_size=2, max_size=5), seed=st.integers(0, 9))
+def test_scatter_and_gather_of_any_sizes(sizes: list[int], seed: int) -> None:
+    """Check that a scatter and a gather are an all-reduce in rank order, and what each writes."""
+    drawn = np.random.default_rng(seed).normal(size=(len(sizes), sum(sizes))).astype(np.float32)
+    total = np.copy(drawn[0])
+    for row in drawn[1:]:
+        total += row
+
+    def rank(comm: Communicator) -> Any:
+        x = drawn[comm.rank].copy()
+        comm.ireduce_scatter_(x, sizes).wait()
+        scattered = x.copy()
+        comm.iall_gather_(x, sizes).wait()
+        return scattered, x
+
+    for number, (scattered, gathered) in enumerate(run_ranks(len(sizes), rank)):
+        start = sum(sizes[:number])
+        expected = drawn[number].copy()
+        expected[start : start + sizes[number]] = total[start : start + sizes[number]]
+        np.testing.assert_array_equal(scattered, expected)
+        np.testing.assert_array_equal(gathered, total)
 
 
 @pytest.mark.parametrize(
