@@ -554,7 +554,7 @@ SILENT = """
 """
 ANNOUNCED = """
     steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field
-    compress compress_rank compress_share local_steps outer_lr outer_momentum
+    compress compress_rank compress_share local_steps outer_lr outer_momentum fragments
 """
 
 

@@ -8,6 +8,9 @@ Invariant: buckets are fixed by the order of the parameters and launched in that
 the order of readiness. Only the last backward pass of a stage is observed, so gradient accumulation
 costs no communication. MPI makes progress only inside MPI calls, hence the polling between nodes.
 
+Where several nodes hold neighbours of the axis, a bucket is summed in two levels
+(comm/two_levels.py), in another order than in one.
+
 Losses are divided by a global count before backward starts. The sum is all that is needed: nothing
 here divides by the number of ranks.
 """
@@ -24,14 +27,15 @@ from minillm import kernels
 from minillm.autograd.backward import BackwardObserver
 from minillm.autograd.tape import GradSlot, Leaf
 from minillm.base.arrays import Array
-from minillm.comm.communicator import Communicator, Work
+from minillm.comm.communicator import Work
 from minillm.comm.mesh import Mesh
+from minillm.comm.two_levels import Summing
 from minillm.layout.flat import FlatLayout, P, Run, Span
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
 from minillm.params.parameter import Parameter
 from minillm.params.storage import FlatBuffers, Memory, PrivateMemory
-from minillm.replication.costs import Bytes, DataAxis, add
+from minillm.replication.costs import Bytes, DataAxis, add_sum
 from minillm.replication.method import Method, Setting
 from minillm.replication.protocol import Replication
 
@@ -45,7 +49,7 @@ class Bucket:
 
     spans: tuple[Span[Parameter], ...]
     slots: tuple[GradSlot, ...]
-    comm: Communicator
+    comm: Summing
     tied: bool
     waiting: int = 0
     work: Work | None = None
@@ -62,8 +66,10 @@ class BucketReducer:
     Implements `BackwardObserver`.
     """
 
-    def __init__(self, buffers: FlatBuffers, mesh: Mesh, bucket_bytes: int) -> None:
-        self.buffers, self.mesh = buffers, mesh
+    def __init__(
+        self, buffers: FlatBuffers, mesh: Mesh, bucket_bytes: int, sums: Mapping[str, Summing]
+    ) -> None:
+        self.buffers, self.mesh, self.sums = buffers, mesh, sums
         self.buckets = [
             bucket for run in buffers.layout.runs for bucket in self._cut(run, bucket_bytes)
         ]
@@ -75,9 +81,10 @@ class BucketReducer:
 
     def _cut(self, run: Run[Parameter], bucket_bytes: int) -> list[Bucket]:
         comm = self.mesh.axis(*run.sum_axes)
+        sums = self.sums.get(comm.name, comm)
         groups = bucket_spans(run, bucket_bytes, self.buffers.grads.itemsize)
         slots = [tuple(span.parameter.slot() for span in group) for group in groups]
-        return [Bucket(tuple(g), s, comm, run.tied) for g, s in zip(groups, slots, strict=True)]
+        return [Bucket(tuple(g), s, sums, run.tied) for g, s in zip(groups, slots, strict=True)]
 
     def start_step(self) -> None:
         """Wait for every parameter again."""
@@ -139,12 +146,14 @@ class AllReduce(Replication):
     def __init__(self, mesh: Mesh, layout: Layout, memory: Memory, bucket_bytes: int) -> None:
         super().__init__(mesh, layout, memory)
         self.bucket_bytes = bucket_bytes
+        self._sum_over(mesh.axis(*TOKEN_AXES), mesh.axis(*TOKEN_AXES, "tp"))
 
     def attach(self, buffers: Mapping[int, FlatBuffers]) -> None:
         """Cut the gradients of each stage into buckets."""
         super().attach(buffers)
         self._reducers = {
-            stage: BucketReducer(b, self.mesh, self.bucket_bytes) for stage, b in buffers.items()
+            stage: BucketReducer(b, self.mesh, self.bucket_bytes, self.sums)
+            for stage, b in buffers.items()
         }
         self._counted = counted_grads(buffers, self.layout, self.mesh.coords)
 
@@ -218,7 +227,7 @@ def _sends(axis: DataAxis, layout: FlatLayout[Any]) -> Bytes:
     for run in layout.runs:
         for spans in bucket_spans(run, int(axis.options.bucket_mb * 1e6), axis.wide):
             size = spans[-1].stop - spans[0].start
-            add(found, axis.mesh, run.sum_axes, "all_reduce", size * axis.wide)
+            add_sum(found, axis, run.sum_axes, size)
     return found
 
 

@@ -12,17 +12,24 @@ workers take the agreed weights, theta (Stich 2019, arXiv:1805.09767; DiLoCo, Do
 Losses are divided by the global count before backward starts, so a worker's gradient is 1 / d of
 the gradient of its own mean loss. Its update and norm therefore take d times that gradient.
 
-Invariant: step s (from 0) synchronises if s + 1 is a multiple of H. No counter is kept, so none can
-be wrong after a resume. Weights are averaged run by run in the order of the buffer, so all copies
-of a tied or replicated weight keep the same bits.
+With F fragments, the workers agree on a part of the model every H / F steps, and on each part
+every H steps (streaming DiLoCo, Douillard et al. 2025, arXiv:2501.18512, without its delay). That
+sends as much, with a peak of one fragment. Block b of the model is in fragment (b + 1) mod F, the
+parameters outside the blocks are in fragment 0.
 
-The agreed weights, those of the last synchronisation, are evaluated, sampled and saved.
+Invariant: step s (from 0) synchronises fragment f if s + 1 - (f + 1) H / F is a multiple of H. No
+counter is kept, so none can be wrong after a resume. Weights are averaged in the order of the
+buffer, so all copies of a tied or replicated weight keep the same bits.
+
+The agreed weights, those of each fragment's last synchronisation, are evaluated, sampled and saved.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,24 +39,50 @@ from minillm import kernels
 from minillm.base.arrays import Array, to_host
 from minillm.base.errors import ConfigError
 from minillm.comm.mesh import Mesh
-from minillm.layout.flat import FlatLayout
+from minillm.layout.flat import FlatLayout, P
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.placement import Layout
 from minillm.layout.sharding import Segment, ShardSpec
 from minillm.params.state import StateTensor
 from minillm.params.storage import FlatBuffers, FlatState, PrivateMemory
 from minillm.replication.all_reduce import counted_grads
-from minillm.replication.costs import Bytes, DataAxis, Held, Sizes, add
+from minillm.replication.costs import Bytes, DataAxis, Held, Sizes, add_sum
+from minillm.replication.gather import unit_of
 from minillm.replication.method import Method, Setting, whole
 from minillm.replication.options import ReplicationOptions
 from minillm.replication.protocol import Optimizer, Replication
 
 CHUNK = 1 << 18  # elements of the outer update at once: its temporary array stays in the cache
+WHOLE = (slice(None),)
 NO_WORKERS = (
     "every worker begins from the agreed weights and the saved optimizer state: the checkpoint has "
     "none of its own for this number of workers"
 )
 NO_MOMENTUM = "the outer momentum begins at zero: the checkpoint has none"
+
+
+def fragment_of(name: str, number: int) -> int:
+    """Return the fragment, of `number`, of a parameter; the same for all copies of a tied one."""
+    block = re.search(r"\d+$", unit_of(name))
+    return (int(block.group()) + 1) % number if block else 0
+
+
+def fragments_of(layout: FlatLayout[P], number: int) -> list[list[slice]]:
+    """Return the slices of the flat buffer that make each fragment, in its order."""
+    found: list[list[slice]] = [[] for _ in range(number)]
+    for run in layout.runs:
+        for fragment, members in itertools.groupby(
+            run.spans, lambda span: fragment_of(span.parameter.name, number)
+        ):
+            spans = list(members)
+            found[fragment].append(slice(spans[0].start, spans[-1].stop))
+    return found
+
+
+def due_fragment(step: int, every: int, number: int) -> int | None:
+    """Return the fragment that step `step` (from 0) synchronises, None if it is a local one."""
+    turn, rest = divmod(step + 1, every // number)
+    return (turn - 1) % number if rest == 0 else None
 
 
 class Worker:
@@ -71,9 +104,17 @@ class Worker:
             other[...] = kept
         self._round()
 
-    def outer_step(self, num_workers: int, lr: float, momentum: float) -> None:
-        """Update the agreed weights from the sum of the workers' weights, which the model holds."""
-        for held, theta, buf in self._chunks(self.held, self.other, self.momentum):
+    def outer_step(
+        self, num_workers: int, lr: float, momentum: float, parts: Sequence[slice] = WHOLE
+    ) -> None:
+        """Update the agreed weights from the sum of the workers' weights, which the model holds.
+
+        `parts` are slices of the flat buffer.
+        """
+        arrays = self.held, self.other, self.momentum
+        for held, theta, buf in itertools.chain.from_iterable(
+            self._chunks(*(array[part] for array in arrays)) for part in parts
+        ):
             held *= 1 / num_workers
             outer_grad = theta - held
             buf *= momentum
@@ -110,10 +151,12 @@ class LocalSteps(Replication):
         every: int,
         lr: float = 0.7,
         momentum: float = 0.9,
+        num_fragments: int = 1,
     ) -> None:
         super().__init__(mesh, layout, memory)
         self.every, self.lr, self.momentum = every, lr, momentum
-        self.num_workers = mesh.size("dp")
+        self.num_workers, self.num_fragments = mesh.size("dp"), num_fragments
+        self._sum_over(mesh.axis("dp"))
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -124,6 +167,9 @@ class LocalSteps(Replication):
         """Allocate the agreed weights and the outer momentum."""
         super().attach(buffers)
         self._workers = {stage: Worker(b) for stage, b in buffers.items()}
+        self._fragments = {
+            stage: fragments_of(b.layout, self.num_fragments) for stage, b in buffers.items()
+        }
         self._counted = counted_grads(buffers, self.layout, {**self.mesh.coords, "dp": 0})
         self.adopt()
 
@@ -158,20 +204,22 @@ class LocalSteps(Replication):
         return self.num_workers**2 * sum(map(kernels.sum_of_squares, self._counted))
 
     def update(self, optimizer: Optimizer, step: int, lr: float, scale: Any) -> None:
-        """Update this worker's weights; after every H-th step, average them. Collective then.
+        """Update this worker's weights, and average the fragment that is due. Collective then.
 
         On a GPU, a synchronisation waits for the verdict on the step.
         """
         super().update(optimizer, step, lr, scale * self.num_workers)
-        if (step + 1) % self.every == 0 and np.isfinite(to_host(scale)).all():
-            self._synchronise()
+        fragment = due_fragment(step, self.every, self.num_fragments)
+        if fragment is not None and np.isfinite(to_host(scale)).all():
+            self._synchronise(fragment)
 
-    def _synchronise(self) -> None:
-        started, comm = time.perf_counter(), self.mesh.axis("dp")
+    def _synchronise(self, fragment: int) -> None:
+        started, sums = time.perf_counter(), self.sums[self.mesh.axis("dp").name]
         for stage, worker in self._workers.items():
-            for run in self.buffers[stage].layout.runs:
-                comm.all_reduce_(worker.held[run.start : run.stop])
-            worker.outer_step(self.num_workers, self.lr, self.momentum)
+            parts = self._fragments[stage][fragment]
+            for part in parts:
+                sums.all_reduce_(worker.held[part])
+            worker.outer_step(self.num_workers, self.lr, self.momentum, parts)
         self.exposed_seconds += time.perf_counter() - started
 
     def state(self) -> Iterator[StateTensor]:
@@ -206,20 +254,21 @@ class LocalSteps(Replication):
 def _make(setting: Setting) -> LocalSteps:
     options = setting.options
     every, lr, momentum = options.local_steps, options.outer_lr, options.outer_momentum
-    steps = "every step" if every == 1 else f"every {every} steps"
+    steps, number = "every step" if every == 1 else f"every {every} steps", options.fragments
+    parts = f", in {number} fragments {every // number} apart" if number > 1 else ""
     words = (
-        f"weights averaged {steps} (outer rate {lr:g}, momentum {momentum:g}), so the result "
-        "depends on dp"
+        f"weights averaged {steps}{parts} (outer rate {lr:g}, momentum {momentum:g}), so the "
+        "result depends on dp"
     )
     memory = PrivateMemory(words, setting.device)
-    return LocalSteps(setting.mesh, setting.layout, memory, every, lr, momentum)
+    return LocalSteps(setting.mesh, setting.layout, memory, every, lr, momentum, number)
 
 
 def _sends(axis: DataAxis, layout: FlatLayout[Any]) -> Bytes:
-    """Return the bytes of one average: every weight once, run by run."""
+    """Return the bytes of one average: every weight of the fragment whose turn it is."""
     found = Bytes()
-    for run in layout.runs:
-        add(found, axis.mesh, ("dp",), "all_reduce", (run.stop - run.start) * axis.wide)
+    for part in fragments_of(layout, axis.options.fragments)[axis.turn]:
+        add_sum(found, axis, ("dp",), part.stop - part.start)
     return found
 
 
@@ -230,13 +279,25 @@ def _holds(sizes: Sizes, options: ReplicationOptions) -> Held:
 
 
 def _check(options: ReplicationOptions, mesh: MeshShape, steps: int) -> None:
-    """Raise ConfigError for steps that would never be averaged."""
-    every = options.local_steps
+    """Raise ConfigError for fragments without turns, and steps that would never be averaged."""
+    every, number = options.local_steps, options.fragments
+    if every % number:
+        fitting = ", ".join(str(n) for n in range(1, every + 1) if every % n == 0)
+        raise ConfigError(
+            f"--fragments {number} does not divide --local-steps {every}, so they cannot take "
+            f"turns; choose one of {fitting}"
+        )
     if rest := steps % every:
         raise ConfigError(
             f"--steps {steps} is not a multiple of --local-steps {every}: the last {rest} "
             f"would never be averaged; use --steps {steps - rest + every}"
         )
+
+
+def _key(options: ReplicationOptions) -> dict[str, Any]:
+    """Return when what is averaged, on the workers of the mesh."""
+    fragments = {"fragments": options.fragments} if options.fragments > 1 else {}
+    return {"local_steps": options.local_steps} | fragments
 
 
 def _fitting(steps: int) -> int:
@@ -250,10 +311,11 @@ METHOD = Method(
     make=_make,
     sends=_sends,
     holds=_holds,
-    every=lambda options: options.local_steps,
-    key=lambda options: {"local_steps": options.local_steps},  # on the workers of the mesh
+    every=lambda options: options.local_steps // options.fragments,
+    turns=lambda options: options.fragments,
+    key=_key,
     equals_one_rank=lambda options, mesh: False,  # another model on every number of workers
     check=_check,
-    needs={"outer_lr": "--local-steps", "outer_momentum": "--local-steps"},
+    needs=dict.fromkeys(("outer_lr", "outer_momentum", "fragments"), "--local-steps"),
     compared={"local": {"local_steps": _fitting, "outer_lr": 1.0, "outer_momentum": 0.0}},
 )

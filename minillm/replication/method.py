@@ -63,6 +63,8 @@ class Method:
     holds: Callable[[Sizes, ReplicationOptions], Held] = whole
     every: Callable[[ReplicationOptions], int] = lambda options: 1
     """Steps from one exchange to the next."""
+    turns: Callable[[ReplicationOptions], int] = lambda options: 1
+    """Exchanges after which their bytes repeat; `DataAxis.turn` counts them for `sends`."""
     key: Callable[[ReplicationOptions], dict[str, Any]] = lambda options: {}
     """Part of the numeric key: all that orders and rounds the sums of gradients."""
     equals_one_rank: Callable[[ReplicationOptions, MeshShape], bool] = lambda options, mesh: True

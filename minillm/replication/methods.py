@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 from minillm.base.errors import ConfigError
@@ -73,7 +74,11 @@ def payload(axis: DataAxis, steps: int = 1) -> Bytes:
     The operation `sum` of shared memory has the kind `window`, all others have `payload`.
     """
     method = node_shared.METHOD if axis.shared_by > 1 else method_of(axis.options)
-    times, found = steps // method.every(axis.options), Bytes()
-    for layout in axis.layouts:
-        found.update(method.sends(axis, layout))
-    return Bytes({key: times * count for key, count in found.items() if times * count})
+    exchanges, turns = steps // method.every(axis.options), method.turns(axis.options)
+    found = Bytes()
+    for turn in range(turns):
+        times = len(range(turn, exchanges, turns))
+        for layout in axis.layouts:
+            sent = method.sends(dataclasses.replace(axis, turn=turn), layout)
+            found.update({key: times * count for key, count in sent.items()})
+    return Bytes({key: count for key, count in found.items() if count})

@@ -34,6 +34,8 @@ class ReplicationOptions(Record):
     """Rate of the outer update under --local-steps: 1 without momentum takes the average."""
     outer_momentum: float = option(0.9, at_least=0, below=1, announced=True)
     """Nesterov momentum of the outer update under --local-steps."""
+    fragments: int = option(1, at_least=1, announced=True)
+    """Parts of the model that --local-steps averages in turn, equally many steps apart."""
     node_shared: Literal["auto", "on", "off"] = option("auto", resumable=True)
     """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in
     shared memory: auto (where possible)."""

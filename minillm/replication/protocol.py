@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from minillm.autograd.backward import BackwardObserver
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh
+from minillm.comm.two_levels import Summing, TwoLevels, by_levels
 from minillm.layout.placement import Layout
 from minillm.params.state import StateTensor
 from minillm.params.storage import FlatBuffers, Memory
@@ -40,6 +41,8 @@ class Replication:
         self.exposed_seconds = 0.0
         """Seconds in reductions that backward did not hide, since the start."""
         self.buffers: Mapping[int, FlatBuffers] = {}
+        self.sums: dict[str, Summing] = {}
+        """Name of a group -> what all-reduces over it, in one level or in two."""
 
     @property
     def agreeing(self) -> Communicator:
@@ -59,6 +62,14 @@ class Replication:
             ]
             for name, stages in sorted(self.layout.ties.items())
         }
+
+    def _sum_over(self, *groups: Communicator) -> None:
+        """All-reduce over `groups` in two levels where nodes allow it. Collective over them."""
+        self.sums = {comm.name: by_levels(comm) for comm in dict.fromkeys(groups)}
+        found = next((s for s in self.sums.values() if isinstance(s, TwoLevels)), None)
+        if found is not None:
+            said = self.memory.description
+            self.memory.description = "; ".join(filter(None, (said, found.describe())))
 
     @property
     def copies(self) -> Communicator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from minillm.comm.two_levels import TwoLevels
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.pipeline.action import ActionKind
 from minillm.pipeline.schedules import SCHEDULES
@@ -23,6 +24,11 @@ def data_axis(trainer: Trainer) -> DataAxis:
         wide=buffers[0].grads.itemsize,
         rank=mesh.axis(*TOKEN_AXES).rank,
         shared_by=shared_by,
+        nodes={
+            name: (sums.ways, sums.place)
+            for name, sums in trainer.replication.sums.items()
+            if isinstance(sums, TwoLevels)
+        },
         passes="".join(a.kind for a in row if a.kind in (ActionKind.F, ActionKind.B)),
     )
 

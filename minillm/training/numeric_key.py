@@ -15,6 +15,7 @@ from minillm.base.errors import ConfigError
 from minillm.base.options import ComputeOptions
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
+from minillm.comm.two_levels import neighbours
 from minillm.replication.methods import method_of
 from minillm.training.resolve import ResolvedConfig
 
@@ -31,7 +32,7 @@ def numeric_key(
     node = world.split_by_node()
     local = {"threads": kernels.get_threads(), "numpy": np.__version__, "blas": _blas()}
     ranks = world.gather_json(local | {"host": node.size if node.rank == 0 else None})
-    mesh, options = config.mesh, config.options
+    mesh, options, ways = config.mesh, config.options, neighbours(world)
     return {
         "mesh": f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}",
         "stage_layers": list(config.stage_layers),
@@ -44,6 +45,7 @@ def numeric_key(
         "sequence_parallel": options.layout.sequence_parallel,
         "recompute": config.recompute,
         "ranks_per_host": [rank["host"] for rank in ranks if rank["host"] is not None],
+        **({} if ways == world.size else {"neighbours_per_host": ways}),  # sums in two levels
         **({} if device.on_host else {"device": device.kind()}),
         "kernels": kernel_choices(config, device),
         **{name: _common([rank[name] for rank in ranks]) for name in local},

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from training_helpers import Layout, make_batches, make_config
+from training_helpers import Layout, make_batches, make_config, with_layout
 
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
@@ -32,6 +32,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "zero1-groups": {"zero": 1, "shard_group": 2},
     "zero3-groups": {"zero": 3, "shard_group": 2},
     "local": {"local_steps": 2},
+    "local-fragments": {"local_steps": 2, "fragments": 2},
+    "levels": {"node_shared": "off"},
+    "local-levels": {"local_steps": 2},
     "bf16": {"compress": "bf16"},
     "powersgd": {"compress": "powersgd", "compress_rank": 2},
     "topk": {"compress": "topk", "compress_share": 0.03},
@@ -42,7 +45,10 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("model", ["gpt2", "gpt2-untied"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_formula_is_what_the_ledger_counts(method: str, model: str) -> None:
-    layout = Layout(dp=4 if "groups" in method else 2, num_microbatches=2)
+    layout = Layout(dp=2, num_microbatches=2)
+    if method.endswith(("groups", "levels")):
+        layout = with_layout(layout, dp=4)
+    nodes = [0, 0, 1, 1] if method.endswith("levels") else None
     config = make_config(model, layout, layers=2, dim=24, **METHODS[method])
 
     def rank(comm: Communicator) -> Any:
@@ -56,7 +62,8 @@ def test_the_formula_is_what_the_ledger_counts(method: str, model: str) -> None:
         }
         return counted, dict(payload(data_axis(trainer), 2))
 
-    for counted, expected in run_ranks(layout.num_ranks, rank):
+    for counted, expected in run_ranks(layout.num_ranks, rank, nodes=nodes):
+        assert ("dp between nodes", "all_reduce") in expected or nodes is None
         assert counted and counted == expected
 
 
@@ -88,6 +95,15 @@ def test_formulas_by_hand() -> None:
     twice = dataclasses.replace(_axis(zero=2), passes="FBFB")
     assert payload(twice)["dp", "reduce_scatter"] == 2 * 528 * 4
     assert payload(_axis(local_steps=5), 14) == {("dp", "all_reduce"): 2 * 522 * 4}
+    parts = [payload(_axis(local_steps=4, fragments=2), steps) for steps in range(1, 9)]
+    assert [sum(each.values()) // (522 * 4) for each in parts] == [0, 0, 0, 1, 1, 1, 1, 2]
+    eight = dataclasses.replace(_axis(), mesh=MeshShape(dp=8))
+    levels = dataclasses.replace(eight, nodes={"dp": (4, 1)})  # 522 = 130 + 131 + 130 + 131
+    assert payload(levels) == {
+        ("dp in node", "reduce_scatter"): 522 * 4,
+        ("dp in node", "all_gather"): 522 * 4,
+        ("dp between nodes", "all_reduce"): 131 * 4,
+    }
     shared = dataclasses.replace(_axis(), shared_by=4)
     assert payload(shared) == {("dp in node", "sum"): 3 * 128 * 4}  # 33 lines of 16: 8 of them
     powersgd = payload(_axis(compress="powersgd"))

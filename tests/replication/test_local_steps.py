@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import ShardSpec
 from minillm.params.parameter import Constant, Parameter
 from minillm.params.storage import FlatBuffers
+from minillm.replication import local_steps
 from minillm.replication.local_steps import LocalSteps, Worker
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.assembly import layout_of
@@ -62,8 +65,8 @@ def simulate(d: int, steps: int, optimizer: str, model: str = "gpt2", **changes:
 
     Each is a plain run on one rank whose loss is the mean over its own sequences.
     """
-    options = {**SMALL, **LOCAL, **changes}
-    every, rate, mu = (options.pop(name) for name in LOCAL)
+    options = {**SMALL, **LOCAL, "fragments": 1, **changes}
+    every, rate, mu, number = (options.pop(name) for name in (*LOCAL, "fragments"))
     config = make_config(model, Layout(dp=d), **options)
     share = options["batch"] // d
     alone = make_config(model, Layout(), **(options | {"batch": share}))
@@ -79,17 +82,24 @@ def simulate(d: int, steps: int, optimizer: str, model: str = "gpt2", **changes:
     ]
     held = [worker.model.buffers[0].values for worker in workers]
     theta, buf = held[0].copy(), np.zeros_like(held[0])
+    fragment = np.zeros(theta.size, int)
+    for span in workers[0].model.buffers[0].layout.spans():
+        block = re.match(r"blocks\.(\d+)\.", span.parameter.name)
+        if block:
+            fragment[span.start : span.stop] = (int(block[1]) + 1) % number
     losses, norms = [], []
     for step in range(steps):
         reports = [worker.step(step) for worker in workers]
         losses.append(np.mean([report.loss for report in reports]))
         norms.append(np.sqrt(np.mean([report.grad_norm**2 for report in reports])))
-        if (step + 1) % every == 0:
-            outer = theta - np.mean(held, axis=0)
-            buf = mu * buf + outer
-            theta = theta - rate * (outer + mu * buf)
-            for values in held:
-                values[...] = theta
+        for due in range(number):
+            if (step + 1 - (due + 1) * every // number) % every == 0:
+                part = fragment == due
+                outer = theta[part] - np.mean(held, axis=0)[part]
+                buf[part] = mu * buf[part] + outer
+                theta[part] -= rate * (outer + mu * buf[part])
+                for values in held:
+                    values[part] = theta[part]
     held[0][...] = theta
     return losses, norms, assemble([pieces(workers[0], "value")])
 
@@ -139,9 +149,11 @@ def distance(one: Weights, other: Weights) -> float:
     )
 
 
-def equals_the_simulation(layout: Layout, optimizer: str = "adamw", **changes: Any) -> None:
-    losses, norms, weights = found(layout, 5, optimizer=optimizer, **changes)
-    expected = simulate(layout.dp, 5, optimizer, **changes)
+def equals_the_simulation(
+    layout: Layout, optimizer: str = "adamw", steps: int = 5, **changes: Any
+) -> None:
+    losses, norms, weights = found(layout, steps, optimizer=optimizer, **changes)
+    expected = simulate(layout.dp, steps, optimizer, **changes)
     np.testing.assert_allclose(losses, expected[0], rtol=1e-11)
     np.testing.assert_allclose(norms, expected[1], rtol=1e-9)
     assert distance(weights, expected[2]) < 1e-9
@@ -156,6 +168,9 @@ def equals_the_simulation(layout: Layout, optimizer: str = "adamw", **changes: A
         (Layout(dp=2, tp=2, sp=True), {"model": "llama-tied"}),
         (Layout(dp=2, pp=2, num_microbatches=2), {}),
         (Layout(dp=2, tp=2, pp=2, num_microbatches=2), {"outer_momentum": 0.0}),
+        (Layout(dp=2), {"fragments": 2, "local_steps": 4, "steps": 7}),
+        (Layout(dp=2, tp=2), {"fragments": 5, "local_steps": 5, "steps": 6, "model": "llama"}),
+        (Layout(dp=2, pp=2, num_microbatches=2), {"fragments": 2}),
     ],
     ids=str,
 )
@@ -165,7 +180,7 @@ def test_equals_virtual_workers(layout: Layout, changes: dict[str, Any]) -> None
 
 
 def negated(plain: Callable[..., None]) -> Callable[..., None]:
-    return lambda self, n, lr, momentum: plain(self, n, -lr, momentum)
+    return lambda self, n, lr, momentum, parts: plain(self, n, -lr, momentum, parts)
 
 
 def forgotten(plain: Callable[..., None]) -> Callable[..., None]:
@@ -182,6 +197,18 @@ def test_a_wrong_outer_step_is_seen(bug: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Worker, "outer_step", bug(Worker.outer_step))
     with pytest.raises(AssertionError):
         equals_the_simulation(Layout(dp=2))
+
+
+def test_a_fragment_that_is_never_averaged_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    due = local_steps.due_fragment
+
+    def never_the_second(*args: int) -> int | None:
+        found = due(*args)
+        return None if found == 1 else found
+
+    monkeypatch.setattr(local_steps, "due_fragment", never_the_second)
+    with pytest.raises(AssertionError):
+        equals_the_simulation(Layout(dp=2), fragments=2)
 
 
 @pytest.mark.parametrize("bug", ["averaged moments", "global gradient", "hook", "one norm"])
@@ -347,32 +374,37 @@ def test_resume_between_two_syncs_is_bit_equal(tmp_path: Path, layout: Layout) -
     resume(tmp_path, layout)
 
 
+def test_resume_between_two_fragments_is_bit_equal(tmp_path: Path) -> None:
+    resume(tmp_path, Layout(dp=2), fragments=2, local_steps=4)
+
+
 def no_moments(self: LocalSteps, optimizer: Any) -> Iterator[Any]:
     return iter(())
 
 
-def late(plain: Callable[..., None]) -> Callable[..., None]:
-    """Count the steps from the start of the process."""
+def count_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decide by the steps since the start of the process."""
+    plain, due, first = LocalSteps.update, local_steps.due_fragment, ContextVar[int]("first")
 
-    def update(self: Any, optimizer: Any, step: int, lr: float, scale: Any) -> None:
-        self.counted = getattr(self, "counted", -1) + 1
-        every, self.every = self.every, 1 if (self.counted + 1) % self.every == 0 else 10**9
-        plain(self, optimizer, step, lr, scale)
-        self.every = every
+    def update(self: Any, optimizer: Any, step: int, *args: Any) -> None:
+        first.set(first.get(step))
+        plain(self, optimizer, step, *args)
 
-    return update
+    monkeypatch.setattr(LocalSteps, "update", update)
+    monkeypatch.setattr(local_steps, "due_fragment", lambda s, *args: due(s - first.get(), *args))
 
 
-@pytest.mark.parametrize("bug", ["counter", "moments", "state"])
+@pytest.mark.parametrize("bug", ["counter", "moments", "state", "counter of fragments"])
 def test_a_wrong_resume_is_seen(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if bug == "counter":
-        monkeypatch.setattr(LocalSteps, "update", late(LocalSteps.update))
+    changes = {"fragments": 2, "local_steps": 4} if bug.endswith("fragments") else {}
+    if bug.startswith("counter"):
+        count_from_the_start(monkeypatch)
     elif bug == "moments":
         monkeypatch.setattr(LocalSteps, "own_state", no_moments)
     else:
         monkeypatch.setattr(LocalSteps, "state", lambda self: iter(()))
     with pytest.raises(AssertionError):
-        resume(tmp_path, Layout(dp=2))
+        resume(tmp_path, Layout(dp=2), **changes)
 
 
 def test_another_number_of_workers_begins_from_the_agreed_weights(tmp_path: Path) -> None:
@@ -480,6 +512,8 @@ def test_numbers_that_are_not_finite_stop_every_worker(bad: float) -> None:
         ({"local_steps": -1}, "--local-steps"),
         ({"local_steps": 2, "outer_momentum": 1.0}, "--outer-momentum"),
         ({"local_steps": 2, "outer_lr": 0.0}, "--outer-lr"),
+        ({"fragments": 2}, "--fragments 2 needs --local-steps"),
+        ({"local_steps": 4, "fragments": 3}, "does not divide --local-steps 4.*one of 1, 2, 4"),
         ({"local_steps": 30}, "the last 10 would never be averaged; use --steps 120"),
     ],
 )
