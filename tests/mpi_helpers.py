@@ -98,3 +98,36 @@ def mpirun(
 ) -> Finished:
     """Run `mpirun -n N python ARGS` to its end."""
     return finish(start(n, args, env, cwd), timeout)
+
+
+def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int = 3) -> None:
+    """Wait until the run has written `steps` lines of metrics."""
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run has not come to its steps"
+        )
+        time.sleep(0.05)
+
+
+def left_behind(marker: Path, seconds: float = 5.0) -> list[str]:
+    """Return the processes that do not end within `seconds`.
+
+    Their command line holds the path `marker`.
+    """
+    deadline = time.monotonic() + seconds
+    while (found := _running(marker)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _running(marker: Path) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:
+            continue
+        if str(marker).encode() in command:
+            found.append(command.decode(errors="replace"))
+    return found

@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mpi_helpers import Finished, environment, mpirun, needs_mpirun
+from mpi_helpers import Finished, environment, left_behind, mpirun, needs_mpirun
 
 PROGRAM = str(Path(__file__).with_name("fault_program.py"))
 TRAIN = ["-m", "minillm.train"]
@@ -26,29 +25,6 @@ def refused(found: Finished, *words: str) -> None:
     assert "Traceback" not in found.output
     for word in words:
         assert word in found.output, found.output
-
-
-def left_behind(marker: Path, seconds: float = 5.0) -> list[str]:
-    """Return the processes that do not end within `seconds`.
-
-    Their command line holds the path `marker`.
-    """
-    deadline = time.monotonic() + seconds
-    while (found := _running(marker)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found
-
-
-def _running(marker: Path) -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes()
-        except OSError:
-            continue
-        if str(marker).encode() in command:
-            found.append(command.decode(errors="replace"))
-    return found
 
 
 def unfinished(run: Path) -> list[Path]:

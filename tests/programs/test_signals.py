@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi_helpers import environment, finish, mpirun, needs_mpirun, start
+from mpi_helpers import environment, finish, mpirun, needs_mpirun, start, wait_for_steps
 
 from minillm.comm import signals
 from minillm.comm.signals import StopRequest
@@ -22,16 +22,6 @@ from minillm.train import main
 
 PROGRAM = str(Path(__file__).with_name("fault_program.py"))
 ENDLESS = ["--steps", "1000000", "--eval-every", "0"]
-
-
-def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int = 3) -> None:
-    """Wait until the run has written `steps` lines of metrics."""
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
-    while not metrics.exists() or metrics.read_text().count("\n") < steps:
-        assert process.poll() is None and time.monotonic() < deadline, (
-            "the run has not come to its steps"
-        )
-        time.sleep(0.05)
 
 
 def check_saved(run: Path, output: str, ranks: int) -> None:
