@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from minillm.base.errors import MinillmError
 from minillm.base.record import known_name
-from minillm.base.terminal import drop_output
+from minillm.base.terminal import printing
 
 
 class Program(NamedTuple):
@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The default is the command line of the process. Returns the exit status.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    return printing(lambda: _run(words))
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -56,11 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinillmError as error:
         print(f"minillm: {error}", file=sys.stderr)
         return 2
-    try:
-        return importlib.import_module(program.module).main(argv[1:])
-    except BrokenPipeError:  # of the programs outside of `main_guard`: emulator and doctor
-        drop_output()
-        return 141
+    return importlib.import_module(program.module).main(argv[1:])
 
 
 def usage() -> str:

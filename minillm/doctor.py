@@ -23,6 +23,7 @@ from typing import Literal
 
 from minillm import __version__
 from minillm.base.requirements import installed_version, new_enough, parse_requirement
+from minillm.base.terminal import printing
 from minillm.comm import leftovers
 from minillm.comm.cores import affinity, cgroup_quota, omp_limit, usable_cores
 from minillm.comm.launchers import OPEN_MPI_STOP, last_words, launched, mpi_family, version_in
@@ -66,6 +67,10 @@ problem = partial(Finding, "problem")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Return 1 if it holds a problem, else 0."""
+    return printing(lambda: _doctor(argv))
+
+
+def _doctor(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="minillm doctor",
         description="Examine this machine and name what is missing for training.",

@@ -32,7 +32,7 @@ from minillm.training.fit import fit
 from minillm.training.folder import Claim, check_visible, claim_existing, claim_new
 from minillm.training.loop import Run
 from minillm.training.numeric_key import asked_kernels
-from minillm.training.origin import Origin, continued_run, find_origin, saved_options
+from minillm.training.origin import Origin, continued_run, saved_options
 from minillm.training.resolve import ResolvedConfig, resolve
 
 
@@ -58,7 +58,8 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         if run is not None and not start.print_config:
             # Owned before its newest checkpoint is looked for: no other job can add one.
             _own(comm, stack, lambda: claim_existing(Path(run)))
-        origin = _origin(comm, start)
+        with known_to_all():
+            origin = Origin.find(comm, start)
         data, config = _plan(comm, options, origin)
         with known_to_all():
             config = fit(config, comm, device, refuse=not start.print_config)
@@ -87,7 +88,9 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             )
         )
         stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
-        stack.enter_context(guarded_output(stop.ask))
+        stack.enter_context(
+            guarded_output(lambda error: stop.ask(f"standard output is lost ({error.strerror})"))
+        )
         training = Run(comm, device, config, data, out, origin, tracer, stop)
         if (launch := launched()) and launch.launcher.startswith("Open MPI"):
             log(f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}\n")
@@ -111,14 +114,6 @@ def _own(comm: Communicator, stack: ExitStack, claim: Callable[[], Claim]) -> Pa
         Log(comm.rank)(note)
     agree(comm, lambda: check_visible(Path(path)))
     return Path(path)
-
-
-def _origin(comm: Communicator, start: StartOptions) -> Origin | None:
-    """Return the checkpoint to start from, the same on every rank. Collective."""
-    if start.resume is None and start.init_from is None:
-        return None
-    path = Path(from_first(comm, lambda: str(find_origin(start))))
-    return agree(comm, lambda: Origin.read(start, path))
 
 
 def _nothing_left(origin: Origin, config: ResolvedConfig) -> str | None:

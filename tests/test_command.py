@@ -1,8 +1,11 @@
 """`minillm` command: the program that it starts, and its message when there is none."""
 
+import importlib
+import json
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,57 @@ def test_it_starts_above_a_clone_of_its_name(tmp_path: Path) -> None:
         [sys.executable, "-m", "minillm", "--version"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout == f"minillm {__version__}\n"
+
+
+RUN = {"loss": 2.0, "seconds": 0.1, "tokens": 100, "tokens_per_second": 1e3, "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["schedule", "1f1b"],
+        ["plot", "RUN"],
+        ["completion", "--help"],
+        ["train", "--print-config"],
+        *([name, "--help"] for name in PROGRAMS),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("through", ["minillm", "python -m"])
+def test_output_to_a_full_disk_is_one_line_of_error(
+    words: Sequence[str],
+    through: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(RUN | {"step": 1}))
+    words = [str(tmp_path) if word == "RUN" else word for word in words]
+    start = main
+    if through == "python -m":
+        if words[0] not in PROGRAMS or words[0] == "emulator":
+            pytest.skip("a program of the command alone")
+        start, words = importlib.import_module(PROGRAMS[words[0]].module).main, words[1:]
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        try:
+            status = start(words)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    error = "error: standard output cannot be written: No space left on device\n"
+    assert (status, capsys.readouterr().err) == (1, error)
+
+
+def test_a_process_with_a_full_disk_ends_with_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "minillm.schedule", "1f1b"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    error = "error: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, error)

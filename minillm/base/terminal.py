@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
+from minillm.base.errors import ConfigError
+
 # Programs of MPICH and Open MPI between a terminal and the ranks.
 _LAUNCHERS = {
     *("mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy"),
@@ -42,9 +44,9 @@ def open_streams() -> None:
 
 
 def drop_output(stream: TextIO | None = None) -> None:
-    """Send the rest of a stream nowhere, by default of standard output, after its reader has gone.
+    """Send the rest of a stream nowhere, by default of standard output, after a write has failed.
 
-    The interpreter flushes the stream when it ends, and would report the broken pipe again.
+    The interpreter flushes the stream when it ends, and would report the failure again.
     """
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), (stream or sys.stdout).fileno())
@@ -53,22 +55,22 @@ def drop_output(stream: TextIO | None = None) -> None:
 class GuardedStream:
     """Text stream that outlives its reader: once a write fails, the rest is dropped.
 
-    `lost` is called with the reason, once.
+    `lost` is called with the error, once; it may raise.
     """
 
-    def __init__(self, stream: TextIO, lost: Callable[[str], None]) -> None:
-        self._stream, self._lost, self._gone = stream, lost, False
+    def __init__(self, stream: TextIO, lost: Callable[[OSError], None]) -> None:
+        self.stream, self._lost, self._gone = stream, lost, False
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
         """Write and return the number of characters."""
-        return self._try(self._stream.write, text) or len(text)
+        return self._try(self.stream.write, text) or len(text)
 
     def flush(self) -> None:
         """Flush."""
-        self._try(self._stream.flush)
+        self._try(self.stream.flush)
 
     def _try(self, fn: Callable[..., Any], *args: str) -> Any:
         if self._gone:
@@ -78,23 +80,53 @@ class GuardedStream:
         except OSError as error:
             self._gone = True
             with contextlib.suppress(OSError, ValueError):
-                drop_output(self._stream)
-            self._lost(f"standard output is lost ({error.strerror})")
+                drop_output(self.stream)
+            self._lost(error)
             return None
 
 
 @contextlib.contextmanager
-def guarded_output(lost: Callable[[str], None]) -> Iterator[None]:
-    """Call `lost` with the reason when standard output can no longer be written, as behind `head`.
+def guarded_output(lost: Callable[[OSError], None]) -> Iterator[None]:
+    """Call `lost` with the error when standard output can no longer be written, as behind `head`.
 
-    Inside the block no print fails.
+    Inside the block no print fails, unless `lost` raises. The block may stand inside another, whose
+    `lost` then rests.
     """
     before = sys.stdout
-    sys.stdout = GuardedStream(before, lost)
+    stream = before.stream if isinstance(before, GuardedStream) else before
+    sys.stdout = guarded = GuardedStream(stream, lost)
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # after --help
+            guarded.flush()
+            raise
+        guarded.flush()
     finally:
         sys.stdout = before
+
+
+def refuse_output(error: OSError) -> None:
+    """Raise BrokenPipeError for a reader that has gone, and ConfigError for any other `error`."""
+    if isinstance(error, BrokenPipeError):
+        raise error
+    raise ConfigError(f"standard output cannot be written: {error.strerror}") from None
+
+
+def printing(program: Callable[[], int]) -> int:
+    """Return the exit status of a program that needs no MPI.
+
+    It is 141 if the reader of its output has gone, and 1 with a line if the output is lost
+    otherwise, as on a full disk.
+    """
+    try:
+        with guarded_output(refuse_output):
+            return program()
+    except BrokenPipeError:
+        return 141
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def can_print(text: str) -> bool:

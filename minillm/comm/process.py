@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 
 from minillm import kernels
 from minillm.base.errors import ConfigError, MinillmError, PeerFailed
-from minillm.base.terminal import drop_output, open_streams
+from minillm.base.terminal import drop_output, guarded_output, open_streams, refuse_output
 from minillm.comm.agreement import AgreedError, agree
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.cores import use_threads
@@ -117,9 +117,11 @@ def _report(error: BaseException, rank: int | None) -> None:
     else:
         lines = "".join(traceback.format_exception(error)).splitlines(keepends=True)
         text = "".join(prefix + line for line in lines)
-    sys.stdout.flush()
-    sys.stderr.write(text)  # one write, so that lines of several ranks do not mix
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # of a full disk behind them
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)  # one write, so that lines of several ranks do not mix
+        sys.stderr.flush()
 
 
 def run_program(
@@ -160,11 +162,13 @@ def main_guard(program: Callable[[], int]) -> int:
 
     The first rank prints an AgreedError once all ranks have confirmed it. Any other error is
     printed by its rank and ends all ranks. If the reader of standard output has gone, the program
-    ends silently with 141, the status that a shell gives to such programs.
+    ends silently with 141, the status that a shell gives to such programs. If it cannot be written
+    otherwise, as on a full disk, that is an error of its rank.
     """
     open_streams()
     try:
-        return program()
+        with guarded_output(refuse_output):
+            return program()
     except AgreedError as error:
         if not _confirmed(str(error)):
             return _end(error)
