@@ -25,6 +25,7 @@ from minillm.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry,
 from minillm.checkpoint.policy import SaveEvery, SavePolicy, set_aside
 from minillm.checkpoint.record import RunRecord
 from minillm.checkpoint.save import save
+from minillm.checkpoint.search import Search, looking_again
 from minillm.checkpoint.source import CheckpointSource, FirstRows
 from minillm.checkpoint.state import (
     StateSource,
@@ -46,6 +47,7 @@ __all__ = [
     "RunRecord",
     "SaveEvery",
     "SavePolicy",
+    "Search",
     "StateSource",
     "StateTensor",
     "TensorEntry",
@@ -55,6 +57,7 @@ __all__ = [
     "fallbacks",
     "find",
     "load",
+    "looking_again",
     "read_manifest",
     "run_of",
     "run_steps",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 from minillm import checkpoint
 from minillm.base.device import CPU, Device, open_device
 from minillm.base.errors import CheckpointError, ConfigError
 from minillm.base.record import Record, option
-from minillm.comm.agreement import agree, from_first
+from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
@@ -19,10 +19,6 @@ from minillm.training.assembly import Assembly, assemble, model_shapes
 from minillm.training.config import RunConfig
 from minillm.training.fit import fit
 from minillm.training.resolve import ResolvedConfig, resolve
-
-T = TypeVar("T")
-
-MOST_LOOKS = 20  # for a checkpoint, while a run removes the ones found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +40,11 @@ class ReadOptions(Record):
     """Read the checkpoint with the lowest held-out loss, not the newest."""
 
 
-class Search(NamedTuple):
-    """Question for a checkpoint: a run or a checkpoint, and whether its best is wanted."""
-
-    folder: Path
-    best: bool
-
-
 @dataclass(frozen=True)
 class Opened:
     """Verified checkpoint: its folder, the options of its training, its vocabulary, its text."""
 
-    search: Search
+    search: checkpoint.Search
     path: Path
     config: RunConfig
     vocab: int
@@ -114,38 +103,15 @@ def open_checkpoint(path: str, comm: Communicator, best: bool = False) -> Opened
     Looks again if a run that is training removes it meanwhile. Collective. Raises CheckpointError
     on every rank if it is missing or damaged.
     """
-    return _looking_again(comm, Search(Path(path), best), None, lambda found: found)
+    search = checkpoint.Search(Path(path), best)
+    return checkpoint.looking_again(comm, search, lambda found: _open(comm, search, found))
 
 
-def _open(comm: Communicator, search: Search, found: Path) -> Opened:
+def _open(comm: Communicator, search: checkpoint.Search, found: Path) -> Opened:
     checkpoint.verify(found, comm)
     record = agree(comm, lambda: checkpoint.RunRecord.read(found), CheckpointError)
     config = RunConfig.from_dict(record.config, str(found))
     return Opened(search, found, config, record.vocab, record.tokenizer, record.corpus)
-
-
-def _looking_again(
-    comm: Communicator, search: Search, opened: Opened | None, use: Callable[[Opened], T]
-) -> T:
-    """Return `use` of a checkpoint, `opened` first; of the newest one if that is removed meanwhile.
-
-    Collective. Raises CheckpointError on every rank.
-    """
-    for _ in range(MOST_LOOKS):
-        path = None if opened is None else opened.path
-        try:
-            if path is None:
-                words = from_first(comm, lambda: str(checkpoint.find(*search)), CheckpointError)
-                path = Path(words)
-            return use(opened or _open(comm, search, path))
-        except CheckpointError:
-            opened = None
-            if path is None or path == search.folder or from_first(comm, path.exists):
-                raise
-    raise CheckpointError(
-        f"{search.folder} removes its checkpoints faster than they can be read; let the run keep "
-        "more (--keep), or copy one"
-    )
 
 
 def place(comm: Communicator, layout: ReadOptions) -> tuple[Communicator, Device]:
@@ -169,22 +135,26 @@ def load_trained(
     fit(config, world, device, training=False)
     shapes = model_shapes(config)
 
-    def compare(found: Opened) -> None:
-        def own() -> None:
-            checkpoint.check_shapes(checkpoint.CheckpointSource(found.path), shapes)
+    def source(found: Path) -> checkpoint.CheckpointSource:
+        if found != opened.path:  # a newer one of the run, not verified yet
+            checkpoint.verify(found, world)
+        return agree(world, lambda: checkpoint.CheckpointSource(found), CheckpointError)
 
-        agree(world, own, CheckpointError)
+    def compare(found: Path) -> None:
+        read = source(found)
+        agree(world, lambda: checkpoint.check_shapes(read, shapes), CheckpointError)
 
-    _looking_again(world, opened.search, opened, compare)
+    checkpoint.looking_again(world, opened.search, compare, opened.path)
     model = assemble(config, world, training=False, device=device)
     tensors, mesh = list(model.weights()), model.mesh
 
-    def fill(found: Opened) -> None:
-        def own() -> None:
-            source = checkpoint.CheckpointSource(found.path)
-            checkpoint.load(source, tensors, mesh.shape, mesh.coords, finite=True)
+    def fill(found: Path) -> None:
+        read = source(found)
+        agree(
+            world,
+            lambda: checkpoint.load(read, tensors, mesh.shape, mesh.coords, finite=True),
+            CheckpointError,
+        )
 
-        agree(world, own, CheckpointError)
-
-    _looking_again(world, opened.search, opened, fill)
+    checkpoint.looking_again(world, opened.search, fill, opened.path)
     return model

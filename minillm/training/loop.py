@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from minillm import checkpoint
 from minillm.base.device import Device
+from minillm.base.errors import CheckpointError
 from minillm.base.flags import to_toml
 from minillm.base.host_memory import resident
 from minillm.base.log import Log, clock, compact, paragraph, plural
@@ -231,15 +232,15 @@ class Run:
 
     def _load(self, origin: Origin, moved: str | None) -> None:
         """Fill the state from the checkpoint of `origin`, and say what changes with this run."""
+        if not origin.continues:
+            with known_to_all():
+                self._load_weights(origin)
+            return
         found, record = origin.path, origin.record
         with known_to_all():
             checkpoint.verify(found, self.comm)
             source = checkpoint.CheckpointSource(found)
-        if not origin.continues:
-            self.trainer.load_weights(self._first_rows(source))
-            self.log(f"weights from {found}, trained on {record.source} for {origin.step} steps")
-            return
-        self.trainer.load(source)
+            self.trainer.load(source)
         self.log(f"resumed from {found} at step {origin.step}")
         lost = checkpoint.fallbacks(source, self.trainer.state())
         for line in (*origin.changes(self.config), *([moved] if moved else []), *lost):
@@ -248,6 +249,21 @@ class Run:
         if difference:
             how = "change from here on" if lost else "continue to rounding, not bit for bit"
             self.log(f"results {how}: {difference}")
+
+    def _load_weights(self, origin: Origin) -> None:
+        """Fill the weights alone, and say from where.
+
+        If a run that is training has removed the checkpoint meanwhile, another of it serves.
+        """
+
+        def fill(path: Path) -> None:
+            checkpoint.verify(path, self.comm)
+            source = agree(self.comm, lambda: checkpoint.CheckpointSource(path), CheckpointError)
+            self.trainer.load_weights(self._first_rows(source))
+            steps = source.manifest.step
+            self.log(f"weights from {path}, trained on {origin.record.source} for {steps} steps")
+
+        checkpoint.looking_again(self.comm, origin.search, fill, origin.path)
 
     def _first_rows(self, source: checkpoint.StateSource) -> checkpoint.StateSource:
         """Return `source`, its tables no longer than those of this model."""

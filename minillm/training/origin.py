@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from minillm import checkpoint
-from minillm.base.errors import ConfigError
+from minillm.base.errors import CheckpointError, ConfigError
 from minillm.base.record import flag, or_list
+from minillm.comm.agreement import agree
+from minillm.comm.communicator import Communicator
+from minillm.comm.single import SelfCommunicator
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions
 from minillm.training.config import RunConfig
@@ -26,15 +29,29 @@ class Origin:
     record: checkpoint.RunRecord
     run: Path | None
     """Folder of the run that the checkpoint belongs to; None outside any run."""
+    search: checkpoint.Search
     continues: bool
     """True for `--resume`: the run goes on at `step`. False for `--init-from`: weights alone."""
 
     @classmethod
-    def read(cls, start: StartOptions, path: Path) -> Origin:
-        """Read the manifest of the checkpoint `path` that `start` means. Raises CheckpointError."""
-        record, step = checkpoint.RunRecord.read(path), checkpoint.read_manifest(path).step
-        run = checkpoint.run_of(Path(start.resume or start.init_from or ""))
-        return cls(path, step, record, run, start.resume is not None)
+    def find(cls, comm: Communicator, start: StartOptions) -> Origin | None:
+        """Return the checkpoint that `start` names, None if it names none. Collective.
+
+        Looks again if a run that is training removes it meanwhile. Raises CheckpointError on every
+        rank.
+        """
+        if start.resume is None and start.init_from is None:
+            return None
+        search, continues = _search(start), start.resume is not None
+        run = checkpoint.run_of(search.folder)
+
+        def read(path: Path) -> Origin:
+            record, step = checkpoint.RunRecord.read(path), checkpoint.read_manifest(path).step
+            return cls(path, step, record, run, search, continues)
+
+        return checkpoint.looking_again(
+            comm, search, lambda path: agree(comm, lambda: read(path), CheckpointError)
+        )
 
     @property
     def first_step(self) -> int:
@@ -107,13 +124,16 @@ def asked(record: checkpoint.RunRecord) -> dict[str, Any]:
 
 
 def saved_options(start: StartOptions) -> Mapping[str, Any]:
-    """Return the flat configuration held by the checkpoint that `start` names."""
-    return asked(checkpoint.RunRecord.read(find_origin(start)))
+    """Return the flat configuration held by the checkpoint that `start` names.
+
+    Not collective. Raises CheckpointError if there is none.
+    """
+    alone = SelfCommunicator("options")
+    return asked(checkpoint.looking_again(alone, _search(start), checkpoint.RunRecord.read))
 
 
-def find_origin(start: StartOptions) -> Path:
-    """Return the checkpoint that `start` names. Raises CheckpointError if there is none."""
-    return checkpoint.find(Path(start.resume or start.init_from or ""), start.best)
+def _search(start: StartOptions) -> checkpoint.Search:
+    return checkpoint.Search(Path(start.resume or start.init_from or ""), start.best)
 
 
 def continued_run(start: StartOptions, out: str | None) -> Path | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from minillm.base.arrays import to_host
 from minillm.base.device import CPU, Device
-from minillm.base.errors import CommError
+from minillm.base.errors import CheckpointError, CommError
 from minillm.base.trace import Tracer
 from minillm.checkpoint import StateSource, StateTensor, load
 from minillm.comm.agreement import agree
@@ -234,7 +234,11 @@ class Trainer:
 
     def _fill(self, source: StateSource, tensors: Sequence[StateTensor]) -> None:
         """Fill `tensors` from `source`, or raise on every rank. Collective."""
-        agree(self.world, lambda: load(source, tensors, self.mesh.shape, self.mesh.coords))
+        agree(
+            self.world,
+            lambda: load(source, tensors, self.mesh.shape, self.mesh.coords),
+            CheckpointError,
+        )
 
     def load_weights(self, source: StateSource) -> None:
         """Fill the weights alone; the optimizer's state stays at its beginning.

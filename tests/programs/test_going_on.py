@@ -20,6 +20,7 @@ from minillm.base.flags import to_toml
 from minillm.base.lock import FolderLock
 from minillm.data.batches import Batches
 from minillm.inference import loading
+from minillm.training import origin, trainer
 from minillm.training.arguments import parse_train_args
 from minillm.training.config import RunConfig
 from minillm.training.folder import begin, check_visible
@@ -474,6 +475,25 @@ def test_the_best_checkpoint_is_kept_and_evaluated(
     assert checkpoints(run) == ["step-00000010"]
 
 
+class Pruning:
+    """Removal of the checkpoints of `run` while another program reads them."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.removed = run, list[int]()
+
+    def before(self, usual: Callable[..., Any], step: int) -> Callable[..., Any]:
+        """Return `usual`, which first removes the checkpoint of `step`."""
+
+        def pruning(*args: Any, **options: Any) -> Any:
+            path = self.run / "checkpoints" / f"step-{step:08d}"
+            if path.exists():
+                self.removed.append(step)
+                shutil.rmtree(path)
+            return usual(*args, **options)
+
+        return pruning
+
+
 def test_a_reader_finds_the_newest_while_the_run_prunes(
     tiny: list[str],
     tmp_path: Path,
@@ -483,26 +503,39 @@ def test_a_reader_finds_the_newest_while_the_run_prunes(
 ) -> None:
     run = tmp_path / "run"
     run_train(*tiny, "--save-every", 1, "--keep", 9)
-    removed = []
-
-    def prunes(usual: Callable[..., Any], step: int) -> Callable[..., Any]:
-        """Remove the checkpoint of `step` before the call."""
-
-        def pruning(*args: Any, **options: Any) -> Any:
-            path = run / "checkpoints" / f"step-{step:08d}"
-            if path.exists():
-                removed.append(step)
-                shutil.rmtree(path)
-            return usual(*args, **options)
-
-        return pruning
-
+    pruning = Pruning(run)
     # The newest goes away while it is looked at, verified, read and loaded.
-    monkeypatch.setattr(find, "check_sizes", prunes(find.check_sizes, 6))
-    monkeypatch.setattr(loading.checkpoint, "verify", prunes(checkpoint.verify, 5))
-    monkeypatch.setattr(loading, "tokenizer_from_json", prunes(loading.tokenizer_from_json, 4))
+    for place, name, step in (
+        (find, "check_sizes", 6),
+        (loading.checkpoint, "verify", 5),
+        (loading, "tokenizer_from_json", 4),
+        (loading.checkpoint, "load", 3),
+    ):
+        monkeypatch.setattr(place, name, pruning.before(getattr(place, name), step))
     assert evaluate.main(["--checkpoint", str(run), "--tokens", "64"]) == 0
-    assert removed == [6, 5, 4] and "loss" in capsys.readouterr().out
+    assert pruning.removed == [6, 5, 4, 3] and "loss" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_weights_while_their_run_prunes(
+    tiny: list[str],
+    tmp_path: Path,
+    run_train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, new = tmp_path / "run", tmp_path / "new"
+    run_train(*tiny, "--save-every", 1, "--keep", 9)
+    pruning = Pruning(run)
+    # The newest goes away while the options are read, the manifest, the text, and the weights.
+    for place, name, step in (
+        (checkpoint.RunRecord, "read", 6),
+        (origin.checkpoint, "read_manifest", 5),
+        (train, "resolve", 4),
+        (trainer, "load", 3),
+    ):
+        monkeypatch.setattr(place, name, pruning.before(getattr(place, name), step))
+    output = run_train("--init-from", run, "--out", new, "--steps", 1, "--sample-tokens", 0)
+    assert pruning.removed == [6, 5, 4, 3] and steps(new) == [1]
+    assert f"weights from {run}/checkpoints/step-00000002, trained on" in output
 
 
 @needs_mpirun
