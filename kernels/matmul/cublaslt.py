@@ -4,7 +4,10 @@ cuBLASLt adds a bias while the product is in registers, and sums a bias's gradie
 that of the weight. CuPy has no binding, so ctypes calls it.
 
 Variant `cublaslt`. The default is `cublas`, for which each of the two is a pass over memory. The
-plan of a shape (descriptors, layouts, the heuristic's best algorithm) is made once and cached.
+plan of a shape (descriptors, layouts, an algorithm) is made once and cached. At the first product
+of a shape the heuristic's first algorithms are timed, and the fastest is kept. Two runs may keep
+different ones, which add in different orders. Variant `cublaslt-first` takes the heuristic's first,
+so its bits repeat.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import ctypes
 import functools
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,7 @@ from minillm.kernels.matmul.cuda import (
     COMPUTE_FLOAT32,
     CUDA_TYPES,
     Operand,
+    add_to_rows,
     checked_product,
     operand,
     row_sums,
@@ -32,6 +36,8 @@ from minillm.kernels.matmul.cuda import (
 from minillm.kernels.registry import kernel
 
 WORKSPACE_BYTES = 32 << 20
+TRIES = 8  # algorithms that are timed
+REPEATS = 5  # products of a timing
 _FLOAT32 = CUDA_TYPES["float32"]
 # Attributes of cublasLt.h: of a product, then of what is asked of the heuristic.
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER = 3, 4, 7, 8
@@ -83,17 +89,33 @@ class Plan(NamedTuple):
 
     desc: ctypes.c_void_p
     layouts: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    found: Heuristic
+    algorithm: Heuristic
+
+
+class Addresses(NamedTuple):
+    """Addresses of a product's matrices and of its epilogue's vector."""
+
+    a: int
+    b: int
+    c: int
+    vector: int | None
+
+
+Stopwatch = Callable[[Callable[[], None]], float]
+"""Function that returns the time of a call's work on the device."""
 
 
 class CublasLt:
     """Handle of the library, with its plans and a workspace.
 
-    Raises RuntimeError for any status but success.
+    `stopwatch` times the algorithms of a new shape; None takes the heuristic's first. Raises
+    RuntimeError for any status but success.
     """
 
-    def __init__(self, library: Any, allocate: Callable[[int], Any]) -> None:
-        self.library = library
+    def __init__(
+        self, library: Any, allocate: Callable[[int], Any], stopwatch: Stopwatch | None = None
+    ) -> None:
+        self.library, self._allocate, self._stopwatch = library, allocate, stopwatch
         self.workspace = allocate(WORKSPACE_BYTES)
         self.handle = self._create("cublasLtCreate")
         self._plans: dict[Key, Plan] = {}
@@ -159,77 +181,79 @@ class CublasLt:
             )
         return wishes
 
-    def plan(self, key: Key) -> Plan:
-        """Return the plan of a shape, cached.
+    def candidates(self, key: Key) -> list[Plan]:
+        """Return plans of a shape, the one that the heuristic takes for the fastest first.
 
         Raises RuntimeError if cuBLASLt has no algorithm.
         """
-        if key not in self._plans:
-            desc, layouts = (
-                self.product(key.transposed, key.epilogue),
-                (self.layout(key.a), self.layout(key.b), self.layout(key.c)),
-            )
-            if (
-                key.alignment
-            ):  # the heuristic looks at the alignment of this address, and at nothing there
-                self._set(
-                    "cublasLtMatmulDescSetAttribute",
-                    desc,
-                    BIAS_POINTER,
-                    ctypes.c_void_p(key.alignment),
-                )
-            found, count = Heuristic(), ctypes.c_int()
-            asked = (self.handle, desc, *layouts, layouts[2], self.wishes(key), ctypes.c_int(1))
-            self._call(
-                "cublasLtMatmulAlgoGetHeuristic", *asked, ctypes.byref(found), ctypes.byref(count)
-            )
-            if not count.value:
-                raise RuntimeError(
-                    f"cuBLASLt has no algorithm for {key}; use(matmul='cuda:cublas')"
-                )
-            self._plans[key] = Plan(desc, layouts, found)
-        return self._plans[key]
+        desc = self.product(key.transposed, key.epilogue)
+        layouts = (self.layout(key.a), self.layout(key.b), self.layout(key.c))
+        if key.alignment:
+            # The heuristic looks at the alignment of this address, and at nothing there.
+            self._point(desc, key.alignment)
+        found, count = (Heuristic * TRIES)(), ctypes.c_int()
+        wanted = 1 if self._stopwatch is None else TRIES
+        asked = (self.handle, desc, *layouts, layouts[2], self.wishes(key), ctypes.c_int(wanted))
+        self._call("cublasLtMatmulAlgoGetHeuristic", *asked, found, ctypes.byref(count))
+        plans = [Plan(desc, layouts, each) for each in found[: count.value] if not each.state]
+        if not plans:
+            raise RuntimeError(f"cuBLASLt has no algorithm for {key}; use(matmul='cuda:cublas')")
+        return plans
 
-    def run(
-        self, key: Key, a: int, b: int, c: int, beta: float, vector: int | None, stream: int
-    ) -> None:
-        """Run C = op(A) op(B) + beta C on these addresses, column by column.
-
-        The epilogue's vector has its own address.
-        """
+    def run(self, key: Key, at: Addresses, beta: float, stream: int) -> None:
+        """Run C = op(A) op(B) + beta C on these addresses, column by column."""
         with self._lock:
-            plan = self.plan(key)
-            if vector is not None:
-                self._set(
-                    "cublasLtMatmulDescSetAttribute",
-                    plan.desc,
-                    BIAS_POINTER,
-                    ctypes.c_void_p(vector),
-                )
-            one, factor = ctypes.c_float(1), ctypes.c_float(beta)
-            self._call(
-                "cublasLtMatmul",
-                *(self.handle, plan.desc, ctypes.byref(one)),
-                *(
-                    ctypes.c_void_p(a),
-                    plan.layouts[0],
-                    ctypes.c_void_p(b),
-                    plan.layouts[1],
-                    ctypes.byref(factor),
-                ),
-                *(
-                    ctypes.c_void_p(c),
-                    plan.layouts[2],
-                    ctypes.c_void_p(c),
-                    plan.layouts[2],
-                    ctypes.byref(plan.found.algo),
-                ),
-                *(
-                    ctypes.c_void_p(self.workspace.data.ptr),
-                    ctypes.c_size_t(WORKSPACE_BYTES),
-                    ctypes.c_void_p(stream),
-                ),
-            )
+            if key not in self._plans:
+                self._plans[key] = self._fastest(self.candidates(key), key, at, beta, stream)
+            self._multiply(self._plans[key], at, beta, stream)
+
+    def _fastest(
+        self, plans: Sequence[Plan], key: Key, at: Addresses, beta: float, stream: int
+    ) -> Plan:
+        """Return the fastest of `plans` on these matrices; results go into memory of their own.
+
+        It is the first one where that memory is short. An algorithm that fails is left out.
+        """
+        if self._stopwatch is None or len(plans) == 1:
+            return plans[0]
+        try:
+            c = self._allocate(4 * key.c.leading * key.c.columns)
+            vector = self._allocate(4 * max(key.c.rows, key.c.columns))
+        except MemoryError:
+            return plans[0]
+        vector_at = None if at.vector is None else vector.data.ptr
+        scratch = at._replace(c=c.data.ptr, vector=vector_at)
+        seconds: dict[int, float] = {}
+        for number, plan in enumerate(plans):
+
+            def repeat(plan: Plan = plan) -> None:
+                for _ in range(REPEATS):
+                    self._multiply(plan, scratch, beta, stream)
+
+            try:
+                self._multiply(plan, scratch, beta, stream)  # loads its code
+                seconds[number] = self._stopwatch(repeat)
+            except RuntimeError:
+                continue
+        return plans[min(seconds, key=lambda number: seconds[number], default=0)]
+
+    def _point(self, desc: ctypes.c_void_p, vector: int) -> None:
+        """Set the address of the epilogue's vector."""
+        attribute, address = BIAS_POINTER, ctypes.c_void_p(vector)
+        self._set("cublasLtMatmulDescSetAttribute", desc, attribute, address)
+
+    def _multiply(self, plan: Plan, at: Addresses, beta: float, stream: int) -> None:
+        if at.vector is not None:
+            self._point(plan.desc, at.vector)
+        one, factor, c = ctypes.c_float(1), ctypes.c_float(beta), ctypes.c_void_p(at.c)
+        self._call(
+            "cublasLtMatmul",
+            *(self.handle, plan.desc, ctypes.byref(one)),
+            *(ctypes.c_void_p(at.a), plan.layouts[0], ctypes.c_void_p(at.b), plan.layouts[1]),
+            *(ctypes.byref(factor), c, plan.layouts[2], c, plan.layouts[2]),
+            *(ctypes.byref(plan.algorithm.algo), ctypes.c_void_p(self.workspace.data.ptr)),
+            *(ctypes.c_size_t(WORKSPACE_BYTES), ctypes.c_void_p(stream)),
+        )
 
 
 def library_file() -> Path | str:
@@ -248,26 +272,27 @@ def library_file() -> Path | str:
 
 
 @functools.cache
-def _opened(device: int) -> CublasLt:
+def _opened(device: int, timed: bool) -> CublasLt:
     """Return the library for a device, whose memory holds the workspace.
 
-    Kernels of one stream use the workspace in turn.
+    Kernels of one stream use the workspace in turn. `timed`: algorithms of a new shape are timed.
     """
     cupy = importlib.import_module("cupy")
-    return CublasLt(ctypes.CDLL(str(library_file())), lambda size: cupy.empty(size, np.uint8))
+
+    def milliseconds(call: Callable[[], None]) -> float:
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(cupy.cuda.get_elapsed_time(start, end))
+
+    library = ctypes.CDLL(str(library_file()))
+    stopwatch = milliseconds if timed else None
+    return CublasLt(library, lambda size: cupy.empty(size, np.uint8), stopwatch)
 
 
-@kernel(
-    "matmul",
-    backend="cuda",
-    variant="cublaslt",
-    dtypes=tuple(CUDA_TYPES),
-    unavailable=unavailable,
-    fuses_bias=True,
-)
-def matmul(
-    a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None
-) -> Any:
+def _matmul(timed: bool, a: Any, b: Any, out: Any, accumulate: bool, bias: Any, sums: Any) -> Any:
     out, done = checked_product(a, b, out, accumulate, bias, sums)
     given = bias if sums is None else sums
     vector = (
@@ -290,12 +315,33 @@ def matmul(
     )
     stream = importlib.import_module("cupy").cuda.get_current_stream().ptr
     address = None if vector is None else vector.data.ptr
-    _opened(a.device.id).run(
-        key, left.pointer, right.pointer, target.pointer, float(accumulate), address, stream
-    )
+    at = Addresses(left.pointer, right.pointer, target.pointer, address)
+    _opened(a.device.id, timed).run(key, at, float(accumulate), stream)
     if bias is not None and vector is None:
-        out += bias
+        add_to_rows(out, bias)
     return out
+
+
+_REGISTERED: dict[str, Any] = {
+    "backend": "cuda",
+    "dtypes": tuple(CUDA_TYPES),
+    "unavailable": unavailable,
+    "fuses_bias": True,
+}
+
+
+@kernel("matmul", variant="cublaslt", **_REGISTERED)
+def matmul(
+    a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None
+) -> Any:
+    return _matmul(True, a, b, out, accumulate, bias, sums)
+
+
+@kernel("matmul", variant="cublaslt-first", **_REGISTERED)
+def matmul_first(
+    a: Any, b: Any, out: Any = None, accumulate: bool = False, bias: Any = None, sums: Any = None
+) -> Any:
+    return _matmul(False, a, b, out, accumulate, bias, sums)
 
 
 def _alignment(pointer: int) -> int:

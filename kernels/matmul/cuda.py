@@ -69,8 +69,16 @@ def matmul(
     if not done:
         gemm(a, b, out, accumulate)
         if bias is not None:
-            out += bias
+            add_to_rows(out, bias)
     return out
+
+
+def add_to_rows(out: Any, bias: Any) -> None:
+    """Add bias [N] to out [M, N] in a pass of its own."""
+    if out.dtype == bias.dtype and out.flags.c_contiguous:
+        lookup("add_bias_", out)(out, bias)
+    else:
+        out += bias
 
 
 def row_sums(a: Any, out: Any) -> None:
@@ -115,7 +123,7 @@ def checked_product(
     if not accumulate:
         out.fill(0)
         if bias is not None:
-            out += bias
+            add_to_rows(out, bias)
     return out, True
 
 

@@ -18,3 +18,11 @@ def cases() -> Iterator[Case]:
             lambda x, y: (kernels.add(x, y), kernels.add(t := x.copy(), strided(y), out=t)),
             lambda x, y: (x + y, x + y),
         )
+    for rows, width in ((0, 3), (1, 1), (5, 7), (2000, 130), (33, 1100)):
+        yield Case(
+            "residual",
+            f"add-bias-{rows}x{width}",
+            normals((rows, width), (width,)),
+            lambda x, b: (kernels.add_bias_(x.copy(), b), kernels.add_bias_(strided(x), b)),
+            lambda x, b: (x + b, x + b),
+        )

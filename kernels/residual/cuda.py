@@ -1,4 +1,4 @@
-"""The residual sum on the GPU."""
+"""The residual sum and the addition of a bias on the GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from minillm.kernels.gpu.registering import cuda_kernel
 
 _FILE = Path(__file__).with_name("v1.cu")
 _THREADS = 256
+_ROWS = 4 * _THREADS // 32  # of a block that adds a bias
 
 
 @cuda_kernel("add")
@@ -29,3 +30,15 @@ def add(x: Any, y: Any, out: Any = None) -> Any:
         (dense(x), dense(y), computed, np.int64(x.size)),
     )
     return deliver(computed, out)
+
+
+@cuda_kernel("add_bias_")
+def add_bias_(x: Any, bias: Any) -> Any:
+    same_dtype(x, bias)
+    D = x.shape[-1]
+    num_rows = x.size // D
+    computed = dense(x)
+    grid = (blocks(num_rows, _ROWS), blocks(runs(D, x.dtype), 32))
+    args = (computed, dense(bias), np.int64(num_rows), np.int32(D))
+    launch(_FILE, "add_bias", {"ELEMENT": element(x)}, grid, (32, _THREADS // 32), args)
+    return deliver(computed, x)

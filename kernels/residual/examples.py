@@ -11,3 +11,7 @@ from minillm import kernels
 
 def add(make: Maker) -> Any:
     return kernels.add(make.rows(), make.rows())
+
+
+def add_bias_(make: Maker) -> Any:
+    return kernels.add_bias_(make.rows(), make(make.sizes.width))

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from minillm.kernels.matmul import cublaslt
-from minillm.kernels.matmul.cublaslt import CublasLt, Key, Matrix, matmul
+from minillm.kernels.matmul.cublaslt import CublasLt, Key, Matrix, matmul, matmul_first
 from standin.cuda import _TYPES, _matrix
 from standin.install import installed
 from test_matmul import TYPES, made
@@ -24,10 +24,17 @@ from minillm.base.arrays import to_device, to_host
 
 
 class FakeLibrary:
-    """Fake cuBLASLt: its functions over descriptors that are rows of a table."""
+    """Fake cuBLASLt: its functions over descriptors that are rows of a table.
+
+    `algorithms` are what the heuristic finds: number -> milliseconds of a product. A negative one
+    fails. `clock` counts the time of the products.
+    """
 
     def __init__(self) -> None:
         self.table: dict[int, Any] = {}
+        self.algorithms = {77: 1.0}
+        self.ran: list[int] = []
+        self.clock = 0.0
         self.calls: Counter[str] = Counter()
         self.epilogues: Counter[int] = Counter()
 
@@ -61,7 +68,7 @@ class FakeLibrary:
 
     def cublasLtMatmulAlgoGetHeuristic(self, handle: Any, desc: Any, *rest: Any) -> int:
         self.calls["heuristic"] += 1
-        *layouts, wishes, _, found, count = rest
+        *layouts, wishes, wanted, found, count = rest
         kept, with_ = self.table[wishes.value], self.table[desc.value]
         assert with_.get(8) in ((None,) if with_[7] == 1 else (64, 128, 256)), (
             "the vector's alignment is known by now"
@@ -70,8 +77,10 @@ class FakeLibrary:
             kept[a] in (2, 4, 8, 16, 32, 64, 128, 256) for a in (5, 6, 7, 8)
         )
         assert len(layouts) == 4 and layouts[2].value == layouts[3].value
-        found._obj.algo[0] = 77
-        count._obj.value = 1
+        chosen = list(self.algorithms)[: wanted.value]
+        for each, number in zip(found, chosen, strict=False):
+            each.algo[0] = number
+        count._obj.value = len(chosen)
         return 0
 
     def cublasLtMatmul(self, handle: Any, desc: Any, alpha: Any, *rest: Any) -> int:
@@ -80,10 +89,15 @@ class FakeLibrary:
         assert (
             c.value == d.value
             and C.value == D.value
-            and algo._obj[0] == 77
+            and algo._obj[0] in self.algorithms
             and workspace.value % 256 == 0
             and size.value == 32 << 20
         )
+        number = algo._obj[0]
+        self.ran.append(number)
+        self.clock += abs(self.algorithms[number])
+        if self.algorithms[number] < 0:
+            return 15
         with_, (m, n, ldc, c_type) = self.table[desc.value], self.table[C.value]
         left, right = (
             _matrix(
@@ -114,9 +128,80 @@ class FakeLibrary:
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLibrary]:
     with installed() as module:
         library = FakeLibrary()
-        opened = CublasLt(library, lambda size: module.empty(size, np.uint8))
-        monkeypatch.setattr(cublaslt, "_opened", lambda device: opened)
+
+        def stopwatch(call: Callable[[], None]) -> float:
+            before = library.clock
+            call()
+            return library.clock - before
+
+        def allocate(size: int) -> Any:
+            return module.zeros(size, np.uint8)
+
+        opened = {
+            timed: CublasLt(library, allocate, stopwatch if timed else None)
+            for timed in (True, False)
+        }
+        monkeypatch.setattr(cublaslt, "_opened", lambda device, timed: opened[timed])
         yield library
+
+
+PRODUCTS = cublaslt.REPEATS + 1  # of an algorithm that is timed
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "kept"),
+    [
+        ({1: 3.0, 2: 1.0, 3: 2.0}, 2),
+        ({1: 3.0, 2: -1.0, 3: 2.0}, 3),  # the second fails
+        ({n: 10.0 - n for n in range(1, 10)}, 8),  # the ninth, the fastest, is not asked for
+        ({1: 1.0, 2: 1.0}, 1),  # the heuristic's order decides between equals
+    ],
+)
+def test_the_fastest_algorithm_of_a_shape_is_kept(
+    library: FakeLibrary, algorithms: dict[int, float], kept: int
+) -> None:
+    import cupy
+
+    library.algorithms = algorithms
+    x, weight = cupy.ones((4, 8), np.float32), cupy.ones((3, 8), np.float32)
+    out, bias = cupy.ones((4, 3), np.float32), cupy.ones(3, np.float32)
+    matmul(x, weight.T, out, True)  # accumulates once, whatever was timed
+    assert (to_host(out) == 9).all()
+    asked = list(algorithms)[:8]
+    timed = [n for n in asked for _ in range(PRODUCTS if algorithms[n] > 0 else 1)]
+    assert library.ran == [*timed, kept]
+    matmul(x, weight.T, out, True)
+    assert library.ran == [*timed, kept, kept] and (to_host(out) == 17).all()
+    sums = cupy.empty(4, np.float32)
+    matmul(x, weight.T, out, True, sums=sums)
+    assert (to_host(out) == 25).all() and (to_host(sums) == 8).all()
+    assert (to_host(matmul(x, weight.T, bias=bias)) == 9).all()
+    library.ran.clear()
+    matmul_first(x, weight.T, out, True)
+    assert library.ran == [1]
+
+
+def test_without_memory_for_a_try_the_first_algorithm_runs(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cupy
+
+    def short(size: int) -> Any:
+        raise MemoryError
+
+    library.algorithms = {1: 3.0, 2: 1.0}
+    monkeypatch.setattr(cublaslt._opened(0, True), "_allocate", short)  # type: ignore[call-arg]
+    x = cupy.ones((2, 2), np.float32)
+    assert (to_host(matmul(x, x)) == 2).all() and library.ran == [1]
+
+
+def test_a_shape_without_an_algorithm_names_the_way_out(library: FakeLibrary) -> None:
+    import cupy
+
+    library.algorithms = {}
+    x = cupy.ones((2, 2), np.float32)
+    with pytest.raises(RuntimeError, match=r"no algorithm for Key.*use.matmul='cuda:cublas'"):
+        matmul(x, x)
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 3), (1, 4, 6), (6, 4, 1), (33, 8, 17)])
