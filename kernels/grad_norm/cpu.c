@@ -2,21 +2,10 @@
 
 enum { SQUARES_RUN = 512, SQUARES_GRAIN = 1 << 14, ARRAYS_GRAIN = 1 << 13 };
 
-/* Add the sums of runs in the order of groups.h. */
-static double add_runs(const Groups *runs, const float *sums) {
-    double total = 0;
-    for (int64_t part = 0; part < runs->num_parts; part++) {
-        double sum = 0;
-        for (int64_t i = 0; i < runs->in_part; i++) sum += (double)sums[part * runs->in_part + i];
-        total += sum;
-    }
-    return total;
-}
-
 typedef struct {
     const float *x;
     double *total; /* [1] */
-    int64_t size, num_parts;
+    int64_t size;
 } SumOfSquares;
 
 typedef struct {
@@ -38,28 +27,28 @@ static void sum_of_squares_runs(
 
 /* Run `function` over the runs of `size` elements, and return the sum of their squares. */
 static double squares_of(
-    Pool *pool, RangeFunction *function, const void *arguments, int64_t size, int64_t num_parts,
-    int64_t grain
+    Pool *pool, RangeFunction *function, const void *arguments, int64_t size, int64_t grain
 ) {
-    SquaredRuns r = {arguments, groups_of(size, SQUARES_RUN, num_parts, grain), NULL};
+    SquaredRuns r = {arguments, groups_of(size, SQUARES_RUN), NULL};
     r.sums = groups_memory(pool, &r.runs, 1);
     if (!r.sums) return 0;
-    pool_run(pool, function, &r, r.runs.num_parts * r.runs.in_part, grain / SQUARES_RUN);
-    const double total = add_runs(&r.runs, r.sums);
+    pool_run(pool, function, &r, r.runs.number, grain / SQUARES_RUN);
+    double total = 0;
+    for (int64_t i = 0; i < r.runs.number; i++) total += (double)r.sums[i];
     free(r.sums);
     return total;
 }
 
 static void sum_of_squares(Pool *pool, const Argument *arguments) {
     UNPACK(SumOfSquares, a, arguments);
-    *a.total = squares_of(pool, sum_of_squares_runs, &a, a.size, a.num_parts, SQUARES_GRAIN);
+    *a.total = squares_of(pool, sum_of_squares_runs, &a, a.size, SQUARES_GRAIN);
 }
 
 typedef struct {
     float *const *parts; /* [num_arrays] arrays [size], of which out may be one */
     float *out;
     double *total; /* [1] */
-    int64_t num_arrays, size, num_parts;
+    int64_t num_arrays, size;
 } SumArrays;
 
 static void sum_arrays_runs(
@@ -84,5 +73,5 @@ static void sum_arrays_runs(
 
 static void sum_arrays(Pool *pool, const Argument *arguments) {
     UNPACK(SumArrays, a, arguments);
-    *a.total = squares_of(pool, sum_arrays_runs, &a, a.size, a.num_parts, ARRAYS_GRAIN);
+    *a.total = squares_of(pool, sum_arrays_runs, &a, a.size, ARRAYS_GRAIN);
 }

@@ -7,12 +7,18 @@ from typing import Any
 import numpy as np
 from minillm.kernels.arrays import deliver, dense, out_like
 from minillm.kernels.native import c_kernel, pool
-from minillm.kernels.pool import get_threads
 
 
 @c_kernel("layernorm_forward")
 def layernorm_forward(
-    c: Any, x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None
+    c: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    delta: Any = None,
+    sum_out: Any = None,
+    delta_bias: Any = None,
 ) -> tuple[Any, Any, Any]:
     x, delta = dense(x), None if delta is None else dense(delta)
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
@@ -21,7 +27,9 @@ def layernorm_forward(
         np.empty(num_rows, x.dtype),
         np.empty(num_rows, x.dtype),
     )
-    c.layernorm_forward(pool(), x, delta, weight, bias, sum_out, y, mean, rstd, num_rows, D, eps)
+    c.layernorm_forward(
+        pool(), x, delta, delta_bias, weight, bias, sum_out, y, mean, rstd, num_rows, D, eps
+    )
     return y, mean, rstd
 
 
@@ -45,7 +53,7 @@ def layernorm_backward(
     grad_x = out_like(x, grad_x_out) if need_x else None
     params = np.empty((2, D), x.dtype) if need_params else None
     grad_sum = None if grad_sum is None else dense(grad_sum)
-    rows = (dense(x), weight, mean, rstd, grad_x, params, num_rows, D, get_threads())
+    rows = (dense(x), weight, mean, rstd, grad_x, params, num_rows, D)
     c.layernorm_backward(pool(), dense(grad_y), grad_sum, *rows)
     if need_x:
         grad_x = deliver(grad_x, grad_x_out)

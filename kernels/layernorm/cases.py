@@ -65,6 +65,22 @@ def cases() -> Iterator[Case]:
         ),
         lambda x, d, w: (*reference.layernorm_forward(x + d, w, None, EPS), x + d),
     )
+    for rows, width in ((7, 12), (3, 1100)):
+        yield Case(
+            "layernorm",
+            f"residual-bias-{rows}x{width}",
+            normals((rows, width), (rows, width), (width,), (width,)),
+            lambda x, d, w, b: (
+                *kernels.layernorm_forward(
+                    x, w, w, EPS, delta=d, sum_out=(total := poisoned(x)), delta_bias=b
+                ),
+                total,
+            ),
+            lambda x, d, w, b: (
+                *reference.layernorm_forward(x + d + b, w, w, EPS),
+                x + d + b,
+            ),
+        )
     yield Case(
         "layernorm",
         "residual-backward",

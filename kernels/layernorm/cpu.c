@@ -1,8 +1,8 @@
 /* Layer normalisation: one read of each row from memory, further passes from cache. */
 
 typedef struct {
-    const float *x, *delta, *weight, *bias; /* delta, bias: or NULL */
-    float *sum, *y, *mean, *rstd;           /* sum = x + delta, or NULL */
+    const float *x, *delta, *delta_bias, *weight, *bias; /* all but x, weight: or NULL */
+    float *sum, *y, *mean, *rstd;           /* sum = x + delta + delta_bias, or NULL */
     int64_t num_rows, D;
     double eps;
 } LayerNormForward;
@@ -18,6 +18,7 @@ static void layernorm_forward_rows(
         float total = 0, squares = 0;
         if (a->delta) {
             add_rows(x, a->delta + row * D, a->sum + row * D, D);
+            if (a->delta_bias) add_to(a->sum + row * D, a->delta_bias, D);
             x = a->sum + row * D;
         }
 #pragma omp simd reduction(+ : total)
@@ -47,7 +48,7 @@ typedef struct {
     const float *grad_y, *grad_sum, *x, *weight, *mean, *rstd; /* grad_sum: or NULL */
     float *grad_x;   /* or NULL; may be grad_y */
     float *grad_params; /* [2, D]: the gradients of weight and bias, or NULL */
-    int64_t num_rows, D, num_parts;
+    int64_t num_rows, D;
 } LayerNormBackward;
 
 static void layernorm_backward_row(const LayerNormBackward *a, int64_t row, float *sums) {
@@ -101,10 +102,10 @@ static void layernorm_backward_groups(
 
 static void layernorm_backward(Pool *pool, const Argument *arguments) {
     UNPACK(LayerNormBackward, a, arguments);
-    LayerNormBackwardGroups g = {&a, groups_of(a.num_rows, SUM_ROWS, a.num_parts, SUM_ROWS), NULL};
+    LayerNormBackwardGroups g = {&a, groups_of(a.num_rows, SUM_ROWS), NULL};
     const int64_t width = 2 * a.D;
     if (a.grad_params && !(g.sums = groups_memory(pool, &g.groups, width))) return;
-    pool_run(pool, layernorm_backward_groups, &g, g.groups.num_parts * g.groups.in_part, 1);
+    pool_run(pool, layernorm_backward_groups, &g, g.groups.number, 1);
     if (g.sums) add_groups(pool, &g.groups, g.sums, width, a.grad_params);
     free(g.sums);
 }

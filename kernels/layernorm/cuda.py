@@ -21,9 +21,15 @@ _FILE = Path(__file__).with_name("v1.cu")
 
 @cuda_kernel("layernorm_forward")
 def layernorm_forward(
-    x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    delta: Any = None,
+    sum_out: Any = None,
+    delta_bias: Any = None,
 ) -> tuple[Any, Any, Any]:
-    same_dtype(x, weight, bias, delta, sum_out)
+    same_dtype(x, weight, bias, delta, delta_bias, sum_out)
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     layout = rows_in_registers(D)
     y, mean, rstd = (
@@ -35,6 +41,7 @@ def layernorm_forward(
     arrays = (
         dense(x),
         None if delta is None else dense(delta),
+        None if delta_bias is None else dense(delta_bias),
         dense(weight),
         None if bias is None else dense(bias),
         total,

@@ -9,16 +9,23 @@ from minillm.kernels.arrays import deliver
 
 
 def layernorm_forward(
-    x: Any, weight: Any, bias: Any, eps: float, delta: Any = None, sum_out: Any = None
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    delta: Any = None,
+    sum_out: Any = None,
+    delta_bias: Any = None,
 ) -> tuple[Any, Any, Any]:
     """y = (x - mean) rstd weight + bias, with rstd = 1 / sqrt(variance + eps) of each row.
 
     x: [..., D]; weight: [D]; bias: [D] or None.
     delta: [..., D], a residual branch: x + delta is normalised, and written into `sum_out`.
+    delta_bias: [D] or None, added to delta.
     Returns y [..., D], mean [rows] and rstd [rows]; on a GPU mean and rstd are float32.
     """
     if delta is not None:
-        x = x + delta
+        x = x + (delta if delta_bias is None else delta + delta_bias)
         if sum_out is not None:
             sum_out[...] = x
     mean = x.mean(-1, keepdims=True)

@@ -9,17 +9,23 @@ from typing import Any
 
 import numpy as np
 from minillm.kernels.arrays import deliver
-from minillm.kernels.pool import parallel_for
 from minillm.kernels.registry import kernel
-from minillm.kernels.rows import row_blocks
+from minillm.kernels.rows import block_sums, row_blocks
 
 
 @kernel("rmsnorm_forward")
 def rmsnorm_forward(
-    x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None
+    x: Any,
+    weight: Any,
+    eps: float,
+    delta: Any = None,
+    sum_out: Any = None,
+    delta_bias: Any = None,
 ) -> tuple[Any, Any]:
     shape = x.shape
-    x = (x if delta is None else np.add(x, delta, out=sum_out)).reshape(-1, shape[-1])
+    if delta is not None:
+        x = np.add(x, delta if delta_bias is None else delta + delta_bias, out=sum_out)
+    x = x.reshape(-1, shape[-1])
     y, rstd = np.empty_like(x), np.empty(len(x), x.dtype)
 
     def run(rows: slice) -> None:
@@ -52,28 +58,19 @@ def rmsnorm_backward(
         None if a is None else a.reshape(-1, D) for a in (x, grad_y, grad_x_out, grad_sum)
     )
     grad_x = (np.empty_like(x) if grad_x_out is None else grad_x_out) if need_x else None
-    partial: list[tuple[int, Any]] = []
-    step = max(1, (128 << 10) // (D * x.itemsize))
 
-    def run(start: int, stop: int) -> None:
-        total = np.zeros(D, x.dtype)
-        for first in range(start, stop, step):
-            rows = slice(first, min(first + step, stop))
-            z, dy = x[rows] * rstd[rows, None], grad_y[rows]
-            if need_params:
-                total += np.einsum("ij,ij->j", dy, z)
-            if grad_x is not None:
-                g = dy * weight
-                z *= (np.einsum("ij,ij->i", g, z) / x.dtype.type(D))[:, None]
-                g -= z
-                np.multiply(g, rstd[rows, None], out=grad_x[rows])
-                if grad_sum is not None:
-                    grad_x[rows] += grad_sum[rows]
-        partial.append((start, total))
+    def block(rows: slice, sums: Any) -> None:
+        z, dy = x[rows] * rstd[rows, None], grad_y[rows]
+        if need_params:
+            np.einsum("ij,ij->j", dy, z, out=sums[0])
+        if grad_x is not None:
+            g = dy * weight
+            z *= (np.einsum("ij,ij->i", g, z) / x.dtype.type(D))[:, None]
+            g -= z
+            np.multiply(g, rstd[rows, None], out=grad_x[rows])
+            if grad_sum is not None:
+                grad_x[rows] += grad_sum[rows]
 
-    parallel_for(len(x), run, step)
-    grad_weight = None
-    if need_params:
-        ordered = (total for _, total in sorted(partial, key=lambda item: item[0]))
-        grad_weight = deliver(sum(ordered, np.zeros(D, x.dtype)), grad_weight_out)
+    sums = block_sums(x, 1, block)
+    grad_weight = deliver(sums[0], grad_weight_out) if need_params else None
     return None if grad_x is None else grad_x.reshape(shape), grad_weight

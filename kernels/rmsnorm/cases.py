@@ -43,6 +43,19 @@ def cases() -> Iterator[Case]:
         ),
         lambda x, d, w: (*reference.rmsnorm_forward(x + d, w, EPS), x + d),
     )
+    for rows, width in ((7, 12), (3, 1100)):
+        yield Case(
+            "rmsnorm",
+            f"residual-bias-{rows}x{width}",
+            normals((rows, width), (rows, width), (width,), (width,)),
+            lambda x, d, w, b: (
+                *kernels.rmsnorm_forward(
+                    x, w, EPS, delta=d, sum_out=(total := poisoned(x)), delta_bias=b
+                ),
+                total,
+            ),
+            lambda x, d, w, b: (*reference.rmsnorm_forward(x + d + b, w, EPS), x + d + b),
+        )
     yield Case(
         "rmsnorm",
         "residual-backward",

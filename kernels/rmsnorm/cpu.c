@@ -1,8 +1,8 @@
 /* Root-mean-square normalisation. */
 
 typedef struct {
-    const float *x, *delta, *weight; /* delta: or NULL */
-    float *sum, *y, *rstd;           /* sum = x + delta, or NULL */
+    const float *x, *delta, *delta_bias, *weight; /* delta, delta_bias: or NULL */
+    float *sum, *y, *rstd;           /* sum = x + delta + delta_bias, or NULL */
     int64_t num_rows, D;
     double eps;
 } RMSNormForward;
@@ -17,6 +17,7 @@ static void rmsnorm_forward_rows(
         float *y = a->y + row * D;
         if (a->delta) {
             add_rows(x, a->delta + row * D, a->sum + row * D, D);
+            if (a->delta_bias) add_to(a->sum + row * D, a->delta_bias, D);
             x = a->sum + row * D;
         }
         const float rstd = 1.0f / __builtin_sqrtf(dot(x, x, D) / (float)D + (float)a->eps);
@@ -35,7 +36,7 @@ typedef struct {
     const float *grad_y, *grad_sum, *x, *weight, *rstd; /* grad_sum: or NULL */
     float *grad_x;   /* or NULL; may be grad_y */
     float *grad_params; /* [D]: the gradient of weight, or NULL */
-    int64_t num_rows, D, num_parts;
+    int64_t num_rows, D;
 } RMSNormBackward;
 
 static void rmsnorm_backward_row(const RMSNormBackward *a, int64_t row, float *grad_weight) {
@@ -79,10 +80,10 @@ static void rmsnorm_backward_groups(
 
 static void rmsnorm_backward(Pool *pool, const Argument *arguments) {
     UNPACK(RMSNormBackward, a, arguments);
-    RMSNormBackwardGroups g = {&a, groups_of(a.num_rows, SUM_ROWS, a.num_parts, SUM_ROWS), NULL};
+    RMSNormBackwardGroups g = {&a, groups_of(a.num_rows, SUM_ROWS), NULL};
     const int64_t width = a.D;
     if (a.grad_params && !(g.sums = groups_memory(pool, &g.groups, width))) return;
-    pool_run(pool, rmsnorm_backward_groups, &g, g.groups.num_parts * g.groups.in_part, 1);
+    pool_run(pool, rmsnorm_backward_groups, &g, g.groups.number, 1);
     if (g.sums) add_groups(pool, &g.groups, g.sums, width, a.grad_params);
     free(g.sums);
 }

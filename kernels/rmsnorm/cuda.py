@@ -21,9 +21,14 @@ _FILE = Path(__file__).with_name("v1.cu")
 
 @cuda_kernel("rmsnorm_forward")
 def rmsnorm_forward(
-    x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None
+    x: Any,
+    weight: Any,
+    eps: float,
+    delta: Any = None,
+    sum_out: Any = None,
+    delta_bias: Any = None,
 ) -> tuple[Any, Any]:
-    same_dtype(x, weight, delta, sum_out)
+    same_dtype(x, weight, delta, delta_bias, sum_out)
     num_rows, D = x.size // x.shape[-1], x.shape[-1]
     layout = rows_in_registers(D)
     y, rstd = empty(x.shape, x.dtype, x), empty(num_rows, np.float32, x)
@@ -31,6 +36,7 @@ def rmsnorm_forward(
     args = (
         dense(x),
         None if delta is None else dense(delta),
+        None if delta_bias is None else dense(delta_bias),
         dense(weight),
         total,
         y,

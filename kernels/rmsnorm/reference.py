@@ -9,16 +9,22 @@ from minillm.kernels.arrays import deliver
 
 
 def rmsnorm_forward(
-    x: Any, weight: Any, eps: float, delta: Any = None, sum_out: Any = None
+    x: Any,
+    weight: Any,
+    eps: float,
+    delta: Any = None,
+    sum_out: Any = None,
+    delta_bias: Any = None,
 ) -> tuple[Any, Any]:
     """y = x rstd weight, with rstd = 1 / sqrt(mean(x^2) + eps) of each row.
 
     x: [..., D]; weight: [D].
     delta: [..., D], a residual branch: x + delta is normalised, and written into `sum_out`.
+    delta_bias: [D] or None, added to delta.
     Returns y [..., D] and rstd [rows]; on a GPU rstd is float32.
     """
     if delta is not None:
-        x = x + delta
+        x = x + (delta if delta_bias is None else delta + delta_bias)
         if sum_out is not None:
             sum_out[...] = x
     rstd = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + eps)

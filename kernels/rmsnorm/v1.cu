@@ -13,14 +13,16 @@
 // minillm-build: -DELEMENT=float16 -DVALUES=8
 // minillm-build: -DELEMENT=float16 -DVALUES=24
 // minillm-build: -DELEMENT=float16 -DVALUES=32
-// minillm-sass: rmsnorm_forward LDG.E.128*3 STG.E.128*2
+// minillm-sass: rmsnorm_forward LDG.E.128*4 STG.E.128*2
 // minillm-sass: rmsnorm_backward LDG.E.128*5 STG.E.128*2
 #include "../gpu/include/norms.cuh"
 
-// y = x rstd weight of x [rows, D], or of x + delta, which is then written to sum_out.
+// y = x rstd weight of x [rows, D], or of x + delta + delta_bias, which is then written to sum_out.
+// delta_bias may be null.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
-    rmsnorm_forward(const Element* x, const Element* delta, const Element* weight, Element* sum_out,
-                    Element* y, float* rstd_out, int64_t num_rows, int D, float eps) {
+    rmsnorm_forward(const Element* x, const Element* delta, const Element* delta_bias,
+                    const Element* weight, Element* sum_out, Element* y, float* rstd_out,
+                    int64_t num_rows, int D, float eps) {
     __shared__ float2 shared[MOST_THREADS / 32];
     const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= num_rows) return;  // uniform over a warp: such rows have a warp each
@@ -28,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
 
     float v[RUNS][RUN];
     float squares = 0.0f;
-    load_row(v, x, delta, sum_out, start, D);
+    load_row(v, x, delta, delta_bias, sum_out, start, D);
     #pragma unroll
     for (int r = 0; r < RUNS; r++) {
         #pragma unroll

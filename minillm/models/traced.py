@@ -72,7 +72,8 @@ class _TracedBlock(Block):
 
 def _marked(stream: Stream, reached: Callable[[], None]) -> Stream:
     """Return `stream` unchanged; backward calls `reached` before it goes on from there."""
-    return Stream(*_Mark.apply(*(x for x in stream if x is not None), reached=reached))
+    tensors = _Mark.apply(*(x for x in stream[:2] if x is not None), reached=reached)
+    return stream._replace(**dict(zip(("x", "delta"), tensors, strict=False)))
 
 
 class _Mark(Function):

@@ -14,6 +14,7 @@ from minillm.nn.dropout import Dropout
 from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
+from minillm.params.parameter import Parameter
 from minillm.params.where import Pass, Where
 
 ROTARY_BASE = 10000.0
@@ -94,6 +95,14 @@ class Attention(Module):
 
     def forward(self, x: Tensor, pass_: Pass) -> Tensor:
         """Attend from x [B, T_local, D] to the same shape, both outside the region."""
+        return self.out(self._attended(x, pass_), pass_)
+
+    def branch(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Parameter | None]:
+        """Return the same, and the bias that the next norm is to add (`RowParallelLinear`)."""
+        return self.out.branch(self._attended(x, pass_), pass_)
+
+    def _attended(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Return the heads' outputs [B, T, H K] inside the region."""
         qkv = self.qkv(x, pass_)  # [B, T, (H + 2 Hkv) K] of the whole sequence
         heads = self.heads
         if self.rotary:
@@ -101,7 +110,7 @@ class Attention(Module):
             qkv = ops.rotary(qkv, heads=heads.queries, kv_heads=heads.kv, cos=cos, sin=sin)
         core = self.core if pass_.cache is None else pass_.cache.get(self.name, self.core)
         visibility = pass_.visibility(self.causal)
-        return self.out(core(qkv, heads, visibility, self._dropout(pass_), pass_), pass_)
+        return core(qkv, heads, visibility, self._dropout(pass_), pass_)
 
     def _rotary_tables(self, where: Where, dtype: np.dtype) -> Array:
         """Return cos and sin [2, T or B T, K/2] of the positions."""

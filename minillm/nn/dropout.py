@@ -26,9 +26,13 @@ class Dropout(Module):
         """Return the 64-bit key of this module's masks in this step."""
         return rng.key(self.seed, "dropout", self.name, where.step)
 
+    def idle(self, pass_: Pass) -> bool:
+        """Return whether everything passes."""
+        return not self.p or not pass_.training
+
     def forward(self, x: Tensor, pass_: Pass) -> Tensor:
         """Drop elements of x [B, T_local, D] while training."""
-        if not self.p or not pass_.training:
+        if self.idle(pass_):
             return x
         where = pass_.where
         samples, times = where.addresses()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from minillm import ops
+from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
+from minillm.base.arrays import Array, on_host
 from minillm.layout.sharding import Segment, ShardSpec
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
 from minillm.params.parameter import Constant, Normal, Parameter
 from minillm.params.where import Pass
+
+
+def biases_cost(x: Array, summed: bool = False) -> bool:
+    """Return whether the bias of a product on the device of `x` takes a pass over memory.
+
+    It does on a GPU, unless the product adds it. That can be only if nothing is `summed` between.
+    """
+    return not on_host(x) and (summed or not kernels.chosen("matmul", x).fuses_bias)
 
 
 class ColumnParallelLinear(Module):
@@ -59,5 +68,19 @@ class RowParallelLinear(Module):
         """Project x [B, T, in_local] inside the region to [B, T_local, D] outside."""
         if self.region.comm.size == 1:
             return ops.linear(x, self.weight, self.bias)
-        y = self.region.leave(ops.linear(x, self.weight), pass_)
+        y = self.product(x, pass_)
         return y if self.bias is None else ops.add_bias(y, self.bias)
+
+    def product(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Return the same without the bias, which the caller adds."""
+        y = ops.linear(x, self.weight)
+        return y if self.region.comm.size == 1 else self.region.leave(y, pass_)
+
+    def branch(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Parameter | None]:
+        """Return the projection and the bias that the next norm is to add to it; None if it is in.
+
+        On a GPU a bias that no product adds would cost a pass over memory.
+        """
+        if self.bias is None or not biases_cost(x.data, self.region.comm.size > 1):
+            return self.forward(x, pass_), None
+        return self.product(x, pass_), self.bias

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from minillm import kernels, ops
+from minillm import ops
 from minillm.autograd.tape import Tensor
-from minillm.base.arrays import on_host
 from minillm.layout.sharding import Segment
-from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
+from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear, biases_cost
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
+from minillm.params.parameter import Parameter
 from minillm.params.where import Pass
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -52,14 +52,17 @@ class MLP(Module):
         """Map x [B, T_local, D] to the same shape, both outside the region."""
         return self.down(self._hidden(x, pass_), pass_)
 
+    def branch(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Parameter | None]:
+        """Return the same, and the bias that the next norm is to add (`RowParallelLinear`)."""
+        return self.down.branch(self._hidden(x, pass_), pass_)
+
     def _hidden(self, x: Tensor, pass_: Pass) -> Tensor:
         """Return activation(up(x)) [B, T, F_local].
 
         On a GPU, where a pass over memory costs more than arithmetic, GELU adds the bias if the
         matrix product cannot.
         """
-        added = on_host(x.data) or kernels.chosen("matmul", x.data).fuses_bias
-        if added or not self.takes_bias or self.up.bias is None:
+        if not self.takes_bias or self.up.bias is None or not biases_cost(x.data):
             return self.activation(self.up(x, pass_), recompute=self.recompute)
         product = self.up.product(x, pass_)
         return self.activation(product, bias=self.up.bias, recompute=self.recompute)

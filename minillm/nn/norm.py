@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from minillm import ops
 from minillm.autograd.tape import Tensor
 from minillm.layout.sharding import ShardSpec
@@ -30,11 +32,12 @@ class LayerNorm(Module):
         """Normalise x [B, T_local, D]."""
         return ops.layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS)
 
-    def residual(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return x + delta [B, T_local, D] and its norm. A delta of None counts as zero."""
-        return ops.residual_layer_norm(
-            x, delta, self.weight, self.bias, LAYER_NORM_EPS, recompute=self.recompute
-        )
+    def residual(
+        self, x: Tensor, delta: Tensor | None, delta_bias: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x + delta + delta_bias [B, T_local, D] and its norm. None counts as zero."""
+        more = {"delta_bias": delta_bias, "recompute": self.recompute}
+        return ops.residual_layer_norm(x, delta, self.weight, self.bias, LAYER_NORM_EPS, **more)
 
 
 class RMSNorm(Module):
@@ -53,9 +56,12 @@ class RMSNorm(Module):
         """Normalise x [B, T_local, D]."""
         return ops.rms_norm(x, self.weight, RMS_NORM_EPS)
 
-    def residual(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return x + delta [B, T_local, D] and its norm. A delta of None counts as zero."""
-        return ops.residual_rms_norm(x, delta, self.weight, RMS_NORM_EPS, recompute=self.recompute)
+    def residual(
+        self, x: Tensor, delta: Tensor | None, delta_bias: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x + delta + delta_bias [B, T_local, D] and its norm. None counts as zero."""
+        more = {"delta_bias": delta_bias, "recompute": self.recompute}
+        return ops.residual_rms_norm(x, delta, self.weight, RMS_NORM_EPS, **more)
 
 
 def norm(

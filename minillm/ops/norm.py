@@ -14,7 +14,7 @@ def layer_norm(x: Tensor, weight: Any, bias: Any = None, eps: float = 1e-5) -> T
 
     (Ba et al. 2016, arXiv:1607.06450.)
     """
-    return _LayerNorm.apply(x, None, weight, bias, eps=eps)[1]
+    return _LayerNorm.apply(x, None, weight, bias, None, eps=eps)[1]
 
 
 def rms_norm(x: Tensor, weight: Any, eps: float = 1e-5) -> Tensor:
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Any, eps: float = 1e-5) -> Tensor:
 
     (Zhang and Sennrich 2019, arXiv:1910.07467.)
     """
-    return _RMSNorm.apply(x, None, weight, eps=eps)[1]
+    return _RMSNorm.apply(x, None, weight, None, eps=eps)[1]
 
 
 def residual_layer_norm(
@@ -32,15 +32,16 @@ def residual_layer_norm(
     bias: Any = None,
     eps: float = 1e-5,
     *,
+    delta_bias: Any = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return x + delta and its layer norm, in one pass over memory. A delta of None counts as zero.
 
-    Use the returned sum even where delta is None: the backward pass then adds the two gradients of
-    x in its one pass. With `recompute`, backward recomputes the norm from the sum instead of
-    keeping it.
+    `delta_bias` [D] is added to delta. Use the returned sum even where delta is None: the backward
+    pass then adds the two gradients of x in its one pass. With `recompute`, backward recomputes the
+    norm from the sum instead of keeping it.
     """
-    total, y = _LayerNorm.apply(x, delta, weight, bias, eps=eps)
+    total, y = _LayerNorm.apply(x, delta, weight, bias, delta_bias, eps=eps)
     if recompute:
         data = total.data
         recomputable(
@@ -50,10 +51,16 @@ def residual_layer_norm(
 
 
 def residual_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Any, eps: float = 1e-5, *, recompute: bool = False
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Any,
+    eps: float = 1e-5,
+    *,
+    delta_bias: Any = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return x + delta and its RMS norm, as `residual_layer_norm` does."""
-    total, y = _RMSNorm.apply(x, delta, weight, eps=eps)
+    total, y = _RMSNorm.apply(x, delta, weight, delta_bias, eps=eps)
     if recompute:
         data = total.data
         recomputable(y, lambda: kernels.rmsnorm_forward(data, value_of(weight), eps)[0])
@@ -68,45 +75,61 @@ class _LayerNorm(Function):
         delta: Array | None,
         weight: Array,
         bias: Array | None,
+        delta_bias: Array | None,
         *,
         eps: float,
     ) -> tuple[Array, Array]:
         total = x if delta is None else namespace(x).empty(x.shape, x.dtype)
-        y, mean, rstd = kernels.layernorm_forward(x, weight, bias, eps, delta, total)
+        y, mean, rstd = kernels.layernorm_forward(x, weight, bias, eps, delta, total, delta_bias)
         ctx.save(ctx.input(0) if delta is None else total, ctx.input(2), mean, rstd)
         return total, y
 
     @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any, Any]:
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, ...]:
         x, weight, mean, rstd = ctx.saved
-        need_x, need_params = needs[0] or needs[1], needs[2] or needs[3]
+        need_x, need_params = needs[0] or needs[1] or needs[4], needs[2] or needs[3]
         grad_sum, grad, out = _incoming(ctx, grad_outs, x)
         grad_x, grad_weight, grad_bias = kernels.layernorm_backward(
             *(grad, x, weight, mean, rstd, need_x, need_params, needs[3], out, grad_sum),
             *(fresh_of(into[2]), fresh_of(into[3])),
         )
-        return grad_x if needs[0] else None, grad_x if needs[1] else None, grad_weight, grad_bias
+        grads = grad_x if needs[0] else None, grad_x if needs[1] else None
+        return *grads, grad_weight, grad_bias, _bias_grad(grad_x, needs[4], into[4])
 
 
 class _RMSNorm(Function):
     @staticmethod
     def forward(
-        ctx: Context, x: Array, delta: Array | None, weight: Array, *, eps: float
+        ctx: Context,
+        x: Array,
+        delta: Array | None,
+        weight: Array,
+        delta_bias: Array | None,
+        *,
+        eps: float,
     ) -> tuple[Array, Array]:
         total = x if delta is None else namespace(x).empty(x.shape, x.dtype)
-        y, rstd = kernels.rmsnorm_forward(x, weight, eps, delta, total)
+        y, rstd = kernels.rmsnorm_forward(x, weight, eps, delta, total, delta_bias)
         ctx.save(ctx.input(0) if delta is None else total, ctx.input(2), rstd)
         return total, y
 
     @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any]:
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, ...]:
         x, weight, rstd = ctx.saved
-        need_x = needs[0] or needs[1]
+        need_x = needs[0] or needs[1] or needs[3]
         grad_sum, grad, out = _incoming(ctx, grad_outs, x)
         grad_x, grad_weight = kernels.rmsnorm_backward(
             grad, x, weight, rstd, need_x, needs[2], out, grad_sum, fresh_of(into[2])
         )
-        return grad_x if needs[0] else None, grad_x if needs[1] else None, grad_weight
+        grads = grad_x if needs[0] else None, grad_x if needs[1] else None
+        return *grads, grad_weight, _bias_grad(grad_x, needs[3], into[3])
+
+
+def _bias_grad(grad: Array | None, needed: bool, slot: Any) -> Array | None:
+    """Return the gradient of the bias in the residual branch: the sums of the columns of `grad`."""
+    if not needed or grad is None:
+        return None
+    return kernels.column_sum(grad.reshape(-1, grad.shape[-1]), fresh_of(slot))
 
 
 def _incoming(ctx: Context, grad_outs: Any, x: Array) -> tuple[Array | None, Array, Array | None]:

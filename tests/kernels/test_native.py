@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=str(nativ
 c = native.VARIANTS[-1].functions
 
 
-def squares(pool: object, x: np.ndarray, threads: int) -> float:
+def squares(pool: object, x: np.ndarray) -> float:
     total = np.empty(1)
-    c.sum_of_squares(pool, x, total, x.size, threads)
+    c.sum_of_squares(pool, x, total, x.size)
     return float(total[0])
 
 
@@ -32,7 +32,7 @@ def test_a_pool_covers_every_item_once(threads: int) -> None:
     pool = native.extension.Pool(threads)
     for size in (0, 1, 1000, 16384 * threads, 16384 * threads + 5):
         x = np.ones(size, np.float32)
-        assert squares(pool, x, threads) == size
+        assert squares(pool, x) == size
 
 
 def operations(threads: int) -> list[bytes]:
@@ -114,7 +114,7 @@ def test_workers_that_fell_asleep_wake_up() -> None:
     x = np.ones(1 << 18, np.float32)
     for pause in (0.0, 0.002, 0.02):
         for _ in range(20):
-            assert squares(pool, x, 4) == x.size
+            assert squares(pool, x) == x.size
             threading.Event().wait(pause)
 
 
@@ -190,10 +190,10 @@ def test_a_pool_that_is_dropped_ends_its_threads() -> None:
 def test_a_forked_child_computes_without_the_threads() -> None:
     pool = native.extension.Pool(3)
     x = np.ones(1 << 17, np.float32)
-    squares(pool, x, 3)
+    squares(pool, x)
     child = os.fork()
     if child == 0:
-        os._exit(0 if squares(pool, x, 3) == x.size else 1)
+        os._exit(0 if squares(pool, x) == x.size else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

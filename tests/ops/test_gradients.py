@@ -61,6 +61,14 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
         lambda x, d, w: ops.residual_layer_norm(x, d, w)[0],
         (_n(5, 7), _n(5, 7), _n(7)),
     ),
+    "residual layer norm with the branch's bias": (
+        lambda x, d, w, b, c: ops.residual_layer_norm(x, d, w, b, delta_bias=c),
+        (_n(2, 3, 7), _n(2, 3, 7), _n(7), _n(7), _n(7)),
+    ),
+    "residual rms norm with the branch's bias": (
+        lambda x, d, w, c: ops.residual_rms_norm(x, d, w, delta_bias=c),
+        (_n(2, 3, 7), _n(2, 3, 7), _n(7), _n(7)),
+    ),
     "residual rms norm": (ops.residual_rms_norm, (_n(2, 3, 7), _n(2, 3, 7), _n(7))),
     "residual rms norm without a branch": (
         lambda x, w: ops.residual_rms_norm(x, None, w),

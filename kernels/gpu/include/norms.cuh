@@ -14,25 +14,6 @@ constexpr int RUNS = VALUES / RUN;
 // Return the first column of run number r of this thread.
 __device__ __forceinline__ int column(int r) { return (r * blockDim.x + threadIdx.x) * RUN; }
 
-// Load the row from element `start` on of x, or of x + delta, which is then written to sum_out.
-// delta and sum_out may be null.
-__device__ __forceinline__ void load_row(float (&v)[RUNS][RUN], const Element* x,
-                                         const Element* delta, Element* sum_out, int64_t start,
-                                         int D) {
-    #pragma unroll
-    for (int r = 0; r < RUNS; r++) {
-        const int c = column(r);
-        load_floats(v[r], x + start + c, D - c);
-        if (delta == nullptr) continue;
-        float d[RUN];
-        load_floats(d, delta + start + c, D - c);
-        // The value that backward reads.
-        #pragma unroll
-        for (int i = 0; i < RUN; i++) v[r][i] = rounded<Element>(v[r][i] + d[i]);
-        if (sum_out != nullptr) store_floats(sum_out + start + c, v[r], D - c);
-    }
-}
-
 // Add the run at `from`, of which `left` elements exist, to x.
 template <typename T> __device__ __forceinline__ void add_run(float (&x)[RUN], const T* from,
                                                               int left) {
@@ -40,6 +21,26 @@ template <typename T> __device__ __forceinline__ void add_run(float (&x)[RUN], c
     load_floats(more, from, left);
     #pragma unroll
     for (int i = 0; i < RUN; i++) x[i] += more[i];
+}
+
+// Load the row from element `start` on of x, or of x + delta + delta_bias [D], which is then
+// written to sum_out. delta, delta_bias and sum_out may be null.
+__device__ __forceinline__ void load_row(float (&v)[RUNS][RUN], const Element* x,
+                                         const Element* delta, const Element* delta_bias,
+                                         Element* sum_out, int64_t start, int D) {
+    #pragma unroll
+    for (int r = 0; r < RUNS; r++) {
+        const int c = column(r);
+        load_floats(v[r], x + start + c, D - c);
+        if (delta == nullptr) continue;
+        float d[RUN];
+        load_floats(d, delta + start + c, D - c);
+        if (delta_bias != nullptr) add_run(d, delta_bias + c, D - c);
+        // The value that backward reads.
+        #pragma unroll
+        for (int i = 0; i < RUN; i++) v[r][i] = rounded<Element>(v[r][i] + d[i]);
+        if (sum_out != nullptr) store_floats(sum_out + start + c, v[r], D - c);
+    }
 }
 
 // Store the sums over the block's rows, for each of several arrays, to partials [ARRAYS, gridDim.x,
