@@ -18,7 +18,6 @@ from minillm.base.bar import bar
 from minillm.base.errors import MinillmError
 from minillm.base.flags import parse_flags, split_flags
 from minillm.base.record import Record, option, with_defaults
-from minillm.checkpoint import RunRecord
 from minillm.comm.agreement import AgreedError, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Named(Record):
     """Flags that decide which others there are."""
 
-    checkpoint: str = option("", path=True)
+    checkpoint: str | None = option(None, path=True)
     best: bool = False
 
 
@@ -65,7 +64,7 @@ def _parse(argv: Sequence[str]) -> EvaluateArgs:
     if named.checkpoint:
         # A checkpoint that cannot be read is reported later, once all ranks can agree on it.
         with contextlib.suppress(MinillmError):
-            found = RunRecord.read(checkpoint.find(Path(named.checkpoint), named.best))
+            found = checkpoint.find_record(checkpoint.Search(Path(named.checkpoint), named.best))
             data = RunConfig.from_dict(found.config).objective
             cls = with_defaults(EvaluateArgs, asked=data.measured())
     return parse_flags(cls, words, prog=prog)

@@ -13,7 +13,6 @@ from minillm.base.errors import CheckpointError, ConfigError
 from minillm.base.record import flag, or_list
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
-from minillm.comm.single import SelfCommunicator
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions
 from minillm.training.config import RunConfig
@@ -128,8 +127,7 @@ def saved_options(start: StartOptions) -> Mapping[str, Any]:
 
     Not collective. Raises CheckpointError if there is none.
     """
-    alone = SelfCommunicator("options")
-    return asked(checkpoint.looking_again(alone, _search(start), checkpoint.RunRecord.read))
+    return asked(checkpoint.find_record(_search(start)))
 
 
 def _search(start: StartOptions) -> checkpoint.Search:

@@ -508,7 +508,7 @@ def test_a_reader_finds_the_newest_while_the_run_prunes(
     for place, name, step in (
         (find, "check_sizes", 6),
         (loading.checkpoint, "verify", 5),
-        (loading, "tokenizer_from_json", 4),
+        (loading.checkpoint, "check_shapes", 4),
         (loading.checkpoint, "load", 3),
     ):
         monkeypatch.setattr(place, name, pruning.before(getattr(place, name), step))
