@@ -122,7 +122,8 @@ def with_method(config: CompareConfig, method: str) -> CompareConfig:
         name: value(config.optimization.steps) if callable(value) else value
         for name, value in values.items()
     }
-    options = {**default.to_dict(), "bucket_mb": given.bucket_mb, **set_here}
+    options = {**default.to_dict(), "bucket_mb": given.bucket_mb, "balance": given.balance}
+    options |= set_here
     asks = found.flag(ReplicationOptions(**options))
     taken = [name for name, needed in found.needs.items() if asks.startswith(needed)]
     taken += [found.option] if found.option and found.asked(given) else []

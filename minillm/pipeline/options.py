@@ -17,17 +17,18 @@ class PipelineOptions(Record):
     """Order of the microbatches in the pipeline."""
     microbatch: int | Literal["auto"] | None = option(None, at_least=1, resumable=True)
     """Sequences per microbatch and data-parallel rank; left out: all at once, with a pipeline about
-    2 pp microbatches; auto: the same, or less until it fits the memory."""
+    2 pp microbatches, with --balance about 8; auto: the same, or less until it fits the memory."""
     recompute: Literal["auto", "none", "selective", "full"] = option("auto", resumable=True)
     """Part of the forward pass that backward computes again instead of keeping it: selective (what
     norms and activations return: about 1 % more work), full (all but the input of each block: a
     third more work), none; auto: selective where that saves 16 MB or more, on a GPU only where none
     would take more than 80 % of its free memory."""
 
-    def resolve_microbatch(self, batch: int, dp: int, pp: int) -> int:
+    def resolve_microbatch(self, batch: int, dp: int, number: int) -> int:
         """Return the sequences per microbatch on one rank, for a global batch over `dp` ranks.
 
-        Raises ConfigError if the asked size does not divide the rank's share.
+        Left out, a rank gets about `number` microbatches. Raises ConfigError if the asked size
+        does not divide the rank's share.
         """
         share = batch // dp
         if isinstance(self.microbatch, int):
@@ -38,4 +39,4 @@ class PipelineOptions(Record):
                     f"{some_divisors(share, near=self.microbatch)}"
                 )
             return self.microbatch
-        return share if pp == 1 else min(divisors(share), key=lambda n: abs(share // n - 2 * pp))
+        return min(divisors(share), key=lambda n: abs(share // n - number))

@@ -8,6 +8,7 @@ Sends are non-blocking and retired as the step continues.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,8 +20,9 @@ from minillm.autograd.tape import Tensor, no_grad
 from minillm.base.arrays import Array, namespace, on_host
 from minillm.base.trace import Tracer
 from minillm.comm.communicator import Communicator, Work
+from minillm.comm.ledger import ledger
 from minillm.models.protocol import ArraySpec, Batch
-from minillm.pipeline.action import Action, ActionKind, Schedule
+from minillm.pipeline.action import COMPUTE, Action, ActionKind, Schedule
 from minillm.pipeline.stage import Live, Stage
 from minillm.replication.protocol import Replication
 
@@ -59,9 +61,8 @@ class PipelineRuntime:
         tracer: Tracer | None = None,
         optimizer_step: Callable[[Sums], None] | None = None,
         count: Counter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.schedule = schedule
-        self.row = schedule.actions[links.rank]
         self.stages = dict(stages)
         self.links = links
         self.replication = replication
@@ -69,6 +70,15 @@ class PipelineRuntime:
         self.train = optimizer_step is not None
         self.count = count
         self._optimizer_step = optimizer_step or (lambda sums: None)
+        self._clock = clock
+        self.compute_seconds = 0.0
+        """Seconds of this rank in the passes of the last run, without its waits for other ranks."""
+        self.use(schedule)
+
+    def use(self, schedule: Schedule) -> None:
+        """Execute another schedule from the next run on, over the same stages."""
+        self.schedule = schedule
+        self.row = schedule.actions[self.links.rank]
         self._arming = {_key(action) for action in schedule.arming}
         self._source = {link.dst_stage: link.src_stage for link in schedule.links}
         self._target = {link.src_stage: link.dst_stage for link in schedule.links}
@@ -90,6 +100,7 @@ class PipelineRuntime:
         self._grads: Mailbox = {}
         self._sends: list[Work] = []
         self.terms: dict[str, list[Any]] = {}  # of the sums, by name, in order
+        self.compute_seconds = 0.0
         if self.train:
             self.replication.begin_step()
         with nullcontext() if self.train else no_grad():
@@ -104,11 +115,11 @@ class PipelineRuntime:
 
     def _execute(self, action: Action) -> None:
         method = METHODS[action.kind]
-        if self.tracer is None:
+        started = self._clock() - _waited()
+        with nullcontext() if self.tracer is None else self.tracer.span(str(action), "compute"):
             method(self, action)
-            return
-        with self.tracer.span(str(action), "compute"):
-            method(self, action)
+        if action.kind in COMPUTE:
+            self.compute_seconds += self._clock() - _waited() - started
 
     def _totals(self) -> Sums:
         return {name: sum(values, 0.0) for name, values in self.terms.items()}
@@ -225,6 +236,11 @@ METHODS: dict[ActionKind, Callable[[PipelineRuntime, Action], None]] = {
     ActionKind.OPTIMIZER_STEP: lambda run, action: run._optimizer_step(run._totals()),
 }
 """Kind -> what executes it: functions, because a runtime with its own bound methods is a cycle."""
+
+
+def _waited() -> float:
+    """Return the seconds that this rank has been blocked in communication."""
+    return sum(row.seconds for row in ledger().rows.values())
 
 
 def _grad(tensor: Tensor) -> Array:

@@ -57,6 +57,12 @@ def forward_only(rank_of_stage: Sequence[int], num_microbatches: int) -> Schedul
     return Schedule(num_stages, num_microbatches, tuple(rank_of_stage), rows)
 
 
+def idle(rank_of_stage: Sequence[int]) -> Schedule:
+    """Return the schedule of a replica without microbatches: `lower` adds what others wait for."""
+    rows: tuple[tuple[Action, ...], ...] = ((),) * (max(rank_of_stage) + 1)
+    return Schedule(len(rank_of_stage), 0, tuple(rank_of_stage), rows)
+
+
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
 

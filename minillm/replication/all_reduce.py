@@ -236,5 +236,6 @@ METHOD = Method(
     option=None,
     make=_make,
     sends=_sends,
+    uneven=lambda options: True,
     compared={"all-reduce": {"node_shared": "off"}},
 )

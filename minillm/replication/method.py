@@ -71,6 +71,8 @@ class Method:
     """True if a mesh computes what one rank computes, up to rounding."""
     check: Callable[[ReplicationOptions, MeshShape, int], None] = lambda options, mesh, steps: None
     """Raise ConfigError for options that do not fit the mesh, or a run of `steps` steps."""
+    uneven: Callable[[ReplicationOptions], bool] = lambda options: False
+    """True if replicas may run different numbers of microbatches: --balance speed."""
     unasked: tuple[Any, ...] = (0, "none")
     needs: Mapping[str, str] = field(default_factory=dict)
     """Option that means something to this method alone -> beginning of the flag that it needs."""

@@ -52,6 +52,14 @@ def check(options: ReplicationOptions, mesh: MeshShape, steps: int) -> None:
                 raise ConfigError(f"{flag(name)} {value} needs {needed}{instead}")
         if method.asked(options):
             method.check(options, mesh, steps)
+    method = method_of(options)
+    if options.balance != "none" and not method.uneven(options):
+        raise ConfigError(
+            f"--balance {options.balance} and {method.flag(options)} do not go together: this "
+            "method needs as many microbatches on every replica; leave one out. --balance goes "
+            "with --node-shared auto, on or off, with --zero 1, and with --tp, "
+            "--sequence-parallel and --pp"
+        )
 
 
 def choose(setting: Setting) -> Replication:

@@ -262,6 +262,7 @@ METHOD = Method(
     unasked=("auto", "off"),
     make=_make,
     sends=_sends,
+    uneven=lambda options: True,
     goes_with="--tp, --sequence-parallel and --pp",
     compared={"node-shared": {"node_shared": "on"}},
 )

@@ -36,6 +36,9 @@ class ReplicationOptions(Record):
     """Nesterov momentum of the outer update under --local-steps."""
     fragments: int = option(1, at_least=1, announced=True)
     """Parts of the model that --local-steps averages in turn, equally many steps apart."""
+    balance: Literal["none", "speed"] = option("none", resumable=True)
+    """Deal the microbatches of a step to the data-parallel replicas evenly (none), or by their
+    measured speed."""
     node_shared: Literal["auto", "on", "off"] = option("auto", resumable=True)
     """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in
     shared memory: auto (where possible)."""

@@ -405,6 +405,7 @@ METHOD = Method(
     holds=_holds,
     key=lambda options: {"zero": options.zero, "shard_group": options.shard_group},
     check=_check,
+    uneven=lambda options: options.zero == 1,  # the others reduce or gather in every microbatch
     needs={"shard_group": "--zero"},
     compared={f"zero{stage}": {"zero": stage} for stage in (1, 2, 3)},
 )

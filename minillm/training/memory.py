@@ -74,7 +74,7 @@ def predicted(
     work = Workload(tokens, layout.mesh.tp, sharded, config.recompute, item, on_gpu)
     num_layers = sum(len(layout.layers_of_stage[stage]) for stage in stages)
     in_flight = _in_flight(config, pp_rank) / len(stages) if training else 0
-    last, rows = layout.num_stages - 1 in stages, config.num_microbatches * training
+    last, rows = layout.num_stages - 1 in stages, config.most_microbatches * training
     logits = architecture.head_bytes(config.model, work) if last else 0
     workspace = architecture.workspace_bytes(config.model, work, last=last)
     if not training:
@@ -155,7 +155,7 @@ def _in_flight(config: ResolvedConfig, pp_rank: int) -> int:
 
     Beyond 4 pp microbatches a schedule holds either all of them or no more than before.
     """
-    num_ranks, number = config.mesh.pp, config.num_microbatches
+    num_ranks, number = config.mesh.pp, config.most_microbatches
     few = min(number, 4 * num_ranks)
     schedule = SCHEDULES[config.options.pipeline.schedule](num_ranks, few)
     found = peak_in_flight(schedule.actions[pp_rank])

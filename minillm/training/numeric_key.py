@@ -1,6 +1,7 @@
 """Numeric key: all that decides the order in which numbers are added, besides the options.
 
-Two runs with equal options and equal keys give the same bits.
+Two runs with equal options and equal keys give the same bits. Under --balance speed, they also need
+equal deals, which stand in their metrics.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def numeric_key(
         "bucket_mb": options.replication.bucket_mb,
         "shared_by": shared_by,
         **method_of(options.replication).key(options.replication),
+        **({} if options.replication.balance == "none" else {"balance": "speed"}),
         "schedule": options.pipeline.schedule,
         "sequence_parallel": options.layout.sequence_parallel,
         "recompute": config.recompute,

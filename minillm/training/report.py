@@ -52,6 +52,8 @@ def plan(
     times = f" of {config.microbatch}, one after another" if config.num_microbatches > 1 else ""
     per_rank = f"{plural(options.optimization.batch // mesh.dp, 'sequence')}"
     in_parts = f" in {config.num_microbatches} microbatches{times}" if times else ""
+    if options.replication.balance != "none" and mesh.dp > 1:
+        in_parts += ", then as many as its speed allows"
     replica = "the rank" if mesh.num_ranks == 1 else "each replica"
     lines = {
         "data": data.describe(),
@@ -149,6 +151,7 @@ def step_metrics(
         "exposed_seconds": report.exposed_seconds,
         "peak_rss_mb" if device.on_host else "peak_device_mb": report.peak_bytes / 1e6,
         "comm": dict(comm),
+        **({"deal": list(report.deal)} if report.deal else {}),
     }
 
 

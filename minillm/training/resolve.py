@@ -21,6 +21,7 @@ from minillm.training.config import RunConfig
 
 # Selective recomputation must save this much of a rank's activations to be worth its time.
 RECOMPUTE_BYTES = 16_000_000
+BALANCED_MICROBATCHES = 8  # of a rank under --balance speed: shares in steps of about an eighth
 _MOST_LAYOUTS = 12  # alternatives that an error lists
 
 
@@ -49,6 +50,12 @@ class ResolvedConfig:
     def num_microbatches(self) -> int:
         """Microbatches per step on one rank."""
         return self.options.optimization.batch // (self.mesh.dp * self.microbatch)
+
+    @property
+    def most_microbatches(self) -> int:
+        """The most microbatches per step that one rank may run: all, where they are dealt."""
+        balanced = self.options.replication.balance != "none"
+        return self.num_microbatches * (self.mesh.dp if balanced else 1)
 
     @property
     def tokens_per_step(self) -> int:
@@ -103,11 +110,20 @@ def resolve(config: RunConfig, num_ranks: int, vocab: int | None = None) -> Reso
             "--node-shared on needs --device cpu: it shares the host's memory; leave it out on a "
             "GPU"
         )
+    if config.compute.device == "cuda" and config.replication.balance != "none":
+        raise ConfigError(
+            f"--balance {config.replication.balance} needs --device cpu: it measures the time of "
+            "the host, which a GPU runs ahead of; leave it out on a GPU"
+        )
     mesh = _mesh(config, model, num_ranks)
     _check_tensor_parallel(config, model)
     methods.check(config.replication, mesh, optimization.steps)
     stage_layers = layout.resolve_stage_layers(model.layers, model.layer_costs)
-    microbatch = config.pipeline.resolve_microbatch(optimization.batch, mesh.dp, mesh.pp)
+    number = max(
+        1 if mesh.pp == 1 else 2 * mesh.pp,
+        BALANCED_MICROBATCHES if config.replication.balance != "none" else 1,
+    )
+    microbatch = config.pipeline.resolve_microbatch(optimization.batch, mesh.dp, number)
     return ResolvedConfig(
         options=config,
         family=config.family,

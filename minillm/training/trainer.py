@@ -8,8 +8,10 @@ after it has queued the next one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,7 +31,8 @@ from minillm.models.traced import trace_layers
 from minillm.pipeline.action import Schedule
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime, Sums
-from minillm.pipeline.schedules import SCHEDULES
+from minillm.pipeline.schedules import SCHEDULES, idle
+from minillm.replication.balance import SpeedBalance
 from minillm.replication.protocol import Replication
 from minillm.tasks.protocol import Task
 from minillm.training.assembly import assemble
@@ -54,6 +57,7 @@ class StepReport(NamedTuple):
     seconds: float  # of this rank, in all
     exposed_seconds: float  # s this rank waited in reductions that backward did not hide
     optimizer_seconds: float  # s of this rank
+    deal: tuple[int, ...] = ()  # microbatches of each replica, where they are dealt
 
     @property
     def loss(self) -> float:
@@ -70,7 +74,9 @@ class Trainer:
     """One rank's part of a training run.
 
     `std` is the scale of the initial weights. `schedule` and `replicate` replace the pipeline
-    schedule and the data-parallel method that the configuration names. Collective over `world`.
+    schedule and the data-parallel method that the configuration names. `deals` returns the number
+    of microbatches of each replica in a step, as a run with --balance has logged them. `clock`
+    measures speed. Collective over `world`.
     """
 
     def __init__(
@@ -85,13 +91,13 @@ class Trainer:
         device: Device = CPU,
         schedule: Schedule | None = None,
         replicate: Callable[[Mesh, Layout], Replication] | None = None,
+        deals: Callable[[int], Sequence[int]] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config, self.world, self.task, self.device = config, world, task, device
         optimization = config.options.optimization
         if schedule is None:
-            schedule = SCHEDULES[config.options.pipeline.schedule](
-                config.mesh.pp, config.num_microbatches
-            )
+            schedule = _schedule(config, config.num_microbatches)
         self.model = assemble(
             config,
             world,
@@ -118,18 +124,23 @@ class Trainer:
         if tracer is not None:
             for stage in self.model.stages.values():
                 trace_layers(stage.model, tracer)
+        ties = self.model.layout.tied_stages
+        self._lowered = functools.cache(lambda number: lower(_schedule(config, number), ties=ties))
         self.runtime = PipelineRuntime(
-            lower(schedule, ties=self.model.layout.tied_stages),
+            lower(schedule, ties=ties),
             self.model.stages,
             self.mesh.axis("pp"),
             self.replication,
             tracer=tracer,
             optimizer_step=self._optimizer_step,
+            clock=clock,
         )
-        per_rank = config.microbatch * config.num_microbatches
-        rows = np.arange(per_rank) + self.mesh.axis("dp", "ep").rank * per_rank
-        # This rank's sequences of the global batch, by microbatches.
-        self._rows = np.split(rows, config.num_microbatches)
+        replicas = self.mesh.axis("dp", "ep")
+        self._replica, self._deals = replicas.rank, deals
+        self._even = (config.num_microbatches,) * replicas.size
+        self._balance: SpeedBalance | None = None
+        if config.options.replication.balance != "none" and deals is None and replicas.size > 1:
+            self._balance = SpeedBalance(world, replicas.rank, self._even, config.mesh.pp - 1)
         clip = f"smaller --clip (now {optimization.clip:g})" if optimization.clip else "--clip 1"
         advice = (
             f"try a smaller --lr (now {optimization.lr:g}), a longer --warmup (now "
@@ -155,10 +166,13 @@ class Trainer:
         """
         started, exposed = time.perf_counter(), self.replication.exposed_seconds
         self._step, before = step, self._judge.last
-        self.runtime.run([self.task.batch(step, rows, self.device) for rows in self._rows])
+        self._deal = self._dealt(step)
+        self.runtime.run([self.task.batch(step, rows, self.device) for rows in self._rows()])
+        if self._balance is not None:
+            self._balance.add(self.runtime.compute_seconds)
         if before is not None and self.lag:
             before.numbers()  # so that the host is never more than a step ahead
-        stop, peak, clock = self._worst
+        stop, peak, clock = self._worst[:3]
         return StepReport(
             step,
             self._verdict,
@@ -169,7 +183,26 @@ class Trainer:
             time.perf_counter() - started,
             self.replication.exposed_seconds - exposed,
             self._optimizer_seconds,
+            () if self._balance is None and self._deals is None else self._deal,
         )
+
+    def _dealt(self, step: int) -> tuple[int, ...]:
+        """Return the microbatches of each replica in this step, and take up their schedule."""
+        if self._deals is not None:
+            deal = tuple(self._deals(step))
+        else:
+            deal = self._even if self._balance is None else self._balance.deal
+        assert sum(deal) == sum(self._even), f"{deal} are not all microbatches of a step"
+        number = deal[self._replica]
+        if number != self.runtime.schedule.num_microbatches:
+            self.runtime.use(self._lowered(number))
+        return deal
+
+    def _rows(self) -> Iterator[np.ndarray]:
+        """Yield this rank's sequences of the global batch, by microbatches."""
+        each, before = self.config.microbatch, sum(self._deal[: self._replica])
+        for number in range(before, before + self._deal[self._replica]):
+            yield np.arange(number * each, (number + 1) * each)
 
     def _optimizer_step(self, losses: Sums) -> None:
         """Agree on losses, norm and stopping, then update everywhere or nowhere."""
@@ -179,7 +212,15 @@ class Trainer:
         workers = self.replication.workers
         self._verdict = self._judge.agree(ranks, self._step, own, squares, workers)
         peak = self.device.peak_bytes()
-        self._worst = ranks.reduce_numbers([self.stop_requested, peak, self.clock], MAX)
+        deal = float(zlib.crc32(repr(self._deal).encode()))
+        self._worst = ranks.reduce_numbers(
+            [self.stop_requested, peak, self.clock, deal, -deal], MAX
+        )
+        if self._worst[3] != -self._worst[4]:
+            raise CommError(
+                f"step {self._step + 1}: the ranks dealt microbatches differently, so this update "
+                "was not applied; this is a fault of minillm, please report it"
+            )
         if not self.lag:
             self._verdict.numbers()
         self._lr = learning_rate(
@@ -277,3 +318,11 @@ class Trainer:
                 f"data-parallel replicas hold different parameters: dp ranks {odd} differ from dp "
                 "rank 0; the run cannot be trusted from here"
             )
+
+
+def _schedule(config: ResolvedConfig, number: int) -> Schedule:
+    """Return the schedule that the configuration names, for `number` microbatches a replica."""
+    num_ranks = config.mesh.pp
+    if not number:
+        return idle(range(num_ranks))
+    return SCHEDULES[config.options.pipeline.schedule](num_ranks, number)

@@ -14,10 +14,11 @@ from minillm.training.report import _recompute, step_metrics
 def test_a_megabyte_is_a_million_bytes() -> None:
     report: Any = SimpleNamespace(
         step=4, loss=2.0, grad_norm=0.5, lr=1e-3, seconds=0.5, exposed_seconds=0.0,
-        peak_bytes=123_456_789,
+        peak_bytes=123_456_789, deal=(3, 1),
     )  # fmt: skip
     line = step_metrics(report, 1000, {})
     assert (line["step"], line["peak_rss_mb"], line["tokens_per_second"]) == (5, 123.456789, 2000)
+    assert line["deal"] == [3, 1]
 
 
 @pytest.mark.parametrize(
