@@ -39,22 +39,26 @@ class Progress:
         self.curve, self.loss = Curve(), RunningMean(SMOOTHED_STEPS)
         self._every = every or Interval(total // 100, LINE_SECONDS)
         self._first, self._last_step, self._last_time = first, -total, -math.inf
-        self._started = time.perf_counter()
+        self._started, self._tokens = time.perf_counter(), 0
         self._paused = 0.0
         self._terminal, self._lines = terminals() if log.rank == 0 else (None, None)
         self._bar: Any = None
         self._latest = ""  # line of a step that is not printed yet
 
-    def update(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Show step `step` (from 0) as completed."""
+    def update(
+        self, step: int, loss: float, lr: float, grad_norm: float, tokens: int | None = None
+    ) -> None:
+        """Show step `step` (from 0) as completed; `tokens` were in it, None: the usual number."""
+        self._tokens += self.tokens_per_step if tokens is None else tokens
         if self.log.rank:
             return
         self.curve.add(loss)
-        smooth, done, rate = self.loss.add(loss), step + 1, self.rate(step)
+        smooth, done, rate = self.loss.add(loss), step + 1, self.rate()
+        each = self._tokens / max(done - self._first, 1)
         fields = [
             f"loss {smooth:#.4g}",
             f"{compact(rate)} tokens/s",
-            f"{clock((self.total - done) * self.tokens_per_step / max(rate, 1e-9))} left",
+            f"{clock((self.total - done) * each / max(rate, 1e-9))} left",
             *([f"{self._gflops(rate):.3g} GFLOP/s"] if self.flops else []),
             f"norm {grad_norm:.2g}",
             f"lr {lr:.2g}",
@@ -94,10 +98,10 @@ class Progress:
         self._bar.set_description_str(fitted(fields, width), refresh=False)
         self._bar.update(done - self._bar.n)
 
-    def rate(self, step: int) -> float:
+    def rate(self) -> float:
         """Return the mean tokens per second of this run, without pauses."""
         busy = time.perf_counter() - self._started - self._paused
-        return (step + 1 - self._first) * self.tokens_per_step / max(busy, 1e-9)
+        return self._tokens / max(busy, 1e-9)
 
     def _gflops(self, rate: float) -> float:
         return rate / self.tokens_per_step * self.flops / 1e9

@@ -8,13 +8,14 @@ Dataset    -> Measure -> Result        sums over held-out rows, and the metrics 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import IntArray
 from minillm.base.device import Device
 from minillm.base.record import Record
 from minillm.comm.communicator import Communicator
+from minillm.data.buckets import Load
 from minillm.data.options import SourceOptions
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
@@ -31,6 +32,18 @@ class Task(Protocol):
         A function of its arguments and the seed: any rank of any mesh can ask for any rows. The
         divisors count over the global batch of the step.
         """
+
+
+@runtime_checkable
+class Unequal(Task, Protocol):
+    """Task on sequences of unequal lengths, such as `minillm.data.buckets` orders.
+
+    The rows of a step are sorted by length, and data-parallel rank r of n takes rows[r::n]. Without
+    `load` a rank takes the next block of rows.
+    """
+
+    def load(self, step: int, ranks: int, microbatches: int) -> Load:
+        """Return the positions of step `step` on `ranks` data-parallel ranks."""
 
 
 class Measure(Protocol):

@@ -24,7 +24,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.cores import threads_in_use
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
-from minillm.tasks.protocol import Dataset, Result
+from minillm.tasks.protocol import Dataset, Result, Unequal
 from minillm.training.assembly import WEIGHTS, model_shapes
 from minillm.training.folder import begin, way_back
 from minillm.training.held_out import Stopped, measure
@@ -108,8 +108,8 @@ class Run:
         self.metrics = agree(comm, lambda: MetricsFile(path, self.progress.say))
         self.shares = TimeShares()
         self.result: Result | None = None
-        threads = threads_in_use()
-        for label, text in plan(config, data, self.trainer.model, threads, comm, program):
+        threads, unequal = threads_in_use(), isinstance(task, Unequal)
+        for label, text in plan(config, data, self.trainer.model, threads, comm, program, unequal):
             self._say(label, text)
         self.log(f"output  {self.out}\n")
 
@@ -151,7 +151,8 @@ class Run:
         """Read a step's numbers, show and write them, and do what is due."""
         step, found = report.step + 1, None
         with self._saving_before_a_failure():
-            self.progress.update(step - 1, report.loss, report.lr, report.grad_norm)
+            tokens = self.config.tokens_per_step if report.load is None else report.load.real
+            self.progress.update(step - 1, report.loss, report.lr, report.grad_norm, tokens)
         self.shares.add(report, moved)
         paused = time.perf_counter()
         if due.check:
@@ -288,10 +289,12 @@ class Run:
             self._say(
                 "done",
                 f"{steps} in {clock(seconds)}, "
-                f"{compact(self.progress.rate(step - 1))} tokens/s, at most "
+                f"{compact(self.progress.rate())} tokens/s, at most "
                 f"{peak_mb(self.comm, self.device)} MB per rank",
             )
             self._say("time", self.shares.summary(self.comm))
+            if padding := self.shares.padding():
+                self._say("padding", padding)
             self._say("loss", self.progress.curve.describe())
         if stopped:
             self.log(f"stopped at step {step} as asked; go on with --resume {self.out}")

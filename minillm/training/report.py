@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from minillm import kernels
 from minillm.base.device import CPU, Device
 from minillm.base.host_memory import size
@@ -32,10 +34,12 @@ def plan(
     threads: ThreadShare,
     comm: Communicator,
     program: int = 0,
+    unequal: bool = False,
 ) -> list[tuple[str, str]]:
     """Return the plan as pairs of a label and a text. Collective.
 
     The memory is the prediction for the largest rank, of a process that held `program` bytes.
+    `unequal` sequences have at most the context's length.
     README.md explains every word.
     """
     model, options, mesh = config.model, config.options, config.mesh
@@ -54,14 +58,15 @@ def plan(
     in_parts = f" in {config.num_microbatches} microbatches{times}" if times else ""
     if options.replication.balance != "none" and mesh.dp > 1:
         in_parts += ", then as many as its speed allows"
+    bound = "at most " if unequal else ""
     replica = "the rank" if mesh.num_ranks == 1 else "each replica"
     lines = {
         "data": data.describe(),
         "model": f"{options.preset}: {model.describe()}, {options.compute.dtype}; "
         f"{compact(num_parameters(config.family.architecture, model))} parameters{share}",
         "layout": _layout(config, threads, memory.description),
-        "batch": f"{config.tokens_per_step} tokens a step: {options.optimization.batch} sequences "
-        f"of {model.context}; {replica} takes {per_rank}{in_parts}; "
+        "batch": f"{bound}{config.tokens_per_step} tokens a step: {options.optimization.batch} "
+        f"sequences of {bound}{model.context}; {replica} takes {per_rank}{in_parts}; "
         f"{plural(options.optimization.steps, 'step')}",
         "kernels": _kernels(config, assembly.device),
         "memory": f"{size(sum(most.values()))} predicted for the largest rank ({parts})"
@@ -133,13 +138,18 @@ def step_metrics(
     """Return one line of metrics.jsonl. Waits for the step's numbers.
 
     Its `comm` holds this rank's bytes and seconds by axis and operation. Control messages are one
-    entry.
+    entry. Of unequal sequences the real tokens count.
     """
     comm: dict[str, Any] = defaultdict(dict)
     for (axis, operation, kind), row in moved.items():
         entry = comm["control"] if kind == "control" else comm[axis].setdefault(operation, {})
         entry["bytes"] = entry.get("bytes", 0) + row.bytes
         entry["seconds"] = entry.get("seconds", 0.0) + row.seconds
+    load = report.load
+    padding = {}
+    if load is not None:
+        tokens = load.real
+        padding = {"padding": 1 - load.real / load.computed, "balance": load.balance}
     return {
         "step": report.step + 1,
         "loss": report.loss,
@@ -149,6 +159,7 @@ def step_metrics(
         "seconds": report.seconds,
         "tokens_per_second": tokens / report.seconds,
         "exposed_seconds": report.exposed_seconds,
+        **padding,
         "peak_rss_mb" if device.on_host else "peak_device_mb": report.peak_bytes / 1e6,
         "comm": dict(comm),
         **({"deal": list(report.deal)} if report.deal else {}),
@@ -161,10 +172,13 @@ class TimeShares:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.total = 0.0
+        self._loads = np.zeros(4)  # real and computed positions, balance, steps
 
     def add(self, report: StepReport, moved: Mapping[RowKey, Row]) -> None:
         """Account for a step."""
         self.total += report.seconds
+        if report.load is not None:
+            self._loads += (*report.load, 1)
         self.seconds["optimizer"] += report.optimizer_seconds
         for (axis, operation, kind), row in moved.items():
             name = "agreement" if kind == "control" else f"communication {axis}"
@@ -184,6 +198,16 @@ class TimeShares:
         return ", ".join(
             f"{kind} {share:.1%}"
             for kind, share in sorted(shares.items(), key=lambda item: -item[1])
+        )
+
+    def padding(self) -> str:
+        """Return padding and balance of unequal sequences in words; empty for equal ones."""
+        real, computed, balance, steps = self._loads
+        if not steps:
+            return ""
+        return (
+            f"{1 - real / computed:.1%} of the computed positions; the busiest rank has "
+            f"{balance / steps:.3f} of the mean"
         )
 
 

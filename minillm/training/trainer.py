@@ -25,6 +25,7 @@ from minillm.checkpoint import StateSource, StateTensor, load
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.mesh import Mesh
+from minillm.data.buckets import Load
 from minillm.layout.placement import Layout
 from minillm.models.protocol import INIT_STD
 from minillm.models.traced import trace_layers
@@ -34,7 +35,7 @@ from minillm.pipeline.runtime import PipelineRuntime, Sums
 from minillm.pipeline.schedules import SCHEDULES, idle
 from minillm.replication.balance import SpeedBalance
 from minillm.replication.protocol import Replication
-from minillm.tasks.protocol import Task
+from minillm.tasks.protocol import Task, Unequal
 from minillm.training.assembly import assemble
 from minillm.training.memory import predicted
 from minillm.training.optim import SGD, AdamW, learning_rate
@@ -58,6 +59,7 @@ class StepReport(NamedTuple):
     exposed_seconds: float  # s this rank waited in reductions that backward did not hide
     optimizer_seconds: float  # s of this rank
     deal: tuple[int, ...] = ()  # microbatches of each replica, where they are dealt
+    load: Load | None = None  # of unequal sequences, on all ranks
 
     @property
     def loss(self) -> float:
@@ -184,6 +186,7 @@ class Trainer:
             self.replication.exposed_seconds - exposed,
             self._optimizer_seconds,
             () if self._balance is None and self._deals is None else self._deal,
+            self._load(step),
         )
 
     def _dealt(self, step: int) -> tuple[int, ...]:
@@ -202,7 +205,17 @@ class Trainer:
         """Yield this rank's sequences of the global batch, by microbatches."""
         each, before = self.config.microbatch, sum(self._deal[: self._replica])
         for number in range(before, before + self._deal[self._replica]):
-            yield np.arange(number * each, (number + 1) * each)
+            if isinstance(self.task, Unequal):
+                # A group of sorted rows holds one microbatch of each replica, its rows in turn.
+                replica, group = divmod(number, self.config.num_microbatches)
+                yield np.arange(group * each, (group + 1) * each) * len(self._deal) + replica
+            else:
+                yield np.arange(number * each, (number + 1) * each)
+
+    def _load(self, step: int) -> Load | None:
+        if not isinstance(self.task, Unequal):
+            return None
+        return self.task.load(step, len(self._even), self.config.num_microbatches)
 
     def _optimizer_step(self, losses: Sums) -> None:
         """Agree on losses, norm and stopping, then update everywhere or nowhere."""

@@ -7,18 +7,36 @@ from typing import Any
 
 import pytest
 
+from minillm.data.buckets import Load
 from minillm.tasks.language_model import Evaluation
-from minillm.training.report import _recompute, step_metrics
+from minillm.training.report import TimeShares, _recompute, step_metrics
 
 
 def test_a_megabyte_is_a_million_bytes() -> None:
     report: Any = SimpleNamespace(
         step=4, loss=2.0, grad_norm=0.5, lr=1e-3, seconds=0.5, exposed_seconds=0.0,
-        peak_bytes=123_456_789, deal=(3, 1),
+        peak_bytes=123_456_789, deal=(3, 1), load=None,
     )  # fmt: skip
     line = step_metrics(report, 1000, {})
     assert (line["step"], line["peak_rss_mb"], line["tokens_per_second"]) == (5, 123.456789, 2000)
     assert line["deal"] == [3, 1]
+
+
+def test_of_unequal_sequences_the_real_tokens_count() -> None:
+    report: Any = SimpleNamespace(
+        step=0, loss=2.0, grad_norm=0.5, lr=1e-3, seconds=0.5, exposed_seconds=0.0, peak_bytes=1,
+        optimizer_seconds=0.0, deal=(), load=Load(real=60, computed=80, balance=1.5),
+    )  # fmt: skip
+    line = step_metrics(report, 1000, {})
+    assert (line["tokens"], line["tokens_per_second"]) == (60, 120)
+    assert (line["padding"], line["balance"]) == (0.25, 1.5)
+    shares = TimeShares()
+    assert not shares.padding()
+    for load in (report.load, Load(real=80, computed=80, balance=1.0)):
+        shares.add(SimpleNamespace(**{**vars(report), "load": load}), {})  # type: ignore[arg-type]
+    assert shares.padding() == (
+        "12.5% of the computed positions; the busiest rank has 1.250 of the mean"
+    )
 
 
 @pytest.mark.parametrize(

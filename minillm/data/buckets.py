@@ -1,0 +1,132 @@
+"""Buckets: sequences of unequal lengths in batches of similar ones, dealt evenly to the ranks.
+
+    epoch's random order  | window of 50 batches | window | ...    cut where an epoch ends
+    inside a window       sorted by length, cut into batches, whose order is random
+    inside a batch        sorted again; data-parallel rank r of n takes rows[r::n]
+
+A batch is a function of the seed and the step, so it is the same on every mesh. Similar lengths
+leave little padding. The ranks' shares of one sorted batch differ by less than a row's length.
+Losses are divided by what the global batch counts, so neither the shapes nor the ranks change them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from minillm.base import rng
+from minillm.base.arrays import IntArray
+from minillm.base.errors import ConfigError
+
+WINDOW = 50  # batches sorted together: on SST-2 5 % padding, with 10 batches 23 %
+MULTIPLE = 8  # of padded lengths: few shapes, and whole shares for sequence parallelism
+
+
+class Buckets:
+    """Order of the sequences whose `lengths` int64 [N] are given, or [N, K] for K parts of each.
+
+    `batch`: sequences of a step. `first`: number of the sequence in row 0 of step 0, as in
+    `minillm.data.batches.Batches`. `total`: number of the first sequence that is not read, None: no
+    end. Every epoch has each sequence once. Where a run changes its batch, its window begins anew.
+    """
+
+    def __init__(
+        self,
+        lengths: IntArray,
+        batch: int,
+        seed: int,
+        *,
+        first: int = 0,
+        total: int | None = None,
+        window: int = WINDOW,
+    ) -> None:
+        """Raise ConfigError without a sequence."""
+        if not len(lengths):
+            raise ConfigError("there is no sequence to learn from")
+        self.lengths = np.asarray(lengths, np.int64).reshape(len(lengths), -1)  # [N, K]
+        self.batch, self.seed, self.first, self.total = batch, seed, first, total
+        self._window = batch * window
+
+    def rows(self, step: int) -> IntArray:
+        """Return the sequences of a step by length, int64 [batch]; -1 behind the end, first."""
+        number, found = self.first + step * self.batch, list[IntArray]()
+        end = number + self.batch if self.total is None else min(number + self.batch, self.total)
+        while number < end:
+            start, order = self._part(number)
+            found.append(order[number - start : end - start])
+            number += len(found[-1])
+        rows = self._sorted(np.concatenate([*found, np.empty(0, np.int64)]))
+        return np.pad(rows, (self.batch - len(rows), 0), constant_values=-1)
+
+    def row_lengths(self, rows: IntArray) -> IntArray:
+        """Return the lengths [b, K] of sequences [b], 0 behind the end."""
+        return np.where(rows[:, None] < 0, 0, self.lengths[rows])
+
+    def _sorted(self, items: IntArray) -> IntArray:
+        """Return sequences [n] by the length of their first part, then of the next, then number."""
+        keys = (items, *reversed(self.lengths[items].T))
+        return items[np.lexsort(keys)]
+
+    def _part(self, number: int) -> tuple[int, IntArray]:
+        """Return the stretch of one window and one epoch around `number`: its start and order."""
+        epoch, size = number // len(self.lengths), len(self.lengths)
+        window = self.first + (number - self.first) // self._window * self._window
+        start = max(epoch * size, window)
+        end = min((epoch + 1) * size, window + self._window)
+        if self.total is not None:
+            end = min(end, self.total)
+        return start, self._order(epoch, start, end)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (one object, alive for the whole run)
+    def _order(self, epoch: int, start: int, end: int) -> IntArray:
+        """Return the sequences at the numbers [start, end) of an epoch, int64 [end - start].
+
+        Steps that the stretch cuts get the shortest ones, so that they match on both sides.
+        """
+        size = len(self.lengths)
+        key = rng.key(self.seed, "data", "order", epoch)
+        items = self._sorted(rng.permute(key, size, np.arange(start, end) - epoch * size))
+        head = min((self.first - start) % self.batch, len(items))
+        tail = (len(items) - head) % self.batch
+        whole = items[head + tail :].reshape(-1, self.batch)
+        key = rng.key(self.seed, "data", "batches", epoch, start)
+        shuffled = whole[rng.permute(key, len(whole), np.arange(len(whole)))]
+        return np.concatenate([items[tail : head + tail], shuffled.reshape(-1), items[:tail]])
+
+
+class Load(NamedTuple):
+    """Positions of a step over all ranks."""
+
+    real: int  # positions of sequences
+    computed: int  # with the padding of every microbatch
+    balance: float  # computed positions of the busiest rank, divided by the mean
+
+
+def load(lengths: IntArray, ranks: int, microbatches: int, most: int) -> Load:
+    """Return the load of a sorted batch of `lengths` [batch, K] on `ranks` data-parallel ranks.
+
+    Each runs `microbatches`, and no part is padded beyond `most`.
+    """
+    shares = lengths.reshape(microbatches, -1, ranks, lengths.shape[-1])  # rows[r::ranks]
+    longest = np.asarray(padded_length(shares.max(1), most))  # [microbatches, ranks, K]
+    own = longest.sum((0, 2)) * shares.shape[1]
+    return Load(int(lengths.sum()), int(own.sum()), float(own.max() / max(own.mean(), 1)))
+
+
+def padded_length(longest: IntArray | int, most: int) -> IntArray | int:
+    """Return the length of the rows of a microbatch: a multiple of 8, at least 8, at most `most`.
+
+    It depends on the lengths of the microbatch alone, so every stage finds it without a message.
+    """
+    return np.minimum(np.maximum(-(-longest // MULTIPLE), 1) * MULTIPLE, most)
+
+
+def padded(sequences: Sequence[IntArray], length: int, fill: int) -> IntArray:
+    """Return `sequences` as the rows of an array int64 [b, length], `fill` behind each."""
+    out = np.full((len(sequences), length), fill, np.int64)
+    for row, sequence in zip(out, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return out
