@@ -18,7 +18,8 @@ from minillm.base.flags import parse_flags, read_toml, to_toml
 from minillm.base.record import Record, divisors, flag, option, or_list
 from minillm.layout.options import even_split
 from minillm.models.gpt import ARCHITECTURE
-from minillm.models.gpt_config import PRESETS, ModelConfig
+from minillm.models.gpt_config import ModelConfig
+from minillm.models.gpt_presets import PRESETS
 from minillm.models.protocol import num_parameters
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig, check_resume, preset_values
@@ -60,13 +61,27 @@ def count(model: ModelConfig) -> int:
 def test_gpt2_presets_have_the_published_number_of_parameters(name: str, millions: float) -> None:
     model = preset(name).shape.resolve()
     assert count(model) == round(millions * 1e6)
-    assert (model.vocab, model.context, model.bias, model.tied) == (50257, 1024, True, True)
+    assert (model.vocab, model.context, model.bias, model.tied) == (50257, 1024, "all", True)
     assert (model.kv_heads, model.ffn_dim) == (model.heads, 4 * model.dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("smollm2-135m", 134_515_008),
+        ("llama3.2-1b", 1_235_814_400),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen3-0.6b", 596_049_920),
+        ("mistral-7b", 7_241_732_096),
+    ],
+)
+def test_presets_have_as_many_parameters_as_the_published_weights(name: str, number: int) -> None:
+    assert count(preset(name).shape.resolve()) == number
 
 
 def test_num_parameters_of_a_llama_counts_every_matrix() -> None:
     model = ModelConfig(
-        **SMALL, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False
+        **SMALL, norm="rmsnorm", mlp="swiglu", position="rotary", bias="none", tied=False
     )
     block = [
         (32, 32),
@@ -84,8 +99,8 @@ def test_num_parameters_of_a_llama_counts_every_matrix() -> None:
 
 
 def test_num_parameters_of_biases_and_positions() -> None:
-    plain = ModelConfig(**SMALL, bias=False, position="rotary")
-    biased = dataclasses.replace(plain, bias=True)
+    plain = ModelConfig(**SMALL, bias="none", position="rotary")
+    biased = dataclasses.replace(plain, bias="all")
     per_block = (32 + 16 + 16) + 32 + 64 + 32 + 2 * 32  # qkv, out, up, down, two norms
     assert count(biased) - count(plain) == 2 * per_block + 32
     assert count(dataclasses.replace(plain, position="learned")) - count(plain) == 16 * 32
@@ -97,7 +112,29 @@ def test_num_parameters_of_biases_and_positions() -> None:
     [
         (dict(heads=5, kv_heads=5), ("--heads 5", "--dim 32", "4")),
         (dict(kv_heads=3), ("--kv-heads 3", "--heads 4", "1, 2 or 4")),
-        (dict(heads=32, kv_heads=32, position="rotary"), ("rotary", "1 is odd", "--dim 64")),
+        (dict(heads=32, kv_heads=32, position="rotary"), ("rotary", "1 is odd", "--head-width 2")),
+        (dict(position="rotary", head_width=5), ("5 is odd", "--head-width 6")),
+        (dict(position="rotary", rope_share=0.4), ("--rope-share 0.4", "8 channels", "is 3")),
+        (dict(position="rotary", rope_share=1.5), ("--rope-share 1.5", "from 2 to 8")),
+        (dict(rope_scaling="linear"), ("--position rotary", "--position learned")),
+        (dict(position="rotary", rope_scaling="linear"), ("--rope-factor 1",)),
+        (dict(position="rotary", rope_factor=2.0), ("--rope-scaling none", "linear, llama3")),
+        (dict(position="rotary", rope_low=2.0), ("--rope-low 2", "changes nothing")),
+        (
+            dict(position="rotary", rope_scaling="yarn", rope_factor=2.0),
+            ("--rope-scaling yarn", "--rope-original"),
+        ),
+        (
+            dict(
+                position="rotary",
+                rope_scaling="llama3",
+                rope_factor=2.0,
+                rope_original=8,
+                rope_low=5.0,
+            ),
+            ("--rope-low 5", "--rope-high 4"),
+        ),
+        (dict(full_every=2), ("--full-every 2", "--window")),
         (dict(dropout=1.0), ("--dropout 1.0", "below 1")),
         (dict(dropout=-0.1), ("--dropout -0.1", "at least 0")),
         (dict(dropout=math.nan), ("--dropout nan",)),
@@ -121,6 +158,24 @@ def test_model_config_travels_as_plain_values() -> None:
 # Where values come from
 
 
+def test_values_of_a_former_switch_are_read(tmp_path: Path) -> None:
+    """Read --bias and bias = true, as they were before there were several kinds of biases."""
+    file = tmp_path / "run.toml"
+    file.write_text("bias = false\n")
+    from_file = ("--config", str(file))
+    for words, value in (
+        (from_file, "none"),
+        ((*from_file, "--bias", "--layers", "2"), "all"),
+        ((*from_file, "--bias", "qkv"), "qkv"),
+        (("--bias=qkv", "--no-bias"), "none"),
+        (("--bias",), "all"),
+    ):
+        assert parse(*words).shape.bias == value
+    assert RunConfig.from_dict({"bias": True}).shape.bias == "all"
+    with pytest.raises(ConfigError, match="--bias maybe must be one of none, all, qkv"):
+        parse("--bias", "maybe")
+
+
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('layers = 6\nkv-heads = 1\nmin_lr = 1\ntied = true\nnorm = "layernorm"\n')
@@ -130,7 +185,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
     ).shape
     assert (found.layers, found.kv_heads, found.tied, found.norm, found.mlp, found.bias) == (
         *(8, 1, True),
-        *("rmsnorm", "swiglu", False),
+        *("rmsnorm", "swiglu", "none"),
     )
     min_lr = parse("--config", str(file)).optimization.min_lr
     assert min_lr == 1.0 and isinstance(min_lr, float)
@@ -173,7 +228,7 @@ def test_every_preset_resolves_on_one_and_on_four_ranks(name: str) -> None:
     ("argv", "words"),
     [
         (["--layerz", "3"], ("--layerz", "--layers")),
-        (["--no-bais"], ("--no-bais", "--no-bias")),
+        (["--no-tide"], ("--no-tide", "--no-tied")),
         (["--preset", "nanno"], ("nanno", "nano")),
         (["--layers", "many"], ("--layers", "many")),
         (["--norm", "rmsnrom"], ("--norm rmsnrom", "layernorm, rmsnorm")),
@@ -309,10 +364,12 @@ def test_a_file_begun_with_a_printed_one_pins_nothing_that_follows(
     shown = {line.split(" = ")[0] for line in printed.replace("# ", "").splitlines()}
     assert {"ffn_dim", "min_lr", "warmup", "dp", "out", "microbatch", "layers"} <= shown
     assert parse("--config", str(file)) == given
-    other = parse("--config", str(file), "--dim", "4800", "--lr", "0.01", "--steps", "3000")
+    other = parse("--config", str(file), "--dim", "100800", "--lr", "0.01", "--steps", "3000")
     found = resolve(other, 2, vocab=65)
     assert found.min_lr == pytest.approx(1e-4 if name == "shakespeare-char" else 1e-3)
-    assert (found.mesh.dp, found.model.ffn_dim) == (2, 12800 if name == "llama-tiny" else 19200)
+    widths = {"llama-tiny": 268800}  # a width that the preset sets does not follow
+    width = PRESETS[name].get("ffn_dim", widths.get(name, 403200))
+    assert (found.mesh.dp, found.model.ffn_dim) == (2, width)
 
 
 def test_derived_numbers_are_printed_as_a_person_writes_them() -> None:
@@ -371,7 +428,7 @@ def test_sizes_left_out_follow() -> None:
     assert resolved.tokens_per_step == 16 * 128
     assert {name for name, value in found.items() if value is None} == {
         *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache", "threads"),
-        "memory",
+        *("memory", "rope_local_base", "rope_original", "rope_low", "rope_high", "rope_attention"),
     }
 
 
@@ -561,7 +618,11 @@ ANNOUNCED = """
 def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
     other: dict[str, Any] = dict(
         **dict(layers=8, heads=2, dim=64, context=64, norm="rmsnorm", mlp="relu"),
-        **dict(position="rotary", bias=False, tied=False, kv_heads=2, ffn_dim=64, vocab=512),
+        **dict(position="rotary", bias="none", tied=False, kv_heads=2, ffn_dim=64, vocab=512),
+        **dict(norm_place="post", norm_eps=1e-6, rope_base=1e6, rope_local_base=1e3),
+        **dict(rope_share=0.5, rope_scaling="yarn", rope_factor=2.0, rope_original=64),
+        **dict(rope_low=2.0, rope_high=16.0, rope_attention=1.5, qk_norm="head", window=9),
+        **dict(full_every=2, embedding_scale=2.0, logit_cap=9.0, head_width=16),
         **dict(preset="gpt2", tokenizer="char", beta1=0.5, beta2=0.5, seed=7, dtype="float64"),
     )
     known = RunConfig.options()
@@ -600,6 +661,7 @@ def test_weights_bring_their_model_and_text_and_nothing_else() -> None:
     config = parse("--init-from", "x", "--context", "32", "--lr", "0.1", saved=lambda start: saved)
     fresh, found = preset("nano").to_dict(), config.to_dict()
     expected = fresh | SMALL | dict(position="rotary", data="austen", lr=0.1, context=32)
+    expected["head_width"] = SMALL["dim"] // SMALL["heads"]
     assert found == expected
 
 

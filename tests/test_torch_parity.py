@@ -20,7 +20,7 @@ from minillm.autograd.backward import backward  # noqa: E402
 from minillm.autograd.tape import Tensor, no_grad  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.data.batches import Batches  # noqa: E402
-from minillm.models.gpt_config import PRESETS  # noqa: E402
+from minillm.models.gpt_presets import PRESETS  # noqa: E402
 from minillm.models.protocol import Batch  # noqa: E402
 from minillm.params.where import Where  # noqa: E402
 from minillm.tasks.language_model import LanguageModeling  # noqa: E402
@@ -33,8 +33,36 @@ VOCAB = 65
 MODELS = {
     "gpt2": dict(),
     "llama": dict(
-        kv_heads=2, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False
+        kv_heads=2, norm="rmsnorm", mlp="swiglu", position="rotary", bias="none", tied=False
     ),
+    "qwen": dict(
+        kv_heads=2,
+        head_width=24,
+        norm="rmsnorm",
+        norm_eps=1e-6,
+        mlp="swiglu",
+        position="rotary",
+        rope_base=1e6,
+        bias="qkv",
+        qk_norm="head",
+    ),
+    "gemma": dict(
+        kv_heads=1,
+        norm="rmsnorm",
+        norm_place="both",
+        mlp="geglu",
+        position="rotary",
+        rope_base=1e5,
+        rope_local_base=1e3,
+        rope_share=0.5,
+        bias="none",
+        window=9,
+        full_every=2,
+        embedding_scale=8.0,
+        logit_cap=3.0,
+    ),
+    "olmo": dict(norm="rmsnorm", norm_place="output", mlp="relu2", position="rotary", bias="none"),
+    "post-norm": dict(norm_place="post", mlp="silu", window=5),
 }
 
 
@@ -85,7 +113,7 @@ def test_logits_loss_and_gradients(model: str) -> None:
 
 def test_fifty_steps_of_shakespeare_char() -> None:
     """Train 50 steps of nanoGPT's CPU setting; losses stay within 1e-4 of PyTorch's."""
-    trainer = _trainer(**{**PRESETS["shakespeare-char"], "data": "austen", "bias": True})
+    trainer = _trainer(**{**PRESETS["shakespeare-char"], "data": "austen", "bias": "all"})
     config, train = trainer.config, trainer.config.options.optimization
     twin = _twin(trainer)
     decayed = {p.name for b in trainer.model.buffers for p in b.parameters if p.decay}

@@ -15,7 +15,7 @@ from minillm.models.gpt_config import ModelConfig
 
 
 class TorchGPT:
-    """Functional model over a dict of named tensors; GPT-2 or Llama by configuration."""
+    """Functional model over a dict of named tensors: every switch of a GPT but rotary scaling."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, np.ndarray]) -> None:
         self.config = config
@@ -27,15 +27,24 @@ class TorchGPT:
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, T, V] of ids [B, T]."""
         c, p = self.config, self.p
-        x = F.embedding(ids, p["embedding.weight"])
+        x = F.embedding(ids, p["embedding.weight"]) * c.embedding_scale
         if c.position == "learned":
             x = x + p["positions"][: ids.shape[1]]
         for layer in range(c.layers):
-            prefix = f"blocks.{layer}."
-            x = x + self._attention(prefix + "attention.", self._norm(prefix + "norm1.", x))
-            x = x + self._mlp(prefix + "mlp.", self._norm(prefix + "norm2.", x))
+            window = c.window if not c.full_every or (layer + 1) % c.full_every else 0
+            x = self._half(layer, 1, x, lambda name, y, w=window: self._attention(name, y, w))
+            x = self._half(layer, 2, x, self._mlp)
         head = p["embedding.weight"] if c.tied else p["head"]
-        return self._norm("norm.", x) @ head.T
+        logits = (x if c.norm_place == "post" else self._norm("norm.", x)) @ head.T
+        return c.logit_cap * torch.tanh(logits / c.logit_cap) if c.logit_cap else logits
+
+    def _half(self, layer: int, half: int, x: torch.Tensor, run: Any) -> torch.Tensor:
+        place, at = self.config.norm_place, f"blocks.{layer}."
+        name = at + ("attention." if half == 1 else "mlp.")
+        if place == "post":
+            return self._norm(f"{at}norm{half}.", x + run(name, x))
+        y = run(name, x if place == "output" else self._norm(f"{at}norm{half}.", x))
+        return x + (y if place == "pre" else self._norm(f"{at}out_norm{half}.", y))
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy."""
@@ -47,10 +56,11 @@ class TorchGPT:
     def _norm(self, prefix: str, x: torch.Tensor) -> torch.Tensor:
         weight = self.p[prefix + "weight"]
         if self.config.norm == "layernorm":
-            return F.layer_norm(x, weight.shape, weight, self.p.get(prefix + "bias"), 1e-5)
-        return F.rms_norm(x, weight.shape, weight, 1e-5)
+            bias, eps = self.p.get(prefix + "bias"), self.config.norm_eps
+            return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
 
-    def _attention(self, prefix: str, x: torch.Tensor) -> torch.Tensor:
+    def _attention(self, prefix: str, x: torch.Tensor, window: int) -> torch.Tensor:
         c = self.config
         B, T, _ = x.shape
         K = c.head_width
@@ -58,27 +68,48 @@ class TorchGPT:
             [c.heads * K, c.kv_heads * K, c.kv_heads * K], -1
         )
         q, k, v = (t.view(B, T, -1, K).transpose(1, 2) for t in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = (
+                F.rms_norm(t, (K,), self.p[f"{prefix}qk_norm.{name}"], c.norm_eps)
+                for t, name in ((q, "queries"), (k, "keys"))
+            )
         if c.position == "rotary":
-            q, k = _rotate(q), _rotate(k)
+            local = c.rope_local_base is not None and window
+            base, turned = c.rope_local_base if local else c.rope_base, int(K * c.rope_share)
+            q, k = (
+                torch.cat([_rotate(t[..., :turned], base), t[..., turned:]], -1) for t in (q, k)
+            )
+        ages = torch.arange(T)[:, None] - torch.arange(T)
+        seen = (ages >= 0) & (ages < (window or T))
         y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads
+            q, k, v, attn_mask=seen, enable_gqa=c.heads != c.kv_heads
         )
         return self._linear(prefix + "out", y.transpose(1, 2).reshape(B, T, -1))
 
     def _mlp(self, prefix: str, x: torch.Tensor) -> torch.Tensor:
         h = self._linear(prefix + "up", x)
-        if self.config.mlp == "swiglu":
+        kind = self.config.mlp
+        if kind.endswith("glu"):
             gate, up = h.chunk(2, -1)
-            h = F.silu(gate) * up
+            h = (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate="tanh")) * up
         else:
-            h = F.gelu(h, approximate="tanh")
+            h = ACTIVATIONS[kind](h)
         return self._linear(prefix + "down", h)
 
 
-def _rotate(x: torch.Tensor) -> torch.Tensor:
+ACTIVATIONS: dict[str, Any] = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu-erf": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+}
+
+
+def _rotate(x: torch.Tensor, base: float) -> torch.Tensor:
     """Apply rotary positions to halves, paired as x_i with x_{i + K/2}."""
     T, K = x.shape[-2:]
-    angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, K, 2).double() / K)[None, :]
+    angle = torch.arange(T)[:, None] * base ** (-torch.arange(0, K, 2).double() / K)[None, :]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

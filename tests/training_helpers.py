@@ -53,13 +53,40 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2-untied": dict(tied=False),
     "llama": dict(
-        kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False
+        kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias="none", tied=False
     ),
     "llama-tied": dict(
-        kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=True
+        kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias="none", tied=True
     ),
-    "sinusoidal": dict(position="sinusoidal", mlp="gelu-erf"),
-    "relu": dict(mlp="relu", bias=False),
+    "qwen": dict(
+        kv_heads=4,
+        head_width=6,
+        norm="rmsnorm",
+        mlp="swiglu",
+        position="rotary",
+        rope_scaling="yarn",
+        rope_factor=4.0,
+        rope_original=8,
+        rope_high=4.0,
+        bias="qkv",
+        qk_norm="head",
+    ),
+    "gemma": dict(
+        kv_heads=4,
+        norm="rmsnorm",
+        norm_place="both",
+        mlp="geglu",
+        position="rotary",
+        rope_local_base=100.0,
+        rope_share=0.5,
+        bias="none",
+        window=5,
+        full_every=2,
+        embedding_scale=5.0,
+        logit_cap=3.0,
+    ),
+    "sinusoidal": dict(position="sinusoidal", mlp="gelu-erf", norm_place="post", window=7),
+    "relu": dict(mlp="relu2", norm_place="output", bias="none"),
 }
 OPTIMIZERS: dict[str, type[AdamW] | type[SGD]] = {"sgd": SGD, "adamw": AdamW}
 

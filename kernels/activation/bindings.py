@@ -50,17 +50,55 @@ def relu_backward(c: Any, grad_y: Any, x: Any, out: Any = None) -> Any:
     return _backward(c.relu_backward, grad_y, x, out)
 
 
-@c_kernel("swiglu_forward")
-def swiglu_forward(c: Any, gate_up: Any) -> Any:
+@c_kernel("relu2_forward")
+def relu2_forward(c: Any, x: Any) -> Any:
+    return _forward(c.relu2_forward, x)
+
+
+@c_kernel("relu2_backward")
+def relu2_backward(c: Any, grad_y: Any, x: Any, out: Any = None) -> Any:
+    return _backward(c.relu2_backward, grad_y, x, out)
+
+
+@c_kernel("silu_forward")
+def silu_forward(c: Any, x: Any) -> Any:
+    return _forward(c.silu_forward, x)
+
+
+@c_kernel("silu_backward")
+def silu_backward(c: Any, grad_y: Any, x: Any, out: Any = None) -> Any:
+    return _backward(c.silu_backward, grad_y, x, out)
+
+
+def _gated(function: Any, gate_up: Any) -> Any:
     num_rows, F = gate_up.shape[0], gate_up.shape[1] // 2
     y = np.empty((num_rows, F), gate_up.dtype)
-    c.swiglu_forward(pool(), dense(gate_up), y, num_rows, F)
+    function(pool(), dense(gate_up), y, num_rows, F)
     return y
+
+
+def _gated_backward(function: Any, grad_y: Any, gate_up: Any) -> Any:
+    num_rows, F = gate_up.shape[0], gate_up.shape[1] // 2
+    grad = np.empty(gate_up.shape, gate_up.dtype)
+    function(pool(), dense(grad_y), dense(gate_up), grad, num_rows, F)
+    return grad
+
+
+@c_kernel("swiglu_forward")
+def swiglu_forward(c: Any, gate_up: Any) -> Any:
+    return _gated(c.swiglu_forward, gate_up)
 
 
 @c_kernel("swiglu_backward")
 def swiglu_backward(c: Any, grad_y: Any, gate_up: Any) -> Any:
-    num_rows, F = gate_up.shape[0], gate_up.shape[1] // 2
-    grad = np.empty(gate_up.shape, gate_up.dtype)
-    c.swiglu_backward(pool(), dense(grad_y), dense(gate_up), grad, num_rows, F)
-    return grad
+    return _gated_backward(c.swiglu_backward, grad_y, gate_up)
+
+
+@c_kernel("geglu_forward")
+def geglu_forward(c: Any, gate_up: Any) -> Any:
+    return _gated(c.geglu_forward, gate_up)
+
+
+@c_kernel("geglu_backward")
+def geglu_backward(c: Any, grad_y: Any, gate_up: Any) -> Any:
+    return _gated_backward(c.geglu_backward, grad_y, gate_up)

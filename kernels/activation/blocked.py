@@ -52,7 +52,8 @@ def _gelu_tanh(x: Any, out: Any) -> None:
     np.multiply(_gate(x), x, out=out)
 
 
-def _gelu_tanh_backward(x: Any, grad: Any, out: Any) -> None:
+def _gelu_tanh_parts(x: Any) -> tuple[Any, Any]:
+    """Value and slope."""
     s = _gate(x)
     slope = x * x
     slope *= 6 * _C0 * _C1
@@ -61,6 +62,41 @@ def _gelu_tanh_backward(x: Any, grad: Any, out: Any) -> None:
     slope *= 1 - s
     slope += 1
     slope *= s
+    s *= x
+    return s, slope
+
+
+def _gelu_tanh_backward(x: Any, grad: Any, out: Any) -> None:
+    np.multiply(_gelu_tanh_parts(x)[1], grad, out=out)
+
+
+def _silu(x: Any, out: Any) -> None:
+    out[...] = x
+    _sigmoid_(out)
+    out *= x
+
+
+def _silu_parts(x: Any) -> tuple[Any, Any]:
+    """Value and slope s + x s (1 - s), with s = sigmoid(x)."""
+    s = _sigmoid_(x.copy())
+    value = x * s
+    slope = value * (1 - s)
+    slope += s
+    return value, slope
+
+
+def _silu_backward(x: Any, grad: Any, out: Any) -> None:
+    np.multiply(_silu_parts(x)[1], grad, out=out)
+
+
+def _relu2(x: Any, out: Any) -> None:
+    np.maximum(x, 0, out=out)
+    out *= out
+
+
+def _relu2_backward(x: Any, grad: Any, out: Any) -> None:
+    slope = np.maximum(x, 0)
+    slope *= 2
     np.multiply(slope, grad, out=out)
 
 
@@ -108,37 +144,75 @@ def relu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
     return np.multiply(grad_y, x > 0, out=out)
 
 
-@kernel("swiglu_forward")
-def swiglu_forward(gate_up: Any) -> Any:
+def _pointwise(fn: Callable[..., None], x: Any, *more: Any, out: Any = None) -> Any:
+    x = np.ascontiguousarray(x)
+    return _flat(x, np.empty_like(x) if out is None else out, fn, *map(np.ascontiguousarray, more))
+
+
+@kernel("relu2_forward")
+def relu2_forward(x: Any) -> Any:
+    return _pointwise(_relu2, x)
+
+
+@kernel("relu2_backward")
+def relu2_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
+    return _pointwise(_relu2_backward, x, grad_y, out=out)
+
+
+@kernel("silu_forward")
+def silu_forward(x: Any) -> Any:
+    return _pointwise(_silu, x)
+
+
+@kernel("silu_backward")
+def silu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
+    return _pointwise(_silu_backward, x, grad_y, out=out)
+
+
+def _gated(gate_up: Any, value: Callable[..., None]) -> Any:
+    """value(gate) up of gate_up [rows, 2F]."""
     F = gate_up.shape[1] // 2
     y = np.empty((len(gate_up), F), gate_up.dtype)
 
     def run(rows: slice) -> None:
-        gate, up = gate_up[rows, :F], gate_up[rows, F:]
-        out = y[rows]
-        out[...] = gate
-        _sigmoid_(out)
-        out *= gate
-        out *= up
+        value(gate_up[rows, :F], y[rows])
+        y[rows] *= gate_up[rows, F:]
 
     row_blocks(len(gate_up), 4 * F * gate_up.itemsize, run)
     return y
 
 
-@kernel("swiglu_backward")
-def swiglu_backward(grad_y: Any, gate_up: Any) -> Any:
+def _gated_backward(grad_y: Any, gate_up: Any, parts: Callable[[Any], tuple[Any, Any]]) -> Any:
+    """Gradient of gate_up [rows, 2F]; `parts` returns value and slope."""
     F = gate_up.shape[1] // 2
     grad = np.empty_like(gate_up)
 
     def run(rows: slice) -> None:
         gate, up, dy = gate_up[rows, :F], gate_up[rows, F:], grad_y[rows]
-        s = _sigmoid_(gate.copy())
-        silu = gate * s
-        np.multiply(dy, silu, out=grad[rows, F:])
-        silu *= 1 - s
-        silu += s  # d silu / d gate = s + gate s (1 - s)
-        silu *= up
-        np.multiply(dy, silu, out=grad[rows, :F])
+        value, slope = parts(gate)
+        np.multiply(dy, value, out=grad[rows, F:])
+        slope *= up
+        np.multiply(dy, slope, out=grad[rows, :F])
 
     row_blocks(len(gate_up), 6 * F * gate_up.itemsize, run)
     return grad
+
+
+@kernel("swiglu_forward")
+def swiglu_forward(gate_up: Any) -> Any:
+    return _gated(gate_up, _silu)
+
+
+@kernel("swiglu_backward")
+def swiglu_backward(grad_y: Any, gate_up: Any) -> Any:
+    return _gated_backward(grad_y, gate_up, _silu_parts)
+
+
+@kernel("geglu_forward")
+def geglu_forward(gate_up: Any) -> Any:
+    return _gated(gate_up, _gelu_tanh)
+
+
+@kernel("geglu_backward")
+def geglu_backward(grad_y: Any, gate_up: Any) -> Any:
+    return _gated_backward(grad_y, gate_up, _gelu_tanh_parts)

@@ -52,20 +52,22 @@ def cases() -> Iterator[Case]:
                 reference.gelu_backward(g, x + b, "erf"),
             ),
         )
-        yield Case(
-            "activation",
-            f"relu-{size}",
-            one,
-            lambda x: (kernels.relu_forward(x),),
-            lambda x: (np.maximum(x, 0),),
-        )
-        yield Case(
-            "activation",
-            f"relu-backward-{size}",
-            two,
-            lambda g, x: (kernels.relu_backward(g, x, out=poisoned(x)),),
-            lambda g, x: (g * (x > 0),),
-        )
+        for name in ("relu", "relu2", "silu"):
+            ops = {way: f"{name}_{way}" for way in ("forward", "backward")}
+            yield Case(
+                "activation",
+                f"{name}-{size}",
+                wide if name == "silu" else one,
+                lambda x, op=ops["forward"]: (getattr(kernels, op)(x),),
+                lambda x, op=ops["forward"]: (getattr(reference, op)(x),),
+            )
+            yield Case(
+                "activation",
+                f"{name}-backward-{size}",
+                two,
+                lambda g, x, op=ops["backward"]: (getattr(kernels, op)(g, x, out=poisoned(x)),),
+                lambda g, x, op=ops["backward"]: (getattr(reference, op)(g, x),),
+            )
 
     def extreme(rng: Any) -> Arrays:
         return (np.array([[-200.0, -60, -12, -6, -0.0, 0, 1e-9, 6, 12, 60, 200, 1e4, -1e4]]),)
@@ -85,20 +87,22 @@ def cases() -> Iterator[Case]:
             ),
         )
     for R, F in SIZES:
-        yield Case(
-            "activation",
-            f"swiglu-{R}x{F}",
-            normals((R, 2 * F)),
-            lambda x: (kernels.swiglu_forward(x),),
-            lambda x: (reference.swiglu_forward(x),),
-        )
-        yield Case(
-            "activation",
-            f"swiglu-backward-{R}x{F}",
-            normals((R, F), (R, 2 * F)),
-            lambda g, x: (kernels.swiglu_backward(g, x),),
-            lambda g, x: (reference.swiglu_backward(g, x),),
-        )
+        for name in ("swiglu", "geglu"):
+            ops = {way: f"{name}_{way}" for way in ("forward", "backward")}
+            yield Case(
+                "activation",
+                f"{name}-{R}x{F}",
+                normals((R, 2 * F)),
+                lambda x, op=ops["forward"]: (getattr(kernels, op)(x),),
+                lambda x, op=ops["forward"]: (getattr(reference, op)(x),),
+            )
+            yield Case(
+                "activation",
+                f"{name}-backward-{R}x{F}",
+                normals((R, F), (R, 2 * F)),
+                lambda g, x, op=ops["backward"]: (getattr(kernels, op)(g, x),),
+                lambda g, x, op=ops["backward"]: (getattr(reference, op)(g, x),),
+            )
     saturated = lambda rng: (np.array([[-90.0, -700, 90, 700, 2, 3, 4, 5]]),)  # noqa: E731
     yield Case(
         "activation",

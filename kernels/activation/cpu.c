@@ -40,6 +40,17 @@ INLINE float relu(float x) { return x < 0 ? 0 : x; }
 
 INLINE float relu_slope(float x) { return x > 0 ? 1.0f : 0.0f; }
 
+INLINE float relu2(float x) { return x < 0 ? 0 : x * x; }
+
+INLINE float relu2_slope(float x) { return x > 0 ? 2 * x : 0.0f; }
+
+INLINE float silu(float x) { return x * sigmoid_(x); }
+
+INLINE float silu_slope(float x) {
+    const float s = sigmoid_(x), y = x * s;
+    return s + y * (1 - s);
+}
+
 #define ACTIVATION(name) \
     static void name##_forward_range( \
         Pool *pool, const void *state, int64_t start, int64_t stop, int thread \
@@ -70,55 +81,58 @@ INLINE float relu_slope(float x) { return x > 0 ? 1.0f : 0.0f; }
 ACTIVATION(gelu_tanh)
 ACTIVATION(gelu_erf)
 ACTIVATION(relu)
+ACTIVATION(relu2)
+ACTIVATION(silu)
 
 typedef struct {
     const float *gate_up; /* [rows, 2F] = [gate | up] */
     float *y;             /* [rows, F] */
     int64_t num_rows, F;
-} SwiGLUForward;
-
-static void swiglu_forward_rows(
-    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
-) {
-    const SwiGLUForward *a = state;
-    const int64_t F = a->F;
-    for (int64_t row = start; row < stop; row++) {
-        const float *gate = a->gate_up + row * 2 * F, *up = gate + F;
-        float *y = a->y + row * F;
-#pragma omp simd
-        for (int64_t i = 0; i < F; i++) y[i] = gate[i] * sigmoid_(gate[i]) * up[i];
-    }
-}
-
-static void swiglu_forward(Pool *pool, const Argument *arguments) {
-    UNPACK(SwiGLUForward, a, arguments);
-    pool_run(pool, swiglu_forward_rows, &a, a.num_rows, 4);
-}
+} GatedForward;
 
 typedef struct {
     const float *grad_y, *gate_up;
     float *grad;
     int64_t num_rows, F;
-} SwiGLUBackward;
+} GatedBackward;
 
-static void swiglu_backward_rows(
-    Pool *pool, const void *state, int64_t start, int64_t stop, int thread
-) {
-    const SwiGLUBackward *a = state;
-    const int64_t F = a->F;
-    for (int64_t row = start; row < stop; row++) {
-        const float *gate = a->gate_up + row * 2 * F, *up = gate + F, *grad_y = a->grad_y + row * F;
-        float *grad_gate = a->grad + row * 2 * F, *grad_up = grad_gate + F;
-#pragma omp simd
-        for (int64_t i = 0; i < F; i++) {
-            const float s = sigmoid_(gate[i]), silu = gate[i] * s;
-            grad_up[i] = grad_y[i] * silu;
-            grad_gate[i] = grad_y[i] * up[i] * (s + silu * (1 - s));
-        }
+/* y = activation(gate) up, and its derivative. */
+#define GATED(name, activation) \
+    static void name##_forward_rows( \
+        Pool *pool, const void *state, int64_t start, int64_t stop, int thread \
+    ) { \
+        const GatedForward *a = state; \
+        const int64_t F = a->F; \
+        for (int64_t row = start; row < stop; row++) { \
+            const float *gate = a->gate_up + row * 2 * F, *up = gate + F; \
+            float *y = a->y + row * F; \
+            _Pragma("omp simd") for (int64_t i = 0; i < F; i++) \
+                y[i] = activation(gate[i]) * up[i]; \
+        } \
+    } \
+    static void name##_forward(Pool *pool, const Argument *arguments) { \
+        UNPACK(GatedForward, a, arguments); \
+        pool_run(pool, name##_forward_rows, &a, a.num_rows, 4); \
+    } \
+    static void name##_backward_rows( \
+        Pool *pool, const void *state, int64_t start, int64_t stop, int thread \
+    ) { \
+        const GatedBackward *a = state; \
+        const int64_t F = a->F; \
+        for (int64_t row = start; row < stop; row++) { \
+            const float *gate = a->gate_up + row * 2 * F, *up = gate + F; \
+            const float *grad_y = a->grad_y + row * F; \
+            float *grad_gate = a->grad + row * 2 * F, *grad_up = grad_gate + F; \
+            _Pragma("omp simd") for (int64_t i = 0; i < F; i++) { \
+                grad_up[i] = grad_y[i] * activation(gate[i]); \
+                grad_gate[i] = grad_y[i] * up[i] * activation##_slope(gate[i]); \
+            } \
+        } \
+    } \
+    static void name##_backward(Pool *pool, const Argument *arguments) { \
+        UNPACK(GatedBackward, a, arguments); \
+        pool_run(pool, name##_backward_rows, &a, a.num_rows, 4); \
     }
-}
 
-static void swiglu_backward(Pool *pool, const Argument *arguments) {
-    UNPACK(SwiGLUBackward, a, arguments);
-    pool_run(pool, swiglu_backward_rows, &a, a.num_rows, 4);
-}
+GATED(swiglu, silu)
+GATED(geglu, gelu_tanh)

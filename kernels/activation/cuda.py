@@ -72,22 +72,51 @@ def relu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
     return _backward("relu", grad_y, x, out)
 
 
+@cuda_kernel("relu2_forward")
+def relu2_forward(x: Any) -> Any:
+    return _forward("relu2", x)
+
+
+@cuda_kernel("relu2_backward")
+def relu2_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
+    return _backward("relu2", grad_y, x, out)
+
+
+@cuda_kernel("silu_forward")
+def silu_forward(x: Any) -> Any:
+    return _forward("silu", x)
+
+
+@cuda_kernel("silu_backward")
+def silu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
+    return _backward("silu", grad_y, x, out)
+
+
+def _gated(name: str, gate_up: Any) -> Any:
+    rows, F = len(gate_up), gate_up.shape[1] // 2
+    return _launch(name, rows, F, dense(gate_up), empty((rows, F), gate_up.dtype, gate_up))
+
+
+def _gated_backward(name: str, grad_y: Any, gate_up: Any) -> Any:
+    grad = empty(gate_up.shape, gate_up.dtype, gate_up)
+    return _launch(name, *grad_y.shape, dense(grad_y), dense(gate_up), grad)
+
+
 @cuda_kernel("swiglu_forward")
 def swiglu_forward(gate_up: Any) -> Any:
-    rows, F = len(gate_up), gate_up.shape[1] // 2
-    return _launch(
-        "swiglu_forward", rows, F, dense(gate_up), empty((rows, F), gate_up.dtype, gate_up)
-    )
+    return _gated("swiglu_forward", gate_up)
 
 
 @cuda_kernel("swiglu_backward")
 def swiglu_backward(grad_y: Any, gate_up: Any) -> Any:
-    rows, F = grad_y.shape
-    return _launch(
-        "swiglu_backward",
-        rows,
-        F,
-        dense(grad_y),
-        dense(gate_up),
-        empty(gate_up.shape, gate_up.dtype, gate_up),
-    )
+    return _gated_backward("swiglu_backward", grad_y, gate_up)
+
+
+@cuda_kernel("geglu_forward")
+def geglu_forward(gate_up: Any) -> Any:
+    return _gated("geglu_forward", gate_up)
+
+
+@cuda_kernel("geglu_backward")
+def geglu_backward(grad_y: Any, gate_up: Any) -> Any:
+    return _gated_backward("geglu_backward", grad_y, gate_up)

@@ -25,9 +25,33 @@ def relu_backward(make: Maker) -> Any:
     return kernels.relu_backward(make.rows(), make.rows())
 
 
+def relu2_forward(make: Maker) -> Any:
+    return kernels.relu2_forward(make.rows())
+
+
+def relu2_backward(make: Maker) -> Any:
+    return kernels.relu2_backward(make.rows(), make.rows())
+
+
+def silu_forward(make: Maker) -> Any:
+    return kernels.silu_forward(make.rows())
+
+
+def silu_backward(make: Maker) -> Any:
+    return kernels.silu_backward(make.rows(), make.rows())
+
+
 def swiglu_forward(make: Maker) -> Any:
     return kernels.swiglu_forward(make(make.sizes.T, 2 * make.sizes.width))
 
 
 def swiglu_backward(make: Maker) -> Any:
     return kernels.swiglu_backward(make.rows(), make(make.sizes.T, 2 * make.sizes.width))
+
+
+def geglu_forward(make: Maker) -> Any:
+    return kernels.geglu_forward(make(make.sizes.T, 2 * make.sizes.width))
+
+
+def geglu_backward(make: Maker) -> Any:
+    return kernels.geglu_backward(make.rows(), make(make.sizes.T, 2 * make.sizes.width))

@@ -54,6 +54,27 @@ def relu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
     return np.multiply(grad_y, x > 0, out=out)
 
 
+def relu2_forward(x: Any) -> Any:
+    """max(x, 0)^2, any shape (So et al. 2021, arXiv:2109.08668)."""
+    return np.maximum(x, 0) ** 2
+
+
+def relu2_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
+    """grad_y times 2 max(x, 0); into `out` if given, which may be `grad_y` itself."""
+    return np.multiply(grad_y, 2 * np.maximum(x, 0), out=out)
+
+
+def silu_forward(x: Any) -> Any:
+    """x / (1 + exp(-x)), any shape (Elfwing et al. 2017, arXiv:1702.03118)."""
+    return x / (1 + np.exp(-x))
+
+
+def silu_backward(grad_y: Any, x: Any, out: Any = None) -> Any:
+    """grad_y times the derivative at x; into `out` if given, which may be `grad_y` itself."""
+    s = 1 / (1 + np.exp(-x))
+    return np.multiply(grad_y, s * (1 + x * (1 - s)), out=out)
+
+
 def swiglu_forward(gate_up: Any) -> Any:
     """silu(gate) up, with silu(z) = z / (1 + exp(-z)) (Shazeer 2020, arXiv:2002.05202).
 
@@ -66,5 +87,21 @@ def swiglu_forward(gate_up: Any) -> Any:
 def swiglu_backward(grad_y: Any, gate_up: Any) -> Any:
     """Gradient of gate_up [rows, 2F] from grad_y [rows, F]."""
     gate, up = np.split(gate_up, 2, axis=1)
-    s = 1 / (1 + np.exp(-gate))
-    return np.concatenate([grad_y * up * s * (1 + gate * (1 - s)), grad_y * gate * s], axis=1)
+    return np.concatenate([silu_backward(grad_y * up, gate), grad_y * silu_forward(gate)], axis=1)
+
+
+def geglu_forward(gate_up: Any) -> Any:
+    """gelu(gate) up, with GPT-2's formula of GELU (Shazeer 2020, arXiv:2002.05202).
+
+    gate_up: [rows, 2F], gate and up side by side. Returns [rows, F].
+    """
+    gate, up = np.split(gate_up, 2, axis=1)
+    return gelu_forward(gate, "tanh") * up
+
+
+def geglu_backward(grad_y: Any, gate_up: Any) -> Any:
+    """Gradient of gate_up [rows, 2F] from grad_y [rows, F]."""
+    gate, up = np.split(gate_up, 2, axis=1)
+    return np.concatenate(
+        [gelu_backward(grad_y * up, gate, "tanh"), grad_y * gelu_forward(gate, "tanh")], axis=1
+    )

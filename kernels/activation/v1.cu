@@ -6,7 +6,7 @@
 // minillm-build: -DELEMENT=float16
 // minillm-sass: *_forward LDG.E.128*2 STG.E.128
 // minillm-sass: *_backward LDG.E.128*3 STG.E.128
-// minillm-sass: swiglu_backward STG.E.128*2
+// minillm-sass: *glu_backward STG.E.128*2
 #include "../gpu/include/vectors.cuh"
 
 #define THREADS 256
@@ -48,6 +48,19 @@ struct GeluErf {
 struct Relu {
     static __device__ __forceinline__ float value(float x) { return fmaxf(x, 0.0f); }
     static __device__ __forceinline__ float slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
+};
+
+struct Relu2 {
+    static __device__ __forceinline__ float value(float x) { return x > 0.0f ? x * x : 0.0f; }
+    static __device__ __forceinline__ float slope(float x) { return x > 0.0f ? 2.0f * x : 0.0f; }
+};
+
+struct Silu {
+    static __device__ __forceinline__ float value(float x) { return x * sigmoid(x); }
+    static __device__ __forceinline__ float slope(float x) {
+        const float s = sigmoid(x), y = x * s;
+        return s + y * (1.0f - s);
+    }
 };
 
 // Position of a thread in [rows, F]: `tiles` blocks share a row. An array without rows is one row.
@@ -125,9 +138,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     backward<Relu>(grad_y, x, bias, grad_x, F, tiles);
 }
 
-// y [rows, F] = silu(gate) up, of gate_up [rows, 2F] = [gate | up].
 extern "C" __global__ void __launch_bounds__(THREADS)
-    swiglu_forward(const Element* gate_up, Element* y, int64_t F, int tiles) {
+    relu2_forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    forward<Relu2>(x, bias, y, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    relu2_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x,
+                   int64_t F, int tiles) {
+    backward<Relu2>(grad_y, x, bias, grad_x, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    silu_forward(const Element* x, const Element* bias, Element* y, int64_t F, int tiles) {
+    forward<Silu>(x, bias, y, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    silu_backward(const Element* grad_y, const Element* x, const Element* bias, Element* grad_x,
+                  int64_t F, int tiles) {
+    backward<Silu>(grad_y, x, bias, grad_x, F, tiles);
+}
+
+// y [rows, F] = activation(gate) up, of gate_up [rows, 2F] = [gate | up].
+template <typename Activation>
+__device__ __forceinline__ void gated_forward(const Element* gate_up, Element* y, int64_t F,
+                                              int tiles) {
     const Place at = place(tiles);
     if (at.column >= F) return;
     const int64_t left = F - at.column;
@@ -136,15 +169,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load_floats(gate, from, left);
     load_floats(up, from + F, left);
     #pragma unroll
-    for (int i = 0; i < RUN; i++) up[i] *= gate[i] * sigmoid(gate[i]);
+    for (int i = 0; i < RUN; i++) up[i] *= Activation::value(gate[i]);
     store_floats(y + at.row * F + at.column, up, left);
 }
 
-// grad [rows, 2F] of gate_up from grad_y [rows, F]; d silu / d gate = s + gate s (1 - s) with s =
-// sigmoid(gate).
-extern "C" __global__ void __launch_bounds__(THREADS)
-    swiglu_backward(const Element* grad_y, const Element* gate_up, Element* grad, int64_t F,
-                    int tiles) {
+// grad [rows, 2F] of gate_up from grad_y [rows, F].
+template <typename Activation>
+__device__ __forceinline__ void gated_backward(const Element* grad_y, const Element* gate_up,
+                                               Element* grad, int64_t F, int tiles) {
     const Place at = place(tiles);
     if (at.column >= F) return;
     const int64_t left = F - at.column;
@@ -155,10 +187,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load_floats(dy, grad_y + at.row * F + at.column, left);
     #pragma unroll
     for (int i = 0; i < RUN; i++) {
-        const float s = sigmoid(gate[i]), silu = gate[i] * s;
-        gate[i] = dy[i] * up[i] * (s + silu * (1.0f - s));
-        up[i] = dy[i] * silu;
+        const float y = Activation::value(gate[i]);
+        gate[i] = dy[i] * up[i] * Activation::slope(gate[i]);
+        up[i] = dy[i] * y;
     }
     store_floats(grad + offset, gate, left);
     store_floats(grad + offset + F, up, left);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    swiglu_forward(const Element* gate_up, Element* y, int64_t F, int tiles) {
+    gated_forward<Silu>(gate_up, y, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    swiglu_backward(const Element* grad_y, const Element* gate_up, Element* grad, int64_t F,
+                    int tiles) {
+    gated_backward<Silu>(grad_y, gate_up, grad, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    geglu_forward(const Element* gate_up, Element* y, int64_t F, int tiles) {
+    gated_forward<GeluTanh>(gate_up, y, F, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    geglu_backward(const Element* grad_y, const Element* gate_up, Element* grad, int64_t F,
+                   int tiles) {
+    gated_backward<GeluTanh>(grad_y, gate_up, grad, F, tiles);
 }

@@ -56,6 +56,12 @@ def masks(B: int, Tq: int, Tk: int) -> dict[str, Visibility]:
         "lengths-causal": Visibility(True, *shuffled, key_lengths=lengths),
         "documents": Visibility(True, first_time=documents),
         "window": Visibility(True, first_time=np.arange(Tq) - 9),
+        # Tiles that no query sees, before and behind a band that is wider than a tile.
+        "window-wide": Visibility(True, first_time=np.arange(Tq) - 69),
+        "window-lengths": Visibility(True, first_time=np.arange(Tq) - 20, key_lengths=lengths),
+        "window-documents": Visibility(
+            True, first_time=np.maximum(documents, np.arange(Tq) - 15), key_lengths=lengths
+        ),
         "window-full": Visibility(False, first_time=np.arange(Tq) - 9),
         "window-by-sample": Visibility(
             True, *by_sample, first_time=by_sample[0] - 40, key_lengths=lengths

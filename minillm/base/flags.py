@@ -120,12 +120,28 @@ def _rules(tyro: Any, *, completing: bool = False) -> Any:
 
 
 def _joined(cls: type[Record], argv: Sequence[str]) -> list[str]:
-    """Return `argv` with each text that may begin with a dash joined to its flag by `=`."""
-    texts = {flag(name) for name, known in cls.options().items() if known.metadata.get("verbatim")}
-    words, joined = iter(argv), []
-    for word in words:
-        value = next(words, None) if word in texts else None
-        joined.append(word if value is None else f"{word}={value}")
+    """Return `argv` with each text that may begin with a dash joined to its flag by `=`.
+
+    Flags without a value of options that were switches get the value that they stand for.
+    """
+    marked = {name: known.metadata for name, known in cls.options().items()}
+    texts = {flag(name) for name, marks in marked.items() if marks.get("verbatim")}
+    switches = {
+        flag(prefix + name): f"{flag(name)}={marks['switch'][on]}"
+        for name, marks in marked.items()
+        if "switch" in marks
+        for on, prefix in enumerate(("no_", ""))
+    }
+    joined: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        alone = not words or words[0].startswith("-")
+        if word in texts and words:
+            word = f"{word}={words.pop(0)}"
+        elif (name := word.replace("_", "-")) in switches and (alone or name.startswith("--no-")):
+            word = switches[name]
+        joined.append(word)
     return joined
 
 

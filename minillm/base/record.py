@@ -86,6 +86,7 @@ def option(
     announced: bool = False,
     path: bool = False,
     verbatim: bool = False,
+    switch: tuple[str, str] | None = None,
 ) -> Any:
     """Return a dataclass field with its bounds.
 
@@ -93,11 +94,15 @@ def option(
     reports: a continuation may change it silently. `announced` marks what alters the result: a
     continuation may change it and prints a line. `path` marks a file or folder, where ~ stands for
     the home folder. `verbatim` marks a text that may begin with a dash: the word after the flag is
-    its value, whatever it is.
+    its value, whatever it is. `switch` marks a choice that was a bool: its values for False
+    and True in older files, and for --no-NAME and --NAME in older command lines.
     """
     given = {"at least": at_least, "more than": above, "below": below}
     bounds = {words: bound for words, bound in given.items() if bound is not None}
-    marks = dict(resumable=resumable, announced=announced, path=path, verbatim=verbatim)
+    marks: dict[str, Any] = dict(
+        resumable=resumable, announced=announced, path=path, verbatim=verbatim
+    )
+    marks |= {} if switch is None else {"switch": switch}
     return dataclasses.field(default=default, metadata={"bounds": bounds, **marks})
 
 
@@ -251,6 +256,8 @@ def _checked(value: Any, known: Option, text: str, *, bounds: bool = True) -> An
     if get_origin(known.kind) is tuple:
         one = known._replace(kind=get_args(known.kind)[0])
         return tuple(_checked(item, one, text, bounds=bounds) for item in value)
+    if isinstance(value, bool) and "switch" in known.metadata:
+        value = known.metadata["switch"][value]
     if isinstance(value, Words):
         raise ConfigError(f"{text.format('takes one value')}, not {' '.join(value) or 'none'}")
     if type(value) is int and abs(value) >= MOST:

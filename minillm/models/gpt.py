@@ -1,8 +1,9 @@
 """GPT: a decoder-only Transformer, one definition for every mesh and every pipeline stage.
 
 By configuration it is GPT-2 (layer norm, GELU, learned positions, biases, tied head; Radford et al.
-2019) or Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no biases; Touvron et
-al. 2023, arXiv:2302.13971). Serial training is the same code on communicators of size 1.
+2019), Llama (RMS norm, SwiGLU, rotary positions, grouped-query attention, no biases; Touvron et al.
+2023, arXiv:2302.13971), or a relative of them: Qwen, Mistral, Gemma, OLMo. Serial training is the
+same code on communicators of size 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec
 from minillm.models.family import Family
-from minillm.models.gpt_config import PRESETS, ModelConfig, ModelOptions
+from minillm.models.gpt_config import ModelConfig, ModelOptions
+from minillm.models.gpt_presets import PRESETS
 from minillm.models.protocol import (
     INIT_STD,
     ArraySpec,
@@ -30,7 +32,7 @@ from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
 from minillm.nn.mlp import MLP
-from minillm.nn.norm import norm
+from minillm.nn.norm import HeadNorm, LayerNorm, RMSNorm, norm
 from minillm.nn.position import sinusoidal_table
 from minillm.nn.vocabulary import (
     VocabParallelEmbedding,
@@ -79,8 +81,9 @@ class GPT(Module):
         )
         self.positions = self._position_table() if part.first else None
         self.dropout = Dropout(config.dropout, seed)
-        self.blocks = {layer: self._block() for layer in part.layers}
-        self.norm = norm(config.norm, config.dim, region, bias=config.bias) if part.last else None
+        self.blocks = {layer: self._block(layer) for layer in part.layers}
+        # The last block of a model with norms behind the sums has normalised its result.
+        self.norm = self._norm() if part.last and config.norm_place != "post" else None
         self.head = self._head(tie) if part.last else None
         self.assign_names()
 
@@ -91,17 +94,21 @@ class GPT(Module):
         spec = ShardSpec.replicated(*shape, partial_over=partial_over)
         return Parameter(spec, Normal(self.std), decay=False)
 
-    def _block(self) -> Block:
+    def _block(self, layer: int) -> Block:
         c, region, selective = self.config, self.region, self.recompute == "selective"
-        out_std = self.std / math.sqrt(2 * c.layers)
+        out_std, bias = self.std / math.sqrt(2 * c.layers), c.bias == "all"
         drops = [Dropout(c.dropout, self.seed) for _ in range(3)]
         attention = Attention(
             c.dim,
             c.heads,
             c.kv_heads,
             region,
-            rotary=c.position == "rotary",
-            bias=c.bias,
+            head_width=c.head_width,
+            bias=bias or c.bias == "qkv",
+            out_bias=bias,
+            qk_norm=HeadNorm(c.head_width, eps=c.norm_eps) if c.qk_norm == "head" else None,
+            rotary=c.rotary_of(layer),
+            window=c.window_of(layer),
             std=self.std,
             out_std=out_std,
             dropout=drops[0],
@@ -111,13 +118,26 @@ class GPT(Module):
             c.dim,
             c.ffn_dim,
             region,
-            bias=c.bias,
+            bias=bias,
             std=self.std,
             out_std=out_std,
             recompute=selective,
         )
-        norms = [norm(c.norm, c.dim, region, bias=c.bias, recompute=selective) for _ in range(2)]
-        return Block(norms[0], attention, norms[1], mlp, drops[1], drops[2])
+        place = c.norm_place
+        norms = [None if place == "output" else self._norm(selective) for _ in range(2)]
+        outs = [self._norm() if place in ("output", "both") else None for _ in range(2)]
+        return Block(
+            *(norms[0], attention, norms[1], mlp, drops[1], drops[2]),
+            out_norm1=outs[0],
+            out_norm2=outs[1],
+            post=place == "post",
+        )
+
+    def _norm(self, recompute: bool = False) -> LayerNorm | RMSNorm:
+        c = self.config
+        return norm(
+            c.norm, c.dim, self.region, bias=c.bias == "all", recompute=recompute, eps=c.norm_eps
+        )
 
     def _head(self, tie: str | None) -> Parameter:
         if self.config.tied and self.embedding is not None:
@@ -162,13 +182,15 @@ class GPT(Module):
             self.region.comm,
             vocab=self.config.vocab,
             divisor=batch.divisors["loss"],
+            cap=self.config.logit_cap,
         )
         return StageResult((hidden,), {"loss": loss})
 
     def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
         """Return the logits [B, T, V], whole on every rank (last stage only)."""
         assert self.head is not None, "the head is on the last stage"
-        return head_logits(outputs[0], self.head, self.region, self._pass(batch, False))
+        pass_, cap = self._pass(batch, False), self.config.logit_cap
+        return head_logits(outputs[0], self.head, self.region, pass_, cap=cap)
 
     def _pass(self, batch: Batch, training: bool) -> Pass:
         """Return the pass outside the region. A batch with a cache is not cut along time."""
@@ -183,6 +205,8 @@ class GPT(Module):
         times, dim = pass_.where.times, self.config.dim
         assert times is not None
         hidden = embedding(ids, pass_)
+        if self.config.embedding_scale != 1:
+            hidden = ops.scale(hidden, self.config.embedding_scale)
         if self.positions is not None:
             hidden = ops.add_position(hidden, self.positions, times)
         elif self.config.position == "sinusoidal":
@@ -227,7 +251,8 @@ class GPTArchitecture:
         A block keeps, per token: the inputs of its two norms (2 D, time-sharded with sequence
         parallelism), the norms' outputs, which the column-parallel products read (2 D), and 1/tp
         each of the fused projection, the attention's output, and the MLP's hidden layer before and
-        after the activation. Selective recomputation leaves out the hidden layer after the
+        after the activation. Norms on outputs keep their inputs (2 D), and the norm of queries and
+        keys keeps those, cut over tp. Selective recomputation leaves out the hidden layer after the
         activation, and the norms' outputs unless sequence parallelism has gathered them. Full
         recomputation keeps the block's input alone (D).
         """
@@ -239,11 +264,14 @@ class GPTArchitecture:
         if work.recompute == "full":
             return config.dim // outside
         selective = work.recompute == "selective"
-        hidden = config.ffn_dim * ((3 if config.mlp == "swiglu" else 2) - selective)
-        projections = (config.heads + 2 * config.kv_heads) * config.head_width
-        inside = projections + config.dim + hidden
-        normed = 0 if selective and outside == 1 else 2 * config.dim
-        return 2 * config.dim // outside + normed + inside // work.tp
+        hidden = config.ffn_dim * (config.hidden_layers + 1 - selective)
+        inside = config.qkv_dim + config.attention_dim + hidden
+        if config.qk_norm == "head":
+            inside += (config.heads + config.kv_heads) * config.head_width
+        inputs = (4 if config.norm_place == "both" else 2) * config.dim  # of norms
+        again = selective and outside == 1 and config.norm_place != "output"
+        normed = 0 if again else 2 * config.dim
+        return inputs // outside + normed + inside // work.tp
 
     def workspace_bytes(self, config: ModelConfig, work: Workload, *, last: bool) -> int:
         """Return the bytes of temporaries while the backward pass of a block runs on a rank.
@@ -253,9 +281,9 @@ class GPTArchitecture:
         parallelism holds a message of whole sequences (D).
         """
         outside, stream = work.tp if work.sequence_parallel else 1, 4 if last else 3
-        selective, swiglu = work.recompute == "selective", config.mlp == "swiglu"
-        # Before swiglu's two gradients exist, what selective recomputation made again is gone.
-        hidden = config.ffn_dim * (3 if swiglu else 1 + selective)
+        selective, gated = work.recompute == "selective", config.hidden_layers == 2
+        # Before a gate's two gradients exist, what selective recomputation made again is gone.
+        hidden = config.ffn_dim * (3 if gated else 1 + selective)
         again = config.dim // outside if selective else 0
         if work.recompute == "full":
             stream -= 2  # the block's own sums
@@ -265,9 +293,13 @@ class GPTArchitecture:
         return work.tokens * per_token * work.itemsize
 
     def head_bytes(self, config: ModelConfig, work: Workload) -> int:
-        """Return the bytes of the logits that exist at once on a rank with the head."""
+        """Return the bytes of the logits that exist at once on a rank with the head.
+
+        A bound on them keeps its derivative as well.
+        """
         row_bytes = -(-config.vocab // work.tp) * work.itemsize
-        return chunk_rows(work.tokens, row_bytes, on_gpu=work.on_gpu) * row_bytes
+        rows = chunk_rows(work.tokens, row_bytes, on_gpu=work.on_gpu)
+        return rows * row_bytes * (2 if config.logit_cap else 1)
 
 
 ARCHITECTURE = GPTArchitecture()

@@ -1,17 +1,20 @@
-"""Options, shape and presets of a GPT."""
+"""Options and shape of a GPT."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from minillm.base.errors import ConfigError
 from minillm.base.log import plural
-from minillm.base.record import Record, option
+from minillm.base.record import Record, flag, option
 from minillm.models.family import ShapeOptions
 from minillm.models.sizes import check_divides, check_kernels, check_vocab
+from minillm.nn.mlp import GATED
+from minillm.nn.position import Rotary, RotaryScaling, rotary
 
-# Width of swiglu's hidden layer is rounded up to this: whole vector registers, and room for
+# Width of a gated hidden layer is rounded up to this: whole vector registers, and room for
 # tensor parallelism.
 FFN_MULTIPLE = 64
 
@@ -23,20 +26,59 @@ class ModelShape(Record):
     layers: int = option(4, at_least=1)
     """Number of Transformer blocks."""
     heads: int = option(4, at_least=1)
-    """Number of attention heads; each is dim / heads wide."""
+    """Number of attention heads."""
     dim: int = option(128, at_least=1)
     """Width of the model."""
     context: int = option(128, at_least=1)
     """Length of the sequences, in tokens."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation before attention and MLP."""
-    mlp: Literal["gelu", "gelu-erf", "relu", "swiglu"] = "gelu"
-    """Activation of the MLP: gelu by tanh as in GPT-2, gelu-erf exactly, relu, or swiglu as in
-    Llama."""
+    """Normalisation of each block and before the head."""
+    norm_place: Literal["pre", "post", "output", "both"] = "pre"
+    """Place of a block's norms: before attention and MLP (pre), behind the residual sums (post, as
+    in the first Transformer), on the outputs of attention and MLP (output, as in OLMo 2), or before
+    them and on their outputs (both, as in Gemma 2)."""
+    norm_eps: float = option(1e-5, above=0)
+    """Number that norms add to a variance or a mean square."""
+    mlp: Literal["gelu", "gelu-erf", "relu", "relu2", "silu", "swiglu", "geglu"] = "gelu"
+    """Activation of the MLP: gelu by tanh as in GPT-2, gelu-erf exactly, relu, relu2 (its square),
+    silu, swiglu as in Llama, or geglu as in Gemma."""
     position: Literal["learned", "sinusoidal", "rotary"] = "learned"
     """Encoding of positions: a learned table, a fixed table, or rotated queries and keys."""
-    bias: bool = True
-    """Biases in the linear layers and in layernorm."""
+    rope_base: float = option(10000.0, above=1)
+    """Base of the angles of rotary positions (theta)."""
+    rope_local_base: float | None = option(None, above=1)
+    """Base in the layers with a window, which are then not scaled (Gemma 3); left out: as in all
+    layers."""
+    rope_share: float = option(1.0, above=0)
+    """Share of each head's channels that rotary positions turn, at most 1; the first ones."""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """Extension of rotary positions to longer contexts: all angles divided by a factor (linear), or
+    those alone that turn rarely within the original context (llama3, yarn)."""
+    rope_factor: float = option(1.0, at_least=1)
+    """Factor by which a scaling of rotary positions divides angles."""
+    rope_original: int | None = option(None, at_least=1)
+    """Context of the model before its scaling by llama3 or yarn, in tokens."""
+    rope_low: float | None = option(None, above=0)
+    """Turns within the original context up to which an angle is divided whole; left out: 1."""
+    rope_high: float | None = option(None, above=0)
+    """Turns within the original context from which on an angle stays; left out: 4 for llama3, 32
+    for yarn."""
+    rope_attention: float | None = option(None, above=0)
+    """Factor on rotated queries and keys; left out: 0.1 ln(factor) + 1 for yarn, else 1."""
+    bias: Literal["none", "all", "qkv"] = option("all", switch=("none", "all"))
+    """Biases: none, all (linear layers and layernorm, as in GPT-2), or on queries, keys and values
+    alone (qkv, as in Qwen2)."""
+    qk_norm: Literal["none", "head"] = "none"
+    """RMS norm of the queries and keys of each head before they are rotated (head, as in Qwen3)."""
+    window: int = option(0, at_least=0)
+    """Positions that a query sees, itself included (sliding window attention); 0: all before it."""
+    full_every: int = option(0, at_least=0)
+    """Every n-th layer sees all positions in spite of the window (Gemma 2: 2, Gemma 3: 6); 0: none
+    does."""
+    embedding_scale: float = option(1.0, above=0)
+    """Factor on the token embeddings (Gemma: the square root of dim)."""
+    logit_cap: float = option(0.0, at_least=0)
+    """Bound on the logits: cap tanh(logits / cap), as in Gemma 2; 0: none."""
     dropout: float = option(0.0, at_least=0, below=1, announced=True)
     """Share of activations dropped in training, in [0, 1)."""
     tied: bool = True
@@ -49,6 +91,8 @@ class ModelConfig(ModelShape):
 
     kv_heads: int = option(at_least=1)
     """Number of key-value heads, each shared by heads / kv_heads query heads."""
+    head_width: int = option(0, at_least=0)
+    """Channels of an attention head; 0, replaced at once: dim / heads."""
     ffn_dim: int = option(at_least=1)
     """Width inside the MLP."""
     vocab: int = option(at_least=1)
@@ -57,39 +101,130 @@ class ModelConfig(ModelShape):
     def __post_init__(self) -> None:
         """Raise ConfigError for sizes that do not fit together."""
         super().__post_init__()
-        check_divides("heads", self.heads, "dim", self.dim)
+        if not self.head_width:
+            check_divides("heads", self.heads, "dim", self.dim)
+            object.__setattr__(self, "head_width", self.dim // self.heads)
         check_divides("kv_heads", self.kv_heads, "heads", self.heads)
-        if self.position == "rotary" and self.head_width % 2:
+        if self.position == "rotary":
+            self._check_rotary()
+        elif self.rope_scaling != "none":
             raise ConfigError(
-                "rotary positions turn pairs of channels, but dim / heads = "
-                f"{self.dim} / {self.heads} = {self.head_width} is odd; try --dim "
-                f"{self.heads * (self.head_width + 1)}"
+                f"--rope-scaling {self.rope_scaling} is for rotary positions, not --position "
+                f"{self.position}; use --position rotary"
+            )
+        if self.full_every and not self.window:
+            raise ConfigError(
+                f"--full-every {self.full_every} names the layers without a window, but there is "
+                "none; pass --window"
             )
 
+    def _check_rotary(self) -> None:
+        width = self.head_width
+        if self.rope_share > 1 or self._turned % 2 or not self._turned:
+            if self.rope_share == 1:
+                raise ConfigError(
+                    f"rotary positions turn pairs of channels, but a head's width {width} is odd "
+                    f"(dim / heads = {self.dim} / {self.heads}); try --head-width {width + 1}"
+                )
+            raise ConfigError(
+                f"--rope-share {self.rope_share:g} of a head's {width} channels must be an even "
+                f"number from 2 to {width}, and is {self._turned}; try --rope-share 0.5 or 1"
+            )
+        if (self.rope_scaling != "none") != (self.rope_factor > 1):
+            raise ConfigError(
+                f"--rope-scaling {self.rope_scaling} with --rope-factor {self.rope_factor:g}: "
+                "scaling needs a factor above 1, and a factor needs --rope-scaling linear, llama3 "
+                "or yarn"
+            )
+        unused = [
+            f"{flag(name)} {getattr(self, name):g}"
+            for name in ("rope_original", "rope_low", "rope_high", "rope_attention")
+            if getattr(self, name) is not None and self.rope_scaling == "none"
+        ]
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} without --rope-scaling changes nothing")
+        if self.rope_scaling in ("llama3", "yarn"):
+            if self.rope_original is None:
+                raise ConfigError(
+                    f"--rope-scaling {self.rope_scaling} counts turns within the context before "
+                    "scaling; pass --rope-original"
+                )
+            if self._scaling.low >= self._scaling.high:
+                raise ConfigError(
+                    f"--rope-low {self._scaling.low:g} must be below --rope-high "
+                    f"{self._scaling.high:g}"
+                )
+
     @property
-    def head_width(self) -> int:
-        """Channels per attention head."""
-        return self.dim // self.heads
+    def _turned(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return int(self.head_width * self.rope_share)
+
+    @property
+    def _scaling(self) -> RotaryScaling:
+        kind, yarn = self.rope_scaling, self.rope_scaling == "yarn"
+        return RotaryScaling(
+            kind=kind,
+            factor=self.rope_factor,
+            original=self.rope_original or 0,
+            low=self.rope_low or 1.0,
+            high=self.rope_high or (32.0 if yarn else 4.0),
+            amplitude=self.rope_attention
+            or (0.1 * math.log(self.rope_factor) + 1 if yarn else 1.0),
+        )
+
+    def rotary_of(self, layer: int) -> Rotary | None:
+        """Return the rotation of a layer's queries and keys, None without rotary positions."""
+        if self.position != "rotary":
+            return None
+        if self.rope_local_base is not None and self.window_of(layer):
+            return rotary(self._turned, self.rope_local_base)
+        return rotary(self._turned, self.rope_base, self._scaling)
+
+    def window_of(self, layer: int) -> int:
+        """Return the positions that a query of a layer sees; 0: all before it."""
+        full = self.full_every and (layer + 1) % self.full_every == 0
+        return 0 if full else self.window
+
+    @property
+    def hidden_layers(self) -> int:
+        """Arrays of width `ffn_dim` that the MLP computes in its first product: 1, gated 2."""
+        return 2 if self.mlp in GATED else 1
+
+    @property
+    def attention_dim(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_width
+
+    @property
+    def qkv_dim(self) -> int:
+        """Width of queries, keys and values together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_width
 
     @property
     def layer_products(self) -> int:
         """Multiply-adds per token of one layer's matrix products, without attention."""
-        up = self.ffn_dim * (2 if self.mlp == "swiglu" else 1)
-        projections = (self.heads + 2 * self.kv_heads) * self.head_width + self.dim
-        return self.dim * (projections + up + self.ffn_dim)
+        hidden = self.ffn_dim * (self.hidden_layers + 1)
+        return self.dim * (self.qkv_dim + self.attention_dim + hidden)
+
+    def attention_products(self, layer: int) -> int:
+        """Multiply-adds per token of a layer's attention, without its causal mask.
+
+        A query meets the keys of the context, or of its window.
+        """
+        return 2 * self.attention_dim * min(self.context, self.window_of(layer) or self.context)
 
     @property
     def training_flops(self) -> float:
-        """FLOP to train on one token: 6 N + 12 L D T, with N weights in matrix products.
+        """FLOP to train on one token: 6 N + 12 H K T a layer, with N weights in matrix products.
 
         The head counts, tables of tokens and positions do not. Causal attention is counted without
-        its mask (Narayanan et al. 2021, appendix).
+        its mask (Narayanan et al. 2021, appendix). In a layer with a window, T is the window.
         """
-        return float(self.layers * self._layer_flops + self._head_flops)
+        return float(sum(map(self._layer_flops, range(self.layers))) + self._head_flops)
 
-    @property
-    def _layer_flops(self) -> int:
-        return 6 * self.layer_products + 12 * self.dim * self.context
+    def _layer_flops(self, layer: int) -> int:
+        return 6 * (self.layer_products + self.attention_products(layer))
 
     @property
     def _head_flops(self) -> int:
@@ -101,7 +236,7 @@ class ModelConfig(ModelShape):
         The first includes the embedding: 3 D additions, of the position and to both gradients. The
         last includes the head.
         """
-        costs = [self._layer_flops] * self.layers
+        costs = [self._layer_flops(layer) for layer in range(self.layers)]
         costs[0] += 3 * self.dim
         costs[-1] += self._head_flops
         return costs
@@ -113,7 +248,7 @@ class ModelConfig(ModelShape):
 
     def check_device(self, device: str) -> None:
         """Raise ConfigError if the device has no kernels for these sizes."""
-        check_kernels(device, self.dim, self.heads)
+        check_kernels(device, self.dim, self.heads, self.head_width)
 
     def describe(self) -> str:
         """Return the sizes in words."""
@@ -129,8 +264,11 @@ class ModelOptions(ModelShape, ShapeOptions):
 
     kv_heads: int | None = option(None, at_least=1)
     """Number of key-value heads (grouped-query attention); left out: heads."""
+    head_width: int | None = option(None, at_least=1)
+    """Channels of an attention head; left out: dim / heads."""
     ffn_dim: int | None = option(None, at_least=1)
-    """Width inside the MLP; left out: 4 dim, for swiglu 8/3 dim rounded up to a multiple of 64."""
+    """Width inside the MLP; left out: 4 dim, for swiglu and geglu 8/3 dim rounded up to a multiple
+    of 64."""
     vocab: int | None = option(None, at_least=1)
     """Number of different tokens; left out: what the tokenizer has."""
 
@@ -140,10 +278,10 @@ class ModelOptions(ModelShape, ShapeOptions):
         Raises ConfigError for sizes that do not fit together, and where the number of tokens is
         unknown.
         """
-        swiglu_dim = -(-8 * self.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+        gated_dim = -(-8 * self.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
         follows = {
             "kv_heads": self.heads,
-            "ffn_dim": swiglu_dim if self.mlp == "swiglu" else 4 * self.dim,
+            "ffn_dim": gated_dim if self.mlp in GATED else 4 * self.dim,
             "vocab": check_vocab(self.vocab, vocab),
         }
         given = {name: value for name, value in self.to_dict().items() if value is not None}
@@ -157,46 +295,3 @@ class ModelOptions(ModelShape, ShapeOptions):
                 f"weights of --init-from have learned; use --context {had.context} or less. A "
                 "model trained with --position rotary can be continued at a longer context"
             )
-
-
-def _gpt2(layers: int, heads: int, dim: int, lr: float, microbatch: int) -> dict[str, Any]:
-    """Return GPT-2 (Radford et al. 2019), with its batch of 512 x 1024 tokens.
-
-    The learning rate is that of GPT-3 at the same size (Brown et al. 2020).
-    """
-    model = dict(
-        layers=layers, heads=heads, dim=dim, context=1024, vocab=50257, bias=True, tied=True
-    )
-    training = dict(batch=512, microbatch=microbatch, steps=600_000, lr=lr, warmup=2000, beta2=0.95)
-    return model | training | dict(eval_every=1000, eval_tokens=1 << 20)
-
-
-def _shakespeare_char() -> dict[str, Any]:
-    """Return nanoGPT's setting for a laptop.
-
-    It is config/train_shakespeare_char.py with the CPU flags of the README.
-    """
-    model = dict(layers=4, heads=4, dim=128, context=64, dropout=0.0, bias=False)
-    training = dict(batch=12, steps=2000, lr=1e-3, min_lr=1e-4, warmup=100, beta2=0.99)
-    return dict(data="shakespeare", tokenizer="char") | model | training | dict(eval_every=250)
-
-
-def _nano() -> dict[str, Any]:
-    """Return a run of two to three minutes on two cores with AVX2, whose sample reads as English.
-
-    A byte model with rotary positions learns at twice the learning rate of a position table.
-    """
-    training = dict(steps=2400, lr=4e-3, eval_every=200, sample_tokens=400)
-    return dict(data="austen", position="rotary") | training
-
-
-# Preset -> the options that it sets. The others keep their defaults.
-PRESETS: dict[str, dict[str, Any]] = {
-    "nano": _nano(),
-    "shakespeare-char": _shakespeare_char(),
-    "gpt2": _gpt2(12, 12, 768, 6e-4, microbatch=4),
-    "gpt2-medium": _gpt2(24, 16, 1024, 3e-4, microbatch=2),
-    "gpt2-large": _gpt2(36, 20, 1280, 2.5e-4, microbatch=1),
-    "gpt2-xl": _gpt2(48, 25, 1600, 2e-4, microbatch=1),
-    "llama-tiny": _nano() | dict(kv_heads=2, norm="rmsnorm", mlp="swiglu", bias=False, tied=False),
-}

@@ -31,12 +31,18 @@ def check_vocab(given: int | None, data: int | None) -> int:
     return given or data or 0
 
 
-def check_kernels(device: str, dim: int, heads: int) -> None:
-    """Raise ConfigError if `device` has no kernels for rows of `dim` or heads of dim / heads."""
+def check_kernels(device: str, dim: int, heads: int, head_width: int | None = None) -> None:
+    """Raise ConfigError if `device` has no kernels for rows of `dim`, or for heads.
+
+    These have `head_width` channels (default: dim / heads).
+    """
     why = refusal(device, row=dim)
     if why is not None:
         raise ConfigError(f"--dim {dim} {why}; use a smaller --dim, or --device cpu")
-    why = refusal(device, head_width=dim // heads)
+    width = head_width or dim // heads
+    why = refusal(device, head_width=width)
+    if why is not None and width != dim // heads:
+        raise ConfigError(f"--head-width {width}, and {why}; use another, or --device cpu")
     if why is not None:
         fits = [n for n in divisors(dim) if refusal(device, head_width=dim // n) is None]
         way = f"--heads {or_list(fits)}" if fits else "a --dim that is a multiple of 32"

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
 from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
-from minillm.base.arrays import Array, sum_dtype
+from minillm.base.arrays import sum_dtype
 from minillm.layout.sharding import Segment
 from minillm.nn.dropout import Dropout
 from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
+from minillm.nn.norm import HeadNorm
+from minillm.nn.position import Rotary
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
 from minillm.params.parameter import Parameter
-from minillm.params.where import Pass, Where
-
-ROTARY_BASE = 10000.0
+from minillm.params.where import Pass
 
 
 class Heads(NamedTuple):
@@ -59,7 +57,11 @@ def full_attention(
 
 
 class Attention(Module):
-    """Multi-head attention (Vaswani et al. 2017), optionally with rotary positions.
+    """Multi-head attention (Vaswani et al. 2017).
+
+    Heads are `head_width` channels wide (default: dim / heads). `qk_norm` normalises queries and
+    keys, `rotary` turns them. With `window` > 0 a query sees that many positions, its own included
+    (Beltagy et al. 2020, arXiv:2004.05150). `out_bias` is `bias` unless given.
 
     It is grouped-query attention if kv_heads < heads (Ainslie et al. 2023, arXiv:2305.13245). The
     fused projection is laid out [q heads | k heads | v heads]. Each rank holds heads / tp query
@@ -73,24 +75,30 @@ class Attention(Module):
         kv_heads: int,
         region: Region,
         *,
-        rotary: bool,
         bias: bool,
         std: float,
         out_std: float,
         dropout: Dropout,
         causal: bool = True,
+        head_width: int | None = None,
+        out_bias: bool | None = None,
+        qk_norm: HeadNorm | None = None,
+        rotary: Rotary | None = None,
+        window: int = 0,
         core: AttentionCore = full_attention,
     ) -> None:
-        width, comm = dim // heads, region.comm
+        width, comm = head_width or dim // heads, region.comm
         queries, groups = (
             Segment(heads * width, ("tp",), width),
             Segment(kv_heads * width, ("tp",), width),
         )
         self.heads = Heads(heads // comm.size, kv_heads // comm.size, width)
         self.first_head = comm.rank * self.heads.queries
-        self.rotary, self.causal, self.core = rotary, causal, core
+        self.rotary, self.causal, self.window, self.core = rotary, causal, window, core
         self.qkv = ColumnParallelLinear(dim, (queries, groups, groups), region, bias=bias, std=std)
-        self.out = RowParallelLinear(queries, dim, region, bias=bias, std=out_std)
+        self.qk_norm = qk_norm
+        out_bias = bias if out_bias is None else out_bias
+        self.out = RowParallelLinear(queries, dim, region, bias=out_bias, std=out_std)
         self.dropout = dropout
 
     def forward(self, x: Tensor, pass_: Pass) -> Tensor:
@@ -105,21 +113,14 @@ class Attention(Module):
         """Return the heads' outputs [B, T, H K] inside the region."""
         qkv = self.qkv(x, pass_)  # [B, T, (H + 2 Hkv) K] of the whole sequence
         heads = self.heads
-        if self.rotary:
-            cos, sin = self._rotary_tables(pass_.whole, sum_dtype(qkv.dtype))
+        if self.qk_norm is not None:
+            qkv = self.qk_norm(qkv, heads.queries, heads.kv)
+        if self.rotary is not None:
+            cos, sin = self.rotary.tables(pass_.whole, sum_dtype(qkv.dtype))
             qkv = ops.rotary(qkv, heads=heads.queries, kv_heads=heads.kv, cos=cos, sin=sin)
         core = self.core if pass_.cache is None else pass_.cache.get(self.name, self.core)
-        visibility = pass_.visibility(self.causal)
+        visibility = pass_.visibility(self.causal, self.window)
         return core(qkv, heads, visibility, self._dropout(pass_), pass_)
-
-    def _rotary_tables(self, where: Where, dtype: np.dtype) -> Array:
-        """Return cos and sin [2, T or B T, K/2] of the positions."""
-        width, times = self.heads.width, where.times
-        assert times is not None
-        return where.table(
-            ("rotary", width, str(dtype)),
-            lambda: np.stack(kernels.rope_tables(times.reshape(-1), width, ROTARY_BASE, dtype)),
-        )
 
     def _dropout(self, pass_: Pass) -> kernels.AttentionDropout | None:
         if not self.dropout.p or not pass_.training:

@@ -43,34 +43,53 @@ class Branch(Protocol):
 
 
 class Block(Module):
-    """Pre-norm residual block (Radford et al. 2019).
+    """Residual block of attention and MLP. In each half f stands for one of them.
 
-    It computes x + drop(attention(norm(x))), then x + drop(mlp(norm(x))).
+    pre: x + f(norm(x)) (Radford et al. 2019). post: norm(x + f(x)) (Vaswani et al. 2017). output: x
+    + out_norm(f(x)) (OLMo 2, arXiv:2501.00656). both: x + out_norm(f(norm(x))) (Gemma 2,
+    arXiv:2408.00118). Dropout acts on what is added to x. A norm of None is left out; `post` says
+    that norm1 and norm2 stand behind the sums.
     """
 
     def __init__(
         self,
-        norm1: LayerNorm | RMSNorm,
+        norm1: LayerNorm | RMSNorm | None,
         attention: Branch,
-        norm2: LayerNorm | RMSNorm,
+        norm2: LayerNorm | RMSNorm | None,
         mlp: Branch,
         dropout1: Dropout,
         dropout2: Dropout,
+        *,
+        out_norm1: LayerNorm | RMSNorm | None = None,
+        out_norm2: LayerNorm | RMSNorm | None = None,
+        post: bool = False,
     ) -> None:
         self.norm1, self.attention, self.dropout1 = norm1, attention, dropout1
         self.norm2, self.mlp, self.dropout2 = norm2, mlp, dropout2
+        self.out_norm1, self.out_norm2, self.post = out_norm1, out_norm2, post
 
     def forward(self, stream: Stream, pass_: Pass) -> Stream:
         """Return the residual stream [B, T_local, D] behind this block."""
-        x, y = self.norm1.residual(*stream)
-        x, y = self.norm2.residual(x, *_dropped(self.attention, self.dropout1, y, pass_))
-        return Stream(x, *_dropped(self.mlp, self.dropout2, y, pass_))
+        attention, mlp = self.attention, self.mlp
+        stream = self._half(stream, pass_, self.norm1, attention, self.out_norm1, self.dropout1)
+        return self._half(stream, pass_, self.norm2, mlp, self.out_norm2, self.dropout2)
 
-
-def _dropped(
-    half: Branch, dropout: Dropout, x: Tensor, pass_: Pass
-) -> tuple[Tensor, Parameter | None]:
-    """Return a branch of `x` behind dropout, and the bias that is not added yet."""
-    if dropout.idle(pass_):
-        return half.branch(x, pass_)
-    return dropout(half(x, pass_), pass_), None
+    def _half(
+        self,
+        stream: Stream,
+        pass_: Pass,
+        norm: LayerNorm | RMSNorm | None,
+        half: Branch,
+        out_norm: LayerNorm | RMSNorm | None,
+        dropout: Dropout,
+    ) -> Stream:
+        if norm is None or self.post:
+            x = y = stream.sum()
+        else:
+            x, y = norm.residual(*stream)
+        if out_norm is None and dropout.idle(pass_):
+            added = Stream(x, *half.branch(y, pass_))
+        else:
+            y = half(y, pass_)
+            added = Stream(x, dropout(y if out_norm is None else out_norm(y, pass_), pass_))
+        return Stream(norm.residual(*added)[1]) if norm is not None and self.post else added

@@ -18,14 +18,20 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": partial(ops.gelu, approximate="tanh"),
     "gelu-erf": partial(ops.gelu, approximate="erf"),
     "relu": ops.relu,
+    "relu2": ops.relu2,
+    "silu": ops.silu,
     "swiglu": ops.swiglu,
+    "geglu": ops.geglu,
 }
+GATED = ("swiglu", "geglu")
+"""Kinds whose first product computes a gate beside the hidden layer."""
 
 
 class MLP(Module):
     """Two-layer perceptron down(activation(up(x))) with its F features cut over tp.
 
-    SwiGLU (Shazeer 2020, arXiv:2002.05202) computes gate and up in one product, as segments (F, F).
+    The gated kinds (Shazeer 2020, arXiv:2002.05202) compute gate and up in one product, as segments
+    (F, F). relu2 is Primer's (So et al. 2021, arXiv:2109.08668).
     With `recompute` the backward pass recomputes the activation instead of keeping it.
     """
 
@@ -42,7 +48,7 @@ class MLP(Module):
         recompute: bool = False,
     ) -> None:
         features = Segment(ffn_dim, ("tp",))
-        out = (features, features) if kind == "swiglu" else (features,)
+        out = (features, features) if kind in GATED else (features,)
         self.activation, self.recompute = ACTIVATIONS[kind], recompute
         self.takes_bias = kind.startswith("gelu")
         self.up = ColumnParallelLinear(dim, out, region, bias=bias, std=std)

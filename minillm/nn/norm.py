@@ -12,8 +12,7 @@ from minillm.params.module import Module
 from minillm.params.parameter import Constant, Parameter
 from minillm.params.where import Pass
 
-LAYER_NORM_EPS = 1e-5
-RMS_NORM_EPS = 1e-5
+NORM_EPS = 1e-5
 
 
 class LayerNorm(Module):
@@ -22,22 +21,30 @@ class LayerNorm(Module):
     With `recompute` the backward pass recomputes the result of `residual` instead of keeping it.
     """
 
-    def __init__(self, dim: int, region: Region, *, bias: bool, recompute: bool = False) -> None:
-        self.recompute = recompute
+    def __init__(
+        self,
+        dim: int,
+        region: Region,
+        *,
+        bias: bool,
+        recompute: bool = False,
+        eps: float = NORM_EPS,
+    ) -> None:
+        self.recompute, self.eps = recompute, eps
         spec = ShardSpec.replicated(dim, partial_over=region.partial_over)
         self.weight = Parameter(spec, Constant(1.0), decay=False)
         self.bias = Parameter(spec, Constant(0.0), decay=False) if bias else None
 
     def forward(self, x: Tensor, pass_: Pass) -> Tensor:
         """Normalise x [B, T_local, D]."""
-        return ops.layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def residual(
         self, x: Tensor, delta: Tensor | None, delta_bias: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Return x + delta + delta_bias [B, T_local, D] and its norm. None counts as zero."""
         more = {"delta_bias": delta_bias, "recompute": self.recompute}
-        return ops.residual_layer_norm(x, delta, self.weight, self.bias, LAYER_NORM_EPS, **more)
+        return ops.residual_layer_norm(x, delta, self.weight, self.bias, self.eps, **more)
 
 
 class RMSNorm(Module):
@@ -46,28 +53,56 @@ class RMSNorm(Module):
     With `recompute` the backward pass recomputes the result of `residual` instead of keeping it.
     """
 
-    def __init__(self, dim: int, region: Region, *, recompute: bool = False) -> None:
-        self.recompute = recompute
+    def __init__(
+        self, dim: int, region: Region, *, recompute: bool = False, eps: float = NORM_EPS
+    ) -> None:
+        self.recompute, self.eps = recompute, eps
         self.weight = Parameter(
             ShardSpec.replicated(dim, partial_over=region.partial_over), Constant(1.0), decay=False
         )
 
     def forward(self, x: Tensor, pass_: Pass) -> Tensor:
         """Normalise x [B, T_local, D]."""
-        return ops.rms_norm(x, self.weight, RMS_NORM_EPS)
+        return ops.rms_norm(x, self.weight, self.eps)
 
     def residual(
         self, x: Tensor, delta: Tensor | None, delta_bias: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Return x + delta + delta_bias [B, T_local, D] and its norm. None counts as zero."""
         more = {"delta_bias": delta_bias, "recompute": self.recompute}
-        return ops.residual_rms_norm(x, delta, self.weight, RMS_NORM_EPS, **more)
+        return ops.residual_rms_norm(x, delta, self.weight, self.eps, **more)
+
+
+class HeadNorm(Module):
+    """RMS norm of the queries and keys of each head, in place in a fused projection.
+
+    Source: Henry et al. 2020, arXiv:2010.04245, with RMS norm as in Qwen3. All heads share the
+    weights [K]. A rank has some of the heads, so gradients are partial sums over tp.
+    """
+
+    def __init__(self, width: int, *, eps: float = NORM_EPS) -> None:
+        self.eps = eps
+        spec = ShardSpec.replicated(width, partial_over=("tp",))
+        self.queries = Parameter(spec, Constant(1.0), decay=False)
+        self.keys = Parameter(spec, Constant(1.0), decay=False)
+
+    def forward(self, qkv: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """Normalise the queries and keys of qkv [B, T, (H + 2 Hkv) K], which is overwritten."""
+        return ops.head_norm(
+            qkv, self.queries, self.keys, heads=heads, kv_heads=kv_heads, eps=self.eps
+        )
 
 
 def norm(
-    kind: str, dim: int, region: Region, *, bias: bool, recompute: bool = False
+    kind: str,
+    dim: int,
+    region: Region,
+    *,
+    bias: bool,
+    recompute: bool = False,
+    eps: float = NORM_EPS,
 ) -> LayerNorm | RMSNorm:
     """Build the norm called `kind`: layernorm or rmsnorm. RMS norm has no bias."""
     if kind == "layernorm":
-        return LayerNorm(dim, region, bias=bias, recompute=recompute)
-    return RMSNorm(dim, region, recompute=recompute)
+        return LayerNorm(dim, region, bias=bias, recompute=recompute, eps=eps)
+    return RMSNorm(dim, region, recompute=recompute, eps=eps)

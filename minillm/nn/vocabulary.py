@@ -51,14 +51,17 @@ def vocab_weight(vocab: int, dim: int, *, std: float, tie: str | None) -> Parame
     return Parameter(spec, Normal(std), decay=True)
 
 
-def head_logits(x: Tensor, weight: Parameter, region: Region, pass_: Pass) -> Array:
+def head_logits(
+    x: Tensor, weight: Parameter, region: Region, pass_: Pass, *, cap: float = 0.0
+) -> Array:
     """Return the logits [B, T, V] of x [B, T_local, D] outside the region, whole on every rank.
 
-    Collective over tp. Nothing is put on the tape.
+    `cap` > 0 bounds them as in `head_loss`. Collective over tp. Nothing is put on the tape.
     """
     with no_grad():
         logits = gather_from(ops.linear(region.enter(x, pass_), weight), region.comm, 2)
-    return logits.data[..., : weight.spec.shape[0]]
+    found = logits.data[..., : weight.spec.shape[0]]
+    return cap * namespace(found).tanh(found / cap) if cap else found
 
 
 def head_loss(
@@ -70,11 +73,13 @@ def head_loss(
     vocab: int,
     divisor: float,
     ignore_index: int = -100,
+    cap: float = 0.0,
 ) -> Tensor:
     """Sum the cross-entropies of the logits x @ weight^T, divided by `divisor`: a float64 scalar.
 
     x: [B, T, D] inside the region; weight: [V_local, D]; targets: [B, T] int, of which those equal
-    to `ignore_index` do not count. Collective over `comm`.
+    to `ignore_index` do not count. With `cap` > 0 a logit z becomes cap tanh(z / cap) (Gemma 2,
+    arXiv:2408.00118). Collective over `comm`.
 
     The logits never exist all at once. While gradients are on, dX and dW are computed here, chunk
     by chunk, because recomputing the logits in backward would cost a fourth product. The gradient
@@ -88,6 +93,7 @@ def head_loss(
         vocab=vocab,
         divisor=divisor,
         ignore_index=ignore_index,
+        cap=cap,
     )
 
 
@@ -103,6 +109,7 @@ class _HeadLoss(Function):
         vocab: int,
         divisor: float,
         ignore_index: int,
+        cap: float,
     ) -> Array:
         xp = namespace(x)
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
@@ -119,10 +126,13 @@ class _HeadLoss(Function):
             part = slice(start, start + chunk)
             logits = buffer[: len(rows[part])]
             kernels.matmul(rows[part], weight.T, out=logits)
+            slope = _cap_(logits, cap) if cap else None
             sum_exp, target_logit = vocab_slice.softmax_(logits, flat[part])
             total = total + _counted_sum(xp.log(sum_exp) - target_logit, counted[part])
             if ctx.recording:
                 vocab_slice.grad_(logits, sum_exp, flat[part], row_scale[part])
+                if slope is not None:
+                    logits *= slope
                 if grad_x is not None:
                     kernels.matmul(logits, weight, out=grad_x[part])
                 if slot is not None:
@@ -152,6 +162,16 @@ def chunk_rows(num_rows: int, row_bytes: int, *, on_gpu: bool) -> int:
     most = max(128, (GPU_LOGITS_BYTES if on_gpu else LOGITS_BYTES) // max(1, row_bytes))
     num_chunks = max(1, -(-num_rows // most))
     return max(1, -(-num_rows // num_chunks))
+
+
+def _cap_(logits: Array, cap: float) -> Array:
+    """Overwrite `logits` by cap tanh(logits / cap). Returns the derivative, of the same shape."""
+    logits /= cap
+    namespace(logits).tanh(logits, out=logits)
+    slope = logits * logits
+    namespace(logits).subtract(1, slope, out=slope)
+    logits *= cap
+    return slope
 
 
 def _counted_sum(losses: Array, counted: Array) -> Any:

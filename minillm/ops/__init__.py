@@ -1,14 +1,21 @@
 """Differentiable operations: each a `Function` over kernels."""
 
-from minillm.ops.activation import gelu, relu, softmax, swiglu
+from minillm.ops.activation import geglu, gelu, relu, relu2, silu, softmax, swiglu
 from minillm.ops.attention import attention, attention_qkv
 from minillm.ops.dropout import dropout
 from minillm.ops.embedding import add_constant, add_position, embedding
 from minillm.ops.linear import add_bias, linear
 from minillm.ops.loss import cross_entropy, mse_loss
-from minillm.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
+from minillm.ops.norm import (
+    head_norm,
+    layer_norm,
+    residual_layer_norm,
+    residual_rms_norm,
+    rms_norm,
+)
 from minillm.ops.residual import add
 from minillm.ops.rotary import rotary
+from minillm.ops.scale import scale
 
 __all__ = [
     "add",
@@ -20,15 +27,20 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "embedding",
+    "geglu",
     "gelu",
+    "head_norm",
     "layer_norm",
     "linear",
     "mse_loss",
     "relu",
+    "relu2",
     "residual_layer_norm",
     "residual_rms_norm",
     "rms_norm",
     "rotary",
+    "scale",
+    "silu",
     "softmax",
     "swiglu",
 ]

@@ -26,8 +26,17 @@ def gelu(
 
 def relu(x: Tensor, *, recompute: bool = False) -> Tensor:
     """Return max(x, 0)."""
-    y, data = _ReLU.apply(x), x.data
-    return recomputable(y, lambda: kernels.relu_forward(data)) if recompute else y
+    return _pointwise("relu", x, recompute)
+
+
+def relu2(x: Tensor, *, recompute: bool = False) -> Tensor:
+    """Return max(x, 0)^2 (So et al. 2021, arXiv:2109.08668)."""
+    return _pointwise("relu2", x, recompute)
+
+
+def silu(x: Tensor, *, recompute: bool = False) -> Tensor:
+    """Return x / (1 + exp(-x)) (Elfwing et al. 2017, arXiv:1702.03118)."""
+    return _pointwise("silu", x, recompute)
 
 
 def swiglu(gate_up: Tensor, *, recompute: bool = False) -> Tensor:
@@ -35,8 +44,26 @@ def swiglu(gate_up: Tensor, *, recompute: bool = False) -> Tensor:
 
     (Shazeer 2020, arXiv:2002.05202.)
     """
-    y, data = _SwiGLU.apply(gate_up), gate_up.data
-    return recomputable(y, lambda: _swiglu(data)) if recompute else y
+    return _gated("swiglu", gate_up, recompute)
+
+
+def geglu(gate_up: Tensor, *, recompute: bool = False) -> Tensor:
+    """Return gelu(gate) * up [..., F] of gate_up [..., 2F], with the GELU of GPT-2.
+
+    (Shazeer 2020, arXiv:2002.05202.)
+    """
+    return _gated("geglu", gate_up, recompute)
+
+
+def _pointwise(kind: str, x: Tensor, recompute: bool) -> Tensor:
+    y, data = _Pointwise.apply(x, kind=kind), x.data
+    again = getattr(kernels, f"{kind}_forward")
+    return recomputable(y, lambda: again(data)) if recompute else y
+
+
+def _gated(kind: str, gate_up: Tensor, recompute: bool) -> Tensor:
+    y, data = _Gated.apply(gate_up, kind=kind), gate_up.data
+    return recomputable(y, lambda: _gated_rows(kind, data)) if recompute else y
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -75,39 +102,36 @@ def _gelu(x: Array, approximate: str, bias: Array | None) -> Array:
     )
 
 
-class _ReLU(Function):
+class _Pointwise(Function):
     @staticmethod
-    def forward(ctx: Context, x: Array) -> Array:
-        ctx.save(ctx.input(0))
-        return kernels.relu_forward(x)
-
-    @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
-        (x,) = ctx.saved
-        return (kernels.relu_backward(grad_outs[0], x, out=_reusable(ctx, grad_outs[0])),)
-
-
-class _SwiGLU(Function):
-    @staticmethod
-    def forward(ctx: Context, gate_up: Array) -> Array:
-        ctx.save(ctx.input(0))
-        return _swiglu(gate_up)
+    def forward(ctx: Context, x: Array, *, kind: str) -> Array:
+        ctx.save(ctx.input(0), kind)
+        return getattr(kernels, f"{kind}_forward")(x)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
-        (gate_up,) = ctx.saved
-        grad = grad_outs[0]
-        return (
-            kernels.swiglu_backward(
-                grad.reshape(-1, grad.shape[-1]), gate_up.reshape(-1, gate_up.shape[-1])
-            ).reshape(gate_up.shape),
-        )
+        x, kind = ctx.saved
+        backward = getattr(kernels, f"{kind}_backward")
+        return (backward(grad_outs[0], x, out=_reusable(ctx, grad_outs[0])),)
 
 
-def _swiglu(gate_up: Array) -> Array:
-    return kernels.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1])).reshape(
-        *gate_up.shape[:-1], -1
-    )
+class _Gated(Function):
+    @staticmethod
+    def forward(ctx: Context, gate_up: Array, *, kind: str) -> Array:
+        ctx.save(ctx.input(0), kind)
+        return _gated_rows(kind, gate_up)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        gate_up, kind = ctx.saved
+        grad, backward = grad_outs[0], getattr(kernels, f"{kind}_backward")
+        rows = backward(grad.reshape(-1, grad.shape[-1]), gate_up.reshape(-1, gate_up.shape[-1]))
+        return (rows.reshape(gate_up.shape),)
+
+
+def _gated_rows(kind: str, gate_up: Array) -> Array:
+    rows = getattr(kernels, f"{kind}_forward")(gate_up.reshape(-1, gate_up.shape[-1]))
+    return rows.reshape(*gate_up.shape[:-1], -1)
 
 
 class _Softmax(Function):

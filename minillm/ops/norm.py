@@ -7,6 +7,7 @@ from typing import Any
 from minillm import kernels
 from minillm.autograd.tape import Context, Function, Tensor, fresh_of, recomputable, value_of
 from minillm.base.arrays import Array, namespace, writeable
+from minillm.ops.attention import split_heads
 
 
 def layer_norm(x: Tensor, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -65,6 +66,58 @@ def residual_rms_norm(
         data = total.data
         recomputable(y, lambda: kernels.rmsnorm_forward(data, value_of(weight), eps)[0])
     return total, y
+
+
+def head_norm(
+    qkv: Tensor,
+    q_weight: Any,
+    k_weight: Any,
+    *,
+    heads: int,
+    kv_heads: int,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Apply RMS norm to each head's queries and keys of qkv [B, T, (H + 2 Hkv) K].
+
+    q_weight, k_weight: [K]. Overwrites `qkv`, which must be the fresh result of an operation that
+    does not keep it.
+    """
+    return _HeadNorm.apply(qkv, q_weight, k_weight, heads=heads, kv_heads=kv_heads, eps=eps)
+
+
+class _HeadNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Context,
+        qkv: Array,
+        q_weight: Array,
+        k_weight: Array,
+        *,
+        heads: int,
+        kv_heads: int,
+        eps: float,
+    ) -> Array:
+        kept = []
+        q, k, _ = split_heads(qkv, heads, kv_heads)
+        for part, weight in ((q, q_weight), (k, k_weight)):
+            x = part.copy()  # the kernel takes dense rows, and backward reads them
+            part[...], rstd = kernels.rmsnorm_forward(x, weight, eps)
+            kept += [x, rstd]
+        ctx.save(heads, kv_heads, *kept, ctx.input(1), ctx.input(2))
+        return qkv
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, ...]:
+        heads, kv_heads, q, q_rstd, k, k_rstd, *weights = ctx.saved
+        grad = grad_outs[0] if ctx.owns(0) and writeable(grad_outs[0]) else grad_outs[0].copy()
+        parts, grads = split_heads(grad, heads, kv_heads), [grad]
+        for i, (x, rstd) in enumerate(((q, q_rstd), (k, k_rstd))):
+            gy = parts[i].copy()
+            parts[i][...], grad_weight = kernels.rmsnorm_backward(
+                gy, x, weights[i], rstd, True, needs[i + 1], gy, None, fresh_of(into[i + 1])
+            )
+            grads.append(grad_weight)
+        return tuple(grads)
 
 
 class _LayerNorm(Function):

@@ -13,9 +13,9 @@ from minillm.ops.attention import split_heads
 def rotary(qkv: Tensor, *, heads: int, kv_heads: int, cos: Array, sin: Array) -> Tensor:
     """Rotate the queries and keys of qkv [B, T, (H + 2 Hkv) K] (Su et al. 2021, arXiv:2104.09864).
 
-    cos, sin: [T, K/2], or [B T, K/2] for positions that differ between samples. Overwrites `qkv`,
-    which must be the fresh result of an operation that does not keep it: a projection keeps its
-    input, not its output.
+    cos, sin: [T, R/2], or [B T, R/2] for positions that differ between samples. The first R
+    channels of a head turn. Overwrites `qkv`, which must be the fresh result of an operation that
+    does not keep it: a projection keeps its input, not its output.
     """
     return _Rotary.apply(qkv, heads=heads, kv_heads=kv_heads, cos=cos, sin=sin)
 
@@ -44,4 +44,4 @@ def _rotate_(
     if len(cos) != qkv.shape[1]:
         qkv = qkv.reshape(1, -1, qkv.shape[2])  # a view: the samples as one sequence
     for part in split_heads(qkv, heads, kv_heads)[:2]:
-        kernels.rope_(part, cos, sin, inverse=inverse)
+        kernels.rope_(part[..., : 2 * cos.shape[1]], cos, sin, inverse=inverse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,19 +57,33 @@ class KeyLimits:
     first_time: np.ndarray | None = None  # int64 [B, T]: time at which a query's document starts
     times_q: np.ndarray | None = None  # int64 [T] or [B, T]; None: 0, 1, 2, ...
     times_k: np.ndarray | None = None  # int64 [Tk] or [B, Tk]; None: 0, 1, 2, ...
-    _made: dict[bool, Visibility] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[tuple[bool, int], Visibility] = field(default_factory=dict, init=False, repr=False)
 
-    def visibility(self, causal: bool) -> Visibility:
-        """Return the visible keys of self-attention; one instance for all layers."""
-        made = self._made.get(causal)
+    def visibility(self, causal: bool, window: int = 0, length: int = 0) -> Visibility:
+        """Return the visible keys of self-attention; one instance for all layers of a kind.
+
+        With `window` > 0 a query sees no key whose time lies that far or farther behind its own.
+        `length` queries count 0, 1, 2, ... where there is no `times_q`.
+        """
+        made = self._made.get((causal, window))
         if made is None:
-            made = self._made[causal] = Visibility(
-                causal, self.times_q, self.times_k, self.lengths, self.first_time
+            first = self.first_time
+            if window:
+                times = np.arange(length) if self.times_q is None else self.times_q
+                oldest = times - (window - 1)
+                first = oldest if first is None else np.maximum(first, oldest)
+                if self.times_k is None and (first <= 0).all():
+                    first = None  # no key has a time below 0
+            made = self._made[causal, window] = Visibility(
+                causal, self.times_q, self.times_k, self.lengths, first
             )
         return made
 
 
-_UNLIMITED = KeyLimits()
+@functools.lru_cache(maxsize=64)
+def _unlimited(length: int) -> KeyLimits:
+    """Return limits of sequences without padding and documents, shared by all passes."""
+    return KeyLimits()
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,11 @@ class Pass:
     limits: KeyLimits | None = None  # of whole sequences
     cache: Mapping[str, Any] | None = None  # attention layer's name -> core that replaces its own
 
-    def visibility(self, causal: bool) -> Visibility:
-        """Return the visible keys of self-attention over whole sequences."""
-        return (self.limits or _UNLIMITED).visibility(causal)
+    def visibility(self, causal: bool, window: int = 0) -> Visibility:
+        """Return the visible keys of self-attention over whole sequences.
+
+        `window`: positions that a query sees, its own included; 0: no limit.
+        """
+        times = self.whole.times
+        length = 0 if times is None else times.shape[-1]
+        return (self.limits or _unlimited(length)).visibility(causal, window, length)

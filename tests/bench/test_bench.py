@@ -30,7 +30,7 @@ def test_flops_count_the_parameters() -> None:
             **sizes,
             kv_heads=shape.heads,
             ffn_dim=4 * shape.dim,
-            bias=False,
+            bias="none",
             norm="rmsnorm",
             position="sinusoidal",
         )

@@ -32,8 +32,10 @@ PAIRS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
         _layernorm_grad,
     ),
     "rmsnorm": (lambda x: rmsnorm.rmsnorm_forward(x, WEIGHT, 1e-5)[0], _rmsnorm_grad),
-    "relu": (activation.relu_forward, activation.relu_backward),
-    "swiglu": (activation.swiglu_forward, activation.swiglu_backward),
+    **{
+        name: (getattr(activation, f"{name}_forward"), getattr(activation, f"{name}_backward"))
+        for name in ("relu", "relu2", "silu", "swiglu", "geglu")
+    },
     "softmax": (
         softmax.softmax_forward,
         lambda g, x: softmax.softmax_backward(g, softmax.softmax_forward(x)),

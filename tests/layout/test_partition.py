@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from typing import Any
@@ -51,6 +52,16 @@ def test_costs_of_layers_are_the_flops_of_training() -> None:
     costs = GPT2.layer_costs()
     assert costs == [51_904_512 + 3 * 768, *[51_904_512] * 10, 51_904_512 + 231_584_256]
     assert GPT2.training_flops == sum(costs) - 3 * 768
+
+
+def test_a_window_and_a_head_width_of_its_own_change_the_costs() -> None:
+    windows = dataclasses.replace(GPT2, window=256, full_every=3)
+    less = [a - b for a, b in zip(GPT2.layer_costs(), windows.layer_costs(), strict=True)]
+    assert less == [12 * 768 * 768, 12 * 768 * 768, 0] * 4
+    wide = dataclasses.replace(GPT2, head_width=128)
+    # Queries, keys, values and the product behind them; scores and values of 1024 keys.
+    more = 6 * 4 * 768 * (12 * 64) + 12 * (12 * 64) * 1024
+    assert wide.layer_costs()[1] - GPT2.layer_costs()[1] == more
 
 
 @pytest.mark.parametrize(

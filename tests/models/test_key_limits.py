@@ -21,13 +21,13 @@ LAYOUTS = [Layout(), Layout(tp=2, sp=True)]
 
 
 def logits(
-    comm: Communicator, layout: Layout, tokens: np.ndarray, limits: KeyLimits | None
+    comm: Communicator, layout: Layout, tokens: np.ndarray, limits: KeyLimits | None, name: str
 ) -> Array:
-    """Return the logits [B, T, V] of a Llama.
+    """Return the logits [B, T, V] of a model with rotary positions.
 
-    Its rotary positions make documents independent of their place.
+    These make documents independent of their place.
     """
-    model = assemble(make_config("llama", layout), comm, training=False, std=0.25).stages[0].model
+    model = assemble(make_config(name, layout), comm, training=False, std=0.25).stages[0].model
     assert isinstance(model, GPT)
     where = Where(0, np.arange(len(tokens)), np.arange(tokens.shape[1]))
     batch = Batch({"tokens": tokens}, {}, where, limits)
@@ -35,21 +35,25 @@ def logits(
         return model.logits(model.forward((), batch, False).outputs, batch)
 
 
-def run(layout: Layout, tokens: np.ndarray, limits: KeyLimits | None = None) -> np.ndarray:
-    return run_ranks(layout.num_ranks, lambda comm: logits(comm, layout, tokens, limits))[0]
+def run(
+    layout: Layout, tokens: np.ndarray, limits: KeyLimits | None = None, model: str = "llama"
+) -> np.ndarray:
+    return run_ranks(layout.num_ranks, lambda comm: logits(comm, layout, tokens, limits, model))[0]
 
 
+@pytest.mark.parametrize("model", ["llama", "gemma"])  # every second layer of the latter: a window
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_packed_documents_do_not_see_each_other(layout: Layout) -> None:
+def test_packed_documents_do_not_see_each_other(layout: Layout, model: str) -> None:
     starts = np.zeros((2, CONTEXT), np.int64)
     starts[0, 6:], starts[1, 10:] = 6, 10
-    packed = run(layout, TEXTS, KeyLimits(first_time=starts))
+    packed = run(layout, TEXTS, KeyLimits(first_time=starts), model)
     for row, cut in enumerate((6, 10)):
         alone = [
-            run(Layout(), TEXTS[row : row + 1, part]) for part in (slice(cut), slice(cut, None))
+            run(Layout(), TEXTS[row : row + 1, part], model=model)
+            for part in (slice(cut), slice(cut, None))
         ]
         np.testing.assert_allclose(packed[row], np.concatenate(alone, 1)[0], rtol=1e-9, atol=1e-11)
-    assert np.abs(packed - run(layout, TEXTS)).max() > 1e-3  # without the limits they do
+    assert np.abs(packed - run(layout, TEXTS, model=model)).max() > 1e-3  # without limits they do
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -77,7 +77,19 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "gelu tanh": (lambda x: ops.gelu(x, "tanh"), (3 * _n(3, 11),)),
     "gelu erf": (lambda x: ops.gelu(x, "erf"), (3 * _n(3, 11),)),
     "relu": (ops.relu, (_n(3, 5) + 0.01,)),
+    "relu2": (ops.relu2, (_n(3, 5) + 0.01,)),
+    "silu": (ops.silu, (3 * _n(3, 5),)),
     "swiglu": (ops.swiglu, (_n(2, 3, 10),)),
+    "geglu": (ops.geglu, (_n(2, 3, 10),)),
+    "scale": (lambda x: ops.scale(_fresh(x), 2.5), (_n(2, 3),)),
+    "head norm": (
+        lambda x, q, k: ops.head_norm(_fresh(x), q, k, heads=2, kv_heads=1),
+        (_n(2, 5, 24), _n(6), _n(6)),
+    ),
+    "head norm of one row": (
+        lambda x, q, k: ops.head_norm(_fresh(x), q, k, heads=2, kv_heads=1),
+        (_n(1, 1, 24), _n(6), _n(6)),
+    ),
     "softmax": (ops.softmax, (_n(3, 4, 5),)),
     "add": (ops.add, (_n(2, 3), _n(2, 3))),
     "add to itself": (lambda x: ops.add(x, x), (_n(2, 3),)),
@@ -99,6 +111,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "embedding of a part of the rows": (lambda w: ops.embedding(IDS, w, 3), (_n(4, 4),)),
     "rotary": (
         lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS, sin=SIN),
+        (_n(2, 5, 24),),
+    ),
+    "rotary of a part of the channels": (
+        lambda x: ops.rotary(_fresh(x), heads=2, kv_heads=1, cos=COS[:, :2], sin=SIN[:, :2]),
         (_n(2, 5, 24),),
     ),
     "rotary by sample": (
@@ -169,6 +185,7 @@ def test_every_operation_is_checked() -> None:
     }
     words |= {
         "cross_entropy": "cross entropy",
+        "head_norm": "head norm",
         "layer_norm": "layer norm",
         "rms_norm": "rms norm",
         "mse_loss": "mean squared error",
@@ -182,7 +199,7 @@ def test_every_operation_is_checked() -> None:
 
 
 def test_operations_that_overwrite_their_input_say_so() -> None:
-    for function in (ops.add_bias, ops.add_position, ops.rotary):
+    for function in (ops.add_bias, ops.add_position, ops.head_norm, ops.rotary, ops.scale):
         assert "Overwrites" in (function.__doc__ or "")
 
 

@@ -32,7 +32,7 @@ from minillm.training.trainer import Trainer
 
 SIZES: dict[str, Any] = dict(layers=4, heads=4, dim=128, context=64, batch=32)
 LLAMA: dict[str, Any] = dict(
-    norm="rmsnorm", mlp="swiglu", position="rotary", bias=False, tied=False
+    norm="rmsnorm", mlp="swiglu", position="rotary", bias="none", tied=False
 )
 
 
@@ -62,6 +62,12 @@ def measured(config: ResolvedConfig) -> tuple[int, int]:
         dict(recompute="full"),
         dict(recompute="none", **LLAMA),
         dict(recompute="selective", kv_heads=2, **LLAMA),
+        dict(recompute="none", qk_norm="head", head_width=48, kv_heads=2, **LLAMA),
+        *(
+            dict(recompute=how, norm_place=place, window=16, full_every=2, logit_cap=9.0, **LLAMA)
+            for how, place in (("none", "both"), ("selective", "both"), ("selective", "output"))
+        ),
+        dict(recompute="none", norm_place="post", mlp="relu2", microbatch=16),
         dict(microbatch=8),
         dict(vocab=20_000, microbatch=16),
     ],
