@@ -24,6 +24,7 @@ from minillm.comm.launchers import OPEN_MPI_STOP, launched
 from minillm.comm.ledger import recording
 from minillm.comm.process import run_program
 from minillm.comm.signals import StopRequest
+from minillm.comm.two_levels import neighbours
 from minillm.inference.sample import SAMPLES
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
@@ -143,7 +144,7 @@ def _plan(
     with known_to_all():
         vocabulary = None if origin is None else origin.record.tokenizer
         data = options.objective.load(options.corpus, options.shape, vocabulary, comm)
-        config = resolve(options, comm.size, data.vocab_size)
+        config = resolve(options, comm.size, data.vocab_size, neighbours(comm))
     return data, config
 
 

@@ -24,6 +24,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import run_program
 from minillm.comm.single import SelfCommunicator
+from minillm.comm.two_levels import neighbours
 from minillm.replication.methods import method_of
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
@@ -69,7 +70,7 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
     comm.timeout = config.comm.comm_timeout
     with known_to_all():
         data = config.objective.load(config.corpus, config.shape, None, comm)
-        resolved = resolve(config, comm.size, data.vocab_size)
+        resolved = resolve(config, comm.size, data.vocab_size, neighbours(comm))
         method = method_of(config.replication)
         if not method.equals_one_rank(config.replication, resolved.mesh):
             raise ConfigError(

@@ -24,6 +24,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.ledger import Ledger, recording
 from minillm.comm.process import run_program
+from minillm.comm.two_levels import neighbours
 from minillm.data.cache import write_json
 from minillm.replication.methods import METHODS, method_of, payload
 from minillm.replication.options import ReplicationOptions
@@ -160,13 +161,15 @@ def _compare(comm: Communicator, given: tuple[StartOptions, CompareConfig]) -> N
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(config.compute.device, local_rank))
     choices, steps = asked_kernels(comm, config.compute, device), config.optimization.steps
+    per_node = neighbours(comm)
     log(f"{plural(len(methods), 'method')} on {plural(comm.size, 'rank')}, {steps} steps each")
     results, skipped = [], []
     with kernels.use(**choices):
         for method in methods:
             started = time.perf_counter()
             try:
-                resolved = resolve(with_method(config, method), comm.size, data.vocab_size)
+                asked = with_method(config, method)
+                resolved = resolve(asked, comm.size, data.vocab_size, per_node)
                 found = measure(on_device(comm, device), resolved, method, data, device)
             except ConfigError as error:  # the same on every rank
                 if config.compare.methods is not None:

@@ -73,6 +73,10 @@ class Method:
     """Raise ConfigError for options that do not fit the mesh, or a run of `steps` steps."""
     uneven: Callable[[ReplicationOptions], bool] = lambda options: False
     """True if replicas may run different numbers of microbatches: --balance speed."""
+    placed: Callable[[ReplicationOptions, MeshShape, int], ReplicationOptions] = (
+        lambda options, mesh, per_node: options
+    )
+    """Fill in what follows from several nodes of so many neighbours of the mesh each."""
     unasked: tuple[Any, ...] = (0, "none")
     needs: Mapping[str, str] = field(default_factory=dict)
     """Option that means something to this method alone -> beginning of the flag that it needs."""

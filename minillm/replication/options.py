@@ -19,7 +19,8 @@ class ReplicationOptions(Record):
     """Stage of ZeRO: cut optimizer state (1), gradients (2) and parameters (3) over the
     data-parallel ranks. 0: every rank holds all of them."""
     shard_group: int = option(0, at_least=0, resumable=True)
-    """Number of data-parallel ranks that share a replica under --zero; 0: all of them."""
+    """Number of data-parallel ranks that share a replica under --zero; 0: those of a node where
+    several nodes run, else all of them."""
     compress: Literal["none", "bf16", "powersgd", "topk", "onebit"] = option("none", announced=True)
     """Send gradients compressed: as bfloat16, as factors of low rank (powersgd), the largest
     elements (topk), or signs and a scale (onebit). The last three remember what they left out."""

@@ -10,7 +10,7 @@ arXiv:1910.02054; FSDP, Zhao et al. 2023, arXiv:2304.11277). The stages differ i
 3. Parameters are sharded as well. A block is gathered when it is used (gather.py).
 
 With a shard group of n ranks, n neighbours on the axis share a replica, and the groups all-reduce
-their shares of the gradients (hybrid sharding).
+their shares of the gradients (hybrid sharding). By default a group is a node where several run.
 
 Invariant: zones are reduced in the order of the flat buffer, never in the order of readiness. The
 sum of a share runs in rank order. Tied weights are reduced after their copies have been summed.
@@ -31,6 +31,7 @@ from minillm.base.device import CPU, Device
 from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import Mesh
+from minillm.comm.two_levels import neighbours
 from minillm.layout.flat import FlatLayout, P, Span
 from minillm.layout.mesh_shape import TOKEN_AXES, MeshShape
 from minillm.layout.sharding import overlap, share
@@ -61,6 +62,15 @@ class ShardGroup:
         self.shards = _split(replicas, self.number, name)
         self.gathers = self.shards.dup(f"{name} gather") if self.size > 1 else self.shards
         self.peers = _split(replicas, replicas.size // self.size + place, f"{name} replicas")
+        self.on_nodes = neighbours(replicas) == self.size < replicas.size
+
+    def describe(self) -> str:
+        """Return over which ranks a replica is sharded, in words for the plan."""
+        number, groups = self.shards.size, self.peers.size
+        ranks = f"{number} rank{'s' * (number > 1)}"
+        if self.on_nodes:
+            return f"the {ranks} of each of {groups} nodes"
+        return f"{ranks}, in {groups} groups" if groups > 1 else ranks
 
 
 def _split(comm: Communicator, color: int, name: str) -> Communicator:
@@ -78,8 +88,7 @@ class ShardedMemory(PrivateMemory):
         self, stage: int, group: ShardGroup, bucket_bytes: int, device: Device = CPU
     ) -> None:
         held = ", ".join(list(KINDS.values())[:stage])
-        ranks = f"{group.shards.size} rank{'s' * (group.shards.size > 1)}"
-        super().__init__(f"ZeRO {stage}: {held} sharded over {ranks}", device)
+        super().__init__(f"ZeRO {stage}: {held} sharded over {group.describe()}", device)
         self.stage, self.group, self.bucket_bytes = stage, group, bucket_bytes
         self.rank, self.size = group.shards.rank, group.shards.size
         self.shards = frozenset(list(KINDS)[:stage])
@@ -397,6 +406,16 @@ def _check(options: ReplicationOptions, mesh: MeshShape, steps: int) -> None:
         )
 
 
+def _placed(options: ReplicationOptions, mesh: MeshShape, per_node: int) -> ReplicationOptions:
+    """Shard within a node, replicate between nodes, unless a group is asked for.
+
+    Ranks along tp are neighbours on the mesh, then those along dp.
+    """
+    ways, rest = divmod(per_node, mesh.tp)
+    fits = not rest and 1 < ways < mesh.dp and mesh.dp % ways == 0
+    return options.replace(shard_group=ways) if fits and not options.shard_group else options
+
+
 METHOD = Method(
     name="zero",
     option="zero",
@@ -406,6 +425,7 @@ METHOD = Method(
     key=lambda options: {"zero": options.zero, "shard_group": options.shard_group},
     check=_check,
     uneven=lambda options: options.zero == 1,  # the others reduce or gather in every microbatch
+    placed=_placed,
     needs={"shard_group": "--zero"},
     compared={f"zero{stage}": {"zero": stage} for stage in (1, 2, 3)},
 )

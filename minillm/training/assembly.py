@@ -122,7 +122,7 @@ def assemble(
     else:
         parameters = [p for model in models.values() for p in model.parameters()]
         num_values = sum(parameter.spec.local_size(layout.mesh) for parameter in parameters)
-        options, seed = config.options.replication, config.options.optimization.seed
+        options, seed = config.replication, config.options.optimization.seed
         replication = choose(Setting(mesh, layout, options, num_values, dtype, device, seed))
     stages = {}
     for index, model in models.items():

@@ -19,7 +19,7 @@ def data_axis(trainer: Trainer) -> DataAxis:
     return DataAxis(
         layouts=[b.layout for b in buffers],
         mesh=config.mesh,
-        options=config.options.replication,
+        options=config.replication,
         item=buffers[0].values.itemsize,
         wide=buffers[0].grads.itemsize,
         rank=mesh.axis(*TOKEN_AXES).rank,

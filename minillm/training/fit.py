@@ -88,9 +88,15 @@ def _smaller(config: ResolvedConfig) -> Iterator[ResolvedConfig]:
 
 def _ways(config: ResolvedConfig) -> list[tuple[ResolvedConfig, str]]:
     """Return changes that save memory and what to call them, those that cost least first."""
+    wide = []
+    if config.replication.shard_group != config.options.replication.shard_group:
+        options = config.options.replace(shard_group=config.mesh.dp)
+        found = dataclasses.replace(config, options=options)
+        wide = [(found, f"use --shard-group {config.mesh.dp}, which shards over all nodes")]
     smaller = list(_smaller(config))[1:]
     full = [dataclasses.replace(other, recompute="full") for other in (config, *smaller)]
     return [
+        *wide,
         *((other, f"use --microbatch {other.microbatch}, or auto") for other in smaller),
         *((other, f"use --recompute full --microbatch {other.microbatch}") for other in full),
     ]

@@ -92,7 +92,7 @@ def predicted(
             workers=layout.mesh.dp,
             on_host=not on_gpu,
         )
-        held = method_of(options.replication).holds(trained, options.replication)
+        held = method_of(config.replication).holds(trained, config.replication)
     objects = LATER_BYTES + num_layers * LAYER_BYTES + rows * layout.mesh.pp * MICROBATCH_BYTES
     parts = {
         "activations": round(

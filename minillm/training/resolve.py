@@ -17,6 +17,7 @@ from minillm.layout.options import comma_list, even_split
 from minillm.models.family import Family, Shape
 from minillm.models.protocol import Workload
 from minillm.replication import methods
+from minillm.replication.options import ReplicationOptions
 from minillm.training.config import RunConfig
 
 # Selective recomputation must save this much of a rank's activations to be worth its time.
@@ -45,6 +46,16 @@ class ResolvedConfig:
     min_lr: float
     """Learning rate at the last step."""
     recompute: Literal["none", "selective", "full"]
+    per_node: int
+    """Neighbours of the mesh on each of several nodes; all ranks where that is not so."""
+
+    @property
+    def replication(self) -> ReplicationOptions:
+        """Options of data parallelism with what follows from the nodes filled in."""
+        options = self.options.replication
+        if self.per_node == self.mesh.num_ranks:
+            return options
+        return methods.method_of(options).placed(options, self.mesh, self.per_node)
 
     @property
     def num_microbatches(self) -> int:
@@ -77,6 +88,7 @@ class ResolvedConfig:
             warmup=self.warmup,
             min_lr=self.min_lr,
             recompute=self.recompute,
+            shard_group=self.replication.shard_group,
             out=self.out,
         )
         return self.options.replace(**sizes, **found)
@@ -96,9 +108,12 @@ class ResolvedConfig:
         }
 
 
-def resolve(config: RunConfig, num_ranks: int, vocab: int | None = None) -> ResolvedConfig:
+def resolve(
+    config: RunConfig, num_ranks: int, vocab: int | None = None, per_node: int | None = None
+) -> ResolvedConfig:
     """Fill in what `config` leaves open, for `num_ranks` ranks and a tokenizer of `vocab` tokens.
 
+    `per_node` is what `neighbours` says of the ranks (None: they are on one node).
     Raises ConfigError for sizes that do not divide, for a layout that does not use all ranks, and
     if neither `config` nor the tokenizer gives the number of tokens.
     """
@@ -134,6 +149,7 @@ def resolve(config: RunConfig, num_ranks: int, vocab: int | None = None) -> Reso
         warmup=optimization.resolve_warmup(),
         min_lr=optimization.resolve_min_lr(),
         recompute=_recompute(config, model, microbatch * max(stage_layers)),
+        per_node=per_node or num_ranks,
     )
 
 

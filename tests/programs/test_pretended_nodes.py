@@ -40,3 +40,18 @@ def test_sums_in_two_levels(method: list[str], tiny: list[str], tmp_path: Path) 
     assert [inside[name]["bytes"] for name in ("reduce_scatter", "all_gather")] == [count] * 2
     between = comm["dp between nodes"]["all_reduce"]["bytes"]
     assert abs(between - count / 2) < 64  # parts of odd sizes
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_shards_within_nodes(stage: str, tiny: list[str], tmp_path: Path) -> None:
+    """Check losses to rounding, the plan, and that 1 / 2 of the gradients crosses the network."""
+    options = [*tiny, "--zero", stage]
+    _, flat = run(1, options, tmp_path / "one")
+    said, found = run(2, options, tmp_path / "two")
+    if "dp replicas" not in found[-1]["comm"]:
+        pytest.skip("this MPI library does not pretend nodes")
+    assert "sharded over the 2 ranks of each of 2 nodes" in said
+    np.testing.assert_allclose([x["loss"] for x in found], [x["loss"] for x in flat], rtol=1e-5)
+    comm = found[-1]["comm"]
+    moved = comm["dp"]["reduce_scatter"]["bytes"]
+    assert abs(comm["dp replicas"]["all_reduce"]["bytes"] - moved / 2) < 0.1 * moved  # gaps

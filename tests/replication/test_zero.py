@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,22 @@ from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
+from minillm.comm.two_levels import neighbours
 from minillm.data.batches import EvalWindows
 from minillm.layout.flat import FlatLayout
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import FlatShard, ShardSpec, share
 from minillm.params.parameter import Constant, Parameter
 from minillm.replication.gather import Gatherer, unit_of
+from minillm.replication.methods import payload
 from minillm.replication.zero import Zero, Zone, zones_of
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
+from minillm.training.assembly import layout_of
+from minillm.training.costs import data_axis
+from minillm.training.fit import fit
 from minillm.training.held_out import measure
+from minillm.training.memory import predicted
+from minillm.training.numeric_key import numeric_key
 from minillm.training.trainer import Trainer
 
 LAYOUTS = [
@@ -79,6 +87,56 @@ def test_the_bits_of_all_reduce(stage: int) -> None:
     assert found.losses == expected.losses
     for name, weight in expected.weights.items():
         np.testing.assert_array_equal(found.weights[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("layout", "per_node", "group"),
+    [
+        (Layout(dp=4), 2, 2),
+        (Layout(dp=4), 4, 0),  # one node
+        (Layout(dp=4, tp=2), 4, 2),
+        (Layout(dp=4, tp=2), 2, 0),  # tp fills a node
+        (Layout(dp=4, pp=3, stage_layers="1,2,1"), 6, 0),  # a replica's ranks on parts of two nodes
+        (Layout(dp=2, tp=4), 6, 0),
+    ],
+    ids=str,
+)
+def test_groups_are_nodes_by_default(layout: Layout, per_node: int, group: int) -> None:
+    config = dataclasses.replace(make_config("gpt2", layout, zero=3), per_node=per_node)
+    assert config.replication.shard_group == config.filled().replication.shard_group == group
+    assert config.saved_values()["shard_group"] == 0  # another number of nodes may resume
+    asked = make_config("gpt2", layout, zero=3, shard_group=1)
+    assert dataclasses.replace(asked, per_node=per_node).replication.shard_group == 1
+
+
+def test_groups_on_nodes_are_planned_and_said() -> None:
+    """Check the default against the same group asked for: memory, bytes, key, and the words."""
+    layout, nodes = Layout(dp=4), [0, 0, 1, 1]
+    asked = make_config("gpt2", layout, zero=3, shard_group=2)
+
+    def rank(comm: Communicator) -> Any:
+        plain = make_config("gpt2", layout, zero=3)
+        config = dataclasses.replace(plain, per_node=neighbours(comm))
+        trainer = Trainer(config, comm, LanguageModeling(make_batches(config)))
+        trainer.step(0)
+        assert trainer.replication.memory.group.size == 2
+        assert payload(data_axis(trainer)) == ledger().payload()
+        assert predicted(config, layout_of(config), 0) == predicted(asked, layout_of(asked), 0)
+        assert numeric_key(config, comm, 1)["shard_group"] == 2
+        return trainer.replication.memory.description
+
+    words = run_ranks(4, rank, nodes=nodes)[0]
+    assert words.endswith("parameters sharded over the 2 ranks of each of 2 nodes")
+
+
+def test_what_no_node_can_hold_is_sharded_over_all() -> None:
+    plain = dataclasses.replace(make_config("gpt2", Layout(dp=4), zero=3), per_node=2)
+    whole = make_config("gpt2", Layout(dp=4), zero=3, shard_group=4)
+    needs = [2 * predicted(config, layout_of(config), 0).new for config in (whole, plain)]
+    options = plain.options.replace(memory=sum(needs) / 2e9)
+    config = dataclasses.replace(plain, options=options)
+    with pytest.raises(ConfigError, match="use --shard-group 4, which shards over all nodes"):
+        run_ranks(4, lambda comm: fit(config, comm), nodes=[0, 0, 1, 1])
 
 
 def overwrite(zone: Zone, grad: Any) -> None:
