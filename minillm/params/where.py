@@ -55,6 +55,7 @@ class KeyLimits:
 
     lengths: np.ndarray | None = None  # int64 [B]: number of valid keys; the rest is padding
     first_time: np.ndarray | None = None  # int64 [B, T]: time at which a query's document starts
+    last_time: np.ndarray | None = None  # int64 [B, T]: where it ends, for layers that see ahead
     times_q: np.ndarray | None = None  # int64 [T] or [B, T]; None: 0, 1, 2, ...
     times_k: np.ndarray | None = None  # int64 [Tk] or [B, Tk]; None: 0, 1, 2, ...
     _made: dict[tuple[bool, int], Visibility] = field(default_factory=dict, init=False, repr=False)
@@ -74,8 +75,11 @@ class KeyLimits:
                 first = oldest if first is None else np.maximum(first, oldest)
                 if self.times_k is None and (first <= 0).all():
                     first = None  # no key has a time below 0
+            ahead = self.last_time is not None and not causal
+            # Keys up to the end of the document: causality as if the query stood there.
+            times_q = self.last_time if ahead else self.times_q
             made = self._made[causal, window] = Visibility(
-                causal, self.times_q, self.times_k, self.lengths, first
+                causal or ahead, times_q, self.times_k, self.lengths, first
             )
         return made
 
