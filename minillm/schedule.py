@@ -35,6 +35,8 @@ class ScheduleArgs(Record):
     """Time of a forward pass of one stage."""
     backward_cost: float = option(2.0, above=0)
     """Time of a backward pass of one stage."""
+    gather_cost: float | None = option(None, at_least=0)
+    """Time to gather the first block of a stage, as ZeRO 3 does; left out: nothing is gathered."""
     svg: str | None = None
     """File to draw into."""
 
@@ -55,10 +57,13 @@ def _parse(argv: list[str]) -> tuple[str, ScheduleArgs]:
 
 def _show(name: str, args: ScheduleArgs) -> None:
     schedule = SCHEDULES[name](args.ranks, args.microbatches)
-    cost = Cost(
-        forward=Fraction(str(args.forward_cost)), backward=Fraction(str(args.backward_cost))
-    )  # 0.1 is a tenth exactly
-    timeline = simulate(lower(schedule), cost)  # with its messages, as it would be executed
+    sharded = args.gather_cost is not None
+    cost = Cost(  # 0.1 is a tenth exactly
+        forward=Fraction(str(args.forward_cost)),
+        backward=Fraction(str(args.backward_cost)),
+        gather=Fraction(str(args.gather_cost or 0)),
+    )
+    timeline = simulate(lower(schedule, sharded=sharded), cost)  # as it would be executed
     print(draw_text(timeline, shutil.get_terminal_size((160, 24)).columns))
     print(_summary(name, timeline, args))
     if args.svg is not None:

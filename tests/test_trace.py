@@ -29,6 +29,32 @@ def test_a_trace_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         Tracer(0).write(tmp_path / "none" / "trace.json", SelfCommunicator())
 
 
+def test_operations_in_the_background_have_tracks_of_their_own(tmp_path: Path) -> None:
+    """Check that spans of a thread never overlap, and that each thread is named by its track."""
+    tracer = Tracer(0)
+    for name, start, end in [
+        ("all_reduce", 0.0, 1.0),
+        ("iall_gather", 0.0, 2.0),
+        ("iall_gather", 2.0, 3.0),
+        ("ireduce_scatter", 0.0, 2.0),
+        ("ireduce_scatter", 1.0, 4.0),
+        ("ireduce_scatter", 3.0, 5.0),
+        ("isend", 0.0, 1.0),
+    ]:
+        tracer.communication(name, "dp", start, end, 8)
+    tracer.write(tmp_path / "trace.json", SelfCommunicator())
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    tracks = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    spans = [e for e in events if e["ph"] == "X"]
+    assert [tracks[e["tid"]] for e in spans] == [
+        "communication",
+        *["prefetch"] * 2,
+        *["reduction"] * 3,
+        "messages",
+    ]
+    assert len({e["tid"] for e in spans}) == 5  # a second thread for the reduction that overlaps
+
+
 def test_parts_divide_a_span_and_count_within_one_alone() -> None:
     tracer = Tracer(0)
     tracer.part("an evaluation's")

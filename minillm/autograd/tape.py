@@ -39,7 +39,8 @@ class GradSlot:
         The first write overwrites, so that no pass has to zero the buffer.
         """
         if self.writes:
-            self.buf += grad
+            buf = self.buf  # which may be a property
+            buf += grad
         elif grad is not self.buf:
             self.buf[...] = grad
         self.writes += 1

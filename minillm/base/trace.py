@@ -19,11 +19,21 @@ if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator
 
 MOST_EVENTS = 200_000  # of a rank, 0.1 GB: 6,000 steps of 12 layers without a pipeline
-TRACKS = {"compute": 0, "communication": 1}
+TRACKS = {"compute": 0, "communication": 1, "prefetch": 10, "reduction": 30, "messages": 50}
+"""Track -> thread number. The last three hold operations that run in the background, from launch to
+completion; those that overlap lie on further threads of the same name."""
+BACKGROUND = {
+    "iall_gather": "prefetch",
+    "iall_reduce": "reduction",
+    "ireduce_scatter": "reduction",
+    "isend": "messages",
+    "ireceive": "messages",
+}
+MOST_LANES = 20  # threads of a track
 
 
 class Tracer:
-    """Recorder of one rank's spans, on two tracks.
+    """Recorder of one rank's spans, by tracks.
 
     Times of `time.perf_counter` are converted to the machine's clock, so the ranks of a node share
     one time axis. The first `MOST_EVENTS` spans are kept; `dropped` counts the others.
@@ -34,6 +44,7 @@ class Tracer:
         self._epoch = time.time() - time.perf_counter()
         self._events: list[dict[str, Any]] = []
         self._part: tuple[str, float] | None = None  # title and start, within a span
+        self._ends: dict[str, list[float]] = {}  # background track -> ends of its threads
         self.dropped = 0
 
     @contextmanager
@@ -72,15 +83,26 @@ class Tracer:
             "name": name,
             "ph": "X",
             "pid": self.rank,
-            "tid": TRACKS[track],
+            "tid": TRACKS[track] + self._lane(track, start, end),
             "ts": (self._epoch + start) * 1e6,
             "dur": (end - start) * 1e6,
         }
         self._events.append(event | ({"args": args} if args else {}))
 
+    def _lane(self, track: str, start: float, end: float) -> int:
+        """Return the first thread of a background track that is free at `start`, and take it."""
+        if track not in BACKGROUND.values():
+            return 0
+        ends = self._ends.setdefault(track, [])
+        free = (lane for lane, until in enumerate(ends) if until <= start)
+        lane = min(next(free, len(ends)), MOST_LANES - 1)
+        ends[lane : lane + 1] = [end]
+        return lane
+
     def communication(self, name: str, axis: str, start: float, end: float, num_bytes: int) -> None:
         """Record an operation of the ledger. A callback for `Ledger.on_event`."""
-        self.add(f"{name} {axis}", "communication", start, end, bytes=num_bytes)
+        track = BACKGROUND.get(name, "communication")
+        self.add(f"{name} {axis}", track, start, end, bytes=num_bytes)
 
     def write(self, path: Path, comm: Communicator) -> None:
         """Gather all ranks' spans and write one JSON file on rank 0, atomically. Collective.
@@ -95,7 +117,10 @@ class Tracer:
             for rank in range(comm.size)
             for kind, tid, name in (
                 ("process_name", 0, f"rank {rank}"),
-                *(("thread_name", tid, track) for track, tid in TRACKS.items()),
+                *(
+                    ("thread_name", tid, next(t for t in reversed(TRACKS) if TRACKS[t] <= tid))
+                    for tid in sorted({0, 1, *(event["tid"] for event in everyone[rank])})
+                ),
             )
         ]
         origin = min((event["ts"] for events in everyone for event in events), default=0.0)

@@ -7,7 +7,15 @@ from typing import Any
 
 from minillm.base.flags import parse_flags
 from minillm.base.record import known_name
-from minillm.bench import contest, kernel_times, messages, parts, shared_core, training_step
+from minillm.bench import (
+    contest,
+    kernel_times,
+    messages,
+    methods,
+    parts,
+    shared_core,
+    training_step,
+)
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 
@@ -20,6 +28,7 @@ BENCHMARKS: dict[str, tuple[type, Run]] = {
     "head": (parts.HeadBench, contest.run),
     "generate": (parts.GenerateBench, contest.run),
     "comm": (messages.CommBench, messages.run),
+    "methods": (methods.MethodsBench, methods.run),
     "shared": (shared_core.SharedCoreBench, shared_core.run),
 }
 

@@ -30,15 +30,24 @@ def _busy_seconds() -> float:
 
 
 class ForeignLoad:
-    """Load of other processes while a block runs: `share` of the processor time there was."""
+    """Load of other processes while a block runs: `share` of the processor time there was.
+
+    Afterwards `wall`, `busy` and `own` are the seconds that passed, those of the busy machine, and
+    those of this process and its children.
+    """
 
     def __enter__(self) -> ForeignLoad:
         self._start = self._clocks()
         return self
 
     def __exit__(self, *_: object) -> None:
-        wall, busy, own = self._clocks() - self._start
-        self.share = max(0.0, busy - own) / max(1e-9, wall * (os.cpu_count() or 1))
+        self.wall, self.busy, self.own = map(float, self._clocks() - self._start)
+        self.share = self.share_of(self.wall, self.busy, self.own)
+
+    @staticmethod
+    def share_of(wall: float, busy: float, own: float) -> float:
+        """Return the share of the processor time that was busy and not our own."""
+        return max(0.0, busy - own) / max(1e-9, wall * (os.cpu_count() or 1))
 
     @staticmethod
     def _clocks() -> np.ndarray:

@@ -41,6 +41,20 @@ def reduce_in_order(parts: Sequence[Array], op: ReduceOp) -> Array:
     return total
 
 
+def sum_into(own: Array, parts: Sequence[Array]) -> None:
+    """Sum equal-shaped arrays in rank order into `own`, which is one of them.
+
+    The bits are those of `reduce_in_order`. The arrays before `own` serve as working memory.
+    """
+    if is_narrow(own.dtype):
+        own[...] = reduce_in_order(parts, SUM)
+        return
+    total = parts[0]
+    for part in parts[1:]:
+        out = own if total is own or part is own else total
+        total = namespace(own).add(total, part, out=out)
+
+
 def contiguous(x: Array) -> tuple[Array, bool]:
     """Return a flat C-ordered view of `x` and False, or a flat copy and True."""
     if x.flags.c_contiguous:

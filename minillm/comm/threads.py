@@ -9,6 +9,7 @@ when its receiver has arrived. An order that relies on buffering then deadlocks 
 from __future__ import annotations
 
 import threading
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import copy_context
@@ -76,23 +77,29 @@ class _SendWork:
 
 
 class _ReceiveWork:
-    """Receive into `out`, matched in order of sending."""
+    """Receive into `out`. Messages are matched with receives in the order of both launches."""
 
     def __init__(self, comm: ThreadCommunicator, out: np.ndarray, source: int, tag: int) -> None:
         self._comm, self._out, self._key = comm, out, (source, comm.rank, tag)
         self._done = False
+        self._queue = comm._receives[self._key]  # of receives that are not done
+        self._queue.append(self)
 
     def test(self) -> bool:
         """Receive the message if it has been sent."""
-        if not self._done and self._comm._board.messages.get(self._key):
-            self.wait()
+        while not self._done and self._comm._board.messages.get(self._key):
+            self._queue[0]._take()
         return self._done
 
     def wait(self) -> None:
         """Block until the message has been received."""
-        if not self._done:
-            self._comm._receive(self._out, [self._key])
-            self._done = True
+        while not self._done:
+            self._queue[0]._take()
+
+    def _take(self) -> None:
+        self._comm._receive(self._out, [self._key])
+        self._done = True
+        self._queue.popleft()
 
 
 class ThreadCommunicator(Communicator):
@@ -105,6 +112,7 @@ class ThreadCommunicator(Communicator):
         self._board, self._world = board, board.world
         self._nodes = tuple(nodes)
         self._number = 0
+        self._receives: defaultdict[Any, deque[_ReceiveWork]] = defaultdict(deque)
 
     def working(self, what: str) -> AbstractContextManager[None]:
         return self._world.work(what)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minillm.base.arrays import Array, namespace
 from minillm.base.errors import CommError
-from minillm.comm.buffers import ReduceOp, cut, even_counts, reduce_in_order
+from minillm.comm.buffers import ReduceOp, cut, even_counts, reduce_in_order, sum_into
 from minillm.comm.checks import MAX_TAG
 from minillm.comm.work import AllWork, ThenWork, Work
 
@@ -57,7 +57,7 @@ class Transport:
         messages += [self._isend(parts[r], r, MAX_TAG) for r in others]
 
         def add_up() -> None:
-            mine[...] = reduce_in_order([received[r] for r in range(self.size)], ReduceOp.SUM)
+            sum_into(mine, [received[r] for r in range(self.size)])
 
         return ThenWork(AllWork(messages), flat, add_up)
 

@@ -38,7 +38,7 @@ class Generator:
         placement = model.layout.rank_of_stage
         self._last_stage, self._last_rank = len(placement) - 1, placement[-1]
         self._runtime = PipelineRuntime(
-            lower(forward_only(placement, 1), train=False),
+            lower(forward_only(placement, 1), train=False, sharded=model.replication.sharded),
             model.stages,
             self.links,
             model.replication,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -23,8 +24,9 @@ class ActionKind(enum.StrEnum):
     RECV_F = "RECV_F"  # receive the stage's input
     SEND_B = "SEND_B"  # send the gradient of the stage's input
     RECV_B = "RECV_B"  # receive the gradient of the stage's output
-    UNSHARD = "UNSHARD"
-    RESHARD = "RESHARD"
+    UNSHARD_F = "UNSHARD_F"  # begin to gather the stage's parameters, block by block, for F
+    UNSHARD_B = "UNSHARD_B"  # the same for B or I
+    RESHARD = "RESHARD"  # release what is gathered; may stand several times
     TIE_REDUCE = "TIE_REDUCE"
     REDUCE_GRAD = "REDUCE_GRAD"
     OPTIMIZER_STEP = "OPTIMIZER_STEP"
@@ -57,6 +59,8 @@ class Action(NamedTuple):
 
 COMPUTE = (K.F, K.B, K.I, K.W)
 MESSAGES = (K.SEND_F, K.RECV_F, K.SEND_B, K.RECV_B)
+UNSHARD = {K.F: K.UNSHARD_F, K.B: K.UNSHARD_B, K.I: K.UNSHARD_B}
+"""Pass -> the action that begins its gathers. W reads no parameters, or gathers on use."""
 
 
 class Link(NamedTuple):
@@ -100,6 +104,8 @@ class Schedule:
         2. It runs every microbatch once backward, or none.
         3. Gradients are summed in microbatch order.
         4. If there are messages, each send has its receive.
+        5. If parameters are gathered, each pass stands behind its UNSHARD, and a RESHARD behind the
+           last pass before those of another stage: a rank has one stage gathered at a time.
 
         `simulate` checks for deadlocks.
         """
@@ -115,6 +121,9 @@ class Schedule:
                 self._check_complete(stage, m, trained, seen)
         if any(a.kind in MESSAGES for a in seen):
             self._check_messages(trained)
+        if any(a.kind in UNSHARD.values() for a in seen):
+            for rank, row in enumerate(self.actions):
+                _check_gathers(row, rank)
 
     def _check_places(self) -> None:
         if len(self.rank_of_stage) != self.num_stages or not set(self.rank_of_stage) <= set(
@@ -137,7 +146,7 @@ class Schedule:
 
     def _check(self, action: Action, rank: int, seen: set[Action]) -> None:
         kind, stage, m = action
-        if (m is None) == (kind in COMPUTE or kind in MESSAGES):
+        if (m is None) == (kind in (*COMPUTE, *MESSAGES, *UNSHARD.values())):
             raise ScheduleError(
                 f"{action} {'lacks its' if m is None else 'must not name a'} microbatch"
             )
@@ -153,7 +162,7 @@ class Schedule:
                 f"{action} stands on rank {rank}, but stage {stage} is on rank "
                 f"{self.rank_of_stage[stage]}"
             )
-        if action in seen:
+        if action in seen and kind is not K.RESHARD:
             raise ScheduleError(f"{action} stands twice on rank {rank}")
         before = {K.B: K.F, K.I: K.F, K.W: K.I}.get(kind)
         if before is not None and Action(before, stage, m) not in seen:
@@ -193,6 +202,25 @@ class Schedule:
 
     def _row_of(self, stage: int) -> tuple[Action, ...]:
         return self.actions[self.rank_of_stage[stage]]
+
+
+def _check_gathers(row: Sequence[Action], rank: int) -> None:
+    """Check that passes stand between the UNSHARD and the RESHARD of their stage."""
+    gathered: int | None = None  # stage
+    ready: Action | None = None  # UNSHARD of the next pass
+    for action in row:
+        kind, stage, m = action
+        if kind not in (*COMPUTE, *UNSHARD.values(), K.RESHARD):
+            continue
+        if gathered not in (None, stage):
+            raise ScheduleError(f"{action} comes before {gathered}RESHARD on rank {rank}")
+        needed = Action(UNSHARD[kind], stage, m) if kind in UNSHARD else None
+        if needed is not None and needed != ready:
+            raise ScheduleError(f"{action} comes before {needed} on rank {rank}")
+        ready = action if kind in UNSHARD.values() else None
+        gathered = None if kind is K.RESHARD else stage
+    if gathered is not None:
+        raise ScheduleError(f"rank {rank} ends before {gathered}RESHARD")
 
 
 def _check_pairs(

@@ -12,7 +12,7 @@ from minillm.pipeline.simulate import Event, Time, Timeline
 K = ActionKind
 
 COLOURS = {K.F: "#5b8def", K.B: "#f2a65a", K.I: "#f2a65a", K.W: "#7bc47f"}
-INK, GREY = "#22252b", "#5a606b"
+INK, GREY, GATHER = "#22252b", "#5a606b", "#9b6fc9"
 NAMES = {K.F: "forward", K.B: "backward", K.I: "input gradient", K.W: "weight gradient"}
 
 MAX_CELLS = 4  # cells of text that the shortest action may take to keep exact proportions
@@ -90,6 +90,12 @@ def draw_svg(timeline: Timeline, title: str) -> str:
         _box(event, left, top + event.rank * (height + gap), height, scale, ranks)
         for event in timeline.events
     ]
+    for event in timeline.gathers:
+        x, y = left + float(event.start) * scale, top + event.rank * (height + gap) + height
+        width = float(event.end - event.start) * scale
+        if width:
+            title = f"<title>{event.action}: gathers the first block</title></rect>"
+            parts.append(_rect(x + 1, y, max(width - 2, 1), 5, GATHER, 2) + f">{title}")
     parts += _legend(timeline, left, bottom + 20)
     return "\n".join([*parts, "</svg>", ""])
 
@@ -123,4 +129,8 @@ def _legend(timeline: Timeline, x: float, y: float) -> list[str]:
         parts.append(_rect(x, y - 11, 14, 14, COLOURS[kind], 3) + "/>")
         parts.append(_text(x + 20, y + 1, NAMES[kind], GREY))
         x += 40 + 8 * len(NAMES[kind])
+    if any(event.end > event.start for event in timeline.gathers):
+        parts.append(_rect(x, y - 6, 14, 5, GATHER, 2) + "/>")
+        parts.append(_text(x + 20, y + 1, "gather", GREY))
+        x += 88
     return [*parts, _text(x, y + 1, "numbers are microbatches, grey is idle time", GREY)]

@@ -1,4 +1,4 @@
-"""Lowering of schedules: passes that add messages, reductions and the optimizer step."""
+"""Lowering of schedules: passes that add messages, gathers, reductions and the optimizer step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection
 
 from minillm.base.errors import ScheduleError
-from minillm.pipeline.action import COMPUTE, Action, ActionKind, Schedule
+from minillm.pipeline.action import COMPUTE, UNSHARD, Action, ActionKind, Schedule
 
 K = ActionKind
 
@@ -14,10 +14,17 @@ TIME = {K.F: 1, K.B: 2, K.I: 1, K.W: 1}
 """Times of compute actions in `add_communication`; only the order of the ends matters."""
 
 
-def lower(schedule: Schedule, *, train: bool = True, ties: Collection[int] = ()) -> Schedule:
+def lower(
+    schedule: Schedule,
+    *,
+    train: bool = True,
+    ties: Collection[int] = (),
+    sharded: bool = False,
+) -> Schedule:
     """Return the executable schedule: with messages, and if `train` with reductions and update.
 
-    `ties` are the stages that hold a copy of a tied weight. Raises ScheduleError for a schedule
+    `ties` are the stages that hold a copy of a tied weight. If parameters are `sharded`, the passes
+    stand between UNSHARD and RESHARD. Raises ScheduleError for a schedule
     that is invalid, deadlocks, or holds other than compute actions.
     """
     schedule.validate()
@@ -28,6 +35,7 @@ def lower(schedule: Schedule, *, train: bool = True, ties: Collection[int] = ())
                 "lowered before?"
             )
     schedule = add_communication(schedule)
+    schedule = add_gathers(schedule) if sharded else schedule
     schedule = add_reductions(schedule, ties) if train else schedule
     schedule.validate()
     return schedule
@@ -134,6 +142,34 @@ def _priority(action: Action) -> tuple[int, int]:
     sends before it receives a message of the same time.
     """
     return (0, -action.stage) if action.kind is K.F else (1, action.stage)
+
+
+def add_gathers(schedule: Schedule) -> Schedule:
+    """Insert an UNSHARD before each pass, and a RESHARD where a rank turns to another stage.
+
+    An UNSHARD stands behind the sends of the pass before, and before the first receive: the first
+    block is gathered while the rank waits for its input. Passes of one stage in a row share a
+    RESHARD, because the block that one leaves in use is often the first of the next.
+    """
+    rows = []
+    for row in schedule.actions:
+        passes = [action for action in row if action.kind in COMPUTE]
+        following = dict(zip(passes, [*passes[1:], None], strict=True))
+        new: list[Action] = []
+        place = 0  # of the next UNSHARD
+        for action in row:
+            if action.kind in UNSHARD:
+                new.insert(place, Action(UNSHARD[action.kind], *action[1:]))
+            new.append(action)
+            if action.kind in COMPUTE:
+                after = following[action]
+                if after is None or after.stage != action.stage:
+                    new.append(Action(K.RESHARD, action.stage))
+                place = len(new)
+            elif action.kind in (K.SEND_F, K.SEND_B) and place == len(new) - 1:
+                place = len(new)
+        rows.append(tuple(new))
+    return dataclasses.replace(schedule, actions=tuple(rows))
 
 
 def add_reductions(schedule: Schedule, ties: Collection[int] = ()) -> Schedule:

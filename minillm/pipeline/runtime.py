@@ -22,7 +22,7 @@ from minillm.base.trace import Tracer
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.ledger import ledger
 from minillm.models.protocol import ArraySpec, Batch
-from minillm.pipeline.action import COMPUTE, Action, ActionKind, Schedule
+from minillm.pipeline.action import COMPUTE, UNSHARD, Action, ActionKind, Schedule
 from minillm.pipeline.stage import Live, Stage
 from minillm.replication.protocol import Replication
 
@@ -79,6 +79,7 @@ class PipelineRuntime:
         """Execute another schedule from the next run on, over the same stages."""
         self.schedule = schedule
         self.row = schedule.actions[self.links.rank]
+        self._following = _following(self.row)
         self._arming = {_key(action) for action in schedule.arming}
         self._source = {link.dst_stage: link.src_stage for link in schedule.links}
         self._target = {link.src_stage: link.dst_stage for link in schedule.links}
@@ -185,6 +186,11 @@ class PipelineRuntime:
                 _grad(tensor) for tensor in arrived if tensor.requires_grad
             )
 
+    def _unshard(self, action: Action) -> None:
+        following = self._following[action]
+        way, then = action.kind[-1], None if following is None else following[-1]
+        self.replication.unshard(action.stage, way, then)
+
     def _send_activation(self, action: Action) -> None:
         self._send(self._activations, self._target[action.stage], action)
 
@@ -229,7 +235,8 @@ METHODS: dict[ActionKind, Callable[[PipelineRuntime, Action], None]] = {
     ActionKind.RECV_F: PipelineRuntime._receive_activation,
     ActionKind.SEND_B: PipelineRuntime._send_grad,
     ActionKind.RECV_B: PipelineRuntime._receive_grad,
-    ActionKind.UNSHARD: lambda run, action: run.replication.unshard(action.stage),
+    ActionKind.UNSHARD_F: PipelineRuntime._unshard,
+    ActionKind.UNSHARD_B: PipelineRuntime._unshard,
     ActionKind.RESHARD: lambda run, action: run.replication.reshard(action.stage),
     ActionKind.TIE_REDUCE: lambda run, action: run.replication.reduce_ties(),
     ActionKind.REDUCE_GRAD: lambda run, action: run.replication.reduce(action.stage),
@@ -241,6 +248,19 @@ METHODS: dict[ActionKind, Callable[[PipelineRuntime, Action], None]] = {
 def _waited() -> float:
     """Return the seconds that this rank has been blocked in communication."""
     return sum(row.seconds for row in ledger().rows.values())
+
+
+def _following(row: Sequence[Action]) -> dict[Action, ActionKind | None]:
+    """Return the kind of the UNSHARD that follows each one; None if a RESHARD comes first."""
+    found: dict[Action, ActionKind | None] = {}
+    after: ActionKind | None = None
+    for action in reversed(row):
+        if action.kind is ActionKind.RESHARD:
+            after = None
+        elif action.kind in UNSHARD.values():
+            found[action] = after
+            after = action.kind
+    return found
 
 
 def _grad(tensor: Tensor) -> Array:

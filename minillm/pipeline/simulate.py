@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import TypeAlias
 
 from minillm.base.errors import ScheduleError
-from minillm.pipeline.action import Action, ActionKind, Schedule
+from minillm.pipeline.action import UNSHARD, Action, ActionKind, Schedule
 
 K = ActionKind
 Time: TypeAlias = int | float | Fraction
@@ -28,6 +28,7 @@ class Cost:
     input_grad: Time | None = None  # None: backward / 2
     weight_grad: Time | None = None  # None: backward / 2
     send: Time = 0  # latency of a message
+    gather: Time = 0  # from an UNSHARD to the first block, where the stage was not in use before
     stage_factor: dict[int, Time] = field(default_factory=dict)
     """Factor on the compute of a stage: the last one has the head, which computes gradients in F.
     """
@@ -60,6 +61,8 @@ class Timeline:
 
     schedule: Schedule
     events: tuple[Event, ...]
+    gathers: tuple[Event, ...] = ()
+    """Gathers of first blocks, in the background. All others hide behind the block before."""
 
     @property
     def makespan(self) -> Time:
@@ -121,6 +124,9 @@ class _Simulation:
         self.position = [0] * schedule.num_ranks
         self.free: list[Time] = [0] * schedule.num_ranks
         self.events: list[Event] = []
+        self.gathers: list[Event] = []
+        self.in_use: list[int | None] = [None] * schedule.num_ranks  # stage whose blocks are held
+        self.sharded = any(a.kind is K.UNSHARD_F for row in schedule.actions for a in row)
 
     def run(self) -> Timeline:
         ranks = range(self.schedule.num_ranks)
@@ -133,7 +139,7 @@ class _Simulation:
         ]
         if stuck:
             raise ScheduleError(f"this schedule never finishes; stuck: {'; '.join(stuck)}")
-        return Timeline(self.schedule, tuple(self.events))
+        return Timeline(self.schedule, tuple(self.events), tuple(self.gathers))
 
     def _next(self, rank: int) -> Action | None:
         row, position = self.schedule.actions[rank], self.position[rank]
@@ -165,6 +171,13 @@ class _Simulation:
         end = start + self.cost.of(action)
         self.ended[action] = self.free[rank] = end
         self.position[rank] += 1
+        if action.kind in (K.UNSHARD_F, K.UNSHARD_B):
+            if self.in_use[rank] is None:
+                self.ended[action] = start + self.cost.gather
+                self.gathers.append(Event(rank, action, start, self.ended[action]))
+            self.in_use[rank] = action.stage
+        elif action.kind is K.RESHARD:
+            self.in_use[rank] = None
         if action.kind in (K.F, K.B, K.I, K.W):
             self.events.append(Event(rank, action, start, end))
         return True
@@ -183,6 +196,8 @@ class _Simulation:
         """Yield the actions that must end before `action` starts, without those of its row."""
         kind, stage, m = action
         source, target = self.source.get(stage), self.target.get(stage)
+        if self.sharded and kind in UNSHARD:
+            yield Action(UNSHARD[kind], stage, m)
         if kind is K.F and source is not None:
             yield from self._delivery(K.RECV_F, stage, source, K.F, m)
         elif kind in (K.B, K.I):

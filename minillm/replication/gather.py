@@ -1,9 +1,13 @@
 """Gathering of sharded parameters, one block at a time, with the next one prefetched.
 
-A rank holds its share of every zone. `ShardedStorage.full` gathers the block of a parameter when an
+A rank holds its share of every zone. The actions UNSHARD and RESHARD of the schedule begin and end
+the use of a stage. Between them, `ShardedStorage.full` gathers the block of a parameter when an
 operation asks for it, forward or backward, and drops the block before. The tape keeps parameters,
-never gathered arrays, so a dropped block is freed at once. The order of the last step predicts the
-next block of this one: its gather runs while the present block computes.
+never gathered arrays, so a dropped block is freed at once.
+
+A pass uses its blocks in the order of the last pass in its direction. So UNSHARD launches the first
+one before the rank waits for its input, and while a block computes, the gather of the next runs; at
+the end of a pass, that of the first block of the next pass.
 """
 
 from __future__ import annotations
@@ -63,33 +67,37 @@ class Gatherer:
             unit = by_name.setdefault(unit_of(first.parameter.name), Unit([]))
             unit.zones.append(index)
             self._unit_of_zone[index] = unit
-        self._held: list[Unit] = []
+        self.held: list[Unit] = []
         self._current: Unit | None = None
-        self._order: list[Unit] = []  # of this step
-        self._last_order: list[Unit] = []
-        self._follows = True  # the order of this step is a beginning of the last one's
+        self._order: list[Unit] = []  # of this pass
+        self._orders: dict[str, list[Unit]] = {}  # way -> order of the last pass
+        self._expected: list[Unit] = []  # the order of this pass, and the first block of the next
 
-    def start_step(self) -> None:
-        """Begin to follow the order of the last step."""
-        self.drop()
-        self._order, self._last_order, self._follows = [], self._order, True
-
-    def end_step(self) -> None:
-        """Drop all values, because the parameters have changed."""
-        self.drop()
+    def begin(self, way: str, then: str | None) -> None:
+        """Begin a pass forward (F) or backward (B); `then` is the way of the next pass, or None."""
+        last = self._orders.get(way, [])
+        following = self._orders.get(then, []) if then else []
+        self._expected = [*last, *following[:1]] if last else []
+        self._order = self._orders[way] = []
+        self._current = None
+        self._prefetch()
 
     def drop(self) -> None:
-        """Release the gathered values."""
-        for unit in self._held:
+        """Release the gathered values. What is used until the next pass is gathered on use."""
+        for unit in self.held:
             _finish(unit)
             unit.arrays = None
-        self._held, self._current = [], None
+        self.held, self._current = [], None
+        self._order, self._expected = [], []
 
     def zone(self, index: int) -> Array:
         """Return the values of a zone, whole, gathering its block if it is not in use."""
         unit = self._unit_of_zone[index]
         if unit is not self._current:
             self._enter(unit)
+        for other in self.held:  # MPI moves data only inside its calls
+            if other is not unit:
+                _poll(other)
         assert unit.arrays is not None
         return unit.arrays[index]
 
@@ -97,16 +105,21 @@ class Gatherer:
         if unit.arrays is None:
             self._launch(unit)
         _finish(unit)
-        for other in self._held:
+        for other in self.held:
             if other is not unit:
                 _finish(other)
                 other.arrays = None
-        self._held, self._current = [unit], unit
+        self.held, self._current = [unit], unit
+        if self._expected[len(self._order) :][:1] != [unit]:
+            self._expected = []  # the order has changed
         self._order.append(unit)
-        last, done = self._last_order, len(self._order)
-        self._follows = self._follows and done <= len(last) and last[done - 1] is unit
-        if self._follows and done < len(last) and last[done].arrays is None:
-            self._launch(last[done])
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        """Launch the block that is expected next."""
+        for unit in self._expected[len(self._order) :][:1]:
+            if unit.arrays is None:
+                self._launch(unit)
 
     def _launch(self, unit: Unit) -> None:
         buffers = self.buffers
@@ -119,7 +132,12 @@ class Gatherer:
             )
             unit.arrays[index] = whole
             unit.works.append(self.comm.iall_gather_(whole, self._sizes[index]))
-        self._held.append(unit)
+        self.held.append(unit)
+
+
+def _poll(unit: Unit) -> None:
+    while unit.works and unit.works[0].test():
+        unit.works.pop(0)
 
 
 def _finish(unit: Unit) -> None:

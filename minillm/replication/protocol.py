@@ -111,11 +111,19 @@ class Replication:
         for buffers in self.buffers.values():
             buffers.start_step()
 
-    def unshard(self, stage: int) -> None:
-        """Make the parameters of `stage` whole before they are used."""
+    @property
+    def sharded(self) -> bool:
+        """True if parameters are gathered for use: schedules then hold UNSHARD and RESHARD."""
+        return "values" in self.memory.shards
+
+    def unshard(self, stage: int, way: str, then: str | None) -> None:
+        """Begin to gather the parameters of `stage` for a pass, F forward or B backward.
+
+        `then` is the way of the next pass, None if `reshard` comes first.
+        """
 
     def reshard(self, stage: int) -> None:
-        """Release what `unshard` gathered."""
+        """Release what is gathered of `stage`."""
 
     def reduce_ties(self) -> None:
         """Sum the gradients of each tied weight over all its copies, on this rank and on others.
@@ -128,14 +136,15 @@ class Replication:
             slots = [parameter.slot() for parameter in copies]
             for slot in slots:
                 slot.finish()
+            total = slots[0].buf
             for other in slots[1:]:
-                slots[0].buf += other.buf
+                total += other.buf
             group = self.mesh.tie(name)
             if group is not None and group.size > 1:
-                group.all_reduce_(slots[0].buf)
+                group.all_reduce_(total)
             for slot in slots:
                 if slot is not slots[0]:
-                    slot.buf[...] = slots[0].buf
+                    slot.buf[...] = total
                 slot.writes += 1
 
     def reduce(self, stage: int) -> None:

@@ -12,8 +12,9 @@ arXiv:1910.02054; FSDP, Zhao et al. 2023, arXiv:2304.11277). The stages differ i
 With a shard group of n ranks, n neighbours on the axis share a replica, and the groups all-reduce
 their shares of the gradients (hybrid sharding). By default a group is a node where several run.
 
-Invariant: zones are reduced in the order of the flat buffer, never in the order of readiness. The
-sum of a share runs in rank order. Tied weights are reduced after their copies have been summed.
+Invariant: zones are reduced in a fixed order, that of the flat buffer, in stage 3 block by block,
+never in the order of readiness. The sum of a share runs in rank order. Tied weights are reduced
+after their copies have been summed.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ class Zone:
         self.sizes = [part.stop - part.start for part in parts]
         self.run = next(r for r in buffers.layout.runs if r.start <= self.whole.start < r.stop)
         self.spans = [s for s in self.run.spans if self.whole.start <= s.start < self.whole.stop]
+        self.unit = unit_of(self.spans[0].parameter.name)
         self.slots: tuple[GradSlot, ...] = ()
         self.sharded = "grads" in buffers.memory.shards
         self.launches = self.reductions = 0  # in this step
@@ -215,6 +217,10 @@ class ZoneReducer:
         self.zones = [Zone(buffers, index, comm.size) for index in range(len(buffers.zones))]
         self._zone_of = {id(s.parameter): zone for zone in self.zones for s in zone.spans}
         self._order = [zone for zone in self.zones if not zone.run.tied]
+        if "values" in buffers.memory.shards:
+            # Block by block, so that the vectors of one do not wait for the weights of all others.
+            units = [unit_of(parameter.name) for parameter in reversed(buffers.parameters)]
+            self._order.sort(key=lambda zone: units.index(zone.unit))
         self._next = 0
         self._under_way: deque[tuple[Zone, Array, Work]] = deque()
 
@@ -238,6 +244,8 @@ class ZoneReducer:
         """Launch the zones that `leaf` completes. Zones of tied weights wait for `finish`."""
         self._zone_of[id(leaf)].waiting.discard(id(leaf))
         while self._order and not self._order[self._next].waiting:
+            if self._order[self._next].sharded:
+                self._wait()  # one whole gradient under way, and one that is written
             self._launch(self._order[self._next])
             self._next = (self._next + 1) % len(self._order)
 
@@ -252,6 +260,10 @@ class ZoneReducer:
         for zone in self.zones:
             if not zone.launches or (zone.sharded and any(slot.writes for slot in zone.slots)):
                 self._launch(zone)
+        self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the reductions under way."""
         while self._under_way:
             zone, grad, work = self._under_way.popleft()
             work.wait()
@@ -276,6 +288,7 @@ class Zero(Replication):
             stage: memory.reducers.get(id(b)) or ZoneReducer(b, memory.group.shards)
             for stage, b in buffers.items()
         }
+        self._gatherers = {s: memory.gatherers.get(id(b)) for s, b in buffers.items()}
         for reducer in self._reducers.values():
             reducer.attach()
         self._counted = [part for stage in buffers for part in self._counted_of(stage)]
@@ -309,8 +322,16 @@ class Zero(Replication):
         super().begin_step()
         for reducer in self._reducers.values():
             reducer.start_step()
-        for gatherer in self.memory.gatherers.values():
-            gatherer.start_step()
+
+    def unshard(self, stage: int, way: str, then: str | None) -> None:
+        """Launch the gather of the block that the pass uses first."""
+        if (gatherer := self._gatherers[stage]) is not None:
+            gatherer.begin(way, then)
+
+    def reshard(self, stage: int) -> None:
+        """Drop what is gathered."""
+        if (gatherer := self._gatherers[stage]) is not None:
+            gatherer.drop()
 
     def reduce(self, stage: int) -> None:
         """Wait for this rank's share of the sums of the stage, over all replicas."""
@@ -334,10 +355,10 @@ class Zero(Replication):
         return sum(map(kernels.sum_of_squares, self._counted))
 
     def update(self, optimizer: Optimizer, step: int, lr: float, scale: Any) -> None:
-        """Update this rank's share and gather the others', or drop the gathered values."""
+        """Update this rank's share, and gather the others' unless they are gathered on use."""
+        held = [unit for gatherer in self.memory.gatherers.values() for unit in gatherer.held]
+        assert not held, "parameters are gathered during an update"
         super().update(optimizer, step, lr, scale)
-        for gatherer in self.memory.gatherers.values():
-            gatherer.end_step()
         if self.memory.stage == 3:
             return
         works = [

@@ -53,7 +53,8 @@ def measure(
     for first in range(0, most, stride):
         starts = range(first, min(first + stride, most), microbatch)
         batches = [what.batch(rows[i : i + microbatch], device) for i in starts]
-        schedule = lower(forward_only(model.layout.rank_of_stage, len(batches)), train=False)
+        passes = forward_only(model.layout.rank_of_stage, len(batches))
+        schedule = lower(passes, train=False, sharded=model.replication.sharded)
         runtime = PipelineRuntime(
             schedule, model.stages, mesh.axis("pp"), model.replication, count=what.count
         )

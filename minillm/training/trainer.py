@@ -126,10 +126,12 @@ class Trainer:
         if tracer is not None:
             for stage in self.model.stages.values():
                 trace_layers(stage.model, tracer)
-        ties = self.model.layout.tied_stages
-        self._lowered = functools.cache(lambda number: lower(_schedule(config, number), ties=ties))
+        lowered = functools.partial(
+            lower, ties=self.model.layout.tied_stages, sharded=self.replication.sharded
+        )
+        self._lowered = functools.cache(lambda number: lowered(_schedule(config, number)))
         self.runtime = PipelineRuntime(
-            lower(schedule, ties=ties),
+            lowered(schedule),
             self.model.stages,
             self.mesh.axis("pp"),
             self.replication,

@@ -190,6 +190,19 @@ def test_parts_of_a_model_are_timed(tmp_path: Path, part: str) -> None:
 
 
 @needs_mpirun
+@pytest.mark.slow
+def test_methods_take_turns(tmp_path: Path) -> None:
+    out = tmp_path / "methods.json"
+    arguments = ["methods", "--config=c1", "--rounds=2", "--steps=1", "--methods=all-reduce,zero3"]
+    done = mpirun(2, ["-m", "minillm.bench", *arguments, f"--json={out}"])
+    assert done.returncode == 0, done.output
+    assert "time over all-reduce" in done.output
+    found = json.loads(out.read_text())["runs"]
+    assert {name: len(runs) for name, runs in found.items()} == {"all-reduce": 2, "zero3": 2}
+    assert all(run["step"][0] > 0 for runs in found.values() for run in runs)
+
+
+@needs_mpirun
 def test_comm_times_messages_and_shared_memory(tmp_path: Path) -> None:
     arguments = ["comm", "--sizes=8,4096", "--repeats=3", f"--json={tmp_path / 'comm.json'}"]
     done = mpirun(2, ["-m", "minillm.bench", *arguments])
@@ -211,6 +224,7 @@ def test_bad_input_is_one_sentence() -> None:
         (("train", "--rounds=0"), "at least 1"),
         (("attention", "--contexts=64,x"), "numbers from 1 up"),
         (("comm",), "mpirun -n 2"),
+        (("methods",), "mpirun -n 2"),
     ):
         done = bench(*arguments)
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr

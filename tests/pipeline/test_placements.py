@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from pipeline.placements import greedy, interleaved_ranks, v_ranks
@@ -13,6 +14,7 @@ from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import METHODS, PipelineRuntime
 from minillm.pipeline.simulate import simulate
 from minillm.replication.protocol import Replication
+from minillm.training.trainer import Trainer
 
 NUM_MICROBATCHES = 4
 PLACEMENTS = {
@@ -29,7 +31,7 @@ def check(
     rank_of_stage: tuple[int, ...],
     *,
     split: bool = False,
-    recompute: str = "none",
+    **changes: Any,
 ) -> None:
     """Compare four layers on the given stages with one rank."""
     schedule = greedy(rank_of_stage, NUM_MICROBATCHES, split=split)
@@ -40,7 +42,7 @@ def check(
         options={"schedule": schedule},
         adapt=lambda config: dataclasses.replace(config, stage_layers=layers),
         rendezvous=True,
-        recompute=recompute,
+        **changes,
     )
     assert_same(found, reference(model), 1e-10)
 
@@ -63,6 +65,31 @@ def test_placements_compose_with_other_axes(placement: str) -> None:
     ranks = PLACEMENTS[placement]
     check("gpt2", layout_of(ranks, dp=2), ranks, split=True)
     check("llama-tied", layout_of(ranks, tp=2, sp=True), ranks)
+
+
+@pytest.mark.parametrize(
+    ("placement", "split"),
+    [
+        ("one rank", True),
+        pytest.param("v", False, marks=pytest.mark.slow),
+        pytest.param("interleaved", True, marks=pytest.mark.slow),
+    ],
+)
+def test_stages_of_a_rank_are_sharded_and_gathered_in_turn(placement: str, split: bool) -> None:
+    """Check that a rank has the blocks of one stage at a time, and none behind a RESHARD."""
+    ranks = PLACEMENTS[placement]
+    check("gpt2", layout_of(ranks, dp=2), ranks, split=split, zero=3, prepare=watch)
+
+
+def watch(trainer: Trainer) -> None:
+    execute, gatherers = trainer.runtime._execute, trainer.replication.memory.gatherers.values()
+
+    def watched(action: Action) -> None:
+        execute(action)
+        in_use = [gatherer for gatherer in gatherers if gatherer.held]
+        assert len(in_use) <= (action.kind is not ActionKind.RESHARD)
+
+    trainer.runtime._execute = watched  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

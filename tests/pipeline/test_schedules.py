@@ -104,6 +104,49 @@ def test_lowered_rows_of_1f1b() -> None:
     ]
 
 
+def test_gathers_stand_around_the_passes_of_a_stage() -> None:
+    """Check that gathers begin behind the sends, before the receives, and end with the stage."""
+    rows = lower(SCHEDULES["1f1b"](2, 2), sharded=True).actions
+    assert [" ".join(map(str, row)) for row in rows] == [
+        "0UNSHARD_F0 0F0 0SEND_F0 0UNSHARD_F1 0F1 0SEND_F1 0UNSHARD_B0 0RECV_B0 0B0 0UNSHARD_B1 "
+        "0RECV_B1 0B1 0RESHARD 0REDUCE_GRAD 0OPTIMIZER_STEP",
+        "1UNSHARD_F0 1RECV_F0 1F0 1UNSHARD_B0 1B0 1UNSHARD_F1 1RECV_F1 1SEND_B0 1F1 1UNSHARD_B1 "
+        "1B1 1RESHARD 1SEND_B1 1REDUCE_GRAD 1OPTIMIZER_STEP",
+    ]
+    rows = lower(evaluation(1, 2), train=False, sharded=True).actions
+    assert [" ".join(map(str, row)) for row in rows] == ["0UNSHARD_F0 0F0 0UNSHARD_F1 0F1 0RESHARD"]
+
+
+def test_one_stage_of_a_rank_is_gathered_at_a_time() -> None:
+    rows = [["0F0", "1F0", "1I0", "0I0", "1W0", "0W0"]]
+    schedule = Schedule(2, 1, (0, 0), tuple(tuple(map(Action.parse, row)) for row in rows))
+    (row,) = lower(schedule, sharded=True).actions
+    assert " ".join(map(str, row)).startswith(
+        "0UNSHARD_F0 0F0 0RESHARD 1UNSHARD_F0 1F0 1UNSHARD_B0 1I0 1RESHARD 0UNSHARD_B0 0I0 "
+        "0RESHARD 1W0 1RESHARD 0W0 0RESHARD"
+    )
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_gathers_change_no_message_and_no_time_of_their_own(name: str) -> None:
+    for p, m in SIZES:
+        plain = simulate(lower(SCHEDULES[name](p, m)))
+        sharded = simulate(lower(SCHEDULES[name](p, m), sharded=True), rendezvous=True)
+        assert set(sharded.events) == set(plain.events), (p, m)
+        assert len(sharded.gathers) == p  # the stage stays in use until the end of the step
+
+
+def test_the_first_gather_hides_behind_the_wait_for_the_input() -> None:
+    """Check the time of two ranks: gather, F, F, B, B; rank 1 gathers while it waits."""
+    schedule = lower(SCHEDULES["1f1b"](2, 1), sharded=True)
+    for gather, makespan in ((0, 6), (1, 7), (5, 11)):
+        assert simulate(schedule, Cost(forward=1, backward=2, gather=gather)).makespan == makespan
+    timeline = simulate(schedule, Cost(gather=5))
+    assert [(g.rank, g.start, g.end) for g in timeline.gathers] == [(0, 0, 5), (1, 0, 5)]
+    assert draw_svg(timeline, "").count("gathers the first block") == 2
+    assert timeline.busy(0) == 3
+
+
 def test_a_send_takes_its_time() -> None:
     """Check the time of two ranks and one microbatch: F, message, F B, message, B."""
     for schedule in (SCHEDULES["1f1b"](2, 1), lower(SCHEDULES["1f1b"](2, 1))):
@@ -232,6 +275,33 @@ def test_broken_messages_are_named(rank: int, old: str, new: str, message: str) 
     )
     with pytest.raises(ScheduleError, match=message):
         broken.validate()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0UNSHARD_B0 ", "", "0B0 comes before 0UNSHARD_B0"),
+        ("0UNSHARD_F0 0F0", "0F0 0UNSHARD_F0", "0F0 comes before 0UNSHARD_F0"),
+        (" 0RESHARD", "", "rank 0 ends before 0RESHARD"),
+        ("0UNSHARD_B0", "0UNSHARD_B", "0UNSHARD_B lacks its microbatch"),
+    ],
+)
+def test_misplaced_gathers_are_named(old: str, new: str, message: str) -> None:
+    lowered = lower(SCHEDULES["1f1b"](1, 2), sharded=True)
+    text = " ".join(map(str, lowered.actions[0]))
+    assert old in text
+    broken = [Action.parse(word) for word in text.replace(old, new).split()]
+    with pytest.raises(ScheduleError, match=message):
+        _with_row(lowered, 0, broken).validate()
+
+
+def test_two_stages_of_a_rank_are_not_gathered_at_once() -> None:
+    rows = [["0F0", "1F0", "1B0", "0B0"]]
+    schedule = Schedule(2, 1, (0, 0), tuple(tuple(map(Action.parse, row)) for row in rows))
+    lowered = lower(schedule, sharded=True)
+    row = [action for action in lowered.actions[0] if action != Action(K.RESHARD, 0)]
+    with pytest.raises(ScheduleError, match="1UNSHARD_F0 comes before 0RESHARD"):
+        _with_row(lowered, 0, row).validate()
 
 
 def test_a_message_lost_on_both_sides_is_named() -> None:

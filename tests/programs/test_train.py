@@ -91,7 +91,7 @@ def test_metrics_trace_and_checks(tiny: list[str], tmp_path: Path) -> None:
     assert lines[0]["tokens"] == 8 * 16 and lines[0]["comm"]["tp"]["all_reduce"]["bytes"] > 0
     events = json.loads((run / "trace.json").read_text())["traceEvents"]
     tracks = {(event["pid"], event["tid"]) for event in events if event["ph"] == "X"}
-    assert tracks == {(rank, track) for rank in range(4) for track in (0, 1)}
+    assert tracks >= {(rank, track) for rank in range(4) for track in (0, 1)}
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
 
 
