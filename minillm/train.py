@@ -35,6 +35,7 @@ from minillm.training.loop import Run
 from minillm.training.numeric_key import asked_kernels
 from minillm.training.origin import Origin, continued_run, saved_options
 from minillm.training.resolve import ResolvedConfig, resolve
+from minillm.training.serving import with_servers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +93,15 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         stack.enter_context(
             guarded_output(lambda error: stop.ask(f"standard output is lost ({error.strerror})"))
         )
-        training = Run(comm, device, config, data, out, origin, tracer, stop)
-        if (launch := launched()) and launch.launcher.startswith("Open MPI"):
-            log(f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}\n")
-        if training.train():
-            _show_sample(training)
+
+        def work(workers: Communicator, wire: Communicator | None) -> None:
+            training = Run(workers, device, config, data, out, origin, tracer, stop, wire)
+            if (launch := launched()) and launch.launcher.startswith("Open MPI"):
+                log(f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}\n")
+            if training.train():
+                _show_sample(training)
+
+        with_servers(comm, config, work)
 
 
 def _own(comm: Communicator, stack: ExitStack, claim: Callable[[], Claim]) -> Path:

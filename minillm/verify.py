@@ -36,7 +36,14 @@ from minillm.training.trainer import Trainer
 
 SHOWN = 5  # quantities in the report
 ONE_RANK: dict[str, Any] = dict(
-    dp=1, tp=1, pp=1, sequence_parallel=False, stage_layers=None, microbatch=None, node_shared="off"
+    dp=1,
+    tp=1,
+    pp=1,
+    sequence_parallel=False,
+    stage_layers=None,
+    microbatch=None,
+    node_shared="off",
+    slow_rank=None,
 )
 
 
@@ -76,6 +83,11 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
             raise ConfigError(
                 f"{method.flag(config.replication)} does not compute on this mesh what one rank "
                 "computes; verify the layout without it"
+            )
+        if config.replication.num_servers:
+            raise ConfigError(
+                f"--servers {config.replication.servers} adds ranks that hold no part of the mesh; "
+                "verify --server sync with --servers 0"
             )
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(config.compute.device, local_rank))

@@ -144,7 +144,8 @@ def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
         microbatch=options["batch"] // (layout.dp * layout.num_microbatches),
         stage_layers=layout.stage_layers,
     )
-    return resolve(config, layout.num_ranks, options.get("vocab", VOCAB))
+    num_ranks = layout.num_ranks + config.replication.num_servers
+    return resolve(config, num_ranks, options.get("vocab", VOCAB))
 
 
 def make_batches(config: ResolvedConfig) -> Batches:

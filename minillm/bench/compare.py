@@ -22,20 +22,25 @@ from minillm.base.record import Record, option
 from minillm.comm.agreement import AgreedError, agree, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
-from minillm.comm.ledger import Ledger, recording
+from minillm.comm.ledger import Ledger, ledger, recording
 from minillm.comm.process import run_program
 from minillm.comm.two_levels import neighbours
 from minillm.data.cache import write_json
+from minillm.replication.costs import DataAxis
+from minillm.replication.method import Extent
 from minillm.replication.methods import METHODS, method_of, payload
 from minillm.replication.options import ReplicationOptions
+from minillm.replication.server import Server
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
+from minillm.training.assembly import layout_of
 from minillm.training.config import RunConfig
-from minillm.training.costs import data_axis, held_bytes
-from minillm.training.memory import predicted
+from minillm.training.costs import data_axis, held_bytes, server_axis
+from minillm.training.memory import predicted, predicted_server
 from minillm.training.numeric_key import asked_kernels
 from minillm.training.report import TimeShares
 from minillm.training.resolve import ResolvedConfig, resolve
+from minillm.training.serving import make_server, with_servers
 from minillm.training.trainer import Trainer
 
 ROWS = {row: (method, values) for method in METHODS for row, values in method.compared.items()}
@@ -115,16 +120,15 @@ def chosen(text: str | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def with_method(config: CompareConfig, method: str) -> CompareConfig:
+def with_method(config: CompareConfig, method: str, num_ranks: int = 1) -> CompareConfig:
     """Return `config` with the options of a method. Options of the other methods are left out."""
+    layout, optimization = config.layout, config.optimization
+    extent = Extent(optimization.steps, optimization.batch, num_ranks, layout.tp * layout.pp)
     given, default = config.replication, ReplicationOptions()
     found, values = ROWS[method]
-    set_here = {
-        name: value(config.optimization.steps) if callable(value) else value
-        for name, value in values.items()
-    }
-    options = {**default.to_dict(), "bucket_mb": given.bucket_mb, "balance": given.balance}
-    options |= set_here
+    set_here = {name: value(extent) if callable(value) else value for name, value in values.items()}
+    kept = {name: getattr(given, name) for name in ("bucket_mb", "balance", "slow_rank")}
+    options = {**default.to_dict(), **kept, **set_here}
     asks = found.flag(ReplicationOptions(**options))
     taken = [name for name, needed in found.needs.items() if asks.startswith(needed)]
     taken += [found.option] if found.option and found.asked(given) else []
@@ -168,7 +172,7 @@ def _compare(comm: Communicator, given: tuple[StartOptions, CompareConfig]) -> N
         for method in methods:
             started = time.perf_counter()
             try:
-                asked = with_method(config, method)
+                asked = with_method(config, method, comm.size)
                 resolved = resolve(asked, comm.size, data.vocab_size, per_node)
                 found = measure(on_device(comm, device), resolved, method, data, device)
             except ConfigError as error:  # the same on every rank
@@ -194,36 +198,28 @@ def measure(
 
     The first step counts in the bytes alone, because it also allocates.
     """
-    optimization, shares = config.options.optimization, TimeShares()
-    task = data.task(config.model, batch=optimization.batch, seed=optimization.seed)
-    steps, loss, started = optimization.steps, 0.0, 0.0
-    with recording() as ledger:
-        trainer = Trainer(config, comm, task, device=device)
-        built = ledger.snapshot()
-        for step in range(steps):
-            if step == min(1, steps - 1):
-                comm.barrier()
-                started = time.perf_counter()
-            before = ledger.snapshot()
-            report = trainer.step(step)
-            if step or steps == 1:
-                shares.add(report, ledger.since(before))
-        loss = report.loss
-        device.synchronize()
-        seconds = time.perf_counter() - started
-        sent = _counted(ledger, built)
-    axis = data_axis(trainer)
-    expected = sum(count for key, count in payload(axis, steps).items() if _of_data(key[0]))
-    need = predicted(
-        config, trainer.model.layout, trainer.mesh.coord("pp"), shared_by=axis.shared_by
-    )
-    parts = [shares.total, 0.0, 0.0]
-    for name, each in shares.seconds.items():
-        if name != "optimizer":
-            parts[1 if name.startswith("communication") else 2] += each
-    everyone = comm.gather_json([sent, expected, need.held, held_bytes(trainer), seconds, parts])
+    own: list[Any] = []
+    serving: list[Server] = []
+
+    def work(workers: Communicator, wire: Communicator | None) -> None:
+        own.extend(_work(workers, wire, config, data, device))
+
+    def make(wire: Communicator, config: ResolvedConfig) -> Server:
+        serving.append(make_server(wire, config))
+        return serving[0]
+
+    with recording() as book:
+        with_servers(comm, config, work, make)
+        for server in serving:
+            axis = server_axis(config, server, comm.rank - config.mesh.num_ranks)
+            held = predicted_server(config, layout_of(config)).held
+            kept = sum(shard.num_bytes for shard in server.shards)
+            sent = _counted(book, {})
+            own += [sent, _predicted_bytes(axis, config), held, kept, 0.0, [0.0, 0.0, 0.0], 0.0]
+    everyone = comm.gather_json(own)
     most = [max(rank[i] for rank in everyone) for i in range(5)]
     total, moving, waiting = (sum(rank[5][i] for rank in everyone) for i in range(3))
+    steps = config.options.optimization.steps
     return Found(
         method,
         tokens_per_second=config.tokens_per_step * max(1, steps - 1) / most[4],
@@ -234,15 +230,63 @@ def measure(
         sent_counted=most[0] / steps,
         held_predicted=most[2],
         held_measured=most[3],
-        loss=loss,
+        loss=everyone[0][6],
     )
 
 
-def _counted(ledger: Ledger, before: Any) -> int:
+MEETINGS = 2  # of workers that do not share every step: before the clock starts, and at the end
+
+
+def _predicted_bytes(axis: DataAxis, config: ResolvedConfig) -> int:
+    found = payload(axis, config.options.optimization.steps, MEETINGS)
+    return sum(count for key, count in found.items() if _of_data(key[0]))
+
+
+def _work(
+    comm: Communicator,
+    wire: Communicator | None,
+    config: ResolvedConfig,
+    data: Dataset,
+    device: Device,
+) -> list[Any]:
+    """Train on one rank of the mesh; return bytes sent and held, seconds, time shares and loss."""
+    optimization, shares = config.options.optimization, TimeShares()
+    task = data.task(config.model, batch=optimization.batch, seed=optimization.seed)
+    steps, started, book = optimization.steps, 0.0, ledger()
+    trainer = Trainer(config, comm, task, device=device, wire=wire)
+    built = book.snapshot()
+    for step in range(steps):
+        if step == min(1, steps - 1):
+            trainer.replication.meet()
+            comm.barrier()
+            started = time.perf_counter()
+        before = book.snapshot()
+        report = trainer.step(step)
+        if step or steps == 1:
+            shares.add(report, book.since(before))
+    loss = report.loss
+    device.synchronize()
+    seconds = time.perf_counter() - started
+    trainer.replication.meet()
+    if not trainer.replication.lockstep:  # every worker has a loss of its own
+        loss = comm.reduce_numbers([loss])[0] / comm.size
+    sent, axis = _counted(book, built), data_axis(trainer)
+    need = predicted(
+        config, trainer.model.layout, trainer.mesh.coord("pp"), shared_by=axis.shared_by
+    )
+    parts = [shares.total, 0.0, 0.0]
+    for name, each in shares.seconds.items():
+        if name != "optimizer":
+            parts[1 if name.startswith("communication") else 2] += each
+    expected = _predicted_bytes(axis, config)
+    return [sent, expected, need.held, held_bytes(trainer), seconds, parts, loss]
+
+
+def _counted(book: Ledger, before: Any) -> int:
     """Return the bytes that the data axis moved since the snapshot `before`."""
     return sum(
         row.bytes
-        for (axis, _, kind), row in ledger.since(before).items()
+        for (axis, _, kind), row in book.since(before).items()
         if kind in ("payload", "window") and _of_data(axis)
     )
 

@@ -262,6 +262,14 @@ class Communicator(Transport):
                 out[...] = flat.reshape(out.shape)
         return source
 
+    def iprobe(self, tag: int = 0) -> int | None:
+        """Return a rank whose message with `tag` waits to be received, None without one.
+
+        Never blocks. Raises PeerFailed if another rank has ended.
+        """
+        checks.rank(self, 0, "source", tag)
+        return self._iprobe(tag)
+
     def sendrecv(
         self, x: Array, dest: int, out: Array, source: int, tag: int = 0, kind: str = "payload"
     ) -> Array:

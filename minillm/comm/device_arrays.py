@@ -84,6 +84,9 @@ class _DeviceCommunicator(Communicator):
         self._start_reductions()
         self.inner._barrier()
 
+    def _iprobe(self, tag: int) -> int | None:
+        return self.inner._iprobe(tag)
+
     def _start_reductions(self, wait: bool = True) -> None:
         """Start the reductions that wait for the device; here there are none."""
 

@@ -29,7 +29,7 @@ from minillm.base.errors import CommError, CommTimeout
 from minillm.comm.buffers import ReduceOp, chunks, cut, reduce_in_order
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.single import SelfCommunicator
-from minillm.comm.watchdog import Waiting, Watchdog
+from minillm.comm.watchdog import Waiting, Watchdog, peer_failed
 from minillm.comm.work import SharedWindow, Work
 
 MAX_MESSAGE_BYTES = 1 << 30
@@ -169,6 +169,14 @@ class MPICommunicator(Communicator):
                 time.sleep(SLEEP_SECONDS[0])
         self._irecv(flat, status.Get_source(), tag).wait()
         return status.Get_source()
+
+    def _iprobe(self, tag: int) -> int | None:
+        status = MPI.Status()
+        try:
+            found = self.mpi.Iprobe(MPI.ANY_SOURCE, tag, status)
+        except MPI.Exception as error:
+            raise peer_failed(error, f"a look for messages with tag {tag}") or error from error
+        return status.Get_source() if found else None
 
     def _work(self, requests: Sequence[MPI.Request], keep: Any, what: str) -> _Requests:
         return _Requests(self, requests, keep, what)

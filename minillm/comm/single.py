@@ -77,6 +77,9 @@ class SelfCommunicator(Communicator):
         flat[...] = message
         return 0
 
+    def _iprobe(self, tag: int) -> int | None:
+        return 0 if self._messages.get(tag) else None
+
     def split(
         self, color: int | None, key: int | None = None, name: str = ""
     ) -> Communicator | None:

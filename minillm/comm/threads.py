@@ -252,6 +252,13 @@ class ThreadCommunicator(Communicator):
     def _recv_any(self, flat: np.ndarray, tag: int) -> int:
         return self._receive(flat, [(source, self.rank, tag) for source in range(self.size)])
 
+    def _iprobe(self, tag: int) -> int | None:
+        with self._world.changed:
+            self._check_peers()
+            messages = self._board.messages
+            found = (r for r in range(self.size) if messages.get((r, self.rank, tag)))
+            return next(found, None)
+
     def _receive(self, out: np.ndarray, keys: list[tuple[int, int, int]]) -> int:
         """Copy the first message under any of `keys` into `out`; return its source."""
         sources = ", ".join(str(key[0]) for key in keys)

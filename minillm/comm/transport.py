@@ -81,6 +81,9 @@ class Transport:
     def _recv_any(self, flat: Array, tag: int) -> int:
         raise self._unsupported("recv_any")
 
+    def _iprobe(self, tag: int) -> int | None:
+        raise self._unsupported("iprobe")
+
     def _barrier(self) -> None:
         raise self._unsupported("barrier")
 

@@ -48,7 +48,7 @@ class PipelineRuntime:
 
     `links` sends between the ranks of the pp axis. `optimizer_step` is called for OPTIMIZER_STEP
     with this rank's sums of losses. Without it nothing is put on the tape, and `count` is called
-    with the outputs of the last stage.
+    with the outputs of the last stage. `slowdown` is the factor by which computation takes longer.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class PipelineRuntime:
         optimizer_step: Callable[[Sums], None] | None = None,
         count: Counter | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        slowdown: float = 1.0,
     ) -> None:
         self.stages = dict(stages)
         self.links = links
@@ -69,6 +70,7 @@ class PipelineRuntime:
         self.tracer = tracer
         self.train = optimizer_step is not None
         self.count = count
+        self.slowdown = slowdown
         self._optimizer_step = optimizer_step or (lambda sums: None)
         self._clock = clock
         self.compute_seconds = 0.0
@@ -116,11 +118,27 @@ class PipelineRuntime:
 
     def _execute(self, action: Action) -> None:
         method = METHODS[action.kind]
+        if self.slowdown > 1 and action.kind in COMPUTE:
+            method = self._slowly
         started = self._clock() - _waited()
         with nullcontext() if self.tracer is None else self.tracer.span(str(action), "compute"):
             method(self, action)
         if action.kind in COMPUTE:
             self.compute_seconds += self._clock() - _waited() - started
+
+    @staticmethod
+    def _slowly(run: PipelineRuntime, action: Action) -> None:
+        """Execute an action, then idle until it has taken `slowdown` times as long.
+
+        The time that it waits for other ranks does not count.
+        """
+        started = time.perf_counter() - _waited()
+        METHODS[action.kind](run, action)
+        now = time.perf_counter()
+        end = now + (run.slowdown - 1) * (now - _waited() - started)
+        while (left := end - time.perf_counter()) > 0:
+            run.replication.progress()
+            time.sleep(min(left, 1e-3))
 
     def _totals(self) -> Sums:
         return {name: sum(values, 0.0) for name, values in self.terms.items()}

@@ -36,6 +36,8 @@ class DataAxis:
     nodes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Group that is all-reduced in two levels -> ranks of a node, and place among them."""
     turn: int = 0  # of the exchange, where a method has several in turn
+    server: int | None = None
+    """Number of this dedicated server; `layouts` are then those of all coordinates on pp and tp."""
     passes: str = "FB"  # forward and backward passes of a stage in a step, in order
 
 

@@ -48,7 +48,7 @@ from minillm.params.storage import FlatBuffers, FlatState, PrivateMemory
 from minillm.replication.all_reduce import counted_grads
 from minillm.replication.costs import Bytes, DataAxis, Held, Sizes, add_sum
 from minillm.replication.gather import unit_of
-from minillm.replication.method import Method, Setting, whole
+from minillm.replication.method import Extent, Method, Setting, whole
 from minillm.replication.options import ReplicationOptions
 from minillm.replication.protocol import Optimizer, Replication
 
@@ -300,9 +300,9 @@ def _key(options: ReplicationOptions) -> dict[str, Any]:
     return {"local_steps": options.local_steps} | fragments
 
 
-def _fitting(steps: int) -> int:
-    """Return a number of steps between two averages that divides `steps`: 5 at most."""
-    return next(every for every in range(5, 0, -1) if steps % every == 0)
+def _fitting(extent: Extent) -> int:
+    """Return a number of steps between two averages that divides all steps: 5 at most."""
+    return next(every for every in range(5, 0, -1) if extent.steps % every == 0)
 
 
 METHOD = Method(

@@ -14,6 +14,7 @@ import numpy as np
 
 from minillm.base.device import CPU, Device
 from minillm.base.record import flag
+from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh
 from minillm.layout.flat import FlatLayout
 from minillm.layout.mesh_shape import MeshShape
@@ -33,11 +34,21 @@ class Setting(NamedTuple):
     dtype: np.dtype
     device: Device = CPU
     seed: int = 0  # of methods that draw numbers
+    wire: Communicator | None = None  # to dedicated servers
 
     @property
     def bucket_bytes(self) -> int:
         """Size of the pieces in which gradients are reduced."""
         return int(self.options.bucket_mb * 1e6)
+
+
+class Extent(NamedTuple):
+    """Sizes of a comparison, by which a row may set its options."""
+
+    steps: int
+    batch: int
+    ranks: int
+    replica: int  # ranks of a replica: tp x pp
 
 
 def whole(sizes: Sizes, options: ReplicationOptions) -> Held:
@@ -60,6 +71,8 @@ class Method:
     sends: Callable[[DataAxis, FlatLayout[Any]], Bytes]
     """Bytes of one exchange for a stage, as the ledger counts them on one rank. Rows of tensor and
     pipeline parallelism are left out, except the partial sums that an all-reduce joins."""
+    meets: Callable[[DataAxis, FlatLayout[Any]], Bytes] = lambda axis, layout: Bytes()
+    """Bytes of a meeting of all replicas, likewise."""
     holds: Callable[[Sizes, ReplicationOptions], Held] = whole
     every: Callable[[ReplicationOptions], int] = lambda options: 1
     """Steps from one exchange to the next."""
@@ -77,12 +90,14 @@ class Method:
         lambda options, mesh, per_node: options
     )
     """Fill in what follows from several nodes of so many neighbours of the mesh each."""
+    needs_host: Callable[[ReplicationOptions], bool] = lambda options: False
+    """True if the method works in the host's memory alone."""
     unasked: tuple[Any, ...] = (0, "none")
     needs: Mapping[str, str] = field(default_factory=dict)
     """Option that means something to this method alone -> beginning of the flag that it needs."""
     goes_with: str = "--tp, --sequence-parallel, --pp, and --node-shared auto or off"
     compared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Row of `minillm compare` -> the options that it sets; a function is called with the steps."""
+    """Row of `minillm compare` -> the options that it sets; functions take the `Extent`."""
 
     def asked(self, options: ReplicationOptions) -> bool:
         """Return whether the options ask for this method."""

@@ -8,7 +8,14 @@ import itertools
 from minillm.base.errors import ConfigError
 from minillm.base.record import flag
 from minillm.layout.mesh_shape import TOKEN_AXES, MeshShape
-from minillm.replication import all_reduce, compressed, local_steps, node_shared, zero
+from minillm.replication import (
+    all_reduce,
+    compressed,
+    local_steps,
+    node_shared,
+    parameter_server,
+    zero,
+)
 from minillm.replication.costs import Bytes, DataAxis
 from minillm.replication.method import Method, Setting
 from minillm.replication.options import ReplicationOptions
@@ -18,6 +25,7 @@ METHODS = (
     all_reduce.METHOD,
     node_shared.METHOD,
     zero.METHOD,
+    parameter_server.METHOD,
     local_steps.METHOD,
     compressed.METHOD,
 )
@@ -60,6 +68,11 @@ def check(options: ReplicationOptions, mesh: MeshShape, steps: int) -> None:
             "with --node-shared auto, on or off, with --zero 1, and with --tp, "
             "--sequence-parallel and --pp"
         )
+    if (slow := options.slow[0]) >= mesh.num_ranks:
+        raise ConfigError(
+            f"--slow-rank {options.slow_rank}: there is no rank {slow} that computes; choose one "
+            f"of 0 to {mesh.num_ranks - 1}"
+        )
 
 
 def choose(setting: Setting) -> Replication:
@@ -76,8 +89,8 @@ def choose(setting: Setting) -> Replication:
     return method.make(setting)
 
 
-def payload(axis: DataAxis, steps: int = 1) -> Bytes:
-    """Return the bytes that the data axis moves in the first `steps` steps.
+def payload(axis: DataAxis, steps: int = 1, meetings: int = 0) -> Bytes:
+    """Return the bytes that the data axis moves in the first `steps` steps and some meetings.
 
     The operation `sum` of shared memory has the kind `window`, all others have `payload`.
     """
@@ -89,4 +102,7 @@ def payload(axis: DataAxis, steps: int = 1) -> Bytes:
         for layout in axis.layouts:
             sent = method.sends(dataclasses.replace(axis, turn=turn), layout)
             found.update({key: times * count for key, count in sent.items()})
+    for layout in axis.layouts:
+        met = method.meets(axis, layout)
+        found.update({key: meetings * count for key, count in met.items()})
     return Bytes({key: count for key, count in found.items() if count})

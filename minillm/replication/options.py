@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from minillm.base.errors import ConfigError
 from minillm.base.record import Record, option
+
+MOST_SLOWDOWN = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,38 @@ class ReplicationOptions(Record):
     balance: Literal["none", "speed"] = option("none", resumable=True)
     """Deal the microbatches of a step to the data-parallel replicas evenly (none), or by their
     measured speed."""
+    server: Literal["none", "sync", "async", "stale"] = option("none", announced=True)
+    """Keep weights and optimizer state on parameter servers, which update once from the sum of all
+    workers (sync) or at the gradient of each (async; stale, where no worker is far ahead)."""
+    servers: int = option(0, at_least=0, resumable=True)
+    """Ranks that serve under --server, besides the data-parallel ones; 0: every worker serves a
+    share."""
+    staleness: int = option(1, at_least=0, announced=True)
+    """Steps by which a worker may be ahead of the slowest one under --server stale."""
+    slow_rank: str | None = option(None, resumable=True)
+    """Make a rank's computation slower by a factor, as in 1:3 for rank 1 and factor 3."""
     node_shared: Literal["auto", "on", "off"] = option("auto", resumable=True)
     """Let the data-parallel ranks of a node hold one copy of the weights and reduce gradients in
     shared memory: auto (where possible)."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a --slow-rank that cannot be read."""
+        super().__post_init__()
+        if self.slow_rank is not None:
+            found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,6}(?:\.[0-9]{1,6})?)", self.slow_rank)
+            if found is None or not 1 <= float(found[2]) <= MOST_SLOWDOWN:
+                raise ConfigError(
+                    f"--slow-rank {self.slow_rank[:60]!r} must be a rank and a factor from 1 to "
+                    f"{MOST_SLOWDOWN}, as in 1:3"
+                )
+
+    @property
+    def slow(self) -> tuple[int, float]:
+        """The rank that --slow-rank names, and its factor; rank 0 and 1 without one."""
+        rank, factor = (self.slow_rank or "0:1").split(":")
+        return int(rank), float(factor)
+
+    @property
+    def num_servers(self) -> int:
+        """Dedicated server ranks, behind those of the mesh."""
+        return self.servers if self.server != "none" else 0

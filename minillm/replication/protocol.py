@@ -8,17 +8,17 @@ methods and know no more. A new method is one file with one subclass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from minillm.autograd.backward import BackwardObserver
-from minillm.comm.communicator import Communicator
+from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.mesh import Mesh
 from minillm.comm.two_levels import Summing, TwoLevels, by_levels
 from minillm.layout.placement import Layout
 from minillm.params.state import StateTensor
-from minillm.params.storage import FlatBuffers, Memory
+from minillm.params.storage import FlatBuffers, FlatState, Memory
 
 
 class Optimizer(Protocol):
@@ -26,6 +26,13 @@ class Optimizer(Protocol):
 
     def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share from the reduced gradient times `grad_scale`."""
+
+    def state(self) -> Mapping[str, Sequence[FlatState]]:
+        """Return the state by name, one entry a stage."""
+
+
+MakeOptimizer = Callable[[Sequence[FlatBuffers]], Optimizer]
+"""Make an optimizer of the values in flat buffers, one entry a stage."""
 
 
 class Replication:
@@ -48,6 +55,9 @@ class Replication:
     def agreeing(self) -> Communicator:
         """The ranks that agree on loss, norm and stopping: all, a group, or this rank alone."""
         return self.mesh.world
+
+    lockstep = True
+    """False if workers take steps by themselves, and share weights only after `meet`."""
 
     def attach(self, buffers: Mapping[int, FlatBuffers]) -> None:
         """Take over the buffers of this rank's stages (stage -> buffers). Collective."""
@@ -89,8 +99,32 @@ class Replication:
         """
         return 0, 1
 
+    def optimizer(self, make: MakeOptimizer) -> Optimizer:
+        """Return the optimizer of this rank's share, made by `make` from flat buffers."""
+        return make(list(self.buffers.values()))
+
+    def state_bytes(self, optimizer: Optimizer) -> int:
+        """Return the bytes of optimizer state that this rank keeps, and of what it serves."""
+        states = optimizer.state().values()
+        return sum(state.array.nbytes for each in states for state in each)
+
     def adopt(self) -> None:
         """Take the parameters that the model holds now for the agreed ones, on every replica."""
+
+    def loaded(self) -> None:
+        """Take the optimizer state and the state of the method that have been loaded. Collective.
+
+        Runs after `adopt`.
+        """
+
+    def meet(self) -> None:
+        """Give all replicas one set of weights, where they do not share them in every step.
+
+        Runs before weights are evaluated, compared or saved. Collective.
+        """
+
+    def progress(self) -> None:
+        """Serve other ranks. Called while this one is idle amid a computation."""
 
     def agreed(self) -> AbstractContextManager[None]:
         """Return a context in which the model holds weights that all replicas agree on.
@@ -166,6 +200,17 @@ class Replication:
         """Update this rank's share of the parameters, then publish them to the replicas."""
         optimizer.step(step, lr, scale)
         self.memory.sync()
+
+    def conclude(self, numbers: Sequence[float]) -> list[float]:
+        """End the step: return the largest of each of a few numbers over all ranks.
+
+        All ranks get the same for the same step. Collective over `agreeing`.
+        """
+        return self.agreeing.reduce_numbers(numbers, MAX)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the method adds to this step's line in metrics.jsonl."""
+        return {}
 
     def state(self) -> Iterator[StateTensor]:
         """Yield what a resumed run needs besides weights and optimizer state."""

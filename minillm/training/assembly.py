@@ -102,10 +102,12 @@ def assemble(
     device: Device = CPU,
     rank_of_stage: tuple[int, ...] | None = None,
     replicate: Callable[[Mesh, Layout], Replication] | None = None,
+    wire: Communicator | None = None,
 ) -> Assembly:
     """Build this rank's stages on `device`, with gradients if `training`. Collective over `world`.
 
-    `replicate` makes the data-parallel method; by default the configuration chooses it.
+    `replicate` makes the data-parallel method; by default the configuration chooses it. `wire`
+    reaches dedicated servers.
     """
     layout = layout_of(config, rank_of_stage)
     ties = {name: layout.ranks_of_tie(name) for name in layout.ties}
@@ -123,7 +125,8 @@ def assemble(
         parameters = [p for model in models.values() for p in model.parameters()]
         num_values = sum(parameter.spec.local_size(layout.mesh) for parameter in parameters)
         options, seed = config.replication, config.options.optimization.seed
-        replication = choose(Setting(mesh, layout, options, num_values, dtype, device, seed))
+        setting = Setting(mesh, layout, options, num_values, dtype, device, seed, wire)
+        replication = choose(setting)
     stages = {}
     for index, model in models.items():
         memory = replication.memory

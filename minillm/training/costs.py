@@ -7,6 +7,8 @@ from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.pipeline.action import ActionKind
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.replication.costs import DataAxis
+from minillm.replication.server import Server
+from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import Trainer
 
 
@@ -33,6 +35,20 @@ def data_axis(trainer: Trainer) -> DataAxis:
     )
 
 
+def server_axis(config: ResolvedConfig, server: Server, number: int) -> DataAxis:
+    """Return the part of dedicated server `number` in the method."""
+    buffers = [b for shard in server.shards for b in shard.buffers]
+    return DataAxis(
+        layouts=[b.layout for b in buffers],
+        mesh=config.mesh,
+        options=config.options.replication,
+        item=buffers[0].values.itemsize,
+        wide=buffers[0].grads.itemsize,
+        rank=0,
+        server=number,
+    )
+
+
 def held_bytes(trainer: Trainer) -> int:
     """Return the bytes of the arrays that this rank keeps between steps.
 
@@ -44,8 +60,7 @@ def held_bytes(trainer: Trainer) -> int:
         common += buffers.values.nbytes
         common += 0 if buffers.masters is None else buffers.masters.nbytes
         own += buffers.grads.nbytes
-    for states in trainer.optimizer.state().values():
-        common += sum(state.array.nbytes for state in states)
+    common += trainer.replication.state_bytes(trainer.optimizer)
     bases: dict[int, int] = {}
     for tensor in trainer.replication.state():
         base = tensor.data

@@ -19,7 +19,7 @@ from minillm.pipeline.schedules import SCHEDULES
 from minillm.replication.methods import may_share
 from minillm.replication.node_shared import SPARE_BYTES, free_shared_bytes
 from minillm.training.assembly import layout_of
-from minillm.training.memory import Need, predicted
+from minillm.training.memory import Need, predicted, predicted_server
 from minillm.training.resolve import ResolvedConfig, with_microbatch
 
 # Share of a GPU's free memory that a run may need without recomputation under --recompute auto. The
@@ -118,7 +118,8 @@ class _Judge:
         has = "this machine" if device.on_host else device.describe()
         self.where = f"{has} has" if limit is None else f"--memory gives {has}"
         self.home = node.broadcast_json(comm.rank)
-        self.pp_rank = config.mesh.coords(comm.rank)["pp"]
+        self.serves = comm.rank >= config.mesh.num_ranks
+        self.pp_rank = 0 if self.serves else config.mesh.coords(comm.rank)["pp"]
         schedule = SCHEDULES[config.options.pipeline.schedule](config.mesh.pp, 1)
         self.layout = layout_of(config, schedule.rank_of_stage)
         self.shared_by = 1
@@ -137,6 +138,8 @@ class _Judge:
         return all(needed[home] <= free for home, _, free in places)
 
     def _need(self, config: ResolvedConfig) -> Need:
+        if self.serves:
+            return predicted_server(config, self.layout)
         return predicted(
             config,
             self.layout,

@@ -51,7 +51,7 @@ class Run:
     """One training run of this rank. Collective over `comm`.
 
     `out` is the folder that it owns. `origin` is the checkpoint to start from, None for initial
-    weights.
+    weights. `wire` reaches dedicated servers.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Run:
         origin: Origin | None,
         tracer: Tracer | None,
         stop: StopRequest,
+        wire: Communicator | None = None,
     ) -> None:
         self.comm, self.device, self.config, self.data = comm, device, config, data
         self.tracer, self.stop, self.log = tracer, stop, Log(comm.rank)
@@ -82,7 +83,7 @@ class Run:
             # Number of the sequence in row 0 of step 0, as if the run had begun with this data.
             self.first = position - self.first_step * batch
             task = data.task(config.model, batch=batch, seed=seed, first=self.first)
-            self.trainer = Trainer(config, comm, task, tracer=tracer, device=device)
+            self.trainer = Trainer(config, comm, task, tracer=tracer, device=device, wire=wire)
         self.key = numeric_key(config, comm, self.trainer.replication.memory.alias[1], device)
         if origin is not None:
             self._load(origin, moved)
@@ -155,6 +156,9 @@ class Run:
             self.progress.update(step - 1, report.loss, report.lr, report.grad_norm, tokens)
         self.shares.add(report, moved)
         paused = time.perf_counter()
+        method = self.trainer.replication.metrics()
+        if any(due):
+            self.trainer.replication.meet()
         if due.check:
             with known_to_all():
                 self.trainer.check_replicas()
@@ -163,6 +167,7 @@ class Run:
             if found is not None and step != self.last_step:
                 self.progress.evaluated(step, found.describe())
         line = step_metrics(report, self.config.tokens_per_step, moved, self.device)
+        line |= method
         line |= {} if found is None else found.values()
         self.metrics.write(**line)
         self.writers.write(line)
@@ -180,6 +185,8 @@ class Run:
         try:
             yield
         except NotFinite as error:
+            if not self.trainer.replication.lockstep:  # the other workers do not know
+                raise
             step = error.step
             self._save(step, left=True)
             way = from_first(self.comm, lambda: way_back(self.out, step))

@@ -20,6 +20,7 @@ from minillm.pipeline.simulate import peak_in_flight
 from minillm.replication.costs import Held, Sizes
 from minillm.replication.gather import unit_of
 from minillm.replication.methods import method_of
+from minillm.replication.parameter_server import range_held
 from minillm.training.assembly import build_model
 from minillm.training.resolve import ResolvedConfig
 
@@ -114,6 +115,26 @@ def predicted(
     }
     own = (held.values + held.state) // shared_by + held.grads
     return Need(kinds, own + sum(parts.values()) + (0 if on_gpu else objects), own)
+
+
+def predicted_server(config: ResolvedConfig, layout: Layout, *, program: int = 0) -> Need:
+    """Return what a dedicated server needs: its range of the stages at every pp and tp coordinate.
+
+    It builds each model once, without parameters, to find the ranges.
+    """
+    options, item = config.options.replication, float_dtype(config.options.compute.dtype).itemsize
+    sizes = [_num_values(config, layout, s).all for s in range(layout.num_stages)]
+    size = sum(sizes) * layout.mesh.tp
+    held = range_held(size, options.servers, item, options, layout.mesh.dp)
+    objects = LATER_BYTES + sum(map(len, layout.layers_of_stage)) * layout.mesh.tp * LAYER_BYTES
+    kinds = {
+        "parameters": held.values,
+        "gradients": held.grads,
+        "optimizer": held.state,
+        "program": program + objects,
+    }
+    own = held.values + held.grads + held.state
+    return Need(kinds, own + objects, own)
 
 
 class _Values(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 from minillm import kernels
 from minillm.base.arrays import Array
 from minillm.params.storage import FlatBuffers, FlatState
+from minillm.training.options import OptimizationOptions
 
 
 class Part(NamedTuple):
@@ -105,6 +107,15 @@ class SGD:
     def state(self) -> Mapping[str, Sequence[FlatState]]:
         """Return nothing: plain gradient descent has no state."""
         return {}
+
+
+def maker(options: OptimizationOptions, kind: type[AdamW] | type[SGD] = AdamW) -> Any:
+    """Return a function that makes the optimizer of the options from flat buffers."""
+    if kind is SGD:
+        return SGD
+    return functools.partial(
+        AdamW, beta1=options.beta1, beta2=options.beta2, weight_decay=options.weight_decay
+    )
 
 
 def updated_parts(buffers: FlatBuffers, part: slice) -> tuple[Array, Array | None]:

@@ -130,7 +130,20 @@ def resolve(
             f"--balance {config.replication.balance} needs --device cpu: it measures the time of "
             "the host, which a GPU runs ahead of; leave it out on a GPU"
         )
-    mesh = _mesh(config, model, num_ranks)
+    method = methods.method_of(config.replication)
+    if config.compute.device == "cuda" and method.needs_host(config.replication):
+        raise ConfigError(
+            f"{method.flag(config.replication)} needs --device cpu: it works in the host's memory; "
+            "leave it out on a GPU"
+        )
+    num_workers = num_ranks - config.replication.num_servers
+    if num_workers < 1:
+        raise ConfigError(
+            f"--servers {config.replication.servers} leaves no worker: "
+            f"{num_ranks} {'rank runs' if num_ranks == 1 else 'ranks run'}; use mpirun -n "
+            f"{config.replication.servers + 1} or more, or --servers 0"
+        )
+    mesh = _mesh(config, model, num_workers)
     _check_tensor_parallel(config, model)
     methods.check(config.replication, mesh, optimization.steps)
     stage_layers = layout.resolve_stage_layers(model.layers, model.layer_costs)
@@ -189,7 +202,10 @@ def _mesh(config: RunConfig, model: Shape, num_ranks: int) -> MeshShape:
     mesh = MeshShape(dp=dp, tp=tp, pp=pp)
     if mesh.num_ranks != num_ranks:
         ranks = f"{num_ranks} {'rank runs' if num_ranks == 1 else 'ranks run'}"
-        way_out = f"use mpirun -n {mesh.num_ranks}, or {_other_layouts(config, model, num_ranks)}"
+        servers = config.replication.num_servers
+        ranks += f" besides {servers} that serve{'s' * (servers == 1)}" if servers else ""
+        others = _other_layouts(config, model, num_ranks)
+        way_out = f"use mpirun -n {mesh.num_ranks + servers}, or {others}"
         raise ConfigError(
             f"dp * tp * pp = {dp} * {tp} * {pp} = {mesh.num_ranks}, but {ranks}; {way_out}"
         )

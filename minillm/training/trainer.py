@@ -38,7 +38,7 @@ from minillm.replication.protocol import Replication
 from minillm.tasks.protocol import Task, Unequal
 from minillm.training.assembly import assemble
 from minillm.training.memory import predicted
-from minillm.training.optim import SGD, AdamW, learning_rate
+from minillm.training.optim import SGD, AdamW, learning_rate, maker
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.verdict import Judge, Verdict
 
@@ -72,13 +72,27 @@ class StepReport(NamedTuple):
         return self.verdict.numbers()[1]
 
 
+def rate_of(config: ResolvedConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 0."""
+    optimization = config.options.optimization
+    return learning_rate(
+        step,
+        lr=optimization.lr,
+        min_lr=config.min_lr,
+        warmup=config.warmup,
+        steps=optimization.steps,
+        schedule=optimization.lr_schedule,
+    )
+
+
 class Trainer:
     """One rank's part of a training run.
 
     `std` is the scale of the initial weights. `schedule` and `replicate` replace the pipeline
     schedule and the data-parallel method that the configuration names. `deals` returns the number
     of microbatches of each replica in a step, as a run with --balance has logged them. `clock`
-    measures speed. Collective over `world`.
+    measures speed. `wire` reaches dedicated servers, ranks behind those of `world` (serving.py).
+    Collective over `world`.
     """
 
     def __init__(
@@ -95,6 +109,7 @@ class Trainer:
         replicate: Callable[[Mesh, Layout], Replication] | None = None,
         deals: Callable[[int], Sequence[int]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        wire: Communicator | None = None,
     ) -> None:
         self.config, self.world, self.task, self.device = config, world, task, device
         optimization = config.options.optimization
@@ -107,19 +122,10 @@ class Trainer:
             device=device,
             rank_of_stage=schedule.rank_of_stage,
             replicate=replicate,
+            wire=wire,
         )
         self.mesh, self.replication = self.model.mesh, self.model.replication
-        buffers = self.model.buffers
-        self.optimizer: AdamW | SGD = (
-            AdamW(
-                buffers,
-                beta1=optimization.beta1,
-                beta2=optimization.beta2,
-                weight_decay=optimization.weight_decay,
-            )
-            if optimizer is AdamW
-            else SGD(buffers)
-        )
+        self.optimizer = self.replication.optimizer(maker(optimization, optimizer))
         if not device.on_host:
             need = predicted(config, self.model.layout, self.mesh.coord("pp"))
             device.reserve(need.kinds["activations"] + need.kinds["logits"])
@@ -130,6 +136,7 @@ class Trainer:
             lower, ties=self.model.layout.tied_stages, sharded=self.replication.sharded
         )
         self._lowered = functools.cache(lambda number: lowered(_schedule(config, number)))
+        slow = config.options.replication.slow
         self.runtime = PipelineRuntime(
             lowered(schedule),
             self.model.stages,
@@ -138,6 +145,7 @@ class Trainer:
             tracer=tracer,
             optimizer_step=self._optimizer_step,
             clock=clock,
+            slowdown=slow[1] if world.rank == slow[0] else 1.0,
         )
         replicas = self.mesh.axis("dp", "ep")
         self._replica, self._deals = replicas.rank, deals
@@ -176,7 +184,7 @@ class Trainer:
             self._balance.add(self.runtime.compute_seconds)
         if before is not None and self.lag:
             before.numbers()  # so that the host is never more than a step ahead
-        stop, peak, clock = self._worst[:3]
+        stop, peak, clock = self._worst
         return StepReport(
             step,
             self._verdict,
@@ -219,36 +227,35 @@ class Trainer:
             return None
         return self.task.load(step, len(self._even), self.config.num_microbatches)
 
-    def _optimizer_step(self, losses: Sums) -> None:
-        """Agree on losses, norm and stopping, then update everywhere or nowhere."""
-        optimization, ranks = self.config.options.optimization, self.replication.agreeing
-        own = losses if self._counts_losses else {}
-        squares = self.replication.sum_of_squares()
-        workers = self.replication.workers
-        self._verdict = self._judge.agree(ranks, self._step, own, squares, workers)
-        peak = self.device.peak_bytes()
+    def _check_deal(self, ranks: Communicator) -> None:
+        """Raise CommError on every rank unless all have dealt alike. Collective over `ranks`."""
         deal = float(zlib.crc32(repr(self._deal).encode()))
-        self._worst = ranks.reduce_numbers(
-            [self.stop_requested, peak, self.clock, deal, -deal], MAX
-        )
-        if self._worst[3] != -self._worst[4]:
+        most, least = ranks.reduce_numbers([deal, -deal], MAX)
+        if most != -least:
             raise CommError(
                 f"step {self._step + 1}: the ranks dealt microbatches differently, so this update "
                 "was not applied; this is a fault of minillm, please report it"
             )
+
+    def _optimizer_step(self, losses: Sums) -> None:
+        """Agree on losses, norm and stopping, then update everywhere or nowhere."""
+        ranks = self.replication.agreeing
+        # The losses of the ranks that agree are means over the global batch: of their share alone.
+        share = self.world.size / ranks.size
+        own = {name: share * loss for name, loss in losses.items()} if self._counts_losses else {}
+        squares = self.replication.sum_of_squares()
+        workers = self.replication.workers
+        self._verdict = self._judge.agree(ranks, self._step, own, squares, workers)
+        peak = self.device.peak_bytes()
+        if self._balance is not None or self._deals is not None:
+            self._check_deal(ranks)
         if not self.lag:
             self._verdict.numbers()
-        self._lr = learning_rate(
-            self._step,
-            lr=optimization.lr,
-            min_lr=self.config.min_lr,
-            warmup=self.config.warmup,
-            steps=optimization.steps,
-            schedule=optimization.lr_schedule,
-        )
+        self._lr = rate_of(self.config, self._step)
         started = time.perf_counter()
         self.replication.update(self.optimizer, self._step, self._lr, self._verdict.scale)
         self._optimizer_seconds = time.perf_counter() - started
+        self._worst = self.replication.conclude([self.stop_requested, peak, self.clock])
 
     def state(self) -> list[StateTensor]:
         """Return everything a resumed run needs besides the step.
@@ -286,6 +293,7 @@ class Trainer:
             self._fill(source, self._common_state()[first::step])
             self.replication.adopt()
             self._fill(source, self._replica_state()[first::step])
+        self.replication.loaded()
         memory.sync()
 
     def _fill(self, source: StateSource, tensors: Sequence[StateTensor]) -> None:

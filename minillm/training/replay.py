@@ -1,0 +1,145 @@
+"""Serial replay of an asynchronous run from the logs of its parameter servers.
+
+One rank computes, for every line (worker, clock, version read, version applied) of a log,
+
+    w[applied + 1] = optimizer(w[applied], gradient of the worker's batch at w[read])
+
+and gets the same weights bit for bit. With several servers each key range has versions of its own:
+a gradient takes from each the version that this server's log names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from minillm import kernels
+from minillm.base.arrays import Array
+from minillm.base.device import CPU
+from minillm.comm.mesh import Mesh
+from minillm.comm.single import SelfCommunicator
+from minillm.layout.mesh_shape import MeshShape
+from minillm.layout.placement import Layout
+from minillm.models.protocol import INIT_STD
+from minillm.params.storage import PrivateMemory
+from minillm.pipeline.lower import lower
+from minillm.pipeline.runtime import PipelineRuntime
+from minillm.pipeline.schedules import SCHEDULES
+from minillm.replication.all_reduce import counted_grads
+from minillm.replication.protocol import MakeOptimizer, Replication
+from minillm.replication.server import Applied, key_range, ranges
+from minillm.tasks.protocol import Task
+from minillm.training.assembly import assemble
+from minillm.training.optim import SGD, AdamW, maker
+from minillm.training.resolve import ResolvedConfig
+from minillm.training.trainer import rate_of
+from minillm.training.verdict import Judge
+
+
+class LoneWorker:
+    """All workers of an asynchronous run, one at a time, on one rank."""
+
+    def __init__(self, config: ResolvedConfig, task: Task, std: float) -> None:
+        self.config, self.task = config, task
+        alone = dataclasses.replace(config, mesh=MeshShape())
+
+        def alone_on(mesh: Mesh, layout: Layout) -> Replication:
+            return Replication(mesh, layout, PrivateMemory())
+
+        self.model = assemble(alone, SelfCommunicator(), std=std, replicate=alone_on)
+        (self.buffers,) = self.model.buffers
+        self._counted = counted_grads({0: self.buffers}, self.model.layout, self.model.mesh.coords)
+        schedule = SCHEDULES[config.options.pipeline.schedule](1, config.num_microbatches)
+        self._runtime = PipelineRuntime(
+            lower(schedule, ties=self.model.layout.tied_stages),
+            self.model.stages,
+            SelfCommunicator(),
+            self.model.replication,
+            optimizer_step=lambda losses: None,
+        )
+        self._judge = Judge(CPU, task.losses, config.options.optimization.clip, "")
+
+    def gradient(self, worker: int, clock: int, weights: Array) -> tuple[Array, float]:
+        """Return a worker's gradient of its share of the global loss [n], and its scale."""
+        config, number = self.config, self.config.mesh.dp
+        self.buffers.values[...] = weights
+        per_rank = config.microbatch * config.num_microbatches
+        rows = np.split(np.arange(per_rank) + worker * per_rank, config.num_microbatches)
+        self._runtime.run([self.task.batch(clock, part, CPU) for part in rows])
+        squares = number**2 * sum(map(kernels.sum_of_squares, self._counted))
+        verdict = self._judge.agree(SelfCommunicator(), clock, {}, squares)
+        return self.buffers.grads.copy(), verdict.scale * number
+
+
+class ReplayedRange:
+    """Key range of one server, with the versions that are still to be read."""
+
+    def __init__(
+        self,
+        worker: LoneWorker,
+        part: slice,
+        place: tuple[int, int],
+        log: Sequence[Applied],
+        make: MakeOptimizer,
+    ) -> None:
+        self.part, self.log, self.done = part, list(log), 0
+        buffers = worker.buffers
+        self.held = key_range(buffers.parameters, buffers.mesh, buffers.dtype, *place)
+        self.held.values[...] = buffers.values[part]
+        self.optimizer = make([self.held])
+        self._needed = {line.read for line in log}
+        self.versions: dict[int, Array] = {}
+        self._keep(log[0].applied)
+
+    def _keep(self, version: int) -> None:
+        if version in self._needed:
+            self.versions[version] = self.held.values.copy()
+
+    def apply(self, grads: Array, lr: float, scale: float) -> None:
+        """Update by the gradient of the next line of the log."""
+        line = self.log[self.done]
+        self.held.grads[...] = grads[self.part]
+        self.optimizer.step(line.applied, lr, scale)
+        self.done += 1
+        self._keep(line.applied + 1)
+
+
+def replay(
+    config: ResolvedConfig,
+    task: Task,
+    logs: Sequence[Sequence[Applied]],
+    *,
+    std: float = INIT_STD,
+    optimizer: type[AdamW] | type[SGD] = AdamW,
+    advance: Callable[[], object] = lambda: None,
+) -> Array:
+    """Return the flat weights [n] that the logs of all servers, in their order, lead to.
+
+    The run began with initial weights. `advance` is called after each gradient. Not collective.
+    """
+    worker = LoneWorker(config, task, std)
+    make, parts = maker(config.options.optimization, optimizer), ranges(worker.buffers, len(logs))
+    held = [
+        ReplayedRange(worker, part, (number, len(logs)), log, make)
+        for number, (part, log) in enumerate(zip(parts, logs, strict=True))
+    ]
+    reads = [{(line.worker, line.clock): line.read for line in log} for log in logs]
+    grads: dict[tuple[int, int], tuple[Array, float]] = {}
+    while any(each.done < len(each.log) for each in held):
+        for each in held:
+            if each.done == len(each.log):
+                continue
+            line = each.log[each.done]
+            key = line.worker, line.clock
+            if key not in grads:
+                versions = [found[key] for found in reads]
+                if not all(v in other.versions for v, other in zip(versions, held, strict=True)):
+                    continue  # another range must come to its version first
+                weights = [o.versions[v] for v, o in zip(versions, held, strict=True)]
+                grads[key] = worker.gradient(*key, np.concatenate(weights))
+                advance()
+            grad, scale = grads[key]
+            each.apply(grad, rate_of(config, line.clock), scale)
+    return np.concatenate([each.held.values for each in held])
