@@ -118,10 +118,6 @@ class Ledger:
             if kind == "payload"
         }
 
-    def blocked(self) -> float:
-        """Return the seconds that this rank has spent in operations."""
-        return sum(row.seconds for row in self.rows.values())
-
     def snapshot(self) -> dict[RowKey, Row]:
         """Return a copy of the rows, to take differences with `since`."""
         return {

@@ -61,7 +61,8 @@ from minillm.replication.zero import METHOD as ZERO
 
 AXIS = "dp server"  # of messages to and from servers, in the ledger
 NO_VERSION = (
-    "the servers count updates from the number of steps: the checkpoint is of another method"
+    "the servers count their updates from the number of steps on: the checkpoint has no count for "
+    "this method and number of workers"
 )
 
 
@@ -330,7 +331,7 @@ class FreeWorker(Worker):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._alone = SelfCommunicator("worker", self.mesh.world.timeout)
-        self._version = np.full(1, -1, np.int64)
+        self._version = np.full(self.num_workers, -1, np.int64)
         self._clock = 0
         self.staleness = math.nan
 
@@ -382,11 +383,14 @@ class FreeWorker(Worker):
         self.gather()
         self.pull(self._clock, (0, 0, 0))
         self.gather()  # a worker that serves must not go on to an operation that blocks
-        self._version[0] = self.versions[0]
+        self._version[:] = self.versions[0]
 
     def state(self) -> Iterator[StateTensor]:
-        """Yield the number of updates. At a meeting all servers have the same."""
-        spec = ShardSpec.replicated(1)
+        """Yield the number of updates, which at a meeting all servers agree on.
+
+        It has an entry for each worker, so another number of workers takes no count over.
+        """
+        spec = ShardSpec.replicated(self.num_workers)
         yield StateTensor("server/version", spec, self._version, fallback=NO_VERSION)
 
     def loaded(self) -> None:

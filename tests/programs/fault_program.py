@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data import corpus
+from minillm.replication.server import Server
 from minillm.train import main
 from minillm.training.trainer import StepReport, Trainer
 
@@ -29,6 +30,18 @@ def in_mid_step(fail: Callable[[], None], rank: int) -> None:
         return usual(self, number)
 
     Trainer.step = step  # type: ignore[method-assign]
+
+
+def of_a_server(rank: int) -> None:
+    """End a dedicated server when it answers the first pull."""
+    usual = Server.answer
+
+    def answer(self: Server, *args: Any) -> None:
+        if self.wire.rank == rank:
+            kill()
+        usual(self, *args)
+
+    Server.answer = answer  # type: ignore[method-assign]
 
 
 def raise_() -> None:
@@ -63,6 +76,7 @@ def full() -> None:
 FAULTS: dict[str, Callable[[int], None]] = {
     "raise": lambda rank: in_mid_step(raise_, rank),
     "kill": lambda rank: in_mid_step(kill, rank),
+    "server": of_a_server,
     "vanish": vanish,
     "hang": lambda rank: in_mid_step(hang, rank),
     "full": lambda rank: in_mid_step(full, rank),

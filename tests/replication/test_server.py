@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_helpers import TINY
+from checkpoint_helpers import TINY, save_trainer, state_pieces
+from mpi_helpers import mpirun, needs_mpirun
 from served import Served, VirtualClock, serve, under
 from training_helpers import (
     INIT_STD,
     OPTIMIZERS,
     Layout,
+    assemble,
     compare,
     make_batches,
     make_config,
@@ -22,16 +27,28 @@ from training_helpers import (
     train,
 )
 
+from minillm import checkpoint
+from minillm.base.errors import ConfigError
+from minillm.checkpoint.find import step_name
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
+from minillm.pipeline.action import Action, ActionKind
+from minillm.pipeline.runtime import METHODS, PipelineRuntime
 from minillm.replication import server as server_module
 from minillm.replication.methods import payload
 from minillm.replication.server import FreeShard, Request, Shard, SyncShard
 from minillm.tasks.language_model import LanguageModeling
+from minillm.training.assembly import layout_of
+from minillm.training.config import RunConfig
+from minillm.training.costs import held_bytes
+from minillm.training.memory import predicted, predicted_server
 from minillm.training.replay import replay
+from minillm.training.resolve import resolve
 from minillm.training.serving import with_servers
 from minillm.training.trainer import Trainer
 
+PROGRAM = Path(__file__).parents[1] / "programs/fault_program.py"
+SLOW = pytest.mark.slow
 SMALL: dict[str, Any] = TINY | {"dropout": 0.0}
 SYNC: dict[str, Any] = {"server": "sync", "servers": 1}
 ASYNC: dict[str, Any] = {"server": "async", "servers": 1}
@@ -61,12 +78,14 @@ def simulate(
 # ---- sync
 
 
-@pytest.mark.parametrize(("dp", "servers"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("dp", "servers"), [(4, 1), pytest.param(2, 2, marks=SLOW), pytest.param(2, 1, marks=SLOW)]
+)
 def test_sync_has_the_bits_of_all_reduce(dp: int, servers: int) -> None:
     """Check equal bits where sums have the same order: also of the norm, if one server adds it."""
-    options: dict[str, Any] = {"dtype": "float32", "clip": 1.0 if servers == 1 else 1e9}
-    expected = train("gpt2", Layout(dp=dp), optimizer="adamw", **options)
-    found = serve("gpt2", Layout(dp=dp), 5, server="sync", servers=servers, **options)
+    options = {**SMALL, "dtype": "float32", "clip": 1.0 if servers == 1 else 1e9}
+    expected = train("gpt2", Layout(dp=dp), optimizer="adamw", steps=3, **options)
+    found = serve("gpt2", Layout(dp=dp), 3, server="sync", servers=servers, **options)
     assert all(losses == expected.losses for losses in found.losses)
     if servers == 1:
         assert found.norms[0] == expected.norms
@@ -79,21 +98,22 @@ def test_sync_has_the_bits_of_all_reduce(dp: int, servers: int) -> None:
     [
         ("gpt2", Layout(dp=2, tp=2, sp=True, num_microbatches=2), 1),
         ("gpt2", Layout(dp=2, pp=2, num_microbatches=2), 2),
-        ("llama", Layout(dp=2), 3),
-        ("gpt2-untied", Layout(), 1),
+        pytest.param("llama", Layout(dp=4), 3, marks=SLOW),
+        pytest.param("gpt2-untied", Layout(), 1, marks=SLOW),
+        pytest.param("llama-tied", Layout(dp=2, tp=2, pp=2, num_microbatches=2), 2, marks=SLOW),
     ],
 )
 def test_sync_equals_one_rank(model: str, layout: Layout, servers: int) -> None:
-    expected = reference(model, "adamw")
-    found = serve(model, layout, 5, server="sync", servers=servers, rendezvous=True)
+    expected = reference(model, "adamw", 3, tuple(SMALL.items()))
+    found = serve(model, layout, 3, server="sync", servers=servers, rendezvous=True, **SMALL)
     np.testing.assert_allclose(found.losses[0], expected.losses, rtol=1e-9)
     np.testing.assert_allclose(found.norms[0], expected.norms, rtol=1e-9)
     compare(found.weights, expected.weights, 1e-9, "weights")
 
 
 def test_sync_without_dedicated_servers_is_zero_1() -> None:
-    expected = serve("gpt2", Layout(dp=2), 3, zero=1)
-    found = serve("gpt2", Layout(dp=2), 3, server="sync")
+    expected = serve("gpt2", Layout(dp=2), 2, **SMALL, zero=1)
+    found = serve("gpt2", Layout(dp=2), 2, **SMALL, server="sync")
     assert found.counted == expected.counted
     assert found.losses == expected.losses
     for name, weight in expected.weights.items():
@@ -103,15 +123,17 @@ def test_sync_without_dedicated_servers_is_zero_1() -> None:
 # ---- async and stale
 
 
-@pytest.mark.parametrize("servers", [0, 1, 2])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_replay_of_the_logs_gives_the_bits(servers: int, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("servers", "optimizer"),
+    [(0, "adamw"), (2, "adamw"), *(pytest.param(n, "sgd", marks=SLOW) for n in (0, 1, 2))],
+)
+def test_a_replay_of_the_logs_gives_the_bits(servers: int, optimizer: str, steps: int = 3) -> None:
     options: dict[str, Any] = {**SMALL, "server": "async", "servers": servers, "lr": 0.01}
     config = make_config("gpt2", Layout(dp=2, num_microbatches=2), **options)
     found = serve(
         "gpt2",
         Layout(dp=2, num_microbatches=2),
-        4,
+        steps,
         optimizer=optimizer,
         after=lambda trainer: trainer.model.buffers[0].values.copy(),
         **options,
@@ -124,21 +146,21 @@ def test_a_replay_of_the_logs_gives_the_bits(servers: int, optimizer: str) -> No
 
 
 def test_one_worker_is_serial() -> None:
-    expected = train("gpt2", Layout(), optimizer="adamw", steps=3)
-    found = serve("gpt2", Layout(), 3, **ASYNC)
+    expected = train("gpt2", Layout(), optimizer="adamw", steps=3, **SMALL)
+    found = serve("gpt2", Layout(), 3, **SMALL, **ASYNC)
     assert found.losses[0] == expected.losses
     for name, weight in expected.weights.items():
         np.testing.assert_array_equal(found.weights[name], weight)
 
 
-@pytest.mark.parametrize("times", [unequal, jumpy])
-@pytest.mark.parametrize("staleness", [0, 1, math.inf])
+@pytest.mark.parametrize(
+    ("staleness", "times"),
+    [(1, jumpy), (math.inf, unequal)]
+    + [pytest.param(s, t, marks=SLOW) for s in (0, 2, math.inf) for t in (unequal, jumpy)],
+)
 def test_clocks_and_staleness(staleness: float, times: Callable[[int, int], float]) -> None:
     steps, workers = 6, 4
     found = simulate(Layout(dp=workers), steps, staleness, times)
-    again = simulate(Layout(dp=workers), steps, staleness, times)
-    assert found.logs == again.logs, "the virtual clock does not decide"
-    assert found.losses == again.losses
     (log,) = found.logs
     assert [line.applied for line in log] == list(range(workers * steps))
     assert Counter(line.worker for line in log) == dict.fromkeys(range(workers), steps)
@@ -153,6 +175,15 @@ def test_clocks_and_staleness(staleness: float, times: Callable[[int, int], floa
         assert all(applied < line.read for applied in before), "a read misses an early update"
         assert line.applied - line.read <= (workers - 1) * (2 * staleness + 1)
     assert max(gaps) == staleness if times is jumpy or not staleness else max(gaps) <= staleness
+
+
+@pytest.mark.parametrize("staleness", [1, pytest.param(math.inf, marks=SLOW)])
+def test_a_virtual_clock_decides_everything(staleness: float) -> None:
+    found, again = (simulate(Layout(dp=3), 3, staleness, jumpy, batch=6) for _ in range(2))
+    assert found.logs == again.logs
+    assert found.losses == again.losses
+    for name, weight in found.weights.items():
+        np.testing.assert_array_equal(weight, again.weights[name])
 
 
 def check_identity(log: list[Any], workers: int) -> None:
@@ -173,7 +204,7 @@ def check_identity(log: list[Any], workers: int) -> None:
 
 
 def test_every_worker_reads_its_own_writes() -> None:
-    (log,) = simulate(Layout(dp=4), 5, 2, jumpy).logs
+    (log,) = simulate(Layout(dp=4), 4, 2, jumpy).logs
     last: dict[int, int] = {}
     for line in log:
         assert line.read > last.get(line.worker, -1)
@@ -218,15 +249,171 @@ def test_a_worker_that_leaves_stops_no_other() -> None:
 # ---- bytes and memory
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(dp=2, tp=2)], ids=str)
-@pytest.mark.parametrize(("mode", "servers"), [("sync", 2), ("async", 1), ("stale", 0)])
+@pytest.mark.parametrize(
+    ("mode", "servers", "layout"),
+    [
+        ("sync", 2, Layout(dp=2, tp=2)),
+        ("stale", 0, Layout(dp=4)),
+        pytest.param("async", 1, Layout(dp=2), marks=SLOW),
+        pytest.param("async", 2, Layout(dp=2), marks=SLOW),
+    ],
+)
 def test_the_formula_is_what_the_ledger_counts(mode: str, servers: int, layout: Layout) -> None:
-    if layout.tp > 1 and mode != "sync":
-        return
     found = serve("gpt2", layout, 2, **SMALL, server=mode, servers=servers)
     for counted, axis in zip(found.counted, found.axes, strict=True):
         mine = {key: n for key, n in counted.items() if key[0].startswith("dp")}
         assert mine and mine == payload(axis, 2, meetings=1)
+
+
+# ---- checkpoints
+
+
+def saving(directory: Path, step: int) -> Callable[[Trainer], Any]:
+    """Return a hook that saves after a run of `step` steps, and returns the state."""
+
+    def save(trainer: Trainer) -> Any:
+        save_trainer(trainer, directory, step)
+        trainer.world.barrier()
+        return state_pieces(trainer)
+
+    return save
+
+
+def resuming(directory: Path, step: int) -> Callable[[Trainer], None]:
+    """Return a hook that loads the checkpoint of `step`."""
+    return lambda trainer: trainer.load(checkpoint.CheckpointSource(directory / step_name(step)))
+
+
+def state_of(found: Served) -> dict[str, np.ndarray]:
+    return assemble(found.values, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "layout", "servers"),
+    [
+        ("sync", Layout(dp=2, tp=2), 2),
+        ("async", Layout(), 2),
+        pytest.param("sync", Layout(dp=2, pp=2, num_microbatches=2), 1, marks=SLOW),
+        pytest.param("stale", Layout(), 0, marks=SLOW),
+    ],
+)
+def test_a_resumed_run_has_the_bits_of_one_run(
+    mode: str, layout: Layout, servers: int, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**SMALL, "server": mode, "servers": servers}
+    whole = serve("gpt2", layout, 4, after=saving(tmp_path, 4), **options)
+    half = serve("gpt2", layout, 2, after=saving(tmp_path, 2), **options)
+    load = resuming(tmp_path, 2)
+    rest = serve("gpt2", layout, range(2, 4), prepare=load, after=saving(tmp_path, 5), **options)
+    assert half.losses[0] + rest.losses[0] == whole.losses[0]
+    expected = state_of(whole)
+    for name, array in state_of(rest).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_sync_resumes_as_any_other_method(tmp_path: Path) -> None:
+    served = serve("gpt2", Layout(dp=2), 2, after=saving(tmp_path, 2), **SMALL, **SYNC)
+    expected = state_of(served)
+    assert {name.split("/")[0] for name in expected} == {"model", "optimizer"}
+    whole = train("gpt2", Layout(), optimizer="adamw", steps=4, **SMALL)
+    for layout, method in ((Layout(tp=2), {}), (Layout(dp=4), {"zero": 1})):
+        found = serve("gpt2", layout, range(2, 4), prepare=resuming(tmp_path, 2), **SMALL, **method)
+        np.testing.assert_allclose(found.losses[0], whole.losses[2:], rtol=1e-9)
+
+
+def test_updates_are_counted_on_for_the_same_workers(tmp_path: Path) -> None:
+    serve("gpt2", Layout(dp=2), 2, after=saving(tmp_path, 2), **SMALL, **ASYNC)
+    load = resuming(tmp_path, 2)
+    for workers, servers, first in ((2, 0, 4), (2, 2, 4), (4, 1, 2)):
+        options: dict[str, Any] = {**SMALL, "server": "async", "servers": servers}
+        found = serve("gpt2", Layout(dp=workers), range(2, 3), prepare=load, **options)
+        assert {log[0].applied for log in found.logs} == {first}
+        assert {(line.clock, len(log)) for log in found.logs for line in log} == {(2, workers)}
+
+
+# ---- memory and refusals
+
+
+@pytest.mark.parametrize(("mode", "servers"), [("sync", 1), ("async", 0), ("stale", 2)])
+def test_held_bytes_are_predicted(mode: str, servers: int) -> None:
+    options: dict[str, Any] = {**SMALL, "server": mode, "servers": servers}
+    config = make_config("gpt2", Layout(dp=2), **options)
+    kept: list[int] = []
+    found = serve(
+        "gpt2",
+        Layout(dp=2),
+        1,
+        after=held_bytes,
+        watch=lambda server: kept.append(sum(shard.num_bytes for shard in server.shards)),
+        **options,
+    )
+    need = predicted(config, layout_of(config), 0)
+    assert max(found.values) == pytest.approx(need.held, rel=0.01)
+    if servers:
+        size = predicted_server(config, layout_of(config)).held
+        assert max(kept) == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"servers": 1}, "--servers 1 needs --server"),
+        ({"staleness": 2, "server": "async"}, "--staleness 2 needs --server stale, not"),
+        ({"staleness": -1, "server": "stale"}, "--staleness"),
+        (
+            {"server": "sync", "zero": 1},
+            "--server sync and --zero 1 do not go together|--zero 1 and",
+        ),
+        ({"server": "sync", "compress": "topk"}, "do not go together.*--server with --tp"),
+        ({"server": "async", "tp": 2}, "--server async with --tp 2 --pp 1.*or --server sync"),
+        ({"server": "async", "device": "cuda"}, "--server async needs --device cpu"),
+        ({"server": "sync", "servers": 4}, "--servers 4 leaves no worker: 4 ranks run; use mpirun"),
+        (
+            {"server": "sync", "servers": 1, "dp": 4},
+            "3 ranks run besides 1 that serves; use mpirun -n 5",
+        ),
+        ({"slow_rank": "4:2"}, "no rank 4 that computes; choose one of 0 to 3"),
+        ({"slow_rank": "1:0.5"}, "--slow-rank '1:0.5' must be"),
+        ({"slow_rank": "1"}, "--slow-rank '1' must be"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve(RunConfig().replace(**changes), 4, 29)
+
+
+def test_a_slow_rank_takes_longer() -> None:
+    """Check that a rank idles for twice the time that it computes; waits do not count."""
+    naps: list[float] = []
+    run = SimpleNamespace(
+        slowdown=3.0, replication=SimpleNamespace(progress=lambda: naps.append(1))
+    )
+    started = time.perf_counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, ActionKind.F, lambda run, action: time.sleep(0.02))
+        PipelineRuntime._slowly(run, Action(ActionKind.F, 0, 0))
+    assert time.perf_counter() - started >= 0.059
+    assert naps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "rank", "flags"),
+    [
+        ("kill", 1, ["--server=async", "--servers=1"]),
+        ("server", 2, ["--server=sync", "--servers=1"]),
+        ("raise", 0, ["--server=stale"]),
+    ],
+)
+@needs_mpirun
+def test_all_ranks_end_when_one_does(
+    fault: str, rank: int, flags: list[str], tmp_path: Path
+) -> None:
+    sizes = dict(layers=1, dim=16, heads=2, context=16, batch=12, steps=40)
+    command = [str(PROGRAM), fault, str(rank), *(f"--{k}={n}" for k, n in sizes.items()), *flags]
+    done = mpirun(3, [*command, f"--out={tmp_path / 'run'}"])
+    assert done.returncode not in (0, None)
+    assert ("misfortune" if fault == "raise" else "KILLED") in done.output or "9" in done.output
 
 
 # ---- planted bugs, each seen by the test that it names
