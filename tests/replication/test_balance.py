@@ -374,6 +374,7 @@ def test_metrics_hold_the_deals_and_a_resumed_run_measures_again(tmp_path: Path)
         ({"zero": 3}, "--balance speed and --zero 3"),
         ({"compress": "bf16"}, "--balance speed and --compress bf16"),
         ({"local_steps": 2}, "--balance speed and --local-steps 2"),
+        ({"server": "sync"}, "--balance speed and --server sync do not go together"),
         ({"device": "cuda", "dtype": "float32", "heads": 1}, "--balance speed needs --device cpu"),
     ],
 )
