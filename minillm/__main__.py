@@ -25,6 +25,10 @@ PROGRAMS = {
     "prepare": Program("minillm.data.prepare", "tokenize a text once, for many runs"),
     "evaluate": Program("minillm.evaluate", "measure the loss of a checkpoint"),
     "generate": Program("minillm.generate", "write text with a checkpoint"),
+    "import": Program(
+        "minillm.weights.importing", "copy weights of Hugging Face or GGUF files into a run"
+    ),
+    "export": Program("minillm.weights.exporting", "write weights for transformers or llama.cpp"),
     "plot": Program("minillm.training.plot", "draw the curves of runs"),
     "verify": Program("minillm.verify", "compare a layout with one rank"),
     "compare": Program("minillm.bench.compare", "compare data-parallel methods in one table"),

@@ -25,6 +25,7 @@ from minillm.inference.loading import ReadOptions, load_trained, named_run, open
 from minillm.tasks.language_model import TextToMeasure
 from minillm.training.config import RunConfig
 from minillm.training.held_out import measure
+from minillm.weights.origin import find_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def _parse(argv: Sequence[str]) -> EvaluateArgs:
     if named.checkpoint:
         # A checkpoint that cannot be read is reported later, once all ranks can agree on it.
         with contextlib.suppress(MinillmError):
-            found = checkpoint.find_record(checkpoint.Search(Path(named.checkpoint), named.best))
+            found = find_record(checkpoint.Search(Path(named.checkpoint), named.best))
             data = RunConfig.from_dict(found.config).objective
             cls = with_defaults(EvaluateArgs, asked=data.measured())
     return parse_flags(cls, words, prog=prog)

@@ -25,7 +25,7 @@ from minillm.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry,
 from minillm.checkpoint.policy import SaveEvery, SavePolicy, set_aside
 from minillm.checkpoint.record import RunRecord
 from minillm.checkpoint.save import save
-from minillm.checkpoint.search import Search, find_record, looking_again
+from minillm.checkpoint.search import Search, looking_again
 from minillm.checkpoint.source import CheckpointSource, FirstRows
 from minillm.checkpoint.state import (
     StateSource,
@@ -56,7 +56,6 @@ __all__ = [
     "difference",
     "fallbacks",
     "find",
-    "find_record",
     "load",
     "looking_again",
     "read_manifest",

@@ -8,10 +8,8 @@ from typing import NamedTuple, TypeVar
 
 from minillm.base.errors import CheckpointError
 from minillm.checkpoint.find import find
-from minillm.checkpoint.record import RunRecord
 from minillm.comm.agreement import from_first
 from minillm.comm.communicator import Communicator
-from minillm.comm.single import SelfCommunicator
 
 T = TypeVar("T")
 
@@ -46,11 +44,3 @@ def looking_again(
         f"{search.folder} removes its checkpoints faster than they can be read; let the run keep "
         "more (--keep), or copy one"
     )
-
-
-def find_record(search: Search) -> RunRecord:
-    """Return the record of the checkpoint that `search` finds, by this process alone.
-
-    Raises CheckpointError if there is none.
-    """
-    return looking_again(SelfCommunicator("search"), search, RunRecord.read)

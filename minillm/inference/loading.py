@@ -15,10 +15,11 @@ from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
-from minillm.training.assembly import Assembly, assemble, model_shapes
+from minillm.training.assembly import Assembly, assemble, first_rows, model_shapes
 from minillm.training.config import RunConfig
 from minillm.training.fit import fit
 from minillm.training.resolve import ResolvedConfig, resolve
+from minillm.weights.origin import looking_again, record_of, source_of, verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class ReadOptions(Record):
     memory: float | None = option(None, above=0)
     """GB (10^9 bytes) that the ranks of a node, or of a GPU, may use; left out: what is free at the
     start."""
+    context: int | None = option(None, at_least=1)
+    """Tokens that the model reads at once; left out: as many as in training."""
     best: bool = False
     """Read the checkpoint with the lowest held-out loss, not the newest."""
 
@@ -62,8 +65,8 @@ class Opened:
         """Return the configuration on `num_ranks` ranks; dp gets the ranks that tp and pp leave.
 
         `texts` is the number of texts to write, of which each replica takes one at a time. Raises
-        ConfigError for an impossible layout, for replicas without a text, and if the device has no
-        kernels for the model.
+        ConfigError for an impossible layout, for replicas without a text, for more positions than a
+        table has, and if the device has no kernels for the model.
         """
         dp = max(1, num_ranks // (layout.tp * layout.pp))
         if texts is not None and dp > texts:
@@ -87,7 +90,9 @@ class Opened:
             stage_layers=None,
             microbatch=None,
             batch=8 * dp,
+            **({} if layout.context is None else {"context": layout.context}),
         )
+        free.shape.check_weights(self.config.shape)
         return resolve(free, num_ranks, self.vocab)
 
 
@@ -104,12 +109,12 @@ def open_checkpoint(path: str, comm: Communicator, best: bool = False) -> Opened
     on every rank if it is missing or damaged.
     """
     search = checkpoint.Search(Path(path), best)
-    return checkpoint.looking_again(comm, search, lambda found: _open(comm, search, found))
+    return looking_again(comm, search, lambda found: _open(comm, search, found))
 
 
 def _open(comm: Communicator, search: checkpoint.Search, found: Path) -> Opened:
-    checkpoint.verify(found, comm)
-    record = agree(comm, lambda: checkpoint.RunRecord.read(found), CheckpointError)
+    verify(found, comm)
+    record = agree(comm, lambda: record_of(found), CheckpointError)
     config = RunConfig.from_dict(record.config, str(found))
     return Opened(search, found, config, record.vocab, record.tokenizer, record.corpus)
 
@@ -135,17 +140,19 @@ def load_trained(
     fit(config, world, device, training=False)
     shapes = model_shapes(config)
 
-    def source(found: Path) -> checkpoint.CheckpointSource:
+    def source(found: Path) -> checkpoint.StateSource:
         if found != opened.path:  # a newer one of the run, not verified yet
-            checkpoint.verify(found, world)
-        return agree(world, lambda: checkpoint.CheckpointSource(found), CheckpointError)
+            verify(found, world)
+        dtype = config.options.compute.dtype
+        read = agree(world, lambda: source_of(found, dtype), CheckpointError)
+        return first_rows(read, config)
 
     def compare(found: Path) -> None:
         read = source(found)
         agree(world, lambda: checkpoint.check_shapes(read, shapes), CheckpointError)
 
-    checkpoint.looking_again(world, opened.search, compare, opened.path)
-    model = assemble(config, world, training=False, device=device)
+    looking_again(world, opened.search, compare, opened.path)
+    model = assemble(config, world, training=False, device=device, initial=False)
     tensors, mesh = list(model.weights()), model.mesh
 
     def fill(found: Path) -> None:
@@ -156,5 +163,5 @@ def load_trained(
             CheckpointError,
         )
 
-    checkpoint.looking_again(world, opened.search, fill, opened.path)
+    looking_again(world, opened.search, fill, opened.path)
     return model

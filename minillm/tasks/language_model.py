@@ -209,6 +209,11 @@ class TextObjective:
     ) -> Text:
         """Load the text to measure. Collective."""
         own = asked.data or trained.val_data  # measured as a whole
+        if own is None and not sha256:
+            raise ConfigError(
+                "these weights do not say on which text they were trained; name a text with --data "
+                "to measure on all of it"
+            )
         corpus = load_corpus(
             own or trained.data,
             tokenizer_from_json(vocabulary),

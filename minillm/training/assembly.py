@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from minillm.base.arrays import float_dtype
 from minillm.base.device import CPU, Device
-from minillm.checkpoint import StateTensor
+from minillm.checkpoint import FirstRows, StateSource, StateTensor
 from minillm.comm.communicator import Communicator
 from minillm.comm.mesh import Mesh
 from minillm.layout.placement import Layout, consecutive
@@ -67,6 +67,13 @@ def model_shapes(config: ResolvedConfig) -> dict[str, tuple[int, ...]]:
     return {f"{WEIGHTS}{name}": spec.shape for name, spec in specs.items()}
 
 
+def first_rows(source: StateSource, config: ResolvedConfig) -> StateSource:
+    """Return `source`, its tables no longer than those of this model."""
+    for parameter, size in config.family.tables.items():
+        source = FirstRows(source, f"{WEIGHTS}{parameter}", getattr(config.model, size))
+    return source
+
+
 @dataclass
 class Assembly:
     """One rank's part of a model, parameters allocated and initialised."""
@@ -103,9 +110,11 @@ def assemble(
     rank_of_stage: tuple[int, ...] | None = None,
     replicate: Callable[[Mesh, Layout], Replication] | None = None,
     wire: Communicator | None = None,
+    initial: bool = True,
 ) -> Assembly:
     """Build this rank's stages on `device`, with gradients if `training`. Collective over `world`.
 
+    Without `initial` values the caller fills every parameter, its padding included.
     `replicate` makes the data-parallel method; by default the configuration chooses it. `wire`
     reaches dedicated servers.
     """
@@ -133,7 +142,8 @@ def assemble(
         buffers = FlatBuffers(
             model.parameters(), layout.mesh, dtype, gradients=training, memory=memory
         )
-        buffers.initialise(config.options.optimization.seed, layout.mesh, mesh.coords)
+        if initial:
+            buffers.initialise(config.options.optimization.seed, layout.mesh, mesh.coords)
         stages[index] = Stage(index, model, buffers)
     replication.attach({index: stage.buffers for index, stage in stages.items()})
     return Assembly(layout, mesh, stages, replication, device)

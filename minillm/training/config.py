@@ -170,10 +170,14 @@ def check_resume(saved: Mapping[str, Any], config: RunConfig) -> None:
 
 
 def check_weights(saved: Mapping[str, Any], config: RunConfig) -> None:
-    """Raise ConfigError unless a run of `config` can begin with the weights of `saved`."""
+    """Raise ConfigError unless a run of `config` can begin with the weights of `saved`.
+
+    Weights saved without a dtype are converted to any.
+    """
     shape, corpus = config.shape, config.corpus
     fixed = [name for name in shape.options() if name not in shape.FREE]
-    if changed := _changed(saved, config, [*fixed, *corpus.FIXED, "dtype"]):
+    fixed += [*corpus.FIXED, *(["dtype"] if "dtype" in saved else [])]
+    if changed := _changed(saved, config, fixed):
         raise ConfigError(
             f"weights taken by --init-from cannot change {changed}; leave it out, or train a new "
             "model"

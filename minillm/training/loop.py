@@ -25,7 +25,7 @@ from minillm.comm.cores import threads_in_use
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
 from minillm.tasks.protocol import Dataset, Result, Unequal
-from minillm.training.assembly import WEIGHTS, model_shapes
+from minillm.training.assembly import first_rows, model_shapes
 from minillm.training.folder import begin, way_back
 from minillm.training.held_out import Stopped, measure
 from minillm.training.numeric_key import numeric_key
@@ -35,6 +35,7 @@ from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import StepReport, Trainer
 from minillm.training.verdict import NotFinite
 from minillm.training.writers import Start, Writers, check_packages, place_names
+from minillm.weights.origin import looking_again, source_of, verify
 
 Moved = Mapping[RowKey, Row]  # what the ledger counted during a step
 
@@ -246,7 +247,7 @@ class Run:
             return
         found, record = origin.path, origin.record
         with known_to_all():
-            checkpoint.verify(found, self.comm)
+            verify(found, self.comm)
             source = checkpoint.CheckpointSource(found)
             self.trainer.load(source)
         self.log(f"resumed from {found} at step {origin.step}")
@@ -265,20 +266,17 @@ class Run:
         """
 
         def fill(path: Path) -> None:
-            checkpoint.verify(path, self.comm)
-            source = agree(self.comm, lambda: checkpoint.CheckpointSource(path), CheckpointError)
-            self.trainer.load_weights(self._first_rows(source))
-            steps = source.manifest.step
-            self.log(f"weights from {path}, trained on {origin.record.source} for {steps} steps")
+            verify(path, self.comm)
+            dtype = self.config.options.compute.dtype
+            source = agree(self.comm, lambda: source_of(path, dtype), CheckpointError)
+            self.trainer.load_weights(first_rows(source, self.config))
+            by = ""
+            if isinstance(source, checkpoint.CheckpointSource):
+                steps = source.manifest.step
+                by = f", trained on {origin.record.source} for {steps} steps"
+            self.log(f"weights from {path}{by}")
 
-        checkpoint.looking_again(self.comm, origin.search, fill, origin.path)
-
-    def _first_rows(self, source: checkpoint.StateSource) -> checkpoint.StateSource:
-        """Return `source`, its tables no longer than those of this model."""
-        for parameter, size in self.config.family.tables.items():
-            rows = getattr(self.config.model, size)
-            source = checkpoint.FirstRows(source, f"{WEIGHTS}{parameter}", rows)
-        return source
+        looking_again(self.comm, origin.search, fill, origin.path)
 
     def _finish(self, step: int, seconds: float, stopped: bool) -> None:
         """Save, and print the totals."""

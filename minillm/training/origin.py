@@ -17,6 +17,8 @@ from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions
 from minillm.training.config import RunConfig
 from minillm.training.resolve import ResolvedConfig
+from minillm.weights.foreign import is_foreign
+from minillm.weights.origin import find_record, looking_again, record_of
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class Origin:
         run = checkpoint.run_of(search.folder)
 
         def read(path: Path) -> Origin:
+            if is_foreign(path):
+                return cls(path, 0, record_of(path), None, search, False)
             record, step = checkpoint.RunRecord.read(path), checkpoint.read_manifest(path).step
             return cls(path, step, record, run, search, continues)
 
-        return checkpoint.looking_again(
+        return looking_again(
             comm, search, lambda path: agree(comm, lambda: read(path), CheckpointError)
         )
 
@@ -125,13 +129,25 @@ def asked(record: checkpoint.RunRecord) -> dict[str, Any]:
 def saved_options(start: StartOptions) -> Mapping[str, Any]:
     """Return the flat configuration held by the checkpoint that `start` names.
 
-    Not collective. Raises CheckpointError if there is none.
+    Foreign weights have no dtype there: they are converted to any. Not collective. Raises
+    CheckpointError if there is none.
     """
-    return asked(checkpoint.find_record(_search(start)))
+    search = _search(start)
+    values = asked(find_record(search))
+    if is_foreign(search.folder):
+        del values["dtype"]
+    return values
 
 
 def _search(start: StartOptions) -> checkpoint.Search:
-    return checkpoint.Search(Path(start.resume or start.init_from or ""), start.best)
+    """Return the place that `start` names. Raises ConfigError for weights to resume from."""
+    path = Path(start.resume or start.init_from or "")
+    if start.resume is not None and is_foreign(path):
+        raise ConfigError(
+            f"--resume {path} holds weights without the state of a run; start one from them with "
+            f"--init-from {path}"
+        )
+    return checkpoint.Search(path, start.best)
 
 
 def continued_run(start: StartOptions, out: str | None) -> Path | None:
@@ -142,7 +158,7 @@ def continued_run(start: StartOptions, out: str | None) -> Path | None:
     """
     if start.resume is None:
         return None
-    run = checkpoint.run_of(Path(start.resume))
+    run = checkpoint.run_of(_search(start).folder)
     if out is None and run is None:
         raise ConfigError(
             f"--resume {start.resume} is a checkpoint outside the folder of a run; pass --out "

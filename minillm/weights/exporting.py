@@ -1,0 +1,178 @@
+"""Write the weights of a run for other programs: `minillm export RUN --out DIR --format hf`.
+
+The first rank reads the checkpoint by blocks, whatever mesh wrote it, so memory does not grow with
+the model. Another rank only waits. The result has its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from minillm.base.errors import CheckpointError, ConfigError
+from minillm.base.flags import parse_flags
+from minillm.base.log import Log
+from minillm.base.record import Record, option
+from minillm.checkpoint import RunRecord, Search
+from minillm.comm.agreement import from_first, known_to_all
+from minillm.comm.communicator import Communicator
+from minillm.comm.process import run_program
+from minillm.inference.loading import named_run
+from minillm.models.family import Shape
+from minillm.training.config import RunConfig
+from minillm.weights import gguf, hf
+from minillm.weights.counterpart import Counterpart, choose
+from minillm.weights.foreign import COUNTERPARTS
+from minillm.weights.mapping import Link, links
+from minillm.weights.origin import looking_again, record_of, source_of, verify
+from minillm.weights.tokenizer_json import ENDS, definition_of
+
+GGUF_NAME = "model.gguf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs(Record):
+    """Write the weights of a run for transformers (hf) or for llama.cpp (gguf).
+
+    minillm export runs/nano --out exported --format gguf --dtype q8_0
+    """
+
+    checkpoint: str = option(path=True)
+    """Folder of a run, one of its checkpoints, or weights that minillm import reads; may also be
+    the first word, without the flag."""
+    out: str = option(path=True)
+    """Folder to make; for gguf also a file name that ends in .gguf."""
+    format: Literal["hf", "gguf"] = "hf"
+    """Format: a folder of transformers (hf), or a file of llama.cpp (gguf)."""
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"
+    """Numbers of the matrices: float32, float16, bfloat16 (hf alone), or q8_0 (8 bits and a scale
+    for each 32 numbers, gguf alone)."""
+    best: bool = False
+    """Write the checkpoint with the lowest held-out loss, not the newest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lacks = {"hf": "q8_0", "gguf": "bfloat16"}[self.format]
+        if self.dtype == lacks:
+            raise ConfigError(
+                f"--format {self.format} is not written with --dtype {lacks}; use float32, float16 "
+                f"or {'q8_0' if self.format == 'gguf' else 'bfloat16'}"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return the exit status."""
+    return run_program(_parse, _export, argv)
+
+
+def _parse(argv: Sequence[str]) -> ExportArgs:
+    return parse_flags(ExportArgs, named_run(argv), prog="minillm export")
+
+
+def _export(comm: Communicator, args: ExportArgs) -> None:
+    """Check the checkpoint on all ranks, and write on the first. Collective."""
+    search = Search(Path(args.checkpoint), args.best)
+
+    def use(path: Path) -> str:
+        verify(path, comm)
+        said: str = from_first(comm, lambda: _written(path, args))
+        return said
+
+    with known_to_all():
+        said = looking_again(comm, search, use)
+    Log(comm.rank)(said)
+
+
+def _written(path: Path, args: ExportArgs) -> str:
+    """Write the weights of the checkpoint `path`; return the line to show."""
+    record = record_of(path)
+    config = RunConfig.from_dict(record.config, str(path))
+    model = config.shape.resolve(record.vocab)
+    counterpart, described = choose(COUNTERPARTS.values(), config.model, model)
+    if args.format == "gguf" and counterpart.gguf is None:
+        raise ConfigError(f"GGUF has no architecture for {counterpart.model_type} models; use hf")
+    column = hf.Folder.column if args.format == "hf" else gguf.GGUF.column
+    found = links(counterpart.table, config.family.architecture.specs(model), column)
+    out = Path(args.out)
+    single = args.format == "gguf" and out.suffix == ".gguf"
+    if out.exists() and (single or not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} exists; name a new one, or remove it")
+    temporary = out.with_name(f".tmp-{out.name}")
+    _remove(temporary)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not single:
+            temporary.mkdir()
+        target = temporary if single or args.format == "hf" else temporary / GGUF_NAME
+        _write(target, path, record, model, counterpart, found, described, args)
+        os.replace(temporary, out)
+    except BaseException:
+        _remove(temporary)
+        raise
+    what = f"{counterpart.architecture}, {len(found)} tensors of {args.dtype}"
+    return f"saved   {out}: {what} from {path}"
+
+
+def _write(
+    target: Path,
+    path: Path,
+    record: RunRecord,
+    model: Shape,
+    counterpart: Counterpart,
+    found: list[Link],
+    config: dict[str, Any],
+    args: ExportArgs,
+) -> None:
+    """Write the files, and compare their names with the model's."""
+    source = source_of(path)
+    definition = definition_of(record.tokenizer)
+    if args.format == "gguf":
+        gguf.write_file(target, source, counterpart, found, config, args.dtype, definition)
+        names = gguf.GGUF(target, COUNTERPARTS.values()).names()
+    else:
+        hf.write(target, source, config | _special(definition), found, args.dtype)
+        _write_tokenizer(target, definition, model.context)
+        names = hf.Folder(target).names()
+    if sorted(names) != sorted(link.theirs for link in found):
+        raise CheckpointError(f"{target} does not hold the tensors of the model; try again")
+
+
+def _special(definition: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the ids of the tokens at the ends of texts: null where the tokenizer names none.
+
+    GPT-2's defaults of transformers lie outside small vocabularies.
+    """
+    added = (definition or {}).get("added_tokens") or ()
+    ids = {token["content"]: token["id"] for token in added}
+    end = next((ids[name] for name in ENDS if name in ids), None)
+    return {"bos_token_id": end, "eos_token_id": end}
+
+
+def _write_tokenizer(target: Path, definition: Mapping[str, Any] | None, context: int) -> None:
+    if definition is None:
+        return
+    hf.write_json(target / hf.TOKENIZER, definition)
+    end = _special(definition)["eos_token_id"]
+    added = definition.get("added_tokens") or ()
+    names = [token["content"] for token in added if token["id"] == end]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
+    hf.write_json(
+        target / "tokenizer_config.json", settings | ({"eos_token": names[0]} if names else {})
+    )
+
+
+def _remove(path: Path) -> None:
+    """Remove what an interrupted export has left."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

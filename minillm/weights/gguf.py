@@ -1,0 +1,188 @@
+"""GGUF files as models: metadata in the terms of config.json, tensors and a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm.base.errors import CheckpointError, ConfigError
+from minillm.checkpoint import StateSource
+from minillm.layout.sharding import Slices
+from minillm.weights.counterpart import Counterpart
+from minillm.weights.ggml import BLOCK, BY_NAME, Format
+from minillm.weights.gguf_file import GGUFFile, write
+from minillm.weights.hf import CHUNK, finite
+from minillm.weights.mapping import Link, chunks, write_block
+from minillm.weights.tokenizer_json import from_gguf, to_gguf
+
+# Keys behind the architecture that change no logit, or repeat what tensors say.
+HARMLESS = ("vocab_size", "attention.causal")
+WIDTHS = ("rope.dimension_count", "attention.value_length")  # must be the head's width
+FORMATS = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
+
+
+class GGUF:
+    """File of a model. Implements `Tensors`.
+
+    The constructor reads the metadata. Raises CheckpointError for a damaged or unknown file.
+    """
+
+    column = 2  # of the tables
+
+    def __init__(self, path: Path, counterparts: Iterable[Counterpart]) -> None:
+        self.path, self._file = path, GGUFFile(path)
+        self.config = self._config(counterparts)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._file.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._file.entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Return the number format of a tensor: F32."""
+        return self._file.entries[name].form.name
+
+    def read(self, name: str, slices: Slices) -> np.ndarray:
+        """Return a block of a tensor as floats."""
+        return self._file.read(name, slices)
+
+    def tokenizer(self) -> dict[str, Any] | None:
+        """Return the JSON of the tokenizer as checkpoints keep it; None if there is none."""
+        try:
+            definition = from_gguf(self._file.metadata)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        if definition is None:
+            return None
+        return {"kind": "hf", "name": self.path.name, "tokenizer": definition}
+
+    def _config(self, counterparts: Iterable[Counterpart]) -> dict[str, Any]:
+        """Return the metadata as config.json would state them."""
+        held = self._file.metadata
+        name, known = held.get("general.architecture"), {f.gguf: f for f in counterparts if f.gguf}
+        if name not in known:
+            raise CheckpointError(
+                f"{self.path}: its general.architecture is {name!r}; "
+                f"{', '.join(map(str, known))} are read"
+            )
+        counterpart, config = known[name], {}
+        own = {
+            key.removeprefix(f"{name}."): _shortest(value)
+            for key, value in held.items()
+            if key.startswith(f"{name}.")
+        }
+        widths = {key: own.pop(key) for key in WIDTHS if key in own}
+        for key, value in own.items():
+            if key in counterpart.gguf_keys:
+                config[counterpart.gguf_keys[key]] = value
+            elif key not in HARMLESS:
+                raise CheckpointError(f"{self.path}: {name}.{key} {value!r} is not supported")
+        config = {
+            key: value for key, value in config.items() if (key, value) != ("rope_type", "none")
+        }
+        names = self._file.entries
+        if "token_embd.weight" not in names:
+            raise CheckpointError(f"{self.path} has no token_embd.weight")
+        config |= {
+            "model_type": counterpart.model_type,
+            "vocab_size": names["token_embd.weight"].shape[0],
+            "tie_word_embeddings": "output.weight" not in names,
+        }
+        self._check_widths(counterpart, config, widths)
+        return config
+
+    def _check_widths(
+        self, counterpart: Counterpart, config: Mapping[str, Any], widths: Mapping[str, Any]
+    ) -> None:
+        try:
+            width = counterpart.options(config).resolve().head_width
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        for key, value in widths.items():
+            if value != width:
+                raise CheckpointError(
+                    f"{self.path}: {counterpart.gguf}.{key} is {value}, and only a head's whole "
+                    f"width {width} is supported"
+                )
+
+
+def _shortest(value: Any) -> Any:
+    """Return a float32 as the shortest decimal that means it: 1e-05, not 9.99999975e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+# ---- export
+
+
+def write_file(
+    path: Path,
+    source: StateSource,
+    counterpart: Counterpart,
+    links: list[Link],
+    config: Mapping[str, Any],
+    dtype: str,
+    definition: Mapping[str, Any] | None,
+) -> None:
+    """Write a model as one file. Reads a block at a time.
+
+    Vectors and the table of positions are float32, as llama.cpp wants them, and so are matrices
+    whose rows are no multiple of 32 values. Raises ConfigError for a model or tokenizer that the
+    format does not have, CheckpointError for values that are not finite, and OSError.
+    """
+    tensors = {link.theirs: (_format(link, FORMATS[dtype]), link.their_shape) for link in links}
+    metadata = _metadata(counterpart, config, FORMATS[dtype])
+    metadata |= to_gguf(definition, config["vocab_size"])
+    write(path, metadata, tensors, _blocks(source, links, tensors))
+
+
+def _format(link: Link, wanted: str) -> Format:
+    narrow = len(link.shape) > 1 and link.ours != "positions"
+    if wanted == "Q8_0" and link.their_shape[-1] % BLOCK:
+        narrow = False
+    return BY_NAME[wanted if narrow else "F32"]
+
+
+def _metadata(counterpart: Counterpart, config: Mapping[str, Any], form: str) -> dict[str, Any]:
+    name, scaling = counterpart.gguf, config.get("rope_type", "default")
+    if name is None:
+        raise ConfigError(f"GGUF files of {counterpart.model_type} models are not written; use hf")
+    if scaling not in ("default", "linear"):
+        raise ConfigError(
+            f"GGUF files are written without the scaling {scaling} of rotary positions; use hf"
+        )
+    found = {
+        "general.architecture": name,
+        "general.name": counterpart.architecture,
+        "general.file_type": FILE_TYPES[form],
+        "general.quantization_version": 2,
+        f"{name}.vocab_size": config["vocab_size"],
+    }
+    for theirs, key in counterpart.gguf_keys.items():
+        scales = theirs.startswith("rope.scaling")
+        if config.get(key) is not None and not (scales and scaling == "default"):
+            found[f"{name}.{theirs}"] = config[key]
+    if width := config.get("head_dim"):
+        found |= {f"{name}.{key}": width for key in WIDTHS}
+    return found
+
+
+def _blocks(
+    source: StateSource, links: list[Link], tensors: Mapping[str, tuple[Format, Any]]
+) -> Iterator[np.ndarray]:
+    half, single = np.dtype(np.float16), np.dtype(np.float32)
+    for link in links:
+        dtype = half if tensors[link.theirs][0].name == "F16" else single
+        for rows in chunks(link, CHUNK):
+            block = write_block(source, link, rows)
+            finite(source, link, block, dtype)
+            yield block.astype(single, copy=False)

@@ -1,0 +1,235 @@
+"""Folders of Hugging Face's transformers: config.json, safetensors files and a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm.base.errors import CheckpointError
+from minillm.checkpoint import StateSource
+from minillm.layout.sharding import Slices
+from minillm.weights import safetensors_file as safetensors
+from minillm.weights.counterpart import CONFIG
+from minillm.weights.mapping import Link, chunks, write_block
+
+TOKENIZER = "tokenizer.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SHARD_BYTES = 5_000_000_000  # of a file; larger models get several
+CHUNK = 1 << 24  # elements read at once
+LONGEST = 1 << 28  # bytes of a JSON file
+
+
+class Folder:
+    """Folder of a model. Implements `Tensors`.
+
+    The constructor reads the headers. Raises CheckpointError if a file is missing or malformed.
+    """
+
+    column = 1  # of the tables
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _flat(_object(path / CONFIG))
+        files = _files(path)
+        self._of: dict[str, safetensors.SafetensorsFile] = {}
+        for name, expected in files.items():
+            file = safetensors.SafetensorsFile(path / name)
+            held = set(file.entries)
+            if expected is not None and held != expected:
+                odd = sorted(held ^ expected)[0]
+                raise CheckpointError(
+                    f"{path / INDEX} and {name} disagree about {odd}; fetch the folder again"
+                )
+            self._of.update(dict.fromkeys(file.entries, file))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._of[name].entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype of a tensor as in the file: F32. Raises CheckpointError for others."""
+        return safetensors.NAMES[str(self._of[name].dtype(name))]
+
+    def read(self, name: str, slices: Slices) -> np.ndarray:
+        """Return a block of a tensor. Raises CheckpointError if it cannot be read."""
+        return self._of[name].read(name, slices)
+
+    def tokenizer(self) -> dict[str, Any] | None:
+        """Return the JSON of the tokenizer as checkpoints keep it; None if there is none."""
+        if not (self.path / TOKENIZER).exists():
+            return None
+        definition = _object(self.path / TOKENIZER)
+        return {"kind": "hf", "name": TOKENIZER, "tokenizer": definition}
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether `path` is a folder of weights in this format, complete or not."""
+    return any((path / name).exists() for name in (CONFIG, WHOLE, INDEX, *PICKLED))
+
+
+def _files(path: Path) -> dict[str, set[str] | None]:
+    """Return the files of a folder, with the names that the index gives for each if there is one.
+
+    Raises CheckpointError if there is none.
+    """
+    if (path / INDEX).exists():
+        found: dict[str, set[str]] = {}
+        table = _object(path / INDEX).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise CheckpointError(f"{path / INDEX} has no weight_map; fetch it again")
+        for name, file in table.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{path / INDEX} puts {name} into {file!r}, no file name")
+            found.setdefault(file, set()).add(name)
+        return dict(found)
+    if (path / WHOLE).exists():
+        return {WHOLE: None}
+    if any((path / name).exists() for name in PICKLED):
+        raise CheckpointError(
+            f"{path} has its weights as pytorch_model.bin alone, a format that can hold programs. "
+            'Convert it where transformers is installed: python -c "from transformers import '
+            f"AutoModelForCausalLM as A; A.from_pretrained('{path}').save_pretrained('{path}')\""
+        )
+    raise CheckpointError(f"{path} has neither {WHOLE} nor {INDEX}")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError for anything else."""
+    try:
+        if path.stat().st_size > LONGEST:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON text: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__} instead of an object")
+    return found
+
+
+# Parameter of rotary positions in config.json -> its name here, with `rope_` before it.
+ROPE = {
+    "type": "type",
+    "rope_type": "type",
+    "rope_theta": "theta",
+    "beta_fast": "high_freq_factor",
+    "beta_slow": "low_freq_factor",
+}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the parameters of rotary positions as keys of their own.
+
+    Releases before 5 of transformers have rope_theta beside rope_scaling, later ones have all in
+    rope_parameters.
+    """
+    flat = dict(config)
+    for table in ("rope_scaling", "rope_parameters"):
+        inner = flat.pop(table, None) or {}
+        if not isinstance(inner, Mapping):
+            raise CheckpointError(f"{table} in {CONFIG} is {inner!r}, not an object")
+        flat |= {f"rope_{ROPE.get(name, name)}": value for name, value in inner.items()}
+    layers = flat.get("layer_types")
+    if isinstance(layers, list) and set(map(str, layers)) == {"full_attention"}:
+        del flat["layer_types"]
+    return flat
+
+
+def _nested(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with rope_parameters, and rope_theta as earlier releases read it."""
+    rope = {name: config.pop(name) for name in list(config) if name.startswith("rope_")}
+    if not rope:
+        return config
+    kind = rope.pop("rope_type")
+    names = {f"rope_{ours}": theirs for theirs, ours in ROPE.items() if theirs.startswith("rope_")}
+    if kind == "yarn":
+        names |= {f"rope_{ROPE[theirs]}": theirs for theirs in ("beta_fast", "beta_slow")}
+    inner = {
+        names.get(name, name.removeprefix("rope_")): value
+        for name, value in rope.items()
+        if kind != "default" or name == "rope_theta"
+    }
+    config |= {"rope_theta": rope["rope_theta"], "rope_parameters": {"rope_type": kind, **inner}}
+    if kind != "default":
+        config["rope_scaling"] = {"rope_type": kind, **inner}
+    return config
+
+
+# ---- export
+
+
+def write(
+    path: Path,
+    source: StateSource,
+    config: Mapping[str, Any],
+    links: list[Link],
+    dtype: str,
+) -> None:
+    """Write the weights and config.json into the empty folder `path`.
+
+    Reads a block at a time. Raises CheckpointError for values that are not finite, and OSError.
+    """
+    target = safetensors.DTYPES[safetensors.NAMES[dtype]]
+    parts = list(_shards(links, target.itemsize))
+    table: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts, 1):
+        name = WHOLE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {link.theirs: (safetensors.NAMES[dtype], link.their_shape) for link in part}
+        total += safetensors.write(path / name, tensors, _blocks(source, part, target))
+        table |= dict.fromkeys(tensors, name)
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": table}
+        write_json(path / INDEX, index)
+    write_json(path / CONFIG, _nested({**config, "dtype": dtype}))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file. Raises OSError."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _shards(links: list[Link], itemsize: int) -> Iterator[list[Link]]:
+    """Yield the links of each file, in order, of at most `SHARD_BYTES` unless one is larger."""
+    part: list[Link] = []
+    held = 0
+    for link in links:
+        size = int(np.prod(link.shape)) * itemsize
+        if part and held + size > SHARD_BYTES:
+            yield part
+            part, held = [], 0
+        part.append(link)
+        held += size
+    yield part
+
+
+def _blocks(source: StateSource, links: list[Link], dtype: np.dtype) -> Iterator[np.ndarray]:
+    for link in links:
+        for rows in chunks(link, CHUNK):
+            yield finite(source, link, write_block(source, link, rows), dtype)
+
+
+def finite(source: StateSource, link: Link, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return `block` in `dtype`. Raises CheckpointError if a value is not finite there."""
+    with np.errstate(over="ignore"):
+        narrow = block.astype(dtype, copy=False)
+    if not np.isfinite(narrow).all():
+        raise CheckpointError(
+            f"{source} holds values of {link.ours} that {dtype} cannot represent; the largest is "
+            f"{np.abs(block).max():g}; choose another --dtype or an earlier checkpoint"
+        )
+    return narrow

@@ -1,0 +1,217 @@
+"""Mapping between parameters of this project and tensors of foreign files, as data.
+
+A table has a line for each foreign tensor:
+
+    blocks.*.attention.qkv.weight  transformer.h.*.attn.c_attn.weight^T    blk.*.attn_qkv.weight
+    blocks.*.attention.qkv.weight  model.layers.*.self_attn.k_proj.weight  blk.*.attn_k.weight^R  1
+
+The columns are our name, the name in a Hugging Face file, the name in a GGUF file, and the segment
+of our first dim that the tensor holds (left out: all of it). `*` is the number of the layer. `^T`
+marks a matrix stored as [in, out]. `^R` marks heads whose rows lie in rotary pairs, (0, K/2), (1,
+K/2 + 1), ..., as llama.cpp wants them. `-` marks a tensor that the format does not have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from minillm.base.errors import CheckpointError
+from minillm.checkpoint import StateSource
+from minillm.layout.sharding import ShardSpec, Slices, overlap, slice_shape
+
+WEIGHTS = "model/"  # begins the names of a model's tensors in a checkpoint
+MOST_NAMED = 4  # tensors listed in an error
+
+
+class Tensors(Protocol):
+    """Tensors of a foreign file or folder, read by blocks."""
+
+    def names(self) -> Sequence[str]:
+        """Return the names of all tensors, in the order of the files."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+
+    def read(self, name: str, slices: Slices) -> np.ndarray:
+        """Return a block of a tensor as floats: one slice with start and stop per dim.
+
+        Raises CheckpointError if it cannot be read.
+        """
+
+
+class Link(NamedTuple):
+    """Foreign tensor, and the rows of a parameter that it holds."""
+
+    ours: str
+    theirs: str
+    shape: tuple[int, ...]  # of the block, in our layout
+    start: int  # first row in our parameter
+    transposed: bool  # ^T
+    head_width: int  # of ^R; 0 for rows in our order
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """The shape of the foreign tensor."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+def links(table: str, specs: Mapping[str, ShardSpec], column: int) -> list[Link]:
+    """Return a link for each foreign tensor of a model.
+
+    `specs` are the layouts of its parameters by global name. Lines of `table` without a parameter
+    in `specs` are left out. `column` is 1 for Hugging Face, 2 for GGUF. Raises CheckpointError for
+    a parameter that the table does not cover exactly once.
+    """
+    rows: dict[str, list[tuple[str, int | None]]] = {}
+    for line in table.strip().splitlines():
+        words = line.split()
+        if words[column] != "-":
+            segment = int(words[3]) if len(words) > 3 else None
+            rows.setdefault(words[0], []).append((words[column], segment))
+    found: list[Link] = []
+    for name, spec in specs.items():
+        layer, pattern = _pattern(name)
+        covered = 0
+        for theirs, segment in rows.get(pattern, ()):
+            found.append(_link(name, theirs.replace("*", layer), segment, spec))
+            covered += found[-1].shape[0]
+        if covered != spec.shape[0]:
+            raise CheckpointError(
+                f"the format has a place for {covered} of the {spec.shape[0]} rows of {name}"
+            )
+    return found
+
+
+def _pattern(name: str) -> tuple[str, str]:
+    """Return the number in a parameter's name and the name with `*` for it."""
+    words = name.split(".")
+    numbers = [word for word in words if word.isdigit()]
+    return "".join(numbers[:1]), ".".join("*" if word.isdigit() else word for word in words)
+
+
+def _link(name: str, theirs: str, segment: int | None, spec: ShardSpec) -> Link:
+    theirs, _, mark = theirs.partition("^")
+    segments, start, rows = spec.dims[0], 0, spec.shape[0]
+    if segment is not None:
+        start, rows = sum(s.size for s in segments[:segment]), segments[segment].size
+    width = segments[segment or 0].unit if mark == "R" else 0
+    return Link(name, theirs, (rows, *spec.shape[1:]), start, mark == "T", width)
+
+
+class WeightSource:
+    """Parameters of a model in foreign tensors. Implements `StateSource`.
+
+    Every read takes the slices that were asked for, so a rank reads its own shards alone.
+    """
+
+    def __init__(
+        self, tensors: Tensors, found: Iterable[Link], specs: Mapping[str, ShardSpec], dtype: str
+    ) -> None:
+        self._tensors, self._dtype = tensors, dtype
+        self._shapes = {f"{WEIGHTS}{name}": spec.shape for name, spec in specs.items()}
+        self._links: dict[str, list[Link]] = {}
+        for link in found:
+            self._links.setdefault(f"{WEIGHTS}{link.ours}", []).append(link)
+
+    def __str__(self) -> str:
+        return str(self._tensors)
+
+    def names(self) -> list[str]:
+        """Return the names of all parameters, with `model/` before them."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the global shape of `name`."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype that `read` converts to."""
+        return self._dtype
+
+    def read(self, name: str, global_slices: Slices) -> np.ndarray:
+        """Return a new array, assembled from the foreign tensors that overlap `global_slices`."""
+        out = np.empty(slice_shape(global_slices), np.dtype(self._dtype))
+        rows, *rest = global_slices
+        for link in self._links[name]:
+            common = overlap(rows, slice(link.start, link.start + link.shape[0]))
+            if common.start < common.stop:
+                block = slice(common.start - link.start, common.stop - link.start)
+                target = slice(common.start - rows.start, common.stop - rows.start)
+                out[target] = _read_link(self._tensors, link, (block, *rest))
+        return out
+
+
+def _read_link(tensors: Tensors, link: Link, slices: Slices) -> np.ndarray:
+    """Return a block of the rows of `link`, in our layout, from its foreign tensor."""
+    if link.transposed:
+        return tensors.read(link.theirs, slices[::-1]).T
+    if not link.head_width:
+        return tensors.read(link.theirs, slices)
+    return _by_heads(
+        lambda rows: tensors.read(link.theirs, (rows, *slices[1:])), slices[0], link, back=True
+    )
+
+
+def write_block(source: StateSource, link: Link, rows: slice) -> np.ndarray:
+    """Return rows of the foreign tensor of `link`, from the parameters of `source`."""
+
+    def read(*slices: slice) -> np.ndarray:
+        moved = slice(link.start + slices[0].start, link.start + slices[0].stop)
+        return source.read(f"{WEIGHTS}{link.ours}", (moved, *slices[1:]))
+
+    rest = [slice(0, size) for size in link.shape[1:]]
+    if link.transposed:
+        return read(slice(0, link.shape[0]), rows).T
+    if not link.head_width:
+        return read(rows, *rest)
+    return _by_heads(lambda whole: read(whole, *rest), rows, link, back=False)
+
+
+def _by_heads(read, rows: slice, link: Link, *, back: bool) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """Return `rows` after the reordering of whole heads; `read` takes a slice of rows.
+
+    Stored as rotary pairs a head is [K/2, 2] rows; ours are [2, K/2]. `back` is from pairs.
+    """
+    width = link.head_width
+    start, stop = rows.start // width * width, -(-rows.stop // width) * width
+    whole = read(slice(start, stop))
+    pairs = (-1, width // 2, 2) if back else (-1, 2, width // 2)
+    turned = whole.reshape(*pairs, *whole.shape[1:]).swapaxes(1, 2).reshape(whole.shape)
+    return turned[rows.start - start : rows.stop - start]
+
+
+def chunks(link: Link, most: int) -> Iterator[slice]:
+    """Yield slices of rows of the foreign tensor, of about `most` elements each."""
+    rows, width = link.their_shape[0], math.prod(link.their_shape[1:])
+    step = max(1, most // max(width, 1))
+    if link.head_width:
+        step = -(-step // link.head_width) * link.head_width
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def check(tensors: Tensors, found: Iterable[Link], ignored: Iterable[str]) -> None:
+    """Raise CheckpointError unless the foreign tensors are those of the links, in their shapes.
+
+    `ignored` are patterns of names, as in a table, of tensors that no model needs.
+    """
+    names, wanted = set(tensors.names()), {link.theirs: link.their_shape for link in found}
+    skipped = set(ignored)
+    problems = [f"it has no {name}" for name in wanted if name not in names]
+    problems += [
+        f"its {name} has shape {tensors.shape(name)} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in names and tensors.shape(name) != shape
+    ]
+    problems += [
+        f"the model has no place for its {name}"
+        for name in tensors.names()
+        if name not in wanted and _pattern(name)[1] not in skipped
+    ]
+    if problems:
+        more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+        raise CheckpointError(f"{tensors}: {'; '.join(problems[:MOST_NAMED])}{more}")

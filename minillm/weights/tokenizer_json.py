@@ -1,0 +1,183 @@
+"""Tokenizers in foreign files: definitions of tokenizer.json, and the metadata of GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minillm.base.errors import CheckpointError, ConfigError
+
+NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of a token in GGUF
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+def _split(regex: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}
+
+
+_DIGITS = {"type": "Digits", "individual_digits": True}
+# Name in `tokenizer.ggml.pre` -> what cuts a text into words in a tokenizer.json.
+CUTS: dict[str, dict[str, Any]] = {
+    "gpt-2": _byte_level(True),
+    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _byte_level(True)]},
+    "llama-bpe": _split(LLAMA3),
+    "qwen2": _split(QWEN2),
+}
+# Names of the token that ends a text, the most certain first.
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]")
+
+
+def definition_of(tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the tokenizer.json of a tokenizer as checkpoints keep it; None for bare numbers."""
+    match tokenizer:
+        case {"kind": "hf", "tokenizer": dict(definition)}:
+            return definition
+        case {"kind": "byte"}:
+            vocab = {character: byte for byte, character in enumerate(byte_characters())}
+            return byte_level({"type": "BPE", "vocab": vocab, "merges": []}, _byte_level(False))
+        case {"kind": "char", "characters": str(characters)}:
+            every = {"Regex": "(?s:.)"}
+            cut = {"type": "Split", "pattern": every, "behavior": "Isolated", "invert": False}
+            vocab = {character: number for number, character in enumerate(characters)}
+            model = {"type": "WordLevel", "vocab": vocab, "unk_token": characters[0]}
+            return byte_level(model, cut) | {"decoder": {"type": "Fuse"}}
+    return None
+
+
+def byte_level(model: dict[str, Any], cut: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer.json of a byte-level model whose words `cut` makes."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": cut,
+        "post_processor": None,
+        "decoder": _byte_level(True),
+        "model": model,
+    }
+
+
+def byte_characters() -> list[str]:
+    """Return the printable character that stands for each byte in byte-level vocabularies.
+
+    Printable Latin-1 stands for itself, the rest for U+0100 and on (Radford et al. 2019).
+    """
+    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in own else next(others)) for byte in range(256)]
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the tokenizer.json for the metadata of a GGUF file.
+
+    None for a file without one and for SentencePiece models. Raises CheckpointError for metadata
+    that do not fit together, and for an unknown rule that cuts words.
+    """
+    kind = metadata.get("tokenizer.ggml.model", "no_vocab")
+    if kind != "gpt2":
+        return None
+    pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    if pre not in CUTS:
+        raise CheckpointError(f"its tokenizer.ggml.pre is {pre}; {', '.join(CUTS)} are read")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(tokens, list) or not isinstance(merges, list) or len(types) != len(tokens):
+        raise CheckpointError("its tokenizer lacks tokens, their types or merges")
+    model = {
+        "type": "BPE",
+        "vocab": {t: i for i, t in enumerate(tokens) if types[i] != UNUSED},
+        "merges": [merge.split(" ", 1) for merge in merges],
+        "ignore_merges": pre == "llama-bpe",
+    }
+    found = byte_level(model, CUTS[pre])
+    if pre == "qwen2":
+        found["normalizer"] = {"type": "NFC"}
+    found["added_tokens"] = [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": types[number] == CONTROL,
+        }
+        for number, token in enumerate(tokens)
+        if types[number] in (CONTROL, USER)
+    ]
+    return found
+
+
+def to_gguf(definition: Mapping[str, Any] | None, vocab: int) -> dict[str, Any]:
+    """Return the metadata for a tokenizer.json, or for none, and a model of `vocab` tokens.
+
+    Raises ConfigError for a tokenizer that the format does not have.
+    """
+    if definition is None:
+        return {"tokenizer.ggml.model": "no_vocab"}
+    model = definition["model"]
+    if model.get("type") == "WordLevel":  # of characters
+        return {"tokenizer.ggml.model": "no_vocab"}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise ConfigError(
+            f"GGUF files are written with byte-level BPE tokenizers, not {model.get('type')}"
+        )
+    tokens = [f"[PAD{number}]" for number in range(vocab)]
+    types = [UNUSED] * vocab
+    for token, number in model["vocab"].items():
+        tokens[number], types[number] = token, NORMAL
+    for added in definition.get("added_tokens") or ():
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    found = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _cut_name(definition.get("pre_tokenizer")) if merges else "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    end = next((tokens.index(name) for name in ENDS if name in tokens), None)
+    return found if end is None else found | {"tokenizer.ggml.eos_token_id": end}
+
+
+def _cut_name(cut: Any) -> str:
+    """Return GGUF's name of a pre-tokenizer. Raises ConfigError if it has none."""
+    for name, known in CUTS.items():
+        if _essence(cut) == _essence(known):
+            return name
+    raise ConfigError(
+        f"GGUF has no known name for the pre-tokenizer of this tokenizer.json: {cut}; there are "
+        f"names for those of {', '.join(CUTS)}"
+    )
+
+
+def _essence(value: Any) -> Any:
+    """Return a pre-tokenizer without what changes no token, and without a sequence of one."""
+    if isinstance(value, list):
+        return [_essence(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {name: _essence(item) for name, item in value.items() if name != "trim_offsets"}
+    if found.get("type") == "Sequence" and len(found.get("pretokenizers", ())) == 1:
+        return found["pretokenizers"][0]
+    return {"use_regex": True, **found} if found.get("type") == "ByteLevel" else found

@@ -1,0 +1,94 @@
+"""Helpers of the tests of weights: foreign files made on the spot, and gradients by their names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_models
+from safetensors.numpy import save_file
+
+from minillm.autograd.backward import backward
+from minillm.autograd.tape import no_grad
+from minillm.comm.single import SelfCommunicator
+from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
+from minillm.layout.sharding import Slices
+from minillm.models.protocol import Batch
+from minillm.params.where import Where
+from minillm.training.assembly import assemble
+from minillm.weights.foreign import Foreign
+from minillm.weights.mapping import write_block
+from minillm.weights.tokenizer_json import CUTS, byte_level
+
+
+def folder(path: Path, case: str, dtype: Any = np.float64, **changes: Any) -> Path:
+    """Write a case as a folder of transformers. `changes` replace keys of config.json."""
+    path.mkdir(parents=True, exist_ok=True)
+    held = tiny_models.recorded(case)["shapes"]
+    save_file(
+        {
+            name: tiny_models.tensor(name, tuple(shape)).astype(dtype)
+            for name, shape in held.items()
+        },
+        path / "model.safetensors",
+    )
+    (path / "config.json").write_text(json.dumps(tiny_models.CASES[case] | changes))
+    return path
+
+
+class Gradients:
+    """Source of the gradients of a rank that holds the whole model."""
+
+    def __init__(self, values: dict[str, np.ndarray]) -> None:
+        self.values = values
+
+    def read(self, name: str, slices: Slices) -> np.ndarray:
+        return self.values[name.removeprefix("model/")][slices]
+
+
+def run(path: Path) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+    """Return logits, loss, and gradients by foreign names, of the weights in `path`."""
+    comm = SelfCommunicator()
+    opened = open_checkpoint(str(path), comm)
+    config = opened.resolve(ReadOptions(context=tiny_models.LENGTH), 1)
+    loaded = load_trained(opened, config, comm)
+    assembly = assemble(config, comm)  # with room for gradients
+    stage, foreign = assembly.stages[0], Foreign(path)
+    for own, read in zip(assembly.weights(), loaded.weights(), strict=True):
+        own.data[...] = read.data
+    both = tiny_models.tokens()
+    where = Where(0, np.arange(len(both)), np.arange(tiny_models.LENGTH))
+    arrays = {"tokens": both[:, :-1], "targets": both[:, 1:]}
+    batch = Batch(arrays, {"loss": float(both[:, 1:].size)}, where)
+    model: Any = stage.model
+    with no_grad():
+        logits = model.logits(model.forward((), batch, False).outputs, batch)
+    stage.buffers.start_step()
+    loss = model.forward((), batch, False).losses["loss"]
+    backward([(loss, np.ones(()))])
+    source: Any = Gradients({p.name: p.slot().buf for p in stage.buffers.parameters})
+    gradients = {
+        link.theirs: write_block(source, link, slice(0, link.their_shape[0]))
+        for link in foreign.links
+    }
+    return logits, float(loss.data), gradients
+
+
+def bpe_definition() -> dict[str, Any]:
+    """Return a byte-level tokenizer.json of VOCAB tokens: some letters, a merge, and an end."""
+    letters = "abcdefghijklmnop"  # 16
+    vocab = {letter: number for number, letter in enumerate(letters)} | {"ab": 16, "Ġ": 17}
+    vocab["<|endoftext|>"] = 18
+    end = {
+        "id": 18,
+        "content": "<|endoftext|>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]], "ignore_merges": False}
+    return byte_level(model, CUTS["gpt-2"]) | {"added_tokens": [end]}
