@@ -56,7 +56,13 @@ MODELS: dict[str, dict[str, Any]] = {
         kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias="none", tied=False
     ),
     "llama-tied": dict(
-        kv_heads=4, norm="rmsnorm", mlp="swiglu", position="rotary", bias="none", tied=True
+        kv_heads=4,
+        norm="rmsnorm",
+        mlp="swiglu",
+        position="rotary",
+        bias="none",
+        tied=True,
+        norm_place="output",
     ),
     "qwen": dict(
         kv_heads=4,
@@ -85,8 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
         embedding_scale=5.0,
         logit_cap=3.0,
     ),
-    "sinusoidal": dict(position="sinusoidal", mlp="gelu-erf", norm_place="post", window=7),
-    "relu": dict(mlp="relu2", norm_place="output", bias="none"),
+    "sinusoidal": dict(position="sinusoidal", mlp="relu2", norm_place="post", window=7),
 }
 OPTIMIZERS: dict[str, type[AdamW] | type[SGD]] = {"sgd": SGD, "adamw": AdamW}
 

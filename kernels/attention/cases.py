@@ -58,7 +58,6 @@ def masks(B: int, Tq: int, Tk: int) -> dict[str, Visibility]:
         "window": Visibility(True, first_time=np.arange(Tq) - 9),
         # Tiles that no query sees, before and behind a band that is wider than a tile.
         "window-wide": Visibility(True, first_time=np.arange(Tq) - 69),
-        "window-lengths": Visibility(True, first_time=np.arange(Tq) - 20, key_lengths=lengths),
         "window-documents": Visibility(
             True, first_time=np.maximum(documents, np.arange(Tq) - 15), key_lengths=lengths
         ),
