@@ -27,6 +27,10 @@ def random_trainer(
     sizes = shape._asdict()
     vocab = sizes.pop("vocab")
     config = resolve(RunConfig().replace(**sizes, **options), comm.size, vocab)
-    tokens = np.random.default_rng(0).integers(0, vocab, 100_000)
-    task = LanguageModeling(Batches(tokens, shape.context, shape.batch, seed=1))
-    return Trainer(config, on_device(comm, place, direct), task, device=place)
+    return Trainer(config, on_device(comm, place, direct), random_task(shape), device=place)
+
+
+def random_task(shape: Shape) -> LanguageModeling:
+    """Return the task of predicting random tokens."""
+    tokens = np.random.default_rng(0).integers(0, shape.vocab, 100_000)
+    return LanguageModeling(Batches(tokens, shape.context, shape.batch, seed=1))
