@@ -68,13 +68,9 @@ def test_placements_compose_with_other_axes(placement: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("placement", "split"),
-    [
-        ("one rank", True),
-        pytest.param("v", False, marks=pytest.mark.slow),
-        pytest.param("interleaved", True, marks=pytest.mark.slow),
-    ],
+    ("placement", "split"), [("one rank", True), ("v", False), ("interleaved", True)]
 )
+@pytest.mark.slow
 def test_stages_of_a_rank_are_sharded_and_gathered_in_turn(placement: str, split: bool) -> None:
     """Check that a rank has the blocks of one stage at a time, and none behind a RESHARD."""
     ranks = PLACEMENTS[placement]
