@@ -26,7 +26,14 @@ from minillm.base.requirements import installed_version, new_enough, parse_requi
 from minillm.base.terminal import printing
 from minillm.comm import leftovers
 from minillm.comm.cores import affinity, cgroup_quota, omp_limit, usable_cores
-from minillm.comm.launchers import OPEN_MPI_STOP, last_words, launched, mpi_family, version_in
+from minillm.comm.launchers import (
+    MPICH_HANG_UP,
+    OPEN_MPI_STOP,
+    last_words,
+    launched,
+    mpi_family,
+    version_in,
+)
 
 DISTRIBUTION = "minillm-mpi"
 OLDEST_PYTHON = (3, 11)
@@ -220,6 +227,9 @@ def check_mpi() -> Iterator[Finding]:
         yield warning("launcher", words, remedy)
     if family == "Open MPI":
         yield warning("Ctrl-C", "ends the ranks within a quarter of a second", OPEN_MPI_STOP)
+    if family == "MPICH":
+        words = "a closed terminal or pipe of mpirun ends the ranks within 10 ms, unsaved"
+        yield warning("hang-up", words, MPICH_HANG_UP)
     if library is not None:
         trial = run([launcher, "-n", "2", sys.executable, "-c", SIZE_OF_WORLD])
         yield judge_launch(library, family, *trial)

@@ -109,6 +109,15 @@ def test_the_grace_of_open_mpi_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.mark == "warning" and "pkill -USR1 prterun" in finding.remedy
 
 
+def test_mpich_ends_a_run_with_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    mpich = (0, "HYDRA build details:\n    Version: 5.0.2\nsize 2\nsize 2")
+    monkeypatch.setattr(doctor, "run", lambda command: mpich)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/mpirun")
+    finding = named(doctor.check_mpi(), "hang-up")
+    assert finding.mark == "warning" and "nohup mpirun" in finding.remedy
+    assert not [f for f in doctor.check_mpi() if f.subject == "Ctrl-C"]
+
+
 def test_missing_mpirun_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     finding = named(doctor.check_mpi(), "mpirun")

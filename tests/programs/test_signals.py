@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi_helpers import environment, finish, mpirun, needs_mpirun, start, wait_for_steps
+from mpi_helpers import MPIRUN, environment, finish, mpirun, needs_mpirun, start, wait_for_steps
 
 from minillm.comm import signals
+from minillm.comm.launchers import mpi_family
 from minillm.comm.signals import StopRequest
 from minillm.train import main
 
@@ -54,6 +55,31 @@ def test_ctrl_c_on_mpirun(options: list[str], tiny: list[str], tmp_path: Path) -
     wait_for_steps(process, tmp_path / "run")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     check_saved(tmp_path / "run", finish(process).output, 2)
+
+
+@needs_mpirun
+@pytest.mark.slow
+def test_a_closed_terminal_ends_mpich_unless_it_is_ignored(tiny: list[str], tmp_path: Path) -> None:
+    """Hold what doctor and the README say of a closed terminal."""
+    told = subprocess.run([str(MPIRUN), "--version"], capture_output=True, text=True)
+    if mpi_family(told.stdout) != "MPICH":
+        pytest.skip("this is no mpirun of MPICH")
+    first, second = tmp_path / "run", tmp_path / "second"
+    process = start(2, ["-m", "minillm.train", *tiny, *ENDLESS])
+    wait_for_steps(process, first)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert finish(process, 10).returncode == -signal.SIGHUP
+    assert not (first / "checkpoints").exists()
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        process = start(2, ["-m", "minillm.train", *tiny, *ENDLESS, "--out", str(second)])
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+    wait_for_steps(process, second)
+    os.killpg(process.pid, signal.SIGHUP)
+    wait_for_steps(process, second, (second / "metrics.jsonl").read_text().count("\n") + 3)
+    os.killpg(process.pid, signal.SIGINT)
+    check_saved(second, finish(process).output, 2)
 
 
 @needs_mpirun
