@@ -14,7 +14,7 @@ from pathlib import Path
 from minillm import kernels
 from minillm.base.device import CPU, open_device
 from minillm.base.flags import to_toml
-from minillm.base.log import Log
+from minillm.base.log import Log, paragraph
 from minillm.base.terminal import guarded_output
 from minillm.base.trace import Tracer
 from minillm.comm.agreement import agree, from_first, known_to_all
@@ -97,7 +97,8 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         def work(workers: Communicator, wire: Communicator | None) -> None:
             training = Run(workers, device, config, data, out, origin, tracer, stop, wire)
             if (launch := launched()) and launch.launcher.startswith("Open MPI"):
-                log(f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}\n")
+                words = f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}"
+                log(f"{paragraph('stop', words)}\n")
             if training.train():
                 _show_sample(training)
 

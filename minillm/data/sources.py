@@ -38,7 +38,7 @@ TOKEN_SUFFIXES = (".bin", ".npy")
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 """Kinds of file that a folder is searched for; each but the last may be compressed, as .txt.gz."""
 
-HIDDEN, SPECIAL, BROKEN = "hidden", "no regular file", "broken link"
+HIDDEN, SPECIAL, BROKEN = "hidden", "special file", "broken link"
 
 _NOT_SOURCE = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}

@@ -54,7 +54,7 @@ def test_a_folder_reads_its_kinds_and_counts_what_it_leaves_out(folder: Path) ->
     assert text_of(folder).splitlines() == ["one", "three", "two", "four", "five", "six"]
     assert summary(folder) == (
         "5 files (2 .txt, 1 .py, 1 .md, 1 .jsonl; left out: 2 hidden, 1 without a suffix, "
-        "1 no regular file, 1 broken link, 1 .png)"
+        "1 special file, 1 broken link, 1 .png)"
     )
 
 
@@ -72,7 +72,7 @@ def test_patterns(folder: Path) -> None:
     assert text_of(folder / "**" / "*.md") + text_of(folder / "**" / "*.py") == "twothree\n"
     assert text_of(folder / "[ab]*") == "one\n"
     assert text_of(folder / "Make*") == "all:"
-    left_out = "left out: 1 no regular file, 1 broken link"
+    left_out = "left out: 1 special file, 1 broken link"
     assert summary(folder / "*.[tT]*") == f"2 files (2 .txt; {left_out})"
     with pytest.raises(ConfigError, match="matches no file"):
         find_source(str(folder / "*.tex"))
