@@ -47,7 +47,7 @@ def train(comm: Communicator, steps: int, num_microbatches: int = 4) -> list[flo
     )  # fmt: skip
     schedule = one_f_one_b(comm.size, num_microbatches)
     stages = consecutive([layers // comm.size] * comm.size)
-    ties = ARCHITECTURE.ties(config, comm.size)
+    ties = ARCHITECTURE.ties(config, stages)
     layout = Layout(MeshShape(pp=comm.size), stages, schedule.rank_of_stage, ties)
     mesh = Mesh(comm, layout.mesh, {name: layout.ranks_of_tie(name) for name in ties})
 

@@ -9,7 +9,7 @@ same code on communicators of size 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from minillm import ops
 from minillm.autograd.recompute import recomputed
@@ -241,9 +241,9 @@ class GPTArchitecture:
         whole = GPT(config, TensorParallel(PlannedGroup()), seed=0)
         return {parameter.name: parameter.spec for parameter in whole.parameters()}
 
-    def ties(self, config: ModelConfig, num_stages: int) -> Mapping[str, tuple[int, ...]]:
+    def ties(self, config: ModelConfig, stages: Sequence[range]) -> Mapping[str, tuple[int, ...]]:
         """Return the first and the last stage as holders of a tied embedding."""
-        return {TIED_WEIGHT: (0, num_stages - 1)} if config.tied and num_stages > 1 else {}
+        return {TIED_WEIGHT: (0, len(stages) - 1)} if config.tied and len(stages) > 1 else {}
 
     def activation_bytes(self, config: ModelConfig, num_layers: int, work: Workload) -> int:
         """Return the bytes that the tape keeps of one microbatch in `num_layers` blocks on a rank.

@@ -7,7 +7,7 @@ through an `Architecture`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     cache: Mapping[str, Any] | None = None
     """Attention layer's name -> its KV cache. A batch with a cache, even one without layers, is not
     cut along time: single positions cannot be."""
+    memory: KeyLimits | None = None  # of the array "source" that cross-attention reads, if any
 
 
 class StageResult(NamedTuple):
@@ -115,8 +116,11 @@ class Architecture(Protocol):
     def specs(self, config: Any) -> Mapping[str, ShardSpec]:
         """Return the layout of every parameter of the whole model by global name."""
 
-    def ties(self, config: Any, num_stages: int) -> Mapping[str, tuple[int, ...]]:
-        """Return the stages that hold a copy of each parameter that several stages share."""
+    def ties(self, config: Any, stages: Sequence[range]) -> Mapping[str, tuple[int, ...]]:
+        """Return the stages that hold a copy of each parameter that several stages share.
+
+        `stages` are the layers of each stage.
+        """
 
     def activation_bytes(self, config: Any, num_layers: int, work: Workload) -> int:
         """Return the bytes that the tape keeps of one microbatch in `num_layers` on a rank."""

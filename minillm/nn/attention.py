@@ -1,8 +1,10 @@
-"""Self-attention with heads cut over tp: projections around an exchangeable core."""
+"""Attention with heads cut over tp: to the own sequence by an exchangeable core, or to a memory."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
@@ -129,4 +131,90 @@ class Attention(Module):
         samples, times = where.addresses()
         return kernels.AttentionDropout(
             self.dropout.p, self.dropout.key(where), samples, self.first_head, times, times
+        )
+
+
+class MemoryKeys:
+    """Keys and values of a layer's memory, kept while a sequence is decoded.
+
+    `found` is None until the pass that brings the memory.
+    """
+
+    found: tuple[Tensor, kernels.Visibility] | None = None  # kv [B, S, 2 H K], its visible keys
+
+    def reorder(self, parents: np.ndarray) -> None:
+        """Let row r continue with the memory of row parents[r], int64 [B']."""
+        assert self.found is not None
+        kv, visibility = self.found
+        lengths = visibility.key_lengths
+        assert lengths is not None
+        kept = kernels.Visibility(causal=False, key_lengths=lengths[parents])
+        self.found = Tensor(kv.data[parents]), kept
+
+
+class CrossAttention(Module):
+    """Multi-head attention whose keys and values come from a memory (Vaswani et al. 2017, 3.2.3).
+
+    Queries come from x, keys and values from `Pass.memory`, which is inside the region already: it
+    enters once for all layers of a stage. With a cache the memory is projected once.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        region: Region,
+        *,
+        bias: bool,
+        std: float,
+        out_std: float,
+        dropout: Dropout,
+    ) -> None:
+        channels = Segment(dim, ("tp",), dim // heads)
+        self.heads = heads // region.comm.size
+        self.first_head = region.comm.rank * self.heads
+        self.q = ColumnParallelLinear(dim, (channels,), region, bias=bias, std=std)
+        self.kv = ColumnParallelLinear(dim, (channels, channels), region, bias=bias, std=std)
+        self.out = RowParallelLinear(channels, dim, region, bias=bias, std=out_std)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Attend from x [B, T_local, D] to the same shape, both outside the region."""
+        return self.out(self._attended(x, pass_), pass_)
+
+    def branch(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Parameter | None]:
+        """Return the same, and the bias that the next norm is to add (`RowParallelLinear`)."""
+        return self.out.branch(self._attended(x, pass_), pass_)
+
+    def _attended(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Return the heads' outputs [B, T, H K] inside the region."""
+        kv, visibility = self._keys(pass_)
+        dropout = self._dropout(pass_)
+        q = self.q(x, pass_)
+        return ops.cross_attention(q, kv, heads=self.heads, visibility=visibility, dropout=dropout)
+
+    def _keys(self, pass_: Pass) -> tuple[Tensor, kernels.Visibility]:
+        memory, kept = pass_.memory, None
+        if pass_.cache is not None:
+            kept = pass_.cache[self.name]
+            if memory is None:
+                return kept.found
+        assert memory is not None, "cross-attention needs a memory"
+        kv = ops.linear(memory.states, self.kv.weight, self.kv.bias)  # [B, S, 2 H K]
+        found = kv, memory.limits.visibility(causal=False)
+        if kept is not None:
+            kept.found = found
+        return found
+
+    def _dropout(self, pass_: Pass) -> kernels.AttentionDropout | None:
+        if not self.dropout.p or not pass_.training or pass_.memory is None:
+            return None
+        samples, times = pass_.whole.addresses()
+        return kernels.AttentionDropout(
+            self.dropout.p,
+            self.dropout.key(pass_.whole),
+            samples,
+            self.first_head,
+            times,
+            pass_.memory.where.addresses()[1],
         )

@@ -71,10 +71,10 @@ class Block(Module):
     def forward(self, stream: Stream, pass_: Pass) -> Stream:
         """Return the residual stream [B, T_local, D] behind this block."""
         attention, mlp = self.attention, self.mlp
-        stream = self._half(stream, pass_, self.norm1, attention, self.out_norm1, self.dropout1)
-        return self._half(stream, pass_, self.norm2, mlp, self.out_norm2, self.dropout2)
+        stream = self.half(stream, pass_, self.norm1, attention, self.out_norm1, self.dropout1)
+        return self.half(stream, pass_, self.norm2, mlp, self.out_norm2, self.dropout2)
 
-    def _half(
+    def half(
         self,
         stream: Stream,
         pass_: Pass,

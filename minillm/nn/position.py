@@ -11,15 +11,20 @@ from minillm.base.arrays import Array
 from minillm.params.where import Where
 
 
-def sinusoidal_table(times: np.ndarray, dim: int, dtype: np.dtype) -> np.ndarray:
+def sinusoidal_table(
+    times: np.ndarray, dim: int, dtype: np.dtype, *, halves: bool = False
+) -> np.ndarray:
     """Return the sinusoidal encoding [*times.shape, dim] of global positions `times`.
 
-    Even channels hold sines and odd ones cosines (Vaswani et al. 2017, section 3.5).
+    Even channels hold sines and odd ones cosines (Vaswani et al. 2017, section 3.5). With `halves`
+    all sines stand before all cosines, at the same frequencies, as in Marian.
     """
     frequency = 10000.0 ** (-2.0 * np.arange((dim + 1) // 2) / dim)
     angle = times[..., None] * frequency
-    table = np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(*times.shape, -1)
-    return table[..., :dim].astype(dtype)
+    parts = [np.sin(angle), np.cos(angle)]
+    if halves:
+        return np.concatenate(parts, axis=-1)[..., :dim].astype(dtype)
+    return np.stack(parts, axis=-1).reshape(*times.shape, -1)[..., :dim].astype(dtype)
 
 
 class Rotary(NamedTuple):

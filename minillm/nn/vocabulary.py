@@ -154,6 +154,82 @@ class _HeadLoss(Function):
         return ctx.saved
 
 
+def smoothing_loss(
+    x: Tensor,
+    weight: Any,
+    targets: Array,
+    comm: Communicator,
+    *,
+    vocab: int,
+    divisor: float,
+    smoothing: float,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Return what label smoothing adds to `head_loss` of the same arguments: a float64 scalar.
+
+    The definition is torch's: (1 - e) times the loss of the target plus e times the mean of -log p
+    over the `vocab` tokens, the target among them. Padded rows are not in the mean. The difference
+    e (z[target] - mean z) is linear in the logits z = x weight^T, so no softmax is needed:
+    z[target] - mean z = x (weight[target] - mean weight). Collective over `comm`.
+    """
+    return _Smoothing.apply(
+        x,
+        weight,
+        targets=targets,
+        comm=comm,
+        vocab=vocab,
+        factor=smoothing / divisor,
+        ignore_index=ignore_index,
+    )
+
+
+class _Smoothing(Function):
+    @staticmethod
+    def forward(
+        ctx: Context,
+        x: Array,
+        weight: Array,
+        *,
+        targets: Array,
+        comm: Communicator,
+        vocab: int,
+        factor: float,
+        ignore_index: int,
+    ) -> Array:
+        xp, first = namespace(x), comm.rank * len(weight)
+        valid = min(max(vocab - first, 0), len(weight))
+        rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
+        counted = (flat != ignore_index).astype(x.dtype)[:, None]
+        offset = kernels.embedding_forward(flat, weight, first)  # [N, D], 0 where not counted
+        offset -= counted * (weight[:valid].sum(0, dtype=sum_dtype(x.dtype)) / vocab).astype(
+            x.dtype
+        )
+        ctx.save(rows, flat, counted, offset, first, valid, vocab, factor, x.shape, weight.shape)
+        total = xp.asarray((rows * offset).sum(dtype=np.float64) * factor)
+        if comm.size > 1:
+            comm.all_reduce_(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
+        rows, flat, counted, offset, first, valid, vocab, factor, shape, weight_shape = ctx.saved
+        factor *= float(grad_outs[0])
+        if not needs[1]:
+            return (offset * offset.dtype.type(factor)).reshape(shape), None
+        slot = into[1]
+        wide = sum_dtype(rows.dtype)
+        buf = namespace(rows).empty(weight_shape, wide) if slot is None else slot.buf
+        scaled = rows * rows.dtype.type(factor)
+        again = slot is not None and slot.writes > 0
+        kernels.embedding_backward_(scaled, flat, buf, first, accumulate=again)
+        buf[:valid] -= (scaled * counted).sum(0, dtype=wide) / wide.type(vocab)
+        grad_x = (offset * offset.dtype.type(factor)).reshape(shape)
+        if slot is None:
+            return grad_x, buf
+        slot.writes += 1
+        return grad_x, WRITTEN
+
+
 def chunk_rows(num_rows: int, row_bytes: int, *, on_gpu: bool) -> int:
     """Return the rows of logits, of `row_bytes` each, that exist at once: as few chunks as fit.
 

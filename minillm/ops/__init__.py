@@ -1,7 +1,7 @@
 """Differentiable operations: each a `Function` over kernels."""
 
 from minillm.ops.activation import geglu, gelu, relu, relu2, silu, softmax, swiglu
-from minillm.ops.attention import attention, attention_qkv
+from minillm.ops.attention import attention, attention_qkv, cross_attention
 from minillm.ops.dropout import dropout
 from minillm.ops.embedding import add_constant, add_position, embedding
 from minillm.ops.linear import add_bias, linear
@@ -24,6 +24,7 @@ __all__ = [
     "add_position",
     "attention",
     "attention_qkv",
+    "cross_attention",
     "cross_entropy",
     "dropout",
     "embedding",

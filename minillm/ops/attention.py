@@ -39,6 +39,19 @@ def attention_qkv(
     return _Attention.apply(q, k, v, options=_options(q.shape[-1], visibility, dropout))
 
 
+def cross_attention(
+    q: Tensor,
+    kv: Tensor,
+    *,
+    heads: int,
+    visibility: kernels.Visibility = EVERYTHING,
+    dropout: kernels.AttentionDropout | None = None,
+) -> Tensor:
+    """Attention of q [B, T, H K] over kv [B, S, 2 H K] = [k heads | v heads] -> [B, T, H K]."""
+    options = _options(q.shape[-1] // heads, visibility, dropout)
+    return _CrossAttention.apply(q, kv, heads=heads, options=options)
+
+
 def _options(
     head_width: int, visibility: kernels.Visibility, dropout: kernels.AttentionDropout | None
 ) -> dict[str, Any]:
@@ -90,3 +103,34 @@ class _Attention(Function):
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array, Array, Array]:
         q, k, v, o, lse, options = ctx.saved
         return kernels.attention_backward(grad_outs[0], q, k, v, o, lse, **options)
+
+
+def _split_memory(q: Array, kv: Array, heads: int) -> tuple[Array, Array, Array]:
+    """Return views q [B, T, H, K], k and v [B, S, H, K]."""
+    width = q.shape[-1] // heads
+    both = kv.reshape(*kv.shape[:2], 2 * heads, width)
+    return q.reshape(*q.shape[:2], heads, width), both[:, :, :heads], both[:, :, heads:]
+
+
+class _CrossAttention(Function):
+    @staticmethod
+    def forward(ctx: Context, q: Array, kv: Array, *, heads: int, options: dict[str, Any]) -> Array:
+        o, lse = kernels.attention_forward(*_split_memory(q, kv, heads), **options)
+        ctx.save(q, kv, o, lse, heads, options)
+        return o.reshape(q.shape)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array, Array]:
+        q, kv, o, lse, heads, options = ctx.saved
+        xp = namespace(q)
+        grad_q, grad_kv = xp.empty(q.shape, q.dtype), xp.empty(kv.shape, kv.dtype)
+        gq, gk, gv = _split_memory(grad_q, grad_kv, heads)
+        kernels.attention_backward(
+            grad_outs[0].reshape(o.shape),
+            *(*_split_memory(q, kv, heads), o, lse),
+            **options,
+            grad_q=gq,
+            grad_k=gk,
+            grad_v=gv,
+        )
+        return grad_q, grad_kv

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from minillm.base.arrays import Array
 from minillm.base.device import CPU, Device
 from minillm.kernels import Visibility
+
+if TYPE_CHECKING:
+    from minillm.autograd.tape import Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ def _unlimited(length: int) -> KeyLimits:
     return KeyLimits()
 
 
+class Memory(NamedTuple):
+    """Sequence that cross-attention reads, the encoder's result."""
+
+    states: Tensor  # [B, S, D] inside the region
+    where: Where  # addresses of the whole sequence
+    limits: KeyLimits  # its padding
+
+
 @dataclass(frozen=True)
 class Pass:
     """State of one pass of one microbatch through a model. Modules hold none of it.
@@ -103,6 +114,7 @@ class Pass:
     training: bool = False  # enables dropout
     limits: KeyLimits | None = None  # of whole sequences
     cache: Mapping[str, Any] | None = None  # attention layer's name -> core that replaces its own
+    memory: Memory | None = None  # that cross-attention reads
 
     def visibility(self, causal: bool, window: int = 0) -> Visibility:
         """Return the visible keys of self-attention over whole sequences.

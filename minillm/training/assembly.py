@@ -31,7 +31,7 @@ def layout_of(config: ResolvedConfig, rank_of_stage: tuple[int, ...] | None = No
         config.mesh,
         layers,
         tuple(range(len(layers))) if rank_of_stage is None else rank_of_stage,
-        config.family.architecture.ties(config.model, len(layers)),
+        config.family.architecture.ties(config.model, layers),
     )
 
 

@@ -56,7 +56,7 @@ def test_the_model_decides_which_flags_there_are(capsys: pytest.CaptureFixture[s
         parse("--help")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--heads INT" in text and "--features" not in text
-    assert "or two-towers" in text and "with another model towers or wide-towers" in text
+    assert "or two-towers" in text and "towers or wide-towers" in text
 
 
 def test_a_preset_and_a_file_name_the_model(tmp_path: Path) -> None:

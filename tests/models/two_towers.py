@@ -12,7 +12,7 @@ counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,7 +222,7 @@ class TowerArchitecture:
         whole = Towers(config, part, TensorParallel(PlannedGroup()), 0.02)
         return {parameter.name: parameter.spec for parameter in whole.parameters()}
 
-    def ties(self, config: Config, num_stages: int) -> Mapping[str, tuple[int, ...]]:
+    def ties(self, config: Config, stages: Sequence[range]) -> Mapping[str, tuple[int, ...]]:
         return {}
 
     def activation_bytes(self, config: Config, num_layers: int, work: Workload) -> int:
