@@ -13,6 +13,7 @@ from minillm.comm.process import main_guard
 from minillm.data.prepare import PrepareArgs
 from minillm.evaluate import EvaluateArgs
 from minillm.generate import GenerateArgs
+from minillm.inference.translate import TranslateArgs
 from minillm.schedule import ScheduleArgs
 from minillm.training.arguments import with_start
 from minillm.training.config import RunConfig
@@ -33,6 +34,7 @@ OPTIONS: Mapping[str, type[Record]] = {
     "prepare": PrepareArgs,
     "evaluate": EvaluateArgs,
     "generate": GenerateArgs,
+    "translate": TranslateArgs,
     "import": ImportArgs,
     "export": ExportArgs,
     "plot": PlotArgs,

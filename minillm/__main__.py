@@ -25,6 +25,7 @@ PROGRAMS = {
     "prepare": Program("minillm.data.prepare", "tokenize a text once, for many runs"),
     "evaluate": Program("minillm.evaluate", "measure the loss of a checkpoint"),
     "generate": Program("minillm.generate", "write text with a checkpoint"),
+    "translate": Program("minillm.inference.translate", "translate lines with a checkpoint"),
     "import": Program(
         "minillm.weights.importing", "copy weights of Hugging Face or GGUF files into a run"
     ),

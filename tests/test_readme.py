@@ -9,6 +9,8 @@ import pytest
 
 from minillm.__main__ import PROGRAMS
 from minillm.base.record import flag
+from minillm.models.family import families
+from minillm.tasks.objectives import objective
 from minillm.training.arguments import StartOptions
 from minillm.training.config import RunConfig
 
@@ -61,6 +63,8 @@ def test_ci_runs_the_extracted_test_command_last() -> None:
 
 def test_train_flags_in_the_readme_exist() -> None:
     options = {**RunConfig.options(), **StartOptions.options()}
+    for family in families().values():
+        options |= {**family.options.options(), **objective(family.objective).options.options()}
     known = {flag(name) for name in options}
     known |= {flag(f"no_{name}") for name in options if options[name].kind is bool}
     lines = [

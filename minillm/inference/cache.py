@@ -9,9 +9,10 @@ import numpy as np
 
 from minillm import kernels
 from minillm.autograd.tape import Tensor
+from minillm.base.arrays import IntArray
 from minillm.base.device import Device
 from minillm.models.protocol import Decoder
-from minillm.nn.attention import Attention, Heads
+from minillm.nn.attention import Attention, CrossAttention, Heads, MemoryKeys
 from minillm.ops.attention import split_heads
 from minillm.params.where import KeyLimits, Pass
 
@@ -60,19 +61,27 @@ class KVCache:
         )
         return Tensor(o.reshape(*qkv.shape[:2], -1))
 
+    def reorder(self, parents: IntArray) -> None:
+        """Let row r continue row parents[r], int64 [B']."""
+        self.keys, self.values = self.keys[parents], self.values[parents]
+
 
 def cached_keys(times: np.ndarray) -> KeyLimits:
     """Return the keys of a pass over positions `times` int64 [T] or [B, T]: all up to the last."""
     return KeyLimits(times_q=times, times_k=np.arange(int(times.max()) + 1))
 
 
-def new_cache(models: Iterable[Decoder], batch: int, device: Device) -> dict[str, KVCache]:
+def new_cache(models: Iterable[Decoder], batch: int, device: Device) -> dict[str, Any]:
     """Return an empty cache for each attention layer of this rank's stages, by its name.
 
-    `batch` sequences of at most `model.context` positions, in the dtype of the parameters.
+    `batch` sequences of at most `model.context` positions, in the dtype of the parameters. Layers
+    that read a memory keep its keys and values.
     """
-    return {
-        layer.name: KVCache(batch, model.context, layer.heads, model.parameters()[0].dtype, device)
-        for model in models
-        for layer in model.modules(Attention)
-    }
+    found: dict[str, Any] = {}
+    for model in models:
+        for layer in model.modules(Attention):
+            if layer.causal:
+                dtype = model.parameters()[0].dtype
+                found[layer.name] = KVCache(batch, model.context, layer.heads, dtype, device)
+        found |= {layer.name: MemoryKeys() for layer in model.modules(CrossAttention)}
+    return found

@@ -99,8 +99,11 @@ class Generator:
         where = Where(0, np.arange(len(ids)), times, device=self.device)
         limits = None if cache is None else cached_keys(times)
         arrays = {"tokens": self.device.upload(ids)}
+        return self.run(Batch(arrays, {}, where, limits, {} if cache is None else cache))
+
+    def run(self, batch: Batch) -> np.ndarray | None:
+        """Return the logits [B, V] of the last position of `batch`, None before the last stage."""
         self._outputs: tuple[Tensor, ...] | None = None
-        batch = Batch(arrays, {}, where, limits, {} if cache is None else cache)
         self._runtime.run([batch])
         if self._outputs is None:
             return None

@@ -10,10 +10,13 @@ from minillm.comm.communicator import MAX, Communicator
 from minillm.data.tokenizers import tokenizer_from_json
 from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
+from minillm.inference.translator import Translator
 from minillm.tasks.protocol import Dataset
+from minillm.tasks.translation import Translations
 from minillm.training.assembly import Assembly
 
 TEMPERATURE = 0.7  # below 1, since a small model's unlikely tokens are mostly wrong
+NUM_TRANSLATIONS = 6
 
 
 class Sample(Protocol):
@@ -53,5 +56,28 @@ def continued_text(
     return f"\n--- {title} ---\n{printable(tokenizer.decode(ids))}\n---"
 
 
+def translations(
+    model: Assembly,
+    data: Dataset,
+    tokens: int,
+    seed: int,
+    replica: Communicator,
+    stop: Callable[[], bool],
+) -> str:
+    """Return some held-out pairs with the model's translations, a `Sample`."""
+    assert isinstance(data, Translations)
+    pairs = data.held_out if len(data.held_out) else data.train
+    number = min(NUM_TRANSLATIONS, len(pairs))
+    found = Translator(model, pairs.end).greedy(pairs.sources[:number], tokens)
+    lines = ["", "--- held-out sources, = given translations, > those of the model ---"]
+    for source, target, ids in zip(pairs.sources, pairs.targets, found, strict=False):
+        texts = (data.tokenizer.decode(part) for part in (source[:-1], target[:-1], ids))
+        lines += [f"{mark} {printable(text)}" for mark, text in zip(" =>", texts, strict=True)]
+    return "\n".join([*lines, "---"])
+
+
 # What a family writes -> how its sample is made.
-SAMPLES: Mapping[str | None, Sample] = {"text": continued_text}
+SAMPLES: Mapping[str | None, Sample] = {
+    "text": continued_text,
+    "translation": translations,
+}

@@ -94,20 +94,20 @@ class Family:
     presets: Mapping[str, Mapping[str, Any]]
     """Preset -> values of any options of a run. The first preset is the default."""
     writes: str | None = None
-    """Output of its trained models: "text" that continues a prompt; None: none."""
+    """Output of its trained models: "text" that continues a prompt, or a "translation" of a source;
+    None: none."""
     tables: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> option that says how many of its rows a model has. A run may start from weights
     with more rows."""
 
-    def check_writes(self) -> None:
-        """Raise ConfigError unless its models write text that continues a prompt."""
-        if self.writes != "text":
+    def check_writes(self, what: str = "text") -> None:
+        """Raise ConfigError unless its models write "text" or a "translation", as asked."""
+        if self.writes != what:
             able = or_list(
-                f"--model {name}" for name, it in families().items() if it.writes == "text"
+                f"--model {name}" for name, it in families().items() if it.writes == what
             )
-            raise ConfigError(
-                f"a model of --model {self.name} does not continue text; use one of {able}"
-            )
+            does = {"text": "continue text", "translation": "translate"}[what]
+            raise ConfigError(f"a model of --model {self.name} does not {does}; use one of {able}")
 
 
 _registered: dict[str, Family] = {}

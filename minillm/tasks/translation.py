@@ -235,7 +235,7 @@ class TranslationObjective:
                 train, held_out = pairs, _pairs(options.val_source, options.val_target, "val-")[1]
             known = vocabulary
             if known is None:
-                texts = (f"{text}\n" for pair in (*train, *held_out) for text in pair)
+                texts = (text for pair in (*train, *held_out) for text in pair)
                 known = make_tokenizer(options.tokenizer, texts).to_json()
             return [name, train, held_out, known]
 

@@ -1,0 +1,104 @@
+"""Translate lines with a trained model: `minillm translate RUN < in > out`."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minillm.base.arrays import IntArray
+from minillm.base.errors import ConfigError
+from minillm.base.flags import parse_flags
+from minillm.base.record import option
+from minillm.comm.agreement import from_first, known_to_all
+from minillm.comm.communicator import Communicator
+from minillm.comm.process import run_program
+from minillm.data.tokenizers import Tokenizer
+from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place
+from minillm.inference.translator import Translator
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateArgs(ReadOptions):
+    """Translate each line of standard input, and print the translations in the same order.
+
+    minillm translate runs/translate < sentences.txt > translations.txt
+    """
+
+    checkpoint: str = option(path=True)
+    """Folder of a run, or one of its checkpoints; may also be the first word, without the flag."""
+    batch: int = option(32, at_least=1)
+    """Lines that each replica translates at once."""
+    tokens: int | None = option(None, at_least=1)
+    """Most tokens of a translation; left out: as many as the context holds."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return the exit status."""
+    return run_program(_parse, _translate, argv, lambda args: args.threads)
+
+
+def _parse(argv: Sequence[str]) -> TranslateArgs:
+    return parse_flags(TranslateArgs, named_run(argv), prog="minillm translate")
+
+
+def _translate(comm: Communicator, args: TranslateArgs) -> None:
+    """Translate standard input. Collective."""
+    with known_to_all():
+        placed, device = place(comm, args)
+        opened = open_checkpoint(args.checkpoint, placed, args.best)
+        opened.config.family.check_writes("translation")
+        config = opened.resolve(args, comm.size)
+        tokenizer = opened.tokenizer
+        lines = from_first(comm, _input)
+        sources = encoded_lines(lines, tokenizer, config.model.context)
+        model = load_trained(opened, config, placed, device)
+    translator = Translator(model, tokenizer.vocab_size)
+    replicas = model.mesh.axis("dp")
+    stride = args.batch * replicas.size
+    for first in range(0, len(lines), stride):
+        own = sources[first : first + stride][replicas.rank :: replicas.size]
+        full = [ids for ids in own if len(ids) > 1]  # an empty line stays empty
+        found = iter(translator.greedy(full, args.tokens) if full else [])
+        texts = [tokenizer.decode(next(found)) if len(ids) > 1 else "" for ids in own]
+        dealt = replicas.gather_json(texts)
+        if comm.rank == 0:
+            for i in range(min(stride, len(lines) - first)):
+                print(dealt[i % replicas.size][i // replicas.size].replace("\n", " "))
+            sys.stdout.flush()
+
+
+def encoded_lines(lines: Sequence[str], tokenizer: Tokenizer, context: int) -> list[IntArray]:
+    """Return the ids of each line and its end, int64.
+
+    Raises ConfigError naming the first line that has no ids or more than `context`.
+    """
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            ids = tokenizer.encode(line)
+        except ConfigError as error:
+            raise ConfigError(f"line {number}: {error}") from None
+        if len(ids) >= context:
+            raise ConfigError(
+                f"line {number} has {len(ids)} tokens, and the model reads {context - 1} and an "
+                "end; cut it into sentences"
+            )
+        found.append(np.append(ids, tokenizer.vocab_size).astype(np.int64))
+    return found
+
+
+def _input() -> list[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8")  # whatever the locale says
+    try:
+        return [line.strip() for line in sys.stdin]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not UTF-8: {error.reason}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
