@@ -69,7 +69,7 @@ TABLE: list[Cell] = [
     # The remaining model options, each on a layout that uses every axis.
     *(
         (model, layout)
-        for model in ("gpt2-untied", "llama-tied", "qwen", "gemma", "sinusoidal")
+        for model in ("gpt2-untied", "llama-tied", "qwen", "gemma", "sinusoidal", "bert")
         for layout in (TRIPLES[1], Layout(pp=2, num_microbatches=2))
     ),
 ]
@@ -178,6 +178,11 @@ def sampled_cells(count: int, seed: int) -> list[Cell]:
     return random.Random(seed).sample(all_cells(), count)
 
 
-# Eight microbatches cost as much as all other cells, and come with the mark.
-QUICK_CELLS = covering([c for c in all_cells() if c[1].num_microbatches < 8], 2)
+# Eight microbatches cost as much as all other cells, and come with the mark. The encoder shares its
+# layers with the other models: two cells use every axis.
+QUICK_CELLS = [
+    *covering([c for c in all_cells() if c[1].num_microbatches < 8 and c[0] != "bert"], 2),
+    ("bert", Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=4)),
+    ("bert", Layout(tp=2, pp=2, num_microbatches=2)),
+]
 MATRIX_CELLS = [cell for cell in dict.fromkeys(TABLE) if cell not in QUICK_CELLS]

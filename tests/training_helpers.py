@@ -19,11 +19,15 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.threads import run_ranks
 from minillm.data.batches import Batches
+from minillm.data.documents import Documents, SpecialTokenizer
+from minillm.data.tokenizers import IdTokenizer
 from minillm.layout.sharding import Sharded, slice_shape
 from minillm.params.parameter import Parameter
 from minillm.params.storage import FlatBuffers
 from minillm.replication.node_shared import NodeMemory
 from minillm.tasks.language_model import LanguageModeling
+from minillm.tasks.masked_language_model import Masking, Pairs, SentencePairs
+from minillm.tasks.protocol import Task
 from minillm.training.config import RunConfig
 from minillm.training.optim import SGD, AdamW
 from minillm.training.resolve import ResolvedConfig, resolve
@@ -92,6 +96,7 @@ MODELS: dict[str, dict[str, Any]] = {
         logit_cap=3.0,
     ),
     "sinusoidal": dict(position="sinusoidal", mlp="relu2", norm_place="post", window=7),
+    "bert": dict(model="bert"),
 }
 OPTIMIZERS: dict[str, type[AdamW] | type[SGD]] = {"sgd": SGD, "adamw": AdamW}
 
@@ -139,7 +144,7 @@ class Outcome:
 def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
     """Return the resolved configuration of a cell."""
     options = BASE | MODELS[model] | changes
-    config = RunConfig().replace(
+    config = RunConfig.of(options.pop("model", "gpt"))().replace(
         **options,
         dp=layout.dp,
         tp=layout.tp,
@@ -160,6 +165,26 @@ def make_batches(config: ResolvedConfig) -> Batches:
     return Batches(tokens, config.model.context, optimization.batch, optimization.seed)
 
 
+def make_task(config: ResolvedConfig) -> Task:
+    """Return what the family of a model learns, on random data that are the same on every rank."""
+    batches, optimization = make_batches(config), config.options.optimization
+    if config.family.name == "gpt":
+        return LanguageModeling(batches)
+    # Sentences of 1 to 12 tokens, documents of 1 to 4 sentences.
+    tokenizer, rng = SpecialTokenizer(IdTokenizer(VOCAB - 4), True), np.random.default_rng(5)
+    _, cls, sep, _ = tokenizer.specials
+    tokens = np.concatenate(
+        [
+            np.append(rng.integers(0, VOCAB - 4, rng.integers(1, 13)), [sep] + [cls] * (i % 3 > 1))
+            for i in range(200)
+        ]
+    )
+    documents = Documents(tokens, tokenizer.specials, "the test")
+    masking = Masking(tokenizer, 0.15, False)
+    pairs = Pairs(documents, masking, config.model.context, optimization.seed)
+    return SentencePairs(pairs, optimization.batch, 0)
+
+
 def train_rank(
     comm: Communicator,
     config: ResolvedConfig,
@@ -177,7 +202,7 @@ def train_rank(
     """
     device = open_device(config.options.compute.device)
     comm = on_device(comm, device, direct)
-    task = (options or {}).get("task") or LanguageModeling(make_batches(config))
+    task = (options or {}).get("task") or make_task(config)
     trainer = Trainer(
         config,
         comm,

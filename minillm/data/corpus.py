@@ -22,6 +22,7 @@ from minillm.comm.agreement import agree, from_first, gather
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.data.cache import cache_folder
+from minillm.data.documents import SpecialTokenizer
 from minillm.data.encoding import TextPlan, encode_text
 from minillm.data.options import DataOptions
 from minillm.data.reading import TextFacts, read_blocks
@@ -35,11 +36,13 @@ from minillm.data.token_files import (
     open_tokens,
 )
 from minillm.data.tokenizers import (
+    SPECIAL,
     IdTokenizer,
     Tokenizer,
     is_learnt,
     make_tokenizer,
     tokenizer_from_json,
+    without_prefix,
 )
 
 
@@ -212,7 +215,7 @@ def _tokenizer(
 
     def blocks() -> Iterator[str]:
         total = sum(fact.num_characters for fact in facts)
-        with bar(f"learning {spec}", total, "char", True) as advance:
+        with bar(f"learning {without_prefix(spec)}", total, "char", True) as advance:
             for source in sources:
                 for block in read_blocks(source):
                     yield block
@@ -237,8 +240,8 @@ def _plan_tokens(
     largest = max(fact.largest for fact in facts)
     if isinstance(spec, str) and is_learnt(spec):
         raise ConfigError(
-            f"--tokenizer {spec} is learnt from text, but {shown(path)} holds token ids; leave it "
-            "out, or name the tokenizer.json that made the ids"
+            f"--tokenizer {without_prefix(spec)} is learnt from text, but {shown(path)} holds "
+            "token ids; leave it out, or name the tokenizer.json that made the ids"
         )
     if largest >= LARGEST_VOCABULARY and not (spec or vocab):
         worst = next(i for i, fact in enumerate(facts) if fact.largest == largest)
@@ -248,7 +251,9 @@ def _plan_tokens(
             "vocabulary has some hundred thousand tokens at most, so the file is damaged or holds "
             f"no ids (--vocab {largest + 1} if it is right)"
         )
-    if isinstance(spec, str):
+    if spec in SPECIAL:
+        tokenizer: Tokenizer = SpecialTokenizer(IdTokenizer(largest + 1), SPECIAL[spec])
+    elif isinstance(spec, str):
         tokenizer = make_tokenizer(spec, "")
     else:
         tokenizer = spec or IdTokenizer(vocab or largest + 1)

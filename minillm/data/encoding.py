@@ -24,6 +24,7 @@ from minillm.base.errors import ConfigError
 from minillm.comm.agreement import agree, from_first, gather
 from minillm.comm.communicator import Communicator
 from minillm.data.cache import Encoded, EntryWriter, cache_folder, entry_key, read_entry
+from minillm.data.documents import SpecialTokenizer
 from minillm.data.package_tokenizer import HFTokenizer, package_version
 from minillm.data.pieces import cut_pieces, token_dtype
 from minillm.data.reading import encoded, read_blocks
@@ -66,15 +67,21 @@ def encode_text(
     the text is small. Raises ConfigError on all ranks if the text is not the same on all, or cannot
     be encoded.
     """
-    small = ALONE_BYTES_PACKAGE if isinstance(tokenizer, HFTokenizer) else ALONE_BYTES
+    small = ALONE_BYTES_PACKAGE if _of_package(tokenizer) else ALONE_BYTES
     if plan.num_bytes <= small and not keep:
         return agree(comm, lambda: _encode_alone(plan, tokenizer), ConfigError), ""
     path = cache_folder(cache) / "tokens" / _key(plan, tokenizer)
     return _encode_together(plan, tokenizer, path, comm)
 
 
+def _of_package(tokenizer: Tokenizer) -> bool:
+    """Tell if the package `tokenizers` does the work."""
+    base = tokenizer.base if isinstance(tokenizer, SpecialTokenizer) else tokenizer
+    return isinstance(base, HFTokenizer)
+
+
 def _key(plan: TextPlan, tokenizer: Tokenizer) -> str:
-    version = package_version() if isinstance(tokenizer, HFTokenizer) else ""
+    version = package_version() if _of_package(tokenizer) else ""
     return entry_key(text=plan.sha256, cut=plan.cut, tokenizer=tokenizer.to_json(), package=version)
 
 

@@ -110,6 +110,14 @@ class HFTokenizer:
         with self._errors("cannot decode ids"):
             return self._tokenizer.decode(checked(ids, self).tolist(), skip_special_tokens=False)
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token as the vocabulary spells it, None if it has none."""
+        return self._tokenizer.token_to_id(token)
+
+    def token(self, token_id: int) -> str:
+        """Return a token as the vocabulary spells it, "" for an id without one."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def to_json(self) -> dict[str, Any]:
         return {"kind": "hf", "name": self.name, "tokenizer": json.loads(self._tokenizer.to_str())}
 

@@ -64,7 +64,7 @@ def learnt_tokenizer(
     """
     if not is_learnt(spec) or sum(fact.num_bytes for fact in facts) <= KEPT_BYTES:
         return make_tokenizer(spec, blocks() if is_learnt(spec) else "")
-    version = package_version() if spec.startswith("bpe:") else ""
+    version = package_version() if "bpe:" in spec else ""
     key = entry_key(spec=spec, texts=[fact.sha256 for fact in facts], package=version)
     path = cache / "tokenizers" / f"{key}.json"
     with contextlib.suppress(ConfigError):  # absent or damaged

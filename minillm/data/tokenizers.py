@@ -7,6 +7,7 @@ use the optional package `tokenizers`.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.data.documents import SpecialTokenizer
 from minillm.data.package_tokenizer import HFTokenizer, learn_bpe, read_definition
 from minillm.data.pieces import characters_of, checked, code_points, shortened, token_dtype
 from minillm.data.reading import encoded
@@ -183,18 +185,32 @@ class IdTokenizer:
         return {"kind": "ids", "vocab_size": self.vocab_size}
 
 
+SPECIAL = {"special:": False, "documents:": True}
+"""Prefix of a spec -> if the tokenizer marks sentences and documents (`SpecialTokenizer`)."""
+
+
+def without_prefix(spec: str) -> str:
+    """Return `spec` without the prefix that adds special tokens."""
+    return functools.reduce(str.removeprefix, SPECIAL, spec)
+
+
 def is_learnt(spec: str) -> bool:
     """Return True if the tokenizer `spec` is fitted to the text."""
-    return spec == "char" or spec.startswith("bpe:")
+    return without_prefix(spec) == "char" or without_prefix(spec).startswith("bpe:")
 
 
 def make_tokenizer(spec: str, text: str | Iterable[str]) -> Tokenizer:
     """Make the tokenizer `spec`; "char" and "bpe:SIZE" are fitted to `text`, whole or in blocks.
 
     `spec` is "byte", "char", "bpe:SIZE" (byte-level byte-pair encoding of SIZE tokens; Sennrich et
-    al. 2016, arXiv:1508.07909), or a tokenizer.json as "hf:FILE" or a path. Raises ConfigError for
-    any other spec, for a missing file and for a missing package.
+    al. 2016, arXiv:1508.07909), or a tokenizer.json as "hf:FILE" or a path. A prefix of `SPECIAL`
+    adds special tokens. Raises ConfigError for any other spec, for a missing file and for a missing
+    package.
     """
+    for prefix, documents in SPECIAL.items():
+        if spec.startswith(prefix):
+            base = make_tokenizer(spec.removeprefix(prefix) or "byte", text)
+            return SpecialTokenizer(base, documents)
     blocks = [text] if isinstance(text, str) else text
     if spec == "byte":
         return ByteTokenizer()
@@ -224,6 +240,9 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
             return IdTokenizer(vocab_size)
         case {"kind": "hf", "name": str(name), "tokenizer": dict(definition)}:
             return HFTokenizer(json.dumps(definition), name)
+        case {"kind": "special", "base": base, "documents": bool(documents)}:
+            return SpecialTokenizer(tokenizer_from_json(base), documents)
     raise ConfigError(
-        f"not a tokenizer: {shortened(repr(value))}; known kinds are byte, char, ids and hf"
+        f"not a tokenizer: {shortened(repr(value))}; known kinds are byte, char, ids, hf and "
+        "special"
     )

@@ -20,6 +20,18 @@ def biases_cost(x: Array, summed: bool = False) -> bool:
     return not on_host(x) and (summed or not kernels.chosen("matmul", x).fuses_bias)
 
 
+class Linear(Module):
+    """Linear layer with biases that every tp rank holds whole, for inputs that all of them have."""
+
+    def __init__(self, in_size: int, out_size: int, *, std: float) -> None:
+        self.weight = Parameter(ShardSpec.replicated(out_size, in_size), Normal(std), decay=True)
+        self.bias = Parameter(ShardSpec.replicated(out_size), Constant(0.0), decay=False)
+
+    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Project x [..., in] to [..., out]."""
+        return ops.linear(x, self.weight, self.bias)
+
+
 class ColumnParallelLinear(Module):
     """Linear layer with its output features cut over tp: y_local = enter(x) @ W_local^T + b_local.
 

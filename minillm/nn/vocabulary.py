@@ -64,7 +64,12 @@ def head_logits(
     return cap * namespace(found).tanh(found / cap) if cap else found
 
 
-def head_loss(
+def head_loss(x: Tensor, weight: Any, targets: Array, comm: Communicator, **more: Any) -> Tensor:
+    """Return the loss of `head_scores`, which takes the same arguments."""
+    return head_scores(x, weight, targets, comm, **more)[0]
+
+
+def head_scores(
     x: Tensor,
     weight: Any,
     targets: Array,
@@ -72,22 +77,27 @@ def head_loss(
     *,
     vocab: int,
     divisor: float,
+    bias: Any = None,
     ignore_index: int = -100,
     cap: float = 0.0,
-) -> Tensor:
-    """Sum the cross-entropies of the logits x @ weight^T, divided by `divisor`: a float64 scalar.
+) -> tuple[Tensor, Tensor]:
+    """Sum the cross-entropies of the logits x @ weight^T + bias, divided by `divisor`.
 
-    x: [B, T, D] inside the region; weight: [V_local, D]; targets: [B, T] int, of which those equal
-    to `ignore_index` do not count. With `cap` > 0 a logit z becomes cap tanh(z / cap) (Gemma 2,
-    arXiv:2408.00118). Collective over `comm`.
+    x: [..., D] inside the region; weight: [V_local, D]; bias: [V_local] or None; targets: [...]
+    int, of which those equal to `ignore_index` do not count. With `cap` > 0 a logit z becomes
+    cap tanh(z / cap) (Gemma 2, arXiv:2408.00118). Collective over `comm`.
 
-    The logits never exist all at once. While gradients are on, dX and dW are computed here, chunk
-    by chunk, because recomputing the logits in backward would cost a fourth product. The gradient
-    of the result must then be 1; backward raises ValueError for any other.
+    Returns the loss, a float64 scalar, and how far the logit of each target lies below the largest
+    one, [N] <= 0: 0 where the model's choice is the target.
+
+    The logits never exist all at once. While gradients are on, those of x, weight and bias are
+    computed here, chunk by chunk, because recomputing the logits in backward would cost a fourth
+    product. The gradient of the loss must then be 1; backward raises ValueError for any other.
     """
     return _HeadLoss.apply(
         x,
         weight,
+        bias,
         targets=targets,
         comm=comm,
         vocab=vocab,
@@ -103,6 +113,7 @@ class _HeadLoss(Function):
         ctx: Context,
         x: Array,
         weight: Array,
+        bias: Array | None,
         *,
         targets: Array,
         comm: Communicator,
@@ -110,7 +121,7 @@ class _HeadLoss(Function):
         divisor: float,
         ignore_index: int,
         cap: float,
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         xp = namespace(x)
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
         counted = flat != ignore_index
@@ -119,15 +130,19 @@ class _HeadLoss(Function):
         vocab_slice = (_VocabSlice if on_host(x) else _VocabSliceOnGpu)(len(weight), comm, vocab)
         grad_x = xp.empty(rows.shape, x.dtype) if ctx.needs[0] else None
         slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
+        bias_grad = xp.zeros(len(weight), wide) if ctx.needs[2] else None
+        sums = None if bias_grad is None else xp.empty(len(weight), wide)  # of a chunk
+        below = xp.empty(len(rows), wide)
         total: Any = 0.0
         chunk = chunk_rows(len(rows), weight.shape[0] * x.dtype.itemsize, on_gpu=not on_host(x))
         buffer = xp.empty((min(chunk, len(rows)), weight.shape[0]), x.dtype)  # of every chunk
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = buffer[: len(rows[part])]
-            kernels.matmul(rows[part], weight.T, out=logits)
+            kernels.matmul(rows[part], weight.T, out=logits, bias=bias)
             slope = _cap_(logits, cap) if cap else None
             sum_exp, target_logit = vocab_slice.softmax_(logits, flat[part])
+            below[part] = target_logit
             total = total + _counted_sum(xp.log(sum_exp) - target_logit, counted[part])
             if ctx.recording:
                 vocab_slice.grad_(logits, sum_exp, flat[part], row_scale[part])
@@ -136,16 +151,20 @@ class _HeadLoss(Function):
                 if grad_x is not None:
                     kernels.matmul(logits, weight, out=grad_x[part])
                 if slot is not None:
-                    kernels.matmul(logits.T, rows[part], out=slot.buf, accumulate=slot.writes > 0)
+                    more, product = slot.writes > 0, (logits.T, rows[part])
+                    kernels.matmul(*product, out=slot.buf, accumulate=more, sums=sums)
                     slot.writes += 1
+                    if bias_grad is not None:
+                        bias_grad += sums
         ctx.save(
             None if grad_x is None else grad_x.reshape(x.shape),
             slot.buf if slot is not None and ctx.slot(1) is None else WRITTEN,
+            bias_grad,
         )
-        return xp.asarray(total / divisor)
+        return xp.asarray(total / divisor), below
 
     @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any]:
         if float(grad_outs[0]) != 1.0:
             raise ValueError(
                 "the head computed its gradients in forward, for a grad of 1, not "

@@ -1,6 +1,6 @@
 """Differentiable operations: each a `Function` over kernels."""
 
-from minillm.ops.activation import geglu, gelu, relu, relu2, silu, softmax, swiglu
+from minillm.ops.activation import geglu, gelu, relu, relu2, silu, softmax, swiglu, tanh
 from minillm.ops.attention import attention, attention_qkv, cross_attention
 from minillm.ops.dropout import dropout
 from minillm.ops.embedding import add_constant, add_position, embedding
@@ -44,4 +44,5 @@ __all__ = [
     "silu",
     "softmax",
     "swiglu",
+    "tanh",
 ]

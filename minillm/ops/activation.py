@@ -9,7 +9,7 @@ from typing import Any
 
 from minillm import kernels
 from minillm.autograd.tape import Context, Function, Tensor, fresh_of, recomputable, value_of
-from minillm.base.arrays import Array, writeable
+from minillm.base.arrays import Array, namespace, writeable
 
 
 def gelu(
@@ -64,6 +64,11 @@ def _pointwise(kind: str, x: Tensor, recompute: bool) -> Tensor:
 def _gated(kind: str, gate_up: Tensor, recompute: bool) -> Tensor:
     y, data = _Gated.apply(gate_up, kind=kind), gate_up.data
     return recomputable(y, lambda: _gated_rows(kind, data)) if recompute else y
+
+
+def tanh(x: Tensor) -> Tensor:
+    """Return the hyperbolic tangent, for the few rows of a head."""
+    return _Tanh.apply(x)
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -132,6 +137,19 @@ class _Gated(Function):
 def _gated_rows(kind: str, gate_up: Array) -> Array:
     rows = getattr(kernels, f"{kind}_forward")(gate_up.reshape(-1, gate_up.shape[-1]))
     return rows.reshape(*gate_up.shape[:-1], -1)
+
+
+class _Tanh(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Array) -> Array:
+        y = namespace(x).tanh(x)
+        ctx.save(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        (y,) = ctx.saved
+        return (grad_outs[0] * (1 - y * y),)
 
 
 class _Softmax(Function):

@@ -13,7 +13,7 @@ from minillm.base.arrays import Array, namespace, sum_dtype
 
 
 def embedding(ids: Array, weight: Any, first_row: int = 0) -> Tensor:
-    """Look up rows of weight [V_local, D] for ids [...]: [..., D].
+    """Look up rows of weight [V_local, D], a table or activations, for ids [...]: [..., D].
 
     Ids outside [first_row, first_row + V_local) give zeros.
     """
@@ -39,17 +39,17 @@ class _Embedding(Function):
 
     @staticmethod
     def forward(ctx: Context, weight: Array, *, ids: Array, first_row: int) -> Array:
-        ctx.save(ids, first_row, weight.shape)
+        ctx.save(ids, first_row, weight.shape, weight.dtype)
         return kernels.embedding_forward(ids, weight, first_row)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any]:
-        ids, first_row, shape = ctx.saved
+        ids, first_row, shape, dtype = ctx.saved
         slot, grad = into[0], grad_outs[0]
         if slot is None:
             grad_weight = namespace(grad).empty(shape, sum_dtype(grad.dtype))
             kernels.embedding_backward_(grad, ids, grad_weight, first_row, accumulate=False)
-            return (grad_weight,)
+            return (grad_weight.astype(dtype, copy=False),)
         kernels.embedding_backward_(grad, ids, slot.buf, first_row, accumulate=slot.writes > 0)
         slot.writes += 1
         return (WRITTEN,)

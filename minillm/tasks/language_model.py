@@ -177,6 +177,43 @@ class TextToMeasure(Record):
     """Folder for tokenized texts; left out: as in training."""
 
 
+def held_out_corpus(
+    asked: TextToMeasure,
+    trained: DataOptions,
+    shape: Shape,
+    vocabulary: Mapping[str, Any],
+    sha256: str,
+    comm: Communicator,
+) -> Corpus:
+    """Load the text that `Objective.held_out` measures. Collective.
+
+    Raises ConfigError on every rank as `load_corpus` does, and if the text has changed.
+    """
+    own = asked.data or trained.val_data  # measured as a whole
+    if own is None and not sha256:
+        raise ConfigError(
+            "these weights do not say on which text they were trained; name a text with --data "
+            "to measure on all of it"
+        )
+    corpus = load_corpus(
+        own or trained.data,
+        tokenizer_from_json(vocabulary),
+        context=1,
+        vocab=shape.vocab,
+        held_out=1.0 if own else None,
+        text_field=asked.text_field or trained.text_field,
+        cache=asked.cache or trained.cache,
+        comm=comm,
+    )
+    if not own and corpus.sha256 != sha256:
+        raise ConfigError(
+            f"{corpus.source} has changed since training (sha256 {corpus.sha256[:12]}, was "
+            f"{sha256[:12]}), so its end may hold text that the model was trained on; put the "
+            "old text back, or name a text with --data to measure on all of it"
+        )
+    return corpus
+
+
 class TextObjective:
     """Objective "text": the next token of a text."""
 
@@ -208,29 +245,7 @@ class TextObjective:
         comm: Communicator,
     ) -> Text:
         """Load the text to measure. Collective."""
-        own = asked.data or trained.val_data  # measured as a whole
-        if own is None and not sha256:
-            raise ConfigError(
-                "these weights do not say on which text they were trained; name a text with --data "
-                "to measure on all of it"
-            )
-        corpus = load_corpus(
-            own or trained.data,
-            tokenizer_from_json(vocabulary),
-            context=1,
-            vocab=shape.vocab,
-            held_out=1.0 if own else None,
-            text_field=asked.text_field or trained.text_field,
-            cache=asked.cache or trained.cache,
-            comm=comm,
-        )
-        if not own and corpus.sha256 != sha256:
-            raise ConfigError(
-                f"{corpus.source} has changed since training (sha256 {corpus.sha256[:12]}, was "
-                f"{sha256[:12]}), so its end may hold text that the model was trained on; put the "
-                "old text back, or name a text with --data to measure on all of it"
-            )
-        return Text(corpus)
+        return Text(held_out_corpus(asked, trained, shape, vocabulary, sha256, comm))
 
 
 OBJECTIVE = TextObjective()

@@ -1,0 +1,429 @@
+"""BERT: an encoder that predicts masked tokens, one definition for every mesh.
+
+By configuration it is BERT (Devlin et al. 2019, arXiv:1810.04805), RoBERTa (Liu et al. 2019,
+arXiv:1907.11692) or DistilBERT (Sanh et al. 2019, arXiv:1910.01108). Blocks are those of a GPT with
+norms behind the residual sums, and every query sees all real keys.
+
+    tokens, types -> embedding -> block ... block -+-> masked positions -> transform -> "mlm"
+                                                   +-> position 0 -> pooler -----> "nsp"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from minillm import ops
+from minillm.autograd.recompute import recomputed
+from minillm.autograd.tape import Tensor
+from minillm.base.arrays import Array, namespace
+from minillm.base.errors import ConfigError
+from minillm.base.log import plural
+from minillm.base.record import Record, option
+from minillm.comm.single import SelfCommunicator
+from minillm.layout.sharding import Segment, ShardSpec
+from minillm.models.family import Family, ShapeOptions
+from minillm.models.gpt import ARCHITECTURE as GPT_ARCHITECTURE
+from minillm.models.gpt_config import ModelConfig
+from minillm.models.protocol import (
+    INIT_STD,
+    ArraySpec,
+    Batch,
+    BoundarySpec,
+    StagePart,
+    StageResult,
+    Workload,
+)
+from minillm.models.sizes import check_divides, check_kernels, check_vocab
+from minillm.nn.attention import Attention
+from minillm.nn.block import Block, Stream
+from minillm.nn.dropout import Dropout
+from minillm.nn.linear import Linear
+from minillm.nn.mlp import MLP
+from minillm.nn.norm import LayerNorm
+from minillm.nn.vocabulary import VocabParallelEmbedding, head_scores, vocab_weight
+from minillm.parallel.collectives import copy_to, reduce_from
+from minillm.parallel.tensor import PlannedGroup, Region, TensorParallel
+from minillm.params.module import Module
+from minillm.params.parameter import Constant, Normal, Parameter
+from minillm.params.where import Pass
+
+TIED_WEIGHT = "embedding.weight"
+MASKED = 0.15  # share of positions that the head sees, for rates and costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertShape(Record):
+    """Part of an encoder's shape that never follows from anything else."""
+
+    layers: int = option(4, at_least=1)
+    """Number of Transformer blocks."""
+    heads: int = option(4, at_least=1)
+    """Number of attention heads."""
+    dim: int = option(128, at_least=1)
+    """Width of the model."""
+    context: int = option(128, at_least=8)
+    """Length of the longest sequences, in tokens, [CLS] and [SEP] included."""
+    norm_eps: float = option(1e-12, above=0)
+    """Number that norms add to a variance (RoBERTa: 1e-5)."""
+    types: int = option(2, at_least=0)
+    """Kinds of tokens with an embedding each: 2 tells the segments of a pair apart, RoBERTa has 1,
+    DistilBERT none (0)."""
+    position_offset: int = option(0, at_least=0)
+    """Row of the position table for position 0 (RoBERTa: 2)."""
+    dropout: float = option(0.0, at_least=0, below=1, announced=True)
+    """Share of activations dropped in training, in [0, 1)."""
+    objective: Literal["mlm", "mlm+nsp"] = "mlm+nsp"
+    """Losses, and the heads that they need: masked tokens (mlm), or those and whether the second
+    segment of a pair follows the first (mlm+nsp)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig(BertShape):
+    """Whole shape of an encoder: equal for every rank of a run, and kept in its checkpoints."""
+
+    ffn_dim: int = option(at_least=1)
+    """Width inside the MLP."""
+    vocab: int = option(at_least=1)
+    """Number of different tokens."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for sizes that do not fit together."""
+        super().__post_init__()
+        check_divides("heads", self.heads, "dim", self.dim)
+        if self.pairs and self.types < 2:
+            raise ConfigError(
+                f"--types {self.types} cannot tell the two segments of a pair apart; use --types "
+                "2, or --objective mlm"
+            )
+
+    @property
+    def pairs(self) -> bool:
+        """True if the model judges pairs of segments."""
+        return self.objective == "mlm+nsp"
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position table."""
+        return self.context + self.position_offset
+
+    @cached_property
+    def core(self) -> ModelConfig:
+        """The blocks as those of a GPT, for costs and memory."""
+        names = ("layers", "heads", "dim", "context", "ffn_dim", "vocab")
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return ModelConfig(**sizes, kv_heads=self.heads, mlp="gelu-erf", norm_place="post")
+
+    @property
+    def head_width(self) -> int:
+        """Channels of an attention head."""
+        return self.dim // self.heads
+
+    @property
+    def training_flops(self) -> float:
+        """FLOP to train on one position, of which the head sees 15 %."""
+        return float(sum(self.layer_costs()) - 3 * self.dim)
+
+    def layer_costs(self) -> list[float]:
+        """Return FLOP to train each layer on one position, embedding and head included."""
+        each = 6.0 * (self.core.layer_products + self.core.attention_products(0))
+        costs = [each] * self.layers
+        costs[0] += 3 * self.dim
+        costs[-1] += 6 * MASKED * self.dim * (self.dim + self.vocab)
+        return costs
+
+    def cut_over_tp(self, sequence_parallel: bool) -> dict[str, int]:
+        """Return option -> size that tensor parallelism divides."""
+        cut = {"heads": self.heads, "ffn_dim": self.ffn_dim}
+        return cut | ({"context": self.context} if sequence_parallel else {})
+
+    def check_device(self, device: str) -> None:
+        """Raise ConfigError if the device has no kernels for these sizes."""
+        check_kernels(device, self.dim, self.heads)
+
+    def describe(self) -> str:
+        """Return the sizes in words."""
+        return (
+            f"{plural(self.layers, 'layer')} of width {self.dim}, {plural(self.heads, 'head')}, "
+            f"context {self.context}, {self.objective}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertOptions(BertShape, ShapeOptions):
+    """Encoder, as in `--layers 6 --heads 12 --dim 384` (minillm/models/bert.py)."""
+
+    ffn_dim: int | None = option(None, at_least=1)
+    """Width inside the MLP; left out: 4 dim."""
+    vocab: int | None = option(None, at_least=1)
+    """Number of different tokens; left out: what the tokenizer has, and four special ones."""
+
+    def resolve(self, vocab: int | None = None) -> BertConfig:
+        """Return the shape for data of `vocab` tokens.
+
+        Raises ConfigError for sizes that do not fit together, and where the number of tokens is
+        unknown.
+        """
+        follows = {"ffn_dim": 4 * self.dim, "vocab": check_vocab(self.vocab, vocab)}
+        given = {name: value for name, value in self.to_dict().items() if value is not None}
+        return BertConfig(**follows | given)
+
+    def check_weights(self, had: BertOptions) -> None:
+        """Raise ConfigError if the table of positions would grow."""
+        if self.context > had.context:
+            raise ConfigError(
+                f"--context {self.context} is longer than the {had.context} positions that the "
+                f"weights of --init-from have learned; use --context {had.context} or less"
+            )
+
+
+class MaskedHead(Module):
+    """Masked-language-model head: dense, GELU, norm, and the tied table with a bias of its own.
+
+    The transform is replicated over tp, the table and the bias are cut.
+    """
+
+    def __init__(self, c: BertConfig, weight: Parameter, region: Region, std: float) -> None:
+        self.comm, self.vocab = region.comm, c.vocab
+        self.dense = Linear(c.dim, c.dim, std=std)
+        self.norm = LayerNorm(c.dim, TensorParallel(region.comm), bias=True, eps=c.norm_eps)
+        self.weight = weight
+        spec = ShardSpec((c.vocab,), ((Segment(c.vocab, ("tp",)),),), pad=True)
+        self.bias = Parameter(spec, Constant(0.0), decay=False)
+
+    def forward(
+        self, x: Tensor, pass_: Pass, targets: Array, divisor: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of x [M, D] against targets [M] and what `head_scores` adds to it."""
+        y = self.norm(ops.gelu(self.dense(x, pass_), "erf"), pass_)
+        return head_scores(
+            copy_to(y, self.comm),
+            self.weight,
+            targets,
+            self.comm,
+            vocab=self.vocab,
+            divisor=divisor,
+            bias=self.bias,
+        )
+
+
+class PairHead(Module):
+    """Next-sentence head: a pooler of position 0 and two classes, 0 for a pair that belongs."""
+
+    def __init__(self, c: BertConfig, std: float) -> None:
+        self.pooler = Linear(c.dim, c.dim, std=std)
+        self.classes = Linear(c.dim, 2, std=std)
+        self.comm = SelfCommunicator()
+
+    def forward(
+        self, x: Tensor, pass_: Pass, targets: Array, divisor: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of x [B, D] against targets [B] and what `head_scores` adds to it."""
+        pooled, classes = ops.tanh(self.pooler(x, pass_)), self.classes
+        more: dict[str, Any] = dict(vocab=2, divisor=divisor, bias=classes.bias)
+        return head_scores(pooled, classes.weight, targets, self.comm, **more)
+
+
+class Bert(Module):
+    """Stage of an encoder: blocks of `part`, on a first stage embeddings, on a last one heads.
+
+    The batch holds "tokens" [B, T] and, for more than one type, "types" [B, T]. The loss "mlm" has
+    "masked" [M], indices into the B T positions (-1: none), and "originals" [M]. The loss "nsp" has
+    "unrelated" [B], 0 or 1. Stages hand on "hidden" [B, T_local, D].
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        region: Region,
+        part: StagePart | None = None,
+        *,
+        seed: int,
+        recompute: str = "none",
+        std: float = INIT_STD,
+    ) -> None:
+        part = part or StagePart(range(config.layers), True, True)
+        self.config, self.region, self.seed, self.std = config, region, seed, std
+        self.recompute, c = recompute, config
+        tie = TIED_WEIGHT if not (part.first and part.last) else None
+        self.embedding: VocabParallelEmbedding | None = None
+        self.positions = self.types = self.norm = None
+        if part.first:
+            self.embedding = VocabParallelEmbedding(c.vocab, c.dim, region, std=std, tie=tie)
+            self.positions = self._table(c.num_positions)
+            self.types = self._table(c.types) if c.types else None
+            self.norm = LayerNorm(c.dim, region, bias=True, eps=c.norm_eps)
+        self.dropout = Dropout(c.dropout, seed)
+        self.blocks = {layer: self._block() for layer in part.layers}
+        self.head = self.pairs = None
+        if part.last:
+            self.head = MaskedHead(c, self._tied(tie), region, std)
+            self.pairs = PairHead(c, std) if c.pairs else None
+        self.assign_names()
+
+    def _table(self, rows: int) -> Parameter:
+        spec = ShardSpec.replicated(rows, self.config.dim, partial_over=self.region.partial_over)
+        return Parameter(spec, Normal(self.std), decay=True)
+
+    def _tied(self, tie: str | None) -> Parameter:
+        if self.embedding is not None:
+            return self.embedding.weight
+        weight = vocab_weight(self.config.vocab, self.config.dim, std=self.std, tie=tie)
+        weight.name = TIED_WEIGHT
+        return weight
+
+    def _block(self) -> Block:
+        c, region, again = self.config, self.region, self.recompute == "selective"
+        more: dict[str, Any] = dict(bias=True, std=self.std, out_std=self.std)
+        drops = [Dropout(c.dropout, self.seed) for _ in range(3)]
+        norms = [
+            LayerNorm(c.dim, region, bias=True, recompute=again, eps=c.norm_eps) for _ in range(2)
+        ]
+        attention = Attention(
+            c.dim, c.heads, c.heads, region, causal=False, dropout=drops[0], **more
+        )
+        mlp = MLP("gelu-erf", c.dim, c.ffn_dim, region, recompute=again, **more)
+        return Block(norms[0], attention, norms[1], mlp, drops[1], drops[2], post=True)
+
+    def receives(self, batch: Batch) -> BoundarySpec:
+        """Describe "hidden" [B, T_local, D] in the parameters' dtype; () on a first stage."""
+        if self.embedding is not None:
+            return ()
+        times = self._pass(batch, False).where.times
+        assert times is not None
+        shape = (len(batch.where.samples), times.shape[-1], self.config.dim)
+        return (ArraySpec("hidden", shape, self.parameters()[0].dtype, True),)
+
+    def forward(self, arrived: tuple[Tensor, ...], batch: Batch, training: bool) -> StageResult:
+        """Return "hidden" [B, T_local, D] behind the blocks of this stage.
+
+        The last stage adds the losses that `batch` has divisors for. For each it hands on an array,
+        of [M] or [B]: how far the target's logit lies below the largest one.
+        """
+        pass_ = self._pass(batch, training)
+        if self.embedding is None:
+            (x,) = arrived
+        else:
+            x = self._embed(self.embedding, batch, pass_)
+        stream = Stream(x)
+        for block in self.blocks.values():
+            stream = (
+                self._recomputed(block, stream, pass_)
+                if self.recompute == "full"
+                else block(stream, pass_)
+            )
+        outputs, losses = [stream.sum()], {}
+        xp, arrays, divisors = namespace(x.data), batch.arrays, batch.divisors
+        if self.head is not None and "mlm" in divisors:
+            rows = self._rows(outputs[0], arrays["masked"], pass_)
+            found = self.head(rows, pass_, arrays["originals"], divisors["mlm"])
+            losses["mlm"], outputs = found[0], [*outputs, found[1]]
+        if self.pairs is not None and "nsp" in divisors:
+            assert pass_.whole.times is not None
+            first = xp.arange(len(x.data)) * pass_.whole.times.shape[-1]
+            rows = self._rows(outputs[0], first, pass_)
+            found = self.pairs(rows, pass_, arrays["unrelated"], divisors["nsp"])
+            losses["nsp"], outputs = found[0], [*outputs, found[1]]
+        return StageResult(tuple(outputs), losses)
+
+    def _rows(self, hidden: Tensor, places: Array, pass_: Pass) -> Tensor:
+        """Return the rows of `hidden` at places [M] of the B T positions: [M, D] on every tp rank.
+
+        Where time is sharded, each rank adds the rows that it holds: M D elements are summed, where
+        a gathered sequence would be B T D. A place of -1 gives zeros.
+        """
+        local, whole = pass_.where.times, pass_.whole.times
+        flat = hidden.reshape(-1, self.config.dim)
+        if pass_.where is pass_.whole:
+            return ops.embedding(places, flat)
+        assert local is not None and whole is not None
+        (length, size), xp = (whole.shape[-1], local.shape[-1]), namespace(places)
+        sample, time = places // length, places % length - int(local[0])
+        inside = (places >= 0) & (time >= 0) & (time < size)
+        rows = ops.embedding(xp.where(inside, sample * size + time, -1), flat)
+        return reduce_from(rows, self.region.comm)
+
+    def _pass(self, batch: Batch, training: bool) -> Pass:
+        return self.region.outside(Pass(batch.where, batch.where, training, batch.limits))
+
+    def _recomputed(self, block: Block, stream: Stream, pass_: Pass) -> Stream:
+        """Apply `block`, keeping its input alone."""
+        return Stream(recomputed(lambda x: block(Stream(x), pass_).sum(), stream.sum()))
+
+    def _embed(self, embedding: VocabParallelEmbedding, batch: Batch, pass_: Pass) -> Tensor:
+        times, tokens = pass_.where.times, batch.arrays["tokens"]
+        assert times is not None and self.norm is not None
+        hidden = embedding(tokens, pass_)
+        hidden = ops.add_position(hidden, self.positions, times + self.config.position_offset)
+        if self.types is not None:
+            own = slice(int(times[0]), int(times[-1]) + 1)
+            types = batch.arrays["types"] if self.config.types > 1 else tokens * 0
+            hidden = ops.add(hidden, ops.embedding(types[:, own], self.types))
+        return self.dropout(self.norm(hidden, pass_), pass_)
+
+
+class BertArchitecture:
+    """Architecture "bert", configured by a `BertConfig`."""
+
+    name = "bert"
+
+    def build(
+        self,
+        config: BertConfig,
+        part: StagePart,
+        region: Region,
+        *,
+        seed: int,
+        recompute: str = "none",
+        std: float = INIT_STD,
+    ) -> Bert:
+        """Build one stage. No memory is allocated for its parameters."""
+        return Bert(config, region, part, seed=seed, recompute=recompute, std=std)
+
+    def specs(self, config: BertConfig) -> Mapping[str, ShardSpec]:
+        """Return the layout of every parameter of the whole model by global name."""
+        whole = Bert(config, TensorParallel(PlannedGroup()), seed=0)
+        return {parameter.name: parameter.spec for parameter in whole.parameters()}
+
+    def ties(self, config: BertConfig, stages: Sequence[range]) -> Mapping[str, tuple[int, ...]]:
+        """Return the first and the last stage as holders of the token embedding."""
+        return {TIED_WEIGHT: (0, len(stages) - 1)} if len(stages) > 1 else {}
+
+    def activation_bytes(self, config: BertConfig, num_layers: int, work: Workload) -> int:
+        """Return the bytes that the tape keeps of one microbatch, as a GPT of these blocks does."""
+        return GPT_ARCHITECTURE.activation_bytes(config.core, num_layers, work)
+
+    def workspace_bytes(self, config: BertConfig, work: Workload, *, last: bool) -> int:
+        """Return the bytes of temporaries on a rank, as for a GPT of these blocks."""
+        return GPT_ARCHITECTURE.workspace_bytes(config.core, work, last=last)
+
+    def head_bytes(self, config: BertConfig, work: Workload) -> int:
+        """Return the bytes of the logits that exist at once: those of 15 % of the positions."""
+        masked = work._replace(tokens=max(1, round(MASKED * work.tokens)))
+        return GPT_ARCHITECTURE.head_bytes(config.core, masked)
+
+
+def _published(layers: int, heads: int, dim: int, lr: float, **more: Any) -> dict[str, Any]:
+    """Return an encoder of BERT's vocabulary, with its batch of 256 x 512 tokens."""
+    model = dict(layers=layers, heads=heads, dim=dim, context=512, vocab=30522, dropout=0.1)
+    training = dict(batch=256, microbatch=8, steps=1_000_000, lr=lr, warmup=10_000)
+    return model | training | dict(eval_every=1000, eval_tokens=1 << 20) | more
+
+
+ROBERTA = dict(vocab=50265, norm_eps=1e-5, types=1, position_offset=2, objective="mlm")
+FAMILY = Family(
+    name="bert",
+    options=BertOptions,
+    architecture=BertArchitecture(),
+    objective="masked-text",
+    presets={
+        "bert-tiny": dict(data="austen", tokenizer="char", steps=1000, lr=1e-3, eval_every=100),
+        "bert-base": _published(12, 12, 768, 1e-4),
+        "minilm": _published(6, 12, 384, 4e-4),
+        "roberta-base": _published(12, 12, 768, 6e-4, **ROBERTA),
+        "distilbert": _published(6, 12, 768, 5e-4, types=0, objective="mlm"),
+    },
+    tables={"positions": "num_positions"},
+)
