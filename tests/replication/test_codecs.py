@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpi_helpers import mpirun, needs_mpirun
+from replication.virtual_workers import VirtualBf16, VirtualOneBit, VirtualSum, VirtualTopK
 
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
@@ -20,7 +20,6 @@ from minillm.comm.threads import run_ranks
 from minillm.replication import codecs
 from minillm.replication.codecs import Bf16, Codec, Matrix, OneBit, PowerSGD, TopK
 from minillm.replication.compressed import codec_of
-from minillm.replication.costs import codec_payload
 from minillm.replication.options import ReplicationOptions
 
 SEEDS = st.integers(0, 99)
@@ -133,77 +132,19 @@ def test_powersgd_survives_zero_gradients() -> None:
     check_telescoping(MAKE["powersgd"], grads)
 
 
-def simulate_topk(grads: list[Any], share: float) -> list[Any]:
-    """Return the sums [step][matrix] of virtual workers, in one process."""
-    errors = [np.zeros_like(g) for g in grads[0]]
-    sums = []
-    for step in grads:
-        sums.append([])
-        for error, grad in zip(errors, step, strict=True):
-            total = np.zeros(grad[0].size)
-            for worker, memory in enumerate(error):
-                memory += grad[worker]
-                count = math.ceil(share * memory.size)
-                places = np.argsort(-np.abs(memory.ravel()), kind="stable")[:count]
-                total[places] += memory.ravel()[places]
-                memory.ravel()[places] = 0
-            sums[-1].append(total.reshape(grad[0].shape))
-    return sums
-
-
-def signs_and_rest(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    decoded = np.where(x >= 0, 1.0, -1.0) * (np.abs(x).mean() if x.size else 0)
-    return decoded, x - decoded
-
-
-def simulate_onebit(grads: list[Any], _: float) -> list[Any]:
-    """Return the sums of virtual workers and servers, in one process, without any padding."""
-    workers = len(grads[0][0])
-    errors = [np.zeros_like(g) for g in grads[0]]
-    servers = [np.zeros(g[0].size) for g in grads[0]]
-    sums = []
-    for step in grads:
-        sums.append([])
-        for error, server, grad in zip(errors, servers, step, strict=True):
-            total = server.copy()
-            for worker in range(workers):
-                decoded, error[worker] = signs_and_rest(error[worker] + grad[worker])
-                total += decoded.ravel()
-            block = math.ceil(total.size / (8 * workers)) * 8
-            for start in range(0, block * workers, block):
-                part = slice(start, start + block)
-                total[part], server[part] = signs_and_rest(total[part])
-            sums[-1].append(total.reshape(grad[0].shape))
-    return sums
-
-
-def simulate_bf16(grads: list[Any], _: float) -> list[Any]:
-    """Return float32 sums in rank order of rounded gradients, rounded."""
-
-    def rounded(x: np.ndarray) -> np.ndarray:
-        return x.astype(ml_dtypes.bfloat16)
-
-    def total(grad: np.ndarray) -> np.ndarray:
-        found = np.zeros(grad[0].shape, np.float32)
-        for worker in grad:
-            found += rounded(worker).astype(np.float32)
-        return rounded(found).astype(np.float64)
-
-    return [[total(g) for g in step] for step in grads]
-
-
-SIMULATE: dict[str, tuple[Callable[[], Codec], Callable[..., Any]]] = {
-    "topk": (MAKE["topk"], simulate_topk),
-    "onebit": (OneBit, simulate_onebit),
-    "bf16": (Bf16, simulate_bf16),
+SIMULATE: dict[str, tuple[Callable[[], Codec], Callable[[], VirtualSum]]] = {
+    "topk": (MAKE["topk"], lambda: VirtualTopK(0.1)),
+    "onebit": (OneBit, VirtualOneBit),
+    "bf16": (Bf16, VirtualBf16),
 }
 
 
 def check_simulation(name: str, drawn: Any = None) -> None:
     """Compare with the serial simulation; small integers make ties."""
-    make, simulate = SIMULATE[name]
+    make, virtual = SIMULATE[name]
     grads = [[np.round(g) for g in step] for step in drawn or gradients(3, 4)]
-    expected, found = simulate(grads, 0.1), exchange(make, grads)
+    found, sums = exchange(make, grads), [virtual() for _ in grads[0]]
+    expected = [[add(grad) for add, grad in zip(sums, step, strict=True)] for step in grads]
     for worker in found:
         for step, sums in zip(worker, expected, strict=True):
             for (grad, _, _), total in zip(step, sums, strict=True):
@@ -241,7 +182,7 @@ def test_bytes_are_those_of_the_formula_at_any_size(
         exchange_here(comm, lambda: codec_of(options, 0), [step])
         return {operation: count for (_, operation), count in ledger().payload().items()}
 
-    expected = codec_payload(options, shapes, workers, 8)
+    expected = codec_of(options).payload(shapes, workers, 8)
     assert run_ranks(workers, rank) == [expected] * workers
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_helpers import TINY, save_trainer, state_pieces
+from checkpoint_helpers import save_trainer, state_pieces
+from replication.virtual_workers import LOCAL, SMALL, simulate_local_steps
 from training_helpers import (
     INIT_STD,
     OPTIMIZERS,
@@ -28,7 +28,6 @@ from minillm.base.arrays import float_dtype
 from minillm.base.errors import CommError, ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
-from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import ShardSpec
@@ -44,64 +43,6 @@ from minillm.training.trainer import Trainer
 from minillm.training.verdict import NotFinite
 
 Weights = dict[str, np.ndarray]
-LOCAL: dict[str, Any] = dict(local_steps=2, outer_lr=0.7, outer_momentum=0.9)
-SMALL: dict[str, Any] = TINY | {"dropout": 0.0}
-
-
-class Share(LanguageModeling):
-    """The sequences of one worker, whose batch is its share of the global one."""
-
-    def __init__(self, config: Any, worker: int, batch: int) -> None:
-        super().__init__(make_batches(config))
-        self.first = worker * batch
-        self._divisors = {"loss": float(batch * config.model.context)}
-
-    def batch(self, step: int, rows: Any, device: Any) -> Any:
-        return super().batch(step, rows + self.first, device)
-
-
-def simulate(d: int, steps: int, optimizer: str, model: str = "gpt2", **changes: Any) -> Any:
-    """Train `d` virtual workers one after another. Returns losses, norms and agreed weights.
-
-    Each is a plain run on one rank whose loss is the mean over its own sequences.
-    """
-    options = {**SMALL, **LOCAL, "fragments": 1, **changes}
-    every, rate, mu, number = (options.pop(name) for name in (*LOCAL, "fragments"))
-    config = make_config(model, Layout(dp=d), **options)
-    share = options["batch"] // d
-    alone = make_config(model, Layout(), **(options | {"batch": share}))
-    workers = [
-        Trainer(
-            alone,
-            SelfCommunicator(),
-            Share(config, worker, share),
-            std=INIT_STD,
-            optimizer=OPTIMIZERS[optimizer],
-        )
-        for worker in range(d)
-    ]
-    held = [worker.model.buffers[0].values for worker in workers]
-    theta, buf = held[0].copy(), np.zeros_like(held[0])
-    fragment = np.zeros(theta.size, int)
-    for span in workers[0].model.buffers[0].layout.spans():
-        block = re.match(r"blocks\.(\d+)\.", span.parameter.name)
-        if block:
-            fragment[span.start : span.stop] = (int(block[1]) + 1) % number
-    losses, norms = [], []
-    for step in range(steps):
-        reports = [worker.step(step) for worker in workers]
-        losses.append(np.mean([report.loss for report in reports]))
-        norms.append(np.sqrt(np.mean([report.grad_norm**2 for report in reports])))
-        for due in range(number):
-            if (step + 1 - (due + 1) * every // number) % every == 0:
-                part = fragment == due
-                outer = theta[part] - np.mean(held, axis=0)[part]
-                buf[part] = mu * buf[part] + outer
-                theta[part] -= rate * (outer + mu * buf[part])
-                for values in held:
-                    values[part] = theta[part]
-    held[0][...] = theta
-    return losses, norms, assemble([pieces(workers[0], "value")])
 
 
 def run(
@@ -153,7 +94,7 @@ def equals_the_simulation(
     layout: Layout, optimizer: str = "adamw", steps: int = 5, **changes: Any
 ) -> None:
     losses, norms, weights = found(layout, steps, optimizer=optimizer, **changes)
-    expected = simulate(layout.dp, steps, optimizer, **changes)
+    expected = simulate_local_steps(layout.dp, steps, optimizer, **changes)
     np.testing.assert_allclose(losses, expected[0], rtol=1e-11)
     np.testing.assert_allclose(norms, expected[1], rtol=1e-9)
     assert distance(weights, expected[2]) < 1e-9
