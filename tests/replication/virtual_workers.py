@@ -31,6 +31,7 @@ from minillm.tasks.language_model import LanguageModeling
 from minillm.training.optim import maker
 from minillm.training.replay import LoneWorker
 from minillm.training.trainer import Trainer, rate_of
+from minillm.training.verdict import CLIP_EPS
 
 LOCAL: dict[str, Any] = dict(local_steps=2, outer_lr=0.7, outer_momentum=0.9)
 SMALL: dict[str, Any] = TINY | {"dropout": 0.0}
@@ -220,7 +221,7 @@ def simulate_compressed(
                     total[globally] = flat[locally]
             buffers.grads[span.start : span.stop] = total.ravel()
         norms.append(float(np.linalg.norm(buffers.grads)))
-        scale = min(1.0, optimization.clip / norms[-1]) if optimization.clip else 1.0
+        scale = min(1.0, optimization.clip / (norms[-1] + CLIP_EPS)) if optimization.clip else 1.0
         update.step(step, rate_of(config, step), scale)
     return norms, assemble([_values(buffers)])
 
