@@ -98,7 +98,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "sinusoidal": dict(position="sinusoidal", mlp="relu2", norm_place="post", window=7),
     "bert": dict(model="bert"),
 }
-OPTIMIZERS: dict[str, type[AdamW] | type[SGD]] = {"sgd": SGD, "adamw": AdamW}
+OPTIMIZERS: dict[str, Any] = {"sgd": SGD, "adamw": AdamW, "muon": None}
+"""Class that is made without options; None: the optimizer of the configuration."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,8 @@ def train(
     **changes: Any,
 ) -> Outcome:
     """Train on thread ranks. `options` go to the Trainer, `adapt` changes the configuration."""
+    if OPTIMIZERS[optimizer] is None:
+        changes["optimizer"] = optimizer
     config = make_config(model, layout, **changes)
     config = config if adapt is None else adapt(config)
     results = run_ranks(

@@ -134,16 +134,14 @@ class ShardSpec:
 class FlatShard:
     """Intersection of a parameter with one rank's share of a flat buffer. The local array is 1-d.
 
-    Of the ranks over the mesh `axes`, every `ways` neighbours hold one `share` each of the buffer,
-    as in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
+    Of the ranks over the mesh `axes`, as many neighbours as there are shares hold one each, as in
+    ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
     """
 
     spec: ShardSpec  # of the parameter
     offset: int  # of the parameter in the buffer, in elements
-    length: int  # of the buffer, in elements
-    step: int  # shares begin at multiples of it, in elements
+    cuts: tuple[int, ...]  # boundaries of the shares, in elements
     axes: tuple[str, ...]
-    ways: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,8 +150,8 @@ class FlatShard:
 
     def range(self, mesh: MeshShape, coords: Mapping[str, int]) -> slice:
         """Return the part of the parameter's flattened local array that `coords` holds."""
-        index = _index(self.axes, mesh, coords) % self.ways
-        held = share(self.length, index, self.ways, self.step)
+        index = _index(self.axes, mesh, coords) % (len(self.cuts) - 1)
+        held = slice(self.cuts[index], self.cuts[index + 1])
         stop = self.offset + self.spec.local_size(mesh)
         part = overlap(held, slice(self.offset, stop))
         return slice(part.start - self.offset, part.stop - self.offset)

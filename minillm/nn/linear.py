@@ -45,7 +45,10 @@ class ColumnParallelLinear(Module):
         out_size = sum(segment.size for segment in out)
         self.region = region
         self.weight = Parameter(
-            ShardSpec((out_size, in_size), (out, (Segment(in_size),))), Normal(std), decay=True
+            ShardSpec((out_size, in_size), (out, (Segment(in_size),))),
+            Normal(std),
+            decay=True,
+            matrix=True,
         )
         self.bias = (
             Parameter(ShardSpec((out_size,), (out,)), Constant(0.0), decay=False) if bias else None
@@ -71,7 +74,10 @@ class RowParallelLinear(Module):
     ) -> None:
         self.region = region
         self.weight = Parameter(
-            ShardSpec((out_size, in_.size), ((Segment(out_size),), (in_,))), Normal(std), decay=True
+            ShardSpec((out_size, in_.size), ((Segment(out_size),), (in_,))),
+            Normal(std),
+            decay=True,
+            matrix=True,
         )
         spec = ShardSpec.replicated(out_size, partial_over=region.partial_over)
         self.bias = Parameter(spec, Constant(0.0), decay=False) if bias else None

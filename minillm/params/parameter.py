@@ -75,14 +75,19 @@ class PlainStorage:
 class Parameter(Leaf):
     """Trainable array: global name, sharding, initial values, and weight decay or none.
 
-    Storage is attached when the model is allocated.
+    `matrix` marks the weight of a linear map between hidden layers, of two dims, each segment of
+    which is a map of its own. Storage is attached when the model is allocated.
     """
 
-    def __init__(self, spec: ShardSpec, init: Normal | Constant, *, decay: bool) -> None:
+    def __init__(
+        self, spec: ShardSpec, init: Normal | Constant, *, decay: bool, matrix: bool = False
+    ) -> None:
         self.name = ""
         self.spec = spec
         self.init = init
-        self.decay = decay
+        self.decay, self.matrix = decay, matrix
+        self.whole = False
+        """True if the optimizer needs all of it at once: the shares of ranks do not cut it."""
         self.storage: ParamStorage | None = None
 
     @property

@@ -7,7 +7,8 @@ many small arrays. A data-parallel method may shard any of them: values, gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from minillm.base.arrays import ALIGNMENT, Array, aligned_empty, sum_dtype
 from minillm.base.device import CPU, Device
 from minillm.layout.flat import FlatLayout, Run, Span
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import FlatShard, Sharded, overlap, share, slice_shape
+from minillm.layout.sharding import FlatShard, Sharded, overlap, slice_shape
 from minillm.params.parameter import Parameter, ParamStorage, PlainStorage
 
 
@@ -96,6 +97,23 @@ class PrivateMemory(WholeMemory):
         """Do nothing: there is no other rank."""
 
 
+class Held:
+    """Slices of a flat buffer that lie one after another in an array, aligned to `step`."""
+
+    def __init__(self, parts: Sequence[slice], step: int) -> None:
+        sizes = [-(-(part.stop - part.start) // step) * step for part in parts]
+        *firsts, self.size = itertools.accumulate(sizes, initial=0)
+        self._places = list(zip(parts, firsts, strict=True))
+
+    def find(self, array: Array, part: slice) -> Array | None:
+        """Return the slice `part` of the flat buffer; None if the array does not hold it."""
+        for held, first in self._places:
+            if held.start <= part.start and part.stop <= held.stop:
+                start = first + part.start - held.start
+                return array[start : start + part.stop - part.start]
+        return None
+
+
 class FlatBuffers:
     """Parameters and gradients of one stage in flat, aligned memory.
 
@@ -123,12 +141,12 @@ class FlatBuffers:
         self.layout = FlatLayout(parameters, mesh, ALIGNMENT // dtype.itemsize)
         self.parameters = tuple(parameters)
         self.zones = tuple(self.memory.zones(self.layout))
+        self.cuts = self.layout.cuts(self.zones, self.memory.size)
+        """Boundaries of the shares of each zone, in elements from its start."""
+        self._cuts_at = {z.start: cuts for z, cuts in zip(self.zones, self.cuts, strict=True)}
         self.parts = tuple(self.part_of(zone, self.memory.rank) for zone in self.zones)
-        self._first: dict[int, int] = {}  # start of a part -> its place among this rank's parts
-        self.num_held = 0
-        for part in self.parts:
-            self._first[part.start] = self.num_held
-            self.num_held += part.stop - part.start
+        self._own = Held(self.parts, self.layout.step)
+        self._all = Held([slice(0, self.layout.size)], self.layout.step)
         # Zeros, because whole-run operations read the gaps between parameters.
         self.values = self.memory.common(self.num_elements("values"), dtype)
         self.grads = self.memory.own(self.num_elements("grads") if gradients else 0, wide)
@@ -143,7 +161,11 @@ class FlatBuffers:
 
     def num_elements(self, kind: str) -> int:
         """Return the elements of an array of `kind` on this rank: all, or those of its parts."""
-        return self.num_held if kind in self.memory.shards else self.layout.size
+        return self.held(kind).size
+
+    def held(self, kind: str) -> Held:
+        """Return where an array of `kind` holds what: the whole buffer, or this rank's parts."""
+        return self._own if kind in self.memory.shards else self._all
 
     def shape_of(self, parameter: Parameter) -> tuple[int, ...]:
         """Return the shape of a parameter's local array."""
@@ -151,17 +173,14 @@ class FlatBuffers:
 
     def part_of(self, zone: slice, rank: int) -> slice:
         """Return the share of a zone that rank `rank` of the memory's ranks updates."""
-        size = zone.stop - zone.start
-        part = share(size, rank, self.memory.size, self.layout.step)
-        return slice(zone.start + part.start, zone.start + part.stop)
+        cuts = self._cuts_at[zone.start]
+        return slice(zone.start + cuts[rank], zone.start + cuts[rank + 1])
 
     def at(self, array: Array, kind: str, part: slice) -> Array:
         """Return the slice `part` of the buffer, within one of `parts` if `kind` is sharded."""
-        if kind not in self.memory.shards:
-            return array[part]
-        holder = next(p for p in self.parts if p.start <= part.start and part.stop <= p.stop)
-        first = self._first[holder.start] + part.start - holder.start
-        return array[first : first + part.stop - part.start]
+        found = self.held(kind).find(array, part)
+        assert found is not None, f"{part} is not within one part of this rank"
+        return found
 
     def initialise(self, seed: int, mesh: MeshShape, coords: Mapping[str, int]) -> None:
         """Fill this rank's shard of every parameter with addressed initial values.
@@ -187,35 +206,33 @@ class FlatBuffers:
                     )
         self.memory.sync()
 
-    def tensors(self, array: Array, kind: str) -> Iterator[tuple[Parameter, Sharded, Array]]:
+    def tensors(
+        self, array: Array, kind: str, held: Held | None = None
+    ) -> Iterator[tuple[Parameter, Sharded, Array]]:
         """Yield each parameter with its sharding in an array of `kind`, and what is held here.
+
+        `held` says what the array holds, if it is less than usual of its kind.
 
         They come in the order of the model; of sharded arrays zone by zone, where a parameter
         that reaches into several zones comes several times.
         """
+        held = held or self.held(kind)
         spans = {id(span.parameter): span for span in self.layout.spans()}
         in_order = [spans[id(parameter)] for parameter in self.parameters]
         if kind not in self.memory.shards:
             for span in in_order:
-                local = array[span.start : span.stop].reshape(self.shape_of(span.parameter))
-                yield span.parameter, span.parameter.spec, local
+                local = held.find(array, slice(span.start, span.stop))
+                if local is not None:
+                    shape = self.shape_of(span.parameter)
+                    yield span.parameter, span.parameter.spec, local.reshape(shape)
             return
-        for zone, part in zip(self.zones, self.parts, strict=True):
+        for zone, part, cuts in zip(self.zones, self.parts, self.cuts, strict=True):
             for span in in_order:
-                held = overlap(slice(span.start, span.stop), part)
-                if held.start < held.stop:
-                    yield (
-                        span.parameter,
-                        FlatShard(
-                            span.parameter.spec,
-                            span.start - zone.start,
-                            zone.stop - zone.start,
-                            self.layout.step,
-                            self.memory.axes,
-                            self.memory.size,
-                        ),
-                        self.at(array, kind, held),
-                    )
+                common = overlap(slice(span.start, span.stop), part)
+                local = held.find(array, common) if common.start < common.stop else None
+                if local is not None:
+                    spec, offset = span.parameter.spec, span.start - zone.start
+                    yield span.parameter, FlatShard(spec, offset, cuts, self.memory.axes), local
 
     def start_step(self) -> None:
         """Discard the gradients: the next write to each slot overwrites."""
@@ -234,21 +251,39 @@ class FlatBuffers:
 class FlatState:
     """Optimizer state with one element per parameter value, in the layout of `buffers`.
 
-    Covers the whole buffer, or this rank's parts where the memory shards it. Collective over the
-    ranks that share.
+    Covers the whole buffer, or this rank's parts where the memory shards it, and of those the runs
+    that `of` accepts. Collective over the ranks that share.
     """
 
-    def __init__(self, buffers: FlatBuffers, array: Array | None = None) -> None:
-        self.buffers = buffers
+    def __init__(
+        self,
+        buffers: FlatBuffers,
+        array: Array | None = None,
+        *,
+        of: Callable[[Run[Parameter]], bool] | None = None,
+    ) -> None:
+        self.buffers, self.held = buffers, buffers.held("state")
+        if of is not None:
+            sharded, whole = "state" in buffers.memory.shards, (slice(0, buffers.layout.size),)
+            parts = [
+                part
+                for run in buffers.layout.runs
+                if of(run)
+                for held in (buffers.parts if sharded else whole)
+                for part in [overlap(slice(run.start, run.stop), held)]
+                if part.start < part.stop
+            ]
+            self.held = Held(parts, buffers.layout.step)
         if array is None:
-            size = buffers.num_elements("state")
-            array = buffers.memory.common(size, sum_dtype(buffers.dtype))
+            array = buffers.memory.common(self.held.size, sum_dtype(buffers.dtype))
         self.array = array
 
     def part(self, part: slice) -> Array:
         """Return the state of the slice `part` of the flat buffer."""
-        return self.buffers.at(self.array, "state", part)
+        found = self.held.find(self.array, part)
+        assert found is not None, f"there is no state of {part} on this rank"
+        return found
 
     def tensors(self) -> Iterator[tuple[Parameter, Sharded, Array]]:
         """Yield each parameter with the sharding of its state, and the state held here."""
-        return self.buffers.tensors(self.array, "state")
+        return self.buffers.tensors(self.array, "state", self.held)

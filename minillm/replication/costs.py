@@ -46,7 +46,8 @@ class Sizes(NamedTuple):
 
     values: int  # elements of the flat buffers of its stages
     largest: int  # elements of the largest block
-    moments: int  # arrays of optimizer state, masters included
+    state: int  # elements of optimizer state, masters included
+    whole: int  # elements of the largest parameter that no boundary between shares cuts
     item: int  # bytes of a weight
     wide: int  # bytes of a gradient, a moment and a master
     workers: int  # data-parallel ranks

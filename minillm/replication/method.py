@@ -54,7 +54,7 @@ class Extent(NamedTuple):
 def whole(sizes: Sizes, options: ReplicationOptions) -> Held:
     """Return the bytes of a rank that holds everything for itself."""
     grads = sizes.values * sizes.wide
-    return Held(sizes.values * sizes.item, grads, sizes.moments * grads)
+    return Held(sizes.values * sizes.item, grads, sizes.state * sizes.wide)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ from minillm.comm.mesh import Mesh
 from minillm.layout.flat import FlatLayout, Run
 from minillm.layout.mesh_shape import TOKEN_AXES
 from minillm.layout.placement import Layout
-from minillm.layout.sharding import overlap, share
+from minillm.layout.sharding import overlap
 from minillm.params.storage import FlatBuffers, PrivateMemory, WholeMemory
 from minillm.replication.all_reduce import AllReduce, counted_parts
 from minillm.replication.costs import Bytes, DataAxis, common
@@ -248,7 +248,8 @@ def _make(setting: Setting) -> Replication:
 def _sends(axis: DataAxis, layout: FlatLayout[Any]) -> Bytes:
     """Read this rank's share of the other ranks' gradients; all-reduce it between nodes."""
     ways, found = axis.shared_by, Bytes()
-    part = share(layout.size, axis.rank % ways, ways, layout.step)
+    (cuts,), place = layout.cuts([slice(0, layout.size)], ways), axis.rank % ways
+    part = slice(cuts[place], cuts[place + 1])
     size = sum(common(run, part) for run in layout.runs) * axis.wide
     found["dp in node", "sum"] = (ways - 1) * size
     if axis.mesh.dp > ways:

@@ -35,7 +35,7 @@ from minillm.comm.mesh import Mesh
 from minillm.comm.two_levels import neighbours
 from minillm.layout.flat import FlatLayout, P, Span
 from minillm.layout.mesh_shape import TOKEN_AXES, MeshShape
-from minillm.layout.sharding import overlap, share
+from minillm.layout.sharding import overlap
 from minillm.params.parameter import Parameter, ParamStorage, PlainStorage
 from minillm.params.storage import FlatBuffers, PrivateMemory
 from minillm.replication.all_reduce import counted_parts
@@ -396,9 +396,8 @@ def _sends(axis: DataAxis, layout: FlatLayout[Any]) -> Bytes:
         found["dp gather", "all_gather"] = moved * axis.item
     if axis.mesh.dp > ways:
         place, size = axis.rank % ways, 0
-        for zone in zones:
-            part = share(zone.stop - zone.start, place, ways, layout.step)
-            held = slice(zone.start + part.start, zone.start + part.stop)
+        for zone, cuts in zip(zones, layout.cuts(zones, ways), strict=True):
+            held = slice(zone.start + cuts[place], zone.start + cuts[place + 1])
             size += sum(common(run, held) for run in layout.runs)
         found["dp replicas", "all_reduce"] = size * axis.wide
     return found
@@ -408,12 +407,13 @@ def _holds(sizes: Sizes, options: ReplicationOptions) -> Held:
     """Return the bytes of a share of each kind that the stage shards.
 
     Two gathered blocks come on top of the parameters, one block's gradient on top of the gradients.
+    Where matrices stay whole, a share is larger by one at most.
     """
     ways, stage, block = options.shard_group or sizes.workers, options.zero, sizes.largest
-    part = sizes.values // ways
+    part = min(sizes.values, sizes.values // ways + sizes.whole)
     values = part + 2 * block if stage > 2 else sizes.values
     grads = part + block if stage > 1 else sizes.values
-    state = sizes.moments * sizes.values * sizes.wide // ways
+    state = sizes.state * part // sizes.values * sizes.wide
     return Held(values * sizes.item, grads * sizes.wide, state)
 
 

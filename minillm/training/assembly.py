@@ -19,6 +19,7 @@ from minillm.pipeline.stage import Stage
 from minillm.replication.method import Setting
 from minillm.replication.methods import choose
 from minillm.replication.protocol import Replication
+from minillm.training.optimizers import mark_whole
 from minillm.training.resolve import ResolvedConfig
 
 WEIGHTS = "model/"  # begins the names of a model's tensors in a checkpoint
@@ -51,7 +52,7 @@ def build_model(
     sequence_parallel = config.options.layout.sequence_parallel and group.size > 1
     region: Region = (SequenceParallel if sequence_parallel else TensorParallel)(group)
     layers, last = layout.layers_of_stage[stage], layout.num_stages - 1
-    return config.family.architecture.build(
+    model = config.family.architecture.build(
         config.model,
         StagePart(layers[:most], stage == 0, stage == last),
         region,
@@ -59,6 +60,8 @@ def build_model(
         recompute=config.recompute,
         std=std,
     )
+    mark_whole(model, config.options.optimization)
+    return model
 
 
 def model_shapes(config: ResolvedConfig) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from minillm.replication.gather import unit_of
 from minillm.replication.methods import method_of
 from minillm.replication.parameter_server import range_held
 from minillm.training.assembly import build_model
+from minillm.training.optimizers import OPTIMIZERS
 from minillm.training.resolve import ResolvedConfig
 
 LATER_BYTES = 4_000_000  # modules imported during a run, and the kernels' threads: as measured
@@ -87,7 +88,8 @@ def predicted(
         trained = Sizes(
             values=size,
             largest=max(values.largest for values in sizes),
-            moments=3 if wide > item else 2,
+            state=sum(_state(config, values) for values in sizes) + size * (wide > item),
+            whole=max(values.whole for values in sizes),
             item=item,
             wide=wide,
             workers=layout.mesh.dp,
@@ -138,11 +140,16 @@ def predicted_server(config: ResolvedConfig, layout: Layout, *, program: int = 0
 
 
 class _Values(NamedTuple):
-    """Elements of a stage: of its flat buffer, of tied weights, and of its largest block."""
+    """Elements of a stage: of its flat buffer, of tied weights, and of its largest block.
+
+    Of hidden matrices, and of the largest parameter that an optimizer needs whole.
+    """
 
     all: int
     tied: int
     largest: int
+    matrices: int
+    whole: int
 
 
 def _num_values(config: ResolvedConfig, layout: Layout, stage: int) -> _Values:
@@ -160,15 +167,30 @@ def _num_values(config: ResolvedConfig, layout: Layout, stage: int) -> _Values:
         for parameter in parameters:
             units[unit_of(parameter.name)] += parameter.spec.local_size(layout.mesh)
         tied = sum(p.spec.local_size(layout.mesh) for p in parameters if p.spec.tie is not None)
+        local = {id(p): p.spec.local_size(layout.mesh) for p in parameters}
         return _Values(
-            FlatLayout(parameters, layout.mesh, step).size, tied, max(units.values(), default=0)
+            FlatLayout(parameters, layout.mesh, step).size,
+            tied,
+            max(units.values(), default=0),
+            sum(local[id(p)] for p in parameters if p.matrix),
+            max((local[id(p)] for p in parameters if p.whole), default=0),
         )
 
     if num_layers <= MOST_BUILT:
         return sizes(num_layers)
-    most = sizes(MOST_BUILT)
-    each = most.all - sizes(MOST_BUILT - 1).all
-    return most._replace(all=most.all + (num_layers - MOST_BUILT) * each)
+    most, fewer = sizes(MOST_BUILT), sizes(MOST_BUILT - 1)
+    more = num_layers - MOST_BUILT
+    return most._replace(
+        all=most.all + more * (most.all - fewer.all),
+        matrices=most.matrices + more * (most.matrices - fewer.matrices),
+    )
+
+
+def _state(config: ResolvedConfig, values: _Values) -> int:
+    """Return the elements of optimizer state of a stage, without masters."""
+    options = config.options.optimization
+    of_matrices, of_others = OPTIMIZERS[options.optimizer].moments(options)
+    return of_matrices * values.matrices + of_others * (values.all - values.matrices)
 
 
 def _in_flight(config: ResolvedConfig, pp_rank: int) -> int:

@@ -1,16 +1,19 @@
-"""Optimizers over flat buffers, and learning-rate schedules."""
+"""Elementwise optimizers over flat buffers: AdamW and gradient descent with momentum."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minillm import kernels
-from minillm.base.arrays import Array
+from minillm.base.arrays import Array, namespace
+from minillm.layout.flat import Run
+from minillm.params.parameter import Parameter
 from minillm.params.storage import FlatBuffers, FlatState
-from minillm.training.options import OptimizationOptions
+
+CHUNK = 1 << 18  # elements at once where temporary arrays are needed: they stay in the cache
+
+Accepts = Callable[[Run[Parameter]], bool]
 
 
 class Part(NamedTuple):
@@ -18,8 +21,7 @@ class Part(NamedTuple):
 
     values: Array
     grads: Array
-    exp_avg: Array
-    exp_avg_sq: Array
+    states: tuple[Array, ...]  # one for each state of the optimizer
     weight_decay: float
     rounded: Array | None  # takes the values in the model's narrow dtype
 
@@ -30,6 +32,9 @@ class AdamW:
     Decay applies to matrices and embeddings: where `Parameter.decay` is set. Where the buffers have
     masters, those are updated, and the model's narrow values are rounded from them in the same
     pass. `grad_scale` may be an array of one element on the device; NaN changes nothing.
+
+    `cautious` decays only elements that the update does not take away from zero (Chen et al. 2025,
+    arXiv:2510.12402). `of` accepts the runs that are updated, by default all.
     """
 
     def __init__(
@@ -40,25 +45,16 @@ class AdamW:
         beta2: float = 0.99,
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        cautious: bool = False,
+        of: Accepts | None = None,
     ) -> None:
         self.buffers = tuple(buffers)
-        self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
-        self._exp_avg = [FlatState(b) for b in self.buffers]
-        self._exp_avg_sq = [FlatState(b) for b in self.buffers]
-        self._parts = [
-            part
-            for args in zip(self.buffers, self._exp_avg, self._exp_avg_sq, strict=True)
-            for part in self._cut(*args)
-        ]
-
-    def _cut(
-        self, buffers: FlatBuffers, exp_avg: FlatState, exp_avg_sq: FlatState
-    ) -> Iterator[Part]:
-        for run, part in buffers.shared_runs():
-            values, rounded = updated_parts(buffers, part)
-            grads = buffers.at(buffers.grads, "grads", part)
-            moments = exp_avg.part(part), exp_avg_sq.part(part)
-            yield Part(values, grads, *moments, self.weight_decay if run.decay else 0.0, rounded)
+        self.beta1, self.beta2, self.eps, self.cautious = beta1, beta2, eps, cautious
+        self._exp_avg = [FlatState(b, of=of) for b in self.buffers]
+        self._exp_avg_sq = [FlatState(b, of=of) for b in self.buffers]
+        self._parts = list(parts(self.buffers, [self._exp_avg, self._exp_avg_sq], weight_decay, of))
+        if cautious:
+            self._parts = [piece for part in self._parts for piece in chunks(part)]
 
     def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share of the parameters from the reduced gradient times `grad_scale`.
@@ -66,56 +62,90 @@ class AdamW:
         `step` counts from 0.
         """
         for part in self._parts:
+            cautious = self.cautious and part.weight_decay > 0
+            old = part.values.copy() if cautious else part.values
             kernels.adamw_(
                 part.values,
                 part.grads,
-                part.exp_avg,
-                part.exp_avg_sq,
+                *part.states,
                 lr=lr,
                 beta1=self.beta1,
                 beta2=self.beta2,
                 eps=self.eps,
-                weight_decay=part.weight_decay,
+                weight_decay=0.0 if cautious else part.weight_decay,
                 step=step + 1,
                 grad_scale=grad_scale,
                 param_out=part.rounded,
             )
+            if cautious:
+                decayed = part.values - lr * part.weight_decay * shrinking(old, old - part.values)
+                write(part.values, decayed, grad_scale)
+                round_into(part.rounded, part.values)
 
     def state(self) -> Mapping[str, Sequence[FlatState]]:
         """Return the state by name, one entry a stage: what a checkpoint holds."""
-        masters = [FlatState(b, b.masters) for b in self.buffers if b.masters is not None]
-        named = {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
-        return named | ({"master": masters} if masters else {})
+        return {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq} | masters(self.buffers)
 
 
 class SGD:
-    """Gradient descent without momentum: p -= lr * grad_scale * grad."""
+    """Gradient descent with momentum (Sutskever et al. 2013, PMLR 28): plain without options.
 
-    def __init__(self, buffers: Sequence[FlatBuffers]) -> None:
-        self.buffers = tuple(buffers)
+    With g the gradient, weight decay added to it where `Parameter.decay` is set:
+    buf = momentum * buf + g, p -= lr * buf.
+    """
+
+    def __init__(
+        self, buffers: Sequence[FlatBuffers], *, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
+        self.buffers, self.momentum = tuple(buffers), momentum
+        self._momentum = [FlatState(b) for b in self.buffers] if momentum else []
+        states = [self._momentum] if momentum else []
+        self._parts = list(parts(self.buffers, states, weight_decay, None))
+        if momentum or weight_decay:
+            self._parts = [piece for part in self._parts for piece in chunks(part)]
 
     def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share from the reduced gradient times `grad_scale`."""
-        for buffers in self.buffers:
-            for part in buffers.parts:
-                values, rounded = updated_parts(buffers, part)
-                grads = buffers.at(buffers.grads, "grads", part)
-                kernels.sgd_(values, grads, lr=lr, grad_scale=grad_scale)
-                if rounded is not None:
-                    kernels.cast(values, rounded.dtype, out=rounded)
+        for part in self._parts:
+            grads, scale = part.grads, grad_scale
+            if part.weight_decay:
+                grads = scaled(grads, scale) + part.weight_decay * part.values
+                scale = poisoned(scale)
+            for buf in part.states:
+                write(buf, self.momentum * buf + scaled(grads, scale), grad_scale)
+                grads, scale = buf, poisoned(scale)
+            kernels.sgd_(part.values, grads, lr=lr, grad_scale=scale)
+            round_into(part.rounded, part.values)
 
     def state(self) -> Mapping[str, Sequence[FlatState]]:
-        """Return nothing: plain gradient descent has no state."""
-        return {}
+        """Return the momentum, if any, by name."""
+        named = {"momentum": self._momentum} if self.momentum else {}
+        return named | masters(self.buffers)
 
 
-def maker(options: OptimizationOptions, kind: type[AdamW] | type[SGD] = AdamW) -> Any:
-    """Return a function that makes the optimizer of the options from flat buffers."""
-    if kind is SGD:
-        return SGD
-    return functools.partial(
-        AdamW, beta1=options.beta1, beta2=options.beta2, weight_decay=options.weight_decay
-    )
+def parts(
+    buffers: Sequence[FlatBuffers],
+    states: Sequence[Sequence[FlatState]],
+    weight_decay: float,
+    of: Accepts | None,
+) -> Iterator[Part]:
+    """Yield the parts of this rank's share whose runs `of` accepts."""
+    for number, held in enumerate(buffers):
+        for run, part in held.shared_runs():
+            if of is None or of(run):
+                values, rounded = updated_parts(held, part)
+                grads = held.at(held.grads, "grads", part)
+                found = tuple(state[number].part(part) for state in states)
+                yield Part(values, grads, found, weight_decay if run.decay else 0.0, rounded)
+
+
+def chunks(part: Part) -> Iterator[Part]:
+    """Yield a part in pieces of at most `CHUNK` elements."""
+    for start in range(0, part.values.size, CHUNK):
+        at = slice(start, start + CHUNK)
+        rounded = None if part.rounded is None else part.rounded[at]
+        states = tuple(state[at] for state in part.states)
+        yield Part(part.values[at], part.grads[at], states, part.weight_decay, rounded)
 
 
 def updated_parts(buffers: FlatBuffers, part: slice) -> tuple[Array, Array | None]:
@@ -126,20 +156,39 @@ def updated_parts(buffers: FlatBuffers, part: slice) -> tuple[Array, Array | Non
     return buffers.at(buffers.masters, "state", part), values
 
 
-def learning_rate(
-    step: int, *, lr: float, min_lr: float, warmup: int, steps: int, schedule: str
-) -> float:
-    """Return the rate of step `step` (from 0).
+def masters(buffers: Sequence[FlatBuffers]) -> dict[str, Sequence[FlatState]]:
+    """Return the masters as named state, if there are any."""
+    found = [FlatState(b, b.masters) for b in buffers if b.masters is not None]
+    return {"master": found} if found else {}
 
-    Linear warm-up over `warmup` steps, then cosine or linear decay to `min_lr` at `steps`, or
-    constant.
-    """
-    if step < warmup:
-        return lr * (step + 1) / (warmup + 1)
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    shape = {
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-        "linear": 1.0 - done,
-        "constant": 1.0,
-    }[schedule]
-    return min_lr + (lr - min_lr) * shape
+
+def shrinking(values: Array, update: Array) -> Array:
+    """Return `values` where subtracting `update` does not take them away from zero, else 0."""
+    return values * (values * update >= 0)
+
+
+def poisoned(grad_scale: Any) -> Any:
+    """Return 1, or NaN where `grad_scale` is: the factor of what it is in already."""
+    return grad_scale * 0 + 1
+
+
+def scaled(grads: Array, grad_scale: Any) -> Array:
+    """Return `grads` times a number, or an array of one element, in the dtype of `grads`."""
+    if isinstance(grad_scale, int | float):
+        return grads * float(grad_scale)  # a NumPy scalar would widen the product
+    return grads * grad_scale.astype(grads.dtype)
+
+
+def write(target: Array, new: Array, grad_scale: Any) -> None:
+    """Overwrite `target` unless `grad_scale` is NaN: the device decides without the host."""
+    if isinstance(grad_scale, int | float):
+        if grad_scale == grad_scale:
+            target[...] = new
+    else:
+        target[...] = namespace(target).where(grad_scale == grad_scale, new, target)
+
+
+def round_into(rounded: Array | None, values: Array) -> None:
+    """Fill the model's narrow copy of `values`, if there is one."""
+    if rounded is not None:
+        kernels.cast(values, rounded.dtype, out=rounded)

@@ -9,12 +9,13 @@ from minillm.base.errors import ConfigError
 from minillm.base.interval import Interval
 from minillm.base.record import Record, option
 from minillm.checkpoint import SaveEvery
+from minillm.training.schedule_lr import LR_SCHEDULES
 from minillm.training.writers import place_names
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationOptions(Record):
-    """Optimization, as in `--batch 32 --steps 2000 --lr 1e-3` (minillm/training/optim.py)."""
+    """Optimization, as in `--batch 32 --steps 2000 --lr 1e-3` (docs/optimizers.md)."""
 
     batch: int = option(16, at_least=1, announced=True)
     """Sequences per step over all ranks."""
@@ -24,13 +25,29 @@ class OptimizationOptions(Record):
     """Highest learning rate, reached after the warm-up."""
     min_lr: float | None = option(None, at_least=0, announced=True)
     """Learning rate at the end of the decay, one step after the last; left out: lr / 10."""
-    lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", announced=True)
-    """Decay of the learning rate from lr to min-lr after the warm-up."""
+    lr_schedule: Literal[
+        "cosine", "linear", "linear-to-zero", "constant", "wsd", "noam", "inverse-sqrt"
+    ] = option("cosine", announced=True)
+    """Course of the learning rate after the warm-up, from lr towards min-lr: wsd stays up and falls
+    at the end, noam and inverse-sqrt fall as 1 / sqrt(step), linear-to-zero and noam go to 0."""
+    decay_share: float = option(0.2, above=0, below=1, announced=True)
+    """Share of all steps over which --lr-schedule wsd falls, at the end."""
     warmup: int | None = option(None, at_least=0, announced=True)
     """Steps over which the learning rate rises from zero; left out: a tenth of steps, at most
     100."""
+    optimizer: Literal["adamw", "muon", "sgd"] = option("adamw")
+    """Rule of update: AdamW; Muon for the matrices of hidden layers with AdamW for the rest; or
+    gradient descent with momentum (docs/optimizers.md)."""
+    momentum: float | None = option(None, at_least=0, below=1)
+    """Momentum of --optimizer muon and sgd; left out: 0.95 and 0.9."""
+    muon_ratio: Literal["rms", "original"] = option("rms")
+    """Length of Muon's updates: as AdamW's by their root mean square (rms), so that its learning
+    rates fit, or sqrt(max(1, rows / columns))."""
+    cautious: bool = option(False, announced=True)
+    """Decay only weights that the update does not take away from zero; with adamw and muon."""
     weight_decay: float = option(0.1, at_least=0, announced=True)
-    """Decay of matrices and embeddings per unit of learning rate; never of norms and biases."""
+    """Decay of matrices and embeddings per unit of learning rate; never of norms and biases. Of
+    --optimizer sgd a part of the gradient."""
     beta1: float = option(0.9, at_least=0, below=1)
     """AdamW's decay of the running mean of gradients."""
     beta2: float = option(0.99, at_least=0, below=1)
@@ -39,6 +56,27 @@ class OptimizationOptions(Record):
     """Longest allowed gradient, by its norm over all parameters; 0: no limit."""
     seed: int = option(1337, at_least=0)
     """Seed of initial weights, dropout and the order of sequences."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for options that mean nothing to the optimizer or the schedule."""
+        super().__post_init__()
+        rule, schedule = f"--optimizer {self.optimizer}", f"--lr-schedule {self.lr_schedule}"
+        for given, needed, fits, found in (
+            ("--cautious", "--optimizer adamw or muon", self.optimizer != "sgd", rule),
+            ("--momentum", "--optimizer muon or sgd", self.optimizer != "adamw", rule),
+            ("--muon-ratio", "--optimizer muon", self.optimizer == "muon", rule),
+            ("--decay-share", "--lr-schedule wsd", self.lr_schedule == "wsd", schedule),
+        ):
+            name = given[2:].replace("-", "_")
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and not fits:
+                said = given if value is True else f"{given} {value}"
+                raise ConfigError(f"{said} needs {needed}, not {found}; leave one out")
+
+    def resolve_momentum(self) -> float:
+        """Return the momentum of the optimizer; 0 for AdamW, which has its own."""
+        default = {"adamw": 0.0, "muon": 0.95, "sgd": 0.9}[self.optimizer]
+        return default if self.momentum is None else self.momentum
 
     def resolve_warmup(self) -> int:
         """Return the steps of the warm-up. Raises ConfigError if it is longer than the run."""
@@ -51,8 +89,15 @@ class OptimizationOptions(Record):
         return warmup
 
     def resolve_min_lr(self) -> float:
-        """Return the learning rate at the last step. Raises ConfigError if it is above `lr`."""
-        min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
+        """Return the lowest learning rate. Raises ConfigError if the schedule cannot have it."""
+        to_zero = LR_SCHEDULES[self.lr_schedule].to_zero
+        if to_zero and self.min_lr:
+            raise ConfigError(
+                f"--lr-schedule {self.lr_schedule} falls to zero, not to --min-lr {self.min_lr:g}; "
+                "leave --min-lr out or choose another schedule"
+            )
+        default = 0.0 if to_zero else self.lr / 10
+        min_lr = default if self.min_lr is None else self.min_lr
         if min_lr > self.lr:
             raise ConfigError(
                 f"--min-lr {min_lr} is above --lr {self.lr}; try --min-lr {self.lr / 10:g}"

@@ -32,7 +32,7 @@ from minillm.replication.protocol import MakeOptimizer, Replication
 from minillm.replication.server import Applied, key_range, ranges
 from minillm.tasks.protocol import Task
 from minillm.training.assembly import assemble
-from minillm.training.optim import SGD, AdamW, maker
+from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import rate_of
 from minillm.training.verdict import Judge
@@ -112,15 +112,17 @@ def replay(
     logs: Sequence[Sequence[Applied]],
     *,
     std: float = INIT_STD,
-    optimizer: type[AdamW] | type[SGD] = AdamW,
+    optimizer: MakeOptimizer | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> Array:
     """Return the flat weights [n] that the logs of all servers, in their order, lead to.
 
-    The run began with initial weights. `advance` is called after each gradient. Not collective.
+    The run began with initial weights. `optimizer` replaces that of the options.
+    `advance` is called after each gradient. Not collective.
     """
     worker = LoneWorker(config, task, std)
-    make, parts = maker(config.options.optimization, optimizer), ranges(worker.buffers, len(logs))
+    make = optimizer or maker(config.options.optimization)
+    parts = ranges(worker.buffers, len(logs))
     held = [
         ReplayedRange(worker, part, (number, len(logs)), log, make)
         for number, (part, log) in enumerate(zip(parts, logs, strict=True))

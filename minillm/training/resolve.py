@@ -19,6 +19,7 @@ from minillm.models.protocol import Workload
 from minillm.replication import methods
 from minillm.replication.options import ReplicationOptions
 from minillm.training.config import RunConfig
+from minillm.training.optimizers import OPTIMIZERS
 
 # Selective recomputation must save this much of a rank's activations to be worth its time.
 RECOMPUTE_BYTES = 16_000_000
@@ -135,6 +136,12 @@ def resolve(
         raise ConfigError(
             f"{method.flag(config.replication)} needs --device cpu: it works in the host's memory; "
             "leave it out on a GPU"
+        )
+    if OPTIMIZERS[optimization.optimizer].whole and config.replication.server != "none":
+        raise ConfigError(
+            f"--optimizer {optimization.optimizer} and --server {config.replication.server} do not "
+            "go together: a server holds parts of matrices; leave one out. This optimizer goes "
+            "with --node-shared, --zero, --compress, --local-steps, --balance, --tp and --pp"
         )
     num_workers = num_ranks - config.replication.num_servers
     if num_workers < 1:

@@ -11,9 +11,10 @@ from minillm.models.protocol import INIT_STD
 from minillm.parallel.tensor import PlannedGroup
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.replication.parameter_server import AXIS, leave, shard_class
+from minillm.replication.protocol import MakeOptimizer
 from minillm.replication.server import Server, Shard, key_range
 from minillm.training.assembly import build_model, layout_of
-from minillm.training.optim import SGD, AdamW, maker
+from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
 
 Work = Callable[[Communicator, Communicator | None], object]
@@ -56,7 +57,7 @@ def make_server(
     config: ResolvedConfig,
     *,
     std: float = INIT_STD,
-    optimizer: type[AdamW] | type[SGD] = AdamW,
+    optimizer: MakeOptimizer | None = None,
 ) -> Server:
     """Return the server of this rank of `wire`, with initial values. Not collective.
 
@@ -66,7 +67,7 @@ def make_server(
     number, count = wire.rank - mesh.num_ranks, wire.size - mesh.num_ranks
     schedule = SCHEDULES[options.pipeline.schedule](mesh.pp, config.num_microbatches)
     layout = layout_of(config, schedule.rank_of_stage)
-    dtype, make = float_dtype(options.compute.dtype), maker(options.optimization, optimizer)
+    dtype, make = float_dtype(options.compute.dtype), optimizer or maker(options.optimization)
     shards: list[Shard] = []
     for index in range(mesh.pp * mesh.tp):
         coords = {"pp": index // mesh.tp, "dp": number, "cp": 0, "ep": 0, "tp": index % mesh.tp}

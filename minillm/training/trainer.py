@@ -34,12 +34,13 @@ from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime, Sums
 from minillm.pipeline.schedules import SCHEDULES, idle
 from minillm.replication.balance import SpeedBalance
-from minillm.replication.protocol import Replication
+from minillm.replication.protocol import MakeOptimizer, Replication
 from minillm.tasks.protocol import Task, Unequal
 from minillm.training.assembly import assemble
 from minillm.training.memory import predicted
-from minillm.training.optim import SGD, AdamW, learning_rate, maker
+from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
+from minillm.training.schedule_lr import learning_rate
 from minillm.training.verdict import Judge, Verdict
 
 
@@ -82,16 +83,18 @@ def rate_of(config: ResolvedConfig, step: int) -> float:
         warmup=config.warmup,
         steps=optimization.steps,
         schedule=optimization.lr_schedule,
+        decay_share=optimization.decay_share,
     )
 
 
 class Trainer:
     """One rank's part of a training run.
 
-    `std` is the scale of the initial weights. `schedule` and `replicate` replace the pipeline
-    schedule and the data-parallel method that the configuration names. `deals` returns the number
-    of microbatches of each replica in a step, as a run with --balance has logged them. `clock`
-    measures speed. `wire` reaches dedicated servers, ranks behind those of `world` (serving.py).
+    `std` is the scale of the initial weights. `schedule`, `replicate` and `optimizer` replace the
+    pipeline schedule, the data-parallel method and the optimizer that the configuration names.
+    `deals` returns the number of microbatches of each replica in a step, as a run with --balance
+    has logged them. `clock` measures speed. `wire` reaches dedicated servers, ranks behind those of
+    `world` (serving.py).
     Collective over `world`.
     """
 
@@ -103,7 +106,7 @@ class Trainer:
         *,
         tracer: Tracer | None = None,
         std: float = INIT_STD,
-        optimizer: type[AdamW] | type[SGD] = AdamW,
+        optimizer: MakeOptimizer | None = None,
         device: Device = CPU,
         schedule: Schedule | None = None,
         replicate: Callable[[Mesh, Layout], Replication] | None = None,
@@ -125,7 +128,8 @@ class Trainer:
             wire=wire,
         )
         self.mesh, self.replication = self.model.mesh, self.model.replication
-        self.optimizer = self.replication.optimizer(maker(optimization, optimizer))
+        make = optimizer or maker(optimization, self.mesh)
+        self.optimizer = self.replication.optimizer(make)
         if not device.on_host:
             need = predicted(config, self.model.layout, self.mesh.coord("pp"))
             device.reserve(need.kinds["activations"] + need.kinds["logits"])

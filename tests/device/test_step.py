@@ -179,14 +179,15 @@ def test_products_accumulate_in_float32_without_copies(gpu: Any) -> None:
     assert {p.compute for p in products} == {68}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, gpu: Any) -> None:
     from minillm.training.optim import SGD, AdamW
 
+    kind: Any = {"adamw": AdamW, "muon": None, "sgd": SGD}[optimizer]
+    changes: dict[str, Any] = {} if kind else {"optimizer": optimizer}
     config = make_config(
-        "gpt2", Layout(), **sizes("gpt2", device="cuda", dtype="bfloat16", dropout=0.0)
+        "gpt2", Layout(), **sizes("gpt2", device="cuda", dtype="bfloat16", dropout=0.0, **changes)
     )
-    kind: Any = {"adamw": AdamW, "sgd": SGD}[optimizer]
     one = Trainer(
         config,
         SelfCommunicator(),

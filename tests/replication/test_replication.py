@@ -25,7 +25,7 @@ from training_helpers import (
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import FlatShard, Segment, ShardSpec, slice_shape
+from minillm.layout.sharding import FlatShard, Segment, ShardSpec, share, slice_shape
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.trainer import Trainer
 
@@ -104,7 +104,8 @@ SPECS = [
 def test_flat_shares_cover_every_element_once(spec: ShardSpec, num_shares: int) -> None:
     """Check that each rank's flat share holds exactly the elements that its pieces name."""
     mesh = MeshShape(dp=num_shares, tp=2)
-    shard = FlatShard(spec, offset=16, length=160, step=8, axes=("dp", "ep", "cp"), ways=num_shares)
+    cuts = (0, *(share(160, rank, num_shares, 8).stop for rank in range(num_shares)))
+    shard = FlatShard(spec, offset=16, cuts=cuts, axes=("dp", "ep", "cp"))
     whole = np.arange(np.prod(spec.shape)).reshape(spec.shape)
     seen = np.zeros(spec.shape, int)
     for rank in range(mesh.num_ranks):

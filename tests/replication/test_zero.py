@@ -572,10 +572,8 @@ def test_shares_of_any_sizes_hold_every_element_once(
                 cut = FlatShard(
                     span.parameter.spec,
                     span.start - zone.start,
-                    zone.stop - zone.start,
-                    step,
+                    (0, *(part.stop for part in parts)),
                     ("dp",),
-                    ranks,
                 )
                 if not zone.start <= span.start < zone.stop:
                     continue
