@@ -57,9 +57,8 @@ class OptimizationOptions(Record):
     seed: int = option(1337, at_least=0)
     """Seed of initial weights, dropout and the order of sequences."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raise ConfigError for options that mean nothing to the optimizer or the schedule."""
-        super().__post_init__()
         rule, schedule = f"--optimizer {self.optimizer}", f"--lr-schedule {self.lr_schedule}"
         for given, needed, fits, found in (
             ("--cautious", "--optimizer adamw or muon", self.optimizer != "sgd", rule),

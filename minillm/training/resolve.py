@@ -120,6 +120,7 @@ def resolve(
     """
     model, layout, optimization = config.shape.resolve(vocab), config.layout, config.optimization
     config.compute.check()
+    optimization.check()
     model.check_device(config.compute.device)
     if config.compute.device == "cuda" and config.replication.node_shared == "on":
         raise ConfigError(
