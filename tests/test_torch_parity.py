@@ -25,8 +25,8 @@ from minillm.models.protocol import Batch  # noqa: E402
 from minillm.params.where import Where  # noqa: E402
 from minillm.tasks.language_model import LanguageModeling  # noqa: E402
 from minillm.training.config import RunConfig  # noqa: E402
-from minillm.training.optim import learning_rate  # noqa: E402
 from minillm.training.resolve import resolve  # noqa: E402
+from minillm.training.schedule_lr import learning_rate  # noqa: E402
 from minillm.training.trainer import Trainer  # noqa: E402
 
 VOCAB = 65
