@@ -429,7 +429,7 @@ def test_sizes_left_out_follow() -> None:
     assert {name for name, value in found.items() if value is None} == {
         *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache", "threads"),
         *("memory", "rope_local_base", "rope_original", "rope_low", "rope_high", "rope_attention"),
-        "slow_rank",
+        *("slow_rank", "momentum"),
     }
 
 
