@@ -219,8 +219,7 @@ class Seq2Seq(Module):
         self.recompute, self.context, self.layers = recompute, c.context, part.layers
         begins, cut = c.encoder_layers in part.layers, c.encoder_layers
         tie = TIED_WEIGHT if c.tied and not (part.first and part.last) else None
-        # Of unit variance once it is scaled by sqrt(D).
-        tables: dict[str, Any] = {"std": c.dim**-0.5, "tie": tie}
+        tables: dict[str, Any] = {"std": std, "tie": tie}
         if c.tied:
             holds = part.first or begins or part.last
             self.embedding = (
