@@ -28,7 +28,7 @@ from minillm.comm.single import SelfCommunicator
 from minillm.layout.mesh_shape import MeshShape
 from minillm.replication.codecs import Matrix, PowerSGD
 from minillm.tasks.language_model import LanguageModeling
-from minillm.training.optim import maker
+from minillm.training.optimizers import maker
 from minillm.training.replay import LoneWorker
 from minillm.training.trainer import Trainer, rate_of
 from minillm.training.verdict import CLIP_EPS
@@ -195,7 +195,7 @@ def simulate_compressed(
     worker = LoneWorker(config, LanguageModeling(make_batches(config)), INIT_STD)
     buffers, mesh = worker.buffers, MeshShape(tp=layout.tp)
     optimization = config.options.optimization
-    update = maker(optimization, OPTIMIZERS[optimizer])([buffers])
+    update = (OPTIMIZERS[optimizer] or maker(optimization))([buffers])
     sums: dict[tuple[str, int], VirtualSum] = {}
     norms = []
     for step in range(steps):
