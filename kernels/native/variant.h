@@ -11,6 +11,7 @@
 #include "../embedding/cpu.c"
 #include "../grad_norm/cpu.c"
 #include "../layernorm/cpu.c"
+#include "../lstm/cpu.c"
 #include "../matmul/cpu.c"
 #include "../residual/cpu.c"
 #include "../rmsnorm/cpu.c"
@@ -38,6 +39,8 @@ const Kernel VARIANT[] = {
     {"gelu_tanh_forward", "fFi", gelu_tanh_forward},
     {"layernorm_backward", "ff?ffffF?F?ii", layernorm_backward},
     {"layernorm_forward", "ff?f?ff?F?FFFiid", layernorm_forward},
+    {"lstm_backward", "FfffFii", lstm_backward},
+    {"lstm_forward", "FfFFii", lstm_forward},
     {"matmul", "mmMf?F?iiiii", matmul},
     {"relu2_backward", "ffFi", relu2_backward},
     {"relu2_forward", "fFi", relu2_forward},

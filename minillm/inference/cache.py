@@ -13,6 +13,7 @@ from minillm.base.arrays import IntArray
 from minillm.base.device import Device
 from minillm.models.protocol import Decoder
 from minillm.nn.attention import Attention, CrossAttention, Heads, MemoryKeys
+from minillm.nn.recurrent import Recurrence
 from minillm.ops.attention import split_heads
 from minillm.params.where import KeyLimits, Pass
 
@@ -72,16 +73,20 @@ def cached_keys(times: np.ndarray) -> KeyLimits:
 
 
 def new_cache(models: Iterable[Decoder], batch: int, device: Device) -> dict[str, Any]:
-    """Return an empty cache for each attention layer of this rank's stages, by its name.
+    """Return an empty cache for each layer of this rank's stages that has one, by its name.
 
-    `batch` sequences of at most `model.context` positions, in the dtype of the parameters. Layers
-    that read a memory keep its keys and values.
+    Attention layers keep keys and values of `batch` sequences of at most `model.context` positions,
+    in the dtype of the parameters. Layers that read a memory keep its keys and values, recurrent
+    layers their state.
     """
     found: dict[str, Any] = {}
     for model in models:
+        dtype = model.parameters()[0].dtype
         for layer in model.modules(Attention):
             if layer.causal:
-                dtype = model.parameters()[0].dtype
                 found[layer.name] = KVCache(batch, model.context, layer.heads, dtype, device)
         found |= {layer.name: MemoryKeys() for layer in model.modules(CrossAttention)}
+        found |= {
+            layer.name: layer.states(batch, dtype, device) for layer in model.modules(Recurrence)
+        }
     return found

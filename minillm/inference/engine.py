@@ -14,7 +14,7 @@ import numpy as np
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import sum_dtype, to_host
 from minillm.base.errors import CheckpointError
-from minillm.inference.cache import KVCache, cached_keys, new_cache
+from minillm.inference.cache import cached_keys, new_cache
 from minillm.inference.sampling import Sampling
 from minillm.models.protocol import Batch, Decoder
 from minillm.params.where import Where
@@ -84,12 +84,12 @@ class Generator:
             new = [self._agree(logits, sampling, position + i)]
             yield new[0]
 
-    def new_cache(self, batch: int) -> dict[str, KVCache]:
+    def new_cache(self, batch: int) -> dict[str, Any]:
         """Return an empty cache for `batch` sequences in this rank's layers."""
         return new_cache(self.models.values(), batch, self.device)
 
     def logits(
-        self, ids: np.ndarray, times: np.ndarray, cache: Mapping[str, KVCache] | None = None
+        self, ids: np.ndarray, times: np.ndarray, cache: Mapping[str, Any] | None = None
     ) -> np.ndarray | None:
         """Return the logits [B, V] of the last position of ids [B, T], None before the last stage.
 

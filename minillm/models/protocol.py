@@ -43,8 +43,9 @@ class Batch(NamedTuple):
     where: Where  # addresses of the whole sequences, before any cut along time
     limits: KeyLimits | None = None  # padding and document starts; None where there are neither
     cache: Mapping[str, Any] | None = None
-    """Attention layer's name -> its KV cache. A batch with a cache, even one without layers, is not
-    cut along time: single positions cannot be."""
+    """Layer's name -> its memory of earlier positions: a KV cache, or the state of a recurrent
+    layer. A batch with a cache, even one without layers, is not cut along time: single positions
+    cannot be."""
     memory: KeyLimits | None = None  # of the array "source" that cross-attention reads, if any
 
 

@@ -13,6 +13,7 @@ from minillm.ops.norm import (
     residual_rms_norm,
     rms_norm,
 )
+from minillm.ops.recurrent import recurrent
 from minillm.ops.residual import add
 from minillm.ops.rotary import rotary
 from minillm.ops.scale import scale
@@ -34,6 +35,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "mse_loss",
+    "recurrent",
     "relu",
     "relu2",
     "residual_layer_norm",

@@ -39,8 +39,8 @@ class _Linear(Function):
             weight = ctx.load(1)
             grad_x = kernels.matmul(grad, weight).reshape(*grad_outs[0].shape[:-1], weight.shape[1])
         if needs[1]:
-            grad_bias = _sums_of(grad, into[2]) if needs[2] else None
-            grad_weight = _product_into(into[1], grad.T, _rows(ctx.load(0)), grad_bias)
+            grad_bias = sums_of(grad, into[2]) if needs[2] else None
+            grad_weight = product_into(into[1], grad.T, _rows(ctx.load(0)), grad_bias)
         elif needs[2]:
             grad_bias = kernels.column_sum(grad, fresh_of(into[2]))
         return grad_x, grad_weight, grad_bias
@@ -63,13 +63,13 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _sums_of(grad: Array, slot: GradSlot | None) -> Array:
+def sums_of(grad: Array, slot: GradSlot | None) -> Array:
     """Return an array for a bias's gradient, the column sums of `grad`: the slot's own if fresh."""
     fresh = fresh_of(slot)
     return namespace(grad).empty(grad.shape[1], sum_dtype(grad.dtype)) if fresh is None else fresh
 
 
-def _product_into(slot: GradSlot | None, a: Array, b: Array, sums: Array | None) -> Any:
+def product_into(slot: GradSlot | None, a: Array, b: Array, sums: Array | None) -> Any:
     """Accumulate a @ b into the slot, or return it where there is none.
 
     `sums`, if given, receives the sums of the rows of `a`.

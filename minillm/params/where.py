@@ -113,7 +113,7 @@ class Pass:
     whole: Where
     training: bool = False  # enables dropout
     limits: KeyLimits | None = None  # of whole sequences
-    cache: Mapping[str, Any] | None = None  # attention layer's name -> core that replaces its own
+    cache: Mapping[str, Any] | None = None  # layer's name -> its memory of earlier positions
     memory: Memory | None = None  # that cross-attention reads
 
     def visibility(self, causal: bool, window: int = 0) -> Visibility:

@@ -46,6 +46,14 @@ class Unequal(Task, Protocol):
         """Return the positions of step `step` on `ranks` data-parallel ranks."""
 
 
+@runtime_checkable
+class Continuing(Task, Protocol):
+    """Task on streams, for models that carry a state: row b goes on in the next step's row b."""
+
+    def continues(self, step: int) -> bool:
+        """Return whether the rows of `step` continue those of the step before."""
+
+
 class Measure(Protocol):
     """Metrics of a task on one data set. They follow from sums over all rows."""
 

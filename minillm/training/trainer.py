@@ -35,8 +35,9 @@ from minillm.pipeline.runtime import PipelineRuntime, Sums
 from minillm.pipeline.schedules import SCHEDULES, idle
 from minillm.replication.balance import SpeedBalance
 from minillm.replication.protocol import MakeOptimizer, Replication
-from minillm.tasks.protocol import Task, Unequal
+from minillm.tasks.protocol import Continuing, Task, Unequal
 from minillm.training.assembly import assemble
+from minillm.training.carried import Carried
 from minillm.training.memory import predicted
 from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
@@ -128,6 +129,7 @@ class Trainer:
             wire=wire,
         )
         self.mesh, self.replication = self.model.mesh, self.model.replication
+        self._carried = Carried(config, self.model)
         make = optimizer or maker(optimization, self.mesh)
         self.optimizer = self.replication.optimizer(make)
         if not device.on_host:
@@ -183,7 +185,14 @@ class Trainer:
         started, exposed = time.perf_counter(), self.replication.exposed_seconds
         self._step, before = step, self._judge.last
         self._deal = self._dealt(step)
-        self.runtime.run([self.task.batch(step, rows, self.device) for rows in self._rows()])
+        if not (isinstance(self.task, Continuing) and self.task.continues(step)):
+            self._carried.forget()
+        self.runtime.run(
+            [
+                self._carried.into(self.task.batch(step, rows, self.device), rows)
+                for rows in self._rows()
+            ]
+        )
         if self._balance is not None:
             self._balance.add(self.runtime.compute_seconds)
         if before is not None and self.lag:
@@ -266,7 +275,7 @@ class Trainer:
 
         To be read or written within `Replication.agreed`.
         """
-        return [*self._common_state(), *self._replica_state()]
+        return [*self._common_state(), *self._replica_state(), *self._carried.tensors()]
 
     def _common_state(self) -> list[StateTensor]:
         return [*self.model.weights(), *self._optimizer_state()]
@@ -297,6 +306,7 @@ class Trainer:
             self._fill(source, self._common_state()[first::step])
             self.replication.adopt()
             self._fill(source, self._replica_state()[first::step])
+        self._fill(source, list(self._carried.tensors()))
         self.replication.loaded()
         memory.sync()
 
