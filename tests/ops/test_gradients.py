@@ -15,6 +15,8 @@ from minillm import kernels, ops
 from minillm.autograd.backward import backward
 from minillm.autograd.gradcheck import gradcheck
 from minillm.autograd.tape import Function, Tensor
+from minillm.comm.single import SelfCommunicator
+from minillm.ops.recurrent import CELLS
 
 R = np.random.default_rng(1)
 
@@ -42,6 +44,12 @@ def _fresh(x: Tensor) -> Tensor:
 
 def _attention(heads: int, kv_heads: int, **options: Any) -> Callable[[Tensor], Tensor]:
     return lambda qkv: ops.attention(qkv, heads=heads, kv_heads=kv_heads, **options)
+
+
+def _recurrent(cell: str, num_states: int) -> Callable[..., Tensor]:
+    first = _n(num_states, 2, 3)
+    options = {"cell": CELLS[cell], "first": first, "last": None, "comm": SelfCommunicator()}
+    return lambda *tensors: ops.recurrent(*tensors, **options)
 
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
@@ -138,6 +146,12 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
         (_n(2, 5, 12),),
     ),
     "attention long": (_attention(1, 1), (_n(1, 150, 6),)),
+    "recurrent lstm": (_recurrent("lstm", 2), (_n(2, 4, 5), _n(12, 5), _n(12, 3), _n(12))),
+    "recurrent rnn": (_recurrent("rnn", 1), (_n(2, 4, 5), _n(3, 5), _n(3, 3), _n(3))),
+    "cross_attention": (
+        lambda q, kv: ops.cross_attention(q, kv, heads=2),
+        (_n(2, 3, 6), _n(2, 5, 12)),
+    ),
     "cross attention": (ops.attention_qkv, (_n(2, 3, 4, 5), _n(2, 6, 2, 5), _n(2, 6, 2, 5))),
     "cross attention, causal": (
         lambda q, k, v: ops.attention_qkv(

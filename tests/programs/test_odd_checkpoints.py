@@ -87,7 +87,7 @@ def test_activations_that_overflow_are_an_error(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(dim=1 << 20), "TB of memory"),
+        (dict(dim=1 << 20, head_width=1 << 19), "TB of memory"),
         (dict(layers=10**7), "of memory"),
         (dict(dim=32), "is of another model: its model/embedding.weight has shape (256, 16)"),
         (dict(layers=3), "is of another model: it has no model/blocks.2."),

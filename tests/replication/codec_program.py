@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "checkpoint"))
 
 import numpy as np
 from test_codecs import MAKE, SIMULATE, exchange_here, gradients
@@ -21,7 +22,10 @@ from minillm.comm.single import SelfCommunicator
 def main() -> int:
     comm = world()
     grads = gradients(comm.size, 3)
-    expected = {name: simulate(grads, 0.1) for name, (_, simulate) in SIMULATE.items()}
+    expected = {}
+    for name, (_, virtual) in SIMULATE.items():
+        sums = [virtual() for _ in grads[0]]
+        expected[name] = [[add(g) for add, g in zip(sums, step, strict=True)] for step in grads]
     together = [[g.sum(0, keepdims=True) for g in step] for step in grads]
     alone = exchange_here(SelfCommunicator(), MAKE["powersgd"], together)
     expected["powersgd"] = [[found[0] for found in step] for step in alone]

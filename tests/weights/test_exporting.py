@@ -120,7 +120,9 @@ def test_a_checkpoint_of_a_mesh_is_exported_without_its_padding(tmp_path: Path) 
     def rank(comm: Communicator) -> None:
         from checkpoint_helpers import TINY, new_trainer
 
-        config = make_config("llama-tied", layout, **(TINY | dict(kv_heads=2, dtype="float32")))
+        config = make_config(
+            "llama", layout, **(TINY | dict(kv_heads=2, tied=True, dtype="float32"))
+        )
         trainer = new_trainer(comm, config)
         record = checkpoint.RunRecord(
             config=config.saved_values(),
