@@ -19,8 +19,8 @@ from minillm.base.device import CPU  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.tasks.masked_language_model import MaskedText, MaskedTextObjective  # noqa: E402
 from minillm.training.config import RunConfig  # noqa: E402
-from minillm.training.optim import learning_rate  # noqa: E402
 from minillm.training.resolve import resolve  # noqa: E402
+from minillm.training.schedule_lr import learning_rate  # noqa: E402
 from minillm.training.trainer import Trainer  # noqa: E402
 
 SIZES = dict(model="bert", layers=2, heads=4, dim=32, ffn_dim=80, context=64, batch=8)
