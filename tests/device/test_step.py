@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import standin
+from minillm.kernels import registry
 from minillm.kernels.gpu import registering
 from standin.cuda import products
 from standin.install import installed
@@ -60,6 +62,29 @@ def test_float32_equals_the_cpu(model: str, gpu: Any) -> None:
     np.testing.assert_allclose(found.norms, want.norms, rtol=FLOAT32)
     compare(found.first_grads, want.first_grads, FLOAT32, "first_grads")
     compare(found.weights, want.weights, FLOAT32, "weights")
+
+
+@pytest.mark.parametrize(("dropout", "of_a_layer"), [(0.0, 1), (0.1, 3)])
+def test_the_next_norm_adds_the_bias_of_a_branch(dropout: float, of_a_layer: int, gpu: Any) -> None:
+    """Count additions of biases in passes of their own.
+
+    Those of queries, keys and values remain. Dropout needs the sum before it drops.
+    """
+    entries, added = registry._kernels["add_bias_"], []
+    for number, entry in enumerate(entries):
+
+        def counted(x: Any, bias: Any, usual: Any = entry.fn) -> Any:
+            added.append(bias.shape)
+            return usual(x, bias)
+
+        entries[number] = dataclasses.replace(entry, fn=counted)
+    registry.forget()
+    more = {"dtype": "float32", "dropout": dropout, "steps": 1}
+    found = train("gpt2", Layout(num_microbatches=2), **sizes("gpt2", device="cuda"), **more)
+    layers, microbatches = SIZES["layers"], 2
+    assert len(added) == layers * microbatches * of_a_layer
+    want = train("gpt2", Layout(), **sizes("gpt2"), **more)
+    compare(found.first_grads, want.first_grads, FLOAT32, "first_grads")
 
 
 def error(found: Outcome, want: Outcome) -> float:
