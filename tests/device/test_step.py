@@ -50,7 +50,7 @@ def expected(model: str, dtype: str, **more: Any) -> Outcome:
     return train(model, Layout(), **sizes(model, dtype=dtype), **more)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "llama", "sinusoidal", "relu", "gpt2-untied"])
+@pytest.mark.parametrize("model", ["gpt2", "llama", "sinusoidal", "gpt2-untied"])
 def test_float32_equals_the_cpu(model: str, gpu: Any) -> None:
     """Compare losses, norms, first gradients and the weights after five steps.
 
