@@ -10,23 +10,17 @@ norms behind the residual sums, and every query sees all real keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from minillm import ops
-from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array, namespace
-from minillm.base.errors import ConfigError
-from minillm.base.log import plural
-from minillm.base.record import Record, option
 from minillm.comm.single import SelfCommunicator
 from minillm.layout.sharding import Segment, ShardSpec
-from minillm.models.family import Family, ShapeOptions
+from minillm.models.architecture import TIED_WEIGHT, StagedArchitecture
+from minillm.models.bert_config import MASKED, BertConfig, BertOptions
+from minillm.models.family import Family
 from minillm.models.gpt import ARCHITECTURE as GPT_ARCHITECTURE
-from minillm.models.gpt_config import ModelConfig
 from minillm.models.protocol import (
     INIT_STD,
     ArraySpec,
@@ -36,7 +30,6 @@ from minillm.models.protocol import (
     StageResult,
     Workload,
 )
-from minillm.models.sizes import check_divides, check_kernels, check_vocab
 from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
@@ -45,138 +38,10 @@ from minillm.nn.mlp import MLP
 from minillm.nn.norm import LayerNorm
 from minillm.nn.vocabulary import VocabParallelEmbedding, head_scores, vocab_weight
 from minillm.parallel.collectives import copy_to, reduce_from
-from minillm.parallel.tensor import PlannedGroup, Region, TensorParallel
+from minillm.parallel.tensor import Region, TensorParallel
 from minillm.params.module import Module
 from minillm.params.parameter import Constant, Normal, Parameter
 from minillm.params.where import Pass
-
-TIED_WEIGHT = "embedding.weight"
-MASKED = 0.15  # share of positions that the head sees, for rates and costs
-
-
-@dataclass(frozen=True, kw_only=True)
-class BertShape(Record):
-    """Part of an encoder's shape that never follows from anything else."""
-
-    layers: int = option(4, at_least=1)
-    """Number of Transformer blocks."""
-    heads: int = option(4, at_least=1)
-    """Number of attention heads."""
-    dim: int = option(128, at_least=1)
-    """Width of the model."""
-    context: int = option(128, at_least=8)
-    """Length of the longest sequences, in tokens, [CLS] and [SEP] included."""
-    norm_eps: float = option(1e-12, above=0)
-    """Number that norms add to a variance (RoBERTa: 1e-5)."""
-    types: int = option(2, at_least=0)
-    """Kinds of tokens with an embedding each: 2 tells the segments of a pair apart, RoBERTa has 1,
-    DistilBERT none (0)."""
-    position_offset: int = option(0, at_least=0)
-    """Row of the position table for position 0 (RoBERTa: 2)."""
-    dropout: float = option(0.0, at_least=0, below=1, announced=True)
-    """Share of activations dropped in training, in [0, 1)."""
-    objective: Literal["mlm", "mlm+nsp"] = "mlm+nsp"
-    """Losses, and the heads that they need: masked tokens (mlm), or those and whether the second
-    segment of a pair follows the first (mlm+nsp)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BertConfig(BertShape):
-    """Whole shape of an encoder: equal for every rank of a run, and kept in its checkpoints."""
-
-    ffn_dim: int = option(at_least=1)
-    """Width inside the MLP."""
-    vocab: int = option(at_least=1)
-    """Number of different tokens."""
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for sizes that do not fit together."""
-        super().__post_init__()
-        check_divides("heads", self.heads, "dim", self.dim)
-        if self.pairs and self.types < 2:
-            raise ConfigError(
-                f"--types {self.types} cannot tell the two segments of a pair apart; use --types "
-                "2, or --objective mlm"
-            )
-
-    @property
-    def pairs(self) -> bool:
-        """True if the model judges pairs of segments."""
-        return self.objective == "mlm+nsp"
-
-    @property
-    def num_positions(self) -> int:
-        """Rows of the position table."""
-        return self.context + self.position_offset
-
-    @cached_property
-    def core(self) -> ModelConfig:
-        """The blocks as those of a GPT, for costs and memory."""
-        names = ("layers", "heads", "dim", "context", "ffn_dim", "vocab")
-        sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return ModelConfig(**sizes, kv_heads=self.heads, mlp="gelu-erf", norm_place="post")
-
-    @property
-    def head_width(self) -> int:
-        """Channels of an attention head."""
-        return self.dim // self.heads
-
-    @property
-    def training_flops(self) -> float:
-        """FLOP to train on one position, of which the head sees 15 %."""
-        return float(sum(self.layer_costs()) - 3 * self.dim)
-
-    def layer_costs(self) -> list[float]:
-        """Return FLOP to train each layer on one position, embedding and head included."""
-        each = 6.0 * (self.core.layer_products + self.core.attention_products(0))
-        costs = [each] * self.layers
-        costs[0] += 3 * self.dim
-        costs[-1] += 6 * MASKED * self.dim * (self.dim + self.vocab)
-        return costs
-
-    def cut_over_tp(self, sequence_parallel: bool) -> dict[str, int]:
-        """Return option -> size that tensor parallelism divides."""
-        cut = {"heads": self.heads, "ffn_dim": self.ffn_dim}
-        return cut | ({"context": self.context} if sequence_parallel else {})
-
-    def check_device(self, device: str) -> None:
-        """Raise ConfigError if the device has no kernels for these sizes."""
-        check_kernels(device, self.dim, self.heads)
-
-    def describe(self) -> str:
-        """Return the sizes in words."""
-        return (
-            f"{plural(self.layers, 'layer')} of width {self.dim}, {plural(self.heads, 'head')}, "
-            f"context {self.context}, {self.objective}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BertOptions(BertShape, ShapeOptions):
-    """Encoder, as in `--layers 6 --heads 12 --dim 384` (minillm/models/bert.py)."""
-
-    ffn_dim: int | None = option(None, at_least=1)
-    """Width inside the MLP; left out: 4 dim."""
-    vocab: int | None = option(None, at_least=1)
-    """Number of different tokens; left out: what the tokenizer has, and four special ones."""
-
-    def resolve(self, vocab: int | None = None) -> BertConfig:
-        """Return the shape for data of `vocab` tokens.
-
-        Raises ConfigError for sizes that do not fit together, and where the number of tokens is
-        unknown.
-        """
-        follows = {"ffn_dim": 4 * self.dim, "vocab": check_vocab(self.vocab, vocab)}
-        given = {name: value for name, value in self.to_dict().items() if value is not None}
-        return BertConfig(**follows | given)
-
-    def check_weights(self, had: BertOptions) -> None:
-        """Raise ConfigError if the table of positions would grow."""
-        if self.context > had.context:
-            raise ConfigError(
-                f"--context {self.context} is longer than the {had.context} positions that the "
-                f"weights of --init-from have learned; use --context {had.context} or less"
-            )
 
 
 class MaskedHead(Module):
@@ -310,7 +175,7 @@ class Bert(Module):
         stream = Stream(x)
         for block in self.blocks.values():
             stream = (
-                self._recomputed(block, stream, pass_)
+                block.recomputed(stream, pass_)
                 if self.recompute == "full"
                 else block(stream, pass_)
             )
@@ -348,10 +213,6 @@ class Bert(Module):
     def _pass(self, batch: Batch, training: bool) -> Pass:
         return self.region.outside(Pass(batch.where, batch.where, training, batch.limits))
 
-    def _recomputed(self, block: Block, stream: Stream, pass_: Pass) -> Stream:
-        """Apply `block`, keeping its input alone."""
-        return Stream(recomputed(lambda x: block(Stream(x), pass_).sum(), stream.sum()))
-
     def _embed(self, embedding: VocabParallelEmbedding, batch: Batch, pass_: Pass) -> Tensor:
         times, tokens = pass_.where.times, batch.arrays["tokens"]
         assert times is not None and self.norm is not None
@@ -364,32 +225,10 @@ class Bert(Module):
         return self.dropout(self.norm(hidden, pass_), pass_)
 
 
-class BertArchitecture:
+class BertArchitecture(StagedArchitecture):
     """Architecture "bert", configured by a `BertConfig`."""
 
-    name = "bert"
-
-    def build(
-        self,
-        config: BertConfig,
-        part: StagePart,
-        region: Region,
-        *,
-        seed: int,
-        recompute: str = "none",
-        std: float = INIT_STD,
-    ) -> Bert:
-        """Build one stage. No memory is allocated for its parameters."""
-        return Bert(config, region, part, seed=seed, recompute=recompute, std=std)
-
-    def specs(self, config: BertConfig) -> Mapping[str, ShardSpec]:
-        """Return the layout of every parameter of the whole model by global name."""
-        whole = Bert(config, TensorParallel(PlannedGroup()), seed=0)
-        return {parameter.name: parameter.spec for parameter in whole.parameters()}
-
-    def ties(self, config: BertConfig, stages: Sequence[range]) -> Mapping[str, tuple[int, ...]]:
-        """Return the first and the last stage as holders of the token embedding."""
-        return {TIED_WEIGHT: (0, len(stages) - 1)} if len(stages) > 1 else {}
+    name, stage = "bert", Bert
 
     def activation_bytes(self, config: BertConfig, num_layers: int, work: Workload) -> int:
         """Return the bytes that the tape keeps of one microbatch, as a GPT of these blocks does."""

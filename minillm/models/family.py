@@ -22,7 +22,7 @@ DEFAULT = "gpt"  # of --model, and the family of checkpoints that name none
 
 
 class Shape(Protocol):
-    """Whole shape of a model, equal on every rank: what the engine asks of it."""
+    """Shape of a model, equal on every rank: all that the engine asks of it."""
 
     @property
     def layers(self) -> int:

@@ -9,13 +9,12 @@ same code on communicators of size 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 from minillm import ops
-from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec
+from minillm.models.architecture import TIED_WEIGHT, StagedArchitecture
 from minillm.models.family import Family
 from minillm.models.gpt_config import ModelConfig, ModelOptions
 from minillm.models.gpt_presets import PRESETS
@@ -41,12 +40,10 @@ from minillm.nn.vocabulary import (
     head_loss,
     vocab_weight,
 )
-from minillm.parallel.tensor import PlannedGroup, Region, TensorParallel
+from minillm.parallel.tensor import Region
 from minillm.params.module import Module
 from minillm.params.parameter import Normal, Parameter
 from minillm.params.where import Pass
-
-TIED_WEIGHT = "embedding.weight"
 
 
 class GPT(Module):
@@ -168,7 +165,7 @@ class GPT(Module):
         stream = Stream(x)
         for block in self.blocks.values():
             stream = (
-                self._recomputed(block, stream, pass_)
+                block.recomputed(stream, pass_)
                 if self.recompute == "full"
                 else block(stream, pass_)
             )
@@ -197,10 +194,6 @@ class GPT(Module):
         pass_ = Pass(batch.where, batch.where, training, batch.limits, batch.cache)
         return pass_ if batch.cache is not None else self.region.outside(pass_)
 
-    def _recomputed(self, block: Block, stream: Stream, pass_: Pass) -> Stream:
-        """Apply `block`, keeping the sum of the stream alone."""
-        return Stream(recomputed(lambda x: block(Stream(x), pass_).sum(), stream.sum()))
-
     def _embed(self, embedding: VocabParallelEmbedding, ids: Array, pass_: Pass) -> Tensor:
         times, dim = pass_.where.times, self.config.dim
         assert times is not None
@@ -218,32 +211,10 @@ class GPT(Module):
         return self.dropout(hidden, pass_)
 
 
-class GPTArchitecture:
+class GPTArchitecture(StagedArchitecture):
     """Architecture "gpt", configured by a `ModelConfig`."""
 
-    name = "gpt"
-
-    def build(
-        self,
-        config: ModelConfig,
-        part: StagePart,
-        region: Region,
-        *,
-        seed: int,
-        recompute: str = "none",
-        std: float = INIT_STD,
-    ) -> GPT:
-        """Build one stage. No memory is allocated for its parameters."""
-        return GPT(config, region, part, seed=seed, recompute=recompute, std=std)
-
-    def specs(self, config: ModelConfig) -> Mapping[str, ShardSpec]:
-        """Return the layout of every parameter of the whole model by global name."""
-        whole = GPT(config, TensorParallel(PlannedGroup()), seed=0)
-        return {parameter.name: parameter.spec for parameter in whole.parameters()}
-
-    def ties(self, config: ModelConfig, stages: Sequence[range]) -> Mapping[str, tuple[int, ...]]:
-        """Return the first and the last stage as holders of a tied embedding."""
-        return {TIED_WEIGHT: (0, len(stages) - 1)} if config.tied and len(stages) > 1 else {}
+    name, stage = "gpt", GPT
 
     def activation_bytes(self, config: ModelConfig, num_layers: int, work: Workload) -> int:
         """Return the bytes that the tape keeps of one microbatch in `num_layers` blocks on a rank.

@@ -87,7 +87,7 @@ class ModelShape(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ModelShape):
-    """Whole shape of a GPT: equal for every rank of a run, and kept in its checkpoints."""
+    """Shape of a GPT: equal for every rank of a run, and kept in its checkpoints."""
 
     kv_heads: int = option(at_least=1)
     """Number of key-value heads, each shared by heads / kv_heads query heads."""

@@ -9,7 +9,6 @@ and gradients end there (truncated back-propagation through time).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from minillm.base.arrays import Array
 from minillm.base.errors import ConfigError
 from minillm.base.log import plural
 from minillm.base.record import Record, option
-from minillm.layout.sharding import ShardSpec
+from minillm.models.architecture import TIED_WEIGHT, StagedArchitecture
 from minillm.models.family import Family, ShapeOptions
 from minillm.models.protocol import (
     INIT_STD,
@@ -40,12 +39,11 @@ from minillm.nn.vocabulary import (
     vocab_weight,
 )
 from minillm.ops.recurrent import CELLS
-from minillm.parallel.tensor import PlannedGroup, Region, TensorParallel
+from minillm.parallel.tensor import Region
 from minillm.params.module import Module
 from minillm.params.parameter import Parameter
 from minillm.params.where import Pass
 
-TIED_WEIGHT = "embedding.weight"
 UNLIMITED = 1 << 40  # positions that a model reads whose memory does not grow with them
 
 
@@ -70,7 +68,7 @@ class LSTMShape(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class LSTMConfig(LSTMShape):
-    """Whole shape: equal for every rank of a run, and kept in its checkpoints."""
+    """Shape of a recurrent model: equal for every rank of a run, and kept in its checkpoints."""
 
     hidden: int = option(at_least=1)
     """Units of a layer."""
@@ -235,33 +233,10 @@ class LSTM(Module):
         return Pass(batch.where, batch.where, training, batch.limits, batch.cache)
 
 
-class LSTMArchitecture:
+class LSTMArchitecture(StagedArchitecture):
     """Architecture "lstm", configured by an `LSTMConfig`."""
 
-    name = "lstm"
-
-    def build(
-        self,
-        config: LSTMConfig,
-        part: StagePart,
-        region: Region,
-        *,
-        seed: int,
-        recompute: str = "none",
-        std: float = INIT_STD,
-    ) -> LSTM:
-        """Build one stage. No memory is allocated for its parameters."""
-        return LSTM(config, region, part, seed=seed, recompute=recompute, std=std)
-
-    def specs(self, config: LSTMConfig) -> Mapping[str, ShardSpec]:
-        """Return the layout of every parameter of the whole model by global name."""
-        part = StagePart(range(config.layers), True, True)
-        whole = LSTM(config, TensorParallel(PlannedGroup()), part, seed=0)
-        return {parameter.name: parameter.spec for parameter in whole.parameters()}
-
-    def ties(self, config: LSTMConfig, stages: Sequence[range]) -> Mapping[str, tuple[int, ...]]:
-        """Return the first and the last stage as holders of a tied embedding."""
-        return {TIED_WEIGHT: (0, len(stages) - 1)} if config.tied and len(stages) > 1 else {}
+    name, stage = "lstm", LSTM
 
     def activation_bytes(self, config: LSTMConfig, num_layers: int, work: Workload) -> int:
         """Return the bytes that the tape keeps of one microbatch in `num_layers` layers on a rank.

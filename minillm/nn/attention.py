@@ -58,7 +58,25 @@ def full_attention(
     )
 
 
-class Attention(Module):
+class _Attending(Module):
+    """Attention in front of its output projection."""
+
+    out: RowParallelLinear
+
+    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Attend from x [B, T_local, D] to the same shape, both outside the region."""
+        return self.out(self._attended(x, pass_), pass_)
+
+    def branch(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Parameter | None]:
+        """Return the same, and the bias that the next norm is to add (`RowParallelLinear`)."""
+        return self.out.branch(self._attended(x, pass_), pass_)
+
+    def _attended(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Return the heads' outputs [B, T, H K] inside the region."""
+        raise TypeError(f"{type(self).__name__} does not define _attended")
+
+
+class Attention(_Attending):
     """Multi-head attention (Vaswani et al. 2017).
 
     Heads are `head_width` channels wide (default: dim / heads). `qk_norm` normalises queries and
@@ -103,14 +121,6 @@ class Attention(Module):
         self.out = RowParallelLinear(queries, dim, region, bias=out_bias, std=out_std)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
-        """Attend from x [B, T_local, D] to the same shape, both outside the region."""
-        return self.out(self._attended(x, pass_), pass_)
-
-    def branch(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Parameter | None]:
-        """Return the same, and the bias that the next norm is to add (`RowParallelLinear`)."""
-        return self.out.branch(self._attended(x, pass_), pass_)
-
     def _attended(self, x: Tensor, pass_: Pass) -> Tensor:
         """Return the heads' outputs [B, T, H K] inside the region."""
         qkv = self.qkv(x, pass_)  # [B, T, (H + 2 Hkv) K] of the whole sequence
@@ -152,7 +162,7 @@ class MemoryKeys:
         self.found = Tensor(kv.data[parents]), kept
 
 
-class CrossAttention(Module):
+class CrossAttention(_Attending):
     """Multi-head attention whose keys and values come from a memory (Vaswani et al. 2017, 3.2.3).
 
     Queries come from x, keys and values from `Pass.memory`, which is inside the region already: it
@@ -177,14 +187,6 @@ class CrossAttention(Module):
         self.kv = ColumnParallelLinear(dim, (channels, channels), region, bias=bias, std=std)
         self.out = RowParallelLinear(channels, dim, region, bias=bias, std=out_std)
         self.dropout = dropout
-
-    def forward(self, x: Tensor, pass_: Pass) -> Tensor:
-        """Attend from x [B, T_local, D] to the same shape, both outside the region."""
-        return self.out(self._attended(x, pass_), pass_)
-
-    def branch(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Parameter | None]:
-        """Return the same, and the bias that the next norm is to add (`RowParallelLinear`)."""
-        return self.out.branch(self._attended(x, pass_), pass_)
 
     def _attended(self, x: Tensor, pass_: Pass) -> Tensor:
         """Return the heads' outputs [B, T, H K] inside the region."""

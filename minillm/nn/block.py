@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple, Protocol
 
 from minillm import ops
+from minillm.autograd.recompute import recomputed
 from minillm.autograd.tape import Tensor
 from minillm.nn.dropout import Dropout
 from minillm.nn.norm import LayerNorm, RMSNorm
@@ -74,6 +76,18 @@ class Block(Module):
         stream = self.half(stream, pass_, self.norm1, attention, self.out_norm1, self.dropout1)
         return self.half(stream, pass_, self.norm2, mlp, self.out_norm2, self.dropout2)
 
+    def recomputed(self, stream: Stream, pass_: Pass) -> Stream:
+        """Return the same, while the tape keeps the stream's sum and the memory alone."""
+        memory = pass_.memory
+        if memory is None:
+            return Stream(recomputed(lambda x: self(Stream(x), pass_).sum(), stream.sum()))
+
+        def apply(x: Tensor, states: Tensor) -> Tensor:
+            again = dataclasses.replace(pass_, memory=memory._replace(states=states))
+            return self(Stream(x), again).sum()
+
+        return Stream(recomputed(apply, stream.sum(), memory.states))
+
     def half(
         self,
         stream: Stream,
@@ -83,6 +97,7 @@ class Block(Module):
         out_norm: LayerNorm | RMSNorm | None,
         dropout: Dropout,
     ) -> Stream:
+        """Return the stream behind one `half` with its norms and dropout."""
         if norm is None or self.post:
             x = y = stream.sum()
         else:

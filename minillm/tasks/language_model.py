@@ -219,6 +219,7 @@ class TextObjective:
 
     name = "text"
     options, measured = DataOptions, TextToMeasure
+    dataset: type[Text] = Text
 
     def load(
         self,
@@ -229,7 +230,7 @@ class TextObjective:
     ) -> Text:
         """Load the text for a model of the options `shape`: context and vocab. Collective."""
         tokenizer = None if vocabulary is None else tokenizer_from_json(vocabulary)
-        return Text(
+        return self.dataset(
             corpus_of(
                 options, context=shape.context, vocab=shape.vocab, tokenizer=tokenizer, comm=comm
             )
@@ -245,7 +246,7 @@ class TextObjective:
         comm: Communicator,
     ) -> Text:
         """Load the text to measure. Collective."""
-        return Text(held_out_corpus(asked, trained, shape, vocabulary, sha256, comm))
+        return self.dataset(held_out_corpus(asked, trained, shape, vocabulary, sha256, comm))
 
 
 OBJECTIVE = TextObjective()

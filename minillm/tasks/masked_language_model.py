@@ -27,7 +27,7 @@ from minillm.data.corpus import Corpus, corpus_of
 from minillm.data.documents import Documents, SpecialTokenizer
 from minillm.data.options import DataOptions
 from minillm.data.tokenizers import tokenizer_from_json
-from minillm.models.bert import BertConfig
+from minillm.models.bert_config import BertConfig
 from minillm.models.protocol import Batch
 from minillm.params.where import KeyLimits, Where
 from minillm.tasks.language_model import TextToMeasure, held_out_corpus

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from minillm.comm.communicator import Communicator
 from minillm.data.batches import eval_windows
-from minillm.data.options import DataOptions
 from minillm.data.streams import Streams
 from minillm.models.family import Shape
-from minillm.tasks.language_model import (
-    HeldOutText,
-    LanguageModeling,
-    Text,
-    TextObjective,
-    TextToMeasure,
-)
+from minillm.tasks.language_model import HeldOutText, LanguageModeling, Text, TextObjective
 
 HELD_OUT_TOKENS = 2048  # of a held-out row: its beginning without a past costs little of it
 
@@ -57,29 +46,7 @@ class StreamObjective(TextObjective):
     """Objective "stream": the next token of a text, read without gaps."""
 
     name = "stream"
-
-    def load(
-        self,
-        options: DataOptions,
-        shape: Any,
-        vocabulary: Mapping[str, Any] | None,
-        comm: Communicator,
-    ) -> StreamedText:
-        """Load the text of `options`. Collective."""
-        return StreamedText(super().load(options, shape, vocabulary, comm).corpus)
-
-    def held_out(
-        self,
-        asked: TextToMeasure,
-        trained: DataOptions,
-        shape: Shape,
-        vocabulary: Mapping[str, Any],
-        sha256: str,
-        comm: Communicator,
-    ) -> StreamedText:
-        """Load the text to measure. Collective."""
-        found = super().held_out(asked, trained, shape, vocabulary, sha256, comm)
-        return StreamedText(found.corpus)
+    dataset = StreamedText
 
 
 OBJECTIVE = StreamObjective()

@@ -11,7 +11,7 @@ import pytest
 from minillm.base.errors import ConfigError
 from minillm.comm.single import SelfCommunicator
 from minillm.data.pair_sources import _messages, read_pairs, toy
-from minillm.models.seq2seq import Seq2SeqOptions
+from minillm.models.seq2seq_config import Seq2SeqOptions
 from minillm.tasks.translation import PairsToMeasure, TranslationObjective, TranslationOptions
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from training_helpers import BASE, Layout, Outcome, train
 
-from minillm.models.seq2seq import FAMILY, Seq2SeqOptions
+from minillm.models.seq2seq import FAMILY
+from minillm.models.seq2seq_config import Seq2SeqOptions
 from minillm.tasks.translation import Pairs, Translating
 from minillm.training.resolve import ResolvedConfig
 

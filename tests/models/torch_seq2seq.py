@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minillm.models.seq2seq import Seq2SeqConfig
+from minillm.models.seq2seq_config import Seq2SeqConfig
 
 ACTIVATIONS = {"relu": F.relu, "gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
