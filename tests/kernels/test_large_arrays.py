@@ -25,6 +25,7 @@ from minillm.kernels.attention import reference as plain_attention
 from minillm.kernels.embedding import reference as embedding
 from minillm.kernels.gpu import launching
 from minillm.kernels.layernorm import reference as layernorm
+from minillm.kernels.lstm import reference as lstm
 from minillm.kernels.matmul import cuda as matmul
 from minillm.kernels.random import reference as random
 from minillm.kernels.rmsnorm import reference as rmsnorm
@@ -188,6 +189,18 @@ def run_grad_norm() -> Pairs:
     yield out[-8:], total[-8:]
 
 
+def run_lstm() -> Pairs:
+    gates, before, slope, grad = ending((R, 4 * D), 1), rows(1), rows(1), rows(1)
+    last = wide(gates[-1:])
+    c, h = kernels.lstm_forward_(gates, before)
+    want_c, want_h = lstm.lstm_forward_(last, wide(before[-1:]))
+    yield from pairs((gates[-1:], c[-1:], h[-1:]), (last, want_c, want_h))
+    gates[-1:], c[-1:], grad_before = last, want_c, wide(grad[-1:])
+    kernels.lstm_backward_(gates, before, c, slope, grad)
+    lstm.lstm_backward_(last, wide(before[-1:]), want_c, wide(slope[-1:]), grad_before)
+    yield from pairs((gates[-1:], grad[-1:]), (last, grad_before))
+
+
 def run_norms() -> Pairs:
     x, delta, grad, around = rows(1), rows(1), rows(1), rows(1)
     weight, bias, more = vector(), vector(), vector()
@@ -346,7 +359,8 @@ def test_no_index_is_32_bits_wide(launched: list[tuple[str, str]]) -> None:
         for file in files
         for name in NAMES.findall(file.read_text(encoding="utf-8"))
     }
-    assert not every - set(launched)
+    missing = sorted(every - set(launched))
+    assert not missing
 
 
 @pytest.mark.parametrize(
@@ -356,6 +370,7 @@ def test_no_index_is_32_bits_wide(launched: list[tuple[str, str]]) -> None:
         ("residual", "((int64_t)blockIdx.x * THREADS", "(blockIdx.x * THREADS"),
         ("embedding", "weight + row * D", "weight + (int)row * D"),
         ("attention v2", "sample * strides.batch", "sample * (int)strides.batch"),
+        ("lstm", "Element* at = gates + row * 4 * H", "Element* at = gates + (int)(row * 4 * H)"),
     ],
 )
 def test_a_planted_index_of_32_bits_is_found(
