@@ -12,6 +12,7 @@ from minillm.bench import (
     kernel_times,
     messages,
     methods,
+    models,
     parts,
     shared_core,
     training_step,
@@ -23,6 +24,7 @@ Run = Callable[[Communicator, Any], None]
 
 BENCHMARKS: dict[str, tuple[type, Run]] = {
     "train": (training_step.TrainBench, contest.run),
+    "models": (models.ModelsBench, contest.run),
     "kernels": (kernel_times.KernelBench, kernel_times.run),
     "attention": (parts.AttentionBench, contest.run),
     "head": (parts.HeadBench, contest.run),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from minillm.base.arrays import float_dtype
 from minillm.base.device import Device, open_device
 from minillm.base.host_memory import peak_rss, proportional_rss
 from minillm.bench.shapes import Shape
+from minillm.bench.subjects import SUBJECTS
 from minillm.bench.synthetic import random_trainer
 from minillm.bench.timing import median_seconds, repeated
 from minillm.comm.communicator import Communicator
@@ -27,6 +29,7 @@ from minillm.nn.vocabulary import head_loss
 from minillm.training.assembly import assemble
 from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
+from minillm.training.trainer import Trainer
 
 
 def train(
@@ -65,6 +68,15 @@ def train(
         ceiling = _gemm_rate(place, dtype)
     memory, rates = comm.gather_json(used), comm.gather_json(ceiling)
     return {"step": times, "peak_rss": sum(memory), "gemm_flops": sum(rates)}
+
+
+def model(comm: Communicator, seconds: float, *, subject: str) -> dict[str, Any]:
+    """Time training steps of a family on the batches of its subject."""
+    chosen = SUBJECTS[subject]
+    config = chosen.config(comm.size)
+    trainer, numbers = Trainer(config, comm, chosen.task(config)), itertools.count()
+    gc.disable()
+    return {"step": repeated(lambda: trainer.step(next(numbers)), seconds, warmup=3)}
 
 
 def _gemm_rate(device: Device, dtype: str) -> float:
@@ -157,6 +169,7 @@ def generate(
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train,
+    "model": model,
     "attention": attention,
     "head": head,
     "generate": generate,

@@ -9,14 +9,19 @@ import json
 import resource
 import sys
 from collections.abc import Callable
+from itertools import count
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minillm.base.device import CPU
 from minillm.bench.shapes import Shape
+from minillm.bench.subjects import SUBJECTS
 from minillm.bench.timing import repeated
+from minillm.bench.torch_models import MODELS
 
 Cache = tuple[Tensor, Tensor]
 
@@ -109,6 +114,29 @@ def train(
     return found | ({"peak_rss": torch.cuda.max_memory_reserved()} if device == "cuda" else {})
 
 
+def model(seconds: float, *, subject: str, tuned: bool) -> dict[str, Any]:
+    """Time training steps of a family on the batches of its subject, as `train` does."""
+    chosen = SUBJECTS[subject]
+    config = chosen.config(1)
+    task, rows = chosen.task(config), np.arange(config.options.optimization.batch)
+    net = MODELS[chosen.family](config.model)
+    optimizer, numbers = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=tuned), count()
+
+    def step() -> float:
+        batch = task.batch(next(numbers), rows, CPU)
+        arrays = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+        if batch.memory is not None:
+            arrays["lengths"] = torch.from_numpy(batch.memory.lengths)
+        optimizer.zero_grad()
+        loss = net(arrays)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        return float(loss)
+
+    return {"step": repeated(step, seconds, warmup=3)}
+
+
 def attention(
     seconds: float, *, batch: int, context: int, heads: int, width: int, causal: bool
 ) -> dict[str, Any]:
@@ -166,6 +194,7 @@ def generate(seconds: float, *, prompt: int, **sizes: int) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train,
+    "model": model,
     "attention": attention,
     "head": head,
     "generate": generate,

@@ -189,6 +189,15 @@ def test_parts_of_a_model_are_timed(tmp_path: Path, part: str) -> None:
         assert run is None or all(np.min(value) > 0 for value in run.values())
 
 
+@pytest.mark.slow
+def test_models_are_timed(tmp_path: Path) -> None:
+    out = tmp_path / "models.json"
+    done = bench("models", "--models=lstm", "--rounds=1", "--seconds=0.01", f"--json={out}")
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(out.read_text())["results"]
+    assert np.min(result["runs"]["minillm"][0]["step"]) > 0
+
+
 @needs_mpirun
 @pytest.mark.slow
 def test_methods_take_turns(tmp_path: Path) -> None:
@@ -225,6 +234,7 @@ def test_bad_input_is_one_sentence() -> None:
         (("attention", "--contexts=64,x"), "numbers from 1 up"),
         (("comm",), "mpirun -n 2"),
         (("methods",), "mpirun -n 2"),
+        (("models", "--models=lstn"), "did you mean lstm"),
     ):
         done = bench(*arguments)
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
