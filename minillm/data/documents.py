@@ -8,7 +8,7 @@ cut before it is tokenized, whatever its tokenizer does with blanks.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -119,6 +119,12 @@ class SpecialTokenizer:
             for at in (0, -1)
         )
         return _flags(inner, self), _flags(open_, self)
+
+
+def special_json(value: Mapping[str, Any], documents: bool) -> dict[str, Any]:
+    """Return the value of a `SpecialTokenizer` over the tokenizer `value`, or over its base."""
+    base = value["base"] if value.get("kind") == "special" else value
+    return {"kind": "special", "base": base, "documents": documents}
 
 
 def _flags(values: Sequence[bool], tokenizer: SpecialTokenizer) -> np.ndarray:

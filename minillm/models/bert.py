@@ -16,7 +16,7 @@ from minillm import ops
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array, namespace
 from minillm.comm.single import SelfCommunicator
-from minillm.layout.sharding import Segment, ShardSpec
+from minillm.layout.sharding import ShardSpec
 from minillm.models.architecture import TIED_WEIGHT, StagedArchitecture
 from minillm.models.bert_config import MASKED, BertConfig, BertOptions
 from minillm.models.family import Family
@@ -36,11 +36,11 @@ from minillm.nn.dropout import Dropout
 from minillm.nn.linear import Linear
 from minillm.nn.mlp import MLP
 from minillm.nn.norm import LayerNorm
-from minillm.nn.vocabulary import VocabParallelEmbedding, head_scores, vocab_weight
+from minillm.nn.vocabulary import VocabParallelEmbedding, head_scores, vocab_bias, vocab_weight
 from minillm.parallel.collectives import copy_to, reduce_from
 from minillm.parallel.tensor import Region, TensorParallel
 from minillm.params.module import Module
-from minillm.params.parameter import Constant, Normal, Parameter
+from minillm.params.parameter import Normal, Parameter
 from minillm.params.where import Pass
 
 
@@ -55,8 +55,7 @@ class MaskedHead(Module):
         self.dense = Linear(c.dim, c.dim, std=std)
         self.norm = LayerNorm(c.dim, TensorParallel(region.comm), bias=True, eps=c.norm_eps)
         self.weight = weight
-        spec = ShardSpec((c.vocab,), ((Segment(c.vocab, ("tp",)),),), pad=True)
-        self.bias = Parameter(spec, Constant(0.0), decay=False)
+        self.bias = vocab_bias(c.vocab)
 
     def forward(
         self, x: Tensor, pass_: Pass, targets: Array, divisor: float
@@ -75,11 +74,14 @@ class MaskedHead(Module):
 
 
 class PairHead(Module):
-    """Next-sentence head: a pooler of position 0 and two classes, 0 for a pair that belongs."""
+    """Next-sentence head: a pooler of position 0 and two classes, 0 for a pair that belongs.
+
+    Where no loss needs it, it is the pooler alone.
+    """
 
     def __init__(self, c: BertConfig, std: float) -> None:
         self.pooler = Linear(c.dim, c.dim, std=std)
-        self.classes = Linear(c.dim, 2, std=std)
+        self.classes = Linear(c.dim, 2, std=std) if c.pairs else None
         self.comm = SelfCommunicator()
 
     def forward(
@@ -87,6 +89,7 @@ class PairHead(Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of x [B, D] against targets [B] and what `head_scores` adds to it."""
         pooled, classes = ops.tanh(self.pooler(x, pass_)), self.classes
+        assert classes is not None
         more: dict[str, Any] = dict(vocab=2, divisor=divisor, bias=classes.bias)
         return head_scores(pooled, classes.weight, targets, self.comm, **more)
 
@@ -112,7 +115,7 @@ class Bert(Module):
         part = part or StagePart(range(config.layers), True, True)
         self.config, self.region, self.seed, self.std = config, region, seed, std
         self.recompute, c = recompute, config
-        tie = TIED_WEIGHT if not (part.first and part.last) else None
+        tie = TIED_WEIGHT if c.tied and not (part.first and part.last) else None
         self.embedding: VocabParallelEmbedding | None = None
         self.positions = self.types = self.norm = None
         if part.first:
@@ -124,8 +127,9 @@ class Bert(Module):
         self.blocks = {layer: self._block() for layer in part.layers}
         self.head = self.pairs = None
         if part.last:
-            self.head = MaskedHead(c, self._tied(tie), region, std)
-            self.pairs = PairHead(c, std) if c.pairs else None
+            if c.tied:
+                self.head = MaskedHead(c, self._tied(tie), region, std)
+            self.pairs = PairHead(c, std) if c.pooled else None
         self.assign_names()
 
     def _table(self, rows: int) -> Parameter:
@@ -264,5 +268,7 @@ FAMILY = Family(
         "roberta-base": _published(12, 12, 768, 6e-4, **ROBERTA),
         "distilbert": _published(6, 12, 768, 5e-4, types=0, objective="mlm"),
     },
+    writes="embeddings",
     tables={"positions": "num_positions"},
+    heads=("head.", "pairs."),
 )

@@ -37,16 +37,17 @@ class BertShape(Record):
     """Row of the position table for position 0 (RoBERTa: 2)."""
     dropout: float = option(0.0, at_least=0, below=1, announced=True)
     """Share of activations dropped in training, in [0, 1)."""
-    objective: Literal["mlm", "mlm+nsp"] = "mlm+nsp"
-    """Losses, and the heads that they need: masked tokens (mlm), or those and whether the second
-    segment of a pair follows the first (mlm+nsp)."""
+    objective: Literal["mlm", "mlm+nsp", "none"] = "mlm+nsp"
+    """Losses, and the heads that they need: masked tokens (mlm), those and whether the second
+    segment of a pair follows the first (mlm+nsp), or none, as in an encoder that embeds text."""
+    pooler: bool = False
+    """Keep a pooler of the first position (dense, tanh) where no loss needs it, as encoders of
+    other libraries have it; mlm+nsp has one in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(BertShape):
     """Shape of an encoder: equal for every rank of a run, and kept in its checkpoints."""
-
-    tied: ClassVar[bool] = True  # the table of tokens is the head as well
 
     ffn_dim: int = option(at_least=1)
     """Width inside the MLP."""
@@ -64,9 +65,19 @@ class BertConfig(BertShape):
             )
 
     @property
+    def tied(self) -> bool:
+        """True if the table of tokens is the head as well, so that there is a head."""
+        return self.objective != "none"
+
+    @property
     def pairs(self) -> bool:
         """True if the model judges pairs of segments."""
         return self.objective == "mlm+nsp"
+
+    @property
+    def pooled(self) -> bool:
+        """True if the model has a pooler."""
+        return self.pairs or self.pooler
 
     @property
     def num_positions(self) -> int:
@@ -119,6 +130,8 @@ class BertConfig(BertShape):
 class BertOptions(BertShape, ShapeOptions):
     """Encoder, as in `--layers 6 --heads 12 --dim 384` (minillm/models/bert.py)."""
 
+    FREE: ClassVar[tuple[str, ...]] = ("context", "dropout", "objective", "pooler")
+
     ffn_dim: int | None = option(None, at_least=1)
     """Width inside the MLP; left out: 4 dim."""
     vocab: int | None = option(None, at_least=1)
@@ -132,6 +145,7 @@ class BertOptions(BertShape, ShapeOptions):
         """
         follows = {"ffn_dim": 4 * self.dim, "vocab": check_vocab(self.vocab, vocab)}
         given = {name: value for name, value in self.to_dict().items() if value is not None}
+        given["pooler"] = self.pooler and self.objective != "mlm+nsp"  # which has its own
         return BertConfig(**follows | given)
 
     def check_weights(self, had: BertOptions) -> None:

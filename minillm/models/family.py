@@ -94,19 +94,26 @@ class Family:
     presets: Mapping[str, Mapping[str, Any]]
     """Preset -> values of any options of a run. The first preset is the default."""
     writes: str | None = None
-    """Output of its trained models: "text" that continues a prompt, or a "translation" of a source;
-    None: none."""
+    """Output of its trained models: "text" that continues a prompt, a "translation" of a source, or
+    "embeddings" of texts; None: none."""
     tables: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> option that says how many of its rows a model has. A run may start from weights
     with more rows."""
+    heads: tuple[str, ...] = ()
+    """Beginnings of the names of parameters that belong to an objective. A run may start from
+    weights without them, of another objective, and then gives them initial values."""
 
     def check_writes(self, what: str = "text") -> None:
-        """Raise ConfigError unless its models write "text" or a "translation", as asked."""
+        """Raise ConfigError unless its models write `what`: "text", a "translation", ..."""
         if self.writes != what:
             able = or_list(
                 f"--model {name}" for name, it in families().items() if it.writes == what
             )
-            does = {"text": "continue text", "translation": "translate"}[what]
+            does = {
+                "text": "continue text",
+                "translation": "translate",
+                "embeddings": "embed texts",
+            }[what]
             raise ConfigError(f"a model of --model {self.name} does not {does}; use one of {able}")
 
 

@@ -47,6 +47,7 @@ from minillm.nn.vocabulary import (
     head_logits,
     head_loss,
     smoothing_loss,
+    vocab_bias,
     vocab_weight,
 )
 from minillm.parallel.tensor import Region
@@ -125,10 +126,11 @@ class Seq2Seq(Module):
         pre = c.norm_place == "pre"
         self.memory_norm = self._norm() if pre and cut - 1 in part.layers else None
         self.norm = self._norm() if pre and part.last else None
-        self.head = None
+        self.head = self.head_bias = None
         if part.last:
             tied = self.embedding.weight if c.tied and self.embedding is not None else None
             self.head = tied or vocab_weight(c.vocab, c.dim, **tables)
+            self.head_bias = vocab_bias(c.vocab) if c.head_bias else None
         self.assign_names()
 
     def _position_table(self) -> Parameter | None:
@@ -232,6 +234,7 @@ class Seq2Seq(Module):
         entered = self.region.enter(hidden, pass_)
         args = (entered, self.head, batch.arrays["targets"], self.region.comm)
         sizes: dict[str, Any] = {"vocab": self.config.vocab, "divisor": batch.divisors["loss"]}
+        sizes["bias"] = self.head_bias
         loss = head_loss(*args, **sizes)
         smoothing = self.config.label_smoothing
         if not smoothing or not pass_.training:
@@ -241,7 +244,8 @@ class Seq2Seq(Module):
     def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
         """Return the logits [B, T, V], whole on every rank (last stage only)."""
         assert self.head is not None, "the head is on the last stage"
-        return head_logits(outputs[0], self.head, self.region, self._pass(batch, False))
+        pass_ = self._pass(batch, False)
+        return head_logits(outputs[0], self.head, self.region, pass_, bias=self.head_bias)
 
     def _encode(self, x: Tensor | None, batch: Batch, training: bool) -> Tensor:
         """Return the source's stream behind this stage's encoder layers, or the memory."""

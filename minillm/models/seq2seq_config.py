@@ -43,6 +43,8 @@ class Seq2SeqOptions(ShapeOptions):
     held-out losses have none."""
     tied: bool = True
     """Use one matrix for the embeddings of both sides and the output head."""
+    head_bias: bool = False
+    """Add a bias to the logits, as Marian does."""
     vocab: int | None = option(None, at_least=1)
     """Number of different tokens; left out: those of the tokenizer, and one that ends sequences."""
 
@@ -73,6 +75,7 @@ class Seq2SeqConfig:
     dropout: float
     label_smoothing: float
     tied: bool
+    head_bias: bool
     vocab: int
 
     @property

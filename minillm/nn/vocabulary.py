@@ -18,7 +18,7 @@ from minillm.layout.sharding import Segment, ShardSpec
 from minillm.parallel.collectives import gather_from
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
-from minillm.params.parameter import Normal, Parameter
+from minillm.params.parameter import Constant, Normal, Parameter
 from minillm.params.where import Pass
 
 # Bytes of logits that exist at once: enough for full-speed products, small beside the model.
@@ -51,15 +51,27 @@ def vocab_weight(vocab: int, dim: int, *, std: float, tie: str | None) -> Parame
     return Parameter(spec, Normal(std), decay=True)
 
 
+def vocab_bias(vocab: int) -> Parameter:
+    """Return a bias [V] of the logits, cut over tp as the head is."""
+    spec = ShardSpec((vocab,), ((Segment(vocab, ("tp",)),),), pad=True)
+    return Parameter(spec, Constant(0.0), decay=False)
+
+
 def head_logits(
-    x: Tensor, weight: Parameter, region: Region, pass_: Pass, *, cap: float = 0.0
+    x: Tensor,
+    weight: Parameter,
+    region: Region,
+    pass_: Pass,
+    *,
+    bias: Parameter | None = None,
+    cap: float = 0.0,
 ) -> Array:
     """Return the logits [B, T, V] of x [B, T_local, D] outside the region, whole on every rank.
 
     `cap` > 0 bounds them as in `head_loss`. Collective over tp. Nothing is put on the tape.
     """
     with no_grad():
-        logits = gather_from(ops.linear(region.enter(x, pass_), weight), region.comm, 2)
+        logits = gather_from(ops.linear(region.enter(x, pass_), weight, bias), region.comm, 2)
     found = logits.data[..., : weight.spec.shape[0]]
     return cap * namespace(found).tanh(found / cap) if cap else found
 
@@ -182,18 +194,21 @@ def smoothing_loss(
     vocab: int,
     divisor: float,
     smoothing: float,
+    bias: Any = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """Return what label smoothing adds to `head_loss` of the same arguments: a float64 scalar.
 
     The definition is torch's: (1 - e) times the loss of the target plus e times the mean of -log p
     over the `vocab` tokens, the target among them. Padded rows are not in the mean. The difference
-    e (z[target] - mean z) is linear in the logits z = x weight^T, so no softmax is needed:
-    z[target] - mean z = x (weight[target] - mean weight). Collective over `comm`.
+    e (z[target] - mean z) is linear in the logits z = x weight^T + bias, so no softmax is needed:
+    z[target] - mean z = x (weight[target] - mean weight), and the same of the bias. Collective over
+    `comm`.
     """
     return _Smoothing.apply(
         x,
         weight,
+        bias,
         targets=targets,
         comm=comm,
         vocab=vocab,
@@ -208,6 +223,7 @@ class _Smoothing(Function):
         ctx: Context,
         x: Array,
         weight: Array,
+        bias: Array | None,
         *,
         targets: Array,
         comm: Communicator,
@@ -223,20 +239,32 @@ class _Smoothing(Function):
         offset -= counted * (weight[:valid].sum(0, dtype=sum_dtype(x.dtype)) / vocab).astype(
             x.dtype
         )
-        ctx.save(rows, flat, counted, offset, first, valid, vocab, factor, x.shape, weight.shape)
-        total = xp.asarray((rows * offset).sum(dtype=np.float64) * factor)
+        total, slope = (rows * offset).sum(dtype=np.float64), None
+        if bias is not None:
+            # How often each local token is a target, less 1/V of all targets: d total / d bias.
+            local = xp.where((flat >= first) & (flat < first + valid), flat - first, len(bias))
+            slope = xp.bincount(local, minlength=len(bias) + 1)[:-1].astype(np.float64)
+            slope[:valid] -= counted.sum(dtype=np.float64) / vocab
+            total = total + (slope * bias).sum(dtype=np.float64)
+        ctx.save(
+            rows, flat, counted, offset, slope, first, valid, vocab, factor, x.shape, weight.shape
+        )
+        total = xp.asarray(total * factor)
         if comm.size > 1:
             comm.all_reduce_(total)
         return total
 
     @staticmethod
-    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any]:
-        rows, flat, counted, offset, first, valid, vocab, factor, shape, weight_shape = ctx.saved
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, Any, Any]:
+        rows, flat, counted, offset, slope, first, valid, vocab, factor, shape, weight_shape = (
+            ctx.saved
+        )
         factor *= float(grad_outs[0])
-        if not needs[1]:
-            return (offset * offset.dtype.type(factor)).reshape(shape), None
-        slot = into[1]
         wide = sum_dtype(rows.dtype)
+        grad_bias = None if slope is None or not needs[2] else (slope * factor).astype(wide)
+        if not needs[1]:
+            return (offset * offset.dtype.type(factor)).reshape(shape), None, grad_bias
+        slot = into[1]
         buf = namespace(rows).empty(weight_shape, wide) if slot is None else slot.buf
         scaled = rows * rows.dtype.type(factor)
         again = slot is not None and slot.writes > 0
@@ -244,9 +272,9 @@ class _Smoothing(Function):
         buf[:valid] -= (scaled * counted).sum(0, dtype=wide) / wide.type(vocab)
         grad_x = (offset * offset.dtype.type(factor)).reshape(shape)
         if slot is None:
-            return grad_x, buf
+            return grad_x, buf, grad_bias
         slot.writes += 1
-        return grad_x, WRITTEN
+        return grad_x, WRITTEN, grad_bias
 
 
 def chunk_rows(num_rows: int, row_bytes: int, *, on_gpu: bool) -> int:

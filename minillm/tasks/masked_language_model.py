@@ -24,7 +24,7 @@ from minillm.comm.communicator import Communicator
 from minillm.data.batches import IGNORE_INDEX, Batches
 from minillm.data.buckets import Load, load, padded_length
 from minillm.data.corpus import Corpus, corpus_of
-from minillm.data.documents import Documents, SpecialTokenizer
+from minillm.data.documents import Documents, SpecialTokenizer, special_json
 from minillm.data.options import DataOptions
 from minillm.data.tokenizers import tokenizer_from_json
 from minillm.models.bert_config import BertConfig
@@ -350,12 +350,13 @@ class MaskedTextObjective:
         comm: Communicator,
     ) -> MaskedText:
         """Load the text for a model of the options `shape`. Collective."""
+        _check_objective(shape)
         pairs = shape.objective == "mlm+nsp"
         if vocabulary is None:
             spec = ("documents:" if pairs else "special:") + (options.tokenizer or "")
             options, tokenizer = options.replace(tokenizer=spec), None
         else:
-            tokenizer = tokenizer_from_json(vocabulary)
+            tokenizer = tokenizer_from_json(special_json(vocabulary, pairs))
         context = 1 if pairs else shape.context
         corpus = corpus_of(
             options, context=context, vocab=shape.vocab, tokenizer=tokenizer, comm=comm
@@ -372,8 +373,19 @@ class MaskedTextObjective:
         comm: Communicator,
     ) -> MaskedText:
         """Load the text to measure. Collective."""
+        _check_objective(shape)
+        vocabulary = special_json(vocabulary, shape.pairs)
         corpus = held_out_corpus(asked, trained, shape, vocabulary, sha256, comm)
         return MaskedText(corpus, trained, shape.pairs)
+
+
+def _check_objective(shape: Any) -> None:
+    """Raise ConfigError for an encoder without a loss."""
+    if shape.objective == "none":
+        raise ConfigError(
+            "an encoder of --objective none has no head that predicts anything; train one with "
+            "--objective mlm, or embed text with minillm embed"
+        )
 
 
 OBJECTIVE = MaskedTextObjective()

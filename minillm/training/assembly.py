@@ -77,6 +77,13 @@ def first_rows(source: StateSource, config: ResolvedConfig) -> StateSource:
     return source
 
 
+def fresh_heads(source: StateSource, config: ResolvedConfig) -> frozenset[str]:
+    """Return the tensors of an objective's heads that `source`, of another one, does not have."""
+    heads = tuple(f"{WEIGHTS}{name}" for name in config.family.heads)
+    lacks = frozenset(model_shapes(config)).difference(source.names())
+    return frozenset(name for name in lacks if name.startswith(heads))
+
+
 @dataclass
 class Assembly:
     """One rank's part of a model, parameters allocated and initialised."""

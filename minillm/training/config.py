@@ -153,8 +153,10 @@ def from_weights(saved: Mapping[str, Any]) -> dict[str, Any]:
     defaults.
     """
     made = RunConfig.of(saved.get("model", DEFAULT))
-    names = ("model", *made.shape.options(), *made.corpus.FIXED, *made.corpus.TRAINS, "dtype")
-    return {name: saved[name] for name in names if name in saved}
+    names = ("model", *made.shape.options(), *made.corpus.TRAINS, "dtype")
+    found = {name: saved[name] for name in names if name in saved}
+    # Those of a preset would change what the weights fix.
+    return found | {name: saved.get(name, getattr(made.corpus, name)) for name in made.corpus.FIXED}
 
 
 def check_resume(saved: Mapping[str, Any], config: RunConfig) -> None:

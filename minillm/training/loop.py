@@ -25,7 +25,7 @@ from minillm.comm.cores import threads_in_use
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
 from minillm.tasks.protocol import Dataset, Result, Unequal
-from minillm.training.assembly import first_rows, model_shapes
+from minillm.training.assembly import first_rows, fresh_heads, model_shapes
 from minillm.training.folder import begin, way_back
 from minillm.training.held_out import Stopped, measure
 from minillm.training.numeric_key import numeric_key
@@ -269,12 +269,16 @@ class Run:
             verify(path, self.comm)
             dtype = self.config.options.compute.dtype
             source = agree(self.comm, lambda: source_of(path, dtype), CheckpointError)
-            self.trainer.load_weights(first_rows(source, self.config))
+            fresh = fresh_heads(source, self.config)
+            self.trainer.load_weights(first_rows(source, self.config), fresh)
             by = ""
             if isinstance(source, checkpoint.CheckpointSource):
                 steps = source.manifest.step
                 by = f", trained on {origin.record.source} for {steps} steps"
             self.log(f"weights from {path}{by}")
+            if fresh:
+                parts = " and ".join(sorted({name.split("/")[1].split(".")[0] for name in fresh}))
+                self.log(f"initial values for {parts}, which these weights do not have")
 
         looking_again(self.comm, origin.search, fill, origin.path)
 

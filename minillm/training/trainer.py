@@ -12,7 +12,7 @@ import functools
 import hashlib
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -318,9 +318,10 @@ class Trainer:
             CheckpointError,
         )
 
-    def load_weights(self, source: StateSource) -> None:
+    def load_weights(self, source: StateSource, fresh: Collection[str] = ()) -> None:
         """Fill the weights alone; the optimizer's state stays at its beginning.
 
+        The tensors named in `fresh` keep their initial values.
         Where the model has masters, they take the masters of `source`, or its weights. Collective.
         Raises CheckpointError on every rank if one cannot read.
         """
@@ -335,7 +336,7 @@ class Trainer:
                 name = name if name in named else f"model/{parameter.name}"
                 tensors.append(StateTensor(name, sharded, data))
         first, step = memory.alias
-        self._fill(source, tensors[first::step])
+        self._fill(source, [tensor for tensor in tensors[first::step] if tensor.name not in fresh])
         memory.sync()
         self.replication.adopt()
 

@@ -12,10 +12,13 @@ from typing import Any
 
 from minillm.base.errors import ConfigError
 from minillm.base.record import or_list
+from minillm.layout.sharding import ShardSpec
 from minillm.models.family import Family, Shape, ShapeOptions, family
+from minillm.weights.mapping import Link, links
 
 CONFIG = "config.json"
 REQUIRED = object()  # default of a key that a configuration must have
+SAME = object()  # default of a key whose option another key before it gives as well
 
 # Keys of config.json that change no logit: training, generation, and the library's own notes.
 _HARMLESS = """
@@ -48,13 +51,19 @@ class Key:
     """Value there -> value here, the first of equals on the way out. None: the same."""
     null: Any = None
     """Our value for null."""
+    added: int = 0
+    """Number by which theirs is larger."""
+    never: Any = None
+    """Value that their models cannot have."""
 
     def read(self, value: Any) -> Any:
         """Return our value. Raises ConfigError for a value that has none."""
         if value is None:
             return self.null
+        if value == self.never:
+            raise ConfigError(f"{self.theirs} {value!r} is not supported")
         if self.values is None:
-            return value
+            return value - self.added if self.added and type(value) is int else value
         if not isinstance(value, bool | int | float | str) or value not in self.values:
             raise ConfigError(
                 f"{self.theirs} {value!r} is not supported; it can be "
@@ -67,7 +76,7 @@ class Key:
         if value == self.null:
             return None
         if self.values is None:
-            return value
+            return value + self.added if self.added else value
         for theirs, ours in self.values.items():
             if ours == value:
                 return theirs
@@ -76,7 +85,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Counterpart:
-    """Models of another library: their configuration and tensors, and the family of ours."""
+    """Models of another library: their configuration and tensors, and the family of ours.
+
+    Several may have one `model_type`, such as an encoder with other heads. The tensors tell them
+    apart.
+    """
 
     model_type: str
     """Name in config.json."""
@@ -95,12 +108,27 @@ class Counterpart:
     """Further keys without a meaning for the models that `fixed` lets through."""
     prefix: str = ""
     """Beginning of most names, which some files leave out."""
+    second: str | None = None
+    """Option that says how many layers the first of two stacks has."""
+    bare: bool = False
+    """Exports leave the prefix out."""
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    """Ending of names -> the one of old files."""
     ignored: tuple[str, ...] = ()
     """Patterns of tensors that no model needs: buffers of old files."""
     gguf: str | None = None
     """Name in `general.architecture` of a GGUF file; None: the format has none."""
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
     """Key of a GGUF file, without the architecture before it -> key of config.json."""
+
+    def links(
+        self, shape: Shape, specs: Mapping[str, ShardSpec], column: int, *, export: bool = False
+    ) -> list[Link]:
+        """Return the links of a model as `mapping.links` does, with the names of this library."""
+        second = None if self.second is None else getattr(shape, self.second)
+        found = links(self.table, specs, column, second=second, export=export)
+        prefix = self.prefix if export and self.bare else ""
+        return [link._replace(theirs=link.theirs.removeprefix(prefix)) for link in found]
 
     @property
     def family(self) -> Family:
@@ -134,6 +162,12 @@ class Counterpart:
             value = config.get(key.theirs, key.default)
             if value is REQUIRED or (value is None and key.default is REQUIRED):
                 raise ConfigError(f"{key.theirs} is missing")
+            if key.default is SAME:
+                if value not in (SAME, None) and key.read(value) != found[key.ours]:
+                    raise ConfigError(
+                        f"{key.theirs} {value!r} is not supported; it can be {found[key.ours]!r}"
+                    )
+                continue
             found[key.ours] = key.read(value)
         return self.family.options.from_dict(found, CONFIG)
 

@@ -28,11 +28,12 @@ from minillm.training.config import RunConfig
 from minillm.weights import gguf, hf
 from minillm.weights.counterpart import Counterpart, choose
 from minillm.weights.foreign import COUNTERPARTS
-from minillm.weights.mapping import Link, links
+from minillm.weights.mapping import Link
 from minillm.weights.origin import looking_again, record_of, source_of, verify
-from minillm.weights.tokenizer_json import ENDS, definition_of
+from minillm.weights.tokenizer_json import ENDS, definition_of, special_ids
 
 GGUF_NAME = "model.gguf"
+PAD = "pad_token_id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +94,12 @@ def _written(path: Path, args: ExportArgs) -> str:
     record = record_of(path)
     config = RunConfig.from_dict(record.config, str(path))
     model = config.shape.resolve(record.vocab)
-    counterpart, described = choose(COUNTERPARTS.values(), config.model, model)
+    counterpart, described = choose(COUNTERPARTS, config.model, model)
     if args.format == "gguf" and counterpart.gguf is None:
         raise ConfigError(f"GGUF has no architecture for {counterpart.model_type} models; use hf")
     column = hf.Folder.column if args.format == "hf" else gguf.GGUF.column
-    found = links(counterpart.table, config.family.architecture.specs(model), column)
+    specs = config.family.architecture.specs(model)
+    found = counterpart.links(model, specs, column, export=True)
     out = Path(args.out)
     single = args.format == "gguf" and out.suffix == ".gguf"
     if out.exists() and (single or not out.is_dir() or any(out.iterdir())):
@@ -115,7 +117,9 @@ def _written(path: Path, args: ExportArgs) -> str:
         _remove(temporary)
         raise
     what = f"{counterpart.architecture}, {len(found)} tensors of {args.dtype}"
-    return f"saved   {out}: {what} from {path}"
+    left = {name.split(".")[0] for name in specs} - {link.ours.split(".")[0] for link in found}
+    without = f"; the format has no place for its {' and '.join(sorted(left))}" if left else ""
+    return f"saved   {out}: {what} from {path}{without}"
 
 
 def _write(
@@ -131,39 +135,54 @@ def _write(
     """Write the files, and compare their names with the model's."""
     source = source_of(path)
     definition = definition_of(record.tokenizer)
+    special = _special(definition, counterpart)
     if args.format == "gguf":
         gguf.write_file(target, source, counterpart, found, config, args.dtype, definition)
-        names = gguf.GGUF(target, COUNTERPARTS.values()).names()
+        names = gguf.GGUF(target).names()
     else:
-        hf.write(target, source, config | _special(definition), found, args.dtype)
+        hf.write(target, source, config | special, found, args.dtype)
         _write_tokenizer(target, definition, model.context)
         names = hf.Folder(target).names()
     if sorted(names) != sorted(link.theirs for link in found):
         raise CheckpointError(f"{target} does not hold the tensors of the model; try again")
 
 
-def _special(definition: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the ids of the tokens at the ends of texts: null where the tokenizer names none.
+def _special(definition: Mapping[str, Any] | None, counterpart: Counterpart) -> dict[str, Any]:
+    """Return the ids of special tokens: null for the ends of texts where the tokenizer has none.
 
-    GPT-2's defaults of transformers lie outside small vocabularies.
+    GPT-2's defaults of transformers lie outside small vocabularies. Raises ConfigError for a model
+    whose padding has another id by definition.
     """
     added = (definition or {}).get("added_tokens") or ()
     ids = {token["content"]: token["id"] for token in added}
     end = next((ids[name] for name in ENDS if name in ids), None)
-    return {"bos_token_id": end, "eos_token_id": end}
+    found = {"bos_token_id": end, "eos_token_id": end}
+    if definition is None or counterpart.model != "bert":
+        return found
+    pad, legal = special_ids(definition).get("pad", ("", 0))[1], counterpart.fixed.get(PAD)
+    if legal is not None and pad not in legal:
+        raise ConfigError(
+            f"{counterpart.model_type} counts positions by a padding token with the id {legal[0]}, "
+            f"but that of the tokenizer has {pad}; train with --position-offset 0, as BERT has it"
+        )
+    return found | {PAD: pad}
 
 
 def _write_tokenizer(target: Path, definition: Mapping[str, Any] | None, context: int) -> None:
     if definition is None:
         return
     hf.write_json(target / hf.TOKENIZER, definition)
-    end = _special(definition)["eos_token_id"]
-    added = definition.get("added_tokens") or ()
-    names = [token["content"] for token in added if token["id"] == end]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
-    hf.write_json(
-        target / "tokenizer_config.json", settings | ({"eos_token": names[0]} if names else {})
-    )
+    names = {token["content"] for token in definition.get("added_tokens") or ()}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+    }
+    if end := next((name for name in ENDS if name in names), None):
+        settings["eos_token"] = end
+    roles = special_ids(definition)
+    if "mask" in roles:  # of an encoder
+        settings |= {f"{role}_token": name for role, (name, _) in roles.items()}
+    hf.write_json(target / "tokenizer_config.json", settings)
 
 
 def _remove(path: Path) -> None:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from minillm.base.errors import CheckpointError, ConfigError
-from minillm.base.record import known_name
+from minillm.base.errors import CheckpointError, MinillmError
 from minillm.checkpoint import RunRecord
+from minillm.layout.sharding import ShardSpec
+from minillm.models.family import Shape, ShapeOptions
 from minillm.weights import hf
+from minillm.weights.bert import BERT, DISTILBERT, ROBERTA
+from minillm.weights.counterpart import Counterpart
 from minillm.weights.gguf import GGUF
 from minillm.weights.gpt2 import GPT2
 from minillm.weights.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from minillm.weights.mapping import Link, Tensors, WeightSource, check, links
+from minillm.weights.mapping import (
+    Link,
+    WeightSource,
+    differing_copy,
+    named,
+    problems,
+    refuse,
+)
+from minillm.weights.marian import MARIAN
+from minillm.weights.tokenizer_json import tokenizer_size
 
-COUNTERPARTS = {each.model_type: each for each in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+COUNTERPARTS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, *BERT, *ROBERTA, *DISTILBERT, MARIAN)
 
 
 def is_foreign(path: Path) -> bool:
@@ -34,6 +44,31 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
+class _Fit(NamedTuple):
+    """Model that foreign files may hold."""
+
+    counterpart: Counterpart
+    model: Shape
+    specs: Mapping[str, ShardSpec]
+    links: list[Link]
+    options: ShapeOptions
+    problems: list[str]  # tensors that are missing, left over, or of another shape
+
+    @classmethod
+    def of(cls, tensors: Any, counterpart: Counterpart) -> _Fit:
+        """Raise ConfigError for a configuration that this project does not have."""
+        options = counterpart.options(tensors.described(counterpart))
+        model = options.resolve()
+        specs = counterpart.family.architecture.specs(model)
+        names, it = frozenset(tensors.names()), counterpart
+        found = [
+            named(link, names, it.prefix, it.spelled)
+            for link in it.links(model, specs, tensors.column)
+        ]
+        ignored = [*it.ignored, *(f"{it.prefix}{name}" for name in it.ignored)]
+        return cls(it, model, specs, found, options, problems(tensors, found, ignored))
+
+
 class Foreign:
     """Opened foreign weights. Reads headers alone.
 
@@ -43,25 +78,18 @@ class Foreign:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        counterparts = COUNTERPARTS.values()
-        self.tensors = GGUF(path, counterparts) if is_gguf(path) else hf.Folder(path)
-        try:
-            name = str(self.tensors.config.get("model_type"))
-            self.counterpart = COUNTERPARTS[known_name(name, COUNTERPARTS, "model_type")]
-            options = self.counterpart.options(self.tensors.config)
-            self.model = model = options.resolve()
-        except ConfigError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-        self.specs = self.counterpart.family.architecture.specs(model)
-        found = links(self.counterpart.table, self.specs, self.tensors.column)
-        self.links = _prefixed(found, self.tensors, self.counterpart.prefix)
-        check(self.tensors, self.links, self._ignored())
+        self.tensors = GGUF(path) if is_gguf(path) else hf.Folder(path)
+        fit = self._fit()
+        self.counterpart, self.model, self.specs, self.links = fit[:4]
+        options, vocab = fit.options, fit.model.vocab
+        refuse(self.tensors, fit.problems)
+        self._check_copies()
         self.dtype = "float64" if self._all("F64") else "float32"
-        self.tokenizer = self._tokenizer(model.vocab)
+        self.tokenizer = self._tokenizer(vocab)
         self.record = RunRecord(
             config=options.to_dict() | {"model": self.counterpart.model, "dtype": self.dtype},
             tokenizer=self.tokenizer,
-            vocab=model.vocab,
+            vocab=vocab,
             corpus="",
             source=str(path),
             key={},
@@ -75,31 +103,29 @@ class Foreign:
     def _all(self, dtype: str) -> bool:
         return {self.tensors.dtype(link.theirs) for link in self.links} == {dtype}
 
-    def _ignored(self) -> list[str]:
-        """Return the patterns of tensors without a place, a copy of a tied embedding included.
+    def _fit(self) -> _Fit:
+        """Return the model that fits the files best. Raises CheckpointError if none can be."""
+        fits, errors = list[_Fit](), list[MinillmError]()
+        try:
+            for counterpart in self.tensors.candidates(COUNTERPARTS):
+                try:
+                    fits.append(_Fit.of(self.tensors, counterpart))
+                except MinillmError as error:  # another one of its architecture may fit
+                    errors.append(error)
+            if not fits:
+                raise errors[0]
+        except MinillmError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        return min(fits, key=lambda fit: len(fit.problems))
 
-        Raises CheckpointError for a head of its own where the configuration says that it is tied.
-        """
-        it = self.counterpart
-        found = [*it.ignored, *(f"{it.prefix}{name}" for name in it.ignored)]
-        columns = [line.split() for line in it.table.strip().splitlines()]
-        head = next((line[self.tensors.column] for line in columns if line[0] == "head"), "")
-        if "head" in self.specs or head not in self.tensors.names():
-            return found
-        embedding = next(link for link in self.links if link.ours == "embedding.weight")
-        names = (head, embedding.theirs)
-        if self.tensors.shape(head) == embedding.shape:
-            every = slice(0, embedding.shape[1])
-            pairs = (
-                [self.tensors.read(name, (slice(i, i + (1 << 12)), every)) for name in names]
-                for i in range(0, embedding.shape[0], 1 << 12)
-            )
-            if all(np.array_equal(one, other) for one, other in pairs):
-                return [*found, head]
-        raise CheckpointError(
-            f"{self.path}: its {head} differs from {embedding.theirs}, although "
-            "tie_word_embeddings is true; set it to false in config.json, or remove the tensor"
-        )
+    def _check_copies(self) -> None:
+        """Raise CheckpointError for a tensor of another name that differs from the model's."""
+        for link in self.links:
+            if copy := differing_copy(self.tensors, link):
+                raise CheckpointError(
+                    f"{self.path}: its {copy} differs from {link.theirs}, although the model of "
+                    "its configuration has one tensor for both (tie_word_embeddings); remove one"
+                )
 
     def _tokenizer(self, vocab: int) -> dict[str, Any]:
         """Return the tokenizer, one of numbers if there is none.
@@ -121,18 +147,3 @@ class Foreign:
                 "use the tokenizer that belongs to these weights"
             )
         return found
-
-
-def _prefixed(found: list[Link], tensors: Tensors, prefix: str) -> list[Link]:
-    """Return the links, without `prefix` in their names where the files leave it out."""
-    if not prefix or any(name.startswith(prefix) for name in tensors.names()):
-        return found
-    return [link._replace(theirs=link.theirs.removeprefix(prefix)) for link in found]
-
-
-def tokenizer_size(definition: Mapping[str, Any]) -> int:
-    """Return the largest id of a tokenizer.json plus 1."""
-    vocab = definition["model"]["vocab"]
-    ids = [*(vocab.values() if isinstance(vocab, Mapping) else range(len(vocab)))]
-    ids += [token["id"] for token in definition.get("added_tokens") or ()]
-    return int(max(ids, default=-1)) + 1

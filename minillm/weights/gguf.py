@@ -33,9 +33,8 @@ class GGUF:
 
     column = 2  # of the tables
 
-    def __init__(self, path: Path, counterparts: Iterable[Counterpart]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self._file = path, GGUFFile(path)
-        self.config = self._config(counterparts)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -66,19 +65,21 @@ class GGUF:
             return None
         return {"kind": "hf", "name": self.path.name, "tokenizer": definition}
 
-    def _config(self, counterparts: Iterable[Counterpart]) -> dict[str, Any]:
-        """Return the metadata as config.json would state them."""
-        held = self._file.metadata
-        name, known = held.get("general.architecture"), {f.gguf: f for f in counterparts if f.gguf}
-        if name not in known:
-            raise CheckpointError(
-                f"{self.path}: its general.architecture is {name!r}; "
-                f"{', '.join(map(str, known))} are read"
-            )
-        counterpart, config = known[name], {}
+    def candidates(self, counterparts: Iterable[Counterpart]) -> list[Counterpart]:
+        """Return those of the architecture of the file. Raises ConfigError if there are none."""
+        name = self._file.metadata.get("general.architecture")
+        found = [each for each in counterparts if each.gguf and each.gguf == name]
+        if not found:
+            known = dict.fromkeys(each.gguf for each in counterparts if each.gguf)
+            raise ConfigError(f"its general.architecture is {name!r}; {', '.join(known)} are read")
+        return found
+
+    def described(self, counterpart: Counterpart) -> dict[str, Any]:
+        """Return the metadata as config.json would state them. Raises ConfigError."""
+        name, config = counterpart.gguf, dict[str, Any]()
         own = {
             key.removeprefix(f"{name}."): _shortest(value)
-            for key, value in held.items()
+            for key, value in self._file.metadata.items()
             if key.startswith(f"{name}.")
         }
         widths = {key: own.pop(key) for key in WIDTHS if key in own}
@@ -86,34 +87,25 @@ class GGUF:
             if key in counterpart.gguf_keys:
                 config[counterpart.gguf_keys[key]] = value
             elif key not in HARMLESS:
-                raise CheckpointError(f"{self.path}: {name}.{key} {value!r} is not supported")
+                raise ConfigError(f"{name}.{key} {value!r} is not supported")
         config = {
             key: value for key, value in config.items() if (key, value) != ("rope_type", "none")
         }
         names = self._file.entries
         if "token_embd.weight" not in names:
-            raise CheckpointError(f"{self.path} has no token_embd.weight")
+            raise ConfigError("it has no token_embd.weight")
         config |= {
             "model_type": counterpart.model_type,
             "vocab_size": names["token_embd.weight"].shape[0],
             "tie_word_embeddings": "output.weight" not in names,
         }
-        self._check_widths(counterpart, config, widths)
-        return config
-
-    def _check_widths(
-        self, counterpart: Counterpart, config: Mapping[str, Any], widths: Mapping[str, Any]
-    ) -> None:
-        try:
-            width = counterpart.options(config).resolve().head_width
-        except ConfigError as error:
-            raise CheckpointError(f"{self.path}: {error}") from None
+        head = counterpart.options(config).resolve().head_width
         for key, value in widths.items():
-            if value != width:
-                raise CheckpointError(
-                    f"{self.path}: {counterpart.gguf}.{key} is {value}, and only a head's whole "
-                    f"width {width} is supported"
+            if value != head:
+                raise ConfigError(
+                    f"{name}.{key} is {value}, and only a head's whole width {head} is supported"
                 )
+        return config
 
 
 def _shortest(value: Any) -> Any:

@@ -6,6 +6,7 @@ from minillm.weights.counterpart import Counterpart, Key
 
 TABLE = """
 embedding.weight               transformer.wte.weight                 token_embd.weight
+embedding.weight               lm_head.weight^=                       output.weight^=
 positions                      transformer.wpe.weight                 position_embd.weight
 blocks.*.norm1.weight          transformer.h.*.ln_1.weight            blk.*.attn_norm.weight
 blocks.*.norm1.bias            transformer.h.*.ln_1.bias              blk.*.attn_norm.bias

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minillm.base.errors import CheckpointError
+from minillm.base.record import known_name
 from minillm.checkpoint import StateSource
 from minillm.layout.sharding import Slices
 from minillm.weights import safetensors_file as safetensors
-from minillm.weights.counterpart import CONFIG
+from minillm.weights.counterpart import CONFIG, Counterpart
 from minillm.weights.mapping import Link, chunks, write_block
 
 TOKENIZER = "tokenizer.json"
@@ -49,6 +50,16 @@ class Folder:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def candidates(self, counterparts: Iterable[Counterpart]) -> list[Counterpart]:
+        """Return those of the model_type of config.json. Raises ConfigError if there are none."""
+        known = {each.model_type: None for each in counterparts}
+        name = known_name(str(self.config.get("model_type")), known, "model_type")
+        return [each for each in counterparts if each.model_type == name]
+
+    def described(self, counterpart: Counterpart) -> dict[str, Any]:
+        """Return the configuration in the terms of config.json."""
+        return self.config
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""

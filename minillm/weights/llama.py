@@ -6,6 +6,7 @@ from minillm.weights.counterpart import REQUIRED, Counterpart, Key
 
 TABLE = """
 embedding.weight               model.embed_tokens.weight                token_embd.weight
+embedding.weight               lm_head.weight^=                         output.weight^=
 blocks.*.norm1.weight          model.layers.*.input_layernorm.weight    blk.*.attn_norm.weight
 blocks.*.attention.qkv.weight  model.layers.*.self_attn.q_proj.weight   blk.*.attn_q.weight^R    0
 blocks.*.attention.qkv.weight  model.layers.*.self_attn.k_proj.weight   blk.*.attn_k.weight^R    1

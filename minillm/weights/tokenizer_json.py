@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minillm.base.errors import CheckpointError, ConfigError
+from minillm.data.documents import NAMES, Specials
 
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of a token in GGUF
 
@@ -47,6 +48,9 @@ def definition_of(tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
     match tokenizer:
         case {"kind": "hf", "tokenizer": dict(definition)}:
             return definition
+        case {"kind": "special", "base": dict(base)}:
+            found = definition_of(base)
+            return None if found is None else with_specials(found)
         case {"kind": "byte"}:
             vocab = {character: byte for byte, character in enumerate(byte_characters())}
             return byte_level({"type": "BPE", "vocab": vocab, "merges": []}, _byte_level(False))
@@ -57,6 +61,66 @@ def definition_of(tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
             model = {"type": "WordLevel", "vocab": vocab, "unk_token": characters[0]}
             return byte_level(model, cut) | {"decoder": {"type": "Fuse"}}
     return None
+
+
+def special_ids(definition: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Return the name and the id of each special token of an encoder that a tokenizer.json has.
+
+    The keys are pad, cls, sep and mask.
+    """
+    ids = {token["content"]: token["id"] for token in definition.get("added_tokens") or ()}
+    return {
+        role: (name, ids[name])
+        for role, names in zip(Specials._fields, NAMES, strict=True)
+        for name in names
+        if name in ids
+    }
+
+
+def with_specials(definition: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json with the special tokens that a `SpecialTokenizer` over it has.
+
+    Those that it lacks get ids behind its own. Without a post-processor of its own it puts [CLS]
+    before a text and [SEP] behind each part.
+    """
+    vocab = definition["model"]["vocab"]
+    known = set(vocab if isinstance(vocab, Mapping) else (token for token, _ in vocab))
+    known |= {token["content"] for token in definition.get("added_tokens") or ()}
+    added, size = list(definition.get("added_tokens") or ()), tokenizer_size(definition)
+    for names in NAMES:
+        if not known.intersection(names):
+            added.append(_special_token(size, names[0]))
+            size += 1
+    found = definition | {"added_tokens": added}
+    ids = special_ids(found)
+    if definition.get("post_processor") or not {"cls", "sep"} <= ids.keys():
+        return found
+    (cls, cls_id), (sep, sep_id) = ids["cls"], ids["sep"]
+    pieces: dict[str, Any] = {
+        name: {"SpecialToken": {"id": name, "type_id": 0}} for name in (cls, sep)
+    }
+    first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+    behind = {"SpecialToken": {"id": sep, "type_id": 1}}
+    single = [pieces[cls], first, pieces[sep]]
+    marks = {
+        name: {"id": name, "ids": [number], "tokens": [name]}
+        for name, number in ((cls, cls_id), (sep, sep_id))
+    }
+    template = dict(single=single, pair=[*single, second, behind], special_tokens=marks)
+    return found | {"post_processor": {"type": "TemplateProcessing", **template}}
+
+
+def _special_token(number: int, content: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": content, **flags, "special": True}
+
+
+def tokenizer_size(definition: Mapping[str, Any]) -> int:
+    """Return the largest id of a tokenizer.json plus 1."""
+    vocab = definition["model"]["vocab"]
+    ids = [*(vocab.values() if isinstance(vocab, Mapping) else range(len(vocab)))]
+    ids += [token["id"] for token in definition.get("added_tokens") or ()]
+    return int(max(ids, default=-1)) + 1
 
 
 def byte_level(model: dict[str, Any], cut: dict[str, Any]) -> dict[str, Any]:

@@ -48,16 +48,21 @@ class Gradients:
         return self.values[name.removeprefix("model/")][slices]
 
 
-def run(path: Path) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
-    """Return logits, loss, and gradients by foreign names, of the weights in `path`."""
+def loaded(path: Path, context: int) -> Any:
+    """Return the one stage of the weights in `path`, with room for gradients."""
     comm = SelfCommunicator()
     opened = open_checkpoint(str(path), comm)
-    config = opened.resolve(ReadOptions(context=tiny_models.LENGTH), 1)
-    loaded = load_trained(opened, config, comm)
-    assembly = assemble(config, comm)  # with room for gradients
-    stage, foreign = assembly.stages[0], Foreign(path)
-    for own, read in zip(assembly.weights(), loaded.weights(), strict=True):
-        own.data[...] = read.data
+    config = opened.resolve(ReadOptions(context=context), 1)
+    read = load_trained(opened, config, comm)
+    assembly = assemble(config, comm)
+    for own, each in zip(assembly.weights(), read.weights(), strict=True):
+        own.data[...] = each.data
+    return assembly.stages[0]
+
+
+def run(path: Path) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+    """Return logits, loss, and gradients by foreign names, of the weights in `path`."""
+    stage, foreign = loaded(path, tiny_models.LENGTH), Foreign(path)
     both = tiny_models.tokens()
     where = Where(0, np.arange(len(both)), np.arange(tiny_models.LENGTH))
     arrays = {"tokens": both[:, :-1], "targets": both[:, 1:]}
