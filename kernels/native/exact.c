@@ -12,8 +12,10 @@
 #include "tables.h"
 
 #include "../random/cpu.c"
+#include "../subwords/cpu.c"
 
 const Kernel minillm_kernels_exact[] = {
     {"random_normal", "UDii", random_normal},
+    {"merge_pairs", "IQiUuiuQi", merge_pairs},
     {NULL, NULL, NULL},
 };

@@ -20,10 +20,10 @@ typedef void KernelFunction(Pool *pool, const Argument *arguments);
 
 /* `signature` has one letter per argument; module.c reads it:
 
-        f read, F write  float32 array        q  int64 array     i  integer
-        m read, M write  float32 matrix       u  uint32 array    d  number
-        h read, H write  float32 heads        U  uint64 array
-        D write          float64 array        b  bool array
+        f read, F write  float32 array        q read, Q write  int64 array     i  integer
+        m read, M write  float32 matrix       u read, I write  uint32 array    d  number
+        h read, H write  float32 heads        U read           uint64 array
+        D write          float64 array        b read           bool array
 
    Arrays are C-contiguous. Matrices and heads [B, T, H, K] have any strides: each arrives as its
    address followed by the stride of each dim, in elements. A letter followed by ? may be None,

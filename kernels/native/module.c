@@ -85,8 +85,8 @@ static const char *formats_of(char letter, Py_ssize_t *itemsize) {
     switch (letter) {
         case 'f': case 'F': case 'm': case 'M': case 'h': case 'H': *itemsize = 4; return "f";
         case 'D': *itemsize = 8; return "d";
-        case 'q': *itemsize = 8; return "lq";
-        case 'u': *itemsize = 4; return "I";
+        case 'q': case 'Q': *itemsize = 8; return "lq";
+        case 'u': case 'I': *itemsize = 4; return "I";
         case 'U': *itemsize = 8; return "LQ";
         case 'b': *itemsize = 1; return "?B";
         default: return NULL;
@@ -135,7 +135,7 @@ static int read_array(
         PyErr_Format(PyExc_SystemError, "%s: bad signature", kernel->name);
         return -1;
     }
-    const int dims = dims_of(letter), written = strchr("FDMH", letter) != NULL;
+    const int dims = dims_of(letter), written = strchr("FDMHIQ", letter) != NULL;
     const int flags =
         PyBUF_FORMAT | (dims ? PyBUF_STRIDES : PyBUF_C_CONTIGUOUS) | (written ? PyBUF_WRITABLE : 0);
     Py_buffer *view = &views->views[views->count];

@@ -189,6 +189,8 @@ def _plan_text(
         notes.append(
             f"{', '.join(off)} of {tokenizer.name} switched off: training needs all tokens"
         )
+    if note := getattr(tokenizer, "note", ""):
+        notes.append(note)
     return {
         "train": plans[0].to_json(),
         "val": plans[1].to_json() if val is not None else None,

@@ -16,7 +16,7 @@ import numpy as np
 from minillm.base import rng
 from minillm.base.arrays import IntArray
 from minillm.base.errors import ConfigError
-from minillm.data.pieces import checked, token_dtype
+from minillm.tokenizers.pieces import checked, token_dtype
 
 if TYPE_CHECKING:
     from minillm.data.tokenizers import Tokenizer

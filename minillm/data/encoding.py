@@ -25,15 +25,14 @@ from minillm.comm.agreement import agree, from_first, gather
 from minillm.comm.communicator import Communicator
 from minillm.data.cache import Encoded, EntryWriter, cache_folder, entry_key, read_entry
 from minillm.data.documents import SpecialTokenizer
-from minillm.data.package_tokenizer import HFTokenizer, package_version
-from minillm.data.pieces import cut_pieces, token_dtype
-from minillm.data.reading import encoded, read_blocks
+from minillm.data.reading import read_blocks
 from minillm.data.sources import TextSource
 from minillm.data.tokenizers import Tokenizer
+from minillm.tokenizers.pieces import cut_pieces, encoded, token_dtype
 
 # Bytes of text up to which each rank encodes it alone, without a cache: a fraction of a second.
 ALONE_BYTES = 1 << 26
-ALONE_BYTES_PACKAGE = 1 << 20  # byte-pair encoding takes a second for two megabytes
+ALONE_BYTES_SUBWORDS = 1 << 20  # sub-words take a second for two megabytes
 
 Piece = tuple[np.ndarray, np.ndarray | None]  # ids, and the lengths of held-out ones
 
@@ -67,22 +66,22 @@ def encode_text(
     the text is small. Raises ConfigError on all ranks if the text is not the same on all, or cannot
     be encoded.
     """
-    small = ALONE_BYTES_PACKAGE if _of_package(tokenizer) else ALONE_BYTES
+    small = ALONE_BYTES_SUBWORDS if _rules(tokenizer) else ALONE_BYTES
     if plan.num_bytes <= small and not keep:
         return agree(comm, lambda: _encode_alone(plan, tokenizer), ConfigError), ""
     path = cache_folder(cache) / "tokens" / _key(plan, tokenizer)
     return _encode_together(plan, tokenizer, path, comm)
 
 
-def _of_package(tokenizer: Tokenizer) -> bool:
-    """Tell if the package `tokenizers` does the work."""
+def _rules(tokenizer: Tokenizer) -> str:
+    """Return the program that decides about sub-word ids, "" for simpler tokenizers."""
     base = tokenizer.base if isinstance(tokenizer, SpecialTokenizer) else tokenizer
-    return isinstance(base, HFTokenizer)
+    return str(getattr(base, "rules", ""))
 
 
 def _key(plan: TextPlan, tokenizer: Tokenizer) -> str:
-    version = package_version() if _of_package(tokenizer) else ""
-    return entry_key(text=plan.sha256, cut=plan.cut, tokenizer=tokenizer.to_json(), package=version)
+    rules = _rules(tokenizer)
+    return entry_key(text=plan.sha256, cut=plan.cut, tokenizer=tokenizer.to_json(), rules=rules)
 
 
 def _encode_alone(plan: TextPlan, tokenizer: Tokenizer) -> Encoded:

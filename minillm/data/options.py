@@ -44,8 +44,9 @@ class DataOptions(SourceOptions):
     text_field: str = option("text", announced=True)
     """Field of .jsonl lines, or column of .parquet files, that holds the text."""
     tokenizer: str | None = option(None, path=True)
-    """Tokens of the text: byte, char, or the path of a tokenizer.json; left out: byte for text,
-    none for files of tokens."""
+    """Tokens of the text: byte, char, bpe:SIZE or wordpiece:SIZE (learnt from it), or the path of a
+    tokenizer.json, a vocab.txt, or a folder with one; left out: byte for text, none for files of
+    tokens."""
     cache: str | None = option(None, resumable=True, path=True)
     """Folder for tokenized texts, which later starts map; left out: minillm in $XDG_CACHE_HOME or
     ~/.cache."""

@@ -1,27 +1,31 @@
-"""Tokenizers of the optional package `tokenizers`: byte-pair encodings and others.
+"""Tokenizers of a tokenizer.json: minillm's own, or those of the optional package `tokenizers`.
 
-They are read from a tokenizer.json, or learnt from a text.
+The package encodes what `OwnTokenizer` does not: SentencePiece models, other pre-tokenizers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from minillm.base.errors import ConfigError
-from minillm.data.pieces import checked, code_points, cut_pieces, token_dtype, utf8_lengths
-
-LARGEST_GAP = 1 << 16  # ids without a token that a tokenizer.json may have beyond half of all
+from minillm.tokenizers.own import OwnTokenizer, bytes_up_to
+from minillm.tokenizers.pieces import checked, cut_pieces, token_dtype
+from minillm.tokenizers.settings import plain_settings, vocabulary_size
+from minillm.tokenizers.unsupported import Unsupported
 
 NEED_PACKAGE = (
     "the package 'tokenizers' is not installed; install it with: "
     "pip install 'minillm-mpi[tokenizers]'"
 )
+
+
+class PackageMissing(ConfigError):
+    """Package `tokenizers` that is not installed."""
 
 
 class HFTokenizer:
@@ -31,27 +35,24 @@ class HFTokenizer:
     the number of tokens of a text, and dropout gives every rank other tokens.
     """
 
-    def __init__(self, definition: str, name: str) -> None:
-        """Build the tokenizer from the text of a tokenizer.json.
+    note = ""
+    """Line for the user about the choice of this tokenizer."""
 
-        Raises ConfigError if the package is missing, the text is not a tokenizer, or its largest id
-        is far above its number of tokens.
+    def __init__(self, definition: Mapping[str, Any], name: str) -> None:
+        """Build the tokenizer from the value of a tokenizer.json.
+
+        Raises ConfigError if the package is missing, the value is not a tokenizer, or its largest
+        id is far above its number of tokens.
         """
         package = _package()
         self.name = name
-        try:
-            definition, self.switched_off = _plain_settings(definition)
-        except (ValueError, AttributeError, RecursionError):  # no JSON object
-            self.switched_off = ()
+        self.rules = f"tokenizers {package.__version__}"
+        """Program that decides about the ids, with its version."""
+        plain, self.switched_off = plain_settings(definition)
         with self._errors("is not a tokenizer of the 'tokenizers' package"):
-            self._tokenizer = package.Tokenizer.from_str(definition)
-            ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = max(ids, default=-1) + 1
-        if self.vocab_size > 2 * len(ids) + LARGEST_GAP:
-            raise ConfigError(
-                f"{name} has {len(ids)} tokens, but its largest id is {self.vocab_size - 1}; a "
-                "model would hold a row for every id below it. Number its tokens from 0"
-            )
+            self._tokenizer = package.Tokenizer.from_str(json.dumps(plain))
+            ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = vocabulary_size(name, ids)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`, without special tokens.
@@ -80,13 +81,8 @@ class HFTokenizer:
         return [self._measured(*each) for each in zip(pieces, found, strict=True)]
 
     def _measured(self, piece: str, found: Any) -> tuple[np.ndarray, np.ndarray]:
-        bytes_before = np.zeros(len(piece) + 1, np.int64)  # [characters + 1]
-        np.cumsum(utf8_lengths(code_points(piece)), out=bytes_before[1:])
         ends = np.fromiter((end for _, end in found.offsets), np.int64, len(found.ids))
-        ends = bytes_before[np.maximum.accumulate(ends)]
-        ends[-1:] = bytes_before[-1]
-        ids = np.array(found.ids, token_dtype(self.vocab_size))
-        return ids, np.diff(ends, prepend=0).astype(np.uint32)
+        return np.array(found.ids, token_dtype(self.vocab_size)), bytes_up_to(piece, ends)
 
     @contextlib.contextmanager
     def _errors(self, failed: str) -> Iterator[None]:
@@ -122,64 +118,26 @@ class HFTokenizer:
         return {"kind": "hf", "name": self.name, "tokenizer": json.loads(self._tokenizer.to_str())}
 
 
-def learn_bpe(spec: str, blocks: Iterable[str]) -> HFTokenizer:
-    """Learn the byte-pair encoding `spec`, such as bpe:512, from a text."""
-    size = spec.removeprefix("bpe:")
-    if not (size.isascii() and size.isdigit() and int(size) >= 256):
-        raise ConfigError(
-            f"tokenizer {spec!r} needs a vocabulary size of at least 256 (every byte is a token), "
-            "such as bpe:512"
-        )
-    package = _package()
-    tokenizer = package.Tokenizer(package.models.BPE())
-    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = package.decoders.ByteLevel()
-    alphabet = package.pre_tokenizers.ByteLevel.alphabet()
-    trainer = package.trainers.BpeTrainer(
-        vocab_size=int(size), initial_alphabet=alphabet, show_progress=False, special_tokens=[]
-    )
-    tokenizer.train_from_iterator(cut_pieces(blocks), trainer)
-    return HFTokenizer(tokenizer.to_str(), spec)
+def tokenizer_of(definition: Mapping[str, Any], name: str) -> OwnTokenizer | HFTokenizer:
+    """Return the tokenizer of a tokenizer.json: minillm's own where it can encode it.
 
-
-def read_definition(path: Path) -> HFTokenizer:
-    """Read the tokenizer in a tokenizer.json."""
+    Raises ConfigError for a value that is no tokenizer, and if the package is needed and missing.
+    """
     try:
-        path = path.expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(None, "there is no such file")
-        definition = path.read_text(encoding="utf-8")
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        if isinstance(error, UnicodeDecodeError):
-            reason = "it is not UTF-8 text"
-        raise ConfigError(
-            f"cannot read the tokenizer {path}: {reason}; give the path of a tokenizer.json, or "
-            "choose byte or char"
-        ) from None
-    return HFTokenizer(definition, path.name)
-
-
-def _plain_settings(definition: str) -> tuple[str, tuple[str, ...]]:
-    """Return a tokenizer.json without truncation, padding and dropout, and those it had."""
-    value = json.loads(definition)
-    model = value.get("model")
-    found = []
-    for table, name in ((value, "truncation"), (value, "padding"), (model or {}, "dropout")):
-        if table.get(name):
-            table[name] = None
-            found.append(name)
-    return (json.dumps(value) if found else definition), tuple(found)
-
-
-def package_version() -> str:
-    """Return the version of the package `tokenizers`. Raises ConfigError if it is missing."""
-    return str(_package().__version__)
+        return OwnTokenizer(definition, name)
+    except Unsupported as part:
+        lacking = f"{name} has {part}, which minillm does not encode by itself"
+    try:
+        found = HFTokenizer(definition, name)
+    except PackageMissing as error:
+        raise ConfigError(f"{lacking}; {error}") from None
+    found.note = f"{lacking}; the package 'tokenizers' does"
+    return found
 
 
 def _package() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise ConfigError(NEED_PACKAGE) from None
+        raise PackageMissing(NEED_PACKAGE) from None
     return tokenizers

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from minillm.base.errors import ConfigError
 from minillm.data.sources import TextSource, built_in_names, kind_of, shown
+from minillm.tokenizers.pieces import encoded
 
 BLOCK_BYTES = 1 << 18
 PARQUET_ROWS = 256  # at once
@@ -83,18 +84,6 @@ def read_blocks(source: TextSource, notes: list[str] | None = None) -> Iterator[
             yield "\n"
         if zeros and notes is not None:
             notes.append(f"{shown(path)} has {zeros:,} NUL characters, which are learnt as text")
-
-
-def encoded(text: str, codec: str = "utf-8") -> bytes:
-    """Return the bytes of `text`. Raises ConfigError for half of a surrogate pair."""
-    try:
-        return text.encode(codec)
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X} at position {error.start}"
-        raise ConfigError(
-            f"the text has {code}, half of a surrogate pair and no character; remove it "
-            "(a terminal or file in another encoding?)"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ from typing import Any
 
 from minillm.base.errors import ConfigError
 from minillm.data.cache import entry_key, read_json, write_json
-from minillm.data.package_tokenizer import package_version
 from minillm.data.reading import TextFacts, reading, scan
 from minillm.data.sources import TextSource
 from minillm.data.tokenizers import Tokenizer, is_learnt, make_tokenizer, tokenizer_from_json
+from minillm.tokenizers.unicode import VERSION
 
 KEPT_BYTES = 1 << 20  # of text, above which a learnt tokenizer is kept
 SCANNED_BYTES = 1 << 26  # of files, above which their hash is kept: a fraction of a second
@@ -64,8 +64,7 @@ def learnt_tokenizer(
     """
     if not is_learnt(spec) or sum(fact.num_bytes for fact in facts) <= KEPT_BYTES:
         return make_tokenizer(spec, blocks() if is_learnt(spec) else "")
-    version = package_version() if "bpe:" in spec else ""
-    key = entry_key(spec=spec, texts=[fact.sha256 for fact in facts], package=version)
+    key = entry_key(spec=spec, texts=[fact.sha256 for fact in facts], unicode=VERSION)
     path = cache / "tokenizers" / f"{key}.json"
     with contextlib.suppress(ConfigError):  # absent or damaged
         return tokenizer_from_json(read_json(path))

@@ -1,14 +1,13 @@
 """Tokenizers: conversion of text to token ids and back.
 
 A checkpoint stores its tokenizer as JSON (`to_json`, `tokenizer_from_json`): data, never code.
-`byte` has a fixed vocabulary, `char` learns the characters of its corpus, and byte-pair encodings
-use the optional package `tokenizers`.
+`byte` has a fixed vocabulary, `char` learns the characters of its corpus. Byte-pair encodings and
+WordPiece are in `minillm.tokenizers`, other kinds in the optional package `tokenizers`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +16,18 @@ import numpy as np
 
 from minillm.base.errors import ConfigError
 from minillm.data.documents import SpecialTokenizer
-from minillm.data.package_tokenizer import HFTokenizer, learn_bpe, read_definition
-from minillm.data.pieces import characters_of, checked, code_points, shortened, token_dtype
-from minillm.data.reading import encoded
+from minillm.data.package_tokenizer import tokenizer_of
+from minillm.tokenizers.files import WHOLE, read_definition
+from minillm.tokenizers.pieces import (
+    characters_of,
+    checked,
+    code_points,
+    cut_pieces,
+    encoded,
+    shortened,
+    token_dtype,
+)
+from minillm.tokenizers.training import KINDS, Wish, count_words, train
 
 
 class Tokenizer(Protocol):
@@ -185,6 +193,8 @@ class IdTokenizer:
         return {"kind": "ids", "vocab_size": self.vocab_size}
 
 
+FILES = (".json", ".txt")  # ends of the names of a tokenizer's files
+
 SPECIAL = {"special:": False, "documents:": True}
 """Prefix of a spec -> if the tokenizer marks sentences and documents (`SpecialTokenizer`)."""
 
@@ -196,16 +206,16 @@ def without_prefix(spec: str) -> str:
 
 def is_learnt(spec: str) -> bool:
     """Return True if the tokenizer `spec` is fitted to the text."""
-    return without_prefix(spec) == "char" or without_prefix(spec).startswith("bpe:")
+    return without_prefix(spec).partition(":")[0] in ("char", *KINDS)
 
 
 def make_tokenizer(spec: str, text: str | Iterable[str]) -> Tokenizer:
-    """Make the tokenizer `spec`; "char" and "bpe:SIZE" are fitted to `text`, whole or in blocks.
+    """Make the tokenizer `spec`; one that is learnt is fitted to `text`, whole or in blocks.
 
-    `spec` is "byte", "char", "bpe:SIZE" (byte-level byte-pair encoding of SIZE tokens; Sennrich et
-    al. 2016, arXiv:1508.07909), or a tokenizer.json as "hf:FILE" or a path. A prefix of `SPECIAL`
-    adds special tokens. Raises ConfigError for any other spec, for a missing file and for a missing
-    package.
+    `spec` is "byte", "char", "bpe:SIZE" (byte-level byte-pair encoding of SIZE tokens),
+    "wordpiece:SIZE" (of lowered letters), or files of a tokenizer (`read_definition`) as "hf:PATH"
+    or a path. A prefix of `SPECIAL` adds special tokens. Raises ConfigError for any other spec, for
+    a missing file and for a missing package.
     """
     for prefix, documents in SPECIAL.items():
         if spec.startswith(prefix):
@@ -216,13 +226,19 @@ def make_tokenizer(spec: str, text: str | Iterable[str]) -> Tokenizer:
         return ByteTokenizer()
     if spec == "char":
         return CharTokenizer.of(blocks)
-    if spec.startswith("bpe:"):
-        return learn_bpe(spec, blocks)
-    if spec.startswith("hf:") or spec.endswith(".json"):
-        return read_definition(Path(spec.removeprefix("hf:")))
+    kind, _, size = spec.partition(":")
+    if kind in KINDS:
+        if not (size.isascii() and size.isdigit()):
+            raise ConfigError(f"tokenizer {spec!r} needs a vocabulary size, such as {kind}:8000")
+        wish = Wish(int(size), lowercase=True)
+        counts = count_words(kind, cut_pieces(blocks), wish)
+        return tokenizer_of(train(kind, counts, wish), spec)
+    path = Path(spec.removeprefix("hf:"))
+    if spec.startswith("hf:") or path.suffix in FILES or path.expanduser().is_dir():
+        return tokenizer_of(*read_definition(path))
     raise ConfigError(
-        f"unknown tokenizer {spec!r}; choose byte, char, bpe:SIZE (such as bpe:512), or the path "
-        "of a tokenizer.json"
+        f"unknown tokenizer {spec!r}; choose byte, char, bpe:SIZE (such as bpe:8000), "
+        f"wordpiece:SIZE, or the path of a {WHOLE}, a vocab.txt, or a folder with one"
     )
 
 
@@ -239,7 +255,7 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
         case {"kind": "ids", "vocab_size": int(vocab_size)}:
             return IdTokenizer(vocab_size)
         case {"kind": "hf", "name": str(name), "tokenizer": dict(definition)}:
-            return HFTokenizer(json.dumps(definition), name)
+            return tokenizer_of(definition, name)
         case {"kind": "special", "base": base, "documents": bool(documents)}:
             return SpecialTokenizer(tokenizer_from_json(base), documents)
     raise ConfigError(

@@ -7,6 +7,8 @@ from typing import Any
 
 from minillm.base.errors import CheckpointError, ConfigError
 from minillm.data.documents import NAMES, Specials
+from minillm.tokenizers import byte_level
+from minillm.tokenizers.files import added_token
 
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of a token in GGUF
 
@@ -17,25 +19,16 @@ LLAMA3 = (
 QWEN2 = LLAMA3.replace("{1,3}", "")
 
 
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
 def _split(regex: str) -> dict[str, Any]:
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level.pre_tokenizer(False)]}
 
 
 _DIGITS = {"type": "Digits", "individual_digits": True}
 # Name in `tokenizer.ggml.pre` -> what cuts a text into words in a tokenizer.json.
 CUTS: dict[str, dict[str, Any]] = {
-    "gpt-2": _byte_level(True),
-    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _byte_level(True)]},
+    "gpt-2": byte_level.pre_tokenizer(True),
+    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, byte_level.pre_tokenizer(True)]},
     "llama-bpe": _split(LLAMA3),
     "qwen2": _split(QWEN2),
 }
@@ -52,14 +45,16 @@ def definition_of(tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
             found = definition_of(base)
             return None if found is None else with_specials(found)
         case {"kind": "byte"}:
-            vocab = {character: byte for byte, character in enumerate(byte_characters())}
-            return byte_level({"type": "BPE", "vocab": vocab, "merges": []}, _byte_level(False))
+            vocab = {character: byte for byte, character in enumerate(byte_level.byte_characters())}
+            return byte_level.definition_of(
+                {"type": "BPE", "vocab": vocab, "merges": []}, byte_level.pre_tokenizer(False)
+            )
         case {"kind": "char", "characters": str(characters)}:
             every = {"Regex": "(?s:.)"}
             cut = {"type": "Split", "pattern": every, "behavior": "Isolated", "invert": False}
             vocab = {character: number for number, character in enumerate(characters)}
             model = {"type": "WordLevel", "vocab": vocab, "unk_token": characters[0]}
-            return byte_level(model, cut) | {"decoder": {"type": "Fuse"}}
+            return byte_level.definition_of(model, cut) | {"decoder": {"type": "Fuse"}}
     return None
 
 
@@ -89,7 +84,7 @@ def with_specials(definition: dict[str, Any]) -> dict[str, Any]:
     added, size = list(definition.get("added_tokens") or ()), tokenizer_size(definition)
     for names in NAMES:
         if not known.intersection(names):
-            added.append(_special_token(size, names[0]))
+            added.append(added_token(size, names[0]))
             size += 1
     found = definition | {"added_tokens": added}
     ids = special_ids(found)
@@ -110,42 +105,12 @@ def with_specials(definition: dict[str, Any]) -> dict[str, Any]:
     return found | {"post_processor": {"type": "TemplateProcessing", **template}}
 
 
-def _special_token(number: int, content: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": content, **flags, "special": True}
-
-
 def tokenizer_size(definition: Mapping[str, Any]) -> int:
     """Return the largest id of a tokenizer.json plus 1."""
     vocab = definition["model"]["vocab"]
     ids = [*(vocab.values() if isinstance(vocab, Mapping) else range(len(vocab)))]
     ids += [token["id"] for token in definition.get("added_tokens") or ()]
     return int(max(ids, default=-1)) + 1
-
-
-def byte_level(model: dict[str, Any], cut: dict[str, Any]) -> dict[str, Any]:
-    """Return the tokenizer.json of a byte-level model whose words `cut` makes."""
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": cut,
-        "post_processor": None,
-        "decoder": _byte_level(True),
-        "model": model,
-    }
-
-
-def byte_characters() -> list[str]:
-    """Return the printable character that stands for each byte in byte-level vocabularies.
-
-    Printable Latin-1 stands for itself, the rest for U+0100 and on (Radford et al. 2019).
-    """
-    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in own else next(others)) for byte in range(256)]
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -171,7 +136,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         "merges": [merge.split(" ", 1) for merge in merges],
         "ignore_merges": pre == "llama-bpe",
     }
-    found = byte_level(model, CUTS[pre])
+    found = byte_level.definition_of(model, CUTS[pre])
     if pre == "qwen2":
         found["normalizer"] = {"type": "NFC"}
     found["added_tokens"] = [

@@ -17,10 +17,11 @@ from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
 from minillm.layout.sharding import Slices
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
+from minillm.tokenizers.byte_level import definition_of
 from minillm.training.assembly import assemble
 from minillm.weights.foreign import Foreign
 from minillm.weights.mapping import write_block
-from minillm.weights.tokenizer_json import CUTS, byte_level
+from minillm.weights.tokenizer_json import CUTS
 
 
 def folder(path: Path, case: str, dtype: Any = np.float64, **changes: Any) -> Path:
@@ -96,4 +97,4 @@ def bpe_definition() -> dict[str, Any]:
         "special": True,
     }
     model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]], "ignore_merges": False}
-    return byte_level(model, CUTS["gpt-2"]) | {"added_tokens": [end]}
+    return definition_of(model, CUTS["gpt-2"]) | {"added_tokens": [end]}

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from minillm.base.errors import ConfigError
-from minillm.data.reading import encoded
 
 PIECE_CHARACTERS = 1 << 18  # a piece; byte-pair encoding needs hundreds of bytes a character
 
@@ -56,6 +55,18 @@ def _piece_end(text: str, size: int) -> int:
         return line_end + 1
     blank = text.rfind(" ", size, 2 * size)
     return blank if blank > 0 else 2 * size
+
+
+def encoded(text: str, codec: str = "utf-8") -> bytes:
+    """Return the bytes of `text`. Raises ConfigError for half of a surrogate pair."""
+    try:
+        return text.encode(codec)
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X} at position {error.start}"
+        raise ConfigError(
+            f"the text has {code}, half of a surrogate pair and no character; remove it "
+            "(a terminal or file in another encoding?)"
+        ) from None
 
 
 def utf8_lengths(points: np.ndarray) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Sub-word kernels: merges of byte-pair encoding."""

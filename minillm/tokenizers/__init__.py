@@ -1,0 +1,1 @@
+"""Own tokenizers: byte-level BPE and WordPiece, their files, their training."""
