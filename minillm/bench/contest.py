@@ -198,8 +198,13 @@ def _row(
     return [*names, ms, *rates, peak, *advantage(own, one, measure)]
 
 
+def installed(package: str) -> bool:
+    """Return whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
 def check_torch(on_gpu: bool = False) -> None:
     """Raise ConfigError if PyTorch is not installed."""
-    if importlib.util.find_spec("torch") is None:
+    if not installed("torch"):
         where = "" if on_gpu else " --index-url https://download.pytorch.org/whl/cpu"
         raise ConfigError(f"--against torch needs PyTorch: pip install torch{where}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from minillm.base.errors import ConfigError
-from minillm.bench.contest import Case, Contest, Contestant, check_torch, command
+from minillm.bench.contest import Case, Contest, Contestant, check_torch, command, installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,9 @@ class GenerateBench(PartContest):
 
     part = "generate"
     unit = ("tokens/s", 1.0)
+    against: Literal["none", "torch", "llama.cpp"] = "none"  # type: ignore[assignment]
+    """Yardstick; llama.cpp (the package xllamacpp) reads the same float32 weights from GGUF and
+    writes one text."""
     layers: int = 12
     """Number of blocks."""
     heads: int = 12
@@ -131,6 +134,14 @@ class GenerateBench(PartContest):
     batches: str = "1,8"
     """Texts written at once."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.against == "llama.cpp" and (self.batches != "1" or self.vocab < 256):
+            raise ConfigError(
+                "--against llama.cpp counts one text of bytes and other tokens; use --batches 1 "
+                "and a --vocab of at least 256"
+            )
+
     def sizes(self) -> tuple[str, str]:
         """Return the flag of the batches."""
         return "batches", self.batches
@@ -140,3 +151,13 @@ class GenerateBench(PartContest):
         names = ("layers", "heads", "dim", "context", "vocab", "prompt")
         options = {name: getattr(self, name) for name in names} | {"batch": size}
         return Case(f"batch {size}", options, {"prompt": size * self.prompt, "token": size})
+
+    def field(self, case: Case) -> list[Contestant]:
+        """Return minillm and, if asked for, PyTorch or llama.cpp."""
+        field = super().field(case)
+        if self.against == "llama.cpp":
+            if not installed("xllamacpp"):
+                raise ConfigError("--against llama.cpp needs its package: pip install xllamacpp")
+            options = {**case.options, "threads": self.num_threads, "seconds": self.seconds}
+            field.append(Contestant("llama.cpp", command("llama_run", self.part, options)))
+        return field

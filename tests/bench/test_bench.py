@@ -190,6 +190,14 @@ def test_parts_of_a_model_are_timed(tmp_path: Path, part: str) -> None:
 
 
 @pytest.mark.slow
+def test_generation_beside_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
+    options = ["--batches=1", "--vocab=300", "--against=llama.cpp", "--rounds=1", "--seconds=0.01"]
+    done = bench("generate", *PARTS["generate"], *options)
+    assert done.returncode == 0 and "llama.cpp" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
 def test_models_are_timed(tmp_path: Path) -> None:
     out = tmp_path / "models.json"
     done = bench("models", "--models=lstm", "--rounds=1", "--seconds=0.01", f"--json={out}")
@@ -235,6 +243,7 @@ def test_bad_input_is_one_sentence() -> None:
         (("comm",), "mpirun -n 2"),
         (("methods",), "mpirun -n 2"),
         (("models", "--models=lstn"), "did you mean lstm"),
+        (("generate", "--against=llama.cpp"), "--batches 1"),
     ):
         done = bench(*arguments)
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
