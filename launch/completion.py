@@ -44,7 +44,7 @@ OPTIONS: Mapping[str, type[Record]] = {
     "compare": with_start(CompareConfig),
     "schedule": ScheduleArgs,
 }
-OTHERS = ("bench", "emulator", "completion", "doctor")
+OTHERS = ("tokenizer", "bench", "emulator", "completion", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,6 +23,9 @@ class Program(NamedTuple):
 PROGRAMS = {
     "train": Program("minillm.train", "train a model, alone or over the ranks of mpirun"),
     "prepare": Program("minillm.data.prepare", "tokenize a text once, for many runs"),
+    "tokenizer": Program(
+        "minillm.data.tokenizer_program", "learn a BPE or WordPiece vocabulary, or encode a text"
+    ),
     "evaluate": Program("minillm.evaluate", "measure the loss of a checkpoint"),
     "generate": Program("minillm.generate", "write text with a checkpoint"),
     "translate": Program("minillm.inference.translate", "translate lines with a checkpoint"),

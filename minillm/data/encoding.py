@@ -260,12 +260,12 @@ def _exchange(
 ) -> None:
     """Give every rank's pieces to the writers, in order. Collective."""
     dtype = token_dtype(tokenizer.vocab_size)
-    ids = _gathered(
+    ids = gathered(
         [piece for piece, _ in own], [[n for n, _ in rank] for rank in sizes], dtype, comm
     )
     held_sizes = [[n for n, held_out in rank if held_out] for rank in sizes]
     measured = [lengths for _, lengths in own if lengths is not None]
-    lengths = iter(_gathered(measured, held_sizes, np.dtype(np.uint32), comm))
+    lengths = iter(gathered(measured, held_sizes, np.dtype(np.uint32), comm))
     held_flags = [held_out for rank in sizes for _, held_out in rank]
 
     def write() -> None:
@@ -276,7 +276,7 @@ def _exchange(
     agree(comm, write, ConfigError)
 
 
-def _gathered(
+def gathered(
     own: list[np.ndarray], sizes: list[list[int]], dtype: np.dtype, comm: Communicator
 ) -> list[np.ndarray]:
     """Return the pieces of all ranks in rank order; `sizes[r]` are those of rank r's pieces."""

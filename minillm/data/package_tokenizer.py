@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.tokenizers.model import Spans
 from minillm.tokenizers.own import OwnTokenizer, bytes_up_to
 from minillm.tokenizers.pieces import checked, cut_pieces, token_dtype
 from minillm.tokenizers.settings import plain_settings, vocabulary_size
@@ -79,6 +80,13 @@ class HFTokenizer:
         with self._errors("cannot encode the text"):
             found = self._tokenizer.encode_batch(list(pieces), add_special_tokens=False)
         return [self._measured(*each) for each in zip(pieces, found, strict=True)]
+
+    def spans(self, text: str) -> Spans:
+        """Return the ids of `text` and the characters that each stands for: text[start:end]."""
+        with self._errors("cannot encode the text"):
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        places = np.array(found.offsets, np.int64).reshape(-1, 2)
+        return Spans(np.array(found.ids, np.int64), places[:, 0], places[:, 1])
 
     def _measured(self, piece: str, found: Any) -> tuple[np.ndarray, np.ndarray]:
         ends = np.fromiter((end for _, end in found.offsets), np.int64, len(found.ids))
