@@ -97,6 +97,7 @@ GGUF_KEYS = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_epsilon": "layer_norm_eps",
 }
+GGUF_MORE = {"attention.causal": False}
 SPELLED = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 IGNORED = ("embeddings.position_ids",)
 
@@ -142,6 +143,8 @@ BERT = _kinds(
     prefix="bert.",
     gguf="bert",
     gguf_keys=GGUF_KEYS,
+    gguf_rows={"type_vocab_size": "token_types.weight"},
+    gguf_more=GGUF_MORE,
 )
 
 
@@ -178,9 +181,20 @@ DISTILBERT = _kinds(
         "activation": ("gelu",),
         "sinusoidal_pos_embds": (False, True),  # it fills the stored table, no more
         "tie_word_embeddings": (True,),
+        "layer_norm_eps": (1e-12,),  # that GGUF files state
     },
     implied={"types": 0, "norm_eps": 1e-12},
     harmless=frozenset({"dropout", "qa_dropout", "seq_classif_dropout", "tie_weights_"}),
     pooler=False,
     prefix="distilbert.",
+    gguf="bert",
+    gguf_keys={
+        "context_length": "max_position_embeddings",
+        "embedding_length": "dim",
+        "block_count": "n_layers",
+        "feed_forward_length": "hidden_dim",
+        "attention.head_count": "n_heads",
+        "attention.layer_norm_epsilon": "layer_norm_eps",
+    },
+    gguf_more=GGUF_MORE,
 )

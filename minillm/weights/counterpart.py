@@ -120,6 +120,10 @@ class Counterpart:
     """Name in `general.architecture` of a GGUF file; None: the format has none."""
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
     """Key of a GGUF file, without the architecture before it -> key of config.json."""
+    gguf_rows: Mapping[str, str] = field(default_factory=dict)
+    """Key of config.json -> tensor of a GGUF file that has as many rows."""
+    gguf_more: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of a GGUF file, and their values."""
 
     def links(
         self, shape: Shape, specs: Mapping[str, ShardSpec], column: int, *, export: bool = False

@@ -19,7 +19,9 @@ from minillm.weights.mapping import Link, chunks, write_block
 from minillm.weights.tokenizer_json import from_gguf, to_gguf
 
 # Keys behind the architecture that change no logit, or repeat what tensors say.
-HARMLESS = ("vocab_size", "attention.causal")
+HARMLESS = ("vocab_size", "pooling_type")
+USUAL = {"attention.causal": True}  # values of keys that a file need not have
+TOKENS = "token_embd.weight"
 WIDTHS = ("rope.dimension_count", "attention.value_length")  # must be the head's width
 FORMATS = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
@@ -86,17 +88,18 @@ class GGUF:
         for key, value in own.items():
             if key in counterpart.gguf_keys:
                 config[counterpart.gguf_keys[key]] = value
-            elif key not in HARMLESS:
+            elif key not in HARMLESS and counterpart.gguf_more.get(key, USUAL.get(key)) != value:
                 raise ConfigError(f"{name}.{key} {value!r} is not supported")
         config = {
             key: value for key, value in config.items() if (key, value) != ("rope_type", "none")
         }
         names = self._file.entries
-        if "token_embd.weight" not in names:
-            raise ConfigError("it has no token_embd.weight")
+        if TOKENS not in names:
+            raise ConfigError(f"it has no {TOKENS}")
+        for key, tensor in {"vocab_size": TOKENS, **counterpart.gguf_rows}.items():
+            config[key] = names[tensor].shape[0] if tensor in names else 0
         config |= {
             "model_type": counterpart.model_type,
-            "vocab_size": names["token_embd.weight"].shape[0],
             "tie_word_embeddings": "output.weight" not in names,
         }
         head = counterpart.options(config).resolve().head_width
@@ -127,9 +130,9 @@ def write_file(
 ) -> None:
     """Write a model as one file. Reads a block at a time.
 
-    Vectors and the table of positions are float32, as llama.cpp wants them, and so are matrices
-    whose rows are no multiple of 32 values. Raises ConfigError for a model or tokenizer that the
-    format does not have, CheckpointError for values that are not finite, and OSError.
+    Vectors and the tables of positions and types are float32, as llama.cpp wants them, and so are
+    matrices whose rows are no multiple of 32 values. Raises ConfigError for a model or tokenizer
+    that the format does not have, CheckpointError for values that are not finite, and OSError.
     """
     tensors = {link.theirs: (_format(link, FORMATS[dtype]), link.their_shape) for link in links}
     metadata = _metadata(counterpart, config, FORMATS[dtype])
@@ -138,7 +141,7 @@ def write_file(
 
 
 def _format(link: Link, wanted: str) -> Format:
-    narrow = len(link.shape) > 1 and link.ours != "positions"
+    narrow = len(link.shape) > 1 and link.ours not in ("positions", "types")
     if wanted == "Q8_0" and link.their_shape[-1] % BLOCK:
         narrow = False
     return BY_NAME[wanted if narrow else "F32"]
@@ -158,11 +161,14 @@ def _metadata(counterpart: Counterpart, config: Mapping[str, Any], form: str) ->
         "general.file_type": FILE_TYPES[form],
         "general.quantization_version": 2,
         f"{name}.vocab_size": config["vocab_size"],
+        **{f"{name}.{key}": value for key, value in counterpart.gguf_more.items()},
     }
     for theirs, key in counterpart.gguf_keys.items():
         scales = theirs.startswith("rope.scaling")
         if config.get(key) is not None and not (scales and scaling == "default"):
             found[f"{name}.{theirs}"] = config[key]
+    if (types := config.get("type_vocab_size")) is not None:
+        found["tokenizer.ggml.token_type_count"] = types
     if width := config.get("head_dim"):
         found |= {f"{name}.{key}": width for key in WIDTHS}
     return found

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from minillm.base.errors import CheckpointError
+from minillm.base.errors import CheckpointError, ConfigError
 from minillm.base.record import known_name
 from minillm.checkpoint import StateSource
 from minillm.layout.sharding import Slices
+from minillm.tokenizers.files import LINES, MERGES, read_definition
 from minillm.weights import safetensors_file as safetensors
 from minillm.weights.counterpart import CONFIG, Counterpart
 from minillm.weights.mapping import Link, chunks, write_block
@@ -79,10 +80,17 @@ class Folder:
 
     def tokenizer(self) -> dict[str, Any] | None:
         """Return the JSON of the tokenizer as checkpoints keep it; None if there is none."""
-        if not (self.path / TOKENIZER).exists():
-            return None
-        definition = _object(self.path / TOKENIZER)
-        return {"kind": "hf", "name": TOKENIZER, "tokenizer": definition}
+        if (self.path / TOKENIZER).exists():
+            return {"kind": "hf", "name": TOKENIZER, "tokenizer": _object(self.path / TOKENIZER)}
+        # Older folders. Marian has a vocab.json as well, without merges.
+        for name in (LINES, MERGES):
+            if (self.path / name).exists():
+                try:
+                    definition, found = read_definition(self.path / name)
+                except ConfigError as error:
+                    raise CheckpointError(str(error)) from None
+                return {"kind": "hf", "name": found, "tokenizer": definition}
+        return None
 
 
 def is_folder(path: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from minillm.base.errors import CheckpointError, ConfigError
 from minillm.data.documents import NAMES, Specials
 from minillm.tokenizers import byte_level
-from minillm.tokenizers.files import added_token
+from minillm.tokenizers.files import added_token, wordpiece_definition
 
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of a token in GGUF
 
@@ -120,6 +120,8 @@ def from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     that do not fit together, and for an unknown rule that cuts words.
     """
     kind = metadata.get("tokenizer.ggml.model", "no_vocab")
+    if kind == "bert":
+        return _word_piece(metadata)
     if kind != "gpt2":
         return None
     pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
@@ -165,9 +167,12 @@ def to_gguf(definition: Mapping[str, Any] | None, vocab: int) -> dict[str, Any]:
     model = definition["model"]
     if model.get("type") == "WordLevel":  # of characters
         return {"tokenizer.ggml.model": "no_vocab"}
+    if model.get("type") == "WordPiece":
+        return _word_piece_to_gguf(definition, vocab)
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ConfigError(
-            f"GGUF files are written with byte-level BPE tokenizers, not {model.get('type')}"
+            "GGUF files are written with byte-level BPE and WordPiece tokenizers, not "
+            f"{model.get('type')}"
         )
     tokens = [f"[PAD{number}]" for number in range(vocab)]
     types = [UNUSED] * vocab
@@ -187,6 +192,59 @@ def to_gguf(definition: Mapping[str, Any] | None, vocab: int) -> dict[str, Any]:
     }
     end = next((tokens.index(name) for name in ENDS if name in tokens), None)
     return found if end is None else found | {"tokenizer.ggml.eos_token_id": end}
+
+
+def _word_piece(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer.json of the WordPiece vocabulary in a GGUF file.
+
+    There a blank, as U+2581, begins a word, where a tokenizer.json has ## before what does not.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise CheckpointError("its tokenizer lacks tokens")
+    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+
+    def spelled(token: str, kind: int) -> str:
+        if kind != NORMAL or (token.startswith("[") and token.endswith("]")):
+            return token
+        return token[1:] if token.startswith("▁") else f"##{token}"
+
+    vocab = {spelled(*each): i for i, each in enumerate(zip(tokens, types, strict=True))}
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER)]
+    found = wordpiece_definition(vocab, special, True)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    if unknown is not None:
+        found["model"]["unk_token"] = tokens[unknown]
+    return with_specials(found)
+
+
+def _word_piece_to_gguf(definition: Mapping[str, Any], vocab: int) -> dict[str, Any]:
+    """Return the metadata for a WordPiece tokenizer. Raises ConfigError for a cased one."""
+    model, normalizer = definition["model"], definition.get("normalizer") or {}
+    accents = normalizer.get("strip_accents")
+    prefix = model.get("continuing_subword_prefix", "##")
+    if not normalizer.get("lowercase") or accents not in (None, True) or prefix != "##":
+        raise ConfigError(
+            "llama.cpp lower-cases the text of a WordPiece tokenizer and strips accents, but this "
+            "tokenizer.json does not; use --format hf"
+        )
+    tokens, types = [f"[PAD{number}]" for number in range(vocab)], [UNUSED] * vocab
+    for token, number in model["vocab"].items():
+        tokens[number] = token.removeprefix(prefix) if token.startswith(prefix) else f"▁{token}"
+        types[number] = NORMAL
+    for added in definition.get("added_tokens") or ():
+        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL
+    ids = {role: number for role, (_, number) in special_ids(definition).items()}
+    keys = {"bos": "cls", "seperator": "sep", "padding": "pad", "mask": "mask"}  # spelled so there
+    return {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.unknown_token_id": model["vocab"][model["unk_token"]],
+        **{
+            f"tokenizer.ggml.{key}_token_id": ids[role] for key, role in keys.items() if role in ids
+        },
+    }
 
 
 def _cut_name(cut: Any) -> str:

@@ -30,6 +30,7 @@ PAIRS = some_pairs(60, BASE["context"] - 1)
 MODELS: dict[str, dict[str, Any]] = {
     "pre": dict(label_smoothing=0.1),
     "post": dict(norm_place="post", position="halves", mlp="silu"),
+    "biased": dict(norm_place="post", head_bias=True, label_smoothing=0.1),
     "untied": dict(tied=False, position="learned", mlp="gelu", label_smoothing=0.2),
 }
 

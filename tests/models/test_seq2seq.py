@@ -49,7 +49,7 @@ def test_equals_one_rank(layout: Layout, more: dict[str, Any], one_rank: Outcome
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("model", ["post", "untied"])
+@pytest.mark.parametrize("model", ["post", "untied", "biased"])
 def test_other_models(model: str) -> None:
     expected = run(Layout(), model)
     assert_same(run(Layout(pp=2, tp=2, num_microbatches=2), model), expected, 1e-8)

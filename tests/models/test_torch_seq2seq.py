@@ -32,6 +32,8 @@ def test_loss_and_gradients(model: str) -> None:
     trainer = Trainer(config, SelfCommunicator(), task, std=0.25)
     (stage,) = trainer.model.stages.values()
     weights = {p.name: p.get() for p in stage.buffers.parameters}
+    if config.model.head_bias:  # 0 at first
+        weights["head_bias"][...] = np.random.default_rng(1).standard_normal(VOCAB)
     twin = TorchSeq2Seq(config.model, weights)
 
     batch = task.batch(0, np.arange(BASE["batch"]), CPU)

@@ -42,7 +42,8 @@ class TorchSeq2Seq:
             x = self._half(at + "cross_norm", x, lambda y, at=at: self._cross(at, y, memory, seen))
             x = self._half(at + "norm2", x, lambda y, at=at: self._mlp(at, y))
         x = self._norm("norm", x) if pre else x
-        return x @ self.p["embedding.weight" if c.tied else "head"].T
+        logits = x @ self.p["embedding.weight" if c.tied else "head"].T
+        return logits + self.p["head_bias"] if c.head_bias else logits
 
     def loss(self, source, lengths, target, targets) -> torch.Tensor:
         """Return the mean loss over targets that are not -100, smoothed."""

@@ -20,7 +20,7 @@ from minillm.autograd.backward import backward
 from minillm.models import bert
 from minillm.models.protocol import Batch
 from minillm.params.where import KeyLimits, Where
-from minillm.weights import importing
+from minillm.weights import exporting, importing
 from minillm.weights.foreign import Foreign
 from minillm.weights.mapping import write_block
 
@@ -134,6 +134,40 @@ def test_bits_names_and_configuration_come_back(case: str, tmp_path: Path) -> No
         if written[name] != saved[name] and name not in ("eos_token_id", "bos_token_id", "dtype")
     }
     assert differing <= {"architectures", "model_type"} and (not differing or "xlm" in case)
+
+
+GGUFS = {"bert": "head and pairs", "bert-bare": "pairs", "distilbert": "head", "bert-mlm": "head"}
+
+
+@pytest.mark.parametrize("case", [*GGUFS, "bert-bare-unpooled", "distilbert-bare"])
+def test_gguf_files_hold_the_encoder_alone(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Leave out what llama.cpp has no place for, and say so."""
+    source, file = folder(tmp_path / "m", case, np.float32), tmp_path / "m.gguf"
+    export(source, "--out", file, "--format", "gguf")
+    said = capsys.readouterr().out
+    if case in GGUFS:
+        assert f"the format has no place for its {GGUFS[case]}" in said
+    found, wanted = values(file), values(source)
+    assert found.keys() < wanted.keys() or "bare" in case
+    assert all(np.array_equal(value, wanted[name]) for name, value in found.items())
+    assert {name.split(".")[0] for name in wanted.keys() - found.keys()} == {
+        f"model/{part}" for part in GGUFS.get(case, "").split(" and ") if part
+    }
+    export(file, "--out", tmp_path / "back")
+    kept = {name.removeprefix("bert.").removeprefix("distilbert."): each
+            for name, each in bits(source).items()}  # fmt: skip
+    back = bits(tmp_path / "back")
+    assert back.items() <= kept.items() and len(back) == len(Foreign(file).links)
+
+
+def test_a_gguf_of_roberta_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "m", "roberta", np.float32)
+    words = [str(source), "--out", str(tmp_path / "m.gguf"), "--format", "gguf"]
+    assert exporting.main(words) == 1
+    assert "GGUF has no architecture for roberta models" in "".join(capsys.readouterr())
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def values(path: Path) -> dict[str, np.ndarray]:
