@@ -4,77 +4,63 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
+from minillm.base.log import plural
 from minillm.base.record import option
-from minillm.base.terminal import printable
+from minillm.base.terminal import printable, utf8_input
 from minillm.comm.agreement import AgreedError, from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.launchers import launched
 from minillm.comm.process import run_program
-from minillm.data.tokenizers import Tokenizer
-from minillm.inference.engine import Generator
 from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place
-from minillm.inference.sampling import Sampling
-from minillm.inference.text import decoded, first_ids, until
-from minillm.training.assembly import Assembly
+from minillm.inference.text import end_ids, prompt_ids
+from minillm.inference.writing import Prompt, Writer, WritingOptions
+
+PROMPT = "the prompt"  # in messages, where there is one alone
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArgs(ReadOptions):
-    """Continue a prompt with a trained model, and print the text as it is written.
+class GenerateArgs(ReadOptions, WritingOptions):
+    """Continue prompts with a trained model, and print the texts as they are written.
 
     python -m minillm.generate runs/nano --prompt 'def ' --samples 3
     """
 
     checkpoint: str = option(path=True)
-    """Folder of a run, or one of its checkpoints; may also be the first word, without the flag."""
+    """Folder of a run, one of its checkpoints, or weights of other programs; may also be the first
+    word, without the flag."""
     prompt: str | None = option(None, verbatim=True)
     """Text to continue; -: all of standard input; left out: each line that is piped in, else a line
     end."""
+    prompts: str | None = option(None, path=True, verbatim=True)
+    """File of prompts, one a line; -: the lines of standard input."""
     interactive: bool = False
     """Ask for prompts, one after another, until Ctrl-D."""
     samples: int = option(1, at_least=1)
     """Texts for each prompt. The first has the random seed of --seed, each further one the next."""
-    stop: tuple[str, ...] = option((), verbatim=True)
-    """End a text where this one begins; may be given several times."""
-    tokens: int = option(200, at_least=1)
-    """Most tokens to write. Where the context is full, its last half is read again."""
-    temperature: float = 0.8
-    """Divisor of the logits: below 1 less random, above 1 more, 0 always the likeliest token."""
-    top_k: int = 0
-    """Choose among the k likeliest tokens only; 0: all."""
-    top_p: float = 1.0
-    """Choose among the likeliest tokens that together have this probability."""
-    seed: int = 0
-    """Random seed for sampling."""
+    batch: int = option(16, at_least=1)
+    """Texts that each replica writes at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sampling(0)
-        if self.samples > 1 and self.temperature == 0:
+        if self.samples > 1 and not self.by_chance:
             raise ConfigError(
-                f"--samples {self.samples} with --temperature 0 would be the same text each time; "
-                "use a --temperature above 0"
+                f"--samples {self.samples} would be the same text each time; use a --temperature "
+                "above 0, and no --beam"
             )
         if self.interactive and self.prompt is not None:
             raise ConfigError("--interactive asks for prompts; leave --prompt out")
-        if "" in self.stop:
-            raise ConfigError("--stop is empty; name the text to end at")
-
-    def sampling(self, sample: int) -> Sampling:
-        """Return the rule that chooses the tokens of a sample.
-
-        Raises ConfigError for values out of range.
-        """
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed + sample)
+        if self.prompts is not None and (self.interactive or self.prompt is not None):
+            other = "--interactive" if self.interactive else "--prompt"
+            raise ConfigError(f"--prompts {self.prompts} and {other} both give prompts; use one")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,118 +74,162 @@ def _parse(argv: Sequence[str]) -> GenerateArgs:
 
 def _generate(comm: Communicator, args: GenerateArgs) -> None:
     """Write texts for every prompt. Collective."""
+    utf8_input()
     with known_to_all():
+        given: list[tuple[str, str | None]] | None
+        given = None if args.interactive else from_first(comm, lambda: read_prompts(args))
         placed, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, placed, args.best)
         opened.config.family.check_writes()
-        config = opened.resolve(args, comm.size, texts=args.samples)
+        config = opened.resolve(args, comm.size, texts=args.samples * len(given or [None]))
         model = load_trained(opened, config, placed, device)
-    writer = Writer(comm, args, opened.tokenizer, model)
-    for prompt in prompts(comm, args):
+    tokenizer = opened.tokenizer
+    program = Program(comm, args, Writer(model, tokenizer, args, end_ids(opened.vocabulary)))
+    if given is not None:
+        with known_to_all():
+            ids = program.ids(given)
+        program.write(ids)
+        return
+    while (line := from_first(comm, lambda: _asked())) is not None:
+        if not line:
+            continue
         try:
             with known_to_all():
-                ids = writer.ids(prompt)
+                ids = program.ids([(PROMPT, line)])
         except AgreedError as error:
-            if not args.interactive:
-                raise
             if comm.rank == 0:
                 print(f"error: {error}", file=sys.stderr)
             continue
         try:
-            writer.write(ids)
+            program.write(ids)
         except KeyboardInterrupt:  # ends this text; at the prompt it ends the program
-            if not args.interactive or comm.size > 1:
+            if comm.size > 1:
                 raise
             print()
 
 
-class Writer:
-    """Writer of texts on this rank. Replicas of the model take a sample each at a time.
+class Program:
+    """Prompts in, texts out, on this rank."""
 
-    The first rank shows each text: that of its own replica token by token, the others as a whole.
-    """
-
-    def __init__(
-        self, comm: Communicator, args: GenerateArgs, tokenizer: Tokenizer, model: Assembly
-    ) -> None:
-        self.args, self.tokenizer = args, tokenizer
-        self.generator = Generator(model, tokenizer.vocab_size)
-        self.replicas, self._first = model.mesh.axis("dp"), comm.rank == 0
+    def __init__(self, comm: Communicator, args: GenerateArgs, writer: Writer) -> None:
+        self.args, self.writer, self._first = args, writer, comm.rank == 0
         # A launcher's pipe may lead to a terminal.
         self._escapes = sys.stdout.isatty() or launched() is not None
-        self._separator = ""
 
-    def ids(self, prompt: str | None) -> list[int]:
-        """Return the ids of a prompt, None for the default one.
+    def ids(self, prompts: Sequence[tuple[str, str | None]]) -> list[list[int]]:
+        """Return the ids of prompts, each with its origin for messages; None is the default one.
 
         Raises ConfigError for a prompt that has none.
         """
-        if prompt is None:
-            return first_ids(self.tokenizer)
-        ids = self.tokenizer.encode(prompt).tolist()
-        if not ids:
-            raise ConfigError(
-                "--prompt is empty; give at least one character to continue, or leave --prompt out "
-                "to begin with a line end"
+        generator, found, long = self.writer.generator, [], []
+        for origin, prompt in prompts:
+            try:
+                ids = prompt_ids(self.writer.tokenizer, prompt)
+            except ConfigError as error:
+                where = "" if origin == PROMPT else f"{origin}: "
+                raise ConfigError(f"{where}{error}") from None
+            found.append(ids)
+            if generator.reads(len(ids)) < len(ids):
+                long.append((origin, len(ids)))
+        if long:
+            origin, size = long[0]
+            others = f", and {len(long) - 1} more are too long" if len(long) > 1 else ""
+            self._note(
+                f"{origin} has {size} tokens, and the context is {generator.context}; the model "
+                f"reads the last {generator.reads(size)}{others}"
             )
-        reads = self.generator.reads(len(ids))
-        if reads < len(ids) and self._first:
-            print(
-                f"note: the prompt has {len(ids)} tokens, and the context is "
-                f"{self.generator.context}; the model reads the last {reads}",
-                file=sys.stderr,
+        return found
+
+    def write(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Write all samples that continue the prompts. Collective."""
+        wanted = [
+            Prompt(ids, self.args.seed + sample)
+            for ids in prompts
+            for sample in range(self.args.samples)
+        ]
+        starts = [self.writer.tokenizer.decode(prompt.ids) for prompt in wanted]
+        screen, self.writer.num_full = Screen(starts, self._escapes), 0
+        self.writer.write(wanted, self.args.batch, screen.show)
+        if self.writer.num_full:
+            texts = plural(self.writer.num_full, "text")
+            self._note(
+                f"{texts} ended where the context of {self.writer.generator.context} tokens was "
+                "full; --window goes on, and the model forgets the older half"
             )
-        return ids
 
-    def write(self, ids: list[int]) -> None:
-        """Write all samples that continue the prompt `ids`. Collective."""
-        for first in range(0, self.args.samples, self.replicas.size):
-            sample = first + self.replicas.rank
-            pieces = self._pieces(ids, sample) if sample < self.args.samples else iter(())
-            if self.replicas.rank == 0:
-                self._show(pieces)
-                pieces = iter(())
-            for text in self.replicas.gather_json("".join(pieces))[1:]:
-                if text:
-                    self._show([text])
-
-    def _pieces(self, ids: list[int], sample: int) -> Iterator[str]:
-        """Yield the text of a sample while it is written, the prompt first."""
-        yield self.tokenizer.decode(ids)
-        tokens = self.generator.stream(ids, self.args.tokens, self.args.sampling(sample))
-        yield from until(decoded(self.tokenizer, ids, tokens), self.args.stop)
-
-    def _show(self, pieces: Iterable[str]) -> None:
-        """Print a text on the first rank, below a line if it is not the first one."""
-        sys.stdout.write(self._separator)
-        for piece in pieces:
-            sys.stdout.write(printable(piece) if self._escapes else piece)
-            sys.stdout.flush()
-        print(flush=True)
-        self._separator = "" if self.args.interactive else "---\n"
+    def _note(self, text: str) -> None:
+        if self._first:
+            print(f"note: {text}", file=sys.stderr)
 
 
-def prompts(comm: Communicator, args: GenerateArgs) -> Iterator[str | None]:
-    """Yield the prompts on every rank, None for the default one. Collective.
+class Screen:
+    """Texts in the order of their prompts, with a line between them.
 
-    The first rank reads them: from --prompt, or from standard input.
+    The first one that has not ended is shown as it grows, later ones when it is their turn.
     """
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8")  # whatever the locale says
+
+    def __init__(self, starts: Sequence[str], escapes: bool) -> None:
+        self._waiting, self._ended = list(starts), [False] * len(starts)
+        self._escapes, self._turn = escapes, 0
+        self._print()
+
+    def show(self, number: int, piece: str, last: bool) -> None:
+        """Add a piece to a text."""
+        self._waiting[number] += piece
+        self._ended[number] |= last
+        while number == self._turn or self._ended[self._turn]:
+            self._print()
+            if not self._ended[self._turn]:
+                return
+            print(flush=True)
+            self._turn += 1
+            if self._turn == len(self._ended):
+                return
+            print("---")
+
+    def _print(self) -> None:
+        piece = self._waiting[self._turn]
+        self._waiting[self._turn] = ""
+        sys.stdout.write(printable(piece) if self._escapes else piece)
+        sys.stdout.flush()
+
+
+def read_prompts(args: GenerateArgs) -> list[tuple[str, str | None]]:
+    """Return the prompts of the flags, or of standard input, each with its origin for messages.
+
+    None is the default prompt. Raises ConfigError for a file that cannot be read, or has none.
+    """
     if args.prompt == "-":
-        yield from_first(comm, _all_input)
-    elif args.prompt is not None:
-        yield args.prompt
-    elif from_first(comm, lambda: args.interactive or _piped()):
-        count = 0
-        while (line := from_first(comm, lambda: _line(args.interactive))) is not None:
-            if line:
-                yield line
-                count += 1
-        if not count and not args.interactive:
-            yield None
+        return [("standard input", _read(lambda: sys.stdin.read()).removesuffix("\n"))]
+    if args.prompt is not None:
+        return [(PROMPT, args.prompt)]
+    if args.prompts is None and not _piped():
+        return [(PROMPT, None)]
+    name, text = "standard input", ""
+    if args.prompts in (None, "-"):
+        text = _read(lambda: sys.stdin.read())
     else:
-        yield None
+        name = args.prompts
+        text = _read_file(name)
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    found = [(f"line {n} of {name}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not found and args.prompts is None:
+        return [(PROMPT, None)]
+    if not found:
+        raise ConfigError(
+            f"--prompts {args.prompts} holds no prompt: {plural(len(text), 'character')}, and no "
+            "line with text"
+        )
+    return list(found)
+
+
+def _read_file(name: str) -> str:
+    try:
+        return Path(name).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"--prompts {name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {name} is not UTF-8 text: {error}") from None
 
 
 def _piped() -> bool:
@@ -213,14 +243,9 @@ def _piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def _all_input() -> str:
-    """Return the text of standard input without its last line end."""
-    return _read(lambda: sys.stdin.read()).removesuffix("\n")
-
-
-def _line(interactive: bool) -> str | None:
-    """Return the next line of standard input, None at its end; ask for it if `interactive`."""
-    if interactive and sys.stdin is not None and sys.stdin.isatty():
+def _asked() -> str | None:
+    """Ask for a prompt on standard input; return None at its end."""
+    if sys.stdin is not None and sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")  # input() then edits lines and remembers them
         try:
@@ -228,7 +253,7 @@ def _line(interactive: bool) -> str | None:
         except EOFError:
             print()
             return None
-    if interactive and launched() is not None:
+    if launched() is not None:
         print("> ", end="", flush=True)
     line = _read(lambda: sys.stdin.readline())
     return line.removesuffix("\n") if line else None

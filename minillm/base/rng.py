@@ -42,6 +42,11 @@ def uniform(
     return _addressed(kernels.random_uniform, key, shape, slices, dtype)
 
 
+def uniform_at(key: int, indices: np.ndarray) -> np.ndarray:
+    """Return uniform values in (0, 1), float64, at any `indices` of the key, of their shape."""
+    return kernels.random_uniform(key, indices)
+
+
 def _addressed(
     make: Any, key: int, shape: tuple[int, ...], slices: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:

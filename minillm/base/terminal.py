@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,12 @@ def printable(text: str) -> str:
     Tabs and line feeds stay.
     """
     return text.translate(_CONTROLS)
+
+
+def utf8_input() -> None:
+    """Read standard input as UTF-8, whatever the locale says."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8")
 
 
 def open_streams() -> None:

@@ -22,17 +22,15 @@ import numpy as np
 
 from minillm import kernels
 from minillm.base.device import Device, open_device
-from minillm.base.errors import ConfigError
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 from minillm.comm.cores import use_threads
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import world
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
-from minillm.inference.engine import Generator
 from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint, place
-from minillm.inference.sampling import Sampling
-from minillm.inference.text import decoded, first_ids, until
+from minillm.inference.text import end_ids, prompt_ids
+from minillm.inference.writing import Prompt, Writer, WritingOptions
 from minillm.models.family import DEFAULT, Family
 from minillm.training.assembly import Assembly
 from minillm.training.config import RunConfig, default_values, preset_values
@@ -71,45 +69,30 @@ class Model:
         """The tokenizer of a model that writes text."""
         return tokenizer_from_json(self._vocabulary)
 
-    @functools.cached_property
-    def _generator(self) -> Generator:
-        return Generator(self.assembly, self.tokenizer.vocab_size)
-
-    def generate(self, prompt: str | None = None, tokens: int = 200, **options: Any) -> str:
+    def generate(
+        self, prompt: str | Sequence[str] | None = None, tokens: int = 200, **options: Any
+    ) -> Any:
         """Return `prompt` and at most `tokens` tokens after it. Collective.
 
-        `prompt` None begins with a line end. `options` are temperature, top_k, top_p, seed and stop
-        (a text to end at, or several), as in `minillm generate`.
+        Several prompts are written at once, `batch` (16) on each replica, and give a list of texts.
+        `prompt` None begins with a line end. `options` are those of `minillm generate --help`, with
+        underscores: temperature, top_k, top_p, min_p, repetition_penalty, beam, alpha, seed, window
+        and others. `stop` is a text to end at, or several.
         """
         self.family.check_writes()
-        with use_threads(self.comm, None):
-            ids = self._ids(prompt)
-            return self.tokenizer.decode(ids) + "".join(self._pieces(ids, tokens, **options))
-
-    def _ids(self, prompt: str | None) -> list[int]:
-        ids = (
-            first_ids(self.tokenizer) if prompt is None else self.tokenizer.encode(prompt).tolist()
+        batch, stop = options.pop("batch", 16), options.pop("stop", ())
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        asked = WritingOptions.from_dict(
+            {**options, "tokens": tokens, "stop": stops}, "the options of generate"
         )
-        if not ids:
-            raise ConfigError("the prompt is empty; leave it out to begin with a line end")
-        return ids
-
-    def _pieces(
-        self,
-        ids: list[int],
-        tokens: int,
-        *,
-        temperature: float = 0.8,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-    ) -> Iterator[str]:
-        """Yield the text after `ids` in complete characters, up to the first of `stop`."""
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        chosen = self._generator.stream(ids, tokens, sampling)
-        stops = (stop,) if isinstance(stop, str) else stop
-        return until(decoded(self.tokenizer, ids, chosen), [text for text in stops if text])
+        alone = prompt is None or isinstance(prompt, str)
+        prompts: list[Any] = [prompt] if alone else list(prompt or ())
+        with use_threads(self.comm, None):
+            writer = Writer(self.assembly, self.tokenizer, asked, end_ids(self._vocabulary))
+            ids = [prompt_ids(self.tokenizer, each) for each in prompts]
+            texts = writer.write([Prompt(each, asked.seed) for each in ids], batch)
+        whole = [self.tokenizer.decode(a) + b for a, b in zip(ids, texts, strict=True)]
+        return whole[0] if alone else whole
 
 
 class Trainer:

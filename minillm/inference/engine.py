@@ -1,21 +1,21 @@
-"""Autoregressive generation with a key-value cache, over tensor-parallel ranks and stages.
+"""Passes of a trained model over batches with caches, over tensor-parallel ranks and stages.
 
-The prompt goes through the model once and leaves keys and values in each layer's cache. Every
-further token costs one position. The stages run the forward-only schedule, as in evaluation.
+The stages run the forward-only schedule, as in evaluation. A batch in several parts keeps several
+stages busy at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from minillm.autograd.tape import Tensor
-from minillm.base.arrays import sum_dtype, to_host
+from minillm.base.arrays import IntArray, sum_dtype, to_host
 from minillm.base.errors import CheckpointError
-from minillm.inference.cache import cached_keys, new_cache
-from minillm.inference.sampling import Sampling
+from minillm.inference.cache import Cache, cached_keys, new_cache
+from minillm.inference.scores import Scores
 from minillm.models.protocol import Batch, Decoder
 from minillm.params.where import Where
 from minillm.pipeline.lower import lower
@@ -23,26 +23,30 @@ from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import forward_only
 from minillm.training.assembly import Assembly
 
+UNLIMITED = 1 << 60  # tokens
+
 
 class Generator:
     """Ranks of one dp coordinate that generate together. Collective over their tp and pp axes.
 
     Only ids below `num_ids` are chosen: those of the tokenizer, where the vocabulary of the model
-    is padded. None: all.
+    is padded. None: all. `inputs` names the array of a batch that holds the ids.
     """
+
+    inputs = "tokens"
 
     def __init__(self, model: Assembly, num_ids: int | None = None) -> None:
         self.num_ids = num_ids
-        self.device, self.links = model.device, model.mesh.axis("pp")
+        self.device = model.device
+        self.links, self._tp = model.mesh.axis("pp"), model.mesh.axis("tp")
         self.models = {i: cast(Decoder, stage.model) for i, stage in model.stages.items()}
-        placement = model.layout.rank_of_stage
-        self._last_stage, self._last_rank = len(placement) - 1, placement[-1]
+        self._placement = model.layout.rank_of_stage
+        self._last_stage, self._last_rank = len(self._placement) - 1, self._placement[-1]
+        self._sharded = model.replication.sharded
+        self._num_parts, self._first_id, self._whole = 1, -1, True
+        self._found: list[np.ndarray] = []  # logits of the parts of a batch, on the last stage
         self._runtime = PipelineRuntime(
-            lower(forward_only(placement, 1), train=False, sharded=model.replication.sharded),
-            model.stages,
-            self.links,
-            model.replication,
-            count=self._keep,
+            self._schedule(), model.stages, self.links, model.replication, count=self._keep
         )
 
     @property
@@ -50,80 +54,86 @@ class Generator:
         """Most positions that the model can read."""
         return next(iter(self.models.values())).context
 
-    def generate(self, prompt: Sequence[int], num_tokens: int, sampling: Sampling) -> list[int]:
-        """Return the ids that `stream` yields."""
-        return list(self.stream(prompt, num_tokens, sampling))
-
-    def stream(self, prompt: Sequence[int], num_tokens: int, sampling: Sampling) -> Iterator[int]:
-        """Yield `num_tokens` ids that continue `prompt`, which has at least one id.
-
-        When the context is full, generation restarts from its last half. Collective: every rank
-        takes the same number of ids.
-        """
-        ids, end = list(prompt), len(prompt) + num_tokens
-        while len(ids) < end:
-            window = ids[-self.reads(len(ids)) :]
-            count = min(self.context - len(window) + 1, end - len(ids))
-            for token in self._fill(window, count, sampling, len(ids)):
-                ids.append(token)
-                yield token
+    @property
+    def most_parts(self) -> int:
+        """Parts of a batch that keep every stage busy."""
+        return self.links.size
 
     def reads(self, length: int) -> int:
         """Return how many of the last ids of a text of `length` ids the model reads."""
         return length if length <= self.context else self.context // 2 or 1
 
-    def _fill(
-        self, window: list[int], count: int, sampling: Sampling, position: int
-    ) -> Iterator[int]:
-        """Yield `count` tokens after `window`, from one cache."""
-        cache = self.new_cache(1)
-        new, start = window, 0
-        for i in range(count):
-            logits = self.logits(np.array([new]), np.arange(start, start + len(new)), cache)
-            start += len(new)
-            new = [self._agree(logits, sampling, position + i)]
-            yield new[0]
+    def room(self, length: int, window: bool) -> int:
+        """Return how many ids can follow a text of `length` ids, in a `window` any number."""
+        return UNLIMITED if window else self.context - self.reads(length) + 1
 
-    def new_cache(self, batch: int) -> dict[str, Any]:
+    def new_cache(self, batch: int) -> Cache:
         """Return an empty cache for `batch` sequences in this rank's layers."""
         return new_cache(self.models.values(), batch, self.device)
 
-    def logits(
-        self, ids: np.ndarray, times: np.ndarray, cache: Mapping[str, Any] | None = None
-    ) -> np.ndarray | None:
-        """Return the logits [B, V] of the last position of ids [B, T], None before the last stage.
+    def batch(self, ids: IntArray, times: IntArray, cache: Cache | None = None) -> Batch:
+        """Return the batch of ids int64 [B, T] at positions `times` int64 [T] or [B, T].
 
-        ids: int64 [B, T] at positions `times` int64 [T] or [B, T]. `cache` holds earlier positions
-        and receives these; without one, `ids` are whole sequences.
+        `cache` holds earlier positions and receives these; without one, `ids` are whole sequences.
         """
         where = Where(0, np.arange(len(ids)), times, device=self.device)
-        limits = None if cache is None else cached_keys(times)
-        arrays = {"tokens": self.device.upload(ids)}
-        return self.run(Batch(arrays, {}, where, limits, {} if cache is None else cache))
+        arrays = {self.inputs: self.device.upload(ids)}
+        if cache is None:
+            return Batch(arrays, {}, where, None, {})
+        cache.reserve(int(times.max()) + 1)
+        return Batch(arrays, {}, where, cached_keys(times), cache)
 
-    def run(self, batch: Batch) -> np.ndarray | None:
-        """Return the logits [B, V] of the last position of `batch`, None before the last stage."""
-        self._outputs: tuple[Tensor, ...] | None = None
-        self._runtime.run([batch])
-        if self._outputs is None:
+    def logits(
+        self, ids: IntArray, times: IntArray, cache: Cache | None = None
+    ) -> np.ndarray | None:
+        """Return the logits [B, V] of the last position of a `batch`, whole on each tp rank.
+
+        They are None before the last stage.
+        """
+        return self._run([self.batch(ids, times, cache)], whole=True)
+
+    def scores(self, batches: Sequence[Batch]) -> Scores | None:
+        """Return the scores of the tokens after the last positions of `batches`, one after another.
+
+        They are None before the last stage. Raises CheckpointError if one is not finite.
+        """
+        logits = self._run(batches, whole=False)
+        if logits is None:
             return None
-        last = (Tensor(self._outputs[0].data[:, -1:]),)
-        logits = to_host(self.models[self._last_stage].logits(last, batch)[:, 0])
-        return logits.astype(sum_dtype(logits.dtype), copy=False)
+        if not np.isfinite(logits).all():
+            raise CheckpointError(
+                f"the logits of position {int(batches[-1].where.times.max())} are not finite, "  # type: ignore[union-attr]
+                "although the weights are; use an earlier checkpoint"
+            )
+        if self._first_id < 0:
+            widths = self._tp.all_gather(np.array([logits.shape[1]], np.int64), kind="control")
+            self._first_id = int(widths[: self._tp.rank].sum())
+        if self.num_ids is not None:
+            logits = logits[:, : max(0, self.num_ids - self._first_id)]
+        ids = np.arange(self._first_id, self._first_id + logits.shape[1])
+        return Scores(logits.astype(np.float64), np.broadcast_to(ids, logits.shape), self._tp)
+
+    def agree(self, choice: np.ndarray) -> np.ndarray:
+        """Overwrite `choice`, of the same shape on every rank, by that of the last stage."""
+        return self.links.broadcast_(choice, self._last_rank, kind="control")
+
+    def _run(self, batches: Sequence[Batch], whole: bool) -> np.ndarray | None:
+        if len(batches) != self._num_parts:
+            self._num_parts = len(batches)
+            self._runtime.use(self._schedule())
+        self._whole = whole
+        self._found.clear()
+        self._runtime.run(batches)
+        return np.concatenate(self._found) if self._found else None
+
+    def _schedule(self) -> Any:
+        schedule = forward_only(self._placement, self._num_parts)
+        return lower(schedule, train=False, sharded=self._sharded)
 
     def _keep(self, outputs: tuple[Tensor, ...], batch: Batch) -> Mapping[str, Any]:
-        self._outputs = outputs
+        """Keep the logits of the last positions of a part, which the last stage has computed."""
+        last = (Tensor(outputs[0].data[:, -1:]),)
+        model = self.models[self._last_stage]
+        logits = to_host(model.logits(last, batch, whole=self._whole)[:, 0])
+        self._found.append(logits.astype(sum_dtype(logits.dtype), copy=False))
         return {}
-
-    def _agree(self, logits: np.ndarray | None, sampling: Sampling, position: int) -> int:
-        """Choose a token on the last stage and broadcast it to the others."""
-        token = np.zeros(1, np.int64)
-        if logits is not None:
-            if not np.isfinite(logits).all():
-                raise CheckpointError(
-                    f"the logits of token {position} are not finite, although the weights are; "
-                    "use an earlier checkpoint"
-                )
-            token[:] = sampling.choose(logits[:, : self.num_ids], position)
-        self.links.broadcast_(token, self._last_rank, kind="control")
-        return int(token[0])

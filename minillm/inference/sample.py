@@ -8,7 +8,9 @@ from typing import Protocol
 from minillm.base.terminal import printable
 from minillm.comm.communicator import MAX, Communicator
 from minillm.data.tokenizers import tokenizer_from_json
+from minillm.inference.decoding import Request, decode
 from minillm.inference.engine import Generator
+from minillm.inference.rows import Rows
 from minillm.inference.sampling import Sampling
 from minillm.inference.translator import Translator
 from minillm.tasks.protocol import Dataset
@@ -46,14 +48,14 @@ def continued_text(
     stop: Callable[[], bool],
 ) -> str:
     """Return the text that continues the prompt of `data`, a `Sample`."""
-    tokenizer, ids = tokenizer_from_json(data.vocabulary()), list(data.prompt())
-    sampling = Sampling(temperature=TEMPERATURE, seed=seed)
-    for token in Generator(model, tokenizer.vocab_size).stream(list(ids), tokens, sampling):
-        ids.append(token)
+    tokenizer, prompt = tokenizer_from_json(data.vocabulary()), list(data.prompt())
+    rule = Sampling(temperature=TEMPERATURE)
+    search = rule.begin(Request(prompt=prompt, most=tokens, seed=seed))
+    for _ in decode(Rows(Generator(model, tokenizer.vocab_size), [prompt]), [search], rule):
         if replica.reduce_numbers([stop()], MAX)[0]:
             break
     title = f"a sample at temperature {TEMPERATURE}, its beginning given"
-    return f"\n--- {title} ---\n{printable(tokenizer.decode(ids))}\n---"
+    return f"\n--- {title} ---\n{printable(tokenizer.decode(prompt + search.ids))}\n---"
 
 
 def translations(
@@ -68,7 +70,7 @@ def translations(
     assert isinstance(data, Translations)
     pairs = data.held_out if len(data.held_out) else data.train
     number = min(NUM_TRANSLATIONS, len(pairs))
-    found = Translator(model, pairs.end).greedy(pairs.sources[:number], tokens)
+    found = Translator(model, pairs.end).translate(pairs.sources[:number], tokens)
     lines = ["", "--- held-out sources, = given translations, > those of the model ---"]
     for source, target, ids in zip(pairs.sources, pairs.targets, found, strict=False):
         texts = (data.tokenizer.decode(part) for part in (source[:-1], target[:-1], ids))

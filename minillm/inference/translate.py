@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +12,22 @@ from minillm.base.arrays import IntArray
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.record import option
+from minillm.base.terminal import utf8_input
 from minillm.comm.agreement import from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 from minillm.data.tokenizers import Tokenizer
+from minillm.inference.beam import Beam, BeamOptions
+from minillm.inference.decoding import Rule
 from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place
-from minillm.inference.translator import Translator
+from minillm.inference.translator import GREEDY, Translator
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslateArgs(ReadOptions):
+class TranslateArgs(ReadOptions, BeamOptions):
     """Translate each line of standard input, and print the translations in the same order.
 
-    minillm translate runs/translate < sentences.txt > translations.txt
+    minillm translate runs/translate --beam 5 < sentences.txt > translations.txt
     """
 
     checkpoint: str = option(path=True)
@@ -34,6 +36,11 @@ class TranslateArgs(ReadOptions):
     """Lines that each replica translates at once."""
     tokens: int | None = option(None, at_least=1)
     """Most tokens of a translation; left out: as many as the context holds."""
+
+    @property
+    def rule(self) -> Rule:
+        """Rule that chooses the tokens: a beam search, or the likeliest token after token."""
+        return Beam(self) if self.beam > 1 else GREEDY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +69,7 @@ def _translate(comm: Communicator, args: TranslateArgs) -> None:
     for first in range(0, len(lines), stride):
         own = sources[first : first + stride][replicas.rank :: replicas.size]
         full = [ids for ids in own if len(ids) > 1]  # an empty line stays empty
-        found = iter(translator.greedy(full, args.tokens) if full else [])
+        found = iter(translator.translate(full, args.tokens, args.rule) if full else [])
         texts = [tokenizer.decode(next(found)) if len(ids) > 1 else "" for ids in own]
         dealt = replicas.gather_json(texts)
         if comm.rank == 0:
@@ -92,8 +99,7 @@ def encoded_lines(lines: Sequence[str], tokenizer: Tokenizer, context: int) -> l
 
 
 def _input() -> list[str]:
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8")  # whatever the locale says
+    utf8_input()
     try:
         return [line.strip() for line in sys.stdin]
     except UnicodeDecodeError as error:

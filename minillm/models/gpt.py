@@ -183,11 +183,11 @@ class GPT(Module):
         )
         return StageResult((hidden,), {"loss": loss})
 
-    def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
-        """Return the logits [B, T, V], whole on every rank (last stage only)."""
+    def logits(self, outputs: tuple[Tensor, ...], batch: Batch, *, whole: bool = True) -> Array:
+        """Return the logits [B, T, V] on a last stage, `whole` or those of the rank's rows."""
         assert self.head is not None, "the head is on the last stage"
         pass_, cap = self._pass(batch, False), self.config.logit_cap
-        return head_logits(outputs[0], self.head, self.region, pass_, cap=cap)
+        return head_logits(outputs[0], self.head, self.region, pass_, whole=whole, cap=cap)
 
     def _pass(self, batch: Batch, training: bool) -> Pass:
         """Return the pass outside the region. A batch with a cache is not cut along time."""

@@ -224,10 +224,11 @@ class LSTM(Module):
         )
         return StageResult((x,), {"loss": loss})
 
-    def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
-        """Return the logits [B, T, V], whole on every rank (last stage only)."""
+    def logits(self, outputs: tuple[Tensor, ...], batch: Batch, *, whole: bool = True) -> Array:
+        """Return the logits [B, T, V] on a last stage, `whole` or those of the rank's rows."""
         assert self.head is not None, "the head is on the last stage"
-        return head_logits(outputs[0], self.head, self.region, self._pass(batch, False))
+        pass_ = self._pass(batch, False)
+        return head_logits(outputs[0], self.head, self.region, pass_, whole=whole)
 
     def _pass(self, batch: Batch, training: bool) -> Pass:
         return Pass(batch.where, batch.where, training, batch.limits, batch.cache)

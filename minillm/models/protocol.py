@@ -81,8 +81,11 @@ class Decoder(StageModel, Protocol):
     def modules(self, kind: type[M]) -> Iterator[M]:
         """Yield its modules of a type, such as the attention layers that need a cache."""
 
-    def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
-        """Return the logits [B, T, V] of a last stage's outputs, whole on every tp rank."""
+    def logits(self, outputs: tuple[Tensor, ...], batch: Batch, *, whole: bool = True) -> Array:
+        """Return the logits [B, T, V] of a last stage's outputs.
+
+        They are `whole` on every tp rank, or those of the rank's own rows of the vocabulary.
+        """
 
 
 class StagePart(NamedTuple):

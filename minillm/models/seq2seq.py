@@ -241,11 +241,12 @@ class Seq2Seq(Module):
             return loss
         return ops.add(loss, smoothing_loss(*args, **sizes, smoothing=smoothing))
 
-    def logits(self, outputs: tuple[Tensor, ...], batch: Batch) -> Array:
-        """Return the logits [B, T, V], whole on every rank (last stage only)."""
+    def logits(self, outputs: tuple[Tensor, ...], batch: Batch, *, whole: bool = True) -> Array:
+        """Return the logits [B, T, V] on a last stage, `whole` or those of the rank's rows."""
         assert self.head is not None, "the head is on the last stage"
         pass_ = self._pass(batch, False)
-        return head_logits(outputs[0], self.head, self.region, pass_, bias=self.head_bias)
+        bias = self.head_bias
+        return head_logits(outputs[0], self.head, self.region, pass_, bias=bias, whole=whole)
 
     def _encode(self, x: Tensor | None, batch: Batch, training: bool) -> Tensor:
         """Return the source's stream behind this stage's encoder layers, or the memory."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
-import numpy as np
+from typing import Any, NamedTuple, Protocol
 
 from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
@@ -152,14 +150,16 @@ class MemoryKeys:
 
     found: tuple[Tensor, kernels.Visibility] | None = None  # kv [B, S, 2 H K], its visible keys
 
-    def reorder(self, parents: np.ndarray) -> None:
-        """Let row r continue with the memory of row parents[r], int64 [B']."""
-        assert self.found is not None
+    def rows(self, index: Any) -> MemoryKeys:
+        """Return those of some rows: views for a slice, copies for int64 [B']."""
+        if self.found is None:
+            return self  # the pass that brings the memory is one of all rows
         kv, visibility = self.found
-        lengths = visibility.key_lengths
+        lengths, part = visibility.key_lengths, MemoryKeys()
         assert lengths is not None
-        kept = kernels.Visibility(causal=False, key_lengths=lengths[parents])
-        self.found = Tensor(kv.data[parents]), kept
+        kept = kernels.Visibility(causal=False, key_lengths=lengths[index])
+        part.found = Tensor(kv.data[index]), kept
+        return part
 
 
 class CrossAttention(_Attending):

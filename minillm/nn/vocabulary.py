@@ -64,15 +64,21 @@ def head_logits(
     pass_: Pass,
     *,
     bias: Parameter | None = None,
+    whole: bool = True,
     cap: float = 0.0,
 ) -> Array:
-    """Return the logits [B, T, V] of x [B, T_local, D] outside the region, whole on every rank.
+    """Return the logits [B, T, V] of x [B, T_local, D] outside the region, without padding.
 
-    `cap` > 0 bounds them as in `head_loss`. Collective over tp. Nothing is put on the tape.
+    They are `whole` on every rank, which is collective over tp, or those of the rank's own rows of
+    the table. `cap` > 0 bounds them as in `head_loss`. Nothing is put on the tape.
     """
+    comm, vocab = region.comm, weight.spec.shape[0]
     with no_grad():
-        logits = gather_from(ops.linear(region.enter(x, pass_), weight, bias), region.comm, 2)
-    found = logits.data[..., : weight.spec.shape[0]]
+        logits = ops.linear(region.enter(x, pass_), weight, bias)
+        if whole:
+            logits = gather_from(logits, comm, 2)
+    first = 0 if whole else comm.rank * logits.shape[-1]
+    found = logits.data[..., : max(vocab - first, 0)]
     return cap * namespace(found).tanh(found / cap) if cap else found
 
 

@@ -16,8 +16,9 @@ from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.data.tokenizers import CharTokenizer
+from minillm.inference.scores import Scores
 from minillm.inference.translate import encoded_lines
-from minillm.inference.translator import Translator
+from minillm.inference.translator import Targets, Translator
 from minillm.models.seq2seq import FAMILY
 from minillm.training.assembly import assemble
 
@@ -46,15 +47,30 @@ def teacher_forced(translator: Translator) -> np.ndarray:
 
 def stepped(translator: Translator) -> np.ndarray | None:
     """Return the same logits token by token."""
-    found = [translator.start(SOURCES)]
+    rows = Targets(translator, SOURCES)
+    found = [gathered(rows)]
     for time in range(max(len(PAIRS.targets[row]) for row in ROWS) - 1):
         ids = [(PAIRS.targets[row].tolist() + [PAIRS.end] * 99)[time] for row in ROWS]
-        found.append(translator.step(np.array(ids)))
+        rows.go_on(ROWS.tolist(), ids)
+        found.append(gathered(rows))
     return None if found[0] is None else np.stack([each for each in found if each is not None], 1)
 
 
+def gathered(rows: Targets) -> np.ndarray | None:
+    """Return the scores of the next tokens, whole [B, V]."""
+    scores = rows.scores()
+    return (
+        None if scores is None else scores.comm.all_gather(scores.values, dim=1, sizes=cut(scores))
+    )
+
+
+def cut(scores: Scores) -> list[int]:
+    """Return the number of ids of each rank."""
+    return scores.comm.all_gather(np.array([scores.values.shape[1]])).tolist()
+
+
 def greedy(translator: Translator) -> list[list[int]]:
-    return translator.greedy(SOURCES)
+    return translator.translate(SOURCES)
 
 
 @pytest.mark.parametrize("model", ["pre", "post"])
@@ -76,10 +92,10 @@ def test_every_mesh_writes_the_same(layout: Layout) -> None:
 
 def test_greedy_takes_the_likeliest_token_of_one_pass() -> None:
     def check(translator: Translator) -> None:
-        found = translator.greedy(SOURCES)
+        found = translator.translate(SOURCES)
         (model,) = translator.models.values()
         for source, ids in zip(SOURCES, found, strict=True):
-            assert translator.greedy([source]) == [ids]  # whatever its batch
+            assert translator.translate([source]) == [ids]  # whatever its batch
             batch = PAIRS.batch(ROWS[:1], BASE["context"], (0, ROWS[:1]), 1.0, CPU)
             arrays = {"source": source[None], "target": np.array([[PAIRS.end, *ids]])}
             where = dataclasses.replace(batch.where, times=np.arange(len(ids) + 1))
@@ -92,18 +108,23 @@ def test_greedy_takes_the_likeliest_token_of_one_pass() -> None:
 
 
 def test_rows_are_reordered_by_parent() -> None:
-    parents = np.array([3, 3, 0, 1])
+    parents = [3, 3, 0, 1]
 
     def reordered(translator: Translator) -> Any:
-        translator.start(SOURCES)
-        translator.step(np.arange(5))
-        translator.reorder(parents)
-        return translator.step(np.arange(4))
+        rows = Targets(translator, SOURCES)
+        rows.scores()
+        rows.go_on(range(5), range(5))
+        rows.scores()
+        rows.go_on(parents, range(4))
+        return gathered(rows)
 
     def straight(translator: Translator) -> Any:
-        translator.start([SOURCES[row] for row in parents])
-        translator.step(parents)
-        return translator.step(np.arange(4))
+        rows = Targets(translator, [SOURCES[row] for row in parents])
+        rows.scores()
+        rows.go_on(range(4), parents)
+        rows.scores()
+        rows.go_on(range(4), range(4))
+        return gathered(rows)
 
     (found,), (expected,) = on_ranks(Layout(), reordered), on_ranks(Layout(), straight)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)

@@ -19,7 +19,9 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
 from minillm.data.streams import Streams
+from minillm.inference.decoding import continued
 from minillm.inference.engine import Generator
+from minillm.inference.sampling import Sampling
 from minillm.ops.recurrent import CELLS, recurrent
 from minillm.tasks.stream import StreamModeling
 from minillm.training.assembly import assemble as assemble_model
@@ -232,6 +234,20 @@ def test_token_by_token_gives_the_logits_of_the_whole_text(layout: Layout, cell:
     fast, slow, reads = run_ranks(layout.num_ranks, rank)[-1]
     np.testing.assert_allclose(fast, slow, rtol=1e-12, atol=1e-14)
     assert reads == 10_000, "a prompt has no limit"
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
+def test_texts_of_a_batch_are_those_of_each_alone(layout: Layout) -> None:
+    config, prompts = make_config(layout), [TOKENS[:5].tolist(), [3], TOKENS[5:70].tolist(), [4]]
+
+    def rank(comm: Communicator) -> Any:
+        made = Generator(assemble_model(config, comm, training=False, std=0.3))
+        rule, ends = Sampling(temperature=1.0), {7, 8}
+        together = continued(made, prompts, 12, rule, ends=ends)
+        return together, [continued(made, [each], 12, rule, ends=ends)[0] for each in prompts]
+
+    together, alone = run_ranks(layout.num_ranks, rank)[0]
+    assert together == alone and len({len(text) for text in together}) > 1
 
 
 def test_a_batch_without_states_begins_at_zero() -> None:

@@ -8,6 +8,7 @@ from training_helpers import INIT_STD, MODELS, VOCAB, Layout, make_config
 
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
+from minillm.inference.decoding import continued
 from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
 from minillm.training.assembly import assemble
@@ -96,11 +97,13 @@ def test_prompts_of_unequal_lengths_share_a_batch(model: str, layout: Layout) ->
 def test_every_layout_writes_the_same(layout: Layout) -> None:
     def written(layout: Layout) -> list[list[int]]:
         config = make_config("llama", layout)
-        choice = Sampling(temperature=1.0, top_k=10, top_p=0.9, seed=4)
-        return run_ranks(
-            layout.num_ranks,
-            lambda comm: generator(comm, config).generate([1, 2, 3], 2 * LENGTH, choice),
-        )
+        rule = Sampling(temperature=1.0, top_k=10, top_p=0.9)
+
+        def rank(comm: Communicator) -> list[int]:
+            made = generator(comm, config)
+            return continued(made, [[1, 2, 3]], 2 * LENGTH, rule, seed=4, window=True)[0]
+
+        return run_ranks(layout.num_ranks, rank)
 
     one = written(Layout())[0]
     assert len(one) == 2 * LENGTH and len(set(one)) > 3
@@ -112,7 +115,7 @@ def test_the_likeliest_text_is_the_one_without_a_cache() -> None:
 
     def rank(comm: Communicator) -> tuple[list[int], list[int]]:
         made, ids = generator(comm, config), IDS[0, :PROMPT].tolist()
-        fast = made.generate(ids, LENGTH - PROMPT, Sampling(temperature=0))
+        fast = continued(made, [ids], LENGTH - PROMPT, Sampling(temperature=0))[0]
         for end in range(PROMPT, LENGTH):
             ids.append(int(made.logits(np.array([ids]), np.arange(end)).argmax()))  # type: ignore[union-attr]
         return fast, ids[PROMPT:]
@@ -125,25 +128,12 @@ def test_ids_without_a_token_are_never_written() -> None:
     def rank(comm: Communicator) -> list[list[int]]:
         model = assemble(make_config("gpt2", Layout()), comm, std=INIT_STD)
         return [
-            Generator(model, num_ids).generate([1, 2], 40, Sampling(temperature=heat, seed=2))
+            continued(
+                Generator(model, num_ids), [[1, 2]], 40, Sampling(temperature=heat), window=True
+            )[0]
             for num_ids in (4, None)
             for heat in (0, 50.0)
         ]
 
     *masked, _, hot = run_ranks(1, rank)[0]
     assert max(hot) >= 4 and all(0 <= max(text) < 4 for text in masked)
-
-
-def test_sampling_follows_its_options() -> None:
-    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
-    np.testing.assert_allclose(Sampling().probabilities(logits), [[0.5, 0.3, 0.15, 0.05]])
-    np.testing.assert_allclose(Sampling(top_k=2).probabilities(logits), [[0.625, 0.375, 0, 0]])
-    np.testing.assert_allclose(Sampling(top_p=0.7).probabilities(logits), [[0.625, 0.375, 0, 0]])
-    np.testing.assert_allclose(
-        Sampling(temperature=0.5).probabilities(logits), [np.array([25, 9, 2.25, 0.25]) / 36.5]
-    )
-    assert Sampling(temperature=0).choose(logits, 0) == [0]
-    drawn = np.array([Sampling(seed=1).choose(logits, position)[0] for position in range(4000)])
-    np.testing.assert_allclose(
-        np.bincount(drawn, minlength=4) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03
-    )

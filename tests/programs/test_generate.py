@@ -67,6 +67,48 @@ def test_each_piped_line_is_a_prompt(run, monkeypatch: pytest.MonkeyPatch) -> No
     assert run(*WHOLE, status=1).startswith("error: standard input is not UTF-8")
 
 
+def test_each_line_of_a_file_is_a_prompt(
+    run,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffThé\r\n\n Of the \r\nA".encode())  # as an editor on Windows writes it
+    texts = run("--prompts", str(file), "--samples", "2", "--tokens", "6", "--batch", "4")
+    assert texts.count("\n---\n") == 5
+    for number, prompt in enumerate(("Thé", " Of the ", "A")):
+        alone = run("--prompt", prompt, "--samples", "2", "--tokens", "6")
+        assert (
+            f"{texts}---\n".split("\n---\n")[2 * number :][:2]
+            == (f"{alone}---\n".split("\n---\n")[:2])
+        )
+    typed(monkeypatch, b"The\nA\n")
+    assert run("--prompts", "-", *WHOLE).count("\n---\n") == 1
+
+
+def test_a_file_without_prompts_is_named(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "prompts.txt"
+    for content, words in (
+        (b"", f"--prompts {file} holds no prompt: 0 characters, and no line with text"),
+        (b" \n\n", f"--prompts {file} holds no prompt: 3 characters, and no line with text"),
+        (b"a\n\xff", f"--prompts {file} is not UTF-8 text: "),
+    ):
+        file.write_bytes(content)
+        assert run("--prompts", str(file), status=1).startswith(f"error: {words}")
+    missing = tmp_path / "none.txt"
+    assert run("--prompts", str(missing), status=1) == (
+        f"error: --prompts {missing} cannot be read: No such file or directory\n"
+    )
+
+
+def test_a_full_context_ends_a_text_and_says_so(run) -> None:  # type: ignore[no-untyped-def]
+    text = run("--prompt", "The", "--tokens", "20", "--temperature", "0")
+    note = "note: 1 text ended where the context of 16 tokens was full; --window goes on"
+    assert text.index(note) <= 3 + 14 + 1 + 3 * 14  # bytes that are no character take three
+    longer = run("--prompt", "The", "--tokens", "20", "--temperature", "0", "--window")
+    assert "note" not in longer and longer.startswith(text[:10])
+
+
 def test_samples_have_seeds_of_their_own(run) -> None:  # type: ignore[no-untyped-def]
     three = run("--prompt", "The", "--samples", "3", "--seed", "4", "--tokens", "9")
     each = [run("--prompt", "The", "--seed", str(4 + i), "--tokens", "9") for i in range(3)]
@@ -79,15 +121,20 @@ def test_impossible_requests_are_refused() -> None:
         (["--interactive", "--prompt", "a"], "leave --prompt out"),
         (["--stop", ""], "--stop .*is empty"),
         (["--top-p", "2"], "--top-p 2 must"),
+        (["--samples", "2", "--beam", "4"], "the same text each time"),
+        (["--beam", "4", "--top-k", "3"], "without chance; leave --temperature, --top-k"),
+        (["--alpha", "0.6"], "belong to a beam search; add --beam 5"),
+        (["--prompts", "f", "--prompt", "a"], "--prompts f and --prompt both give prompts"),
+        (["--prompts", "f", "--interactive"], "--prompts f and --interactive both"),
     ):
         with pytest.raises(ConfigError, match=message):
             generate._parse(["run", *words])
 
 
 def test_the_text_ends_before_a_stop_text(run) -> None:  # type: ignore[no-untyped-def]
-    text = run("--prompt", "The", "--tokens", "60")[3:]
+    text = run("--prompt", "The", "--tokens", "60", "--window")[3:]
     stop = text[20:22]
-    assert run("--prompt", "The", "--tokens", "60", "--stop", stop)[3:] == (
+    assert run("--prompt", "The", "--tokens", "60", "--window", "--stop", stop)[3:] == (
         text[: text.index(stop)] + "\n"
     )
 
@@ -96,7 +143,7 @@ def test_a_prompt_that_is_cut_says_so(run) -> None:  # type: ignore[no-untyped-d
     assert "note: the prompt has 17 tokens, and the context is 16; the model reads the last 8" in (
         run("--prompt", "a" * 17, *WHOLE)
     )
-    assert "note" not in run("--prompt", "a" * 16, *WHOLE)
+    assert "the model reads" not in run("--prompt", "a" * 16, *WHOLE)
 
 
 def test_a_bad_prompt_does_not_end_the_loop(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -117,7 +164,7 @@ def test_any_encoding_of_the_output_will_do() -> None:
 
 
 def test_a_reader_may_leave() -> None:
-    command = [sys.executable, "-m", "minillm.generate", RUN, "--tokens", "100000"]
+    command = [sys.executable, "-m", "minillm.generate", RUN, "--window", "--tokens=100000"]
     program = subprocess.Popen(
         command,
         env=environment(),
@@ -136,7 +183,7 @@ def test_a_terminal_gets_no_control_characters_and_a_prompt_loop() -> None:
     command = [sys.executable, "-m", "minillm.generate", RUN, "--interactive", "--temperature=9"]
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execve(sys.executable, [*command, "--tokens=100000"], environment())
+        os.execve(sys.executable, [*command, "--window", "--tokens=100000"], environment())
     seen = b""
 
     def wait_for(text: bytes, size: int = 0) -> None:

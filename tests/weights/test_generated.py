@@ -1,0 +1,86 @@
+"""Texts of tiny models are those of transformers, token by token, greedy and by beam search."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import generation_cases as cases
+import numpy as np
+import pytest
+import tiny_models
+from safetensors.numpy import save_file
+
+from minillm.comm.single import SelfCommunicator
+from minillm.inference.beam import Beam, BeamOptions
+from minillm.inference.decoding import Rule, continued
+from minillm.inference.engine import Generator
+from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
+from minillm.inference.sampling import Sampling
+from minillm.inference.scores import ALONE, Scores
+
+RECORDED = json.loads(cases.FIXTURE.read_text())
+
+
+@pytest.fixture(scope="module")
+def generators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Generator]:
+    """Return the tiny models, read from folders of transformers."""
+    found, comm = {}, SelfCommunicator()
+    for case in cases.MODELS:
+        path = tmp_path_factory.mktemp(case)
+        shapes = tiny_models.recorded(case)["shapes"]
+        weights = {name: cases.tensor(name, tuple(shape)) for name, shape in shapes.items()}
+        save_file(weights, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(tiny_models.CASES[case]))
+        opened = open_checkpoint(str(path), comm)
+        config = opened.resolve(ReadOptions(context=16), 1)
+        found[case] = Generator(load_trained(opened, config, comm))
+    return found
+
+
+def rule(options: dict[str, Any]) -> Rule:
+    penalty = options.get("repetition_penalty", 1.0)
+    if options["num_beams"] == 1:
+        return Sampling(temperature=0, repetition_penalty=penalty)
+    searched = BeamOptions(
+        beam=options["num_beams"],
+        alpha=options["length_penalty"],
+        early_stopping=options["early_stopping"],
+    )
+    return Beam(searched, penalty)
+
+
+@pytest.mark.parametrize("number", range(len(cases.SETTINGS)), ids=lambda n: str(cases.SETTINGS[n]))
+@pytest.mark.parametrize("case", cases.MODELS)
+def test_texts_are_those_of_transformers(
+    case: str, number: int, generators: dict[str, Generator]
+) -> None:
+    options, expected = cases.SETTINGS[number], RECORDED[case][number]
+    found = continued(generators[case], cases.PROMPTS, cases.TOKENS, rule(options), ends=cases.ENDS)
+    assert found == [[id_ for id_ in text if id_ not in cases.ENDS] for text in expected]
+
+
+def test_the_recorded_texts_differ() -> None:
+    """Check that the cases can tell one rule from another."""
+    for case in cases.MODELS:
+        greedy, *others = (json.dumps(texts) for texts in RECORDED[case])
+        assert len({greedy, *others}) > 6
+        ended = [text[-1] in cases.ENDS for texts in RECORDED[case] for text in texts]
+        assert 0.1 < np.mean(ended) < 0.95
+
+
+@pytest.mark.parametrize("number", range(len(cases.FILTERS)), ids=lambda n: str(cases.FILTERS[n]))
+def test_filtered_probabilities_are_those_of_transformers(number: int) -> None:
+    options = {"top_k": 50} | cases.FILTERS[number]  # transformers' default
+    scores = Scores(np.array([cases.LOGITS]), np.arange(40)[None], ALONE)
+    found = Sampling(**options).processed(scores, [cases.SEEN])
+    total = found.log_sum_exp()[0]
+    kept = {
+        int(id_): float(np.exp(value - total))
+        for value, id_ in zip(found.values[0], found.ids[0], strict=True)
+        if value > -np.inf
+    }
+    expected = {id_: p for id_, p in RECORDED["filters"][number]}
+    assert kept.keys() == expected.keys()
+    for id_, p in expected.items():
+        assert abs(kept[id_] - p) <= 1e-12
