@@ -242,7 +242,7 @@ def test_texts_of_a_batch_are_those_of_each_alone(layout: Layout) -> None:
 
     def rank(comm: Communicator) -> Any:
         made = Generator(assemble_model(config, comm, training=False, std=0.3))
-        rule, ends = Sampling(temperature=1.0), {7, 8}
+        rule, ends = Sampling(temperature=1.0), {7, 8, 3, 20}
         together = continued(made, prompts, 12, rule, ends=ends)
         return together, [continued(made, [each], 12, rule, ends=ends)[0] for each in prompts]
 
