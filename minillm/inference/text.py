@@ -94,5 +94,5 @@ def end_ids(vocabulary: Mapping[str, Any]) -> frozenset[int]:
     definition = vocabulary.get("tokenizer") or {}
     added = definition.get("added_tokens") or ()
     return frozenset(
-        token["id"] for token in added if token["special"] and token["content"] in ENDS
+        token["id"] for token in added if token.get("special") and token["content"] in ENDS
     )
