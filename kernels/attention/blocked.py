@@ -143,7 +143,7 @@ def attention_forward(
                 )
             total[total == 0] = 1
             if dropout is not None:
-                _drop_(s, dropout, seen, job, block)
+                s *= _kept(s, dropout, seen, job, block)
             y = np.matmul(s, values[:, block.start : block.stop])
             y /= total
             o[job.sample, block.rows, job.heads] = y.reshape(
@@ -204,10 +204,11 @@ def attention_backward(
                 grad_s *= s
             else:
                 np.matmul(grads[..., :K], values[:, n, :K].transpose(0, 2, 1), out=grad_s)
-                _drop_(grad_s, dropout, seen, job, block)
+                kept = _kept(s, dropout, seen, job, block)
+                grad_s *= kept
                 grad_s += grads[..., K:]
                 grad_s *= s
-                _drop_(s, dropout, seen, job, block)
+                s *= kept
             grad_values[:, n] += np.matmul(s.transpose(0, 2, 1), grads[..., :K])
             grad_keys[:, n] += np.matmul(grad_s.transpose(0, 2, 1), queries[..., :K])
             grad_rows = np.matmul(grad_s, keys[:, n, :K]).reshape(job.num_heads, block.size, K)
@@ -309,16 +310,14 @@ def _hide_(s: Array, block: QueryBlock, job: _Job) -> None:
         part += infinite
 
 
-def _drop_(
+def _kept(
     s: Array, dropout: AttentionDropout, seen: Intervals, job: _Job, block: QueryBlock
-) -> None:
-    """Multiply probabilities s [kv heads, group * rows, keys] by their scaled keep masks."""
+) -> Array:
+    """Return the scaled keep masks of a block's probabilities, in the shape of s."""
     keys: Any = slice(block.start, block.stop)
     if seen.order is not None:
         keys = seen.order[job.sample if len(seen.order) > 1 else 0, keys]
-    by_head = s.reshape(job.num_heads, block.size, block.width)
-    for i, head in enumerate(range(job.heads.start, job.heads.stop)):
-        by_head[i] *= dropout.mask(job.sample, head, block.rows, keys, s.dtype)
+    return dropout.masks(job.sample, job.heads, block.rows, keys, s.dtype).reshape(s.shape)
 
 
 def _with_ones(x: Array, job: _Job) -> Array:

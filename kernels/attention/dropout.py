@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from minillm.kernels.random.hashing import address_words, column_words, keep, random_bits
+from minillm.kernels.random.hashing import (
+    address_words,
+    column_words,
+    keep,
+    random_bits,
+    row_words,
+)
 
 Array = Any
 
@@ -37,4 +43,14 @@ class AttentionDropout(NamedTuple):
             x if x.ndim == 1 else x[b] for x in map(np.asarray, (self.times_q, self.times_k))
         )
         rows = random_bits(int(head_key[0, 0]), times_q[queries].astype(np.uint64))
+        return keep(self.p, rows, column_words(times_k[keys])) * dtype.type(1 / (1 - self.p))
+
+    def masks(self, b: int, heads: slice, queries: Any, keys: Any, dtype: Any) -> Array:
+        """Return the masks [heads, queries, keys] of several local heads, made at once."""
+        samples, numbers = np.asarray(self.samples), np.arange(heads.start, heads.stop)
+        head_keys = address_words(self.key, samples[b : b + 1], self.head0 + numbers)
+        times_q, times_k = (
+            x if x.ndim == 1 else x[b] for x in map(np.asarray, (self.times_q, self.times_k))
+        )
+        rows = row_words(head_keys, times_q[queries])[0]
         return keep(self.p, rows, column_words(times_k[keys])) * dtype.type(1 / (1 - self.p))

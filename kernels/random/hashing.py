@@ -35,10 +35,13 @@ def random_bits(key: int, indices: Any) -> Any:
     z = np.array(indices, np.uint64, ndmin=1)
     z *= np.uint64(_GOLDEN)
     z += np.uint64(key & 0xFFFFFFFFFFFFFFFF)
+    return _mix_(z).reshape(np.shape(indices))
+
+
+def _mix_(z: Any) -> Any:
     _finalise_(z)
     z += np.uint64(_GOLDEN)
-    _finalise_(z)
-    return z.reshape(np.shape(indices))
+    return _finalise_(z)
 
 
 def random_uniform(key: int, indices: Any) -> Any:
@@ -65,17 +68,17 @@ def column_words(columns: Array) -> Array:
 
 
 def keep(p: float, rows: Array, columns: Array) -> Array:
-    """Return the keep mask, bool [R, C], true with probability 1 - p.
+    """Return the keep mask, bool [..., R, C], true with probability 1 - p.
 
-    `rows`: row words uint64 [R]; `columns`: column words uint32 [C]. Element (r, c) depends on
+    `rows`: row words uint64 [..., R]; `columns`: column words uint32 [C]. Element (r, c) depends on
     rows[r] and columns[c] only. p counts in steps of 2^-32. Two rows differ in how they mix, not
     only in where they start, so no two rows of a run share a pattern.
     """
-    low, high = rows.astype(np.uint32)[:, None], (rows >> np.uint64(32)).astype(np.uint32)[:, None]
-    z = low ^ columns
+    low, high = rows.astype(np.uint32), (rows >> np.uint64(32)).astype(np.uint32)
+    z = low[..., None] ^ columns
     z *= _MIX_1
     z ^= z >> np.uint32(15)
-    z += high
+    z += high[..., None]
     z *= _MIX_2
     return z >= np.uint32(threshold(p))
 
@@ -90,8 +93,5 @@ def row_words(head_keys: Array, times: Array) -> Array:
 
     head_keys: uint64 [B, H]; times: int [Tq] or [B, Tq]. Returns uint64 [B, H, Tq].
     """
-    index = np.atleast_2d(times).astype(np.uint64)
-    words = np.empty((*head_keys.shape, index.shape[1]), np.uint64)
-    for (b, h), key in np.ndenumerate(head_keys):
-        words[b, h] = random_bits(int(key), index[b if len(index) > 1 else 0])
-    return words
+    index = np.atleast_2d(times).astype(np.uint64)[:, None] * np.uint64(_GOLDEN)
+    return _mix_(index + head_keys[..., None])

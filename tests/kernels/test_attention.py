@@ -230,3 +230,15 @@ def test_arrays_of_wrong_shape_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             both_passes("numpy", *arrays, seen)
+
+
+def test_masks_of_several_heads_are_those_of_each() -> None:
+    times_q, times_k = np.array([[3, 9, 4], [0, 2, 50]]), np.arange(7)
+    dropout = kernels.AttentionDropout(0.4, 3, np.array([8, 2]), 5, times_q, times_k)
+    for keys in (slice(1, 6), np.array([6, 0, 3])):
+        for b in range(2):
+            found = dropout.masks(b, slice(1, 4), slice(0, 2), keys, np.dtype(np.float64))
+            for i, h in enumerate(range(1, 4)):
+                expected = dropout.mask(b, h, slice(0, 2), keys, np.dtype(np.float64))
+                assert np.array_equal(found[i], expected)
+            assert len({mask.tobytes() for mask in found}) == 3
