@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from minillm.kernels import native
 
 # A background job of a script, or one under nohup, begins with these ignored. Programs keep it so,
 # and children inherit it: the tests of signals would wait for nothing.
@@ -74,11 +73,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         elif suite or emulated:
             item.add_marker(suite or "emulator")
-        elif "test_kernel_equals_reference" in item.name and not _is_first_choice(item.name):
-            item.add_marker("matrix")
-
-
-def _is_first_choice(name: str) -> bool:
-    """Tell whether a kernel test runs what a user gets: one thread, the best instruction set."""
-    best = next((v.name for v in native.VARIANTS if v.unavailable is None), "baseline")
-    return name.endswith("-1t]") and (f"-c:{best}-" in name or "-numpy:" in name)

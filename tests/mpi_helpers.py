@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ import pytest
 MPIRUN = shutil.which(
     "mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 )
+
+CALLS = str(Path(__file__).with_name("calls_program.py"))
 
 needs_mpirun = pytest.mark.skipif(
     MPIRUN is None, reason="no mpirun; install one with: pip install -e '.[mpich]'"
@@ -98,6 +101,18 @@ def mpirun(
 ) -> Finished:
     """Run `mpirun -n N python ARGS` to its end."""
     return finish(start(n, args, env, cwd), timeout)
+
+
+def mpirun_calls(n: int, calls: Sequence[Sequence[str]], timeout: float = 60) -> list[Finished]:
+    """Run the `main` of several modules, one after another in the same `n` ranks.
+
+    A call is the module's name and its arguments. Starting ranks takes longer than to refuse a
+    call.
+    """
+    done = mpirun(n, [CALLS, json.dumps(calls)], timeout)
+    found = [json.loads(line) for line in done.output.splitlines() if line.startswith("[")]
+    assert done.returncode == 0 and len(found) == len(calls), done.output
+    return [Finished(status, output, done.seconds) for status, output in found]
 
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int = 3) -> None:

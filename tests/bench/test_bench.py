@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
-from minillm.bench import contest
+from minillm.bench import contest, main
 from minillm.bench.contest import Contestant, advantage
 from minillm.bench.shapes import CONFIGS
 from minillm.bench.timing import ForeignLoad, interval, median_seconds, repeated
@@ -234,16 +234,23 @@ def test_comm_times_messages_and_shared_memory(tmp_path: Path) -> None:
     assert all(entry["seconds"] > 0 for entry in results)
 
 
-def test_bad_input_is_one_sentence() -> None:
+def test_bad_input_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
-        (("trian",), "did you mean train"),
-        (("kernels", "--rows=100"), "multiple of --context"),
-        (("train", "--rounds=0"), "at least 1"),
-        (("attention", "--contexts=64,x"), "numbers from 1 up"),
-        (("comm",), "mpirun -n 2"),
-        (("methods",), "mpirun -n 2"),
-        (("models", "--models=lstn"), "did you mean lstm"),
-        (("generate", "--against=llama.cpp"), "--batches 1"),
+        (["trian"], "did you mean train"),
+        (["kernels", "--rows=100"], "multiple of --context"),
+        (["train", "--rounds=0"], "at least 1"),
+        (["attention", "--contexts=64,x"], "numbers from 1 up"),
+        (["comm"], "mpirun -n 2"),
+        (["methods"], "mpirun -n 2"),
+        (["models", "--models=lstn"], "did you mean lstm"),
+        (["generate", "--against=llama.cpp"], "--batches 1"),
     ):
-        done = bench(*arguments)
-        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+        assert main(arguments) != 0
+        said = capsys.readouterr().err
+        assert words in said and said.count("error: ") == 1 and "Traceback" not in said
+
+
+def test_a_process_with_bad_input_ends_with_one_sentence() -> None:
+    done = bench("trian")
+    assert done.returncode != 0 and "did you mean train" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -40,8 +40,9 @@ def test_partition_equals_brute_force(seed: int) -> None:
         found = pieces(sizes)
         return max(found), sum(cost * cost for cost in found), sizes
 
-    cuts = itertools.product(range(1, layers + 1), repeat=parts)
-    expected = min((sizes for sizes in cuts if sum(sizes) == layers), key=worth)
+    cuts = itertools.combinations(range(1, layers), parts - 1)
+    edges = ((0, *inner, layers) for inner in cuts)
+    expected = min((tuple(b - a for a, b in itertools.pairwise(each)) for each in edges), key=worth)
     assert partition(costs, parts) == expected
     if any(costs):
         found = pieces(expected)

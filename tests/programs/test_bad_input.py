@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mpi_helpers import Finished, environment, left_behind, mpirun, needs_mpirun
+from mpi_helpers import Finished, environment, left_behind, mpirun, mpirun_calls, needs_mpirun
 
 PROGRAM = str(Path(__file__).with_name("fault_program.py"))
 TRAIN = ["-m", "minillm.train"]
@@ -32,73 +32,74 @@ def unfinished(run: Path) -> list[Path]:
     return [path for path in run.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
 
 
+OPTIONS = [
+    (
+        ["--tp", "3"],
+        [
+            "dp * tp * pp = 1 * 3 * 1 = 3, but 2 ranks run",
+            "mpirun -n 3",
+            "--dp 2 --tp 1 --pp 1",
+            "--dp 1 --tp 2 --pp 1",
+        ],
+    ),
+    (["--heads", "3"], ["heads 3", "dim 16"]),
+    (["--kv-heads", "3", "--heads", "4"], ["kv-heads 3", "heads 4"]),
+    (["--layers", "3", "--pp", "2"], ["--layers 3 does not divide over --pp 2", "--stage-layers"]),
+    (["--batch", "7"], ["--batch 7 does not divide over dp = 2", "--batch 8"]),
+    (["--preset", "gtp2"], ["'gtp2'", "did you mean gpt2"]),
+    (["--data", "/nowhere/text.txt"], ["/nowhere/text.txt", "no such file or folder", "stdlib"]),
+    (["--dropuot", "0.1"], ["--dropuot", "did you mean --dropout"]),
+    (["--steps", "two"], ["--steps", "two"]),
+    (["--dropout", "1.5"], ["dropout", "1.5"]),
+    (["--resume", "/nowhere/run"], ["/nowhere/run does not exist"]),
+    (["--device", "cuda"], ["--device cuda"]),
+]
+TEXTS = [
+    ("empty.txt", b"", [], ["empty", "0 bytes"]),
+    ("short.txt", b"too short", [], ["is too short", "--context 16 needs 17"]),
+    (
+        "short.txt",
+        b"too short",
+        ["--val-data", "austen"],
+        ["is too short: 9 tokens to train on, but", "--context 16 needs 17"],
+    ),
+    ("latin.txt", b"caf\xe9 " * 100, [], ["is not UTF-8", "0xe9 at position 3", "iconv"]),
+    (
+        "ids.bin",
+        np.arange(500, dtype=np.uint16).tobytes(),
+        ["--vocab", "100"],
+        ["token id 499 at position 499", "--vocab 500"],
+    ),
+    ("odd.bin", b"123", [], ["3 bytes", "uint16"]),
+    ("text.npy", b"not an array", [], ["not an array file"]),
+]
+
+
 @needs_mpirun
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (
-            ["--tp", "3"],
-            [
-                "dp * tp * pp = 1 * 3 * 1 = 3, but 2 ranks run",
-                "mpirun -n 3",
-                "--dp 2 --tp 1 --pp 1",
-                "--dp 1 --tp 2 --pp 1",
-            ],
-        ),
-        (["--heads", "3"], ["heads 3", "dim 16"]),
-        (["--kv-heads", "3", "--heads", "4"], ["kv-heads 3", "heads 4"]),
-        (
-            ["--layers", "3", "--pp", "2"],
-            ["--layers 3 does not divide over --pp 2", "--stage-layers"],
-        ),
-        (["--batch", "7"], ["--batch 7 does not divide over dp = 2", "--batch 8"]),
-        (["--preset", "gtp2"], ["'gtp2'", "did you mean gpt2"]),
-        (
-            ["--data", "/nowhere/text.txt"],
-            ["/nowhere/text.txt", "no such file or folder", "stdlib"],
-        ),
-        (["--dropuot", "0.1"], ["--dropuot", "did you mean --dropout"]),
-        (["--steps", "two"], ["--steps", "two"]),
-        (["--dropout", "1.5"], ["dropout", "1.5"]),
-        (["--resume", "/nowhere/run"], ["/nowhere/run does not exist"]),
-        (["--device", "cuda"], ["--device cuda"]),
-    ],
-    ids=lambda value: " ".join(value[:2]) if value[0].startswith("--") else "",
-)
-def test_options(options: list[str], words: list[str], tiny: list[str], tmp_path: Path) -> None:
-    refused(mpirun(2, [*TRAIN, *tiny, *options]), *words)
+def test_options_and_data(tiny: list[str], tmp_path: Path) -> None:
+    """Refuse each in the same two ranks: none has work to do."""
+    calls, wanted = [], []
+    for options, words in OPTIONS:
+        calls.append(options)
+        wanted.append(words)
+    for name, content, options, words in TEXTS:
+        path = tmp_path / name
+        path.write_bytes(content)
+        calls.append(["--data", str(path), *options])
+        wanted.append([str(path), *words])
+    found = mpirun_calls(2, [["minillm.train", *tiny, *call] for call in calls])
+    for done, words in zip(found, wanted, strict=True):
+        refused(done, *words)
     assert not (tmp_path / "run").exists()
 
 
 @needs_mpirun
-@pytest.mark.parametrize(
-    ("name", "content", "options", "words"),
-    [
-        ("empty.txt", b"", [], ["empty", "0 bytes"]),
-        ("short.txt", b"too short", [], ["is too short", "--context 16 needs 17"]),
-        (
-            "short.txt",
-            b"too short",
-            ["--val-data", "austen"],
-            ["is too short: 9 tokens to train on, but", "--context 16 needs 17"],
-        ),
-        ("latin.txt", b"caf\xe9 " * 100, [], ["is not UTF-8", "0xe9 at position 3", "iconv"]),
-        (
-            "ids.bin",
-            np.arange(500, dtype=np.uint16).tobytes(),
-            ["--vocab", "100"],
-            ["token id 499 at position 499", "--vocab 500"],
-        ),
-        ("odd.bin", b"123", [], ["3 bytes", "uint16"]),
-        ("text.npy", b"not an array", [], ["not an array file"]),
-    ],
-)
-def test_data(
-    name: str, content: bytes, options: list[str], words: list[str], tiny: list[str], tmp_path: Path
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    refused(mpirun(2, [*TRAIN, *tiny, "--data", str(path), *options]), str(path), *words)
+def test_processes_that_are_refused_say_so_once(tiny: list[str], tmp_path: Path) -> None:
+    """Check the output of the launcher itself: an error of the options, and one of the data."""
+    path = tmp_path / "empty.txt"
+    path.touch()
+    refused(mpirun(2, [*TRAIN, *tiny, "--dropuot", "0.1"]), "did you mean --dropout")
+    refused(mpirun(2, [*TRAIN, *tiny, "--data", str(path)]), str(path), "0 bytes")
     assert not (tmp_path / "run").exists()
 
 
@@ -130,23 +131,27 @@ def test_full_disk(tiny: list[str], tmp_path: Path) -> None:
 def test_resuming_another_model_or_a_damaged_checkpoint(tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mpirun(2, [*TRAIN, *tiny, "--save-every", "3"]).returncode == 0
-    refused(
-        mpirun(2, [*TRAIN, "--resume", str(run), "--dim", "32"]),
-        "--dim 32 (was 16)",
-        "These may change",
-    )
-    refused(mpirun(2, [*TRAIN, "--resume", str(run), "--tp", "4"]), "but 2 ranks run")
-    refused(mpirun(2, [*TRAIN, *tiny]), "holds an earlier run", "--resume")
+    wanted = [
+        (["--resume", str(run), "--dim", "32"], ["--dim 32 (was 16)", "These may change"]),
+        (["--resume", str(run), "--tp", "4"], ["but 2 ranks run"]),
+        (tiny, ["holds an earlier run", "--resume"]),
+    ]
+    found = mpirun_calls(2, [["minillm.train", *options] for options, _ in wanted])
+    for done, (_, words) in zip(found, wanted, strict=True):
+        refused(done, *words)
     damaged = run / "checkpoints" / "step-00000006" / "rank-00001.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    longer = [*TRAIN, "--resume", str(run), "--steps", "9"]
-    refused(mpirun(2, longer), str(damaged), "step-00000003")
+    longer = ["minillm.train", "--resume", str(run), "--steps", "9"]
+    for done in mpirun_calls(2, [longer]):
+        refused(done, str(damaged), "step-00000003")
     damaged.write_bytes(content[:-8])
-    refused(mpirun(2, longer), str(damaged), "truncated", "step-00000003")
-    refused(mpirun(2, ["-m", "minillm.evaluate", "--checkpoint", str(run)]), str(damaged))
-    refused(mpirun(2, ["-m", "minillm.generate", "--checkpoint", str(run)]), str(damaged))
+    others = [[f"minillm.{name}", "--checkpoint", str(run)] for name in ("evaluate", "generate")]
+    first, *rest = mpirun_calls(2, [longer, *others])
+    refused(first, str(damaged), "truncated", "step-00000003")
+    for done in rest:
+        refused(done, str(damaged))
 
 
 @needs_mpirun

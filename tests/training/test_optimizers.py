@@ -1,4 +1,4 @@
-"""Optimizers against plain definitions and PyTorch's, on one rank and on meshes; schedules."""
+"""Optimizers against plain definitions, on one rank and on meshes; schedules."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_helpers import load_trainer, save_trainer
+from training.small_matrices import LR, SEGMENTS, STEPS, drawn, make_buffers, trained
 from training_helpers import (
     INIT_STD,
     Layout,
@@ -26,62 +27,20 @@ from training_helpers import (
 from minillm.base.errors import ConfigError
 from minillm.checkpoint import CheckpointSource
 from minillm.comm.communicator import Communicator
-from minillm.comm.mesh import Mesh
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
 from minillm.layout.flat import FlatLayout
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import Segment, ShardSpec
-from minillm.params.parameter import Constant, Normal, Parameter
-from minillm.params.storage import FlatBuffers
+from minillm.layout.sharding import ShardSpec
+from minillm.params.parameter import Constant, Parameter
 from minillm.replication.zero import zones_of
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training import muon, optim
 from minillm.training.assembly import layout_of
 from minillm.training.memory import predicted
-from minillm.training.optimizers import maker
 from minillm.training.options import OptimizationOptions
 from minillm.training.schedule_lr import LR_SCHEDULES, learning_rate
 from minillm.training.trainer import Trainer
-
-STEPS, LR = 5, 0.02
-SEGMENTS = {"qkv": (12, 6, 6), "down": (8,)}  # rows of the linear maps of each matrix
-MESH = MeshShape()
-
-
-def make_buffers() -> FlatBuffers:
-    """Return two matrices, one fused, with an embedding and a bias, float64."""
-    rows = tuple(Segment(size) for size in SEGMENTS["qkv"])
-    made = {
-        "qkv": Parameter(
-            ShardSpec((24, 8), (rows, (Segment(8),))), Normal(0.5), decay=True, matrix=True
-        ),
-        "down": Parameter(ShardSpec.replicated(8, 12), Normal(0.5), decay=True, matrix=True),
-        "table": Parameter(ShardSpec.replicated(7, 8), Normal(0.5), decay=True),
-        "bias": Parameter(ShardSpec.replicated(8), Constant(0.3), decay=False),
-    }
-    for name, parameter in made.items():
-        parameter.name, parameter.whole = name, parameter.matrix
-    buffers = FlatBuffers(list(made.values()), MESH, np.dtype(np.float64))
-    buffers.initialise(3, MESH, MESH.coords(0))
-    return buffers
-
-
-def drawn(step: int, parameter: Parameter) -> np.ndarray:
-    """Return a gradient; it shrinks from step to step, so that momentum counts."""
-    rng = np.random.default_rng([step, *parameter.name.encode()])
-    return rng.normal(size=parameter.spec.shape) / (1 + step)
-
-
-def trained(scale: Any = 1.0, **options: Any) -> dict[str, np.ndarray]:
-    """Return the values after a few steps of the optimizer that the options name."""
-    buffers, mesh = make_buffers(), Mesh(SelfCommunicator(), MESH, {})
-    optimizer = maker(OptimizationOptions(**options), mesh)([buffers])
-    for step in range(STEPS):
-        for parameter in buffers.parameters:
-            parameter.slot().buf[...] = drawn(step, parameter)
-        optimizer.step(step, LR, scale)
-    return {parameter.name: parameter.get().copy() for parameter in buffers.parameters}
 
 
 def polar_like(u: np.ndarray) -> np.ndarray:
@@ -192,44 +151,6 @@ def test_a_scale_that_is_not_a_number_changes_nothing(optimizer: str) -> None:
     for scale in (math.nan, np.array([np.nan])):
         for name, value in trained(scale, optimizer=optimizer).items():
             np.testing.assert_array_equal(value, start[name])
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon", "muon-original", "sgd", "sgd-plain"])
-def test_five_steps_are_those_of_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())  # torch rounds there
-    rule, _, kind = name.partition("-")
-    momentum = {"muon": 0.95, "sgd": 0.0 if kind else 0.9}.get(rule)
-    options = dict(optimizer=rule, weight_decay=0.5, momentum=momentum)
-    options |= {"muon_ratio": "original"} if rule == "muon" and kind else {}
-    twins, optimizers = {}, []
-    for parameter in make_buffers().parameters:
-        sizes = SEGMENTS.get(parameter.name, parameter.spec.shape[:1])
-        tensors = [
-            torch.nn.Parameter(t.clone()) for t in torch.tensor(parameter.get()).split(sizes)
-        ]
-        twins[parameter.name] = tensors
-        decay = 0.5 * parameter.decay
-        if rule == "sgd":
-            made = torch.optim.SGD(tensors, LR, momentum=momentum, weight_decay=decay)
-        elif rule == "muon" and parameter.matrix:
-            adjust = "original" if kind else "match_rms_adamw"
-            made = torch.optim.Muon(
-                tensors, LR, weight_decay=decay, momentum=0.95, adjust_lr_fn=adjust
-            )
-        else:
-            made = torch.optim.AdamW(tensors, LR, betas=(0.9, 0.99), weight_decay=decay)
-        optimizers.append((parameter, made))
-    for step in range(STEPS):
-        for parameter, made in optimizers:
-            tensors = twins[parameter.name]
-            grads = torch.tensor(drawn(step, parameter)).split([len(t) for t in tensors])
-            for tensor, grad in zip(tensors, grads, strict=True):
-                tensor.grad = grad.clone()
-            made.step()
-    for parameter_name, value in trained(**options).items():
-        expected = torch.cat(twins[parameter_name]).detach().numpy()
-        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-11)
 
 
 MESHES = [
