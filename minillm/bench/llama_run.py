@@ -56,7 +56,7 @@ class RandomWeights:
 def write_model(path: Path, **sizes: Any) -> None:
     """Write a GPT-2 of these sizes with random weights as a GGUF file."""
     shape = ModelOptions(**sizes).resolve()
-    counterpart, config = choose(COUNTERPARTS.values(), FAMILY.name, shape)
+    counterpart, config = choose(COUNTERPARTS, FAMILY.name, shape)
     specs = FAMILY.architecture.specs(shape)
     found = links(counterpart.table, specs, gguf.GGUF.column)
     definition = definition_of({"kind": "byte"})

@@ -17,6 +17,7 @@ import numpy as np
 from minillm.base.errors import ConfigError
 from minillm.data.documents import SpecialTokenizer
 from minillm.data.package_tokenizer import tokenizer_of
+from minillm.data.sentence_pieces import SentencePieces, foreign_marks
 from minillm.tokenizers.files import WHOLE, read_definition
 from minillm.tokenizers.pieces import (
     characters_of,
@@ -161,8 +162,13 @@ class IdTokenizer:
 
     name = "ids"
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size: int, marks: Sequence[int] | None = None) -> None:
+        """Take `vocab_size` ids, with those that begin and end a target if they are known.
+
+        Raises ConfigError for marks that a translator cannot have.
+        """
+        self.vocab_size, self._marks = vocab_size, marks
+        self.marks = None if marks is None else foreign_marks(marks, vocab_size)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the numbers in `text`.
@@ -190,7 +196,8 @@ class IdTokenizer:
         return " ".join(map(str, checked(ids, self).tolist()))
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "ids", "vocab_size": self.vocab_size}
+        marks = {} if self._marks is None else {"marks": list(self._marks)}
+        return {"kind": "ids", "vocab_size": self.vocab_size, **marks}
 
 
 FILES = (".json", ".txt")  # ends of the names of a tokenizer's files
@@ -253,12 +260,14 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
         case {"kind": "char", "characters": str(characters)}:
             return CharTokenizer(characters)
         case {"kind": "ids", "vocab_size": int(vocab_size)}:
-            return IdTokenizer(vocab_size)
+            return IdTokenizer(vocab_size, value.get("marks"))
+        case {"kind": "pieces", "tokenizer": dict(), "marks": [_, _]}:
+            return SentencePieces(value)
         case {"kind": "hf", "name": str(name), "tokenizer": dict(definition)}:
             return tokenizer_of(definition, name)
         case {"kind": "special", "base": base, "documents": bool(documents)}:
             return SpecialTokenizer(tokenizer_from_json(base), documents)
     raise ConfigError(
-        f"not a tokenizer: {shortened(repr(value))}; known kinds are byte, char, ids, hf and "
-        "special"
+        f"not a tokenizer: {shortened(repr(value))}; known kinds are byte, char, ids, hf, "
+        "pieces and special"
     )

@@ -70,7 +70,7 @@ def translations(
     assert isinstance(data, Translations)
     pairs = data.held_out if len(data.held_out) else data.train
     number = min(NUM_TRANSLATIONS, len(pairs))
-    found = Translator(model, pairs.end).translate(pairs.sources[:number], tokens)
+    found = Translator(model, pairs.end, pairs.start).translate(pairs.sources[:number], tokens)
     lines = ["", "--- held-out sources, = given translations, > those of the model ---"]
     for source, target, ids in zip(pairs.sources, pairs.targets, found, strict=False):
         texts = (data.tokenizer.decode(part) for part in (source[:-1], target[:-1], ids))

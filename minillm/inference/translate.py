@@ -13,13 +13,21 @@ from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.record import option
 from minillm.base.terminal import utf8_input
-from minillm.comm.agreement import from_first, known_to_all
+from minillm.comm.agreement import agree, from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
+from minillm.data.sentence_pieces import marks_of
 from minillm.data.tokenizers import Tokenizer
 from minillm.inference.beam import Beam, BeamOptions
 from minillm.inference.decoding import Rule
-from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place
+from minillm.inference.loading import (
+    Opened,
+    ReadOptions,
+    load_trained,
+    named_run,
+    open_checkpoint,
+    place,
+)
 from minillm.inference.translator import GREEDY, Translator
 
 
@@ -59,11 +67,12 @@ def _translate(comm: Communicator, args: TranslateArgs) -> None:
         opened = open_checkpoint(args.checkpoint, placed, args.best)
         opened.config.family.check_writes("translation")
         config = opened.resolve(args, comm.size)
-        tokenizer = opened.tokenizer
+        tokenizer = agree(placed, lambda: _tokenizer(opened), ConfigError)
         lines = from_first(comm, _input)
         sources = encoded_lines(lines, tokenizer, config.model.context)
         model = load_trained(opened, config, placed, device)
-    translator = Translator(model, tokenizer.vocab_size)
+    marks = marks_of(tokenizer)
+    translator = Translator(model, marks.end, marks.start)
     replicas = model.mesh.axis("dp")
     stride = args.batch * replicas.size
     for first in range(0, len(lines), stride):
@@ -76,6 +85,17 @@ def _translate(comm: Communicator, args: TranslateArgs) -> None:
             for i in range(min(stride, len(lines) - first)):
                 print(dealt[i % replicas.size][i // replicas.size].replace("\n", " "))
             sys.stdout.flush()
+
+
+def _tokenizer(opened: Opened) -> Tokenizer:
+    """Return the tokenizer. Raises ConfigError if the model has no id for the ends of texts."""
+    found = opened.tokenizer
+    if marks_of(found).vocab > opened.vocab:
+        raise ConfigError(
+            f"{opened.path} has {opened.vocab} tokens, all of them of its tokenizer, and none that "
+            "begins and ends translations"
+        )
+    return found
 
 
 def encoded_lines(lines: Sequence[str], tokenizer: Tokenizer, context: int) -> list[IntArray]:
@@ -94,7 +114,7 @@ def encoded_lines(lines: Sequence[str], tokenizer: Tokenizer, context: int) -> l
                 f"line {number} has {len(ids)} tokens, and the model reads {context - 1} and an "
                 "end; cut it into sentences"
             )
-        found.append(np.append(ids, tokenizer.vocab_size).astype(np.int64))
+        found.append(np.append(ids, marks_of(tokenizer).end).astype(np.int64))
     return found
 
 

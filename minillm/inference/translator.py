@@ -27,14 +27,14 @@ GREEDY = Sampling(temperature=0)
 class Translator(Generator):
     """Ranks of one dp coordinate that translate together. Collective over their tp and pp axes.
 
-    `end` ends every sequence and begins every target.
+    `end` ends every sequence. `start` begins every target and is never chosen; None: `end` does.
     """
 
     inputs = "target"
 
-    def __init__(self, model: Assembly, end: int) -> None:
-        super().__init__(model, end + 1)
-        self.end = end
+    def __init__(self, model: Assembly, end: int, start: int | None = None) -> None:
+        super().__init__(model, end + 1 if start is None else start)
+        self.end, self.start = end, end if start is None else start
 
     def translate(
         self, sources: Sequence[IntArray], most: int | None = None, rule: Rule = GREEDY
@@ -44,7 +44,7 @@ class Translator(Generator):
         At most `most` tokens, and never more than the context holds.
         """
         room = min(most or self.context, self.context - 1)
-        request = Request(prompt=[self.end], most=room, ends={self.end})
+        request = Request(prompt=[self.start], most=room, ends={self.end})
         searches = [rule.begin(request) for _ in sources]
         for _ in decode(Targets(self, sources), searches, rule):
             pass
@@ -55,7 +55,7 @@ class Targets(Rows):
     """Targets of `sources` [B], each with its end. Their first pass brings the sources."""
 
     def __init__(self, translator: Translator, sources: Sequence[IntArray]) -> None:
-        super().__init__(translator, [[translator.end]] * len(sources))
+        super().__init__(translator, [[translator.start]] * len(sources))
         self._lengths = np.array([len(ids) for ids in sources], np.int64)
         size = int(padded_length(int(self._lengths.max()), translator.context))
         self._sources: IntArray | None = padded(sources, size, translator.end)

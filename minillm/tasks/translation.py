@@ -20,6 +20,7 @@ from minillm.data.batches import IGNORE_INDEX
 from minillm.data.buckets import Buckets, Load, load, padded, padded_length
 from minillm.data.options import SourceOptions
 from minillm.data.pair_sources import built_in, read_pairs
+from minillm.data.sentence_pieces import marks_of
 from minillm.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
@@ -30,10 +31,16 @@ HELD_OUT_SHARE, MOST_HELD_OUT = 20, 1000  # the last pair of 20, at most so many
 
 
 class Pairs:
-    """Pairs of sequences of ids. `end` ends every sequence, and begins every target."""
+    """Pairs of sequences of ids. `end` ends each. `start` begins a target; None: `end` does."""
 
-    def __init__(self, sources: Sequence[IntArray], targets: Sequence[IntArray], end: int) -> None:
-        self.end = end
+    def __init__(
+        self,
+        sources: Sequence[IntArray],
+        targets: Sequence[IntArray],
+        end: int,
+        start: int | None = None,
+    ) -> None:
+        self.end, self.start = end, start
         self.sources = [np.append(ids, end).astype(np.int64) for ids in sources]
         self.targets = [np.append(ids, end).astype(np.int64) for ids in targets]
         lengths = [[len(t), len(s)] for s, t in zip(self.sources, self.targets, strict=True)]
@@ -56,7 +63,8 @@ class Pairs:
         """
         sizes = [int(padded_length(n, most)) for n in self.lengths[pairs].max(0, initial=1)]
         targets = [self.targets[i] for i in pairs]
-        shifted = [np.insert(ids[:-1], 0, self.end) for ids in targets]
+        start = self.end if self.start is None else self.start
+        shifted = [np.insert(ids[:-1], 0, start) for ids in targets]
         arrays = {
             "source": padded([self.sources[i] for i in pairs], sizes[1], self.end),
             "target": padded(shifted, sizes[0], self.end),
@@ -119,8 +127,8 @@ class HeldOutPairs:
 class Translations:
     """Pairs to learn and pairs held out, encoded: a `Dataset`.
 
-    One id behind those of the tokenizer ends every sequence and begins every target. Pairs that are
-    longer than the model's context are left out.
+    One id behind those of the tokenizer ends every sequence and begins every target, unless the
+    tokenizer has marks of its own. Pairs that are longer than the model's context are left out.
     """
 
     def __init__(
@@ -134,7 +142,7 @@ class Translations:
         """Raise ConfigError where no pair is short enough."""
         self.source, self.tokenizer, self.context = source, tokenizer, context
         self.sha256 = hashlib.sha256(repr((train, held_out)).encode()).hexdigest()
-        self.vocab_size = tokenizer.vocab_size + 1
+        self.vocab_size = marks_of(tokenizer).vocab
         self.train, self.held_out = self._encoded(train), self._encoded(held_out)
         self.left_out = len(train) + len(held_out) - len(self.train) - len(self.held_out)
         if not len(self.train) and train:
@@ -145,10 +153,15 @@ class Translations:
         self.num_held_out = int(self.held_out.lengths[:, 0].sum())
 
     def _encoded(self, pairs: Sequence[Sequence[str]]) -> Pairs:
-        sides = [self.tokenizer.encode_pieces([pair[side] for pair in pairs]) for side in (0, 1)]
+        tokenizers = (self.tokenizer, getattr(self.tokenizer, "target", self.tokenizer))
+        sides = [
+            tokenizer.encode_pieces([pair[side] for pair in pairs])
+            for side, tokenizer in enumerate(tokenizers)
+        ]
         fit = [max(map(len, both)) < self.context for both in zip(*sides, strict=True)]
         kept = [[ids for ids, fits in zip(side, fit, strict=True) if fits] for side in sides]
-        return Pairs(kept[0], kept[1], self.tokenizer.vocab_size)
+        marks = marks_of(self.tokenizer)
+        return Pairs(kept[0], kept[1], marks.end, marks.start)
 
     def vocabulary(self) -> dict[str, Any]:
         """Return the tokenizer as a JSON value."""

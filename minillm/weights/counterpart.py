@@ -114,6 +114,8 @@ class Counterpart:
     """Exports leave the prefix out."""
     spelled: Mapping[str, str] = field(default_factory=dict)
     """Ending of names -> the one of old files."""
+    marks: tuple[str, ...] = ()
+    """Keys of the ids that begin and end the targets of a translator."""
     ignored: tuple[str, ...] = ()
     """Patterns of tensors that no model needs: buffers of old files."""
     gguf: str | None = None

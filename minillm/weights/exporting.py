@@ -30,7 +30,7 @@ from minillm.weights.counterpart import Counterpart, choose
 from minillm.weights.foreign import COUNTERPARTS
 from minillm.weights.mapping import Link
 from minillm.weights.origin import looking_again, record_of, source_of, verify
-from minillm.weights.tokenizer_json import ENDS, definition_of, special_ids
+from minillm.weights.tokenizer_json import ENDS, definition_of, special_ids, tokenizer_size
 
 GGUF_NAME = "model.gguf"
 PAD = "pad_token_id"
@@ -135,19 +135,23 @@ def _write(
     """Write the files, and compare their names with the model's."""
     source = source_of(path)
     definition = definition_of(record.tokenizer)
-    special = _special(definition, counterpart)
+    special = _special(definition, counterpart, record.tokenizer)
     if args.format == "gguf":
         gguf.write_file(target, source, counterpart, found, config, args.dtype, definition)
         names = gguf.GGUF(target).names()
     else:
         hf.write(target, source, config | special, found, args.dtype)
         _write_tokenizer(target, definition, model.context)
+        if record.tokenizer.get("kind") == "pieces":
+            hf.write_pieces(target, record.tokenizer)
         names = hf.Folder(target).names()
     if sorted(names) != sorted(link.theirs for link in found):
         raise CheckpointError(f"{target} does not hold the tensors of the model; try again")
 
 
-def _special(definition: Mapping[str, Any] | None, counterpart: Counterpart) -> dict[str, Any]:
+def _special(
+    definition: Mapping[str, Any] | None, counterpart: Counterpart, tokenizer: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the ids of special tokens: null for the ends of texts where the tokenizer has none.
 
     GPT-2's defaults of transformers lie outside small vocabularies. Raises ConfigError for a model
@@ -157,6 +161,10 @@ def _special(definition: Mapping[str, Any] | None, counterpart: Counterpart) -> 
     ids = {token["content"]: token["id"] for token in added}
     end = next((ids[name] for name in ENDS if name in ids), None)
     found = {"bos_token_id": end, "eos_token_id": end}
+    if counterpart.marks:
+        size = tokenizer.get("vocab_size") if definition is None else tokenizer_size(definition)
+        start, end = tokenizer.get("marks") or (size, size)
+        return {PAD: start, **dict(zip(counterpart.marks, (start, end), strict=True))}
     if definition is None or counterpart.model != "bert":
         return found
     pad, legal = special_ids(definition).get("pad", ("", 0))[1], counterpart.fixed.get(PAD)

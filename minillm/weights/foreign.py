@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillm.base.errors import CheckpointError, MinillmError
+from minillm.base.errors import CheckpointError, ConfigError, MinillmError
 from minillm.checkpoint import RunRecord
+from minillm.data.sentence_pieces import foreign_marks
 from minillm.layout.sharding import ShardSpec
 from minillm.models.family import Shape, ShapeOptions
 from minillm.weights import hf
@@ -85,7 +86,7 @@ class Foreign:
         refuse(self.tensors, fit.problems)
         self._check_copies()
         self.dtype = "float64" if self._all("F64") else "float32"
-        self.tokenizer = self._tokenizer(vocab)
+        self.tokenizer = self._tokenizer(vocab) | self._marks(vocab)
         self.record = RunRecord(
             config=options.to_dict() | {"model": self.counterpart.model, "dtype": self.dtype},
             tokenizer=self.tokenizer,
@@ -126,6 +127,18 @@ class Foreign:
                     f"{self.path}: its {copy} differs from {link.theirs}, although the model of "
                     "its configuration has one tensor for both (tie_word_embeddings); remove one"
                 )
+
+    def _marks(self, vocab: int) -> dict[str, Any]:
+        """Return the ids at the ends of a translator's sequences. Raises CheckpointError."""
+        if not self.counterpart.marks:
+            return {}
+        config = self.tensors.described(self.counterpart)
+        found = [config.get(key) for key in self.counterpart.marks]
+        try:
+            foreign_marks(found, vocab)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        return {"marks": found}
 
     def _tokenizer(self, vocab: int) -> dict[str, Any]:
         """Return the tokenizer, one of numbers if there is none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,14 +13,16 @@ import numpy as np
 from minillm.base.errors import CheckpointError, ConfigError
 from minillm.base.record import known_name
 from minillm.checkpoint import StateSource
+from minillm.data.sentence_pieces import value_of
 from minillm.layout.sharding import Slices
-from minillm.tokenizers.files import LINES, MERGES, read_definition
+from minillm.tokenizers.files import LINES, MERGES, VOCAB, read_definition
 from minillm.weights import safetensors_file as safetensors
 from minillm.weights.counterpart import CONFIG, Counterpart
 from minillm.weights.mapping import Link, chunks, write_block
 
 TOKENIZER = "tokenizer.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PIECES = {"source": "source.spm", "target": "target.spm"}  # of Marian, beside its vocab.json
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5_000_000_000  # of a file; larger models get several
 CHUNK = 1 << 24  # elements read at once
@@ -80,6 +83,13 @@ class Folder:
 
     def tokenizer(self) -> dict[str, Any] | None:
         """Return the JSON of the tokenizer as checkpoints keep it; None if there is none."""
+        sides = {side: self.path / name for side, name in PIECES.items()}
+        if all(file.exists() for file in sides.values()):
+            files = {side: file.read_bytes() for side, file in sides.items()}
+            try:
+                return value_of(files, _object(self.path / VOCAB), str(self.path / VOCAB))
+            except ConfigError as error:
+                raise CheckpointError(str(error)) from None
         if (self.path / TOKENIZER).exists():
             return {"kind": "hf", "name": TOKENIZER, "tokenizer": _object(self.path / TOKENIZER)}
         # Older folders. Marian has a vocab.json as well, without merges.
@@ -119,9 +129,16 @@ def _files(path: Path) -> dict[str, set[str] | None]:
         raise CheckpointError(
             f"{path} has its weights as pytorch_model.bin alone, a format that can hold programs. "
             'Convert it where transformers is installed: python -c "from transformers import '
-            f"AutoModelForCausalLM as A; A.from_pretrained('{path}').save_pretrained('{path}')\""
+            f"{_class(path)} as A; A.from_pretrained('{path}').save_pretrained('{path}')\""
         )
     raise CheckpointError(f"{path} has neither {WHOLE} nor {INDEX}")
+
+
+def _class(path: Path) -> str:
+    """Return the class of transformers that a folder's configuration names."""
+    names = _object(path / CONFIG).get("architectures") if (path / CONFIG).exists() else None
+    found = names[0] if isinstance(names, list) and names else None
+    return found if isinstance(found, str) and found.isidentifier() else "AutoModel"
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -214,6 +231,14 @@ def write(
         index = {"metadata": {"total_size": total}, "weight_map": table}
         write_json(path / INDEX, index)
     write_json(path / CONFIG, _nested({**config, "dtype": dtype}))
+
+
+def write_pieces(path: Path, tokenizer: Mapping[str, Any]) -> None:
+    """Write the files of a tokenizer of two SentencePiece models into a folder. Raises OSError."""
+    files = tokenizer["tokenizer"]
+    for side, name in PIECES.items():
+        (path / name).write_bytes(base64.b64decode(files[side]))
+    write_json(path / VOCAB, files["model"]["vocab"])
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -84,6 +84,7 @@ MARIAN = Counterpart(
         encoder_layerdrop forced_eos_token_id init_std num_hidden_layers""".split()  # noqa: SIM905
     ),
     second="encoder_layers",
+    marks=("decoder_start_token_id", "eos_token_id"),
     # Sines that the model computes.
     ignored=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
 )
