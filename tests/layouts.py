@@ -62,13 +62,24 @@ TRIPLES = [
     Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2, stage_layers="3,1"),
 ]
 
+
+def fits(model: str, layout: Layout) -> bool:
+    """Tell if tensor and sequence parallelism can cut the model: its key-value heads, its time."""
+    if model == "lstm":
+        return not layout.sp
+    if model == "two-towers":
+        return layout.tp <= 4
+    return bool(MODELS[model].get("kv_heads", BASE["heads"]) % layout.tp == 0)
+
+
 TABLE: list[Cell] = [
     *zip(itertools.cycle(("gpt2", "llama")), (*ALONE, *PAIRS, *TRIPLES), strict=False),
     # The remaining model options, each on a layout that uses every axis.
     *(
         (model, layout)
-        for model in ("gpt2-untied", "llama-tied", "qwen", "gemma", "sinusoidal", "bert")
-        for layout in (TRIPLES[1], Layout(pp=2, num_microbatches=2))
+        for model in MODELS
+        for layout in (TRIPLES[1], TRIPLES[0], Layout(pp=2, num_microbatches=2))
+        if fits(model, layout)
     ),
 ]
 
@@ -88,14 +99,9 @@ def all_layouts() -> list[Layout]:
     ]
 
 
-def kv_heads_divide(model: str, layout: Layout) -> bool:
-    """Tell if each tensor-parallel rank of the layout gets a key-value head of the model."""
-    return MODELS[model].get("kv_heads", BASE["heads"]) % layout.tp == 0
-
-
 def all_cells() -> list[Cell]:
     """Return every model on every layout that it fits."""
-    return [(m, at) for at in all_layouts() for m in MODELS if kv_heads_divide(m, at)]
+    return [(m, at) for at in all_layouts() for m in MODELS if fits(m, at)]
 
 
 # A wide cell has three further factors: a schedule that replaces the layout's ("" for none), the
@@ -107,13 +113,13 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 def wide_cells() -> list[WideCell]:
-    """Return every cell of all factors, with two models that share no code."""
+    """Return every cell of all factors."""
     return [
         (model, at, placement, method, recompute)
         for at, model, placement, method, recompute in itertools.product(
-            all_layouts(), ("two-towers", *MODELS), PLACEMENTS, METHODS, RECOMPUTE
+            all_layouts(), MODELS, PLACEMENTS, METHODS, RECOMPUTE
         )
-        if (at.tp <= 4 if model == "two-towers" else kv_heads_divide(model, at))
+        if fits(model, at)
         and (recompute == "none" or model != "two-towers")
         # Four layers: two ranks have two stages each, four ranks one. One name for a replaced one.
         and (not placement or (at.schedule == "1f1b" and at.pp > 1))
@@ -184,6 +190,9 @@ def sampled_cells(count: int, seed: int) -> list[Cell]:
     return random.Random(seed).sample(all_cells(), count)
 
 
+OTHERS = ("bert", "seq2seq", "lstm", "two-towers")  # families besides the decoders
+
+
 def quick_cells() -> list[Cell]:
     """Return the cells of every run.
 
@@ -192,8 +201,8 @@ def quick_cells() -> list[Cell]:
     """
     small = [(model, at) for model, at in all_cells() if at.num_microbatches < 8 and at != Layout()]
     two = [c for c in small if c[0] in ("gpt2", "llama") and max(c[1].dp, c[1].tp) < 8]
-    others = [c for c in small if c[0] not in ("gpt2", "llama", "bert")]
-    # The encoder shares its layers with the other models.
+    others = [c for c in small if c[0] not in ("gpt2", "llama", *OTHERS)]
+    # Of the other families, tests of their own compare meshes in every run.
     every_axis = Layout(dp=2, tp=2, pp=2, sp=True, num_microbatches=2)
     return [*covering(two, 2), *covering(others, 1), ("bert", every_axis)]
 

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from models import two_towers
 
 from minillm.base.arrays import to_host
 from minillm.base.device import open_device
@@ -20,6 +21,7 @@ from minillm.comm.device_arrays import on_device
 from minillm.comm.threads import run_ranks
 from minillm.data.batches import Batches
 from minillm.data.documents import Documents, SpecialTokenizer
+from minillm.data.streams import Streams
 from minillm.data.tokenizers import IdTokenizer
 from minillm.layout.sharding import Sharded, slice_shape
 from minillm.params.parameter import Parameter
@@ -28,6 +30,9 @@ from minillm.replication.node_shared import NodeMemory
 from minillm.tasks.language_model import LanguageModeling
 from minillm.tasks.masked_language_model import Masking, Pairs, SentencePairs
 from minillm.tasks.protocol import Task
+from minillm.tasks.stream import StreamModeling
+from minillm.tasks.translation import Pairs as Translations
+from minillm.tasks.translation import Translating
 from minillm.training.config import RunConfig
 from minillm.training.optim import SGD, AdamW
 from minillm.training.resolve import ResolvedConfig, resolve
@@ -97,6 +102,9 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "sinusoidal": dict(position="sinusoidal", mlp="relu2", norm_place="post", window=7),
     "bert": dict(model="bert"),
+    "seq2seq": dict(model="seq2seq", label_smoothing=0.1),
+    "lstm": dict(model="lstm", hidden=32),
+    "two-towers": dict(tied=False),
 }
 OPTIMIZERS: dict[str, Any] = {"sgd": SGD, "adamw": AdamW, "muon": None}
 """Class that is made without options; None: the optimizer of the configuration."""
@@ -143,10 +151,14 @@ class Outcome:
 
 
 def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
-    """Return the resolved configuration of a cell."""
+    """Return the resolved configuration of a cell.
+
+    Sizes that a family does not have are left out.
+    """
     options = BASE | MODELS[model] | changes
-    config = RunConfig.of(options.pop("model", "gpt"))().replace(
-        **options,
+    kind = RunConfig.of(options.pop("model", "gpt"))
+    config = kind().replace(
+        **{name: value for name, value in options.items() if _has(kind, name)},
         dp=layout.dp,
         tp=layout.tp,
         pp=layout.pp,
@@ -156,7 +168,16 @@ def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
         stage_layers=layout.stage_layers,
     )
     num_ranks = layout.num_ranks + config.replication.num_servers
-    return resolve(config, num_ranks, options.get("vocab", VOCAB))
+    found = resolve(config, num_ranks, options.get("vocab", VOCAB))
+    if model == "two-towers":  # a family without a file in minillm/models/
+        shape = two_towers.Config(layers=found.model.layers)
+        found = dataclasses.replace(found, family=two_towers.FAMILY, model=shape)
+    return found
+
+
+def _has(kind: type[RunConfig], name: str) -> bool:
+    """Tell if a family has an option; True for one that no table here names, which is refused."""
+    return name in kind.options() or name not in BASE
 
 
 def make_batches(config: ResolvedConfig) -> Batches:
@@ -168,10 +189,12 @@ def make_batches(config: ResolvedConfig) -> Batches:
 
 def make_task(config: ResolvedConfig) -> Task:
     """Return what the family of a model learns, on random data that are the same on every rank."""
-    batches, optimization = make_batches(config), config.options.optimization
-    if config.family.name == "gpt":
-        return LanguageModeling(batches)
-    # Sentences of 1 to 12 tokens, documents of 1 to 4 sentences.
+    return TASKS[config.family.name](config)
+
+
+def _sentences(config: ResolvedConfig) -> Task:
+    """Return pairs of sentences of 1 to 12 tokens, in documents of 1 to 4 sentences."""
+    optimization = config.options.optimization
     tokenizer, rng = SpecialTokenizer(IdTokenizer(VOCAB - 4), True), np.random.default_rng(5)
     _, cls, sep, _ = tokenizer.specials
     tokens = np.concatenate(
@@ -184,6 +207,38 @@ def make_task(config: ResolvedConfig) -> Task:
     masking = Masking(tokenizer, 0.15, False)
     pairs = Pairs(documents, masking, config.model.context, optimization.seed)
     return SentencePairs(pairs, optimization.batch, 0)
+
+
+def some_translations(number: int, longest: int, seed: int = 8) -> Translations:
+    """Return pairs of random ids, each side 1 to `longest` tokens without its end."""
+    rng = np.random.default_rng(seed)
+    sides = [
+        [rng.integers(0, VOCAB - 1, n) for n in rng.integers(1, longest + 1, number)]
+        for _ in range(2)
+    ]
+    return Translations(*sides, end=VOCAB - 1)
+
+
+def _translating(config: ResolvedConfig) -> Task:
+    context, optimization = config.model.context, config.options.optimization
+    return Translating(some_translations(60, context - 1), context, optimization.batch, seed=3)
+
+
+def _streams(config: ResolvedConfig) -> Task:
+    batches, optimization = make_batches(config), config.options.optimization
+    context = config.model.context
+    return StreamModeling(Streams(batches.tokens, context, optimization.batch, optimization.seed))
+
+
+TASKS: dict[str, Callable[[ResolvedConfig], Task]] = {
+    "gpt": lambda config: LanguageModeling(make_batches(config)),
+    "bert": _sentences,
+    "seq2seq": _translating,
+    "lstm": _streams,
+    "two-towers": lambda config: two_towers.Regression(
+        config.model, config.options.optimization.batch
+    ),
+}
 
 
 def train_rank(

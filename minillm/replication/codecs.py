@@ -35,9 +35,14 @@ class Matrix:
 
     name: str
     grad: Array  # [rows, columns], a view of the flat buffer
+    real: int = -1  # elements before the padding of a vocabulary cut over tp; -1: all
     error: Array | None = None  # as `grad`: what this worker has not sent yet
     shared: dict[str, Array] = field(default_factory=dict)  # equal on all workers
     private: dict[str, Array] = field(default_factory=dict)  # of this worker alone
+
+    def __post_init__(self) -> None:
+        """Count every element where none is padding."""
+        self.real = self.grad.size if self.real < 0 else self.real
 
     def fed_back(self) -> Array:
         """Add the gradient to the error memory and return the memory, flat."""
@@ -231,7 +236,8 @@ class OneBit(Codec):
 
     Worker r is the server of block r of each matrix: it receives the block's signs from all,
     decodes, adds its own error memory, and sends signs and a scale of the sum (Tang et al. 2021,
-    arXiv:2102.02888). A zero counts as positive. Padding to whole bytes enters no scale.
+    arXiv:2102.02888). A zero counts as positive. Padding, to whole bytes or of a vocabulary, enters
+    no scale, and its sum is zero: a sign would move rows that no token has, and enter the norm.
     """
 
     description = "gradients sent as signs and scales (not mesh-invariant in dp)"
@@ -248,7 +254,7 @@ class OneBit(Codec):
         blocks = [m.private["server"].size for m in matrices]
         scales, signs = [], []
         for matrix, block in zip(matrices, blocks, strict=True):
-            scale, bits = self._compress(matrix.fed_back(), matrix.grad.size, block * comm.size)
+            scale, bits = self._compress(matrix.fed_back(), matrix.real, block * comm.size)
             scales.append(scale)
             signs.append(bits.reshape(comm.size, -1))
         head = np.stack(scales).view(np.uint8)
@@ -259,7 +265,7 @@ class OneBit(Codec):
                 matrix.private["server"] += scale * unpacked_signs(bits, dtype)
         scales, signs = [], []
         for matrix, block in zip(matrices, blocks, strict=True):
-            real = min(max(matrix.grad.size - comm.rank * block, 0), block)
+            real = min(max(matrix.real - comm.rank * block, 0), block)
             scale, bits = self._compress(matrix.private["server"], real, block)
             scales.append(scale)
             signs.append(bits)
@@ -271,6 +277,8 @@ class OneBit(Codec):
             ):
                 part = matrix.grad.reshape(-1)[server * block : (server + 1) * block]
                 part[...] = scale * unpacked_signs(bits, dtype)[: part.size]
+        for matrix in matrices:
+            matrix.grad.reshape(-1)[matrix.real :] = 0
 
     def payload(self, shapes: Sequence[tuple[int, ...]], workers: int, wide: int) -> dict[str, int]:
         """Return the bytes of signs, padded to whole bytes of each server, and of scales."""

@@ -70,7 +70,9 @@ class CompressedRun:
                 view = buffers.grads[span.start : span.stop].reshape(-1, shape[-1])
                 staged = codec.on_host and not on_host(view)
                 grad = np.empty(view.shape, view.dtype) if staged else view
-                matrix = Matrix(span.parameter.name, grad)
+                pieces = list(span.parameter.spec.pieces(mesh.shape, mesh.coords))
+                real = max((local[0].stop for _, local in pieces), default=0)
+                matrix = Matrix(span.parameter.name, grad, real * grad.size // shape[0])
                 codec.start(matrix, self.comm)
                 self.matrices.append((span.parameter, matrix))
                 if staged:

@@ -30,11 +30,12 @@ from minillm.pipeline.schedules import SCHEDULES
 from minillm.replication.all_reduce import counted_grads
 from minillm.replication.protocol import MakeOptimizer, Replication
 from minillm.replication.server import Applied, key_range, ranges
-from minillm.tasks.protocol import Task
+from minillm.tasks.protocol import Continuing, Task
 from minillm.training.assembly import assemble
+from minillm.training.carried import Carried
 from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.trainer import rate_of
+from minillm.training.trainer import rate_of, rows_of
 from minillm.training.verdict import Judge
 
 
@@ -60,14 +61,18 @@ class LoneWorker:
             optimizer_step=lambda losses: None,
         )
         self._judge = Judge(CPU, task.losses, config.options.optimization.clip, "")
+        self._carried = [Carried(alone, self.model) for _ in range(config.mesh.dp)]
 
     def gradient(self, worker: int, clock: int, weights: Array) -> tuple[Array, float]:
         """Return a worker's gradient of its share of the global loss [n], and its scale."""
         config, number = self.config, self.config.mesh.dp
         self.buffers.values[...] = weights
-        per_rank = config.microbatch * config.num_microbatches
-        rows = np.split(np.arange(per_rank) + worker * per_rank, config.num_microbatches)
-        self._runtime.run([self.task.batch(clock, part, CPU) for part in rows])
+        carried = self._carried[worker]  # moves on with the clocks of its worker alone
+        if not (isinstance(self.task, Continuing) and self.task.continues(clock)):
+            carried.forget()
+        rows = rows_of(config, self.task, (config.num_microbatches,) * number, worker)
+        batches = ((self.task.batch(clock, part, CPU), part) for part in rows)
+        self._runtime.run([carried.into(batch, part) for batch, part in batches])
         squares = number**2 * sum(map(kernels.sum_of_squares, self._counted))
         verdict = self._judge.agree(SelfCommunicator(), clock, {}, squares)
         return self.buffers.grads.copy(), verdict.scale * number

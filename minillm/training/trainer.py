@@ -88,6 +88,23 @@ def rate_of(config: ResolvedConfig, step: int) -> float:
     )
 
 
+def rows_of(
+    config: ResolvedConfig, task: Task, deal: Sequence[int], replica: int
+) -> Iterator[np.ndarray]:
+    """Yield the sequences of the global batch that a replica computes, by microbatches.
+
+    `deal` are the microbatches of each replica.
+    """
+    each, before = config.microbatch, sum(deal[:replica])
+    for number in range(before, before + deal[replica]):
+        if isinstance(task, Unequal):
+            # A group of sorted rows holds one microbatch of each replica, its rows in turn.
+            place, group = divmod(number, config.num_microbatches)
+            yield np.arange(group * each, (group + 1) * each) * len(deal) + place
+        else:
+            yield np.arange(number * each, (number + 1) * each)
+
+
 class Trainer:
     """One rank's part of a training run.
 
@@ -226,14 +243,7 @@ class Trainer:
 
     def _rows(self) -> Iterator[np.ndarray]:
         """Yield this rank's sequences of the global batch, by microbatches."""
-        each, before = self.config.microbatch, sum(self._deal[: self._replica])
-        for number in range(before, before + self._deal[self._replica]):
-            if isinstance(self.task, Unequal):
-                # A group of sorted rows holds one microbatch of each replica, its rows in turn.
-                replica, group = divmod(number, self.config.num_microbatches)
-                yield np.arange(group * each, (group + 1) * each) * len(self._deal) + replica
-            else:
-                yield np.arange(number * each, (number + 1) * each)
+        return rows_of(self.config, self.task, self._deal, self._replica)
 
     def _load(self, step: int) -> Load | None:
         if not isinstance(self.task, Unequal):

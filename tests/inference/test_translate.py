@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models.seq2seq_helpers import PAIRS, VOCAB, options
-from training_helpers import BASE, Layout, make_config
+from models.seq2seq_helpers import PAIRS, options
+from training_helpers import BASE, VOCAB, Layout, make_config
 
 from minillm.base.device import CPU
 from minillm.base.errors import ConfigError

@@ -193,6 +193,7 @@ def test_resuming_loses_no_bit(layout: Layout, tmp_path: Path) -> None:
         if steps.start:
             for tensor in trainer.state():
                 tensor.data[...] = np.nan
+            comm.barrier()  # replicas share memory: none may spoil what another has loaded
             trainer.load(CheckpointSource(checkpoint.find(tmp_path)))
         losses = [trainer.step(step).loss for step in steps]
         if save:

@@ -11,9 +11,9 @@ torch = pytest.importorskip(
     "torch", reason="PyTorch is not installed; .ci/run installs its CPU build for these tests"
 )
 
-from models.seq2seq_helpers import MODELS, PAIRS, VOCAB, options  # noqa: E402
+from models.seq2seq_helpers import MODELS, PAIRS, options  # noqa: E402
 from models.torch_seq2seq import TorchSeq2Seq  # noqa: E402
-from training_helpers import BASE, Layout, make_config  # noqa: E402
+from training_helpers import BASE, VOCAB, Layout, make_config  # noqa: E402
 
 from minillm.autograd.backward import backward  # noqa: E402
 from minillm.base.device import CPU  # noqa: E402

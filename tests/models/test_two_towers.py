@@ -9,37 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_helpers import load_trainer, save_trainer
-from models.two_towers import FAMILY, Config, Regression, SquaredError
+from models.two_towers import Config, Regression, SquaredError
 from pipeline.placements import greedy, interleaved_ranks, v_ranks
 from replication.gradient_server import GradientServer
-from training_helpers import Layout, Outcome, assert_same, make_config, train
+from training_helpers import Layout, Outcome, assert_same, make_config, make_task, train
 
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.training.held_out import measure
-from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import Trainer
 
 CONFIG = Config()
 BATCH = 16
 
 
-def adapted(config: ResolvedConfig, stage_layers: tuple[int, ...] | None = None) -> ResolvedConfig:
-    """Put the regressor in the place of the GPT."""
-    return dataclasses.replace(
-        config, family=FAMILY, model=CONFIG, stage_layers=stage_layers or config.stage_layers
-    )
-
-
-def options(**more: Any) -> dict[str, Any]:
-    return {"task": Regression(CONFIG, BATCH), **more}
-
-
-def run(layout: Layout, *, adapt: Any = adapted, **more: Any) -> Outcome:
+def run(layout: Layout, *, adapt: Any = None, **more: Any) -> Outcome:
     return train(
-        "gpt2-untied", layout, optimizer="adamw", options=options(**more), adapt=adapt,
-        rendezvous=True, dropout=0.0,
-    )  # fmt: skip
+        "two-towers", layout, optimizer="adamw", options=more, adapt=adapt, rendezvous=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +57,7 @@ def test_other_schedules(ranks: tuple[int, ...], split: bool, one_rank: Outcome)
     sizes = (4 // len(ranks),) * len(ranks)
     found = run(
         Layout(dp=2, pp=2, num_microbatches=4),
-        adapt=lambda config: adapted(config, sizes),
+        adapt=lambda config: dataclasses.replace(config, stage_layers=sizes),
         schedule=greedy(ranks, 4, split=split),
     )
     assert_same(found, one_rank, 1e-8)
@@ -93,10 +80,10 @@ def test_each_loss_has_its_own_divisor(one_rank: Outcome, monkeypatch: pytest.Mo
 
 
 def _measured(layout: Layout, path: Path | None, save_to: Path | None) -> Any:
-    config = adapted(make_config("gpt2-untied", layout, dropout=0.0))
+    config = make_config("two-towers", layout)
 
     def rank(comm: Communicator) -> Any:
-        trainer = Trainer(config, comm, std=0.25, **options())
+        trainer = Trainer(config, comm, make_task(config), std=0.25)
         if path is not None:
             load_trainer(trainer, path)
         steps = range(2, 4) if path is not None else range(2)

@@ -26,7 +26,6 @@ from layouts import (
     factors,
     sampled_cells,
 )
-from models.two_towers import FAMILY, Config, Regression
 from pipeline.placements import greedy, interleaved_ranks, v_ranks
 from replication.gradient_server import GradientServer
 from replication.sharded_moments import ShardedMoments
@@ -76,7 +75,6 @@ def test_sampled_cells_equal_one_rank(model: str, layout: Layout) -> None:
 
 
 WIDE_STEPS = 3
-TOWERS = Config()
 REPLICATE = {"server": GradientServer, "sharded": ShardedMoments}
 
 
@@ -86,10 +84,6 @@ def train_wide(cell: WideCell, steps: int = WIDE_STEPS) -> Outcome:
     options: dict[str, Any] = {"replicate": REPLICATE[method]} if method in REPLICATE else {}
     changes: dict[str, Any] = {"recompute": recompute}
     replaced: dict[str, Any] = {}
-    if model == "two-towers":
-        options["task"] = Regression(TOWERS, BASE["batch"])
-        changes["dropout"] = 0.0
-        replaced |= {"model": TOWERS, "family": FAMILY}
     if placement:
         chain = tuple(range(layout.pp))
         ranks = {
@@ -109,9 +103,8 @@ def train_wide(cell: WideCell, steps: int = WIDE_STEPS) -> Outcome:
     def adapt(config: ResolvedConfig) -> ResolvedConfig:
         return dataclasses.replace(config, **replaced)
 
-    name = "gpt2-untied" if model == "two-towers" else model
     return train(
-        name, layout, optimizer="adamw", steps=steps, options=options, adapt=adapt, **changes
+        model, layout, optimizer="adamw", steps=steps, options=options, adapt=adapt, **changes
     )
 
 

@@ -28,7 +28,7 @@ from training_helpers import (
     train,
 )
 
-from minillm.base.errors import CommError, CommTimeout, ConfigError
+from minillm.base.errors import CommError, CommTimeout
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
@@ -365,19 +365,3 @@ def test_metrics_hold_the_deals_and_a_resumed_run_measures_again(tmp_path: Path)
     deals = [json.loads(line)["deal"] for line in lines]
     assert len(deals) == 24 and all(sum(deal) == 16 for deal in deals)
     assert deals[:WINDOW] == deals[12 : 12 + WINDOW] == [[8, 8]] * WINDOW
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"zero": 2}, "--balance speed and --zero 2 do not go together.*--zero 1, and with --tp"),
-        ({"zero": 3}, "--balance speed and --zero 3"),
-        ({"compress": "bf16"}, "--balance speed and --compress bf16"),
-        ({"local_steps": 2}, "--balance speed and --local-steps 2"),
-        ({"server": "sync"}, "--balance speed and --server sync do not go together"),
-        ({"device": "cuda", "dtype": "float32", "heads": 1}, "--balance speed needs --device cpu"),
-    ],
-)
-def test_wrong_pairs_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        make_config("gpt2", Layout(dp=4), balance="speed", **changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,16 @@ def gradients(workers: int, steps: int, shapes: Any = SHAPES, seed: int = 0) -> 
     return [[draw(shape) for shape in shapes] for _ in range(steps)]
 
 
-def exchange_here(comm: Communicator, make: Callable[[], Codec], grads: list[Any]) -> list[Any]:
+def exchange_here(
+    comm: Communicator, make: Callable[[], Codec], grads: list[Any], real: Sequence[int] = ()
+) -> list[Any]:
     """Run a codec on this rank. Returns [step][matrix] of (sum, error, server)."""
     codec, found = make(), []
-    matrices = [Matrix(f"m{i}", np.zeros(g.shape[1:])) for i, g in enumerate(grads[0])]
+    real = real or [g[0].size for g in grads[0]]
+    matrices = [
+        Matrix(f"m{i}", np.zeros(g.shape[1:]), size)
+        for i, (g, size) in enumerate(zip(grads[0], real, strict=True))
+    ]
     for matrix in matrices:
         codec.start(matrix, comm)
     for step in grads:
@@ -186,16 +192,73 @@ def test_bytes_are_those_of_the_formula_at_any_size(
     assert run_ranks(workers, rank) == [expected] * workers
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_padding_has_no_part_in_a_sum(name: str) -> None:
+    """Check that rows of padding keep zero sums and memories, and enter no scale.
+
+    The first matrix has two rows of padding, the second one nothing else.
+    """
+    grads, real = gradients(3, 4), [15 * 19, 0]
+    for step in grads:
+        for matrix, size in zip(step, real, strict=True):
+            matrix.reshape(3, -1)[:, size:] = 0
+    found = run_ranks(3, lambda comm: exchange_here(comm, MAKE[name], grads, real))
+    for i, size in enumerate(real):
+        virtual = VirtualOneBit(size)
+        for number, step in enumerate(grads):
+            expected = virtual(step[i]).ravel()
+            for worker in found:
+                total, error, _ = worker[number][i]
+                assert not total.ravel()[size:].any() and not error.ravel()[size:].any()
+                if name == "onebit":
+                    np.testing.assert_allclose(total.ravel(), expected, rtol=0, atol=1e-12)
+            servers = np.concatenate([worker[number][i][2] for worker in found])
+            assert not servers[size:].any()
+
+
 def forget(matrix: Matrix) -> Any:
     """Overwrite the memory with the gradient."""
     matrix.error[...] = matrix.grad
     return matrix.error.reshape(-1)
 
 
+def forget_once(matrix: Matrix) -> Any:
+    """Begin a new memory at the third step, as at a new rate."""
+    matrix.calls = getattr(matrix, "calls", 0) + 1  # type: ignore[attr-defined]
+    return forget(matrix) if matrix.calls == 3 else fed_back(matrix)  # type: ignore[attr-defined]
+
+
+def shrink(matrix: Matrix) -> Any:
+    """Keep the memory of updates, times a rate, beside gradients."""
+    matrix.error *= 0.5
+    return fed_back(matrix)
+
+
+def add_behind(codec: Codec, matrices: Any, comm: Communicator) -> None:
+    """Compress the gradient alone, and add the memory to the result."""
+    kept = [matrix.error.copy() for matrix in matrices]
+    for matrix in matrices:
+        matrix.error[...] = 0
+    SUMS[type(codec)](codec, matrices, comm)
+    for matrix, error in zip(matrices, kept, strict=True):
+        matrix.grad += error
+
+
+def take_the_mean(codec: Codec, matrices: Any, comm: Communicator) -> None:
+    SUMS[type(codec)](codec, matrices, comm)
+    for matrix in matrices:
+        matrix.grad /= comm.size
+
+
 def count_padding(memory: Any, real: int, length: int) -> Any:
     """Divide the scale by the padded length."""
     scale, bits = compress(memory, real, length)
     return scale * real / length, bits
+
+
+def all_real(matrix: Matrix) -> None:
+    """Take padding of a vocabulary for elements."""
+    matrix.real = matrix.grad.size
 
 
 def zero_is_negative(flat: Any, length: int) -> Any:
@@ -227,12 +290,26 @@ def last_of_equal(flat: Any, count: int) -> Any:
     return np.sort(np.argsort(np.abs(flat), kind="stable")[-count:]).astype(np.int32)
 
 
-compress, start = OneBit._compress, PowerSGD.start
+compress, start, fed_back = OneBit._compress, PowerSGD.start, Matrix.fed_back
+SUMS: dict[type, Any] = {kind: kind.sum_ for kind in (Bf16, OneBit, PowerSGD, TopK)}
 PLANTED: list[tuple[Any, str, Any, Callable[[], None]]] = [
     (Matrix, "fed_back", forget, lambda: test_nothing_is_lost("powersgd", 3)),
     (Matrix, "fed_back", forget, lambda: test_nothing_is_lost("topk", 3)),
     (Matrix, "fed_back", forget, lambda: test_nothing_is_lost("onebit", 3)),
+    *(
+        (Matrix, "fed_back", fault, lambda name=name: test_nothing_is_lost(name, 3))
+        for fault, name in [(forget_once, "topk"), (forget_once, "onebit"), (shrink, "powersgd")]
+    ),
+    (TopK, "sum_", add_behind, lambda: check_simulation("topk")),
+    (OneBit, "sum_", add_behind, lambda: check_simulation("onebit")),
+    (PowerSGD, "sum_", add_behind, lambda: test_nothing_is_lost("powersgd", 3)),
+    *(
+        (kind, "sum_", take_the_mean, lambda name=name: test_nothing_is_lost(name, 3))
+        for kind, name in [(TopK, "topk"), (OneBit, "onebit"), (PowerSGD, "powersgd")]
+    ),
+    (Bf16, "sum_", take_the_mean, lambda: check_simulation("bf16")),
     (OneBit, "_compress", staticmethod(count_padding), lambda: check_simulation("onebit")),
+    (Matrix, "__post_init__", all_real, lambda: test_padding_has_no_part_in_a_sum("onebit")),
     (codecs, "packed_signs", zero_is_negative, lambda: test_nothing_is_lost("onebit", 3)),
     (codecs, "add_at", drop_duplicates, lambda: check_simulation("topk")),
     (codecs, "largest", last_of_equal, lambda: check_simulation("topk")),

@@ -28,7 +28,7 @@ from training_helpers import (
 )
 
 from minillm import checkpoint
-from minillm.base.errors import CommTimeout, ConfigError
+from minillm.base.errors import CommTimeout
 from minillm.checkpoint.find import step_name
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
@@ -40,11 +40,9 @@ from minillm.replication.parameter_server import FreeWorker
 from minillm.replication.server import FreeShard, Op, Request, Server, Shard, SyncShard
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.assembly import layout_of
-from minillm.training.config import RunConfig
 from minillm.training.costs import held_bytes
 from minillm.training.memory import predicted, predicted_server
 from minillm.training.replay import replay
-from minillm.training.resolve import resolve
 from minillm.training.serving import with_servers
 from minillm.training.trainer import Trainer
 
@@ -332,7 +330,7 @@ def test_updates_are_counted_on_for_the_same_workers(tmp_path: Path) -> None:
         assert {(line.clock, len(log)) for log in found.logs for line in log} == {(2, workers)}
 
 
-# ---- memory and refusals
+# ---- memory
 
 
 @pytest.mark.parametrize(("mode", "servers"), [("sync", 1), ("async", 0), ("stale", 2)])
@@ -353,34 +351,6 @@ def test_held_bytes_are_predicted(mode: str, servers: int) -> None:
     if servers:
         size = predicted_server(config, layout_of(config)).held
         assert max(kept) == pytest.approx(size, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"servers": 1}, "--servers 1 needs --server"),
-        ({"staleness": 2, "server": "async"}, "--staleness 2 needs --server stale, not"),
-        ({"staleness": -1, "server": "stale"}, "--staleness"),
-        (
-            {"server": "sync", "zero": 1},
-            "--server sync and --zero 1 do not go together|--zero 1 and",
-        ),
-        ({"server": "sync", "compress": "topk"}, "do not go together.*--server with --tp"),
-        ({"server": "async", "tp": 2}, "--server async with --tp 2 --pp 1.*or --server sync"),
-        ({"server": "async", "device": "cuda"}, "--server async needs --device cpu"),
-        ({"server": "sync", "servers": 4}, "--servers 4 leaves no worker: 4 ranks run; use mpirun"),
-        (
-            {"server": "sync", "servers": 1, "dp": 4},
-            "3 ranks run besides 1 that serves; use mpirun -n 5",
-        ),
-        ({"slow_rank": "4:2"}, "no rank 4 that computes; choose one of 0 to 3"),
-        ({"slow_rank": "1:0.5"}, "--slow-rank '1:0.5' must be"),
-        ({"slow_rank": "1"}, "--slow-rank '1' must be"),
-    ],
-)
-def test_refusals(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        resolve(RunConfig().replace(**changes), 4, 29)
 
 
 def test_a_slow_rank_takes_longer() -> None:

@@ -608,17 +608,3 @@ def test_scatter_and_gather_of_any_sizes(sizes: list[int], seed: int) -> None:
         expected[start : start + sizes[number]] = total[start : start + sizes[number]]
         np.testing.assert_array_equal(scattered, expected)
         np.testing.assert_array_equal(gathered, total)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"zero": 1, "shard_group": 3}, "choose one of 1, 2, 4"),
-        ({"shard_group": 2}, "needs --zero"),
-        ({"zero": 2, "node_shared": "on"}, "leave one out"),
-        ({"zero": 4}, "--zero"),
-    ],
-)
-def test_wrong_pairs_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        make_config("gpt2", Layout(dp=4), **changes)

@@ -19,18 +19,18 @@ from training_helpers import (
     OPTIMIZERS,
     Layout,
     assemble,
-    make_batches,
     make_config,
+    make_task,
     pieces,
 )
 
 from minillm.comm.single import SelfCommunicator
 from minillm.layout.mesh_shape import MeshShape
 from minillm.replication.codecs import Matrix, PowerSGD
-from minillm.tasks.language_model import LanguageModeling
 from minillm.training.optimizers import maker
 from minillm.training.replay import LoneWorker
-from minillm.training.trainer import Trainer, rate_of
+from minillm.training.resolve import ResolvedConfig
+from minillm.training.trainer import Trainer, rate_of, rows_of
 from minillm.training.verdict import CLIP_EPS
 
 LOCAL: dict[str, Any] = dict(local_steps=2, outer_lr=0.7, outer_momentum=0.9)
@@ -39,35 +39,45 @@ VirtualSum = Callable[[np.ndarray], np.ndarray]
 """Sum of the gradients of one matrix [workers, rows, columns], with its memory of earlier ones."""
 
 
-class Share(LanguageModeling):
-    """The sequences of one worker, whose batch is its share of the global one."""
+class Share:
+    """The sequences of one worker, whose batch is its share of the global one.
 
-    def __init__(self, config: Any, worker: int, batch: int) -> None:
-        super().__init__(make_batches(config))
-        self.first = worker * batch
-        self._divisors = {"loss": float(batch * config.model.context)}
+    Each divisor is that of the global batch, divided by the number of workers.
+    """
+
+    def __init__(self, config: ResolvedConfig, worker: int) -> None:
+        self.task, self.workers = make_task(config), config.mesh.dp
+        deal = (config.num_microbatches,) * self.workers
+        self.rows = np.concatenate(list(rows_of(config, self.task, deal, worker)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
 
     def batch(self, step: int, rows: Any, device: Any) -> Any:
-        return super().batch(step, rows + self.first, device)
+        made = self.task.batch(step, self.rows[rows], device)
+        divisors = {name: count / self.workers for name, count in made.divisors.items()}
+        return made._replace(divisors=divisors)
 
 
 def simulate_local_steps(
-    d: int, steps: int, optimizer: str, model: str = "gpt2", **changes: Any
+    layout: Layout, steps: int, optimizer: str, model: str = "gpt2", **changes: Any
 ) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
-    """Train `d` virtual workers one after another. Returns losses, norms and agreed weights.
+    """Train `layout.dp` virtual workers one by one. Returns losses, norms and agreed weights.
 
-    Each is a plain run on one rank whose loss is the mean over its own sequences.
+    Each is a plain run on one rank. Its loss is the mean over its own sequences, where each
+    sequence counts as many tokens.
     """
+    d = layout.dp
     options = {**SMALL, **LOCAL, "fragments": 1, **changes}
     every, rate, mu, number = (options.pop(name) for name in (*LOCAL, "fragments"))
-    config = make_config(model, Layout(dp=d), **options)
-    share = options["batch"] // d
-    alone = make_config(model, Layout(), **(options | {"batch": share}))
+    config = make_config(model, Layout(dp=d, num_microbatches=layout.num_microbatches), **options)
+    options["batch"] //= d
+    alone = make_config(model, Layout(), **options)
     workers = [
         Trainer(
             alone,
             SelfCommunicator(),
-            Share(config, worker, share),
+            Share(config, worker),
             std=INIT_STD,
             optimizer=OPTIMIZERS[optimizer],
         )
@@ -77,7 +87,7 @@ def simulate_local_steps(
     theta, buf = held[0].copy(), np.zeros_like(held[0])
     fragment = np.zeros(theta.size, int)
     for span in workers[0].model.buffers[0].layout.spans():
-        block = re.match(r"blocks\.(\d+)\.", span.parameter.name)
+        block = re.match(r"(?:blocks|layers)\.(\d+)\.", span.parameter.name)
         if block:
             fragment[span.start : span.stop] = (int(block[1]) + 1) % number
     losses, norms = [], []
@@ -121,23 +131,27 @@ def signs_and_rest(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class VirtualOneBit:
-    """Signs and scales of workers and of servers."""
+    """Signs and scales of workers and of servers.
 
-    def __init__(self) -> None:
-        self.memory, self.server = np.zeros(()), np.zeros(())
+    Of each matrix the first `real` elements count, None: all. The others are padding, which only
+    moves the limits of the servers' blocks.
+    """
+
+    def __init__(self, real: int | None = None) -> None:
+        self.real, self.memory, self.server = real, np.zeros(()), np.zeros(())
 
     def __call__(self, grads: np.ndarray) -> np.ndarray:
-        self.memory = self.memory + grads
-        total = self.server + np.zeros(grads[0].size)
+        self.memory = self.memory + grads.reshape(len(grads), -1)[:, : self.real]
+        total = self.server + np.zeros(self.memory[0].size)
         for worker, memory in enumerate(self.memory):
             decoded, self.memory[worker] = signs_and_rest(memory)
-            total += decoded.ravel()
+            total += decoded
         self.server = np.zeros_like(total)
-        block = math.ceil(total.size / (8 * len(grads))) * 8
+        block = math.ceil(grads[0].size / (8 * len(grads))) * 8
         for start in range(0, block * len(grads), block):
             part = slice(start, start + block)
             total[part], self.server[part] = signs_and_rest(total[part])
-        return total.reshape(grads[0].shape)
+        return np.pad(total, (0, grads[0].size - total.size)).reshape(grads[0].shape)
 
 
 class VirtualBf16:
@@ -165,8 +179,13 @@ class VirtualPowerSGD:
         return total
 
 
-def virtual_sum(options: Any, name: str, shape: tuple[int, ...], seed: int) -> VirtualSum:
-    """Return the sum that a codec stands for, or the plain one of what it leaves alone."""
+def virtual_sum(
+    options: Any, name: str, shape: tuple[int, ...], seed: int, real: int
+) -> VirtualSum:
+    """Return the sum that a codec stands for, or the plain one of what it leaves alone.
+
+    `real` elements of an array of `shape` are no padding.
+    """
     rows, columns = math.prod(shape[:-1]), shape[-1]
     big = len(shape) > 1 and rows * columns >= 256
     if options.compress == "bf16":
@@ -174,7 +193,7 @@ def virtual_sum(options: Any, name: str, shape: tuple[int, ...], seed: int) -> V
     if options.compress == "topk" and big:
         return VirtualTopK(options.compress_share)
     if options.compress == "onebit" and big:
-        return VirtualOneBit()
+        return VirtualOneBit(real)
     rank = options.compress_rank
     if options.compress == "powersgd" and big and rank * (rows + columns) < rows * columns:
         matrix = Matrix(name, np.zeros((rows, columns)))
@@ -192,7 +211,7 @@ def simulate_compressed(
     """
     alone = Layout(dp=layout.dp, num_microbatches=layout.num_microbatches)
     config = make_config(model, alone, **changes)
-    worker = LoneWorker(config, LanguageModeling(make_batches(config)), INIT_STD)
+    worker = LoneWorker(config, make_task(config), INIT_STD)
     buffers, mesh = worker.buffers, MeshShape(tp=layout.tp)
     optimization = config.options.optimization
     update = (OPTIMIZERS[optimizer] or maker(optimization))([buffers])
@@ -212,9 +231,10 @@ def simulate_compressed(
                     for globally, locally in cut:
                         local[number][locally] = grad[globally]
                 shape = local.shape[1:]
-                seed = optimization.seed
+                real = sum(drawn[0][globally].size for globally, _ in cut)
                 add = sums.setdefault(
-                    (name, shard), virtual_sum(config.replication, name, shape, seed)
+                    (name, shard),
+                    virtual_sum(config.replication, name, shape, optimization.seed, real),
                 )
                 flat = add(local.reshape(layout.dp, -1, shape[-1])).reshape(shape)
                 for globally, locally in cut:
