@@ -6,7 +6,7 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,3 +97,24 @@ class Board:
         self.messages: dict[tuple[int, int, int], collections.deque[Message]] = (
             collections.defaultdict(collections.deque)
         )
+
+
+class ThreadWindow:
+    """Window among threads, which share all memory: `sync` is a barrier.
+
+    `parts` are those of all ranks. The first barrier is recorded in the ledger, the other not.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[np.ndarray],
+        barrier: Callable[[], None],
+        silent_barrier: Callable[[], None],
+    ) -> None:
+        self.parts = list(parts)
+        self.sync, self._silent_barrier = barrier, silent_barrier
+
+    def free(self) -> None:
+        """Release the memory. Collective."""
+        self._silent_barrier()
+        self.parts = []

@@ -71,6 +71,12 @@ def cut(flat: Array, counts: Sequence[int]) -> list[Array]:
     return views
 
 
+def counts_along(x: Array, dim: int, sizes: Sequence[int]) -> list[int]:
+    """Return the elements of each slice of `x` along `dim`, given the slices' lengths there."""
+    rest = math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :])
+    return [int(size) * rest for size in sizes]
+
+
 def even_counts(size: int, parts: int) -> list[int]:
     """Divide `size` elements into `parts` counts that differ by at most one."""
     return [size * (i + 1) // parts - size * i // parts for i in range(parts)]

@@ -20,7 +20,7 @@ import numpy as np
 from minillm.base.arrays import Array, dtype_name
 from minillm.base.errors import CommError
 from minillm.comm import checks
-from minillm.comm.buffers import MAX, SUM, ReduceOp, contiguous, cut, join, rank_major
+from minillm.comm.buffers import MAX, SUM, ReduceOp, contiguous, counts_along, cut, join, rank_major
 from minillm.comm.ledger import Ledger, Operation, ledger
 from minillm.comm.transport import Transport
 from minillm.comm.work import DoneWork, SharedWindow, ThenWork, TrackedWork, Work
@@ -97,7 +97,7 @@ class Communicator(Transport):
         if self.size == 1:
             return x
         sizes = [x.shape[dim]] * self.size if sizes is None else sizes
-        counts = _counts(x, dim, sizes)
+        counts = counts_along(x, dim, sizes)
         with self._collective(
             "all_gather", kind, sum(counts) * x.itemsize, "all_gather", x.dtype, shape, "dim", dim
         ):
@@ -126,7 +126,7 @@ class Communicator(Transport):
             checks.sizes(self, "reduce_scatter", sizes, x.shape[dim], own=False)
         if self.size == 1:
             return x
-        counts = _counts(x, dim, sizes)
+        counts = counts_along(x, dim, sizes)
         with self._collective(
             "reduce_scatter", kind, x.nbytes, "reduce_scatter", x.dtype, x.shape, "dim", dim, sizes
         ):
@@ -384,12 +384,6 @@ def _encode(obj: Any) -> np.ndarray:
 
 def _decode(data: np.ndarray) -> Any:
     return json.loads(data.tobytes())
-
-
-def _counts(x: Array, dim: int, sizes: Sequence[int]) -> list[int]:
-    """Return the elements of each slice of `x` along `dim`, given the slices' lengths there."""
-    rest = math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :])
-    return [int(size) * rest for size in sizes]
 
 
 def _back_into(x: Array, flat: Array, work: Work) -> Work:

@@ -19,7 +19,7 @@ import numpy as np
 
 from minillm.base.arrays import aligned_empty
 from minillm.base.errors import CommError, PeerFailed
-from minillm.comm.boards import Board, Meeting, Message, World
+from minillm.comm.boards import Board, Meeting, Message, ThreadWindow, World
 from minillm.comm.buffers import ReduceOp, cut, reduce_in_order
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger, recording
@@ -331,24 +331,8 @@ class ThreadCommunicator(Communicator):
             )
         own = aligned_empty((nbytes,), np.uint8)
         own[...] = 0
-        return _ThreadWindow(
-            self, self._meet(own, lambda parts: [list(parts)] * self.size, "alloc_shared")
-        )
-
-
-class _ThreadWindow:
-    """Window among threads, which share all memory: `sync` is a barrier."""
-
-    def __init__(self, comm: ThreadCommunicator, parts: list[np.ndarray]) -> None:
-        self._comm = comm
-        self.parts = list(parts)
-
-    def sync(self) -> None:
-        self._comm.barrier()
-
-    def free(self) -> None:
-        self._comm._barrier()
-        self.parts = []
+        parts = self._meet(own, lambda parts: [list(parts)] * self.size, "alloc_shared")
+        return ThreadWindow(parts, self.barrier, self._barrier)
 
 
 def run_ranks(

@@ -29,7 +29,7 @@ from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import SCHEDULES
 from minillm.replication.all_reduce import counted_grads
 from minillm.replication.protocol import MakeOptimizer, Replication
-from minillm.replication.server import Applied, key_range, ranges
+from minillm.replication.server_shards import Applied, key_range, ranges
 from minillm.tasks.protocol import Continuing, Task
 from minillm.training.assembly import assemble
 from minillm.training.carried import Carried

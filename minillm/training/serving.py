@@ -10,9 +10,11 @@ from minillm.comm.communicator import Communicator
 from minillm.models.protocol import INIT_STD
 from minillm.parallel.tensor import PlannedGroup
 from minillm.pipeline.schedules import SCHEDULES
-from minillm.replication.parameter_server import AXIS, leave, shard_class
+from minillm.replication.parameter_server import shard_class
 from minillm.replication.protocol import MakeOptimizer
-from minillm.replication.server import Server, Shard, key_range
+from minillm.replication.server import Server
+from minillm.replication.server_shards import Shard, key_range
+from minillm.replication.server_worker import AXIS, leave
 from minillm.training.assembly import build_model, layout_of
 from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig

@@ -28,8 +28,9 @@ from training_helpers import (
 )
 
 from minillm.comm.communicator import Communicator
-from minillm.replication.parameter_server import Worker
-from minillm.replication.server import Applied, Server
+from minillm.replication.server import Server
+from minillm.replication.server_shards import Applied
+from minillm.replication.server_worker import Worker
 from minillm.training.replay import replay
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.serving import make_server, with_servers

@@ -23,8 +23,10 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
 from minillm.replication.costs import DataAxis
-from minillm.replication.parameter_server import Worker
-from minillm.replication.server import Applied, Request, Server
+from minillm.replication.server import Server
+from minillm.replication.server_messages import Request
+from minillm.replication.server_shards import Applied
+from minillm.replication.server_worker import Worker
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.costs import data_axis, server_axis
 from minillm.training.resolve import ResolvedConfig

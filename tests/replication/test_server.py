@@ -34,10 +34,11 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.pipeline.action import Action, ActionKind
 from minillm.pipeline.runtime import METHODS, PipelineRuntime
-from minillm.replication import server as server_module
 from minillm.replication.methods import payload
-from minillm.replication.parameter_server import FreeWorker
-from minillm.replication.server import FreeShard, Op, Request, Server, Shard, SyncShard
+from minillm.replication.server import Server
+from minillm.replication.server_messages import Op, Request
+from minillm.replication.server_shards import Applied, FreeShard, Shard, SyncShard
+from minillm.replication.server_worker import FreeWorker
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.assembly import layout_of
 from minillm.training.costs import held_bytes
@@ -408,7 +409,7 @@ def step_per_clock(shard: Shard, worker: int, clock: int, *args: Any) -> None:
     read, lr, scale = args
     shard.optimizer.step(clock, lr, scale)
     shard.version = version
-    shard.log.append(server_module.Applied(worker, clock, read, version))
+    shard.log.append(Applied(worker, clock, read, version))
     shard.version += 1
 
 

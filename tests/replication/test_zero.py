@@ -49,7 +49,8 @@ from minillm.replication import gather
 from minillm.replication.gather import Gatherer, Unit, unit_of
 from minillm.replication.methods import payload
 from minillm.replication.protocol import Replication
-from minillm.replication.zero import Zero, Zone, ZoneReducer, zones_of
+from minillm.replication.zero import Zero
+from minillm.replication.zones import Zone, ZoneReducer, zones_of
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
 from minillm.training.assembly import layout_of
 from minillm.training.costs import data_axis

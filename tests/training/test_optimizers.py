@@ -33,7 +33,7 @@ from minillm.layout.flat import FlatLayout
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import ShardSpec
 from minillm.params.parameter import Constant, Parameter
-from minillm.replication.zero import zones_of
+from minillm.replication.zones import zones_of
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training import muon, optim
 from minillm.training.assembly import layout_of
