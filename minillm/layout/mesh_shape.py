@@ -25,6 +25,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     TOKEN_AXES,
     (*TOKEN_AXES, "tp"),
     ("dp", "cp", "tp"),
+    ("pp", "tp"),
 )
 """Axis combinations that have a communicator."""
 

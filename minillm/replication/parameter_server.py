@@ -124,10 +124,11 @@ def range_held(size: int, count: int, item: int, options: ReplicationOptions, wo
 
 def _check(options: ReplicationOptions, mesh: MeshShape, steps: int) -> None:
     """Raise ConfigError for workers of several ranks whose weights would differ in version."""
-    if options.server != "sync" and mesh.tp * mesh.pp > 1:
+    if options.server != "sync" and mesh.tp * mesh.pp > 1 and options.servers != 1:
         raise ConfigError(
-            f"--server {options.server} with --tp {mesh.tp} --pp {mesh.pp}: the ranks of a worker "
-            "would hold weights of different versions; use --tp 1 --pp 1, or --server sync"
+            f"--server {options.server} with --tp {mesh.tp} --pp {mesh.pp} needs --servers 1, not "
+            f"{options.servers}: the ranks of a worker would hold weights of different versions. "
+            "Use --servers 1, or --tp 1 --pp 1, or --server sync"
         )
 
 
@@ -161,7 +162,7 @@ METHOD = Method(
     check=_check,
     needs_host=lambda options: _as_zero(options) is None,
     needs={"servers": "--server", "staleness": "--server stale"},
-    goes_with="--tp, --sequence-parallel and --pp (async and stale with --dp alone), and "
+    goes_with="--tp, --sequence-parallel and --pp (async and stale then with --servers 1), and "
     "--node-shared auto or off",
     compared={
         f"server {mode}": {"server": mode, "servers": _dedicated}

@@ -1,7 +1,11 @@
 """Parameter server: the part of a run that holds weights and optimizer state for the workers.
 
 It answers requests (server_messages.py) one after another, so a pull never sees half of an update.
-What a push changes, and when a pull may be answered, say the key ranges (server_shards.py).
+Its key ranges (server_shards.py), one for each pp and tp coordinate, define what a push changes and
+when a pull may be answered.
+
+Invariant: under rules that update at every push, all ranges of a server have one version. So the
+ranks of a worker always hold weights of the same one, and the copies of a replicated weight agree.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -41,6 +46,8 @@ class Server:
         self.wanted: deque[Sequence[Array]] = deque()  # its arrays that answers fill
         self._answers: deque[Work] = deque()  # under way
         self._asking: dict[tuple[int, int], int] = {}  # (shard, worker) -> rank
+        self._pushed: dict[int, list[deque[Request]]] = {}  # worker -> pushes to each shard
+        self._together = all(shard.together for shard in self.shards)
 
     def serve(self, num_ranks: int) -> None:
         """Answer until `num_ranks` ranks have left. Sleeps while there is nothing to do."""
@@ -69,7 +76,7 @@ class Server:
         shard = self.shards[index]
         self._asking[index, worker] = source
         if request.op == Op.PUSH:
-            shard.push(worker, request, lambda out: self._receive(out, source))
+            self._push(worker, index, request)
         elif request.op == Op.STEP:
             assert isinstance(shard, SyncShard)
             shard.step(request)
@@ -85,6 +92,19 @@ class Server:
             self._exchange(shard, source, request)
         self._answer_waiting(index)
 
+    def _push(self, worker: int, index: int, request: Request) -> None:
+        """Let a shard take a gradient, or all shards theirs once all of a worker have come.
+
+        A gradient is received when it is taken.
+        """
+        waiting = self._pushed.setdefault(worker, [deque() for _ in self.shards])
+        waiting[index].append(request)
+        taken = range(len(self.shards)) if self._together else [index]
+        if all(waiting[number] for number in taken):
+            for number in taken:
+                receive = partial(self._receive, source=self._asking[number, worker])
+                self.shards[number].push(worker, waiting[number].popleft(), receive)
+
     def _answer_waiting(self, index: int) -> None:
         """Answer the requests that need not wait any longer, in the order of the workers."""
         shard = self.shards[index]
@@ -94,14 +114,19 @@ class Server:
                 if shard.complete:
                     del shard.waiting[worker]
                     self._send(self._asking[index, worker], [np.array([shard.squares()])], True)
-            elif shard.ready(int(request.clock)):
-                del shard.waiting[worker]
-                self.answer(index, worker, request)
+                continue
+            asked = self.shards if self._together else [shard]
+            if all(each.waits(worker) for each in asked):
+                found = [each.waiting.pop(worker).numbers for each in asked]
+                numbers = tuple(map(max, zip(*found, strict=True)))
+                reply = asked[0].reply(worker, request._replace(numbers=numbers))
+                for each in asked:
+                    self.answer(self.shards.index(each), worker, reply)
 
-    def answer(self, index: int, worker: int, request: Request) -> None:
-        """Send the weights of a shard to a worker."""
-        shard, source = self.shards[index], self._asking[index, worker]
-        self._send(source, [shard.reply(worker, request), *(b.values for b in shard.buffers)])
+    def answer(self, index: int, worker: int, reply: np.ndarray) -> None:
+        """Send a header and the weights of a shard to a worker."""
+        source, buffers = self._asking[index, worker], self.shards[index].buffers
+        self._send(source, [reply, *(b.values for b in buffers)])
 
     def _exchange(self, shard: Shard, source: int, request: Request) -> None:
         """Answer GET or SET."""

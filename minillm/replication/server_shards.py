@@ -83,6 +83,10 @@ class Shard:
     `buffers` are those of `key_range`, stage by stage. Base class of the rules of update.
     """
 
+    together = False
+    """True if the shards of a server have one version: a push of a worker counts once all of its
+    ranks have pushed, and a pull is answered once all of them ask."""
+
     def __init__(
         self,
         buffers: Mapping[int, FlatBuffers],
@@ -131,6 +135,11 @@ class Shard:
     def ready(self, clock: int) -> bool:
         """Return whether a pull at `clock` may be answered."""
         raise TypeError(f"{type(self).__name__} does not define ready")
+
+    def waits(self, worker: int) -> bool:
+        """Return whether a pull of the worker waits that may be answered."""
+        request = self.waiting.get(worker)
+        return request is not None and self.ready(int(request.clock))
 
     def push(self, worker: int, request: Request, receive: Callable[[Array], object]) -> None:
         """Take a gradient; `receive` fills an array with the next of its parts."""
@@ -201,6 +210,8 @@ class SyncShard(Shard):
 
 class FreeShard(Shard):
     """Updates at every push. A worker may be `staleness` clocks ahead of the slowest."""
+
+    together = True
 
     def __init__(self, *args: Any, staleness: float = math.inf) -> None:
         super().__init__(*args)

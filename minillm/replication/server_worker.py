@@ -30,7 +30,6 @@ from minillm.base.arrays import Array
 from minillm.base.errors import CommTimeout
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import Mesh
-from minillm.comm.single import SelfCommunicator
 from minillm.layout.mesh_shape import TOKEN_AXES, MeshShape
 from minillm.layout.placement import Layout
 from minillm.layout.sharding import ShardSpec, overlap
@@ -313,15 +312,14 @@ class FreeWorker(Worker):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._alone = SelfCommunicator("worker", self.mesh.world.timeout)
         self._version = np.full(self.num_workers, -1, np.int64)
         self._clock = 0
         self.staleness = math.nan
 
     @property
     def agreeing(self) -> Communicator:
-        """The rank itself: no worker waits for the others."""
-        return self._alone
+        """The ranks of this worker: no worker waits for the others."""
+        return self.mesh.axis("pp", "tp")
 
     def observer(self, stage: int, last: bool) -> BackwardObserver | None:
         """Return this worker, if it serves during its backward pass."""
@@ -374,7 +372,8 @@ class FreeWorker(Worker):
         It has an entry for each worker, so another number of workers takes no count over.
         """
         spec = ShardSpec.replicated(self.num_workers)
-        yield StateTensor("server/version", spec, self._version, fallback=NO_VERSION)
+        owned = self.mesh.coord("pp") == 0
+        yield StateTensor("server/version", spec, self._version, owned=owned, fallback=NO_VERSION)
 
     def loaded(self) -> None:
         """Give loaded optimizer state and the number of updates to the servers. Collective."""

@@ -44,7 +44,8 @@ class LoneWorker:
 
     def __init__(self, config: ResolvedConfig, task: Task, std: float) -> None:
         self.config, self.task = config, task
-        alone = dataclasses.replace(config, mesh=MeshShape())
+        whole = (sum(config.stage_layers),)
+        alone = dataclasses.replace(config, mesh=MeshShape(), stage_layers=whole)
 
         def alone_on(mesh: Mesh, layout: Layout) -> Replication:
             return Replication(mesh, layout, PrivateMemory())
@@ -122,7 +123,8 @@ def replay(
 ) -> Array:
     """Return the flat weights [n] that the logs of all servers, in their order, lead to.
 
-    The run began with initial weights. `optimizer` replaces that of the options.
+    The run began with initial weights. `optimizer` replaces that of the options. A run with tp or
+    pp is replayed to rounding, because sums over its ranks have another order.
     `advance` is called after each gradient. Not collective.
     """
     worker = LoneWorker(config, task, std)

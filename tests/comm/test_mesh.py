@@ -40,8 +40,8 @@ def test_a_mesh_of_another_size_and_an_undeclared_group_are_refused() -> None:
     def rank(comm: Communicator) -> None:
         with pytest.raises(ConfigError, match="has 8 ranks, but 2 are running"):
             Mesh(comm, SHAPE)
-        with pytest.raises(ConfigError, match=r"no communicator over pp\+tp; declared groups: "):
-            Mesh(comm, MeshShape(pp=2)).axis("pp", "tp")
+        with pytest.raises(ConfigError, match=r"no communicator over pp\+dp; declared groups: "):
+            Mesh(comm, MeshShape(pp=2)).axis("pp", "dp")
 
     run_ranks(2, rank)
 

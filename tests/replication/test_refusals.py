@@ -43,7 +43,7 @@ REFUSED: list[tuple[str, str]] = [
     (f"--balance speed {ANY_CODEC}", r"--balance speed and --compress \w+ do not go together"),
     # Options of one method, without it or with another value of its option.
     ("--shard-group 2", "--shard-group 2 needs --zero$"),
-    ("--servers 1", "--servers 1 needs --server$"),
+    ("--servers 1/2", r"--servers \d needs --server$"),
     ("--staleness 2", "--staleness 2 needs --server stale$"),
     ("--staleness 2 --server sync/async", r"--staleness 2 needs --server stale, not --server \w+$"),
     ("--outer-lr 1.0", "--outer-lr 1.0 needs --local-steps$"),
@@ -60,8 +60,12 @@ REFUSED: list[tuple[str, str]] = [
     ("--server sync --servers 4", "--servers 4 leaves no worker: 4 ranks run; use mpirun -n 5"),
     ("--server sync --servers 1 --dp 4", "3 ranks run besides 1 that serves; use mpirun -n 5"),
     ("--slow-rank 4:2", "no rank 4 that computes; choose one of 0 to 3"),
-    ("--server async/stale --tp 2", "--tp 2 --pp 1: .*use --tp 1 --pp 1, or --server sync"),
-    ("--server async/stale --pp 2", "--tp 1 --pp 2: .*use --tp 1 --pp 1, or --server sync"),
+    (
+        "--server async/stale --tp 2",
+        "--tp 2 --pp 1 needs --servers 1, not 0: .*Use --servers 1",
+    ),
+    ("--server async/stale --pp 2", "--tp 1 --pp 2 needs --servers 1, not 0: the ranks of a"),
+    ("--server async/stale --pp 2 --servers 2", "--tp 1 --pp 2 needs --servers 1, not 2: the"),
     # A GPU, and an optimizer of whole matrices.
     ("--node-shared on --device cuda", f"--node-shared on {ON_HOST}: it shares the host's memory"),
     ("--balance speed --device cuda", f"--balance speed {ON_HOST}: it measures the time of the"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -246,6 +247,39 @@ def test_a_worker_that_leaves_stops_no_other(timeout: float = 20) -> None:
     run_ranks(3, lambda comm: with_servers(comm, config, work), timeout=timeout)
 
 
+def test_pushes_that_cross_are_applied_in_one_order() -> None:
+    """Let the push of worker 0 surround that of worker 1: it begins before and ends behind it.
+
+    Copies of replicated weights agree on the ranks of a worker, bit for bit.
+    """
+    came = {rank: threading.Event() for rank in range(4)}  # ranks 0 and 1 are worker 0
+
+    def crossing(trainer: Trainer) -> None:
+        method, after = trainer.replication, {1: 3, 2: 0, 3: 0}.get(trainer.world.rank)
+        push = method.push
+
+        def pushed(request: Request) -> None:
+            assert after is None or came[after].wait(20)
+            push(request)
+
+        method.push = pushed
+
+    def watch(server: Server) -> None:
+        handle = server.handle
+
+        def handled(source: int, request: Request) -> None:
+            handle(source, request)
+            if request.op == Op.PUSH:
+                came[source].set()
+
+        server.handle = handled  # type: ignore[method-assign]
+
+    layout, options = Layout(dp=2, tp=2), {**SMALL, **ASYNC}
+    (log,) = serve("gpt2", layout, 2, prepare=crossing, watch=watch, **options).logs
+    assert [line.worker for line in log[:2]] == [1, 0]
+    assert log[1].applied - log[1].read == 1
+
+
 # ---- bytes and memory
 
 
@@ -255,6 +289,7 @@ def test_a_worker_that_leaves_stops_no_other(timeout: float = 20) -> None:
         ("sync", 2, Layout(dp=2, tp=2)),
         ("stale", 0, Layout(dp=4)),
         pytest.param("async", 1, Layout(dp=2), marks=SLOW),
+        pytest.param("stale", 1, Layout(dp=2, tp=2, pp=2, num_microbatches=2), marks=SLOW),
         pytest.param("async", 2, Layout(dp=2), marks=SLOW),
     ],
 )
@@ -295,6 +330,7 @@ def state_of(found: Served) -> dict[str, np.ndarray]:
         ("async", Layout(), 2),
         pytest.param("sync", Layout(dp=2, pp=2, num_microbatches=2), 1, marks=SLOW),
         pytest.param("stale", Layout(), 0, marks=SLOW),
+        pytest.param("async", Layout(tp=2, pp=2, num_microbatches=2), 1, marks=SLOW),
     ],
 )
 def test_a_resumed_run_has_the_bits_of_one_run(
@@ -475,6 +511,7 @@ BUGS: list[tuple[Any, str, Any, Callable[[], None]]] = [
     (FreeWorker, "observer", pull_amid, replayed),
     (FreeShard, "push", answer_first, lambda: test_one_worker_is_serial()),
     (Server, "handle", never_release, lambda: test_a_worker_that_leaves_stops_no_other(timeout=3)),
+    (FreeShard, "together", False, test_pushes_that_cross_are_applied_in_one_order),
     (FreeShard, "ready", strict, lambda: test_clocks_and_staleness(1, jumpy)),
     (FreeShard, "push", apply_repeated, test_a_repeated_push_counts_once),
     (Shard, "apply", step_per_clock, lambda: test_a_replay_of_the_logs_gives_the_bits(1, "adamw")),

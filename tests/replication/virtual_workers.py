@@ -243,10 +243,10 @@ def simulate_compressed(
         norms.append(float(np.linalg.norm(buffers.grads)))
         scale = min(1.0, optimization.clip / (norms[-1] + CLIP_EPS)) if optimization.clip else 1.0
         update.step(step, rate_of(config, step), scale)
-    return norms, assemble([_values(buffers)])
+    return norms, assemble([values_of(buffers)])
 
 
-def _values(buffers: Any) -> dict[str, Any]:
+def values_of(buffers: Any) -> dict[str, Any]:
     """Return the values as pieces by name, each one whole."""
     found = {}
     for span in buffers.layout.spans():
