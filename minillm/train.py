@@ -26,6 +26,7 @@ from minillm.comm.process import run_program
 from minillm.comm.signals import StopRequest
 from minillm.comm.two_levels import neighbours
 from minillm.inference.sample import SAMPLES
+from minillm.replication.server import Server
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig, preset_values
@@ -35,7 +36,7 @@ from minillm.training.loop import Run
 from minillm.training.numeric_key import asked_kernels
 from minillm.training.origin import Origin, continued_run, saved_options
 from minillm.training.resolve import ResolvedConfig, resolve
-from minillm.training.serving import with_servers
+from minillm.training.serving import make_server, with_servers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +103,16 @@ def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             if training.train():
                 _show_sample(training)
 
-        with_servers(comm, config, work)
+        def serving(wire: Communicator, config: ResolvedConfig) -> Server:
+            server = make_server(wire, config)
+            server.record(out, wire.rank - config.mesh.num_ranks, tracer)
+            return server
+
+        with_servers(comm, config, work, serving)
+        if tracer is not None:
+            path, cut = out / "trace.json", ", without the last steps" if tracer.dropped else ""
+            tracer.write(path, comm)
+            log(f"trace   {path}: a timeline of all ranks{cut}, to open in ui.perfetto.dev")
 
 
 def _own(comm: Communicator, stack: ExitStack, claim: Callable[[], Claim]) -> Path:

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 from minillm.base.errors import MinillmError
 
 METRICS = "metrics.jsonl"
-LEFT_METRICS = "left-metrics.jsonl"
+SERVER_LOG = "server-{}.jsonl"  # of a parameter server, by its number
+LEFT = "left-"  # before the name of a file of lines that a run has gone back behind
 
 
 class MetricsFile:
@@ -82,6 +83,14 @@ def open_regular(path: Path, mode: str) -> BinaryIO:
     if not stat.S_ISREG(kind):
         raise MinillmError(f"{path} is not a regular file; move it away and start again")
     return open(path, mode)  # type: ignore[return-value]
+
+
+def logs_of(run: Path) -> list[str]:
+    """Return the names of the files of lines by steps in the folder of a run, metrics first.
+
+    There need not be one of metrics.
+    """
+    return [METRICS, *sorted(path.name for path in run.glob(SERVER_LOG.format("*")))]
 
 
 def steps_of(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -19,9 +19,16 @@ if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator
 
 MOST_EVENTS = 200_000  # of a rank, 0.1 GB: 6,000 steps of 12 layers without a pipeline
-TRACKS = {"compute": 0, "communication": 1, "prefetch": 10, "reduction": 30, "messages": 50}
-"""Track -> thread number. The last three hold operations that run in the background, from launch to
-completion; those that overlap lie on further threads of the same name."""
+TRACKS = {
+    "compute": 0,
+    "communication": 1,
+    "prefetch": 10,
+    "reduction": 30,
+    "messages": 50,
+    "server": 70,
+}
+"""Track -> thread number. Prefetch, reduction and messages hold operations in the background, from
+launch to completion; those that overlap lie on further threads of the same name."""
 BACKGROUND = {
     "iall_gather": "prefetch",
     "iall_reduce": "reduction",

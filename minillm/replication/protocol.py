@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 from minillm.autograd.backward import BackwardObserver
+from minillm.base.trace import Tracer
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.mesh import Mesh
 from minillm.comm.two_levels import Summing, TwoLevels, by_levels
@@ -125,6 +127,9 @@ class Replication:
 
     def progress(self) -> None:
         """Serve other ranks. Called while this one is idle amid a computation."""
+
+    def record(self, run: Path, tracer: Tracer | None) -> None:
+        """Write what this rank serves to the folder of the run, and its spans to `tracer`."""
 
     def agreed(self) -> AbstractContextManager[None]:
         """Return a context in which the model holds weights that all replicas agree on.

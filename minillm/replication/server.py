@@ -15,10 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from minillm.base.arrays import Array
+from minillm.base.metrics_file import SERVER_LOG, MetricsFile
+from minillm.base.trace import Tracer
 from minillm.comm.communicator import Communicator, Work
 from minillm.replication.server_messages import DATA, FIELDS, HEADER, REPLY, Op, Request
 from minillm.replication.server_shards import Shard, SyncShard
@@ -47,7 +50,29 @@ class Server:
         self._answers: deque[Work] = deque()  # under way
         self._asking: dict[tuple[int, int], int] = {}  # (shard, worker) -> rank
         self._pushed: dict[int, list[deque[Request]]] = {}  # worker -> pushes to each shard
+        self._tracer: Tracer | None = None
+        self._log: Path | None = None
+        self._file: MetricsFile | None = None
         self._together = all(shard.together for shard in self.shards)
+
+    def record(self, run: Path, number: int, tracer: Tracer | None) -> None:
+        """Append every update to a file in the folder of the run, and give spans to `tracer`.
+
+        Updates are then no longer kept in memory. The file of server `number` begins with the first
+        update: the run has put its folder in order by then.
+        """
+        self._log, self._tracer = run / SERVER_LOG.format(number), tracer
+
+    def _write_log(self) -> None:
+        """Write the updates since the last call. All shards that log have the same ones."""
+        if self._log is None or not self.shards[0].log:
+            return
+        if self._file is None:
+            self._file = MetricsFile(self._log)
+        for line in self.shards[0].log:
+            self._file.write(step=line.clock + 1, **line._asdict())
+        for shard in self.shards:
+            shard.log.clear()
 
     def serve(self, num_ranks: int) -> None:
         """Answer until `num_ranks` ranks have left. Sleeps while there is nothing to do."""
@@ -72,6 +97,7 @@ class Server:
 
     def handle(self, source: int, request: Request) -> None:
         """Do what a request of the wire's rank `source` asks for."""
+        started = time.perf_counter()
         worker, index = self.place(source)
         shard = self.shards[index]
         self._asking[index, worker] = source
@@ -91,6 +117,11 @@ class Server:
         else:
             self._exchange(shard, source, request)
         self._answer_waiting(index)
+        self._write_log()
+        if self._tracer is not None:
+            name = f"{Op(request.op).name.lower()} of worker {worker}"
+            clock, end = int(request.clock), time.perf_counter()
+            self._tracer.add(name, "server", started, end, clock=clock, version=shard.version)
 
     def _push(self, worker: int, index: int, request: Request) -> None:
         """Let a shard take a gradient, or all shards theirs once all of a worker have come.

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from minillm import kernels
 from minillm.autograd.backward import BackwardObserver
 from minillm.base.arrays import Array
 from minillm.base.errors import CommTimeout
+from minillm.base.trace import Tracer
 from minillm.comm.communicator import Communicator, Work
 from minillm.comm.mesh import Mesh
 from minillm.layout.mesh_shape import TOKEN_AXES, MeshShape
@@ -331,6 +333,11 @@ class FreeWorker(Worker):
     def between_nodes(self) -> None:
         """Answer requests of other workers."""
         self.progress()
+
+    def record(self, run: Path, tracer: Tracer | None) -> None:
+        """Keep a log and spans of the server in this process, if there is one."""
+        if self.server is not None:
+            self.server.record(run, self.mesh.coord("dp"), tracer)
 
     def progress(self) -> None:
         """Answer requests of other workers."""

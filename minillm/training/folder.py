@@ -16,7 +16,7 @@ from typing import NamedTuple
 from minillm import checkpoint
 from minillm.base.errors import ConfigError
 from minillm.base.lock import FolderLock, FolderTaken
-from minillm.base.metrics_file import LEFT_METRICS, METRICS, copy_later, keep_until
+from minillm.base.metrics_file import LEFT, METRICS, copy_later, keep_until, logs_of
 from minillm.training.origin import Origin
 
 CONFIG = "config.toml"
@@ -134,7 +134,7 @@ def begin(run: Path, config: str, origin: Origin | None) -> list[str]:
     metrics up to its step. A run that goes back to an earlier step sets the later checkpoints and
     metrics aside now, so that a crash before its first save does not lead back to them.
     """
-    metrics, lines = run / METRICS, []
+    lines: list[str] = []
     if origin is None or not origin.continues:
         _clear(run)
     elif origin.run is not None and os.path.realpath(origin.run) == os.path.realpath(run):
@@ -142,7 +142,8 @@ def begin(run: Path, config: str, origin: Origin | None) -> list[str]:
     else:
         _copy_checkpoint(origin, run)
         if origin.run is not None:
-            keep_until(origin.step, origin.run / METRICS, metrics)
+            for name in logs_of(origin.run):
+                keep_until(origin.step, origin.run / name, run / name)
     temporary = run / f"{CONFIG}.tmp"
     # Names of files may be any bytes: Python holds what is not UTF-8 as surrogates.
     temporary.write_bytes(config.encode("utf-8", "surrogateescape"))
@@ -154,7 +155,7 @@ def _clear(run: Path) -> None:
     """Remove what a run that left no checkpoint to go on from has written."""
     for left in (run / checkpoint.SUBFOLDER).glob(f"{checkpoint.LEFT}*"):
         shutil.rmtree(left)
-    for name in (METRICS, LEFT_METRICS):
+    for name in (*logs_of(run), *(path.name for path in run.glob(f"{LEFT}*.jsonl"))):
         (run / name).unlink(missing_ok=True)
 
 
@@ -163,17 +164,19 @@ def _go_back(run: Path, step: int) -> list[str]:
 
     The order is such that a crash in between loses no line and leads back to no abandoned step.
     """
-    metrics, left = run / METRICS, run / LEFT_METRICS
+    names = logs_of(run)
     later = [number for number in checkpoint.run_steps(run) if number > step]
-    moved = copy_later(step, metrics, left) if later else 0
+    moved = {name: copy_later(step, run / name, run / f"{LEFT}{name}") for name in names if later}
     for folder in (run, run / checkpoint.SUBFOLDER):
         checkpoint.set_aside(folder, step)
-    keep_until(step, metrics, metrics)
+    for name in names:
+        keep_until(step, run / name, run / name)
     if not later:
         return []
     return [
         f"going back to step {step}: the checkpoints of steps {', '.join(map(str, later))} are now "
-        f"called left-step-..., and {moved} later lines of {METRICS} stand in {left.name}"
+        f"called left-step-..., and {moved[METRICS]} later lines of {METRICS} stand in "
+        f"{LEFT}{METRICS}"
     ]
 
 

@@ -85,6 +85,7 @@ class Run:
             self.first = position - self.first_step * batch
             task = data.task(config.model, batch=batch, seed=seed, first=self.first)
             self.trainer = Trainer(config, comm, task, tracer=tracer, device=device, wire=wire)
+        self.trainer.replication.record(out, tracer)
         self.key = numeric_key(config, comm, self.trainer.replication.memory.alias[1], device)
         if origin is not None:
             self._load(origin, moved)
@@ -287,11 +288,6 @@ class Run:
         self._save(step)
         self.metrics.close()
         self.writers.close()
-        if self.tracer is not None:
-            path = self.out / "trace.json"
-            self.tracer.write(path, self.comm)
-            cut = ", without the last steps" if self.tracer.dropped else ""
-            self.log(f"trace   {path}: a timeline of all ranks{cut}, to open in ui.perfetto.dev")
         if step > self.first_step:
             first = self.first_step
             steps = f"steps {first + 1} to {step}" if first else plural(step, "step")

@@ -11,13 +11,17 @@ a gradient takes from each the version that this server's log names.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from minillm import kernels
 from minillm.base.arrays import Array
 from minillm.base.device import CPU
+from minillm.base.errors import ConfigError
+from minillm.base.metrics_file import SERVER_LOG, steps_of
 from minillm.comm.mesh import Mesh
 from minillm.comm.single import SelfCommunicator
 from minillm.layout.mesh_shape import MeshShape
@@ -37,6 +41,24 @@ from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import rate_of, rows_of
 from minillm.training.verdict import Judge
+
+
+def read_logs(run: Path) -> list[list[Applied]]:
+    """Return the logs of all servers of a run, in their order, from the files in its folder.
+
+    Raises ConfigError if there is none, or if one does not begin with the first update or lacks
+    one.
+    """
+    paths = sorted(run.glob(SERVER_LOG.format("*")), key=lambda path: int(path.stem.split("-")[1]))
+    if not paths:
+        raise ConfigError(f"{run} holds no log of a server; async and stale runs write one")
+    logs = []
+    for path in paths:
+        lines = [json.loads(line) for _, line in steps_of(path)]
+        logs.append([Applied(**{name: line[name] for name in Applied._fields}) for line in lines])
+        if [line.applied for line in logs[-1]] != list(range(len(lines))):
+            raise ConfigError(f"{path} does not hold all updates from the first one on")
+    return logs
 
 
 class LoneWorker:

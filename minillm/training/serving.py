@@ -21,13 +21,15 @@ from minillm.training.resolve import ResolvedConfig
 
 Work = Callable[[Communicator, Communicator | None], object]
 """Work of the workers, from their group and the wire to the servers."""
+MakeServer = Callable[[Communicator, ResolvedConfig], Server]
+"""Make the server of this rank of the wire."""
 
 
 def with_servers(
     comm: Communicator,
     config: ResolvedConfig,
     work: Work,
-    make: Callable[[Communicator, ResolvedConfig], Server] | None = None,
+    make: MakeServer | None = None,
 ) -> None:
     """Run `work` on the ranks of the mesh, while the others serve. Collective over `comm`.
 
