@@ -59,7 +59,8 @@ ONLY_WHEN_ASKED = {"cupy", "torch", "tokenizers", "pooch", "matplotlib", "tensor
 STANDARD_LIBRARY_ONLY = [
     f"minillm/pipeline/{name}.py" for name in ("action", "schedules", "lower", "simulate", "draw")
 ]
-YARDSTICKS = ("minillm/bench/torch_run.py",)  # a program in PyTorch that nothing imports
+# A program in PyTorch that nothing imports, and its models.
+YARDSTICKS = ("minillm/bench/torch_run.py", "minillm/bench/torch_models.py")
 MPI_AT_TOP = {"minillm/comm/mpi.py", "minillm/comm/watchdog.py"}
 
 
