@@ -45,11 +45,16 @@ class Normalizer:
             return text, places, places + 1
         form = cast("Form", self.form)
         cuts = [0, *(i for i in range(1, len(text)) if _begins(text[i])), len(text)]
-        starts, ends = [], []
+        starts: list[int] = []
+        ends: list[int] = []
         for start, end in itertools.pairwise(cuts):
-            number = len(unicodedata.normalize(form, text[start:end]))
-            starts += [start] * number
-            ends += [end] * number
+            part = unicodedata.normalize(form, text[start:end])
+            if part == text[start:end]:
+                starts += range(start, end)
+                ends += range(start + 1, end + 1)
+            else:
+                starts += [start] * len(part)
+                ends += [end] * len(part)
         return changed, np.array(starts, np.int64), np.array(ends, np.int64)
 
 

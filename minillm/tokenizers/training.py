@@ -179,9 +179,12 @@ def _train_wordpiece(counts: Mapping[str, int], wish: Wish, advance: Advance) ->
         for character in word:
             seen[character] += count
     kept = sorted(sorted(seen), key=seen.__getitem__, reverse=True)[: wish.alphabet]
-    inside = {c for word in normal for c in word[1:]}.intersection(kept)
+    # The package numbers characters inside words as it meets them in random order of the words.
+    # This order is the most probable one: it decides between pairs of equal frequency.
+    held_by = Counter(character for word in normal for character in word[1:])
+    inside = sorted(held_by.keys() & set(kept), key=lambda c: (-held_by[c], c))
     special = _distinct((*BERT_SPECIAL, *wish.special), ())
-    tokens = [*special, *sorted(kept), *(INSIDE + c for c in sorted(inside))]
+    tokens = [*special, *sorted(kept), *(INSIDE + c for c in inside)]
     _check_room(
         len(tokens),
         wish.size,

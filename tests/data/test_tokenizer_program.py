@@ -89,6 +89,9 @@ def test_every_number_of_ranks_learns_and_encodes_the_same(
         found.append([(folder / name).read_bytes() for name in names])
         assert not [path for path in folder.rglob("*") if path.name.startswith(".tmp")]
     assert found[0] == found[1] == found[2]
+    starts, ends = np.load(tmp_path / "1" / "x.offsets.npy").T
+    assert np.all(np.diff(starts) >= 0)
+    assert ends[-1] == len(TEXT if kind == "bpe" else TEXT.rstrip())
 
 
 @pytest.mark.parametrize(

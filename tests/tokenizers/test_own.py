@@ -109,6 +109,26 @@ def test_a_token_within_a_character_stands_for_all_of_it() -> None:
     assert [part for _, part in tokens] == ["a", "é", "é", "€", "€", "€"]
 
 
+def test_a_byte_without_a_token_has_no_place() -> None:
+    definition = bpe("a").to_json()["tokenizer"]
+    model = {**definition["model"]}
+    model["vocab"] = {t: n for t, n in model["vocab"].items() if t not in ("Ã", "b")}
+    tokenizer = OwnTokenizer({**definition, "model": model}, "lacks")
+    assert shown(tokenizer, "aéba\x80b") == [("a", "a"), ("©", "é"), *shown(tokenizer, "a\x80")]
+
+
+def test_places_are_those_before_normalization() -> None:
+    definition = {**bpe("a").to_json()["tokenizer"], "normalizer": {"type": "NFC"}}
+    tokenizer = OwnTokenizer(definition, "nfc")
+    hangul = "\u1112\u1161\u11ab"
+    tokens = shown(tokenizer, f"ae\u0301b{hangul}c\u0995\u09bea")
+    assert [part for _, part in tokens] == [
+        *("a", "e\u0301", "e\u0301", "b", *3 * [hangul], "c"),
+        *(*3 * ["\u0995"], *3 * ["\u09be"], "a"),
+    ]
+    assert tokenizer.decode(tokenizer.encode(f"e\u0301{hangul}")) == "\xe9\ud55c"
+
+
 def test_added_tokens_are_found_before_words_are_cut() -> None:
     tokenizer = bpe(special=("<|end|>", "<|end|><|end|>"))
     assert tokenizer.encode("<|end|>").tolist() == [0]
@@ -140,6 +160,8 @@ def test_rules_of_bert() -> None:
     assert shown(tokenizer, "CAFÉ,中國") == [
         *(("cafe", "CAFÉ"), (",", ","), ("中", "中"), ("國", "國")),
     ]
+    # A capital sigma at the end of a word becomes the usual small one.
+    assert shown(wordpiece("οδοσ", "οδος"), "ΟΔΟΣ") == [("οδοσ", "ΟΔΟΣ")]
     # A word with a rest that no piece matches is one token, as is one of 101 characters.
     assert shown(tokenizer, "unis is[MASK]") == [
         ("[UNK]", "unis"),
