@@ -4,6 +4,7 @@ Heavy modules are imported only where they are needed.
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,12 +106,18 @@ def file_of(module: str) -> Path | None:
     return None
 
 
+@functools.cache
+def tree_of(text: str) -> ast.Module:
+    """Return the syntax tree of a file, which several tests read."""
+    return ast.parse(text)
+
+
 def imports(path: Path, *, module_level: bool = False) -> Iterator[tuple[str, int]]:
     """Yield (imported name, line) of every import statement.
 
     `from a import b` also gives a.b. Imports for types alone are left out.
     """
-    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    pending: list[ast.AST] = [tree_of(path.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
@@ -267,18 +274,10 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "minillm",
-        "minillm.train",
-        "minillm.evaluate",
-        "minillm.generate",
-        "minillm.schedule",
-        "minillm.doctor",
-    ],
-)
-def test_importing_a_program_starts_no_mpi_and_nothing_optional(module: str) -> None:
-    loaded = loaded_by(f"import {module}")
+PROGRAMS = ("train", "evaluate", "generate", "schedule", "doctor")
+
+
+def test_importing_programs_starts_no_mpi_and_nothing_optional() -> None:
+    loaded = loaded_by(f"import minillm, {', '.join(f'minillm.{name}' for name in PROGRAMS)}")
     assert "minillm" in loaded
     assert not loaded & ({"mpi4py", "tyro", "safetensors", "tqdm"} | ONLY_WHEN_ASKED)

@@ -39,6 +39,7 @@ from minillm.training.optim import SGD, AdamW
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
 
+STEPS = 3  # of a run: a first, a last, and one that is neither
 OPTIMIZERS: dict[str, Any] = {"sgd": SGD, "adamw": AdamW, "muon": None}
 """Class that is made without options; None: the optimizer of the configuration."""
 
@@ -278,7 +279,7 @@ def train(
     layout: Layout,
     *,
     optimizer: str = "sgd",
-    steps: int = 5,
+    steps: int = STEPS,
     prepare: Callable[[Trainer], None] | None = None,
     rendezvous: bool = False,
     nodes: Sequence[int] | None = None,
@@ -309,7 +310,10 @@ def train(
 
 @cache
 def reference(
-    model: str, optimizer: str = "sgd", steps: int = 5, changes: tuple[tuple[str, Any], ...] = ()
+    model: str,
+    optimizer: str = "sgd",
+    steps: int = STEPS,
+    changes: tuple[tuple[str, Any], ...] = (),
 ) -> Outcome:
     """Train on one rank, in one microbatch."""
     return train(model, Layout(), optimizer=optimizer, steps=steps, **dict(changes))

@@ -35,6 +35,7 @@ def test_table_fits_100_columns() -> None:
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_a_method_that_cannot_run_is_refused_once() -> None:
     command = ["-m", "minillm", "compare", *TINY, "--methods", "node-shared,zero4"]
     done = mpirun(2, command)

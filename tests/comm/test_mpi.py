@@ -13,7 +13,7 @@ PROGRAM = str(Path(__file__).with_name("mpi_program.py"))
 pytestmark = needs_mpirun
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_collectives(n: int) -> None:
     done = mpirun(n, [PROGRAM, "all", str(n)])
     assert done.returncode == 0 and "passed 6" in done.output, done.output

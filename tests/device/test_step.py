@@ -52,7 +52,7 @@ def expected(model: str, dtype: str, **more: Any) -> Outcome:
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", "sinusoidal", "gpt2-untied"])
 def test_float32_equals_the_cpu(model: str, gpu: Any) -> None:
-    """Compare losses, norms, first gradients and the weights after five steps.
+    """Compare losses, norms, first gradients and the weights after three steps.
 
     Dropout is on, and the device run has two microbatches.
     """

@@ -47,10 +47,17 @@ def last_stage(results: list) -> np.ndarray:
     return found[0]
 
 
-CELLS = [(model, at) for model in WRITERS for at in (Layout(), *LAYOUTS) if fits(model, at)]
+# Every model alone and on a mesh, in turn; the mark has all meshes.
+CACHED = [
+    pytest.param(model, at, marks=() if at in (Layout(), quick) else pytest.mark.matrix)
+    for i, model in enumerate(WRITERS)
+    for meshes in [[at for at in LAYOUTS if fits(model, at)]]
+    for quick in [meshes[i % len(meshes)]]
+    for at in (Layout(), *meshes)
+]
 
 
-@pytest.mark.parametrize(("model", "layout"), CELLS, ids=str)
+@pytest.mark.parametrize(("model", "layout"), CACHED, ids=str)
 def test_cached_logits_are_the_uncached_ones(model: str, layout: Layout) -> None:
     config = make_config(model, layout)
 

@@ -1,7 +1,6 @@
 """Law 1, one answer: training gives the same on every layout as on one rank.
 
-The tests compare loss, every gradient and the weights after five steps, or three in quick cells,
-with dropout on.
+The tests compare loss, every gradient and the weights after three steps, with dropout on.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from layouts import (
 from pipeline.placements import greedy, interleaved_ranks, v_ranks
 from replication.gradient_server import GradientServer
 from replication.sharded_moments import ShardedMoments
-from training_helpers import BASE, Layout, Outcome, assert_same, compare, reference, train
+from training_helpers import BASE, STEPS, Layout, Outcome, assert_same, compare, reference, train
 
 from minillm.training.resolve import ResolvedConfig
 
@@ -57,7 +56,7 @@ def test_covering_arrays_cover(strength: int) -> None:
 
 @pytest.mark.parametrize(("model", "layout"), QUICK_CELLS, ids=str)
 def test_float64_equals_one_rank(model: str, layout: Layout) -> None:
-    assert_same(train(model, layout, steps=3), reference(model, steps=3), TOLERANCE)
+    assert_same(train(model, layout), reference(model), TOLERANCE)
 
 
 @pytest.mark.matrix
@@ -74,11 +73,10 @@ def test_sampled_cells_equal_one_rank(model: str, layout: Layout) -> None:
     assert_same(train(model, layout), reference(model), TOLERANCE)
 
 
-WIDE_STEPS = 3
 REPLICATE = {"server": GradientServer, "sharded": ShardedMoments}
 
 
-def train_wide(cell: WideCell, steps: int = WIDE_STEPS) -> Outcome:
+def train_wide(cell: WideCell, steps: int = STEPS) -> Outcome:
     """Train with AdamW: its moments are what the methods of data parallelism share and cut."""
     model, layout, placement, method, recompute = cell
     options: dict[str, Any] = {"replicate": REPLICATE[method]} if method in REPLICATE else {}
@@ -168,7 +166,7 @@ def test_float32_adamw(model: str, layout: Layout) -> None:
     """
     changes = dict(dtype="float32", lr=1e-3, warmup=0)
     expected = reference(model, "adamw", 5, tuple(changes.items()))
-    found = train(model, layout, optimizer="adamw", **changes)
+    found = train(model, layout, optimizer="adamw", steps=5, **changes)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
     for name, weight in expected.weights.items():
         if not name.endswith("qkv.bias"):

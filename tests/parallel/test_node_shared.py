@@ -251,4 +251,5 @@ def test_planted_bug_is_caught(name: str, monkeypatch: Patch) -> None:
     plant, layout, nodes = BUGS[name]
     plant(monkeypatch)
     with pytest.raises(AssertionError):
-        assert_same(train("gpt2", layout, nodes=nodes, node_shared="on"), reference("gpt2"), 1e-10)
+        found = train("gpt2", layout, steps=2, nodes=nodes, node_shared="on")
+        assert_same(found, reference("gpt2", steps=2), 1e-10)
