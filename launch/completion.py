@@ -13,6 +13,7 @@ from minillm.comm.process import main_guard
 from minillm.data.prepare import PrepareArgs
 from minillm.evaluate import EvaluateArgs
 from minillm.generate import GenerateArgs
+from minillm.inference.chat import ChatArgs
 from minillm.inference.embed import EmbedArgs
 from minillm.inference.translate import TranslateArgs
 from minillm.schedule import ScheduleArgs
@@ -35,6 +36,7 @@ OPTIONS: Mapping[str, type[Record]] = {
     "prepare": PrepareArgs,
     "evaluate": EvaluateArgs,
     "generate": GenerateArgs,
+    "chat": ChatArgs,
     "translate": TranslateArgs,
     "embed": EmbedArgs,
     "import": ImportArgs,

@@ -28,6 +28,7 @@ PROGRAMS = {
     ),
     "evaluate": Program("minillm.evaluate", "measure the loss of a checkpoint"),
     "generate": Program("minillm.generate", "write text with a checkpoint"),
+    "chat": Program("minillm.inference.chat", "talk with a checkpoint"),
     "translate": Program("minillm.inference.translate", "translate lines with a checkpoint"),
     "embed": Program("minillm.inference.embed", "embed lines of text with an encoder"),
     "import": Program(

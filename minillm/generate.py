@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
-import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from minillm.comm.agreement import AgreedError, from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.launchers import launched
 from minillm.comm.process import run_program
+from minillm.inference.asking import ask, piped, whole_input
 from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place
 from minillm.inference.text import end_ids, prompt_ids
 from minillm.inference.writing import Prompt, Writer, WritingOptions
@@ -90,7 +87,7 @@ def _generate(comm: Communicator, args: GenerateArgs) -> None:
             ids = program.ids(given)
         program.write(ids)
         return
-    while (line := from_first(comm, lambda: _asked())) is not None:
+    while (line := from_first(comm, ask)) is not None:
         if not line:
             continue
         try:
@@ -200,14 +197,14 @@ def read_prompts(args: GenerateArgs) -> list[tuple[str, str | None]]:
     None is the default prompt. Raises ConfigError for a file that cannot be read, or has none.
     """
     if args.prompt == "-":
-        return [("standard input", _read(lambda: sys.stdin.read()).removesuffix("\n"))]
+        return [("standard input", whole_input().removesuffix("\n"))]
     if args.prompt is not None:
         return [(PROMPT, args.prompt)]
-    if args.prompts is None and not _piped():
+    if args.prompts is None and not piped():
         return [(PROMPT, None)]
     name, text = "standard input", ""
     if args.prompts in (None, "-"):
-        text = _read(lambda: sys.stdin.read())
+        text = whole_input()
     else:
         name = args.prompts
         text = _read_file(name)
@@ -230,46 +227,6 @@ def _read_file(name: str) -> str:
         raise ConfigError(f"--prompts {name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {name} is not UTF-8 text: {error}") from None
-
-
-def _piped() -> bool:
-    """Tell whether text is piped in. A launcher always gives the first rank a pipe."""
-    if sys.stdin is None or launched() is not None:
-        return False
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError):  # closed, or no file at all
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def _asked() -> str | None:
-    """Ask for a prompt on standard input; return None at its end."""
-    if sys.stdin is not None and sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # input() then edits lines and remembers them
-        try:
-            return input("> ")
-        except EOFError:
-            print()
-            return None
-    if launched() is not None:
-        print("> ", end="", flush=True)
-    line = _read(lambda: sys.stdin.readline())
-    return line.removesuffix("\n") if line else None
-
-
-def _read(read: Callable[[], str]) -> str:
-    """Return what `read` takes from standard input.
-
-    Raises ConfigError if it is closed, or not UTF-8.
-    """
-    if sys.stdin is None:
-        raise ConfigError("standard input is closed; give the text with --prompt")
-    try:
-        return read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input is not UTF-8 text: {error}") from None
 
 
 if __name__ == "__main__":

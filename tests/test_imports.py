@@ -56,7 +56,9 @@ PACKAGES = {
     "minillm.kernels": ROOT / "kernels",
     "minillm.launch": ROOT / "launch",
 }
-ONLY_WHEN_ASKED = {"cupy", "torch", "tokenizers", "pooch", "matplotlib", "tensorboardX", "wandb"}
+ONLY_WHEN_ASKED = {
+    *("cupy", "torch", "tokenizers", "jinja2", "pooch", "matplotlib", "tensorboardX", "wandb")
+}
 STANDARD_LIBRARY_ONLY = [
     f"minillm/pipeline/{name}.py" for name in ("action", "schedules", "lower", "simulate", "draw")
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class HFTokenizer:
 
     note = ""
     """Line for the user about the choice of this tokenizer."""
+    more: Mapping[str, Any] = MappingProxyType({})
+    """Facts of the vocabulary that checkpoints keep beside it (minillm/weights/turns.py)."""
 
     def __init__(self, definition: Mapping[str, Any], name: str) -> None:
         """Build the tokenizer from the value of a tokenizer.json.
@@ -123,7 +126,8 @@ class HFTokenizer:
         return self._tokenizer.id_to_token(token_id) or ""
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "hf", "name": self.name, "tokenizer": json.loads(self._tokenizer.to_str())}
+        definition = json.loads(self._tokenizer.to_str())
+        return {"kind": "hf", "name": self.name, "tokenizer": definition, **self.more}
 
 
 def tokenizer_of(definition: Mapping[str, Any], name: str) -> OwnTokenizer | HFTokenizer:

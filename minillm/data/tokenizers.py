@@ -264,7 +264,9 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
         case {"kind": "pieces", "tokenizer": dict(), "marks": [_, _]}:
             return SentencePieces(value)
         case {"kind": "hf", "name": str(name), "tokenizer": dict(definition)}:
-            return tokenizer_of(definition, name)
+            found = tokenizer_of(definition, name)
+            found.more = {key: value[key] for key in ("ends", "chat") if key in value}
+            return found
         case {"kind": "special", "base": base, "documents": bool(documents)}:
             return SpecialTokenizer(tokenizer_from_json(base), documents)
     raise ConfigError(

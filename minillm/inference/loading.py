@@ -72,7 +72,7 @@ class Opened:
         if texts is not None and dp > texts:
             raise ConfigError(
                 f"{num_ranks} ranks run, but one text is written by tp * pp = {layout.tp} * "
-                f"{layout.pp} ranks; use --tp {num_ranks}, --samples {dp}, or one rank"
+                f"{layout.pp} ranks; use --tp {num_ranks}, ask for {dp} texts, or use one rank"
             )
         dtype = self.config.compute.dtype
         if layout.device == "cpu" and dtype == "bfloat16":

@@ -66,6 +66,16 @@ class Rows:
         self._starts, self._read = self._starts[index], self._read[index]
         self._cache = self._cache.rows(index)
 
+    def replace(self, text: Sequence[int]) -> None:
+        """Let the only row hold another text. What both texts begin with stays read."""
+        (old,), same = self.texts, 0
+        while same < min(len(old), len(text) - 1) and old[same] == text[same]:
+            same += 1
+        self.texts = [list(text)]
+        if self._starts[0] or not (self._cache.rewinds or same >= self._read[0]):
+            self._cache, same = self.generator.new_cache(1), 0
+        self._starts[0], self._read[0] = 0, min(same, self._read[0])
+
     def _scores(self, rows: IntArray, count: int) -> Scores | None:
         """Read the last `count` ids of some rows."""
         whole = len(rows) == len(self.texts)

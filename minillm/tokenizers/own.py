@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class OwnTokenizer:
 
     rules = f"minillm, Unicode {VERSION}"
     """Program that decides about the ids, with what may change them."""
+    more: Mapping[str, Any] = MappingProxyType({})
+    """Facts of the vocabulary that checkpoints keep beside it (minillm/weights/turns.py)."""
 
     def __init__(self, definition: Mapping[str, Any], name: str) -> None:
         """Build the tokenizer from the value of a tokenizer.json.
@@ -124,7 +127,7 @@ class OwnTokenizer:
         return self._tokens.get(token_id, "")
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "hf", "name": self.name, "tokenizer": self._definition}
+        return {"kind": "hf", "name": self.name, "tokenizer": self._definition, **self.more}
 
 
 def bytes_up_to(piece: str, ends: np.ndarray) -> np.ndarray:

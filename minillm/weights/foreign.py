@@ -146,8 +146,9 @@ class Foreign:
         Raises CheckpointError if it has more tokens than the model.
         """
         found: dict[str, Any] | None = self.tensors.tokenizer()
+        more = self.tensors.turns()
         if found is None:
-            return {"kind": "ids", "vocab_size": vocab}
+            return {"kind": "ids", "vocab_size": vocab, **more}
         try:
             size = tokenizer_size(found["tokenizer"])
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -159,4 +160,4 @@ class Foreign:
                 f"{self.path}: its {found['name']} has {size} tokens, but the model has {vocab}; "
                 "use the tokenizer that belongs to these weights"
             )
-        return found
+        return found | more

@@ -11,6 +11,7 @@ import numpy as np
 from minillm.base.errors import CheckpointError, ConfigError
 from minillm.checkpoint import StateSource
 from minillm.layout.sharding import Slices
+from minillm.weights import turns
 from minillm.weights.counterpart import Counterpart
 from minillm.weights.ggml import BLOCK, BY_NAME, Format
 from minillm.weights.gguf_file import GGUFFile, write
@@ -56,6 +57,10 @@ class GGUF:
     def read(self, name: str, slices: Slices) -> np.ndarray:
         """Return a block of a tensor as floats."""
         return self._file.read(name, slices)
+
+    def turns(self) -> dict[str, Any]:
+        """Return ends of texts and the template of a chat, as checkpoints keep them."""
+        return turns.of_gguf(self._file.metadata)
 
     def tokenizer(self) -> dict[str, Any] | None:
         """Return the JSON of the tokenizer as checkpoints keep it; None if there is none."""

@@ -17,6 +17,7 @@ from minillm.data.sentence_pieces import value_of
 from minillm.layout.sharding import Slices
 from minillm.tokenizers.files import LINES, MERGES, VOCAB, read_definition
 from minillm.weights import safetensors_file as safetensors
+from minillm.weights import turns
 from minillm.weights.counterpart import CONFIG, Counterpart
 from minillm.weights.mapping import Link, chunks, write_block
 
@@ -39,7 +40,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = _flat(_object(path / CONFIG))
+        self.config = _flat(read_object(path / CONFIG))
         files = _files(path)
         self._of: dict[str, safetensors.SafetensorsFile] = {}
         for name, expected in files.items():
@@ -81,17 +82,22 @@ class Folder:
         """Return a block of a tensor. Raises CheckpointError if it cannot be read."""
         return self._of[name].read(name, slices)
 
+    def turns(self) -> dict[str, Any]:
+        """Return ends of texts and the template of a chat, as checkpoints keep them."""
+        return turns.of_folder(self.path, self.config, read_object)
+
     def tokenizer(self) -> dict[str, Any] | None:
         """Return the JSON of the tokenizer as checkpoints keep it; None if there is none."""
         sides = {side: self.path / name for side, name in PIECES.items()}
         if all(file.exists() for file in sides.values()):
             files = {side: file.read_bytes() for side, file in sides.items()}
             try:
-                return value_of(files, _object(self.path / VOCAB), str(self.path / VOCAB))
+                return value_of(files, read_object(self.path / VOCAB), str(self.path / VOCAB))
             except ConfigError as error:
                 raise CheckpointError(str(error)) from None
         if (self.path / TOKENIZER).exists():
-            return {"kind": "hf", "name": TOKENIZER, "tokenizer": _object(self.path / TOKENIZER)}
+            definition = read_object(self.path / TOKENIZER)
+            return {"kind": "hf", "name": TOKENIZER, "tokenizer": definition}
         # Older folders. Marian has a vocab.json as well, without merges.
         for name in (LINES, MERGES):
             if (self.path / name).exists():
@@ -115,7 +121,7 @@ def _files(path: Path) -> dict[str, set[str] | None]:
     """
     if (path / INDEX).exists():
         found: dict[str, set[str]] = {}
-        table = _object(path / INDEX).get("weight_map")
+        table = read_object(path / INDEX).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise CheckpointError(f"{path / INDEX} has no weight_map; fetch it again")
         for name, file in table.items():
@@ -136,12 +142,12 @@ def _files(path: Path) -> dict[str, set[str] | None]:
 
 def _class(path: Path) -> str:
     """Return the class of transformers that a folder's configuration names."""
-    names = _object(path / CONFIG).get("architectures") if (path / CONFIG).exists() else None
+    names = read_object(path / CONFIG).get("architectures") if (path / CONFIG).exists() else None
     found = names[0] if isinstance(names, list) and names else None
     return found if isinstance(found, str) and found.isidentifier() else "AutoModel"
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError for anything else."""
     try:
         if path.stat().st_size > LONGEST:

@@ -34,6 +34,24 @@ FILTERS: list[dict[str, Any]] = [
     dict(temperature=0.6, top_k=30, top_p=0.95, min_p=0.02),
 ]
 
+CHAT_TEMPLATE = """\
+{%- if not messages %}{{ raise_exception('no messages') }}{% endif %}
+{{- bos_token }}
+{% for m in messages %}
+    {% if m['role'] == 'tool' %}
+        {% continue %}
+    {% endif %}
+<|{{ m.role }}|>{{ m['content'] | trim }}{{ eos_token }}{{ m | tojson }}
+{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}
+"""
+TALK = [
+    {"role": "user", "content": " Hi <é> "},
+    {"role": "tool", "content": "7"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Who?"},
+]
+
 
 def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return a weight, larger than those of other tests: the texts shall differ."""

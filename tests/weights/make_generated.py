@@ -11,6 +11,7 @@ import generation_cases as cases
 import tiny_models
 import torch
 import transformers
+from transformers.utils.chat_template_utils import render_jinja_template
 
 transformers.logging.set_verbosity_error()
 
@@ -66,6 +67,13 @@ for case in cases.MODELS:
     model = model_of(case)
     result[case] = [texts(model, options) for options in cases.SETTINGS]
 result["filters"] = kept()
+result["chat"] = render_jinja_template(
+    [cases.TALK],
+    chat_template=cases.CHAT_TEMPLATE,
+    add_generation_prompt=True,
+    bos_token="<s>",
+    eos_token="</s>",
+)[0][0]
 result["versions"] = {"transformers": transformers.__version__, "torch": torch.__version__}
 lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
 cases.FIXTURE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import generation_cases as cases
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 from safetensors.numpy import save_file
+from weights_helpers import bpe_definition, folder
 
 from minillm.comm.single import SelfCommunicator
 from minillm.inference.beam import Beam, BeamOptions
@@ -18,6 +20,9 @@ from minillm.inference.engine import Generator
 from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
 from minillm.inference.sampling import Sampling
 from minillm.inference.scores import ALONE, Scores
+from minillm.inference.templates import Message, template_of
+from minillm.inference.text import end_ids
+from minillm.weights import importing
 
 RECORDED = json.loads(cases.FIXTURE.read_text())
 
@@ -84,3 +89,21 @@ def test_filtered_probabilities_are_those_of_transformers(number: int) -> None:
     assert kept.keys() == expected.keys()
     for id_, p in expected.items():
         assert abs(kept[id_] - p) <= 1e-12
+
+
+def test_the_template_of_a_chat_is_rendered_as_by_transformers() -> None:
+    pytest.importorskip("jinja2")
+    own = {"template": cases.CHAT_TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"}
+    template = template_of({"chat": own}, "auto")
+    assert template.render([Message(**message) for message in cases.TALK]) == RECORDED["chat"]
+
+
+def test_ends_and_template_go_with_the_weights_into_a_run(tmp_path: Path) -> None:
+    source, out = folder(tmp_path / "m", "llama", np.float32), tmp_path / "run"
+    (source / "tokenizer.json").write_text(json.dumps(bpe_definition()))
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "T"}))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [18, 3]}))
+    assert importing.main([str(source), "--out", str(out)]) == 0
+    for path in (source, out):
+        vocabulary = open_checkpoint(str(path), SelfCommunicator()).vocabulary
+        assert vocabulary["chat"] == {"template": "T"} and end_ids(vocabulary) == {3, 18}

@@ -1,0 +1,130 @@
+"""Templates of chats: the text of a conversation, as a model has learnt to read it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from minillm.base.errors import ConfigError
+
+
+class Message(NamedTuple):
+    """Turn of a conversation."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
+class Template(Protocol):
+    """Rule that makes one text of a conversation."""
+
+    @property
+    def name(self) -> str:
+        """Value of --template that means it."""
+
+    @property
+    def stops(self) -> Sequence[str]:
+        """Texts that end a reply, besides the ids that end a text."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the text, up to where the assistant's next reply begins."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Template for models without one: a head before each turn, a tail behind it."""
+
+    name: str
+    head: Mapping[str, str]  # of each role
+    tail: str
+    stops: Sequence[str]
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the text, up to where the assistant's next reply begins."""
+        turns = [f"{self.head[role]}{content}{self.tail}" for role, content in messages]
+        return "".join(turns) + self.head["assistant"].rstrip(" ")
+
+
+CHATML = Plain(
+    "chatml",
+    {role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
+    "<|im_end|>\n",
+    ("<|im_end|>",),
+)
+WORDS = Plain(
+    "plain", {"system": "", "user": "User: ", "assistant": "Assistant: "}, "\n\n", ("\nUser:",)
+)
+
+
+class Jinja:
+    """Template of the model's own files, in Jinja, run in a sandbox.
+
+    Raises ConfigError if the package is missing, and for a template that is malformed.
+    """
+
+    name = "auto"
+    stops: Sequence[str] = ()
+
+    def __init__(self, template: str, borders: Mapping[str, str]) -> None:
+        try:
+            import jinja2.sandbox
+        except ImportError:
+            raise ConfigError(
+                "the chat template of this model needs the package jinja2, which is not installed; "
+                "install it with: pip install 'minillm-mpi[chat]', or use --template chatml"
+            ) from None
+        self._error: Any = jinja2.TemplateError
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        # What transformers offers its templates.
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = self._raise
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self._borders = {"bos_token": "", "eos_token": "", **borders}
+        try:
+            self._template = environment.from_string(template)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the chat template of this model is malformed: {error}") from None
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the text, up to where the assistant's next reply begins.
+
+        Raises ConfigError for a conversation that the template refuses.
+        """
+        try:
+            return self._template.render(
+                messages=[message._asdict() for message in messages],
+                add_generation_prompt=True,
+                **self._borders,
+            )
+        except (self._error, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise ConfigError(
+                f"the chat template of this model failed: {error}; use --template chatml or plain"
+            ) from None
+
+    def _raise(self, message: str) -> None:
+        raise self._error(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def template_of(vocabulary: Mapping[str, Any], asked: str) -> Template:
+    """Return the template `asked` for: chatml, plain, or auto.
+
+    That is the model's own one. A model without one gets ChatML if its vocabulary has the tokens,
+    else words. Raises ConfigError if its own one cannot be used.
+    """
+    given = {"chatml": CHATML, "plain": WORDS}
+    if asked in given:
+        return given[asked]
+    own = vocabulary.get("chat")
+    if own is not None:
+        return Jinja(own["template"], {k: v for k, v in own.items() if k != "template"})
+    added = (vocabulary.get("tokenizer") or {}).get("added_tokens") or ()
+    return CHATML if any(token["content"] == "<|im_start|>" for token in added) else WORDS
