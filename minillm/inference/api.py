@@ -28,6 +28,7 @@ from minillm.comm.cores import use_threads
 from minillm.comm.device_arrays import on_device
 from minillm.comm.process import world
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
+from minillm.inference.embedder import Embedder
 from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint, place
 from minillm.inference.text import end_ids, prompt_ids
 from minillm.inference.writing import Prompt, Writer, WritingOptions
@@ -93,6 +94,15 @@ class Model:
             texts = writer.write([Prompt(each, asked.seed) for each in ids], batch)
         whole = [self.tokenizer.decode(a) + b for a, b in zip(ids, texts, strict=True)]
         return whole[0] if alone else whole
+
+    def embed(self, texts: Sequence[str], *, pooling: str = "mean", batch: int = 32) -> np.ndarray:
+        """Return the embeddings of `texts`, float32 [N, D] of length 1 each. Collective.
+
+        `pooling` and `batch` are those of `minillm embed`.
+        """
+        self.family.check_writes("embeddings")
+        with use_threads(self.comm, None):
+            return Embedder(self.assembly, self._vocabulary, pooling).texts(texts, batch)[0]
 
 
 class Trainer:

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 
 from minillm.autograd.tape import Tensor
-from minillm.base.arrays import IntArray, namespace, sum_dtype, to_host
+from minillm.base.arrays import IntArray, sum_dtype, to_host
+from minillm.base.errors import ConfigError
+from minillm.comm.agreement import agree
 from minillm.data.buckets import padded, padded_length
+from minillm.data.documents import SpecialTokenizer, special_json
+from minillm.data.tokenizers import tokenizer_from_json
 from minillm.models.protocol import Batch
 from minillm.params.where import KeyLimits, Where
 from minillm.pipeline.lower import lower
@@ -19,19 +23,60 @@ from minillm.training.assembly import Assembly
 
 
 class Embedder:
-    """Ranks of one dp coordinate that embed together. Collective over their tp and pp axes.
+    """Ranks that embed texts together, each replica its share of the batches.
 
     The embedding of a text is the mean of the last hidden states of its tokens ("mean"), or that of
     the first token ("cls"), scaled to length 1 (Reimers and Gurevych 2019, arXiv:1908.10084).
     """
 
-    def __init__(self, model: Assembly, context: int, pooling: str = "mean") -> None:
-        self.model, self.context, self.pooling = model, context, pooling
+    def __init__(self, model: Assembly, vocabulary: Mapping[str, Any], pooling: str) -> None:
+        """Raise ConfigError for another pooling, and for a vocabulary without marks of texts."""
+        if pooling not in ("mean", "cls"):
+            raise ConfigError(f"pooling {pooling!r} is not known; it can be mean or cls")
+        shape: Any = next(iter(model.stages.values())).model
+        self.model, self.pooling = model, pooling
+        self.context, self.dim = shape.config.context, shape.config.dim
+        self.tokenizer = _tokenizer(vocabulary, shape.config.vocab)
+
+    def texts(self, texts: Sequence[str], batch: int) -> tuple[np.ndarray, int]:
+        """Return the embeddings float32 [N, D] of `texts`, and how many were cut to the context.
+
+        Texts of similar length are computed together, `batch` at once on each replica. Collective
+        over all ranks, of which each returns the same. Raises ConfigError on every rank for a text
+        that has no ids.
+        """
+        mesh = self.model.mesh
+        replicas, world = mesh.axis("dp"), mesh.world
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+        own = batches[replicas.rank :: replicas.size]
+        ids = agree(world, lambda: [[self._ids(texts[i]) for i in part] for part in own])
+        found = self.embed([[self._cut(each) for each in part] for part in ids])
+        rows = np.zeros((len(texts), self.dim), np.float32)
+        for places, vectors in zip(own, found, strict=False):  # none before the last stage
+            rows[places] = vectors if mesh.coord("tp") == 0 else 0
+        world.all_reduce_(rows, kind="control")
+        longer = sum(len(each) > self.context for part in ids for each in part)
+        return rows, int(replicas.reduce_numbers([longer])[0])
+
+    def _ids(self, text: str) -> IntArray:
+        """Return the ids of a text between its marks."""
+        marks = self.tokenizer.specials
+        try:
+            ids = self.tokenizer.encode(text)
+        except ConfigError as error:
+            raise ConfigError(f"{text[:40]!r}: {error}") from None
+        return np.concatenate([[marks.cls], ids, [marks.sep]]).astype(np.int64)
+
+    def _cut(self, ids: IntArray) -> IntArray:
+        """Return ids that fit: the first ones and the last mark."""
+        return ids if len(ids) <= self.context else np.append(ids[: self.context - 1], ids[-1])
 
     def embed(self, batches: Sequence[Sequence[IntArray]]) -> list[np.ndarray]:
         """Return the embeddings of each batch of ids, float [B, D]; [] before the last stage.
 
-        Ids are int64 [length], special tokens included, at most `context` of them.
+        Ids are int64 [length], special tokens included, at most `context` of them. Collective over
+        the tp and pp axes.
         """
         model = self.model
         self._found: list[np.ndarray] = []
@@ -58,7 +103,7 @@ class Embedder:
         return Batch(uploaded, {}, where, KeyLimits(lengths))
 
     def _keep(self, outputs: tuple[Tensor, ...], batch: Batch) -> Mapping[str, Any]:
-        hidden, limits = outputs[0].data, batch.limits  # [B, T, D]
+        hidden, limits = to_host(outputs[0].data), batch.limits  # [B, T, D]
         assert limits is not None and limits.lengths is not None
         states = hidden.astype(sum_dtype(hidden.dtype), copy=False)
         if self.pooling == "cls":
@@ -66,9 +111,25 @@ class Embedder:
         else:
             share = np.arange(hidden.shape[1]) < limits.lengths[:, None]
             weights = (share / limits.lengths[:, None]).astype(states.dtype)
-            pooled = namespace(states).matmul(self.model.device.upload(weights)[:, None], states)
-            pooled = pooled[:, 0]
-        found = to_host(pooled)
-        norms = np.linalg.norm(found, axis=1, keepdims=True)
-        self._found.append(found / np.maximum(norms, 1e-12))
+            pooled = np.matmul(weights[:, None], states)[:, 0]
+        norms = np.linalg.norm(pooled, axis=1, keepdims=True)
+        self._found.append(pooled / np.maximum(norms, 1e-12))
         return {}
+
+
+def _tokenizer(vocabulary: Mapping[str, Any], vocab: int) -> SpecialTokenizer:
+    """Return the tokenizer with the marks of an encoder of `vocab` tokens.
+
+    Raises ConfigError for one that is not known or has no such marks.
+    """
+    found = tokenizer_from_json(special_json(vocabulary, False))
+    assert isinstance(found, SpecialTokenizer)
+    if found.vocab_size > vocab:
+        what = "has no [CLS] and [SEP], nor <s> and </s>"
+        if found.name == "ids":
+            what = "is not known: there is no tokenizer.json"
+        raise ConfigError(
+            f"the tokenizer of these weights {what}, so it cannot mark the ends of a text; put the "
+            "tokenizer.json of the model into its folder"
+        )
+    return found

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import minillm
 from minillm import checkpoint, evaluate, train
 from minillm.autograd.tape import no_grad
+from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
@@ -102,6 +104,16 @@ def test_lines_are_embedded_in_order(
     assert texts == LINES
     np.testing.assert_allclose(found, plain(encoder, args.pooling), rtol=0, atol=1e-6)
     assert err == "note: 2 lines of 7 had more than 24 tokens, of which the first were read\n"
+
+
+def test_texts_are_embedded_in_python(encoder: Path) -> None:
+    model = minillm.load(str(encoder))
+    found = model.embed(LINES, batch=3)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, plain(encoder), rtol=0, atol=1e-6)
+    assert model.embed([]).shape == (0, 16)
+    with pytest.raises(ConfigError, match="pooling 'max' is not known; it can be mean or cls"):
+        model.embed(LINES, pooling="max")
 
 
 def test_bad_input_is_one_message(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,18 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 from test_exporting import bits, export
 from test_transformers import refused
+from training_helpers import Layout, assemble
 from weights_helpers import Gradients, loaded
 
 from minillm.autograd.backward import backward
+from minillm.comm.communicator import Communicator
+from minillm.comm.threads import run_ranks
+from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
+from minillm.layout.sharding import slice_shape
 from minillm.models import bert
 from minillm.models.protocol import Batch
 from minillm.params.where import KeyLimits, Where
-from minillm.weights import exporting, importing
+from minillm.weights import exporting, hf, importing
 from minillm.weights.foreign import Foreign
 from minillm.weights.mapping import write_block
 
@@ -202,6 +207,58 @@ def test_old_names_and_copies(tmp_path: Path) -> None:
     old["cls.predictions.decoder.weight"] = old["cls.predictions.decoder.weight"] + 1
     save_file(old, path / "model.safetensors")
     assert "decoder.weight differs from bert.embeddings.word_embeddings" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [("bert", Layout(tp=2, pp=2)), ("bert", Layout(dp=3)), ("marian", Layout(tp=2, pp=3))],
+    ids=str,
+)
+def test_every_mesh_reads_its_slices(
+    case: str, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read a vocabulary of 19, padded over tp with its bias, and segments of queries and keys."""
+    source = folder(tmp_path / "m", case, np.float32)
+    wanted, parts = values(source), []
+    read = hf.Folder.read
+    monkeypatch.setattr(
+        hf.Folder, "read", lambda self, name, s: parts.append((name, s)) or read(self, name, s)
+    )
+
+    def rank(comm: Communicator) -> dict[str, Any]:
+        opened = open_checkpoint(str(source), comm)
+        options = ReadOptions(tp=layout.tp, pp=layout.pp)
+        model = load_trained(opened, opened.resolve(options, comm.size), comm)
+        return {
+            t.name: (
+                t.spec.shape,
+                [
+                    (g, t.data[here].reshape(slice_shape(g)).copy())
+                    for g, here in t.spec.pieces(model.mesh.shape, model.mesh.coords)
+                ],
+            )
+            for t in model.weights()
+        }
+
+    found = assemble(run_ranks(layout.num_ranks, rank))
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, wanted[name])
+    if layout.tp == 2:
+        up = "intermediate.dense.weight" if case == "bert" else "fc1.weight"
+        assert {np.prod(slice_shape(s)) for name, s in parts if name.endswith(up)} == {40 // 2 * 24}
+
+
+def test_heads_of_other_tasks_are_refused_by_name(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m", "bert-bare", np.float32)
+    held = load_file(path / "model.safetensors")
+    held = {f"bert.{name}": value for name, value in held.items()}
+    save_file(
+        held | {"classifier.weight": np.ones((3, 24), np.float32)}, path / "model.safetensors"
+    )
+    assert "the model has no place for its classifier.weight" in refused(path)
+    save_file(held, path / "model.safetensors")
+    assert Foreign(path).counterpart.architecture == "BertModel"
 
 
 CONFIGS = [
