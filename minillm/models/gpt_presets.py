@@ -55,7 +55,7 @@ def _nano() -> dict[str, Any]:
 
     A byte model with rotary positions learns at twice the learning rate of a position table.
     """
-    training = dict(steps=2400, lr=4e-3, eval_every=200, sample_tokens=400)
+    training = dict(steps=1000, lr=4e-3, eval_every=200, sample_tokens=400)
     return dict(data="austen", position="rotary") | training
 
 
