@@ -110,10 +110,11 @@ def test_data_that_vanishes(tiny: list[str], text: Path) -> None:
 
 @needs_mpirun
 def test_out_that_cannot_be_made(tiny: list[str], text: Path) -> None:
-    below = [*TRAIN, *tiny, "--out", str(text / "run")]
-    refused(mpirun(2, below), f"{text / 'run'} cannot be made (Not a directory)", "with --out")
-    file = [*TRAIN, *tiny, "--out", str(text)]
-    refused(mpirun(0, file), f"{text} cannot be made (it is a file)", "with --out")
+    below = ["minillm.train", *tiny, "--out", str(text / "run")]
+    file = ["minillm.train", *tiny, "--out", str(text)]
+    first, second = mpirun_calls(2, [below, file])
+    refused(first, f"{text / 'run'} cannot be made (Not a directory)", "with --out")
+    refused(second, f"{text} cannot be made (it is a file)", "with --out")
 
 
 @needs_mpirun
@@ -167,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_and_saves(tiny: list[str], tmp_path: Pa
 
 
 @needs_mpirun
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_rank_that_raises_ends_all(ranks: int, tiny: list[str], tmp_path: Path) -> None:
     found = mpirun(ranks, [PROGRAM, "raise", str(ranks - 1), *tiny], timeout=30)
     assert found.returncode != 0
@@ -177,7 +178,13 @@ def test_a_rank_that_raises_ends_all(ranks: int, tiny: list[str], tmp_path: Path
 
 
 @needs_mpirun
-@pytest.mark.parametrize("options", [["--dp", "2"], ["--tp", "2"], ["--pp", "2"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dp", "2"],
+        *(pytest.param([axis, "2"], marks=pytest.mark.slow) for axis in ("--tp", "--pp")),
+    ],
+)
 def test_a_rank_that_is_killed_ends_all(
     options: list[str], tiny: list[str], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from mpi_helpers import mpirun, needs_mpirun
+from mpi_helpers import mpirun, mpirun_calls, needs_mpirun
 
 from minillm import checkpoint, train
 
@@ -113,20 +113,23 @@ def test_every_layout_reports_the_same_loss(tiny: list[str], tmp_path: Path) -> 
 
 @needs_mpirun
 def test_evaluate_and_generate_on_any_mesh(tiny: list[str], tmp_path: Path) -> None:
-    assert mpirun(0, [*TRAIN, *tiny, "--tokenizer", "char"]).returncode == 0
-    measured, written = [], []
-    for ranks, options in ((0, []), (2, ["--tp", "2"]), (2, ["--pp", "2"])):
-        found = mpirun(
-            ranks, ["-m", "minillm.evaluate", "--checkpoint", str(tmp_path / "run"), *options]
-        )
-        assert found.returncode == 0, found.output
-        measured.append(json.loads(found.output))
-        options = [*options, "--prompt", "line", "--tokens", "30"]
-        found = mpirun(
-            ranks, ["-m", "minillm.generate", "--checkpoint", str(tmp_path / "run"), *options]
-        )
-        assert found.returncode == 0 and found.output.startswith("line"), found.output
-        written.append(found.output)
+    run = ["--checkpoint", str(tmp_path / "run")]
+
+    def calls(*layout: str) -> list[list[str]]:
+        prompt = ["--prompt", "line", "--tokens", "30"]
+        return [
+            ["minillm.evaluate", *run, *layout],
+            ["minillm.generate", *run, *layout, *prompt],
+        ]
+
+    train_it = ["minillm.train", *tiny, "--tokenizer", "char"]
+    trained, *alone = mpirun_calls(0, [train_it, *calls()])
+    assert trained.returncode == 0, trained.output
+    found = [*alone, *mpirun_calls(2, [*calls("--tp", "2"), *calls("--pp", "2")])]
+    assert all(done.returncode == 0 for done in found), found
+    measured = [json.loads(done.output) for done in found[::2]]
+    written = [done.output for done in found[1::2]]
+    assert written[0].startswith("line")
     assert set(measured[0]) == {"loss", "perplexity", "bits_per_byte", "tokens"}
     assert all(found["loss"] == pytest.approx(measured[0]["loss"], rel=1e-5) for found in measured)
     assert len(set(written)) == 1
