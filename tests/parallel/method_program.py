@@ -29,6 +29,7 @@ CELLS: dict[int, list[MethodCell]] = {
     3: [
         ("gpt2", Layout(dp=2), "", "sync by 1"),
         ("llama", Layout(dp=2), "", "stale by 1"),
+        ("gpt2", Layout(tp=2), "", "async by 1"),
         ("llama-tied", Layout(dp=3, num_microbatches=3), "", "balance zero1"),
     ],
     4: [
