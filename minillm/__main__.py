@@ -43,6 +43,7 @@ PROGRAMS = {
     "emulator": Program(
         "minillm.kernels.emulator.__main__", "run a CUDA kernel on the CPU and watch one thread"
     ),
+    "launch": Program("minillm.launch.program", "print a job for Slurm, Kubernetes or mpirun"),
     "completion": Program("minillm.launch.completion", "print a script for completion in a shell"),
     "doctor": Program("minillm.doctor", "look over this machine and name what is missing"),
 }

@@ -1,0 +1,101 @@
+"""Command lines of a run that may start several times: its first one, and the one that goes on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from minillm.base.errors import ConfigError
+from minillm.base.flags import split_flags
+from minillm.base.record import Record, option
+from minillm.checkpoint.find import SUBFOLDER, is_checkpoint, run_of
+from minillm.training.arguments import parse_train_args
+from minillm.training.config import RunConfig
+from minillm.training.resolve import resolve
+
+# Tokens of a tokenizer that is not read yet: divisible by every number up to 12, and by 16.
+_SOME_VOCAB = 55440
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Beginning(Record):
+    """Flags of train that name the folder of a run and its origin."""
+
+    out: str | None = option(None, path=True)
+    resume: str | None = option(None, path=True)
+    init_from: str | None = option(None, path=True)
+    best: bool = False
+
+
+class Starts(NamedTuple):
+    """Flags of train for each start of one run."""
+
+    first: list[str]
+    again: list[str]  # from the newest checkpoint in `run`
+    run: str
+
+
+def starts(words: Sequence[str], default: str) -> Starts:
+    """Return the flags of the first start and of every later one; `default` is the run's folder.
+
+    A later start keeps all flags but the origin, which is then the run's own newest checkpoint.
+    Raises ConfigError if the flags name a checkpoint outside any run, without a folder to write to.
+    """
+    begin, rest = split_flags(_Beginning, words, prog="python -m minillm.train", add_help=False)
+    run: str | Path | None = begin.out
+    if run is None and begin.resume is not None:
+        run = run_of(Path(begin.resume))
+        if run is None:
+            raise ConfigError(
+                f"--resume {begin.resume} is a checkpoint outside the folder of a run; pass --out "
+                "FOLDER for the run that goes on from it"
+            )
+    folder = str(default if run is None else run)
+    first = [*words, *(["--out", folder] if run is None else [])]
+    return Starts(first, [*rest, "--resume", folder], folder)
+
+
+def check_job(words: Sequence[str], ranks: int, per_node: int) -> None:
+    """Raise ConfigError for flags of train that would end the job at its start.
+
+    What only the nodes know, such as data and checkpoints, is not read.
+    """
+    begin, rest = split_flags(_Beginning, words, prog="python -m minillm.train", add_help=False)
+    if begin.resume is not None or begin.init_from is not None:
+        if begin.resume is not None and is_checkpoint(Path(begin.resume)) and begin.out is None:
+            raise ConfigError(
+                f"--resume {begin.resume} would go back to this step at every start of the job; "
+                "pass --out FOLDER for a new run from it"
+            )
+        return
+    options: RunConfig = parse_train_args(rest)[1]
+    vocab = getattr(options.shape, "vocab", None) or _SOME_VOCAB
+    resolve(options, ranks, vocab, per_node)
+
+
+def script(command: Sequence[str], found: Starts, again_if: str = "", after: str = "") -> str:
+    """Return lines of bash that start the run or go on with it, and save at SIGTERM and SIGUSR1.
+
+    `command` gets the flags of train as its last words. `again_if` is a further condition of going
+    on. `after` follows the end; there `$ending` holds the name of such a signal, and `$status` the
+    exit status.
+    """
+    checkpoints = f"{shlex.quote(found.run)}/{SUBFOLDER}/step-*"
+    condition = f"{again_if}ls -d {checkpoints} > /dev/null 2>&1"
+    return f"""\
+if {condition}; then
+    set -- {shlex.join(found.again)}
+else
+    set -- {shlex.join(found.first)}
+fi
+{shlex.join(command)} "$@" &
+pid=$! ending=
+trap 'ending=TERM; kill -USR1 "$pid" 2> /dev/null' TERM
+trap 'ending=USR1; kill -USR1 "$pid" 2> /dev/null' USR1
+wait "$pid"; status=$?
+while kill -0 "$pid" 2> /dev/null; do wait "$pid"; status=$?; done
+{after}exit "$status"
+"""
