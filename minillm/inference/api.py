@@ -95,7 +95,9 @@ class Model:
         whole = [self.tokenizer.decode(a) + b for a, b in zip(ids, texts, strict=True)]
         return whole[0] if alone else whole
 
-    def embed(self, texts: Sequence[str], *, pooling: str = "mean", batch: int = 32) -> np.ndarray:
+    def embed(
+        self, texts: Sequence[str], *, pooling: str | None = None, batch: int = 32
+    ) -> np.ndarray:
         """Return the embeddings of `texts`, float32 [N, D] of length 1 each. Collective.
 
         `pooling` and `batch` are those of `minillm embed`.

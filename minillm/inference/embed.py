@@ -44,8 +44,9 @@ class EmbedArgs(ReadOptions):
     """File with a text on each line; left out: standard input."""
     batch: int = option(32, at_least=1)
     """Lines that each replica embeds at once."""
-    pooling: Literal["mean", "cls"] = "mean"
-    """Mean of the hidden states of all tokens (mean), or the state of the first one (cls)."""
+    pooling: Literal["mean", "cls"] | None = None
+    """Mean of the hidden states of all tokens (mean), or the state of the first one (cls); left
+    out: as the weights say (1_Pooling/config.json), else mean."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,8 +29,14 @@ class Embedder:
     the first token ("cls"), scaled to length 1 (Reimers and Gurevych 2019, arXiv:1908.10084).
     """
 
-    def __init__(self, model: Assembly, vocabulary: Mapping[str, Any], pooling: str) -> None:
-        """Raise ConfigError for another pooling, and for a vocabulary without marks of texts."""
+    def __init__(
+        self, model: Assembly, vocabulary: Mapping[str, Any], pooling: str | None = None
+    ) -> None:
+        """Raise ConfigError for another pooling, and for a vocabulary without marks of texts.
+
+        A `pooling` of None is that of the vocabulary, else the mean.
+        """
+        pooling = pooling or vocabulary.get("pooling") or "mean"
         if pooling not in ("mean", "cls"):
             raise ConfigError(f"pooling {pooling!r} is not known; it can be mean or cls")
         shape: Any = next(iter(model.stages.values())).model

@@ -18,6 +18,12 @@ from minillm.base.errors import ConfigError
 from minillm.base.record import Record, known_name, or_list
 from minillm.models.protocol import Architecture
 
+# What the models of a family write -> the program that does it, and the verb for messages.
+WRITERS = {
+    "text": ("generate", "continue text"),
+    "translation": ("translate", "translate"),
+    "embeddings": ("embed", "embed texts"),
+}
 DEFAULT = "gpt"  # of --model, and the family of checkpoints that name none
 
 
@@ -109,11 +115,7 @@ class Family:
             able = or_list(
                 f"--model {name}" for name, it in families().items() if it.writes == what
             )
-            does = {
-                "text": "continue text",
-                "translation": "translate",
-                "embeddings": "embed texts",
-            }[what]
+            does = WRITERS[what][1]
             raise ConfigError(f"a model of --model {self.name} does not {does}; use one of {able}")
 
 

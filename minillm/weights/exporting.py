@@ -137,11 +137,13 @@ def _write(
     definition = definition_of(record.tokenizer)
     special = _special(definition, counterpart, record.tokenizer)
     if args.format == "gguf":
+        config |= gguf.pooling_config(record.tokenizer)
         gguf.write_file(target, source, counterpart, found, config, args.dtype, definition)
         names = gguf.GGUF(target).names()
     else:
         hf.write(target, source, config | special, found, args.dtype)
         _write_tokenizer(target, definition, model.context)
+        hf.write_pooling(target, record.tokenizer)
         if record.tokenizer.get("kind") == "pieces":
             hf.write_pieces(target, record.tokenizer)
         names = hf.Folder(target).names()

@@ -87,6 +87,8 @@ class Foreign:
         self._check_copies()
         self.dtype = "float64" if self._all("F64") else "float32"
         self.tokenizer = self._tokenizer(vocab) | self._marks(vocab)
+        if pooling := self.tensors.pooling():
+            self.tokenizer["pooling"] = pooling
         self.record = RunRecord(
             config=options.to_dict() | {"model": self.counterpart.model, "dtype": self.dtype},
             tokenizer=self.tokenizer,

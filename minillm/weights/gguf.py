@@ -20,7 +20,9 @@ from minillm.weights.mapping import Link, chunks, write_block
 from minillm.weights.tokenizer_json import from_gguf, to_gguf
 
 # Keys behind the architecture that change no logit, or repeat what tensors say.
-HARMLESS = ("vocab_size", "pooling_type")
+POOLING_TYPE = "pooling_type"
+HARMLESS = ("vocab_size", POOLING_TYPE)
+POOLINGS = {1: "mean", 2: "cls", 3: "last"}  # values of pooling_type
 USUAL = {"attention.causal": True}  # values of keys that a file need not have
 TOKENS = "token_embd.weight"
 WIDTHS = ("rope.dimension_count", "attention.value_length")  # must be the head's width
@@ -61,6 +63,12 @@ class GGUF:
     def turns(self) -> dict[str, Any]:
         """Return ends of texts and the template of a chat, as checkpoints keep them."""
         return turns.of_gguf(self._file.metadata)
+
+    def pooling(self) -> str | None:
+        """Return how the model embeds a text: mean, cls or another way; None if nothing says."""
+        name = self._file.metadata.get("general.architecture")
+        number = self._file.metadata.get(f"{name}.{POOLING_TYPE}")
+        return None if number is None else POOLINGS.get(number, f"type {number}")
 
     def tokenizer(self) -> dict[str, Any] | None:
         """Return the JSON of the tokenizer as checkpoints keep it; None if there is none."""
@@ -124,6 +132,13 @@ def _shortest(value: Any) -> Any:
 # ---- export
 
 
+def pooling_config(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of how the model embeds a text, nothing if not known."""
+    numbers = {name: number for number, name in POOLINGS.items()}
+    known = tokenizer.get("pooling")
+    return {POOLING_TYPE: numbers[known]} if known in numbers else {}
+
+
 def write_file(
     path: Path,
     source: StateSource,
@@ -172,6 +187,8 @@ def _metadata(counterpart: Counterpart, config: Mapping[str, Any], form: str) ->
         scales = theirs.startswith("rope.scaling")
         if config.get(key) is not None and not (scales and scaling == "default"):
             found[f"{name}.{theirs}"] = config[key]
+    if POOLING_TYPE in config:
+        found[f"{name}.{POOLING_TYPE}"] = config[POOLING_TYPE]
     if (types := config.get("type_vocab_size")) is not None:
         found["tokenizer.ggml.token_type_count"] = types
     if width := config.get("head_dim"):

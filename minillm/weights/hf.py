@@ -23,6 +23,8 @@ from minillm.weights.mapping import Link, chunks, write_block
 
 TOKENIZER = "tokenizer.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+POOLING = "1_Pooling/config.json"
+POOLINGS = {"mean_tokens": "mean", "cls_token": "cls"}  # that are on there
 PIECES = {"source": "source.spm", "target": "target.spm"}  # of Marian, beside its vocab.json
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5_000_000_000  # of a file; larger models get several
@@ -65,6 +67,18 @@ class Folder:
     def described(self, counterpart: Counterpart) -> dict[str, Any]:
         """Return the configuration in the terms of config.json."""
         return self.config
+
+    def pooling(self) -> str | None:
+        """Return how the model embeds a text: mean, cls or another way; None if nothing says.
+
+        The package sentence-transformers keeps it in a folder of its own.
+        """
+        if not (self.path / POOLING).exists():
+            return None
+        held, begin = read_object(self.path / POOLING), "pooling_mode_"
+        on = [name.removeprefix(begin) for name, set_ in held.items() if set_ is True]
+        words = [POOLINGS.get(name, name) for name in on if f"{begin}{name}" in held]
+        return "+".join(words) or str(held.get("pooling_mode", "mean"))
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -245,6 +259,15 @@ def write_pieces(path: Path, tokenizer: Mapping[str, Any]) -> None:
     for side, name in PIECES.items():
         (path / name).write_bytes(base64.b64decode(files[side]))
     write_json(path / VOCAB, files["model"]["vocab"])
+
+
+def write_pooling(path: Path, tokenizer: Mapping[str, Any]) -> None:
+    """Write how the model embeds a text, if that is known. Raises OSError."""
+    if kind := tokenizer.get("pooling"):
+        (path / POOLING).parent.mkdir()
+        words = {ours: theirs for theirs, ours in POOLINGS.items()}
+        on = {f"pooling_mode_{words.get(each, each)}": True for each in kind.split("+")}
+        write_json(path / POOLING, on)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,6 +22,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import Segment, ShardSpec
+from minillm.models.family import WRITERS
 from minillm.params.state import StateTensor
 from minillm.training.folder import claim_new
 from minillm.weights.foreign import Foreign, is_foreign
@@ -94,7 +95,8 @@ def _import(comm: Communicator, args: ImportArgs) -> None:
     log(f"saved   {out}: {foreign.counterpart.model_type}, {count / 1e6:.1f} M parameters")
     if foreign.tokenizer["kind"] == "ids":
         log("note    no tokenizer.json was found: text for this model is written as token ids")
-    log(f"next    minillm generate {out}, or minillm train --init-from {out} --data FILE")
+    program = WRITERS.get(foreign.counterpart.family.writes or "", ("evaluate", ""))[0]
+    log(f"next    minillm {program} {out}, or minillm train --init-from {out}")
 
 
 def _shares(source: WeightSource, mesh: MeshShape, rank: int) -> list[StateTensor]:

@@ -107,7 +107,7 @@ def test_lines_are_embedded_in_order(
 
 
 def test_texts_are_embedded_in_python(encoder: Path) -> None:
-    model = minillm.load(str(encoder))
+    model: Any = minillm.load(str(encoder))
     found = model.embed(LINES, batch=3)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, plain(encoder), rtol=0, atol=1e-6)

@@ -17,7 +17,9 @@ from test_transformers import refused
 from training_helpers import Layout, assemble
 from weights_helpers import Gradients, loaded
 
+import minillm
 from minillm.autograd.backward import backward
+from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
@@ -247,6 +249,27 @@ def test_every_mesh_reads_its_slices(
     if layout.tp == 2:
         up = "intermediate.dense.weight" if case == "bert" else "fc1.weight"
         assert {np.prod(slice_shape(s)) for name, s in parts if name.endswith(up)} == {40 // 2 * 24}
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean", "mean_sqrt_len_tokens"])
+def test_how_a_model_embeds_comes_along(kind: str, tmp_path: Path) -> None:
+    """Keep what sentence-transformers writes, through a run, a folder and a GGUF file."""
+    source = folder(tmp_path / "m", "bert-bare", np.float32)
+    (source / "1_Pooling").mkdir()
+    modes = {"cls_token": "cls", "mean_tokens": "mean", "mean_sqrt_len_tokens": None}
+    held = {f"pooling_mode_{name}": kind in (name, ours) for name, ours in modes.items()}
+    (source / "1_Pooling" / "config.json").write_text(json.dumps({"word_dimension": 24} | held))
+    assert importing.main([str(source), "--out", str(tmp_path / "run")]) == 0
+    export(tmp_path / "run", "--out", tmp_path / "hf")
+    export(tmp_path / "run", "--out", tmp_path / "m.gguf", "--format", "gguf")
+    for path in (source, tmp_path / "hf"):
+        assert Foreign(path).tokenizer["pooling"] == kind
+    known = None if kind.endswith("tokens") else kind  # a number of llama.cpp
+    assert Foreign(tmp_path / "m.gguf").tokenizer.get("pooling") == known
+    loaded_run: Any = minillm.load(str(tmp_path / "run"))
+    if known is None:
+        with pytest.raises(ConfigError, match="pooling 'mean_sqrt_len_tokens' is not known"):
+            loaded_run.embed(["1 2 3"])
 
 
 def test_heads_of_other_tasks_are_refused_by_name(tmp_path: Path) -> None:
