@@ -12,9 +12,11 @@ from minillm.bench.compare import CompareConfig
 from minillm.comm.process import main_guard
 from minillm.data.prepare import PrepareArgs
 from minillm.evaluate import EvaluateArgs
+from minillm.finetune import finetune_args
 from minillm.generate import GenerateArgs
 from minillm.inference.chat import ChatArgs
 from minillm.inference.embed import EmbedArgs
+from minillm.inference.predict import PredictArgs
 from minillm.inference.translate import TranslateArgs
 from minillm.schedule import ScheduleArgs
 from minillm.training.arguments import with_start
@@ -33,12 +35,14 @@ SHELLS = {
 # Program -> its options. Those of the programs that are not named here are not completed.
 OPTIONS: Mapping[str, type[Record]] = {
     "train": with_start(RunConfig),
+    "finetune": finetune_args(),
     "prepare": PrepareArgs,
     "evaluate": EvaluateArgs,
     "generate": GenerateArgs,
     "chat": ChatArgs,
     "translate": TranslateArgs,
     "embed": EmbedArgs,
+    "predict": PredictArgs,
     "import": ImportArgs,
     "export": ExportArgs,
     "plot": PlotArgs,

@@ -22,6 +22,7 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     "train": Program("minillm.train", "train a model, alone or over the ranks of mpirun"),
+    "finetune": Program("minillm.finetune", "train an encoder for a task on labelled texts"),
     "prepare": Program("minillm.data.prepare", "tokenize a text once, for many runs"),
     "tokenizer": Program(
         "minillm.data.tokenizer_program", "learn a BPE or WordPiece vocabulary, or encode a text"
@@ -31,6 +32,7 @@ PROGRAMS = {
     "chat": Program("minillm.inference.chat", "talk with a checkpoint"),
     "translate": Program("minillm.inference.translate", "translate lines with a checkpoint"),
     "embed": Program("minillm.inference.embed", "embed lines of text with an encoder"),
+    "predict": Program("minillm.inference.predict", "predict the labels of texts"),
     "import": Program(
         "minillm.weights.importing", "copy weights of Hugging Face or GGUF files into a run"
     ),

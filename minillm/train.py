@@ -29,7 +29,7 @@ from minillm.inference.sample import SAMPLES
 from minillm.replication.server import Server
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
-from minillm.training.config import RunConfig, preset_values
+from minillm.training.config import RunConfig, decided, preset_values
 from minillm.training.fit import fit
 from minillm.training.folder import Claim, check_visible, claim_existing, claim_new
 from minillm.training.loop import Run
@@ -43,13 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status."""
     return run_program(
         lambda words: parse_train_args(words, saved=saved_options),
-        _train,
+        train,
         argv,
         lambda given: given[1].compute.threads,
     )
 
 
-def _train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
+def train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
+    """Run the training that the options describe. Collective."""
     start, options = given
     comm.timeout = options.comm.comm_timeout
     on, log = options.compute.device, Log(comm.rank)
@@ -160,6 +161,7 @@ def _plan(
     with known_to_all():
         vocabulary = None if origin is None else origin.record.tokenizer
         data = options.objective.load(options.corpus, options.shape, vocabulary, comm)
+        options = decided(options, data)
         config = resolve(options, comm.size, data.vocab_size, neighbours(comm))
     return data, config
 

@@ -29,7 +29,7 @@ from minillm.replication.methods import method_of
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.comparison import Course, Deviation, compare, pieces, run, whole
-from minillm.training.config import RunConfig
+from minillm.training.config import RunConfig, decided
 from minillm.training.numeric_key import asked_kernels
 from minillm.training.resolve import ResolvedConfig, resolve
 from minillm.training.trainer import Trainer
@@ -77,6 +77,7 @@ def _verify(comm: Communicator, given: tuple[StartOptions, VerifyConfig]) -> Non
     comm.timeout = config.comm.comm_timeout
     with known_to_all():
         data = config.objective.load(config.corpus, config.shape, None, comm)
+        config = decided(config, data)
         resolved = resolve(config, comm.size, data.vocab_size, neighbours(comm))
         method = method_of(config.replication)
         if not method.equals_one_rank(config.replication, resolved.mesh):

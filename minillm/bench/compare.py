@@ -34,7 +34,7 @@ from minillm.replication.server import Server
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.assembly import layout_of
-from minillm.training.config import RunConfig
+from minillm.training.config import RunConfig, decided
 from minillm.training.costs import data_axis, held_bytes, server_axis
 from minillm.training.memory import predicted, predicted_server
 from minillm.training.numeric_key import asked_kernels
@@ -161,6 +161,7 @@ def _compare(comm: Communicator, given: tuple[StartOptions, CompareConfig]) -> N
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"--json {path}: its folder does not exist; make it first")
         data = config.objective.load(config.corpus, config.shape, None, comm)
+        config = decided(config, data)
         resolve(with_method(config, "all-reduce"), comm.size, data.vocab_size)
     local_rank = comm.split_by_node().rank
     device = agree(comm, lambda: open_device(config.compute.device, local_rank))

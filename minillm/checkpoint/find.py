@@ -129,6 +129,7 @@ def _choose(run: Path, best_one: bool) -> Path:
 def best(paths: Iterable[Path]) -> Path | None:
     """Return the checkpoint with the lowest held-out loss, the newest of equals.
 
+    A task may have another criterion, which is then lowest, such as the share of wrong labels.
     `paths` ascend by step. Losses count only if they are of the same text and number of tokens as
     the newest one. Checkpoints without a loss and damaged ones do not count. None if no one does.
     """
@@ -137,7 +138,8 @@ def best(paths: Iterable[Path]) -> Path | None:
     for path in reversed(list(paths)):
         try:
             meta = read_manifest(path).meta
-            loss, tokens = meta["held_out"]["loss"], meta["held_out"]["tokens"]
+            measured = meta["held_out"]
+            loss, tokens = measured.get("criterion", measured["loss"]), measured["tokens"]
             of = (meta["corpus"], meta.get("config", {}).get("val_data"), tokens)
         except (Damaged, KeyError, TypeError, AttributeError):
             continue

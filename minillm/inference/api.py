@@ -34,7 +34,7 @@ from minillm.inference.text import end_ids, prompt_ids
 from minillm.inference.writing import Prompt, Writer, WritingOptions
 from minillm.models.family import DEFAULT, Family
 from minillm.training.assembly import Assembly
-from minillm.training.config import RunConfig, default_values, preset_values
+from minillm.training.config import RunConfig, decided, default_values, preset_values
 from minillm.training.fit import fit
 from minillm.training.held_out import measure
 from minillm.training.numeric_key import asked_kernels
@@ -120,6 +120,7 @@ class Trainer:
         device = agree(world_, lambda: open_device(config.compute.device, local_rank))
         self.comm = on_device(world_, device)
         self._data = config.objective.load(config.corpus, config.shape, None, self.comm)
+        config = decided(config, self._data)
         resolved = resolve(config, self.comm.size, self._data.vocab_size)
         self.config = fit(resolved, self.comm, device)
         optimization = config.optimization

@@ -14,11 +14,9 @@ from minillm.comm.agreement import agree
 from minillm.data.buckets import padded, padded_length
 from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.tokenizers import tokenizer_from_json
+from minillm.inference.forward import gather_rows_, last_outputs, own_batches
 from minillm.models.protocol import Batch
 from minillm.params.where import KeyLimits, Where
-from minillm.pipeline.lower import lower
-from minillm.pipeline.runtime import PipelineRuntime
-from minillm.pipeline.schedules import forward_only
 from minillm.training.assembly import Assembly
 
 
@@ -42,7 +40,7 @@ class Embedder:
         shape: Any = next(iter(model.stages.values())).model
         self.model, self.pooling = model, pooling
         self.context, self.dim = shape.config.context, shape.config.dim
-        self.tokenizer = _tokenizer(vocabulary, shape.config.vocab)
+        self.tokenizer = encoder_tokenizer(vocabulary, shape.config.vocab)
 
     def texts(self, texts: Sequence[str], batch: int) -> tuple[np.ndarray, int]:
         """Return the embeddings float32 [N, D] of `texts`, and how many were cut to the context.
@@ -51,17 +49,12 @@ class Embedder:
         over all ranks, of which each returns the same. Raises ConfigError on every rank for a text
         that has no ids.
         """
-        mesh = self.model.mesh
-        replicas, world = mesh.axis("dp"), mesh.world
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        batches = [order[i : i + batch] for i in range(0, len(order), batch)]
-        own = batches[replicas.rank :: replicas.size]
+        replicas, world = self.model.mesh.axis("dp"), self.model.mesh.world
+        own = own_batches([len(text) for text in texts], batch, self.model)
         ids = agree(world, lambda: [[self._ids(texts[i]) for i in part] for part in own])
         found = self.embed([[self._cut(each) for each in part] for part in ids])
         rows = np.zeros((len(texts), self.dim), np.float32)
-        for places, vectors in zip(own, found, strict=False):  # none before the last stage
-            rows[places] = vectors if mesh.coord("tp") == 0 else 0
-        world.all_reduce_(rows, kind="control")
+        gather_rows_(rows, own, found, self.model, world)
         longer = sum(len(each) > self.context for part in ids for each in part)
         return rows, int(replicas.reduce_numbers([longer])[0])
 
@@ -84,20 +77,7 @@ class Embedder:
         Ids are int64 [length], special tokens included, at most `context` of them. Collective over
         the tp and pp axes.
         """
-        model = self.model
-        self._found: list[np.ndarray] = []
-        if not batches:
-            return []
-        schedule = lower(
-            forward_only(model.layout.rank_of_stage, len(batches)),
-            train=False,
-            sharded=model.replication.sharded,
-        )
-        runtime = PipelineRuntime(
-            schedule, model.stages, model.mesh.axis("pp"), model.replication, count=self._keep
-        )
-        runtime.run([self._batch(texts) for texts in batches])
-        return self._found
+        return last_outputs(self.model, [self._batch(texts) for texts in batches], self._pooled)
 
     def _batch(self, texts: Sequence[IntArray]) -> Batch:
         lengths, device = np.array([len(ids) for ids in texts], np.int64), self.model.device
@@ -108,7 +88,7 @@ class Embedder:
         uploaded = {name: device.upload(array) for name, array in arrays.items()}
         return Batch(uploaded, {}, where, KeyLimits(lengths))
 
-    def _keep(self, outputs: tuple[Tensor, ...], batch: Batch) -> Mapping[str, Any]:
+    def _pooled(self, outputs: tuple[Tensor, ...], batch: Batch) -> np.ndarray:
         hidden, limits = to_host(outputs[0].data), batch.limits  # [B, T, D]
         assert limits is not None and limits.lengths is not None
         states = hidden.astype(sum_dtype(hidden.dtype), copy=False)
@@ -119,11 +99,10 @@ class Embedder:
             weights = (share / limits.lengths[:, None]).astype(states.dtype)
             pooled = np.matmul(weights[:, None], states)[:, 0]
         norms = np.linalg.norm(pooled, axis=1, keepdims=True)
-        self._found.append(pooled / np.maximum(norms, 1e-12))
-        return {}
+        return pooled / np.maximum(norms, 1e-12)
 
 
-def _tokenizer(vocabulary: Mapping[str, Any], vocab: int) -> SpecialTokenizer:
+def encoder_tokenizer(vocabulary: Mapping[str, Any], vocab: int) -> SpecialTokenizer:
     """Return the tokenizer with the marks of an encoder of `vocab` tokens.
 
     Raises ConfigError for one that is not known or has no such marks.

@@ -84,11 +84,15 @@ class PairHead(Module):
         self.classes = Linear(c.dim, 2, std=std) if c.pairs else None
         self.comm = SelfCommunicator()
 
+    def pooled(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Return the pooled vectors [B, D] of hidden states x [B, D] at position 0."""
+        return ops.tanh(self.pooler(x, pass_))
+
     def forward(
         self, x: Tensor, pass_: Pass, targets: Array, divisor: float
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of x [B, D] against targets [B] and what `head_scores` adds to it."""
-        pooled, classes = ops.tanh(self.pooler(x, pass_)), self.classes
+        pooled, classes = self.pooled(x, pass_), self.classes
         assert classes is not None
         more: dict[str, Any] = dict(vocab=2, divisor=divisor, bias=classes.bias)
         return head_scores(pooled, classes.weight, targets, self.comm, **more)
@@ -160,7 +164,7 @@ class Bert(Module):
         """Describe "hidden" [B, T_local, D] in the parameters' dtype; () on a first stage."""
         if self.embedding is not None:
             return ()
-        times = self._pass(batch, False).where.times
+        times = self.pass_of(batch, False).where.times
         assert times is not None
         shape = (len(batch.where.samples), times.shape[-1], self.config.dim)
         return (ArraySpec("hidden", shape, self.parameters()[0].dtype, True),)
@@ -171,7 +175,7 @@ class Bert(Module):
         The last stage adds the losses that `batch` has divisors for. For each it hands on an array,
         of [M] or [B]: how far the target's logit lies below the largest one.
         """
-        pass_ = self._pass(batch, training)
+        pass_ = self.pass_of(batch, training)
         if self.embedding is None:
             (x,) = arrived
         else:
@@ -184,18 +188,22 @@ class Bert(Module):
                 else block(stream, pass_)
             )
         outputs, losses = [stream.sum()], {}
-        xp, arrays, divisors = namespace(x.data), batch.arrays, batch.divisors
+        arrays, divisors = batch.arrays, batch.divisors
         if self.head is not None and "mlm" in divisors:
             rows = self._rows(outputs[0], arrays["masked"], pass_)
             found = self.head(rows, pass_, arrays["originals"], divisors["mlm"])
             losses["mlm"], outputs = found[0], [*outputs, found[1]]
         if self.pairs is not None and "nsp" in divisors:
-            assert pass_.whole.times is not None
-            first = xp.arange(len(x.data)) * pass_.whole.times.shape[-1]
-            rows = self._rows(outputs[0], first, pass_)
+            rows = self.first_rows(outputs[0], pass_)
             found = self.pairs(rows, pass_, arrays["unrelated"], divisors["nsp"])
             losses["nsp"], outputs = found[0], [*outputs, found[1]]
         return StageResult(tuple(outputs), losses)
+
+    def first_rows(self, hidden: Tensor, pass_: Pass) -> Tensor:
+        """Return the rows of `hidden` [B, T_local, D] at position 0: [B, D] on every tp rank."""
+        assert pass_.whole.times is not None
+        first = namespace(hidden.data).arange(len(hidden.data)) * pass_.whole.times.shape[-1]
+        return self._rows(hidden, first, pass_)
 
     def _rows(self, hidden: Tensor, places: Array, pass_: Pass) -> Tensor:
         """Return the rows of `hidden` at places [M] of the B T positions: [M, D] on every tp rank.
@@ -214,7 +222,8 @@ class Bert(Module):
         rows = ops.embedding(xp.where(inside, sample * size + time, -1), flat)
         return reduce_from(rows, self.region.comm)
 
-    def _pass(self, batch: Batch, training: bool) -> Pass:
+    def pass_of(self, batch: Batch, training: bool) -> Pass:
+        """Return the state of a pass of `batch`, outside the region."""
         return self.region.outside(Pass(batch.where, batch.where, training, batch.limits))
 
     def _embed(self, embedding: VocabParallelEmbedding, batch: Batch, pass_: Pass) -> Tensor:

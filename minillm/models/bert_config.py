@@ -1,10 +1,10 @@
-"""Options and shape of a BERT."""
+"""Options and shapes of an encoder: a BERT that is pre-trained, or a classifier made from one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from minillm.base.errors import ConfigError
 from minillm.base.log import plural
@@ -17,8 +17,8 @@ MASKED = 0.15  # share of positions that the head sees, for rates and costs
 
 
 @dataclass(frozen=True, kw_only=True)
-class BertShape(Record):
-    """Part of an encoder's shape that never follows from anything else."""
+class EncoderShape(Record):
+    """Part of an encoder's shape that never follows from anything else, whatever its heads are."""
 
     layers: int = option(4, at_least=1)
     """Number of Transformer blocks."""
@@ -37,6 +37,12 @@ class BertShape(Record):
     """Row of the position table for position 0 (RoBERTa: 2)."""
     dropout: float = option(0.0, at_least=0, below=1, announced=True)
     """Share of activations dropped in training, in [0, 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertShape(EncoderShape):
+    """The same with the heads of pre-training."""
+
     objective: Literal["mlm", "mlm+nsp", "none"] = "mlm+nsp"
     """Losses, and the heads that they need: masked tokens (mlm), those and whether the second
     segment of a pair follows the first (mlm+nsp), or none, as in an encoder that embeds text."""
@@ -106,7 +112,8 @@ class BertConfig(BertShape):
         each = 6.0 * (self.core.layer_products + self.core.attention_products(0))
         costs = [each] * self.layers
         costs[0] += 3 * self.dim
-        costs[-1] += 6 * MASKED * self.dim * (self.dim + self.vocab)
+        if self.tied:
+            costs[-1] += 6 * MASKED * self.dim * (self.dim + self.vocab)
         return costs
 
     def cut_over_tp(self, sequence_parallel: bool) -> dict[str, int]:
@@ -127,15 +134,36 @@ class BertConfig(BertShape):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BertOptions(BertShape, ShapeOptions):
-    """Encoder, as in `--layers 6 --heads 12 --dim 384` (minillm/models/bert.py)."""
-
-    FREE: ClassVar[tuple[str, ...]] = ("context", "dropout", "objective", "pooler")
+class EncoderOptions(EncoderShape, ShapeOptions):
+    """Options that encoders of all heads have."""
 
     ffn_dim: int | None = option(None, at_least=1)
     """Width inside the MLP; left out: 4 dim."""
     vocab: int | None = option(None, at_least=1)
     """Number of different tokens; left out: what the tokenizer has, and four special ones."""
+
+    def given(self, vocab: int | None) -> dict[str, Any]:
+        """Return the options, with the sizes that follow from them and from `vocab` tokens.
+
+        Raises ConfigError where the number of tokens is unknown.
+        """
+        follows = {"ffn_dim": 4 * self.dim, "vocab": check_vocab(self.vocab, vocab)}
+        return follows | {name: each for name, each in self.to_dict().items() if each is not None}
+
+    def check_weights(self, had: Self) -> None:
+        """Raise ConfigError if the table of positions would grow."""
+        if self.context > had.context:
+            raise ConfigError(
+                f"--context {self.context} is longer than the {had.context} positions that the "
+                f"weights of --init-from have learned; use --context {had.context} or less"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertOptions(BertShape, EncoderOptions):
+    """Encoder, as in `--layers 6 --heads 12 --dim 384` (minillm/models/bert.py)."""
+
+    FREE: ClassVar[tuple[str, ...]] = ("context", "dropout", "objective", "pooler")
 
     def resolve(self, vocab: int | None = None) -> BertConfig:
         """Return the shape for data of `vocab` tokens.
@@ -143,15 +171,6 @@ class BertOptions(BertShape, ShapeOptions):
         Raises ConfigError for sizes that do not fit together, and where the number of tokens is
         unknown.
         """
-        follows = {"ffn_dim": 4 * self.dim, "vocab": check_vocab(self.vocab, vocab)}
-        given = {name: value for name, value in self.to_dict().items() if value is not None}
+        given = self.given(vocab)
         given["pooler"] = self.pooler and self.objective != "mlm+nsp"  # which has its own
-        return BertConfig(**follows | given)
-
-    def check_weights(self, had: BertOptions) -> None:
-        """Raise ConfigError if the table of positions would grow."""
-        if self.context > had.context:
-            raise ConfigError(
-                f"--context {self.context} is longer than the {had.context} positions that the "
-                f"weights of --init-from have learned; use --context {had.context} or less"
-            )
+        return BertConfig(**given)

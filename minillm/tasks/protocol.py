@@ -89,6 +89,14 @@ class Result(Protocol):
         """Return all metrics as text, and their share of the `of` tokens that exist."""
 
 
+@runtime_checkable
+class Judged(Result, Protocol):
+    """Metrics whose best checkpoint is not the one of the lowest loss."""
+
+    def criterion(self) -> float:
+        """Return the number that is lowest for the best model."""
+
+
 class Dataset(Protocol):
     """Data of a run or of a measurement: equal on every rank, read by rows."""
 
@@ -117,6 +125,14 @@ class Dataset(Protocol):
 
     def prompt(self) -> Sequence[int]:
         """Return the ids that a sample at the end of a run continues; empty without a sample."""
+
+
+@runtime_checkable
+class Deciding(Dataset, Protocol):
+    """Dataset that decides options of a run, such as the number of labels."""
+
+    def decides(self, batch: int) -> Mapping[str, Any]:
+        """Return the values of options that follow from the data, for `batch` sequences a step."""
 
 
 class Objective(Protocol):

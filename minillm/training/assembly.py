@@ -78,10 +78,17 @@ def first_rows(source: StateSource, config: ResolvedConfig) -> StateSource:
 
 
 def fresh_heads(source: StateSource, config: ResolvedConfig) -> frozenset[str]:
-    """Return the tensors of an objective's heads that `source`, of another one, does not have."""
+    """Return the tensors of an objective's heads that `source`, of another one, does not have.
+
+    Those that it has in another shape belong to another number of labels.
+    """
     heads = tuple(f"{WEIGHTS}{name}" for name in config.family.heads)
-    lacks = frozenset(model_shapes(config)).difference(source.names())
-    return frozenset(name for name in lacks if name.startswith(heads))
+    had, shapes = frozenset(source.names()), model_shapes(config)
+    return frozenset(
+        name
+        for name, shape in shapes.items()
+        if name.startswith(heads) and (name not in had or source.shape(name) != shape)
+    )
 
 
 @dataclass

@@ -24,7 +24,7 @@ from minillm.models.family import DEFAULT, Family, ShapeOptions, families, famil
 from minillm.pipeline.options import PipelineOptions
 from minillm.replication.options import ReplicationOptions
 from minillm.tasks.objectives import objective
-from minillm.tasks.protocol import Objective
+from minillm.tasks.protocol import Dataset, Deciding, Objective
 from minillm.training.options import OptimizationOptions, OutputOptions
 
 RunConfigT = TypeVar("RunConfigT", bound="RunConfig")
@@ -130,6 +130,13 @@ def _of_family(cls: type[RunConfigT], of: Family) -> type[RunConfigT]:
         shape=of.options(),
         corpus=objective(of.objective).options(),
     )
+
+
+def decided(config: RunConfigT, data: Dataset) -> RunConfigT:
+    """Return `config` with the options that its data decide."""
+    if not isinstance(data, Deciding):
+        return config
+    return config.replace(**data.decides(config.optimization.batch))
 
 
 def preset_values(name: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.cores import threads_in_use
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
-from minillm.tasks.protocol import Dataset, Result, Unequal
+from minillm.tasks.protocol import Dataset, Judged, Result, Unequal
 from minillm.training.assembly import first_rows, fresh_heads, model_shapes
 from minillm.training.folder import begin, way_back
 from minillm.training.held_out import Stopped, measure
@@ -213,6 +213,7 @@ class Run:
         if step == self.saved_step:
             return
         loss = None if found is None else found.numbers().get("loss")
+        judged = {"criterion": found.criterion()} if isinstance(found, Judged) else {}
         record = checkpoint.RunRecord(
             config=self.config.saved_values(),
             tokenizer=self.data.vocabulary(),
@@ -221,7 +222,9 @@ class Run:
             source=self.data.source,
             key=self.key,
             position=self.first + step * self.config.options.optimization.batch,
-            held_out=None if loss is None else {"loss": loss, "tokens": self.output.eval_tokens},
+            held_out=None
+            if loss is None
+            else {"loss": loss, "tokens": self.output.eval_tokens, **judged},
         )
         self.metrics.sync()  # before the checkpoint: no step is saved without its line
         with known_to_all(), self.trainer.replication.agreed():

@@ -1,0 +1,181 @@
+"""Tables of texts: TSV, CSV and JSON lines, plain or .gz, with file and line in every error.
+
+A TSV has no quotes, as in GLUE. A CSV is that of RFC 4180: a quoted field may hold line ends. Both
+begin with the names of their columns, unless columns are asked for by number.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minillm.base.errors import ConfigError
+from minillm.base.record import or_list
+
+LONGEST_FIELD = 1 << 24  # characters; the csv module's own limit is 131,072
+
+
+class Row(NamedTuple):
+    """Row of a table."""
+
+    line: int  # on which it begins, from 1
+    values: tuple[Any, ...]  # of the columns that were asked for
+
+
+class Column(NamedTuple):
+    """Column to read."""
+
+    flag: str  # that names it, for errors
+    asked: str | None  # name, or number from 1; None: the first of `usual` that exists
+    usual: tuple[str, ...]
+
+
+def read_table(name: str, columns: Sequence[Column]) -> list[Row]:
+    """Return the rows of a table, each with the values of `columns`.
+
+    Values are text, those of JSON lines any JSON. Raises ConfigError with file and line for a file
+    that cannot be read, has no row, or has rows of different lengths, and for a missing column.
+    """
+    path = Path(name)
+    if not is_table(name):
+        raise ConfigError(
+            f"{path} is no table: its name must end in {or_list(KINDS)}, each also with .gz"
+        )
+    rows = list(KINDS[_ending(name)](path, read_text(path), columns))
+    if not rows:
+        raise ConfigError(f"{path} has no row; give it at least one below the names of its columns")
+    return rows
+
+
+def is_table(name: str) -> bool:
+    """Return whether a file is named like a table."""
+    return _ending(name) in KINDS
+
+
+def _ending(name: str) -> str:
+    path = Path(name)
+    return Path(path.stem if path.suffix == ".gz" else path).suffix.lower()
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file. Raises ConfigError if it cannot be read or is not UTF-8."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the name, or "
+            "fetch the file again"
+        ) from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"line {line} of {path} is not UTF-8 (byte {error.start} of the file is "
+            f"0x{data[error.start]:02x}); convert it, as in: iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _delimited(
+    path: Path, columns: Sequence[Column], records: Iterator[tuple[int, list[str]]]
+) -> Iterator[Row]:
+    """Yield the rows of `records`, pairs of a line and its fields, the first one of names."""
+    found = next(records, None)
+    if found is None:
+        raise ConfigError(f"{path} is empty; give it a line with the names of its columns")
+    line, header = found
+    places = _places(path, columns, header)
+    if any(column.asked in header or not (column.asked or "").isdigit() for column in columns):
+        found = next(records, None)
+    while found is not None:
+        line, fields = found
+        if len(fields) != len(header):
+            raise ConfigError(
+                f"line {line} of {path} has {_fields(len(fields))}, but the first line has "
+                f"{len(header)}"
+            )
+        yield Row(line, tuple(fields[place] for place in places))
+        found = next(records, None)
+
+
+def _places(path: Path, columns: Sequence[Column], header: Sequence[str]) -> list[int]:
+    """Return the index of each column. Raises ConfigError naming one that does not exist."""
+    places = []
+    for flag, asked, usual in columns:
+        names = usual if asked is None else (asked,)
+        own = [header.index(name) for name in names if name in header]
+        if not own and asked is not None and asked.isdigit() and 0 < int(asked) <= len(header):
+            own = [int(asked) - 1]
+        if not own:
+            raise ConfigError(
+                f"line 1 of {path} names no column {or_list(names)}, only "
+                f"{', '.join(map(repr, header))}; pass one of them as {flag}, or the number of a "
+                "column where the first line has no names"
+            )
+        places.append(own[0])
+    return places
+
+
+def _fields(number: int) -> str:
+    return f"{number} field{'s' * (number != 1)}"
+
+
+def _tsv(path: Path, text: str, columns: Sequence[Column]) -> Iterator[Row]:
+    lines = text.split("\n")
+    if lines and not lines[-1]:
+        lines.pop()  # behind the last line end
+    records = ((i, line.removesuffix("\r").split("\t")) for i, line in enumerate(lines, 1))
+    return _delimited(path, columns, records)
+
+
+def _csv(path: Path, text: str, columns: Sequence[Column]) -> Iterator[Row]:
+    return _delimited(path, columns, _csv_records(path, text))
+
+
+def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(LONGEST_FIELD)
+    reader, line = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    try:
+        for fields in reader:
+            yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(f"line {line} of {path} is no CSV: {error}") from None
+
+
+def _json_lines(path: Path, text: str, columns: Sequence[Column]) -> Iterator[Row]:
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        try:
+            found = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"line {line} of {path} is no JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ConfigError(
+                f"line {line} of {path} is no JSON object, as in "
+                '{"text": "a fine film", "label": "good"}'
+            )
+        values = []
+        for flag, asked, usual in columns:
+            names = usual if asked is None else (asked,)
+            own = [name for name in names if name in found]
+            if not own:
+                raise ConfigError(
+                    f"line {line} of {path} has no field {or_list(names)}, only "
+                    f"{', '.join(map(repr, found)) or 'none'}; pass another name as {flag}"
+                )
+            values.append(found[own[0]])
+        yield Row(line, tuple(values))
+
+
+Reader = Callable[[Path, str, Sequence[Column]], Iterator[Row]]
+KINDS: dict[str, Reader] = {".tsv": _tsv, ".csv": _csv, ".jsonl": _json_lines}
+"""Ending of a name -> its reader."""

@@ -1,0 +1,141 @@
+"""Train an encoder for a task: `python -m minillm.finetune --task classify --model SOURCE`.
+
+A task is a family of models with the objective of its data. This program finds the family, and
+turns the weights of SOURCE into those that a run of it starts from. The rest is `minillm.train`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from minillm.base.errors import ConfigError
+from minillm.base.flags import parse_flags, split_flags
+from minillm.base.record import Record, option, with_defaults
+from minillm.comm.process import run_program
+from minillm.models.family import DEFAULT, family_of_preset
+from minillm.train import train
+from minillm.training.arguments import StartOptions, parse_train_args
+from minillm.training.config import RunConfig
+from minillm.training.origin import saved_options
+
+PROG = "python -m minillm.finetune"
+ENCODERS = ("bert", "classifier")  # families that have the weights of an encoder
+CONTEXT = 128  # tokens of a text, where the weights allow more
+
+
+class TaskKind(NamedTuple):
+    """Task, as `--task` names it."""
+
+    scratch: str  # preset of a model from initial values
+    tuned: str  # preset of one from weights
+    flags: tuple[str, ...] = ()  # that it adds to those of the command line
+
+
+TASKS: Mapping[str, TaskKind] = {
+    "classify": TaskKind("classifier", "classifier-tuned"),
+    "pair": TaskKind("classifier", "classifier-tuned", ("--pairs",)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneArgs(Record):
+    """Train an encoder for a task, on one process or over the ranks of mpirun.
+
+    mpirun -n 4 python -m minillm.finetune --task classify --model models/minilm --train train.tsv
+
+    Without --model a small one is trained from scratch, and without --train on generated texts. All
+    flags of minillm train apply. minillm predict and minillm evaluate read the run.
+    """
+
+    task: Literal["classify", "pair"] = "classify"
+    """Task: a label for each text (classify), or for each pair of texts (pair)."""
+    model: str = option("none", path=True)
+    """Weights to start from, a Hugging Face folder, a .gguf file, a run or one of its checkpoints;
+    none: initial values, with the sizes of --layers, --heads and --dim."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen(FinetuneArgs):
+    """Flags that decide how the others are read."""
+
+    resume: str | None = option(None, path=True)
+    init_from: str | None = option(None, path=True)
+    epochs: str | None = None
+    steps: str | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return the exit status."""
+    return run_program(parse, train, argv, lambda given: given[1].compute.threads)
+
+
+@functools.cache
+def finetune_args() -> type[Record]:
+    """Return all options, as `--help` lists them."""
+    config = RunConfig.of(family_of_preset(TASKS["classify"].scratch).name)()
+    rooms = ("optimization", "compute", "layout", "pipeline", "replication", "output", "comm")
+    more = {name: getattr(config, name) for name in rooms}
+    return with_defaults(FinetuneArgs, data=config.corpus, sizes=config.shape, **more)
+
+
+def parse(argv: Sequence[str]) -> tuple[StartOptions, RunConfig]:
+    """Return the options of a run of `minillm.train` that does the task.
+
+    Raises ConfigError for bad options, and SystemExit(0) after `--help`.
+    """
+    words = list(argv)
+    if {"-h", "--help"} & set(words):
+        parse_flags(finetune_args(), ["--help"], prog=PROG)
+    chosen, rest = split_flags(_Chosen, words, prog=PROG, add_help=False)
+    if chosen.init_from is not None:
+        raise ConfigError(f"--init-from is --model here: --model {chosen.init_from}")
+    if chosen.epochs is not None and chosen.steps is not None:
+        raise ConfigError("--epochs and --steps both say how long to train; leave one out")
+    for name in ("epochs", "steps"):
+        if (value := getattr(chosen, name)) is not None:
+            rest += [f"--{name}", value]
+    defaults = {} if chosen.steps is None else {"epochs": None}
+    if chosen.resume is not None:
+        if chosen.model != "none":
+            raise ConfigError("--resume continues a run with its own weights; leave --model out")
+        return parse_train_args(["--resume", chosen.resume, *rest], saved=saved_options, prog=PROG)
+    task = TASKS[chosen.task]
+    if chosen.model == "none":
+        start = ["--preset", task.scratch]
+    else:
+        start = ["--preset", task.tuned, "--init-from", chosen.model]
+    return parse_train_args(
+        [*start, *task.flags, *rest], saved=_weights, prog=PROG, defaults=defaults
+    )
+
+
+def _weights(start: StartOptions) -> dict[str, Any]:
+    """Return the options that the weights of `--model` bring along for a run of the task.
+
+    Raises ConfigError for weights that are of no encoder.
+    """
+    path = Path(start.init_from or "")
+    if not path.exists():
+        raise ConfigError(f"--model {path} does not exist; name weights, or none")
+    values = dict(saved_options(start))
+    if values.get("model", DEFAULT) not in ENCODERS:
+        raise ConfigError(
+            f"--model {path} holds a model of --model {values.get('model', DEFAULT)}, but a task "
+            "needs an encoder, such as BERT"
+        )
+    family = family_of_preset(TASKS["classify"].tuned)
+    own = family.options.options().keys() - {"labels", "dropout"}
+    found = {name: values[name] for name in own if name in values}
+    found["context"] = min(CONTEXT, found["context"])
+    if "dtype" in values:
+        found["dtype"] = values["dtype"]
+    return {"model": family.name, **found}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Classifier of texts: an encoder with a label for the whole sequence.
+
+    hidden [B, T, D] -> position 0 -> pooler (dense, tanh) -> dropout -> classifier -> loss, logits
+
+It is BertForSequenceClassification of the package transformers (Devlin et al. 2019, section 4.1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from minillm.autograd.tape import Tensor
+from minillm.base.record import option
+from minillm.comm.single import SelfCommunicator
+from minillm.models.bert import Bert, BertArchitecture
+from minillm.models.bert_config import BertConfig, EncoderOptions
+from minillm.models.family import Family
+from minillm.models.protocol import Batch, StagePart, StageResult, Workload
+from minillm.nn.dropout import Dropout
+from minillm.nn.linear import Linear
+from minillm.nn.vocabulary import head_loss
+from minillm.params.where import Pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(BertConfig):
+    """Shape of a classifier: an encoder with a pooler, and labels."""
+
+    objective: Literal["mlm", "mlm+nsp", "none"] = "none"
+    pooler: bool = True
+    labels: int = option(at_least=2)
+    """Number of different labels."""
+
+    def describe(self) -> str:
+        """Return the sizes in words."""
+        return super().describe().replace(self.objective, f"{self.labels} labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(EncoderOptions):
+    """Classifier, as in `--layers 4 --dim 128` (minillm/models/classifier.py)."""
+
+    FREE: ClassVar[tuple[str, ...]] = ("context", "dropout", "labels")
+
+    labels: int | None = option(None, at_least=2)
+    """Number of different labels; left out: those of the data."""
+
+    def resolve(self, vocab: int | None = None) -> ClassifierConfig:
+        """Return the shape for data of `vocab` tokens.
+
+        Raises ConfigError for sizes that do not fit together, and where the number of tokens is
+        unknown.
+        """
+        return ClassifierConfig(**{"labels": 2} | self.given(vocab))
+
+
+class Classifier(Bert):
+    """Stage of a classifier. The batch of the last one holds "labels" [B] where a loss is wanted.
+
+    The loss is "loss". Labels of -100 do not count. The classifier is replicated over tp: its
+    input is the same on all ranks, so its gradients are too.
+    """
+
+    config: ClassifierConfig
+
+    def __init__(
+        self, config: ClassifierConfig, region: Any, part: StagePart | None = None, **more: Any
+    ) -> None:
+        super().__init__(config, region, part, **more)
+        last = part is None or part.last
+        self.drop = Dropout(config.dropout, self.seed)
+        self.classifier = Linear(config.dim, config.labels, std=self.std) if last else None
+        self.assign_names()
+
+    def forward(self, arrived: tuple[Tensor, ...], batch: Batch, training: bool) -> StageResult:
+        """Return "hidden", and on the last stage the loss; in evaluation the logits [B, labels]."""
+        found = super().forward(arrived, batch, training)
+        if self.classifier is None or self.pairs is None:
+            return found
+        pass_, layer = self.pass_of(batch, training), self.classifier
+        pooled = self.pairs.pooled(self.first_rows(found.outputs[0], pass_), pass_)
+        pooled = self._dropped(pooled, batch, training)
+        outputs, losses = found.outputs, {}
+        if "loss" in batch.divisors:
+            losses["loss"] = head_loss(
+                pooled,
+                layer.weight,
+                batch.arrays["labels"],
+                SelfCommunicator(),
+                vocab=self.config.labels,
+                divisor=batch.divisors["loss"],
+                bias=layer.bias,
+            )
+        if not training:
+            outputs = (*outputs, layer(pooled, pass_))
+        return StageResult(outputs, losses)
+
+    def _dropped(self, pooled: Tensor, batch: Batch, training: bool) -> Tensor:
+        """Drop elements of pooled [B, D] as those of a sequence of one position."""
+        where = dataclasses.replace(batch.where, times=np.zeros(1, np.int64))
+        shape = pooled.shape
+        one = pooled.reshape(shape[0], 1, shape[1])
+        return self.drop(one, Pass(where, where, training)).reshape(*shape)
+
+
+class ClassifierArchitecture(BertArchitecture):
+    """Architecture "classifier", configured by a `ClassifierConfig`."""
+
+    name, stage = "classifier", Classifier  # type: ignore[assignment]
+
+    def head_bytes(self, config: BertConfig, work: Workload) -> int:
+        """Return 0: the logits are a few numbers a sequence."""
+        return 0
+
+
+_COMMON: dict[str, Any] = dict(
+    context=128, dropout=0.1, batch=32, epochs=3.0, weight_decay=0.01, beta2=0.999
+)
+_COMMON |= dict(lr_schedule="linear-to-zero", eval_every=200, eval_tokens=1 << 30)
+FAMILY = Family(
+    name="classifier",
+    options=ClassifierOptions,
+    architecture=ClassifierArchitecture(),
+    objective="classification",
+    presets={
+        "classifier": _COMMON | dict(lr=5e-4),  # two minutes on two cores
+        "classifier-tuned": _COMMON | dict(lr=5e-5),  # from the weights of an encoder
+    },
+    writes="labels",
+    tables={"positions": "num_positions"},
+    heads=("classifier.", "pairs."),
+)

@@ -1,0 +1,326 @@
+"""Classification of texts and of pairs of texts: a label for each."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from minillm.base.arrays import IntArray
+from minillm.base.device import Device
+from minillm.base.errors import ConfigError
+from minillm.base.log import plural
+from minillm.base.record import Record, option
+from minillm.comm.agreement import from_first
+from minillm.comm.communicator import Communicator
+from minillm.data.buckets import Buckets, Load, load
+from minillm.data.documents import SpecialTokenizer, special_json
+from minillm.data.labelled import (
+    Example,
+    Fields,
+    labels_of,
+    numbers_of,
+    opinions,
+    read_examples,
+    split,
+)
+from minillm.data.options import SourceOptions
+from minillm.data.tokenizers import make_tokenizer, tokenizer_from_json
+from minillm.models.family import Shape
+from minillm.models.protocol import Batch
+from minillm.params.where import Where
+from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids
+from minillm.tasks.label_metrics import HeldOutLabels
+
+BUILT_IN = "opinions"
+
+
+class Classifying:
+    """Cross-entropy of the labels: a mean over the examples of a step."""
+
+    losses: Sequence[str] = ("loss",)
+
+    def __init__(
+        self, examples: EncodedTexts, context: int, batch: int, seed: int, first: int, shuffle: bool
+    ) -> None:
+        self.examples, self.context, self.batch_size = examples, context, batch
+        self.first, self.shuffle = first, shuffle
+        self.order = Buckets(examples.lengths, batch, seed, first=first)
+
+    def rows(self, step: int) -> IntArray:
+        """Return the examples of a step, by length."""
+        if self.shuffle:
+            return self.order.rows(step)
+        start = self.first + step * self.batch_size
+        rows = np.arange(start, start + self.batch_size) % len(self.examples)
+        return rows[np.argsort(self.examples.lengths[rows], kind="stable")]
+
+    def load(self, step: int, ranks: int, microbatches: int) -> Load:
+        """Return the positions of step `step` on `ranks` data-parallel ranks."""
+        lengths = self.order.row_lengths(self.rows(step))
+        return load(lengths, ranks, microbatches, self.context)
+
+    def batch(self, step: int, rows: IntArray, device: Device) -> Batch:
+        """Return the examples `rows` [B] of a step."""
+        where = Where(step, rows, device=device)
+        divisors = {"loss": float(self.batch_size)}
+        return self.examples.batch(self.rows(step)[rows], self.context, where, divisors)
+
+
+class LabelledTexts:
+    """Examples to learn and examples held out, encoded: a `Deciding` dataset."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[str, Sequence[Example]]],
+        vocabulary: Mapping[str, Any],
+        options: ClassificationOptions,
+        context: int,
+    ) -> None:
+        """Take the examples to train on and those held out, each with the name of their source.
+
+        Raises ConfigError for a label that is not in `vocabulary`, and without `--truncate` for
+        a text that is too long.
+        """
+        self.source, self.options, self.labels = parts[0][0], options, list(vocabulary["labels"])
+        found = tokenizer_from_json(special_json(vocabulary, False))
+        assert isinstance(found, SpecialTokenizer)
+        self.tokenizer, self.vocab_size = found, found.vocab_size
+        content = [[(each.texts, each.label) for each in part] for _, part in parts]
+        self.sha256 = hashlib.sha256(repr(content).encode()).hexdigest()
+        encoder = Encoder(found, context)
+        self.train, self.held_out = (
+            EncodedTexts(
+                self._encoded(encoder, each, source), numbers_of(each, self.labels, source)
+            )
+            for source, each in parts
+        )
+        self.num_cut = encoder.num_cut
+        self.num_held_out = int(self.held_out.lengths.sum())
+
+    def _encoded(self, encoder: Encoder, examples: Sequence[Example], source: str) -> list[Ids]:
+        found = encoder.encode([each.texts for each in examples])
+        if encoder.num_cut and not self.options.truncate:
+            for each in examples:
+                before = encoder.num_cut
+                encoder.encode([each.texts])
+                if encoder.num_cut > before:
+                    raise ConfigError(
+                        f"line {each.line} of {source} has more than --context {encoder.context} "
+                        "tokens; use a larger one, or leave --no-truncate out"
+                    )
+        return found
+
+    def decides(self, batch: int) -> Mapping[str, Any]:
+        """Return the number of labels, and the steps of the epochs that were asked for."""
+        epochs, found = self.options.epochs, {"labels": len(self.labels)}
+        if epochs is None:
+            return found
+        return found | {
+            "epochs": None,
+            "steps": max(1, math.ceil(epochs * len(self.train) / batch)),
+        }
+
+    def vocabulary(self) -> dict[str, Any]:
+        """Return the tokenizer and the labels as a JSON value."""
+        return self.tokenizer.to_json() | {"labels": self.labels}
+
+    def describe(self) -> str:
+        """Return one line for the plan."""
+        cut = f", {plural(self.num_cut, 'text')} cut to --context" if self.num_cut else ""
+        shown = ", ".join(self.labels[:8]) + ", ..." * (len(self.labels) > 8)
+        return (
+            f"{self.source}: {len(self.train):,} examples to train on, {len(self.held_out):,} held "
+            f"out{cut}; labels {shown}; {self.tokenizer.name} vocabulary of {self.vocab_size:,}, "
+            f"sha256 {self.sha256[:12]}"
+        )
+
+    def task(self, shape: Shape, *, batch: int, seed: int, first: int = 0) -> Classifying:
+        """Return the training examples, in buckets unless their order is kept."""
+        shuffle = self.options.shuffle
+        return Classifying(self.train, shape.context, batch, seed, first, shuffle)
+
+    def measure(self, shape: Shape, tokens: int | None) -> HeldOutLabels:
+        """Return the measure over the held-out examples that the first `tokens` tokens fill."""
+        return HeldOutLabels(self.held_out, self.labels, shape.context, tokens)
+
+    def prompt(self) -> Sequence[int]:
+        """Return nothing: a classifier continues no text."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationOptions(SourceOptions):
+    """EncodedTexts texts, as in `--train train.tsv --dev dev.tsv` (docs/tasks.md)."""
+
+    TRAINS: ClassVar[tuple[str, ...]] = ("train",)
+    MEASURES: ClassVar[tuple[str, ...]] = ("dev",)
+    FIXED: ClassVar[tuple[str, ...]] = ("tokenizer",)
+
+    train: str | None = option(None, announced=True, path=True)
+    """Table of texts and labels, .tsv, .csv or .jsonl, also .gz; left out: generated opinions,
+    positive where there is more praise than blame, each turned around behind "not"."""
+    dev: str | None = option(None, resumable=True, path=True)
+    """Table of held-out texts; left out: one of 10 examples of --train, at most 1,000."""
+    text_field: str | None = option(None, announced=True)
+    """Column of the text, by name, or by number where the first line has no names; left out:
+    sentence or text, for pairs sentence1, premise or question1."""
+    pair_field: str | None = option(None, announced=True)
+    """Column of the second text of a pair; left out: sentence2, hypothesis or question2."""
+    label_field: str | None = option(None, announced=True)
+    """Column of the label; left out: label."""
+    pairs: bool = option(False, announced=True)
+    """Read a pair of texts from each row, not one."""
+    tokenizer: str = option("wordpiece:1000", path=True)
+    """Tokens of a model from scratch: byte, char, bpe:SIZE or wordpiece:SIZE (learnt from the
+    texts), or the path of a tokenizer.json, a vocab.txt, or a folder with one."""
+    epochs: float | None = option(None, above=0, announced=True)
+    """Passes over the training examples; left out: --steps decides."""
+    shuffle: bool = option(True, announced=True)
+    """Read the examples in random order, similar lengths together; --no-shuffle keeps that of the
+    file."""
+    truncate: bool = option(True, announced=True)
+    """Cut texts that are longer than --context, and say how many; --no-truncate refuses them."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a column of pairs without pairs, and for columns of no file."""
+        super().__post_init__()
+        _check_fields(self, self.pairs)
+        if self.train is None and (self.text_field or self.label_field or self.pairs):
+            raise ConfigError("--text-field, --label-field and --pairs need --train, a table")
+
+    def fields(self, asked: LabelledToMeasure | None = None) -> Fields:
+        """Return the columns to read, those of `asked` before those of training."""
+
+        def name(of: str) -> str | None:
+            found: str | None = getattr(asked, of, None) or getattr(self, of)
+            return found
+
+        return Fields(name("text_field"), name("pair_field"), name("label_field"), self.pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledToMeasure(Record):
+    """EncodedTexts texts to measure on, as in `--data test.tsv`."""
+
+    data: str | None = option(None, path=True)
+    """Table of texts and labels, .tsv, .csv or .jsonl, also .gz; left out: those held out in
+    training."""
+    text_field: str | None = None
+    """Column of the text; left out: as in training."""
+    pair_field: str | None = None
+    """Column of the second text of a pair; left out: as in training."""
+    label_field: str | None = None
+    """Column of the label; left out: as in training."""
+
+
+def _check_fields(options: Any, pairs: bool) -> None:
+    """Raise ConfigError for a column of second texts where there are none."""
+    if options.pair_field is not None and not pairs:
+        raise ConfigError(
+            f"--pair-field {options.pair_field} names the second text of a pair; use --task pair, "
+            "or leave it out"
+        )
+
+
+Parts = list[tuple[str, list[Example]]]
+
+
+class ClassificationObjective:
+    """Objective "classification": the label of a text or pair."""
+
+    name = "classification"
+    options, measured = ClassificationOptions, LabelledToMeasure
+
+    def load(
+        self,
+        options: ClassificationOptions,
+        shape: Any,
+        vocabulary: Mapping[str, Any] | None,
+        comm: Communicator,
+    ) -> LabelledTexts:
+        """Load the texts for a model of the options `shape`. Collective.
+
+        The first rank reads and learns the tokenizer. A model that knows its labels keeps them. So
+        does a new one from old weights if their labels are those of the data.
+        """
+
+        def read() -> list[Any]:
+            parts = _parts(options)
+            train, texts = (
+                parts[0][1],
+                (text for _, part in parts for each in part for text in each.texts),
+            )
+            known = dict(
+                vocabulary or make_tokenizer(f"special:{options.tokenizer}", texts).to_json()
+            )
+            found = labels_of(train)
+            if len(found) < 2:
+                raise ConfigError(
+                    f"all examples of {parts[0][0]} have the label {found[0]!r}; give it two or "
+                    "more labels to tell apart"
+                )
+            had = known.get("labels")
+            if had is None or (shape.labels is None and not set(found) <= set(had)):
+                known["labels"] = found
+            if shape.labels not in (None, len(known["labels"])):
+                raise ConfigError(
+                    f"--labels {shape.labels}, but {parts[0][0]} has {len(found)}: "
+                    f"{', '.join(found[:8])}; leave --labels out"
+                )
+            return [parts, known]
+
+        parts, known = from_first(comm, read, ConfigError)
+        return _texts(parts, known, options, shape.context)
+
+    def held_out(
+        self,
+        asked: LabelledToMeasure,
+        trained: ClassificationOptions,
+        shape: Any,
+        vocabulary: Mapping[str, Any],
+        sha256: str,
+        comm: Communicator,
+    ) -> LabelledTexts:
+        """Load the texts to measure. Collective."""
+        if asked.data is None:
+            found = self.load(trained, shape, vocabulary, comm)
+            if found.sha256 != sha256:
+                raise ConfigError(
+                    f"{found.source} has changed since training (sha256 {found.sha256[:12]}, was "
+                    f"{sha256[:12]}); put the old texts back, or name others with --data"
+                )
+            if not len(found.held_out):
+                raise ConfigError(f"{found.source} holds no example out; name some with --data")
+            return found
+        name, fields = asked.data, trained.fields(asked)
+        _check_fields(asked, trained.pairs)
+        examples = from_first(comm, lambda: read_examples(name, fields), ConfigError)
+        return _texts([(name, []), (name, examples)], vocabulary, trained, shape.context)
+
+
+def _parts(options: ClassificationOptions) -> Parts:
+    """Return the examples to train on and those held out, each with the name of their source."""
+    name = options.train or BUILT_IN
+    examples = opinions() if options.train is None else read_examples(name, options.fields())
+    if options.dev is None:
+        train, held_out = split(examples)
+        return [(name, train), (name, held_out)]
+    return [(name, examples), (options.dev, read_examples(options.dev, options.fields()))]
+
+
+def _texts(
+    parts: Any, vocabulary: Mapping[str, Any], options: ClassificationOptions, context: int
+) -> LabelledTexts:
+    """Return the dataset of parts that came as JSON from the first rank."""
+    made = [
+        (name, [Example(tuple(t), label, line) for t, label, line in part]) for name, part in parts
+    ]
+    return LabelledTexts(made, vocabulary, options, context)
+
+
+OBJECTIVE = ClassificationObjective()

@@ -1,0 +1,186 @@
+"""Fine-tuning as a user runs it: train, go on, predict, evaluate, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minillm import checkpoint, evaluate, finetune, train
+from minillm.data.labelled import opinions
+from minillm.inference import predict
+
+SIZES = ["--layers", "2", "--heads", "2", "--dim", "16", "--context", "24", "--batch", "8"]
+SIZES += ["--lr", "3e-3", "--threads", "1"]
+
+
+def table(path: Path, rows: list[tuple[str, ...]], head: str = "text\tlabel") -> str:
+    path.write_text("\n".join([head, *("\t".join(row) for row in rows)]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def some(tmp_path: Path) -> tuple[str, str]:
+    """Write 80 opinions to train on and 30 others."""
+    rows = [(each.texts[0], each.label) for each in opinions()[:110]]
+    return table(tmp_path / "train.tsv", rows[:80]), table(tmp_path / "dev.tsv", rows[80:])
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_from_a_file_to_predictions(
+    some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = tmp_path / "run", ["--train", some[0], "--dev", some[1], *SIZES]
+    words += ["--out", str(run), "--epochs", "1.5", "--eval-every", "5", "--save-every", "5"]
+    assert finetune.main(["--task", "classify", "--stop-after", "10", *words]) == 0
+    assert "labels negative, positive" in capsys.readouterr().out
+    assert finetune.main(["--resume", str(run), "--stop-after", "15"]) == 0
+    whole = tmp_path / "whole"
+    assert finetune.main([*words, "--out", str(whole)]) == 0
+    found, expected = lines_of(run), lines_of(whole)
+    assert len(found) == 15  # 1.5 epochs of 80 examples
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in found] == [line[name] for line in expected]
+    measured = {line["step"]: line["val_accuracy"] for line in found if "val_accuracy" in line}
+    assert sorted(measured) == [5, 10, 15]
+    best = checkpoint.find(run, True)  # by accuracy, the newest of equals
+    assert int(best.name.split("-")[1]) == max(measured, key=lambda step: (measured[step], step))
+
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--data", some[1], "--threads", "1"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert evaluate.main([str(run), "--threads", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) == numbers  # those held out are the same
+    low, high = numbers["accuracy_95"]
+    assert numbers["accuracy"] == measured[15] and low <= measured[15] <= high
+    assert numbers["examples"] == 30
+
+    assert predict.main([str(run), "--input", some[1], "--threads", "1", "--batch", "7"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    actual = [line.split("\t")[1] for line in Path(some[1]).read_text().splitlines()[1:]]
+    right = [row["label"] == label for row, label in zip(rows, actual, strict=True)]
+    assert np.mean(right) == pytest.approx(measured[15], abs=1e-12)
+    for row in rows:
+        shares = row["probabilities"]
+        assert max(shares, key=shares.get) == row["label"] and list(shares) == [
+            "negative",
+            "positive",
+        ]
+        assert sum(shares.values()) == pytest.approx(1, abs=2e-6)
+    (tmp_path / "lines.txt").write_text(f"{rows[3]['text']}\n\n{'good ' * 99}\n")
+    assert predict.main([str(run), "--input", str(tmp_path / "lines.txt"), "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    again = [json.loads(line) for line in out.splitlines()]
+    assert len(again) == 3 and again[0] == rows[3]
+    assert "1 text of 3 had more than 24 tokens" in err
+
+
+@pytest.mark.slow
+def test_weights_of_an_encoder_and_of_another_task(
+    some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keep a head of the right size, and begin anew with one of another size."""
+    encoder, run, pairs = (str(tmp_path / name) for name in ("encoder", "run", "pairs"))
+    shape = [*SIZES, "--steps", "1", "--eval-tokens", "0"]
+    data = ["--data", "austen", "--tokenizer", "wordpiece:500", "--cache", str(tmp_path)]
+    assert (
+        train.main([*shape, "--model", "bert", "--objective", "mlm", *data, "--out", encoder]) == 0
+    )
+    more = ["--batch", "8", "--steps", "1", "--threads", "1", "--dev", some[1]]
+    capsys.readouterr()
+    assert finetune.main(["--model", encoder, "--train", some[0], *more, "--out", run]) == 0
+    assert "initial values for classifier and pairs" in capsys.readouterr().out
+    assert finetune.main(["--model", run, *more, "--train", some[0], "--out", run + "2"]) == 0
+    assert "initial values" not in capsys.readouterr().out
+    rows = [(f"{i} is", f"{i % 4}", f"{i % 3}") for i in range(20)]
+    name = table(tmp_path / "pairs.tsv", rows, "premise\thypothesis\tlabel")
+    asked = ["--task", "pair", "--model", run, "--train", name, *more[:-2]]
+    assert finetune.main([*asked, "--out", pairs]) == 0
+    out = capsys.readouterr().out
+    assert "labels 0, 1, 2" in out and "initial values for classifier, which" in out
+    assert predict.main([pairs, "--input", name, "--threads", "1"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [tuple(each["texts"]) for each in found] == [row[:2] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["is empty"]),
+        ("text\tlabel\n", ["has no row"]),
+        ("text\tlabel\na\tx\nb\tx\n", ["have the label 'x'", "two or more"]),
+        ("text\tlabel\na\tx\nb\n", ["line 3 of", "1 field,", "the first line has 2"]),
+        ("text\tlabel\na\tx\nb\t\n", ["line 3 of", "no label"]),
+        ("review\tlabel\na\tx\n", ["line 1 of", "no column sentence or text", "'review'"]),
+        (b"text\tlabel\na\tx\n\xff\ty\n", ["line 3 of", "not UTF-8"]),
+        ("text\tlabel\n" + "a " * 40 + "\tx\nb\ty\n", ["line 2 of", "more than --context 24"]),
+    ],
+)
+def test_bad_tables_are_refused(
+    content: str | bytes,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, run = tmp_path / "bad.tsv", tmp_path / "run"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    asked = [*SIZES, "--tokenizer", "byte", "--no-truncate", "--train", str(path)]
+    assert finetune.main([*asked, "--out", str(run)]) != 0
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and "Traceback" not in error
+    assert all(word in error for word in ["bad.tsv", *words]), error
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["--task", "chat"], ["--task", "classify"]),
+        (["--model", "nowhere"], ["--model nowhere does not exist"]),
+        (["--steps", "3", "--epochs", "1"], ["--epochs and --steps"]),
+        (["--text-field", "x"], ["need --train"]),
+        (["--train", "nowhere.tsv"], ["cannot read nowhere.tsv"]),
+        (["--train", "text.pdf"], ["text.pdf is no table", ".tsv, .csv or .jsonl"]),
+        (["--labels", "5"], ["--labels 5, but opinions has 2"]),
+        (["--lables", "5"], ["did you mean", "--labels"]),
+    ],
+)
+def test_bad_flags_are_refused(
+    asked: list[str],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert finetune.main([*asked, *SIZES]) != 0
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and "Traceback" not in error
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_labels_and_other_models_are_refused(
+    some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "run")
+    asked = ["--train", some[0], "--dev", some[1], *SIZES, "--steps", "1", "--out", run]
+    assert finetune.main(asked) == 0
+    other = table(tmp_path / "other.tsv", [("good", "positive"), ("odd", "mixed")])
+    capsys.readouterr()
+    assert evaluate.main([run, "--data", other, "--threads", "1"]) != 0
+    error = capsys.readouterr().err
+    assert "line 3 of" in error and "'mixed'" in error and "'negative', 'positive'" in error
+    gpt = ["--data", "austen", *SIZES, "--steps", "1", "--eval-tokens", "0", "--sample-tokens", "0"]
+    assert train.main([*gpt, "--out", str(tmp_path / "gpt")]) == 0
+    capsys.readouterr()
+    assert predict.main([str(tmp_path / "gpt"), "--input", other, "--threads", "1"]) != 0
+    assert "does not classify texts; use one of --model classifier" in capsys.readouterr().err
+    assert finetune.main(["--model", str(tmp_path / "gpt"), *asked]) != 0
+    assert "needs an encoder" in capsys.readouterr().err
