@@ -101,6 +101,11 @@ def to_device(x: np.ndarray, xp: ModuleType) -> Array:
     return xp.asarray(flat.view(np.uint8)).view(x.dtype).reshape(x.shape)
 
 
+def placed(array: Array, index: Any) -> Any:
+    """Return an index of rows, int64 or a slice, where `array` lies."""
+    return index if isinstance(index, slice) else to_device(index, namespace(array))
+
+
 def root(x: Array) -> Array:
     """Return the array that owns the memory of a view; `x` itself if it is none."""
     while isinstance(base := getattr(x, "base", None), type(x)):

@@ -23,6 +23,8 @@ OLDEST_DRIVER = {12: 525, 13: 580}
 OPTIMIZERS = ("adamw_", "sgd_")
 INSTALL_CUPY = "pip install -e '.[cuda13]' (for drivers from 580 on), or '.[cuda12]' (from 525 on)"
 
+MOST_CONSTANTS = 4096  # a device keeps: generation makes some for each position that it reads
+
 
 class Future:
     """Future for a few host numbers. `read` blocks until the device has written them."""
@@ -118,9 +120,11 @@ class CudaDevice(Device):
         self._constants: dict[Hashable, Array] = {}
 
     def constant(self, key: Hashable, make: Callable[[], np.ndarray]) -> Array:
-        """Return `upload(make())`, cached under `key`."""
+        """Return `upload(make())`, cached under `key`; the oldest ones give way."""
         found = self._constants.get(key)
         if found is None:
+            if len(self._constants) >= MOST_CONSTANTS:
+                del self._constants[next(iter(self._constants))]
             found = self._constants[key] = self.upload(make())
         return found
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from minillm import kernels
 from minillm.autograd.tape import Tensor
-from minillm.base.arrays import namespace
+from minillm.base.arrays import namespace, placed
 from minillm.base.device import Device
 from minillm.models.protocol import Decoder
 from minillm.nn.attention import Attention, CrossAttention, Heads, MemoryKeys
@@ -57,7 +57,8 @@ class KVCache:
         if times.ndim == 1:
             at: tuple[Any, Any] = (slice(None), slice(int(times[0]), int(times[-1]) + 1))
         else:
-            at = (np.arange(len(times))[:, None], times)
+            xp = namespace(self.keys)
+            at = (xp.arange(len(times))[:, None], placed(self.keys, times))
         self.keys[at], self.values[at] = k, v
         seen = slice(len(times_k))
         o, _ = kernels.attention_forward(
@@ -78,13 +79,14 @@ class KVCache:
 
     def rows(self, index: Any) -> KVCache:
         """Return the cache of some rows: views for a slice, copies for int64 [B']."""
-        return KVCache(self.keys[index], self.values[index], self.context)
+        at = placed(self.keys, index)
+        return KVCache(self.keys[at], self.values[at], self.context)
 
     def put(self, index: Any, part: KVCache) -> None:
         """Overwrite rows by those of `part`."""
-        length = part.keys.shape[1]
+        length, at = part.keys.shape[1], placed(self.keys, index)
         self.reserve(length)
-        self.keys[index, :length], self.values[index, :length] = part.keys, part.values
+        self.keys[at, :length], self.values[at, :length] = part.keys, part.values
 
 
 def _longer(array: Any, more: int) -> Any:
@@ -111,7 +113,7 @@ class Cache(dict[str, Any]):
         """Return the cache of some rows: views for a slice, copies for int64 [B']."""
         return Cache(
             {
-                name: held.rows(index) if hasattr(held, "rows") else held[:, index]
+                name: held.rows(index) if hasattr(held, "rows") else held[:, placed(held, index)]
                 for name, held in self.items()
             }
         )
@@ -122,7 +124,7 @@ class Cache(dict[str, Any]):
             if isinstance(held, KVCache):
                 held.put(index, part[name])
             elif not isinstance(held, MemoryKeys):
-                held[:, index] = part[name]
+                held[:, placed(held, index)] = part[name]
 
     @property
     def rewinds(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
-from minillm.base.arrays import sum_dtype
+from minillm.base.arrays import placed, sum_dtype
 from minillm.layout.sharding import Segment
 from minillm.nn.dropout import Dropout
 from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
@@ -158,7 +158,7 @@ class MemoryKeys:
         lengths, part = visibility.key_lengths, MemoryKeys()
         assert lengths is not None
         kept = kernels.Visibility(causal=False, key_lengths=lengths[index])
-        part.found = Tensor(kv.data[index]), kept
+        part.found = Tensor(kv.data[placed(kv.data, index)]), kept
         return part
 
 

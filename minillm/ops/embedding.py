@@ -9,7 +9,7 @@ import numpy as np
 
 from minillm import kernels
 from minillm.autograd.tape import WRITTEN, Context, Function, Tensor
-from minillm.base.arrays import Array, namespace, sum_dtype
+from minillm.base.arrays import Array, namespace, placed, sum_dtype
 
 
 def embedding(ids: Array, weight: Any, first_row: int = 0) -> Tensor:
@@ -62,7 +62,7 @@ class _AddPosition(Function):
     def forward(ctx: Context, x: Array, table: Array, *, times: np.ndarray) -> Array:
         rows = _rows_at(times)
         ctx.save(rows, table.shape)
-        x += table[rows]
+        x += table[placed(table, rows)]
         return x
 
     @staticmethod

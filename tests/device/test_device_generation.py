@@ -18,7 +18,10 @@ from minillm.base.device import open_device
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.threads import run_ranks
+from minillm.inference.beam import Beam, BeamOptions
+from minillm.inference.decoding import continued
 from minillm.inference.engine import Generator
+from minillm.inference.sampling import Sampling
 from minillm.training.assembly import assemble
 from minillm.training.resolve import ResolvedConfig
 
@@ -56,6 +59,29 @@ def test_float32_logits_are_those_of_the_cpu(model: str, layout: Layout) -> None
         for found in everywhere(model, layout, dtype="float32", device="cuda"):
             assert found.dtype == np.float32 and found.shape == (LENGTH - PROMPT + 1, VOCAB)
             assert np.linalg.norm(found - want) <= FLOAT32 * np.linalg.norm(want)
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7]]
+
+
+def texts(comm: Communicator, config: ResolvedConfig) -> list[list[list[int]]]:
+    """Return texts of unequal lengths: some end early, a beam search reorders its rows."""
+    device = open_device(config.options.compute.device)
+    world = on_device(comm, device, direct=False)
+    made = Generator(assemble(config, world, training=False, std=0.3, device=device))
+    rules = Sampling(temperature=1.5, top_p=0.9), Beam(BeamOptions(beam=2))
+    return [continued(made, PROMPTS, 5, rule, ends={3, 9, 20, 21}) for rule in rules]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
+def test_texts_are_those_of_the_cpu(layout: Layout) -> None:
+    options: dict[str, Any] = dict(dropout=0.0, layers=2, dtype="float32")
+    config = make_config("gpt2", Layout(), **sizes("gpt2", **options))
+    (want,) = run_ranks(1, lambda comm: texts(comm, config))
+    with installed():
+        config = make_config("gpt2", layout, **sizes("gpt2", **options, device="cuda"))
+        found = run_ranks(layout.num_ranks, lambda comm: texts(comm, config))
+    assert found == [want] * layout.num_ranks
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,18 @@ def test_load_writes_what_the_program_writes(capsys: pytest.CaptureFixture[str])
         model.generate("")
 
 
+def test_several_prompts_give_the_texts_of_each() -> None:
+    model, prompts = minillm.load(RUN), ["The", "Of a", "And", "It"]
+    for options in ({"seed": 3, "top_p": 0.9}, {"beam": 3, "alpha": 0.6}, {"window": True}):
+        alone = [model.generate(prompt, 20, **options) for prompt in prompts]
+        assert model.generate(prompts, 20, batch=3, **options) == alone
+    assert model.generate([]) == []
+    with pytest.raises(ConfigError, match="'top_q'; did you mean top_"):
+        model.generate("a", top_q=1)
+    with pytest.raises(ConfigError, match="--beam 2 searches the likeliest text"):
+        model.generate("a", beam=2, temperature=1.0)
+
+
 def test_a_wrong_option_is_named() -> None:
     with pytest.raises(ConfigError, match="'layerz'; did you mean layers"):
         minillm.Config(layerz=2)

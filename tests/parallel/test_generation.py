@@ -8,7 +8,9 @@ from layouts import fits
 from training_helpers import INIT_STD, MODELS, VOCAB, Layout, make_config
 
 from minillm.comm.communicator import Communicator
+from minillm.comm.ledger import ledger
 from minillm.comm.threads import run_ranks
+from minillm.inference.beam import Beam, BeamOptions
 from minillm.inference.decoding import continued
 from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
@@ -147,3 +149,42 @@ def test_ids_without_a_token_are_never_written() -> None:
 
     *masked, _, hot = run_ranks(1, rank)[0]
     assert max(hot) >= 4 and all(0 <= max(text) < 4 for text in masked)
+
+
+PAIR = 16  # bytes of a value and an id
+
+
+@pytest.mark.parametrize(
+    ("rule", "pairs"),
+    [
+        (Sampling(temperature=0), 1),
+        (Sampling(temperature=1.0), 1),
+        (Sampling(temperature=0.5), 2),  # the best score, then the best one with noise
+        (Sampling(temperature=0.5, top_k=5), 1 + 5),
+        (Sampling(temperature=0.5, min_p=0.1), 3),
+    ],
+    ids=str,
+)
+def test_ranks_gather_pairs_and_never_logits(rule: Sampling, pairs: int) -> None:
+    tp, prompts, tokens = 2, [[1, 2], [3, 4]], 6
+
+    def rank(comm: Communicator) -> int:
+        made = generator(comm, make_config("gpt2", Layout(tp=tp)))
+        continued(made, prompts, tokens, rule)
+        return ledger().rows["tp", "all_gather", "payload"].bytes
+
+    expected = tokens * len(prompts) * tp * pairs * PAIR
+    assert run_ranks(tp, rank) == [expected] * tp
+
+
+def test_ranks_of_a_beam_search_gather_two_candidates_a_beam() -> None:
+    tp, tokens, beams = 2, 6, 3
+
+    def rank(comm: Communicator) -> int:
+        made = generator(comm, make_config("gpt2", Layout(tp=tp)))
+        continued(made, [[1, 2]], tokens, Beam(BeamOptions(beam=beams)))
+        return ledger().rows["tp", "all_gather", "payload"].bytes
+
+    rows = 1 + (tokens - 1) * beams
+    expected = rows * tp * (2 * beams * PAIR + 2 * 8)  # and maximum and sum of log-sum-exp
+    assert run_ranks(tp, rank) == [expected] * tp
