@@ -30,7 +30,10 @@ def repetition_penalty(penalty: float) -> Processor:
     def process(scores: Scores, texts: Texts) -> Scores:
         values = scores.values.copy()
         for row, text in enumerate(texts):
-            seen = np.isin(scores.ids[row], np.asarray(text))
+            ids, own = np.unique(text), scores.ids[row]  # both ascend: this link is the first
+            seen = np.searchsorted(own, ids)
+            ids, seen = ids[seen < len(own)], seen[seen < len(own)]
+            seen = seen[own[seen] == ids]
             held = values[row, seen]
             values[row, seen] = np.where(held < 0, held * penalty, held / penalty)
         return scores._replace(values=values)

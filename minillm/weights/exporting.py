@@ -25,7 +25,7 @@ from minillm.comm.process import run_program
 from minillm.inference.loading import named_run
 from minillm.models.family import Shape
 from minillm.training.config import RunConfig
-from minillm.weights import gguf, hf
+from minillm.weights import gguf, hf, turns
 from minillm.weights.counterpart import Counterpart, choose
 from minillm.weights.foreign import COUNTERPARTS
 from minillm.weights.mapping import Link
@@ -138,11 +138,13 @@ def _write(
     special = _special(definition, counterpart, record.tokenizer)
     if args.format == "gguf":
         config |= gguf.pooling_config(record.tokenizer)
-        gguf.write_file(target, source, counterpart, found, config, args.dtype, definition)
+        more = {} if definition is None else turns.to_gguf(record.tokenizer)
+        gguf.write_file(target, source, counterpart, found, config, args.dtype, definition, more)
         names = gguf.GGUF(target).names()
     else:
-        hf.write(target, source, config | special, found, args.dtype)
-        _write_tokenizer(target, definition, model.context)
+        ends, chat = turns.to_folder(record.tokenizer)
+        hf.write(target, source, config | special | ends, found, args.dtype)
+        _write_tokenizer(target, definition, model.context, chat)
         hf.write_pooling(target, record.tokenizer)
         if record.tokenizer.get("kind") == "pieces":
             hf.write_pieces(target, record.tokenizer)
@@ -178,7 +180,9 @@ def _special(
     return found | {PAD: pad}
 
 
-def _write_tokenizer(target: Path, definition: Mapping[str, Any] | None, context: int) -> None:
+def _write_tokenizer(
+    target: Path, definition: Mapping[str, Any] | None, context: int, chat: Mapping[str, Any]
+) -> None:
     if definition is None:
         return
     hf.write_json(target / hf.TOKENIZER, definition)
@@ -192,7 +196,7 @@ def _write_tokenizer(target: Path, definition: Mapping[str, Any] | None, context
     roles = special_ids(definition)
     if "mask" in roles:  # of an encoder
         settings |= {f"{role}_token": name for role, (name, _) in roles.items()}
-    hf.write_json(target / "tokenizer_config.json", settings)
+    hf.write_json(target / turns.SETTINGS, {**settings, **chat})
 
 
 def _remove(path: Path) -> None:

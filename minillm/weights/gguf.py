@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -147,8 +148,9 @@ def write_file(
     config: Mapping[str, Any],
     dtype: str,
     definition: Mapping[str, Any] | None,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write a model as one file. Reads a block at a time.
+    """Write a model as one file, with `more` metadata. Reads a block at a time.
 
     Vectors and the tables of positions and types are float32, as llama.cpp wants them, and so are
     matrices whose rows are no multiple of 32 values. Raises ConfigError for a model or tokenizer
@@ -156,7 +158,7 @@ def write_file(
     """
     tensors = {link.theirs: (_format(link, FORMATS[dtype]), link.their_shape) for link in links}
     metadata = _metadata(counterpart, config, FORMATS[dtype])
-    metadata |= to_gguf(definition, config["vocab_size"])
+    metadata |= {**to_gguf(definition, config["vocab_size"]), **more}
     write(path, metadata, tensors, _blocks(source, links, tensors))
 
 

@@ -63,6 +63,23 @@ def of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return _found(ends, metadata.get("tokenizer.chat_template"), texts)
 
 
+def to_folder(vocabulary: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what config.json and tokenizer_config.json say about a vocabulary."""
+    ends, chat = vocabulary.get("ends"), dict(vocabulary.get("chat") or {})
+    if "template" in chat:
+        chat["chat_template"] = chat.pop("template")
+    return {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}, chat
+
+
+def to_gguf(vocabulary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the metadata of a GGUF file say about a vocabulary; it has three ends at most."""
+    names = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    found: dict[str, Any] = dict(zip(names, vocabulary.get("ends") or (), strict=False))
+    if chat := vocabulary.get("chat"):
+        found["tokenizer.chat_template"] = chat["template"]
+    return found
+
+
 def _found(ends: Any, template: Any, borders: Mapping[str, Any]) -> dict[str, Any]:
     numbers = ends if isinstance(ends, list) else [ends]
     known = [number for number in numbers if type(number) is int and number >= 0]

@@ -22,7 +22,7 @@ from minillm.inference.sampling import Sampling
 from minillm.inference.scores import ALONE, Scores
 from minillm.inference.templates import Message, template_of
 from minillm.inference.text import end_ids
-from minillm.weights import importing
+from minillm.weights import exporting, importing
 
 RECORDED = json.loads(cases.FIXTURE.read_text())
 
@@ -98,12 +98,18 @@ def test_the_template_of_a_chat_is_rendered_as_by_transformers() -> None:
     assert template.render([Message(**message) for message in cases.TALK]) == RECORDED["chat"]
 
 
-def test_ends_and_template_go_with_the_weights_into_a_run(tmp_path: Path) -> None:
-    source, out = folder(tmp_path / "m", "llama", np.float32), tmp_path / "run"
+def test_ends_and_template_go_with_the_weights_into_a_run_and_out(tmp_path: Path) -> None:
+    source, run = folder(tmp_path / "m", "llama", np.float32), tmp_path / "run"
     (source / "tokenizer.json").write_text(json.dumps(bpe_definition()))
-    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "T"}))
+    settings = {"chat_template": "T", "bos_token": "a", "eos_token": "<|endoftext|>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [18, 3]}))
-    assert importing.main([str(source), "--out", str(out)]) == 0
-    for path in (source, out):
+    out, file = tmp_path / "out", tmp_path / "out.gguf"
+    assert importing.main([str(source), "--out", str(run)]) == 0
+    assert exporting.main([str(run), "--out", str(out)]) == 0
+    assert exporting.main([str(run), "--out", str(file), "--format", "gguf"]) == 0
+    for path in (source, run, out, file):
         vocabulary = open_checkpoint(str(path), SelfCommunicator()).vocabulary
-        assert vocabulary["chat"] == {"template": "T"} and end_ids(vocabulary) == {3, 18}
+        assert vocabulary["chat"]["template"] == "T", path
+        assert vocabulary["chat"]["eos_token"] == "<|endoftext|>"
+        assert end_ids(vocabulary) == {3, 18}
