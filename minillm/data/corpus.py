@@ -183,7 +183,7 @@ def _plan_text(
     plans = [_text_plan(found, facts[0], own - int(own * share))]
     if val is not None:
         plans.append(_text_plan(val, facts[1], 0))
-    size = _vocabulary(tokenizer, vocab, found.name)
+    size = _vocabulary(tokenizer, spec, vocab, found.name)
     notes = [note for fact in facts for note in fact.notes]
     if off := getattr(tokenizer, "switched_off", ()):
         notes.append(
@@ -259,7 +259,7 @@ def _plan_tokens(
         tokenizer = make_tokenizer(spec, "")
     else:
         tokenizer = spec or IdTokenizer(vocab or largest + 1)
-    size = _vocabulary(tokenizer, vocab, shown(path))
+    size = _vocabulary(tokenizer, spec, vocab, shown(path))
     for fact, p in zip(facts, paths, strict=True):
         if fact.largest >= size:
             raise ConfigError(
@@ -278,11 +278,14 @@ def _plan_tokens(
     }
 
 
-def _vocabulary(tokenizer: Tokenizer, vocab: int | None, source: str) -> int:
+def _vocabulary(
+    tokenizer: Tokenizer, spec: str | Tokenizer | None, vocab: int | None, source: str
+) -> int:
     if vocab is not None and vocab < tokenizer.vocab_size:
+        file = f" ({shown(spec)})" if isinstance(spec, str) and spec != tokenizer.name else ""
         raise ConfigError(
             f"--vocab {vocab} is smaller than the {tokenizer.vocab_size} tokens of the "
-            f"{tokenizer.name} tokenizer for {source}; use --vocab {tokenizer.vocab_size} or "
+            f"{tokenizer.name} tokenizer{file} for {source}; use --vocab {tokenizer.vocab_size} or "
             "more, or leave it out"
         )
     return vocab or tokenizer.vocab_size

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from minillm.base.errors import ConfigError
+from minillm.data.corpus import load_corpus
 from minillm.data.tokenizers import make_tokenizer, tokenizer_from_json
 
 pytest.importorskip("tokenizers", reason="needs tokenizers: pip install -e '.[tokenizers]'")
@@ -100,3 +101,16 @@ def test_a_token_counts_the_bytes_since_the_one_before(tmp_path: Path) -> None:
     assert ids.tolist() == [0, 1, 2]
     assert lengths.tolist() == [3, 7, 8]  # "der", " Mühle", " 漢字" and the line end
     assert second.tolist() == [4]
+
+
+def test_a_vocabulary_that_is_too_large_for_the_model_names_its_file(tmp_path: Path) -> None:
+    path = written(tmp_path, definition())
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    with pytest.raises(ConfigError) as error:
+        load_corpus(str(text), path, context=4, vocab=200)
+    size = len(definition()["model"]["vocab"])
+    wanted = (
+        f"--vocab 200 is smaller than the {size} tokens of the tokenizer.json tokenizer ({path})"
+    )
+    assert str(error.value).startswith(wanted)
