@@ -12,10 +12,12 @@ import inspect
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from minillm.base.errors import ConfigError
 from minillm.base.record import Record, RecordT, Words, flag, kinds, known_name
+
+Run = TypeVar("Run")  # function that runs a program
 
 MOST_TOML = 1_000_000  # bytes of a --config file
 
@@ -33,6 +35,25 @@ def parse_flags(
     if unknown:
         _refuse(cls, unknown, prog)
     return found
+
+
+def parse_program(
+    programs: Mapping[str, tuple[type[RecordT], Run]], argv: Sequence[str], *, prog: str, word: str
+) -> tuple[Run, RecordT]:
+    """Return the function of the program that the first word of `argv` names, and its options.
+
+    `word` says what the programs are: benchmark. Without a word, or with `--help`, prints the list
+    and raises SystemExit(0). Raises ConfigError as `parse_flags` does, and for an unknown name.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, programs)) + 2
+        print(f"usage: {prog} {word.upper()} [OPTIONS]\n")
+        for name, (options, _) in programs.items():
+            print(f"  {name:{width}}{(options.__doc__ or '').splitlines()[0]}")
+        print(f"\n{prog} {word.upper()} --help lists the options of one.")
+        raise SystemExit(0)
+    options, run = programs[known_name(argv[0], programs, word)]
+    return run, parse_flags(options, argv[1:], prog=f"{prog} {argv[0]}")
 
 
 def split_flags(

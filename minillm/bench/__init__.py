@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minillm.base.flags import parse_flags
-from minillm.base.record import known_name
+from minillm.base.flags import parse_program
 from minillm.bench import (
     contest,
     kernel_times,
@@ -37,16 +36,8 @@ BENCHMARKS: dict[str, tuple[type, Run]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    return run_program(_parse, lambda comm, chosen: chosen[0](comm, chosen[1]), argv)
-
-
-def _parse(argv: list[str]) -> tuple[Run, Any]:
-    """Return the benchmark that the first word names, and its options."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: minillm bench BENCHMARK [OPTIONS]\n")
-        for name, (options, _) in BENCHMARKS.items():
-            print(f"  {name:10s} {(options.__doc__ or '').splitlines()[0]}")
-        print("\nminillm bench BENCHMARK --help lists the options of one.")
-        raise SystemExit(0)
-    options, run = BENCHMARKS[known_name(argv[0], BENCHMARKS, "benchmark")]
-    return run, parse_flags(options, argv[1:], prog=f"python -m minillm.bench {argv[0]}")
+    return run_program(
+        lambda words: parse_program(BENCHMARKS, words, prog="minillm bench", word="benchmark"),
+        lambda comm, chosen: chosen[0](comm, chosen[1]),
+        argv,
+    )

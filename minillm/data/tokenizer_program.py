@@ -22,9 +22,9 @@ import numpy as np
 
 from minillm.base.bar import bar
 from minillm.base.errors import ConfigError
-from minillm.base.flags import parse_flags
+from minillm.base.flags import parse_program
 from minillm.base.log import Log
-from minillm.base.record import Record, known_name, option
+from minillm.base.record import Record, option
 from minillm.base.terminal import printable
 from minillm.comm.agreement import agree, from_first, gather, known_to_all
 from minillm.comm.communicator import Communicator
@@ -92,19 +92,11 @@ class EncodeArgs(Record):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status."""
-    return run_program(_parse, lambda comm, asked: asked[0](comm, asked[1]), argv)
-
-
-def _parse(argv: list[str]) -> tuple[Callable[[Communicator, Any], None], Any]:
-    """Return the function that the first word names, and its options."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: minillm tokenizer PROGRAM [OPTIONS]\n")
-        for name, (options, _) in PROGRAMS.items():
-            print(f"  {name:8s} {(options.__doc__ or '').splitlines()[0]}")
-        print("\nminillm tokenizer PROGRAM --help lists the options of one.")
-        raise SystemExit(0)
-    options, run = PROGRAMS[known_name(argv[0], PROGRAMS, "program")]
-    return run, parse_flags(options, argv[1:], prog=f"minillm tokenizer {argv[0]}")
+    return run_program(
+        lambda words: parse_program(PROGRAMS, words, prog="minillm tokenizer", word="program"),
+        lambda comm, asked: asked[0](comm, asked[1]),
+        argv,
+    )
 
 
 def _source(name: str, field: str, flag: str, comm: Communicator) -> TextSource:
