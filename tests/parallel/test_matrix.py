@@ -39,7 +39,7 @@ WIDE_TOLERANCE = 1e-8  # AdamW divides rounding by small second moments
 SEED = int(os.environ.get("MINILLM_SAMPLE_SEED", datetime.date.today().toordinal()))
 SAMPLE = [cell for cell in sampled_cells(20, SEED) if cell not in {*QUICK_CELLS, *MATRIX_CELLS}]
 # The days of the sample: as many in a row run every triple of the wide cells.
-DAYS = 6
+DAYS = 12
 TODAY = WIDE_TRIPLES[SEED % DAYS :: DAYS]
 
 
