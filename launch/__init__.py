@@ -1,1 +1,1 @@
-"""Programs around the start of others: jobs of clusters, completion in a shell."""
+"""Programs around the start of others: jobs of clusters, supervision, completion in a shell."""

@@ -50,7 +50,7 @@ OPTIONS: Mapping[str, type[Record]] = {
     "compare": with_start(CompareConfig),
     "schedule": ScheduleArgs,
 }
-OTHERS = ("tokenizer", "bench", "emulator", "launch", "completion", "doctor")
+OTHERS = ("tokenizer", "bench", "emulator", "launch", "supervise", "completion", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

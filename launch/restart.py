@@ -72,6 +72,20 @@ def check_job(words: Sequence[str], ranks: int, per_node: int) -> None:
             )
         return
     options: RunConfig = parse_train_args(rest)[1]
+    _resolve(options, ranks, per_node)
+
+
+def fits(options: RunConfig, ranks: int) -> bool:
+    """Return True if `ranks` ranks can run these options."""
+    try:
+        _resolve(options, ranks, ranks)
+    except ConfigError:
+        return False
+    return True
+
+
+def _resolve(options: RunConfig, ranks: int, per_node: int) -> None:
+    """Raise ConfigError for a layout that does not fit the ranks."""
     vocab = getattr(options.shape, "vocab", None) or _SOME_VOCAB
     resolve(options, ranks, vocab, per_node)
 

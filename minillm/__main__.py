@@ -46,6 +46,7 @@ PROGRAMS = {
         "minillm.kernels.emulator.__main__", "run a CUDA kernel on the CPU and watch one thread"
     ),
     "launch": Program("minillm.launch.program", "print a job for Slurm, Kubernetes or mpirun"),
+    "supervise": Program("minillm.launch.supervise", "start a run again whenever it fails"),
     "completion": Program("minillm.launch.completion", "print a script for completion in a shell"),
     "doctor": Program("minillm.doctor", "look over this machine and name what is missing"),
 }

@@ -149,6 +149,19 @@ def best(paths: Iterable[Path]) -> Path | None:
     return min(losses, key=lambda entry: entry[0])[1] if losses else None
 
 
+def newest_good(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run whose files fit their checksums; None without one."""
+    for path in reversed(run_steps(run).values()):
+        try:
+            manifest = read_manifest(path)
+            for name, entry in manifest.files.items():
+                check_contents(path / name, entry)
+        except Damaged:
+            continue
+        return path
+    return None
+
+
 def verify(path: Path, comm: Communicator) -> None:
     """Check all files of the checkpoint folder `path`, each on one rank. Collective over `comm`.
 

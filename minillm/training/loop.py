@@ -27,6 +27,7 @@ from minillm.comm.signals import StopRequest
 from minillm.tasks.protocol import Dataset, Judged, Result, Unequal
 from minillm.training.assembly import first_rows, fresh_heads, model_shapes
 from minillm.training.folder import begin, way_back
+from minillm.training.heartbeat import Heartbeat
 from minillm.training.held_out import Stopped, measure
 from minillm.training.numeric_key import numeric_key
 from minillm.training.origin import Origin
@@ -115,6 +116,8 @@ class Run:
         for label, text in plan(config, data, self.trainer.model, threads, comm, program, unequal):
             self._say(label, text)
         self.log(f"output  {self.out}\n")
+        self.heartbeat = Heartbeat(self.out, comm.rank)
+        self.heartbeat.beat()
 
     def train(self) -> bool:
         """Run all steps; return whether the run came to its end, not to a request to stop."""
@@ -129,6 +132,7 @@ class Run:
             self.trainer.clock = time.perf_counter() - started if self.comm.rank == 0 else 0.0
             with self._saving_before_a_failure():
                 report = self.trainer.step(step)
+            self.heartbeat.beat()
             waiting.append((report, ledger().since(before)))
             step, stopped = step + 1, report.stop
             due = self._due(step, stopped, report.clock)
@@ -202,7 +206,10 @@ class Run:
         held_out = self.data.measure(self.config.model, tokens)
         model, microbatch = self.trainer.model, self.config.microbatch
         with suppress(Stopped), self.trainer.replication.agreed():
-            return measure(model, held_out, self.comm, microbatch, self.stop.asked)
+            beat = self.heartbeat.beat
+            return measure(
+                model, held_out, self.comm, microbatch, self.stop.asked, lambda rows: beat()
+            )
         return None
 
     def _save(self, step: int, found: Result | None = None, left: bool = False) -> None:
@@ -242,6 +249,7 @@ class Run:
             )
         self.saved_step = step
         self.policy.saved()
+        self.heartbeat.beat()
 
     def _load(self, origin: Origin, moved: str | None) -> None:
         """Fill the state from the checkpoint of `origin`, and say what changes with this run."""

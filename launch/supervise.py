@@ -1,0 +1,289 @@
+"""Supervised run: `minillm supervise -- mpirun -n 4 python -m minillm.train ...`.
+
+It starts again from the newest good checkpoint after a crash, a kill or a hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from minillm.launch.options import seconds_of
+from minillm.launch.program import split_words
+from minillm.launch.restart import Starts, fits, starts
+
+from minillm.base.errors import ConfigError
+from minillm.base.flags import parse_flags
+from minillm.base.lock import FolderLock, FolderTaken
+from minillm.base.metrics_file import METRICS, steps_of
+from minillm.base.record import Record, option
+from minillm.checkpoint.find import newest_good, run_steps
+from minillm.comm.process import main_guard
+from minillm.training.arguments import parse_train_args
+from minillm.training.config import RunConfig
+from minillm.training.folder import claim_new
+from minillm.training.heartbeat import FOLDER, beats
+from minillm.training.origin import saved_options
+
+LOG = "restarts.jsonl"  # in the folder of the run
+LOOK = 0.5  # s between two looks at the heartbeats
+LONGEST_WAIT = 300.0  # s before a restart
+LEFT_SECONDS = 30.0  # for the ranks of a dead mpirun to end
+HUNG = 124  # exit status of a start that was ended because it hung, as of timeout(1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperviseArgs(Record):
+    """Run a training command, and start it again from its newest good checkpoint when it fails.
+
+    The command follows --, as in `minillm supervise -- mpirun -n 4 python -m minillm.train --tp 2`.
+    The exit status is 0 if the run came to its end, or has saved after SIGTERM, SIGINT, SIGHUP or
+    SIGUSR1. Otherwise it is that of the last start: 128 plus the signal that ended it, 124 if it
+    hung. A command that ends before its first step is not started again.
+    """
+
+    hang: str = "15m"
+    """Time without a sign of a rank after which the run is ended and started again."""
+    tries: int = option(3, at_least=1)
+    """Starts in a row without a newer checkpoint after which to give up."""
+    wait: str = "5s"
+    """Time before the second start; it doubles with each start without a newer checkpoint, to 5
+    minutes."""
+    elastic: bool = False
+    """Instead of giving up, go on with the next smaller number of ranks that the layout and the
+    batch can have."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a time that cannot be read."""
+        super().__post_init__()
+        seconds_of(self.hang, "--hang")
+        seconds_of(self.wait, "--wait")
+
+
+class End(NamedTuple):
+    """End of one start."""
+
+    status: int
+    cause: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return the exit status."""
+    return main_guard(lambda: _supervise(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _supervise(argv: list[str]) -> int:
+    own, command = split_words(argv)
+    args = parse_flags(SuperviseArgs, own, prog="minillm supervise")
+    launcher, words = split_command(command)
+    options: RunConfig
+    begin, options = parse_train_args(words, saved=saved_options)  # a wrong flag ends it here
+    folder = ""
+    if options.output.out is None and begin.resume is None:
+        claim = claim_new(None, f"runs/{options.preset}")
+        claim.lock.release()
+        folder = str(claim.path)
+    return Supervisor(args, launcher, starts(words, folder)).run()
+
+
+def split_command(command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the command up to its training program, and the flags of train.
+
+    Raises ConfigError if it does not train.
+    """
+    for at, word in enumerate(command):
+        after = command[at + 1 : at + 2]
+        if word == "minillm.train" or (Path(word).name == "minillm" and list(after) == ["train"]):
+            end = at + 1 + (word != "minillm.train")
+            return list(command[:end]), list(command[end:])
+    raise ConfigError(
+        "a command that trains must follow --, as in: minillm supervise -- mpirun -n 4 python -m "
+        "minillm.train --tp 2"
+    )
+
+
+class Supervisor:
+    """Supervisor of one run, which starts `launcher` with the flags of `found`."""
+
+    def __init__(self, args: SuperviseArgs, launcher: list[str], found: Starts) -> None:
+        self.args, self.launcher, self.found = args, launcher, found
+        self.folder = Path(found.run)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.asked = 0  # number of the first signal
+
+    def run(self) -> int:
+        """Start the run until it ends; return the exit status."""
+        beating = self.folder / FOLDER
+        shutil.rmtree(beating, ignore_errors=True)
+        try:
+            beating.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"{beating} cannot be made: {error.strerror}") from None
+        try:
+            with self._signals():
+                return self._starts()
+        finally:
+            shutil.rmtree(beating, ignore_errors=True)
+
+    def _starts(self) -> int:
+        wait = float(seconds_of(self.args.wait, "--wait"))
+        words, failed, first_step = self.found.first, 0, self._last_step()
+        newest = max(run_steps(self.folder), default=0)
+        while True:
+            end = self._start(words)
+            if end.status == 0 or self.asked:
+                return end.status
+            if words is self.found.first and self._last_step() == first_step:
+                words_of_it = f"the run {end.cause} before its first step"
+                print(f"supervise: {words_of_it}; it is not started again", file=sys.stderr)
+                return end.status
+            good = newest_good(self.folder)
+            saved = next((n for n, path in run_steps(self.folder).items() if path == good), 0)
+            failed, newest = (0 if saved > newest else failed + 1), saved
+            words, fewer = self._again(good), None
+            if failed >= self.args.tries:
+                fewer = self._fewer(words) if self.args.elastic else None
+                if fewer is None:
+                    self._note(end, saved, f"given up: {failed} starts without a newer checkpoint")
+                    return end.status
+                failed = 0
+            pause = min(LONGEST_WAIT, wait * 2 ** max(failed - 1, 0))
+            ranks = f" with {fewer} ranks" if fewer is not None else ""
+            at = f"from step {saved}" if saved else "from the beginning"
+            self._note(end, saved, f"starts again{ranks} {at} in {pause:g} s")
+            self._pause(pause)
+            if self.asked:
+                return 128 + self.asked
+            self._await_lock()
+
+    def _start(self, words: list[str]) -> End:
+        """Run the command to its end, or until a rank gives no sign for too long."""
+        for path in (self.folder / FOLDER).glob("rank-*"):
+            path.unlink(missing_ok=True)
+        try:
+            # A group of its own: a terminal's Ctrl-C reaches the supervisor alone.
+            self.process = subprocess.Popen(
+                [*self.launcher, *words], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        except OSError as error:
+            raise ConfigError(f"{self.launcher[0]} cannot be started: {error.strerror}") from None
+        hang = seconds_of(self.args.hang, "--hang")
+        seen: dict[str, tuple[str, float]] = {"the run": ("", time.monotonic())}
+        told = False
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return _ended(self.process.wait(LOOK))
+            if self.asked and not told:
+                # Open MPI's mpirun would kill the ranks 0.25 s after SIGTERM.
+                self.process.send_signal(signal.SIGUSR1)
+                told = True
+            now, found = time.monotonic(), beats(self.folder)
+            for name, text in found.items():
+                if seen.get(name, ("", 0.0))[0] != text:
+                    seen[name] = text, now
+            if found:  # the first beat of a rank ends the start of the run
+                seen.pop("the run", None)
+            silent = [name for name, (_, last) in seen.items() if now - last > hang]
+            if silent:
+                self._kill()
+                self.process.wait()
+                return End(HUNG, f"gave no sign for {self.args.hang} ({', '.join(silent[:6])})")
+
+    def _again(self, good: Path | None) -> list[str]:
+        """Return the flags of the next start: those of the first one without a good checkpoint."""
+        if good is None:
+            return list(self.found.first)
+        if good == list(run_steps(self.folder).values())[-1]:
+            return self.found.again
+        return [*self.found.again[:-1], str(good)]  # later ones are damaged
+
+    def _fewer(self, words: list[str]) -> int | None:
+        """Lower the number of ranks in the command, and return it; None if it cannot be lower."""
+        at = [i for i, word in enumerate(self.launcher) if re.fullmatch(r"--?np?", word)]
+        if not at or not self.launcher[at[0] + 1].isdigit():
+            return None
+        options: RunConfig = parse_train_args(words, saved=saved_options)[1]
+        now = int(self.launcher[at[0] + 1])
+        found = next((n for n in range(now - 1, 0, -1) if fits(options, n)), None)
+        if found is not None:
+            self.launcher[at[0] + 1] = str(found)
+        return found
+
+    def _last_step(self) -> int:
+        """Return the last step in the metrics, 0 without one."""
+        return max((step for step, _ in steps_of(self.folder / METRICS)), default=0)
+
+    def _note(self, end: End, saved: int, then: str) -> None:
+        """Print and log the end of a start and its cause."""
+        last = self._last_step()
+        print(f"supervise: the run {end.cause} after step {last}; {then}", file=sys.stderr)
+        line: dict[str, Any] = dict(
+            time=time.time(), cause=end.cause, status=end.status, step=last, saved=saved, then=then
+        )
+        with suppress(OSError), open(self.folder / LOG, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _await_lock(self) -> None:
+        """Wait until no rank of the last start owns the folder. Raises ConfigError if one stays."""
+        deadline = time.monotonic() + LEFT_SECONDS
+        while True:
+            try:
+                FolderLock(self.folder).release()
+                return
+            except FolderTaken:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOOK)
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.asked and time.monotonic() < deadline:
+            time.sleep(min(LOOK, seconds))
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note the first signal, which `_start` hands on; a second SIGTERM or Ctrl-C kills."""
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            if self.asked and number in (signal.SIGTERM, signal.SIGINT):
+                self._kill()
+            self.asked = self.asked or number
+
+        before = {number: signal.signal(number, receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _kill(self) -> None:
+        if self.process is not None and self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def _ended(code: int) -> End:
+    """Return the end of a process with this return code: negative for a signal."""
+    status = code if code >= 0 else 128 - code
+    words = f"ended with status {status}"
+    with suppress(ValueError):
+        if status > 128:
+            words = f"was ended by {signal.Signals(status - 128).name}"
+    return End(status, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

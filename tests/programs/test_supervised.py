@@ -1,0 +1,84 @@
+"""Supervised training: killed, stopped and asked to end, it comes to the end of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minillm.launch import supervise
+from mpi_helpers import MPIRUN, environment, left_behind, mpirun, needs_mpirun, wait_for_steps
+
+
+def start(words: list[str], cwd: Path, *options: str, ranks: int = 2) -> subprocess.Popen[str]:
+    launcher = [str(MPIRUN), "-n", str(ranks)] if ranks else []
+    command = [sys.executable, "-m", "minillm", "supervise", "--wait", "1s", *options, "--"]
+    command += [*launcher, sys.executable, "-m", "minillm.train", *words]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def curve(run: Path) -> list[tuple[Any, ...]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(x["step"], x["loss"], x["grad_norm"], x.get("val_loss")) for x in lines]
+
+
+def first_rank(run: Path) -> int:
+    """Return the process of rank 0, which owns the folder."""
+    return int((run / "run.lock").read_text().split()[1])
+
+
+LONG = ["--steps", "300", "--save-every", "20", "--sample-tokens", "0", "--eval-every", "100"]
+
+
+@needs_mpirun
+@pytest.mark.slow
+def test_a_killed_rank_costs_no_step(tiny: list[str], tmp_path: Path) -> None:
+    """Kill rank 0 twice; the metrics are those of an uninterrupted run, bit for bit."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done = mpirun(2, ["-m", "minillm.train", *tiny, *LONG, "--out", str(whole)], timeout=120)
+    assert done.returncode == 0, done.output
+    process = start([*tiny, *LONG], tmp_path)
+    for steps in (50, 130):
+        wait_for_steps(process, run, steps)
+        os.kill(first_rank(run), signal.SIGKILL)
+        time.sleep(2)
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, output
+    assert curve(run) == curve(whole), output
+    log = [json.loads(row) for row in (run / supervise.LOG).read_text().splitlines()]
+    assert len(log) == 2 and all(row["saved"] > 0 for row in log), output
+    assert output.count("supervise: the run ") == 2 and not left_behind(run)
+
+
+@needs_mpirun
+@pytest.mark.slow
+def test_sigterm_saves_and_ends(tiny: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start([*tiny, "--steps", "1000000", "--eval-every", "0"], tmp_path)
+    wait_for_steps(process, run)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped at step" in output, output
+    assert not (run / supervise.LOG).exists() and not left_behind(run)
+
+
+@needs_mpirun
+@pytest.mark.slow
+def test_a_stopped_run_is_started_again(tiny: list[str], tmp_path: Path) -> None:
+    """Stop rank 0 for good: its heart stands still, and all ranks are ended with it."""
+    run = tmp_path / "run"
+    process = start([*tiny, *LONG], tmp_path, "--hang", "10s")
+    wait_for_steps(process, run, 50)
+    os.kill(first_rank(run), signal.SIGSTOP)
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == 0 and "gave no sign for 10s" in output, output
+    assert [row[0] for row in curve(run)] == list(range(1, 301)) and not left_behind(run)
