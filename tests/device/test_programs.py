@@ -101,6 +101,7 @@ def test_the_device_writes_the_text_of_the_cpu(
         f"--checkpoint={tmp_path / 'run'}",
         "--tokens=50",
         "--prompt=She ",
+        "--window",
         *how,
     ]  # past the context of 32
     assert generate.main(options) == 0
