@@ -93,6 +93,10 @@ def _answer(comm: Communicator, conversation: Conversation, line: str, show: Sho
     except AgreedError as error:
         _say(comm, f"error: {error}")
         return
+    generator = conversation.writer.generator
+    reads, size = generator.reads(len(turn.ids)), len(turn.ids)
+    if reads < size:
+        _say(comm, f"note: the turn has {size} tokens; the model reads the last {reads}")
     try:
         conversation.reply(turn, show)
     except KeyboardInterrupt:  # ends the reply; at the prompt it ends the program
@@ -102,7 +106,7 @@ def _answer(comm: Communicator, conversation: Conversation, line: str, show: Sho
     if conversation.full:
         _say(comm, "note: the reply ended where the context was full; --window goes on")
     if conversation.num_forgotten > forgotten:
-        context = conversation.writer.generator.context
+        context = generator.context
         _say(comm, f"note: the context holds {context} tokens; the oldest turns are forgotten")
 
 

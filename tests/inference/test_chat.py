@@ -197,6 +197,12 @@ def test_piped_lines_are_turns(talk: Any) -> None:
     assert again[: len(out) // 2] != again[len(out) // 2 :]
 
 
+def test_a_turn_that_is_too_long_says_so(talk: Any) -> None:
+    # 10 characters and the 18 of the words around them; the context is 16.
+    _, err = talk("0123456789\n")
+    assert "note: the turn has 28 tokens; the model reads the last 8" in err
+
+
 def test_a_bad_turn_does_not_end_the_chat(talk: Any) -> None:
     out, err = talk("\ud800\na\n")
     assert "error: the text has U+D800" in err and out

@@ -44,7 +44,7 @@ def texts(
     return continued(Generator(made), prompts, tokens, rule, seed=5, ends=ENDS)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "gemma"])
+@pytest.mark.parametrize("model", [pytest.param("gpt2", marks=pytest.mark.matrix), "gemma"])
 def test_a_text_depends_on_no_other_text_of_its_batch(model: str) -> None:
     def check(made: Assembly) -> None:
         lengths = set()
@@ -64,7 +64,16 @@ def all_texts(made: Assembly) -> list[list[list[int]]]:
     return [texts(made, PROMPTS, rule) for rule in RULES.values()]
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(Layout(tp=2), marks=pytest.mark.matrix),
+        Layout(pp=2),
+        Layout(tp=2, pp=2),
+        pytest.param(Layout(tp=4, pp=2), marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
 def test_every_mesh_writes_the_same(layout: Layout) -> None:
     (expected,) = on_ranks("llama", Layout(), all_texts)
     assert on_ranks("llama", layout, all_texts) == [expected] * layout.num_ranks

@@ -118,7 +118,7 @@ def test_ranks_choose_what_one_rank_chooses(options: dict[str, float]) -> None:
 
 def test_tokens_come_as_often_as_they_should() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
-    number, key = 4000, noise_key(1, [0])
+    number, key = 1500, noise_key(1, [0])
     scores = Scores(np.tile(logits, (number, 1)), np.tile(np.arange(4), (number, 1)), ALONE)
     texts = [range(length) for length in range(number)]  # the noise of each position is another
     for options, expected in (
@@ -128,7 +128,7 @@ def test_tokens_come_as_often_as_they_should() -> None:
     ):
         drawn = Sampling(**options).choose(scores, texts, [key] * number)  # type: ignore[arg-type]
         share = np.bincount(drawn, minlength=4) / number
-        np.testing.assert_allclose(share, expected, atol=0.035)  # 4.4 standard deviations
+        np.testing.assert_allclose(share, expected, atol=0.06)  # 4.6 standard deviations
         assert not share[np.asarray(expected) == 0].any()
 
 
