@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_helpers import TINY, save_trainer, state_pieces
+from checkpoint_helpers import TINY
 from mpi_helpers import mpirun, needs_mpirun
 from served import Served, VirtualClock, serve, under
 from training_helpers import (
     INIT_STD,
     OPTIMIZERS,
     Layout,
-    assemble,
     compare,
     make_batches,
     make_config,
@@ -28,9 +27,6 @@ from training_helpers import (
     train,
 )
 
-from minillm import checkpoint
-from minillm.base.errors import CommTimeout
-from minillm.checkpoint.find import step_name
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.pipeline.action import Action, ActionKind
@@ -38,8 +34,6 @@ from minillm.pipeline.runtime import METHODS, PipelineRuntime
 from minillm.replication.methods import payload
 from minillm.replication.server import Server
 from minillm.replication.server_messages import Op, Request
-from minillm.replication.server_shards import Applied, FreeShard, Shard, SyncShard
-from minillm.replication.server_worker import FreeWorker
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.assembly import layout_of
 from minillm.training.costs import held_bytes
@@ -300,73 +294,6 @@ def test_the_formula_is_what_the_ledger_counts(mode: str, servers: int, layout: 
         assert mine and mine == payload(axis, 2, meetings=1)
 
 
-# ---- checkpoints
-
-
-def saving(directory: Path, step: int) -> Callable[[Trainer], Any]:
-    """Return a hook that saves after a run of `step` steps, and returns the state."""
-
-    def save(trainer: Trainer) -> Any:
-        save_trainer(trainer, directory, step)
-        trainer.world.barrier()
-        return state_pieces(trainer)
-
-    return save
-
-
-def resuming(directory: Path, step: int) -> Callable[[Trainer], None]:
-    """Return a hook that loads the checkpoint of `step`."""
-    return lambda trainer: trainer.load(checkpoint.CheckpointSource(directory / step_name(step)))
-
-
-def state_of(found: Served) -> dict[str, np.ndarray]:
-    return assemble(found.values, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("mode", "layout", "servers"),
-    [
-        ("sync", Layout(dp=2, tp=2), 2),
-        ("async", Layout(), 2),
-        pytest.param("sync", Layout(dp=2, pp=2, num_microbatches=2), 1, marks=SLOW),
-        pytest.param("stale", Layout(), 0, marks=SLOW),
-        pytest.param("async", Layout(tp=2, pp=2, num_microbatches=2), 1, marks=SLOW),
-    ],
-)
-def test_a_resumed_run_has_the_bits_of_one_run(
-    mode: str, layout: Layout, servers: int, tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {**SMALL, "server": mode, "servers": servers}
-    whole = serve("gpt2", layout, 4, after=saving(tmp_path, 4), **options)
-    half = serve("gpt2", layout, 2, after=saving(tmp_path, 2), **options)
-    load = resuming(tmp_path, 2)
-    rest = serve("gpt2", layout, range(2, 4), prepare=load, after=saving(tmp_path, 5), **options)
-    assert half.losses[0] + rest.losses[0] == whole.losses[0]
-    expected = state_of(whole)
-    for name, array in state_of(rest).items():
-        np.testing.assert_array_equal(array, expected[name], err_msg=name)
-
-
-def test_sync_resumes_as_any_other_method(tmp_path: Path) -> None:
-    served = serve("gpt2", Layout(dp=2), 2, after=saving(tmp_path, 2), **SMALL, **SYNC)
-    expected = state_of(served)
-    assert {name.split("/")[0] for name in expected} == {"model", "optimizer"}
-    whole = train("gpt2", Layout(), optimizer="adamw", steps=4, **SMALL)
-    for layout, method in ((Layout(tp=2), {}), (Layout(dp=4), {"zero": 1})):
-        found = serve("gpt2", layout, range(2, 4), prepare=resuming(tmp_path, 2), **SMALL, **method)
-        np.testing.assert_allclose(found.losses[0], whole.losses[2:], rtol=1e-9)
-
-
-def test_updates_are_counted_on_for_the_same_workers(tmp_path: Path) -> None:
-    serve("gpt2", Layout(dp=2), 2, after=saving(tmp_path, 2), **SMALL, **ASYNC)
-    load = resuming(tmp_path, 2)
-    for workers, servers, first in ((2, 0, 4), (2, 2, 4), (4, 1, 2)):
-        options: dict[str, Any] = {**SMALL, "server": "async", "servers": servers}
-        found = serve("gpt2", Layout(dp=workers), range(2, 3), prepare=load, **options)
-        assert {log[0].applied for log in found.logs} == {first}
-        assert {(line.clock, len(log)) for log in found.logs for line in log} == {(2, workers)}
-
-
 # ---- memory
 
 
@@ -422,108 +349,3 @@ def test_all_ranks_end_when_one_does(
     done = mpirun(3, [*command, f"--out={tmp_path / 'run'}"])
     assert done.returncode not in (0, None)
     assert ("misfortune" if fault == "raise" else "signal 9") in done.output
-
-
-# ---- planted bugs, each seen by the test that it names
-
-
-def strict(shard: FreeShard, clock: int) -> bool:
-    """Let a worker be one clock further ahead."""
-    return min(shard.clocks) >= clock - shard.staleness - 1
-
-
-def apply_repeated(shard: FreeShard, worker: int, request: Request, receive: Any) -> None:
-    """Count a push as often as it comes."""
-    shard.start(request.clock)
-    shard.clocks[worker] = request.clock
-    PUSH(shard, worker, request, receive)
-
-
-def step_per_clock(shard: Shard, worker: int, clock: int, *args: Any) -> None:
-    """Count the optimizer's steps by clocks."""
-    version, shard.version = shard.version, clock
-    read, lr, scale = args
-    shard.optimizer.step(clock, lr, scale)
-    shard.version = version
-    shard.log.append(Applied(worker, clock, read, version))
-    shard.version += 1
-
-
-def by_arrival(shard: SyncShard, worker: int, request: Request, receive: Any) -> None:
-    """Forget all gradients but the last."""
-    SYNC_PUSH(shard, worker, request, receive)
-    shard.buffers[0].grads *= 0.5
-
-
-def answer_torn(server: Server, index: int, worker: int, request: Request) -> None:
-    """Answer with half of the weights of the version before."""
-    (buffers,), half = (
-        server.shards[index].buffers,
-        server.shards[index].buffers[0].values.size // 2,
-    )
-    whole = buffers.values.copy()
-    before = OLD.get(id(buffers), whole)
-    OLD[id(buffers)] = whole
-    buffers.values[:half] = before[:half]
-    ANSWER(server, index, worker, request)
-    buffers.values[:] = whole
-
-
-def answer_first(shard: FreeShard, worker: int, request: Request, receive: Any) -> None:
-    """Apply a push after the pull that follows it has been answered."""
-    late = LATE.pop((id(shard), worker), None)
-    if late is not None:
-        shard.receive_grads(lambda out: np.copyto(out, late[1]))
-        shard.apply(worker, int(late[0].clock), int(late[0].version), late[0].lr, late[0].scale)
-    shard.start(int(request.clock))
-    shard.receive_grads(receive)
-    LATE[id(shard), worker] = (request, shard.buffers[0].grads.copy())
-    shard.clocks[worker] = request.clock + 1
-
-
-def pull_amid(method: FreeWorker, stage: int, last: bool) -> Any:
-    """Overwrite the weights between forward and backward pass."""
-    if method._clock:
-        method.pull(method._clock, (0, 0, 0))
-    return OBSERVER(method, stage, last)
-
-
-def never_release(server: Server, source: int, request: Request) -> None:
-    """Count a worker that has left as one that still works."""
-    clock = server.shards[0].clocks[server.place(source)[0]]
-    HANDLE(server, source, request)
-    if request.op == Op.LEAVE:
-        server.shards[0].clocks[server.place(source)[0]] = clock
-
-
-OLD: dict[int, np.ndarray] = {}
-LATE: dict[tuple[int, int], Any] = {}
-ANSWER, HANDLE, OBSERVER = Server.answer, Server.handle, FreeWorker.observer
-PUSH, SYNC_PUSH = FreeShard.push, SyncShard.push
-
-
-def replayed() -> None:
-    test_a_replay_of_the_logs_gives_the_bits(1, "adamw")
-
-
-BUGS: list[tuple[Any, str, Any, Callable[[], None]]] = [
-    (Server, "answer", answer_torn, replayed),
-    (FreeWorker, "observer", pull_amid, replayed),
-    (FreeShard, "push", answer_first, lambda: test_one_worker_is_serial()),
-    (Server, "handle", never_release, lambda: test_a_worker_that_leaves_stops_no_other(timeout=3)),
-    (FreeShard, "together", False, test_pushes_that_cross_are_applied_in_one_order),
-    (FreeShard, "ready", strict, lambda: test_clocks_and_staleness(1, jumpy)),
-    (FreeShard, "push", apply_repeated, test_a_repeated_push_counts_once),
-    (Shard, "apply", step_per_clock, lambda: test_a_replay_of_the_logs_gives_the_bits(1, "adamw")),
-    (SyncShard, "push", by_arrival, lambda: test_sync_has_the_bits_of_all_reduce(2, 1)),
-]
-
-
-@pytest.mark.mutations
-@pytest.mark.parametrize(("kind", "name", "fault", "check"), BUGS)
-def test_planted_bugs_are_seen(
-    kind: Any, name: str, fault: Any, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kind, name, fault)
-    with pytest.raises((AssertionError, CommTimeout)):
-        check()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-import weakref
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +11,6 @@ import pytest
 from checkpoint_helpers import TINY, load_trainer, save_trainer, state_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline.placements import greedy
 from training_helpers import (
     INIT_STD,
     Layout,
@@ -26,12 +21,9 @@ from training_helpers import (
     make_config,
     reference,
     train,
-    with_layout,
 )
 
-from minillm.autograd import backward
-from minillm.autograd.tape import Context, value_of
-from minillm.base.errors import CommError, ConfigError
+from minillm.base.errors import ConfigError
 from minillm.base.trace import TRACKS, Tracer
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger, recording
@@ -42,15 +34,9 @@ from minillm.layout.flat import FlatLayout
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import FlatShard, ShardSpec, share
 from minillm.params.parameter import Constant, Parameter
-from minillm.params.storage import FlatBuffers
-from minillm.pipeline.action import Action, ActionKind
-from minillm.pipeline.runtime import METHODS, PipelineRuntime, _key
-from minillm.replication import gather
-from minillm.replication.gather import Gatherer, Unit, unit_of
+from minillm.replication.gather import unit_of
 from minillm.replication.methods import payload
-from minillm.replication.protocol import Replication
-from minillm.replication.zero import Zero
-from minillm.replication.zones import Zone, ZoneReducer, zones_of
+from minillm.replication.zones import zones_of
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
 from minillm.training.assembly import layout_of
 from minillm.training.costs import data_axis
@@ -165,156 +151,6 @@ def test_what_no_node_can_hold_is_sharded_over_all() -> None:
         run_ranks(4, lambda comm: fit(config, comm), nodes=[0, 0, 1, 1])
 
 
-def overwrite(zone: Zone, grad: Any) -> None:
-    """Keep the reduced gradient of the last microbatch alone."""
-    start = zone.whole.start
-    held = zone.buffers.at(zone.buffers.grads, "grads", zone.part)
-    held[...] = grad[zone.part.start - start : zone.part.stop - start]
-
-
-def keep(gatherer: Gatherer) -> None:
-    """Let gathered values outlive the update."""
-
-
-def leave_garbage(zone: Zone) -> Any:
-    """Return the gradient with ones between the parameters, which enter the norm."""
-    grad, covered = whole_grad(zone), np.zeros(zone.whole.stop - zone.whole.start, bool)
-    for span in zone.spans:
-        covered[span.start - zone.whole.start : span.stop - zone.whole.start] = True
-    grad[~covered] = 1.0
-    return grad
-
-
-def count_every_replica(method: Zero) -> Any:
-    """Return the squares of this rank's share, whatever the replica."""
-    return sum(float((part * part).sum()) for part in method._counted)
-
-
-def decay_by_share(buffers: FlatBuffers) -> Any:
-    """Yield each part with the run, and so the weight decay, of this rank's number."""
-    runs = buffers.layout.runs
-    return ((runs[buffers.memory.rank % len(runs)], part) for _, part in shared_runs(buffers))
-
-
-def clip_before_the_sum(zone: Zone) -> Any:
-    """Return the rank's own gradient, clipped to the norm 0.1."""
-    grad = take(zone)
-    grad *= min(1.0, 0.1 / float(np.sqrt((grad * grad).sum())))
-    return grad
-
-
-def one_buffer(like: Any) -> Any:
-    """Return a module whose `empty` gives arrays of one size the same memory on each rank."""
-    return SimpleNamespace(
-        empty=lambda size, dtype: POOL.setdefault(
-            (threading.get_ident(), size), np.empty(size, dtype)
-        )
-    )
-
-
-def another_order_on_one_rank(gatherer: Gatherer) -> None:
-    """Launch a later block than the others on one rank."""
-    if gatherer.comm.rank and len(gatherer._order) + 1 < len(gatherer._expected):
-        place = len(gatherer._order)
-        gatherer._expected[place], gatherer._expected[place + 1] = (
-            gatherer._expected[place + 1],
-            gatherer._expected[place],
-        )
-    prefetch(gatherer)
-
-
-def without_the_last_chunk(reducer: ZoneReducer, zone: Zone) -> None:
-    """Leave what does not fill the share of the last rank unsummed."""
-    grad, sizes = zone.take(), list(zone.sizes)
-    sizes[-1] -= min(sizes[-1], 8)
-    work = reducer.comm.ireduce_scatter_(grad[: sum(sizes)], sizes)
-    reducer._under_way.append((zone, grad, work))
-
-
-def at_the_first_use(start: Any, uses: dict[int, int]) -> None:
-    """Count one use of each parameter, so that a tied weight is reduced too early."""
-    count_uses(start, uses)
-    for leaf in uses:
-        uses[leaf] = 1
-
-
-def before_the_weight_gradients(runtime: PipelineRuntime, action: Action) -> None:
-    """Report all gradients of the stage complete once those of its inputs are."""
-    input_grad(runtime, action)
-    observer = runtime.replication.observer(action.stage, _key(action) in runtime._arming)
-    for parameter in runtime.stages[action.stage].buffers.parameters:
-        if observer is not None:
-            observer.leaf_ready(parameter)
-
-
-def early(runtime: PipelineRuntime, action: Action) -> None:
-    """Run W without an observer."""
-    deferred = runtime._live.pop(_key(action)).deferred
-    for work in reversed(deferred):
-        work.pass_.observer = None
-        work.run()
-
-
-whole_grad, take, shared_runs = Zone.whole_grad, Zone.take, FlatBuffers.shared_runs
-prefetch, count_uses = Gatherer._prefetch, backward._count_uses
-input_grad = METHODS[ActionKind.I]
-POOL: dict[Any, Any] = {}
-PLANTED: list[tuple[Any, str, Any, int]] = [
-    (Zone, "add", overwrite, 2),
-    (Gatherer, "drop", keep, 3),
-    (Zone, "whole_grad", leave_garbage, 2),
-    (Zero, "sum_of_squares", count_every_replica, 1),
-    (FlatBuffers, "shared_runs", decay_by_share, 1),
-    (Zone, "take", clip_before_the_sum, 1),
-    (gather, "namespace", one_buffer, 3),
-    (Gatherer, "_prefetch", another_order_on_one_rank, 3),
-    (ZoneReducer, "_launch", without_the_last_chunk, 1),
-    (backward, "_count_uses", at_the_first_use, 1),
-]
-"""The faults of ZeRO that are known from other programs. Those of tied weights on two stages and of
-delayed weight gradients have tests of their own below."""
-
-
-@pytest.mark.parametrize(("kind", "name", "fault", "stage"), PLANTED)
-@pytest.mark.slow
-def test_planted_faults_are_seen(
-    kind: Any, name: str, fault: Any, stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes: dict[str, Any] = {"dim": 40, "heads": 4, "ffn_dim": 44}  # leave gaps in the buffer
-    whole = train("gpt2", Layout(), optimizer="adamw", steps=3, **changes)
-    # Stages of one block keep it from step to step unless it is dropped.
-    layout = Layout(dp=2, pp=4, num_microbatches=2) if fault is keep else Layout(dp=4)
-    layout = with_layout(layout, num_microbatches=2)
-    right = train_zero("gpt2", layout, stage, shard_group=2, steps=3, **changes)
-    assert_same(right, whole, 1e-9)
-    monkeypatch.setattr(kind, name, fault)
-    with pytest.raises((AssertionError, CommError)):
-        found = train_zero("gpt2", layout, stage, shard_group=2, steps=3, **changes)
-        assert_same(found, whole, 1e-9)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.slow
-def test_a_tied_weight_that_is_not_summed_is_seen(
-    stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Replication, "reduce_ties", lambda self: None)
-    with pytest.raises(AssertionError, match="replicas of embedding"):
-        train_zero("gpt2", LAYOUTS[2], stage)  # its copies differ
-
-
-@pytest.mark.slow
-def test_a_reduction_before_the_weight_gradients_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = Layout(dp=2, pp=2, num_microbatches=4)
-    options = {"schedule": greedy((0, 1), 4, split=True)}
-    assert_same(train_zero("gpt2", layout, 1, options=options), reference("gpt2", "adamw"), 1e-9)
-    monkeypatch.setitem(METHODS, ActionKind.I, before_the_weight_gradients)
-    monkeypatch.setitem(METHODS, ActionKind.W, early)
-    found = train_zero("gpt2", layout, 1, options=options)
-    with pytest.raises(AssertionError):
-        assert_same(found, reference("gpt2", "adamw"), 1e-9)
-
-
 def run(comm: Communicator, layout: Layout, start: Path | None, end: Path | None, **zero: int):
     config = make_config("gpt2", layout, **TINY, **zero)
     trainer = Trainer(config, comm, LanguageModeling(make_batches(config)), std=INIT_STD)
@@ -394,102 +230,6 @@ def test_bytes_sent_and_held(stage: int) -> None:
         }
         whole, share = P * item, P * item // d
         assert held == [whole] * (3 - stage) + [share] * (stage + 1)
-
-
-class Watch:
-    """Bytes of gathered values and of whole gradients that exist, and the most of them, by rank."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.alive: Counter[tuple[int, str]] = Counter()  # (id of the rank's memory, kind)
-        self.most: Counter[tuple[int, str]] = Counter()
-        self.bounds: dict[tuple[int, str], int] = {}
-        launch, whole_grad = Gatherer._launch, Zone.whole_grad
-
-        def launched(gatherer: Gatherer, unit: Unit) -> None:
-            launch(gatherer, unit)
-            for array in unit.arrays.values():  # type: ignore[union-attr]
-                self._track(gatherer.buffers.memory, "values", array)
-
-        def written(zone: Zone) -> Any:
-            fresh, grad = zone._grad is None, whole_grad(zone)
-            if fresh:
-                self._track(zone.buffers.memory, "grads", grad)
-            return grad
-
-        patch.setattr(Gatherer, "_launch", launched)
-        patch.setattr(Zone, "whole_grad", written)
-
-    def _track(self, memory: Any, kind: str, array: Any) -> None:
-        key = id(memory), kind
-        self.alive[key] += array.nbytes
-        self.most[key] = max(self.most[key], self.alive[key])
-        weakref.finalize(array, self.alive.subtract, {key: array.nbytes})
-
-    def follow(self, trainer: Trainer) -> None:
-        """Check after every action that nothing lives behind the action that releases it."""
-        execute, memory = trainer.runtime._execute, trainer.replication.memory
-        blocks = Counter[str]()
-        for buffers in trainer.model.buffers:
-            for parameter in buffers.parameters:
-                blocks[unit_of(parameter.name)] += parameter.spec.local_size(trainer.mesh.shape)
-        largest = max(blocks.values()) * trainer.model.buffers[0].values.itemsize
-        self.bounds |= {(id(memory), "values"): 2 * largest, (id(memory), "grads"): largest}
-
-        def executed(action: Action) -> None:
-            execute(action)
-            if action.kind is ActionKind.RESHARD:
-                assert not self.alive[id(memory), "values"], f"values are alive behind {action}"
-            if action.kind is ActionKind.REDUCE_GRAD:
-                assert not self.alive[id(memory), "grads"], f"gradients are alive behind {action}"
-
-        trainer.runtime._execute = executed  # type: ignore[method-assign]
-
-    def check(self) -> None:
-        """Check the bounds: the block in use and the next one, and the gradient of a block."""
-        assert self.bounds and self.most.keys() == self.bounds.keys()
-        for key, bound in self.bounds.items():
-            assert 0 < self.most[key] <= bound, (key, self.most[key], bound)
-
-
-@pytest.mark.parametrize(
-    ("layout", "recompute"),
-    [
-        pytest.param(LAYOUTS[0], "none", marks=pytest.mark.slow),
-        (LAYOUTS[1], "selective"),
-        (LAYOUTS[2], "full"),
-    ],
-    ids=str,
-)
-def test_live_bytes_never_exceed_the_formula(
-    layout: Layout, recompute: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch = Watch(monkeypatch)
-    train_zero("gpt2-untied", layout, 3, steps=2, recompute=recompute, prepare=watch.follow)
-    watch.check()
-
-
-@pytest.mark.parametrize("kind", ["saved array", "two blocks ahead", "kept behind the pass"])
-@pytest.mark.slow
-def test_memory_that_lives_too_long_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pinned(self: Context, i: int) -> Any:
-        return value_of(self._inputs[i])
-
-    def far(self: Gatherer) -> None:
-        place = len(self._order)
-        for unit in self._expected[place : place + 2]:
-            if unit.arrays is None:
-                self._launch(unit)
-
-    faults = {
-        "saved array": (Context, "input", pinned),
-        "two blocks ahead": (Gatherer, "_prefetch", far),
-        "kept behind the pass": (Gatherer, "drop", keep),
-    }
-    monkeypatch.setattr(*faults[kind])
-    watch = Watch(monkeypatch)
-    with pytest.raises(AssertionError):
-        train_zero("gpt2-untied", LAYOUTS[0], 3, steps=2, prepare=watch.follow)
-        watch.check()
 
 
 def test_evaluation_between_steps_costs_the_steps_no_byte() -> None:
