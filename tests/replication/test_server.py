@@ -249,7 +249,7 @@ def test_pushes_that_cross_are_applied_in_one_order() -> None:
     came = {rank: threading.Event() for rank in range(4)}  # ranks 0 and 1 are worker 0
 
     def crossing(trainer: Trainer) -> None:
-        method, after = trainer.replication, {1: 3, 2: 0, 3: 0}.get(trainer.world.rank)
+        method, after = trainer.replication, {1: 3, 2: 0, 3: 2}.get(trainer.world.rank)
         push = method.push
 
         def pushed(request: Request) -> None:
