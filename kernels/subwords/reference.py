@@ -19,7 +19,7 @@ def merge_pairs(ids: Any, ends: Any, pairs: Any, ranks: Any, merged: Any) -> tup
     rank_of = dict(zip(pairs.tolist(), ranks.tolist(), strict=True))
     out: list[int] = []
     new_ends = []
-    for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+    for start, end in itertools.pairwise([0, *ends.tolist()]):
         word = ids[start:end].tolist()
         while True:
             at = [(left << 32) + right for left, right in itertools.pairwise(word)]
