@@ -140,7 +140,8 @@ def best(paths: Iterable[Path]) -> Path | None:
             meta = read_manifest(path).meta
             measured = meta["held_out"]
             loss, tokens = measured.get("criterion", measured["loss"]), measured["tokens"]
-            of = (meta["corpus"], meta.get("config", {}).get("val_data"), tokens)
+            config = meta.get("config", {})
+            of = (meta["corpus"], config.get("val_data"), config.get("dev"), tokens)
         except (Damaged, KeyError, TypeError, AttributeError):
             continue
         newest = newest or of

@@ -90,7 +90,8 @@ class LabelledTexts:
         found = tokenizer_from_json(special_json(vocabulary, False))
         assert isinstance(found, SpecialTokenizer)
         self.tokenizer, self.vocab_size = found, found.vocab_size
-        content = [[(each.texts, each.label) for each in part] for _, part in parts]
+        own = parts if options.dev is None else parts[:1]  # a resumed run may have another --dev
+        content = [[(each.texts, each.label) for each in part] for _, part in own]
         self.sha256 = hashlib.sha256(repr(content).encode()).hexdigest()
         encoder = Encoder(found, context)
         self.train, self.held_out = (
@@ -155,7 +156,7 @@ class LabelledTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions(SourceOptions):
-    """EncodedTexts texts, as in `--train train.tsv --dev dev.tsv` (docs/tasks.md)."""
+    """Labelled texts, as in `--train train.tsv --dev dev.tsv` (docs/tasks.md)."""
 
     TRAINS: ClassVar[tuple[str, ...]] = ("train",)
     MEASURES: ClassVar[tuple[str, ...]] = ("dev",)
@@ -205,7 +206,7 @@ class ClassificationOptions(SourceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledToMeasure(Record):
-    """EncodedTexts texts to measure on, as in `--data test.tsv`."""
+    """Labelled texts to measure on, as in `--data test.tsv`."""
 
     data: str | None = option(None, path=True)
     """Table of texts and labels, .tsv, .csv or .jsonl, also .gz; left out: those held out in

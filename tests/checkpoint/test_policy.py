@@ -79,6 +79,17 @@ def test_the_best_stays_besides_the_newest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000008", "step-00000009"]
 
 
+def test_the_criterion_of_a_task_decides_before_the_loss(tmp_path: Path) -> None:
+    """Choose the fewest wrong labels among those of the newest development set."""
+    for step, (loss, wrong, dev) in enumerate(
+        [(0.1, 0.0, "old"), (0.2, 0.4, "dev"), (0.9, 0.1, "dev"), (0.3, 0.2, "dev")], 1
+    ):
+        held_out = {"loss": loss, "criterion": wrong, "tokens": 9}
+        own = {"corpus": "a", "config": {"dev": dev}, "held_out": held_out}
+        small_run(tmp_path, step, num_ranks=1, meta=own, keep=9)
+    assert checkpoint.find(tmp_path, best_one=True).name == "step-00000003"
+
+
 def test_losses_of_another_text_do_not_compare(tmp_path: Path) -> None:
     save_losses(tmp_path, 1.0, 5.0, keep=9)
     for step, other in ((3, meta(4.0, "b")), (4, meta(6.0, "b")), (5, meta(0.5, "b", tokens=7))):

@@ -172,6 +172,7 @@ def test_unknown_labels_and_other_models_are_refused(
     run = str(tmp_path / "run")
     asked = ["--train", some[0], "--dev", some[1], *SIZES, "--steps", "1", "--out", run]
     assert finetune.main(asked) == 0
+    assert finetune.main(["--resume", run, "--steps", "2", "--dev", some[0]]) == 0
     other = table(tmp_path / "other.tsv", [("good", "positive"), ("odd", "mixed")])
     capsys.readouterr()
     assert evaluate.main([run, "--data", other, "--threads", "1"]) != 0

@@ -148,8 +148,13 @@ def test_an_epoch_has_each_example_once_and_order_can_be_kept() -> None:
         assert (np.diff(lengths[kept.rows(step)]) >= 0).all()
     batch = kept.batch(0, np.array([0, 9]), CPU)
     assert batch.divisors == {"loss": 10.0}
-    pair = kept.rows(0)[[0, 9]]
-    assert batch.arrays["labels"].tolist() == examples().labels[pair].tolist()
+    for row, number in enumerate(kept.rows(0)[[0, 9]]):
+        assert batch.arrays["tokens"][row, : lengths[number]].tolist() == (
+            examples().ids[number].tolist()
+        )
+    batch, numbers = shuffled.batch(0, np.arange(10), CPU), shuffled.rows(0)
+    assert (np.diff(numbers) < 0).any()  # not in the order of the file
+    assert batch.arrays["labels"].tolist() == examples().labels[numbers].tolist()
 
 
 def test_marks_and_types_of_texts_and_pairs() -> None:
