@@ -106,10 +106,14 @@ else
     set -- {shlex.join(found.first)}
 fi
 {shlex.join(command)} "$@" &
-pid=$! ending=
-trap 'ending=TERM; kill -USR1 "$pid" 2> /dev/null' TERM
-trap 'ending=USR1; kill -USR1 "$pid" 2> /dev/null' USR1
-wait "$pid"; status=$?
-while kill -0 "$pid" 2> /dev/null; do wait "$pid"; status=$?; done
+pid=$! ending= signals=0 seen=none
+trap 'ending=TERM signals=$((signals + 1)); kill -USR1 "$pid" 2> /dev/null' TERM
+trap 'ending=USR1 signals=$((signals + 1)); kill -USR1 "$pid" 2> /dev/null' USR1
+# A signal ends a wait with a status above 128, also if the run has ended meanwhile.
+until [ "$seen" = "$signals" ]; do
+    seen=$signals
+    wait "$pid"; now=$?
+    [ "$now" -eq 127 ] || status=$now
+done
 {after}exit "$status"
 """

@@ -84,7 +84,7 @@ STAND_IN = """#!/bin/bash
 for ((i = 1; i <= $#; i++)); do [ "${!i}" = minillm.train ] && break; done
 printf '%s\\n' "${@:i+1}" >> words
 [ -z "${WAIT:-}" ] || {
-    trap 'kill %1; echo saved >> words; exit 0' USR1
+    trap 'kill %1; echo saved >> words; sleep "$WAIT"; exit 0' USR1
     sleep 60 & touch up; wait
 }
 exit "${STATUS:-0}"
@@ -132,14 +132,16 @@ def test_the_first_start_and_the_one_after_a_requeue(
     ("number", "after"),
     [(signal.SIGUSR1, ["saved", "scontrol requeue 7"]), (signal.SIGTERM, ["saved"])],
 )
+@pytest.mark.parametrize("seconds", ["0", "0.5"])  # the run ends before or after the next wait
 def test_a_signal_saves_and_the_time_limit_queues_again(
+    seconds: str,
     number: int,
     after: list[str],
     cluster: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("WAIT", "1")
+    monkeypatch.setenv("WAIT", seconds)
     process = subprocess.Popen(["bash", "-c", script(capsys)], cwd=cluster)
     deadline = time.monotonic() + 30
     while not (cluster / "up").exists() and time.monotonic() < deadline:
