@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from minillm.base.record import Record, option
-from minillm.data.sources import located
+from minillm.data.sources import BUILT_IN
 
 
 class SourceOptions(Record):
@@ -18,12 +20,18 @@ class SourceOptions(Record):
     """Options that name held-out data."""
     FIXED: ClassVar[tuple[str, ...]] = ()
     """Options that give ids their meaning: weights cannot change them."""
+    NAMED: ClassVar[Collection[str]] = ()
+    """Names of built-in data, which are no paths."""
 
     def located(self) -> dict[str, Any]:
-        """Return the names of data, independent of the working folder."""
+        """Return the data that are named: a built-in name, or an absolute path."""
         values = self.to_dict()
-        names = [name for name in (*self.TRAINS, *self.MEASURES) if values[name] is not None]
-        return {name: located(values[name]) for name in names}
+        given = {name: values[name] for name in (*self.TRAINS, *self.MEASURES)}
+        return {
+            name: value if value in self.NAMED else os.path.abspath(os.path.expanduser(value))
+            for name, value in given.items()
+            if value is not None
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +41,7 @@ class DataOptions(SourceOptions):
     TRAINS: ClassVar[tuple[str, ...]] = ("data",)
     MEASURES: ClassVar[tuple[str, ...]] = ("val_data",)
     FIXED: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    NAMED: ClassVar[Collection[str]] = BUILT_IN
 
     data: str = option("stdlib", announced=True, path=True)
     """Text to learn: stdlib (the source of Python's standard library), austen (a novel, included),

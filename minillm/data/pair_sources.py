@@ -17,6 +17,7 @@ from minillm.base.errors import ConfigError
 
 Pair = tuple[str, str]
 
+BUILT_IN = ("catalogues", "toy")
 FEWEST = 2000  # pairs of catalogues that are worth training on
 LONGEST = 60  # characters of a message; longer ones are help texts
 MO_MAGIC = 0x950412DE

@@ -120,11 +120,6 @@ def find_source(source: str, field: str = "text", option: str = "--data") -> Tex
     )
 
 
-def located(source: str) -> str:
-    """Return `--data source` independent of the working folder: a name, or an absolute path."""
-    return source if source in BUILT_IN else os.path.abspath(os.path.expanduser(source))
-
-
 def stdlib_files(root: Path | None = None) -> tuple[Path, ...]:
     """Return the `.py` files of Python's standard library, sorted by the UTF-8 bytes of their path.
 

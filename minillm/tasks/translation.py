@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from minillm.comm.communicator import Communicator
 from minillm.data.batches import IGNORE_INDEX
 from minillm.data.buckets import Buckets, Load, load, padded, padded_length
 from minillm.data.options import SourceOptions
-from minillm.data.pair_sources import built_in, read_pairs
+from minillm.data.pair_sources import BUILT_IN, built_in, read_pairs
 from minillm.data.sentence_pieces import marks_of
 from minillm.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
@@ -196,6 +196,7 @@ class TranslationOptions(SourceOptions):
     TRAINS: ClassVar[tuple[str, ...]] = ("source", "target")
     MEASURES: ClassVar[tuple[str, ...]] = ("val_source", "val_target")
     FIXED: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    NAMED: ClassVar[Collection[str]] = BUILT_IN
 
     source: str | None = option(None, announced=True, path=True)
     """File with a sentence a line, plain or .gz, or catalogues (the German .mo files of this
@@ -280,7 +281,7 @@ class TranslationObjective:
 
 def _pairs(source: str | None, target: str | None, prefix: str = "") -> tuple[str, list[Any]]:
     """Return the name and the pairs that two options mean."""
-    if target is None and source in (None, "toy", "catalogues") and not prefix:
+    if target is None and source in (None, *BUILT_IN) and not prefix:
         return built_in(source)
     if source is None or target is None:
         given, missing = ("target", "source") if source is None else ("source", "target")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from pathlib import Path
 
@@ -107,3 +108,10 @@ def test_pairs_are_split_and_long_ones_left_out(tmp_path: Path) -> None:
         objective.load(TranslationOptions(**files), Seq2SeqOptions(context=2), None, comm)
     with pytest.raises(ConfigError, match=r"--source .* has no counterpart; pass --target"):
         objective.load(TranslationOptions(source=files["source"]), shape, None, comm)
+
+
+def test_built_in_pairs_have_a_name_in_every_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert TranslationOptions(source="toy").located() == {"source": "toy"}
+    files = TranslationOptions(source="a.de", target="~/a.en").located()
+    assert files == {"source": str(tmp_path / "a.de"), "target": os.path.expanduser("~/a.en")}
