@@ -29,10 +29,14 @@ SOURCES = ["ein haus am see", "der hund schläft", "ein see", "das haus schläft
 TARGETS = ["a house at the lake", "the dog sleeps", "a lake", "the house sleeps at the lake"]
 
 
+def package() -> Any:
+    """Return the package that learns and reads the models; skip the test without it."""
+    return pytest.importorskip("sentencepiece", reason="the package sentencepiece is missing")
+
+
 def learnt(lines: list[str]) -> bytes:
-    package = pytest.importorskip("sentencepiece", reason="the package sentencepiece is missing")
     out = io.BytesIO()
-    package.SentencePieceTrainer.train(
+    package().SentencePieceTrainer.train(
         sentence_iterator=iter(lines * 20), model_writer=out, vocab_size=30, minloglevel=2,
         hard_vocab_limit=False, bos_id=-1, eos_id=0, unk_id=1,
     )  # fmt: skip
@@ -42,8 +46,7 @@ def learnt(lines: list[str]) -> bytes:
 @pytest.fixture
 def marian(tmp_path: Path) -> Path:
     """Write a folder as Marian's, with random weights."""
-    import sentencepiece
-
+    sentencepiece = package()
     path = tmp_path / "m"
     path.mkdir()
     models, pieces = {"source": learnt(SOURCES), "target": learnt(TARGETS)}, ["</s>", "<unk>"]
@@ -72,9 +75,8 @@ def marian(tmp_path: Path) -> Path:
 
 def plain(path: Path, text: str, most: int = 10) -> str:
     """Return the greedy translation by whole passes: pieces, `</s>`, and the pad that begins."""
-    import sentencepiece
-
-    comm, vocab = SelfCommunicator(), json.loads((path / "vocab.json").read_text())
+    sentencepiece, comm = package(), SelfCommunicator()
+    vocab = json.loads((path / "vocab.json").read_text())
     sides = [
         sentencepiece.SentencePieceProcessor(model_file=str(path / f"{side}.spm"))
         for side in ("source", "target")
