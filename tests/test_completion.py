@@ -26,7 +26,7 @@ def test_bash_offers_programs_flags_and_values(
     file.write_text(script("bash", capsys), encoding="utf-8")
     lines = [
         "minillm ge",
-        "minillm em",
+        "minillm emu",
         "minillm train --lay",
         "minillm train --norm rm",
         "minillm train --resu",

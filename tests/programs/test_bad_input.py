@@ -137,21 +137,18 @@ def test_resuming_another_model_or_a_damaged_checkpoint(tiny: list[str], tmp_pat
         (["--resume", str(run), "--tp", "4"], ["but 2 ranks run"]),
         (tiny, ["holds an earlier run", "--resume"]),
     ]
-    found = mpirun_calls(2, [["minillm.train", *options] for options, _ in wanted])
-    for done, (_, words) in zip(found, wanted, strict=True):
-        refused(done, *words)
+    for options, words in wanted:
+        refused(mpirun(2, [*TRAIN, *options]), *words)
     damaged = run / "checkpoints" / "step-00000006" / "rank-00001.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    longer = ["minillm.train", "--resume", str(run), "--steps", "9"]
-    for done in mpirun_calls(2, [longer]):
-        refused(done, str(damaged), "step-00000003")
+    longer = [*TRAIN, "--resume", str(run), "--steps", "9"]
+    refused(mpirun(2, longer), str(damaged), "step-00000003")
     damaged.write_bytes(content[:-8])
-    others = [[f"minillm.{name}", "--checkpoint", str(run)] for name in ("evaluate", "generate")]
-    first, *rest = mpirun_calls(2, [longer, *others])
-    refused(first, str(damaged), "truncated", "step-00000003")
-    for done in rest:
+    refused(mpirun(2, longer), str(damaged), "truncated", "step-00000003")
+    for name in ("evaluate", "generate"):
+        done = mpirun(2, ["-m", f"minillm.{name}", "--checkpoint", str(run)])
         refused(done, str(damaged))
 
 
