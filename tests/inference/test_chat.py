@@ -106,8 +106,10 @@ def test_files_say_ends_and_templates(tmp_path: Path) -> None:
 
 def test_a_vocabulary_keeps_them() -> None:
     model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     value = {
-        "kind": "hf", "name": "t", "tokenizer": {"model": model},
+        "kind": "hf", "name": "t",
+        "tokenizer": {"model": model, "pre_tokenizer": level, "decoder": level},
         "ends": [0], "chat": {"template": "T"},
     }  # fmt: skip
     kept = tokenizer_from_json(value).to_json()

@@ -81,7 +81,7 @@ def test_activations_that_overflow_are_an_error(
     with np.errstate(all="ignore"):
         first, second = refusals(trained, capsys)
     assert "the loss on" in first and "use an earlier checkpoint" in first
-    assert "the logits of token 4 are not finite" in second
+    assert "the logits of position 3 are not finite" in second
 
 
 @pytest.mark.parametrize(
