@@ -5,27 +5,28 @@ Prints the loss on held-out or other data as JSON.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from minillm import checkpoint
 from minillm.base.bar import bar
-from minillm.base.errors import MinillmError
-from minillm.base.flags import parse_flags, split_flags
+from minillm.base.flags import parse_flags
 from minillm.base.record import Record, option, with_defaults
 from minillm.comm.agreement import AgreedError, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
-from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place
+from minillm.inference.loading import (
+    ReadOptions,
+    load_trained,
+    named_objective,
+    named_run,
+    open_checkpoint,
+    place,
+)
 from minillm.tasks.language_model import TextToMeasure
-from minillm.training.config import RunConfig
 from minillm.training.held_out import measure
-from minillm.weights.origin import find_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Named(Record):
-    """Flags that decide which others there are."""
-
-    checkpoint: str | None = option(None, path=True)
-    best: bool = False
-
-
 def _parse(argv: Sequence[str]) -> EvaluateArgs:
     prog, words = "python -m minillm.evaluate", named_run(argv)
-    named, _ = split_flags(_Named, words, prog=prog, add_help=False)
-    cls = EvaluateArgs
-    if named.checkpoint:
-        # A checkpoint that cannot be read is reported later, once all ranks can agree on it.
-        with contextlib.suppress(MinillmError):
-            found = find_record(checkpoint.Search(Path(named.checkpoint), named.best))
-            data = RunConfig.from_dict(found.config).objective
-            cls = with_defaults(EvaluateArgs, asked=data.measured())
+    cls, objective = EvaluateArgs, named_objective(words, prog)
+    if objective is not None:
+        cls = with_defaults(EvaluateArgs, asked=objective.measured())
     return parse_flags(cls, words, prog=prog)
 
 

@@ -8,14 +8,14 @@ WordPiece are in `minillm.tokenizers`, other kinds in the optional package `toke
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from minillm.base.errors import ConfigError
-from minillm.data.documents import SpecialTokenizer
+from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.package_tokenizer import tokenizer_of
 from minillm.data.sentence_pieces import SentencePieces, foreign_marks
 from minillm.tokenizers.files import WHOLE, read_definition
@@ -273,3 +273,21 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
         f"not a tokenizer: {shortened(repr(value))}; known kinds are byte, char, ids, hf, "
         "pieces and special"
     )
+
+
+def encoder_tokenizer(vocabulary: Mapping[str, Any], vocab: int) -> SpecialTokenizer:
+    """Return the tokenizer with the marks of an encoder of `vocab` tokens.
+
+    Raises ConfigError for one that is not known or has no such marks.
+    """
+    found = tokenizer_from_json(special_json(vocabulary, False))
+    assert isinstance(found, SpecialTokenizer)
+    if found.vocab_size > vocab:
+        what = "has no [CLS] and [SEP], nor <s> and </s>"
+        if found.name == "ids":
+            what = "is not known: there is no tokenizer.json"
+        raise ConfigError(
+            f"the tokenizer of these weights {what}, so it cannot mark the ends of a text; put the "
+            "tokenizer.json of the model into its folder"
+        )
+    return found

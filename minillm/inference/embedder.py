@@ -12,8 +12,7 @@ from minillm.base.arrays import IntArray, sum_dtype, to_host
 from minillm.base.errors import ConfigError
 from minillm.comm.agreement import agree
 from minillm.data.buckets import padded, padded_length
-from minillm.data.documents import SpecialTokenizer, special_json
-from minillm.data.tokenizers import tokenizer_from_json
+from minillm.data.tokenizers import encoder_tokenizer
 from minillm.inference.forward import gather_rows_, last_outputs, own_batches
 from minillm.models.protocol import Batch
 from minillm.params.where import KeyLimits, Where
@@ -100,21 +99,3 @@ class Embedder:
             pooled = np.matmul(weights[:, None], states)[:, 0]
         norms = np.linalg.norm(pooled, axis=1, keepdims=True)
         return pooled / np.maximum(norms, 1e-12)
-
-
-def encoder_tokenizer(vocabulary: Mapping[str, Any], vocab: int) -> SpecialTokenizer:
-    """Return the tokenizer with the marks of an encoder of `vocab` tokens.
-
-    Raises ConfigError for one that is not known or has no such marks.
-    """
-    found = tokenizer_from_json(special_json(vocabulary, False))
-    assert isinstance(found, SpecialTokenizer)
-    if found.vocab_size > vocab:
-        what = "has no [CLS] and [SEP], nor <s> and </s>"
-        if found.name == "ids":
-            what = "is not known: there is no tokenizer.json"
-        raise ConfigError(
-            f"the tokenizer of these weights {what}, so it cannot mark the ends of a text; put the "
-            "tokenizer.json of the model into its folder"
-        )
-    return found

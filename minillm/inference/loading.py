@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,19 @@ from typing import Any, Literal
 
 from minillm import checkpoint
 from minillm.base.device import CPU, Device, open_device
-from minillm.base.errors import CheckpointError, ConfigError
+from minillm.base.errors import CheckpointError, ConfigError, MinillmError
+from minillm.base.flags import split_flags
 from minillm.base.record import Record, option
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
+from minillm.tasks.protocol import Objective
 from minillm.training.assembly import Assembly, assemble, first_rows, model_shapes
 from minillm.training.config import RunConfig
 from minillm.training.fit import fit
 from minillm.training.resolve import ResolvedConfig, resolve
-from minillm.weights.origin import looking_again, record_of, source_of, verify
+from minillm.weights.origin import find_record, looking_again, record_of, source_of, verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,29 @@ def named_run(argv: Sequence[str]) -> list[str]:
     """Return `argv` with the run that its first word may name as `--checkpoint`."""
     words = list(argv)
     return ["--checkpoint", *words] if words and not words[0].startswith("-") else words
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named(Record):
+    """Flags that decide which others there are."""
+
+    checkpoint: str | None = option(None, path=True)
+    best: bool = False
+
+
+def named_objective(words: Sequence[str], prog: str) -> Objective | None:
+    """Return the objective of the checkpoint that the words of a command name.
+
+    It is None if they name none, or one that cannot be read: that is reported once all ranks can
+    agree on it.
+    """
+    named, _ = split_flags(_Named, words, prog=prog, add_help=False)
+    if named.checkpoint is None:
+        return None
+    with contextlib.suppress(MinillmError):
+        found = find_record(checkpoint.Search(Path(named.checkpoint), named.best))
+        return RunConfig.from_dict(found.config).objective
+    return None
 
 
 def open_checkpoint(path: str, comm: Communicator, best: bool = False) -> Opened:

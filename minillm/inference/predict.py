@@ -1,51 +1,48 @@
-"""Predict labels of texts: `minillm predict --checkpoint RUN --input FILE`, on any mesh."""
+"""Predictions of a trained model: `minillm predict --checkpoint RUN --input FILE`, on any mesh."""
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from minillm.autograd.tape import Tensor
-from minillm.base.arrays import to_host
+from minillm.base.arrays import IntArray
 from minillm.base.bar import bar
+from minillm.base.device import Device
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.log import plural
-from minillm.base.record import option
+from minillm.base.record import Record, option, with_defaults
 from minillm.comm.agreement import agree, from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
-from minillm.data.labelled import read_inputs
 from minillm.inference.embed import BATCHES
-from minillm.inference.embedder import encoder_tokenizer
 from minillm.inference.forward import gather_rows_, last_outputs, own_batches
 from minillm.inference.loading import (
     ReadOptions,
     load_trained,
+    named_objective,
     named_run,
     open_checkpoint,
     place,
 )
-from minillm.models.protocol import Batch
-from minillm.params.where import Where
-from minillm.tasks.classification import LabelledToMeasure
-from minillm.tasks.encoded_texts import EncodedTexts, Encoder
+from minillm.tasks.label_predictor import TextsToLabel
+from minillm.tasks.protocol import InputRows, Predicting, Predictor
+from minillm.training.assembly import Assembly
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictArgs(ReadOptions):
-    """Predict the label of each text of a file, and print JSON lines in the same order.
+    """Predict for each input of a file, and print JSON lines in the same order.
 
     minillm predict --checkpoint runs/reviews --input new.tsv
 
-    A line of the output is {"text": ..., "label": ..., "probabilities": {label: ...}}. That of a
-    pair has "texts", a list of two.
+    The line for a text of a classifier is {"text": ..., "label": ..., "probabilities": {label:
+    ...}}. That for a pair has "texts", a list of two.
     """
 
     checkpoint: str = option(path=True)
@@ -53,12 +50,9 @@ class PredictArgs(ReadOptions):
     without the flag."""
     input: str = option(path=True)
     """Table of texts, .tsv, .csv or .jsonl, also .gz; any other file has a text on each line."""
-    text_field: str | None = None
-    """Column of the text; left out: as in training."""
-    pair_field: str | None = None
-    """Column of the second text of a pair; left out: as in training."""
+    asked: Record = field(default=TextsToLabel(), metadata={"title": "input"})
     batch: int = option(32, at_least=1)
-    """Texts that each replica reads at once."""
+    """Inputs that each replica reads at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,70 +61,97 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> PredictArgs:
-    return parse_flags(PredictArgs, named_run(argv), prog="minillm predict")
+    prog, words = "minillm predict", named_run(argv)
+    cls, objective = PredictArgs, named_objective(words, prog)
+    if isinstance(objective, Predicting):
+        cls = with_defaults(PredictArgs, asked=objective.predicted())
+    return parse_flags(cls, words, prog=prog)
 
 
 def _predict(comm: Communicator, args: PredictArgs) -> None:
-    """Predict the labels of the input. Collective."""
+    """Print the predictions for the input. Collective."""
     with known_to_all():
         placed, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, placed, args.best)
-        opened.config.family.check_writes("labels")
-        config = opened.resolve(args, comm.size)
-        tokenizer = agree(comm, lambda: encoder_tokenizer(opened.vocabulary, opened.vocab))
-        labels: list[str] = opened.vocabulary["labels"]
-        asked = LabelledToMeasure(text_field=args.text_field, pair_field=args.pair_field)
-        corpus: Any = opened.config.corpus
-        fields = corpus.fields(asked)
-        read = from_first(comm, lambda: read_inputs(args.input, fields), ConfigError)
-        inputs = [tuple(texts) for texts in read]
+        opened.config.family.check_writes("predictions")
+        config, objective = opened.resolve(args, comm.size), opened.config.objective
+        assert isinstance(objective, Predicting)
+        predictor = agree(
+            comm,
+            lambda: objective.predictor(
+                args.asked,
+                opened.config.corpus,
+                opened.vocabulary,
+                opened.vocab,
+                config.model.context,
+            ),
+            ConfigError,
+        )
+        inputs = from_first(comm, lambda: predictor.read(args.input), ConfigError)
         model = load_trained(opened, config, placed, device)
-    encoder = Encoder(tokenizer, config.model.context)
-
-    def batches_of(parts: Sequence[Sequence[int]], first: int) -> list[Batch]:
-        found = []
-        for part in parts:
-            ids, rows = encoder.encode([inputs[first + i] for i in part]), np.arange(len(part))
-            texts, where = EncodedTexts(ids, [0] * len(part)), Where(0, rows, device=device)
-            found.append(texts.batch(rows, encoder.context, where, {}))
-        return found
-
     window = args.batch * model.mesh.axis("dp").size * BATCHES
-    with bar("predicting", len(inputs), "text", comm.rank == 0) as advance:
+    with bar("predicting", len(inputs), predictor.noun, comm.rank == 0) as advance:
         for first in range(0, len(inputs), window):
-            some = range(first, min(first + window, len(inputs)))
-            sizes = [sum(map(len, inputs[i])) for i in some]
-            own = own_batches(sizes, args.batch, model)
-            with known_to_all():
-                batches = agree(comm, functools.partial(batches_of, own, first), ConfigError)
-            rows = np.zeros((len(some), len(labels)))
-            gather_rows_(rows, own, last_outputs(model, batches, probabilities), model, comm)
+            some = inputs[first : first + window]
+            values = predicted(predictor, some, args.batch, model, comm, device)
             if comm.rank == 0:
-                for i, row in zip(some, rows, strict=True):
-                    print(json.dumps(_line(inputs[i], labels, row), ensure_ascii=False))
+                for each, row in zip(some, values, strict=True):
+                    print(json.dumps(predictor.line(each, row), ensure_ascii=False))
                 sys.stdout.flush()
             advance(len(some))
-    cut = int(model.mesh.axis("dp").reduce_numbers([encoder.num_cut])[0])
+    cut = int(model.mesh.axis("dp").reduce_numbers([predictor.num_cut])[0])
     if cut and comm.rank == 0:
         print(
-            f"note: {plural(cut, 'text')} of {len(inputs)} had more than {encoder.context} tokens, "
-            "of which the first were read",
+            f"note: {plural(cut, predictor.noun)} of {len(inputs)} had more than "
+            f"{config.model.context} tokens, of which the first were read",
             file=sys.stderr,
         )
 
 
-def probabilities(outputs: tuple[Tensor, ...], batch: Batch) -> np.ndarray:
-    """Return the softmax of a classifier's logits, float64 [B, labels]."""
-    logits = to_host(outputs[-1].data).astype(np.float64)
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    return shares / shares.sum(1, keepdims=True)
+def predicted(
+    predictor: Predictor,
+    inputs: Sequence[object],
+    batch: int,
+    model: Assembly,
+    comm: Communicator,
+    device: Device,
+) -> np.ndarray:
+    """Return the numbers of each input [N, width] on every rank, `batch` inputs at once.
+
+    Each replica takes its share of the inputs. Collective over `comm`, all ranks. Raises
+    ConfigError on every rank for an input without ids.
+    """
+    own = own_batches([predictor.size(each) for each in inputs], batch, model)
+    with known_to_all():
+        rows = agree(
+            comm,
+            lambda: [predictor.encode([inputs[i] for i in part]) for part in own],
+            ConfigError,
+        )
+    cuts = [_cut(each, batch) for each in rows]
+    batches = [
+        each.batch(some, device) for each, cut in zip(rows, cuts, strict=True) for some in cut
+    ]
+    found = iter(last_outputs(model, batches, predictor.values))  # empty before the last stage
+    out = np.zeros((len(inputs), predictor.width))
+    merged = [
+        each.merged(_in_order(cut, values))
+        for each, cut in zip(rows, cuts, strict=True)
+        if (values := list(itertools.islice(found, len(cut))))
+    ]
+    gather_rows_(out, own, merged, model, comm)
+    return out
 
 
-def _line(texts: tuple[str, ...], labels: Sequence[str], row: np.ndarray) -> dict[str, Any]:
-    """Return the prediction for a text or pair: the label and all probabilities, to six digits."""
-    found = {"text": texts[0]} if len(texts) == 1 else {"texts": list(texts)}
-    shares = {label: round(float(share), 6) for label, share in zip(labels, row, strict=True)}
-    return {**found, "label": labels[int(row.argmax())], "probabilities": shares}
+def _cut(rows: InputRows, batch: int) -> list[IntArray]:
+    """Return the numbers of the rows in each batch of at most `batch` rows, the longest first."""
+    order = np.argsort(-np.asarray(rows.sizes), kind="stable")
+    return [order[i : i + batch] for i in range(0, len(order), batch)]
+
+
+def _in_order(cut: Sequence[IntArray], values: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the values of all rows in their order from those of each batch."""
+    return np.concatenate(values)[np.argsort(np.concatenate(cut))]
 
 
 if __name__ == "__main__":

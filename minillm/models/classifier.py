@@ -130,7 +130,7 @@ FAMILY = Family(
         "classifier": _COMMON | dict(lr=5e-4),  # two minutes on two cores
         "classifier-tuned": _COMMON | dict(lr=5e-5),  # from the weights of an encoder
     },
-    writes="labels",
+    writes="predictions",
     tables={"positions": "num_positions"},
     heads=("classifier.", "pairs."),
 )

@@ -23,7 +23,7 @@ WRITERS = {
     "text": ("generate", "continue text"),
     "translation": ("translate", "translate"),
     "embeddings": ("embed", "embed texts"),
-    "labels": ("predict", "classify texts"),
+    "predictions": ("predict", "make predictions for texts"),
 }
 DEFAULT = "gpt"  # of --model, and the family of checkpoints that name none
 
@@ -102,7 +102,7 @@ class Family:
     """Preset -> values of any options of a run. The first preset is the default."""
     writes: str | None = None
     """Output of its trained models: "text" that continues a prompt, a "translation" of a source,
-    "embeddings" of texts, or "labels" for them; None: none."""
+    "embeddings" of texts, or "predictions" for them; None: none."""
     tables: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> option that says how many of its rows a model has. A run may start from weights
     with more rows."""

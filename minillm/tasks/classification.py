@@ -29,12 +29,13 @@ from minillm.data.labelled import (
     split,
 )
 from minillm.data.options import SourceOptions
-from minillm.data.tokenizers import make_tokenizer, tokenizer_from_json
+from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids
 from minillm.tasks.label_metrics import HeldOutLabels
+from minillm.tasks.label_predictor import LabelPredictor, TextsToLabel
 
 BUILT_IN = "opinions"
 
@@ -194,7 +195,7 @@ class ClassificationOptions(SourceOptions):
         if self.train is None and (self.text_field or self.label_field or self.pairs):
             raise ConfigError("--text-field, --label-field and --pairs need --train, a table")
 
-    def fields(self, asked: LabelledToMeasure | None = None) -> Fields:
+    def fields(self, asked: LabelledToMeasure | TextsToLabel | None = None) -> Fields:
         """Return the columns to read, those of `asked` before those of training."""
 
         def name(of: str) -> str | None:
@@ -235,7 +236,7 @@ class ClassificationObjective:
     """Objective "classification": the label of a text or pair."""
 
     name = "classification"
-    options, measured = ClassificationOptions, LabelledToMeasure
+    options, measured, predicted = ClassificationOptions, LabelledToMeasure, TextsToLabel
 
     def load(
         self,
@@ -302,6 +303,19 @@ class ClassificationObjective:
         _check_fields(asked, trained.pairs)
         examples = from_first(comm, lambda: read_examples(name, fields), ConfigError)
         return _texts([(name, []), (name, examples)], vocabulary, trained, shape.context)
+
+    def predictor(
+        self,
+        asked: TextsToLabel,
+        trained: ClassificationOptions,
+        vocabulary: Mapping[str, Any],
+        vocab: int,
+        context: int,
+    ) -> LabelPredictor:
+        """Return the predictor of labels."""
+        _check_fields(asked, trained.pairs)
+        tokenizer, fields = encoder_tokenizer(vocabulary, vocab), trained.fields(asked)
+        return LabelPredictor(tokenizer, vocabulary["labels"], fields, context)
 
 
 def _parts(options: ClassificationOptions) -> Parts:

@@ -3,12 +3,15 @@
 Objective  options -> Dataset          tokens, vocabulary, hash; one objective a file
 Dataset    -> Task                     training batches and the divisors of the losses
 Dataset    -> Measure -> Result        sums over held-out rows, and the metrics they give
+Objective  -> Predictor                numbers for each input of a file, and their meaning
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import IntArray
@@ -164,4 +167,60 @@ class Objective(Protocol):
 
         It is what `asked` names, else the held-out part of the data of `trained`. Raises
         ConfigError on every rank if these no longer have the hash `sha256`.
+        """
+
+
+class Predictor(Protocol):
+    """Predictions of a trained model: numbers for each input of a file, and a line of JSON.
+
+    An input becomes one row of a batch or several, such as windows of a long text.
+    """
+
+    noun: str  # an input, as progress counts it: "text", "question", ...
+    width: int  # numbers that make up the prediction for an input
+    num_cut: int  # inputs so far that were longer than the model reads
+
+    def read(self, path: str) -> Sequence[Any]:
+        """Return the inputs of a file, JSON values. Called on the first rank alone.
+
+        Raises ConfigError for a file that is missing or damaged.
+        """
+
+    def size(self, example: Any) -> int:
+        """Return a measure of the length of an input, so that those of a batch are similar."""
+
+    def encode(self, inputs: Sequence[Any]) -> InputRows:
+        """Return the rows of some inputs. Raises ConfigError for an input without ids."""
+
+    def values(self, outputs: tuple[Tensor, ...], batch: Batch) -> np.ndarray:
+        """Return the numbers of each row [B, ...] from the last stage's outputs, float64."""
+
+    def line(self, example: Any, values: np.ndarray) -> Mapping[str, Any]:
+        """Return the prediction for an input from its numbers [width], as a JSON object."""
+
+
+class InputRows(Protocol):
+    """Rows of some inputs of a predictor."""
+
+    sizes: Sequence[int] | IntArray  # tokens of each row
+
+    def batch(self, rows: IntArray, device: Device) -> Batch:
+        """Return the rows `rows` [B], arrays on `device`."""
+
+    def merged(self, values: np.ndarray) -> np.ndarray:
+        """Return the numbers of each input [inputs, width] from those of all rows [N, ...]."""
+
+
+@runtime_checkable
+class Predicting(Objective, Protocol):
+    """Objective whose models predict."""
+
+    predicted: type[Record]  # flags of `minillm predict` about its inputs
+
+    def predictor(
+        self, asked: Any, trained: Any, vocabulary: Mapping[str, Any], vocab: int, context: int
+    ) -> Predictor:
+        """Return the predictor of a model that reads `context` tokens of a vocabulary of `vocab`.
+
+        `asked` are flags of `predicted`, `trained` the options of its training. Raises ConfigError.
         """
