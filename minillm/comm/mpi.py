@@ -259,12 +259,19 @@ def _allocate(nbytes: int, comm: MPI.Intracomm) -> MPI.Win:
         ) from None
 
 
-def all_ranks(timeout: float, on_timeout: Callable[[CommTimeout], object]) -> Communicator:
-    """Return the group of all ranks, with a new watchdog. Collective.
+_watchdogs: list[Watchdog] = []
+"""The watchdog of this process, once it has one: two would take each other's messages."""
 
-    `on_timeout` must end all ranks; `timeout` is in seconds.
+
+def all_ranks(timeout: float, on_timeout: Callable[[CommTimeout], object]) -> Communicator:
+    """Return the group of all ranks. Collective.
+
+    The first call starts the watchdog, and its `on_timeout` stays: it must end all ranks. `timeout`
+    is in seconds.
     """
-    watchdog = Watchdog(on_timeout)
+    if not _watchdogs:
+        _watchdogs.append(Watchdog(on_timeout))
+    watchdog = _watchdogs[0]
     with Waiting(watchdog, "the start", "world", timeout, polled=False):
         own = MPI.COMM_WORLD.Dup()
     return MPICommunicator(own, watchdog, "world", timeout)

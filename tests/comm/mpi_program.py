@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -216,6 +217,15 @@ def chatty(comm: Communicator) -> None:
     comm.barrier()
     for _ in range(20):
         comm._watchdog._send_all({"working": True})  # type: ignore[attr-defined]
+
+
+def again(comm: Communicator) -> None:
+    """Start twice more in this process, as several programs in a row do."""
+    chatty(comm)
+    for _ in range(2):
+        chatty(world())
+    found = [thread.name for thread in threading.enumerate()]
+    assert found.count("watchdog") == 1, found
 
 
 def killed(comm: Communicator) -> None:

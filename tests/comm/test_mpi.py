@@ -57,6 +57,11 @@ def test_signals_under_way_at_the_end_are_taken() -> None:
     assert done.returncode == 0 and "KILLED" not in done.output, done.output
 
 
+def test_several_starts_in_a_process_share_a_watchdog() -> None:
+    done = mpirun(3, [PROGRAM, "again", "3"])
+    assert done.returncode == 0 and "KILLED" not in done.output, done.output
+
+
 def test_one_rank_killed_and_all_end() -> None:
     done = mpirun(3, [PROGRAM, "killed", "3"])
     assert done.returncode != 0 and done.seconds < 10
