@@ -76,6 +76,30 @@ class Measure(Protocol):
         """Return the metrics from the sums over all rows."""
 
 
+@runtime_checkable
+class ByRow(Protocol):
+    """Measure whose metrics need the numbers of each row, such as ranks or windows of one text.
+
+    Every rank gets the numbers of all rows.
+    """
+
+    num_rows: int
+    sums: Sequence[str]
+    width: int  # numbers of a row
+
+    def batch(self, rows: IntArray, device: Device) -> Batch:
+        """Return the examples `rows` [B], which are also the samples of its addresses."""
+
+    def count(self, outputs: tuple[Tensor, ...], batch: Batch) -> Mapping[str, Any]:
+        """Return counts over the last stage's outputs, by name."""
+
+    def each(self, outputs: tuple[Tensor, ...], batch: Batch) -> np.ndarray:
+        """Return the numbers of each row from the last stage's outputs, float64 [B, width]."""
+
+    def result_of(self, sums: Mapping[str, float], rows: np.ndarray) -> Result:
+        """Return the metrics from the sums and the numbers of all rows [num_rows, width]."""
+
+
 class Result(Protocol):
     """Metrics of a model on one data set."""
 
@@ -123,7 +147,7 @@ class Dataset(Protocol):
         Row r of step s is sequence number first + s * batch + r, a function of it and `seed` alone.
         """
 
-    def measure(self, shape: Any, tokens: int | None) -> Measure:
+    def measure(self, shape: Any, tokens: int | None) -> Measure | ByRow:
         """Return the measure over the first `tokens` held-out targets, None: over all."""
 
     def prompt(self) -> Sequence[int]:

@@ -7,8 +7,9 @@ import pytest
 from training_helpers import INIT_STD, VOCAB, Layout, make_batches, make_config
 
 from minillm.comm.threads import run_ranks
-from minillm.data.batches import eval_windows
+from minillm.data.batches import EvalWindows, eval_windows
 from minillm.tasks.language_model import HeldOutText, LanguageModeling
+from minillm.tasks.protocol import ByRow
 from minillm.training.held_out import Stopped, measure
 from minillm.training.trainer import Trainer
 
@@ -71,3 +72,39 @@ def test_a_request_to_stop_on_one_rank_ends_the_measurement_on_all() -> None:
 
     run_ranks(4, rank)
     assert sorted(looks) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+class _Firsts:
+    """Numbers of each row, known beforehand: its own and that of its first token."""
+
+    width, sums = 2, ("loss",)
+
+    def __init__(self, windows: EvalWindows) -> None:
+        self.text, self.num_rows = HeldOutText(windows, None), windows.num_windows
+        self.batch = self.text.batch
+
+    def count(self, outputs, batch):
+        return {}
+
+    def each(self, outputs, batch):
+        return np.stack([batch.where.samples, batch.arrays["tokens"][:, 0]], 1).astype(float)
+
+    def result_of(self, sums, rows):
+        return sums["loss"], rows
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2, tp=2), Layout(dp=2, pp=2)], ids=str)
+def test_numbers_of_rows_reach_every_rank_once(layout: Layout) -> None:
+    """Read 7 windows, which the replicas share unevenly."""
+    config, tokens = make_config("gpt2", layout), np.random.default_rng(9).integers(0, VOCAB, 1000)
+    windows = eval_windows(tokens, config.model.context, 7 * config.model.context - 3)
+    assert isinstance(_Firsts(windows), ByRow)
+
+    def rank(comm):
+        trainer = Trainer(config, comm, LanguageModeling(make_batches(config)), std=INIT_STD)
+        return measure(trainer.model, _Firsts(windows), comm, 2)
+
+    expected = [[row, tokens[row * config.model.context]] for row in range(7)]
+    for loss, rows in run_ranks(layout.num_ranks, rank):
+        assert loss > 0
+        np.testing.assert_array_equal(rows, expected)

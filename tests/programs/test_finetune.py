@@ -182,6 +182,7 @@ def test_unknown_labels_and_other_models_are_refused(
     assert train.main([*gpt, "--out", str(tmp_path / "gpt")]) == 0
     capsys.readouterr()
     assert predict.main([str(tmp_path / "gpt"), "--input", other, "--threads", "1"]) != 0
-    assert "does not make predictions for texts; use one of --model classifier" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "does not make predictions for texts; use one of --model classifier" in error
     assert finetune.main(["--model", str(tmp_path / "gpt"), *asked]) != 0
     assert "needs an encoder" in capsys.readouterr().err
