@@ -1,6 +1,7 @@
 """Measure a trained model: `python -m minillm.evaluate --checkpoint DIR`, on any mesh.
 
-Prints the loss on held-out or other data as JSON.
+Prints the loss on held-out or other data as JSON, and of models that translate the scores of what
+they write. `--hypotheses FILE` scores texts without a model.
 """
 
 from __future__ import annotations
@@ -10,14 +11,21 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from minillm.base.bar import bar
-from minillm.base.flags import parse_flags
+from minillm.base.errors import ConfigError
+from minillm.base.flags import parse_flags, split_flags
+from minillm.base.log import plural
 from minillm.base.record import Record, option, with_defaults
-from minillm.comm.agreement import AgreedError, known_to_all
+from minillm.comm.agreement import AgreedError, from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
+from minillm.data.pair_sources import paired, read_lines
 from minillm.inference.loading import (
+    Opened,
     ReadOptions,
     load_trained,
     named_objective,
@@ -25,7 +33,12 @@ from minillm.inference.loading import (
     open_checkpoint,
     place,
 )
+from minillm.inference.written import TextOptions, TranslationWriter, score_rows, text_scores
+from minillm.metrics.options import ScoringOptions
+from minillm.metrics.protocol import statistics_of
 from minillm.tasks.language_model import TextToMeasure
+from minillm.tasks.protocol import Scoring, Written
+from minillm.training.assembly import Assembly
 from minillm.training.held_out import measure
 
 
@@ -34,7 +47,10 @@ class EvaluateArgs(ReadOptions):
     """Measure a trained model on held-out or other data and print the numbers as JSON.
 
     Those of a language model are loss (nats per token), perplexity, bits_per_byte and tokens. The
-    flags that name data are those of the model's kind.
+    flags that name data are those of the model's kind. A translator also writes, and its texts are
+    scored: see the flags with --checkpoint RUN --help.
+
+    minillm evaluate --hypotheses out.txt --target test.en.gz scores texts without a model.
     """
 
     checkpoint: str = option(path=True)
@@ -42,25 +58,72 @@ class EvaluateArgs(ReadOptions):
     asked: Record = field(default=TextToMeasure(), metadata={"title": "data"})
     tokens: int | None = option(None, at_least=1)
     """Tokens to predict, from the beginning; left out: all."""
+    hypotheses: str | None = option(None, path=True)
+    """File with a text on each line, to score against --target without a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreArgs(ScoringOptions):
+    """Score texts against references and print the numbers as JSON.
+
+    minillm evaluate --hypotheses out.txt --target test.en.gz
+    """
+
+    hypotheses: str = option(path=True)
+    """File with a text on each line, plain or .gz; a line may be empty."""
+    target: str = option(path=True)
+    """File with the reference of each line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hypotheses(Record):
+    """Flag that does without a model."""
+
+    hypotheses: str | None = option(None, path=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status."""
-    return run_program(
-        _parse, lambda comm, args: print(_evaluate(comm, args)), argv, lambda args: args.threads
-    )
+    return run_program(_parse, _run, argv, lambda args: getattr(args, "threads", None))
 
 
-def _parse(argv: Sequence[str]) -> EvaluateArgs:
+def _parse(argv: Sequence[str]) -> EvaluateArgs | ScoreArgs:
     prog, words = "python -m minillm.evaluate", named_run(argv)
+    if split_flags(_Hypotheses, words, prog=prog, add_help=False)[0].hypotheses is not None:
+        return parse_flags(ScoreArgs, words, prog=prog)
     cls, objective = EvaluateArgs, named_objective(words, prog)
     if objective is not None:
         cls = with_defaults(EvaluateArgs, asked=objective.measured())
+    if isinstance(objective, Scoring):
+        texts = TextOptions(metric=objective.metric)  # type: ignore[arg-type]
+        cls = with_defaults(cls, texts=texts)
     return parse_flags(cls, words, prog=prog)
 
 
-def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
-    """Return the measured numbers as one line of JSON. Collective."""
+def _run(comm: Communicator, args: EvaluateArgs | ScoreArgs) -> None:
+    """Print the numbers. Collective."""
+    found = _score(comm, args) if isinstance(args, ScoreArgs) else _evaluate(comm, args)
+    print(json.dumps(found))
+
+
+def _score(comm: Communicator, args: ScoreArgs) -> dict[str, Any]:
+    """Return the scores of a file of texts. Collective."""
+
+    def read() -> dict[str, Any]:
+        metrics, names = args.metrics(), (args.hypotheses, args.target)
+        if not metrics:
+            raise ConfigError("--metric none scores nothing; use bleu or rouge")
+        pairs = paired(names, [read_lines(name, i == 0) for i, name in enumerate(names)])
+        rows = [statistics_of(metrics, text, [reference]) for text, reference in pairs]
+        return text_scores(metrics, np.array(rows))
+
+    with known_to_all():
+        found: dict[str, Any] = from_first(comm, read, ConfigError)
+    return found
+
+
+def _evaluate(comm: Communicator, args: EvaluateArgs) -> dict[str, Any]:
+    """Return the measured numbers as JSON values. Collective."""
     with known_to_all():
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm, args.best)
@@ -82,7 +145,34 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> str:
     for name, value in numbers.items():
         if isinstance(value, float) and not math.isfinite(value):
             numbers[name] = None  # JSON has no infinity
-    return json.dumps(numbers)
+    asked = getattr(args, "texts", None)
+    if isinstance(asked, TextOptions) and isinstance(data, Written):
+        numbers |= _written(comm, asked, model, opened, data.references(args.tokens))
+    return numbers
+
+
+def _written(
+    comm: Communicator,
+    asked: TextOptions,
+    model: Assembly,
+    opened: Opened,
+    pairs: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    """Return the scores of what the model writes for sources, as JSON values. Collective."""
+    metrics = asked.metrics()
+    if not metrics:
+        return {}
+    write = TranslationWriter(model, opened.tokenizer, asked.rule, asked.most_tokens)
+    with bar("writing", len(pairs), "text", comm.rank == 0) as advance:
+        rows = score_rows(write, pairs, metrics, asked.batch, model, comm, advance)
+    cut = int(model.mesh.axis("dp").reduce_numbers([write.num_cut])[0])
+    if cut and comm.rank == 0:
+        print(
+            f"note: {plural(cut, 'source')} of {len(pairs)} had {write.translator.context} tokens "
+            "or more, of which the first were read",
+            file=sys.stderr,
+        )
+    return text_scores(metrics, rows) | asked.settings()
 
 
 if __name__ == "__main__":

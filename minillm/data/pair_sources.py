@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gettext
-import gzip
 import hashlib
 import struct
 import sys
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.data.tables import read_text
 
 Pair = tuple[str, str]
 
@@ -105,41 +104,36 @@ def read_pairs(source: str, target: str) -> list[Pair]:
     Raises ConfigError for a file that cannot be read, for an empty line, and for files of different
     lengths. It names file and line.
     """
-    sides = [_lines(Path(name)) for name in (source, target)]
-    counts = [len(lines) for lines in sides]
+    sides = [read_lines(name) for name in (source, target)]
+    return paired((source, target), sides)
+
+
+def paired(names: Sequence[str], sides: Sequence[list[str]]) -> list[Pair]:
+    """Return lines of two files as pairs. Raises ConfigError naming both for unequal numbers."""
+    (source, target), counts = names, [len(lines) for lines in sides]
     if counts[0] != counts[1]:
         longer, shorter = (source, target) if counts[0] > counts[1] else (target, source)
         raise ConfigError(
             f"{source} has {counts[0]} lines and {target} has {counts[1]}: line {min(counts) + 1} "
-            f"of {longer} has no counterpart in {shorter}; line n of one file must be the "
-            "translation of line n of the other"
+            f"of {longer} has no counterpart in {shorter}; line n of one file must belong to "
+            "line n of the other"
         )
     if not counts[0]:
         raise ConfigError(f"{source} and {target} have no lines; give pairs to learn from")
     return list(zip(*sides, strict=True))
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a file without their ends."""
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); "
-            "convert it, as in: iconv -f latin1 -t utf-8"
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the name, or "
-            "fetch the file again"
-        ) from None
-    lines = [line.removesuffix("\r").strip() for line in text.split("\n")]
+def read_lines(name: str, empty: bool = False) -> list[str]:
+    """Return the lines of a file, plain or .gz, without blanks around them.
+
+    Raises ConfigError for a file that cannot be read, and unless `empty` for an empty line.
+    """
+    lines = [line.removesuffix("\r").strip() for line in read_text(Path(name)).split("\n")]
     if lines and not lines[-1]:
         lines.pop()  # behind the last line end
     for number, line in enumerate(lines, 1):
-        if not line:
+        if not line and not empty:
             raise ConfigError(
-                f"line {number} of {path} is empty; remove it and its counterpart from both files"
+                f"line {number} of {name} is empty; remove it and its counterpart from both files"
             )
     return lines

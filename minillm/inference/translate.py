@@ -28,7 +28,8 @@ from minillm.inference.loading import (
     open_checkpoint,
     place,
 )
-from minillm.inference.translator import GREEDY, Translator
+from minillm.inference.translator import GREEDY
+from minillm.inference.written import TranslationWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +72,15 @@ def _translate(comm: Communicator, args: TranslateArgs) -> None:
         lines = from_first(comm, _input)
         sources = encoded_lines(lines, tokenizer, config.model.context)
         model = load_trained(opened, config, placed, device)
-    marks = marks_of(tokenizer)
-    translator = Translator(model, marks.end, marks.start)
+    write = TranslationWriter(model, tokenizer, args.rule, args.tokens)
     replicas = model.mesh.axis("dp")
     stride = args.batch * replicas.size
     for first in range(0, len(lines), stride):
         own = sources[first : first + stride][replicas.rank :: replicas.size]
-        full = [ids for ids in own if len(ids) > 1]  # an empty line stays empty
-        found = iter(translator.translate(full, args.tokens, args.rule) if full else [])
-        texts = [tokenizer.decode(next(found)) if len(ids) > 1 else "" for ids in own]
-        dealt = replicas.gather_json(texts)
+        dealt = replicas.gather_json(write.of_ids(own))
         if comm.rank == 0:
             for i in range(min(stride, len(lines) - first)):
-                print(dealt[i % replicas.size][i // replicas.size].replace("\n", " "))
+                print(dealt[i % replicas.size][i // replicas.size])
             sys.stdout.flush()
 
 

@@ -19,7 +19,10 @@ class TextMetric(Protocol):
     """Corpus metric: additive statistics of a sentence, and scores that follow from their sums."""
 
     width: int  # statistics of a sentence
-    headline: Sequence[str]  # names of the scores that get an interval
+
+    @property
+    def headline(self) -> Sequence[str]:
+        """Names of the scores that get an interval."""
 
     @property
     def signature(self) -> Mapping[str, str]:

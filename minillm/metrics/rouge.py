@@ -45,7 +45,9 @@ class ROUGE:
         text, others = words(hypothesis), [words(each) for each in references]
         found = [1.0]
         for kind in KINDS:
-            found += max(overlap(kind, text, other) for other in others)  # by F first
+            each = [overlap(kind, text, other) for other in others]
+            best = max(each, key=lambda one: one.f)  # the first of equals
+            found += best
         return found
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:

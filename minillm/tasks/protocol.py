@@ -3,6 +3,7 @@
 Objective  options -> Dataset          tokens, vocabulary, hash; one objective a file
 Dataset    -> Task                     training batches and the divisors of the losses
 Dataset    -> Measure -> Result        sums over held-out rows, and the metrics they give
+Dataset    -> references               sources, and texts to compare with what a model writes
 Objective  -> Predictor                numbers for each input of a file, and their meaning
 """
 
@@ -162,6 +163,14 @@ class Deciding(Dataset, Protocol):
         """Return the values of options that follow from the data, for `batch` sequences a step."""
 
 
+@runtime_checkable
+class Written(Dataset, Protocol):
+    """Dataset whose held-out part has sources, for which a model writes texts, and references."""
+
+    def references(self, tokens: int | None) -> Sequence[tuple[str, str]]:
+        """Return source and reference of the first `tokens` held-out targets, None: of all."""
+
+
 class Objective(Protocol):
     """Objective of training, by name in `minillm.models.family.Family.objective`."""
 
@@ -192,6 +201,13 @@ class Objective(Protocol):
         It is what `asked` names, else the held-out part of the data of `trained`. Raises
         ConfigError on every rank if these no longer have the hash `sha256`.
         """
+
+
+@runtime_checkable
+class Scoring(Objective, Protocol):
+    """Objective whose models write texts that are scored: its data are `Written`."""
+
+    metric: str  # by default, a value of --metric
 
 
 class Predictor(Protocol):

@@ -143,7 +143,8 @@ class Translations:
         self.source, self.tokenizer, self.context = source, tokenizer, context
         self.sha256 = hashlib.sha256(repr((train, held_out)).encode()).hexdigest()
         self.vocab_size = marks_of(tokenizer).vocab
-        self.train, self.held_out = self._encoded(train), self._encoded(held_out)
+        (self.train, _), (self.held_out, self._fit) = self._encoded(train), self._encoded(held_out)
+        self._texts = [(text, reference) for text, reference in held_out]
         self.left_out = len(train) + len(held_out) - len(self.train) - len(self.held_out)
         if not len(self.train) and train:
             raise ConfigError(
@@ -152,7 +153,8 @@ class Translations:
             )
         self.num_held_out = int(self.held_out.lengths[:, 0].sum())
 
-    def _encoded(self, pairs: Sequence[Sequence[str]]) -> Pairs:
+    def _encoded(self, pairs: Sequence[Sequence[str]]) -> tuple[Pairs, list[bool]]:
+        """Return the pairs that are short enough, and for each one if it is."""
         tokenizers = (self.tokenizer, getattr(self.tokenizer, "target", self.tokenizer))
         sides = [
             tokenizer.encode_pieces([pair[side] for pair in pairs])
@@ -161,7 +163,7 @@ class Translations:
         fit = [max(map(len, both)) < self.context for both in zip(*sides, strict=True)]
         kept = [[ids for ids, fits in zip(side, fit, strict=True) if fits] for side in sides]
         marks = marks_of(self.tokenizer)
-        return Pairs(kept[0], kept[1], marks.end, marks.start)
+        return Pairs(kept[0], kept[1], marks.end, marks.start), fit
 
     def vocabulary(self) -> dict[str, Any]:
         """Return the tokenizer as a JSON value."""
@@ -183,6 +185,16 @@ class Translations:
     def measure(self, shape: Shape, tokens: int | None) -> HeldOutPairs:
         """Return the measure over the pairs that the first `tokens` held-out targets fill."""
         return HeldOutPairs(self.held_out, shape.context, tokens)
+
+    def references(self, tokens: int | None) -> Sequence[tuple[str, str]]:
+        """Return the held-out pairs up to the last one that `tokens` targets fill, else all.
+
+        Pairs that are too long for a loss are among them.
+        """
+        if tokens is None:
+            return self._texts
+        number = HeldOutPairs(self.held_out, self.context, tokens).num_rows
+        return self._texts[: np.flatnonzero(self._fit)[number - 1] + 1]
 
     def prompt(self) -> Sequence[int]:
         """Return nothing: a sample translates held-out pairs."""
@@ -225,7 +237,7 @@ class PairsToMeasure(Record):
 class TranslationObjective:
     """Objective "translation": a target from its source."""
 
-    name = "translation"
+    name, metric = "translation", "bleu"
     options, measured = TranslationOptions, PairsToMeasure
 
     def load(
@@ -276,7 +288,14 @@ class TranslationObjective:
                 )
             return found
         name, pairs = from_first(comm, lambda: _pairs(asked.source, asked.target), ConfigError)
-        return Translations(name, [], pairs, tokenizer_from_json(vocabulary), shape.context)
+        tokenizer = tokenizer_from_json(vocabulary)
+        found = Translations(name, [], pairs, tokenizer, shape.context)
+        if not len(found.held_out):
+            raise ConfigError(
+                f"all {len(pairs)} pairs of {name} are longer than the {shape.context} tokens that "
+                "the model reads; give it shorter ones"
+            )
+        return found
 
 
 def _pairs(source: str | None, target: str | None, prefix: str = "") -> tuple[str, list[Any]]:

@@ -1,0 +1,219 @@
+"""Written texts and their scores: the same on any mesh, and those of the texts themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models.seq2seq_helpers import options
+from training_helpers import VOCAB, Layout, make_config
+
+from minillm import evaluate, train
+from minillm.comm.communicator import Communicator
+from minillm.comm.threads import run_ranks
+from minillm.data.tokenizers import CharTokenizer
+from minillm.inference import translate
+from minillm.inference.beam import Beam, BeamOptions
+from minillm.inference.decoding import Rule
+from minillm.inference.translator import GREEDY
+from minillm.inference.written import TranslationWriter, score_rows, text_scores
+from minillm.metrics.bleu import BLEU
+from minillm.metrics.chrf import ChrF
+from minillm.models.seq2seq import FAMILY
+from minillm.training.assembly import assemble
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+assert len(LETTERS) == VOCAB - 1  # the last id begins and ends
+METRICS = (BLEU("char"), ChrF())
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Return sources of unequal lengths, an empty one and one beyond the context among them."""
+    rng, found = np.random.default_rng(3), []
+    for length in [*rng.integers(1, 15, 11), 0, 40]:
+        both = ("".join(rng.choice(list(LETTERS), n)) for n in (length, rng.integers(1, 20)))
+        found.append((next(both), next(both)))
+    return found
+
+
+def scored(layout: Layout, rule: Rule, batch: int = 3) -> list[tuple[np.ndarray, int]]:
+    """Return what each rank finds for texts of untrained weights, and the texts that it counted."""
+    config = dataclasses.replace(
+        make_config("gpt2-untied", layout), family=FAMILY, model=options("pre").resolve(VOCAB)
+    )
+
+    def rank(comm: Communicator) -> tuple[np.ndarray, int]:
+        model, done = assemble(config, comm, training=False, std=0.25), list[int]()
+        write = TranslationWriter(model, CharTokenizer(LETTERS), rule, None)
+        rows = score_rows(write, pairs(), METRICS, batch, model, comm, done.append)
+        assert comm.rank or sum(done) == len(pairs())
+        return rows, write.num_cut
+
+    return run_ranks(layout.num_ranks, rank)
+
+
+RULES = {"greedy": GREEDY, "beam": Beam(BeamOptions(beam=3, length_penalty="gnmt", alpha=0.6))}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(Layout(dp=2), Layout(dp=4), Layout(tp=2), Layout(pp=2), Layout(dp=2, tp=2)),
+        Layout(dp=2, pp=2),
+    ],
+    ids=str,
+)
+def test_every_mesh_finds_the_same_scores(layout: Layout, rule: str) -> None:
+    ((expected, cut),) = scored(Layout(), RULES[rule])
+    wanted, found = text_scores(METRICS, expected), scored(layout, RULES[rule])
+    assert cut == 1 == sum(each for _, each in found) // (layout.num_ranks // layout.dp)
+    assert wanted["bleu"] > 0 and len(set(map(tuple, expected))) > 8
+    for rows, _ in found:
+        np.testing.assert_array_equal(rows, expected)
+        assert text_scores(METRICS, rows) == wanted
+
+
+def test_counts_are_those_of_each_text_alone() -> None:
+    """Compare with texts that are written one at a time, counted by hand."""
+    ((rows, _),) = scored(Layout(), GREEDY)
+    config = dataclasses.replace(
+        make_config("gpt2-untied", Layout()), family=FAMILY, model=options("pre").resolve(VOCAB)
+    )
+
+    def rank(comm: Communicator) -> list[str]:
+        model = assemble(config, comm, training=False, std=0.25)
+        write = TranslationWriter(model, CharTokenizer(LETTERS), GREEDY, None)
+        return [write([source])[0] for source, _ in pairs()]
+
+    (texts,) = run_ranks(1, rank)
+    assert texts[-2] == "" and any(texts)
+    for row, text, (_, reference) in zip(rows, texts, pairs(), strict=True):
+        letters, wanted = text.replace(" ", ""), reference.replace(" ", "")
+        assert row[:2].tolist() == [len(letters), len(wanted)]
+        both = sum(min(letters.count(c), wanted.count(c)) for c in set(letters))
+        assert row[2] == both and row[6] == len(letters)
+
+
+# Programs
+
+
+def write_lines(path: Path, lines: list[str]) -> str:
+    data = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Return a run that copies single letters well, and its two files."""
+    folder, letters = tmp_path_factory.mktemp("trained"), "aeioubdfg"
+    lines = [" ".join(a) for a in ([x, y] for x in letters for y in letters)] * 4
+    files = [write_lines(folder / f"train.{side}.gz", lines) for side in ("a", "b")]
+    words = ["--model", "seq2seq", "--source", files[0], "--target", files[1], "--steps", "60"]
+    words += ["--encoder-layers", "1", "--decoder-layers", "1", "--dim", "32", "--context", "12"]
+    words += ["--batch", "32", "--lr", "1e-2", "--threads", "1", "--label-smoothing", "0"]
+    assert train.main([*words, "--tokenizer", "char", "--out", str(folder / "run")]) == 0
+    return folder / "run", files
+
+
+def numbers(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert evaluate.main([*words]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_scores_of_a_run_are_those_of_its_translations(
+    trained: tuple[Path, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, _ = trained
+    lines = ["a e i o", "u b", "d f g a", "b b d", "e i o u"]
+    source = write_lines(tmp_path / "new.a.gz", lines)
+    target = write_lines(tmp_path / "new.b.gz", [*lines[:-1], "e i o g"])
+    asked = ["--source", source, "--target", target, "--threads", "1"]
+    found = numbers(capsys, str(run), *asked)
+    assert 0 < found["loss"] < 3 and found["texts"] == 5 and found["beam"] == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert translate.main([str(run), "--threads", "1", "--batch", "2"]) == 0
+    hypotheses = write_lines(tmp_path / "out", capsys.readouterr().out.splitlines())
+    texts = numbers(capsys, "--hypotheses", hypotheses, "--target", target)
+    assert texts["chrf"] > 5 and texts["texts"] == 5
+    assert {name: found[name] for name in texts} == texts
+    assert texts["bleu_signature"] == "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp"
+    beams = ["--beam", "3", "--length-penalty", "gnmt", "--alpha", "0.6"]
+    found = numbers(capsys, str(run), *asked, *beams, "--metric", "rouge")
+    assert found["beam"] == 3 and found["alpha"] == 0.6 and "bleu" not in found
+    assert found["rouge1_95"][0] <= found["rouge1"] <= found["rouge1_95"][1]
+    assert "texts" not in numbers(capsys, str(run), *asked, "--metric", "none")
+    # Without files the held-out part of training is written; --tokens limits it.
+    assert numbers(capsys, str(run), "--threads", "1")["texts"] == 324 // 20
+    assert numbers(capsys, str(run), "--threads", "1", "--tokens", "12")["texts"] == 3
+
+
+def test_long_sources_are_read_in_part_and_counted(
+    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["a b", "a " * 9 + "b", "d f"]
+    files = [write_lines(tmp_path / side, lines) for side in ("a", "b")]
+    asked = ["--source", files[0], "--target", files[1], "--threads", "1"]
+    assert evaluate.main([str(trained[0]), *asked]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["texts"] == 3 and json.loads(out)["tokens"] == 8
+    assert "1 source of 3 had 12 tokens or more" in err
+    write_lines(tmp_path / "a", ["a " * 20])
+    write_lines(tmp_path / "b", ["a " * 20])
+    assert evaluate.main([str(trained[0]), *asked]) == 1
+    assert "all 1 pairs of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        (["a", "b"], ["a"], ["has 2 lines and", "has 1: line 2 of"]),
+        (["a", ""], ["a", "b"], ["line 2 of", "is empty"]),
+        (["a"], [""], ["line 1 of", "b.gz is empty"]),
+        (["a", "x"], ["a", "b"], ["character 'x'"]),
+    ],
+)
+def test_lines_that_are_no_pairs_are_refused(
+    source: list[str],
+    target: list[str],
+    words: list[str],
+    trained: tuple[Path, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = [write_lines(tmp_path / f"{s}.gz", lines) for s, lines in zip("ab", (source, target))]  # noqa: B905
+    argv = [str(trained[0]), "--source", files[0], "--target", files[1], "--threads", "1"]
+    assert evaluate.main(argv) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and all(word in err for word in words)
+
+
+def test_hypotheses_that_cannot_be_scored_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = write_lines(tmp_path / "b", ["x y", "z"])
+    empty = write_lines(tmp_path / "empty", ["", ""])  # a model may write nothing
+    assert numbers(capsys, "--hypotheses", empty, "--target", target)["bleu"] == 0.0
+    short = write_lines(tmp_path / "a", ["x"])
+    for words, message in (
+        (["--target", target], "has 1 lines and"),
+        (["--target", str(tmp_path / "none")], "No such file"),
+        ([], "--hypotheses, --target must be given"),
+        (["--target", target, "--metric", "none"], "--metric none scores nothing"),
+        (["--target", target, "--metric", "rouge", "--lowercase"], "belongs to --metric bleu"),
+        (["--target", target, "--beam", "3"], "--beam"),
+    ):
+        assert evaluate.main(["--hypotheses", short, *words]) in (1, 2)
+        assert message in capsys.readouterr().err
