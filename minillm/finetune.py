@@ -17,14 +17,14 @@ from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags, split_flags
 from minillm.base.record import Record, option, with_defaults
 from minillm.comm.process import run_program
-from minillm.models.family import DEFAULT, family_of_preset
+from minillm.models.bert_config import EncoderOptions
+from minillm.models.family import DEFAULT, family, family_of_preset
 from minillm.train import train
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig
 from minillm.training.origin import saved_options
 
 PROG = "python -m minillm.finetune"
-ENCODERS = ("bert", "classifier")  # families that have the weights of an encoder
 CONTEXT = 128  # tokens of a text, where the weights allow more
 
 
@@ -39,6 +39,7 @@ class TaskKind(NamedTuple):
 TASKS: Mapping[str, TaskKind] = {
     "classify": TaskKind("classifier", "classifier-tuned"),
     "pair": TaskKind("classifier", "classifier-tuned", ("--pairs",)),
+    "tag": TaskKind("tagger", "tagger-tuned"),
 }
 
 
@@ -49,11 +50,13 @@ class FinetuneArgs(Record):
     mpirun -n 4 python -m minillm.finetune --task classify --model models/minilm --train train.tsv
 
     Without --model a small one is trained from scratch, and without --train on generated texts. All
-    flags of minillm train apply. minillm predict and minillm evaluate read the run.
+    flags of minillm train apply; --help lists those of the --task before it. minillm predict and
+    minillm evaluate read the run.
     """
 
-    task: Literal["classify", "pair"] = "classify"
-    """Task: a label for each text (classify), or for each pair of texts (pair)."""
+    task: Literal["classify", "pair", "tag"] = "classify"
+    """Task: a label for each text (classify) or each pair of texts (pair), or the entities among
+    the words of sentences (tag)."""
     model: str = option("none", path=True)
     """Weights to start from, a Hugging Face folder, a .gguf file, a run or one of its checkpoints;
     none: initial values, with the sizes of --layers, --heads and --dim."""
@@ -75,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @functools.cache
-def finetune_args() -> type[Record]:
-    """Return all options, as `--help` lists them."""
-    config = RunConfig.of(family_of_preset(TASKS["classify"].scratch).name)()
+def finetune_args(task: str = "classify") -> type[Record]:
+    """Return all options of a task, as `--help` lists them."""
+    config = RunConfig.of(family_of_preset(TASKS[task].scratch).name)()
     rooms = ("optimization", "compute", "layout", "pipeline", "replication", "output", "comm")
     more = {name: getattr(config, name) for name in rooms}
     return with_defaults(FinetuneArgs, data=config.corpus, sizes=config.shape, **more)
@@ -89,9 +92,9 @@ def parse(argv: Sequence[str]) -> tuple[StartOptions, RunConfig]:
     Raises ConfigError for bad options, and SystemExit(0) after `--help`.
     """
     words = list(argv)
-    if {"-h", "--help"} & set(words):
-        parse_flags(finetune_args(), ["--help"], prog=PROG)
     chosen, rest = split_flags(_Chosen, words, prog=PROG, add_help=False)
+    if {"-h", "--help"} & set(words):
+        parse_flags(finetune_args(chosen.task), ["--help"], prog=PROG)
     if chosen.init_from is not None:
         raise ConfigError(f"--init-from is --model here: --model {chosen.init_from}")
     if chosen.epochs is not None and chosen.steps is not None:
@@ -109,12 +112,11 @@ def parse(argv: Sequence[str]) -> tuple[StartOptions, RunConfig]:
         start = ["--preset", task.scratch]
     else:
         start = ["--preset", task.tuned, "--init-from", chosen.model]
-    return parse_train_args(
-        [*start, *task.flags, *rest], saved=_weights, prog=PROG, defaults=defaults
-    )
+    saved = functools.partial(_weights, task)
+    return parse_train_args([*start, *task.flags, *rest], saved=saved, prog=PROG, defaults=defaults)
 
 
-def _weights(start: StartOptions) -> dict[str, Any]:
+def _weights(task: TaskKind, start: StartOptions) -> dict[str, Any]:
     """Return the options that the weights of `--model` bring along for a run of the task.
 
     Raises ConfigError for weights that are of no encoder.
@@ -123,18 +125,18 @@ def _weights(start: StartOptions) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(f"--model {path} does not exist; name weights, or none")
     values = dict(saved_options(start))
-    if values.get("model", DEFAULT) not in ENCODERS:
+    had, own_family = family(values.get("model", DEFAULT)), family_of_preset(task.tuned)
+    if not issubclass(had.options, EncoderOptions):
         raise ConfigError(
-            f"--model {path} holds a model of --model {values.get('model', DEFAULT)}, but a task "
-            "needs an encoder, such as BERT"
+            f"--model {path} holds a model of --model {had.name}, but a task needs an encoder, "
+            "such as BERT"
         )
-    family = family_of_preset(TASKS["classify"].tuned)
-    own = family.options.options().keys() - {"labels", "dropout"}
+    own = own_family.options.options().keys() - {"labels", "dropout"}
     found = {name: values[name] for name in own if name in values}
     found["context"] = min(CONTEXT, found["context"])
     if "dtype" in values:
         found["dtype"] = values["dtype"]
-    return {"model": family.name, **found}
+    return {"model": own_family.name, **found}
 
 
 if __name__ == "__main__":

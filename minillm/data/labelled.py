@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,16 @@ class Example(NamedTuple):
     texts: tuple[str, ...]
     label: str
     line: int  # in its file, from 1
+
+
+class Distinct(Protocol):
+    """Example that its texts tell apart from others."""
+
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+
+
+DistinctT = TypeVar("DistinctT", bound=Distinct)
 
 
 class Fields(NamedTuple):
@@ -119,7 +129,7 @@ def numbers_of(examples: Sequence[Example], labels: Sequence[str], name: str) ->
     return [known[example.label] for example in examples]
 
 
-def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[DistinctT]) -> tuple[list[DistinctT], list[DistinctT]]:
     """Return examples to train on, and one of 10, at most 1,000, that are held out.
 
     Those whose texts have the lowest hashes are held out, so that equal texts lie on one side.

@@ -47,7 +47,7 @@ def read_table(name: str, columns: Sequence[Column]) -> list[Row]:
         raise ConfigError(
             f"{path} is no table: its name must end in {or_list(KINDS)}, each also with .gz"
         )
-    rows = list(KINDS[_ending(name)](path, read_text(path), columns))
+    rows = list(KINDS[ending(name)](path, read_text(path), columns))
     if not rows:
         raise ConfigError(f"{path} has no row; give it at least one below the names of its columns")
     return rows
@@ -55,10 +55,11 @@ def read_table(name: str, columns: Sequence[Column]) -> list[Row]:
 
 def is_table(name: str) -> bool:
     """Return whether a file is named like a table."""
-    return _ending(name) in KINDS
+    return ending(name) in KINDS
 
 
-def _ending(name: str) -> str:
+def ending(name: str) -> str:
+    """Return the ending of a file's name, in small letters and without .gz."""
     path = Path(name)
     return Path(path.stem if path.suffix == ".gz" else path).suffix.lower()
 

@@ -190,7 +190,7 @@ class Bert(Module):
         outputs, losses = [stream.sum()], {}
         arrays, divisors = batch.arrays, batch.divisors
         if self.head is not None and "mlm" in divisors:
-            rows = self._rows(outputs[0], arrays["masked"], pass_)
+            rows = self.rows(outputs[0], arrays["masked"], pass_)
             found = self.head(rows, pass_, arrays["originals"], divisors["mlm"])
             losses["mlm"], outputs = found[0], [*outputs, found[1]]
         if self.pairs is not None and "nsp" in divisors:
@@ -203,9 +203,9 @@ class Bert(Module):
         """Return the rows of `hidden` [B, T_local, D] at position 0: [B, D] on every tp rank."""
         assert pass_.whole.times is not None
         first = namespace(hidden.data).arange(len(hidden.data)) * pass_.whole.times.shape[-1]
-        return self._rows(hidden, first, pass_)
+        return self.rows(hidden, first, pass_)
 
-    def _rows(self, hidden: Tensor, places: Array, pass_: Pass) -> Tensor:
+    def rows(self, hidden: Tensor, places: Array, pass_: Pass) -> Tensor:
         """Return the rows of `hidden` at places [M] of the B T positions: [M, D] on every tp rank.
 
         Where time is sharded, each rank adds the rows that it holds: M D elements are summed, where

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import Any
 
 from minillm.base.arrays import IntArray
 from minillm.base.device import Device
@@ -17,7 +14,6 @@ from minillm.base.log import plural
 from minillm.base.record import Record, option
 from minillm.comm.agreement import from_first
 from minillm.comm.communicator import Communicator
-from minillm.data.buckets import Buckets, Load, load
 from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.labelled import (
     Example,
@@ -28,42 +24,27 @@ from minillm.data.labelled import (
     read_examples,
     split,
 )
-from minillm.data.options import SourceOptions
 from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids
+from minillm.tasks.example_order import ExampleOptions, ExampleOrder
 from minillm.tasks.label_metrics import HeldOutLabels
 from minillm.tasks.label_predictor import LabelPredictor, TextsToLabel
 
 BUILT_IN = "opinions"
 
 
-class Classifying:
+class Classifying(ExampleOrder):
     """Cross-entropy of the labels: a mean over the examples of a step."""
 
     losses: Sequence[str] = ("loss",)
 
-    def __init__(
-        self, examples: EncodedTexts, context: int, batch: int, seed: int, first: int, shuffle: bool
-    ) -> None:
-        self.examples, self.context, self.batch_size = examples, context, batch
-        self.first, self.shuffle = first, shuffle
-        self.order = Buckets(examples.lengths, batch, seed, first=first)
-
-    def rows(self, step: int) -> IntArray:
-        """Return the examples of a step, by length."""
-        if self.shuffle:
-            return self.order.rows(step)
-        start = self.first + step * self.batch_size
-        rows = np.arange(start, start + self.batch_size) % len(self.examples)
-        return rows[np.argsort(self.examples.lengths[rows], kind="stable")]
-
-    def load(self, step: int, ranks: int, microbatches: int) -> Load:
-        """Return the positions of step `step` on `ranks` data-parallel ranks."""
-        lengths = self.order.row_lengths(self.rows(step))
-        return load(lengths, ranks, microbatches, self.context)
+    def __init__(self, examples: EncodedTexts, *order: Any) -> None:
+        """Take the examples, and what `ExampleOrder` takes behind their lengths."""
+        super().__init__(examples.lengths, *order)
+        self.examples = examples
 
     def batch(self, step: int, rows: IntArray, device: Device) -> Batch:
         """Return the examples `rows` [B] of a step."""
@@ -119,13 +100,7 @@ class LabelledTexts:
 
     def decides(self, batch: int) -> Mapping[str, Any]:
         """Return the number of labels, and the steps of the epochs that were asked for."""
-        epochs, found = self.options.epochs, {"labels": len(self.labels)}
-        if epochs is None:
-            return found
-        return found | {
-            "epochs": None,
-            "steps": max(1, math.ceil(epochs * len(self.train) / batch)),
-        }
+        return {"labels": len(self.labels), **self.options.steps(len(self.train), batch)}
 
     def vocabulary(self) -> dict[str, Any]:
         """Return the tokenizer and the labels as a JSON value."""
@@ -156,12 +131,8 @@ class LabelledTexts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationOptions(SourceOptions):
+class ClassificationOptions(ExampleOptions):
     """Labelled texts, as in `--train train.tsv --dev dev.tsv` (docs/tasks.md)."""
-
-    TRAINS: ClassVar[tuple[str, ...]] = ("train",)
-    MEASURES: ClassVar[tuple[str, ...]] = ("dev",)
-    FIXED: ClassVar[tuple[str, ...]] = ("tokenizer",)
 
     train: str | None = option(None, announced=True, path=True)
     """Table of texts and labels, .tsv, .csv or .jsonl, also .gz; left out: generated opinions,
@@ -177,16 +148,6 @@ class ClassificationOptions(SourceOptions):
     """Column of the label; left out: label."""
     pairs: bool = option(False, announced=True)
     """Read a pair of texts from each row, not one."""
-    tokenizer: str = option("wordpiece:1000", path=True)
-    """Tokens of a model from scratch: byte, char, bpe:SIZE or wordpiece:SIZE (learnt from the
-    texts), or the path of a tokenizer.json, a vocab.txt, or a folder with one."""
-    epochs: float | None = option(None, above=0, announced=True)
-    """Passes over the training examples; left out: --steps decides."""
-    shuffle: bool = option(True, announced=True)
-    """Read the examples in random order, similar lengths together; --no-shuffle keeps that of the
-    file."""
-    truncate: bool = option(True, announced=True)
-    """Cut texts that are longer than --context, and say how many; --no-truncate refuses them."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a column of pairs without pairs, and for columns of no file."""
