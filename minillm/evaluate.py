@@ -20,24 +20,31 @@ from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags, split_flags
 from minillm.base.log import plural
 from minillm.base.record import Record, option, with_defaults
-from minillm.comm.agreement import AgreedError, from_first, known_to_all
+from minillm.comm.agreement import AgreedError, agree, from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
-from minillm.data.pair_sources import paired, read_lines
+from minillm.data.pair_sources import paired, read_lines, read_pairs
 from minillm.inference.loading import (
     Opened,
     ReadOptions,
     load_trained,
-    named_objective,
+    named_config,
     named_run,
     open_checkpoint,
     place,
 )
-from minillm.inference.written import TextOptions, TranslationWriter, score_rows, text_scores
+from minillm.inference.written import (
+    OPTIONS,
+    SummaryOptions,
+    TextOptions,
+    make_writer,
+    score_rows,
+    text_scores,
+)
 from minillm.metrics.options import ScoringOptions
 from minillm.metrics.protocol import statistics_of
 from minillm.tasks.language_model import TextToMeasure
-from minillm.tasks.protocol import Scoring, Written
+from minillm.tasks.protocol import Written
 from minillm.training.assembly import Assembly
 from minillm.training.held_out import measure
 
@@ -91,12 +98,12 @@ def _parse(argv: Sequence[str]) -> EvaluateArgs | ScoreArgs:
     prog, words = "python -m minillm.evaluate", named_run(argv)
     if split_flags(_Hypotheses, words, prog=prog, add_help=False)[0].hypotheses is not None:
         return parse_flags(ScoreArgs, words, prog=prog)
-    cls, objective = EvaluateArgs, named_objective(words, prog)
-    if objective is not None:
-        cls = with_defaults(EvaluateArgs, asked=objective.measured())
-    if isinstance(objective, Scoring):
-        texts = TextOptions(metric=objective.metric)  # type: ignore[arg-type]
-        cls = with_defaults(cls, texts=texts)
+    cls, config = EvaluateArgs, named_config(words, prog)
+    if config is not None:
+        rooms: dict[str, Record] = {"asked": config.objective.measured()}
+        if (texts := OPTIONS.get(config.family.writes)) is not None:
+            rooms["texts"] = texts
+        cls = with_defaults(EvaluateArgs, **rooms)
     return parse_flags(cls, words, prog=prog)
 
 
@@ -124,10 +131,16 @@ def _score(comm: Communicator, args: ScoreArgs) -> dict[str, Any]:
 
 def _evaluate(comm: Communicator, args: EvaluateArgs) -> dict[str, Any]:
     """Return the measured numbers as JSON values. Collective."""
+    texts = getattr(args, "texts", None)
     with known_to_all():
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm, args.best)
         config = opened.resolve(args, comm.size)
+        if isinstance(texts, SummaryOptions) and texts.source is not None:
+            files = texts.source, str(texts.target)
+            pairs = from_first(comm, lambda: read_pairs(*files), ConfigError)
+            model = load_trained(opened, config, comm, device)
+            return _written(comm, texts, model, opened, pairs)
         options = opened.config
         data = options.objective.held_out(
             args.asked, options.corpus, config.model, opened.vocabulary, opened.corpus, comm
@@ -145,34 +158,34 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> dict[str, Any]:
     for name, value in numbers.items():
         if isinstance(value, float) and not math.isfinite(value):
             numbers[name] = None  # JSON has no infinity
-    asked = getattr(args, "texts", None)
-    if isinstance(asked, TextOptions) and isinstance(data, Written):
-        numbers |= _written(comm, asked, model, opened, data.references(args.tokens))
+    if isinstance(texts, TextOptions) and isinstance(data, Written):
+        numbers |= _written(comm, texts, model, opened, data.references(args.tokens))
     return numbers
 
 
 def _written(
     comm: Communicator,
-    asked: TextOptions,
+    texts: TextOptions,
     model: Assembly,
     opened: Opened,
     pairs: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
     """Return the scores of what the model writes for sources, as JSON values. Collective."""
-    metrics = asked.metrics()
+    metrics = texts.metrics()
     if not metrics:
         return {}
-    write = TranslationWriter(model, opened.tokenizer, asked.rule, asked.most_tokens)
+    with known_to_all():
+        write = agree(comm, lambda: make_writer(opened, model, texts), ConfigError)
     with bar("writing", len(pairs), "text", comm.rank == 0) as advance:
-        rows = score_rows(write, pairs, metrics, asked.batch, model, comm, advance)
+        rows = score_rows(write, pairs, metrics, texts.batch, model, comm, advance)
     cut = int(model.mesh.axis("dp").reduce_numbers([write.num_cut])[0])
     if cut and comm.rank == 0:
         print(
-            f"note: {plural(cut, 'source')} of {len(pairs)} had {write.translator.context} tokens "
-            "or more, of which the first were read",
+            f"note: {plural(cut, 'source')} of {len(pairs)} did not fit the context of "
+            f"{write.context} tokens; the first tokens were read",
             file=sys.stderr,
         )
-    return text_scores(metrics, rows) | asked.settings()
+    return text_scores(metrics, rows) | texts.settings()
 
 
 if __name__ == "__main__":

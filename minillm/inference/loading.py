@@ -113,19 +113,25 @@ class _Named(Record):
     best: bool = False
 
 
-def named_objective(words: Sequence[str], prog: str) -> Objective | None:
-    """Return the objective of the checkpoint that the words of a command name.
+def named_config(words: Sequence[str], prog: str) -> RunConfig | None:
+    """Return the options of the training of the checkpoint that the words of a command name.
 
-    It is None if they name none, or one that cannot be read: that is reported once all ranks can
-    agree on it.
+    They are None if the words name none, or one that cannot be read: that is reported once all
+    ranks can agree on it.
     """
     named, _ = split_flags(_Named, words, prog=prog, add_help=False)
     if named.checkpoint is None:
         return None
     with contextlib.suppress(MinillmError):
         found = find_record(checkpoint.Search(Path(named.checkpoint), named.best))
-        return RunConfig.from_dict(found.config).objective
+        return RunConfig.from_dict(found.config)
     return None
+
+
+def named_objective(words: Sequence[str], prog: str) -> Objective | None:
+    """Return the objective of what `named_config` finds, None if it finds nothing."""
+    found = named_config(words, prog)
+    return None if found is None else found.objective
 
 
 def open_checkpoint(path: str, comm: Communicator, best: bool = False) -> Opened:

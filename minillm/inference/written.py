@@ -6,21 +6,27 @@ of its own. The counts of all texts are added, and a formula turns the sums into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from minillm.base.arrays import IntArray
-from minillm.base.record import option
+from minillm.base.errors import ConfigError
+from minillm.base.record import flag, option
 from minillm.comm.communicator import Communicator
 from minillm.data.sentence_pieces import marks_of
 from minillm.data.tokenizers import Tokenizer
 from minillm.inference.beam import Beam, BeamOptions
 from minillm.inference.decoding import Rule
+from minillm.inference.engine import Generator
 from minillm.inference.forward import own_batches
+from minillm.inference.loading import Opened
+from minillm.inference.rows import Rows
+from minillm.inference.text import end_ids, prompt_ids
 from minillm.inference.translator import GREEDY, Translator
+from minillm.inference.writing import Line, Prompt, Writer, WritingOptions
 from minillm.metrics.options import ScoringOptions
 from minillm.metrics.protocol import TextMetric, num_statistics, numbers_of, statistics_of
 from minillm.training.assembly import Assembly
@@ -46,17 +52,54 @@ class TextOptions(BeamOptions, ScoringOptions):
         return {name: getattr(self, name) for name in ("beam", *search)}
 
 
-Write = Callable[[Sequence[str]], list[str]]
-"""Writes a text for each source. Collective over the tp and pp axes of a replica."""
+@dataclass(frozen=True, kw_only=True)
+class SummaryOptions(TextOptions):
+    """Texts that the model writes behind sources, and their scores (docs/tasks.md)."""
+
+    source: str | None = option(None, path=True)
+    """File with a source on each line, plain or .gz, to score what the model writes behind it."""
+    target: str | None = option(None, path=True)
+    """File with the reference of each line of --source."""
+    separator: str = option(" TL;DR:", verbatim=True)
+    """Text between a source and what the model writes, up to the end of the line."""
+
+    metric: Literal["bleu", "rouge", "none"] = "rouge"
+    """Scores of texts: ROUGE-1, ROUGE-2 and ROUGE-L (rouge), BLEU and chrF (bleu), or none."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for one file without the other, and for options without files."""
+        super().__post_init__()
+        if (self.source is None) != (self.target is None):
+            given, missing = ("source", "target") if self.source else ("target", "source")
+            raise ConfigError(f"--{given} has no counterpart; pass --{missing} with the other side")
+        changed = [
+            name for name in self.options() if getattr(self, name) != getattr(type(self), name)
+        ]
+        if self.source is None and changed:
+            raise ConfigError(
+                f"{flag(changed[0])} is about texts that the model writes; name their sources and "
+                "references with --source and --target"
+            )
+
+
+class Writes(Protocol):
+    """Way to write a text for each source. Collective over the tp and pp axes of a replica."""
+
+    context: int  # tokens of a source and what belongs to it
+    num_cut: int  # sources so far that were too long, of which the first tokens were read
+
+    def __call__(self, sources: Sequence[str]) -> list[str]:
+        """Return a text for each source, without line ends."""
 
 
 class TranslationWriter:
-    """Translations of lines of text. `num_cut` counts sources that were longer than the context."""
+    """Translations of lines of text."""
 
     def __init__(self, model: Assembly, tokenizer: Tokenizer, rule: Rule, most: int | None) -> None:
         marks = marks_of(tokenizer)
         self.translator = Translator(model, marks.end, marks.start)
-        self.tokenizer, self.rule, self.most, self.num_cut = tokenizer, rule, most, 0
+        self.context, self.num_cut = self.translator.context, 0
+        self.tokenizer, self.rule, self.most = tokenizer, rule, most
 
     def __call__(self, sources: Sequence[str]) -> list[str]:
         """Return the translations. A source that is too long is read up to its last token."""
@@ -70,13 +113,69 @@ class TranslationWriter:
         return [text.replace("\n", " ") for text in texts]
 
     def _ids(self, text: str) -> IntArray:
-        ids, most = self.tokenizer.encode(text), self.translator.context - 1
+        ids, most = self.tokenizer.encode(text), self.context - 1
         self.num_cut += len(ids) > most
         return np.append(ids[:most], self.translator.end).astype(np.int64)
 
 
+class SummaryWriter:
+    """Lines that a decoder writes behind sources and a separator, such as "TL;DR:".
+
+    Radford et al. 2019, section 3.6. A source that leaves no room is cut at its end.
+    """
+
+    def __init__(
+        self,
+        model: Assembly,
+        tokenizer: Tokenizer,
+        options: SummaryOptions,
+        ends: Collection[int] = (),
+    ) -> None:
+        most = options.most_tokens
+        self.context = Generator(model).context
+        room = self.context // 4 if most is None else most
+        asked: dict[str, Any] = {name: getattr(options, name) for name in BeamOptions.options()}
+        asked |= {"tokens": room, "stop": ("\n",)}
+        asked |= {"temperature": 0.0} if options.beam == 1 else {}
+        self.writer = Writer(model, tokenizer, WritingOptions(**asked), ends)
+        self.separator, self._encode, self.num_cut = options.separator, tokenizer.encode, 0
+        self._most = self.context - room - len(self._encode(options.separator))
+        if self._most < 1:
+            raise ConfigError(
+                f"the context of {self.context} tokens has no room for a source, the separator "
+                f"{options.separator!r} and {room} tokens; use a smaller --most-tokens"
+            )
+
+    def __call__(self, sources: Sequence[str]) -> list[str]:
+        """Return the line behind each source."""
+        lines = [Line(self.writer, Prompt(self._ids(each), 0)) for each in sources]
+        self.writer.advance(Rows(self.writer.generator, [line.prompt.ids for line in lines]), lines)
+        return [line.text.strip() for line in lines]
+
+    def _ids(self, source: str) -> list[int]:
+        ids = self._encode(source).tolist()
+        if len(ids) <= self._most:
+            return prompt_ids(self.writer.tokenizer, source + self.separator)
+        self.num_cut += 1
+        return [*ids[: self._most], *self._encode(self.separator).tolist()]
+
+
+def make_writer(opened: Opened, model: Assembly, options: TextOptions) -> Writes:
+    """Return the writer of a trained model. Raises ConfigError for options that leave no room."""
+    if isinstance(options, SummaryOptions):
+        return SummaryWriter(model, opened.tokenizer, options, end_ids(opened.vocabulary))
+    return TranslationWriter(model, opened.tokenizer, options.rule, options.most_tokens)
+
+
+# What a family writes -> the default options of its texts.
+OPTIONS: Mapping[str | None, TextOptions] = {
+    "translation": TextOptions(),
+    "text": SummaryOptions(),
+}
+
+
 def score_rows(
-    write: Write,
+    write: Writes,
     pairs: Sequence[tuple[str, str]],
     metrics: Sequence[TextMetric],
     batch: int,

@@ -203,13 +203,6 @@ class Objective(Protocol):
         """
 
 
-@runtime_checkable
-class Scoring(Objective, Protocol):
-    """Objective whose models write texts that are scored: its data are `Written`."""
-
-    metric: str  # by default, a value of --metric
-
-
 class Predictor(Protocol):
     """Predictions of a trained model: numbers for each input of a file, and a line of JSON.
 

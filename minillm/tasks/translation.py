@@ -237,7 +237,7 @@ class PairsToMeasure(Record):
 class TranslationObjective:
     """Objective "translation": a target from its source."""
 
-    name, metric = "translation", "bleu"
+    name = "translation"
     options, measured = TranslationOptions, PairsToMeasure
 
     def load(

@@ -14,6 +14,7 @@ import pytest
 from models.seq2seq_helpers import options
 from training_helpers import VOCAB, Layout, make_config
 
+import minillm
 from minillm import evaluate, train
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
@@ -22,7 +23,13 @@ from minillm.inference import translate
 from minillm.inference.beam import Beam, BeamOptions
 from minillm.inference.decoding import Rule
 from minillm.inference.translator import GREEDY
-from minillm.inference.written import TranslationWriter, score_rows, text_scores
+from minillm.inference.written import (
+    SummaryOptions,
+    SummaryWriter,
+    TranslationWriter,
+    score_rows,
+    text_scores,
+)
 from minillm.metrics.bleu import BLEU
 from minillm.metrics.chrf import ChrF
 from minillm.models.seq2seq import FAMILY
@@ -101,6 +108,31 @@ def test_counts_are_those_of_each_text_alone() -> None:
         assert row[2] == both and row[6] == len(letters)
 
 
+def summarised(layout: Layout, batch: int = 3, **changes: Any) -> list[tuple[np.ndarray, int]]:
+    """Return the same for lines that a decoder of untrained weights writes behind sources."""
+    config, letters = make_config("llama", layout), LETTERS.replace(".", "\n")
+    some = [(source.replace(".", "a"), reference) for source, reference in pairs() if source]
+    asked = SummaryOptions(source="a", target="b", separator=" x", most_tokens=4, **changes)
+
+    def rank(comm: Communicator) -> tuple[np.ndarray, int]:
+        model = assemble(config, comm, training=False, std=0.25)
+        write = SummaryWriter(model, CharTokenizer(letters), asked)
+        return score_rows(write, some, METRICS, batch, model, comm), write.num_cut
+
+    return run_ranks(layout.num_ranks, rank)
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=4), Layout(dp=2, tp=2), Layout(pp=2)], ids=str)
+def test_every_mesh_finds_the_same_scores_of_a_decoder(layout: Layout) -> None:
+    for changes in ({}, {"beam": 3}):
+        ((expected, cut),) = summarised(Layout(), **changes)
+        found = summarised(layout, **changes)
+        assert cut == sum(each for _, each in found) // (layout.num_ranks // layout.dp) > 1
+        assert len(set(map(tuple, expected))) > 5 and expected[:, 0].max() <= 4
+        for rows, _ in found:
+            np.testing.assert_array_equal(rows, expected)
+
+
 # Programs
 
 
@@ -169,7 +201,7 @@ def test_long_sources_are_read_in_part_and_counted(
     assert evaluate.main([str(trained[0]), *asked]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["texts"] == 3 and json.loads(out)["tokens"] == 8
-    assert "1 source of 3 had 12 tokens or more" in err
+    assert "1 source of 3 did not fit the context of 12 tokens" in err
     write_lines(tmp_path / "a", ["a " * 20])
     write_lines(tmp_path / "b", ["a " * 20])
     assert evaluate.main([str(trained[0]), *asked]) == 1
@@ -216,4 +248,39 @@ def test_hypotheses_that_cannot_be_scored_are_refused(
         (["--target", target, "--beam", "3"], "--beam"),
     ):
         assert evaluate.main(["--hypotheses", short, *words]) in (1, 2)
+        assert message in capsys.readouterr().err
+
+
+def test_lines_behind_a_separator_are_those_that_generate_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    letters = "abcdefgh"
+    sources = [x + y + z for x in letters for y in letters for z in letters[:4]]
+    data = tmp_path / "lines.txt"
+    data.write_text("".join(f"{source} TL;DR: {source[0]}\n" for source in sources) * 3)
+    run, words = str(tmp_path / "run"), ["--tokenizer", "char", "--threads", "1", "--batch", "16"]
+    words += ["--layers", "1", "--heads", "2", "--dim", "32", "--context", "32", "--lr", "1e-2"]
+    words += ["--data", str(data), "--cache", str(tmp_path), "--steps", "60"]
+    assert train.main([*words, "--sample-tokens", "0", "--out", run]) == 0
+    source, target = write_lines(tmp_path / "a.gz", sources[::9]), [s[0] for s in sources[::9]]
+    references = write_lines(tmp_path / "b.gz", target)
+    asked = ["--source", source, "--target", references, "--threads", "1"]
+    found = numbers(capsys, run, *asked, "--most-tokens", "6")
+    model = minillm.load(run)
+    prompts = [f"{source} TL;DR:" for source in sources[::9]]
+    texts = model.generate(prompts, tokens=6, temperature=0, stop="\n")
+    own = [text.removeprefix(p).strip() for text, p in zip(texts, prompts, strict=True)]
+    hypotheses = write_lines(tmp_path / "out", own)
+    expected = numbers(
+        capsys, "--hypotheses", hypotheses, "--target", references, "--metric", "rouge"
+    )
+    assert {name: found[name] for name in expected} == expected
+    assert expected["rouge1"] > 0.1 and "loss" not in found
+    for more, message in (
+        (["--source", source], "--source has no counterpart; pass --target"),
+        (["--beam", "3"], "--beam is about texts that the model writes"),
+        ([*asked, "--most-tokens", "30"], "no room for a source, the separator ' TL;DR:' and 30"),
+        ([*asked, "--separator", "!"], "character '!'"),
+    ):
+        assert evaluate.main([run, *more]) in (1, 2)
         assert message in capsys.readouterr().err
