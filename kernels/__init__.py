@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from minillm.kernels.attention.dropout import AttentionDropout
 from minillm.kernels.attention.visibility import Visibility
+from minillm.kernels.matmul.packed import Packed, packed
 from minillm.kernels.native import prepare_process
 from minillm.kernels.pool import get_threads, parallel_for, threads
 from minillm.kernels.random.hashing import random_bits, random_uniform
@@ -42,6 +43,7 @@ __all__ = [
     "AttentionDropout",
     "Kernel",
     "KernelUnavailable",
+    "Packed",
     "Visibility",
     "available",
     "choices_from",
@@ -49,6 +51,7 @@ __all__ = [
     "get_threads",
     "lookup",
     "ops",
+    "packed",
     "parallel_for",
     "prepare_process",
     "random_bits",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from minillm.kernels.arrays import deliver, dense, vector
+from minillm.kernels.matmul.packed import Packed
 from minillm.kernels.native import VARIANTS, blas_unavailable, c_kernel, pool
 from minillm.kernels.registry import kernel
 
@@ -38,6 +39,7 @@ def matmul(
     by_blas: bool = False,
 ) -> Any:
     (M, K), N = a.shape, b.shape[1]
+    b, panels = b if isinstance(b, Packed) else (b, None)
     if sums is not None and not (
         N and a.T.flags.c_contiguous and sums.flags.c_contiguous and sums.dtype == np.float32
     ):
@@ -49,7 +51,8 @@ def matmul(
         return out
     target = np.empty((M, N), a.dtype) if out is None else out
     if M and N:
-        c.matmul(pool(), _operand(a), _operand(b), target, bias, sums, M, N, K, accumulate, by_blas)
+        sizes = (M, N, K, accumulate, by_blas)
+        c.matmul(pool(), _operand(a), _operand(b), target, bias, sums, panels, *sizes)
     return target
 
 

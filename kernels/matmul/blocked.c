@@ -73,6 +73,12 @@ static void pack_block(const MatMul *p, Block block, float *panels) {
         pack_transposed(b, p->b.column, block.columns, block.depth, 1.0f, panels);
 }
 
+/* Return the place of a block in the whole of b, packed: block by block along the depth, and in
+   each of them panel by panel. */
+static float *place_of(const MatMul *p, Block block) {
+    return p->packed + block.first * round_up(p->N, PANEL) + block.column * block.depth;
+}
+
 /* Return a tile's rows of a, copied if they would not stay in the first-level cache. Rows whole
    pages apart all map to one cache set. If rows lie side by side, a narrow tile uses a small
    part of each line. */
@@ -210,11 +216,15 @@ static void matmul_piece(const Plan *plan, int64_t number, const Memory *memory)
         const int64_t num_panels = (block.columns + PANEL - 1) / PANEL;
         const int64_t times = (stop - start) * num_panels;
         Ahead next;
-        if (*memory->held % all == layer) {
+        if (p->packed) {
+            panels = place_of(p, block);
+        } else if (*memory->held % all == layer) {
             pack_block(p, block, panels);
             ++*memory->held;
         }
-        if (layer + 1 < plan->layers && *memory->held % all == layer + 1)
+        if (p->packed)
+            next = (Ahead){0};
+        else if (layer + 1 < plan->layers && *memory->held % all == layer + 1)
             next = ahead_of_block(p, block_of(plan, part, column, layer + 1), 0, 1, times);
         else
             next = ahead_of_block(
@@ -284,4 +294,27 @@ static void matmul_blocked(Pool *pool, const MatMul *p) {
         for (int i = 0; i < pool_size(pool); i++) *pool_held(pool, i) = NOTHING;
         pool_run_pieces(pool, matmul_pieces, &plan, pieces, pieces, (int)threads);
     }
+}
+
+static void pack_panels(Pool *pool, const void *state, int64_t start, int64_t stop, int thread) {
+    const MatMul *p = state;
+    const int64_t depth = piece(p->K, BLOCK_DEPTH, LANES);
+    const int64_t column = start * PANEL, columns = least(p->N, stop * PANEL) - column;
+    for (int64_t first = 0; first < p->K; first += depth) {
+        const Block block = {first, least(depth, p->K - first), column, columns};
+        pack_block(p, block, place_of(p, block));
+    }
+}
+
+/* Pack the whole of b, for products that share it. */
+static void pack_matrix(Pool *pool, const Argument *arguments) {
+    struct {
+        Matrix b; /* [K, N] */
+        float *packed; /* [K, N rounded up to whole panels] */
+        int64_t K, N;
+    } a;
+    _Static_assert(sizeof a % 8 == 0, "members are 8 bytes wide");
+    memcpy(&a, arguments, sizeof a);
+    const MatMul p = {.b = a.b, .packed = a.packed, .K = a.K, .N = a.N};
+    pool_run(pool, pack_panels, &p, (a.N + PANEL - 1) / PANEL, 1);
 }

@@ -144,12 +144,13 @@ class _Recurrent(Function):
         own = slice(comm.rank * H, (comm.rank + 1) * H)
         grad_h = _turned(grad_outs[0][:, :, own])  # a copy: the steps add to it
         grads = xp.zeros((cell.num_states - 1, *states.shape[2:]), x.dtype)
+        weights = kernels.packed(w_rec, x.shape[1])
         for t in reversed(range(len(x))):
             cell.backward(gates[t], states[t], states[t + 1], grad_h[t], grads)
             if t and comm.size == 1:
-                kernels.matmul(gates[t], w_rec, out=grad_h[t - 1], accumulate=True)
+                kernels.matmul(gates[t], weights, out=grad_h[t - 1], accumulate=True)
             elif t:
-                grad_h[t - 1] += comm.reduce_scatter(kernels.matmul(gates[t], w_rec), 1)
+                grad_h[t - 1] += comm.reduce_scatter(kernels.matmul(gates[t], weights), 1)
         flat = gates.reshape(-1, gates.shape[-1])
         sums = sums_of(flat, into[3])
         of_in = product_into(into[1], flat.T, x.reshape(len(flat), -1), sums)
@@ -175,8 +176,9 @@ def _unrolled(
     if comm.size > 1:
         whole = xp.empty((T + 1, B, w_rec.shape[1]), x.dtype)
         whole[0] = comm.all_gather(states[0, 0], 1)
+    weights = kernels.packed(w_rec.T, B)
     for t in range(T):
-        kernels.matmul(whole[t], w_rec.T, out=gates[t], accumulate=True)
+        kernels.matmul(whole[t], weights, out=gates[t], accumulate=True)
         cell.forward(gates[t], states[t], states[t + 1])
         if comm.size > 1:
             whole[t + 1] = comm.all_gather(states[t + 1, 0], 1)
