@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from minillm.base.arrays import IntArray
 from minillm.base.device import Device
 from minillm.base.errors import ConfigError
 from minillm.base.log import plural
-from minillm.base.record import Record, option
 from minillm.comm.agreement import from_first
 from minillm.comm.communicator import Communicator
 from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.labelled import (
     Example,
-    Fields,
     labels_of,
     numbers_of,
     opinions,
@@ -28,8 +25,13 @@ from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
+from minillm.tasks.classification_options import (
+    ClassificationOptions,
+    LabelledToMeasure,
+    check_fields,
+)
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids
-from minillm.tasks.example_order import ExampleOptions, ExampleOrder
+from minillm.tasks.example_order import ExampleOrder
 from minillm.tasks.label_metrics import HeldOutLabels
 from minillm.tasks.label_predictor import LabelPredictor, TextsToLabel
 
@@ -130,66 +132,6 @@ class LabelledTexts:
         return ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassificationOptions(ExampleOptions):
-    """Labelled texts, as in `--train train.tsv --dev dev.tsv` (docs/tasks.md)."""
-
-    train: str | None = option(None, announced=True, path=True)
-    """Table of texts and labels, .tsv, .csv or .jsonl, also .gz; left out: generated opinions,
-    positive where there is more praise than blame, each turned around behind "not"."""
-    dev: str | None = option(None, resumable=True, path=True)
-    """Table of held-out texts; left out: one of 10 examples of --train, at most 1,000."""
-    text_field: str | None = option(None, announced=True)
-    """Column of the text, by name, or by number where the first line has no names; left out:
-    sentence or text, for pairs sentence1, premise or question1."""
-    pair_field: str | None = option(None, announced=True)
-    """Column of the second text of a pair; left out: sentence2, hypothesis or question2."""
-    label_field: str | None = option(None, announced=True)
-    """Column of the label; left out: label."""
-    pairs: bool = option(False, announced=True)
-    """Read a pair of texts from each row, not one."""
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for a column of pairs without pairs, and for columns of no file."""
-        super().__post_init__()
-        _check_fields(self, self.pairs)
-        if self.train is None and (self.text_field or self.label_field or self.pairs):
-            raise ConfigError("--text-field, --label-field and --pairs need --train, a table")
-
-    def fields(self, asked: LabelledToMeasure | TextsToLabel | None = None) -> Fields:
-        """Return the columns to read, those of `asked` before those of training."""
-
-        def name(of: str) -> str | None:
-            found: str | None = getattr(asked, of, None) or getattr(self, of)
-            return found
-
-        return Fields(name("text_field"), name("pair_field"), name("label_field"), self.pairs)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledToMeasure(Record):
-    """Labelled texts to measure on, as in `--data test.tsv`."""
-
-    data: str | None = option(None, path=True)
-    """Table of texts and labels, .tsv, .csv or .jsonl, also .gz; left out: those held out in
-    training."""
-    text_field: str | None = None
-    """Column of the text; left out: as in training."""
-    pair_field: str | None = None
-    """Column of the second text of a pair; left out: as in training."""
-    label_field: str | None = None
-    """Column of the label; left out: as in training."""
-
-
-def _check_fields(options: Any, pairs: bool) -> None:
-    """Raise ConfigError for a column of second texts where there are none."""
-    if options.pair_field is not None and not pairs:
-        raise ConfigError(
-            f"--pair-field {options.pair_field} names the second text of a pair; use --task pair, "
-            "or leave it out"
-        )
-
-
 Parts = list[tuple[str, list[Example]]]
 
 
@@ -261,7 +203,7 @@ class ClassificationObjective:
                 raise ConfigError(f"{found.source} holds no example out; name some with --data")
             return found
         name, fields = asked.data, trained.fields(asked)
-        _check_fields(asked, trained.pairs)
+        check_fields(asked, trained.pairs)
         examples = from_first(comm, lambda: read_examples(name, fields), ConfigError)
         return _texts([(name, []), (name, examples)], vocabulary, trained, shape.context)
 
@@ -274,7 +216,7 @@ class ClassificationObjective:
         context: int,
     ) -> LabelPredictor:
         """Return the predictor of labels."""
-        _check_fields(asked, trained.pairs)
+        check_fields(asked, trained.pairs)
         tokenizer, fields = encoder_tokenizer(vocabulary, vocab), trained.fields(asked)
         return LabelPredictor(tokenizer, vocabulary["labels"], fields, context)
 
