@@ -42,14 +42,16 @@ class PredictArgs(ReadOptions):
     minillm predict --checkpoint runs/reviews --input new.tsv
 
     The line for a text of a classifier is {"text": ..., "label": ..., "probabilities": {label:
-    ...}}. That for a pair has "texts", a list of two.
+    ...}}. That for a pair has "texts", a list of two. That of a tagger is {"tokens": ..., "tags":
+    ..., "spans": [{"type": ..., "start": ..., "end": ...}]}.
     """
 
     checkpoint: str = option(path=True)
     """Folder of a run of minillm finetune, or one of its checkpoints; may also be the first word,
     without the flag."""
     input: str = option(path=True)
-    """Table of texts, .tsv, .csv or .jsonl, also .gz; any other file has a text on each line."""
+    """Table of texts, .tsv, .csv or .jsonl, also .gz; any other file has a text on each line. A
+    tagger reads .txt with a text on each line, .jsonl, and else CoNLL columns."""
     asked: Record = field(default=TextsToLabel(), metadata={"title": "input"})
     batch: int = option(32, at_least=1)
     """Inputs that each replica reads at once."""

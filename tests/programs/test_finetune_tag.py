@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mpi_helpers import mpirun_calls, needs_mpirun
 
 from minillm import checkpoint, evaluate, finetune
 from minillm.data.conll import Sentence
@@ -165,3 +166,36 @@ def test_weights_of_another_task_and_of_a_tagger(
     assert "initial values" not in capsys.readouterr().out
     assert finetune.main([*SIZES, "--steps", "1", "--model", run, "--out", texts + "2"]) == 0
     assert "initial values for classifier and pairs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@needs_mpirun
+def test_ranks_of_mpirun_train_tag_and_measure_like_one_process(
+    some: tuple[str, str], tmp_path: Path
+) -> None:
+    """Train on two replicas, go on with tp, and read the run on one process and on two."""
+    run, steps = str(tmp_path / "run"), ["--eval-every", "6", "--steps"]
+    asked = [*TAG, "--train", some[0], "--dev", some[1], "--dtype", "float64", *steps, "12"]
+    whole = str(tmp_path / "whole")
+    read = [run, "--threads", "1"]
+    calls = [
+        ["minillm.inference.predict", *read, "--input", some[1]],
+        ["minillm.evaluate", *read, "--data", some[1]],
+    ]
+    trained = [
+        ["minillm.finetune", *asked, "--out", run, "--stop-after", "6"],
+        ["minillm.finetune", "--resume", run, "--tp", "2", "--dp", "1"],
+    ]
+    *both, predictions, numbers = mpirun_calls(2, [*trained, *calls])
+    alone, *same = mpirun_calls(0, [["minillm.finetune", *asked, "--out", whole], *calls])
+    assert all(found.returncode == 0 for found in (*both, alone)), both
+    for found, expected in zip(lines_of(Path(run)), lines_of(Path(whole)), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-10)
+        assert found.get("val_f1") == expected.get("val_f1")
+    lines = [line for line in predictions.output.splitlines() if line.startswith("{")]
+    assert len(lines) == 30 and lines == [
+        line for line in same[0].output.splitlines() if line.startswith("{")
+    ]
+    found, expected = (json.loads(x.output[x.output.index("{") :]) for x in (numbers, same[1]))
+    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-10)
+    assert found == expected
