@@ -26,8 +26,9 @@ from minillm.comm.process import run_program
 from minillm.comm.signals import StopRequest
 from minillm.comm.two_levels import neighbours
 from minillm.inference.sample import SAMPLES
+from minillm.inference.written import held_out_scores
 from minillm.replication.server import Server
-from minillm.tasks.protocol import Dataset
+from minillm.tasks.protocol import Dataset, Written
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig, decided, preset_values
 from minillm.training.fit import fit
@@ -102,7 +103,7 @@ def train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
                 words = f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}"
                 log(f"{paragraph('stop', words)}\n")
             if training.train():
-                _show_sample(training)
+                _show_texts(training)
 
         def serving(wire: Communicator, config: ResolvedConfig) -> Server:
             server = make_server(wire, config)
@@ -166,19 +167,28 @@ def _plan(
     return data, config
 
 
-def _show_sample(run: Run) -> None:
-    """Show what the trained model writes, if its family writes anything. Collective."""
-    comm, options = run.comm, run.config.options
-    sample, number = SAMPLES.get(run.config.family.writes), run.trainer.replication.replica
-    if sample is None or not options.output.sample_tokens:
+def _show_texts(run: Run) -> None:
+    """Show what the trained model writes and its scores, if its family and options ask for them.
+
+    The first replica writes. Collective.
+    """
+    output, data = run.config.options.output, run.data
+    sample = SAMPLES.get(run.config.family.writes) if output.sample_tokens else None
+    scored = isinstance(data, Written) and min(data.num_scored, len(data.references(None)))
+    if sample is None and not scored:
         return
+    comm, log, number = run.comm, Log(run.comm.rank), run.trainer.replication.replica
+    model, stop = run.trainer.model, run.stop.asked
     replica = comm.split(number, name="replica")
     if replica is not None and number == 0:
-        with comm.working("writing a sample"), run.trainer.replication.agreed():
-            tokens, seed = options.output.sample_tokens, options.optimization.seed
-            Log(comm.rank)(
-                sample(run.trainer.model, run.data, tokens, seed, replica, run.stop.asked)
-            )
+        with comm.working("writing texts"), run.trainer.replication.agreed():
+            if sample is not None:
+                seed = run.config.options.optimization.seed
+                log(sample(model, data, output.sample_tokens, seed, replica, stop))
+            if isinstance(data, Written) and scored:
+                found = held_out_scores(model, data, replica, stop, run.heartbeat.beat)
+                if found is not None:
+                    log(paragraph("scores", found))
     comm.barrier()
 
 

@@ -7,6 +7,7 @@ of its own. The counts of all texts are added, and a formula turns the sums into
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,10 +15,11 @@ import numpy as np
 
 from minillm.base.arrays import IntArray
 from minillm.base.errors import ConfigError
+from minillm.base.log import plural
 from minillm.base.record import flag, option
-from minillm.comm.communicator import Communicator
+from minillm.comm.communicator import MAX, Communicator
 from minillm.data.sentence_pieces import marks_of
-from minillm.data.tokenizers import Tokenizer
+from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
 from minillm.inference.beam import Beam, BeamOptions
 from minillm.inference.decoding import Rule
 from minillm.inference.engine import Generator
@@ -29,7 +31,9 @@ from minillm.inference.translator import GREEDY, Translator
 from minillm.inference.writing import Line, Prompt, Writer, WritingOptions
 from minillm.metrics.options import ScoringOptions
 from minillm.metrics.protocol import TextMetric, num_statistics, numbers_of, statistics_of
+from minillm.tasks.protocol import Written
 from minillm.training.assembly import Assembly
+from minillm.training.held_out import Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,20 +192,75 @@ def score_rows(
     Each replica writes `batch` of them at once. `advance` is called with the number of texts
     written, of all replicas. Collective over `comm`, all ranks.
     """
-    mesh, rows = model.mesh, np.zeros((len(pairs), num_statistics(metrics)))
-    first_of_replica = mesh.coord("tp") == mesh.coord("pp") == 0
+    mesh = model.mesh
+    batches = own_batches([len(source) for source, _ in pairs], batch, model)
     stride = batch * mesh.axis("dp").size
     with comm.working("writing texts"):
-        for number, places in enumerate(own_batches([len(s) for s, _ in pairs], batch, model)):
-            texts = write([pairs[i][0] for i in places])
-            if first_of_replica:
-                for i, text in zip(places, texts, strict=True):
-                    rows[i] = statistics_of(metrics, text, [pairs[i][1]])
-            advance(min(stride, len(pairs) - number * stride))
+        rows = own_rows(
+            write, pairs, metrics, batches, lambda i: advance(min(stride, len(pairs) - i * stride))
+        )
+    if mesh.coord("tp") or mesh.coord("pp"):
+        rows[...] = 0  # the same as those of the first rank of the replica
     comm.all_reduce_(rows, kind="control")
+    return rows
+
+
+def own_rows(
+    write: Writes,
+    pairs: Sequence[tuple[str, str]],
+    metrics: Sequence[TextMetric],
+    batches: Sequence[Sequence[int]],
+    ended: Callable[[int], Any],
+) -> np.ndarray:
+    """Return the statistics [N, W] of the texts in `batches`, numbers of pairs; zeros for others.
+
+    `ended` is called with the number of each batch, from 0. Collective over tp and pp of a replica.
+    """
+    rows = np.zeros((len(pairs), num_statistics(metrics)))
+    for number, places in enumerate(batches):
+        texts = write([pairs[i][0] for i in places])
+        for i, text in zip(places, texts, strict=True):
+            rows[i] = statistics_of(metrics, text, [pairs[i][1]])
+        ended(number)
     return rows
 
 
 def text_scores(metrics: Sequence[TextMetric], rows: np.ndarray) -> dict[str, Any]:
     """Return the number of texts, and their scores with intervals, as JSON values."""
     return {"texts": len(rows)} | numbers_of(metrics, rows)
+
+
+def held_out_scores(
+    model: Assembly,
+    data: Written,
+    replica: Communicator,
+    stop: Callable[[], bool],
+    beat: Callable[[], Any],
+) -> str | None:
+    """Return BLEU and chrF of the first held-out texts in words, None once a stop is asked.
+
+    The texts are translated greedily. `beat` is called after each batch. Collective over the ranks
+    of one `replica` of the model.
+    """
+    options, pairs = TextOptions(), data.references(None)[: data.num_scored]
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
+    batches = [order[i : i + options.batch] for i in range(0, len(order), options.batch)]
+
+    def ended(number: int) -> None:
+        beat()
+        if replica.reduce_numbers([stop()], MAX)[0]:
+            raise Stopped
+
+    write = TranslationWriter(model, tokenizer_from_json(data.vocabulary()), options.rule, None)
+    with suppress(Stopped):
+        found = text_scores(
+            options.metrics(), own_rows(write, pairs, options.metrics(), batches, ended)
+        )
+        scores = (
+            f"{label} {found[name]:.2f} ({low:.2f} to {high:.2f} with 95 %)"
+            for label, name in (("BLEU", "bleu"), ("chrF", "chrf"))
+            for low, high in (found[f"{name}_95"],)
+        )
+        count = plural(len(pairs), "held-out text")
+        return f"{', '.join(scores)}, {count} translated greedily, {found['bleu_signature']}"
+    return None

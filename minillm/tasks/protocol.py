@@ -167,6 +167,8 @@ class Deciding(Dataset, Protocol):
 class Written(Dataset, Protocol):
     """Dataset whose held-out part has sources, for which a model writes texts, and references."""
 
+    num_scored: int  # references that the end of a training compares with, from the first; 0: none
+
     def references(self, tokens: int | None) -> Sequence[tuple[str, str]]:
         """Return source and reference of the first `tokens` held-out targets, None: of all."""
 

@@ -138,8 +138,10 @@ class Translations:
         held_out: Sequence[Sequence[str]],
         tokenizer: Tokenizer,
         context: int,
+        num_scored: int = 0,
     ) -> None:
         """Raise ConfigError where no pair is short enough."""
+        self.num_scored = num_scored
         self.source, self.tokenizer, self.context = source, tokenizer, context
         self.sha256 = hashlib.sha256(repr((train, held_out)).encode()).hexdigest()
         self.vocab_size = marks_of(tokenizer).vocab
@@ -220,6 +222,9 @@ class TranslationOptions(SourceOptions):
     """File of held-out sentences; left out: the last pairs, one of 20, at most 1,000."""
     val_target: str | None = option(None, resumable=True, path=True)
     """File with the translation of each line of --val-source."""
+    eval_bleu: int = option(0, at_least=0, resumable=True)
+    """Held-out sources that the trained model translates at the end, to print BLEU and chrF; 0:
+    none. The best checkpoint is that of the lowest loss all the same."""
     tokenizer: str = option("char", path=True)
     """Tokens of both sides: char, byte, bpe:SIZE, or the path of a tokenizer.json."""
 
@@ -266,7 +271,8 @@ class TranslationObjective:
             return [name, train, held_out, known]
 
         name, train, held_out, known = from_first(comm, read, ConfigError)
-        return Translations(name, train, held_out, tokenizer_from_json(known), shape.context)
+        tokenizer, scored = tokenizer_from_json(known), options.eval_bleu
+        return Translations(name, train, held_out, tokenizer, shape.context, scored)
 
     def held_out(
         self,

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +145,12 @@ def write_lines(path: Path, lines: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Return a run that copies single letters well, and its two files."""
-    folder, letters = tmp_path_factory.mktemp("trained"), "aeioubdfg"
-    lines = [" ".join(a) for a in ([x, y] for x in letters for y in letters)] * 4
-    files = [write_lines(folder / f"train.{side}.gz", lines) for side in ("a", "b")]
-    words = ["--model", "seq2seq", "--source", files[0], "--target", files[1], "--steps", "60"]
+    """Return a run that answers vowels and other letters differently, and its two files."""
+    folder, rng = tmp_path_factory.mktemp("trained"), np.random.default_rng(2)
+    lines = [" ".join(rng.choice(list("aeioubdfg"), rng.integers(1, 4))) for _ in range(324)]
+    targets = ["o i e a u" if line[0] in "aeiou" else "b b d f" for line in lines]
+    files = [write_lines(folder / f"train.{s}.gz", x) for s, x in (("a", lines), ("b", targets))]
+    words = ["--model", "seq2seq", "--source", files[0], "--target", files[1], "--steps", "120"]
     words += ["--encoder-layers", "1", "--decoder-layers", "1", "--dim", "32", "--context", "12"]
     words += ["--batch", "32", "--lr", "1e-2", "--threads", "1", "--label-smoothing", "0"]
     assert train.main([*words, "--tokenizer", "char", "--out", str(folder / "run")]) == 0
@@ -169,9 +171,9 @@ def test_scores_of_a_run_are_those_of_its_translations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, _ = trained
-    lines = ["a e i o", "u b", "d f g a", "b b d", "e i o u"]
+    lines = ["a e i", "u b", "d f g", "b b d", "e i u"]
     source = write_lines(tmp_path / "new.a.gz", lines)
-    target = write_lines(tmp_path / "new.b.gz", [*lines[:-1], "e i o g"])
+    target = write_lines(tmp_path / "new.b.gz", ["o i e a u", "o i e b", "b d f", "b b d f", "o"])
     asked = ["--source", source, "--target", target, "--threads", "1"]
     found = numbers(capsys, str(run), *asked)
     assert 0 < found["loss"] < 3 and found["texts"] == 5 and found["beam"] == 1
@@ -179,7 +181,7 @@ def test_scores_of_a_run_are_those_of_its_translations(
     assert translate.main([str(run), "--threads", "1", "--batch", "2"]) == 0
     hypotheses = write_lines(tmp_path / "out", capsys.readouterr().out.splitlines())
     texts = numbers(capsys, "--hypotheses", hypotheses, "--target", target)
-    assert texts["chrf"] > 5 and texts["texts"] == 5
+    assert texts["chrf"] > 5 and texts["bleu"] > 1 and texts["texts"] == 5
     assert {name: found[name] for name in texts} == texts
     assert texts["bleu_signature"] == "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp"
     beams = ["--beam", "3", "--length-penalty", "gnmt", "--alpha", "0.6"]
@@ -189,7 +191,21 @@ def test_scores_of_a_run_are_those_of_its_translations(
     assert "texts" not in numbers(capsys, str(run), *asked, "--metric", "none")
     # Without files the held-out part of training is written; --tokens limits it.
     assert numbers(capsys, str(run), "--threads", "1")["texts"] == 324 // 20
-    assert numbers(capsys, str(run), "--threads", "1", "--tokens", "12")["texts"] == 3
+    assert numbers(capsys, str(run), "--threads", "1", "--tokens", "20")["texts"] == 2
+
+
+def test_the_end_of_a_training_prints_the_scores_that_evaluate_finds(
+    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    again = ["--resume", str(run), "--steps", "121", "--eval-bleu", "99", "--sample-tokens", "0"]
+    assert train.main(again) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = numbers(capsys, str(run), "--threads", "1")
+    low, high = found["chrf_95"]
+    chrf = f"chrF {found['chrf']:.2f} ({low:.2f} to {high:.2f} with 95 %)"
+    assert f"{chrf}, 16 held-out texts translated greedily, {found['bleu_signature']}" in said
+    assert f"scores BLEU {found['bleu']:.2f} (" in said and found["bleu"] > 1
 
 
 def test_long_sources_are_read_in_part_and_counted(
