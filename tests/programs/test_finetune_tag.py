@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi_helpers import mpirun_calls, needs_mpirun
+from mpi_helpers import finish, left_behind, mpirun_calls, needs_mpirun, start, wait_for_steps
 
 from minillm import checkpoint, evaluate, finetune
 from minillm.data.conll import Sentence
@@ -15,6 +15,7 @@ from minillm.data.journeys import journeys
 from minillm.data.tags import spans_of
 from minillm.inference import predict
 
+FAULTY = str(Path(__file__).with_name("fault_program.py"))
 SIZES = ["--layers", "2", "--heads", "2", "--dim", "16", "--context", "48", "--batch", "8"]
 SIZES += ["--lr", "1e-2", "--threads", "1"]
 TAG = ["--task", "tag", *SIZES]
@@ -199,3 +200,23 @@ def test_ranks_of_mpirun_train_tag_and_measure_like_one_process(
     found, expected = (json.loads(x.output[x.output.index("{") :]) for x in (numbers, same[1]))
     assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-10)
     assert found == expected
+
+
+@pytest.mark.slow
+@needs_mpirun
+def test_a_killed_rank_ends_both_and_the_run_goes_on(some: tuple[str, str], tmp_path: Path) -> None:
+    """Kill a rank in step 4, resume after step 2 amid an epoch, and compare all steps."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    words = ["--preset", "tagger", *SIZES, "--train", some[0], "--dev", some[1], "--eval-every"]
+    words += ["2", "--save-every", "2", "--epochs", "0.5"]
+    process = start(2, [FAULTY, "kill", "1", *words, "--out", str(run)])
+    wait_for_steps(process, run)
+    assert finish(process, timeout=10).returncode != 0 and not left_behind(run)
+    assert len(lines_of(run)) == 3
+    again = [["minillm.finetune", "--resume", str(run)]]
+    again += [["minillm.finetune", "--task", "tag", *words[2:], "--out", str(whole)]]
+    assert all(found.returncode == 0 for found in mpirun_calls(2, again))
+    found, expected = lines_of(run), lines_of(whole)
+    assert len(found) == 8
+    for name in ("loss", "grad_norm", "val_loss", "val_f1"):
+        assert [line.get(name) for line in found] == [line.get(name) for line in expected]
