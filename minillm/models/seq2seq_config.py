@@ -154,5 +154,6 @@ PRESETS = {
         beta2=0.98,
         weight_decay=0.0,
         eval_every=454,
+        eval_tokens=32768,  # all of the 1,014 validation pairs
     ),
 }
