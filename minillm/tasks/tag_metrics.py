@@ -128,7 +128,8 @@ class HeldOutTags:
         shape = (len(rows), len(READERS), len(self.types), KINDS)
         number = max(1.0, sums["words"])
         loss, accuracy = sums["loss"] / number, sums["hits"] / number
-        return TagEvaluation(loss, accuracy, self.types, rows.reshape(shape))
+        unread = sum(map(len, self.sentences.labels[: len(rows)])) - round(sums["words"])
+        return TagEvaluation(loss, accuracy, unread, self.types, rows.reshape(shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,8 @@ class TagEvaluation:
     """Quality of a tagger on held-out sentences."""
 
     loss: float  # nats per word
-    accuracy: float  # share of words whose label is right
+    accuracy: float  # share of the words it reads whose label is right
+    unread: int  # words without a label: cut off, or without a piece
     types: Sequence[str]
     rows: np.ndarray  # [sentences, modes, types, kinds]
 
@@ -172,6 +174,7 @@ class TagEvaluation:
             "strict": self._metrics(1),
             "sentences": len(self.rows),
             "entities": int(self.counts[0, :, 2].sum()),
+            "words_unread": self.unread,
         }
 
     @cached_property

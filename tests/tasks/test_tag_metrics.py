@@ -29,7 +29,7 @@ def evaluation(actual: list[list[str]], predicted: list[list[str]]) -> TagEvalua
         [counts_of(spans_of(a), read(p), types) for read in READERS.values()]
         for a, p in zip(actual, predicted, strict=True)
     ]
-    return TagEvaluation(0.0, 0.0, types, np.array(rows))
+    return TagEvaluation(0.0, 0.0, 0, types, np.array(rows))
 
 
 def test_counts_by_hand() -> None:

@@ -19,7 +19,7 @@ from minillm.comm.threads import run_ranks
 from minillm.data.conll import Sentence, TagFields
 from minillm.data.documents import SpecialTokenizer
 from minillm.data.tags import labels_of_types, spans_of
-from minillm.data.tokenizers import ByteTokenizer, IdTokenizer
+from minillm.data.tokenizers import ByteTokenizer, IdTokenizer, make_tokenizer
 from minillm.inference.predict import predicted
 from minillm.models.tagger import FAMILY, TaggerOptions
 from minillm.params.where import Where
@@ -114,6 +114,7 @@ def test_every_mesh_measures_the_same(layout: Layout) -> None:
         np.testing.assert_array_equal(found.rows, expected.rows)
         numbers = found.numbers() | {"loss": expected.loss}
         assert numbers == expected.numbers() and numbers["sentences"] == 50
+        assert numbers["words_unread"] == 2 * 17  # of every third sentence
 
 
 @pytest.mark.parametrize("layout", MESHES, ids=str)
@@ -253,6 +254,16 @@ def test_pieces_and_words_of_a_sentence() -> None:
     assert batch.limits is not None and batch.limits.lengths.tolist() == [10, 6]
     found = held.of_words(np.array([1, 0]), np.array([3, 3, 2, 2]), OUTSIDE)
     assert [row.tolist() for row in found] == [[3, 3, 0, 0], [2, 0, 2]]
+
+
+def test_words_of_a_byte_level_vocabulary_begin_with_a_blank() -> None:
+    """Compare with the ids of the whole text, where each word stands behind a blank."""
+    text = "the cat saw the bath in the bath"
+    tokenizer: Any = make_tokenizer("special:bpe:270", text)
+    (found,) = WordEncoder(tokenizer, 64).encode([text.split()])
+    assert found.ids[1:-1].tolist() == tokenizer.encode(f" {text}").tolist()
+    begins = [tokenizer.decode([found.ids[first]])[0] for first in found.firsts]
+    assert begins == [" "] * 8 and found.words.tolist() == list(range(8))
 
 
 def test_every_scheme_becomes_the_labels_of_the_model() -> None:
