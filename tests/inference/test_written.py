@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from models.seq2seq_helpers import options
+from mpi_helpers import mpirun_calls, needs_mpirun
 from training_helpers import VOCAB, Layout, make_config
 
 import minillm
@@ -20,7 +21,7 @@ from minillm import evaluate, train
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
 from minillm.data.tokenizers import CharTokenizer
-from minillm.inference import translate
+from minillm.inference import translate, written
 from minillm.inference.beam import Beam, BeamOptions
 from minillm.inference.decoding import Rule
 from minillm.inference.translator import GREEDY
@@ -107,6 +108,23 @@ def test_counts_are_those_of_each_text_alone() -> None:
         assert row[:2].tolist() == [len(letters), len(wanted)]
         both = sum(min(letters.count(c), wanted.count(c)) for c in set(letters))
         assert row[2] == both and row[6] == len(letters)
+
+
+def test_counts_that_are_averaged_by_replica_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant the mean of means: replicas have unequal numbers of texts, so BLEU changes as well."""
+    original = written.own_rows
+
+    def averaged(*args: Any) -> np.ndarray:
+        rows = original(*args)
+        return rows / sum(map(len, args[3]))  # of the texts that this replica writes
+
+    ((expected, _),) = scored(Layout(), GREEDY)
+    monkeypatch.setattr(written, "own_rows", averaged)
+    with pytest.raises(AssertionError):
+        test_every_mesh_finds_the_same_scores(Layout(dp=2), "greedy")
+    rows, _ = scored(Layout(dp=2), GREEDY)[0]
+    wanted, found = (text_scores(METRICS, each)["bleu"] for each in (expected, rows))
+    assert abs(found - wanted) > 1e-3
 
 
 def summarised(layout: Layout, batch: int = 3, **changes: Any) -> list[tuple[np.ndarray, int]]:
@@ -222,6 +240,22 @@ def test_long_sources_are_read_in_part_and_counted(
     write_lines(tmp_path / "b", ["a " * 20])
     assert evaluate.main([str(trained[0]), *asked]) == 1
     assert "all 1 pairs of" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_mpirun
+def test_processes_find_the_scores_of_one(
+    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [str(trained[0]), "--threads", "1", "--beam", "3"]
+    expected = numbers(capsys, *asked)
+    layouts = (["--batch", "2"], ["--tp", "2"], ["--pp", "2"])
+    for done in mpirun_calls(4, [["minillm.evaluate", *asked, *layout] for layout in layouts]):
+        assert done.returncode == 0, done.output
+        found = json.loads(done.output.splitlines()[-1])
+        for name in ("loss", "perplexity"):
+            assert found.pop(name) == pytest.approx(expected[name], rel=1e-5)
+        assert found == {name: expected[name] for name in found} and found["bleu"] > 1
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,19 @@ def test_bleu_of_a_corpus_is_no_mean_over_sentences_or_ranks() -> None:
     assert abs(found["bleu"] - 100 * np.prod(averaged) ** 0.25) > 0.05
 
 
+def test_brevity_by_sentence_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant a penalty that a long text cannot make up for."""
+    original = BLEU.statistics
+
+    def by_sentence(self: BLEU, hypothesis: str, references: Sequence[str]) -> list[float]:
+        length, closest, *counts = original(self, hypothesis, references)
+        return [length, max(length, closest), *counts]
+
+    monkeypatch.setattr(BLEU, "statistics", by_sentence)
+    with pytest.raises(AssertionError):
+        test_bleu_of_a_corpus_is_no_mean_over_sentences_or_ranks()
+
+
 def test_bleu_of_few_words_is_zero_and_of_no_match_too() -> None:
     assert scored(BLEU(), ["two words"], ["two words"])["bleu"] == 0.0
     assert scored(BLEU(), ["a b c d e"], ["v w x y z"])["bleu"] == 0.0
