@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
 from minillm.base.arrays import IntArray
+from minillm.base.errors import ConfigError
 from minillm.base.record import option
 from minillm.data.buckets import Buckets, Load, load
 from minillm.data.options import SourceOptions
@@ -43,6 +44,51 @@ class ExampleOptions(SourceOptions):
         if self.epochs is None:
             return {}
         return {"epochs": None, "steps": max(1, math.ceil(self.epochs * examples / batch))}
+
+
+class Held(Protocol):
+    """Dataset with examples held out."""
+
+    source: str
+    sha256: str
+    num_held_out: int
+
+
+HeldT = TypeVar("HeldT", bound=Held)
+
+
+def unchanged(found: HeldT, sha256: str, noun: str) -> HeldT:
+    """Return data of training that are read again to measure on what was held out.
+
+    Raises ConfigError if they no longer have the hash `sha256`, or hold no `noun` out.
+    """
+    if found.sha256 != sha256:
+        raise ConfigError(
+            f"{found.source} has changed since training (sha256 {found.sha256[:12]}, was "
+            f"{sha256[:12]}); put the old {noun}s back, or name others with --data"
+        )
+    if not found.num_held_out:
+        raise ConfigError(f"{found.source} holds no {noun} out; name some with --data")
+    return found
+
+
+def labels_to_have(
+    found: Sequence[str], had: Sequence[str] | None, asked: int | None, source: str
+) -> list[str]:
+    """Return the labels of a model for data that have the labels `found`.
+
+    A model that knows its labels, of the number `asked`, keeps them. So does a new one from old
+    weights, which `had` some, if these have all of the data's. Raises ConfigError for another
+    number than is asked for.
+    """
+    keeps = had is not None and (asked is not None or set(found) <= set(had))
+    labels = list(had if keeps and had is not None else found)
+    if asked not in (None, len(labels)):
+        raise ConfigError(
+            f"--labels {asked}, but {source} has {len(found)}: {', '.join(found[:8])}; leave "
+            "--labels out"
+        )
+    return labels
 
 
 class ExampleOrder:

@@ -26,7 +26,12 @@ from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tasks.encoded_words import EncodedWords, Pieces, WordEncoder
-from minillm.tasks.example_order import ExampleOptions, ExampleOrder
+from minillm.tasks.example_order import (
+    ExampleOptions,
+    ExampleOrder,
+    labels_to_have,
+    unchanged,
+)
 from minillm.tasks.tag_metrics import HeldOutTags
 from minillm.tasks.tag_predictor import TagPredictor, WordsToTag
 
@@ -214,15 +219,8 @@ class TaggingObjective:
                 raise ConfigError(
                     f"all words of {parts[0][0]} have the tag O; give it entities, as in B-person"
                 )
-            found = labels_of_types(types)
-            had = known.get("labels")
-            if had is None or (shape.labels is None and not set(found) <= set(had)):
-                known["labels"] = found
-            if shape.labels not in (None, len(known["labels"])):
-                raise ConfigError(
-                    f"--labels {shape.labels}, but {parts[0][0]} has {len(found)}: "
-                    f"{', '.join(found[:8])}; leave --labels out"
-                )
+            had, asked = known.get("labels"), shape.labels
+            known["labels"] = labels_to_have(labels_of_types(types), had, asked, parts[0][0])
             return [parts, known]
 
         parts, known = from_first(comm, read, ConfigError)
@@ -240,14 +238,7 @@ class TaggingObjective:
         """Load the sentences to measure. Collective."""
         if asked.data is None:
             found = self.load(trained, shape, vocabulary, comm)
-            if found.sha256 != sha256:
-                raise ConfigError(
-                    f"{found.source} has changed since training (sha256 {found.sha256[:12]}, was "
-                    f"{sha256[:12]}); put the old sentences back, or name others with --data"
-                )
-            if not len(found.held_out):
-                raise ConfigError(f"{found.source} holds no sentence out; name some with --data")
-            return found
+            return unchanged(found, sha256, "sentence")
         name, fields = asked.data, trained.fields(asked)
         sentences = from_first(comm, lambda: read_sentences(name, fields), ConfigError)
         return _sentences([(name, []), (name, sentences)], vocabulary, trained, shape.context)
