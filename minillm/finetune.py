@@ -25,6 +25,7 @@ from minillm.training.config import RunConfig
 from minillm.training.origin import saved_options
 
 PROG = "python -m minillm.finetune"
+HEAD = {"labels", "problem", "dropout"}  # options that the task and its data decide anew
 CONTEXT = 128  # tokens of a text, where the weights allow more
 
 
@@ -39,6 +40,7 @@ class TaskKind(NamedTuple):
 TASKS: Mapping[str, TaskKind] = {
     "classify": TaskKind("classifier", "classifier-tuned"),
     "pair": TaskKind("classifier", "classifier-tuned", ("--pairs",)),
+    "regress": TaskKind("classifier", "classifier-tuned", ("--problem", "regression")),
     "tag": TaskKind("tagger", "tagger-tuned"),
 }
 
@@ -54,9 +56,12 @@ class FinetuneArgs(Record):
     minillm evaluate read the run.
     """
 
-    task: Literal["classify", "pair", "tag"] = "classify"
-    """Task: a label for each text (classify) or each pair of texts (pair), or the entities among
-    the words of sentences (tag)."""
+    task: Literal["classify", "pair", "regress", "tag"] = "classify"
+    """Task: a label for each text (classify) or each pair of texts (pair), a number for each text,
+    or each pair with --pairs (regress), or the entities among the words of sentences (tag)."""
+    multi_label: bool = False
+    """Give a text of --task classify or pair any number of labels, separated by commas or as a JSON
+    list."""
     model: str = option("none", path=True)
     """Weights to start from, a Hugging Face folder, a .gguf file, a run or one of its checkpoints;
     none: initial values, with the sizes of --layers, --heads and --dim."""
@@ -108,6 +113,10 @@ def parse(argv: Sequence[str]) -> tuple[StartOptions, RunConfig]:
             raise ConfigError("--resume continues a run with its own weights; leave --model out")
         return parse_train_args(["--resume", chosen.resume, *rest], saved=saved_options, prog=PROG)
     task = TASKS[chosen.task]
+    if chosen.multi_label:
+        if chosen.task not in ("classify", "pair"):
+            raise ConfigError(f"--multi-label needs --task classify or pair, not {chosen.task}")
+        rest = ["--problem", "multi-label", *rest]
     if chosen.model == "none":
         start = ["--preset", task.scratch]
     else:
@@ -131,7 +140,7 @@ def _weights(task: TaskKind, start: StartOptions) -> dict[str, Any]:
             f"--model {path} holds a model of --model {had.name}, but a task needs an encoder, "
             "such as BERT"
         )
-    own = own_family.options.options().keys() - {"labels", "dropout"}
+    own = own_family.options.options().keys() - HEAD
     found = {name: values[name] for name in own if name in values}
     found["context"] = min(CONTEXT, found["context"])
     if "dtype" in values:

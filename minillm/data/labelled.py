@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 from minillm.base.errors import ConfigError
 from minillm.data.tables import Column, Row, is_table, read_table, read_text
 
-TEXT, LABEL = ("sentence", "text"), ("label",)  # columns that are taken by themselves
+TEXT, LABEL = ("sentence", "text"), ("label", "score")  # columns that are taken by themselves
 PAIR = (("sentence1", "premise", "question1"), ("sentence2", "hypothesis", "question2"))
 HELD_OUT_SHARE, MOST_HELD_OUT = 10, 1000  # one of 10 examples, at most so many
 NUM_OPINIONS = 6000
@@ -32,7 +32,7 @@ class Example(NamedTuple):
     """Text, or pair of texts, with its label."""
 
     texts: tuple[str, ...]
-    label: str
+    label: str  # several as a JSON list
     line: int  # in its file, from 1
 
 
@@ -53,6 +53,7 @@ class Fields(NamedTuple):
     pair: str | None
     label: str | None
     pairs: bool = False
+    several: bool = False  # labels of a text, separated by commas or as a JSON list
 
     def columns(self) -> list[Column]:
         """Return the columns of the texts."""
@@ -70,7 +71,7 @@ def read_examples(name: str, fields: Fields) -> list[Example]:
     Raises ConfigError with file and line for a row without label, and as `read_table` does.
     """
     columns = [*fields.columns(), Column("--label-field", fields.label, LABEL)]
-    return [_example(name, row) for row in read_table(name, columns)]
+    return [_example(name, row, fields.several) for row in read_table(name, columns)]
 
 
 def read_inputs(name: str, fields: Fields) -> list[tuple[str, ...]]:
@@ -89,8 +90,10 @@ def read_inputs(name: str, fields: Fields) -> list[tuple[str, ...]]:
     return [tuple(_text(name, row, value) for value in row.values) for row in rows]
 
 
-def _example(name: str, row: Row) -> Example:
+def _example(name: str, row: Row, several: bool) -> Example:
     *texts, label = row.values
+    if several and isinstance(label, list):
+        label = json.dumps(label)
     if isinstance(label, list | dict | None):
         raise ConfigError(f"line {row.line} of {name} has no label, but {json.dumps(label)}")
     word = label if isinstance(label, str) else json.dumps(label)
@@ -105,9 +108,33 @@ def _text(name: str, row: Row, value: Any) -> str:
     return value
 
 
-def labels_of(examples: Iterable[Example]) -> list[str]:
+def several_of(example: Example, name: str) -> list[str]:
+    """Return the labels of an example that may have several.
+
+    They are separated by commas, or a JSON list, which is [] for none. Raises ConfigError with file
+    and line for anything else.
+    """
+    if not example.label.startswith("["):
+        found = [word.strip() for word in example.label.split(",")]
+    else:
+        try:
+            held = json.loads(example.label)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"line {example.line} of {name} has labels that are no JSON list: {error}"
+            ) from None
+        found = [each if isinstance(each, str) else json.dumps(each) for each in held]
+    if not all(found):
+        raise ConfigError(
+            f"line {example.line} of {name} has an empty label among {example.label!r}; remove it, "
+            "or write [] for a text without labels"
+        )
+    return found
+
+
+def labels_of(labels: Iterable[str]) -> list[str]:
     """Return the different labels in order: by value if all are whole numbers, else by name."""
-    found = sorted({example.label for example in examples})
+    found = sorted(set(labels))
     if all(label.removeprefix("-").isdecimal() for label in found):
         return sorted(found, key=int)
     return found
@@ -144,24 +171,35 @@ def split(examples: Sequence[DistinctT]) -> tuple[list[DistinctT], list[Distinct
 
 
 @functools.cache
-def opinions() -> list[Example]:
-    """Return generated opinions, the same everywhere, as positive or negative.
-
-    A sentence has three to nine words: praise, blame, and words that say nothing. "not" turns the
-    next word of praise or blame around. The label is positive if there is more praise than blame.
-    No sentence has as much of one as of the other.
-    """
-    rng, found = np.random.default_rng(0), dict[str, str]()
+def _opinions() -> dict[str, tuple[int, int]]:
+    """Return sentences, and the number of words of praise and of blame in each."""
+    rng, found = np.random.default_rng(0), dict[str, tuple[int, int]]()
     kinds, most = (PRAISE, BLAME, PLAIN, PLAIN, PLAIN), 9
     while len(found) < NUM_OPINIONS:
-        words, score = list[str](), 0
+        words, score = list[str](), [0, 0]
         drawn = rng.random((3, most)).tolist()
         for kind, turn, place in list(zip(*drawn, strict=True))[: rng.integers(3, most + 1)]:
             of = kinds[int(kind * len(kinds))]
             turned = of is not PLAIN and turn < 0.4
             if of is not PLAIN:
-                score += (1 if of is PRAISE else -1) * (-1 if turned else 1)
+                score[(of is BLAME) != turned] += 1
             words += ["not"] * turned + [of[int(place * len(of))]]
-        if score:
-            found[" ".join(words)] = "positive" if score > 0 else "negative"
-    return [Example((text,), label, i) for i, (text, label) in enumerate(found.items(), 1)]
+        if score[0] != score[1]:
+            found[" ".join(words)] = (score[0], score[1])
+    return found
+
+
+def _overall(praise: int, blame: int) -> str:
+    """Return the label of an opinion."""
+    return "positive" if praise > blame else "negative"
+
+
+def opinions(label: Callable[[int, int], str] = _overall) -> list[Example]:
+    """Return generated opinions, the same everywhere, by default as positive or negative.
+
+    A sentence has three to nine words: praise, blame, and words that say nothing. "not" turns the
+    next word of praise or blame around. `label` is that of so many words of praise and of blame:
+    positive if there is more praise. No sentence has as much of one as of the other.
+    """
+    each = enumerate(_opinions().items(), 1)
+    return [Example((text,), label(*counts), line) for line, (text, counts) in each]

@@ -1,19 +1,23 @@
-"""Classifier of texts: an encoder with a label for the whole sequence.
+"""Classifier of texts: an encoder with a label, several labels or a number for the whole sequence.
 
     hidden [B, T, D] -> position 0 -> pooler (dense, tanh) -> dropout -> classifier -> loss, logits
 
 It is BertForSequenceClassification of the package transformers (Devlin et al. 2019, section 4.1).
+The losses are those that this class has for each of its problem types.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from minillm import ops
 from minillm.autograd.tape import Tensor
+from minillm.base.errors import ConfigError
 from minillm.base.record import option
 from minillm.comm.single import SelfCommunicator
 from minillm.models.bert import Bert, BertArchitecture
@@ -25,6 +29,8 @@ from minillm.nn.linear import Linear
 from minillm.nn.vocabulary import head_loss
 from minillm.params.where import Pass
 
+Problem = Literal["single-label", "multi-label", "regression"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(BertConfig):
@@ -32,22 +38,37 @@ class ClassifierConfig(BertConfig):
 
     objective: Literal["mlm", "mlm+nsp", "none"] = "none"
     pooler: bool = True
-    labels: int = option(at_least=2)
-    """Number of different labels."""
+    labels: int = option(at_least=1)
+    """Number of different labels, 1 for a number."""
+    problem: Problem = "single-label"
+    """Output for a text: one of the labels, any of them, or a number."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for sizes that do not fit together."""
+        super().__post_init__()
+        if (self.labels == 1) != (self.problem == "regression") and self.problem != "multi-label":
+            raise ConfigError(
+                f"--labels {self.labels} does not fit --problem {self.problem}: a label is one of "
+                "two or more, and a number has --labels 1"
+            )
 
     def describe(self) -> str:
         """Return the sizes in words."""
-        return super().describe().replace(self.objective, f"{self.labels} labels")
+        words = "a number" if self.problem == "regression" else f"{self.labels} labels"
+        return super().describe().replace(self.objective, words)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierOptions(EncoderOptions):
     """Classifier, as in `--layers 4 --dim 128` (minillm/models/classifier.py)."""
 
-    FREE: ClassVar[tuple[str, ...]] = ("context", "dropout", "labels")
+    FREE: ClassVar[tuple[str, ...]] = ("context", "dropout", "labels", "problem")
 
-    labels: int | None = option(None, at_least=2)
+    labels: int | None = option(None, at_least=1)
     """Number of different labels; left out: those of the data."""
+    problem: Problem = "single-label"
+    """Output for a text: one of the labels (single-label), any of them (multi-label), or a number
+    (regression)."""
 
     def resolve(self, vocab: int | None = None) -> ClassifierConfig:
         """Return the shape for data of `vocab` tokens.
@@ -55,14 +76,17 @@ class ClassifierOptions(EncoderOptions):
         Raises ConfigError for sizes that do not fit together, and where the number of tokens is
         unknown.
         """
-        return ClassifierConfig(**{"labels": 2} | self.given(vocab))
+        labels = 1 if self.problem == "regression" else 2
+        return ClassifierConfig(**{"labels": labels} | self.given(vocab))
 
 
 class Classifier(Bert):
-    """Stage of a classifier. The batch of the last one holds "labels" [B] where a loss is wanted.
+    """Stage of a classifier.
 
-    The loss is "loss". Labels of -100 do not count. The classifier is replicated over tp: its
-    input is the same on all ranks, so its gradients are too.
+    The batch of the last one holds "labels" where a loss is wanted: numbers of labels [B], of which
+    -100 does not count, 0 or 1 for each label [B, labels], or numbers [B]. Single labels may have
+    "weights" [B]. The loss is "loss". The classifier is replicated over tp: its input is the same
+    on all ranks, so its gradients are too.
     """
 
     config: ClassifierConfig
@@ -86,15 +110,7 @@ class Classifier(Bert):
         pooled = self._dropped(pooled, batch, training)
         outputs, losses = found.outputs, {}
         if "loss" in batch.divisors:
-            losses["loss"] = head_loss(
-                pooled,
-                layer.weight,
-                batch.arrays["labels"],
-                SelfCommunicator(),
-                vocab=self.config.labels,
-                divisor=batch.divisors["loss"],
-                bias=layer.bias,
-            )
+            losses["loss"] = LOSSES[self.config.problem](layer, pooled, batch, pass_)
         if not training:
             outputs = (*outputs, layer(pooled, pass_))
         return StageResult(outputs, losses)
@@ -105,6 +121,39 @@ class Classifier(Bert):
         shape = pooled.shape
         one = pooled.reshape(shape[0], 1, shape[1])
         return self.drop(one, Pass(where, where, training)).reshape(*shape)
+
+
+def _single(layer: Linear, pooled: Tensor, batch: Batch, pass_: Pass) -> Tensor:
+    """Return the cross-entropy of a label."""
+    return head_loss(
+        pooled,
+        layer.weight,
+        batch.arrays["labels"],
+        SelfCommunicator(),
+        vocab=layer.bias.spec.shape[0],
+        divisor=batch.divisors["loss"],
+        bias=layer.bias,
+        weights=batch.arrays.get("weights"),
+    )
+
+
+def _multi(layer: Linear, pooled: Tensor, batch: Batch, pass_: Pass) -> Tensor:
+    """Return the binary cross-entropy of each label."""
+    divisor = batch.divisors["loss"]
+    return ops.binary_cross_entropy(layer(pooled, pass_), batch.arrays["labels"], divisor=divisor)
+
+
+def _number(layer: Linear, pooled: Tensor, batch: Batch, pass_: Pass) -> Tensor:
+    """Return the squared error of a number."""
+    found, divisor = layer(pooled, pass_).reshape(-1), batch.divisors["loss"]
+    return ops.mse_loss(found, batch.arrays["labels"], divisor=divisor)
+
+
+LOSSES: Mapping[str, Callable[[Linear, Tensor, Batch, Pass], Tensor]] = {
+    "single-label": _single,
+    "multi-label": _multi,
+    "regression": _number,
+}
 
 
 class ClassifierArchitecture(BertArchitecture):

@@ -98,12 +98,14 @@ def head_scores(
     bias: Any = None,
     ignore_index: int = -100,
     cap: float = 0.0,
+    weights: Array | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum the cross-entropies of the logits x @ weight^T + bias, divided by `divisor`.
 
     x: [..., D] inside the region; weight: [V_local, D]; bias: [V_local] or None; targets: [...]
     int, of which those equal to `ignore_index` do not count. With `cap` > 0 a logit z becomes
-    cap tanh(z / cap) (Gemma 2, arXiv:2408.00118). Collective over `comm`.
+    cap tanh(z / cap) (Gemma 2, arXiv:2408.00118). `weights` [...] multiply the cross-entropies.
+    Collective over `comm`.
 
     Returns the loss, a float64 scalar, and how far the logit of each target lies below the largest
     one, [N] <= 0: 0 where the model's choice is the target.
@@ -122,6 +124,7 @@ def head_scores(
         divisor=divisor,
         ignore_index=ignore_index,
         cap=cap,
+        weights=weights,
     )
 
 
@@ -139,12 +142,16 @@ class _HeadLoss(Function):
         divisor: float,
         ignore_index: int,
         cap: float,
+        weights: Array | None,
     ) -> tuple[Array, Array]:
         xp = namespace(x)
         rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # [N, D], [N]
         counted = flat != ignore_index
         wide = sum_dtype(x.dtype)
-        row_scale = counted.astype(wide) / wide.type(divisor)
+        row_weight = counted.astype(wide)
+        if weights is not None:
+            row_weight *= weights.reshape(-1).astype(wide)
+        row_scale = row_weight / wide.type(divisor)
         vocab_slice = (_VocabSlice if on_host(x) else _VocabSliceOnGpu)(len(weight), comm, vocab)
         grad_x = xp.empty(rows.shape, x.dtype) if ctx.needs[0] else None
         slot = ctx.slot(1) or (GradSlot(xp.empty(weight.shape, wide)) if ctx.needs[1] else None)
@@ -161,7 +168,10 @@ class _HeadLoss(Function):
             slope = _cap_(logits, cap) if cap else None
             sum_exp, target_logit = vocab_slice.softmax_(logits, flat[part])
             below[part] = target_logit
-            total = total + _counted_sum(xp.log(sum_exp) - target_logit, counted[part])
+            losses = xp.log(sum_exp) - target_logit
+            if weights is not None:
+                losses = losses * row_weight[part]
+            total = total + _counted_sum(losses, counted[part])
             if ctx.recording:
                 vocab_slice.grad_(logits, sum_exp, flat[part], row_scale[part])
                 if slope is not None:

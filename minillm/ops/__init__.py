@@ -5,7 +5,7 @@ from minillm.ops.attention import attention, attention_qkv, cross_attention
 from minillm.ops.dropout import dropout
 from minillm.ops.embedding import add_constant, add_position, embedding
 from minillm.ops.linear import add_bias, linear
-from minillm.ops.loss import cross_entropy, mse_loss
+from minillm.ops.loss import binary_cross_entropy, cross_entropy, mse_loss
 from minillm.ops.norm import (
     head_norm,
     layer_norm,
@@ -25,6 +25,7 @@ __all__ = [
     "add_position",
     "attention",
     "attention_qkv",
+    "binary_cross_entropy",
     "cross_attention",
     "cross_entropy",
     "dropout",

@@ -8,7 +8,7 @@ import numpy as np
 
 from minillm import kernels
 from minillm.autograd.tape import Context, Function, Tensor
-from minillm.base.arrays import Array
+from minillm.base.arrays import Array, namespace, sum_dtype
 
 
 def cross_entropy(
@@ -22,8 +22,20 @@ def cross_entropy(
 
 
 def mse_loss(x: Tensor, target: Array, *, divisor: float) -> Tensor:
-    """Sum (x - target)^2, divided by `divisor`: a float64 scalar."""
+    """Sum (x - target)^2, divided by `divisor`: a float64 scalar.
+
+    x, target: [...] of equal shapes. Differences are at least float32.
+    """
     return _MSE.apply(x, target=target, divisor=divisor)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Array, *, divisor: float) -> Tensor:
+    """Sum -y log s(z) - (1 - y) log s(-z), divided by `divisor`: a float64 scalar.
+
+    s is the sigmoid; logits z: [...]; targets y: [...], 0 or 1. Computed without exponentials of
+    positive numbers, so no logit overflows.
+    """
+    return _BinaryCrossEntropy.apply(logits, targets=targets, divisor=divisor)
 
 
 class _CrossEntropy(Function):
@@ -52,11 +64,33 @@ class _CrossEntropy(Function):
 class _MSE(Function):
     @staticmethod
     def forward(ctx: Context, x: Array, *, target: Array, divisor: float) -> Array:
-        difference = x - target
-        ctx.save(difference, divisor)
-        return np.asarray(float(np.sum(difference * difference, dtype=np.float64)) / divisor)
+        wide = sum_dtype(x.dtype)
+        difference = x.astype(wide) - target.astype(wide)
+        ctx.save(difference, divisor, x.dtype)
+        return _scalar((difference * difference).sum(dtype=np.float64) / divisor)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
-        difference, divisor = ctx.saved
-        return (difference * difference.dtype.type(2 * float(grad_outs[0]) / divisor),)
+        difference, divisor, dtype = ctx.saved
+        return ((difference * (grad_outs[0] * (2 / divisor))).astype(dtype),)
+
+
+class _BinaryCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Context, z: Array, *, targets: Array, divisor: float) -> Array:
+        xp, wide, dtype = namespace(z), sum_dtype(z.dtype), z.dtype
+        z, y = z.astype(wide), targets.astype(wide)
+        small = xp.exp(-xp.abs(z))  # in (0, 1]
+        ctx.save(xp.where(z >= 0, 1.0, small) / (1 + small) - y, divisor, dtype)
+        terms = xp.maximum(z, 0) - z * y + xp.log1p(small)
+        return _scalar(terms.sum(dtype=np.float64) / divisor)
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
+        slope, divisor, dtype = ctx.saved
+        return ((slope * (grad_outs[0] / divisor)).astype(dtype),)
+
+
+def _scalar(total: Any) -> Array:
+    """Return a sum as an array without dims, on its device: the host does not wait for it."""
+    return np.asarray(total) if np.isscalar(total) else total

@@ -1,10 +1,12 @@
-"""Classification of texts and of pairs of texts: a label for each."""
+"""Classification of texts and of pairs of texts: a label, several labels, or a number for each."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from minillm.base.arrays import IntArray
 from minillm.base.device import Device
@@ -15,9 +17,6 @@ from minillm.comm.communicator import Communicator
 from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.labelled import (
     Example,
-    labels_of,
-    numbers_of,
-    opinions,
     read_examples,
     split,
 )
@@ -32,27 +31,43 @@ from minillm.tasks.classification_options import (
 )
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids
 from minillm.tasks.example_order import ExampleOrder
-from minillm.tasks.label_metrics import HeldOutLabels
 from minillm.tasks.label_predictor import LabelPredictor, TextsToLabel
+from minillm.tasks.protocol import ByRow, Measure
+from minillm.tasks.targets import TARGETS, Targets, targets_of
 
 BUILT_IN = "opinions"
 
 
 class Classifying(ExampleOrder):
-    """Cross-entropy of the labels: a mean over the examples of a step."""
+    """Loss of the targets: a mean over the examples of a step.
+
+    It has `terms` an example. With `weights` of the labels [L] it is a weighted mean, as torch has
+    it: they enter the sum and the divisor.
+    """
 
     losses: Sequence[str] = ("loss",)
 
-    def __init__(self, examples: EncodedTexts, *order: Any) -> None:
+    def __init__(
+        self,
+        examples: EncodedTexts,
+        *order: Any,
+        terms: int = 1,
+        weights: np.ndarray | None = None,
+    ) -> None:
         """Take the examples, and what `ExampleOrder` takes behind their lengths."""
         super().__init__(examples.lengths, *order)
-        self.examples = examples
+        self.examples, self.terms, self.weights = examples, terms, weights
 
     def batch(self, step: int, rows: IntArray, device: Device) -> Batch:
         """Return the examples `rows` [B] of a step."""
         where = Where(step, rows, device=device)
-        divisors = {"loss": float(self.batch_size)}
-        return self.examples.batch(self.rows(step)[rows], self.context, where, divisors)
+        every, divisors = self.rows(step), {"loss": float(self.batch_size * self.terms)}
+        if self.weights is None:
+            return self.examples.batch(every[rows], self.context, where, divisors)
+        weights = self.weights[self.examples.labels[every]]  # of the global batch
+        divisors = {"loss": float(weights.sum())}
+        found = self.examples.batch(every[rows], self.context, where, divisors)
+        return found._replace(arrays={**found.arrays, "weights": device.upload(weights[rows])})
 
 
 class LabelledTexts:
@@ -71,6 +86,7 @@ class LabelledTexts:
         a text that is too long.
         """
         self.source, self.options, self.labels = parts[0][0], options, list(vocabulary["labels"])
+        self.problem, self.targets = vocabulary.get("problem"), targets_of(vocabulary)
         found = tokenizer_from_json(special_json(vocabulary, False))
         assert isinstance(found, SpecialTokenizer)
         self.tokenizer, self.vocab_size = found, found.vocab_size
@@ -80,12 +96,14 @@ class LabelledTexts:
         encoder = Encoder(found, context)
         self.train, self.held_out = (
             EncodedTexts(
-                self._encoded(encoder, each, source), numbers_of(each, self.labels, source)
+                self._encoded(encoder, each, source),
+                self.targets.values(each, self.labels, source),
             )
             for source, each in parts
         )
         self.num_cut = encoder.num_cut
         self.num_held_out = int(self.held_out.lengths.sum())
+        self.weights = options.weights(self.labels, self.train.labels) if len(parts[0][1]) else None
 
     def _encoded(self, encoder: Encoder, examples: Sequence[Example], source: str) -> list[Ids]:
         found = encoder.encode([each.texts for each in examples])
@@ -106,7 +124,8 @@ class LabelledTexts:
 
     def vocabulary(self) -> dict[str, Any]:
         """Return the tokenizer and the labels as a JSON value."""
-        return self.tokenizer.to_json() | {"labels": self.labels}
+        more = {} if self.problem is None else {"problem": self.problem}
+        return self.tokenizer.to_json() | {"labels": self.labels, **more}
 
     def describe(self) -> str:
         """Return one line for the plan."""
@@ -120,12 +139,13 @@ class LabelledTexts:
 
     def task(self, shape: Shape, *, batch: int, seed: int, first: int = 0) -> Classifying:
         """Return the training examples, in buckets unless their order is kept."""
-        shuffle = self.options.shuffle
-        return Classifying(self.train, shape.context, batch, seed, first, shuffle)
+        order = (shape.context, batch, seed, first, self.options.shuffle)
+        terms = self.targets.terms(len(self.labels))
+        return Classifying(self.train, *order, terms=terms, weights=self.weights)
 
-    def measure(self, shape: Shape, tokens: int | None) -> HeldOutLabels:
+    def measure(self, shape: Shape, tokens: int | None) -> Measure | ByRow:
         """Return the measure over the held-out examples that the first `tokens` tokens fill."""
-        return HeldOutLabels(self.held_out, self.labels, shape.context, tokens)
+        return self.targets.measure(self.held_out, self.labels, shape.context, tokens)
 
     def prompt(self) -> Sequence[int]:
         """Return nothing: a classifier continues no text."""
@@ -136,7 +156,7 @@ Parts = list[tuple[str, list[Example]]]
 
 
 class ClassificationObjective:
-    """Objective "classification": the label of a text or pair."""
+    """Objective "classification": the label, the labels or the number of a text or pair."""
 
     name = "classification"
     options, measured, predicted = ClassificationOptions, LabelledToMeasure, TextsToLabel
@@ -155,7 +175,13 @@ class ClassificationObjective:
         """
 
         def read() -> list[Any]:
-            parts = _parts(options)
+            targets = TARGETS[shape.problem]
+            if options.class_weights != "none" and shape.problem != "single-label":
+                raise ConfigError(
+                    f"--class-weights {options.class_weights} weighs the labels of which a text "
+                    "has one; leave it out"
+                )
+            parts = _parts(options, targets)
             train, texts = (
                 parts[0][1],
                 (text for _, part in parts for each in part for text in each.texts),
@@ -163,13 +189,8 @@ class ClassificationObjective:
             known = dict(
                 vocabulary or make_tokenizer(f"special:{options.tokenizer}", texts).to_json()
             )
-            found = labels_of(train)
-            if len(found) < 2:
-                raise ConfigError(
-                    f"all examples of {parts[0][0]} have the label {found[0]!r}; give it two or "
-                    "more labels to tell apart"
-                )
-            had = known.get("labels")
+            found = targets.labels(train, parts[0][0])
+            had, known["problem"] = known.get("labels"), shape.problem
             if had is None or (shape.labels is None and not set(found) <= set(had)):
                 known["labels"] = found
             if shape.labels not in (None, len(known["labels"])):
@@ -177,6 +198,7 @@ class ClassificationObjective:
                     f"--labels {shape.labels}, but {parts[0][0]} has {len(found)}: "
                     f"{', '.join(found[:8])}; leave --labels out"
                 )
+            options.weights(known["labels"], None)
             return [parts, known]
 
         parts, known = from_first(comm, read, ConfigError)
@@ -202,7 +224,7 @@ class ClassificationObjective:
             if not len(found.held_out):
                 raise ConfigError(f"{found.source} holds no example out; name some with --data")
             return found
-        name, fields = asked.data, trained.fields(asked)
+        name, fields = asked.data, trained.fields(asked, targets_of(vocabulary).several)
         check_fields(asked, trained.pairs)
         examples = from_first(comm, lambda: read_examples(name, fields), ConfigError)
         return _texts([(name, []), (name, examples)], vocabulary, trained, shape.context)
@@ -218,17 +240,18 @@ class ClassificationObjective:
         """Return the predictor of labels."""
         check_fields(asked, trained.pairs)
         tokenizer, fields = encoder_tokenizer(vocabulary, vocab), trained.fields(asked)
-        return LabelPredictor(tokenizer, vocabulary["labels"], fields, context)
+        labels, targets = vocabulary["labels"], targets_of(vocabulary)
+        return LabelPredictor(tokenizer, labels, targets, fields, context)
 
 
-def _parts(options: ClassificationOptions) -> Parts:
+def _parts(options: ClassificationOptions, targets: Targets) -> Parts:
     """Return the examples to train on and those held out, each with the name of their source."""
-    name = options.train or BUILT_IN
-    examples = opinions() if options.train is None else read_examples(name, options.fields())
+    name, fields = options.train or BUILT_IN, options.fields(None, targets.several)
+    examples = targets.built_in() if options.train is None else read_examples(name, fields)
     if options.dev is None:
         train, held_out = split(examples)
         return [(name, train), (name, held_out)]
-    return [(name, examples), (options.dev, read_examples(options.dev, options.fields()))]
+    return [(name, examples), (options.dev, read_examples(options.dev, fields))]
 
 
 def _texts(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from minillm.base.arrays import IntArray
 from minillm.base.errors import ConfigError
 from minillm.base.record import Record, option
 from minillm.data.labelled import Fields
@@ -27,9 +31,13 @@ class ClassificationOptions(ExampleOptions):
     pair_field: str | None = option(None, announced=True)
     """Column of the second text of a pair; left out: sentence2, hypothesis or question2."""
     label_field: str | None = option(None, announced=True)
-    """Column of the label; left out: label."""
+    """Column of the label or number; left out: label or score."""
     pairs: bool = option(False, announced=True)
     """Read a pair of texts from each row, not one."""
+
+    class_weights: str = option("none", announced=True)
+    """Weights of the labels in the loss of training: none; balanced, examples divided by labels and
+    by the examples of the label; or a number for each label in the order of the plan, as 1,2.5."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a column of pairs without pairs, and for columns of no file."""
@@ -38,14 +46,48 @@ class ClassificationOptions(ExampleOptions):
         if self.train is None and (self.text_field or self.label_field or self.pairs):
             raise ConfigError("--text-field, --label-field and --pairs need --train, a table")
 
-    def fields(self, asked: LabelledToMeasure | TextsToLabel | None = None) -> Fields:
-        """Return the columns to read, those of `asked` before those of training."""
+    def weights(self, labels: Sequence[str], numbers: IntArray | None) -> np.ndarray | None:
+        """Return the weights of `labels`, float64 [L], None for equal ones.
+
+        `numbers` [N] are the labels of the training examples, None to check the option alone.
+        Raises ConfigError.
+        """
+        if self.class_weights == "none":
+            return None
+        if self.class_weights == "balanced":
+            if numbers is None:
+                return None
+            counts = np.bincount(numbers, minlength=len(labels))
+            return len(numbers) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+        try:
+            found = np.array([float(word) for word in self.class_weights.split(",")])
+        except ValueError:
+            raise ConfigError(
+                f"--class-weights {self.class_weights} is neither none, balanced nor numbers, as "
+                "in 1,2.5"
+            ) from None
+        if len(found) != len(labels) or not (np.isfinite(found) & (found > 0)).all():
+            raise ConfigError(
+                f"--class-weights {self.class_weights} must have a positive number for each of "
+                f"the labels {', '.join(labels[:8])}"
+            )
+        return found
+
+    def fields(
+        self, asked: LabelledToMeasure | TextsToLabel | None = None, several: bool = False
+    ) -> Fields:
+        """Return the columns to read, those of `asked` before those of training.
+
+        A text may have `several` labels.
+        """
 
         def name(of: str) -> str | None:
             found: str | None = getattr(asked, of, None) or getattr(self, of)
             return found
 
-        return Fields(name("text_field"), name("pair_field"), name("label_field"), self.pairs)
+        return Fields(
+            name("text_field"), name("pair_field"), name("label_field"), self.pairs, several
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

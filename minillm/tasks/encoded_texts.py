@@ -49,11 +49,11 @@ class Encoder:
 
 
 class EncodedTexts:
-    """Encoded texts and their labels."""
+    """Encoded texts and their targets: a number each, or a row of numbers."""
 
-    def __init__(self, texts: Sequence[Ids], labels: Sequence[int]) -> None:
+    def __init__(self, texts: Sequence[Ids], labels: Sequence[int] | np.ndarray) -> None:
         self.ids, self.firsts = [ids for ids, _ in texts], np.array([n for _, n in texts], np.int64)
-        self.labels = np.array(labels, np.int64)
+        self.labels = np.asarray(labels)  # [N], or [N, labels]
         self.lengths = np.array([len(ids) for ids in self.ids], np.int64)  # [N]
 
     def __len__(self) -> int:

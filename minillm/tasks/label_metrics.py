@@ -10,13 +10,10 @@ import numpy as np
 
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import IntArray, to_host
-from minillm.base.device import Device
 from minillm.base.log import plural
 from minillm.models.protocol import Batch
-from minillm.params.where import Where
 from minillm.tasks.encoded_texts import EncodedTexts
-
-RESAMPLES, SHARE = 1000, 0.95
+from minillm.tasks.held_out_rows import HeldOutTexts, intervals_of
 
 Metric = Callable[[np.ndarray], float]
 
@@ -24,6 +21,11 @@ Metric = Callable[[np.ndarray], float]
 def accuracy(confusion: np.ndarray) -> float:
     """Return the share of examples [actual, predicted] on the diagonal."""
     return float(np.trace(confusion) / confusion.sum())
+
+
+def f1_micro(confusion: np.ndarray) -> float:
+    """Return F1 from hits and misses of all labels together: with one label each, the accuracy."""
+    return float(2 * np.trace(confusion) / (confusion.sum(0) + confusion.sum(1)).sum())
 
 
 def f1_macro(confusion: np.ndarray) -> float:
@@ -46,42 +48,38 @@ def matthews(confusion: np.ndarray) -> float:
 
 METRICS: Mapping[str, Metric] = {
     "accuracy": accuracy,
+    "f1_micro": f1_micro,
     "f1_macro": f1_macro,
     "matthews": matthews,
 }
 
 
 def intervals(confusion: IntArray) -> dict[str, list[float]]:
-    """Return the 95 % interval of each metric by the percentile bootstrap (Efron 1979).
+    """Return the 95 % interval of each metric.
 
     Drawing n examples with replacement is drawing a confusion matrix from the multinomial
     distribution of its shares, so the examples themselves are not needed.
     """
-    rng, number = np.random.default_rng(0), int(confusion.sum())
-    shares, found = confusion.reshape(-1) / number, []
-    for _ in range(RESAMPLES):
+    number = int(confusion.sum())
+    shares = confusion.reshape(-1) / number
+
+    def draw(rng: np.random.Generator) -> dict[str, float]:
         drawn = rng.multinomial(number, shares).reshape(confusion.shape).astype(np.float64)
-        found.append([metric(drawn) for metric in METRICS.values()])
-    ends = np.quantile(found, [(1 - SHARE) / 2, (1 + SHARE) / 2], axis=0).T
-    return {name: [float(end) for end in pair] for name, pair in zip(METRICS, ends, strict=True)}
+        return {name: metric(drawn) for name, metric in METRICS.items()}
+
+    return intervals_of(list(METRICS), draw)
 
 
-class HeldOutLabels:
+class HeldOutLabels(HeldOutTexts):
     """Loss and confusion matrix over the first `num_rows` examples."""
 
     def __init__(
         self, examples: EncodedTexts, labels: Sequence[str], context: int, tokens: int | None
     ) -> None:
-        self.examples, self.labels, self.context = examples, labels, context
-        ends = np.cumsum(examples.lengths)  # tokens up to each example
-        within = int(np.searchsorted(ends, tokens, "right")) if tokens else len(ends)
-        self.num_rows = max(1, within)
+        super().__init__(examples, context, tokens)
+        self.labels = labels
         cells = [_cell(a, p) for a in range(len(labels)) for p in range(len(labels))]
         self.sums: Sequence[str] = ("loss", *cells)
-
-    def batch(self, rows: IntArray, device: Device) -> Batch:
-        """Return the examples `rows` [B]."""
-        return self.examples.batch(rows, self.context, Where(0, rows, device=device), {"loss": 1.0})
 
     def count(self, outputs: tuple[Tensor, ...], batch: Batch) -> Mapping[str, Any]:
         """Return the number of examples in each cell of the confusion matrix that has some."""

@@ -1,4 +1,4 @@
-"""Labels that a trained classifier gives to texts, with their probabilities."""
+"""Predictions of a trained classifier for texts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from minillm.data.labelled import Fields, read_inputs
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder
+from minillm.tasks.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +31,20 @@ class TextsToLabel(Record):
 
 
 class LabelPredictor:
-    """Probabilities of labels for texts and pairs. Implements `Predictor`."""
+    """Labels or numbers for texts and pairs. Implements `Predictor`."""
 
     noun = "text"
 
     def __init__(
-        self, tokenizer: SpecialTokenizer, labels: Sequence[str], fields: Fields, context: int
+        self,
+        tokenizer: SpecialTokenizer,
+        labels: Sequence[str],
+        targets: Targets,
+        fields: Fields,
+        context: int,
     ) -> None:
         self.encoder, self.labels, self.fields = Encoder(tokenizer, context), labels, fields
-        self.width = len(labels)
+        self.targets, self.width = targets, len(labels)
 
     @property
     def num_cut(self) -> int:
@@ -59,20 +65,13 @@ class LabelPredictor:
         return TextsInRows(EncodedTexts(ids, [0] * len(ids)), self.encoder.context)
 
     def values(self, outputs: tuple[Tensor, ...], batch: Batch) -> np.ndarray:
-        """Return the softmax of a classifier's logits, float64 [B, labels]."""
-        logits = to_host(outputs[-1].data).astype(np.float64)
-        shares = np.exp(logits - logits.max(1, keepdims=True))
-        return shares / shares.sum(1, keepdims=True)
+        """Return the predictions from a classifier's logits, float64 [B, labels]."""
+        return self.targets.predicted(to_host(outputs[-1].data).astype(np.float64))
 
     def line(self, texts: Sequence[str], values: np.ndarray) -> Mapping[str, Any]:
-        """Return the label, and all probabilities [labels] to six digits."""
+        """Return the text and its prediction from the numbers [labels]."""
         found = {"text": texts[0]} if len(texts) == 1 else {"texts": list(texts)}
-        shares = zip(self.labels, values, strict=True)
-        return {
-            **found,
-            "label": self.labels[int(values.argmax())],
-            "probabilities": {label: round(float(share), 6) for label, share in shares},
-        }
+        return {**found, **self.targets.line(self.labels, values)}
 
 
 class TextsInRows:

@@ -63,7 +63,8 @@ def test_pairs_labels_and_lines_of_text(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     found = read_examples(str(path), Fields(None, None, None, True))
     assert [each.texts for each in found] == [("a", "b")] * 4
-    assert labels_of(found) == ["10", "9", "true"] and labels_of(found[:2]) == ["9", "10"]
+    labels = [each.label for each in found]
+    assert labels_of(labels) == ["10", "9", "true"] and labels_of(labels[:2]) == ["9", "10"]
     (tmp_path / "lines.txt").write_text("a\n\nb\n")
     assert read_inputs(str(tmp_path / "lines.txt"), Fields(None, None, None)) == [
         ("a",),

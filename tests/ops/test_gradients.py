@@ -160,6 +160,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
         (_n(1, 2, 2, 3), _n(1, 6, 2, 3), _n(1, 6, 2, 3)),
     ),
     "cross entropy": (lambda x: ops.cross_entropy(x, TARGETS, divisor=11.0), (_n(3, 5, 7),)),
+    "binary cross entropy": (
+        lambda x: ops.binary_cross_entropy(x, np.arange(12).reshape(3, 4) % 3 == 0, divisor=7.0),
+        (3 * _n(3, 4),),
+    ),
     "mean squared error": (lambda x: ops.mse_loss(x, np.ones((3, 4)), divisor=12.0), (_n(3, 4),)),
 }
 
@@ -203,6 +207,7 @@ def test_every_operation_is_checked() -> None:
         "layer_norm": "layer norm",
         "rms_norm": "rms norm",
         "mse_loss": "mean squared error",
+        "binary_cross_entropy": "binary cross entropy",
     }
     words |= {
         "residual_layer_norm": "residual layer norm",

@@ -12,6 +12,7 @@ import pytest
 from minillm import checkpoint, evaluate, finetune, train
 from minillm.data.labelled import opinions
 from minillm.inference import predict
+from minillm.tasks.targets import TARGETS
 
 SIZES = ["--layers", "2", "--heads", "2", "--dim", "16", "--context", "24", "--batch", "8"]
 SIZES += ["--lr", "3e-3", "--threads", "1"]
@@ -149,6 +150,9 @@ def test_bad_tables_are_refused(
         (["--train", "text.pdf"], ["text.pdf is no table", ".tsv, .csv or .jsonl"]),
         (["--labels", "5"], ["--labels 5, but opinions has 2"]),
         (["--lables", "5"], ["did you mean", "--labels"]),
+        (["--class-weights", "heavy"], ["--class-weights heavy is neither none, balanced nor"]),
+        (["--task", "regress", "--multi-label"], ["--multi-label needs --task classify or pair"]),
+        (["--task", "regress", "--class-weights", "balanced"], ["--class-weights balanced weighs"]),
     ],
 )
 def test_bad_flags_are_refused(
@@ -186,3 +190,95 @@ def test_unknown_labels_and_other_models_are_refused(
     assert "does not make predictions for texts; use one of --model classifier" in error
     assert finetune.main(["--model", str(tmp_path / "gpt"), *asked]) != 0
     assert "needs an encoder" in capsys.readouterr().err
+
+
+KINDS = {
+    "regression": (["--task", "regress"], "value"),
+    "multi-label": (["--task", "classify", "--multi-label"], "labels"),
+    "single-label": (["--class-weights", "balanced"], "label"),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_other_targets_from_a_file_to_predictions(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, key = KINDS[kind]
+    run = str(tmp_path / "run")
+    rows = [(each.texts[0], each.label) for each in TARGETS[kind].built_in()[:80]]
+    words = [*asked, *SIZES, "--train", table(tmp_path / "t.tsv", rows), "--tokenizer", "byte"]
+    words += ["--context", "64", "--steps", "3", "--eval-tokens", "300", "--out", run]
+    assert finetune.main(words) == 0
+    assert finetune.main(["--resume", run, "--steps", "4"]) == 0
+    capsys.readouterr()
+    assert evaluate.main([run, "--threads", "1", "--tokens", "200"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    wanted = {"regression": "spearman", "multi-label": "exact_match"}.get(kind, "f1_micro")
+    low, high = numbers[f"{wanted}_95"]
+    assert low <= numbers[wanted] <= high
+    (tmp_path / "lines.txt").write_text("good film\nnot dull\n")
+    assert predict.main([run, "--input", str(tmp_path / "lines.txt"), "--threads", "1"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["text"] for each in found] == ["good film", "not dull"]
+    for each in found:
+        if kind == "regression":
+            assert isinstance(each[key], float) and each.keys() == {"text", "value"}
+        elif kind == "multi-label":
+            shares = each["probabilities"]
+            assert list(shares) == ["blame", "praise"]
+            assert each["labels"] == [name for name, share in shares.items() if share > 0.5]
+        else:
+            assert each[key] in ("positive", "negative")
+
+
+def test_tables_of_labels_and_numbers(
+    some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read labels that commas separate, JSON lists, and pairs with a score."""
+    words = [*SIZES, "--steps", "1", "--tokenizer", "byte", "--eval-tokens", "0"]
+    several = table(tmp_path / "s.tsv", [("x", "b, a"), ("y", "a"), ("z", "[]")] * 3)
+    asked = ["--multi-label", "--train", several, *words, "--out", str(tmp_path / "several")]
+    assert finetune.main(asked) == 0
+    assert "labels a, b" in capsys.readouterr().out
+    rows = [{"text": "x", "label": ["b", "a,c"]}, {"text": "y", "label": ["b"]}] * 4
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ["--multi-label", "--train", str(tmp_path / "l.jsonl"), *words]
+    assert finetune.main([*asked, "--out", str(tmp_path / "lists")]) == 0
+    assert "labels a,c, b" in capsys.readouterr().out
+    head = "sentence1\tsentence2\tscore"
+    pairs = table(tmp_path / "p.tsv", [("a b", "a c", "1.5"), ("d", "d", "5")] * 4, head)
+    asked = ["--task", "regress", "--pairs", "--train", pairs, *words]
+    assert finetune.main([*asked, "--out", str(tmp_path / "pairs")]) == 0
+    capsys.readouterr()
+    assert predict.main([str(tmp_path / "pairs"), "--input", pairs, "--threads", "1"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found[1]["texts"] == ["d", "d"] and isinstance(found[1]["value"], float)
+
+
+@pytest.mark.parametrize(
+    ("asked", "content", "words"),
+    [
+        (["--task", "regress"], "text\tlabel\na\t1\nb\tx\n", ["line 3 of", "'x'", "a number"]),
+        (["--task", "regress"], "text\tlabel\na\t1\nb\t1\n", ["have the number 1"]),
+        (["--multi-label"], "text\tlabel\na\tx\nb\tx,,y\n", ["line 3 of", "an empty label"]),
+        (["--multi-label"], "text\tlabel\na\tx\nb\t\n", ["line 3 of", "no label"]),
+        (["--multi-label"], "text\tlabel\na\tx,y\nb\ty,x\n", ["the same labels, x, y"]),
+        ([], "text\tlabel\na\tx\nb\ty\n", ["--class-weights 1,2,3", "the labels x, y"]),
+    ],
+)
+def test_bad_targets_are_refused(
+    asked: list[str],
+    content: str,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, run = tmp_path / "bad.tsv", tmp_path / "run"
+    path.write_text(content)
+    weights = [] if asked else ["--class-weights", "1,2,3"]
+    given = [*asked, *SIZES, "--tokenizer", "byte", "--train", str(path), *weights]
+    assert finetune.main([*given, "--out", str(run)]) != 0
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and "Traceback" not in error
+    assert all(word in error for word in words), error
+    assert not run.exists()

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minillm.tasks.label_metrics import METRICS, accuracy, f1_macro, intervals, matthews
+from minillm.tasks.label_metrics import (
+    METRICS,
+    accuracy,
+    f1_macro,
+    f1_micro,
+    intervals,
+    matthews,
+)
+from minillm.tasks.multi_label_metrics import MultiLabelEvaluation
+from minillm.tasks.regression_metrics import NumberEvaluation, pearson, ranks, spearman
 
 
 def drawn(labels: int, number: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -59,3 +68,63 @@ def test_intervals_are_those_of_examples_drawn_again() -> None:
     for pair, name in zip(expected, METRICS, strict=True):
         low, high = intervals(confusion)[name]
         assert abs(low - pair[0]) < 0.02 and abs(high - pair[1]) < 0.02 and low < high
+
+
+def test_f1_micro_of_one_label_each_is_the_accuracy() -> None:
+    _, _, confusion = drawn(3)
+    assert f1_micro(confusion) == pytest.approx(accuracy(confusion), rel=1e-14)
+
+
+def test_f1_of_several_labels_is_its_definition() -> None:
+    rng = np.random.default_rng(3)
+    actual, predicted = (rng.random((2, 60, 4)) < 0.4).astype(np.int64)
+    actual[:, 3] = predicted[:, 3] = 0  # a label that is not there
+    found = MultiLabelEvaluation(0.5, actual, predicted)
+    scores = []
+    for a, p in [*zip(actual.T[:3], predicted.T[:3], strict=True)]:
+        precision, recall = (a & p).sum() / p.sum(), (a & p).sum() / a.sum()
+        scores.append(2 * precision * recall / (precision + recall))
+    hits = (actual & predicted).sum()
+    precision, recall = hits / predicted.sum(), hits / actual.sum()
+    expected = {
+        "f1_micro": 2 * precision * recall / (precision + recall),
+        "f1_macro": np.mean(scores),
+        "exact_match": np.mean([(a == p).all() for a, p in zip(actual, predicted, strict=True)]),
+    }
+    for name, value in expected.items():
+        assert found.metrics()[name] == pytest.approx(value, rel=1e-14)
+        low, high = found.intervals()[name]
+        assert low < value < high
+    assert found.criterion() == pytest.approx(1 - expected["f1_micro"])
+    drawn_again = []
+    for _ in range(2000):
+        rows = rng.integers(0, 60, 60)
+        drawn_again.append(MultiLabelEvaluation(0.5, actual[rows], predicted[rows]).metrics())
+    ends = np.quantile([each["f1_micro"] for each in drawn_again], [0.025, 0.975])
+    np.testing.assert_allclose(found.intervals()["f1_micro"], ends, atol=0.015)
+
+
+def test_correlations_are_their_definitions() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.integers(0, 9, 80).astype(float)  # with ties
+    y = np.round(x + rng.normal(0, 3, 80))
+    assert pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-12)
+    mean_ranks = [(np.sum(x < each) + np.sum(x <= each) + 1) / 2 for each in x]
+    assert ranks(x).tolist() == mean_ranks
+    others = [(np.sum(y < each) + np.sum(y <= each) + 1) / 2 for each in y]
+    assert spearman(x, y) == pytest.approx(np.corrcoef(mean_ranks, others)[0, 1], rel=1e-12)
+    assert pearson(x, np.ones(80)) == spearman(np.ones(80), y) == 0.0
+    assert spearman(np.arange(5.0), np.exp(np.arange(5.0))) == pytest.approx(1)
+    found = NumberEvaluation(1.0, x, y)
+    assert found.metrics()["mse"] == pytest.approx(np.mean((x - y) ** 2))
+    for name, (low, high) in found.intervals().items():
+        assert low < found.metrics()[name] < high
+
+
+def test_spearman_is_that_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    rng = np.random.default_rng(6)
+    for number in (5, 40):
+        x, y = rng.integers(0, 7, (2, number))
+        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12)
+        assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, rel=1e-12)
