@@ -26,7 +26,7 @@ from minillm.training.origin import saved_options
 
 PROG = "python -m minillm.finetune"
 HEAD = {"labels", "problem", "dropout"}  # options that the task and its data decide anew
-CONTEXT = 128  # tokens of a text, where the weights allow more
+CONTEXT = 128  # tokens of a row, unless a task has its own
 
 
 class TaskKind(NamedTuple):
@@ -35,6 +35,7 @@ class TaskKind(NamedTuple):
     scratch: str  # preset of a model from initial values
     tuned: str  # preset of one from weights
     flags: tuple[str, ...] = ()  # that it adds to those of the command line
+    context: int = CONTEXT  # tokens of a row, where the weights allow more
 
 
 TASKS: Mapping[str, TaskKind] = {
@@ -42,6 +43,7 @@ TASKS: Mapping[str, TaskKind] = {
     "pair": TaskKind("classifier", "classifier-tuned", ("--pairs",)),
     "regress": TaskKind("classifier", "classifier-tuned", ("--problem", "regression")),
     "tag": TaskKind("tagger", "tagger-tuned"),
+    "qa": TaskKind("reader", "reader-tuned", context=384),
 }
 
 
@@ -56,9 +58,10 @@ class FinetuneArgs(Record):
     minillm evaluate read the run.
     """
 
-    task: Literal["classify", "pair", "regress", "tag"] = "classify"
+    task: Literal["classify", "pair", "regress", "tag", "qa"] = "classify"
     """Task: a label for each text (classify) or each pair of texts (pair), a number for each text,
-    or each pair with --pairs (regress), or the entities among the words of sentences (tag)."""
+    or each pair with --pairs (regress), the entities among the words of sentences (tag), or
+    the spans of texts that answer questions (qa)."""
     multi_label: bool = False
     """Give a text of --task classify or pair any number of labels, separated by commas or as a JSON
     list."""
@@ -142,7 +145,7 @@ def _weights(task: TaskKind, start: StartOptions) -> dict[str, Any]:
         )
     own = own_family.options.options().keys() - HEAD
     found = {name: values[name] for name in own if name in values}
-    found["context"] = min(CONTEXT, found["context"])
+    found["context"] = min(task.context, found["context"])
     if "dtype" in values:
         found["dtype"] = values["dtype"]
     return {"model": own_family.name, **found}

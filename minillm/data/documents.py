@@ -16,6 +16,7 @@ import numpy as np
 from minillm.base import rng
 from minillm.base.arrays import IntArray
 from minillm.base.errors import ConfigError
+from minillm.tokenizers.model import Spans
 from minillm.tokenizers.pieces import checked, token_dtype
 
 if TYPE_CHECKING:
@@ -74,6 +75,20 @@ class SpecialTokenizer:
             if not line:
                 parts.append(cls)
         return np.concatenate(parts)
+
+    def spans(self, text: str) -> Spans:
+        """Return the ids of `text`, without marks, and the characters that each stands for.
+
+        Raises ConfigError if the tokenizer does not know them.
+        """
+        find = getattr(self.base, "spans", None)
+        if find is None:
+            raise ConfigError(
+                f"the tokenizer {self.name} does not say which characters its tokens stand for, "
+                "which spans of a text need; use wordpiece:SIZE, bpe:SIZE, char or byte"
+            )
+        found: Spans = find(text)
+        return found
 
     def encode_measured(self, pieces: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the ids of each piece; the bytes of each id are not known."""

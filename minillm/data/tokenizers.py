@@ -19,6 +19,7 @@ from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.package_tokenizer import tokenizer_of
 from minillm.data.sentence_pieces import SentencePieces, foreign_marks
 from minillm.tokenizers.files import WHOLE, read_definition
+from minillm.tokenizers.model import Spans
 from minillm.tokenizers.pieces import (
     characters_of,
     checked,
@@ -27,6 +28,7 @@ from minillm.tokenizers.pieces import (
     encoded,
     shortened,
     token_dtype,
+    utf8_lengths,
 )
 from minillm.tokenizers.training import KINDS, Wish, count_words, train
 
@@ -79,6 +81,12 @@ class ByteTokenizer:
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(piece) for piece in pieces]
+
+    def spans(self, text: str) -> Spans:
+        """Return the ids of `text` and the character that each belongs to."""
+        ids = self.encode(text).astype(np.int64)
+        places = np.repeat(np.arange(len(text)), utf8_lengths(code_points(text)))
+        return Spans(ids, places, places + 1)
 
     def encode_measured(self, pieces: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         return [(ids, np.ones(len(ids), np.uint8)) for ids in self.encode_pieces(pieces)]
@@ -145,6 +153,11 @@ class CharTokenizer:
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(piece) for piece in pieces]
+
+    def spans(self, text: str) -> Spans:
+        """Return the ids of `text` and the character that each stands for."""
+        places = np.arange(len(text))
+        return Spans(self.encode(text).astype(np.int64), places, places + 1)
 
     def encode_measured(self, pieces: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         return [(ids, self._bytes[ids]) for ids in self.encode_pieces(pieces)]
