@@ -6,6 +6,7 @@ turns the weights of SOURCE into those that a run of it starts from. The rest is
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def finetune_args(task: str = "classify") -> type[Record]:
     """Return all options of a task, as `--help` lists them."""
     config = RunConfig.of(family_of_preset(TASKS[task].scratch).name)()
-    rooms = ("optimization", "compute", "layout", "pipeline", "replication", "output", "comm")
-    more = {name: getattr(config, name) for name in rooms}
+    first = ("model", "preset", "shape", "corpus")
+    fields = [field.name for field in dataclasses.fields(config) if field.name not in first]
+    more = {name: getattr(config, name) for name in fields}
     return with_defaults(FinetuneArgs, data=config.corpus, sizes=config.shape, **more)
 
 

@@ -429,7 +429,7 @@ def test_sizes_left_out_follow() -> None:
     assert {name for name, value in found.items() if value is None} == {
         *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache", "threads"),
         *("memory", "rope_local_base", "rope_original", "rope_low", "rope_high", "rope_attention"),
-        *("slow_rank", "momentum"),
+        *("slow_rank", "momentum", "freeze"),
     }
 
 
@@ -613,7 +613,7 @@ SILENT = """
 ANNOUNCED = """
     steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field
     decay_share cautious compress compress_rank compress_share local_steps outer_lr outer_momentum
-    fragments server staleness
+    fragments server staleness layer_decay
 """
 
 
@@ -626,7 +626,7 @@ def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
         **dict(rope_low=2.0, rope_high=16.0, rope_attention=1.5, qk_norm="head", window=9),
         **dict(full_every=2, embedding_scale=2.0, logit_cap=9.0, head_width=16),
         **dict(preset="gpt2", tokenizer="char", beta1=0.5, beta2=0.5, seed=7, dtype="float64"),
-        **dict(optimizer="sgd", momentum=0.5, muon_ratio="original"),
+        **dict(optimizer="sgd", momentum=0.5, muon_ratio="original", freeze="positions"),
     )
     known = RunConfig.options()
     announced = set(ANNOUNCED.split())

@@ -220,7 +220,8 @@ def pieces(trainer: Trainer, what: str) -> dict[str, Any]:
     """
     mesh, found = trainer.mesh, {}
     trainer.world.barrier()
-    for buffers in trainer.model.buffers:
+    frozen_too = [each for buffers in trainer.model.buffers for each in buffers.all]
+    for buffers in frozen_too if what == "value" else trainer.model.buffers:
         for parameter, sharded, held in held_here(buffers, what):
             local = to_host(held)
             _, blocks = found.setdefault(parameter.name, (sharded.shape, []))
@@ -250,7 +251,7 @@ def held_here(buffers: FlatBuffers, what: str) -> Iterable[tuple[Parameter, Shar
     if "state" not in memory.shards:
         return buffers.tensors(buffers.grads, "grads")
     own = [buffers.at(buffers.grads, "grads", part) for part in buffers.parts]
-    return buffers.tensors(np.concatenate(own), "state")
+    return buffers.tensors(np.concatenate([buffers.grads[:0], *own]), "state")
 
 
 def assemble(per_rank: list[dict[str, Any]], tolerance: float = 1e-12) -> dict[str, np.ndarray]:

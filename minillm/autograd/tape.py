@@ -87,6 +87,9 @@ class Recomputation(Recipe):
 class Leaf(Recipe):
     """Parameter on the tape: a value that may be gathered on demand, and a gradient slot."""
 
+    trains = True
+    """False for a frozen parameter: operations read it, and compute no gradient of it."""
+
     def slot(self) -> GradSlot:
         """Return the slot in which the gradient accumulates."""
         raise TypeError(f"{type(self).__name__} does not define slot")
@@ -308,6 +311,8 @@ class Function:
                     sources.append((i, x.source or x))
             elif isinstance(x, Leaf):
                 values[i] = x.get()
+                if not x.trains:
+                    continue
                 if taping:
                     needs[i] = True
                     leaves.append((i, x))

@@ -85,6 +85,7 @@ class Opened:
             memory=layout.memory,
             dtype=dtype,
             node_shared="auto",
+            freeze=None,
             kernels="auto",
             dp=dp,
             tp=layout.tp,

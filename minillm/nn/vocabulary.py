@@ -184,6 +184,8 @@ class _HeadLoss(Function):
                     slot.writes += 1
                     if bias_grad is not None:
                         bias_grad += sums
+                elif bias_grad is not None:  # the table is frozen
+                    bias_grad += kernels.column_sum(logits)
         ctx.save(
             None if grad_x is None else grad_x.reshape(x.shape),
             slot.buf if slot is not None and ctx.slot(1) is None else WRITTEN,

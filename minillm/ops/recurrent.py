@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol
 
 from minillm import kernels
-from minillm.autograd.tape import Context, Function, Tensor
+from minillm.autograd.tape import Context, Function, Tensor, fresh_of
 from minillm.base.arrays import Array, namespace
 from minillm.comm.communicator import Communicator
 from minillm.ops.linear import product_into, sums_of
@@ -152,10 +152,14 @@ class _Recurrent(Function):
             elif t:
                 grad_h[t - 1] += comm.reduce_scatter(kernels.matmul(gates[t], weights), 1)
         flat = gates.reshape(-1, gates.shape[-1])
-        sums = sums_of(flat, into[3])
-        of_in = product_into(into[1], flat.T, x.reshape(len(flat), -1), sums)
-        of_rec = product_into(into[2], flat.T, h[:-1].reshape(len(flat), -1), None)
-        of_x = None
+        of_x = of_in = of_rec = sums = None
+        if needs[1]:
+            sums = sums_of(flat, into[3]) if needs[3] else None
+            of_in = product_into(into[1], flat.T, x.reshape(len(flat), -1), sums)
+        elif needs[3]:
+            sums = kernels.column_sum(flat, fresh_of(into[3]))
+        if needs[2]:
+            of_rec = product_into(into[2], flat.T, h[:-1].reshape(len(flat), -1), None)
         if needs[0]:
             of_x = _turned(kernels.matmul(flat, w_in).reshape(x.shape))
         return of_x, of_in, of_rec, sums

@@ -73,7 +73,7 @@ class PlainStorage:
 
 
 class Parameter(Leaf):
-    """Trainable array: global name, sharding, initial values, and weight decay or none.
+    """Array of a model: global name, sharding, initial values, and weight decay or none.
 
     `matrix` marks the weight of a linear map between hidden layers, of two dims, each segment of
     which is a map of its own. Storage is attached when the model is allocated.
@@ -88,6 +88,8 @@ class Parameter(Leaf):
         self.decay, self.matrix = decay, matrix
         self.whole = False
         """True if the optimizer needs all of it at once: the shares of ranks do not cut it."""
+        self.rate = 1.0
+        """Factor of the learning rate."""
         self.storage: ParamStorage | None = None
 
     @property

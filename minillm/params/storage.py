@@ -122,6 +122,9 @@ class FlatBuffers:
     updates: everything, unless `memory` shares or shards. Where `memory` shards the values or the
     gradients, the array holds the parts one after another. Collective over the ranks that share.
 
+    Parameters that do not train lie in buffers of their own, `frozen`, without gradients. No
+    reduction, norm or optimizer meets them.
+
     `values` of a narrow dtype have float32 gradients and, for training, float32 `masters`. The
     optimizer updates the masters, and `values` are their rounded copy. Otherwise `masters` is None.
     """
@@ -138,8 +141,8 @@ class FlatBuffers:
         self.memory = memory or PrivateMemory()
         self.mesh, self.dtype = mesh, dtype
         wide = sum_dtype(dtype)
-        self.layout = FlatLayout(parameters, mesh, ALIGNMENT // dtype.itemsize)
-        self.parameters = tuple(parameters)
+        self.parameters = tuple(p for p in parameters if p.trains or not gradients)
+        self.layout = FlatLayout(self.parameters, mesh, ALIGNMENT // dtype.itemsize)
         self.zones = tuple(self.memory.zones(self.layout))
         self.cuts = self.layout.cuts(self.zones, self.memory.size)
         """Boundaries of the shares of each zone, in elements from its start."""
@@ -158,6 +161,15 @@ class FlatBuffers:
         for span in self.layout.spans():
             span.parameter.storage = self.memory.storage(self, span)
         self.slots = tuple(parameter.slot() for parameter in self.parameters) if gradients else ()
+        rest = [p for p in parameters if gradients and not p.trains]
+        self.frozen = (
+            FlatBuffers(rest, mesh, dtype, gradients=False, memory=memory) if rest else None
+        )
+
+    @property
+    def all(self) -> tuple[FlatBuffers, ...]:
+        """These buffers, and those of the frozen parameters if there are any."""
+        return (self,) if self.frozen is None else (self, self.frozen)
 
     def num_elements(self, kind: str) -> int:
         """Return the elements of an array of `kind` on this rank: all, or those of its parts."""
@@ -205,6 +217,8 @@ class FlatBuffers:
                         block if block.dtype == local.dtype else kernels.cast(block, local.dtype)
                     )
         self.memory.sync()
+        if self.frozen is not None:
+            self.frozen.initialise(seed, mesh, coords)
 
     def tensors(
         self, array: Array, kind: str, held: Held | None = None

@@ -149,7 +149,7 @@ def _finish(unit: Unit) -> None:
 class ShardedStorage:
     """Storage of a parameter whose values are cut over ranks and gathered on use."""
 
-    def __init__(self, gatherer: Gatherer, span: Span[Parameter], slot: GradSlot) -> None:
+    def __init__(self, gatherer: Gatherer, span: Span[Parameter], slot: GradSlot | None) -> None:
         buffers = gatherer.buffers
         self._gatherer, self._slot, self.dtype = gatherer, slot, buffers.dtype
         self._shape = buffers.shape_of(span.parameter)
@@ -163,6 +163,7 @@ class ShardedStorage:
 
     def slot(self) -> GradSlot:
         """Return the gradient slot."""
+        assert self._slot is not None, "a frozen parameter has no gradient"
         return self._slot
 
 

@@ -74,6 +74,8 @@ class Method:
     meets: Callable[[DataAxis, FlatLayout[Any]], Bytes] = lambda axis, layout: Bytes()
     """Bytes of a meeting of all replicas, likewise."""
     holds: Callable[[Sizes, ReplicationOptions], Held] = whole
+    cuts: Callable[[ReplicationOptions, int], int] = lambda options, workers: 1
+    """Number of the ranks, out of all workers, that a frozen parameter is cut over."""
     every: Callable[[ReplicationOptions], int] = lambda options: 1
     """Steps from one exchange to the next."""
     turns: Callable[[ReplicationOptions], int] = lambda options: 1

@@ -65,9 +65,9 @@ def key_range(
 ) -> FlatBuffers:
     """Return the buffers in which server `rank` of `size` holds its part of a stage.
 
-    The storage of `parameters` stays as it is.
+    Frozen parameters stay with the workers. The storage of `parameters` stays as it is.
     """
-    copies = [copy.copy(parameter) for parameter in parameters]
+    copies = [copy.copy(parameter) for parameter in parameters if parameter.trains]
     return FlatBuffers(copies, mesh, dtype, memory=KeyRange(rank, size))
 
 

@@ -101,12 +101,10 @@ class ShardedMemory(PrivateMemory):
 
     def storage(self, buffers: FlatBuffers, span: Span[Parameter]) -> ParamStorage:
         """Return whole views, or storage that is reduced and gathered zone by zone."""
-        if self.stage == 1:
+        trains = span.parameter.trains
+        if self.stage == 1 or (self.stage == 2 and not trains):
             return super().storage(buffers, span)
-        reducer = self.reducers.get(id(buffers))
-        if reducer is None:
-            reducer = self.reducers[id(buffers)] = ZoneReducer(buffers, self.group.shards)
-        slot = ZoneSlot(reducer.zone_at(span.start), span, buffers.shape_of(span.parameter))
+        slot = self._slot(buffers, span) if trains else None
         if self.stage == 2:
             value = buffers.values[span.start : span.stop]
             return PlainStorage(value.reshape(buffers.shape_of(span.parameter)), slot)
@@ -114,6 +112,13 @@ class ShardedMemory(PrivateMemory):
         if gatherer is None:
             gatherer = self.gatherers[id(buffers)] = Gatherer(buffers, self.group.gathers)
         return ShardedStorage(gatherer, span, slot)
+
+    def _slot(self, buffers: FlatBuffers, span: Span[Parameter]) -> ZoneSlot:
+        """Return the gradient slot of a parameter in its zone."""
+        reducer = self.reducers.get(id(buffers))
+        if reducer is None:
+            reducer = self.reducers[id(buffers)] = ZoneReducer(buffers, self.group.shards)
+        return ZoneSlot(reducer.zone_at(span.start), span, buffers.shape_of(span.parameter))
 
 
 class Zero(Replication):
@@ -129,7 +134,10 @@ class Zero(Replication):
             stage: memory.reducers.get(id(b)) or ZoneReducer(b, memory.group.shards)
             for stage, b in buffers.items()
         }
-        self._gatherers = {s: memory.gatherers.get(id(b)) for s, b in buffers.items()}
+        self._gatherers = {
+            stage: [memory.gatherers[id(held)] for held in b.all if id(held) in memory.gatherers]
+            for stage, b in buffers.items()
+        }
         for reducer in self._reducers.values():
             reducer.attach()
         self._counted = [part for stage in buffers for part in self._counted_of(stage)]
@@ -166,12 +174,12 @@ class Zero(Replication):
 
     def unshard(self, stage: int, way: str, then: str | None) -> None:
         """Launch the gather of the block that the pass uses first."""
-        if (gatherer := self._gatherers[stage]) is not None:
+        for gatherer in self._gatherers[stage]:
             gatherer.begin(way, then)
 
     def reshard(self, stage: int) -> None:
         """Drop what is gathered."""
-        if (gatherer := self._gatherers[stage]) is not None:
+        for gatherer in self._gatherers[stage]:
             gatherer.drop()
 
     def reduce(self, stage: int) -> None:
@@ -254,7 +262,7 @@ def _holds(sizes: Sizes, options: ReplicationOptions) -> Held:
     part = min(sizes.values, sizes.values // ways + sizes.whole)
     values = part + 2 * block if stage > 2 else sizes.values
     grads = part + block if stage > 1 else sizes.values
-    state = sizes.state * part // sizes.values * sizes.wide
+    state = sizes.state * part // max(1, sizes.values) * sizes.wide
     return Held(values * sizes.item, grads * sizes.wide, state)
 
 
@@ -284,6 +292,7 @@ METHOD = Method(
     make=_make,
     sends=_sends,
     holds=_holds,
+    cuts=lambda options, workers: options.shard_group or workers if options.zero == 3 else 1,
     key=lambda options: {"zero": options.zero, "shard_group": options.shard_group},
     check=_check,
     uneven=lambda options: options.zero == 1,  # the others reduce or gather in every microbatch

@@ -6,6 +6,7 @@ block by block, never in the order of readiness.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 from minillm.autograd.tape import GradSlot, Leaf
@@ -29,7 +30,7 @@ def zones_of(layout: FlatLayout[P], stage: int, bucket_bytes: int) -> list[slice
                 size = 0
             unit = unit_of(span.parameter.name)
             size += (span.stop - span.start) * 4
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], layout.size], strict=True)]
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, layout.size])]
 
 
 class Zone:

@@ -19,6 +19,7 @@ from minillm.pipeline.stage import Stage
 from minillm.replication.method import Setting
 from minillm.replication.methods import choose
 from minillm.replication.protocol import Replication
+from minillm.training.adaptation import adapt
 from minillm.training.optimizers import mark_whole
 from minillm.training.resolve import ResolvedConfig
 
@@ -60,6 +61,7 @@ def build_model(
         recompute=config.recompute,
         std=std,
     )
+    adapt(model, config.options.adaptation, config.family, config.model)
     mark_whole(model, config.options.optimization)
     return model
 
@@ -112,9 +114,10 @@ class Assembly:
         The later copies of a tied weight are read but never written.
         """
         for stage in self.stages.values():
-            for parameter, sharded, data in stage.buffers.tensors(stage.buffers.values, "values"):
-                owned = self.layout.owns(stage.index, parameter.spec.tie)
-                yield StateTensor(f"{WEIGHTS}{parameter.name}", sharded, data, owned=owned)
+            for buffers in stage.buffers.all:
+                for parameter, sharded, data in buffers.tensors(buffers.values, "values"):
+                    owned = self.layout.owns(stage.index, parameter.spec.tie)
+                    yield StateTensor(f"{WEIGHTS}{parameter.name}", sharded, data, owned=owned)
 
 
 def assemble(

@@ -25,6 +25,7 @@ from minillm.pipeline.options import PipelineOptions
 from minillm.replication.options import ReplicationOptions
 from minillm.tasks.objectives import objective
 from minillm.tasks.protocol import Dataset, Deciding, Objective
+from minillm.training.adaptation import AdaptationOptions
 from minillm.training.options import OptimizationOptions, OutputOptions
 
 RunConfigT = TypeVar("RunConfigT", bound="RunConfig")
@@ -50,6 +51,7 @@ class RunConfig(Record):
         default=objective(_FIRST.objective).options(), metadata={"title": "data"}
     )
     optimization: OptimizationOptions = field(default=OptimizationOptions())
+    adaptation: AdaptationOptions = field(default=AdaptationOptions())
     compute: ComputeOptions = field(default=ComputeOptions())
     layout: LayoutOptions = field(default=LayoutOptions())
     pipeline: PipelineOptions = field(default=PipelineOptions())

@@ -57,7 +57,7 @@ def held_bytes(trainer: Trainer) -> int:
     """
     common, own = 0, 0
     for buffers in trainer.model.buffers:
-        common += buffers.values.nbytes
+        common += sum(held.values.nbytes for held in buffers.all)
         common += 0 if buffers.masters is None else buffers.masters.nbytes
         own += buffers.grads.nbytes
     common += trainer.replication.state_bytes(trainer.optimizer)

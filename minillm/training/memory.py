@@ -71,7 +71,7 @@ def predicted(
     dtype, on_gpu = float_dtype(options.compute.dtype), options.compute.device == "cuda"
     item, wide = dtype.itemsize, sum_dtype(dtype).itemsize
     sizes = [_num_values(config, layout, stage) for stage in stages]
-    size = sum(values.all for values in sizes)
+    size, frozen = (sum(values) for values in zip(*(each[:2] for each in sizes), strict=True))
     tokens, sharded = config.microbatch * config.model.context, options.layout.sequence_parallel
     work = Workload(tokens, layout.mesh.tp, sharded, config.recompute, item, on_gpu)
     num_layers = sum(len(layout.layers_of_stage[stage]) for stage in stages)
@@ -83,7 +83,7 @@ def predicted(
         workspace += architecture.activation_bytes(config.model, 1, work._replace(recompute="none"))
     if logits < MAPPED_BYTES or on_gpu:
         workspace = max(0, workspace - logits)  # in memory that the logits have left
-    held = Held(size * item, 0, 0)
+    held, method = Held((size + frozen) * item, 0, 0), method_of(config.replication)
     if training:
         trained = Sizes(
             values=size,
@@ -95,7 +95,11 @@ def predicted(
             workers=layout.mesh.dp,
             on_host=not on_gpu,
         )
-        held = method_of(config.replication).holds(trained, config.replication)
+        held = method.holds(trained, config.replication)
+        if frozen:
+            ways = method.cuts(config.replication, layout.mesh.dp)
+            gathered = 2 * trained.largest * (ways > 1)
+            held = held._replace(values=held.values + (frozen // ways + gathered) * item)
     objects = LATER_BYTES + num_layers * LAYER_BYTES + rows * layout.mesh.pp * MICROBATCH_BYTES
     parts = {
         "activations": round(
@@ -140,12 +144,14 @@ def predicted_server(config: ResolvedConfig, layout: Layout, *, program: int = 0
 
 
 class _Values(NamedTuple):
-    """Elements of a stage: of its flat buffer, of tied weights, and of its largest block.
+    """Elements of a stage: of its flat buffer, of that of frozen parameters, of tied weights.
 
-    Of hidden matrices, and of the largest parameter that an optimizer needs whole.
+    Of its largest block, of hidden matrices, and of the largest parameter that an optimizer needs
+    whole.
     """
 
     all: int
+    frozen: int
     tied: int
     largest: int
     matrices: int
@@ -162,14 +168,16 @@ def _num_values(config: ResolvedConfig, layout: Layout, stage: int) -> _Values:
     group, num_layers = PlannedGroup(0, layout.mesh.tp), len(layout.layers_of_stage[stage])
 
     def sizes(most: int) -> _Values:
-        model = build_model(config, layout, stage, group, most=most)
-        parameters, units = model.parameters(), Counter[str]()
-        for parameter in parameters:
+        built = build_model(config, layout, stage, group, most=most).parameters()
+        parameters = [parameter for parameter in built if parameter.trains]
+        units = Counter[str]()
+        for parameter in built:
             units[unit_of(parameter.name)] += parameter.spec.local_size(layout.mesh)
         tied = sum(p.spec.local_size(layout.mesh) for p in parameters if p.spec.tie is not None)
         local = {id(p): p.spec.local_size(layout.mesh) for p in parameters}
         return _Values(
             FlatLayout(parameters, layout.mesh, step).size,
+            FlatLayout([p for p in built if not p.trains], layout.mesh, step).size,
             tied,
             max(units.values(), default=0),
             sum(local[id(p)] for p in parameters if p.matrix),
@@ -182,6 +190,7 @@ def _num_values(config: ResolvedConfig, layout: Layout, stage: int) -> _Values:
     more = num_layers - MOST_BUILT
     return most._replace(
         all=most.all + more * (most.all - fewer.all),
+        frozen=most.frozen + more * (most.frozen - fewer.frozen),
         matrices=most.matrices + more * (most.matrices - fewer.matrices),
     )
 

@@ -78,13 +78,14 @@ class Muon:
     def step(self, step: int, lr: float, grad_scale: Any) -> None:
         """Update this rank's share from the reduced gradient times `grad_scale`."""
         self.rest.step(step, lr, grad_scale)
-        for parameter, (values, grads, (buf,), decay, rounded) in self._matrices:
+        for parameter, (values, grads, (buf,), decay, rounded, rate) in self._matrices:
             grad = scaled(grads, grad_scale)
             write(buf, buf + (1 - self.momentum) * (grad - buf), grad_scale)
             update = grad + self.momentum * (buf - grad)
             update = self._orthogonalised(parameter, update)
             shrunk = shrinking(values, update) if self.cautious else values
-            write(values, values - lr * decay * shrunk - lr * update, grad_scale)
+            own = lr * rate
+            write(values, values - own * decay * shrunk - own * update, grad_scale)
             round_into(rounded, values)
 
     def state(self) -> Mapping[str, Sequence[FlatState]]:
@@ -169,4 +170,4 @@ def _part(buffers: FlatBuffers, state: FlatState, span: Span[Parameter], decay: 
     part = slice(span.start, span.stop)
     values, rounded = updated_parts(buffers, part)
     grads = buffers.at(buffers.grads, "grads", part)
-    return Part(values, grads, (state.part(part),), decay, rounded)
+    return Part(values, grads, (state.part(part),), decay, rounded, span.parameter.rate)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minillm import kernels
 from minillm.base.arrays import Array, namespace
 from minillm.layout.flat import Run
+from minillm.layout.sharding import overlap
 from minillm.params.parameter import Parameter
 from minillm.params.storage import FlatBuffers, FlatState
 
@@ -24,6 +26,7 @@ class Part(NamedTuple):
     states: tuple[Array, ...]  # one for each state of the optimizer
     weight_decay: float
     rounded: Array | None  # takes the values in the model's narrow dtype
+    rate: float = 1.0  # factor of the learning rate
 
 
 class AdamW:
@@ -68,7 +71,7 @@ class AdamW:
                 part.values,
                 part.grads,
                 *part.states,
-                lr=lr,
+                lr=lr * part.rate,
                 beta1=self.beta1,
                 beta2=self.beta2,
                 eps=self.eps,
@@ -78,7 +81,8 @@ class AdamW:
                 param_out=part.rounded,
             )
             if cautious:
-                decayed = part.values - lr * part.weight_decay * shrinking(old, old - part.values)
+                decay = lr * part.rate * part.weight_decay
+                decayed = part.values - decay * shrinking(old, old - part.values)
                 write(part.values, decayed, grad_scale)
                 round_into(part.rounded, part.values)
 
@@ -114,7 +118,7 @@ class SGD:
             for buf in part.states:
                 write(buf, self.momentum * buf + scaled(grads, scale), grad_scale)
                 grads, scale = buf, poisoned(scale)
-            kernels.sgd_(part.values, grads, lr=lr, grad_scale=scale)
+            kernels.sgd_(part.values, grads, lr=lr * part.rate, grad_scale=scale)
             round_into(part.rounded, part.values)
 
     def state(self) -> Mapping[str, Sequence[FlatState]]:
@@ -129,14 +133,30 @@ def parts(
     weight_decay: float,
     of: Accepts | None,
 ) -> Iterator[Part]:
-    """Yield the parts of this rank's share whose runs `of` accepts."""
+    """Yield the parts of this rank's share whose runs `of` accepts, each of one learning rate."""
     for number, held in enumerate(buffers):
-        for run, part in held.shared_runs():
-            if of is None or of(run):
+        for run, shared in held.shared_runs():
+            for rate, part in rated(run, shared) if of is None or of(run) else ():
                 values, rounded = updated_parts(held, part)
                 grads = held.at(held.grads, "grads", part)
                 found = tuple(state[number].part(part) for state in states)
-                yield Part(values, grads, found, weight_decay if run.decay else 0.0, rounded)
+                yield Part(values, grads, found, weight_decay if run.decay else 0.0, rounded, rate)
+
+
+def rated(run: Run[Parameter], part: slice) -> Iterator[tuple[float, slice]]:
+    """Yield the stretches of `part` of a run whose parameters have one learning rate.
+
+    Each entry is (factor of the rate, stretch). Gaps go with the parameter before them.
+    """
+    starts = [
+        (rate, next(spans).start)
+        for rate, spans in itertools.groupby(run.spans, lambda span: span.parameter.rate)
+    ]
+    stops = [start for _, start in starts[1:]] + [run.stop]
+    for (rate, start), stop in zip(starts, stops, strict=True):
+        common = overlap(slice(start, stop), part)
+        if common.start < common.stop:
+            yield rate, common
 
 
 def chunks(part: Part) -> Iterator[Part]:
@@ -145,7 +165,9 @@ def chunks(part: Part) -> Iterator[Part]:
         at = slice(start, start + CHUNK)
         rounded = None if part.rounded is None else part.rounded[at]
         states = tuple(state[at] for state in part.states)
-        yield Part(part.values[at], part.grads[at], states, part.weight_decay, rounded)
+        yield part._replace(
+            values=part.values[at], grads=part.grads[at], states=states, rounded=rounded
+        )
 
 
 def updated_parts(buffers: FlatBuffers, part: slice) -> tuple[Array, Array | None]:

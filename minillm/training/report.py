@@ -20,6 +20,7 @@ from minillm.layout.options import comma_list
 from minillm.layout.partition import balance
 from minillm.models.protocol import num_parameters
 from minillm.tasks.protocol import Dataset
+from minillm.training.adaptation import num_trained
 from minillm.training.assembly import Assembly
 from minillm.training.memory import predicted
 from minillm.training.numeric_key import kernel_choices
@@ -43,7 +44,7 @@ def plan(
     README.md explains every word.
     """
     model, options, mesh = config.model, config.options, config.mesh
-    own = sum(buffers.layout.size for buffers in assembly.buffers)
+    own = sum(held.layout.size for buffers in assembly.buffers for held in buffers.all)
     memory, pp_rank = assembly.replication.memory, assembly.mesh.coord("pp")
     shared_by = memory.alias[1]
     need = predicted(config, assembly.layout, pp_rank, shared_by=shared_by, program=program)
@@ -60,10 +61,13 @@ def plan(
         in_parts += ", then as many as its speed allows"
     bound = "at most " if unequal else ""
     replica = "the rank" if mesh.num_ranks == 1 else "each replica"
+    number = num_parameters(config.family.architecture, model)
+    trained = num_trained(options.adaptation, config.family, model)
+    share += f", of which {compact(trained)} train" if trained != number else ""
     lines = {
         "data": data.describe(),
         "model": f"{options.preset}: {model.describe()}, {options.compute.dtype}; "
-        f"{compact(num_parameters(config.family.architecture, model))} parameters{share}",
+        f"{compact(number)} parameters{share}",
         "layout": _layout(config, threads, memory.description),
         "batch": f"{bound}{config.tokens_per_step} tokens a step: {options.optimization.batch} "
         f"sequences of {bound}{model.context}; {replica} takes {per_rank}{in_parts}; "

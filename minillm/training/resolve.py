@@ -18,6 +18,7 @@ from minillm.models.family import Family, Shape
 from minillm.models.protocol import Workload
 from minillm.replication import methods
 from minillm.replication.options import ReplicationOptions
+from minillm.training import adaptation
 from minillm.training.config import RunConfig
 from minillm.training.optimizers import OPTIMIZERS
 
@@ -154,6 +155,7 @@ def resolve(
     mesh = _mesh(config, model, num_workers)
     _check_tensor_parallel(config, model)
     methods.check(config.replication, mesh, optimization.steps)
+    adaptation.check(config.adaptation, config.family, model)
     stage_layers = layout.resolve_stage_layers(model.layers, model.layer_costs)
     number = max(
         1 if mesh.pp == 1 else 2 * mesh.pp,

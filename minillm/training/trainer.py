@@ -358,7 +358,8 @@ class Trainer:
         digest = hashlib.blake2b(digest_size=16)
         with self.replication.agreed():
             for buffers in self.model.buffers:
-                digest.update(to_host(buffers.values).view(np.uint8).data)
+                for held in buffers.all:
+                    digest.update(to_host(held.values).view(np.uint8).data)
         hashes = self.replication.copies.gather_json(digest.hexdigest())
         odd = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
         if odd:

@@ -94,7 +94,7 @@ def one_matrix(dims: Any) -> Any:
 
 def after_momentum(self: muon.Muon, step: int, lr: float, scale: Any) -> None:
     """Orthogonalise the gradient, then average, where the rule does it the other way round."""
-    for parameter, (values, grads, (buf,), decay, _) in self._matrices:
+    for parameter, (values, grads, (buf,), decay, *_) in self._matrices:
         update = self._orthogonalised(parameter, grads * scale)
         buf += 0.05 * (update - buf)
         values -= lr * decay * values + lr * (0.05 * update + 0.95 * buf)
