@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
         bias="none",
         tied=True,
         norm_place="output",
+        qk_norm="width",
     ),
     "qwen": dict(
         kv_heads=4,

@@ -61,7 +61,15 @@ MODELS = {
         embedding_scale=8.0,
         logit_cap=3.0,
     ),
-    "olmo": dict(norm="rmsnorm", norm_place="output", mlp="relu2", position="rotary", bias="none"),
+    "olmo": dict(
+        norm="rmsnorm",
+        norm_place="output",
+        mlp="relu2",
+        position="rotary",
+        bias="none",
+        kv_heads=2,
+        qk_norm="width",
+    ),
     "post-norm": dict(norm_place="post", mlp="silu", window=5),
 }
 

@@ -67,6 +67,11 @@ class TorchGPT:
         q, k, v = self._linear(prefix + "qkv", x).split(
             [c.heads * K, c.kv_heads * K, c.kv_heads * K], -1
         )
+        if c.qk_norm == "width":
+            q, k = (
+                F.rms_norm(t, t.shape[-1:], self.p[f"{prefix}qk_norm.{name}"], c.norm_eps)
+                for t, name in ((q, "queries"), (k, "keys"))
+            )
         q, k, v = (t.view(B, T, -1, K).transpose(1, 2) for t in (q, k, v))
         if c.qk_norm == "head":
             q, k = (

@@ -31,7 +31,7 @@ from minillm.nn.attention import Attention
 from minillm.nn.block import Block, Stream
 from minillm.nn.dropout import Dropout
 from minillm.nn.mlp import MLP
-from minillm.nn.norm import HeadNorm, LayerNorm, RMSNorm, norm
+from minillm.nn.norm import HeadNorm, LayerNorm, RMSNorm, WidthNorm, norm
 from minillm.nn.position import sinusoidal_table
 from minillm.nn.vocabulary import (
     VocabParallelEmbedding,
@@ -103,7 +103,7 @@ class GPT(Module):
             head_width=c.head_width,
             bias=bias or c.bias == "qkv",
             out_bias=bias,
-            qk_norm=HeadNorm(c.head_width, eps=c.norm_eps) if c.qk_norm == "head" else None,
+            qk_norm=self._qk_norm(),
             rotary=c.rotary_of(layer),
             window=c.window_of(layer),
             std=self.std,
@@ -135,6 +135,14 @@ class GPT(Module):
         return norm(
             c.norm, c.dim, self.region, bias=c.bias == "all", recompute=recompute, eps=c.norm_eps
         )
+
+    def _qk_norm(self) -> HeadNorm | WidthNorm | None:
+        c = self.config
+        if c.qk_norm == "head":
+            return HeadNorm(c.head_width, eps=c.norm_eps)
+        if c.qk_norm == "width":
+            return WidthNorm(c.heads, c.kv_heads, c.head_width, self.region, eps=c.norm_eps)
+        return None
 
     def _head(self, tie: str | None) -> Parameter:
         if self.config.tied and self.embedding is not None:
@@ -237,7 +245,7 @@ class GPTArchitecture(StagedArchitecture):
         selective = work.recompute == "selective"
         hidden = config.ffn_dim * (config.hidden_layers + 1 - selective)
         inside = config.qkv_dim + config.attention_dim + hidden
-        if config.qk_norm == "head":
+        if config.qk_norm != "none":
             inside += (config.heads + config.kv_heads) * config.head_width
         inputs = (4 if config.norm_place == "both" else 2) * config.dim  # of norms
         again = selective and outside == 1 and config.norm_place != "output"

@@ -68,8 +68,9 @@ class ModelShape(Record):
     bias: Literal["none", "all", "qkv"] = option("all", switch=("none", "all"))
     """Biases: none, all (linear layers and layernorm, as in GPT-2), or on queries, keys and values
     alone (qkv, as in Qwen2)."""
-    qk_norm: Literal["none", "head"] = "none"
-    """RMS norm of the queries and keys of each head before they are rotated (head, as in Qwen3)."""
+    qk_norm: Literal["none", "head", "width"] = "none"
+    """RMS norm of queries and keys before they are rotated: of each head (head, as in Qwen3), or
+    over all heads (width, as in OLMo 2)."""
     window: int = option(0, at_least=0)
     """Positions that a query sees, itself included (sliding window attention); 0: all before it."""
     full_every: int = option(0, at_least=0)

@@ -10,7 +10,7 @@ from minillm.base.arrays import placed, sum_dtype
 from minillm.layout.sharding import Segment
 from minillm.nn.dropout import Dropout
 from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
-from minillm.nn.norm import HeadNorm
+from minillm.nn.norm import HeadNorm, WidthNorm
 from minillm.nn.position import Rotary
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
@@ -100,7 +100,7 @@ class Attention(_Attending):
         causal: bool = True,
         head_width: int | None = None,
         out_bias: bool | None = None,
-        qk_norm: HeadNorm | None = None,
+        qk_norm: HeadNorm | WidthNorm | None = None,
         rotary: Rotary | None = None,
         window: int = 0,
         core: AttentionCore = full_attention,

@@ -6,7 +6,7 @@ from typing import Any
 
 from minillm import ops
 from minillm.autograd.tape import Tensor
-from minillm.layout.sharding import ShardSpec
+from minillm.layout.sharding import Segment, ShardSpec
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
 from minillm.params.parameter import Constant, Parameter
@@ -91,6 +91,34 @@ class HeadNorm(Module):
         return ops.head_norm(
             qkv, self.queries, self.keys, heads=heads, kv_heads=kv_heads, eps=self.eps
         )
+
+
+class WidthNorm(Module):
+    """RMS norm of the queries and of the keys over all heads, in place in a fused projection.
+
+    Weights are [H K] and [Hkv K], cut over tp as the heads are. Mean squares are those of all
+    heads (OLMo 2, arXiv:2501.00656, 2.2).
+    """
+
+    def __init__(
+        self, heads: int, kv_heads: int, width: int, region: Region, *, eps: float = NORM_EPS
+    ) -> None:
+        self.eps, self.region = eps, region
+        self.queries, self.keys = (
+            Parameter(
+                ShardSpec((number * width,), ((Segment(number * width, ("tp",), width),),)),
+                Constant(1.0),
+                decay=False,
+            )
+            for number in (heads, kv_heads)
+        )
+
+    def forward(self, qkv: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """Normalise the queries and keys of qkv [B, T, (H + 2 Hkv) K], which is overwritten."""
+        sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "eps": self.eps}
+        if self.region.comm.size == 1:
+            return ops.head_norm(qkv, self.queries, self.keys, **sizes)
+        return ops.cut_head_norm(qkv, self.queries, self.keys, comm=self.region.comm, **sizes)
 
 
 def norm(

@@ -7,6 +7,7 @@ from minillm.ops.embedding import add_constant, add_position, embedding
 from minillm.ops.linear import add_bias, linear
 from minillm.ops.loss import binary_cross_entropy, cross_entropy, mse_loss
 from minillm.ops.norm import (
+    cut_head_norm,
     head_norm,
     layer_norm,
     residual_layer_norm,
@@ -28,6 +29,7 @@ __all__ = [
     "binary_cross_entropy",
     "cross_attention",
     "cross_entropy",
+    "cut_head_norm",
     "dropout",
     "embedding",
     "geglu",

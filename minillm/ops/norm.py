@@ -6,7 +6,8 @@ from typing import Any
 
 from minillm import kernels
 from minillm.autograd.tape import Context, Function, Tensor, fresh_of, recomputable, value_of
-from minillm.base.arrays import Array, namespace, writeable
+from minillm.base.arrays import Array, namespace, sum_dtype, writeable
+from minillm.comm.communicator import Communicator
 from minillm.ops.attention import split_heads
 
 
@@ -77,10 +78,11 @@ def head_norm(
     kv_heads: int,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Apply RMS norm to each head's queries and keys of qkv [B, T, (H + 2 Hkv) K].
+    """Apply RMS norm to the queries and keys of qkv [B, T, (H + 2 Hkv) K].
 
-    q_weight, k_weight: [K]. Overwrites `qkv`, which must be the fresh result of an operation that
-    does not keep it.
+    The weights say over which channels: [K] over those of each head, [H K] and [Hkv K] over those
+    of all heads. Overwrites `qkv`, which must be the fresh result of an operation that does not
+    keep it.
     """
     return _HeadNorm.apply(qkv, q_weight, k_weight, heads=heads, kv_heads=kv_heads, eps=eps)
 
@@ -100,8 +102,10 @@ class _HeadNorm(Function):
         kept = []
         q, k, _ = split_heads(qkv, heads, kv_heads)
         for part, weight in ((q, q_weight), (k, k_weight)):
-            x = part.copy()  # the kernel takes dense rows, and backward reads them
-            part[...], rstd = kernels.rmsnorm_forward(x, weight, eps)
+            # The kernel takes dense rows, and backward reads them.
+            x = part.copy().reshape(*part.shape[:2], -1, len(weight))
+            y, rstd = kernels.rmsnorm_forward(x, weight, eps)
+            part[...] = y.reshape(part.shape)
             kept += [x, rstd]
         ctx.save(heads, kv_heads, *kept, ctx.input(1), ctx.input(2))
         return qkv
@@ -112,12 +116,90 @@ class _HeadNorm(Function):
         grad = grad_outs[0] if ctx.owns(0) and writeable(grad_outs[0]) else grad_outs[0].copy()
         parts, grads = split_heads(grad, heads, kv_heads), [grad]
         for i, (x, rstd) in enumerate(((q, q_rstd), (k, k_rstd))):
-            gy = parts[i].copy()
-            parts[i][...], grad_weight = kernels.rmsnorm_backward(
+            gy = parts[i].copy().reshape(x.shape)
+            grad_x, grad_weight = kernels.rmsnorm_backward(
                 gy, x, weights[i], rstd, True, needs[i + 1], gy, None, fresh_of(into[i + 1])
             )
+            parts[i][...] = grad_x.reshape(parts[i].shape)
             grads.append(grad_weight)
         return tuple(grads)
+
+
+def cut_head_norm(
+    qkv: Tensor,
+    q_weight: Any,
+    k_weight: Any,
+    *,
+    heads: int,
+    kv_heads: int,
+    comm: Communicator,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Apply RMS norm over all heads to queries and keys whose heads are cut over `comm`.
+
+    qkv: [B, T, (H + 2 Hkv) K] of this rank's heads. q_weight: [H K], k_weight: [Hkv K], of the same
+    heads. Mean squares are those of all ranks, so each pass all-reduces two numbers a token.
+    Overwrites `qkv`, as `head_norm` does. Collective, and so is its backward pass.
+    """
+    return _CutHeadNorm.apply(
+        qkv, q_weight, k_weight, heads=heads, kv_heads=kv_heads, comm=comm, eps=eps
+    )
+
+
+class _CutHeadNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Context,
+        qkv: Array,
+        q_weight: Array,
+        k_weight: Array,
+        *,
+        heads: int,
+        kv_heads: int,
+        comm: Communicator,
+        eps: float,
+    ) -> Array:
+        parts = split_heads(qkv, heads, kv_heads)[:2]
+        rows = [_wide(part).reshape(-1, *part.shape[2:]).copy() for part in parts]
+        rstd = (_means(rows, rows, comm) + eps) ** -0.5  # [2, B T]
+        for part, x, weight, r in zip(parts, rows, (q_weight, k_weight), rstd, strict=True):
+            y = x * r[:, None, None] * _wide(weight).reshape(x.shape[1:])
+            part[...] = _as(y.reshape(part.shape), part.dtype)
+        ctx.save(heads, kv_heads, comm, rows, rstd, ctx.input(1), ctx.input(2))
+        return qkv
+
+    @staticmethod
+    def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, ...]:
+        heads, kv_heads, comm, rows, rstd, *weights = ctx.saved
+        grad = grad_outs[0] if ctx.owns(0) and writeable(grad_outs[0]) else grad_outs[0].copy()
+        parts = split_heads(grad, heads, kv_heads)[:2]
+        z = [x * r[:, None, None] for x, r in zip(rows, rstd, strict=True)]
+        gy = [_wide(part).reshape(x.shape) for part, x in zip(parts, rows, strict=True)]
+        grads = [(g * n).sum(0).reshape(-1) for g, n in zip(gy, z, strict=True)]
+        # Of z the Jacobian by x is (I - z z^T / D) rstd, with D the channels of all ranks.
+        gz = [g * _wide(w).reshape(g.shape[1:]) for g, w in zip(gy, weights, strict=True)]
+        means = _means(gz, z, comm)
+        for part, g, n, mean, r in zip(parts, gz, z, means, rstd, strict=True):
+            x = (g - n * mean[:, None, None]) * r[:, None, None]
+            part[...] = _as(x.reshape(part.shape), part.dtype)
+        return grad, *(g if need else None for g, need in zip(grads, needs[1:], strict=True))
+
+
+def _means(a: list[Array], b: list[Array], comm: Communicator) -> Array:
+    """Return the mean of each row's products over the channels of all ranks: [len(a), rows]."""
+    xp = namespace(a[0])
+    found = xp.stack([(x * y).mean((1, 2)) for x, y in zip(a, b, strict=True)])
+    comm.all_reduce_(found)
+    return found / comm.size
+
+
+def _wide(x: Array) -> Array:
+    """Return `x` in the dtype of its sums."""
+    return _as(x, sum_dtype(x.dtype))
+
+
+def _as(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == dtype else kernels.cast(x, dtype)
 
 
 class _LayerNorm(Function):

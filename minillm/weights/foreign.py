@@ -16,7 +16,7 @@ from minillm.weights.bert import BERT, DISTILBERT, ROBERTA
 from minillm.weights.counterpart import Counterpart
 from minillm.weights.gguf import GGUF
 from minillm.weights.gpt2 import GPT2
-from minillm.weights.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from minillm.weights.llama import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
 from minillm.weights.mapping import (
     Link,
     WeightSource,
@@ -28,7 +28,7 @@ from minillm.weights.mapping import (
 from minillm.weights.marian import MARIAN
 from minillm.weights.tokenizer_json import tokenizer_size
 
-COUNTERPARTS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, *BERT, *ROBERTA, *DISTILBERT, MARIAN)
+COUNTERPARTS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, *BERT, *ROBERTA, *DISTILBERT, MARIAN)
 
 
 def is_foreign(path: Path) -> bool:

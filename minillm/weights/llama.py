@@ -27,11 +27,19 @@ head                           lm_head.weight                           output.w
 
 # Heads of Qwen's files have our order of rows.
 PLAIN_TABLE = TABLE.replace("^R", "")
+OLMO2_TABLE = f"""{PLAIN_TABLE}\
+blocks.*.out_norm1.weight      model.layers.*.post_attention_layernorm.weight   -
+blocks.*.out_norm2.weight      model.layers.*.post_feedforward_layernorm.weight -
+blocks.*.out_norm1.weight      - blk.*.post_attention_norm.weight
+blocks.*.out_norm2.weight      - blk.*.post_ffw_norm.weight
+"""
 
 SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
 
-def _keys(kv_heads: object = REQUIRED, head_dim: object = None) -> tuple[Key, ...]:
+def _keys(
+    kv_heads: object = REQUIRED, head_dim: object = None, eps: float = 1e-6
+) -> tuple[Key, ...]:
     """Return the keys that the families share, with the defaults in which they differ."""
     return (
         Key("vocab_size", "vocab"),
@@ -43,7 +51,7 @@ def _keys(kv_heads: object = REQUIRED, head_dim: object = None) -> tuple[Key, ..
         Key("head_dim", "head_width", head_dim),
         Key("intermediate_size", "ffn_dim"),
         Key("hidden_act", "mlp", "silu", {"silu": "swiglu"}),
-        Key("rms_norm_eps", "norm_eps", 1e-6),
+        Key("rms_norm_eps", "norm_eps", eps),
         Key("rope_theta", "rope_base", 10000.0),
         Key("rope_type", "rope_scaling", "default", SCALINGS),
         Key("rope_factor", "rope_factor", 1.0),
@@ -113,5 +121,16 @@ QWEN3 = Counterpart(
     harmless=frozenset({"sliding_window"}),
     ignored=IGNORED,
     gguf="qwen3",
+    gguf_keys=GGUF_KEYS,
+)
+OLMO2 = Counterpart(
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    table=OLMO2_TABLE,
+    keys=_keys(kv_heads=None, eps=1e-5),
+    implied=IMPLIED | {"qk_norm": "width", "norm_place": "output"},
+    fixed={"attention_bias": (False,)},
+    ignored=IGNORED,
+    gguf="olmo2",
     gguf_keys=GGUF_KEYS,
 )

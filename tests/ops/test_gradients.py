@@ -98,6 +98,16 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
         lambda x, q, k: ops.head_norm(_fresh(x), q, k, heads=2, kv_heads=1),
         (_n(1, 1, 24), _n(6), _n(6)),
     ),
+    "head norm over all heads, cut_head_norm on one rank": (
+        lambda x, q, k: ops.cut_head_norm(
+            _fresh(x), q, k, heads=2, kv_heads=1, comm=SelfCommunicator()
+        ),
+        (_n(2, 5, 24), _n(12), _n(6)),
+    ),
+    "head norm of whole widths": (
+        lambda x, q, k: ops.head_norm(_fresh(x), q, k, heads=2, kv_heads=1),
+        (_n(2, 5, 24), _n(12), _n(6)),
+    ),
     "softmax": (ops.softmax, (_n(3, 4, 5),)),
     "add": (ops.add, (_n(2, 3), _n(2, 3))),
     "add to itself": (lambda x: ops.add(x, x), (_n(2, 3),)),
@@ -218,7 +228,14 @@ def test_every_operation_is_checked() -> None:
 
 
 def test_operations_that_overwrite_their_input_say_so() -> None:
-    for function in (ops.add_bias, ops.add_position, ops.head_norm, ops.rotary, ops.scale):
+    for function in (
+        ops.add_bias,
+        ops.add_position,
+        ops.cut_head_norm,
+        ops.head_norm,
+        ops.rotary,
+        ops.scale,
+    ):
         assert "Overwrites" in (function.__doc__ or "")
 
 

@@ -63,6 +63,7 @@ def measured(config: ResolvedConfig) -> tuple[int, int]:
         dict(recompute="none", **LLAMA),
         dict(recompute="selective", kv_heads=2, **LLAMA),
         dict(recompute="none", qk_norm="head", head_width=48, kv_heads=2, **LLAMA),
+        dict(recompute="none", qk_norm="width", kv_heads=2, **LLAMA),
         *(
             dict(recompute=how, norm_place=place, window=16, full_every=2, logit_cap=9.0, **LLAMA)
             for how, place in (("none", "both"), ("selective", "both"), ("selective", "output"))

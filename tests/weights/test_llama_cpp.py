@@ -46,7 +46,7 @@ def llama_cpp(path: Path, ids: list[int], most: int) -> dict[int, float]:
 # llama.cpp reads GELU from a table in float16.
 @pytest.mark.parametrize(
     ("case", "tolerance"),
-    [("llama", 5e-4), ("qwen3", 5e-4), ("gpt2", 3e-3), ("llama-linear", 5e-4)],
+    [("llama", 5e-4), ("qwen3", 5e-4), ("olmo2", 5e-4), ("gpt2", 3e-3), ("llama-linear", 5e-4)],
 )
 def test_llama_cpp_computes_the_same(case: str, tolerance: float, tmp_path: Path) -> None:
     source = folder(tmp_path / "m", case, np.float32)

@@ -65,6 +65,8 @@ CASES: dict[str, dict[str, Any]] = {
     | dict(model_type="qwen2")
     | _rope("yarn", factor=4.0, original_max_position_embeddings=8),
     "qwen3": _SHARED | dict(model_type="qwen3", head_dim=8, rms_norm_eps=1e-6) | _rope("default"),
+    # By default its token 1 is padding, whose embedding takes no gradient.
+    "olmo2": _SHARED | dict(model_type="olmo2", pad_token_id=None) | _rope("default", 500.0),
 }
 
 
