@@ -27,7 +27,7 @@ PROGRAMS = {
     "tokenizer": Program(
         "minillm.data.tokenizer_program", "learn a BPE or WordPiece vocabulary, or encode a text"
     ),
-    "evaluate": Program("minillm.evaluate", "measure the loss of a checkpoint"),
+    "evaluate": Program("minillm.evaluate", "measure a checkpoint, or score texts against others"),
     "generate": Program("minillm.generate", "write text with a checkpoint"),
     "chat": Program("minillm.inference.chat", "talk with a checkpoint"),
     "translate": Program("minillm.inference.translate", "translate lines with a checkpoint"),

@@ -292,14 +292,17 @@ class TranslationObjective:
                     f"{sha256[:12]}); put the old pairs back, or name others with --source and "
                     "--target"
                 )
-            return found
-        name, pairs = from_first(comm, lambda: _pairs(asked.source, asked.target), ConfigError)
-        tokenizer = tokenizer_from_json(vocabulary)
-        found = Translations(name, [], pairs, tokenizer, shape.context)
+        else:
+            name, pairs = from_first(comm, lambda: _pairs(asked.source, asked.target), ConfigError)
+            tokenizer = tokenizer_from_json(vocabulary)
+            found = Translations(name, [], pairs, tokenizer, shape.context)
         if not len(found.held_out):
+            number = len(found.references(None))
             raise ConfigError(
-                f"all {len(pairs)} pairs of {name} are longer than the {shape.context} tokens that "
-                "the model reads; give it shorter ones"
+                f"all {number} pairs to measure of {found.source} are longer than the "
+                f"{shape.context} tokens that the model reads; give it shorter ones"
+                if number
+                else f"{found.source} holds no pair out; name some with --source and --target"
             )
         return found
 

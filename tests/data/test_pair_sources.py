@@ -104,6 +104,13 @@ def test_pairs_are_split_and_long_ones_left_out(tmp_path: Path) -> None:
             PairsToMeasure(), TranslationOptions(**files), shape, found.vocabulary(), found.sha256,
             comm,
         )  # fmt: skip
+    only = {side: write(tmp_path / f"{side}.1", "a") for side in ("source", "target")}
+    alone = objective.load(TranslationOptions(**only), shape, None, comm)
+    with pytest.raises(ConfigError, match=r"source\.1 holds no pair out; name some"):
+        objective.held_out(
+            PairsToMeasure(), TranslationOptions(**only), shape, alone.vocabulary(), alone.sha256,
+            comm,
+        )  # fmt: skip
     with pytest.raises(ConfigError, match=r"all 38 pairs of .* are longer than --context 2"):
         objective.load(TranslationOptions(**files), Seq2SeqOptions(context=2), None, comm)
     with pytest.raises(ConfigError, match=r"--source .* has no counterpart; pass --target"):

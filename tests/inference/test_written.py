@@ -239,7 +239,7 @@ def test_long_sources_are_read_in_part_and_counted(
     write_lines(tmp_path / "a", ["a " * 20])
     write_lines(tmp_path / "b", ["a " * 20])
     assert evaluate.main([str(trained[0]), *asked]) == 1
-    assert "all 1 pairs of" in capsys.readouterr().err
+    assert "all 1 pairs to measure of" in capsys.readouterr().err
 
 
 @pytest.mark.slow
