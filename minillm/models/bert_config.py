@@ -13,6 +13,18 @@ from minillm.models.family import ShapeOptions
 from minillm.models.gpt_config import ModelConfig
 from minillm.models.sizes import check_divides, check_kernels, check_vocab
 
+FINE_TUNING: dict[str, Any] = dict(
+    context=128,
+    dropout=0.1,
+    batch=32,
+    epochs=3.0,
+    weight_decay=0.01,
+    beta2=0.999,
+    lr_schedule="linear-to-zero",
+    eval_every=200,
+    eval_tokens=1 << 30,
+)
+"""Options of a run on labelled examples, all but the rate."""
 MASKED = 0.15  # share of positions that the head sees, for rates and costs
 
 

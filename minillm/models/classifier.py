@@ -21,7 +21,7 @@ from minillm.base.errors import ConfigError
 from minillm.base.record import option
 from minillm.comm.single import SelfCommunicator
 from minillm.models.bert import Bert, BertArchitecture
-from minillm.models.bert_config import BertConfig, EncoderOptions
+from minillm.models.bert_config import FINE_TUNING, BertConfig, EncoderOptions
 from minillm.models.family import Family
 from minillm.models.protocol import Batch, StagePart, StageResult, Workload
 from minillm.nn.dropout import Dropout
@@ -166,18 +166,14 @@ class ClassifierArchitecture(BertArchitecture):
         return 0
 
 
-_COMMON: dict[str, Any] = dict(
-    context=128, dropout=0.1, batch=32, epochs=3.0, weight_decay=0.01, beta2=0.999
-)
-_COMMON |= dict(lr_schedule="linear-to-zero", eval_every=200, eval_tokens=1 << 30)
 FAMILY = Family(
     name="classifier",
     options=ClassifierOptions,
     architecture=ClassifierArchitecture(),
     objective="classification",
     presets={
-        "classifier": _COMMON | dict(lr=5e-4),  # two minutes on two cores
-        "classifier-tuned": _COMMON | dict(lr=5e-5),  # from the weights of an encoder
+        "classifier": FINE_TUNING | dict(lr=5e-4),  # two minutes on two cores
+        "classifier-tuned": FINE_TUNING | dict(lr=5e-5),  # from the weights of an encoder
     },
     writes="predictions",
     tables={"positions": "num_positions"},

@@ -15,7 +15,7 @@ from minillm.autograd.tape import Tensor
 from minillm.base.record import option
 from minillm.comm.single import SelfCommunicator
 from minillm.models.bert import Bert, BertArchitecture
-from minillm.models.bert_config import BertConfig, EncoderOptions
+from minillm.models.bert_config import FINE_TUNING, BertConfig, EncoderOptions
 from minillm.models.family import Family
 from minillm.models.protocol import Batch, StagePart, StageResult, Workload
 from minillm.nn.dropout import Dropout
@@ -107,18 +107,14 @@ class TaggerArchitecture(BertArchitecture):
         return work.tokens * (2 * config.dim + config.labels) * work.itemsize
 
 
-_COMMON: dict[str, Any] = dict(
-    context=128, dropout=0.1, batch=32, epochs=3.0, weight_decay=0.01, beta2=0.999
-)
-_COMMON |= dict(lr_schedule="linear-to-zero", eval_every=200, eval_tokens=1 << 30)
 FAMILY = Family(
     name="tagger",
     options=TaggerOptions,
     architecture=TaggerArchitecture(),
     objective="tagging",
     presets={
-        "tagger": _COMMON | dict(lr=1e-3),  # from scratch
-        "tagger-tuned": _COMMON | dict(lr=5e-5),  # from the weights of an encoder
+        "tagger": FINE_TUNING | dict(lr=1e-3),  # from scratch
+        "tagger-tuned": FINE_TUNING | dict(lr=5e-5),  # from the weights of an encoder
     },
     writes="predictions",
     tables={"positions": "num_positions"},

@@ -30,7 +30,7 @@ from minillm.tasks.classification_options import (
     check_fields,
 )
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids
-from minillm.tasks.example_order import ExampleOrder
+from minillm.tasks.example_order import ExampleOrder, labels_to_have, unchanged
 from minillm.tasks.label_predictor import LabelPredictor, TextsToLabel
 from minillm.tasks.protocol import ByRow, Measure
 from minillm.tasks.targets import TARGETS, Targets, targets_of
@@ -191,13 +191,7 @@ class ClassificationObjective:
             )
             found = targets.labels(train, parts[0][0])
             had, known["problem"] = known.get("labels"), shape.problem
-            if had is None or (shape.labels is None and not set(found) <= set(had)):
-                known["labels"] = found
-            if shape.labels not in (None, len(known["labels"])):
-                raise ConfigError(
-                    f"--labels {shape.labels}, but {parts[0][0]} has {len(found)}: "
-                    f"{', '.join(found[:8])}; leave --labels out"
-                )
+            known["labels"] = labels_to_have(found, had, shape.labels, parts[0][0])
             options.weights(known["labels"], None)
             return [parts, known]
 
@@ -216,14 +210,7 @@ class ClassificationObjective:
         """Load the texts to measure. Collective."""
         if asked.data is None:
             found = self.load(trained, shape, vocabulary, comm)
-            if found.sha256 != sha256:
-                raise ConfigError(
-                    f"{found.source} has changed since training (sha256 {found.sha256[:12]}, was "
-                    f"{sha256[:12]}); put the old texts back, or name others with --data"
-                )
-            if not len(found.held_out):
-                raise ConfigError(f"{found.source} holds no example out; name some with --data")
-            return found
+            return unchanged(found, sha256, "text")
         name, fields = asked.data, trained.fields(asked, targets_of(vocabulary).several)
         check_fields(asked, trained.pairs)
         examples = from_first(comm, lambda: read_examples(name, fields), ConfigError)
