@@ -11,10 +11,11 @@ import numpy as np
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import IntArray, to_host
 from minillm.base.device import Device
+from minillm.base.errors import ConfigError
 from minillm.base.record import Record
 from minillm.data.conll import TagFields, Untagged, read_untagged
 from minillm.data.documents import SpecialTokenizer
-from minillm.data.tags import OUTSIDE, spans_of
+from minillm.data.tags import OUTSIDE, is_tag, spans_of
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tasks.encoded_words import EncodedWords, WordEncoder
@@ -36,6 +37,13 @@ class TagPredictor:
     def __init__(
         self, tokenizer: SpecialTokenizer, labels: Sequence[str], fields: TagFields, context: int
     ) -> None:
+        """Raise ConfigError for labels that are no tags of entities."""
+        if OUTSIDE not in labels or not all(map(is_tag, labels)):
+            raise ConfigError(
+                f"these weights have the labels {', '.join(labels[:8])}, but a tagger has O and "
+                "tags of entities, such as B-person and I-person; name them in id2label of "
+                "its config.json, or train it with minillm finetune --task tag"
+            )
         self.encoder, self.labels, self.fields = WordEncoder(tokenizer, context), labels, fields
         self.width = self.encoder.most_words
 

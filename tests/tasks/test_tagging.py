@@ -13,6 +13,7 @@ from training_helpers import VOCAB, Layout, Outcome, assert_same, make_config, t
 
 from minillm.autograd.tape import no_grad
 from minillm.base.device import CPU
+from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
@@ -264,6 +265,13 @@ def test_words_of_a_byte_level_vocabulary_begin_with_a_blank() -> None:
     assert found.ids[1:-1].tolist() == tokenizer.encode(f" {text}").tolist()
     begins = [tokenizer.decode([found.ids[first]])[0] for first in found.firsts]
     assert begins == [" "] * 8 and found.words.tolist() == list(range(8))
+
+
+def test_labels_that_are_no_tags_are_refused() -> None:
+    tokenizer = SpecialTokenizer(ByteTokenizer(), False)
+    for labels in (["LABEL_0", "LABEL_1"], ["B-x", "I-x"], ["O", "NOUN"]):
+        with pytest.raises(ConfigError, match=f"the labels {labels[0]}, {labels[1]}, but"):
+            TagPredictor(tokenizer, labels, TagFields(), CONTEXT)
 
 
 def test_every_scheme_becomes_the_labels_of_the_model() -> None:
