@@ -161,8 +161,8 @@ def _column_sentences(name: str, fields: TagFields, tagged: bool) -> Iterator[Se
         start = start if tokens else line
         tokens.append(values[token_at])
         if tagged:
-            _check(name, line, values[tag_at])
-            tags.append(values[tag_at])
+            tags.append(values[tag_at].strip())
+            _check(name, line, tags[-1])
     if tokens:
         yield Sentence(tuple(tokens), tuple(tags), start)
 

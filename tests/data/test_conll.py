@@ -28,7 +28,7 @@ def test_sentences_end_at_empty_and_at_blank_lines(
 ) -> None:
     """WNUT17 separates its sentences by lines with a tab."""
     rows = ["in\tO", "New\tB-l", "Bath\tI-l", separator, "Ann\tB-p", separator, separator]
-    rows += ["#x\tO", ".\tO"]
+    rows += ["#x\tO", ".\tO "]
     for content in (end.join(rows), end.join([*rows, separator, ""])):
         (tmp_path / "a.conll").write_bytes(content.encode())
         assert read_sentences(str(tmp_path / "a.conll"), USUAL) == WANTED
