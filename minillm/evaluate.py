@@ -78,8 +78,16 @@ class ScoreArgs(ScoringOptions):
 
     hypotheses: str = option(path=True)
     """File with a text on each line, plain or .gz; a line may be empty."""
-    target: str = option(path=True)
-    """File with the reference of each line."""
+    target: tuple[str, ...] = option((), path=True)
+    """File with the reference of each line; may be given several times, for several references."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError without a reference, and without a metric."""
+        super().__post_init__()
+        if not self.target:
+            raise ConfigError("--target must be given: the file with the reference of each text")
+        if self.metric == "none":
+            raise ConfigError("--metric none scores nothing; use bleu or rouge")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +125,14 @@ def _score(comm: Communicator, args: ScoreArgs) -> dict[str, Any]:
     """Return the scores of a file of texts. Collective."""
 
     def read() -> dict[str, Any]:
-        metrics, names = args.metrics(), (args.hypotheses, args.target)
-        if not metrics:
-            raise ConfigError("--metric none scores nothing; use bleu or rouge")
-        pairs = paired(names, [read_lines(name, i == 0) for i, name in enumerate(names)])
-        rows = [statistics_of(metrics, text, [reference]) for text, reference in pairs]
+        metrics, texts = args.metrics(len(args.target)), read_lines(args.hypotheses, True)
+        sides = [read_lines(name) for name in args.target]
+        for name, side in zip(args.target, sides, strict=True):
+            paired((args.hypotheses, name), (texts, side))
+        rows = [
+            statistics_of(metrics, text, references)
+            for text, *references in zip(texts, *sides, strict=True)
+        ]
         return text_scores(metrics, np.array(rows))
 
     with known_to_all():

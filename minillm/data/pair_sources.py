@@ -108,7 +108,7 @@ def read_pairs(source: str, target: str) -> list[Pair]:
     return paired((source, target), sides)
 
 
-def paired(names: Sequence[str], sides: Sequence[list[str]]) -> list[Pair]:
+def paired(names: Sequence[str], sides: Sequence[Sequence[str]]) -> list[Pair]:
     """Return lines of two files as pairs. Raises ConfigError naming both for unequal numbers."""
     (source, target), counts = names, [len(lines) for lines in sides]
     if counts[0] != counts[1]:

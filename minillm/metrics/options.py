@@ -37,17 +37,17 @@ class ScoringOptions(Record):
                     f"{flag(name)} belongs to --metric bleu, not {self.metric}; leave one out"
                 )
 
-    def metrics(self) -> Sequence[TextMetric]:
-        """Return the metrics that are asked for."""
-        return METRICS[self.metric](self)
+    def metrics(self, references: int = 1) -> Sequence[TextMetric]:
+        """Return the metrics that are asked for, of texts with so many references each."""
+        return METRICS[self.metric](self, references)
 
 
-METRICS: Mapping[str, Callable[[Any], Sequence[TextMetric]]] = {
-    "bleu": lambda asked: (
-        BLEU(asked.bleu_tokenizer, asked.lowercase),
-        ChrF(asked.chrf_words, asked.lowercase),
+METRICS: Mapping[str, Callable[[Any, int], Sequence[TextMetric]]] = {
+    "bleu": lambda asked, references: (
+        BLEU(asked.bleu_tokenizer, asked.lowercase, references),
+        ChrF(asked.chrf_words, asked.lowercase, references),
     ),
-    "rouge": lambda asked: (ROUGE(),),
-    "none": lambda asked: (),
+    "rouge": lambda asked, references: (ROUGE(references),),
+    "none": lambda asked, references: (),
 }
 """Value of --metric -> the metrics."""

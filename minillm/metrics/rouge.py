@@ -35,10 +35,14 @@ class ROUGE:
     width = 1 + len(KINDS) * len(PARTS)  # texts, then the sums of each score
     headline = KINDS
 
+    def __init__(self, references: int = 1) -> None:
+        self.references = references
+
     @property
     def signature(self) -> Mapping[str, str]:
         """Settings in the words of this module."""
-        return {"rouge_signature": "words:ascii|case:lc|stem:no|mean:texts"}
+        settings = f"nrefs:{self.references}|words:ascii|case:lc|stem:no|mean:texts"
+        return {"rouge_signature": settings}
 
     def statistics(self, hypothesis: str, references: Sequence[str]) -> list[float]:
         """Return 1 and the scores of a text."""

@@ -288,11 +288,21 @@ def test_hypotheses_that_cannot_be_scored_are_refused(
     target = write_lines(tmp_path / "b", ["x y", "z"])
     empty = write_lines(tmp_path / "empty", ["", ""])  # a model may write nothing
     assert numbers(capsys, "--hypotheses", empty, "--target", target)["bleu"] == 0.0
+    # Papineni et al. 2002, example 2: "the" counts twice, as often as in the first reference.
+    texts = write_lines(tmp_path / "the", ["the the the the the the the"])
+    both = ["The cat is on the mat", "There is a cat on the mat"]
+    files = [write_lines(tmp_path / f"{i}.gz", [line]) for i, line in enumerate(both)]
+    asked = ["--hypotheses", texts, "--target", files[0], "--target", files[1], "--lowercase"]
+    found = numbers(capsys, *asked)
+    assert found["bleu_precision_1"] == pytest.approx(200 / 7) and found["texts"] == 1
+    assert found["bleu_signature"].startswith("nrefs:2|case:lc|")
+    assert found["bleu_brevity_penalty"] == 1.0
     short = write_lines(tmp_path / "a", ["x"])
     for words, message in (
         (["--target", target], "has 1 lines and"),
         (["--target", str(tmp_path / "none")], "No such file"),
-        ([], "--hypotheses, --target must be given"),
+        ([], "--target must be given"),
+        (["--target", short, "--target", target], "has 1 lines and"),
         (["--target", target, "--metric", "none"], "--metric none scores nothing"),
         (["--target", target, "--metric", "rouge", "--lowercase"], "belongs to --metric bleu"),
         (["--target", target, "--beam", "3"], "--beam"),
