@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from minillm.weights.counterpart import Counterpart, Key
+from minillm.weights.heads import HEADS
 
 TABLE = """
 embedding.weight               bert.embeddings.word_embeddings.weight              token_embd.weight
@@ -40,6 +42,10 @@ head.norm.weight               cls.predictions.transform.LayerNorm.weight       
 head.norm.bias                 cls.predictions.transform.LayerNorm.bias            .
 head.bias                      cls.predictions.bias                                .
 head.bias                      cls.predictions.decoder.bias^=                      -
+classifier.weight              classifier.weight                                   .
+classifier.bias                classifier.bias                                     .
+tags.weight                    classifier.weight                                   .
+tags.bias                      classifier.bias                                     .
 """  # noqa: E501
 
 
@@ -55,6 +61,12 @@ ROBERTA_TABLE = _renamed(
     ("cls.predictions.transform.dense.", "lm_head.dense."),
     ("cls.predictions.transform.LayerNorm.", "lm_head.layer_norm."),
     ("cls.predictions.", "lm_head."),
+)
+# RoBERTa's classifier has the pooler inside its head.
+ROBERTA_CLASSIFIER_TABLE = _renamed(
+    ROBERTA_TABLE,
+    (" classifier.", " classifier.out_proj."),
+    ("roberta.pooler.dense.", "classifier.dense."),
 )
 DISTILBERT_TABLE = _renamed(
     TABLE,
@@ -108,15 +120,19 @@ def _kinds(
     heads: Mapping[str, str],
     *,
     implied: Mapping[str, Any],
+    keys: tuple[Key, ...],
+    table: str,
+    tables: Mapping[str, str] = MappingProxyType({}),
     pooler: bool = True,
     **more: Any,
 ) -> tuple[Counterpart, ...]:
-    """Return the models of a `model_type`: with the heads of each objective, and bare.
+    """Return the models of a `model_type`: with the heads of each objective or task, and bare.
 
     `heads` are the architectures by our objective, `encoder` is the bare one. Those without a loss
-    of pairs may have a `pooler`.
+    of pairs may have a `pooler`, and without one there is no classifier. `tables` are those of
+    families whose head has other names than in `table`.
     """
-    return tuple(
+    trained = tuple(
         Counterpart(
             model_type=model_type,
             architecture=architecture,
@@ -125,11 +141,29 @@ def _kinds(
             bare=objective == "none",
             spelled=SPELLED,
             ignored=IGNORED,
+            keys=keys,
+            table=table,
             **more,
         )
         for objective, architecture in (*heads.items(), ("none", encoder))
         for pooled in ((False, True) if pooler and objective != "mlm+nsp" else (False,))
     )
+    tuned = tuple(
+        Counterpart(
+            model_type=model_type,
+            architecture=encoder.removesuffix("Model") + head.ending,
+            model=head.model,
+            implied=implied,
+            spelled=SPELLED,
+            ignored=IGNORED,
+            keys=(*keys, *head.keys),
+            table=tables.get(head.model, table),
+            **more,
+        )
+        for head in HEADS
+        if pooler or head.model != "classifier"
+    )
+    return trained + tuned
 
 
 BERT = _kinds(
@@ -156,6 +190,7 @@ def _roberta(model_type: str, name: str) -> tuple[Counterpart, ...]:
         f"{name}Model",
         {"mlm": f"{name}ForMaskedLM"},
         table=ROBERTA_TABLE,
+        tables={"classifier": ROBERTA_CLASSIFIER_TABLE},
         keys=(length, *(key for key in KEYS if key.theirs != length.theirs)),
         fixed=FIXED | {"pad_token_id": (1,)},
         implied={"position_offset": 2},

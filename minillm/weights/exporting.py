@@ -23,11 +23,13 @@ from minillm.comm.agreement import from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 from minillm.inference.loading import named_run
+from minillm.models.bert_config import EncoderOptions
 from minillm.models.family import Shape
 from minillm.training.config import RunConfig
 from minillm.weights import gguf, hf, turns
 from minillm.weights.counterpart import Counterpart, choose
 from minillm.weights.foreign import COUNTERPARTS
+from minillm.weights.heads import labels_config
 from minillm.weights.mapping import Link
 from minillm.weights.origin import looking_again, record_of, source_of, verify
 from minillm.weights.tokenizer_json import ENDS, definition_of, special_ids, tokenizer_size
@@ -143,7 +145,8 @@ def _write(
         names = gguf.GGUF(target).names()
     else:
         ends, chat = turns.to_folder(record.tokenizer)
-        hf.write(target, source, config | special | ends, found, args.dtype)
+        labels = labels_config(counterpart, record.tokenizer)
+        hf.write(target, source, config | special | ends | labels, found, args.dtype)
         _write_tokenizer(target, definition, model.context, chat)
         hf.write_pooling(target, record.tokenizer)
         if record.tokenizer.get("kind") == "pieces":
@@ -169,7 +172,7 @@ def _special(
         size = tokenizer.get("vocab_size") if definition is None else tokenizer_size(definition)
         start, end = tokenizer.get("marks") or (size, size)
         return {PAD: start, **dict(zip(counterpart.marks, (start, end), strict=True))}
-    if definition is None or counterpart.model != "bert":
+    if definition is None or not issubclass(counterpart.family.options, EncoderOptions):
         return found
     pad, legal = special_ids(definition).get("pad", ("", 0))[1], counterpart.fixed.get(PAD)
     if legal is not None and pad not in legal:

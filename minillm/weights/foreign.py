@@ -16,6 +16,7 @@ from minillm.weights.bert import BERT, DISTILBERT, ROBERTA
 from minillm.weights.counterpart import Counterpart
 from minillm.weights.gguf import GGUF
 from minillm.weights.gpt2 import GPT2
+from minillm.weights.heads import vocabulary_of
 from minillm.weights.llama import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
 from minillm.weights.mapping import (
     Link,
@@ -87,6 +88,7 @@ class Foreign:
         self._check_copies()
         self.dtype = "float64" if self._all("F64") else "float32"
         self.tokenizer = self._tokenizer(vocab) | self._marks(vocab)
+        self.tokenizer |= vocabulary_of(self.counterpart, self.tensors.described(self.counterpart))
         if pooling := self.tensors.pooling():
             self.tokenizer["pooling"] = pooling
         self.record = RunRecord(
@@ -107,16 +109,24 @@ class Foreign:
         return {self.tensors.dtype(link.theirs) for link in self.links} == {dtype}
 
     def _fit(self) -> _Fit:
-        """Return the model that fits the files best. Raises CheckpointError if none can be."""
-        fits, errors = list[_Fit](), list[MinillmError]()
+        """Return the model that fits the files best.
+
+        Raises CheckpointError if none can be, and for the one that the files name if none fits.
+        """
+        fits, errors = list[_Fit](), dict[str, MinillmError]()
         try:
             for counterpart in self.tensors.candidates(COUNTERPARTS):
                 try:
                     fits.append(_Fit.of(self.tensors, counterpart))
                 except MinillmError as error:  # another one of its architecture may fit
-                    errors.append(error)
+                    errors.setdefault(counterpart.architecture, error)
             if not fits:
-                raise errors[0]
+                raise next(iter(errors.values()))
+            named = isinstance(self.tensors, hf.Folder) and self.tensors.config.get("architectures")
+            if isinstance(named, list) and all(fit.problems for fit in fits):
+                for name in named:
+                    if name in errors:
+                        raise errors[name]
         except MinillmError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
         return min(fits, key=lambda fit: len(fit.problems))

@@ -201,6 +201,9 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = flat.get("layer_types")
     if isinstance(layers, list) and set(map(str, layers)) == {"full_attention"}:
         del flat["layer_types"]
+    labels = flat.get("id2label")
+    if isinstance(labels, Mapping) and len(labels) == 1 and flat.get("problem_type") is None:
+        flat["problem_type"] = "regression"  # as the library has it for one label
     return flat
 
 
