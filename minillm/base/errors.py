@@ -21,6 +21,10 @@ class PeerFailed(CommError):
     """Operation that cannot complete because another rank has stopped."""
 
 
+class RanksLost(CommError):
+    """Loss of ranks that every living rank knows of, by `Communicator.unanimous`."""
+
+
 class CommTimeout(CommError):
     """Operation that exceeded the communication time-out."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minillm.checkpoint.find import with_older
-from minillm.checkpoint.manifest import Damaged, Piece, TensorEntry, read_manifest
+from minillm.checkpoint.manifest import Bounds, Damaged, Piece, TensorEntry, read_manifest
 from minillm.checkpoint.state import StateSource
 from minillm.layout.sharding import Slices, overlap, slice_shape
 
@@ -51,10 +51,9 @@ class CheckpointSource:
         out = np.empty(slice_shape(global_slices), np.dtype(entry.dtype))
         filled = 0
         for piece in entry.pieces:
-            pairs = zip(global_slices, piece.bounds, strict=True)
-            common = tuple(overlap(part, slice(*bounds)) for part, bounds in pairs)
-            if all(part.start < part.stop for part in common):
-                target = _relative(common, [part.start for part in global_slices])
+            common = overlap_of(global_slices, piece.bounds)
+            if common is not None:
+                target = relative(common, [part.start for part in global_slices])
                 out[target] = self._read_piece(piece, common, out.dtype)
                 filled += math.prod(slice_shape(common))
         if filled != out.size:
@@ -76,7 +75,7 @@ class CheckpointSource:
                 shape = tuple(view.get_shape())
                 if shape != tuple(hi - lo for lo, hi in bounds):
                     raise ValueError(f"{key} has shape {shape}, unlike in the manifest")
-                block = view[_relative(common, [first for first, _ in bounds])]
+                block = view[relative(common, [first for first, _ in bounds])]
         except (SafetensorError, OSError, ValueError) as error:
             raise self._damaged(f"{file} cannot be read: {error}") from None
         if block.dtype != dtype:
@@ -131,7 +130,17 @@ class FirstRows:
         return self.source.read(name, global_slices)
 
 
-def _relative(slices: Slices, starts: Iterable[int]) -> Slices:
+def overlap_of(global_slices: Slices, bounds: Bounds) -> Slices | None:
+    """Return the part of a block that lies within `bounds`, in global indices; None if none does.
+
+    Without dims, a scalar, it is the whole.
+    """
+    pairs = zip(global_slices, bounds, strict=True)
+    common = tuple(overlap(part, slice(*each)) for part, each in pairs)
+    return common if all(part.start < part.stop for part in common) else None
+
+
+def relative(slices: Slices, starts: Iterable[int]) -> Slices:
     """Return `slices` with their indices counted from `starts`."""
     pairs = zip(slices, starts, strict=True)
     return tuple(slice(part.start - start, part.stop - start) for part, start in pairs)

@@ -22,7 +22,7 @@ from minillm.base.errors import CommError
 from minillm.comm import checks
 from minillm.comm.buffers import MAX, SUM, ReduceOp, contiguous, counts_along, cut, join, rank_major
 from minillm.comm.ledger import Ledger, Operation, ledger
-from minillm.comm.transport import Transport
+from minillm.comm.survivable import Survivable
 from minillm.comm.work import DoneWork, SharedWindow, ThenWork, TrackedWork, Work
 
 __all__ = ["DEFAULT_TIMEOUT", "MAX", "SUM", "Communicator", "ReduceOp", "SharedWindow", "Work"]
@@ -30,7 +30,7 @@ __all__ = ["DEFAULT_TIMEOUT", "MAX", "SUM", "Communicator", "ReduceOp", "SharedW
 DEFAULT_TIMEOUT = 300.0  # seconds
 
 
-class Communicator(Transport):
+class Communicator(Survivable):
     """A group of `size` ranks, of which this one is `rank`; `name` is its axis in the ledger.
 
     The public methods check their arguments, make arrays flat and write the ledger. A subclass

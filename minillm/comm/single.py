@@ -93,3 +93,12 @@ class SelfCommunicator(Communicator):
 
     def alloc_shared(self, nbytes: int) -> SharedWindow:
         return _SelfWindow(nbytes)
+
+    def unanimous(self, ok: bool = True) -> bool:
+        return ok
+
+    def revoke(self) -> None:
+        pass
+
+    def shrink(self) -> Communicator:
+        return SelfCommunicator(self.name, self.timeout)

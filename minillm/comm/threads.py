@@ -9,118 +9,68 @@ when its receiver has arrived. An order that relies on buffering then deadlocks 
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import copy_context
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from minillm.base.arrays import aligned_empty
 from minillm.base.errors import CommError, PeerFailed
-from minillm.comm.boards import Board, Meeting, Message, ThreadWindow, World
+from minillm.comm.boards import (
+    Board,
+    Consent,
+    Decision,
+    Faults,
+    Killed,
+    Meeting,
+    Message,
+    ThreadWindow,
+    World,
+)
 from minillm.comm.buffers import ReduceOp, cut, reduce_in_order
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger, recording
 from minillm.comm.single import SelfCommunicator
+from minillm.comm.thread_works import Joined, MeetingWork, ReceiveWork, SendWork
 from minillm.comm.work import SharedWindow, Work
 
 T = TypeVar("T")
 
-
-class _Joined(NamedTuple):
-    """Number of a meeting that this rank has joined, and the name of the collective."""
-
-    number: int
-    what: str
-
-
-class _MeetingWork:
-    """Collective that this rank has joined and not yet finished."""
-
-    def __init__(
-        self, comm: ThreadCommunicator, joined: _Joined, finish: Callable[[Any], None]
-    ) -> None:
-        self._comm, self._joined, self._finish = comm, joined, finish
-        self._done = False
-
-    def test(self) -> bool:
-        """Finish the collective if all ranks have joined it."""
-        if not self._done and self._comm._is_complete(self._joined):
-            self.wait()
-        return self._done
-
-    def wait(self) -> None:
-        """Block until all ranks have joined; then finish the collective."""
-        if not self._done:
-            self._finish(self._comm._take(self._joined))
-            self._done = True
-
-
-class _SendWork:
-    """Send: done when the receiver has come under rendezvous, otherwise at once."""
-
-    def __init__(self, comm: ThreadCommunicator, message: Message, what: str) -> None:
-        self._comm, self._message, self._what = comm, message, what
-
-    def test(self) -> bool:
-        """Return True once the send is done."""
-        return self._message.received or not self._comm._world.rendezvous
-
-    def wait(self) -> None:
-        """Block until the send is done."""
-        world = self._comm._world
-        if world.rendezvous:
-            with world.changed:
-                world.wait_for(lambda: self._message.received, self._what, self._comm.timeout)
-
-
-class _ReceiveWork:
-    """Receive into `out`. Messages are matched with receives in the order of both launches."""
-
-    def __init__(self, comm: ThreadCommunicator, out: np.ndarray, source: int, tag: int) -> None:
-        self._comm, self._out, self._key = comm, out, (source, comm.rank, tag)
-        self._done = False
-        self._queue = comm._receives[self._key]  # of receives that are not done
-        self._queue.append(self)
-
-    def test(self) -> bool:
-        """Receive the message if it has been sent."""
-        while not self._done and self._comm._board.messages.get(self._key):
-            self._queue[0]._take()
-        return self._done
-
-    def wait(self) -> None:
-        """Block until the message has been received."""
-        while not self._done:
-            self._queue[0]._take()
-
-    def _take(self) -> None:
-        self._comm._receive(self._out, [self._key])
-        self._done = True
-        self._queue.popleft()
+LATE_SECONDS = 1e-3  # of odd ranks under `Faults`: another rank comes to its next call in this time
 
 
 class ThreadCommunicator(Communicator):
     """A group of threads of one process."""
 
     def __init__(
-        self, board: Board, rank: int, name: str, timeout: float, nodes: Sequence[int]
+        self,
+        board: Board,
+        rank: int,
+        name: str,
+        timeout: float,
+        nodes: Sequence[int],
+        family: list[Board] | None = None,
     ) -> None:
         super().__init__(rank, board.size, name, timeout)
         self._board, self._world = board, board.world
         self._nodes = tuple(nodes)
-        self._number = 0
-        self._receives: defaultdict[Any, deque[_ReceiveWork]] = defaultdict(deque)
+        self._number = self._consents = 0
+        self._family = [] if family is None else family  # boards of this rank, to revoke
+        self._family.append(board)
+        self._receives: defaultdict[Any, deque[ReceiveWork]] = defaultdict(deque)
 
     def working(self, what: str) -> AbstractContextManager[None]:
         return self._world.work(what)
 
     # ---- meetings
 
-    def _join(self, value: Any, compute: Callable[[list[Any]], list[Any]], what: str) -> _Joined:
+    def _join(self, value: Any, compute: Callable[[list[Any]], list[Any]], what: str) -> Joined:
         """Bring `value` to this group's next meeting; the last to arrive computes all results."""
+        self._call()
         number, self._number = self._number, self._number + 1
         with self._world.changed:
             self._check_peers()
@@ -131,29 +81,42 @@ class ThreadCommunicator(Communicator):
                 meeting.results = compute(meeting.brought)
                 meeting.brought = []
                 self._world.changed.notify_all()
-        return _Joined(number, what)
+        return Joined(number, what)
+
+    def _call(self) -> None:
+        """Count a call for the faults of the world."""
+        if self._world.faults is not None:
+            self._world.faults.count(self._board.members[self.rank])
 
     def _check_peers(self) -> None:
-        if self._world.failed is not None:
-            raise PeerFailed(
-                f"rank {self._world.failed} has failed, so operations on {self.name!r} cannot "
-                "complete"
-            )
+        found = self._board.failure()
+        if found is not None:
+            raise PeerFailed(f"{found}, so operations on {self.name!r} cannot complete")
 
-    def _is_complete(self, joined: _Joined) -> bool:
-        self._check_peers()
+    def _is_complete(self, joined: Joined) -> bool:
         meeting = self._board.meetings.get(joined.number)
-        return meeting is not None and meeting.results is not None
+        if meeting is not None and meeting.results is not None:
+            return True
+        self._check_peers()
+        return False
 
-    def _take(self, joined: _Joined) -> Any:
-        """Wait for a meeting and take this rank's result."""
+    def _take(self, joined: Joined) -> Any:
+        """Wait for a meeting and take this rank's result.
+
+        As under ULFM, a death after the last arrival fails the operation on some ranks, the odd
+        ones here, and not on others.
+        """
         number, what = joined
+        late = self._world.faults is not None and self.rank % 2 == 1
+        if late:
+            time.sleep(LATE_SECONDS)
         with self._world.changed:
             meeting = self._board.meetings[number]
             self._world.wait_for(
-                lambda: meeting.results is not None,
+                lambda: meeting.results is not None and not (late and self._board.failure()),
                 f"operation {number} on {self.name!r} ({what})",
                 self.timeout,
+                self._board.failure,
             )
             meeting.taken += 1
             if meeting.taken == self.size:
@@ -181,7 +144,7 @@ class ThreadCommunicator(Communicator):
         def finish(result: np.ndarray) -> None:
             flat[...] = result
 
-        return _MeetingWork(self, joined, finish)
+        return MeetingWork(self, joined, finish)
 
     def _reduced(self, parts: list[np.ndarray], op: ReduceOp) -> np.ndarray:
         kinds = {(part.shape, part.dtype) for part in parts}
@@ -240,16 +203,19 @@ class ThreadCommunicator(Communicator):
     # ---- messages
 
     def _isend(self, flat: np.ndarray, dest: int, tag: int) -> Work:
+        self._call()
         message = Message(flat.copy())
         with self._world.changed:
             self._board.messages[self.rank, dest, tag].append(message)
             self._world.changed.notify_all()
-        return _SendWork(self, message, f"rank {dest} of {self.name!r} to receive tag {tag}")
+        return SendWork(self, message, dest, f"rank {dest} of {self.name!r} to receive tag {tag}")
 
     def _irecv(self, flat: np.ndarray, source: int, tag: int) -> Work:
-        return _ReceiveWork(self, flat, source, tag)
+        self._call()
+        return ReceiveWork(self, flat, source, tag)
 
     def _recv_any(self, flat: np.ndarray, tag: int) -> int:
+        self._call()
         return self._receive(flat, [(source, self.rank, tag) for source in range(self.size)])
 
     def _iprobe(self, tag: int) -> int | None:
@@ -267,6 +233,7 @@ class ThreadCommunicator(Communicator):
                 lambda: any(self._board.messages.get(key) for key in keys),
                 f"a message from rank {sources} of {self.name!r}, tag {keys[0][2]}",
                 self.timeout,
+                lambda: self._board.failure(key[0] for key in keys),
             )
             key = next(key for key in keys if self._board.messages.get(key))
             message = self._board.messages[key].popleft()
@@ -295,7 +262,8 @@ class ThreadCommunicator(Communicator):
                     )
                     if c == wanted
                 ]
-                boards[wanted] = Board(self._world, len(members)), members
+                board = Board(self._world, [self._board.members[rank] for rank in members])
+                boards[wanted] = board, members
             return [None if c is None else boards[c] for c, _, _ in wishes]
 
         made = self._meet((color, self.rank if key is None else key, self.rank), compute, "split")
@@ -311,6 +279,7 @@ class ThreadCommunicator(Communicator):
             name,
             self.timeout,
             [self._nodes[rank] for rank in members],
+            self._family,
         )
 
     def split_by_node(self) -> Communicator:
@@ -334,6 +303,43 @@ class ThreadCommunicator(Communicator):
         parts = self._meet(own, lambda parts: [list(parts)] * self.size, "alloc_shared")
         return ThreadWindow(parts, self.barrier, self._barrier)
 
+    # ---- going on without dead ranks
+
+    def unanimous(self, ok: bool = True) -> bool:
+        return self._consent(ok, "unanimous").whole
+
+    def shrink(self) -> Communicator:
+        board = self._consent(True, "shrink").board
+        if board.size == 1:
+            return SelfCommunicator(self.name, self.timeout)
+        rank = board.members.index(self._board.members[self.rank])
+        nodes = [self._nodes[self._board.members.index(member)] for member in board.members]
+        return ThreadCommunicator(board, rank, self.name, self.timeout, nodes)
+
+    def revoke(self) -> None:
+        with self._world.changed:
+            for board in self._family:
+                board.revoked = True
+            self._world.changed.notify_all()
+
+    def _consent(self, value: bool, what: str) -> Decision:
+        """Meet the living ranks, and return what they decide."""
+        self._call()
+        number, self._consents = self._consents, self._consents + 1
+        with self._world.changed:
+            consent = self._board.consents.setdefault(number, Consent())
+            consent.values[self.rank] = value
+            self._world.changed.notify_all()
+            self._world.wait_for(
+                lambda: consent.decide(self._board),
+                f"{what} on {self.name!r}",
+                self.timeout,
+                lambda: None if self._world.failed is None else self._board.failure(),
+            )
+            self._world.changed.notify_all()
+        assert consent.decided is not None
+        return consent.decided
+
 
 def run_ranks(
     n: int,
@@ -342,16 +348,18 @@ def run_ranks(
     nodes: Sequence[int] | None = None,
     timeout: float = 60.0,
     rendezvous: bool = False,
+    faults: Faults | None = None,
 ) -> list[T]:
     """Run fn(comm) on `n` thread ranks and return their results in rank order.
 
     Each rank has a copy of the caller's context and its own ledger. `nodes[r]` is the node that
     rank r pretends to run on. When a rank raises, the others get PeerFailed at their next
     operation, and the first error is raised here with a note that names the rank. Raises
-    CommTimeout for a rank that waits longer than `timeout` seconds.
+    CommTimeout for a rank that waits longer than `timeout` seconds. With `faults` ranks die in
+    silence, with the result None, and the others may go on without them.
     """
-    world = World(rendezvous)
-    board = Board(world, n)
+    world = World(rendezvous, faults)
+    board = Board(world, range(n))
     results: list[Any] = [None] * n
     errors: list[tuple[int, BaseException]] = []
 
@@ -364,6 +372,10 @@ def run_ranks(
         try:
             with recording(check_order=ledger().check_order):
                 results[r] = fn(comm)
+        except Killed:
+            with world.changed:
+                world.dead.add(r)
+                world.changed.notify_all()
         except BaseException as error:
             with world.changed:
                 errors.append((r, error))

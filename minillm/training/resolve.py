@@ -50,6 +50,9 @@ class ResolvedConfig:
     recompute: Literal["none", "selective", "full"]
     per_node: int
     """Neighbours of the mesh on each of several nodes; all ranks where that is not so."""
+    planned_dp: int
+    """Data-parallel ranks at the start, over which the batch divides: `mesh` has fewer after a
+    loss."""
 
     @property
     def replication(self) -> ReplicationOptions:
@@ -61,14 +64,20 @@ class ResolvedConfig:
 
     @property
     def num_microbatches(self) -> int:
-        """Microbatches per step on one rank."""
-        return self.options.optimization.batch // (self.mesh.dp * self.microbatch)
+        """Microbatches per step on one rank, as planned at the start."""
+        return self.options.optimization.batch // (self.planned_dp * self.microbatch)
+
+    @property
+    def deal(self) -> tuple[int, ...]:
+        """Microbatches per step of each replica: equally many, after a loss nearly so."""
+        total, dp = self.planned_dp * self.num_microbatches, self.mesh.dp
+        return tuple(total // dp + (replica < total % dp) for replica in range(dp))
 
     @property
     def most_microbatches(self) -> int:
         """The most microbatches per step that one rank may run: all, where they are dealt."""
         balanced = self.options.replication.balance != "none"
-        return self.num_microbatches * (self.mesh.dp if balanced else 1)
+        return self.num_microbatches * self.mesh.dp if balanced else max(self.deal)
 
     @property
     def tokens_per_step(self) -> int:
@@ -173,6 +182,7 @@ def resolve(
         min_lr=optimization.resolve_min_lr(),
         recompute=_recompute(config, model, microbatch * max(stage_layers)),
         per_node=per_node or num_ranks,
+        planned_dp=mesh.dp,
     )
 
 
@@ -180,6 +190,12 @@ def with_microbatch(config: ResolvedConfig, microbatch: int) -> ResolvedConfig:
     """Return `config` with another microbatch, which divides its own, and what follows from it."""
     recompute = _recompute(config.options, config.model, microbatch * max(config.stage_layers))
     return dataclasses.replace(config, microbatch=microbatch, recompute=recompute)
+
+
+def with_replicas(config: ResolvedConfig, dp: int) -> ResolvedConfig:
+    """Return `config` for the `dp` replicas that are left; the global batch stays as it is."""
+    mesh = dataclasses.replace(config.mesh, dp=dp)
+    return dataclasses.replace(config, mesh=mesh, per_node=mesh.num_ranks)
 
 
 def valid_layouts(config: RunConfig, model: Shape, num_ranks: int) -> list[tuple[int, int, int]]:

@@ -100,7 +100,7 @@ def rows_of(
         if isinstance(task, Unequal):
             # A group of sorted rows holds one microbatch of each replica, its rows in turn.
             place, group = divmod(number, config.num_microbatches)
-            yield np.arange(group * each, (group + 1) * each) * len(deal) + place
+            yield np.arange(group * each, (group + 1) * each) * config.planned_dp + place
         else:
             yield np.arange(number * each, (number + 1) * each)
 
@@ -112,7 +112,7 @@ class Trainer:
     pipeline schedule, the data-parallel method and the optimizer that the configuration names.
     `deals` returns the number of microbatches of each replica in a step, as a run with --balance
     has logged them. `clock` measures speed. `wire` reaches dedicated servers, ranks behind those of
-    `world` (serving.py).
+    `world` (serving.py). `commit` is called before each update, and may raise to prevent it.
     Collective over `world`.
     """
 
@@ -131,6 +131,7 @@ class Trainer:
         deals: Callable[[int], Sequence[int]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         wire: Communicator | None = None,
+        commit: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.world, self.task, self.device = config, world, task, device
         optimization = config.options.optimization
@@ -172,7 +173,7 @@ class Trainer:
         )
         replicas = self.mesh.axis("dp", "ep")
         self._replica, self._deals = replicas.rank, deals
-        self._even = (config.num_microbatches,) * replicas.size
+        self._even = config.deal
         self._balance: SpeedBalance | None = None
         if config.options.replication.balance != "none" and deals is None and replicas.size > 1:
             self._balance = SpeedBalance(world, replicas.rank, self._even, config.mesh.pp - 1)
@@ -184,6 +185,9 @@ class Trainer:
         self._judge = Judge(device, task.losses, optimization.clip, advice)
         # The ranks along tp compute equal losses: the first one counts.
         self._counts_losses = self.mesh.coord("tp") == 0
+        self._commit = commit
+        self.begun = self.done = 0
+        """Steps whose update has begun, and is complete, in the state of this rank."""
         self.stop_requested = False
         self.clock = 0.0
         """Time in s that the ranks agree on: their largest."""
@@ -225,7 +229,7 @@ class Trainer:
             time.perf_counter() - started,
             self.replication.exposed_seconds - exposed,
             self._optimizer_seconds,
-            () if self._balance is None and self._deals is None else self._deal,
+            self._deal if self._is_dealt else (),
             self._load(step),
         )
 
@@ -248,7 +252,12 @@ class Trainer:
     def _load(self, step: int) -> Load | None:
         if not isinstance(self.task, Unequal):
             return None
-        return self.task.load(step, len(self._even), self.config.num_microbatches)
+        return self.task.load(step, self.config.planned_dp, self.config.num_microbatches)
+
+    @property
+    def _is_dealt(self) -> bool:
+        """True if replicas may run different numbers of microbatches."""
+        return self._balance is not None or self._deals is not None or len(set(self._even)) > 1
 
     def _check_deal(self, ranks: Communicator) -> None:
         """Raise CommError on every rank unless all have dealt alike. Collective over `ranks`."""
@@ -270,13 +279,15 @@ class Trainer:
         workers = self.replication.workers
         self._verdict = self._judge.agree(ranks, self._step, own, squares, workers)
         peak = self.device.peak_bytes()
-        if self._balance is not None or self._deals is not None:
+        if self._is_dealt:
             self._check_deal(ranks)
         if not self.lag:
             self._verdict.numbers()
         self._lr = rate_of(self.config, self._step)
-        started = time.perf_counter()
+        self._commit()
+        started, self.begun = time.perf_counter(), self._step + 1
         self.replication.update(self.optimizer, self._step, self._lr, self._verdict.scale)
+        self.done = self._step + 1
         self._optimizer_seconds = time.perf_counter() - started
         self._worst = self.replication.conclude([self.stop_requested, peak, self.clock])
 
