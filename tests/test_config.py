@@ -429,7 +429,7 @@ def test_sizes_left_out_follow() -> None:
     assert {name for name, value in found.items() if value is None} == {
         *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache", "threads"),
         *("memory", "rope_local_base", "rope_original", "rope_low", "rope_high", "rope_attention"),
-        *("slow_rank", "momentum", "freeze"),
+        *("slow_rank", "momentum", "freeze", "lora_alpha", "lora_targets"),
     }
 
 
@@ -627,6 +627,7 @@ def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
         **dict(full_every=2, embedding_scale=2.0, logit_cap=9.0, head_width=16),
         **dict(preset="gpt2", tokenizer="char", beta1=0.5, beta2=0.5, seed=7, dtype="float64"),
         **dict(optimizer="sgd", momentum=0.5, muon_ratio="original", freeze="positions"),
+        **dict(lora=4, lora_alpha=8.0, lora_targets="qkv"),
     )
     known = RunConfig.options()
     announced = set(ANNOUNCED.split())

@@ -18,6 +18,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.data.tokenizers import Tokenizer, tokenizer_from_json
 from minillm.tasks.protocol import Objective
+from minillm.training.adaptation import PLAIN
 from minillm.training.assembly import Assembly, assemble, first_rows, model_shapes
 from minillm.training.config import RunConfig
 from minillm.training.fit import fit
@@ -85,7 +86,7 @@ class Opened:
             memory=layout.memory,
             dtype=dtype,
             node_shared="auto",
-            freeze=None,
+            **PLAIN,
             kernels="auto",
             dp=dp,
             tp=layout.tp,

@@ -202,7 +202,7 @@ class CrossAttention(_Attending):
             if memory is None:
                 return kept.found
         assert memory is not None, "cross-attention needs a memory"
-        kv = ops.linear(memory.states, self.kv.weight, self.kv.bias)  # [B, S, 2 H K]
+        kv = self.kv.mapped(memory.states, self.kv.bias)  # [B, S, 2 H K]
         found = kv, memory.limits.visibility(causal=False)
         if kept is not None:
             kept.found = found

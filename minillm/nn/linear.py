@@ -6,6 +6,7 @@ from minillm import kernels, ops
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array, on_host
 from minillm.layout.sharding import Segment, ShardSpec
+from minillm.nn.lora import LowRank
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
 from minillm.params.parameter import Constant, Normal, Parameter
@@ -32,7 +33,19 @@ class Linear(Module):
         return ops.linear(x, self.weight, self.bias)
 
 
-class ColumnParallelLinear(Module):
+class AdaptableLinear(Module):
+    """Base of the maps cut over tp, which a low-rank update may adapt."""
+
+    weight: Parameter
+    lora: LowRank | None = None
+
+    def mapped(self, x: Tensor, bias: Parameter | None) -> Tensor:
+        """Return x [..., in_local] @ W_local^T + bias with the update, inside the region."""
+        y = ops.linear(x, self.weight, bias)
+        return y if self.lora is None else self.lora(x, y)
+
+
+class ColumnParallelLinear(AdaptableLinear):
     """Linear layer with its output features cut over tp: y_local = enter(x) @ W_local^T + b_local.
 
     `out` are the segments of the output dim (three for a fused query-key-value projection, two for
@@ -56,14 +69,14 @@ class ColumnParallelLinear(Module):
 
     def forward(self, x: Tensor, pass_: Pass) -> Tensor:
         """Project x [B, T_local, D] outside the region to [B, T, out_local] inside."""
-        return ops.linear(self.region.enter(x, pass_), self.weight, self.bias)
+        return self.mapped(self.region.enter(x, pass_), self.bias)
 
     def product(self, x: Tensor, pass_: Pass) -> Tensor:
         """Return the same without the bias, which the caller adds."""
-        return ops.linear(self.region.enter(x, pass_), self.weight)
+        return self.mapped(self.region.enter(x, pass_), None)
 
 
-class RowParallelLinear(Module):
+class RowParallelLinear(AdaptableLinear):
     """Linear layer with its input features cut over tp: y = leave(x_local @ W_local^T) + b.
 
     The bias is added once, after the sum over tp.
@@ -85,13 +98,13 @@ class RowParallelLinear(Module):
     def forward(self, x: Tensor, pass_: Pass) -> Tensor:
         """Project x [B, T, in_local] inside the region to [B, T_local, D] outside."""
         if self.region.comm.size == 1:
-            return ops.linear(x, self.weight, self.bias)
+            return self.mapped(x, self.bias)
         y = self.product(x, pass_)
         return y if self.bias is None else ops.add_bias(y, self.bias)
 
     def product(self, x: Tensor, pass_: Pass) -> Tensor:
         """Return the same without the bias, which the caller adds."""
-        y = ops.linear(x, self.weight)
+        y = self.mapped(x, None)
         return y if self.region.comm.size == 1 else self.region.leave(y, pass_)
 
     def branch(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Parameter | None]:

@@ -1,4 +1,4 @@
-"""Adaptation of pretrained weights: which parameters train, and at which learning rates.
+"""Adaptation of pretrained weights: what trains, at which learning rates, and low-rank updates.
 
 Everything follows from the names of a model's parameters and from their depth: embeddings are 0,
 layer l is l + 1, and what comes behind the layers is layers + 1.
@@ -9,19 +9,23 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NoReturn
 
 from minillm.base.errors import ConfigError
-from minillm.base.record import Record, option, or_list
+from minillm.base.record import Record, flag, option, or_list
 from minillm.models.family import Family, Shape
-from minillm.models.protocol import Architecture, StageModel, StagePart
+from minillm.models.protocol import Architecture, StageModel, StagePart, num_parameters
+from minillm.nn.linear import AdaptableLinear
+from minillm.nn.lora import FACTORS, LowRank, map_of, scale_of
 from minillm.parallel.tensor import PlannedGroup, TensorParallel
 
 EMBEDDINGS = "embeddings"
 LAYERS = "layers:"
+PLAIN: Mapping[str, Any] = {"freeze": None, "lora": 0, "lora_alpha": None, "lora_targets": None}
+"""Options with which a model is read: low-rank updates are merged then (`Merged`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +38,17 @@ class AdaptationOptions(Record):
     layer_decay: float = option(1.0, above=0, announced=True)
     """Factor F of the learning rate from each layer to the one below: layer l of n, counted from 0,
     has lr F^(n - l), the head lr, the embeddings the lowest."""
+    lora: int = option(0, at_least=0)
+    """Rank of low-rank updates of the linear layers: they train alone, with the heads of the task;
+    0: none."""
+    lora_alpha: float | None = option(None, above=0)
+    """Factor of a low-rank update is this / rank; left out: twice the rank."""
+    lora_targets: str | None = option(None)
+    """Linear layers with a low-rank update, by the last part of their names or by patterns, as
+    qkv,out; left out: all in the layers."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for rates that grow towards the embeddings."""
+        """Raise ConfigError for rates that fall towards the head."""
         super().__post_init__()
         if self.layer_decay > 1:
             raise ConfigError(
@@ -46,39 +58,86 @@ class AdaptationOptions(Record):
 
 
 def adapt(model: StageModel, options: AdaptationOptions, family: Family, shape: Shape) -> None:
-    """Mark the parameters of a stage that are frozen, and those with rates of their own."""
+    """Add the factors of a low-rank update to a stage, and mark what is frozen, and each rate."""
     if options == type(options)():
         return
-    depth, trains = depth_of(family.architecture, shape), _trains(options, family, shape)
+    scale = scale_of(options.lora, options.lora_alpha)
+    for layer in _adaptable(model):
+        if options.lora and _is_target(options, layer.name):
+            layer.lora = LowRank(layer.weight.spec, options.lora, scale)
+            layer.lora.assign_names(f"{layer.name}{FACTORS}".rstrip("."))
+    depth, layers = depth_of(family.architecture, shape), shape.layers
     for parameter in model.parameters():
-        parameter.trains = trains(parameter.name)
-        parameter.rate = options.layer_decay ** (shape.layers + 1 - depth[parameter.name])
+        name, at = parameter.name, depth[map_of(parameter.name)]
+        parameter.trains = not options.lora or name.startswith(family.heads) or FACTORS in name
+        if any(_names(pattern, name, at, layers) for pattern in _listed(options.freeze)):
+            parameter.trains = False
+        parameter.rate = options.layer_decay ** (layers + 1 - at)
 
 
 def check(options: AdaptationOptions, family: Family, shape: Shape) -> None:
     """Raise ConfigError for a pattern that matches nothing, and if nothing is left to train."""
     if options == type(options)():
         return
+    for name in ("lora_alpha", "lora_targets"):
+        if (value := getattr(options, name)) is not None and not options.lora:
+            raise ConfigError(f"{flag(name)} {value} needs --lora RANK, such as --lora 8")
+    model, layers = _whole(family, shape), shape.layers
+    targets = [layer.name for layer in _adaptable(model)]
+    if options.lora and not targets:
+        raise ConfigError(f"--lora: a model of --model {family.name} has no linear layers to adapt")
+    for target in _listed(options.lora_targets):
+        if not any(_is_layer(target, name) for name in targets):
+            _refuse("--lora-targets", target, [*_last(targets), *targets], "linear layer")
+    adapt(model, options, family, shape)
     depth = depth_of(family.architecture, shape)
-    modules = {name.rsplit(".", number)[0] for name in depth for number in range(name.count("."))}
-    for pattern in _patterns(options.freeze):
-        if pattern.startswith(LAYERS):
-            _num_layers(pattern, shape.layers)
-        elif pattern != EMBEDDINGS and not any(_matches(pattern, name) for name in depth):
-            known = [*depth, *sorted(modules), EMBEDDINGS]
-            near = difflib.get_close_matches(pattern, known, 3, 0)
-            raise ConfigError(
-                f"--freeze {pattern} names no parameter; the nearest names are {or_list(near)}"
-            )
-    if not num_trained(options, family, shape):
+    names = {parameter.name: depth[map_of(parameter.name)] for parameter in model.parameters()}
+    modules = {name.rsplit(".", number)[0] for name in names for number in range(name.count("."))}
+    for pattern in _listed(options.freeze):
+        if not any(_names(pattern, name, at, layers) for name, at in names.items()):
+            _refuse("--freeze", pattern, [*names, *sorted(modules), EMBEDDINGS], "parameter")
+    if not any(parameter.trains for parameter in model.parameters()):
         raise ConfigError(f"--freeze {options.freeze} leaves nothing to train; freeze less")
 
 
 def num_trained(options: AdaptationOptions, family: Family, shape: Shape) -> int:
     """Return the number of values that train: a tied weight counts once, padding not at all."""
-    specs = family.architecture.specs(shape)
-    trains = _trains(options, family, shape)
-    return sum(math.prod(spec.shape) for name, spec in specs.items() if trains(name))
+    if options == type(options)():
+        return num_parameters(family.architecture, shape)
+    model = _whole(family, shape)
+    adapt(model, options, family, shape)
+    return sum(math.prod(p.spec.shape) for p in model.parameters() if p.trains)
+
+
+def _whole(family: Family, shape: Shape) -> StageModel:
+    """Return the whole model, without memory."""
+    part, region = StagePart(range(shape.layers), True, True), TensorParallel(PlannedGroup())
+    return family.architecture.build(shape, part, region, seed=0, recompute="none", std=1.0)
+
+
+def _adaptable(model: Any) -> list[AdaptableLinear]:
+    """Return the linear layers of a model that may have a low-rank update."""
+    return list(model.modules(AdaptableLinear))
+
+
+def _is_target(options: AdaptationOptions, layer: str) -> bool:
+    targets = _listed(options.lora_targets)
+    return not targets or any(_is_layer(target, layer) for target in targets)
+
+
+def _is_layer(target: str, layer: str) -> bool:
+    """Return whether a target is the last part of a layer's name, or fits all of it."""
+    return target in _last([layer]) or _matches(target, layer)
+
+
+def _last(names: Iterable[str]) -> list[str]:
+    """Return the last part of each name, once."""
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+
+
+def _refuse(given: str, pattern: str, known: Iterable[str], what: str) -> NoReturn:
+    near = difflib.get_close_matches(pattern, list(known), 3, 0)
+    raise ConfigError(f"{given} {pattern} names no {what}; the nearest names are {or_list(near)}")
 
 
 def depth_of(architecture: Architecture, shape: Shape) -> Mapping[str, int]:
@@ -106,24 +165,13 @@ def _depths(architecture: Architecture, shape: Shape) -> Mapping[str, int]:
     return found
 
 
-def _trains(options: AdaptationOptions, family: Family, shape: Shape) -> Callable[[str], bool]:
-    """Return the function that tells of a parameter's name whether it trains."""
-    frozen = {
-        name
-        for pattern in _patterns(options.freeze)
-        for name in _named(pattern, depth_of(family.architecture, shape), shape.layers)
-    }
-    return lambda name: name not in frozen
-
-
-def _named(pattern: str, depth: Mapping[str, int], layers: int) -> Iterable[str]:
-    """Return the parameters that an entry of --freeze names."""
+def _names(pattern: str, name: str, depth: int, layers: int) -> bool:
+    """Return whether an entry of --freeze names a parameter, which lies at `depth`."""
     if pattern == EMBEDDINGS:
-        return [name for name, at in depth.items() if at == 0]
+        return depth == 0
     if pattern.startswith(LAYERS):
-        number = _num_layers(pattern, layers)
-        return [name for name, at in depth.items() if 1 <= at <= number]
-    return [name for name in depth if _matches(pattern, name)]
+        return 1 <= depth <= _num_layers(pattern, layers)
+    return _matches(pattern, name)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -140,5 +188,6 @@ def _num_layers(pattern: str, layers: int) -> int:
     return int(number)
 
 
-def _patterns(freeze: str | None) -> list[str]:
-    return [part.strip() for part in (freeze or "").split(",") if part.strip()]
+def _listed(given: str | None) -> list[str]:
+    """Return the parts of a list that commas join."""
+    return [part.strip() for part in (given or "").split(",") if part.strip()]

@@ -24,6 +24,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.cores import threads_in_use
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
+from minillm.nn.lora import Merged
 from minillm.tasks.protocol import Dataset, Judged, Result, Unequal
 from minillm.training.assembly import first_rows, fresh_heads, model_shapes
 from minillm.training.folder import begin, way_back
@@ -284,8 +285,9 @@ class Run:
             fresh = fresh_heads(source, self.config)
             self.trainer.load_weights(first_rows(source, self.config), fresh)
             by = ""
-            if isinstance(source, checkpoint.CheckpointSource):
-                steps = source.manifest.step
+            held = source.source if isinstance(source, Merged) else source
+            if isinstance(held, checkpoint.CheckpointSource):
+                steps = held.manifest.step
                 by = f", trained on {origin.record.source} for {steps} steps"
             self.log(f"weights from {path}{by}")
             if fresh:

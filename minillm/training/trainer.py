@@ -29,6 +29,7 @@ from minillm.data.buckets import Load
 from minillm.layout.placement import Layout
 from minillm.models.protocol import INIT_STD
 from minillm.models.traced import trace_layers
+from minillm.nn.lora import FACTORS
 from minillm.pipeline.action import Schedule
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime, Sums
@@ -342,7 +343,7 @@ class Trainer:
     def load_weights(self, source: StateSource, fresh: Collection[str] = ()) -> None:
         """Fill the weights alone; the optimizer's state stays at its beginning.
 
-        The tensors named in `fresh` keep their initial values.
+        The tensors named in `fresh`, and factors of low-rank updates, keep their initial values.
         Where the model has masters, they take the masters of `source`, or its weights. Collective.
         Raises CheckpointError on every rank if one cannot read.
         """
@@ -357,7 +358,8 @@ class Trainer:
                 name = name if name in named else f"model/{parameter.name}"
                 tensors.append(StateTensor(name, sharded, data))
         first, step = memory.alias
-        self._fill(source, [tensor for tensor in tensors[first::step] if tensor.name not in fresh])
+        held = [t for t in tensors if t.name not in fresh and FACTORS not in t.name]
+        self._fill(source, held[first::step])
         memory.sync()
         self.replication.adopt()
 

@@ -13,6 +13,7 @@ from minillm.checkpoint import RunRecord, Search, StateSource
 from minillm.comm.agreement import agree, from_first
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
+from minillm.nn.lora import FACTORS, Merged, scale_of
 from minillm.weights.foreign import Foreign, is_foreign
 
 T = TypeVar("T")
@@ -68,6 +69,13 @@ def record_of(path: Path) -> RunRecord:
 def source_of(path: Path, dtype: str | None = None) -> StateSource:
     """Return the tensors of what `looking_again` found, foreign ones as floats of `dtype`.
 
+    Low-rank updates are merged into their weights.
     Raises CheckpointError.
     """
-    return opened(path).source(dtype) if is_foreign(path) else checkpoint.CheckpointSource(path)
+    if is_foreign(path):
+        return opened(path).source(dtype)
+    source = checkpoint.CheckpointSource(path)
+    if not any(FACTORS in name for name in source.names()):
+        return source
+    config = record_of(path).config
+    return Merged(source, scale_of(config["lora"], config["lora_alpha"]))
