@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
         qk_norm="width",
     ),
     "qwen": dict(
-        kv_heads=4,
+        kv_heads=2,
         head_width=6,
         norm="rmsnorm",
         mlp="swiglu",

@@ -486,7 +486,6 @@ def test_even_split_is_even_with_the_larger_stages_inside() -> None:
         ),
         (dict(dp=4), 1, ("4 * 1 * 1 = 4", "1 rank runs", "mpirun -n 4", "--dp 1 --tp 1 --pp 1")),
         (dict(tp=5), 5, ("--heads 4", "--tp 5", "1, 2 or 4")),
-        (dict(tp=4, kv_heads=2), 4, ("--kv-heads 2", "--tp 4", "1 or 2")),
         (dict(tp=4, ffn_dim=130), 4, ("--ffn-dim 130", "--tp 4")),
         (
             dict(tp=4, context=126, sequence_parallel=True),

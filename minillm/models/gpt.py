@@ -40,7 +40,8 @@ from minillm.nn.vocabulary import (
     head_loss,
     vocab_weight,
 )
-from minillm.parallel.tensor import Region
+from minillm.parallel.heads import own_heads
+from minillm.parallel.tensor import PlannedGroup, Region
 from minillm.params.module import Module
 from minillm.params.parameter import Normal, Parameter
 from minillm.params.where import Pass
@@ -243,10 +244,15 @@ class GPTArchitecture(StagedArchitecture):
         if work.recompute == "full":
             return config.dim // outside
         selective = work.recompute == "selective"
+        # Key-value heads of all ranks, with copies where tp does not divide them.
+        kv_heads = work.tp * len(
+            own_heads(config.heads, config.kv_heads, PlannedGroup(0, work.tp)).kv
+        )
         hidden = config.ffn_dim * (config.hidden_layers + 1 - selective)
-        inside = config.qkv_dim + config.attention_dim + hidden
+        qkv = (config.heads + 2 * kv_heads) * config.head_width
+        inside = qkv + config.attention_dim + hidden
         if config.qk_norm != "none":
-            inside += (config.heads + config.kv_heads) * config.head_width
+            inside += (config.heads + kv_heads) * config.head_width
         inputs = (4 if config.norm_place == "both" else 2) * config.dim  # of norms
         again = selective and outside == 1 and config.norm_place != "output"
         normed = 0 if again else 2 * config.dim

@@ -243,8 +243,8 @@ class ModelConfig(ModelShape):
         return costs
 
     def cut_over_tp(self, sequence_parallel: bool) -> dict[str, int]:
-        """Return option -> size that tensor parallelism divides."""
-        cut = {"heads": self.heads, "kv_heads": self.kv_heads, "ffn_dim": self.ffn_dim}
+        """Return option -> size that tensor parallelism divides; key-value heads are shared."""
+        cut = {"heads": self.heads, "ffn_dim": self.ffn_dim}
         return cut | ({"context": self.context} if sequence_parallel else {})
 
     def check_device(self, device: str) -> None:

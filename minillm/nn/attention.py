@@ -12,6 +12,7 @@ from minillm.nn.dropout import Dropout
 from minillm.nn.linear import ColumnParallelLinear, RowParallelLinear
 from minillm.nn.norm import HeadNorm, WidthNorm
 from minillm.nn.position import Rotary
+from minillm.parallel.heads import complete, own_heads
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
 from minillm.params.parameter import Parameter
@@ -83,7 +84,9 @@ class Attention(_Attending):
 
     It is grouped-query attention if kv_heads < heads (Ainslie et al. 2023, arXiv:2305.13245). The
     fused projection is laid out [q heads | k heads | v heads]. Each rank holds heads / tp query
-    heads and kv_heads / tp key-value heads. The pass may replace `core` by the layer's name.
+    heads and kv_heads / tp key-value heads. Where tp does not divide kv_heads it computes some of
+    their channels, and the ranks gather the heads that they need (`parallel/heads.py`). The pass
+    may replace `core` by the layer's name.
     """
 
     def __init__(
@@ -106,14 +109,17 @@ class Attention(_Attending):
         core: AttentionCore = full_attention,
     ) -> None:
         width, comm = head_width or dim // heads, region.comm
+        self.own = own_heads(heads, kv_heads, comm)
         queries, groups = (
             Segment(heads * width, ("tp",), width),
-            Segment(kv_heads * width, ("tp",), width),
+            Segment(kv_heads * width, ("tp",), width if self.own.divides else 1),
         )
-        self.heads = Heads(heads // comm.size, kv_heads // comm.size, width)
+        self.heads = Heads(self.own.queries, len(self.own.kv), width)
         self.first_head = comm.rank * self.heads.queries
         self.rotary, self.causal, self.window, self.core = rotary, causal, window, core
-        self.qkv = ColumnParallelLinear(dim, (queries, groups, groups), region, bias=bias, std=std)
+        pad = not self.own.divides
+        out = queries, groups, groups
+        self.qkv = ColumnParallelLinear(dim, out, region, bias=bias, std=std, pad=pad)
         self.qk_norm = qk_norm
         out_bias = bias if out_bias is None else out_bias
         self.out = RowParallelLinear(queries, dim, region, bias=out_bias, std=out_std)
@@ -123,6 +129,8 @@ class Attention(_Attending):
         """Return the heads' outputs [B, T, H K] inside the region."""
         qkv = self.qkv(x, pass_)  # [B, T, (H + 2 Hkv) K] of the whole sequence
         heads = self.heads
+        if not self.own.divides:
+            qkv = complete(qkv, self.own, heads.width, self.qkv.region.comm)
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv, heads.queries, heads.kv)
         if self.rotary is not None:

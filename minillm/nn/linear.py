@@ -49,22 +49,31 @@ class ColumnParallelLinear(AdaptableLinear):
     """Linear layer with its output features cut over tp: y_local = enter(x) @ W_local^T + b_local.
 
     `out` are the segments of the output dim (three for a fused query-key-value projection, two for
-    gate and up), each cut over tp in whole units.
+    gate and up), each cut over tp in whole units. `pad` rounds segments up that tp does not divide.
     """
 
     def __init__(
-        self, in_size: int, out: tuple[Segment, ...], region: Region, *, bias: bool, std: float
+        self,
+        in_size: int,
+        out: tuple[Segment, ...],
+        region: Region,
+        *,
+        bias: bool,
+        std: float,
+        pad: bool = False,
     ) -> None:
         out_size = sum(segment.size for segment in out)
         self.region = region
         self.weight = Parameter(
-            ShardSpec((out_size, in_size), (out, (Segment(in_size),))),
+            ShardSpec((out_size, in_size), (out, (Segment(in_size),)), pad),
             Normal(std),
             decay=True,
             matrix=True,
         )
         self.bias = (
-            Parameter(ShardSpec((out_size,), (out,)), Constant(0.0), decay=False) if bias else None
+            Parameter(ShardSpec((out_size,), (out,), pad), Constant(0.0), decay=False)
+            if bias
+            else None
         )
 
     def forward(self, x: Tensor, pass_: Pass) -> Tensor:

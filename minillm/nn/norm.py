@@ -7,6 +7,7 @@ from typing import Any
 from minillm import ops
 from minillm.autograd.tape import Tensor
 from minillm.layout.sharding import Segment, ShardSpec
+from minillm.parallel.heads import own_heads
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
 from minillm.params.parameter import Constant, Parameter
@@ -96,21 +97,25 @@ class HeadNorm(Module):
 class WidthNorm(Module):
     """RMS norm of the queries and of the keys over all heads, in place in a fused projection.
 
-    Weights are [H K] and [Hkv K], cut over tp as the heads are. Mean squares are those of all
-    heads (OLMo 2, arXiv:2501.00656, 2.2).
+    Weights are [H K] and [Hkv K], cut over tp as the heads are. Where tp does not divide the
+    key-value heads, each rank holds the weights of all keys. Mean squares are those of all heads
+    (OLMo 2, arXiv:2501.00656, 2.2).
     """
 
     def __init__(
         self, heads: int, kv_heads: int, width: int, region: Region, *, eps: float = NORM_EPS
     ) -> None:
-        self.eps, self.region = eps, region
-        self.queries, self.keys = (
-            Parameter(
-                ShardSpec((number * width,), ((Segment(number * width, ("tp",), width),),)),
-                Constant(1.0),
-                decay=False,
-            )
+        self.eps, self.region, own = eps, region, own_heads(heads, kv_heads, region.comm)
+        # Invariant: every key-value head has equally many copies, so means over ranks are right.
+        self.key_heads = None if own.divides else own.kv
+        cut, kept = (
+            ShardSpec((number * width,), ((Segment(number * width, ("tp",), width),),))
             for number in (heads, kv_heads)
+        )
+        if not own.divides:
+            kept = ShardSpec.replicated(kv_heads * width, partial_over=("tp",))
+        self.queries, self.keys = (
+            Parameter(spec, Constant(1.0), decay=False) for spec in (cut, kept)
         )
 
     def forward(self, qkv: Tensor, heads: int, kv_heads: int) -> Tensor:
@@ -118,7 +123,8 @@ class WidthNorm(Module):
         sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "eps": self.eps}
         if self.region.comm.size == 1:
             return ops.head_norm(qkv, self.queries, self.keys, **sizes)
-        return ops.cut_head_norm(qkv, self.queries, self.keys, comm=self.region.comm, **sizes)
+        more: dict[str, Any] = {"comm": self.region.comm, "key_heads": self.key_heads}
+        return ops.cut_head_norm(qkv, self.queries, self.keys, **sizes, **more)
 
 
 def norm(

@@ -133,16 +133,24 @@ def cut_head_norm(
     heads: int,
     kv_heads: int,
     comm: Communicator,
+    key_heads: tuple[int, ...] | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """Apply RMS norm over all heads to queries and keys whose heads are cut over `comm`.
 
     qkv: [B, T, (H + 2 Hkv) K] of this rank's heads. q_weight: [H K], k_weight: [Hkv K], of the same
-    heads. Mean squares are those of all ranks, so each pass all-reduces two numbers a token.
-    Overwrites `qkv`, as `head_norm` does. Collective, and so is its backward pass.
+    heads; with `key_heads`, the numbers of the key heads, k_weight is that of all heads. Ranks may
+    have the same key heads, if each head has equally many copies.
+    Mean squares are those of all ranks, so each pass all-reduces two numbers a token. Overwrites
+    `qkv`, as `head_norm` does. Collective, and so is its backward pass.
     """
     return _CutHeadNorm.apply(
-        qkv, q_weight, k_weight, heads=heads, kv_heads=kv_heads, comm=comm, eps=eps
+        *(qkv, q_weight, k_weight),
+        heads=heads,
+        kv_heads=kv_heads,
+        comm=comm,
+        key_heads=key_heads,
+        eps=eps,
     )
 
 
@@ -157,32 +165,55 @@ class _CutHeadNorm(Function):
         heads: int,
         kv_heads: int,
         comm: Communicator,
+        key_heads: tuple[int, ...] | None,
         eps: float,
     ) -> Array:
         parts = split_heads(qkv, heads, kv_heads)[:2]
         rows = [_wide(part).reshape(-1, *part.shape[2:]).copy() for part in parts]
         rstd = (_means(rows, rows, comm) + eps) ** -0.5  # [2, B T]
-        for part, x, weight, r in zip(parts, rows, (q_weight, k_weight), rstd, strict=True):
-            y = x * r[:, None, None] * _wide(weight).reshape(x.shape[1:])
+        width = rows[0].shape[-1]
+        weights = _by_head(q_weight, k_weight, width, key_heads)
+        for part, x, weight, r in zip(parts, rows, weights, rstd, strict=True):
+            y = x * r[:, None, None] * weight
             part[...] = _as(y.reshape(part.shape), part.dtype)
-        ctx.save(heads, kv_heads, comm, rows, rstd, ctx.input(1), ctx.input(2))
+        ctx.save(heads, kv_heads, comm, key_heads, rows, rstd, ctx.input(1), ctx.input(2))
         return qkv
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Any, ...]:
-        heads, kv_heads, comm, rows, rstd, *weights = ctx.saved
+        heads, kv_heads, comm, key_heads, rows, rstd, q_weight, k_weight = ctx.saved
         grad = grad_outs[0] if ctx.owns(0) and writeable(grad_outs[0]) else grad_outs[0].copy()
         parts = split_heads(grad, heads, kv_heads)[:2]
         z = [x * r[:, None, None] for x, r in zip(rows, rstd, strict=True)]
         gy = [_wide(part).reshape(x.shape) for part, x in zip(parts, rows, strict=True)]
-        grads = [(g * n).sum(0).reshape(-1) for g, n in zip(gy, z, strict=True)]
+        grad_q, grad_k = ((g * n).sum(0) for g, n in zip(gy, z, strict=True))  # [heads, K]
+        if key_heads is not None:
+            grad_k = _to_heads(grad_k, key_heads, len(k_weight) // grad_k.shape[1])
+        weights = _by_head(q_weight, k_weight, grad_q.shape[1], key_heads)
         # Of z the Jacobian by x is (I - z z^T / D) rstd, with D the channels of all ranks.
-        gz = [g * _wide(w).reshape(g.shape[1:]) for g, w in zip(gy, weights, strict=True)]
+        gz = [g * weight for g, weight in zip(gy, weights, strict=True)]
         means = _means(gz, z, comm)
         for part, g, n, mean, r in zip(parts, gz, z, means, rstd, strict=True):
             x = (g - n * mean[:, None, None]) * r[:, None, None]
             part[...] = _as(x.reshape(part.shape), part.dtype)
+        grads = grad_q.reshape(-1), grad_k.reshape(-1)
         return grad, *(g if need else None for g, need in zip(grads, needs[1:], strict=True))
+
+
+def _by_head(
+    q_weight: Array, k_weight: Array, width: int, key_heads: tuple[int, ...] | None
+) -> tuple[Array, Array]:
+    """Return the weights [H, K] and [Hkv, K] of this rank's heads, in the dtype of sums."""
+    queries, keys = (_wide(weight).reshape(-1, width) for weight in (q_weight, k_weight))
+    return queries, keys if key_heads is None else keys[list(key_heads)]
+
+
+def _to_heads(grads: Array, key_heads: tuple[int, ...], number: int) -> Array:
+    """Return gradients [number, K] of all key heads, from those of this rank's [Hkv, K]."""
+    found = namespace(grads).zeros((number, grads.shape[1]), grads.dtype)
+    for grad, head in zip(grads, key_heads, strict=True):
+        found[head] += grad
+    return found
 
 
 def _means(a: list[Array], b: list[Array], comm: Communicator) -> Array:

@@ -115,6 +115,15 @@ def test_sequence_parallel_halves_of_the_same_sums(tp: int) -> None:
         assert rank["tp", "all_reduce"] == (3 * _tokens(layout) + outside) * ITEM
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_shared_heads_are_gathered_once_each_way(kv_heads: int) -> None:
+    """Check keys and values of all heads: gathered forward, their gradients scattered backward."""
+    for rank in _payload("llama", Layout(tp=4, num_microbatches=2), kv_heads=kv_heads):
+        channels = 2 * kv_heads * BASE["dim"] // BASE["heads"]
+        gathered = BASE["layers"] * _tokens(Layout()) * channels * ITEM
+        assert rank["tp", "all_gather"] == rank["tp", "reduce_scatter"] == gathered
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_pipeline_sends_each_boundary_once_each_way(schedule: str) -> None:
     layout = Layout(pp=4, schedule=schedule, num_microbatches=4)
