@@ -46,6 +46,8 @@ classifier.weight              classifier.weight                                
 classifier.bias                classifier.bias                                     .
 tags.weight                    classifier.weight                                   .
 tags.bias                      classifier.bias                                     .
+spans.weight                   qa_outputs.weight                                   .
+spans.bias                     qa_outputs.bias                                     .
 """  # noqa: E501
 
 

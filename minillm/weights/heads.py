@@ -51,6 +51,7 @@ HEADS = (
         (LABELS, Key(PROBLEM, "problem", None, PROBLEMS, null="single-label")),
     ),
     Head("tagger", "ForTokenClassification", (LABELS,)),
+    Head("reader", "ForQuestionAnswering", ()),
 )
 
 
