@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minillm import kernels
 from minillm.base.device import CPU, open_device
+from minillm.base.errors import ConfigError
 from minillm.base.flags import to_toml
 from minillm.base.log import Log, paragraph
 from minillm.base.terminal import guarded_output
@@ -31,6 +32,7 @@ from minillm.replication.server import Server
 from minillm.tasks.protocol import Dataset, Written
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig, decided, preset_values
+from minillm.training.early_stopping import EarlyStopping
 from minillm.training.fit import fit
 from minillm.training.folder import Claim, check_visible, claim_existing, claim_new
 from minillm.training.loop import Run
@@ -139,6 +141,13 @@ def _nothing_left(origin: Origin, config: ResolvedConfig) -> str | None:
     """Return the line that ends a resumed run without a step to do; None if there are some."""
     output, step = config.options.output, origin.step
     steps = config.options.optimization.steps
+    stopping = EarlyStopping(output.patience, origin.stopping(config.options))
+    if origin.continues and stopping.over:
+        return (
+            f"{origin.path} is the end of its run: {stopping.describe()}; to train longer, pass a "
+            f"larger one, as in: --resume {origin.run or origin.path} --patience "
+            f"{2 * stopping.waited}"
+        )
     if not origin.continues or step < min(steps, output.stop_after or steps):
         return None
     name, number = ("--stop-after", output.stop_after) if step < steps else ("--steps", steps)
@@ -162,6 +171,11 @@ def _plan(
     with known_to_all():
         vocabulary = None if origin is None else origin.record.tokenizer
         data = options.objective.load(options.corpus, options.shape, vocabulary, comm)
+        if (patience := options.output.patience) is not None and not data.num_held_out:
+            raise ConfigError(
+                f"--patience {patience} needs held-out data, but {data.source} holds nothing out; "
+                "name some, or leave it out"
+            )
         options = decided(options, data)
         config = resolve(options, comm.size, data.vocab_size, neighbours(comm))
     return data, config

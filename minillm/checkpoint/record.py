@@ -21,7 +21,7 @@ _KINDS: dict[str, type] = {
     "key": dict,
 }
 # Likewise, for what checkpoints of earlier versions lack. None is legal.
-_MAY_LACK: dict[str, type] = {"position": int, "held_out": dict}
+_MAY_LACK: dict[str, type] = {"position": int, "held_out": dict, "stopping": dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class RunRecord:
     """Sequences of the text read so far; None in checkpoints that count step * batch."""
     held_out: Mapping[str, Any] | None = None
     """Held-out loss at this step and the number of tokens behind it, if it was measured."""
+    stopping: Mapping[str, Any] | None = None
+    """Best metric so far and the evaluations since, of a run that may end early."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as the manifest's `meta`."""

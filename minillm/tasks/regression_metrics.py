@@ -96,6 +96,10 @@ class NumberEvaluation:
         found |= {f"{name}_95": pair for name, pair in self.intervals().items()}
         return found | {"examples": len(self.actual)}
 
+    def criterion(self) -> float:
+        """Return the squared error: the best checkpoint has the lowest."""
+        return self.loss
+
     def describe(self) -> str:
         """Return the error and a correlation as text."""
         found = self.metrics()

@@ -27,6 +27,7 @@ from minillm.comm.signals import StopRequest
 from minillm.nn.lora import Merged
 from minillm.tasks.protocol import Dataset, Judged, Result, Unequal
 from minillm.training.assembly import first_rows, fresh_heads, model_shapes
+from minillm.training.early_stopping import EarlyStopping
 from minillm.training.folder import begin, way_back
 from minillm.training.heartbeat import Heartbeat
 from minillm.training.held_out import Stopped, measure
@@ -91,6 +92,8 @@ class Run:
         self.key = numeric_key(config, comm, self.trainer.replication.memory.alias[1], device)
         if origin is not None:
             self._load(origin, moved)
+        held = None if origin is None else origin.stopping(config.options)
+        self.stopping = EarlyStopping(self.output.patience, held)
         self.last_step = min(optimization.steps, self.output.stop_after or optimization.steps)
         self.saved_step = self.first_step if origin and origin.continues else -1
         self.policy = checkpoint.SavePolicy(checkpoint.SaveEvery.parse(self.output.save_every))
@@ -127,7 +130,7 @@ class Run:
         gc.disable()
         started, stopped, step = time.perf_counter(), False, self.first_step
         waiting: deque[tuple[StepReport, Moved]] = deque()  # steps whose numbers are not read yet
-        while step < self.last_step and not stopped:
+        while step < self.last_step and not stopped and not self.stopping.over:
             before = ledger().snapshot()
             self.trainer.stop_requested = self.stop.asked()
             self.trainer.clock = time.perf_counter() - started if self.comm.rank == 0 else 0.0
@@ -157,7 +160,7 @@ class Run:
 
     def _settle(self, report: StepReport, moved: Moved, due: Due) -> None:
         """Read a step's numbers, show and write them, and do what is due."""
-        step, found = report.step + 1, None
+        step, found, improved = report.step + 1, None, False
         with self._saving_before_a_failure():
             tokens = self.config.tokens_per_step if report.load is None else report.load.real
             self.progress.update(step - 1, report.loss, report.lr, report.grad_norm, tokens)
@@ -171,14 +174,16 @@ class Run:
                 self.trainer.check_replicas()
         if due.evaluate:
             found = self.result = self._evaluate()
-            if found is not None and step != self.last_step:
-                self.progress.evaluated(step, found.describe())
+            if found is not None:
+                improved = self.stopping.add(step, found)
+                if step != self.last_step:
+                    self.progress.evaluated(step, found.describe())
         line = step_metrics(report, self.config.tokens_per_step, moved, self.device)
         line |= method
         line |= {} if found is None else found.values()
         self.metrics.write(**line)
         self.writers.write(line)
-        if due.save:
+        if due.save or improved:
             self._save(step, found)
         self.progress.pause(time.perf_counter() - paused)
 
@@ -233,6 +238,7 @@ class Run:
             held_out=None
             if loss is None
             else {"loss": loss, "tokens": self.output.eval_tokens, **judged},
+            stopping=self.stopping.state(),
         )
         self.metrics.sync()  # before the checkpoint: no step is saved without its line
         with known_to_all(), self.trainer.replication.agreed():
@@ -317,6 +323,8 @@ class Run:
         if stopped:
             self.log(f"stopped at step {step} as asked; go on with --resume {self.out}")
             return
+        if self.stopping.over:
+            self._say("ended", f"at step {step}: {self.stopping.describe()}")
         if self.result is not None:
             self._say("result", self.result.summary(of=self.data.num_held_out))
         self.log(f"saved   {self.out}")

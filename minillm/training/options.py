@@ -122,6 +122,9 @@ class OutputOptions(Record):
     """Steps between evaluations on held-out text; 0: only at the end."""
     eval_tokens: int = option(16384, at_least=0, resumable=True)
     """Held-out tokens per evaluation."""
+    patience: int | None = option(None, at_least=1, resumable=True)
+    """Evaluations in a row without a better held-out metric after which the run ends; the best
+    checkpoint is kept; left out: the run has all its steps."""
     sample_tokens: int = option(200, at_least=0, resumable=True)
     """Tokens of the sample at the end; 0: none."""
     log_every: int | str = option("auto", resumable=True)
@@ -144,6 +147,12 @@ class OutputOptions(Record):
         self.log_interval()
         place_names(self.log_to)
         SaveEvery.parse(self.save_every)
+        if self.patience is not None and not (self.eval_every and self.eval_tokens):
+            raise ConfigError(
+                f"--patience {self.patience} counts evaluations, but --eval-every "
+                f"{self.eval_every} and --eval-tokens {self.eval_tokens} ask for none on the way; "
+                "give both a number above 0"
+            )
 
     def log_interval(self) -> Interval | None:
         """Return the interval of the progress lines, None for auto. Raises ConfigError."""

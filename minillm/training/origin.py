@@ -61,6 +61,16 @@ class Origin:
         """Completed steps at the start of the run."""
         return self.step if self.continues else 0
 
+    def stopping(self, config: RunConfig) -> Mapping[str, Any] | None:
+        """Return the state of early stopping for a run that goes on; None where it begins anew.
+
+        It does for other held-out data.
+        """
+        before, now = self.record.config, config.to_dict()
+        names = ("eval_tokens", *config.corpus.MEASURES)
+        same = all(before.get(name) == now[name] for name in names)
+        return self.record.stopping if self.continues and same else None
+
     def changes(self, config: ResolvedConfig) -> Iterator[str]:
         """Yield one line for each option of a continued run that alters its result from now on."""
         before, now = (

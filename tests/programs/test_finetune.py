@@ -151,6 +151,7 @@ def test_bad_tables_are_refused(
         (["--labels", "5"], ["--labels 5, but opinions has 2"]),
         (["--lables", "5"], ["did you mean", "--labels"]),
         (["--class-weights", "heavy"], ["--class-weights heavy is neither none, balanced nor"]),
+        (["--patience", "2", "--eval-every", "0"], ["--patience 2 counts evaluations"]),
         (["--task", "regress", "--multi-label"], ["--multi-label needs --task classify or pair"]),
         (["--task", "regress", "--class-weights", "balanced"], ["--class-weights balanced weighs"]),
     ],
@@ -282,3 +283,36 @@ def test_bad_targets_are_refused(
     assert error.count("error: ") == 1 and "Traceback" not in error
     assert all(word in error for word in words), error
     assert not run.exists()
+
+
+def test_patience_ends_a_run_and_goes_on_counting(
+    some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Train with a rate that changes nothing: step 2 is the best, two more evaluations the end."""
+    run = str(tmp_path / "run")
+    words = ["--train", some[0], "--dev", some[1], *SIZES, "--tokenizer", "byte", "--steps", "20"]
+    words += ["--context", "64", "--lr", "1e-30", "--weight-decay", "0", "--eval-every", "2"]
+    words += ["--patience", "2", "--keep", "1", "--out", run]
+    assert finetune.main([*words, "--stop-after", "4"]) == 0
+    assert len(lines_of(tmp_path / "run")) == 4
+    capsys.readouterr()
+    assert finetune.main(["--resume", run, "--stop-after", "20"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ended at step 6" in said and "2 evaluations since step 2" in said
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert finetune.main(["--resume", run]) == 0
+    assert "is the end of its run: the held-out metric was no better" in capsys.readouterr().out
+    assert len(lines_of(tmp_path / "run")) == 6
+    assert finetune.main(["--resume", run, "--patience", "3"]) == 0
+    assert len(lines_of(tmp_path / "run")) == 8
+    hasty = tmp_path / "hasty"
+    assert finetune.main([*words, "--patience", "1", "--out", str(hasty)]) == 0
+    assert len(lines_of(hasty)) == 4
+    best = checkpoint.find(hasty, True)
+    assert best.name.endswith("02")  # saved at its evaluation, although none was due
+    capsys.readouterr()
+    rows = table(tmp_path / "few.tsv", [("a", "x"), ("b", "y")])
+    asked = ["--train", rows, *SIZES, "--tokenizer", "byte", "--patience", "2", "--out"]
+    assert finetune.main([*asked, str(tmp_path / "none")]) != 0
+    assert "--patience 2 needs held-out data" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
