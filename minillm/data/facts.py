@@ -1,33 +1,41 @@
-"""Generated facts and questions about them, whose answers two words of the question decide.
+"""Generated facts and questions about them: the question word decides which part answers.
 
-A context has four to six facts in random order: a person, a verb, and a thing of two or three
-words. Several people share a verb, and a person has several facts. The question names a person and
-a verb, and the answer is the thing of that fact. Neither word alone finds it.
+A context tells of a person, a thing, a place and a day, in random order. Articles and adjectives
+stand before things and places alike, so the word behind them decides what they belong to.
 
-    Ada sold a red lamp . Ben owns the old stone bridge . Ada owns a wooden boat .
-    What does Ada own ?  a wooden boat
+    It is told that on Friday a red lamp was sold by Ada Low in the big mill .
+    Where was it sold ?  the big mill
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from minillm.data.squad import Answer, Question
 
-NUM_CONTEXTS, NUM_QUESTIONS = 3000, 2  # questions of each context
-PEOPLE, ARTICLES, KINDS, COLOURS, THINGS = (
+NUM_CONTEXTS, NUM_QUESTIONS = 2000, 3  # questions of each context
+FIRST, SECOND, VERBS, ADJECTIVES, THINGS, PLACES, DAYS = (
     tuple(words.split())
     for words in (
         "Ada Ben Carl Dora Emil Fay Gus Hana Ivo Jane Kurt Lena",
-        "a the",
-        "old new small heavy",
-        "red green blue white stone wooden",
-        "boat bridge chair clock coat door horse house lamp mill ring wagon",
+        "Ash Beck Dale Low Marsh Rose",
+        "sold drawn found lost seen built",
+        "red green blue white grey big new small",
+        "boat chair clock coat door horse lamp ring wagon",
+        "barn church garden harbour market mill station tower",
+        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
     )
 )
-VERBS = (("owns", "own"), ("sees", "see"), ("wants", "want"), ("sells", "sell"), ("draws", "draw"))
+QUESTIONS = {
+    "by": "Who has {} it",
+    "": "What was {}",
+    "in": "Where was it {}",
+    "on": "When was it {}",
+}
+"""Word before a part of a fact -> question about it, where {} stands for the verb."""
 
 
 @functools.cache
@@ -35,25 +43,31 @@ def facts() -> list[Question]:
     """Return generated questions with one answer each, the same everywhere."""
     rng, found = np.random.default_rng(0), list[Question]()
     for number in range(NUM_CONTEXTS):
-        people = rng.permutation(len(PEOPLE))[:3]
-        pairs = [(int(person), verb) for person in people for verb in range(len(VERBS))]
-        chosen = [pairs[i] for i in rng.permutation(len(pairs))[: rng.integers(4, 7)]]
-        context, answers = "", list[Answer]()
-        for person, verb in chosen:
-            context += f"{PEOPLE[person]} {VERBS[verb][0]} "
-            answers.append(Answer(_thing(rng), len(context)))
-            context += f"{answers[-1].text} . "
-        for asked in rng.permutation(len(chosen))[:NUM_QUESTIONS].tolist():
-            person, verb = chosen[asked]
-            question = f"What does {PEOPLE[person]} {VERBS[verb][1]} ?"
-            found.append(
-                Question(f"{number}-{asked}", question, context.rstrip(), (answers[asked],))
-            )
+        verb, context = _one(rng, VERBS), "It is told that"
+        names = [_one(rng, FIRST)] + [_one(rng, SECOND)] * int(rng.integers(2))
+        parts = {
+            "by": " ".join(names),
+            "": _described(rng, THINGS),
+            "in": _described(rng, PLACES),
+            "on": _one(rng, DAYS),
+        }
+        order, answers = [list(parts)[i] for i in rng.permutation(len(parts))], dict[str, Answer]()
+        for before in order:
+            context += f" {before}" * bool(before) + " "
+            answers[before] = Answer(parts[before], len(context))
+            context += parts[before] + ("" if before else f" was {verb}")
+        for asked in [order[i] for i in rng.permutation(len(order))[:NUM_QUESTIONS]]:
+            question = QUESTIONS[asked].format(verb)
+            id_ = f"{number}-{question.partition(' ')[0].lower()}"
+            found.append(Question(id_, f"{question} ?", f"{context} .", (answers[asked],)))
     return found
 
 
-def _thing(rng: np.random.Generator) -> str:
-    """Return an article, one or two adjectives, and a noun."""
-    article, kind, colour, thing, both = (int(n) for n in rng.integers((2, 4, 6, 12, 2)))
-    adjectives = (KINDS[kind], COLOURS[colour]) if both else (COLOURS[colour],)
-    return " ".join((ARTICLES[article], *adjectives, THINGS[thing]))
+def _one(rng: np.random.Generator, words: Sequence[str]) -> str:
+    return words[int(rng.integers(len(words)))]
+
+
+def _described(rng: np.random.Generator, words: Sequence[str]) -> str:
+    """Return one of `words` behind an article and up to two adjectives."""
+    adjectives = [_one(rng, ADJECTIVES) for _ in range(rng.integers(3))]
+    return " ".join((_one(rng, ("a", "the")), *adjectives, _one(rng, words)))

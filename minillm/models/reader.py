@@ -87,14 +87,14 @@ class ReaderArchitecture(BertArchitecture):
 
 
 _COMMON: dict[str, Any] = dict(dropout=0.1, weight_decay=0.01, beta2=0.999)
-_COMMON |= dict(lr_schedule="linear-to-zero", eval_every=200, eval_tokens=1 << 30)
+_COMMON |= dict(lr_schedule="linear-to-zero", eval_every=100, eval_tokens=1 << 30)
 FAMILY = Family(
     name="reader",
     options=ReaderOptions,
     architecture=ReaderArchitecture(),
     objective="answering",
     presets={
-        "reader": _COMMON | dict(context=64, batch=32, epochs=8.0, lr=1e-3),  # from scratch
+        "reader": _COMMON | dict(context=64, batch=32, epochs=3.0, lr=1e-3),  # from scratch
         "reader-tuned": _COMMON | dict(context=384, batch=16, epochs=2.0, lr=5e-5),  # from weights
     },
     writes="predictions",

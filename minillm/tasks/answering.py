@@ -120,8 +120,8 @@ class AnsweringOptions(ExampleOptions):
     """Questions with answers, as in `--train train.json --dev dev.json` (docs/tasks.md)."""
 
     train: str | None = option(None, announced=True, path=True)
-    """Questions in the JSON of SQuAD 1.1 or 2.0, also .gz; left out: generated facts, and questions
-    that name the person and the verb of one."""
+    """Questions in the JSON of SQuAD 1.1 or 2.0, also .gz; left out: generated facts of a person,
+    a thing, a place and a day, in random order, and questions that ask for one of them."""
     dev: str | None = option(None, resumable=True, path=True)
     """Held-out questions; left out: those of one of 10 contexts of --train, about 1,000 at most."""
     truncate: bool = option(True, announced=True)

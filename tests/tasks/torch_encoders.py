@@ -1,0 +1,113 @@
+"""Encoders of the package transformers with the weights of ours: names, sizes, and training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from minillm.training.resolve import ResolvedConfig
+from minillm.training.schedule_lr import learning_rate
+
+CONTEXT, LAYERS = 16, 4
+
+
+def twin_of(kind: str, vocab: int, **more: Any) -> Any:
+    """Return a model of transformers, such as "BertForQuestionAnswering", in float64."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        intermediate_size=48,
+        max_position_embeddings=CONTEXT,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.25,
+        **more,
+    )
+    model = getattr(transformers, kind)(config).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+def renamed(tensors: dict[str, np.ndarray], head: str, own_head: str) -> dict[str, np.ndarray]:
+    """Return tensors of their model by the names of ours, those of queries to values in one."""
+    tables = "bert.embeddings."
+    found = {
+        "embedding.weight": tensors[f"{tables}word_embeddings.weight"],
+        "positions": tensors[f"{tables}position_embeddings.weight"],
+        "types": tensors[f"{tables}token_type_embeddings.weight"],
+    }
+    parts = {
+        "attention.out": "attention.output.dense",
+        "norm1": "attention.output.LayerNorm",
+        "mlp.up": "intermediate.dense",
+        "mlp.down": "output.dense",
+        "norm2": "output.LayerNorm",
+    }
+    for kind in ("weight", "bias"):
+        found[f"norm.{kind}"] = tensors[f"{tables}LayerNorm.{kind}"]
+        found[f"{own_head}.{kind}"] = tensors[f"{head}.{kind}"]
+        for i in range(LAYERS):
+            at = f"bert.encoder.layer.{i}."
+            for ours, other in parts.items():
+                found[f"blocks.{i}.{ours}.{kind}"] = tensors[f"{at}{other}.{kind}"]
+            found[f"blocks.{i}.attention.qkv.{kind}"] = np.concatenate(
+                [tensors[f"{at}attention.self.{n}.{kind}"] for n in ("query", "key", "value")]
+            )
+    return found
+
+
+class Given:
+    """Weights by name, as a trainer loads them."""
+
+    def __init__(self, model: Any, head: str, own_head: str) -> None:
+        state = {name: each.numpy().copy() for name, each in model.state_dict().items()}
+        own = renamed(state, head, own_head)
+        self.held = {f"model/{name}": each for name, each in own.items()}
+
+    def names(self) -> Any:
+        return list(self.held)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.held[name].shape
+
+    def dtype(self, name: str) -> str:
+        return str(self.held[name].dtype)
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        return self.held[name][slices]
+
+
+def losses_of(
+    model: Any, config: ResolvedConfig, steps: int, loss_of: Callable[[int], Any]
+) -> list[float]:
+    """Train their model with AdamW and clipping as `config` says; return the loss of each step."""
+    options = config.options.optimization
+    betas = (options.beta1, options.beta2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=betas, weight_decay=0.0)
+    found = []
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(
+            step,
+            lr=options.lr,
+            min_lr=config.min_lr,
+            warmup=config.warmup,
+            steps=options.steps,
+            schedule=options.lr_schedule,
+        )
+        optimizer.step()
+        found.append(loss.item())
+    return found
