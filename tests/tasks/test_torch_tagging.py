@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,20 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 from torch_encoders import Given, losses_of, renamed, twin_of  # noqa: E402
 from training_helpers import Layout, make_config  # noqa: E402
 
+from minillm import finetune  # noqa: E402
 from minillm.autograd.backward import backward  # noqa: E402
 from minillm.base.device import CPU  # noqa: E402
 from minillm.comm.communicator import Communicator  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.comm.threads import run_ranks  # noqa: E402
 from minillm.data.tokenizers import make_tokenizer  # noqa: E402
+from minillm.inference import predict  # noqa: E402
 from minillm.models.tagger import FAMILY, TaggerOptions  # noqa: E402
 from minillm.tasks.encoded_words import EncodedWords, WordEncoder  # noqa: E402
 from minillm.tasks.tagging import Tagging  # noqa: E402
 from minillm.training.resolve import ResolvedConfig  # noqa: E402
 from minillm.training.trainer import Trainer  # noqa: E402
+from minillm.weights import exporting  # noqa: E402
 
 LABELS, CONTEXT, BATCH, STEPS = 5, 16, 8, 10
 HEADS = ("classifier", "tags")  # names of the head
@@ -141,3 +145,67 @@ def test_ten_steps(layout: Layout, folder: Path, sentences: EncodedWords, twin: 
     assert expected[-1] < expected[0]
     for losses in found:
         np.testing.assert_allclose(losses, expected, rtol=1e-8)
+
+
+NAMES = ["B-x", "I-x", "B-y", "O", "I-y"]  # in no order of minillm
+
+
+def tags_by(path: Path) -> list[list[str]]:
+    """Return the tags that transformers predicts from a folder, at the first piece of each word."""
+    model = transformers.AutoModelForTokenClassification.from_pretrained(path).eval()
+    tokenizer, found = transformers.AutoTokenizer.from_pretrained(path), []
+    for sentence in words():
+        encoded = tokenizer(sentence, is_split_into_words=True, return_tensors="pt")
+        with torch.no_grad():
+            best = model(**encoded).logits[0].argmax(-1).tolist()
+        places = [encoded.word_ids(0).index(word) for word in range(len(sentence))]
+        found.append([model.config.id2label[best[place]] for place in places])
+    return found
+
+
+def predictions(path: Path, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    (path.parent / "in.jsonl").write_text(
+        "".join(json.dumps({"tokens": each}) + "\n" for each in words())
+    )
+    capsys.readouterr()
+    words_ = [str(path), "--input", str(path.parent / "in.jsonl"), "--threads", "1"]
+    assert predict.main(words_) == 0
+    return [json.loads(line)["tags"] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_tagger_of_transformers_comes_in_and_goes_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Predict the same tags from its folder, go on with its head, and export the run."""
+    torch.manual_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        id2label=dict(enumerate(NAMES)),
+        label2id={name: i for i, name in enumerate(NAMES)},
+        initializer_range=0.3,
+    )
+    source = tmp_path / "source"
+    transformers.BertForTokenClassification(config).save_pretrained(source)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(source)
+    expected = tags_by(source)
+    assert len({tag for tags in expected for tag in tags}) >= 3
+    assert predictions(source, capsys) == expected
+    train = "".join(
+        "".join(f"{word}\t{tag}\n" for word, tag in zip(*pair, strict=True)) + "\n"
+        for pair in zip(words(), expected, strict=True)
+    )
+    (tmp_path / "train.conll").write_text(train)
+    asked = ["--task", "tag", "--model", str(source), "--train", str(tmp_path / "train.conll")]
+    asked += ["--steps", "2", "--batch", "8", "--threads", "1", "--out", str(tmp_path / "run")]
+    assert finetune.main(asked) == 0
+    assert "initial values" not in capsys.readouterr().out
+    assert exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {
+        str(i): name for i, name in enumerate(NAMES)
+    }
+    assert tags_by(tmp_path / "out") == predictions(tmp_path / "run", capsys)
