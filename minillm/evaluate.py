@@ -37,6 +37,7 @@ from minillm.inference.written import (
     OPTIONS,
     SummaryOptions,
     TextOptions,
+    Writes,
     make_writer,
     score_rows,
     text_scores,
@@ -142,7 +143,7 @@ def _score(comm: Communicator, args: ScoreArgs) -> dict[str, Any]:
 
 def _evaluate(comm: Communicator, args: EvaluateArgs) -> dict[str, Any]:
     """Return the measured numbers as JSON values. Collective."""
-    texts = getattr(args, "texts", None)
+    texts: TextOptions | None = getattr(args, "texts", None)
     with known_to_all():
         comm, device = place(comm, args)
         opened = open_checkpoint(args.checkpoint, comm, args.best)
@@ -151,13 +152,16 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> dict[str, Any]:
             files = texts.source, str(texts.target)
             pairs = from_first(comm, lambda: read_pairs(*files), ConfigError)
             model = load_trained(opened, config, comm, device)
-            return _written(comm, texts, model, opened, pairs)
+            return _written(comm, texts, model, _writer(comm, texts, model, opened), pairs)
         options = opened.config
         data = options.objective.held_out(
             args.asked, options.corpus, config.model, opened.vocabulary, opened.corpus, comm
         )
         what = data.measure(config.model, args.tokens)
         model = load_trained(opened, config, comm, device)
+        write = None
+        if isinstance(data, Written) and texts is not None and texts.metrics():
+            write = _writer(comm, texts, model, opened)
     with bar("measuring", what.num_rows, "sequence", comm.rank == 0) as advance:
         found = measure(model, what, comm, config.microbatch, advance=advance)
     numbers = found.numbers()
@@ -169,24 +173,25 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> dict[str, Any]:
     for name, value in numbers.items():
         if isinstance(value, float) and not math.isfinite(value):
             numbers[name] = None  # JSON has no infinity
-    if isinstance(texts, TextOptions) and isinstance(data, Written):
-        numbers |= _written(comm, texts, model, opened, data.references(args.tokens))
+    if write is not None and isinstance(data, Written) and texts is not None:
+        numbers |= _written(comm, texts, model, write, data.references(args.tokens))
     return numbers
+
+
+def _writer(comm: Communicator, texts: TextOptions, model: Assembly, opened: Opened) -> Writes:
+    """Return the writer of a model. Collective. Raises ConfigError on every rank."""
+    return agree(comm, lambda: make_writer(opened, model, texts), ConfigError)
 
 
 def _written(
     comm: Communicator,
     texts: TextOptions,
     model: Assembly,
-    opened: Opened,
+    write: Writes,
     pairs: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
     """Return the scores of what the model writes for sources, as JSON values. Collective."""
     metrics = texts.metrics()
-    if not metrics:
-        return {}
-    with known_to_all():
-        write = agree(comm, lambda: make_writer(opened, model, texts), ConfigError)
     with bar("writing", len(pairs), "text", comm.rank == 0) as advance:
         rows = score_rows(write, pairs, metrics, texts.batch, model, comm, advance)
     cut = int(model.mesh.axis("dp").reduce_numbers([write.num_cut])[0])

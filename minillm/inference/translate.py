@@ -21,7 +21,6 @@ from minillm.data.tokenizers import Tokenizer
 from minillm.inference.beam import Beam, BeamOptions
 from minillm.inference.decoding import Rule
 from minillm.inference.loading import (
-    Opened,
     ReadOptions,
     load_trained,
     named_run,
@@ -29,7 +28,7 @@ from minillm.inference.loading import (
     place,
 )
 from minillm.inference.translator import GREEDY
-from minillm.inference.written import TranslationWriter
+from minillm.inference.written import TranslationWriter, marked_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ def _translate(comm: Communicator, args: TranslateArgs) -> None:
         opened = open_checkpoint(args.checkpoint, placed, args.best)
         opened.config.family.check_writes("translation")
         config = opened.resolve(args, comm.size)
-        tokenizer = agree(placed, lambda: _tokenizer(opened), ConfigError)
+        tokenizer = agree(placed, lambda: marked_tokenizer(opened), ConfigError)
         lines = from_first(comm, _input)
         sources = encoded_lines(lines, tokenizer, config.model.context)
         model = load_trained(opened, config, placed, device)
@@ -82,17 +81,6 @@ def _translate(comm: Communicator, args: TranslateArgs) -> None:
             for i in range(min(stride, len(lines) - first)):
                 print(dealt[i % replicas.size][i // replicas.size])
             sys.stdout.flush()
-
-
-def _tokenizer(opened: Opened) -> Tokenizer:
-    """Return the tokenizer. Raises ConfigError if the model has no id for the ends of texts."""
-    found = opened.tokenizer
-    if marks_of(found).vocab > opened.vocab:
-        raise ConfigError(
-            f"{opened.path} has {opened.vocab} tokens, all of them of its tokenizer, and none that "
-            "begins and ends translations"
-        )
-    return found
 
 
 def encoded_lines(lines: Sequence[str], tokenizer: Tokenizer, context: int) -> list[IntArray]:

@@ -76,6 +76,8 @@ class SummaryOptions(TextOptions):
         if (self.source is None) != (self.target is None):
             given, missing = ("source", "target") if self.source else ("target", "source")
             raise ConfigError(f"--{given} has no counterpart; pass --{missing} with the other side")
+        if self.source is not None and self.metric == "none":
+            raise ConfigError("--metric none scores nothing; use rouge or bleu")
         changed = [
             name for name in self.options() if getattr(self, name) != getattr(type(self), name)
         ]
@@ -168,7 +170,18 @@ def make_writer(opened: Opened, model: Assembly, options: TextOptions) -> Writes
     """Return the writer of a trained model. Raises ConfigError for options that leave no room."""
     if isinstance(options, SummaryOptions):
         return SummaryWriter(model, opened.tokenizer, options, end_ids(opened.vocabulary))
-    return TranslationWriter(model, opened.tokenizer, options.rule, options.most_tokens)
+    return TranslationWriter(model, marked_tokenizer(opened), options.rule, options.most_tokens)
+
+
+def marked_tokenizer(opened: Opened) -> Tokenizer:
+    """Return the tokenizer. Raises ConfigError if the model has no id for the ends of texts."""
+    found = opened.tokenizer
+    if marks_of(found).vocab > opened.vocab:
+        raise ConfigError(
+            f"{opened.path} has {opened.vocab} tokens, all of them of its tokenizer, and none that "
+            "begins and ends translations"
+        )
+    return found
 
 
 # What a family writes -> the default options of its texts.

@@ -341,6 +341,7 @@ def test_lines_behind_a_separator_are_those_that_generate_writes(
         (["--beam", "3"], "--beam is about texts that the model writes"),
         ([*asked, "--most-tokens", "30"], "no room for a source, the separator ' TL;DR:' and 30"),
         ([*asked, "--separator", "!"], "character '!'"),
+        ([*asked, "--metric", "none"], "--metric none scores nothing"),
     ):
         assert evaluate.main([run, *more]) in (1, 2)
         assert message in capsys.readouterr().err
