@@ -113,15 +113,24 @@ def parse(argv: Sequence[str]) -> tuple[StartOptions, RunConfig]:
         if (value := getattr(chosen, name)) is not None:
             rest += [f"--{name}", value]
     defaults = {} if chosen.steps is None else {"epochs": None}
-    if chosen.resume is not None:
-        if chosen.model != "none":
-            raise ConfigError("--resume continues a run with its own weights; leave --model out")
-        return parse_train_args(["--resume", chosen.resume, *rest], saved=saved_options, prog=PROG)
     task = TASKS[chosen.task]
     if chosen.multi_label:
         if chosen.task not in ("classify", "pair"):
             raise ConfigError(f"--multi-label needs --task classify or pair, not {chosen.task}")
         rest = ["--problem", "multi-label", *rest]
+    if chosen.resume is not None:
+        if chosen.model != "none":
+            raise ConfigError("--resume continues a run with its own weights; leave --model out")
+        named = any(word.split("=")[0] == "--task" for word in words)
+        rest = [*(task.flags if named else ()), *rest]
+        again = ["--resume", chosen.resume, *rest]
+        origin, config = parse_train_args(again, saved=saved_options, prog=PROG, cls=RunConfig)
+        if named and config.model != family_of_preset(task.scratch).name:
+            raise ConfigError(
+                f"--resume {chosen.resume} goes on with a run of --model {config.model}, not of "
+                f"--task {chosen.task}; leave --task out"
+            )
+        return origin, config
     if chosen.model == "none":
         start = ["--preset", task.scratch]
     else:

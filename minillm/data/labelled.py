@@ -85,6 +85,8 @@ def read_inputs(name: str, fields: Fields) -> list[tuple[str, ...]]:
                 f"{name} is no table, which pairs of texts need: .tsv, .csv or .jsonl"
             )
         lines = read_text(Path(name)).split("\n")
+        if lines == [""]:
+            raise ConfigError(f"{name} is empty; give it a text on each line")
         return [(line.removesuffix("\r"),) for line in (lines if lines[-1] else lines[:-1])]
     rows = read_table(name, fields.columns())
     return [tuple(_text(name, row, value) for value in row.values) for row in rows]

@@ -316,3 +316,72 @@ def test_patience_ends_a_run_and_goes_on_counting(
     assert finetune.main([*asked, str(tmp_path / "none")]) != 0
     assert "--patience 2 needs held-out data" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a classifier for a step; return its run, beside which train.tsv lies."""
+    path = tmp_path_factory.mktemp("trained")
+    rows = [(each.texts[0], each.label) for each in opinions()[:30]]
+    words = ["--train", table(path / "train.tsv", rows), *SIZES, "--tokenizer", "byte"]
+    words += ["--context", "64", "--steps", "1", "--out", str(path / "run")]
+    assert finetune.main(words) == 0
+    return path / "run"
+
+
+BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
+    ("bad.tsv", "", ["is empty"]),
+    ("bad.tsv", "text\tlabel\n", ["has no row"]),
+    ("bad.tsv", "text\tlabel\na\tpositive\nb\n", ["line 3 of", "1 field"]),
+    ("bad.csv", 'text,label\na,positive\n"b,negative\n', ["line 3 of", "no CSV"]),
+    ("bad.jsonl", '{"text": "a", "label": "positive"}\n{"text": 3, "label": "x"}\n', ["line 2 of"]),
+    ("bad.tsv", b"text\tlabel\na\tpositive\n\xff\tnegative\n", ["line 3 of", "not UTF-8"]),
+]
+
+
+@pytest.mark.parametrize("program", ["--dev", "evaluate", "predict"])
+@pytest.mark.parametrize(("name", "content", "words"), BAD_FILES)
+def test_bad_files_are_refused_by_every_program(
+    program: str,
+    name: str,
+    content: str | bytes,
+    words: list[str],
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, run = tmp_path / name, tmp_path / "run"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    train_on = str(trained.parent / "train.tsv")
+    capsys.readouterr()
+    status = {
+        "--dev": lambda: finetune.main(
+            [*SIZES, "--train", train_on, "--dev", str(path), "--out", str(run)]
+        ),
+        "evaluate": lambda: evaluate.main([str(trained), "--data", str(path), "--threads", "1"]),
+        "predict": lambda: predict.main([str(trained), "--input", str(path), "--threads", "1"]),
+    }[program]()
+    out, error = capsys.readouterr()
+    assert status != 0 and error.count("error: ") == 1 and "Traceback" not in error
+    assert all(word in error for word in [name, *words]), error
+    assert not run.exists() and "{" not in out
+
+
+def test_a_run_of_another_task_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task, words in (
+        ("tag", "a run of --model classifier, not of --task tag"),
+        ("regress", "cannot change --problem regression (was single-label)"),
+    ):
+        capsys.readouterr()
+        assert finetune.main(["--task", task, "--resume", str(trained)]) != 0
+        assert words in capsys.readouterr().err
+    assert finetune.main(["--task", "classify", "--resume", str(trained), "--steps", "2"]) == 0
+    numbers = table(tmp_path / "numbers.tsv", [("a", "1.5"), ("b", "2.5")])
+    capsys.readouterr()
+    assert evaluate.main([str(trained), "--data", numbers, "--threads", "1"]) != 0
+    assert "line 2 of" in (error := capsys.readouterr().err) and "'1.5', which is not" in error
+    (tmp_path / "empty.txt").write_text("")
+    assert predict.main([str(trained), "--input", str(tmp_path / "empty.txt")]) != 0
+    assert "empty.txt is empty" in capsys.readouterr().err
