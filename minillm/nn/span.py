@@ -79,7 +79,7 @@ class _SpanLoss(Function):
         divisor: float,
     ) -> Array:
         xp = namespace(scores)
-        wide = xp.swapaxes(scores, 1, 2).astype(sum_dtype(scores.dtype))  # [B, 2, T_local], a copy
+        wide = scores.transpose(0, 2, 1).astype(sum_dtype(scores.dtype))  # [B, 2, T_local], a copy
         places = xp.asarray(times)
         if lengths is not None:
             real = places < xp.asarray(lengths)[:, None, None]  # [B, 1, T_local]
@@ -102,4 +102,4 @@ class _SpanLoss(Function):
         exponentials, sums, hit, divisor, dtype = ctx.saved
         grad = (exponentials / sums[:, :, None] - hit) * (float(grad_outs[0]) / divisor)
         xp = namespace(grad)
-        return (xp.ascontiguousarray(xp.swapaxes(grad, 1, 2)).astype(dtype, copy=False),)
+        return (xp.ascontiguousarray(grad.transpose(0, 2, 1)).astype(dtype, copy=False),)
