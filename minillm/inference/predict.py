@@ -43,7 +43,8 @@ class PredictArgs(ReadOptions):
 
     The line for a text of a classifier is {"text": ..., "label": ..., "probabilities": {label:
     ...}}. That for a pair has "texts", a list of two. That of a tagger is {"tokens": ..., "tags":
-    ..., "spans": [{"type": ..., "start": ..., "end": ...}]}.
+    ..., "spans": [{"type": ..., "start": ..., "end": ...}]}. That of a reader is {"id": ...,
+    "question": ..., "answer": ..., "start": ..., "end": ..., "score": ..., "n_best": [...]}.
     """
 
     checkpoint: str = option(path=True)
@@ -51,7 +52,8 @@ class PredictArgs(ReadOptions):
     without the flag."""
     input: str = option(path=True)
     """Table of texts, .tsv, .csv or .jsonl, also .gz; any other file has a text on each line. A
-    tagger reads .txt with a text on each line, .jsonl, and else CoNLL columns."""
+    tagger reads .txt with a text on each line, .jsonl, and else CoNLL columns. A reader reads JSON
+    of SQuAD, and .jsonl with question and context."""
     asked: Record = field(default=TextsToLabel(), metadata={"title": "input"})
     batch: int = option(32, at_least=1)
     """Inputs that each replica reads at once."""

@@ -24,7 +24,7 @@ from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tasks.answer_metrics import HeldOutAnswers, Rule
 from minillm.tasks.answer_predictor import AnswerOptions, AnswerPredictor, QuestionsToAnswer
-from minillm.tasks.example_order import ExampleOptions, ExampleOrder
+from minillm.tasks.example_order import ExampleOptions, ExampleOrder, unchanged
 from minillm.tasks.windows import EncodedQuestions, QuestionEncoder
 
 BUILT_IN = "facts"
@@ -197,14 +197,7 @@ class AnsweringObjective:
             return Questions(parts, vocabulary, trained, shape.context, asked)
         parts, _ = from_first(comm, lambda: _read(trained, vocabulary), ConfigError)
         found = Questions(_parts_of(parts), vocabulary, trained, shape.context, asked)
-        if found.sha256 != sha256:
-            raise ConfigError(
-                f"{found.source} has changed since training (sha256 {found.sha256[:12]}, was "
-                f"{sha256[:12]}); put the old questions back, or name others with --data"
-            )
-        if not len(found.held_out):
-            raise ConfigError(f"{found.source} holds no question out; name some with --data")
-        return found
+        return unchanged(found, sha256, "question")
 
     def predictor(
         self,
