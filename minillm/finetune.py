@@ -1,4 +1,4 @@
-"""Train an encoder for a task: `python -m minillm.finetune --task classify --model SOURCE`.
+"""Train a model for a task: `python -m minillm.finetune --task classify --model SOURCE`.
 
 A task is a family of models with the objective of its data. This program finds the family, and
 turns the weights of SOURCE into those that a run of it starts from. The rest is `minillm.train`.
@@ -19,7 +19,8 @@ from minillm.base.flags import parse_flags, split_flags
 from minillm.base.record import Record, option, with_defaults
 from minillm.comm.process import run_program
 from minillm.models.bert_config import EncoderOptions
-from minillm.models.family import DEFAULT, family, family_of_preset
+from minillm.models.family import DEFAULT, ShapeOptions, family, family_of_preset
+from minillm.models.gpt_config import ModelOptions
 from minillm.train import train
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig
@@ -37,6 +38,8 @@ class TaskKind(NamedTuple):
     tuned: str  # preset of one from weights
     flags: tuple[str, ...] = ()  # that it adds to those of the command line
     context: int = CONTEXT  # tokens of a row, where the weights allow more
+    reads: tuple[type[ShapeOptions], str] = (EncoderOptions, "an encoder, such as BERT")
+    """Options of the families whose weights it takes, and what to call them."""
 
 
 TASKS: Mapping[str, TaskKind] = {
@@ -45,12 +48,13 @@ TASKS: Mapping[str, TaskKind] = {
     "regress": TaskKind("classifier", "classifier-tuned", ("--problem", "regression")),
     "tag": TaskKind("tagger", "tagger-tuned"),
     "qa": TaskKind("reader", "reader-tuned", context=384),
+    "chat": TaskKind("chat", "chat-tuned", context=512, reads=(ModelOptions, "a decoder")),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneArgs(Record):
-    """Train an encoder for a task, on one process or over the ranks of mpirun.
+    """Train an encoder or a decoder for a task, on one process or over the ranks of mpirun.
 
     mpirun -n 4 python -m minillm.finetune --task classify --model models/minilm --train train.tsv
 
@@ -59,10 +63,10 @@ class FinetuneArgs(Record):
     minillm evaluate read the run.
     """
 
-    task: Literal["classify", "pair", "regress", "tag", "qa"] = "classify"
+    task: Literal["classify", "pair", "regress", "tag", "qa", "chat"] = "classify"
     """Task: a label for each text (classify) or each pair of texts (pair), a number for each text,
-    or each pair with --pairs (regress), the entities among the words of sentences (tag), or
-    the spans of texts that answer questions (qa)."""
+    or each pair with --pairs (regress), the entities among the words of sentences (tag), the
+    spans of texts that answer questions (qa), or the answers in dialogues, by a decoder (chat)."""
     multi_label: bool = False
     """Give a text of --task classify or pair any number of labels, separated by commas or as a JSON
     list."""
@@ -142,17 +146,17 @@ def parse(argv: Sequence[str]) -> tuple[StartOptions, RunConfig]:
 def _weights(task: TaskKind, start: StartOptions) -> dict[str, Any]:
     """Return the options that the weights of `--model` bring along for a run of the task.
 
-    Raises ConfigError for weights that are of no encoder.
+    Raises ConfigError for weights of another kind than the task needs.
     """
     path = Path(start.init_from or "")
     if not path.exists():
         raise ConfigError(f"--model {path} does not exist; name weights, or none")
     values = dict(saved_options(start))
     had, own_family = family(values.get("model", DEFAULT)), family_of_preset(task.tuned)
-    if not issubclass(had.options, EncoderOptions):
+    reads, words = task.reads
+    if not issubclass(had.options, reads):
         raise ConfigError(
-            f"--model {path} holds a model of --model {had.name}, but a task needs an encoder, "
-            "such as BERT"
+            f"--model {path} holds a model of --model {had.name}, but this task needs {words}"
         )
     own = own_family.options.options().keys() - HEAD
     found = {name: values[name] for name in own if name in values}

@@ -15,10 +15,10 @@ from minillm.comm.agreement import AgreedError, from_first, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.launchers import launched
 from minillm.comm.process import run_program
+from minillm.data.templates import Message, Template, template_of
 from minillm.inference.asking import ask
 from minillm.inference.loading import ReadOptions, load_trained, named_run, open_checkpoint, place
 from minillm.inference.rows import Rows
-from minillm.inference.templates import Message, Template, template_of
 from minillm.inference.text import end_ids
 from minillm.inference.writing import Line, Prompt, Show, Writer, WritingOptions
 
@@ -68,7 +68,8 @@ def _chat(comm: Communicator, args: ChatArgs) -> None:
     asked = replace(args, stop=(*args.stop, *template.stops))
     writer = Writer(model, opened.tokenizer, asked, end_ids(opened.vocabulary))
     conversation = Conversation(writer, template, args.system)
-    if template.name != args.template and comm.rank == 0:
+    trained = opened.vocabulary.get("template")
+    if template.name not in (args.template, trained) and comm.rank == 0:
         print(f"note: the model has no chat template; {template.name} is used", file=sys.stderr)
     escapes = sys.stdout.isatty() or launched() is not None
 

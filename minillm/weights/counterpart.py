@@ -202,7 +202,7 @@ def choose(
 ) -> tuple[Counterpart, dict[str, Any]]:
     """Return the first of `counterparts` that has such models, and the configuration of this one.
 
-    `model` is the family of `shape`. Raises ConfigError with the reason of each if none has.
+    `model` is the architecture of `shape`. Raises ConfigError with the reason of each if none has.
     """
     reasons = []
     for counterpart in counterparts:

@@ -96,7 +96,7 @@ def _written(path: Path, args: ExportArgs) -> str:
     record = record_of(path)
     config = RunConfig.from_dict(record.config, str(path))
     model = config.shape.resolve(record.vocab)
-    counterpart, described = choose(COUNTERPARTS, config.model, model)
+    counterpart, described = choose(COUNTERPARTS, config.family.architecture.name, model)
     if args.format == "gguf" and counterpart.gguf is None:
         raise ConfigError(f"GGUF has no architecture for {counterpart.model_type} models; use hf")
     column = hf.Folder.column if args.format == "hf" else gguf.GGUF.column

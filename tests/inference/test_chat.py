@@ -13,13 +13,13 @@ from training_helpers import INIT_STD, Layout, make_config
 
 from minillm.base.errors import CheckpointError, ConfigError
 from minillm.comm.threads import run_ranks
+from minillm.data.templates import CHATML, WORDS, Message, template_of
 from minillm.data.tokenizers import ByteTokenizer, tokenizer_from_json
 from minillm.inference import chat
 from minillm.inference.chat import Conversation
 from minillm.inference.decoding import continued
 from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
-from minillm.inference.templates import CHATML, WORDS, Message, template_of
 from minillm.inference.writing import Writer, WritingOptions
 from minillm.training.assembly import Assembly, assemble
 from minillm.weights import turns

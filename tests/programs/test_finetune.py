@@ -142,7 +142,7 @@ def test_bad_tables_are_refused(
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (["--task", "chat"], ["--task", "classify"]),
+        (["--task", "sing"], ["--task", "classify"]),
         (["--model", "nowhere"], ["--model nowhere does not exist"]),
         (["--steps", "3", "--epochs", "1"], ["--epochs and --steps"]),
         (["--text-field", "x"], ["need --train"]),

@@ -14,13 +14,13 @@ from safetensors.numpy import save_file
 from weights_helpers import bpe_definition, folder
 
 from minillm.comm.single import SelfCommunicator
+from minillm.data.templates import Message, template_of
 from minillm.inference.beam import Beam, BeamOptions
 from minillm.inference.decoding import Rule, continued
 from minillm.inference.engine import Generator
 from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
 from minillm.inference.sampling import Sampling
 from minillm.inference.scores import ALONE, Scores
-from minillm.inference.templates import Message, template_of
 from minillm.inference.text import end_ids
 from minillm.weights import exporting, importing
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -29,8 +29,8 @@ class Template(Protocol):
     def stops(self) -> Sequence[str]:
         """Texts that end a reply, besides the ids that end a text."""
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the text, up to where the assistant's next reply begins."""
+    def render(self, messages: Sequence[Message], reply: bool = True) -> str:
+        """Return the text; for a `reply` up to where the assistant's next one begins."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Plain:
     tail: str
     stops: Sequence[str]
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the text, up to where the assistant's next reply begins."""
+    def render(self, messages: Sequence[Message], reply: bool = True) -> str:
+        """Return the text; for a `reply` up to where the assistant's next one begins."""
         turns = [f"{self.head[role]}{content}{self.tail}" for role, content in messages]
-        return "".join(turns) + self.head["assistant"].rstrip(" ")
+        return "".join(turns) + self.head["assistant"].rstrip(" ") * reply
 
 
 CHATML = Plain(
@@ -90,15 +90,15 @@ class Jinja:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template of this model is malformed: {error}") from None
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the text, up to where the assistant's next reply begins.
+    def render(self, messages: Sequence[Message], reply: bool = True) -> str:
+        """Return the text; for a `reply` up to where the assistant's next one begins.
 
         Raises ConfigError for a conversation that the template refuses.
         """
         try:
             return self._template.render(
                 messages=[message._asdict() for message in messages],
-                add_generation_prompt=True,
+                add_generation_prompt=reply,
                 **self._borders,
             )
         except (self._error, TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -117,14 +117,53 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 def template_of(vocabulary: Mapping[str, Any], asked: str) -> Template:
     """Return the template `asked` for: chatml, plain, or auto.
 
-    That is the model's own one. A model without one gets ChatML if its vocabulary has the tokens,
-    else words. Raises ConfigError if its own one cannot be used.
+    That is the one that it was trained with here, else its own one. A model without one gets ChatML
+    if its vocabulary has the tokens, else words. Raises ConfigError if its own one cannot be used.
     """
     given = {"chatml": CHATML, "plain": WORDS}
-    if asked in given:
-        return given[asked]
+    wanted = str(vocabulary.get("template")) if asked == "auto" else asked
+    if wanted in given:
+        return given[wanted]
     own = vocabulary.get("chat")
     if own is not None:
         return Jinja(own["template"], {k: v for k, v in own.items() if k != "template"})
     added = (vocabulary.get("tokenizer") or {}).get("added_tokens") or ()
     return CHATML if any(token["content"] == "<|im_start|>" for token in added) else WORDS
+
+
+class Chunk(NamedTuple):
+    """Piece of a conversation's text."""
+
+    text: str
+    learnt: bool  # the assistant writes it: an answer, and what ends it
+
+
+def chunks_of(template: Template, messages: Sequence[Message]) -> Iterator[Chunk]:
+    """Yield the text of a conversation up to the last answer, in pieces.
+
+    An answer ends with the first of the template's stop texts, which the assistant writes as well.
+    Raises ConfigError for a template that alters turns once others follow.
+    """
+    done, behind = "", ""
+    if template.stops:
+        behind = template.render([Message("user", "")], reply=False)
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before = template.render(messages[:number])
+        whole = template.render(messages[: number + 1], reply=False)
+        if not (before.startswith(done) and whole.startswith(before)):
+            raise ConfigError(
+                "the chat template of this model alters the text of a turn once others follow, so "
+                "its answers cannot be told from the rest; use --template chatml or plain"
+            )
+        yield Chunk(before[len(done) :], False)
+        answer, follows = whole[len(before) :], f"{whole}{behind}"[len(before) :]
+        ends = [at + len(stop) for stop in template.stops if (at := follows.find(stop)) >= 0]
+        size = min(ends, default=len(answer.rstrip()))
+        last = all(other.role != "assistant" for other in messages[number + 1 :])
+        if size > len(answer) and not last:  # the next turn may begin otherwise
+            known = template.render(messages[: number + 2], reply=False)[len(before) :]
+            size = size if known[:size] == follows[:size] else len(answer)
+        yield Chunk(follows[:size], True)
+        done = before + follows[:size]
