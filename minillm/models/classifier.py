@@ -3,7 +3,8 @@
     hidden [B, T, D] -> position 0 -> pooler (dense, tanh) -> dropout -> classifier -> loss, logits
 
 It is BertForSequenceClassification of the package transformers (Devlin et al. 2019, section 4.1).
-The losses are those that this class has for each of its problem types.
+The losses are those that this class has for each of its problem types. DistilBERT's classifier has
+ReLU in place of tanh.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from minillm.nn.linear import Linear
 from minillm.nn.vocabulary import head_loss
 from minillm.params.where import Pass
 
+Activation = Literal["tanh", "relu"]
 Problem = Literal["single-label", "multi-label", "regression"]
 
 
@@ -42,6 +44,8 @@ class ClassifierConfig(BertConfig):
     """Number of different labels, 1 for a number."""
     problem: Problem = "single-label"
     """Output for a text: one of the labels, any of them, or a number."""
+    pooler_activation: Activation = "tanh"
+    """Function behind the dense layer of the pooler."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for sizes that do not fit together."""
@@ -62,13 +66,21 @@ class ClassifierConfig(BertConfig):
 class ClassifierOptions(EncoderOptions):
     """Classifier, as in `--layers 4 --dim 128` (minillm/models/classifier.py)."""
 
-    FREE: ClassVar[tuple[str, ...]] = ("context", "dropout", "labels", "problem")
+    FREE: ClassVar[tuple[str, ...]] = (
+        "context",
+        "dropout",
+        "labels",
+        "problem",
+        "pooler_activation",
+    )
 
     labels: int | None = option(None, at_least=1)
     """Number of different labels; left out: those of the data."""
     problem: Problem = "single-label"
     """Output for a text: one of the labels (single-label), any of them (multi-label), or a number
     (regression)."""
+    pooler_activation: Activation = "tanh"
+    """Function behind the dense layer of the pooler (DistilBERT: relu)."""
 
     def resolve(self, vocab: int | None = None) -> ClassifierConfig:
         """Return the shape for data of `vocab` tokens.
@@ -106,7 +118,8 @@ class Classifier(Bert):
         if self.classifier is None or self.pairs is None:
             return found
         pass_, layer = self.pass_of(batch, training), self.classifier
-        pooled = self.pairs.pooled(self.first_rows(found.outputs[0], pass_), pass_)
+        dense = self.pairs.pooler(self.first_rows(found.outputs[0], pass_), pass_)
+        pooled = ACTIVATIONS[self.config.pooler_activation](dense)
         pooled = self._dropped(pooled, batch, training)
         outputs, losses = found.outputs, {}
         if "loss" in batch.divisors:
@@ -121,6 +134,9 @@ class Classifier(Bert):
         shape = pooled.shape
         one = pooled.reshape(shape[0], 1, shape[1])
         return self.drop(one, Pass(where, where, training)).reshape(*shape)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"tanh": ops.tanh, "relu": ops.relu}
 
 
 def _single(layer: Linear, pooled: Tensor, batch: Batch, pass_: Pass) -> Tensor:

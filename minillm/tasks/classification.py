@@ -212,7 +212,7 @@ class ClassificationObjective:
             found = self.load(trained, shape, vocabulary, comm)
             return unchanged(found, sha256, "text")
         name, fields = asked.data, trained.fields(asked, targets_of(vocabulary).several)
-        check_fields(asked, trained.pairs)
+        check_fields(asked, trained.pairs or asked.pairs)
         examples = from_first(comm, lambda: read_examples(name, fields), ConfigError)
         return _texts([(name, []), (name, examples)], vocabulary, trained, shape.context)
 
@@ -225,7 +225,7 @@ class ClassificationObjective:
         context: int,
     ) -> LabelPredictor:
         """Return the predictor of labels."""
-        check_fields(asked, trained.pairs)
+        check_fields(asked, trained.pairs or asked.pairs)
         tokenizer, fields = encoder_tokenizer(vocabulary, vocab), trained.fields(asked)
         labels, targets = vocabulary["labels"], targets_of(vocabulary)
         return LabelPredictor(tokenizer, labels, targets, fields, context)

@@ -85,9 +85,8 @@ class ClassificationOptions(ExampleOptions):
             found: str | None = getattr(asked, of, None) or getattr(self, of)
             return found
 
-        return Fields(
-            name("text_field"), name("pair_field"), name("label_field"), self.pairs, several
-        )
+        pairs = self.pairs or (asked is not None and asked.pairs)
+        return Fields(name("text_field"), name("pair_field"), name("label_field"), pairs, several)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +102,14 @@ class LabelledToMeasure(Record):
     """Column of the second text of a pair; left out: as in training."""
     label_field: str | None = None
     """Column of the label; left out: as in training."""
+    pairs: bool = False
+    """Read pairs of texts, which weights of another library do not ask for by themselves."""
 
 
 def check_fields(options: Any, pairs: bool) -> None:
     """Raise ConfigError for a column of second texts where there are none."""
     if options.pair_field is not None and not pairs:
         raise ConfigError(
-            f"--pair-field {options.pair_field} names the second text of a pair; use --task pair, "
-            "or leave it out"
+            f"--pair-field {options.pair_field} names the second text of a pair; give "
+            "--pairs, or leave it out"
         )

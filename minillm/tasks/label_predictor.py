@@ -28,6 +28,8 @@ class TextsToLabel(Record):
     """Column of the text; left out: as in training."""
     pair_field: str | None = None
     """Column of the second text of a pair; left out: as in training."""
+    pairs: bool = False
+    """Read pairs of texts, which weights of another library do not ask for by themselves."""
 
 
 class LabelPredictor:

@@ -87,6 +87,9 @@ DISTILBERT_TABLE = _renamed(
     ("cls.predictions.decoder.", "vocab_projector."),
     ("cls.predictions.", "vocab_projector."),
 )
+DISTILBERT_CLASSIFIER_TABLE = _renamed(
+    DISTILBERT_TABLE, ("distilbert.pooler.dense.", "pre_classifier.")
+)
 
 KEYS = (
     Key("vocab_size", "vocab"),
@@ -113,6 +116,7 @@ GGUF_KEYS = {
 }
 GGUF_MORE = {"attention.causal": False}
 SPELLED = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+NONE: Mapping[str, Any] = MappingProxyType({})
 IGNORED = ("embeddings.position_ids",)
 
 
@@ -124,15 +128,16 @@ def _kinds(
     implied: Mapping[str, Any],
     keys: tuple[Key, ...],
     table: str,
-    tables: Mapping[str, str] = MappingProxyType({}),
+    tables: Mapping[str, str] = NONE,
+    of_classifier: Mapping[str, Any] = NONE,
     pooler: bool = True,
     **more: Any,
 ) -> tuple[Counterpart, ...]:
     """Return the models of a `model_type`: with the heads of each objective or task, and bare.
 
     `heads` are the architectures by our objective, `encoder` is the bare one. Those without a loss
-    of pairs may have a `pooler`, and without one there is no classifier. `tables` are those of
-    families whose head has other names than in `table`.
+    of pairs may have a `pooler`. `tables` are those of families whose head has other names than in
+    `table`. `of_classifier` are the options that a classifier implies besides.
     """
     trained = tuple(
         Counterpart(
@@ -155,7 +160,7 @@ def _kinds(
             model_type=model_type,
             architecture=encoder.removesuffix("Model") + head.ending,
             model=head.model,
-            implied=implied,
+            implied={**implied, **(of_classifier if head.model == "classifier" else NONE)},
             spelled=SPELLED,
             ignored=IGNORED,
             keys=(*keys, *head.keys),
@@ -163,7 +168,6 @@ def _kinds(
             **more,
         )
         for head in HEADS
-        if pooler or head.model != "classifier"
     )
     return trained + tuned
 
@@ -206,6 +210,8 @@ DISTILBERT = _kinds(
     "DistilBertModel",
     {"mlm": "DistilBertForMaskedLM"},
     table=DISTILBERT_TABLE,
+    tables={"classifier": DISTILBERT_CLASSIFIER_TABLE},
+    of_classifier={"pooler_activation": "relu"},
     keys=(
         Key("vocab_size", "vocab"),
         Key("max_position_embeddings", "context", 512),

@@ -127,6 +127,50 @@ def test_a_trained_head_predicts_the_same_in_transformers(
         assert list(rows[0]["probabilities"]) == list(model.config.label2id)
 
 
+@pytest.mark.parametrize("name", ["Roberta", "DistilBert"])
+def test_other_encoders_classify_the_same(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their head is a pooler of another name, in DistilBERT with ReLU."""
+    source, more = tmp_path / "source", dict[str, Any](num_labels=3)
+    if name == "Roberta":
+        more |= dict(pad_token_id=1, bos_token_id=2, eos_token_id=3, type_vocab_size=1)
+    else:
+        more |= dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    model = folder(source, name, **more)
+    # No [UNK], whose id RoBERTa takes for padding here.
+    texts = ["a good film", "it is not a very good story", "dull"]
+    given = transformers.BertTokenizer(str(source / "vocab.txt"))
+    wanted = outputs(
+        lambda **each: model(input_ids=each["input_ids"]),
+        given,
+        "single_label_classification",
+        texts,
+    )
+    found = numbers(predictions(source, texts, capsys))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+    assert np.ptp(found) > 0.05
+
+
+def test_a_pair_classifier_of_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Score pairs by a cross-encoder with one label, which has no training options."""
+    model = folder(tmp_path / "source", id2label={0: "LABEL_0"}, label2id={"LABEL_0": 0})
+    pairs = list(zip(TEXTS[:2], TEXTS[2:], strict=True))
+    rows = [f"{one}\t{two}" for one, two in pairs]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2", *rows]) + "\n")
+    words = [str(tmp_path / "source"), "--pairs", "--input", str(tmp_path / "pairs.tsv")]
+    capsys.readouterr()
+    assert predict.main([*words, "--threads", "1"]) == 0
+    found = [json.loads(line)["value"] for line in capsys.readouterr().out.splitlines()]
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "source" / "vocab.txt"))
+    for value, (one, two) in zip(found, pairs, strict=True):
+        with torch.no_grad():
+            wanted = model(**tokenizer(one, two, return_tensors="pt")).logits.item()
+        assert abs(value - wanted) <= 1e-5
+
+
 def test_a_head_whose_labels_fit_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +189,7 @@ def test_a_head_whose_labels_fit_is_kept(
     ("name", "ending"),
     [
         ("Roberta", "SequenceClassification"),
+        ("DistilBert", "SequenceClassification"),
         ("Bert", "TokenClassification"),
         ("Roberta", "TokenClassification"),
         ("DistilBert", "TokenClassification"),
