@@ -429,7 +429,7 @@ def test_sizes_left_out_follow() -> None:
     assert {name for name, value in found.items() if value is None} == {
         *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache", "threads"),
         *("memory", "rope_local_base", "rope_original", "rope_low", "rope_high", "rope_attention"),
-        *("slow_rank", "momentum", "freeze", "lora_alpha", "lora_targets"),
+        *("slow_rank", "momentum", "freeze", "lora_alpha", "lora_targets", "patience"),
     }
 
 
@@ -607,7 +607,7 @@ SILENT = """
     dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
     kernels device out save_every keep keep_best eval_every eval_tokens sample_tokens trace
     stop_after check_every check_order comm_timeout log_every log_to val_data cache threads memory
-    zero shard_group balance servers slow_rank
+    zero shard_group balance servers slow_rank patience
 """
 ANNOUNCED = """
     steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field
