@@ -107,11 +107,11 @@ def test_logits_and_gradients_are_those_of_transformers(
     wanted = tiny.recorded(case)
     assert found.keys() == wanted.keys() - {"config", "shapes", "gradients"}
     for name, value in found.items():
-        np.testing.assert_allclose(value, wanted[name], rtol=0, atol=1e-12 * 50)
+        np.testing.assert_allclose(value, wanted[name], rtol=0, atol=1e-12)
     assert gradients.keys() == wanted["gradients"].keys()
     for name, gradient in gradients.items():
         along = tiny.along(name, gradient)
-        assert abs(along - wanted["gradients"][name]) <= 1e-10, name
+        assert abs(along - wanted["gradients"][name]) <= 1e-12, name
 
 
 @pytest.mark.parametrize("case", ["bert", "roberta", "distilbert-bare"])
