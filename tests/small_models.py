@@ -66,6 +66,8 @@ MODELS: dict[str, dict[str, Any]] = {
         full_every=2,
         embedding_scale=5.0,
         logit_cap=3.0,
+        attention_cap=1.5,
+        attention_scalar=2.0,
     ),
     "sinusoidal": dict(position="sinusoidal", mlp="relu2", norm_place="post", window=7),
     "bert": dict(model="bert"),

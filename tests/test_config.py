@@ -624,6 +624,7 @@ def test_every_option_either_may_change_or_is_checked_on_resume() -> None:
         **dict(rope_share=0.5, rope_scaling="yarn", rope_factor=2.0, rope_original=64),
         **dict(rope_low=2.0, rope_high=16.0, rope_attention=1.5, qk_norm="head", window=9),
         **dict(full_every=2, embedding_scale=2.0, logit_cap=9.0, head_width=16),
+        **dict(attention_cap=9.0, attention_scalar=2.0),
         **dict(preset="gpt2", tokenizer="char", beta1=0.5, beta2=0.5, seed=7, dtype="float64"),
         **dict(optimizer="sgd", momentum=0.5, muon_ratio="original", freeze="positions"),
         **dict(lora=4, lora_alpha=8.0, lora_targets="qkv"),

@@ -60,6 +60,8 @@ MODELS = {
         full_every=2,
         embedding_scale=8.0,
         logit_cap=3.0,
+        attention_cap=0.05,
+        attention_scalar=2.0,
     ),
     "olmo": dict(
         norm="rmsnorm",

@@ -86,9 +86,11 @@ class TorchGPT:
             )
         ages = torch.arange(T)[:, None] - torch.arange(T)
         seen = (ages >= 0) & (ages < (window or T))
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, enable_gqa=c.heads != c.kv_heads
-        )
+        k, v = (t.repeat_interleave(c.heads // c.kv_heads, 1) for t in (k, v))
+        scores = q @ k.mT / (c.attention_scalar or K) ** 0.5
+        if c.attention_cap:
+            scores = c.attention_cap * torch.tanh(scores / c.attention_cap)
+        y = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
         return self._linear(prefix + "out", y.transpose(1, 2).reshape(B, T, -1))
 
     def _mlp(self, prefix: str, x: torch.Tensor) -> torch.Tensor:

@@ -41,14 +41,20 @@ def _dropout(dropout: AttentionDropout | None, H: int, seen: Intervals) -> tuple
 
 
 def _common(
-    q: Any, k: Any, v: Any, scale: float, seen: Intervals, dropout: AttentionDropout | None
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: float,
+    seen: Intervals,
+    dropout: AttentionDropout | None,
+    cap: float,
 ) -> tuple[Any, ...]:
     """Return the first arguments of struct Attention of cpu.c."""
     (B, Tq, H, K), (Tk, Hkv) = q.shape, k.shape[1:3]
     rows, columns, step, limit, keep_scale = _dropout(dropout, H, seen)
     of_sample = Tq if len(seen.limit) > 1 else 0
     sizes = (B, Tq, Tk, H, Hkv, K, of_sample, step, limit)
-    return q, k, v, seen.first, seen.limit, rows, columns, *sizes, scale, keep_scale
+    return q, k, v, seen.first, seen.limit, rows, columns, *sizes, scale, keep_scale, cap
 
 
 @c_kernel("attention_forward")
@@ -61,6 +67,7 @@ def attention_forward(
     scale: float,
     visibility: Visibility,
     dropout: AttentionDropout | None = None,
+    cap: float = 0.0,
     out: Any = None,
 ) -> tuple[Any, Any]:
     B, Tq, H, _ = q.shape
@@ -68,7 +75,7 @@ def attention_forward(
     q, k, v = map(_contiguous_heads, (q, seen.sorted(k), seen.sorted(v)))
     o = out if out is not None and out.strides[3] == 4 else np.empty(q.shape, q.dtype)
     lse = np.empty((B, H, Tq), q.dtype)
-    c.attention_forward(pool(), *_common(q, k, v, scale, seen, dropout), o, lse)
+    c.attention_forward(pool(), *_common(q, k, v, scale, seen, dropout, cap), o, lse)
     if out is not None and o is not out:
         out[...] = o
         return out, lse
@@ -88,6 +95,7 @@ def attention_backward(
     scale: float,
     visibility: Visibility,
     dropout: AttentionDropout | None = None,
+    cap: float = 0.0,
     grad_q: Any = None,
     grad_k: Any = None,
     grad_v: Any = None,
@@ -101,7 +109,7 @@ def attention_backward(
         else np.empty(x.shape, x.dtype)
         for i, (g, x) in enumerate(zip(wanted, (q, k, v), strict=True))
     ]
-    common = _common(q, k, v, scale, seen, dropout)
+    common = _common(q, k, v, scale, seen, dropout, cap)
     c.attention_backward(pool(), *common, grad_o, o, np.ascontiguousarray(lse), *into)
     results = []
     for i, (g, x) in enumerate(zip(wanted, into, strict=True)):

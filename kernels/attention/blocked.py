@@ -112,6 +112,7 @@ def attention_forward(
     scale: float,
     visibility: Visibility,
     dropout: AttentionDropout | None = None,
+    cap: float = 0.0,
     out: Array | None = None,
 ) -> tuple[Array, Array]:
     """Attention: o = softmax(scale q k^T) v over the visible keys, and the log-sum-exp of scores.
@@ -119,6 +120,7 @@ def attention_forward(
     q: [B, Tq, H, K]; k, v: [B, Tk, Hkv, K]; any strides; query head h reads key-value head
         h // (H / Hkv).
     dropout: acts on the probabilities, after the softmax.
+    cap: bound on scores, which become cap tanh(scores / cap); 0: none.
     out: where to write o.
     Returns o [B, Tq, H, K] and lse [B, H, Tq]: 0 and minus infinity where no key is visible.
     """
@@ -136,7 +138,8 @@ def attention_forward(
         for block in blocks[seen.sample(job.sample)]:
             s = job.scores(scores, block)
             queries = _rows(q, job, block, scale).reshape(job.num_kv, job.kv_rows(block), K)
-            total, shift = _exponentials_(s, queries, keys[:, block.start : block.stop], block, job)
+            seen_keys = keys[:, block.start : block.stop]
+            total, shift = _exponentials_(s, queries, seen_keys, block, job, cap)
             with np.errstate(divide="ignore"):
                 lse[job.sample, job.heads, block.rows] = (np.log(total) + shift).reshape(
                     job.num_heads, block.size
@@ -166,6 +169,7 @@ def attention_backward(
     scale: float,
     visibility: Visibility,
     dropout: AttentionDropout | None = None,
+    cap: float = 0.0,
     grad_q: Array | None = None,
     grad_k: Array | None = None,
     grad_v: Array | None = None,
@@ -175,7 +179,8 @@ def attention_backward(
     grad_o, q, o: [B, Tq, H, K]; k, v: [B, Tk, Hkv, K]; lse: [B, H, Tq]; any strides; o and lse as
         the forward pass returned them.
     With p = exp(scale q k^T - lse): grad_v = p^T grad_o, grad_s = p (grad_o v^T - <grad_o, o>),
-    grad_q = scale grad_s k, grad_k = scale grad_s^T q.
+    grad_q = scale grad_s k, grad_k = scale grad_s^T q. Of scores s = cap tanh(x / cap) the slope is
+    1 - (s / cap)^2.
     """
     B, Tq, _, K = q.shape
     seen = intervals(visibility, B, Tq, k.shape[1])
@@ -196,7 +201,13 @@ def attention_backward(
             n = slice(block.start, block.stop)
             s, grad_s = job.scores(scores, block), job.scores(grad_scores, block)
             queries, grads = _with_shifts(grad_o, q, o, lse, job, block, scale)
-            np.matmul(queries, keys[:, n].transpose(0, 2, 1), out=s)
+            slope: Array | float = 1.0
+            if cap:
+                _scores_(s, queries[..., :K], keys[:, n, :K], cap)
+                slope = 1 - np.square(s * s.dtype.type(1 / cap))
+                s += queries[..., K:]
+            else:
+                np.matmul(queries, keys[:, n].transpose(0, 2, 1), out=s)
             _hide_(s, block, job)
             np.exp(s, out=s)
             if dropout is None:
@@ -209,6 +220,8 @@ def attention_backward(
                 grad_s += grads[..., K:]
                 grad_s *= s
                 s *= kept
+            if cap:
+                grad_s *= slope
             grad_values[:, n] += np.matmul(s.transpose(0, 2, 1), grads[..., :K])
             grad_keys[:, n] += np.matmul(grad_s.transpose(0, 2, 1), queries[..., :K])
             grad_rows = np.matmul(grad_s, keys[:, n, :K]).reshape(job.num_heads, block.size, K)
@@ -275,23 +288,25 @@ def _rows(x: Array, job: _Job, block: QueryBlock, scale: float) -> Array:
 
 
 def _exponentials_(
-    s: Array, queries: Array, keys: Array, block: QueryBlock, job: _Job
+    s: Array, queries: Array, keys: Array, block: QueryBlock, job: _Job, cap: float
 ) -> tuple[Array, Array | float]:
-    """Overwrite s [heads, rows, n] with exp(queries keys^T - shift), 0 where hidden.
+    """Overwrite s [heads, rows, n] with exp(scores - shift), 0 where hidden.
+
+    The scores are queries keys^T, bounded by `cap`.
 
     Returns its row sums [heads, rows, 1] and the shift. The usual shift, each row's maximum, costs
     as much as the exponential. Scores are rarely large enough to need it. It is applied only if a
     score could overflow or a whole row underflow.
     """
     ones = np.ones((s.shape[-1], 1), s.dtype)
-    np.matmul(queries, keys.transpose(0, 2, 1), out=s)
+    _scores_(s, queries, keys, cap)
     _hide_(s, block, job)
     if s.size and s.max() < SAFE_MAX:
         np.exp(s, out=s)
         total = np.matmul(s, ones)
         if total.min() > SAFE_SUM:
             return total, 0.0
-        np.matmul(queries, keys.transpose(0, 2, 1), out=s)
+        _scores_(s, queries, keys, cap)
         _hide_(s, block, job)
     # Only rows that need it are shifted: a row's bits do not depend on its neighbours.
     top = s.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -300,6 +315,15 @@ def _exponentials_(
     s -= shift
     np.exp(s, out=s)
     return np.matmul(s, ones), shift
+
+
+def _scores_(s: Array, queries: Array, keys: Array, cap: float) -> None:
+    """Overwrite s [heads, rows, n] with queries keys^T, bounded by `cap`."""
+    np.matmul(queries, keys.transpose(0, 2, 1), out=s)
+    if cap:
+        s *= s.dtype.type(1 / cap)
+        np.tanh(s, out=s)
+        s *= s.dtype.type(cap)
 
 
 def _hide_(s: Array, block: QueryBlock, job: _Job) -> None:

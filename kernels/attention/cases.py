@@ -95,7 +95,18 @@ def any_width_cases() -> Iterator[Case]:
     yield from attention_pair("few-queries", (3, 3, 90, 2, 1, 8), few)
     large = (1, 130, 130, 2, 2, 8)
     yield from attention_pair("large-scores", large, Visibility(), scale=30.0, slack=20.0)
+    yield from cap_cases("cap", 4, 8)
     yield from dropout_cases("dropout", 4, 8)
+
+
+def cap_cases(name: str, H: int, K: int) -> Iterator[Case]:
+    """Yield cases of bounded scores: some far beyond the bound, few queries, masks and dropout."""
+    offset = Visibility(True, DROPOUT.times_q, DROPOUT.times_k)
+    sizes = (2, 140, 90, H, H // 2, K)
+    yield from attention_pair(name, sizes, offset, scale=1.5, cap=2.0)
+    yield from attention_pair(f"{name}-wide", sizes, ALL, cap=50.0)
+    yield from attention_pair(f"{name}-dropout", sizes, offset, dropout=DROPOUT, cap=2.0)
+    yield from attention_pair(f"{name}-few", (2, 3, 90, H, H, K), ALL, scale=1.5, cap=2.0)
 
 
 def dropout_cases(name: str, H: int, K: int) -> Iterator[Case]:
@@ -138,6 +149,7 @@ def cuda_width_cases() -> Iterator[Case]:
         yield from attention_pair(f"wide-{name}", (2, 140, 90, 2, 1, 32), seen)
     large = (1, 130, 130, 1, 1, 32)
     yield from attention_pair("wide-large-scores", large, Visibility(), scale=20.0, slack=20.0)
+    yield from cap_cases("wide-cap", 2, 32)
     yield from dropout_cases("wide-dropout", 2, 32)
     short = DROPOUT._replace(samples=np.array([7]), times_q=np.arange(40), times_k=np.arange(70))
     for H, K in ((2, 64), (1, 96), (1, 128)):
@@ -153,6 +165,7 @@ def attention_pair(
     scale: float = 0.4,
     slack: float = 1.0,
     dropout: kernels.AttentionDropout | None = None,
+    cap: float = 0.0,
 ) -> Iterator[Case]:
     """Yield the forward and the backward case on views of a fused projection.
 
@@ -160,8 +173,8 @@ def attention_pair(
     """
     B, Tq, Tk, H, Hkv, K = sizes
     make = normals((B, Tq, H, K), (B, Tk, 2 * Hkv, K), (B, Tq, H, K))
-    without = () if dropout is None else ("v3",)
-    options: dict[str, Any] = dict(scale=scale, visibility=seen, dropout=dropout)
+    without = ("v2", "v3") if cap else () if dropout is None else ("v3",)
+    options: dict[str, Any] = dict(scale=scale, visibility=seen, dropout=dropout, cap=cap)
 
     def forward(q: Any, kv: Any, _: Any) -> Arrays:
         k, v = kv[:, :, :Hkv], kv[:, :, Hkv:]

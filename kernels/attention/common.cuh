@@ -18,9 +18,19 @@ struct Attention {
     int32_t column_step;  // the same for dropout's words of the keys
     uint32_t threshold;   // of dropout: elements that hash below it are dropped
     float scale, keep_scale;
+    float cap, per_cap;   // bound on scores, and 1 / cap; 0: none (v1 alone)
 };
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f; // exp(x) = exp2(LOG2_E x)
+
+// Return the score of a dot product in powers of two, within the bound if there is one. Then set
+// `slope`, if given, to its derivative by the score without the bound.
+__device__ __forceinline__ float score(const Attention& a, float dot, float* slope = nullptr) {
+    if (!(a.cap > 0)) return dot * (a.scale * LOG2_E);
+    const float t = tanhf(dot * a.scale * a.per_cap);
+    if (slope) *slope = 1 - t * t;
+    return t * a.cap * LOG2_E;
+}
 
 template <class T>
 __device__ __forceinline__ T* head_start(T* x, Strides strides, int sample, int head) {

@@ -32,6 +32,7 @@ typedef struct {
     int64_t bound_step, column_step; /* from sample to sample; 0 if all samples share one row */
     int64_t threshold;
     double scale, keep_scale;
+    double cap; /* bound on scores; 0: none */
 } Attention;
 
 /* Multiply s [n, PANEL] by its scaled keep mask: `rows` queries from `first` on, n keys from
@@ -55,6 +56,34 @@ static void drop_keys(
 #pragma omp simd
         for (int lane = 0; lane < PANEL; lane++)
             row[lane] *= keeps(low[lane], high[lane], column, threshold) ? scale : 0.0f;
+    }
+}
+
+/* Return tanh(x) to 2e-7 of its value: x + x^3 P(x^2) up to 5/8 (Cephes, Moshier 1989), by e^2x
+   beyond, where that does not cancel. 2 sigmoid(2 x) - 1 errs by 1e-7, which a bound of 50 would
+   make 6e-6 of a score. */
+INLINE float score_tanh(float x) {
+    float s = x * x, t = x < 0 ? -x : x;
+    float p = -5.70498872745e-3f;
+    p = p * s + 2.06390887954e-2f;
+    p = p * s - 5.37397155531e-2f;
+    p = p * s + 1.33314422036e-1f;
+    p = p * s - 3.33332819422e-1f;
+    float outside = 1.0f - 2.0f / (exp_(t > 40.0f ? 80.0f : 2 * t) + 1.0f);
+    return t <= 0.625f ? x + x * s * p : x < 0 ? -outside : x == x ? outside : x;
+}
+
+/* Bound the scores s of n keys, one row of PANEL floats each: cap tanh(s / cap). With `slope` not
+   NULL set it to the derivative, 1 - tanh(s / cap)^2. */
+static void cap_scores(float cap, int64_t n, float *s, float *slope) {
+    const float share = 1.0f / cap;
+    for (int64_t i = 0; i < n * PANEL; i += PANEL) {
+#pragma omp simd
+        for (int lane = 0; lane < PANEL; lane++) {
+            const float t = score_tanh(s[i + lane] * share);
+            s[i + lane] = cap * t;
+            if (slope) slope[i + lane] = 1.0f - t * t;
+        }
     }
 }
 

@@ -22,7 +22,7 @@ typedef struct {
     float *grad_k, *grad_v;     /* [Tk, width] sums */
     float *queries_t, *grads_t; /* packed: scale q^T, grad_o^T of PANEL queries */
     float *queries, *grads;     /* packed: q, grad_o of these */
-    float *s, *grad_s;          /* [KEY_COLUMNS, PANEL] */
+    float *s, *grad_s, *slope;  /* [KEY_COLUMNS, PANEL] */
     float *grad_q;              /* [PANEL, width] sums */
     int64_t width;              /* K rounded up to whole panels */
 } BackwardScratch;
@@ -108,9 +108,11 @@ static void backward_scores(
             w->grad_s + j * PANEL, PANEL, 0
         );
     }
+    if (a->cap > 0) cap_scores((float)a->cap, n, w->s, w->slope);
     if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->grad_s);
     for (int half = 0; half < 2; half++)
         score_grads(&queries[half], key, n, w->s + half * LANES, w->grad_s + half * LANES);
+    for (int64_t i = 0; a->cap > 0 && i < n * PANEL; i++) w->grad_s[i] *= w->slope[i];
     if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->s);
 }
 
@@ -197,14 +199,15 @@ static void attention_backward_heads(
     const int64_t group = a->H / a->Hkv, K = a->K, Tk = a->Tk, width = round_up(K, PANEL);
     const int64_t sizes[] = {
         Tk * width, Tk * width, Tk * width, K * PANEL, K * PANEL,
-        PANEL * width, PANEL * width, KEY_COLUMNS * PANEL, KEY_COLUMNS * PANEL, PANEL * width
+        PANEL * width, PANEL * width, KEY_COLUMNS * PANEL, KEY_COLUMNS * PANEL, PANEL * width,
+        KEY_COLUMNS * PANEL
     };
     BackwardScratch w = {.width = width};
     float **const parts[] = {
         &w.keys, &w.grad_k, &w.grad_v, &w.queries_t, &w.grads_t,
-        &w.queries, &w.grads, &w.s, &w.grad_s, &w.grad_q
+        &w.queries, &w.grads, &w.s, &w.grad_s, &w.grad_q, &w.slope
     };
-    if (!share_scratch(pool, thread, 10, sizes, parts)) return;
+    if (!share_scratch(pool, thread, 11, sizes, parts)) return;
     for (int64_t item = start; item < stop; item++) {
         const int64_t b = item / a->Hkv, g = item % a->Hkv;
         pack(a->k + b * a->k_b + g * a->k_h, a->k_t, Tk, K, w.keys);

@@ -113,6 +113,7 @@ static void attention_forward_queries(
                 (int)least(TILE_ROWS, n - j), K, (Matrix){k + (key + j) * a->k_t, a->k_t, 1},
                 w->queries, 0, 1, w->s + j * PANEL, PANEL, 0
             );
+        if (a->cap > 0) cap_scores((float)a->cap, n, w->s, NULL);
         for (int half = 0; half < 2; half++)
             softmax_keys(&softmax[half], key, n, w->s + half * LANES, rescale + half * LANES);
         if (a->row_words) drop_keys(a, b, h, first, rows, key, n, w->s);
@@ -192,6 +193,8 @@ static void attention_forward_row(
                 *v = a->v + b * a->v_b + first * a->v_t + h / group * a->v_h;
     float *o = f->o + b * f->o_b + i * f->o_t + h * f->o_h, shift;
     for (int64_t j = 0; j < n; j++) s[j] = dot(q, k + j * a->k_t, K) * (float)a->scale;
+    if (a->cap > 0)
+        for (int64_t j = 0; j < n; j++) s[j] = (float)a->cap * score_tanh(s[j] / (float)a->cap);
     const float total = probabilities(n, s, &shift);
     f->lse[(b * a->H + h) * a->Tq + i] = __builtin_logf(total) + shift;
     if (a->row_words) drop(a, b, h, i, first, n, s);

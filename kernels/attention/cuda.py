@@ -44,6 +44,8 @@ _ATTENTION = np.dtype(
         ("threshold", np.uint32),
         ("scale", np.float32),
         ("keep_scale", np.float32),
+        ("cap", np.float32),
+        ("per_cap", np.float32),
     ]
 )
 
@@ -131,7 +133,9 @@ def _shared_bytes(device: int) -> int:
 _EMULATED_SHARED = 227 << 10
 
 
-def _plan(variant: str, q: Any, scale: float, dropout: AttentionDropout | None) -> _Plan:
+def _plan(
+    variant: str, q: Any, scale: float, dropout: AttentionDropout | None, cap: float
+) -> _Plan:
     width, name = q.shape[3], element(q)
     if width not in HEAD_WIDTHS:
         raise KernelUnavailable(
@@ -142,12 +146,21 @@ def _plan(variant: str, q: Any, scale: float, dropout: AttentionDropout | None) 
     shared_bytes = _EMULATED_SHARED if isinstance(q, np.ndarray) else _shared_bytes(q.device.id)
     if variant == "v1":
         return _plan_v1(name, width, shared_bytes)
+    _refuse_cap(variant, cap)
     if not scale > 0:
         raise KernelUnavailable(
             f"attention v2 takes scores times a positive scale, not {scale}; "
             "use(attention='cuda:v1')"
         )
     return _plan_v2(name, width, dropout is not None, shared_bytes)
+
+
+def _refuse_cap(variant: str, cap: float) -> None:
+    if cap:
+        raise KernelUnavailable(
+            f"attention {variant} has no bound on scores; use(attention='cuda:v1') does, or leave "
+            "the choice to auto"
+        )
 
 
 # ---- arguments
@@ -205,6 +218,7 @@ def _struct(
     scale: float,
     dropout: AttentionDropout | None,
     columns: Any,
+    cap: float,
     **arrays: Any,
 ) -> Any:
     """Return the struct Attention for arrays q, k and so on, by name."""
@@ -215,17 +229,22 @@ def _struct(
     (_, Tq, H, _), (_, Tk, Hkv, _) = arrays["q"].shape, arrays["k"].shape
     column_step = Tk if columns is not None and len(columns) > 1 else 0
     sizes = Tq, Tk, H, Hkv, int(seen.causal), seen.step, column_step
-    return _packed(strides, sizes, scale, 0.0 if dropout is None else dropout.p)
+    return _packed(strides, sizes, scale, 0.0 if dropout is None else dropout.p, cap)
 
 
 @functools.lru_cache(1024)
 def _packed(
-    strides: tuple[tuple[str, tuple[int, ...]], ...], sizes: tuple[int, ...], scale: float, p: float
+    strides: tuple[tuple[str, tuple[int, ...]], ...],
+    sizes: tuple[int, ...],
+    scale: float,
+    p: float,
+    cap: float,
 ) -> Any:
     a = np.zeros((), _ATTENTION)
     for name, value in (*strides, *zip((*_SIZES, *_STEPS), sizes, strict=True)):
         a[name] = value
     a["scale"], a["threshold"], a["keep_scale"] = scale, threshold(p), 1 / (1 - p)
+    a["cap"], a["per_cap"] = cap, 1 / cap if cap else 0
     return a[()]
 
 
@@ -247,18 +266,20 @@ def _forward(
     scale: float,
     visibility: Visibility,
     dropout: AttentionDropout | None = None,
+    cap: float = 0.0,
     out: Any = None,
 ) -> tuple[Any, Any]:
     same_dtype(q, k, v, out)
     seen = device_table(visibility, q, k)
     if variant == "v3":
+        _refuse_cap(variant, cap)
         return _forward_v3(q, k, v, seen, scale, dropout, out)
-    plan = _plan(variant, q, scale, dropout)
+    plan = _plan(variant, q, scale, dropout, cap)
     B, Tq, H, _ = q.shape
     q, k, v = _readable(q), _readable(seen.sorted(k)), _readable(seen.sorted(v))
     o, lse = _writable(out, q), empty((B, H, Tq), np.float32, q)
     extras = (seen.table, *_words(dropout, seen, q))
-    a = _struct(seen, scale, dropout, extras[-1], q=q, k=k, v=v, o=o)
+    a = _struct(seen, scale, dropout, extras[-1], cap, q=q, k=k, v=v, o=o)
     _launch("attention_forward", plan.forward, B, H, Tq, q, k, v, o, lse, *extras, a)
     return deliver(o, out), lse
 
@@ -275,6 +296,7 @@ def _backward(
     scale: float,
     visibility: Visibility,
     dropout: AttentionDropout | None = None,
+    cap: float = 0.0,
     grad_q: Any = None,
     grad_k: Any = None,
     grad_v: Any = None,
@@ -282,10 +304,11 @@ def _backward(
     same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
     seen = device_table(visibility, q, k)
     if variant == "v3":
+        _refuse_cap(variant, cap)
         return _backward_v3(
             (grad_o, o, q, k, v), lse, seen, scale, dropout, (grad_q, grad_k, grad_v)
         )
-    plan = _plan(variant, q, scale, dropout)
+    plan = _plan(variant, q, scale, dropout, cap)
     (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
     grad_o, o, q, k, v = map(_readable, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
     lse = dense(lse.astype(np.float32, copy=False))
@@ -295,7 +318,7 @@ def _backward(
     )
     extras = (seen.table, *_words(dropout, seen, q))
     arrays = dict(q=q, k=k, v=v, o=o, grad_o=grad_o, grad_q=gq, grad_k=gk, grad_v=gv)
-    a = _struct(seen, scale, dropout, extras[-1], **arrays)
+    a = _struct(seen, scale, dropout, extras[-1], cap, **arrays)
     padded = -(-Tq // plan.grad_kv.loop) * plan.grad_kv.loop
     lse_2, delta = empty((2, B, H, padded), np.float32, q)
     known = (grad_o, q, k, v, lse_2, delta, np.int32(padded))
@@ -356,7 +379,7 @@ def _require_v3(q: Any, scale: float, dropout: AttentionDropout | None) -> None:
 def fastest(q: Any, options: Mapping[str, Any]) -> str:
     """Variant that `auto` takes for these queries and options of an attention op."""
     capability, scale = int(compute_capability(q.device.id)), options["scale"]
-    if element(q) not in HALF_DTYPES or capability < 80 or not scale > 0:
+    if element(q) not in HALF_DTYPES or capability < 80 or not scale > 0 or options.get("cap"):
         return "v1"
     if capability != 90:
         return "v2"

@@ -39,11 +39,14 @@ def attention_forward(
     scale: float,
     visibility: Visibility,
     dropout: AttentionDropout | None = None,
+    cap: float = 0.0,
 ) -> tuple[Array, Array]:
     """o = softmax(scale q k^T) v over the visible keys, and the log-sum-exp of the scores.
 
     q: [B, Tq, H, K]; k, v: [B, Tk, Hkv, K]; query head h reads key-value head h // (H / Hkv).
     dropout: multiplies the probabilities after the softmax by 0 or 1 / (1 - p).
+    cap: bound on scores, which become cap tanh(scores / cap) (Gemma 2, arXiv:2408.00118, 2); 0:
+        none.
     Returns o [B, Tq, H, K] and lse [B, H, Tq]: 0 and minus infinity where no key is visible.
     """
     (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
@@ -53,7 +56,7 @@ def attention_forward(
             seen = visible_keys(visibility, b, i, Tk)
             for h in range(H if len(seen) else 0):
                 keys, values = (x[b, seen, h // (H // Hkv)] for x in (k, v))
-                scores = scale * (keys @ q[b, i, h])
+                scores = _capped(scale * (keys @ q[b, i, h]), cap)
                 weights = np.exp(scores - scores.max())
                 lse[b, h, i] = scores.max() + np.log(weights.sum())
                 kept = _kept(dropout, b, h, i, seen, q.dtype)
@@ -72,6 +75,7 @@ def attention_backward(
     scale: float,
     visibility: Visibility,
     dropout: AttentionDropout | None = None,
+    cap: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v from that of o, by the derivative of each product and the softmax.
 
@@ -86,15 +90,22 @@ def attention_backward(
             for h in range(H if len(seen) else 0):
                 at = b, seen, h // (H // Hkv)
                 kept = _kept(dropout, b, h, i, seen, q.dtype)
-                p = np.exp(scale * (k[at] @ q[b, i, h]) - lse[b, h, i])
+                scores = scale * (k[at] @ q[b, i, h])
+                p = np.exp(_capped(scores, cap) - lse[b, h, i])
                 grad_p = kept * (v[at] @ grad_o[b, i, h])
                 grad_s = p * (
                     grad_p - grad_o[b, i, h] @ o[b, i, h]
                 )  # softmax: p (grad_p - p.grad_p)
+                if cap:
+                    grad_s *= 1 - np.tanh(scores / cap) ** 2
                 grad_q[b, i, h] = scale * (grad_s @ k[at])
                 grad_k[at] += scale * np.outer(grad_s, q[b, i, h])
                 grad_v[at] += np.outer(p * kept, grad_o[b, i, h])
     return grad_q, grad_k, grad_v
+
+
+def _capped(scores: Array, cap: float) -> Array:
+    return cap * np.tanh(scores / cap) if cap else scores
 
 
 def _kept(

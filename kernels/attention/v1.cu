@@ -149,7 +149,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     v = head_start(v, a.v, b, kv_head);
     if (column_words) column_words += int64_t(b) * a.column_step;
     const Visible visible(tables, a, b);
-    const float scale = a.scale * LOG2_E;
 
     load_tile<OWN>(q_tile, head_start(q, a.q, b, h), a.q.time, first, a.num_queries);
     Range keys[OWN_ROWS];
@@ -182,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             #pragma unroll
             for (int j = 0; j < LOOP_ROWS; j++) {
                 const int key = first_key + X + SIDE * j;
-                s[i][j] = key < keys[i].end && key >= keys[i].first ? s[i][j] * scale : -INFINITY;
+                s[i][j] = key < keys[i].end && key >= keys[i].first ? score(a, s[i][j]) : -INFINITY;
                 top = fmaxf(top, s[i][j]);
             }
             top = row_max(top);
@@ -265,12 +264,13 @@ __device__ __forceinline__ void probability(
         p = grad_s = 0;
         return;
     }
-    const float before = exp2_(p * a.scale * LOG2_E - query.lse_2);
+    float slope = 1;
+    const float before = exp2_(score(a, p, &slope) - query.lse_2);
     const float factor = !column_words                                       ? 1.0f
                          : keeps(query.word, column_words[key], a.threshold) ? a.keep_scale
                                                                              : 0.0f;
     p = before * factor;
-    grad_s = before * (grad_s * factor - query.delta);
+    grad_s = before * (grad_s * factor - query.delta) * slope;
 }
 
 // Grid (key tiles, key-value heads, samples). Walks over the query heads of a key head.

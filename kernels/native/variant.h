@@ -20,7 +20,7 @@
 
 #include "../attention/cpu.c" /* uses the dropout above */
 
-#define ATTENTION_ARGUMENTS "hhhq?qU?u?iiiiiiiiidd"
+#define ATTENTION_ARGUMENTS "hhhq?qU?u?iiiiiiiiiddd"
 
 const Kernel VARIANT[] = {
     {"add", "ffFi", add},

@@ -65,8 +65,9 @@ class KVCache:
             q,
             self.keys[:, seen],
             self.values[:, seen],
-            scale=heads.width**-0.5,
+            scale=heads.scale,
             visibility=visibility,
+            cap=heads.cap,
         )
         return Tensor(o.reshape(*qkv.shape[:2], -1))
 

@@ -107,6 +107,8 @@ class GPT(Module):
             qk_norm=self._qk_norm(),
             rotary=c.rotary_of(layer),
             window=c.window_of(layer),
+            scale=None if c.attention_scalar is None else c.attention_scalar**-0.5,
+            cap=c.attention_cap,
             std=self.std,
             out_std=out_std,
             dropout=drops[0],

@@ -76,6 +76,11 @@ class ModelShape(Record):
     full_every: int = option(0, at_least=0)
     """Every n-th layer sees all positions in spite of the window (Gemma 2: 2, Gemma 3: 6); 0: none
     does."""
+    attention_cap: float = option(0.0, at_least=0)
+    """Bound on the scores of attention: cap tanh(scores / cap), as in Gemma 2; 0: none."""
+    attention_scalar: float | None = option(None, above=0)
+    """Number whose square root divides the products of queries and keys (query_pre_attn_scalar of
+    Gemma 2); left out: the width of a head."""
     embedding_scale: float = option(1.0, above=0)
     """Factor on the token embeddings (Gemma: the square root of dim)."""
     logit_cap: float = option(0.0, at_least=0)

@@ -20,11 +20,13 @@ from minillm.params.where import Pass
 
 
 class Heads(NamedTuple):
-    """Head counts of one rank. Its fused projection holds [q heads | k heads | v heads]."""
+    """Heads of one rank. Its fused projection holds [q heads | k heads | v heads]."""
 
     queries: int
     kv: int
     width: int
+    scale: float  # factor on the products of queries and keys
+    cap: float  # bound on scores, cap tanh(scores / cap); 0: none
 
 
 class AttentionCore(Protocol):
@@ -53,7 +55,13 @@ def full_attention(
 ) -> Tensor:
     """Attend over whole sequences on one rank: the core of a layer that was given none."""
     return ops.attention(
-        qkv, heads=heads.queries, kv_heads=heads.kv, visibility=visibility, dropout=dropout
+        qkv,
+        heads=heads.queries,
+        kv_heads=heads.kv,
+        visibility=visibility,
+        dropout=dropout,
+        scale=heads.scale,
+        cap=heads.cap,
     )
 
 
@@ -80,7 +88,9 @@ class Attention(_Attending):
 
     Heads are `head_width` channels wide (default: dim / heads). `qk_norm` normalises queries and
     keys, `rotary` turns them. With `window` > 0 a query sees that many positions, its own included
-    (Beltagy et al. 2020, arXiv:2004.05150). `out_bias` is `bias` unless given.
+    (Beltagy et al. 2020, arXiv:2004.05150). `out_bias` is `bias` unless given. Products of queries
+    and keys are multiplied by `scale` (default: head_width^-0.5), and bounded by `cap` unless it is
+    0, as cap tanh(scores / cap) (Gemma 2, arXiv:2408.00118, 2).
 
     It is grouped-query attention if kv_heads < heads (Ainslie et al. 2023, arXiv:2305.13245). The
     fused projection is laid out [q heads | k heads | v heads]. Each rank holds heads / tp query
@@ -106,6 +116,8 @@ class Attention(_Attending):
         qk_norm: HeadNorm | WidthNorm | None = None,
         rotary: Rotary | None = None,
         window: int = 0,
+        scale: float | None = None,
+        cap: float = 0.0,
         core: AttentionCore = full_attention,
     ) -> None:
         width, comm = head_width or dim // heads, region.comm
@@ -114,7 +126,8 @@ class Attention(_Attending):
             Segment(heads * width, ("tp",), width),
             Segment(kv_heads * width, ("tp",), width if self.own.divides else 1),
         )
-        self.heads = Heads(self.own.queries, len(self.own.kv), width)
+        scale = width**-0.5 if scale is None else scale
+        self.heads = Heads(self.own.queries, len(self.own.kv), width, scale, cap)
         self.first_head = comm.rank * self.heads.queries
         self.rotary, self.causal, self.window, self.core = rotary, causal, window, core
         pad = not self.own.divides

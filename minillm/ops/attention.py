@@ -18,12 +18,16 @@ def attention(
     kv_heads: int,
     visibility: kernels.Visibility = CAUSAL,
     dropout: kernels.AttentionDropout | None = None,
+    scale: float | None = None,
+    cap: float = 0.0,
 ) -> Tensor:
     """Self-attention of qkv [B, T, (H + 2 Hkv) K] = [q heads | k heads | v heads] -> [B, T, H K].
 
-    Grouped-query when kv_heads < heads.
+    Grouped-query when kv_heads < heads. `scale` multiplies the products of queries and keys
+    (default: K^-0.5). With `cap` > 0 scores become cap tanh(scores / cap).
     """
     options = _options(qkv.shape[-1] // (heads + 2 * kv_heads), visibility, dropout)
+    options |= {"cap": cap} | ({} if scale is None else {"scale": scale})
     return _FusedAttention.apply(qkv, heads=heads, kv_heads=kv_heads, options=options)
 
 

@@ -138,5 +138,8 @@ def test_what_no_kernel_takes_is_refused_with_the_way_out() -> None:
         both_passes("v1", *narrow)
     with pytest.raises(kernels.KernelUnavailable, match=r"positive scale, not -1.*cuda:v1"):
         both_passes("v2", *inputs(DTYPES["v2"], 1, 4, 1, 1, 32), scale=-1.0)
+    for variant in ("v2", "v3"):
+        with pytest.raises(kernels.KernelUnavailable, match=r"no bound on scores.*cuda:v1"):
+            both_passes(variant, *inputs(DTYPES["v2"], 1, 4, 1, 1, 32), cap=2.0)
     with pytest.raises(kernels.KernelUnavailable, match="cannot run as emulator:v2"):
         both_passes("v2", *inputs(DTYPES["v1"], 1, 4, 1, 1, 32))

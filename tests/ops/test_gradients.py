@@ -89,6 +89,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "silu": (ops.silu, (3 * _n(3, 5),)),
     "swiglu": (ops.swiglu, (_n(2, 3, 10),)),
     "geglu": (ops.geglu, (_n(2, 3, 10),)),
+    "attention with bounded scores": (
+        _attention(2, 1, scale=2.0, cap=1.5),
+        (_n(2, 5, 24),),
+    ),
     "scale": (lambda x: ops.scale(_fresh(x), 2.5), (_n(2, 3),)),
     "head norm": (
         lambda x, q, k: ops.head_norm(_fresh(x), q, k, heads=2, kv_heads=1),
