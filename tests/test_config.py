@@ -430,6 +430,7 @@ def test_sizes_left_out_follow() -> None:
         *("stop_after", "tokenizer", "log_to", "save_every", "val_data", "cache", "threads"),
         *("memory", "rope_local_base", "rope_original", "rope_low", "rope_high", "rope_attention"),
         *("slow_rank", "momentum", "freeze", "lora_alpha", "lora_targets", "patience"),
+        "attention_scalar",
     }
 
 
