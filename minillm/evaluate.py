@@ -154,6 +154,11 @@ def _evaluate(comm: Communicator, args: EvaluateArgs) -> dict[str, Any]:
             model = load_trained(opened, config, comm, device)
             return _written(comm, texts, model, _writer(comm, texts, model, opened), pairs)
         options = opened.config
+        if not opened.corpus and getattr(args.asked, "data", "") is None:
+            raise ConfigError(
+                f"{opened.path} holds weights of another library, without the data of their "
+                "training; name some with --data"
+            )
         data = options.objective.held_out(
             args.asked, options.corpus, config.model, opened.vocabulary, opened.corpus, comm
         )

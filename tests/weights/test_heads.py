@@ -13,6 +13,7 @@ from test_encoders import folder
 from test_exporting import bits, export
 from test_transformers import refused
 
+from minillm import evaluate
 from minillm.base.errors import ConfigError
 from minillm.weights import importing
 from minillm.weights.foreign import Foreign
@@ -56,6 +57,13 @@ def test_what_a_configuration_does_not_say(tmp_path: Path) -> None:
     assert Foreign(classifier(tmp_path / "two", 2)).tokenizer["labels"] == ["LABEL_0", "LABEL_1"]
     one = Foreign(classifier(tmp_path / "one", 1, id2label={"0": "LABEL_0"}))
     assert one.tokenizer["problem"] == one.record.config["problem"] == "regression"
+
+
+def test_data_must_be_named_to_measure_a_foreign_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(classifier(tmp_path / "m", **NAMES)), "--threads", "1"]) == 1
+    assert "weights of another library, without the data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("table", [{}, {"1": "a"}, {"0": "a", "2": "b"}, {"0": 1}, ["a"], None])
