@@ -24,6 +24,7 @@ from minillm.comm.device_arrays import on_device
 from minillm.comm.launchers import OPEN_MPI_STOP, launched
 from minillm.comm.ledger import recording
 from minillm.comm.process import run_program
+from minillm.comm.recorder import FlightRecorder
 from minillm.comm.signals import StopRequest
 from minillm.comm.two_levels import neighbours
 from minillm.inference.sample import SAMPLES
@@ -88,13 +89,15 @@ def train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
         comm = on_device(comm, device)
         tracer = Tracer(comm.rank) if options.output.trace else None
         stack.enter_context(kernels.use(**asked_kernels(comm, options.compute, device)))
-        stack.enter_context(
+        book = stack.enter_context(
             recording(
                 check_order=options.comm.check_order,
                 on_event=tracer.communication if tracer else None,
             )
         )
-        stop = stack.enter_context(StopRequest(announces=comm.rank == 0).listening())
+        book.dump = FlightRecorder(book, out, comm.rank).dump
+        stop = StopRequest(announces=comm.rank == 0, report=book.dump)
+        stack.enter_context(stop.listening())
         stack.enter_context(
             guarded_output(lambda error: stop.ask(f"standard output is lost ({error.strerror})"))
         )

@@ -94,6 +94,7 @@ class World:
                 others = "; ".join(
                     f"{who} waits for {which}" for who, which in sorted(self.waiting.items())
                 )
+                ledger().dump(f"waited {timeout:g} s for {what}")
                 raise CommTimeout(
                     f"waited {timeout:g} s: {others}. Last operations here:\n{ledger().recent()}"
                 )

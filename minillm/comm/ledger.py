@@ -18,18 +18,23 @@ nothing.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from minillm.base.errors import CommError
 
 KINDS = ("payload", "control", "transport", "window")
-NUM_RECENT = 24  # operations kept for time-out messages
+NUM_RECENT = 256  # operations kept for time-out messages and the flight recorder
+# Files of this folder: an operation is placed at the code that calls into it.
+_INSIDE = frozenset(map(str, Path(__file__).parent.glob("*.py")))
 
 RowKey = tuple[str, str, str]  # (axis, operation, kind)
 EventHook = Callable[[str, str, float, float, int], None]
@@ -84,6 +89,10 @@ class Ledger:
         self.operations: deque[Operation] = deque(maxlen=NUM_RECENT)
         self.check_order = check_order
         self.on_event = on_event
+        self.step = 0
+        """Step of the run, from 1, in which operations are noted; 0 before the first."""
+        self.dump: Callable[[str], object] = lambda reason: None
+        """Writes the operations for a reason, from any thread (recorder.py)."""
 
     def row(self, axis: str, operation: str, kind: str) -> Row:
         """Return the row of that key, made if absent. Raises CommError for an unknown kind."""
@@ -152,11 +161,13 @@ class Operation:
     """Ledger entry of one call, and the context manager around a blocking one.
 
     `signature` describes the call, first the operation. Its parts are joined only when a message
-    needs them. `ended` is None while the call has not returned.
+    needs them, and the line of the caller is looked up only then. `ended` is None while the call
+    has not returned.
     """
 
     __slots__ = (
-        "axis", "ended", "group_size", "ledger", "name", "num_bytes", "row", "signature", "started",
+        "axis", "code", "ended", "group_size", "instruction", "ledger", "name", "num_bytes", "row",
+        "signature", "started", "step",
     )  # fmt: skip
 
     def __init__(
@@ -172,6 +183,12 @@ class Operation:
         self.ledger, self.axis, self.group_size = ledger, axis, group_size
         self.name, self.num_bytes, self.signature = name, num_bytes, signature
         self.row = ledger.row(axis, name, kind)
+        self.step = ledger.step
+        # Not the frame, which would keep the arrays of its variables alive.
+        frame = sys._getframe(2)  # below it: this constructor and the method that calls it
+        while frame.f_code.co_filename in _INSIDE and frame.f_back is not None:
+            frame = frame.f_back
+        self.code, self.instruction = frame.f_code, frame.f_lasti
         self.started = time.perf_counter()
         self.ended: float | None = None
         ledger.operations.append(self)
@@ -180,7 +197,19 @@ class Operation:
         state = (
             "not finished" if self.ended is None else f"{(self.ended - self.started) * 1e3:.2f} ms"
         )
-        return f"{describe(self.signature)} on {self.axis!r}, {self.num_bytes} bytes: {state}"
+        return f"{self.describe()}: {state}"
+
+    def describe(self) -> str:
+        """Return the call in words, without its time."""
+        step = f"step {self.step}, " if self.step else ""
+        return (
+            f"{describe(self.signature)} on {self.axis!r}, {step}{self.num_bytes} bytes, "
+            f"{self.place()}"
+        )
+
+    def place(self) -> str:
+        """Return file and line of the call."""
+        return place(self.code, self.instruction)
 
     def __enter__(self) -> Operation:
         return self
@@ -199,6 +228,13 @@ class Operation:
         """Report an event of this call to the ledger's hook."""
         if self.ledger.on_event is not None:
             self.ledger.on_event(name, self.axis, start, end, self.num_bytes)
+
+
+def place(code: CodeType, instruction: int) -> str:
+    """Return folder, file and line of an instruction, as in "parallel/tensor.py:30"."""
+    line = next((line for start, end, line in code.co_lines() if start <= instruction < end), None)
+    name = "/".join(Path(code.co_filename).parts[-2:])
+    return f"{name}:{code.co_firstlineno if line is None else line}"
 
 
 def describe(signature: tuple[Any, ...]) -> str:

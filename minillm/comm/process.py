@@ -141,7 +141,9 @@ def run_program(
     def program() -> int:
         with contextlib.suppress(*NO_STREAM):
             faulthandler.enable()
-            faulthandler.register(signal.SIGUSR2)  # prints where the rank stands
+            # Python's handler, which `StopRequest` hears of, after the print of the rank's place.
+            signal.signal(signal.SIGUSR2, lambda *_: None)
+            faulthandler.register(signal.SIGUSR2, chain=True)
         comm = world()
         _on_ctrl_c(signal.default_int_handler)
         if comm.rank:  # help text and the like is printed once

@@ -12,12 +12,13 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from minillm.comm.process import abort
 
 # Ctrl-C, kill and schedulers, a closed terminal, and the warning that schedulers can be asked for.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+REPORT = signal.SIGUSR2
 # After a request. A closed terminal and schedulers may send the others several times.
 ABORTING = (signal.SIGINT, signal.SIGTERM)
 REMINDER_SECONDS = 60.0
@@ -27,12 +28,15 @@ class StopRequest:
     """Record of the first signal, so that a run can finish its step, save and stop.
 
     Ctrl-C or kill after that ends all ranks at once. With `announces` the first one prints a line,
-    and so does every minute until the run has stopped.
+    and so does every minute until the run has stopped. SIGUSR2 is no request: it calls `report`
+    with its name, in the thread.
     """
 
-    def __init__(self, announces: bool) -> None:
+    def __init__(
+        self, announces: bool, report: Callable[[str], object] = lambda reason: None
+    ) -> None:
         self.signal: str | None = None
-        self._announces = announces
+        self._announces, self._report = announces, report
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -83,6 +87,8 @@ class StopRequest:
             numbers = os.read(read, 1)
             if not numbers:
                 return
+            if numbers[0] == REPORT:
+                self._report(REPORT.name)
             if numbers[0] not in SIGNALS:
                 continue
             if self.asked():

@@ -8,7 +8,8 @@ and sees every wait, whatever call it is in. Four times in five it has nothing t
 2. A rank inside `Communicator.working` sends a signal about each second, unless it waits itself. A
    signal sets the time of every wait to zero: the work of one rank is no time-out.
 3. When a wait has lasted too long, it asks all ranks for their state. A stopped process is the one
-   that does not answer. The message names it, and the place in the code of a rank that is busy.
+   that does not answer. The message names it, the place in the code of a rank that is busy, and the
+   last operation of every rank. All ranks that answer write their operations (recorder.py).
 4. A wait that polls raises CommTimeout. One that blocks inside MPI ends the process and all ranks.
 
 The threads talk by small messages on MPI.COMM_WORLD, which carries nothing else.
@@ -31,13 +32,14 @@ from typing import Any
 from mpi4py import MPI
 
 from minillm.base.errors import CommTimeout, PeerFailed
+from minillm.base.number_ranges import ranges
 from minillm.comm.ledger import Ledger, ledger
 
 TICK = 0.1  # s between looks; a look takes some 20 us
 SIGNAL_SECONDS = 1.0  # between two signals of a rank that works alone
 ANSWER_SECONDS = 1.0  # for the state of another rank
 TAG = 1
-SHOWN = 6  # ranks of each kind in a message
+SHOWN = 6  # different states of each kind in a message
 
 # Errors of arguments and sizes: bugs, which are reported with their traceback.
 _BUGS = (
@@ -60,7 +62,7 @@ class Waiting:
     ) -> None:
         self.watchdog, self.what, self.axis = watchdog, what, axis
         self.timeout, self.polled = timeout, polled
-        self.book: Ledger = ledger()
+        self.book = watchdog.book = ledger()
         self.expired: str | None = None
 
     def __enter__(self) -> Waiting:
@@ -103,6 +105,8 @@ class Watchdog:
 
     def __init__(self, end: Callable[[CommTimeout], object]) -> None:
         self.waiting: Waiting | None = None
+        self.book: Ledger = ledger()
+        """The ledger of the latest wait."""
         self._end = end
         self._comm = MPI.COMM_WORLD
         self._talks = MPI.Query_thread() == MPI.THREAD_MULTIPLE
@@ -200,18 +204,20 @@ class Watchdog:
                 self._heard = True
             elif not self._stop.is_set():
                 self._send({"state": self._state()}, rank)
+                self.book.dump(f"a wait of rank {rank} exceeded --comm-timeout")
 
     def _state(self) -> str:
         """Return what this rank does, as the end of a sentence about it."""
         waiting, works = self.waiting, self._works[-1:]
+        last = f"; last: {self.book.operations[-1].describe()}" if self.book.operations else ""
         if waiting is not None:
-            return f"waits for {waiting}"
+            return f"waits for {waiting}{last}"
         frame = sys._current_frames().get(self._watched)
         place = ""
         if frame is not None:
             code = frame.f_code
             place = f" at {os.path.basename(code.co_filename)}:{frame.f_lineno} ({code.co_name})"
-        return f"is {works[0][0] if works else 'busy'}{place}"
+        return f"is {works[0][0] if works else 'busy'}{place}{last}"
 
     def _ask(self) -> dict[int, str]:
         """Return the state of each other rank that answers within ANSWER_SECONDS."""
@@ -237,6 +243,7 @@ class Watchdog:
             f"waited {waiting.timeout:g} s (--comm-timeout) for {waiting}"
             f"{describe(states, own, size)}\n{waiting.book.recent()}"
         )
+        self.book.dump(f"waited {waiting.timeout:g} s for {waiting}")
         waiting.expired = text
         if not waiting.polled:
             self._end(CommTimeout(text))
@@ -250,12 +257,20 @@ def describe(states: Mapping[int, str], own: int, size: int) -> str:
     silent = [rank for rank in range(size) if rank != own and rank not in states]
     waits = [rank for rank, state in sorted(states.items()) if state.startswith("waits")]
     busy = [rank for rank in sorted(states) if rank not in waits]
-    lines = []
+    absent = sorted([*silent, *busy])
+    lines = [f"  missing: {_named(absent)}"] if absent else []
     for ranks in (silent, busy, waits):
-        lines += [
-            f"  rank {rank} {states.get(rank, 'does not answer: it is stopped, or hangs')}"
-            for rank in ranks[:SHOWN]
-        ]
-        if len(ranks) > SHOWN:
-            lines.append(f"  and {len(ranks) - SHOWN} more ranks like the last")
+        alike: dict[str, list[int]] = {}
+        for rank in ranks:
+            state = states.get(rank, "does not answer: it is stopped, or hangs")
+            alike.setdefault(state, []).append(rank)
+        for state, (first, *rest) in list(alike.items())[:SHOWN]:
+            lines.append(f"  rank {first} {state}" + (f" (and {_named(rest)})" if rest else ""))
+        if len(alike) > SHOWN:
+            others = sum(map(len, list(alike.values())[SHOWN:]))
+            lines.append(f"  and {others} more ranks like the last")
     return "".join(f"\n{line}" for line in lines)
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {ranges(ranks)}"

@@ -24,6 +24,7 @@ from minillm.base.trace import Tracer
 from minillm.checkpoint import StateSource, StateTensor, load
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import MAX, Communicator
+from minillm.comm.ledger import ledger
 from minillm.comm.mesh import Mesh
 from minillm.data.buckets import Load
 from minillm.layout.placement import Layout
@@ -206,6 +207,7 @@ class Trainer:
         """
         started, exposed = time.perf_counter(), self.replication.exposed_seconds
         self._step, before = step, self._judge.last
+        ledger().step = step + 1
         self._deal = self._dealt(step)
         if not (isinstance(self.task, Continuing) and self.task.continues(step)):
             self._carried.forget()

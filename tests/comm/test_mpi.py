@@ -35,7 +35,10 @@ def test_a_time_out_names_the_rank_that_is_missing(fault: str, wait: str, state:
     done = mpirun(4, [PROGRAM, fault, "4"])
     assert done.returncode != 0 and done.seconds < 10
     assert f"rank 0: error: waited 1 s (--comm-timeout) for {wait}" in done.output, done.output
-    assert re.search(state, done.output) and f"rank 3 waits for {wait}" in done.output
+    assert re.search(state, done.output), done.output
+    assert re.search(rf"rank [12] waits for {wait}; last: .*\(and rank 3\)", done.output), (
+        done.output
+    )
     assert done.output.count("error: waited") == 1
 
 

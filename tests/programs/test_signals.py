@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,24 @@ def test_one_process(number: signal.Signals, tiny: list[str], tmp_path: Path) ->
         found.output
     )
     check_saved(tmp_path / "run", found.output, 0)
+
+
+def test_a_run_reports_its_place_and_its_communication_and_goes_on(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    process, run = start(0, ["-m", "minillm.train", *tiny, *ENDLESS]), tmp_path / "run"
+    wait_for_steps(process, run)
+    for _ in range(2):
+        file = run / "flight" / "rank-00000.jsonl"
+        process.send_signal(signal.SIGUSR2)
+        wait_until(file.exists)
+        file.unlink()
+        wait_for_steps(process, run, 1 + (run / "metrics.jsonl").read_text().count("\n"))
+    process.send_signal(signal.SIGTERM)
+    found = finish(process)
+    assert found.returncode == 0, found.output
+    assert "rank 0: SIGUSR2: the last communications are in" in found.output, found.output
+    assert re.search(r'File ".*", line \d+ in', found.output), found.output
 
 
 @needs_mpirun
