@@ -10,6 +10,9 @@ import pytest
 from minillm.launch import completion
 
 from minillm.__main__ import PROGRAMS
+from minillm.finetune import TASKS, finetune_args
+from minillm.models.family import families
+from minillm.training.config import RunConfig
 
 
 def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -33,6 +36,10 @@ def test_bash_offers_programs_flags_and_values(
         "minillm generate --inter",
         "minillm verify --compare",
         "minillm schedule --svg",
+        "minillm train --model bert --mask-s",
+        "minillm train --model seq2seq --label-smo",
+        "minillm finetune --task classify --pro",
+        "minillm evaluate --met",
     ]
     tries = "\n".join(f"try {line}" for line in lines)
     shell = """
@@ -46,6 +53,7 @@ def test_bash_offers_programs_flags_and_values(
     assert done.stdout.split() == [
         *("generate", "emulator", "--layers", "rmsnorm", "--resume"),
         *("--interactive", "--compare-steps", "--svg"),
+        *("--mask-share", "--label-smoothing", "--problem", "--metric"),
     ], done
 
 
@@ -59,6 +67,18 @@ def test_other_shells_get_every_program_and_flag(
         file = tmp_path / "minillm"
         file.write_text(text, encoding="utf-8")
         subprocess.run([shell, "-n", str(file)], check=True, timeout=60)
+
+
+def test_flags_of_every_family_and_task_are_known() -> None:
+    known = {name: set(cls.options()) for name, cls in completion.OPTIONS.items()}
+    for name in families():
+        assert known["train"] >= {*RunConfig.of(name).options(), "resume", "init_from"}
+    for task in TASKS:
+        assert known["finetune"] >= set(finetune_args(task).options())
+    assert known["evaluate"] >= {"checkpoint", "source", "hypotheses", "data"}
+    assert known["predict"] >= {"checkpoint", "input"}
+    objectives = completion.OPTIONS["train"].options()["objective"].kind
+    assert "mlm+nsp" in str(objectives), "choices of every family"
 
 
 def test_every_program_is_known() -> None:
