@@ -23,6 +23,7 @@ arXiv:1909.08053, section 3; Korthikanti et al. 2022, arXiv:2205.05198, section 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from minillm.autograd.tape import Context, Function, Tensor
@@ -48,14 +49,21 @@ def reduce_from(x: Tensor, comm: Communicator) -> Tensor:
     return x if comm.size == 1 else _ReduceFrom.apply(x, comm=comm)
 
 
-def all_gather(x: Tensor, comm: Communicator, dim: int) -> Tensor:
-    """Gather x, S(dim) -> R, for consumers whose gradients are partial sums."""
-    return x if comm.size == 1 else _AllGather.apply(x, comm=comm, dim=dim)
+def all_gather(
+    x: Tensor, comm: Communicator, dim: int, sizes: Sequence[int] | None = None
+) -> Tensor:
+    """Gather x, S(dim) -> R, for consumers whose gradients are partial sums.
+
+    `sizes[r]` is the length of rank r's shard; None: all are alike.
+    """
+    return x if comm.size == 1 else _AllGather.apply(x, comm=comm, dim=dim, sizes=sizes)
 
 
-def reduce_scatter(x: Tensor, comm: Communicator, dim: int) -> Tensor:
-    """Sum x and scatter it, P -> S(dim). The size of `dim` must divide by that of `comm`."""
-    return x if comm.size == 1 else _ReduceScatter.apply(x, comm=comm, dim=dim)
+def reduce_scatter(
+    x: Tensor, comm: Communicator, dim: int, sizes: Sequence[int] | None = None
+) -> Tensor:
+    """Sum x and scatter it, P -> S(dim), in shards of `sizes`; None: equal ones."""
+    return x if comm.size == 1 else _ReduceScatter.apply(x, comm=comm, dim=dim, sizes=sizes)
 
 
 def gather_from(x: Tensor, comm: Communicator, dim: int) -> Tensor:
@@ -123,26 +131,30 @@ class _ReduceFrom(Function):
 
 class _AllGather(Function):
     @staticmethod
-    def forward(ctx: Context, x: Array, *, comm: Communicator, dim: int) -> Array:
-        ctx.save(comm, dim)
-        return comm.all_gather(x, dim)
+    def forward(
+        ctx: Context, x: Array, *, comm: Communicator, dim: int, sizes: Sequence[int] | None
+    ) -> Array:
+        ctx.save(comm, dim, sizes)
+        return comm.all_gather(x, dim, sizes)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
-        comm, dim = ctx.saved
-        return (comm.reduce_scatter(grad_outs[0], dim),)
+        comm, dim, sizes = ctx.saved
+        return (comm.reduce_scatter(grad_outs[0], dim, sizes),)
 
 
 class _ReduceScatter(Function):
     @staticmethod
-    def forward(ctx: Context, x: Array, *, comm: Communicator, dim: int) -> Array:
-        ctx.save(comm, dim)
-        return comm.reduce_scatter(x, dim)
+    def forward(
+        ctx: Context, x: Array, *, comm: Communicator, dim: int, sizes: Sequence[int] | None
+    ) -> Array:
+        ctx.save(comm, dim, sizes)
+        return comm.reduce_scatter(x, dim, sizes)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
-        comm, dim = ctx.saved
-        return (comm.all_gather(grad_outs[0], dim),)
+        comm, dim, sizes = ctx.saved
+        return (comm.all_gather(grad_outs[0], dim, sizes),)
 
 
 class _GatherFrom(Function):

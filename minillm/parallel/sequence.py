@@ -16,6 +16,7 @@ from typing import cast
 
 from minillm.autograd.tape import Tensor
 from minillm.base.errors import ConfigError
+from minillm.comm.buffers import even_counts
 from minillm.comm.communicator import Communicator
 from minillm.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
 from minillm.parallel.tensor import Group
@@ -37,7 +38,8 @@ class SequenceParallel:
     def outside(self, pass_: Pass) -> Pass:
         """Return the pass of this rank's time shard, from that of whole sequences.
 
-        Raises ConfigError if the time steps do not divide by the number of ranks.
+        Shards differ by one step where the ranks do not divide the steps, as in rows of unequal
+        data. Raises ConfigError for fewer time steps than ranks.
         """
         whole = pass_.whole
         if whole.times is None:
@@ -45,21 +47,28 @@ class SequenceParallel:
                 "sequence parallelism shards along time, but these data have no time dim"
             )
         num_times, num_ranks = whole.times.shape[-1], self.comm.size
-        if num_times % num_ranks:
+        if num_times < num_ranks:
             raise ConfigError(
-                f"{num_times} time steps cannot be cut into {num_ranks} equal shards; "
-                "choose a context that tp divides"
+                f"{num_times} time steps cannot be cut into {num_ranks} shards; choose a smaller "
+                "--tp, or leave --sequence-parallel out"
             )
-        size = num_times // num_ranks
-        times = whole.times[..., self.comm.rank * size : (self.comm.rank + 1) * size]
+        start = sum(self._sizes(pass_)[: self.comm.rank])
+        times = whole.times[..., start : start + self._sizes(pass_)[self.comm.rank]]
         return dataclasses.replace(pass_, where=dataclasses.replace(whole, times=times))
+
+    def _sizes(self, pass_: Pass) -> list[int]:
+        """Return the number of time steps of each rank."""
+        assert pass_.whole.times is not None
+        return even_counts(pass_.whole.times.shape[-1], self.comm.size)
 
     def enter(self, x: Tensor, pass_: Pass) -> Tensor:
         """All-gather x_shard_t [B, T/tp, D] -> [B, T, D]."""
-        sharded = pass_.where is not pass_.whole
-        return all_gather(x, self.comm, 1) if sharded else copy_to(x, self.comm)
+        if pass_.where is pass_.whole:
+            return copy_to(x, self.comm)
+        return all_gather(x, self.comm, 1, self._sizes(pass_))
 
     def leave(self, x: Tensor, pass_: Pass) -> Tensor:
         """Reduce-scatter partial sums [B, T, D] -> x_shard_t [B, T/tp, D]."""
-        sharded = pass_.where is not pass_.whole
-        return reduce_scatter(x, self.comm, 1) if sharded else reduce_from(x, self.comm)
+        if pass_.where is pass_.whole:
+            return reduce_from(x, self.comm)
+        return reduce_scatter(x, self.comm, 1, self._sizes(pass_))

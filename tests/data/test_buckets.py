@@ -157,6 +157,24 @@ def test_bucketed_batches_give_the_loss_of_padded_ones(layout: Layout, whole: Ou
     assert_same(run(layout), whole, 1e-8)
 
 
+def test_lengths_that_tp_does_not_divide_give_the_same() -> None:
+    """Cut rows of 8 and 16 tokens over three ranks, whose context of 18 divides."""
+    sizes: dict[str, Any] = dict(heads=6, head_width=6, ffn_dim=48, context=18)
+    task: dict[str, Any] = {"task": Documents()}
+    alone = train("gpt2", Layout(), steps=2, options=task, **sizes)
+    cut = train("gpt2", Layout(tp=3, sp=True, num_microbatches=2), steps=2, options=task, **sizes)
+    assert_same(cut, alone, 1e-8)
+
+
+@pytest.mark.parametrize("model", ["bert", "seq2seq"])
+def test_time_shards_of_other_families_may_differ(model: str) -> None:
+    """Cut rows over three ranks: pairs of sentences, and sources with their translations."""
+    sizes: dict[str, Any] = dict(heads=6, dim=36, ffn_dim=48, context=18)
+    alone = train(model, Layout(), steps=2, **sizes)
+    cut = train(model, Layout(tp=3, sp=True, num_microbatches=2), steps=2, **sizes)
+    assert_same(cut, alone, 1e-8)
+
+
 def test_a_divisor_of_the_own_rows_is_seen(whole: Outcome) -> None:
     """Plant the usual bug: divide by what the microbatch counts."""
     with pytest.raises(AssertionError):
