@@ -80,7 +80,7 @@ class _BinaryCrossEntropy(Function):
     def forward(ctx: Context, z: Array, *, targets: Array, divisor: float) -> Array:
         xp, wide, dtype = namespace(z), sum_dtype(z.dtype), z.dtype
         z, y = z.astype(wide), targets.astype(wide)
-        small = xp.exp(-xp.abs(z))  # in (0, 1]
+        small = xp.exp(xp.minimum(z, -z))  # exp(-|z|), in (0, 1]
         ctx.save(xp.where(z >= 0, 1.0, small) / (1 + small) - y, divisor, dtype)
         terms = xp.maximum(z, 0) - z * y + xp.log1p(small)
         return _scalar(terms.sum(dtype=np.float64) / divisor)

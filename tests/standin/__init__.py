@@ -446,6 +446,7 @@ add, multiply, minimum, maximum = (
     _ufunc("maximum"),
 )
 sqrt, log, exp, isfinite = _ufunc("sqrt"), _ufunc("log"), _ufunc("exp"), _ufunc("isfinite")
+tanh, log1p = _ufunc("tanh"), _ufunc("log1p")
 
 
 def get_default_memory_pool() -> Pool:
