@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+# A requeued job waits as long as a credential is valid, 120 s by default. The main scheduler looks
+# once a minute by default, and so late after the wait.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}
@@ -20,7 +22,9 @@ SlurmdPort={second}
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
