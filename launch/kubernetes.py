@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from minillm.launch.mpirun import Places, mpirun
-from minillm.launch.options import JobOptions, Kind, Mpi, refuse_control, write_whole
+from minillm.launch.options import JobOptions, Kind, Mpi, refuse_control
 from minillm.launch.restart import check_job, script, starts
 
 from minillm import __version__
 from minillm.base.errors import ConfigError
 from minillm.base.record import option
+from minillm.base.whole_file import write_asked
 
 USER = 1000  # in the image, with the home /home/mpiuser
 SSH = "/home/mpiuser/.ssh"
@@ -92,7 +93,7 @@ def manifest(args: KubernetesArgs, words: Sequence[str]) -> str:
     mpi = _mpi(args)
     image = args.image or f"minillm:{__version__}-{mpi}"
     if args.dockerfile is not None:
-        write_whole(Path(args.dockerfile), dockerfile(args, mpi, image), "--dockerfile")
+        write_asked(Path(args.dockerfile), dockerfile(args, mpi, image), "--dockerfile")
     return "".join(f"{each}\n" for each in yaml(job(args, words, mpi, image)))
 
 

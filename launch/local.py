@@ -17,11 +17,11 @@ from minillm.launch.options import (
     mpi_of,
     program_path,
     refuse_control,
-    write_whole,
 )
 
 from minillm.base.errors import ConfigError
 from minillm.base.record import option
+from minillm.base.whole_file import write_asked
 from minillm.comm.cores import affinity, cgroup_quota, usable_cores
 
 _SIBLINGS = Path("/sys/devices/system/cpu")
@@ -51,7 +51,7 @@ def line(args: LocalArgs, words: Sequence[str]) -> str:
     cores, why = binding(args.ranks_per_node, args.cores_per_rank)
     if args.hosts is not None and args.hostfile is not None:
         text = hostfile_text(mpi, hosts, args.ranks_per_node)
-        write_whole(Path(args.hostfile), text, "--hostfile")
+        write_asked(Path(args.hostfile), text, "--hostfile")
     root = os.geteuid() == 0
     places = Places(nodes, args.ranks_per_node, cores, hosts, args.hostfile, None, root)
     command = [*mpirun(mpi, places, program_path("mpirun")), sys.executable, "-m"]

@@ -140,14 +140,3 @@ def program_path(name: str) -> str:
     """Return the path of a program of this Python's environment, its bare name if it has none."""
     path = Path(sys.prefix) / "bin" / name
     return str(path) if os.access(path, os.X_OK) else name
-
-
-def write_whole(path: Path, text: str, name: str) -> None:
-    """Write a file or nothing. Raises ConfigError that begins with the flag `name`."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{name} {path} cannot be written: {error.strerror}") from None

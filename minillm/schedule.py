@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.record import Record, known_name, option
+from minillm.base.whole_file import write_asked
 from minillm.comm.process import run_program
 from minillm.pipeline.draw import draw_svg, draw_text
 from minillm.pipeline.lower import lower
@@ -68,7 +68,7 @@ def _show(name: str, args: ScheduleArgs) -> None:
     print(_summary(name, timeline, args))
     if args.svg is not None:
         title = f"{name}, {args.ranks} ranks, {args.microbatches} microbatches"
-        _write(Path(args.svg), draw_svg(timeline, title))
+        write_asked(Path(args.svg), draw_svg(timeline, title), "--svg")
         print(f"drawn into {args.svg}")
 
 
@@ -85,19 +85,6 @@ def _summary(name: str, timeline: Timeline, args: ScheduleArgs) -> str:
         f"in flight  {' '.join(map(str, in_flight))} microbatches held at most by each rank, "
         f"{' '.join(map(str, expected))} by {formula}"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the whole file or none of it."""
-    if not path.name:
-        raise ConfigError(f"--svg {path} cannot be written: it is no file name")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"--svg {path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

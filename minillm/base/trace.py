@@ -6,7 +6,6 @@ The file opens in Perfetto (ui.perfetto.dev) or chrome://tracing.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm.base.errors import MinillmError
+from minillm.base.whole_file import write_text
 
 if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator
@@ -132,10 +132,8 @@ class Tracer:
         ]
         origin = min((event["ts"] for events in everyone for event in events), default=0.0)
         events = [event | {"ts": event["ts"] - origin} for events in everyone for event in events]
-        temporary = path.with_name(path.name + ".tmp")
         text = json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"})
         try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, text)
         except OSError as error:
             raise MinillmError(f"{path} cannot be written: {error.strerror}") from None

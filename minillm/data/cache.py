@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.base.whole_file import write_text
 from minillm.data.token_files import fingerprint
 
 VERSION = 1  # of the entries and of the rule by which texts are cut into pieces
@@ -146,14 +147,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON value atomically. Raises OSError if the folder cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, json.dumps(value))
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

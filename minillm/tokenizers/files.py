@@ -6,14 +6,13 @@ All are read into the value of a tokenizer.json, which checkpoints keep and expo
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minillm.base.errors import ConfigError
+from minillm.base.whole_file import write_text
 from minillm.tokenizers import byte_level
 
 WHOLE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -136,20 +135,8 @@ def write_definition(folder: Path, definition: Mapping[str, Any]) -> list[str]:
     files[SETTINGS] = json.dumps(settings, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        _write(folder / name, text)
+        write_text(folder / name, text)
     return list(files)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    handle, temporary = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _text(path: Path) -> str:

@@ -1,0 +1,39 @@
+"""Text files are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from minillm.base.errors import ConfigError
+from minillm.base.whole_file import write_asked, write_text
+
+
+def test_a_file_takes_the_place_of_another_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    for text in ("a\nä", ""):
+        write_text(path, text)
+        assert path.read_bytes() == text.encode()
+    assert os.listdir(tmp_path) == ["text"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_was_there_stays_where_writing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text"
+    write_text(path, "before")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(ConfigError, match=r"--svg .*text cannot be written: full"):
+        write_asked(path, "after", "--svg")
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["text"]
+
+
+def test_a_path_without_a_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no file name"):
+        write_asked(Path("/"), "text", "--svg")
