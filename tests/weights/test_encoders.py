@@ -14,15 +14,12 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 from test_exporting import bits, export
 from test_transformers import refused
-from training_helpers import Layout, assemble
-from weights_helpers import Gradients, loaded
+from training_helpers import Layout
+from weights_helpers import Gradients, loaded, weights_on
 
 import minillm
 from minillm.autograd.backward import backward
 from minillm.base.errors import ConfigError
-from minillm.comm.communicator import Communicator
-from minillm.comm.threads import run_ranks
-from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
 from minillm.layout.sharding import slice_shape
 from minillm.models import bert
 from minillm.models.protocol import Batch
@@ -227,22 +224,7 @@ def test_every_mesh_reads_its_slices(
         hf.Folder, "read", lambda self, name, s: parts.append((name, s)) or read(self, name, s)
     )
 
-    def rank(comm: Communicator) -> dict[str, Any]:
-        opened = open_checkpoint(str(source), comm)
-        options = ReadOptions(tp=layout.tp, pp=layout.pp)
-        model = load_trained(opened, opened.resolve(options, comm.size), comm)
-        return {
-            t.name: (
-                t.spec.shape,
-                [
-                    (g, t.data[here].reshape(slice_shape(g)).copy())
-                    for g, here in t.spec.pieces(model.mesh.shape, model.mesh.coords)
-                ],
-            )
-            for t in model.weights()
-        }
-
-    found = assemble(run_ranks(layout.num_ranks, rank))
+    found = weights_on(source, layout)
     assert found.keys() == wanted.keys()
     for name, value in found.items():
         np.testing.assert_array_equal(value, wanted[name])

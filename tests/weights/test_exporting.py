@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import tiny_models
 from safetensors.numpy import load_file
-from training_helpers import Layout, assemble, make_config
-from weights_helpers import bpe_definition, folder
+from training_helpers import Layout, make_config
+from weights_helpers import bpe_definition, folder, weights_on
 
 from minillm import checkpoint
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
-from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
 from minillm.layout.sharding import slice_shape
 from minillm.weights import exporting, hf, importing
 from minillm.weights.foreign import Foreign
@@ -89,22 +88,7 @@ def test_every_mesh_reads_its_slices(
         type(whole.tensors), "read", lambda self, name, s: parts.append((name, s)) or read(name, s)
     )
 
-    def rank(comm: Communicator) -> dict[str, Any]:
-        opened = open_checkpoint(str(source), comm)
-        options = ReadOptions(tp=layout.tp, pp=layout.pp, context=8)
-        model = load_trained(opened, opened.resolve(options, comm.size), comm)
-        return {
-            t.name: (
-                t.spec.shape,
-                [
-                    (g, t.data[here].reshape(slice_shape(g)).copy())
-                    for g, here in t.spec.pieces(model.mesh.shape, model.mesh.coords)
-                ],
-            )
-            for t in model.weights()
-        }
-
-    found = assemble(run_ranks(layout.num_ranks, rank))
+    found = weights_on(source, layout, context=8)
     monkeypatch.undo()
     for name, spec in whole.specs.items():
         wanted = whole.source().read(f"model/{name}", tuple(slice(0, n) for n in spec.shape))

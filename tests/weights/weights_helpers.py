@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import tiny_models
 from safetensors.numpy import save_file
+from training_helpers import Layout
+from training_helpers import assemble as gathered
 
 from minillm.autograd.backward import backward
 from minillm.autograd.tape import no_grad
+from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
+from minillm.comm.threads import run_ranks
 from minillm.inference.loading import ReadOptions, load_trained, open_checkpoint
-from minillm.layout.sharding import Slices
+from minillm.layout.sharding import Slices, slice_shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tokenizers.byte_level import definition_of
@@ -59,6 +63,27 @@ def loaded(path: Path, context: int) -> Any:
     for own, each in zip(assembly.weights(), read.weights(), strict=True):
         own.data[...] = each.data
     return assembly.stages[0]
+
+
+def weights_on(path: Path, layout: Layout, context: int | None = None) -> dict[str, np.ndarray]:
+    """Return the global weights in `path`, put together from what thread ranks of a mesh read."""
+
+    def rank(comm: Communicator) -> dict[str, Any]:
+        opened = open_checkpoint(str(path), comm)
+        options = ReadOptions(tp=layout.tp, pp=layout.pp, context=context)
+        model = load_trained(opened, opened.resolve(options, comm.size), comm)
+        return {
+            t.name: (
+                t.spec.shape,
+                [
+                    (g, t.data[here].reshape(slice_shape(g)).copy())
+                    for g, here in t.spec.pieces(model.mesh.shape, model.mesh.coords)
+                ],
+            )
+            for t in model.weights()
+        }
+
+    return gathered(run_ranks(layout.num_ranks, rank))
 
 
 def run(path: Path) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
