@@ -29,7 +29,7 @@ class ArraySpec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    differentiable: bool  # its gradient travels back
+    differentiable: bool  # its gradient travels back: of floats, not of integers
 
 
 BoundarySpec = tuple[ArraySpec, ...]

@@ -164,7 +164,8 @@ class PipelineRuntime:
         elif self.count is not None:
             self._add(self.count(outputs, batch))
         if self.train:
-            kept = tuple(t for t in outputs if t.requires_grad) if handed_on else ()
+            # The next stage sends a gradient of every float, also to a stage where nothing trains.
+            kept = tuple(t for t in outputs if t.dtype.kind not in "biu") if handed_on else ()
             self._live[key] = Live(arrived, kept, tuple(losses.values()))
 
     def _backward(self, action: Action) -> None:

@@ -9,6 +9,7 @@ from training_helpers import Layout, assert_same, make_config, make_task, pieces
 from minillm.base.errors import ConfigError
 from minillm.comm.single import SelfCommunicator
 from minillm.nn.lora import FACTORS
+from minillm.training import adaptation
 from minillm.training.adaptation import AdaptationOptions, num_trained
 from minillm.training.trainer import Trainer
 
@@ -79,6 +80,12 @@ def test_a_merged_model_has_the_same_loss_and_gradients_by_the_chain_rule(model:
             grad(found, f"{weight}{FACTORS}a"), scale * b.T @ g, rtol=0, atol=1e-10
         )
         np.testing.assert_allclose(np.concatenate(parts), scale * g @ a.T, rtol=0, atol=1e-10)
+
+
+def test_a_missing_scale_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptation, "scale_of", lambda rank, alpha: 1.0)
+    with pytest.raises(AssertionError):
+        test_a_merged_model_has_the_same_loss_and_gradients_by_the_chain_rule("gpt2")
 
 
 def test_factors_and_heads_alone_train_and_nothing_changes_at_first() -> None:

@@ -70,6 +70,27 @@ def test_data_parallel_moves_each_gradient_once(dp: int, bucket_mb: float) -> No
         assert rank == expected
 
 
+def test_replicas_send_no_byte_for_what_is_frozen() -> None:
+    layout, kept = Layout(dp=2), BASE["layers"] - 1
+    layers = _gpt2_parameters(VOCAB) - (VOCAB + BASE["context"] + 2) * BASE["dim"]
+    trained = layers * kept // BASE["layers"] + 2 * BASE["dim"]  # three of four, and the last norm
+    for rank in _payload("gpt2", layout, freeze="embeddings,layers:1"):
+        assert rank == {("dp", "all_reduce"): trained * ITEM}
+
+
+def test_low_rank_updates_send_their_factors_alone() -> None:
+    """Check that a layer's four whole factors are summed over tp, and activations as ever.
+
+    Nothing below the first block trains: its gradient is not summed.
+    """
+    layout, rank = Layout(tp=2), 3
+    sums = 4 * BASE["layers"] + 2 - 1
+    activations = (sums * BASE["dim"] + 3) * _tokens(layout)
+    factors = 4 * BASE["layers"] * rank * BASE["dim"]
+    for found in _payload("gpt2", layout, lora=rank):
+        assert found == {("tp", "all_reduce"): (activations + factors) * ITEM}
+
+
 def test_a_bucket_that_is_too_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     short = property(lambda self: slice(self.spans[0].start, self.spans[-1].stop - 8))
     monkeypatch.setattr(Bucket, "slice", short)

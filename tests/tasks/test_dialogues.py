@@ -18,10 +18,11 @@ from minillm.base.errors import ConfigError
 from minillm.comm.single import SelfCommunicator
 from minillm.data.batches import IGNORE_INDEX
 from minillm.data.dialogues import Dialogue, errands, read_dialogues
-from minillm.data.templates import CHATML, WORDS, Message, Template, template_of
+from minillm.data.templates import CHATML, WORDS, Message, Template, chunks_of, template_of
 from minillm.data.tokenizers import ByteTokenizer, CharTokenizer
 from minillm.inference import chat
 from minillm.params.where import Where
+from minillm.tasks import chat as tasks_chat
 from minillm.tasks.chat import Chatting, EncodedDialogues, HeldOutDialogues, encoded
 from minillm.training.held_out import measure
 from minillm.training.trainer import Trainer
@@ -57,6 +58,15 @@ def test_answers_and_what_ends_them_are_learnt() -> None:
     assert learnt_text(WORDS, twice) == (
         "User: hi\n\nAssistant:[ hello\n\n]Assistant:[ and welcome\n\nUser:]"
     )
+
+
+def test_a_loss_on_the_prompt_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_of_it(*of: Any) -> Any:
+        return (chunk._replace(learnt=True) for chunk in chunks_of(*of))
+
+    monkeypatch.setattr(tasks_chat, "chunks_of", all_of_it)
+    with pytest.raises(AssertionError):
+        test_answers_and_what_ends_them_are_learnt()
 
 
 def test_a_template_of_a_model_ends_answers_by_its_ids() -> None:

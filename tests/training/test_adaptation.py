@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 from training_helpers import Layout, Outcome, assert_same, make_config, make_task, reference, train
@@ -11,6 +14,8 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
 from minillm.models.family import family
+from minillm.params.parameter import Parameter
+from minillm.params.storage import FlatBuffers
 from minillm.training import adaptation
 from minillm.training.adaptation import AdaptationOptions, depth_of
 from minillm.training.assembly import layout_of
@@ -42,6 +47,7 @@ def trained(model: str, at: Layout = ONE, **changes: object) -> Outcome:
 def test_a_frozen_model_trains_alike_on_every_mesh(at: Layout, method: dict[str, object]) -> None:
     changes = {"freeze": FROZEN, "layer_decay": 0.7}
     expected = reference("gpt2-untied", "adamw", changes=tuple(changes.items()))
+    changes |= {"rendezvous": at.pp > 1}  # a message that nobody takes is seen
     assert_same(trained("gpt2-untied", at, **changes, **method), expected, 1e-9)
 
 
@@ -75,6 +81,23 @@ def test_a_frozen_parameter_keeps_every_bit(optimizer: str) -> None:
     assert "embedding.weight" in frozen and "blocks.1.mlp.up.weight" in frozen
     for name, value in first.weights.items():
         assert np.array_equal(value, after.weights[name]) == (name in frozen), name
+
+
+def test_weight_decay_of_a_frozen_parameter_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = FlatBuffers.__init__
+
+    def shared(self: FlatBuffers, parameters: Sequence[Parameter], *args: Any, **more: Any) -> None:
+        """Allocate as if all trained: frozen parameters have zero gradients, and decay."""
+        trains = [parameter.trains for parameter in parameters]
+        for parameter in parameters:
+            parameter.trains = True
+        original(self, parameters, *args, **more)
+        for parameter, before in zip(parameters, trains, strict=True):
+            parameter.trains = before
+
+    monkeypatch.setattr(FlatBuffers, "__init__", shared)
+    with pytest.raises(AssertionError):
+        test_a_frozen_parameter_keeps_every_bit("adamw")
 
 
 def test_what_is_frozen_costs_no_state_no_gradient_and_no_bytes() -> None:
