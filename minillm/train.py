@@ -26,6 +26,7 @@ from minillm.comm.ledger import recording
 from minillm.comm.process import run_program
 from minillm.comm.recorder import FlightRecorder
 from minillm.comm.signals import StopRequest
+from minillm.comm.single import SelfCommunicator
 from minillm.comm.two_levels import neighbours
 from minillm.inference.sample import SAMPLES
 from minillm.inference.written import held_out_scores
@@ -53,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
-    """Run the training that the options describe. Collective."""
+def train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> Communicator | None:
+    """Run the training that the options describe. Collective.
+
+    Returns the ranks that are left at its end, if some may be lost.
+    """
     start, options = given
     comm.timeout = options.comm.comm_timeout
     on, log = options.compute.device, Log(comm.rank)
@@ -80,10 +84,10 @@ def train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             usual = RunConfig.from_dict(preset_values(options.preset)).to_dict()
             del usual["preset"]  # is always shown as given
             log(to_toml(options, shown, usual).rstrip())
-            return
+            return None
         if origin is not None and (nothing := _nothing_left(origin, config)):
             log(nothing)
-            return
+            return None
         asked, default = options.output.out, config.out
         out = Path(run) if run else _own(comm, stack, lambda: claim_new(asked, default))
         comm = on_device(comm, device)
@@ -102,13 +106,17 @@ def train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             guarded_output(lambda error: stop.ask(f"standard output is lost ({error.strerror})"))
         )
 
+        left: list[Communicator] = []
+
         def work(workers: Communicator, wire: Communicator | None) -> None:
             training = Run(workers, device, config, data, out, origin, tracer, stop, wire)
             if (launch := launched()) and launch.launcher.startswith("Open MPI"):
                 words = f"Ctrl-C under this MPI ends a run unsaved; {OPEN_MPI_STOP}"
                 log(f"{paragraph('stop', words)}\n")
+            stack.callback(training.release)
             if training.train():
                 _show_texts(training)
+            left.append(SelfCommunicator() if training.left else training.comm)
 
         def serving(wire: Communicator, config: ResolvedConfig) -> Server:
             server = make_server(wire, config)
@@ -120,6 +128,7 @@ def train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> None:
             path, cut = out / "trace.json", ", without the last steps" if tracer.dropped else ""
             tracer.write(path, comm)
             log(f"trace   {path}: a timeline of all ranks{cut}, to open in ui.perfetto.dev")
+    return left[0] if options.comm.on_failure != "stop" else None
 
 
 def _own(comm: Communicator, stack: ExitStack, claim: Callable[[], Claim]) -> Path:
@@ -181,7 +190,16 @@ def _plan(
             )
         options = decided(options, data)
         config = resolve(options, comm.size, data.vocab_size, neighbours(comm))
+        if options.comm.on_failure != "stop":
+            _check_survivable(comm, options.comm.on_failure)
     return data, config
+
+
+def _check_survivable(comm: Communicator, asked: str) -> None:
+    try:
+        comm.check_survivable()
+    except ConfigError as error:
+        raise ConfigError(f"--on-failure {asked}: {error}") from None
 
 
 def _show_texts(run: Run) -> None:

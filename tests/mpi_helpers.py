@@ -57,13 +57,17 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def start(
-    n: int, args: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None
+    n: int,
+    args: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    flags: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
-    """Start `mpirun -n N python ARGS` in a process group of its own.
+    """Start `mpirun FLAGS -n N python ARGS` in a process group of its own.
 
     n = 0 starts plain `python ARGS`.
     """
-    launcher = [str(MPIRUN), "-n", str(n)] if n else []
+    launcher = [str(MPIRUN), *flags, "-n", str(n)] if n else []
     command = [*launcher, sys.executable, *args]
     return subprocess.Popen(
         command,

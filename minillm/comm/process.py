@@ -19,11 +19,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from minillm import kernels
 from minillm.base.errors import ConfigError, MinillmError, PeerFailed
-from minillm.base.terminal import drop_output, guarded_output, open_streams, refuse_output
+from minillm.base.terminal import (
+    GuardedStream,
+    drop_output,
+    guarded_output,
+    open_streams,
+    refuse_output,
+)
 from minillm.comm.agreement import AgreedError, agree
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.cores import use_threads
@@ -126,7 +132,7 @@ def _report(error: BaseException, rank: int | None) -> None:
 
 def run_program(
     parse: Callable[[list[str]], Options],
-    body: Callable[[Communicator, Options], None],
+    body: Callable[[Communicator, Options], Communicator | None],
     argv: Sequence[str] | None = None,
     threads: Callable[[Options], int | None] = lambda options: None,
 ) -> int:
@@ -135,7 +141,8 @@ def run_program(
     `parse` turns `argv` (default: the process's own arguments) into options. If it fails on one
     rank, all ranks end with that message. `body` runs with the kernels prepared, on the number of
     threads that `threads` finds in the options, or else on this rank's share of the node's cores.
-    Standard output is shown from the first rank only.
+    It may return the group of ranks that are left at its end, where others are lost. Standard
+    output is shown from the first rank only (see `show_output`).
     """
 
     def program() -> int:
@@ -147,16 +154,33 @@ def run_program(
         comm = world()
         _on_ctrl_c(signal.default_int_handler)
         if comm.rank:  # help text and the like is printed once
+            _hidden.append(sys.stdout)
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
         options = agree(comm, lambda: parse(list(sys.argv[1:] if argv is None else argv)))
         kernels.prepare_process()
         with use_threads(comm, threads(options)):
-            body(comm, options)
-        comm.barrier()  # MPI_Finalize waits for all ranks without a time-out
+            left = body(comm, options)
+        (left or comm).barrier()  # MPI_Finalize waits for all ranks without a time-out
         sys.stdout.flush()
         return 0
 
     return main_guard(program)
+
+
+_hidden: list[TextIO] = []
+"""Standard output of a rank that is not the first."""
+
+
+def show_output() -> None:
+    """Show the standard output of this rank, which becomes the first: others are lost."""
+    if not _hidden:
+        return
+    shown, now = _hidden.pop(), sys.stdout
+    shown = shown.stream if isinstance(shown, GuardedStream) else shown
+    if isinstance(now, GuardedStream):
+        now.stream = shown
+    else:
+        sys.stdout = shown
 
 
 def main_guard(program: Callable[[], int]) -> int:
@@ -198,11 +222,14 @@ def _confirmed(message: str) -> bool:
         return True
     own = hashlib.blake2b(message.encode(errors="replace"), digest_size=8).digest()
     found, deadline = bytearray(8 * mpi.COMM_WORLD.Get_size()), time.monotonic() + CONFIRM_SECONDS
-    request = mpi.COMM_WORLD.Iallgather([own, mpi.BYTE], [found, mpi.BYTE])
-    while not request.Test():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(1e-3)
+    try:
+        request = mpi.COMM_WORLD.Iallgather([own, mpi.BYTE], [found, mpi.BYTE])
+        while not request.Test():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(1e-3)
+    except mpi.Exception:  # of a rank that has ended
+        return False
     return bytes(found) == own * mpi.COMM_WORLD.Get_size()
 
 

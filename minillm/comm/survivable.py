@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 class Survivable(Transport):
     """Transport whose living ranks can go on without the dead ones."""
 
+    def check_survivable(self) -> None:
+        """Raise ConfigError with the reason if the death of a rank ends all others here."""
+
     def unanimous(self, ok: bool = True) -> bool:
         """Return True if every rank lives and passes True; all living ranks get the same answer.
 

@@ -108,20 +108,31 @@ class Watchdog:
         self.book: Ledger = ledger()
         """The ledger of the latest wait."""
         self._end = end
-        self._comm = MPI.COMM_WORLD
+        self._comm: MPI.Comm = MPI.COMM_WORLD
+        self._lock = threading.Lock()  # of the messages, while a rank moves to another group
         self._talks = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._works: list[tuple[str, float]] = []  # name and time-out
         self._next_signal = 0.0
         self._states: dict[int, str] = {}
         self._heard = False
         self._sent: list[tuple[MPI.Request, bytes]] = []
-        self._num_sent = array("q", [0] * self._comm.Get_size())  # messages to each rank
-        self._num_received = array("q", [0] * self._comm.Get_size())
+        self._count_anew()
         self._watched = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
         atexit.register(self.stop)  # before MPI_Finalize: no other thread may be inside MPI then
+
+    def _count_anew(self) -> None:
+        """Begin the counts of messages to each rank, and from it."""
+        self._num_sent = array("q", [0] * self._comm.Get_size())
+        self._num_received = array("q", [0] * self._comm.Get_size())
+
+    def move(self, comm: MPI.Comm) -> None:
+        """Talk with the ranks of `comm` alone from now on: others are lost."""
+        with self._lock:
+            self._comm, self._sent = comm, []
+            self._count_anew()
 
     def stop(self) -> None:
         """End the thread, and take the messages under way.
@@ -133,6 +144,11 @@ class Watchdog:
         self._thread.join(2 * ANSWER_SECONDS)
         if not self._talks or self._thread.is_alive():
             return
+        with contextlib.suppress(MPI.Exception):  # of a rank that has ended without this
+            self._take_all()
+
+    def _take_all(self) -> None:
+        """Take the messages under way to this rank, all ranks together."""
         expected, deadline = bytearray(8 * len(self._num_sent)), time.monotonic() + ANSWER_SECONDS
         request = self._comm.Ialltoall([self._num_sent, MPI.INT64_T], [expected, MPI.INT64_T])
         while not request.Test():
@@ -161,8 +177,10 @@ class Watchdog:
             ran, last = min(now - last, 2 * TICK), now
             waiting = self.waiting
             if self._talks:
-                self._receive()
-                self._signal(now, idle=waiting is not None and waiting is seen)
+                # A rank that has ended is found by the main thread.
+                with self._lock, contextlib.suppress(MPI.Exception):
+                    self._receive()
+                    self._signal(now, idle=waiting is not None and waiting is seen)
             if waiting is None or waiting is not seen or self._heard:
                 age, seen, self._heard = 0.0, waiting, False
                 continue
@@ -222,13 +240,17 @@ class Watchdog:
     def _ask(self) -> dict[int, str]:
         """Return the state of each other rank that answers within ANSWER_SECONDS."""
         self._states = {}
+        with self._lock, contextlib.suppress(MPI.Exception):
+            self._ask_all()
+        return self._states
+
+    def _ask_all(self) -> None:
         if self._talks:
             self._send_all({"ask": True})
             deadline = time.monotonic() + ANSWER_SECONDS
             while len(self._states) < self._comm.Get_size() - 1 and time.monotonic() < deadline:
                 time.sleep(TICK / 5)
                 self._receive()
-        return self._states
 
     def _expire(self, waiting: Waiting) -> None:
         """End a wait: the lowest rank that waits speaks, the others a second later if at all."""

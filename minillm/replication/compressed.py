@@ -241,6 +241,11 @@ SIZES = {"compress_rank": "powersgd", "compress_share": "topk"}
 METHOD = Method(
     name="compressed",
     option="compress",
+    lost=lambda options: (
+        "a lost worker takes along what it has left unsent"
+        if options.compress != "bf16"
+        else "this method needs as many microbatches on every replica"
+    ),
     make=_make,
     sends=_sends,
     holds=_holds,

@@ -308,6 +308,7 @@ def _fitting(extent: Extent) -> int:
 METHOD = Method(
     name="local-steps",
     option="local_steps",
+    lost=lambda options: "a lost worker takes its own weights and optimizer state along",
     make=_make,
     sends=_sends,
     holds=_holds,

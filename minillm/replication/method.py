@@ -92,6 +92,8 @@ class Method:
         lambda options, mesh, per_node: options
     )
     """Fill in what follows from several nodes of so many neighbours of the mesh each."""
+    lost: Callable[[ReplicationOptions], str] = lambda options: ""
+    """Reason why a run cannot go on without lost ranks; empty if it can."""
     needs_host: Callable[[ReplicationOptions], bool] = lambda options: False
     """True if the method works in the host's memory alone."""
     unasked: tuple[Any, ...] = (0, "none")

@@ -261,6 +261,7 @@ METHOD = Method(
     name="node-shared",
     option="node_shared",
     unasked=("auto", "off"),
+    lost=lambda options: "memory that a lost rank shared is not safe to use",
     make=_make,
     sends=_sends,
     uneven=lambda options: True,

@@ -153,6 +153,7 @@ def _dedicated(extent: Extent) -> int:
 METHOD = Method(
     name="server",
     option="server",
+    lost=lambda options: "a lost server takes the only copy of its weights along",
     make=_make,
     sends=_sends,
     meets=_meets,

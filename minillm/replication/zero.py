@@ -289,6 +289,7 @@ def _placed(options: ReplicationOptions, mesh: MeshShape, per_node: int) -> Repl
 METHOD = Method(
     name="zero",
     option="zero",
+    lost=lambda options: "a lost rank takes the only copy of its share along",
     make=_make,
     sends=_sends,
     holds=_holds,

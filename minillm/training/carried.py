@@ -43,6 +43,12 @@ class Carried:
                 f"but each row of --model {config.family.name} goes on from its own state; use "
                 "--balance none"
             )
+        if layers and config.options.comm.on_failure != "stop":
+            raise ConfigError(
+                f"--on-failure {config.options.comm.on_failure} deals rows to other replicas, but "
+                f"each row of --model {config.family.name} goes on from its own state, which is "
+                "lost with its replica; use --on-failure stop"
+            )
         for layer, dtype in layers:
             self.states[layer.name] = layer.states(self._rows, dtype, model.device)
             self._specs[layer.name] = layer.states_spec(batch)

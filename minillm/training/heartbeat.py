@@ -32,6 +32,13 @@ class Heartbeat:
             self._last = now
 
 
+def forget(run: Path, ranks: int) -> None:
+    """Remove the files of ranks from `ranks` on, which are lost: a supervisor waits for each."""
+    for path in (run / FOLDER).glob("rank-*"):
+        if path.name >= f"rank-{ranks:05d}":
+            path.unlink(missing_ok=True)
+
+
 def beats(run: Path) -> dict[str, str]:
     """Return the text of every heartbeat file of a run, by its name."""
     found = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from minillm.base.device import Device
 from minillm.base.errors import CheckpointError
 from minillm.base.flags import to_toml
 from minillm.base.host_memory import resident
+from minillm.base.lock import FolderLock
 from minillm.base.log import Log, clock, compact, paragraph, plural
 from minillm.base.metrics_file import METRICS, MetricsFile
 from minillm.base.progress import Progress
@@ -26,6 +27,7 @@ from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
 from minillm.nn.lora import Merged
 from minillm.tasks.protocol import Dataset, Judged, Result, Unequal
+from minillm.training import going_on
 from minillm.training.assembly import first_rows, fresh_heads, model_shapes
 from minillm.training.early_stopping import EarlyStopping
 from minillm.training.folder import begin, way_back
@@ -77,6 +79,12 @@ class Run:
         places = place_names(self.output.log_to)
         agree(comm, lambda: check_packages(places if comm.rank == 0 else []))
         self.out, self.origin = out, origin
+        self.left, self._stopped = False, False
+        self.unsettled: StepReport | None = None
+        """Outcome of a step that is done, but not written by all ranks before a loss."""
+        self.outcome: StepReport | None = None  # of the last step that this rank has done
+        self.started_as, self.started_with = comm.rank, comm.size
+        self.lock: FolderLock | None = None  # of a first rank that another one was before
         self.first_step = origin.first_step if origin else 0
         batch, seed = optimization.batch, optimization.seed
         if origin is not None and origin.continues:
@@ -87,49 +95,102 @@ class Run:
             # Number of the sequence in row 0 of step 0, as if the run had begun with this data.
             self.first = position - self.first_step * batch
             task = data.task(config.model, batch=batch, seed=seed, first=self.first)
-            self.trainer = Trainer(config, comm, task, tracer=tracer, device=device, wire=wire)
+            self._task, self._wire = task, wire
+            surviving = config.options.comm.on_failure != "stop" and comm.size > 1
+            self.survivors = going_on.survivors(self) if surviving else None
+            self.trainer = self.survivors.trainer if self.survivors else self.make(config, comm)
         self.trainer.replication.record(out, tracer)
         self.key = numeric_key(config, comm, self.trainer.replication.memory.alias[1], device)
         if origin is not None:
-            self._load(origin, moved)
+            self.load(origin, moved)
+        self.trainer.begun = self.trainer.done = self.first_step
+        self.settled = self.first_step  # steps whose numbers are written, and saved if due
         held = None if origin is None else origin.stopping(config.options)
         self.stopping = EarlyStopping(self.output.patience, held)
         self.last_step = min(optimization.steps, self.output.stop_after or optimization.steps)
         self.saved_step = self.first_step if origin and origin.continues else -1
-        self.policy = checkpoint.SavePolicy(checkpoint.SaveEvery.parse(self.output.save_every))
+        self.begin_policy()
         toml = to_toml(config.options.replace(out=None), config.filled().replace(out=None))
         for line in from_first(comm, lambda: begin(self.out, toml, origin)):
             self.log(line)
-        self.progress = Progress(
-            self.log,
-            self.first_step,
-            optimization.steps,
-            config.tokens_per_step,
-            flops=config.tokens_per_step * config.model.training_flops,
-            every=self.output.log_interval(),
-        )
-        start = Start(self.out, config.filled().to_dict(), self.first_step)
-        self.writers = agree(
-            comm, lambda: Writers(places if comm.rank == 0 else [], start, self.progress.say)
-        )
-        path = self.out / METRICS if comm.rank == 0 else None
-        self.metrics = agree(comm, lambda: MetricsFile(path, self.progress.say))
+        agree(comm, lambda: self.open_places(self.first_step))
         self.shares = TimeShares()
         self.result: Result | None = None
         threads, unequal = threads_in_use(), isinstance(task, Unequal)
         for label, text in plan(config, data, self.trainer.model, threads, comm, program, unequal):
             self._say(label, text)
+        if self.survivors is not None:
+            self._say("losses", going_on.PLAN)
         self.log(f"output  {self.out}\n")
-        self.heartbeat = Heartbeat(self.out, comm.rank)
         self.heartbeat.beat()
 
+    def make(
+        self,
+        config: ResolvedConfig,
+        comm: Communicator,
+        commit: Callable[[], None] = lambda: None,
+    ) -> Trainer:
+        """Return a trainer with initial values. Collective over `comm`."""
+        return Trainer(
+            config,
+            comm,
+            self._task,
+            tracer=self.tracer,
+            device=self.device,
+            wire=self._wire,
+            commit=commit,
+        )
+
+    def begin_policy(self) -> None:
+        """Count the time to the next checkpoint from the next step on."""
+        self.policy = checkpoint.SavePolicy(checkpoint.SaveEvery.parse(self.output.save_every))
+
+    def open_places(self, step: int) -> None:
+        """Open what is written after `step` steps: progress lines and metrics, on the first rank.
+
+        Not collective.
+        """
+        config, first = self.config, self.comm.rank == 0
+        self.progress = Progress(
+            self.log,
+            step,
+            config.options.optimization.steps,
+            config.tokens_per_step,
+            flops=config.tokens_per_step * config.model.training_flops,
+            every=self.output.log_interval(),
+        )
+        start = Start(self.out, config.filled().to_dict(), step)
+        places = place_names(self.output.log_to) if first else []
+        self.writers = Writers(places, start, self.progress.say)
+        self.metrics = MetricsFile(self.out / METRICS if first else None, self.progress.say)
+        self.heartbeat = Heartbeat(self.out, self.comm.rank)
+
     def train(self) -> bool:
-        """Run all steps; return whether the run came to its end, not to a request to stop."""
+        """Run all steps; return whether the run came to its end, not to a request to stop.
+
+        A rank that is left without a replica after a loss returns False, and `left` is True.
+        """
         gc.collect()
         # Reference counts free the tape. The collector would look for cycles that do not exist.
         gc.disable()
-        started, stopped, step = time.perf_counter(), False, self.first_step
+        self._began = time.perf_counter()
+        if self.survivors is None:
+            self._steps()
+        else:
+            self.left = not going_on.train(self, self._steps)
+        gc.enable()
+        if self.left:
+            return False
+        self._finish(self.trainer.done, time.perf_counter() - self._began, self._stopped)
+        return not self._stopped
+
+    def _steps(self) -> None:
+        """Run the steps that are left, and save the last one."""
+        started, stopped, step = self._began, False, self.trainer.done
         waiting: deque[tuple[StepReport, Moved]] = deque()  # steps whose numbers are not read yet
+        if self.unsettled is not None:  # before a loss
+            stopped, due = self.unsettled.stop, self._due(step, self.unsettled.stop, 0.0)
+            self._settle(self.unsettled, {}, due)
         while step < self.last_step and not stopped and not self.stopping.over:
             before = ledger().snapshot()
             self.trainer.stop_requested = self.stop.asked()
@@ -142,10 +203,8 @@ class Run:
             due = self._due(step, stopped, report.clock)
             while len(waiting) > (0 if any(due) else self.trainer.lag):
                 self._settle(*waiting.popleft(), due if not waiting else Due(False, False, False))
-        self.progress.close()
-        gc.enable()
-        self._finish(step, time.perf_counter() - started, stopped)
-        return not stopped
+        self._stopped = stopped
+        self._save(step)
 
     def _due(self, step: int, stopped: bool, clock: float) -> Due:
         """Return what follows `step` steps, the last of them at `clock` seconds."""
@@ -157,6 +216,11 @@ class Run:
         evaluate = not stopped and (last or every(output.eval_every))
         wanted = self.policy.wants(step, clock, evaluate)
         return Due(every(output.check_every), evaluate, stopped or last or wanted)
+
+    def release(self) -> None:
+        """Release the folder, if this rank owns it since a loss."""
+        if self.lock is not None:
+            self.lock.release()
 
     def _settle(self, report: StepReport, moved: Moved, due: Due) -> None:
         """Read a step's numbers, show and write them, and do what is due."""
@@ -185,6 +249,7 @@ class Run:
         self.writers.write(line)
         if due.save or improved:
             self._save(step, found)
+        self.settled, self.unsettled = step, None
         self.progress.pause(time.perf_counter() - paused)
 
     @contextmanager
@@ -258,7 +323,7 @@ class Run:
         self.policy.saved()
         self.heartbeat.beat()
 
-    def _load(self, origin: Origin, moved: str | None) -> None:
+    def load(self, origin: Origin, moved: str | None) -> None:
         """Fill the state from the checkpoint of `origin`, and say what changes with this run."""
         if not origin.continues:
             with known_to_all():
@@ -303,8 +368,8 @@ class Run:
         looking_again(self.comm, origin.search, fill, origin.path)
 
     def _finish(self, step: int, seconds: float, stopped: bool) -> None:
-        """Save, and print the totals."""
-        self._save(step)
+        """Print the totals."""
+        self.progress.close()
         self.metrics.close()
         self.writers.close()
         if step > self.first_step:

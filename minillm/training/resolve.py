@@ -142,6 +142,8 @@ def resolve(
             f"--balance {config.replication.balance} needs --device cpu: it measures the time of "
             "the host, which a GPU runs ahead of; leave it out on a GPU"
         )
+    if config.comm.on_failure != "stop":
+        config = _surviving(config)
     method = methods.method_of(config.replication)
     if config.compute.device == "cuda" and method.needs_host(config.replication):
         raise ConfigError(
@@ -184,6 +186,24 @@ def resolve(
         per_node=per_node or num_ranks,
         planned_dp=mesh.dp,
     )
+
+
+def _surviving(config: RunConfig) -> RunConfig:
+    """Return `config` without shared memory. Raises ConfigError if it cannot outlive lost ranks."""
+    asked, options = f"--on-failure {config.comm.on_failure}", config.replication
+    method, device = methods.method_of(options), config.compute.device
+    refused = {
+        method.flag(options): method.lost(options),
+        "--balance speed": "both deal the microbatches of a step" * (options.balance != "none"),
+        "--device cuda": "a GPU runs ahead of the agreement on a step" * (device != "cpu"),
+        "--trace": "a lost rank takes its part of the timeline along" * config.output.trace,
+    }
+    if config.output.patience is not None:
+        refused[f"--patience {config.output.patience}"] = "a loss makes an evaluation count twice"
+    for flags, reason in refused.items():
+        if reason:
+            raise ConfigError(f"{asked} and {flags} do not go together: {reason}; leave one out")
+    return config.replace(node_shared="off")
 
 
 def with_microbatch(config: ResolvedConfig, microbatch: int) -> ResolvedConfig:

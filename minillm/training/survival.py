@@ -35,6 +35,7 @@ class Loss(NamedTuple):
     """Loss of ranks that a run has survived. Equal on all its ranks."""
 
     before: int  # ranks before it
+    survivors: int
     mesh: MeshShape  # mesh from now on
     step: int  # completed steps that the state holds
     from_memory: bool  # False: the state came from the fallback
@@ -138,7 +139,7 @@ class Survivors:
         previous = self.world, self.config, self.trainer
         self.world, self.config, self.trainer = group, config, trainer
         try:
-            self._recovered(self, Loss(before, mesh, step, found is not None))
+            self._recovered(self, Loss(before, world.size, mesh, step, found is not None))
         finally:
             self.world, self.config, self.trainer = previous
         return group, config, trainer

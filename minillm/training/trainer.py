@@ -190,6 +190,8 @@ class Trainer:
         self._commit = commit
         self.begun = self.done = 0
         """Steps whose update has begun, and is complete, in the state of this rank."""
+        self.last: StepReport | None = None
+        """Outcome of the last update. Until its step is over its numbers are of this rank alone."""
         self.stop_requested = False
         self.clock = 0.0
         """Time in s that the ranks agree on: their largest."""
@@ -206,6 +208,7 @@ class Trainer:
         finite. On a GPU the error arrives one step late; no later step has changed the weights.
         """
         started, exposed = time.perf_counter(), self.replication.exposed_seconds
+        self._started = started
         self._step, before = step, self._judge.last
         ledger().step = step + 1
         self._deal = self._dealt(step)
@@ -221,19 +224,24 @@ class Trainer:
             self._balance.add(self.runtime.compute_seconds)
         if before is not None and self.lag:
             before.numbers()  # so that the host is never more than a step ahead
-        stop, peak, clock = self._worst
+        exposed = self.replication.exposed_seconds - exposed
+        self.last = self._report(self._worst, time.perf_counter() - started, exposed)
+        return self.last
+
+    def _report(self, worst: Sequence[float], seconds: float, exposed: float) -> StepReport:
+        stop, peak, clock = worst
         return StepReport(
-            step,
+            self._step,
             self._verdict,
             self._lr,
             stop > 0,
             clock,
             int(peak),
-            time.perf_counter() - started,
-            self.replication.exposed_seconds - exposed,
+            seconds,
+            exposed,
             self._optimizer_seconds,
             self._deal if self._is_dealt else (),
-            self._load(step),
+            self._load(self._step),
         )
 
     def _dealt(self, step: int) -> tuple[int, ...]:
@@ -292,7 +300,9 @@ class Trainer:
         self.replication.update(self.optimizer, self._step, self._lr, self._verdict.scale)
         self.done = self._step + 1
         self._optimizer_seconds = time.perf_counter() - started
-        self._worst = self.replication.conclude([self.stop_requested, peak, self.clock])
+        worst = [self.stop_requested, peak, self.clock]
+        self.last = self._report(worst, time.perf_counter() - self._started, 0.0)
+        self._worst = self.replication.conclude(worst)
 
     def state(self) -> list[StateTensor]:
         """Return everything a resumed run needs besides the step.

@@ -22,6 +22,7 @@ ANY_ZERO, ANY_CODEC = "--zero 1/2/3", "--compress bf16/powersgd/topk/onebit"
 ANY_SERVER = "--server sync/async/stale"
 TWO = "do not go together: each is a data-parallel method of its own; leave one out. "
 ON_HOST = "needs --device cpu"
+SHRINK, TOGETHER = "--on-failure shrink and", "do not go together"
 
 # Flags, with alternatives of a value, and words of the error as a regular expression.
 REFUSED: list[tuple[str, str]] = [
@@ -66,6 +67,18 @@ REFUSED: list[tuple[str, str]] = [
     ),
     ("--server async/stale --pp 2", "--tp 1 --pp 2 needs --servers 1, not 0: the ranks of a"),
     ("--server async/stale --pp 2 --servers 2", "--tp 1 --pp 2 needs --servers 1, not 2: the"),
+    # Going on after losing ranks.
+    (f"--on-failure shrink {ANY_ZERO}", rf"{SHRINK} --zero \d {TOGETHER}.* only copy of its share"),
+    (f"--on-failure shrink {ANY_SERVER}", rf"{SHRINK} --server \w+ {TOGETHER}.* of its weights"),
+    ("--on-failure shrink --local-steps 2", f"{SHRINK} --local-steps 2 {TOGETHER}.* weights and"),
+    ("--on-failure shrink --compress bf16", f"{SHRINK} --compress bf16 {TOGETHER}.* microbatches"),
+    ("--on-failure shrink --compress powersgd/topk/onebit", f"{SHRINK} .*what it has left unsent"),
+    ("--on-failure shrink --node-shared on", f"{SHRINK} --node-shared on {TOGETHER}: memory that"),
+    ("--on-failure shrink --balance speed", f"{SHRINK} --balance speed {TOGETHER}: both deal"),
+    ("--on-failure shrink --device cuda", f"{SHRINK} --device cuda {TOGETHER}: a GPU runs ahead"),
+    ("--on-failure shrink --trace true", f"{SHRINK} --trace {TOGETHER}: a lost rank"),
+    ("--on-failure shrink --patience 3", f"{SHRINK} --patience 3 {TOGETHER}: a loss makes"),
+    ("--on-failure respawn", "must be one of stop, shrink"),
     # A GPU, and an optimizer of whole matrices.
     ("--node-shared on --device cuda", f"--node-shared on {ON_HOST}: it shares the host's memory"),
     ("--balance speed --device cuda", f"--balance speed {ON_HOST}: it measures the time of the"),
@@ -92,7 +105,7 @@ VALID = (
     *("--server sync --servers 2", "--server async --servers 2", "--local-steps 2"),
     *("--local-steps 2 --fragments 2", "--compress bf16", "--compress powersgd"),
     *("--compress topk", "--compress onebit", "--balance speed", "--slow-rank 1:3", "--tp 2"),
-    *("--pp 2", "--device cuda", "--optimizer muon"),
+    *("--pp 2", "--device cuda", "--optimizer muon", "--on-failure shrink"),
 )
 DEPENDENT = (
     *("--shard-group 2", "--servers 2", "--staleness 2", "--outer-lr 1.0", "--outer-momentum 0.5"),

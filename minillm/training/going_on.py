@@ -1,0 +1,146 @@
+"""Files and output of a run that goes on after losing ranks, told as one run.
+
+`metrics.jsonl` keeps one line a step: the first of the ranks that are left cuts it after the steps
+that all ranks had settled, and writes the line of a step in between again. `losses.jsonl` has a
+line for each loss.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minillm import checkpoint
+from minillm.base.lock import FolderLock, FolderTaken
+from minillm.base.log import plural
+from minillm.base.metrics_file import METRICS, keep_until, open_regular
+from minillm.comm.agreement import AgreedError, agree, from_first
+from minillm.comm.buffers import ReduceOp
+from minillm.comm.process import show_output
+from minillm.training.heartbeat import forget
+from minillm.training.numeric_key import numeric_key
+from minillm.training.survival import Loss, NoReplicaLeft, Survivors
+from minillm.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from minillm.training.loop import Run
+
+LOG = "losses.jsonl"  # in the folder of the run
+LOCK_SECONDS = 5.0  # for the system to release the lock of a dead rank
+PLAN = "the run goes on with fewer replicas after a rank is lost; memory is not shared on a node"
+
+
+def survivors(run: Run) -> Survivors:
+    """Return the ranks of a run, and how it goes on after a loss. Collective over its ranks."""
+    return Survivors(
+        run.comm,
+        run.config,
+        run.make,
+        lambda trainer: _from_disk(run, trainer),
+        lambda survivors, loss: _take_over(run, survivors, loss),
+    )
+
+
+def train(run: Run, steps: Callable[[], None]) -> bool:
+    """Call `steps` to the end of a run; return False on a rank that is left without a replica.
+
+    Raises AgreedError on the first rank if too few are left for one replica.
+    """
+    assert run.survivors is not None
+    try:
+        return run.survivors.run(steps)
+    except NoReplicaLeft as error:
+        if error.world.rank:
+            return False
+        size, mesh = error.world.size, run.config.mesh
+        saved = list(checkpoint.run_steps(run.out))
+        way = f"go on from step {saved[-1]} with --resume {run.out}" if saved else "start again"
+        raise AgreedError(
+            f"{plural(size, 'rank')} of {run.started_with} {'is' if size == 1 else 'are'} left, "
+            f"too few for a replica of tp {mesh.tp} x pp {mesh.pp}; {way} on {mesh.tp * mesh.pp} "
+            "ranks or more"
+        ) from None
+
+
+def _from_disk(run: Run, trainer: Trainer) -> int:
+    """Fill a trainer from the newest checkpoint of the run, else as at its start.
+
+    Returns the completed steps. Collective over the ranks of the trainer.
+    """
+    run.comm, run.trainer = trainer.world, trainer
+    found = from_first(run.comm, lambda: [str(p) for p in checkpoint.run_steps(run.out).values()])
+    if found:
+        source = checkpoint.CheckpointSource(Path(found[-1]))
+        trainer.load(source)
+        return source.manifest.step
+    if run.origin is not None:
+        run.load(run.origin, None)
+    return run.first_step
+
+
+def _take_over(run: Run, survivors: Survivors, loss: Loss) -> None:
+    """Go on with the files of the run on the ranks that are left. Collective over them."""
+    run.outcome = run.trainer.last or run.outcome
+    group, trainer = survivors.world, survivors.trainer
+    run.comm, run.trainer, run.config = group, trainer, survivors.config
+    own = [run.settled, run.saved_step]
+    settled, saved = map(int, group.reduce_numbers(own, ReduceOp.MIN))
+    run.settled, run.saved_step, run.unsettled = min(settled, loss.step), saved, None
+    if loss.from_memory and run.settled < loss.step:
+        assert run.outcome is not None and run.outcome.step + 1 == loss.step
+        stop = group.reduce_numbers([run.outcome.stop], ReduceOp.MAX)[0] > 0
+        run.unsettled = run.outcome._replace(stop=stop)
+    if not loss.from_memory:
+        run.settled, run.saved_step = loss.step, -1
+    run.key = numeric_key(run.config, group, 1, run.device)
+    run.begin_policy()
+    run.log.rank = group.rank
+    run.metrics.close()
+    run.writers.close()
+    if group.rank == 0:
+        show_output()
+    agree(group, lambda: _write_down(run, loss) if group.rank == 0 else None)
+    agree(group, lambda: run.open_places(run.settled))
+    mesh, lost = loss.mesh, plural(loss.before - loss.survivors, "rank")
+    where = "memory" if loss.from_memory else "disk"
+    left = loss.survivors - mesh.num_ranks
+    run.log(
+        f"lost {lost} of {loss.before}: going on after step {loss.step}, from {where}, with dp "
+        f"{mesh.dp} x tp {mesh.tp} x pp {mesh.pp}"
+        + (f"; {plural(left, 'rank')} more without a replica" if left else "")
+    )
+
+
+def _write_down(run: Run, loss: Loss) -> None:
+    """Own the folder on the first rank, cut the metrics, and add a line about the loss."""
+    if run.lock is None and run.started_as:
+        run.lock = _claimed(run.out)
+    forget(run.out, loss.mesh.num_ranks)
+    keep_until(run.settled, run.out / METRICS, run.out / METRICS)
+    line = {
+        "step": loss.step,
+        "before": loss.before,
+        "survivors": loss.survivors,
+        "dp": loss.mesh.dp,
+        "tp": loss.mesh.tp,
+        "pp": loss.mesh.pp,
+        "state": "memory" if loss.from_memory else "disk",
+        "time": time.time(),
+    }
+    with open_regular(run.out / LOG, "ab") as file:
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def _claimed(folder: Path) -> FolderLock:
+    """Return the lock of the folder, which the system takes from the dead first rank."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return FolderLock(folder)
+        except FolderTaken:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
