@@ -23,10 +23,9 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.launchers import OPEN_MPI_STOP, launched
 from minillm.comm.ledger import recording
-from minillm.comm.process import run_program
+from minillm.comm.process import LeftOver, run_program
 from minillm.comm.recorder import FlightRecorder
 from minillm.comm.signals import StopRequest
-from minillm.comm.single import SelfCommunicator
 from minillm.comm.two_levels import neighbours
 from minillm.inference.sample import SAMPLES
 from minillm.inference.written import held_out_scores
@@ -116,7 +115,7 @@ def train(comm: Communicator, given: tuple[StartOptions, RunConfig]) -> Communic
             stack.callback(training.release)
             if training.train():
                 _show_texts(training)
-            left.append(SelfCommunicator() if training.left else training.comm)
+            left.append(LeftOver() if training.left else training.comm)
 
         def serving(wire: Communicator, config: ResolvedConfig) -> Server:
             server = make_server(wire, config)

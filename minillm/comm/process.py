@@ -111,6 +111,10 @@ def _check_launcher(found: Launch, size: int, library: str) -> None:
     )
 
 
+class LeftOver(SelfCommunicator):
+    """Group of a rank that lives, but for which a run that has lost ranks has no place."""
+
+
 NO_STREAM = (AttributeError, OSError, RuntimeError, ValueError)
 """Errors of faulthandler where standard error is closed, or is no file."""
 
@@ -162,9 +166,23 @@ def run_program(
             left = body(comm, options)
         (left or comm).barrier()  # MPI_Finalize waits for all ranks without a time-out
         sys.stdout.flush()
+        if left is not None and left.size < comm.size:
+            _end_without_lost(left)
         return 0
 
     return main_guard(program)
+
+
+def _end_without_lost(left: Communicator) -> None:
+    """End all ranks with status 0 where some are lost: MPI_Finalize may hang then (5.0.11)."""
+    sys.stderr.flush()
+    time.sleep(FORWARD_SECONDS)
+    if left.rank == 0 and not isinstance(left, LeftOver):
+        abort(0)
+    while isinstance(left, LeftOver):
+        time.sleep(1.0)  # until the ranks that train have ended, and with them this one
+    time.sleep(ABORT_SECONDS)
+    os._exit(0)
 
 
 _hidden: list[TextIO] = []

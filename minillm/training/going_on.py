@@ -91,8 +91,7 @@ def _take_over(run: Run, survivors: Survivors, loss: Loss) -> None:
     run.settled, run.saved_step, run.unsettled = min(settled, loss.step), saved, None
     if loss.from_memory and run.settled < loss.step:
         assert run.outcome is not None and run.outcome.step + 1 == loss.step
-        stop = group.reduce_numbers([run.outcome.stop], ReduceOp.MAX)[0] > 0
-        run.unsettled = run.outcome._replace(stop=stop)
+        run.unsettled = run.outcome._replace(stop=False)  # a signal stops the next step instead
     if not loss.from_memory:
         run.settled, run.saved_step = loss.step, -1
     run.key = numeric_key(run.config, group, 1, run.device)

@@ -171,8 +171,7 @@ class Run:
         A rank that is left without a replica after a loss returns False, and `left` is True.
         """
         gc.collect()
-        # Reference counts free the tape. The collector would look for cycles that do not exist.
-        gc.disable()
+        gc.disable()  # reference counts free the tape; there are no cycles to look for
         self._began = time.perf_counter()
         if self.survivors is None:
             self._steps()
@@ -189,8 +188,7 @@ class Run:
         started, stopped, step = self._began, False, self.trainer.done
         waiting: deque[tuple[StepReport, Moved]] = deque()  # steps whose numbers are not read yet
         if self.unsettled is not None:  # before a loss
-            stopped, due = self.unsettled.stop, self._due(step, self.unsettled.stop, 0.0)
-            self._settle(self.unsettled, {}, due)
+            self._settle(self.unsettled, {}, self._due(step, False, 0.0))
         while step < self.last_step and not stopped and not self.stopping.over:
             before = ledger().snapshot()
             self.trainer.stop_requested = self.stop.asked()
@@ -249,6 +247,8 @@ class Run:
         self.writers.write(line)
         if due.save or improved:
             self._save(step, found)
+        if self.survivors is not None and any(due):
+            self.survivors.commit()  # else a loss may have left arbitrary numbers in the metrics
         self.settled, self.unsettled = step, None
         self.progress.pause(time.perf_counter() - paused)
 

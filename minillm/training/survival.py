@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from minillm.base.errors import PeerFailed, RanksLost
+from minillm.base.errors import CommTimeout, PeerFailed, RanksLost
 from minillm.checkpoint.peers import Held, held, newest
 from minillm.comm.communicator import Communicator
 from minillm.layout.mesh_shape import MeshShape
@@ -80,30 +80,45 @@ class Survivors:
 
         After a loss `work` is called again, and goes on from `trainer.done` steps. Raises
         NoReplicaLeft if too few ranks are left.
+
+        Any error may be the consequence of a loss: under Open MPI a collective of a dead rank may
+        return arbitrary numbers instead of an error. It is raised if no rank is lost.
         """
         while True:
+            error: Exception | None = None
             try:
                 work()
                 self.commit()
                 return True
             except RanksLost:
                 pass
-            except PeerFailed:
+            except CommTimeout:
+                raise
+            except Exception as found:
+                error = found
                 self.world.revoke()
                 self.world.unanimous(False)
-            if not self._recover():
+            if not self._recover(error):
                 return False
 
-    def _recover(self) -> bool:
-        """Restore the state on the ranks that are left; return False if this one leaves."""
+    def _recover(self, error: Exception | None) -> bool:
+        """Restore the state on the ranks that are left; return False if this one leaves.
+
+        Raises `error` if no rank is lost.
+        """
         before = self.world.size
-        for _ in range(before):
+        for _ in range(before):  # each time without a rank more
             self.world.revoke()
             world = self.world.shrink()
             self.world = world  # of all survivors, until they have agreed
+            if world.size == before:
+                raise error or PeerFailed("another rank has failed, although none has ended")
             try:
                 restored, ok = self._restore(world, before), True
-            except PeerFailed:
+            except (CommTimeout, NoReplicaLeft):
+                raise
+            except Exception as found:
+                error, before = found, world.size
                 world.revoke()
                 restored, ok = None, False
             if world.unanimous(ok):
@@ -111,7 +126,7 @@ class Survivors:
                     return False
                 self.world, self.config, self.trainer = restored
                 return True
-        raise PeerFailed(f"{before} attempts to go on without the lost ranks have failed")
+        raise error or PeerFailed("the ranks that are left cannot go on")
 
     def _restore(
         self, world: Communicator, before: int

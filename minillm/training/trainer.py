@@ -189,9 +189,9 @@ class Trainer:
         self._counts_losses = self.mesh.coord("tp") == 0
         self._commit = commit
         self.begun = self.done = 0
-        """Steps whose update has begun, and is complete, in the state of this rank."""
+        """Steps whose update has begun, and is complete, on this rank."""
         self.last: StepReport | None = None
-        """Outcome of the last update. Until its step is over its numbers are of this rank alone."""
+        """Outcome of the last update; of this rank alone until the step is over."""
         self.stop_requested = False
         self.clock = 0.0
         """Time in s that the ranks agree on: their largest."""
@@ -207,8 +207,7 @@ class Trainer:
         Raises NotFinite on every rank, before any update, if the loss or the gradient is not
         finite. On a GPU the error arrives one step late; no later step has changed the weights.
         """
-        started, exposed = time.perf_counter(), self.replication.exposed_seconds
-        self._started = started
+        self._started, exposed = time.perf_counter(), self.replication.exposed_seconds
         self._step, before = step, self._judge.last
         ledger().step = step + 1
         self._deal = self._dealt(step)
@@ -225,7 +224,7 @@ class Trainer:
         if before is not None and self.lag:
             before.numbers()  # so that the host is never more than a step ahead
         exposed = self.replication.exposed_seconds - exposed
-        self.last = self._report(self._worst, time.perf_counter() - started, exposed)
+        self.last = self._report(self._worst, time.perf_counter() - self._started, exposed)
         return self.last
 
     def _report(self, worst: Sequence[float], seconds: float, exposed: float) -> StepReport:
