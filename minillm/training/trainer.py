@@ -193,8 +193,7 @@ class Trainer:
         self.last: StepReport | None = None
         """Outcome of the last update; of this rank alone until the step is over."""
         self.stop_requested = False
-        self.clock = 0.0
-        """Time in s that the ranks agree on: their largest."""
+        self.clock = 0.0  # s; the ranks agree on their largest
 
     @property
     def lag(self) -> int:
