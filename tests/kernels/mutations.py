@@ -351,8 +351,8 @@ MUTATIONS = [
     _masked(
         "own first key hidden",
         "v1.cu",
-        "key >= keys[i].first ? s[i]",
-        "key > keys[i].first ? s[i]",
+        "key >= keys[i].first ? score(",
+        "key > keys[i].first ? score(",
     ),
     _masked(
         "earlier keys seen", "v1.cu", " || key < query.keys.first) {", ") {", "attention_backward"

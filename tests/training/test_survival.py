@@ -156,7 +156,7 @@ def test_ranks_that_lose_one_end_like_an_undisturbed_run(layout: Layout, selecte
         (Layout(dp=3, tp=2), some),  # shards move to other ranks
         pytest.param(Layout(dp=4), all_of, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # a function's str has its address
 )
 def test_a_second_loss_inside_the_recovery_is_survived(layout: Layout, selected: Any) -> None:
     """Kill rank 1 in the first step, then another one at a later call of its own."""
