@@ -190,7 +190,7 @@ def _encode(comm: Communicator, args: EncodeArgs) -> None:
         source = _source(args.input, args.text_field, "--input", comm)
         known = from_first(comm, lambda: _tokenizer(args.tokenizer).to_json(), ConfigError)
         tokenizer = agree(comm, lambda: tokenizer_from_json(known), ConfigError)
-        if args.offsets and not hasattr(tokenizer, "spans"):
+        if args.offsets and not hasattr(tokenizer, "token"):
             raise ConfigError(f"--offsets needs a sub-word tokenizer, not {tokenizer.name}")
         if comm.rank == 0 and (note := getattr(tokenizer, "note", "")):
             print(f"note: {note}", file=sys.stderr, flush=True)

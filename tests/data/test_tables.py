@@ -81,7 +81,7 @@ def test_pairs_labels_and_lines_of_text(tmp_path: Path) -> None:
         ("a.tsv", "text\tlabel\na\t1\n\nb\t1\n", "line 3 of PATH has 1 field,"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text"', "line 2 of PATH is no JSON"),
         ("a.jsonl", "[1]\n", "line 1 of PATH is no JSON object"),
-        ("a.jsonl", '{"text": "a"}\n', "line 1 of PATH has no field label, only 'text'"),
+        ("a.jsonl", '{"text": "a"}\n', "line 1 of PATH has no field label or score, only 'text'"),
         ("a.jsonl", '{"text": "a", "label": null}\n', "line 1 of PATH has no label, but null"),
         ("a.jsonl", '{"text": 5, "label": 1}\n', "line 1 of PATH has no text, but 5"),
         ("a.jsonl", "\n", "PATH has no row"),
