@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -49,8 +50,9 @@ def survive(
     config: ResolvedConfig,
     faults: Faults | None = None,
     optimizer: str = "adamw",
+    started: Callable[[], object] = lambda: None,
 ) -> Survived:
-    """Train on one rank, and go on after losses."""
+    """Train on one rank, and go on after losses. `started` returns once all ranks have started."""
     events: list[Loss] = []
     found, norms, computed = {}, {}, []
     task = make_task(config)
@@ -64,6 +66,7 @@ def survive(
         events.append(loss)
 
     survivors = Survivors(comm, config, make, recovered=recovered)
+    started()  # a rank that is lost earlier ends the run
     start = faults.calls[comm.rank] if faults else 0
 
     def work() -> None:
@@ -82,9 +85,12 @@ def survive(
 
 
 def train(layout: Layout, faults: Faults | None = None, **changes: Any) -> list[Any]:
-    config = configured(layout, **changes)
+    config, started = configured(layout, **changes), threading.Barrier(layout.num_ranks).wait
     return run_ranks(
-        layout.num_ranks, lambda comm: survive(comm, config, faults), timeout=10, faults=faults
+        layout.num_ranks,
+        lambda comm: survive(comm, config, faults, started=started),
+        timeout=10,
+        faults=faults,
     )
 
 

@@ -134,7 +134,7 @@ def test_weights_have_no_state_and_no_text(
         (train, ["--resume", path], f"start one from them with --init-from {path}"),
         (train, ["--init-from", path, "--best"], "--best chooses among the checkpoints"),
         (train, ["--init-from", path, "--layers", "3"], "cannot change --layers 3 (was 2)"),
-        (evaluate, [path], "name a text with --data"),
+        (evaluate, [path], "name some with --data"),
         (evaluate, [path, "--data", path, "--context", "17"], "longer than the 16 positions"),
         (importing, [str(tmp_path), "--out", str(tmp_path / "r")], "holds no weights"),
         (exporting, [path, "--out", str(tmp_path / "r"), "--dtype", "q8_0"], "is not written with"),
