@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minillm.kernels.attention.cuda import HEAD_WIDTHS
+from minillm.kernels.attention.plans import HEAD_WIDTHS
 from minillm.kernels.gpu.grids import WIDEST_ROW
 
 

@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from minillm import __version__
 from minillm.base.requirements import installed_version, new_enough, parse_requirement
 from minillm.base.terminal import printing
 from minillm.comm import leftovers
+from minillm.comm.commands import run, run_python
 from minillm.comm.cores import affinity, cgroup_quota, omp_limit, usable_cores
 from minillm.comm.launchers import (
     MPICH_HANG_UP,
@@ -39,7 +39,6 @@ DISTRIBUTION = "minillm-mpi"
 OLDEST_PYTHON = (3, 11)
 SMALL_SHARED_MEMORY = 256 << 20
 """Bytes; containers often get 64 MB, too little for the buffers of a few MPI ranks."""
-LAUNCH_SECONDS = 60
 INSTALL = "pip install -e '.[mpich]'"
 REINSTALL = "install gcc or clang, then pip install --force-reinstall --no-deps -e ."
 # One write, so that the lines of two ranks do not mix.
@@ -51,8 +50,6 @@ TRANSPORT = (
     "from mpi4py import MPI; from minillm.comm.mpi import takes_device_memory as t; "
     "print('direct', t())"
 )
-# Variables by which the MPI library of a rank finds its launcher.
-LAUNCHED = ("PMI", "HYD", "MPI_LOCAL", "OMPI_COMM", "OMPI_UNIVERSE")
 
 Mark = Literal["ok", "warning", "problem"]
 
@@ -361,34 +358,6 @@ def check_machine(ranks: int) -> Iterator[Finding]:
     except OSError as error:
         words = f"{Path.cwd()} is not writable: {error.strerror}"
         yield warning("folder", words, "train with --out FOLDER")
-
-
-def run(command: Sequence[str]) -> tuple[int, str]:
-    """Run a command as if this process were no MPI rank; return status and output (both streams).
-
-    The status is 124 after LAUNCH_SECONDS and 127 if the command cannot be started.
-    """
-    launched = {name for name in os.environ if name.startswith(LAUNCHED)}
-    try:
-        done = subprocess.run(
-            command,
-            env={name: os.environ[name] for name in os.environ.keys() - launched},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=LAUNCH_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode(errors="replace")
-        return 124, f"{output}no end within {LAUNCH_SECONDS} s"
-    except OSError as error:
-        return 127, str(error)
-    return done.returncode, done.stdout.decode(errors="replace")
-
-
-def run_python(script: str) -> tuple[int, str]:
-    """Run a script by this interpreter in a process of its own (see `run`)."""
-    return run([sys.executable, "-c", script])
 
 
 def activate_or_install() -> str:

@@ -12,7 +12,8 @@ from minillm import ops
 from minillm.autograd.backward import WeightGradWork, backward
 from minillm.autograd.gradcheck import gradcheck
 from minillm.autograd.recompute import recomputed
-from minillm.autograd.tape import Function, GradSlot, Leaf, Tensor, no_grad
+from minillm.autograd.slot import GradSlot
+from minillm.autograd.tape import Function, Leaf, Tensor, no_grad
 
 RNG = np.random.default_rng(0)
 

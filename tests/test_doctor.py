@@ -15,6 +15,7 @@ import pytest
 
 from minillm import doctor
 from minillm.base.requirements import new_enough, parse_requirement
+from minillm.comm import commands
 from minillm.comm.launchers import LAUNCHERS
 from minillm.doctor import Finding, judge_launch, mpi_family, report
 
@@ -95,6 +96,7 @@ def test_the_variable_of_a_launcher_that_is_not_there_is_named(
     for variable, _ in LAUNCHERS:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(doctor, "run", lambda command: OPEN_MPI)
+    monkeypatch.setattr(doctor, "run_python", lambda script: OPEN_MPI)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/mpirun")
     assert not [f for f in doctor.check_mpi() if f.subject == "launcher"]
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
@@ -104,6 +106,7 @@ def test_the_variable_of_a_launcher_that_is_not_there_is_named(
 
 def test_the_grace_of_open_mpi_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "run", lambda command: OPEN_MPI)
+    monkeypatch.setattr(doctor, "run_python", lambda script: OPEN_MPI)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/mpirun")
     finding = named(doctor.check_mpi(), "Ctrl-C")
     assert finding.mark == "warning" and "pkill -USR1 prterun" in finding.remedy
@@ -112,6 +115,7 @@ def test_the_grace_of_open_mpi_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mpich_ends_a_run_with_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     mpich = (0, "HYDRA build details:\n    Version: 5.0.2\nsize 2\nsize 2")
     monkeypatch.setattr(doctor, "run", lambda command: mpich)
+    monkeypatch.setattr(doctor, "run_python", lambda script: mpich)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/mpirun")
     finding = named(doctor.check_mpi(), "hang-up")
     assert finding.mark == "warning" and "nohup mpirun" in finding.remedy
@@ -127,9 +131,8 @@ def test_missing_mpirun_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_library_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        doctor, "run", lambda command: (1, "Traceback\nRuntimeError: cannot load MPI library\n")
-    )
+    text = "Traceback\nRuntimeError: cannot load MPI library\n"
+    monkeypatch.setattr(doctor, "run_python", lambda script: (1, text))
     finding = named(doctor.check_mpi(), "libmpi")
     assert (
         finding.mark == "problem"
@@ -280,7 +283,7 @@ def test_the_trial_start_works_from_inside_a_rank(monkeypatch: pytest.MonkeyPatc
     for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "HYDI_CONTROL_FD"):
         monkeypatch.setenv(name, "3")
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
-    status, text = doctor.run([sys.executable, "-c", "import os; print(*sorted(os.environ))"])
+    status, text = commands.run([sys.executable, "-c", "import os; print(*sorted(os.environ))"])
     assert status == 0
     assert "OMPI_ALLOW_RUN_AS_ROOT" in text.split() and not {
         "PMI_RANK",
@@ -291,9 +294,9 @@ def test_the_trial_start_works_from_inside_a_rank(monkeypatch: pytest.MonkeyPatc
 
 
 def test_commands_that_hang_or_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "LAUNCH_SECONDS", 0.2)
-    assert doctor.run([sys.executable, "-c", "import time; time.sleep(30)"])[0] == 124
-    assert doctor.run(["/nowhere/mpirun"])[0] == 127
+    monkeypatch.setattr(commands, "SECONDS", 0.2)
+    assert commands.run([sys.executable, "-c", "import time; time.sleep(30)"])[0] == 124
+    assert commands.run(["/nowhere/mpirun"])[0] == 127
 
 
 def test_the_doctor_starts_without_any_package() -> None:

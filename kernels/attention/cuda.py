@@ -11,16 +11,15 @@ log-sum-exp as float32, so one may do the forward pass and another the backward 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from minillm.kernels.arrays import deliver, dense, empty, namespace
 from minillm.kernels.attention import hopper
 from minillm.kernels.attention.device_table import DeviceTable, device_table
 from minillm.kernels.attention.dropout import AttentionDropout
+from minillm.kernels.attention.plans import Tiles, plan_of, refuse_cap
 from minillm.kernels.attention.visibility import Visibility
 from minillm.kernels.dropout.cuda import mask_words
 from minillm.kernels.gpu.launching import address, compute_capability, element, launch, same_dtype
@@ -28,9 +27,7 @@ from minillm.kernels.gpu.registering import DTYPES, cuda_kernel, unavailable
 from minillm.kernels.random.hashing import threshold
 from minillm.kernels.registry import KernelUnavailable, kernel
 
-HEAD_WIDTHS = (32, 64, 96, 128)
 HALF_DTYPES = ("bfloat16", "float16")
-_FOLDER = Path(__file__).parent
 
 # Their C twins: Strides and Attention in common.cuh.
 _STRIDES = np.dtype([("batch", np.int64), ("time", np.int64), ("head", np.int64)])
@@ -48,119 +45,6 @@ _ATTENTION = np.dtype(
         ("per_cap", np.float32),
     ]
 )
-
-
-class _Tiles(NamedTuple):
-    """Tiling of a kernel of a file, compiled with `defines`.
-
-    A block owns `own` rows and loops over `loop` rows at a time.
-    """
-
-    path: Path
-    defines: dict[str, str | int]
-    own: int
-    loop: int
-    threads: int
-    shared_bytes: int
-
-
-class _Plan(NamedTuple):
-    """Tiling of a variant for one head width and element type."""
-
-    forward: _Tiles
-    grad_kv: _Tiles
-    grad_q: _Tiles
-
-
-@functools.cache
-def _plan_v1(name: str, width: int, shared_bytes: int) -> _Plan:
-    small = shared_bytes < 80 << 10
-    own = 64 if width <= (32 if small else 64) else 32
-    loop = 16 if width == 128 and small else 32
-    row, scores = 4 * (width + 4), 4 * own * (loop | 16)  # bytes
-    forward, backward = (own + 2 * loop) * row + scores, 2 * (own + loop) * row
-    defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "OWN": own, "LOOP": loop}
-    cut = functools.partial(_Tiles, _FOLDER / "v1.cu", defines, own, loop, 256)
-    return _Plan(cut(forward), cut(backward + 2 * scores), cut(backward + scores))
-
-
-@functools.cache
-def _plan_v2(name: str, width: int, dropout: bool, shared_bytes: int) -> _Plan:
-    wide = width == 128
-    # As many rows at a time as registers hold without spills, and two blocks a multiprocessor, or
-    # one of twice the warps. Dropout's words need registers, too.
-    if dropout:
-        warps, rows, loop = (8, 16, 64) if wide else (4, 32, 32)
-    else:
-        warps, rows, loop = 4, 32, 48 if wide else 64
-    forward = _cut_v2("v2_forward.cu", name, width, dropout, warps, rows, loop)
-    forward = forward._replace(shared_bytes=forward.shared_bytes + 4 * loop * 2 * width)
-    loop = 32 if wide and shared_bytes < 160 << 10 else 64
-    backward = _cut_v2(
-        "v2_backward.cu", name, width, dropout, 8 if wide else 4, 32 if width <= 64 else 16, loop
-    )
-    tiles = 2 * backward.shared_bytes + 4 * loop * 2 * width
-    statistics = 2 * loop * (4 + 4 + (8 if dropout else 0))
-    return _Plan(
-        forward,
-        backward._replace(shared_bytes=tiles + statistics),
-        backward._replace(shared_bytes=tiles),
-    )
-
-
-def _cut_v2(
-    file: str, name: str, width: int, dropout: bool, warps: int, rows: int, loop: int
-) -> _Tiles:
-    """With the shared memory of one tile of own rows, so far."""
-    defines: dict[str, str | int] = {"ELEMENT": name, "HEAD_WIDTH": width, "DROPOUT": int(dropout)}
-    defines |= {"WARPS": warps, "WARP_ROWS": rows, "LOOP": loop}
-    return _Tiles(_FOLDER / file, defines, warps * rows, loop, 32 * warps, warps * rows * 2 * width)
-
-
-@functools.cache
-def _shared_bytes(device: int) -> int:
-    """Return the most shared memory of a block, in bytes.
-
-    It is 64 KB on compute capability 7.5, 99 KB on 8.6 and 8.9, 163 KB on 8.0, 227 KB on 9.0.
-    """
-    return (
-        importlib.import_module("cupy")
-        .cuda.Device(device)
-        .attributes["MaxSharedMemoryPerBlockOptin"]
-    )
-
-
-_EMULATED_SHARED = 227 << 10
-
-
-def _plan(
-    variant: str, q: Any, scale: float, dropout: AttentionDropout | None, cap: float
-) -> _Plan:
-    width, name = q.shape[3], element(q)
-    if width not in HEAD_WIDTHS:
-        raise KernelUnavailable(
-            f"attention has no CUDA kernel for head width {width}, only for "
-            f"{', '.join(map(str, HEAD_WIDTHS))}: "
-            "choose dim and heads for one of them, or use(attention='numpy')"
-        )
-    shared_bytes = _EMULATED_SHARED if isinstance(q, np.ndarray) else _shared_bytes(q.device.id)
-    if variant == "v1":
-        return _plan_v1(name, width, shared_bytes)
-    _refuse_cap(variant, cap)
-    if not scale > 0:
-        raise KernelUnavailable(
-            f"attention v2 takes scores times a positive scale, not {scale}; "
-            "use(attention='cuda:v1')"
-        )
-    return _plan_v2(name, width, dropout is not None, shared_bytes)
-
-
-def _refuse_cap(variant: str, cap: float) -> None:
-    if cap:
-        raise KernelUnavailable(
-            f"attention {variant} has no bound on scores; use(attention='cuda:v1') does, or leave "
-            "the choice to auto"
-        )
 
 
 # ---- arguments
@@ -248,7 +132,7 @@ def _packed(
     return a[()]
 
 
-def _launch(name: str, tiles: _Tiles, samples: int, heads: int, rows: int, *args: Any) -> None:
+def _launch(name: str, tiles: Tiles, samples: int, heads: int, rows: int, *args: Any) -> None:
     """Launch a block for every tile of `rows` rows of every head of every sample."""
     grid = (-(-rows // tiles.own), heads, samples)
     launch(tiles.path, name, tiles.defines, grid, (tiles.threads,), args, tiles.shared_bytes)
@@ -272,9 +156,9 @@ def _forward(
     same_dtype(q, k, v, out)
     seen = device_table(visibility, q, k)
     if variant == "v3":
-        _refuse_cap(variant, cap)
+        refuse_cap(variant, cap)
         return _forward_v3(q, k, v, seen, scale, dropout, out)
-    plan = _plan(variant, q, scale, dropout, cap)
+    plan = plan_of(variant, q, scale, dropout, cap)
     B, Tq, H, _ = q.shape
     q, k, v = _readable(q), _readable(seen.sorted(k)), _readable(seen.sorted(v))
     o, lse = _writable(out, q), empty((B, H, Tq), np.float32, q)
@@ -304,11 +188,11 @@ def _backward(
     same_dtype(q, k, v, o, grad_o, grad_q, grad_k, grad_v)
     seen = device_table(visibility, q, k)
     if variant == "v3":
-        _refuse_cap(variant, cap)
+        refuse_cap(variant, cap)
         return _backward_v3(
             (grad_o, o, q, k, v), lse, seen, scale, dropout, (grad_q, grad_k, grad_v)
         )
-    plan = _plan(variant, q, scale, dropout, cap)
+    plan = plan_of(variant, q, scale, dropout, cap)
     (B, Tq, H, _), (Tk, Hkv) = q.shape, k.shape[1:3]
     grad_o, o, q, k, v = map(_readable, (grad_o, o, q, seen.sorted(k), seen.sorted(v)))
     lse = dense(lse.astype(np.float32, copy=False))

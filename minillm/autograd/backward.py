@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
-from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Leaf, Node, Tensor
+from minillm.autograd.slot import GradSlot
+from minillm.autograd.tape import WRITTEN, Context, Function, Leaf, Node, Tensor
 from minillm.base.arrays import Array, namespace, root, writeable
 
 

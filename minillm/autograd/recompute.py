@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from minillm.autograd.backward import BackwardRun, run_backward
+from minillm.autograd.slot import GradSlot
 from minillm.autograd.tape import (
     Context,
     Function,
-    GradSlot,
     Leaf,
     Tensor,
     is_grad_enabled,

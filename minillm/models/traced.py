@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from minillm.autograd.tape import Context, Function, GradSlot, is_grad_enabled
+from minillm.autograd.slot import GradSlot
+from minillm.autograd.tape import Context, Function, is_grad_enabled
 from minillm.base.arrays import Array
 from minillm.base.trace import Tracer
 from minillm.models.gpt import GPT

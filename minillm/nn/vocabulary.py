@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from minillm import kernels, ops
-from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Tensor, no_grad
+from minillm.autograd.slot import GradSlot
+from minillm.autograd.tape import WRITTEN, Context, Function, Tensor, no_grad
 from minillm.base.arrays import Array, namespace, on_host, sum_dtype
 from minillm.comm.communicator import Communicator, ReduceOp
 from minillm.layout.sharding import Segment, ShardSpec

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.autograd.tape import Context, Function, Tensor, fresh_of, recomputable, value_of
+from minillm.autograd.slot import fresh_of
+from minillm.autograd.tape import Context, Function, Tensor, recomputable, value_of
 from minillm.base.arrays import Array, namespace, writeable
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from minillm import kernels
-from minillm.autograd.tape import WRITTEN, Context, Function, GradSlot, Tensor, fresh_of
+from minillm.autograd.slot import GradSlot, fresh_of
+from minillm.autograd.tape import WRITTEN, Context, Function, Tensor
 from minillm.base.arrays import Array, namespace, sum_dtype
 
 

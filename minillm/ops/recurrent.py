@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol
 
 from minillm import kernels
-from minillm.autograd.tape import Context, Function, Tensor, fresh_of
+from minillm.autograd.slot import fresh_of
+from minillm.autograd.tape import Context, Function, Tensor
 from minillm.base.arrays import Array, namespace
 from minillm.comm.communicator import Communicator
 from minillm.ops.linear import product_into, sums_of

@@ -7,7 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from minillm.autograd.tape import GradSlot, Leaf
+from minillm.autograd.slot import GradSlot
+from minillm.autograd.tape import Leaf
 from minillm.base import rng
 from minillm.base.arrays import Array
 from minillm.layout.sharding import ShardSpec, Slices

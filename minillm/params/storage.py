@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from minillm import kernels
-from minillm.autograd.tape import GradSlot
+from minillm.autograd.slot import GradSlot
 from minillm.base.arrays import ALIGNMENT, Array, aligned_empty, sum_dtype
 from minillm.base.device import CPU, Device
 from minillm.layout.flat import FlatLayout, Run, Span

@@ -25,7 +25,8 @@ from typing import Any
 
 from minillm import kernels
 from minillm.autograd.backward import BackwardObserver
-from minillm.autograd.tape import GradSlot, Leaf
+from minillm.autograd.slot import GradSlot
+from minillm.autograd.tape import Leaf
 from minillm.base.arrays import Array
 from minillm.comm.communicator import Work
 from minillm.comm.mesh import Mesh

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from minillm.autograd.tape import GradSlot
+from minillm.autograd.slot import GradSlot
 from minillm.base.arrays import Array, namespace
 from minillm.comm.communicator import Communicator, Work
 from minillm.layout.flat import FlatLayout, Span

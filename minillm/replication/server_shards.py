@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minillm import kernels
-from minillm.autograd.tape import GradSlot
+from minillm.autograd.slot import GradSlot
 from minillm.base.arrays import Array
 from minillm.base.errors import CommError
 from minillm.layout.flat import Span

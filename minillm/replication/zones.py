@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 from collections import deque
 
-from minillm.autograd.tape import GradSlot, Leaf
+from minillm.autograd.slot import GradSlot
+from minillm.autograd.tape import Leaf
 from minillm.base.arrays import Array, namespace
 from minillm.comm.communicator import Communicator, Work
 from minillm.layout.flat import FlatLayout, P, Span

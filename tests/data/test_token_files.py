@@ -76,7 +76,7 @@ def test_one_id_out_of_all_proportion_is_named(tmp_path: Path) -> None:
 
 def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
-    np.save(file, array, allow_pickle=True)
+    np.save(file, array, allow_pickle=True)  # one of the files to be refused holds a pickle
     return file.getvalue()
 
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from minillm.kernels import emulator
-from minillm.kernels.attention import cuda as bindings
+from minillm.kernels.attention import plans as tilings
 from minillm.kernels.attention.device_table import device_table
 from minillm.kernels.gpu import build
 
@@ -90,7 +90,7 @@ def test_gpus_with_less_shared_memory(
 ) -> None:
     arrays = inputs(DTYPES[variant], 1, 70, 1, 1, K)
     wanted = both_passes(variant, *arrays)
-    monkeypatch.setattr(bindings, "_EMULATED_SHARED", shared_bytes)
+    monkeypatch.setattr(tilings, "EMULATED_SHARED", shared_bytes)
     for x, y in zip(both_passes(variant, *arrays), wanted, strict=True):
         x, y = x.astype(np.float64), y.astype(np.float64)
         assert np.linalg.norm(x - y) <= (1e-6 if variant == "v1" else 3e-3) * np.linalg.norm(y)
@@ -98,11 +98,11 @@ def test_gpus_with_less_shared_memory(
 
 @pytest.mark.parametrize("shared_bytes", (FULL_GPU, AMPERE, SMALL_AMPERE, TURING))
 def test_every_plan_fits_its_gpu_and_is_compiled_in_ci(shared_bytes: int) -> None:
-    plans = [bindings._plan_v1("float32", K, shared_bytes) for K in bindings.HEAD_WIDTHS]
+    plans = [tilings.plan_v1("float32", K, shared_bytes) for K in tilings.HEAD_WIDTHS]
     if shared_bytes != TURING:
         plans += [
-            bindings._plan_v2("bfloat16", K, dropout, shared_bytes)
-            for K in bindings.HEAD_WIDTHS
+            tilings.plan_v2("bfloat16", K, dropout, shared_bytes)
+            for K in tilings.HEAD_WIDTHS
             for dropout in (False, True)
         ]
     for tiles in (tiles for plan in plans for tiles in plan):

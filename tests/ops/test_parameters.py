@@ -11,7 +11,8 @@ import pytest
 
 from minillm import ops
 from minillm.autograd.backward import backward
-from minillm.autograd.tape import Context, Function, GradSlot, Leaf, Tensor
+from minillm.autograd.slot import GradSlot
+from minillm.autograd.tape import Context, Function, Leaf, Tensor
 from minillm.comm.single import SelfCommunicator
 from minillm.nn.vocabulary import head_loss
 

@@ -41,7 +41,7 @@ def installed(kernel_source: str = "reference") -> Iterator[Any]:
         launching.compute_capability,
         launching._multiprocessors,
         launching._module,
-        attention.cuda._shared_bytes,
+        attention.plans.shared_bytes_of,
     )
     sys.modules["cupy"] = standin.as_module()
     try:
