@@ -16,7 +16,6 @@ from minillm.comm.agreement import from_first
 from minillm.comm.communicator import Communicator
 from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.facts import facts
-from minillm.data.labelled import split
 from minillm.data.squad import Question, answerless, questions_of, read_questions
 from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
@@ -24,7 +23,7 @@ from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tasks.answer_metrics import HeldOutAnswers, Rule
 from minillm.tasks.answer_predictor import AnswerOptions, AnswerPredictor, QuestionsToAnswer
-from minillm.tasks.example_order import ExampleOptions, ExampleOrder, unchanged
+from minillm.tasks.example_order import ExampleOptions, ExampleOrder, parts_of, unchanged
 from minillm.tasks.windows import EncodedQuestions, QuestionEncoder
 
 BUILT_IN = "facts"
@@ -216,18 +215,11 @@ class AnsweringObjective:
 
 def _read(options: AnsweringOptions, vocabulary: Mapping[str, Any] | None) -> list[Any]:
     """Return the questions to train on and those held out, and the vocabulary."""
-    name = options.train or BUILT_IN
-    found = facts() if options.train is None else read_questions(name)
-    parts = [(name, found), (options.dev or name, [])]
-    if options.dev is not None:
-        parts[1] = (options.dev, read_questions(options.dev))
-    else:
-        train, held_out = split(found)
-        if not train:
-            raise ConfigError(
-                f"all questions of {name} are about one context; name held-out ones with --dev"
-            )
-        parts = [(name, train), (name, held_out)]
+    parts = parts_of(options, BUILT_IN, facts, read_questions)
+    if options.dev is None and not parts[0][1]:
+        raise ConfigError(
+            f"all questions of {parts[0][0]} are about one context; name held-out ones with --dev"
+        )
     texts = (text for _, part in parts for each in part for text in (each.question, each.context))
     known = dict(vocabulary or make_tokenizer(f"special:{options.tokenizer}", texts).to_json())
     return [parts, known | {"unanswerable": answerless(parts[0][1]) > 0}]

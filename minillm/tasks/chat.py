@@ -27,13 +27,12 @@ from minillm.comm.communicator import Communicator
 from minillm.data.batches import IGNORE_INDEX
 from minillm.data.buckets import padded, padded_length
 from minillm.data.dialogues import Dialogue, errands, read_dialogues
-from minillm.data.labelled import split
 from minillm.data.templates import Message, Template, chunks_of, template_of
 from minillm.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
-from minillm.tasks.example_order import ExampleOptions, ExampleOrder, unchanged
+from minillm.tasks.example_order import ExampleOptions, ExampleOrder, parts_of, unchanged
 from minillm.tasks.language_model import Evaluation
 
 BUILT_IN = "errands"
@@ -269,7 +268,7 @@ class ChatObjective:
         """
 
         def read() -> list[Any]:
-            parts = _parts(options)
+            parts = parts_of(options, BUILT_IN, errands, read_dialogues)
             if vocabulary is not None:
                 return [parts, vocabulary]
             template = template_of({}, options.template)
@@ -296,16 +295,6 @@ class ChatObjective:
         name = asked.data
         found = from_first(comm, lambda: read_dialogues(name), ConfigError)
         return _dialogues([(name, []), (name, found)], vocabulary, trained, shape.context)
-
-
-def _parts(options: ChatOptions) -> Parts:
-    """Return the dialogues to train on and those held out."""
-    name = options.train or BUILT_IN
-    found = errands() if options.train is None else read_dialogues(name)
-    if options.dev is None:
-        train, held_out = split(found)
-        return [(name, train), (name, held_out)]
-    return [(name, found), (options.dev, read_dialogues(options.dev))]
 
 
 def _dialogues(

@@ -18,7 +18,6 @@ from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.labelled import (
     Example,
     read_examples,
-    split,
 )
 from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
@@ -30,10 +29,10 @@ from minillm.tasks.classification_options import (
     check_fields,
 )
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids
-from minillm.tasks.example_order import ExampleOrder, labels_to_have, unchanged
+from minillm.tasks.example_order import ExampleOrder, labels_to_have, parts_of, unchanged
 from minillm.tasks.label_predictor import LabelPredictor, TextsToLabel
 from minillm.tasks.protocol import ByRow, Measure
-from minillm.tasks.targets import TARGETS, Targets, targets_of
+from minillm.tasks.targets import TARGETS, targets_of
 
 BUILT_IN = "opinions"
 
@@ -181,7 +180,10 @@ class ClassificationObjective:
                     f"--class-weights {options.class_weights} weighs the labels of which a text "
                     "has one; leave it out"
                 )
-            parts = _parts(options, targets)
+            fields = options.fields(None, targets.several)
+            parts = parts_of(
+                options, BUILT_IN, targets.built_in, lambda path: read_examples(path, fields)
+            )
             train, texts = (
                 parts[0][1],
                 (text for _, part in parts for each in part for text in each.texts),
@@ -229,16 +231,6 @@ class ClassificationObjective:
         tokenizer, fields = encoder_tokenizer(vocabulary, vocab), trained.fields(asked)
         labels, targets = vocabulary["labels"], targets_of(vocabulary)
         return LabelPredictor(tokenizer, labels, targets, fields, context)
-
-
-def _parts(options: ClassificationOptions, targets: Targets) -> Parts:
-    """Return the examples to train on and those held out, each with the name of their source."""
-    name, fields = options.train or BUILT_IN, options.fields(None, targets.several)
-    examples = targets.built_in() if options.train is None else read_examples(name, fields)
-    if options.dev is None:
-        train, held_out = split(examples)
-        return [(name, train), (name, held_out)]
-    return [(name, examples), (options.dev, read_examples(options.dev, fields))]
 
 
 def _texts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -13,6 +13,7 @@ from minillm.base.arrays import IntArray
 from minillm.base.errors import ConfigError
 from minillm.base.record import option
 from minillm.data.buckets import Buckets, Load, load
+from minillm.data.labelled import DistinctT, split
 from minillm.data.options import SourceOptions
 
 
@@ -44,6 +45,25 @@ class ExampleOptions(SourceOptions):
         if self.epochs is None:
             return {}
         return {"epochs": None, "steps": max(1, math.ceil(self.epochs * examples / batch))}
+
+
+def parts_of(
+    options: ExampleOptions,
+    built_in: str,
+    make: Callable[[], Sequence[DistinctT]],
+    read: Callable[[str], Sequence[DistinctT]],
+) -> list[tuple[str, list[DistinctT]]]:
+    """Return the examples to train on and those held out, each with the name of their source.
+
+    `read` takes the path of a file. Without --train, `make` makes the examples called `built_in`.
+    Without --dev, some of training are held out. Raises ConfigError as `read` does.
+    """
+    name = options.train or built_in
+    found = make() if options.train is None else read(name)
+    if options.dev is None:
+        train, held_out = split(found)
+        return [(name, train), (name, held_out)]
+    return [(name, list(found)), (options.dev, list(read(options.dev)))]
 
 
 class Held(Protocol):

@@ -19,7 +19,6 @@ from minillm.comm.communicator import Communicator
 from minillm.data.conll import Sentence, TagFields, read_sentences
 from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.journeys import journeys
-from minillm.data.labelled import split
 from minillm.data.tags import labels_of_types, scheme_of, spans_of, tags_of, types_of
 from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
@@ -30,6 +29,7 @@ from minillm.tasks.example_order import (
     ExampleOptions,
     ExampleOrder,
     labels_to_have,
+    parts_of,
     unchanged,
 )
 from minillm.tasks.tag_metrics import HeldOutTags
@@ -209,7 +209,8 @@ class TaggingObjective:
         """
 
         def read() -> list[Any]:
-            parts = _parts(options)
+            fields = options.fields()
+            parts = parts_of(options, BUILT_IN, journeys, lambda path: read_sentences(path, fields))
             texts = (" ".join(each.tokens) for _, part in parts for each in part)
             known = dict(
                 vocabulary or make_tokenizer(f"special:{options.tokenizer}", texts).to_json()
@@ -254,16 +255,6 @@ class TaggingObjective:
         """Return the predictor of tags."""
         tokenizer, fields = encoder_tokenizer(vocabulary, vocab), trained.fields(asked)
         return TagPredictor(tokenizer, vocabulary["labels"], fields, context)
-
-
-def _parts(options: TaggingOptions) -> Parts:
-    """Return the sentences to train on and those held out."""
-    name = options.train or BUILT_IN
-    found = journeys() if options.train is None else read_sentences(name, options.fields())
-    if options.dev is None:
-        train, held_out = split(found)
-        return [(name, train), (name, held_out)]
-    return [(name, found), (options.dev, read_sentences(options.dev, options.fields()))]
 
 
 def _sentences(

@@ -22,6 +22,7 @@ from minillm.params.where import Where
 from minillm.tasks import classification
 from minillm.tasks.classification import Classifying
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder
+from minillm.tasks.example_order import parts_of
 from minillm.tasks.label_metrics import HeldOutLabels
 from minillm.tasks.targets import TARGETS
 from minillm.training.assembly import assemble
@@ -175,8 +176,9 @@ def test_marks_and_types_of_texts_and_pairs() -> None:
 
 def test_held_out_texts_are_not_trained_on() -> None:
     options = classification.ClassificationOptions()
-    train_part, held_out = classification._parts(options, TARGETS["single-label"])
-    texts = [{each.texts for each in part} for _, part in (train_part, held_out)]
+    make = TARGETS["single-label"].built_in
+    parts = parts_of(options, classification.BUILT_IN, make, lambda path: [])
+    texts = [{each.texts for each in part} for _, part in parts]
     assert not texts[0] & texts[1] and len(texts[1]) == 600
 
 
