@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from like_the_cpu import check_training, measured_by
 from standin.install import installed
-from test_step import FLOAT32, sizes
+from test_step import sizes
 from training_helpers import VOCAB, Layout, make_config, train
 
-from minillm.base.device import open_device
-from minillm.comm.communicator import Communicator
-from minillm.comm.device_arrays import on_device
-from minillm.comm.threads import run_ranks
 from minillm.models.classifier import FAMILY, ClassifierOptions
 from minillm.tasks.classification import Classifying
 from minillm.tasks.encoded_texts import EncodedTexts
 from minillm.tasks.targets import TARGETS
-from minillm.training.assembly import assemble
-from minillm.training.held_out import measure
 from minillm.training.resolve import ResolvedConfig
 
 CONTEXT = 16
@@ -61,23 +57,15 @@ def measured(problem: str, layout: Layout, **changes: Any) -> dict[str, Any]:
     more = sizes("bert", dropout=0.0, dtype="float32", **changes)
     config = adapted(problem)(make_config("bert", layout, **more))
 
-    def rank(comm: Communicator) -> dict[str, Any]:
-        device = open_device(config.options.compute.device)
-        world = on_device(comm, device, direct=False)
-        model = assemble(config, world, training=False, std=0.1, device=device)
-        what = TARGETS[problem].measure(texts(problem), LABELS[problem], CONTEXT, None)
-        return measure(model, what, world, 3).values()
+    def what() -> Any:
+        return TARGETS[problem].measure(texts(problem), LABELS[problem], CONTEXT, None)
 
-    return run_ranks(layout.num_ranks, rank)[0]
+    return measured_by(config, layout, what)[0].values()
 
 
 @pytest.mark.parametrize("problem", list(LABELS))
 def test_training_is_that_of_the_cpu(problem: str) -> None:
-    wanted = trained(problem, Layout())
-    with installed():
-        found = trained(problem, Layout(dp=2), device="cuda")
-    np.testing.assert_allclose(found.losses, wanted.losses, rtol=FLOAT32)
-    np.testing.assert_allclose(found.norms, wanted.norms, rtol=10 * FLOAT32)
+    check_training(partial(trained, problem), Layout(dp=2))
 
 
 @pytest.mark.parametrize("problem", ["multi-label", "regression"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mpi_helpers import finish, left_behind, mpirun_calls, needs_mpirun, start, wait_for_steps
+from finetune_runs import check_kill, check_ranks, lines_of, printed
+from mpi_helpers import needs_mpirun
 
 from minillm import checkpoint, evaluate, finetune
 from minillm.data.conll import Sentence
@@ -15,7 +15,6 @@ from minillm.data.journeys import journeys
 from minillm.data.tags import spans_of
 from minillm.inference import predict
 
-FAULTY = str(Path(__file__).with_name("fault_program.py"))
 SIZES = ["--layers", "2", "--heads", "2", "--dim", "16", "--context", "48", "--batch", "8"]
 SIZES += ["--lr", "1e-2", "--threads", "1"]
 TAG = ["--task", "tag", *SIZES]
@@ -38,14 +37,6 @@ def some(tmp_path: Path) -> tuple[str, str]:
     return columns(tmp_path / "train.conll", found[:120]), columns(
         tmp_path / "dev.conll", found[120:]
     )
-
-
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def printed(capsys: pytest.CaptureFixture[str]) -> list[Any]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def test_from_a_file_to_entities(
@@ -175,48 +166,13 @@ def test_ranks_of_mpirun_train_tag_and_measure_like_one_process(
     some: tuple[str, str], tmp_path: Path
 ) -> None:
     """Train on two replicas, go on with tp, and read the run on one process and on two."""
-    run, steps = str(tmp_path / "run"), ["--eval-every", "6", "--steps"]
-    asked = [*TAG, "--train", some[0], "--dev", some[1], "--dtype", "float64", *steps, "12"]
-    whole = str(tmp_path / "whole")
-    read = [run, "--threads", "1"]
-    calls = [
-        ["minillm.inference.predict", *read, "--input", some[1]],
-        ["minillm.evaluate", *read, "--data", some[1]],
-    ]
-    trained = [
-        ["minillm.finetune", *asked, "--out", run, "--stop-after", "6"],
-        ["minillm.finetune", "--resume", run, "--tp", "2", "--dp", "1"],
-    ]
-    *both, predictions, numbers = mpirun_calls(2, [*trained, *calls])
-    alone, *same = mpirun_calls(0, [["minillm.finetune", *asked, "--out", whole], *calls])
-    assert all(found.returncode == 0 for found in (*both, alone)), both
-    for found, expected in zip(lines_of(Path(run)), lines_of(Path(whole)), strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-10)
-        assert found.get("val_f1") == expected.get("val_f1")
-    lines = [line for line in predictions.output.splitlines() if line.startswith("{")]
-    assert len(lines) == 30 and lines == [
-        line for line in same[0].output.splitlines() if line.startswith("{")
-    ]
-    found, expected = (json.loads(x.output[x.output.index("{") :]) for x in (numbers, same[1]))
-    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-10)
-    assert found == expected
+    asked = [*TAG, "--train", some[0], "--dev", some[1], "--dtype", "float64", "--eval-every", "6"]
+    check_ranks([*asked, "--steps", "12"], ["--tp", "2", "--dp", "1"], some[1], 30, tmp_path)
 
 
 @pytest.mark.slow
 @needs_mpirun
 def test_a_killed_rank_ends_both_and_the_run_goes_on(some: tuple[str, str], tmp_path: Path) -> None:
     """Kill a rank in step 4, resume after step 2 amid an epoch, and compare all steps."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    words = ["--preset", "tagger", *SIZES, "--train", some[0], "--dev", some[1], "--eval-every"]
-    words += ["2", "--save-every", "2", "--epochs", "0.5"]
-    process = start(2, [FAULTY, "kill", "1", *words, "--out", str(run)])
-    wait_for_steps(process, run)
-    assert finish(process, timeout=10).returncode != 0 and not left_behind(run)
-    assert len(lines_of(run)) == 3
-    again = [["minillm.finetune", "--resume", str(run)]]
-    again += [["minillm.finetune", "--task", "tag", *words[2:], "--out", str(whole)]]
-    assert all(found.returncode == 0 for found in mpirun_calls(2, again))
-    found, expected = lines_of(run), lines_of(whole)
-    assert len(found) == 8
-    for name in ("loss", "grad_norm", "val_loss", "val_f1"):
-        assert [line.get(name) for line in found] == [line.get(name) for line in expected]
+    words = ["--preset", "tagger", *SIZES, "--train", some[0], "--dev", some[1], "--epochs", "0.5"]
+    assert check_kill("tag", words, tmp_path) == 8
