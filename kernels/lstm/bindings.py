@@ -1,10 +1,12 @@
-"""Pointwise part of an LSTM cell in C: one pass over memory, in place."""
+"""LSTM cell in C: the pointwise part in one pass over memory, and the loop over a window."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from minillm.kernels.arrays import deliver, dense, out_like
+from minillm.kernels.lstm import blocked
+from minillm.kernels.matmul.packed import Packed, packed
 from minillm.kernels.native import c_kernel, pool
 
 
@@ -27,3 +29,31 @@ def lstm_backward_(c_: Any, gates: Any, c_before: Any, c: Any, grad_h: Any, grad
     c_.lstm_backward(pool(), work, dense(c_before), dense(c), dense(grad_h), grad, num_rows, H)
     deliver(work, gates)
     deliver(grad, grad_c)
+
+
+def _panels(weights: Any, *arrays: Any) -> Any:
+    """Return the packed weights for steps of gates [T, B, 4 H], or None where C cannot loop."""
+    right = packed(weights, arrays[0].shape[1])
+    dense = all(x.flags.c_contiguous for x in arrays)
+    return right.panels if dense and isinstance(right, Packed) else None
+
+
+@c_kernel("lstm_window_forward_")
+def lstm_window_forward_(c_: Any, gates: Any, weights: Any, states: Any) -> None:
+    panels = _panels(weights.T, gates, states)
+    if panels is None:
+        blocked.lstm_window_forward_(gates, weights, states)
+    else:
+        (T, B, _), H = gates.shape, states.shape[3]
+        c_.lstm_window_forward(pool(), gates, panels, states, T, B, H)
+
+
+@c_kernel("lstm_window_backward_")
+def lstm_window_backward_(
+    c_: Any, gates: Any, weights: Any, states: Any, grad_h: Any, grad_c: Any
+) -> None:
+    panels = _panels(weights, gates, states, grad_h, grad_c)
+    if panels is None:
+        blocked.lstm_window_backward_(gates, weights, states, grad_h, grad_c)
+    else:
+        c_.lstm_window_backward(pool(), gates, panels, states, grad_h, grad_c, *grad_h.shape)

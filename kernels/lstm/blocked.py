@@ -1,11 +1,12 @@
-"""Pointwise part of an LSTM cell in NumPy."""
+"""LSTM cell in NumPy; a window as one product and one cell a step, of any backend."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from minillm.kernels.arrays import namespace
-from minillm.kernels.registry import kernel
+from minillm.kernels.matmul.packed import packed
+from minillm.kernels.registry import kernel, lookup
 
 
 def _split(gates: Any) -> list[Any]:
@@ -50,3 +51,22 @@ def lstm_backward_(gates: Any, c_before: Any, c: Any, grad_h: Any, grad_c: Any) 
     g[...] = grad_g
     grad_c *= f
     f[...] = grad_f
+
+
+@kernel("lstm_window_forward_")
+def lstm_window_forward_(gates: Any, weights: Any, states: Any) -> None:
+    product, cell = lookup("matmul", gates), lookup("lstm_forward_", gates)
+    right, (h, c) = packed(weights.T, gates.shape[1]), states
+    for t in range(len(gates)):
+        product(h[t], right, out=gates[t], accumulate=True)
+        cell(gates[t], c[t], c[t + 1], h[t + 1])
+
+
+@kernel("lstm_window_backward_")
+def lstm_window_backward_(gates: Any, weights: Any, states: Any, grad_h: Any, grad_c: Any) -> None:
+    product, cell = lookup("matmul", gates), lookup("lstm_backward_", gates)
+    right, c = packed(weights, gates.shape[1]), states[1]
+    for t in reversed(range(len(gates))):
+        cell(gates[t], c[t], c[t + 1], grad_h[t], grad_c)
+        if t:
+            product(gates[t], right, out=grad_h[t - 1], accumulate=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from minillm.kernels.case import SIZES, Arrays, Case, normals, poisoned, strided
 from minillm.kernels.lstm import reference
 
@@ -35,7 +36,38 @@ def backward(of: Callable[..., Any]) -> Callable[..., Arrays]:
     return run
 
 
+def window(of: Any, backward: bool) -> Callable[..., Arrays]:
+    """Return all that a window writes: forward, or backward from the plain activations."""
+
+    def run(gates: Any, weights: Any, states: Any, grad_h: Any, grad_c: Any) -> Arrays:
+        gates, states, grad_h, grad_c = (x.copy() for x in (gates, states, grad_h, grad_c))
+        states[:, 1:] = np.nan
+        if not backward:
+            of.lstm_window_forward_(gates, weights, states)
+            return gates, states
+        reference.lstm_window_forward_(gates, weights, states)
+        of.lstm_window_backward_(gates, weights, states, grad_h, grad_c)
+        return gates, grad_h, grad_c
+
+    return run
+
+
+def windows() -> Iterator[Case]:
+    # One step; few rows; odd sizes; more than a tile of rows and a block of depth.
+    for T, B, H in ((1, 9, 64), (5, 3, 32), (4, 13, 37), (3, 14, 576)):
+        shapes = (T, B, 4 * H), (4 * H, H), (2, T + 1, B, H), (T, B, H), (B, H)
+
+        def inputs(rng: np.random.Generator, shapes: Any = shapes, H: int = H) -> Arrays:
+            gates, weights, *others = normals(*shapes)(rng)
+            return gates, weights / H**0.5, *others
+
+        for backward, way in ((False, "forward"), (True, "backward")):
+            found, expected = (window(of, backward) for of in (kernels, reference))
+            yield Case("lstm", f"window-{way}-{T}x{B}x{H}", inputs, found, expected)
+
+
 def cases() -> Iterator[Case]:
+    yield from windows()
     plain = reference.lstm_forward_, reference.lstm_backward_
     for R, H in SIZES:
         four, one = (R, 4 * H), (R, H)

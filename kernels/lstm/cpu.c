@@ -72,3 +72,50 @@ static void lstm_backward(Pool *pool, const Argument *arguments) {
     UNPACK(LSTMBackward, a, arguments);
     pool_run(pool, lstm_backward_rows, &a, a.num_rows, LSTM_GRAIN);
 }
+
+/* Fill gates [T, B, 4 H] with the activations and states [2, T + 1, B, H] behind their first, one
+   product and one cell a step. packed: [H, 4 H] in panels. */
+static void lstm_window_forward(Pool *pool, const Argument *arguments) {
+    struct {
+        float *gates, *packed, *states;
+        int64_t T, B, H;
+    } a;
+    _Static_assert(sizeof a % 8 == 0, "members are 8 bytes wide");
+    memcpy(&a, arguments, sizeof a);
+    const int64_t state = a.B * a.H, width = 4 * a.H;
+    float *h = a.states, *c = h + (a.T + 1) * state, *gates = a.gates;
+    for (int64_t t = 0; t < a.T; t++, h += state, c += state, gates += a.B * width) {
+        const MatMul product = {
+            .a = {h, a.H, 1}, .out = gates, .stride_out = width, .packed = a.packed,
+            .M = a.B, .N = width, .K = a.H, .accumulate = 1,
+        };
+        matmul_blocked(pool, &product);
+        const LSTMForward cell = {gates, c, c + state, h + state, a.B, a.H};
+        pool_run(pool, lstm_forward_rows, &cell, a.B, LSTM_GRAIN);
+    }
+}
+
+/* Turn the activations into the gradients of the pre-activations. Adds to grad_h [T, B, H] what
+   comes through later steps. grad_c [B, H]: behind the window, then before it. packed: [4 H, H]. */
+static void lstm_window_backward(Pool *pool, const Argument *arguments) {
+    struct {
+        float *gates, *packed;
+        const float *states;
+        float *grad_h, *grad_c;
+        int64_t T, B, H;
+    } a;
+    _Static_assert(sizeof a % 8 == 0, "members are 8 bytes wide");
+    memcpy(&a, arguments, sizeof a);
+    const int64_t state = a.B * a.H, width = 4 * a.H;
+    for (int64_t t = a.T - 1; t >= 0; t--) {
+        float *gates = a.gates + t * a.B * width, *grad_h = a.grad_h + t * state;
+        const float *c = a.states + (a.T + 1 + t) * state;
+        const LSTMBackward cell = {gates, c, c + state, grad_h, a.grad_c, a.B, a.H};
+        pool_run(pool, lstm_backward_rows, &cell, a.B, LSTM_GRAIN);
+        const MatMul product = {
+            .a = {gates, width, 1}, .out = grad_h - state, .stride_out = a.H, .packed = a.packed,
+            .M = a.B, .N = a.H, .K = width, .accumulate = 1,
+        };
+        if (t) matmul_blocked(pool, &product);
+    }
+}

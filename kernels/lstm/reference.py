@@ -1,4 +1,4 @@
-"""Pointwise part of an LSTM cell (Hochreiter and Schmidhuber 1997; Gers et al. 2000), one step.
+"""LSTM cell (Hochreiter and Schmidhuber 1997; Gers et al. 2000): its pointwise part, and a window.
 
 Gates are laid out [input | forget | candidate | output], as in PyTorch.
 """
@@ -51,3 +51,31 @@ def lstm_backward_(gates: Any, c_before: Any, c: Any, grad_h: Any, grad_c: Any) 
     gates[:, 2 * H : 3 * H] = total * i * (1 - g**2)
     gates[:, 3 * H :] = grad_h * through * o * (1 - o)
     grad_c[...] = total * f
+
+
+def lstm_window_forward_(gates: Any, weights: Any, states: Any) -> None:
+    """Run the T steps of a window, each from the h of the step before.
+
+    gates: [T, B, 4 H], the inputs' part of the pre-activations; overwritten by i, f, g and o.
+    weights: [4 H, H], the recurrent matrix.
+    states: [2, T + 1, B, H], all h and all c; the first of each is read, the others are filled.
+    """
+    h, c = states
+    for t in range(len(gates)):
+        gates[t] += h[t] @ weights.T
+        lstm_forward_(gates[t], c[t], c[t + 1], h[t + 1])
+
+
+def lstm_window_backward_(gates: Any, weights: Any, states: Any, grad_h: Any, grad_c: Any) -> None:
+    """Turn the gradients of a window's outputs into those of its pre-activations.
+
+    gates: [T, B, 4 H], as `lstm_window_forward_` left them; overwritten by the gradients.
+    weights, states: as there.
+    grad_h: [T, B, H], the outputs' gradients; those through later steps are added.
+    grad_c: [B, H], the gradient of the last cell state; overwritten by that of the first.
+    """
+    c = states[1]
+    for t in reversed(range(len(gates))):
+        lstm_backward_(gates[t], c[t], c[t + 1], grad_h[t], grad_c)
+        if t:
+            grad_h[t - 1] += gates[t] @ weights

@@ -11,7 +11,6 @@
 #include "../embedding/cpu.c"
 #include "../grad_norm/cpu.c"
 #include "../layernorm/cpu.c"
-#include "../lstm/cpu.c"
 #include "../matmul/cpu.c"
 #include "../residual/cpu.c"
 #include "../rmsnorm/cpu.c"
@@ -19,6 +18,7 @@
 #include "../softmax_xent/cpu.c"
 
 #include "../attention/cpu.c" /* uses the dropout above */
+#include "../lstm/cpu.c"      /* uses the products above */
 
 #define ATTENTION_ARGUMENTS "hhhq?qU?u?iiiiiiiiiddd"
 
@@ -41,6 +41,8 @@ const Kernel VARIANT[] = {
     {"layernorm_forward", "ff?f?ff?F?FFFiid", layernorm_forward},
     {"lstm_backward", "FfffFii", lstm_backward},
     {"lstm_forward", "FfFFii", lstm_forward},
+    {"lstm_window_backward", "FffFFiii", lstm_window_backward},
+    {"lstm_window_forward", "FfFiii", lstm_window_forward},
     {"matmul", "mmMf?F?F?iiiii", matmul},
     {"pack_matrix", "mFii", pack_matrix},
     {"relu2_backward", "ffFi", relu2_backward},

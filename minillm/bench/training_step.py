@@ -22,6 +22,13 @@ TUNED = {
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
 
+# Variables that hold PyTorch's own kernels, oneDNN and MKL to AVX2.
+AVX2_ONLY = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBench(Contest):
@@ -52,6 +59,8 @@ class TrainBench(Contest):
     """Run torch.compile, whose first step takes a minute."""
     ranks: int = option(1, at_least=1)
     """Data-parallel ranks that share the threads; compared with one process of all threads."""
+    instructions: Literal["all", "avx2"] = "all"
+    """Instruction sets that both may use; avx2 shows a processor without AVX-512."""
     seconds: float = 3.0
     """Length of a run, without starting and warming up."""
 
@@ -101,6 +110,8 @@ class TrainBench(Contest):
         check_torch(on_gpu)
         options["threads"] = self.num_threads
         limits = {"OMP_NUM_THREADS": str(self.num_threads)}
+        if self.instructions == "avx2":
+            limits |= AVX2_ONLY
         for compiled in (False, True)[: 1 + self.compile]:
             name = f"torch {'compile' if compiled else 'eager'}"
             plain, fused = (
@@ -117,7 +128,10 @@ class TrainBench(Contest):
     def _own(self, options: dict[str, Any], ranks: int) -> Contestant:
         """Return minillm on `ranks` ranks that share the threads."""
         threads = max(1, self.num_threads // ranks)
-        start = command("minillm_run", "train", options | {"threads": threads})
+        options = options | {"threads": threads}
+        if self.instructions == "avx2":
+            options["choices"] = "c:avx2"
+        start = command("minillm_run", "train", options)
         if ranks > 1:
             mpirun = Path(sys.prefix) / "bin" / "mpirun"
             start = [str(mpirun if mpirun.exists() else "mpirun"), "-n", str(ranks), *start]

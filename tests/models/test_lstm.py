@@ -22,7 +22,7 @@ from minillm.data.streams import Streams
 from minillm.inference.decoding import continued
 from minillm.inference.engine import Generator
 from minillm.inference.sampling import Sampling
-from minillm.ops.recurrent import CELLS, recurrent
+from minillm.ops.recurrent import CELLS, Cell, recurrent
 from minillm.tasks.stream import StreamModeling
 from minillm.training.assembly import assemble as assemble_model
 from minillm.training.config import RunConfig
@@ -281,6 +281,12 @@ def _keep_over_an_epoch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StreamModeling, "continues", lambda self, step: True)
 
 
+def _by_steps(patch: pytest.MonkeyPatch, way: str, step: Any) -> None:
+    """Let the LSTM take a window step by step, each by `step`."""
+    patch.setattr(CELLS["lstm"], f"{way}_window", vars(Cell)[f"{way}_window"])
+    patch.setattr(CELLS["lstm"], way, staticmethod(step))
+
+
 def _drop_between_steps_in_time(patch: pytest.MonkeyPatch) -> None:
     """Drop units of the state itself."""
 
@@ -289,7 +295,7 @@ def _drop_between_steps_in_time(patch: pytest.MonkeyPatch) -> None:
         after[0, :, ::5] = 0
 
     original = CELLS["lstm"].forward
-    patch.setattr(CELLS["lstm"], "forward", staticmethod(forward))
+    _by_steps(patch, "forward", forward)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +314,6 @@ def test_the_adjoint_test_sees_swapped_gates(monkeypatch: pytest.MonkeyPatch) ->
         gates[:, :3], gates[:, 3:6] = f, i
 
     original = CELLS["lstm"].backward
-    monkeypatch.setattr(CELLS["lstm"], "backward", staticmethod(backward))
+    _by_steps(monkeypatch, "backward", backward)
     with pytest.raises(ArithmeticError, match="gradient check failed"):
         test_adjoint("lstm", False)
