@@ -12,7 +12,9 @@ from minillm.inference.decoding import Request, decode
 from minillm.inference.engine import Generator
 from minillm.inference.rows import Rows
 from minillm.inference.sampling import Sampling
+from minillm.inference.text import Text, end_ids
 from minillm.inference.translator import Translator
+from minillm.tasks.chat import Dialogues
 from minillm.tasks.protocol import Dataset
 from minillm.tasks.translation import Translations
 from minillm.training.assembly import Assembly
@@ -47,15 +49,24 @@ def continued_text(
     replica: Communicator,
     stop: Callable[[], bool],
 ) -> str:
-    """Return the text that continues the prompt of `data`, a `Sample`."""
-    tokenizer, prompt = tokenizer_from_json(data.vocabulary()), list(data.prompt())
-    rule = Sampling(temperature=TEMPERATURE)
-    search = rule.begin(Request(prompt=prompt, most=tokens, seed=seed))
+    """Return the text that continues the prompt of `data`, of a chat one reply, a `Sample`."""
+    vocabulary, prompt = data.vocabulary(), list(data.prompt())
+    tokenizer, rule = tokenizer_from_json(vocabulary), Sampling(temperature=TEMPERATURE)
+    stops = data.template.stops if isinstance(data, Dialogues) else ()
+    ends = end_ids(vocabulary) if isinstance(data, Dialogues) else frozenset()
+    text, pieces = Text(tokenizer, prompt, stops), [tokenizer.decode(prompt)]
+
+    def accept(token: int) -> bool:
+        if token not in ends:
+            pieces.append(text.push(token))
+        return not text.ended
+
+    search = rule.begin(Request(prompt=prompt, most=tokens, ends=ends, seed=seed, accept=accept))
     for _ in decode(Rows(Generator(model, tokenizer.vocab_size), [prompt]), [search], rule):
         if replica.reduce_numbers([stop()], MAX)[0]:
             break
     title = f"a sample at temperature {TEMPERATURE}, its beginning given"
-    return f"\n--- {title} ---\n{printable(tokenizer.decode(prompt + search.ids))}\n---"
+    return f"\n--- {title} ---\n{printable(''.join(pieces) + text.close())}\n---"
 
 
 def translations(

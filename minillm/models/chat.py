@@ -27,5 +27,6 @@ FAMILY = Family(
         "chat-tuned": _COMMON | dict(lr=5e-5, sample_tokens=60),  # from the weights of a decoder
     },
     writes="text",
+    first_reader="minillm chat",
     tables={"positions": "context"},
 )

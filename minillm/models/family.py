@@ -103,6 +103,8 @@ class Family:
     writes: str | None = None
     """Output of its trained models: "text" that continues a prompt, a "translation" of a source,
     "embeddings" of texts, or "predictions" for them; None: none."""
+    first_reader: str = "python -m minillm.evaluate"
+    """Program that a finished run recommends, without its flag --checkpoint."""
     tables: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> option that says how many of its rows a model has. A run may start from weights
     with more rows."""

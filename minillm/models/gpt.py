@@ -297,5 +297,6 @@ FAMILY = Family(
     objective="text",
     presets=PRESETS,
     writes="text",
+    first_reader="python -m minillm.generate",
     tables={"positions": "context"},
 )

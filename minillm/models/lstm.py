@@ -293,4 +293,5 @@ FAMILY = Family(
     objective="stream",
     presets={"lstm": _characters("austen"), "lstm-shakespeare": _characters("shakespeare")},
     writes="text",
+    first_reader="python -m minillm.generate",
 )

@@ -393,8 +393,7 @@ class Run:
         if self.result is not None:
             self._say("result", self.result.summary(of=self.data.num_held_out))
         self.log(f"saved   {self.out}")
-        program = "generate" if self.config.family.writes == "text" else "evaluate"
-        self.log(f"next    python -m minillm.{program} --checkpoint {self.out}")
+        self.log(f"next    {self.config.family.first_reader} --checkpoint {self.out}")
 
     def _say(self, label: str, text: str) -> None:
         self.log(paragraph(label, text))

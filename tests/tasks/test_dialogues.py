@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,19 @@ from minillm.data.batches import IGNORE_INDEX
 from minillm.data.dialogues import Dialogue, errands, read_dialogues
 from minillm.data.templates import CHATML, WORDS, Message, Template, chunks_of, template_of
 from minillm.data.tokenizers import ByteTokenizer, CharTokenizer
-from minillm.inference import chat
+from minillm.inference import chat, sample
+from minillm.inference.decoding import Request
+from minillm.inference.sampling import Sampling
 from minillm.params.where import Where
 from minillm.tasks import chat as tasks_chat
-from minillm.tasks.chat import Chatting, EncodedDialogues, HeldOutDialogues, encoded
+from minillm.tasks.chat import (
+    ChatOptions,
+    Chatting,
+    Dialogues,
+    EncodedDialogues,
+    HeldOutDialogues,
+    encoded,
+)
 from minillm.training.held_out import measure
 from minillm.training.trainer import Trainer
 
@@ -162,6 +172,30 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, row: str, words: st
     path.write_text('{"prompt": "a", "completion": "b"}\n' + row + "\n")
     with pytest.raises(ConfigError, match=words):
         read_dialogues(str(path))
+
+
+def test_a_sample_ends_with_its_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Dialogue((Message("user", "first of ant bee"), Message("assistant", "ant")), 1)
+    options = ChatOptions(template="plain")
+    data = Dialogues([("a", [talk]), ("b", [talk])], ByteTokenizer().to_json(), options, 64)
+    asked: list[Request] = []
+
+    def begin(rule: Sampling, request: Request) -> None:
+        asked.append(request)
+
+    def write(*more: Any) -> Iterator[None]:
+        for token in b" ant\n\nUser: bee of":
+            yield
+            if not asked[0].accept(token):
+                return
+
+    for name in ("Generator", "Rows"):
+        monkeypatch.setattr(sample, name, lambda *more: None)
+    monkeypatch.setattr(Sampling, "begin", begin)
+    monkeypatch.setattr(sample, "decode", write)
+    arguments: Any = (None, data, 50, 0, SelfCommunicator(), lambda: False)
+    text = sample.continued_text(*arguments)
+    assert text.split("---")[2].strip() == "User: first of ant bee\n\nAssistant: ant"
 
 
 def test_a_run_is_read_by_evaluate_and_chat(
