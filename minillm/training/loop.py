@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from minillm import checkpoint
 from minillm.base.device import Device
-from minillm.base.errors import CheckpointError
 from minillm.base.flags import to_toml
 from minillm.base.host_memory import resident
 from minillm.base.lock import FolderLock
@@ -25,10 +24,9 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.cores import threads_in_use
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
-from minillm.nn.lora import Merged
 from minillm.tasks.protocol import Dataset, Judged, Result, Unequal
-from minillm.training import going_on
-from minillm.training.assembly import first_rows, fresh_heads, model_shapes
+from minillm.training import going_on, loading
+from minillm.training.assembly import model_shapes
 from minillm.training.early_stopping import EarlyStopping
 from minillm.training.folder import begin, way_back
 from minillm.training.heartbeat import Heartbeat
@@ -37,10 +35,10 @@ from minillm.training.numeric_key import numeric_key
 from minillm.training.origin import Origin
 from minillm.training.report import TimeShares, peak_mb, plan, step_metrics
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.trainer import StepReport, Trainer
+from minillm.training.step import StepReport
+from minillm.training.trainer import Trainer
 from minillm.training.verdict import NotFinite
 from minillm.training.writers import Start, Writers, check_packages, place_names
-from minillm.weights.origin import looking_again, source_of, verify
 
 Moved = Mapping[RowKey, Row]  # what the ledger counted during a step
 
@@ -325,47 +323,7 @@ class Run:
 
     def load(self, origin: Origin, moved: str | None) -> None:
         """Fill the state from the checkpoint of `origin`, and say what changes with this run."""
-        if not origin.continues:
-            with known_to_all():
-                self._load_weights(origin)
-            return
-        found, record = origin.path, origin.record
-        with known_to_all():
-            verify(found, self.comm)
-            source = checkpoint.CheckpointSource(found)
-            self.trainer.load(source)
-        self.log(f"resumed from {found} at step {origin.step}")
-        lost = checkpoint.fallbacks(source, self.trainer.state())
-        for line in (*origin.changes(self.config), *([moved] if moved else []), *lost):
-            self.log(line)
-        difference = checkpoint.difference(record.key, self.key)
-        if difference:
-            how = "change from here on" if lost else "continue to rounding, not bit for bit"
-            self.log(f"results {how}: {difference}")
-
-    def _load_weights(self, origin: Origin) -> None:
-        """Fill the weights alone, and say from where.
-
-        If a run that is training has removed the checkpoint meanwhile, another of it serves.
-        """
-
-        def fill(path: Path) -> None:
-            verify(path, self.comm)
-            dtype = self.config.options.compute.dtype
-            source = agree(self.comm, lambda: source_of(path, dtype), CheckpointError)
-            fresh = fresh_heads(source, self.config)
-            self.trainer.load_weights(first_rows(source, self.config), fresh)
-            by = ""
-            held = source.source if isinstance(source, Merged) else source
-            if isinstance(held, checkpoint.CheckpointSource):
-                steps = held.manifest.step
-                by = f", trained on {origin.record.source} for {steps} steps"
-            self.log(f"weights from {path}{by}")
-            if fresh:
-                parts = " and ".join(sorted({name.split("/")[1].split(".")[0] for name in fresh}))
-                self.log(f"initial values for {parts}, which these weights do not have")
-
-        looking_again(self.comm, origin.search, fill, origin.path)
+        loading.load(self, origin, moved)
 
     def _finish(self, step: int, seconds: float, stopped: bool) -> None:
         """Print the totals."""

@@ -39,7 +39,7 @@ from minillm.training.assembly import assemble
 from minillm.training.carried import Carried
 from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.trainer import rate_of, rows_of
+from minillm.training.step import rate_of, rows_of
 from minillm.training.verdict import Judge
 
 

@@ -25,7 +25,7 @@ from minillm.training.assembly import Assembly
 from minillm.training.memory import predicted
 from minillm.training.numeric_key import kernel_choices
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.trainer import StepReport
+from minillm.training.step import StepReport
 
 
 def plan(

@@ -14,7 +14,8 @@ from typing import Any
 from minillm.data import corpus
 from minillm.replication.server import Server
 from minillm.train import main
-from minillm.training.trainer import StepReport, Trainer
+from minillm.training.step import StepReport
+from minillm.training.trainer import Trainer
 
 STEP = 3  # at which a rank fails in mid-step
 FILE_LIMIT = 20_000  # bytes: enough for metrics, too little for a checkpoint

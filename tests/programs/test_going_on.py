@@ -24,7 +24,8 @@ from minillm.training import origin, trainer
 from minillm.training.arguments import parse_train_args
 from minillm.training.config import RunConfig
 from minillm.training.folder import begin, check_visible
-from minillm.training.trainer import StepReport, Trainer
+from minillm.training.step import StepReport
+from minillm.training.trainer import Trainer
 
 Train = Callable[..., str]
 

@@ -12,7 +12,8 @@ from training_helpers import Layout
 
 from minillm.replication import local_steps
 from minillm.replication.local_steps import LocalSteps, Worker
-from minillm.training.trainer import Trainer, rows_of
+from minillm.training.step import rows_of
+from minillm.training.trainer import Trainer
 
 
 def negated(plain: Callable[..., None]) -> Callable[..., None]:

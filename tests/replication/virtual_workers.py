@@ -30,7 +30,8 @@ from minillm.replication.codecs import Matrix, PowerSGD
 from minillm.training.optimizers import maker
 from minillm.training.replay import LoneWorker
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.trainer import Trainer, rate_of, rows_of
+from minillm.training.step import rate_of, rows_of
+from minillm.training.trainer import Trainer
 from minillm.training.verdict import CLIP_EPS
 
 LOCAL: dict[str, Any] = dict(local_steps=2, outer_lr=0.7, outer_momentum=0.9)

@@ -1,0 +1,74 @@
+"""One step as data: its learning rate, the sequences of a replica, and its outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from minillm.data.buckets import Load
+from minillm.tasks.protocol import Task, Unequal
+from minillm.training.resolve import ResolvedConfig
+from minillm.training.schedule_lr import learning_rate
+from minillm.training.verdict import Verdict
+
+
+class StepReport(NamedTuple):
+    """Outcome of one step.
+
+    On a GPU `loss` and `grad_norm` wait for the device, and raise NotFinite if they are not finite.
+    """
+
+    step: int
+    verdict: Verdict  # agreed by all ranks
+    lr: float
+    stop: bool  # a rank was asked to stop
+    clock: float  # s of the first rank's clock at the step, the same on all ranks
+    peak_bytes: int  # of the largest rank; on a GPU, of the device
+    seconds: float  # of this rank, in all
+    exposed_seconds: float  # s this rank waited in reductions that backward did not hide
+    optimizer_seconds: float  # s of this rank
+    deal: tuple[int, ...] = ()  # microbatches of each replica, where they are dealt
+    load: Load | None = None  # of unequal sequences, on all ranks
+
+    @property
+    def loss(self) -> float:
+        """The sum of the step's losses, each a mean over the global batch."""
+        return self.verdict.numbers()[0]
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of the whole gradient before clipping."""
+        return self.verdict.numbers()[1]
+
+
+def rate_of(config: ResolvedConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 0."""
+    optimization = config.options.optimization
+    return learning_rate(
+        step,
+        lr=optimization.lr,
+        min_lr=config.min_lr,
+        warmup=config.warmup,
+        steps=optimization.steps,
+        schedule=optimization.lr_schedule,
+        decay_share=optimization.decay_share,
+    )
+
+
+def rows_of(
+    config: ResolvedConfig, task: Task, deal: Sequence[int], replica: int
+) -> Iterator[np.ndarray]:
+    """Yield the sequences of the global batch that a replica computes, by microbatches.
+
+    `deal` are the microbatches of each replica.
+    """
+    each, before = config.microbatch, sum(deal[:replica])
+    for number in range(before, before + deal[replica]):
+        if isinstance(task, Unequal):
+            # A group of sorted rows holds one microbatch of each replica, its rows in turn.
+            place, group = divmod(number, config.num_microbatches)
+            yield np.arange(group * each, (group + 1) * each) * config.planned_dp + place
+        else:
+            yield np.arange(number * each, (number + 1) * each)
