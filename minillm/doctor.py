@@ -24,6 +24,7 @@ from minillm import __version__
 from minillm.base.requirements import installed_version, new_enough, parse_requirement
 from minillm.base.terminal import printing
 from minillm.comm import leftovers
+from minillm.comm.binding import own_words
 from minillm.comm.commands import run, run_python
 from minillm.comm.cores import affinity, cgroup_quota, omp_limit, usable_cores
 from minillm.comm.launchers import (
@@ -43,8 +44,8 @@ INSTALL = "pip install -e '.[mpich]'"
 REINSTALL = "install gcc or clang, then pip install --force-reinstall --no-deps -e ."
 # One write, so that the lines of two ranks do not mix.
 SIZE_OF_WORLD = (
-    "import os; from mpi4py import MPI; "
-    "os.write(1, f'size {MPI.COMM_WORLD.Get_size()}\\n'.encode())"
+    "import os; from mpi4py import MPI; from minillm.comm.binding import own_words; "
+    "os.write(1, f'size {MPI.COMM_WORLD.Get_size()}\\nmask {own_words()}\\n'.encode())"
 )
 TRANSPORT = (
     "from mpi4py import MPI; from minillm.comm.mpi import takes_device_memory as t; "
@@ -230,6 +231,9 @@ def check_mpi() -> Iterator[Finding]:
     if library is not None:
         trial = run([launcher, "-n", "2", sys.executable, "-c", SIZE_OF_WORLD])
         yield judge_launch(library, family, *trial)
+        if masks := re.findall(r"^mask (.*)", trial[1], re.MULTILINE):
+            narrow = next((mask for mask in masks if "wider" in mask), masks[0])
+            yield ok("binding", f"a rank of mpirun -n 2 has {narrow}")
 
 
 def judge_launch(library: str, launcher: str | None, status: int, text: str) -> Finding:
@@ -339,6 +343,7 @@ def check_machine(ranks: int) -> Iterator[Finding]:
     if ranks > cores:
         words += f", no faster than {cores} ranks"
     yield ok("cores", words)
+    yield ok("affinity", own_words())
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free

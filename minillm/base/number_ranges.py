@@ -16,3 +16,15 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join(
         f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs
     )
+
+
+def read_ranges(text: str) -> set[int]:
+    """Return the numbers of a text as "0-3,7", the inverse of `ranges`.
+
+    Raises ValueError for other texts.
+    """
+    found: set[int] = set()
+    for word in filter(None, text.strip().split(",")):
+        first, _, last = word.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found

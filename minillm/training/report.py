@@ -12,6 +12,7 @@ from minillm import kernels
 from minillm.base.device import CPU, Device
 from minillm.base.host_memory import size
 from minillm.base.log import compact, plural
+from minillm.comm.binding import narrowest
 from minillm.comm.communicator import Communicator
 from minillm.comm.cores import ThreadShare
 from minillm.comm.ledger import Row, RowKey
@@ -69,6 +70,7 @@ def plan(
         "model": f"{options.preset}: {model.describe()}, {options.compute.dtype}; "
         f"{compact(number)} parameters{share}",
         "layout": _layout(config, threads, memory.description),
+        "cores": narrowest(comm),
         "batch": f"{bound}{config.tokens_per_step} tokens a step: {options.optimization.batch} "
         f"sequences of {bound}{model.context}; {replica} takes {per_rank}{in_parts}; "
         f"{plural(options.optimization.steps, 'step')}",
