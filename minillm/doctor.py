@@ -1,5 +1,7 @@
 """Examination of this machine: `minillm doctor` names what `train` lacks, each with a remedy.
 
+`--cluster` compares all ranks of mpirun instead (comm/cluster_check.py).
+
 No module here may need what it checks. Every package is imported inside its check, and MPI only in
 another process, since its import starts it.
 """
@@ -14,13 +16,11 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
-from minillm import __version__
+from minillm.base.findings import Finding, ok, problem, problems, report, warning
+from minillm.base.host_memory import SHARED_MEMORY, SMALL_SHARED_MEMORY
 from minillm.base.requirements import installed_version, new_enough, parse_requirement
 from minillm.base.terminal import printing
 from minillm.comm import leftovers
@@ -38,8 +38,6 @@ from minillm.comm.launchers import (
 
 DISTRIBUTION = "minillm-mpi"
 OLDEST_PYTHON = (3, 11)
-SMALL_SHARED_MEMORY = 256 << 20
-"""Bytes; containers often get 64 MB, too little for the buffers of a few MPI ranks."""
 INSTALL = "pip install -e '.[mpich]'"
 REINSTALL = "install gcc or clang, then pip install --force-reinstall --no-deps -e ."
 # One write, so that the lines of two ranks do not mix.
@@ -51,23 +49,6 @@ TRANSPORT = (
     "from mpi4py import MPI; from minillm.comm.mpi import takes_device_memory as t; "
     "print('direct', t())"
 )
-
-Mark = Literal["ok", "warning", "problem"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. A problem keeps `train` from running; a warning does not."""
-
-    mark: Mark
-    subject: str
-    found: str
-    remedy: str = ""  # a command or a sentence
-
-
-ok = partial(Finding, "ok")
-warning = partial(Finding, "warning")
-problem = partial(Finding, "problem")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,13 +67,26 @@ def _doctor(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--clean", action="store_true", help="remove what ended runs have left in shared memory"
     )
+    parser.add_argument(
+        "--cluster", action="store_true", help="compare all ranks and nodes, under mpirun"
+    )
+    parser.add_argument(
+        "--out", default=".", help="folder of checkpoints, tried by --cluster (default: this one)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="for the links between ranks (default: 5)"
+    )
     args = parser.parse_args(argv)
+    if args.cluster:
+        from minillm.comm.cluster_check import check
+
+        return check(args.out, args.seconds)
     if args.clean:
         print(leftovers.clean())
         return 0
     findings = list(examine(max(args.ranks, 1)))
     print(report(findings))
-    return int(any(finding.mark == "problem" for finding in findings))
+    return int(problems(findings) > 0)
 
 
 def examine(ranks: int = 4) -> Iterator[Finding]:
@@ -116,21 +110,6 @@ def examine(ranks: int = 4) -> Iterator[Finding]:
         except Exception as error:
             words = f"{type(error).__name__}: {error}"
             yield problem("doctor", words, "please report this, with the lines above")
-
-
-def report(findings: Sequence[Finding]) -> str:
-    """Return the findings as a table, and a verdict."""
-    width = max(len(finding.subject) for finding in findings)
-    lines = [f"minillm {__version__} on {platform.system()} {platform.machine()}", ""]
-    for finding in findings:
-        lines.append(f"{finding.mark:<8} {finding.subject:<{width}}  {finding.found}")
-        if finding.remedy:
-            lines.append(f"{'':<8} {'':<{width}}  -> {finding.remedy}")
-    problems = sum(finding.mark == "problem" for finding in findings)
-    verdict = "train can run."
-    if problems:
-        verdict = f"{problems} problem{'s' * (problems > 1)}: fix before you train."
-    return "\n".join([*lines, "", verdict])
 
 
 def check_python() -> Iterator[Finding]:
@@ -344,10 +323,9 @@ def check_machine(ranks: int) -> Iterator[Finding]:
         words += f", no faster than {cores} ranks"
     yield ok("cores", words)
     yield ok("affinity", own_words())
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        free = shutil.disk_usage(shared).free
-        words = f"{free / 1e6:.0f} MB free in {shared}"
+    if SHARED_MEMORY.is_dir():
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        words = f"{free / 1e6:.0f} MB free in {SHARED_MEMORY}"
         if free < SMALL_SHARED_MEMORY:
             remedy = "give the container more, as with docker run --shm-size=1g"
             yield warning("shared memory", words, remedy)

@@ -20,6 +20,7 @@ MPIRUN = shutil.which(
 )
 
 CALLS = str(Path(__file__).with_name("calls_program.py"))
+PLANTED = str(Path(__file__).with_name("planted_program.py"))
 
 needs_mpirun = pytest.mark.skipif(
     MPIRUN is None, reason="no mpirun; install one with: pip install -e '.[mpich]'"

@@ -11,6 +11,9 @@ from pathlib import Path
 from minillm.base.control_groups import group_folders
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+SHARED_MEMORY = Path("/dev/shm")
+SMALL_SHARED_MEMORY = 256 << 20
+"""Bytes; containers often get 64 MB, too little for the buffers of a few MPI ranks."""
 # Version -> files of the limit and the usage, and the entry of memory.stat for idle page cache.
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

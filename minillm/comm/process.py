@@ -35,6 +35,7 @@ from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.cores import use_threads
 from minillm.comm.launchers import Launch, launched
 from minillm.comm.single import SelfCommunicator
+from minillm.comm.versions import check_alike
 
 Options = TypeVar("Options")
 
@@ -139,6 +140,7 @@ def run_program(
     body: Callable[[Communicator, Options], Communicator | None],
     argv: Sequence[str] | None = None,
     threads: Callable[[Options], int | None] = lambda options: None,
+    alike: bool = True,
 ) -> int:
     """Run a command-line program on all ranks and return its exit status (see `main_guard`).
 
@@ -146,7 +148,8 @@ def run_program(
     rank, all ranks end with that message. `body` runs with the kernels prepared, on the number of
     threads that `threads` finds in the options, or else on this rank's share of the node's cores.
     It may return the group of ranks that are left at its end, where others are lost. Standard
-    output is shown from the first rank only (see `show_output`).
+    output is shown from the first rank only (see `show_output`). Ranks of different versions are
+    refused if `alike`.
     """
 
     def program() -> int:
@@ -160,6 +163,8 @@ def run_program(
         if comm.rank:  # help text and the like is printed once
             _hidden.append(sys.stdout)
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
+        if alike:
+            check_alike(comm)
         options = agree(comm, lambda: parse(list(sys.argv[1:] if argv is None else argv)))
         kernels.prepare_process()
         with use_threads(comm, threads(options)):
