@@ -12,6 +12,7 @@ from minillm.base.errors import ConfigError
 from minillm.base.flags import split_flags
 from minillm.base.record import Record, option
 from minillm.checkpoint.find import SUBFOLDER, is_checkpoint, run_of
+from minillm.checkpoint.manifest import MANIFEST
 from minillm.training.arguments import parse_train_args
 from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
@@ -97,8 +98,8 @@ def script(command: Sequence[str], found: Starts, again_if: str = "", after: str
     on. `after` follows the end; there `$ending` holds the name of such a signal, and `$status` the
     exit status.
     """
-    checkpoints = f"{shlex.quote(found.run)}/{SUBFOLDER}/step-*"
-    condition = f"{again_if}ls -d {checkpoints} > /dev/null 2>&1"
+    checkpoints = f"{shlex.quote(found.run)}/{SUBFOLDER}/step-*/{MANIFEST}"
+    condition = f"{again_if}ls {checkpoints} > /dev/null 2>&1"
     return f"""\
 if {condition}; then
     set -- {shlex.join(found.again)}

@@ -606,9 +606,9 @@ def test_resume_refuses_to_change_what_is_computed(argv: list[str]) -> None:
 # What may differ between a run and its continuation: silently, and with a line.
 SILENT = """
     dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
-    kernels device out save_every keep keep_best eval_every eval_tokens sample_tokens trace
-    stop_after check_every check_order comm_timeout log_every log_to val_data cache threads memory
-    zero shard_group balance servers slow_rank patience on_failure
+    kernels device out save_every save_async keep keep_best eval_every eval_tokens sample_tokens
+    trace stop_after check_every check_order comm_timeout log_every log_to val_data cache threads
+    memory zero shard_group balance servers slow_rank patience on_failure
 """
 ANNOUNCED = """
     steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field

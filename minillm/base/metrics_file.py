@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minillm.base.errors import MinillmError
+from minillm.base.whole_file import replace, sync
 
 METRICS = "metrics.jsonl"
 SERVER_LOG = "server-{}.jsonl"  # of a parameter server, by its number
@@ -114,15 +115,15 @@ def steps_of(path: Path) -> Iterator[tuple[int, bytes]]:
 def keep_until(step: int, source: Path, target: Path) -> None:
     """Write the lines of `source` up to `step` to `target`, which may be the same file.
 
-    Replaces `target` atomically. Raises OSError, and MinillmError for a pipe, a device or a folder.
+    Replaces `target` at once where files can be renamed. Raises OSError, and MinillmError for a
+    pipe, a device or a folder.
     """
     temporary = target.with_name(target.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             file.writelines(line for number, line in steps_of(source) if number <= step)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+            sync(file)
+        replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -137,6 +138,5 @@ def copy_later(step: int, source: Path, left: Path) -> int:
     if later:
         with open_regular(left, "ab") as file:
             file.writelines(later)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
     return len(later)

@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from minillm.base.errors import CheckpointError
-from minillm.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, read_manifest
+from minillm.checkpoint.manifest import (
+    MANIFEST,
+    Damaged,
+    FileEntry,
+    Manifest,
+    is_complete,
+    read_manifest,
+)
 from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 
 SUBFOLDER = "checkpoints"
-TEMPORARY = ".tmp-"
-ASIDE = ".old-"  # set aside by a replacement that died between its two renames
+TEMPORARY = ".tmp-"  # of an unfinished file
 LEFT = "left-"  # of a course that the run abandoned
-_STEP = re.compile(r"(?:\.old-)?step-(\d{8,})")
+_STEP = re.compile(r"step-(\d{8,})")
 
 
 def step_name(step: int) -> str:
@@ -29,13 +35,12 @@ def step_name(step: int) -> str:
 def steps(directory: Path) -> dict[int, Path]:
     """Return the folder of every checkpoint in `directory` by step, oldest first.
 
-    Opens no file.
+    Folders whose manifest is missing, or was not written to its end, are none.
     """
     found: dict[int, Path] = {}
-    # Sorted: .old-step-* comes before step-*, which replaces it.
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+    for path in directory.iterdir() if directory.is_dir() else []:
         match = _STEP.fullmatch(path.name)
-        if match and path.is_dir():
+        if match and is_complete(path):
             found[int(match[1])] = path
     return dict(sorted(found.items()))
 
@@ -96,7 +101,7 @@ def _found(path: Path, best_one: bool) -> Path:
             check_sizes(found, read_manifest(found))
             return found
         except Damaged as error:
-            if alone or found.exists():
+            if alone or is_complete(found):
                 raise with_older(found, error) from None
             # A run that is training has removed it: a newer one is there.
 
@@ -213,12 +218,12 @@ def with_older(path: Path, error: Damaged) -> Damaged:
     match = _STEP.fullmatch(path.name)
     before = int(match[1]) if match else 0
     for step, other in reversed(steps(path.parent).items()):
-        if step < before and _is_complete(other):
+        if step < before and _is_whole(other):
             return Damaged(f"{error}. An older complete checkpoint is {other}")
     return Damaged(f"{error}. There is no older complete checkpoint in {path.parent}")
 
 
-def _is_complete(path: Path) -> bool:
+def _is_whole(path: Path) -> bool:
     try:
         check_sizes(path, read_manifest(path))
     except Damaged:

@@ -1,7 +1,7 @@
 """Manifest of a checkpoint: its tensors, and the file and key of each of their pieces.
 
-Invariant: `manifest.json` is written last, so a folder that has one is complete. It holds a
-checksum of itself and of every file.
+Invariant: `manifest.json` is written last, so a folder is a checkpoint if and only if it has one
+that was written to its end. It holds a checksum of itself and of every file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from minillm.base.errors import CheckpointError
 MANIFEST = "manifest.json"
 FORMAT = "minillm-checkpoint"
 VERSION = 1
+START, END = b'{\n"format"', b"}\n"  # first and last bytes of a manifest
 MOST_BYTES = 1 << 28  # of a manifest: 1 KB per tensor and rank, for GPT-3 on 1000 ranks
 
 Bounds = tuple[tuple[int, int], ...]
@@ -96,7 +97,42 @@ class Manifest:
         body["sha256"] = _digest(body)
         # A line per entry. `indent` would choose Python's encoder, whose closures are a cycle.
         entries = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in body.items())
-        return "{\n" + ",\n".join(entries) + "\n}\n"
+        return "{\n" + ",\n".join(entries) + "\n" + END.decode()
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether a folder has a manifest that was written to its end.
+
+    Reads little more than the last bytes. `read_manifest` finds out whether it was altered since,
+    and refuses what is no manifest at all.
+    """
+    try:
+        with open(path / MANIFEST, "rb", opener=_open_at_once) as stream:
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+                return True
+            stream.seek(max(0, found.st_size - len(END)))
+            last = stream.read()
+            if last == END or not last.endswith(b"}"):
+                return last == END
+            stream.seek(0)
+            json.load(stream)  # of another writer: cut off behind an inner bracket, or whole
+            return True
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return False
+    except OSError:
+        return True
+
+
+def is_unfinished(path: Path) -> bool:
+    """Return whether a folder has no manifest, or the beginning of one alone."""
+    try:
+        with open(path / MANIFEST, "rb", opener=_open_at_once) as stream:
+            return START.startswith(stream.read(len(START))) and not is_complete(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def read_manifest(path: Path) -> Manifest:

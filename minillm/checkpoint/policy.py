@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.base.errors import CheckpointError
 from minillm.base.interval import Interval
-from minillm.checkpoint.find import LEFT, TEMPORARY, best, steps
+from minillm.checkpoint.find import LEFT, best, steps
+from minillm.checkpoint.folders import move, remove
 
 AT_EVALUATION = 60.0  # s after the last save: an evaluation is then worth keeping
 AT_LATEST = 600.0  # s of work that a crash may cost
@@ -66,21 +65,23 @@ class SavePolicy:
         self._last = None
 
 
-def prune(directory: Path, step: int, keep: int, keep_best: bool) -> None:
+def prune(directory: Path, step: int, keep: int, keep_best: bool) -> list[str]:
     """Keep the newest `keep` checkpoints up to `step`, and the best of them if `keep_best`.
 
-    Sets later ones aside. The next call retries a removal that fails.
+    Sets later ones aside. Returns a line for each one that cannot be removed. The next call tries
+    again.
     """
     set_aside(directory, step)
     found = [path for number, path in steps(directory).items() if number <= step]
     spared = best(found) if keep_best else None
+    lines = []
     for old in found[:-keep]:
-        if old == spared:
-            continue
-        doomed = directory / f"{TEMPORARY}{old.name}"
-        with contextlib.suppress(OSError):
-            old.rename(doomed)  # first, so that no partly removed folder has a checkpoint's name
-        shutil.rmtree(doomed, ignore_errors=True)
+        if old != spared:
+            try:
+                remove(old)
+            except OSError as error:
+                lines.append(f"{old} cannot be removed ({error.strerror}); the next save retries")
+    return lines
 
 
 def set_aside(directory: Path, step: int) -> None:
@@ -92,9 +93,8 @@ def set_aside(directory: Path, step: int) -> None:
     later = [path for number, path in steps(directory).items() if number > step]
     for path in reversed(later):
         left = directory / f"{LEFT}{path.name}"
-        shutil.rmtree(left, ignore_errors=True)
         try:
-            path.rename(left)
+            move(path, left)
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be renamed to {left.name}: {error.strerror}; the run goes back to "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from minillm.base.errors import CheckpointError
 from minillm.checkpoint.find import find
+from minillm.checkpoint.manifest import is_complete
 from minillm.comm.agreement import from_first
 from minillm.comm.communicator import Communicator
 
@@ -37,7 +39,9 @@ def looking_again(
                 path = Path(from_first(comm, lambda: str(find(*search)), CheckpointError))
             return use(path)
         except CheckpointError:
-            if path is None or path == search.folder or from_first(comm, path.exists):
+            if path is None or path == search.folder:
+                raise
+            if from_first(comm, partial(is_complete, path)):
                 raise
             path = None
     raise CheckpointError(

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minillm.base.whole_file import replace
 from minillm.comm.ledger import Ledger, Operation, describe
 
 FOLDER = "flight"  # in the folder of the run
@@ -35,7 +36,7 @@ class FlightRecorder:
         try:
             self.path.parent.mkdir(exist_ok=True)
             temporary.write_text("".join(self._lines(reason)), encoding="utf-8")
-            os.replace(temporary, self.path)
+            replace(temporary, self.path)
         except OSError as error:
             said = f"the last communications cannot be written to {self.path}: {error.strerror}"
         with contextlib.suppress(OSError):

@@ -33,7 +33,7 @@ from minillm.params.storage import FlatBuffers, PrivateMemory
 from minillm.replication.all_reduce import counted_grads
 from minillm.replication.codecs import Bf16, Codec, Matrix, OneBit, PowerSGD, TopK
 from minillm.replication.costs import Bytes, DataAxis, Held, Sizes, add
-from minillm.replication.method import Method, Setting, whole
+from minillm.replication.method import Method, Setting, saved, whole
 from minillm.replication.options import ReplicationOptions
 from minillm.replication.protocol import Optimizer, Replication
 
@@ -221,6 +221,12 @@ def _holds(sizes: Sizes, options: ReplicationOptions) -> Held:
     return held._replace(grads=held.grads + errors, messages=messages)
 
 
+def _saves(sizes: Sizes, options: ReplicationOptions) -> int:
+    """Return the bytes of the part of the common state, and of the error memory."""
+    memory, _ = codec_of(options).shares(sizes.workers)
+    return saved(sizes, options) + round(memory * sizes.values) * sizes.wide
+
+
 def _key(options: ReplicationOptions) -> dict[str, Any]:
     size = next((name for name, codec in SIZES.items() if codec == options.compress), None)
     return {
@@ -249,6 +255,7 @@ METHOD = Method(
     make=_make,
     sends=_sends,
     holds=_holds,
+    saves=_saves,
     key=_key,
     equals_one_rank=_equals_one_rank,
     needs={name: f"--compress {codec}" for name, codec in SIZES.items()},

@@ -48,7 +48,7 @@ from minillm.params.storage import FlatBuffers, FlatState, PrivateMemory
 from minillm.replication.all_reduce import counted_grads
 from minillm.replication.costs import Bytes, DataAxis, Held, Sizes, add_sum
 from minillm.replication.gather import unit_of
-from minillm.replication.method import Extent, Method, Setting, whole
+from minillm.replication.method import Extent, Method, Setting, saved, whole
 from minillm.replication.options import ReplicationOptions
 from minillm.replication.protocol import Optimizer, Replication
 
@@ -278,6 +278,15 @@ def _holds(sizes: Sizes, options: ReplicationOptions) -> Held:
     return held._replace(state=held.state + 2 * sizes.values * sizes.wide)
 
 
+def _saves(sizes: Sizes, options: ReplicationOptions) -> int:
+    """Return the bytes of the worker's weights and optimizer state, and its part of the others.
+
+    The first worker writes its optimizer state twice: as its own, and for other methods.
+    """
+    own = (2 * sizes.state + sizes.values) * sizes.wide
+    return own + saved(sizes._replace(state=sizes.values), options)
+
+
 def _check(options: ReplicationOptions, mesh: MeshShape, steps: int) -> None:
     """Raise ConfigError for fragments without turns, and steps that would never be averaged."""
     every, number = options.local_steps, options.fragments
@@ -312,6 +321,7 @@ METHOD = Method(
     make=_make,
     sends=_sends,
     holds=_holds,
+    saves=_saves,
     every=lambda options: options.local_steps // options.fragments,
     turns=lambda options: options.fragments,
     key=_key,

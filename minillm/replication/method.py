@@ -57,6 +57,16 @@ def whole(sizes: Sizes, options: ReplicationOptions) -> Held:
     return Held(sizes.values * sizes.item, grads, sizes.state * sizes.wide)
 
 
+def saved(sizes: Sizes, options: ReplicationOptions) -> int:
+    """Return the bytes that a rank writes into a checkpoint at most, if the ranks share the work.
+
+    A hash of their names deals the tensors, at worst unevenly by the largest block.
+    """
+    each = sizes.item + sizes.wide * sizes.state / max(1, sizes.values)
+    whole = sizes.values * each
+    return round(min(whole, whole / sizes.workers + sizes.largest * each))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Data-parallel method as data. Functions take the options of the run.
@@ -74,6 +84,8 @@ class Method:
     meets: Callable[[DataAxis, FlatLayout[Any]], Bytes] = lambda axis, layout: Bytes()
     """Bytes of a meeting of all replicas, likewise."""
     holds: Callable[[Sizes, ReplicationOptions], Held] = whole
+    saves: Callable[[Sizes, ReplicationOptions], int] = saved
+    """Bytes that a rank writes into a checkpoint, of parameters that train."""
     cuts: Callable[[ReplicationOptions, int], int] = lambda options, workers: 1
     """Number of the ranks, out of all workers, that a frozen parameter is cut over."""
     every: Callable[[ReplicationOptions], int] = lambda options: 1

@@ -93,6 +93,9 @@ def _ways(config: ResolvedConfig) -> list[tuple[ResolvedConfig, str]]:
         options = config.options.replace(shard_group=config.mesh.dp)
         found = dataclasses.replace(config, options=options)
         wide = [(found, f"use --shard-group {config.mesh.dp}, which shards over all nodes")]
+    if config.options.output.save_async:
+        options = config.options.replace(save_async=False)
+        wide.append((dataclasses.replace(config, options=options), "leave --save-async out"))
     smaller = list(_smaller(config))[1:]
     full = [dataclasses.replace(other, recompute="full") for other in (config, *smaller)]
     return [

@@ -17,6 +17,7 @@ from minillm import checkpoint
 from minillm.base.errors import ConfigError
 from minillm.base.lock import FolderLock, FolderTaken
 from minillm.base.metrics_file import LEFT, METRICS, copy_later, keep_until, logs_of
+from minillm.base.whole_file import write_bytes
 from minillm.training.origin import Origin
 
 CONFIG = "config.toml"
@@ -144,10 +145,8 @@ def begin(run: Path, config: str, origin: Origin | None) -> list[str]:
         if origin.run is not None:
             for name in logs_of(origin.run):
                 keep_until(origin.step, origin.run / name, run / name)
-    temporary = run / f"{CONFIG}.tmp"
     # Names of files may be any bytes: Python holds what is not UTF-8 as surrogates.
-    temporary.write_bytes(config.encode("utf-8", "surrogateescape"))
-    os.replace(temporary, run / CONFIG)
+    write_bytes(run / CONFIG, config.encode("utf-8", "surrogateescape"))
     return lines
 
 
@@ -200,11 +199,7 @@ def way_back(run: Path, step: int) -> str:
 
 
 def _copy_checkpoint(origin: Origin, run: Path) -> None:
-    """Copy the checkpoint into `run`; it has its final name only when it is complete."""
+    """Copy the checkpoint into `run`."""
     folder = run / checkpoint.SUBFOLDER
     folder.mkdir(exist_ok=True)
-    name = checkpoint.step_name(origin.step)
-    temporary = folder / f"{checkpoint.TEMPORARY}{name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(origin.path, temporary)
-    os.replace(temporary, folder / name)
+    checkpoint.copy_checkpoint(origin.path, folder / checkpoint.step_name(origin.step))

@@ -24,7 +24,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.cores import threads_in_use
 from minillm.comm.ledger import Row, RowKey, ledger
 from minillm.comm.signals import StopRequest
-from minillm.tasks.protocol import Dataset, Judged, Result, Unequal
+from minillm.tasks.protocol import Dataset, Result, Unequal
 from minillm.training import going_on, loading
 from minillm.training.assembly import model_shapes
 from minillm.training.early_stopping import EarlyStopping
@@ -35,6 +35,7 @@ from minillm.training.numeric_key import numeric_key
 from minillm.training.origin import Origin
 from minillm.training.report import TimeShares, peak_mb, plan, step_metrics
 from minillm.training.resolve import ResolvedConfig
+from minillm.training.saving import Saver
 from minillm.training.step import StepReport
 from minillm.training.trainer import Trainer
 from minillm.training.verdict import NotFinite
@@ -108,6 +109,7 @@ class Run:
         self.last_step = min(optimization.steps, self.output.stop_after or optimization.steps)
         self.saved_step = self.first_step if origin and origin.continues else -1
         self.begin_policy()
+        self.saver = Saver(self)
         toml = to_toml(config.options.replace(out=None), config.filled().replace(out=None))
         for line in from_first(comm, lambda: begin(self.out, toml, origin)):
             self.log(line)
@@ -201,6 +203,7 @@ class Run:
                 self._settle(*waiting.popleft(), due if not waiting else Due(False, False, False))
         self._stopped = stopped
         self._save(step)
+        self.saver.wait()
 
     def _due(self, step: int, stopped: bool, clock: float) -> Due:
         """Return what follows `step` steps, the last of them at `clock` seconds."""
@@ -229,6 +232,7 @@ class Run:
         method = self.trainer.replication.metrics()
         if any(due):
             self.trainer.replication.meet()
+        self.saver.advance(met=any(due))
         if due.check:
             with known_to_all():
                 self.trainer.check_replicas()
@@ -239,7 +243,7 @@ class Run:
                 if step != self.last_step:
                     self.progress.evaluated(step, found.describe())
         line = step_metrics(report, self.config.tokens_per_step, moved, self.device)
-        line |= method
+        line |= method | self.saver.metrics()
         line |= {} if found is None else found.values()
         self.metrics.write(**line)
         self.writers.write(line)
@@ -264,6 +268,7 @@ class Run:
                 raise
             step = error.step
             self._save(step, left=True)
+            self.saver.wait()
             way = from_first(self.comm, lambda: way_back(self.out, step))
             raise AgreedError(f"{error}. {way}") from None
 
@@ -286,40 +291,11 @@ class Run:
 
         With `left` it is set aside.
         """
-        if step == self.saved_step:
-            return
-        loss = None if found is None else found.numbers().get("loss")
-        judged = {"criterion": found.criterion()} if isinstance(found, Judged) else {}
-        record = checkpoint.RunRecord(
-            config=self.config.saved_values(),
-            tokenizer=self.data.vocabulary(),
-            vocab=self.config.model.vocab,
-            corpus=self.data.sha256,
-            source=self.data.source,
-            key=self.key,
-            position=self.first + step * self.config.options.optimization.batch,
-            held_out=None
-            if loss is None
-            else {"loss": loss, "tokens": self.output.eval_tokens, **judged},
-            stopping=self.stopping.state(),
-        )
-        self.metrics.sync()  # before the checkpoint: no step is saved without its line
-        with known_to_all(), self.trainer.replication.agreed():
-            checkpoint.save(
-                self.out / checkpoint.SUBFOLDER,
-                world=self.comm,
-                mesh_shape=self.trainer.mesh.shape,
-                coords=self.trainer.mesh.coords,
-                tensors=self.trainer.state(),
-                meta=record.to_json(),
-                step=step,
-                keep=self.output.keep,
-                keep_best=self.output.keep_best,
-                left=left,
-            )
-        self.saved_step = step
-        self.policy.saved()
-        self.heartbeat.beat()
+        if step != self.saved_step:
+            self.saver.save(step, found, left)
+            self.saved_step = step
+            self.policy.saved()
+            self.heartbeat.beat()
 
     def load(self, origin: Origin, moved: str | None) -> None:
         """Fill the state from the checkpoint of `origin`, and say what changes with this run."""
@@ -340,6 +316,8 @@ class Run:
                 f"{peak_mb(self.comm, self.device)} MB per rank",
             )
             self._say("time", self.shares.summary(self.comm))
+            if saving := self.saver.summary():
+                self._say("saving", saving)
             if padding := self.shares.padding():
                 self._say("padding", padding)
             self._say("loss", self.progress.curve.describe())

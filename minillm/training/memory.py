@@ -61,10 +61,11 @@ def predicted(
     """Return what the largest rank at `pp_rank` needs.
 
     The kinds are parameters, gradients, optimizer, activations, logits, workspace, messages,
-    batches and program. `shared_by` ranks hold one copy of parameters and optimizer state, and read
-    the gradients of each other. Activations are what the tape keeps for each microbatch in flight,
-    the workspace is temporaries. `program` is what this process holds already. On a GPU it is the
-    device's memory, without that of CUDA and its libraries.
+    batches, checkpoint and program. `shared_by` ranks hold one copy of parameters and optimizer
+    state, and read the gradients of each other. Activations are what the tape keeps for each
+    microbatch in flight, the workspace is temporaries. A checkpoint that is written behind is
+    copied before. `program` is what this process holds already. On a GPU it is the device's memory,
+    without that of CUDA and its libraries.
     """
     options, stages = config.options, layout.stages_of(pp_rank)
     architecture = config.family.architecture
@@ -84,6 +85,7 @@ def predicted(
     if logits < MAPPED_BYTES or on_gpu:
         workspace = max(0, workspace - logits)  # in memory that the logits have left
     held, method = Held((size + frozen) * item, 0, 0), method_of(config.replication)
+    copied = 0
     if training:
         trained = Sizes(
             values=size,
@@ -96,6 +98,8 @@ def predicted(
             on_host=not on_gpu,
         )
         held = method.holds(trained, config.replication)
+        if options.output.save_async and not on_gpu:  # the copy is in the host's memory
+            copied = method.saves(trained, config.replication) + frozen * item
         if frozen:
             ways = method.cuts(config.replication, layout.mesh.dp)
             gathered = 2 * trained.largest * (ways > 1)
@@ -110,6 +114,7 @@ def predicted(
         # MPI's copy of half a tied gradient, which the ranks of its copies all-reduce.
         "messages": sum(values.tied for values in sizes) * wide // 2 * training + held.messages,
         "batches": rows * tokens * 16,  # tokens and targets, int64
+        **({"checkpoint": copied} if copied else {}),
     }
     others = size * wide * (shared_by - 1) // shared_by * training
     kinds = {

@@ -114,6 +114,8 @@ class OutputOptions(Record):
     """Steps between checkpoints, or the time between them as in 30s, 10m or 2h; 0: only at the end;
     left out: at an evaluation a minute or more after the last one, at the latest after ten
     minutes."""
+    save_async: bool = option(False, resumable=True)
+    """Copy the state to host memory and write checkpoints while the steps go on, one at a time."""
     keep: int = option(2, at_least=1, resumable=True)
     """Newest checkpoints to keep."""
     keep_best: bool = option(True, resumable=True)

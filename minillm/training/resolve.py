@@ -192,14 +192,16 @@ def _surviving(config: RunConfig) -> RunConfig:
     """Return `config` without shared memory. Raises ConfigError if it cannot outlive lost ranks."""
     asked, options = f"--on-failure {config.comm.on_failure}", config.replication
     method, device = methods.method_of(options), config.compute.device
+    output = config.output
     refused = {
         method.flag(options): method.lost(options),
         "--balance speed": "both deal the microbatches of a step" * (options.balance != "none"),
         "--device cuda": "a GPU runs ahead of the agreement on a step" * (device != "cpu"),
-        "--trace": "a lost rank takes its part of the timeline along" * config.output.trace,
+        "--trace": "a lost rank takes its part of the timeline along" * output.trace,
+        "--save-async": "a lost rank takes its part of a checkpoint along" * output.save_async,
     }
-    if config.output.patience is not None:
-        refused[f"--patience {config.output.patience}"] = "a loss makes an evaluation count twice"
+    if output.patience is not None:
+        refused[f"--patience {output.patience}"] = "a loss makes an evaluation count twice"
     for flags, reason in refused.items():
         if reason:
             raise ConfigError(f"{asked} and {flags} do not go together: {reason}; leave one out")

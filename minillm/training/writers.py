@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib.util
-import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from minillm.base.errors import ConfigError
 from minillm.base.record import known_name
+from minillm.base.whole_file import replace
 
 Numbers = Mapping[str, float]  # of one line of metrics.jsonl: comm/dp/all_reduce/bytes, loss, ...
 
@@ -53,12 +53,18 @@ def _open_csv(start: Start) -> Opened:
                     if int(row["step"]) <= start.first_step:
                         kept.append(row)
     temporary = path.with_name(path.name + ".tmp")
-    file = open(temporary, "w", newline="", encoding="utf-8", buffering=1)  # noqa: SIM115
-    table = csv.DictWriter(file, CSV_COLUMNS, restval="", extrasaction="ignore")
-    table.writeheader()
-    table.writerows(kept)
-    os.replace(temporary, path)
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = _table(file)
+        table.writeheader()
+        table.writerows(kept)
+    replace(temporary, path)
+    file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # noqa: SIM115
+    table = _table(file)
     return Opened(lambda step, numbers: table.writerow(numbers), file.close)
+
+
+def _table(file: TextIO) -> csv.DictWriter[str]:
+    return csv.DictWriter(file, CSV_COLUMNS, restval="", extrasaction="ignore")
 
 
 CSV_COLUMNS = [

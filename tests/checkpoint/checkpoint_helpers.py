@@ -79,34 +79,36 @@ def trained(
     return assemble(run_ranks(layout.num_ranks, rank))
 
 
-def small_save(
+def small_options(
     comm: Communicator,
     directory: Path,
     step: int,
     value: float = 1.0,
     keep: int = 9,
     meta: dict[str, Any] | None = None,
-    keep_best: bool = False,
-) -> Path:
-    """Save one array cut over tp and one that all ranks hold."""
+    **options: Any,
+) -> dict[str, Any]:
+    """Return what `save` takes for one array cut over tp and one that all ranks hold."""
     mesh = MeshShape(tp=comm.size)
     cut = ShardSpec((6, 4), ((Segment(6, ("tp",)),), (Segment(4),)), pad=True)
     tensors = [
         StateTensor("cut", cut, np.full(cut.local_shape(mesh), value, np.float32)),
         StateTensor("whole", ShardSpec.replicated(3), np.full(3, value, np.float32)),
     ]
-    coords = mesh.coords(comm.rank)
-    return save(
-        directory,
+    return options | dict(
+        directory=directory,
         world=comm,
         mesh_shape=mesh,
-        coords=coords,
+        coords=mesh.coords(comm.rank),
         tensors=tensors,
         meta=meta or {},
         step=step,
         keep=keep,
-        keep_best=keep_best,
     )
+
+
+def small_save(comm: Communicator, directory: Path, step: int, *args: Any, **options: Any) -> Path:
+    return save(**small_options(comm, directory, step, *args, **options))
 
 
 def small_run(directory: Path, *steps: int, num_ranks: int = 2, **options: Any) -> list[Path]:

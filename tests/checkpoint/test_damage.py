@@ -163,6 +163,10 @@ DAMAGES = {
 }
 
 
+# Written never, or not to its end: no checkpoint any more.
+UNFINISHED = (remove_manifest, truncate_manifest, binary_manifest, deep_brackets)
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damage_is_refused_and_an_older_one_offered(
     damage: Callable[[Path], None], tmp_path: Path
@@ -171,7 +175,8 @@ def test_damage_is_refused_and_an_older_one_offered(
     truncate(paths[1])  # the one before is no good either
     damage(paths[2])
     for asked in (tmp_path, paths[2]):
-        with pytest.raises(CheckpointError, match=DAMAGES[damage]) as caught:
+        found = truncate if asked == tmp_path and damage in UNFINISHED else damage
+        with pytest.raises(CheckpointError, match=DAMAGES[found]) as caught:
             checkpoint.find(asked)
         assert f"An older complete checkpoint is {paths[0]}" in str(caught.value)
     assert checkpoint.find(paths[0]) == paths[0]

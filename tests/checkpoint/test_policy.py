@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_helpers import small_run
+from odd_file_systems import names
 
 from minillm import checkpoint
 from minillm.base.errors import CheckpointError, ConfigError
@@ -50,10 +51,6 @@ def test_steps_that_are_saved(
 def test_intervals_that_cannot_be_read(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--save-every .* 10m"):
         SaveEvery.parse(text)
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
 
 
 def meta(loss: float | None, corpus: str = "a", tokens: int = 9) -> dict:

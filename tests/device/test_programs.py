@@ -92,6 +92,18 @@ def test_train_save_resume_evaluate_and_generate(
     )
 
 
+def test_a_checkpoint_that_is_written_behind_is_a_copy_of_the_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for word in ("--no-save-async", "--save-async"):
+        folder = tmp_path / word
+        run(capsys, "--dtype=bfloat16", f"--out={folder}", word, "--keep=9", "--sample-tokens=0")
+        files = sorted((folder / "checkpoints").rglob("*.safetensors"))
+        found.append({file.parent.name: file.read_bytes() for file in files})
+    assert len(found[0]) == 2 and found[0] == found[1]
+
+
 @pytest.mark.parametrize("how", [["--temperature=0"], ["--temperature=1", "--seed=3"]])
 def test_the_device_writes_the_text_of_the_cpu(
     how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

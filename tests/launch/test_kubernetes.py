@@ -121,7 +121,10 @@ def test_the_launcher_goes_on_and_saves(
     first, name = start(), "big" if words else "minillm"
     assert first[:2] == ["-n", "6" if words else "4"] and "/etc/mpi/hostfile" in first
     assert first[-2:] == ["--out", f"runs/{name}"]
-    (tmp_path / f"runs/{name}/checkpoints/step-00000005").mkdir(parents=True)
+    checkpoint = tmp_path / f"runs/{name}/checkpoints/step-00000005"
+    checkpoint.mkdir(parents=True)  # unfinished
+    assert start() == first
+    (checkpoint / "manifest.json").touch()
     assert start() == [*first[:-2], "--resume", f"runs/{name}"]
     if words:
         assert "it's: a #b.txt" in first

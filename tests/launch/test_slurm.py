@@ -119,10 +119,13 @@ def test_the_first_start_and_the_one_after_a_requeue(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # without a checkpoint: from the beginning
     monkeypatch.setenv("STATUS", "3")
     assert subprocess.run(run, cwd=cluster, timeout=60).returncode == 3
-    (cluster / "runs/a b/checkpoints/step-00000010").mkdir(parents=True)
+    checkpoint = cluster / "runs/a b/checkpoints/step-00000010"
+    checkpoint.mkdir(parents=True)  # unfinished
+    assert subprocess.run(run, cwd=cluster, timeout=60).returncode == 3
+    (checkpoint / "manifest.json").touch()
     assert subprocess.run(run, cwd=cluster, timeout=60).returncode == 3
     again = ["--data", "it's a b.txt", "--resume", "runs/a b"]
-    assert lines(cluster) == [*first, *first, *again]
+    assert lines(cluster) == [*first, *first, *first, *again]
     monkeypatch.delenv("SLURM_RESTART_COUNT")  # a new job: train refuses the folder by itself
     subprocess.run(run, cwd=cluster, timeout=60)
     assert lines(cluster)[-4:] == first
