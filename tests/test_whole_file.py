@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from odd_file_systems import FileSystem
 
 from minillm.base.errors import ConfigError
-from minillm.base.whole_file import write_asked, write_text
+from minillm.base.whole_file import replace, write_asked, write_text
 
 
 def test_a_file_takes_the_place_of_another_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -32,6 +35,28 @@ def test_what_was_there_stays_where_writing_fails(
     with pytest.raises(ConfigError, match=r"--svg .*text cannot be written: full"):
         write_asked(path, "after", "--svg")
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["text"]
+
+
+@pytest.mark.parametrize("renames", ["files", "nothing"])
+def test_without_rename_a_file_is_written_again_and_compared(
+    renames: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = tmp_path / "text", tmp_path / "folder"
+    with FileSystem(renames).standing() as system:
+        write_text(path, "before")
+        write_text(path, "after")
+        (tmp_path / ".tmp-folder").mkdir()
+        (tmp_path / ".tmp-folder" / "a").write_text("b" * 3_000_000)
+        replace(tmp_path / ".tmp-folder", folder)
+    assert system.refused == (1 if renames == "files" else 3)
+    assert path.read_text() == "after" and (folder / "a").read_text() == "b" * 3_000_000
+    assert sorted(os.listdir(tmp_path)) == ["folder", "text"]
+    monkeypatch.setattr(shutil, "copyfileobj", lambda old, new, size: new.write(b"other"))
+    with FileSystem("nothing").standing(), pytest.raises(OSError, match="not what was written"):
+        write_text(path, "more")
+    with FileSystem("nothing", errno.ENOENT).standing(), pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "new", "text")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "text"]
 
 
 def test_a_path_without_a_name_is_refused() -> None:

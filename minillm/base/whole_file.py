@@ -53,17 +53,35 @@ def write_bytes(path: Path, content: bytes, *, synced: bool = False) -> None:
 
 
 def replace(temporary: Path, target: Path) -> None:
-    """Give a complete file another name in its folder, which may be taken.
+    """Give a complete file or folder of files another name.
 
-    Atomic where the file system renames files. Raises OSError.
+    A file may have that name already, or an empty folder.
+
+    Atomic where the file system renames it. Raises OSError.
     """
     try:
         os.replace(temporary, target)
     except OSError as error:
         if not cannot_rename(error):
             raise
-        copy(temporary, target)
-        temporary.unlink()
+        if temporary.is_dir():
+            _copy_folder(temporary, target)
+            shutil.rmtree(temporary)
+        else:
+            copy(temporary, target)
+            temporary.unlink()
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of files to a new or empty one, and remove that if it fails."""
+    target.mkdir(exist_ok=True)
+    try:
+        for file in sorted(source.iterdir()):
+            copy(file, target / file.name)
+        sync_folder(target)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
 
 
 def copy(source: Path, target: Path) -> None:

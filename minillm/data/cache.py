@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minillm.base.errors import ConfigError
-from minillm.base.whole_file import write_text
+from minillm.base.whole_file import replace, write_text
 from minillm.data.token_files import fingerprint
 
 VERSION = 1  # of the entries and of the rule by which texts are cut into pieces
@@ -97,7 +97,7 @@ class EntryWriter:
             if read_entry(self.path) is None:
                 shutil.rmtree(self.path, ignore_errors=True)
                 with contextlib.suppress(OSError):  # another run was faster
-                    os.rename(self.temporary, self.path)
+                    replace(self.temporary, self.path)
         self.discard()
 
     def discard(self) -> None:

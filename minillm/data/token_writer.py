@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minillm.base.errors import ConfigError
+from minillm.base.whole_file import replace
 from minillm.data.token_files import HEADER_BYTES, LLMC_FORMATS
 from minillm.tokenizers.pieces import token_dtype
 
@@ -67,7 +67,7 @@ class TokenFileWriter:
                 file.close()
             targets = (self.path, self.places_path)
             for temporary, target in zip(self._temporary, targets, strict=False):
-                os.replace(temporary, target)
+                replace(temporary, target)
         except OSError as error:
             raise self._failed(error) from None
 

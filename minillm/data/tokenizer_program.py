@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import os
 import shutil
 import sys
 from collections import Counter
@@ -26,6 +25,7 @@ from minillm.base.flags import parse_program
 from minillm.base.log import Log
 from minillm.base.record import Record, option
 from minillm.base.terminal import printable
+from minillm.base.whole_file import replace
 from minillm.comm.agreement import agree, from_first, gather, known_to_all
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
@@ -171,7 +171,7 @@ def _learn(kind: str, found: list[dict[str, int]], wish: Wish, out: Path) -> str
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         names = write_definition(temporary, definition)
-        os.replace(temporary, out)
+        replace(temporary, out)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None

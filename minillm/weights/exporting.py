@@ -6,7 +6,6 @@ the model. Another rank only waits. The result has its name when it is complete.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from minillm.base.errors import CheckpointError, ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.log import Log
 from minillm.base.record import Record, option
+from minillm.base.whole_file import replace
 from minillm.checkpoint import RunRecord, Search
 from minillm.comm.agreement import from_first, known_to_all
 from minillm.comm.communicator import Communicator
@@ -114,7 +114,7 @@ def _written(path: Path, args: ExportArgs) -> str:
             temporary.mkdir()
         target = temporary if single or args.format == "hf" else temporary / GGUF_NAME
         _write(target, path, record, model, counterpart, found, described, args)
-        os.replace(temporary, out)
+        replace(temporary, out)
     except BaseException:
         _remove(temporary)
         raise
