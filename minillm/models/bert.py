@@ -232,8 +232,9 @@ class Bert(Module):
         hidden = embedding(tokens, pass_)
         hidden = ops.add_position(hidden, self.positions, times + self.config.position_offset)
         if self.types is not None:
-            own = slice(int(times[0]), int(times[-1]) + 1)
             types = batch.arrays["types"] if self.config.types > 1 else tokens * 0
+            last = types.shape[1] - 1  # a shard of padding stands behind it, and takes its type
+            own = slice(min(int(times[0]), last), min(int(times[-1]), last) + 1)
             hidden = ops.add(hidden, ops.embedding(types[:, own], self.types))
         return self.dropout(self.norm(hidden, pass_), pass_)
 

@@ -17,7 +17,6 @@ from minillm.autograd.tape import Context, Function, Tensor
 from minillm.base.arrays import Array, namespace, sum_dtype
 from minillm.comm.communicator import Communicator, ReduceOp
 from minillm.layout.sharding import ShardSpec
-from minillm.parallel.collectives import gather_from
 from minillm.parallel.tensor import Region
 from minillm.params.module import Module
 from minillm.params.parameter import Constant, Normal, Parameter
@@ -50,17 +49,22 @@ class SpanHead(Module):
         scores: [B, T_local, 2]; targets: [B, 2] int, positions of whole sequences. Padding is no
         part of the softmax. Collective over tp where time is sharded.
         """
-        times = pass_.where.times
-        assert times is not None
+        times, whole = pass_.where.times, pass_.whole.times
+        assert times is not None and whole is not None
         lengths = None if pass_.limits is None else pass_.limits.lengths
+        if lengths is None and times[-1] > whole[-1]:  # this shard is padding
+            lengths = np.full(len(targets), len(whole))
         comm = self.region.comm if self._sharded(pass_) else None
         return _SpanLoss.apply(
             scores, targets=targets, times=times, lengths=lengths, comm=comm, divisor=divisor
         )
 
     def whole(self, scores: Tensor, pass_: Pass) -> Tensor:
-        """Return scores [B, T_local, 2] as [B, T, 2] on every rank. Collective as `loss` is."""
-        return gather_from(scores, self.region.comm, 1) if self._sharded(pass_) else scores
+        """Return scores [B, T_local, 2] as [B, T, 2] on every rank. Collective as `loss` is.
+
+        For evaluation: consumers are replicated, so a gradient would be counted tp times.
+        """
+        return self.region.enter(scores, pass_) if self._sharded(pass_) else scores
 
     def _sharded(self, pass_: Pass) -> bool:
         return pass_.where is not pass_.whole

@@ -4,6 +4,7 @@ from minillm.ops.activation import geglu, gelu, relu, relu2, silu, softmax, swig
 from minillm.ops.attention import attention, attention_qkv, cross_attention
 from minillm.ops.dropout import dropout
 from minillm.ops.embedding import add_constant, add_position, embedding
+from minillm.ops.length import lengthened, shortened
 from minillm.ops.linear import add_bias, linear
 from minillm.ops.loss import binary_cross_entropy, cross_entropy, mse_loss
 from minillm.ops.norm import (
@@ -36,6 +37,7 @@ __all__ = [
     "gelu",
     "head_norm",
     "layer_norm",
+    "lengthened",
     "linear",
     "mse_loss",
     "recurrent",
@@ -46,6 +48,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "scale",
+    "shortened",
     "silu",
     "softmax",
     "swiglu",

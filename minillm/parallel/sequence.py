@@ -7,6 +7,9 @@ reduce-scatter on the way out and an all-gather on the way in, which together mo
 Activations between blocks, and between pipeline stages, shrink by tp. Parameters of the sharded
 part (norms, biases after the reduction, positions) see only some time steps, so their gradients are
 partial sums over tp: `partial_over`.
+
+Rows of unequal data may be shorter than tp. Every rank then holds one time step outside the region.
+Steps behind the last one are padding: they count on from it, and `enter` leaves them out.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from __future__ import annotations
 import dataclasses
 from typing import cast
 
+import numpy as np
+
 from minillm.autograd.tape import Tensor
 from minillm.base.errors import ConfigError
 from minillm.comm.buffers import even_counts
 from minillm.comm.communicator import Communicator
+from minillm.ops import lengthened, shortened
 from minillm.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
 from minillm.parallel.tensor import Group
 from minillm.params.where import Pass
@@ -39,36 +45,37 @@ class SequenceParallel:
         """Return the pass of this rank's time shard, from that of whole sequences.
 
         Shards differ by one step where the ranks do not divide the steps, as in rows of unequal
-        data. Raises ConfigError for fewer time steps than ranks.
+        data. Raises ConfigError for data without a time dim.
         """
         whole = pass_.whole
         if whole.times is None:
             raise ConfigError(
                 "sequence parallelism shards along time, but these data have no time dim"
             )
-        num_times, num_ranks = whole.times.shape[-1], self.comm.size
-        if num_times < num_ranks:
-            raise ConfigError(
-                f"{num_times} time steps cannot be cut into {num_ranks} shards; choose a smaller "
-                "--tp, or leave --sequence-parallel out"
-            )
-        start = sum(self._sizes(pass_)[: self.comm.rank])
-        times = whole.times[..., start : start + self._sizes(pass_)[self.comm.rank]]
+        sizes, times = self._sizes(pass_), whole.times
+        if (more := sum(sizes) - times.shape[-1]) > 0:
+            behind = times[..., -1:] + np.arange(1, more + 1)
+            times = np.concatenate([times, behind], -1)
+        start = sum(sizes[: self.comm.rank])
+        times = times[..., start : start + sizes[self.comm.rank]]
         return dataclasses.replace(pass_, where=dataclasses.replace(whole, times=times))
 
     def _sizes(self, pass_: Pass) -> list[int]:
-        """Return the number of time steps of each rank."""
+        """Return the number of time steps of each rank, padding included: at least one."""
         assert pass_.whole.times is not None
-        return even_counts(pass_.whole.times.shape[-1], self.comm.size)
+        return even_counts(max(pass_.whole.times.shape[-1], self.comm.size), self.comm.size)
 
     def enter(self, x: Tensor, pass_: Pass) -> Tensor:
         """All-gather x_shard_t [B, T/tp, D] -> [B, T, D]."""
         if pass_.where is pass_.whole:
             return copy_to(x, self.comm)
-        return all_gather(x, self.comm, 1, self._sizes(pass_))
+        assert pass_.whole.times is not None
+        found = all_gather(x, self.comm, 1, self._sizes(pass_))
+        return shortened(found, 1, pass_.whole.times.shape[-1])
 
     def leave(self, x: Tensor, pass_: Pass) -> Tensor:
         """Reduce-scatter partial sums [B, T, D] -> x_shard_t [B, T/tp, D]."""
         if pass_.where is pass_.whole:
             return reduce_from(x, self.comm)
-        return reduce_scatter(x, self.comm, 1, self._sizes(pass_))
+        sizes = self._sizes(pass_)
+        return reduce_scatter(lengthened(x, 1, sum(sizes)), self.comm, 1, sizes)

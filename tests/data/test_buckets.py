@@ -64,7 +64,7 @@ def plain_load(lengths: np.ndarray, ranks: int, microbatches: int, most: int) ->
             part = own[m * size : (m + 1) * size]
             for k in range(lengths.shape[1]):
                 longest = max(part[:, k])
-                total += size * min(most, max(8, (longest + 7) // 8 * 8))
+                total += size * min(most, max(1, longest))
         work.append(total)
     return Load(int(lengths.sum()), sum(work), max(work) / (sum(work) / ranks))
 
@@ -158,7 +158,7 @@ def test_bucketed_batches_give_the_loss_of_padded_ones(layout: Layout, whole: Ou
 
 
 def test_lengths_that_tp_does_not_divide_give_the_same() -> None:
-    """Cut rows of 8 and 16 tokens over three ranks, whose context of 18 divides."""
+    """Cut rows of 1 to 16 tokens over three ranks, whose context of 18 divides."""
     sizes: dict[str, Any] = dict(heads=6, head_width=6, ffn_dim=48, context=18)
     task: dict[str, Any] = {"task": Documents()}
     alone = train("gpt2", Layout(), steps=2, options=task, **sizes)
