@@ -28,6 +28,7 @@ from minillm.comm.two_levels import neighbours
 from minillm.replication.methods import method_of
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
+from minillm.training.batching import drawn
 from minillm.training.comparison import Course, Deviation, compare, pieces, run, whole
 from minillm.training.config import RunConfig, decided
 from minillm.training.numeric_key import asked_kernels
@@ -42,6 +43,7 @@ ONE_RANK: dict[str, Any] = dict(
     sequence_parallel=False,
     stage_layers=None,
     microbatch=None,
+    microbatch_tokens=0,
     node_shared="off",
     slow_rank=None,
 )
@@ -129,9 +131,7 @@ def _course(
     steps: int,
     copy: Callable[[Trainer], Callable[..., Any]] = whole,
 ) -> Course:
-    optimization = config.options.optimization
-    task = data.task(config.model, batch=optimization.batch, seed=optimization.seed)
-    trainer = Trainer(config, world, task, device=device)
+    trainer = Trainer(config, world, drawn(config, data)[0], device=device)
     return run(trainer, steps, copy(trainer))
 
 

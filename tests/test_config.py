@@ -609,11 +609,12 @@ SILENT = """
     kernels device out save_every save_async keep keep_best eval_every eval_tokens sample_tokens
     trace stop_after check_every check_order comm_timeout log_every log_to val_data cache threads
     memory zero shard_group balance servers slow_rank patience on_failure
+    microbatch_tokens
 """
 ANNOUNCED = """
     steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field
     decay_share cautious compress compress_rank compress_share local_steps outer_lr outer_momentum
-    fragments server staleness layer_decay
+    fragments server staleness layer_decay batch_tokens
 """
 
 

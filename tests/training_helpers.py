@@ -91,6 +91,7 @@ def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
     """
     options = BASE | MODELS[model] | changes
     kind = RunConfig.of(options.pop("model", "gpt"))
+    each = options["batch"] // (layout.dp * layout.num_microbatches)
     config = kind().replace(
         **{name: value for name, value in options.items() if _has(kind, name)},
         dp=layout.dp,
@@ -98,7 +99,7 @@ def make_config(model: str, layout: Layout, **changes: Any) -> ResolvedConfig:
         pp=layout.pp,
         sequence_parallel=layout.sp,
         schedule=layout.schedule,
-        microbatch=options["batch"] // (layout.dp * layout.num_microbatches),
+        microbatch=None if options.get("batch_tokens") else each,
         stage_layers=layout.stage_layers,
     )
     num_ranks = layout.num_ranks + config.replication.num_servers

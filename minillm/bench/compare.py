@@ -34,6 +34,7 @@ from minillm.replication.server import Server
 from minillm.tasks.protocol import Dataset
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.assembly import layout_of
+from minillm.training.batching import drawn
 from minillm.training.config import RunConfig, decided
 from minillm.training.costs import data_axis, held_bytes, server_axis
 from minillm.training.memory import predicted, predicted_server
@@ -252,7 +253,7 @@ def _work(
 ) -> list[Any]:
     """Train on one rank of the mesh; return bytes sent and held, seconds, time shares and loss."""
     optimization, shares = config.options.optimization, TimeShares()
-    task = data.task(config.model, batch=optimization.batch, seed=optimization.seed)
+    task, _ = drawn(config, data)
     steps, started, book = optimization.steps, 0.0, ledger()
     trainer = Trainer(config, comm, task, device=device, wire=wire)
     built = book.snapshot()

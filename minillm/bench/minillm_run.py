@@ -76,7 +76,11 @@ def model(comm: Communicator, seconds: float, *, subject: str) -> dict[str, Any]
     config = chosen.config(comm.size)
     trainer, numbers = Trainer(config, comm, chosen.task(config)), itertools.count()
     gc.disable()
-    return {"step": repeated(lambda: trainer.step(next(numbers)), seconds, warmup=3)}
+
+    def step() -> None:
+        trainer.step(next(numbers))
+
+    return {"step": repeated(step, seconds, repeats=chosen.repeats, warmup=chosen.warmup)}
 
 
 def _gemm_rate(device: Device, dtype: str) -> float:

@@ -33,6 +33,8 @@ class Subject(NamedTuple):
     vocab: int
     task: Callable[[ResolvedConfig], Task]
     counted: str  # array of a batch whose entries from 0 up are the tokens of a step
+    warmup: int = 3  # steps of a run that are not timed
+    repeats: int = 5  # steps that are, at least
 
     def config(self, num_ranks: int) -> ResolvedConfig:
         """Return the resolved configuration on `num_ranks` ranks."""
@@ -111,6 +113,8 @@ SUBJECTS = {
         49152,
         _next_tokens,
         "targets",
+        warmup=1,
+        repeats=2,
     ),
 }
 """minilm, translation and lstm have the sizes of published small models; smollm2 is a real one."""

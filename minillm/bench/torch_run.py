@@ -134,7 +134,7 @@ def model(seconds: float, *, subject: str, tuned: bool) -> dict[str, Any]:
         optimizer.step()
         return float(loss)
 
-    return {"step": repeated(step, seconds, warmup=3)}
+    return {"step": repeated(step, seconds, repeats=chosen.repeats, warmup=chosen.warmup)}
 
 
 def attention(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -57,17 +56,12 @@ class Buckets:
             start, order = self._part(number)
             found.append(order[number - start : end - start])
             number += len(found[-1])
-        rows = self._sorted(np.concatenate([*found, np.empty(0, np.int64)]))
+        rows = by_length(np.concatenate([*found, np.empty(0, np.int64)]), self.lengths)
         return np.pad(rows, (self.batch - len(rows), 0), constant_values=-1)
 
     def row_lengths(self, rows: IntArray) -> IntArray:
         """Return the lengths [b, K] of sequences [b], 0 behind the end."""
         return np.where(rows[:, None] < 0, 0, self.lengths[rows])
-
-    def _sorted(self, items: IntArray) -> IntArray:
-        """Return sequences [n] by the length of their first part, then of the next, then number."""
-        keys = (items, *reversed(self.lengths[items].T))
-        return items[np.lexsort(keys)]
 
     def _part(self, number: int) -> tuple[int, IntArray]:
         """Return the stretch of one window and one epoch around `number`: its start and order."""
@@ -87,7 +81,9 @@ class Buckets:
         """
         size = len(self.lengths)
         key = rng.key(self.seed, "data", "order", epoch)
-        items = self._sorted(rng.permute(key, size, np.arange(start, end) - epoch * size))
+        items = by_length(
+            rng.permute(key, size, np.arange(start, end) - epoch * size), self.lengths
+        )
         head = min((self.first - start) % self.batch, len(items))
         tail = (len(items) - head) % self.batch
         whole = items[head + tail :].reshape(-1, self.batch)
@@ -96,23 +92,12 @@ class Buckets:
         return np.concatenate([items[tail : head + tail], shuffled.reshape(-1), items[:tail]])
 
 
-class Load(NamedTuple):
-    """Positions of a step over all ranks."""
+def by_length(items: IntArray, lengths: IntArray) -> IntArray:
+    """Return sequences [n] by the length of their first part, then of the next, then number.
 
-    real: int  # positions of sequences
-    computed: int  # with the padding of every microbatch
-    balance: float  # computed positions of the busiest rank, divided by the mean
-
-
-def load(lengths: IntArray, ranks: int, microbatches: int, most: int) -> Load:
-    """Return the load of a sorted batch of `lengths` [batch, K] on `ranks` data-parallel ranks.
-
-    Each runs `microbatches`, and no part is padded beyond `most`.
+    `lengths` [N, K] are those of all sequences.
     """
-    shares = lengths.reshape(microbatches, -1, ranks, lengths.shape[-1])  # rows[r::ranks]
-    longest = np.asarray(padded_length(shares.max(1), most))  # [microbatches, ranks, K]
-    own = longest.sum((0, 2)) * shares.shape[1]
-    return Load(int(lengths.sum()), int(own.sum()), float(own.max() / max(own.mean(), 1)))
+    return items[np.lexsort((items, *reversed(lengths[items].T)))]
 
 
 def padded_length(longest: IntArray | int, most: int) -> IntArray | int:

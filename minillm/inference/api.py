@@ -34,6 +34,7 @@ from minillm.inference.text import end_ids, prompt_ids
 from minillm.inference.writing import Prompt, Writer, WritingOptions
 from minillm.models.family import DEFAULT, Family
 from minillm.training.assembly import Assembly
+from minillm.training.batching import drawn
 from minillm.training.config import RunConfig, decided, default_values, preset_values
 from minillm.training.fit import fit
 from minillm.training.held_out import measure
@@ -123,9 +124,7 @@ class Trainer:
         config = decided(config, self._data)
         resolved = resolve(config, self.comm.size, self._data.vocab_size)
         self.config = fit(resolved, self.comm, device)
-        optimization = config.optimization
-        shape = self.config.model
-        task = self._data.task(shape, batch=optimization.batch, seed=optimization.seed)
+        task, _ = drawn(self.config, self._data)
         with self._computing(device):
             self._steps = Steps(self.config, self.comm, task, device=device)
         self.model = Model(self.comm, config.family, self._steps.model, self._data.vocabulary())

@@ -18,6 +18,9 @@ class PipelineOptions(Record):
     microbatch: int | Literal["auto"] | None = option(None, at_least=1, resumable=True)
     """Sequences per microbatch and data-parallel rank; left out: all at once, with a pipeline about
     2 pp microbatches, with --balance about 8; auto: the same, or less until it fits the memory."""
+    microbatch_tokens: int = option(0, at_least=0, resumable=True)
+    """Tokens per microbatch and data-parallel rank under --batch-tokens, at most, with padding; 0:
+    all at once, with a pipeline about 2 pp microbatches."""
     recompute: Literal["auto", "none", "selective", "full"] = option("auto", resumable=True)
     """Part of the forward pass that backward computes again instead of keeping it: selective (what
     norms and activations return: about 1 % more work), full (all but the input of each block: a

@@ -74,6 +74,7 @@ class HeldOutAnswers:
             last = max(1, int(windows.questions[within]))
         self.questions = questions[:last]
         self.num_rows = int(np.searchsorted(windows.questions, last))
+        self.lengths = windows.lengths[: self.num_rows]
 
     def batch(self, rows: IntArray, device: Device) -> Batch:
         """Return the windows `rows` [B]."""

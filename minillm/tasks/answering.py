@@ -17,13 +17,14 @@ from minillm.comm.communicator import Communicator
 from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.facts import facts
 from minillm.data.squad import Question, answerless, questions_of, read_questions
+from minillm.data.token_batches import TokenBatches
 from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tasks.answer_metrics import HeldOutAnswers, Rule
 from minillm.tasks.answer_predictor import AnswerOptions, AnswerPredictor, QuestionsToAnswer
-from minillm.tasks.example_order import ExampleOptions, ExampleOrder, parts_of, unchanged
+from minillm.tasks.example_order import ExampleOptions, ExampleOrder, Examples, parts_of, unchanged
 from minillm.tasks.windows import EncodedQuestions, QuestionEncoder
 
 BUILT_IN = "facts"
@@ -43,11 +44,12 @@ class Answering(ExampleOrder):
 
     def batch(self, step: int, rows: IntArray, device: Device) -> Batch:
         """Return the windows `rows` [B] of a step, divided by both ends of all its windows."""
-        where, divisors = Where(step, rows, device=device), {"loss": 2.0 * self.batch_size}
-        return self.windows.batch(self.rows(step)[rows], self.context, where, divisors)
+        every, where = self.rows(step), Where(step, rows, device=device)
+        divisors = {"loss": 2.0 * len(every)}
+        return self.windows.batch(every[rows], self.context, where, divisors)
 
 
-class Questions:
+class Questions(Examples):
     """Questions to learn and questions held out, encoded: a `Deciding` dataset."""
 
     def __init__(
@@ -81,7 +83,7 @@ class Questions:
         self.num_cut, self.rule = encoder.num_cut, options.rule(self.unanswerable, asked)
         self.num_held_out = int(self.held_out.lengths.sum())
 
-    def decides(self, batch: int) -> Mapping[str, Any]:
+    def decides(self, batch: int | TokenBatches) -> Mapping[str, Any]:
         """Return the steps of the epochs that were asked for, each of all windows."""
         return self.options.steps(len(self.train), batch)
 
@@ -101,7 +103,9 @@ class Questions:
             f"{self.tokenizer.name} vocabulary of {self.vocab_size:,}, sha256 {self.sha256[:12]}"
         )
 
-    def task(self, shape: Shape, *, batch: int, seed: int, first: int = 0) -> Answering:
+    def task(
+        self, shape: Shape, *, batch: int | TokenBatches, seed: int, first: int = 0
+    ) -> Answering:
         """Return the training windows, in buckets unless their order is kept."""
         return Answering(self.train, shape.context, batch, seed, first, self.options.shuffle)
 

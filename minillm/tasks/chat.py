@@ -28,11 +28,12 @@ from minillm.data.batches import IGNORE_INDEX
 from minillm.data.buckets import padded, padded_length
 from minillm.data.dialogues import Dialogue, errands, read_dialogues
 from minillm.data.templates import Message, Template, chunks_of, template_of
+from minillm.data.token_batches import TokenBatches
 from minillm.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
-from minillm.tasks.example_order import ExampleOptions, ExampleOrder, parts_of, unchanged
+from minillm.tasks.example_order import ExampleOptions, ExampleOrder, Examples, parts_of, unchanged
 from minillm.tasks.language_model import Evaluation
 
 BUILT_IN = "errands"
@@ -138,6 +139,7 @@ class HeldOutDialogues:
         ends = np.cumsum(dialogues.counts)  # targets up to each dialogue
         within = int(np.searchsorted(ends, tokens, "right")) if tokens else len(ends)
         self.num_rows = max(1, within)
+        self.lengths = dialogues.lengths[: self.num_rows]
         self.num_tokens = int(ends[self.num_rows - 1])
 
     def batch(self, rows: IntArray, device: Device) -> Batch:
@@ -154,7 +156,7 @@ class HeldOutDialogues:
         return Evaluation.of(sums["loss"] / self.num_tokens, self.num_tokens, None)
 
 
-class Dialogues:
+class Dialogues(Examples):
     """Dialogues to learn and dialogues held out, encoded: a `Deciding` dataset."""
 
     def __init__(
@@ -183,7 +185,7 @@ class Dialogues:
                 )
         self.num_held_out = int(self.held_out.counts.sum())
 
-    def decides(self, batch: int) -> Mapping[str, Any]:
+    def decides(self, batch: int | TokenBatches) -> Mapping[str, Any]:
         """Return the steps of the epochs that were asked for."""
         return self.options.steps(len(self.train), batch)
 
@@ -207,7 +209,9 @@ class Dialogues:
             f"sha256 {self.sha256[:12]}"
         )
 
-    def task(self, shape: Shape, *, batch: int, seed: int, first: int = 0) -> Chatting:
+    def task(
+        self, shape: Shape, *, batch: int | TokenBatches, seed: int, first: int = 0
+    ) -> Chatting:
         """Return the training dialogues, in buckets unless their order is kept."""
         return Chatting(self.train, shape.context, batch, seed, first, self.options.shuffle)
 

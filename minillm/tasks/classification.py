@@ -19,6 +19,7 @@ from minillm.data.labelled import (
     Example,
     read_examples,
 )
+from minillm.data.token_batches import TokenBatches
 from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
@@ -29,7 +30,7 @@ from minillm.tasks.classification_options import (
     check_fields,
 )
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids
-from minillm.tasks.example_order import ExampleOrder, labels_to_have, parts_of, unchanged
+from minillm.tasks.example_order import ExampleOrder, Examples, labels_to_have, parts_of, unchanged
 from minillm.tasks.label_predictor import LabelPredictor, TextsToLabel
 from minillm.tasks.protocol import ByRow, Measure
 from minillm.tasks.targets import TARGETS, targets_of
@@ -60,7 +61,8 @@ class Classifying(ExampleOrder):
     def batch(self, step: int, rows: IntArray, device: Device) -> Batch:
         """Return the examples `rows` [B] of a step."""
         where = Where(step, rows, device=device)
-        every, divisors = self.rows(step), {"loss": float(self.batch_size * self.terms)}
+        every = self.rows(step)
+        divisors = {"loss": float(len(every) * self.terms)}
         if self.weights is None:
             return self.examples.batch(every[rows], self.context, where, divisors)
         weights = self.weights[self.examples.labels[every]]  # of the global batch
@@ -69,7 +71,7 @@ class Classifying(ExampleOrder):
         return found._replace(arrays={**found.arrays, "weights": device.upload(weights[rows])})
 
 
-class LabelledTexts:
+class LabelledTexts(Examples):
     """Examples to learn and examples held out, encoded: a `Deciding` dataset."""
 
     def __init__(
@@ -117,7 +119,7 @@ class LabelledTexts:
                     )
         return found
 
-    def decides(self, batch: int) -> Mapping[str, Any]:
+    def decides(self, batch: int | TokenBatches) -> Mapping[str, Any]:
         """Return the number of labels, and the steps of the epochs that were asked for."""
         return {"labels": len(self.labels), **self.options.steps(len(self.train), batch)}
 
@@ -136,7 +138,9 @@ class LabelledTexts:
             f"sha256 {self.sha256[:12]}"
         )
 
-    def task(self, shape: Shape, *, batch: int, seed: int, first: int = 0) -> Classifying:
+    def task(
+        self, shape: Shape, *, batch: int | TokenBatches, seed: int, first: int = 0
+    ) -> Classifying:
         """Return the training examples, in buckets unless their order is kept."""
         order = (shape.context, batch, seed, first, self.options.shuffle)
         terms = self.targets.terms(len(self.labels))

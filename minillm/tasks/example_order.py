@@ -12,9 +12,9 @@ import numpy as np
 from minillm.base.arrays import IntArray
 from minillm.base.errors import ConfigError
 from minillm.base.record import option
-from minillm.data.buckets import Buckets, Load, load
 from minillm.data.labelled import DistinctT, split
 from minillm.data.options import SourceOptions
+from minillm.data.token_batches import TokenBatches, order_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,16 @@ class ExampleOptions(SourceOptions):
     truncate: bool = option(True, announced=True)
     """Cut texts that are longer than --context, and say how many; --no-truncate refuses them."""
 
-    def steps(self, examples: int, batch: int) -> Mapping[str, Any]:
+    def steps(self, examples: int, batch: int | TokenBatches) -> Mapping[str, Any]:
         """Return the options that say how long to train; {} where --steps does."""
         if self.epochs is None:
             return {}
-        return {"epochs": None, "steps": max(1, math.ceil(self.epochs * examples / batch))}
+        steps = (
+            self.epochs * batch.number
+            if isinstance(batch, TokenBatches)
+            else self.epochs * examples / batch
+        )
+        return {"epochs": None, "steps": max(1, math.ceil(steps))}
 
 
 def parts_of(
@@ -115,21 +120,43 @@ class ExampleOrder:
     """Part of an `Unequal` task: which of the examples, `lengths` [N], a step has."""
 
     def __init__(
-        self, lengths: IntArray, context: int, batch: int, seed: int, first: int, shuffle: bool
+        self,
+        lengths: IntArray,
+        context: int,
+        batch: int | TokenBatches,
+        seed: int,
+        first: int,
+        shuffle: bool,
     ) -> None:
-        self.lengths, self.context, self.batch_size = lengths, context, batch
-        self.first, self.shuffle = first, shuffle
-        self.order = Buckets(lengths, batch, seed, first=first)
+        self.lengths, self.context, self.first, self.shuffle = lengths, context, first, shuffle
+        self.order = order_of(lengths, batch, seed, first)
 
     def rows(self, step: int) -> IntArray:
         """Return the examples of a step, by length."""
-        if self.shuffle:
+        if self.shuffle or isinstance(self.order, TokenBatches):
             return self.order.rows(step)
-        start = self.first + step * self.batch_size
-        rows = np.arange(start, start + self.batch_size) % len(self.lengths)
+        size = self.order.batch
+        rows = (self.first + step * size + np.arange(size)) % len(self.lengths)
         return rows[np.argsort(self.lengths[rows], kind="stable")]
 
-    def load(self, step: int, ranks: int, microbatches: int) -> Load:
-        """Return the positions of step `step` on `ranks` data-parallel ranks."""
-        lengths = self.order.row_lengths(self.rows(step))
-        return load(lengths, ranks, microbatches, self.context)
+    def row_lengths(self, step: int) -> IntArray:
+        """Return the lengths of the examples of a step, int64 [rows, 1]."""
+        return self.order.row_lengths(self.rows(step))
+
+
+class Examples:
+    """Part of a `Budgeted` dataset: the lengths of the examples to train on, and their order."""
+
+    train: Any
+    options: Any
+
+    @property
+    def lengths(self) -> IntArray:
+        """The tokens of each example to train on, int64 [N]."""
+        found: IntArray = self.train.lengths
+        return found
+
+    @property
+    def shuffled(self) -> bool:
+        """False if training reads the examples in the order of the file."""
+        return bool(self.options.shuffle)

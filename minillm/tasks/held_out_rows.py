@@ -23,6 +23,7 @@ class HeldOutTexts:
         ends = np.cumsum(examples.lengths)  # tokens up to each example
         within = int(np.searchsorted(ends, tokens, "right")) if tokens else len(ends)
         self.num_rows = max(1, within)
+        self.lengths = examples.lengths[: self.num_rows]
 
     def batch(self, rows: IntArray, device: Device) -> Batch:
         """Return the examples `rows` [B]."""

@@ -22,7 +22,7 @@ from minillm.base.errors import ConfigError
 from minillm.base.record import option
 from minillm.comm.communicator import Communicator
 from minillm.data.batches import IGNORE_INDEX, Batches
-from minillm.data.buckets import Load, load, padded_length
+from minillm.data.buckets import padded_length
 from minillm.data.corpus import Corpus, corpus_of
 from minillm.data.documents import Documents, SpecialTokenizer, special_json
 from minillm.data.options import DataOptions
@@ -185,10 +185,9 @@ class SentencePairs(MaskedLanguageModeling):
 
     losses: Sequence[str] = ("mlm", "nsp")
 
-    def load(self, step: int, ranks: int, microbatches: int) -> Load:
-        """Return the positions of step `step` on `ranks` data-parallel ranks."""
-        lengths = self._examples(step).lengths[:, None]
-        return load(lengths, ranks, microbatches, self.sequences.context)
+    def row_lengths(self, step: int) -> IntArray:
+        """Return the lengths of the pairs of a step, int64 [batch, 1]."""
+        return self._examples(step).lengths[:, None]
 
 
 class HeldOutMasks:

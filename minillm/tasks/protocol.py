@@ -19,8 +19,8 @@ from minillm.base.arrays import IntArray
 from minillm.base.device import Device
 from minillm.base.record import Record
 from minillm.comm.communicator import Communicator
-from minillm.data.buckets import Load
 from minillm.data.options import SourceOptions
+from minillm.data.token_batches import TokenBatches
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 
@@ -43,11 +43,11 @@ class Unequal(Task, Protocol):
     """Task on sequences of unequal lengths, such as `minillm.data.buckets` orders.
 
     The rows of a step are sorted by length, and data-parallel rank r of n takes rows[r::n]. Without
-    `load` a rank takes the next block of rows.
+    `row_lengths` a rank takes the next block of rows.
     """
 
-    def load(self, step: int, ranks: int, microbatches: int) -> Load:
-        """Return the positions of step `step` on `ranks` data-parallel ranks."""
+    def row_lengths(self, step: int) -> IntArray:
+        """Return the lengths of the rows of a step, int64 [rows, K], for K parts of each."""
 
 
 @runtime_checkable
@@ -99,6 +99,13 @@ class ByRow(Protocol):
 
     def result_of(self, sums: Mapping[str, float], rows: np.ndarray) -> Result:
         """Return the metrics from the sums and the numbers of all rows [num_rows, width]."""
+
+
+@runtime_checkable
+class OfLengths(Protocol):
+    """Part of a measure whose rows have unequal lengths: similar ones share a microbatch."""
+
+    lengths: IntArray  # of the rows, int64 [num_rows]
 
 
 class Result(Protocol):
@@ -159,8 +166,22 @@ class Dataset(Protocol):
 class Deciding(Dataset, Protocol):
     """Dataset that decides options of a run, such as the number of labels."""
 
-    def decides(self, batch: int) -> Mapping[str, Any]:
-        """Return the values of options that follow from the data, for `batch` sequences a step."""
+    def decides(self, batch: int | TokenBatches) -> Mapping[str, Any]:
+        """Return the values of options that follow from the data.
+
+        `batch` sequences make a step, or the batches by tokens do.
+        """
+
+
+@runtime_checkable
+class Budgeted(Dataset, Protocol):
+    """Dataset whose sequences have lengths that are known, so that tokens can fill a batch."""
+
+    lengths: IntArray  # of the training sequences, int64 [N] or [N, K]
+    shuffled: bool  # False: they keep their order
+
+    def task(self, shape: Any, *, batch: int | TokenBatches, seed: int, first: int = 0) -> Task:
+        """Return the training batches; those by tokens know their seed and beginning."""
 
 
 @runtime_checkable

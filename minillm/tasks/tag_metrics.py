@@ -93,6 +93,7 @@ class HeldOutTags:
         ends = np.cumsum(sentences.lengths)  # tokens up to each sentence
         within = int(np.searchsorted(ends, tokens, "right")) if tokens else len(ends)
         self.num_rows, self.types = max(1, within), types_of(labels)
+        self.lengths = sentences.lengths[: self.num_rows]
         self.width = len(READERS) * len(self.types) * KINDS
 
     def batch(self, rows: IntArray, device: Device) -> Batch:

@@ -20,6 +20,7 @@ from minillm.data.conll import Sentence, TagFields, read_sentences
 from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.journeys import journeys
 from minillm.data.tags import labels_of_types, scheme_of, spans_of, tags_of, types_of
+from minillm.data.token_batches import TokenBatches
 from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
@@ -28,6 +29,7 @@ from minillm.tasks.encoded_words import EncodedWords, Pieces, WordEncoder
 from minillm.tasks.example_order import (
     ExampleOptions,
     ExampleOrder,
+    Examples,
     labels_to_have,
     parts_of,
     unchanged,
@@ -57,7 +59,7 @@ class Tagging(ExampleOrder):
         return self.sentences.batch(numbers[rows], self.context, where, divisors)
 
 
-class TaggedSentences:
+class TaggedSentences(Examples):
     """Sentences to learn and sentences held out, encoded: a `Deciding` dataset."""
 
     def __init__(
@@ -113,7 +115,7 @@ class TaggedSentences:
             out.append(np.array([known[tag] for tag in tags_of(spans, len(each.tokens))], np.int64))
         return out
 
-    def decides(self, batch: int) -> Mapping[str, Any]:
+    def decides(self, batch: int | TokenBatches) -> Mapping[str, Any]:
         """Return the number of labels, and the steps of the epochs that were asked for."""
         return {"labels": len(self.labels), **self.options.steps(len(self.train), batch)}
 
@@ -132,7 +134,9 @@ class TaggedSentences:
             f"{self.vocab_size:,}, sha256 {self.sha256[:12]}"
         )
 
-    def task(self, shape: Shape, *, batch: int, seed: int, first: int = 0) -> Tagging:
+    def task(
+        self, shape: Shape, *, batch: int | TokenBatches, seed: int, first: int = 0
+    ) -> Tagging:
         """Return the training sentences, in buckets unless their order is kept."""
         return Tagging(self.train, shape.context, batch, seed, first, self.options.shuffle)
 

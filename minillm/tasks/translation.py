@@ -17,10 +17,11 @@ from minillm.base.record import Record, option
 from minillm.comm.agreement import from_first
 from minillm.comm.communicator import Communicator
 from minillm.data.batches import IGNORE_INDEX
-from minillm.data.buckets import Buckets, Load, load, padded, padded_length
+from minillm.data.buckets import padded, padded_length
 from minillm.data.options import SourceOptions
 from minillm.data.pair_sources import BUILT_IN, built_in, read_pairs
 from minillm.data.sentence_pieces import marks_of
+from minillm.data.token_batches import TokenBatches, order_of
 from minillm.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
@@ -83,14 +84,15 @@ class Translating:
 
     losses: Sequence[str] = ("loss",)
 
-    def __init__(self, pairs: Pairs, context: int, batch: int, seed: int, first: int = 0) -> None:
+    def __init__(
+        self, pairs: Pairs, context: int, batch: int | TokenBatches, seed: int, first: int = 0
+    ) -> None:
         self.pairs, self.context = pairs, context
-        self.order = Buckets(pairs.lengths, batch, seed, first=first)
+        self.order = order_of(pairs.lengths, batch, seed, first)
 
-    def load(self, step: int, ranks: int, microbatches: int) -> Load:
-        """Return the positions of step `step`, of both sides, on `ranks` data-parallel ranks."""
-        lengths = self.order.row_lengths(self.order.rows(step))
-        return load(lengths, ranks, microbatches, self.context)
+    def row_lengths(self, step: int) -> IntArray:
+        """Return the lengths of the targets and the sources of a step, int64 [rows, 2]."""
+        return self.order.row_lengths(self.order.rows(step))
 
     def batch(self, step: int, rows: IntArray, device: Device) -> Batch:
         """Return the pairs `rows` [B] of a step, which are sorted by length."""
@@ -109,6 +111,7 @@ class HeldOutPairs:
         ends = np.cumsum(pairs.lengths[:, 0])  # tokens up to each pair
         within = int(np.searchsorted(ends, tokens, "right")) if tokens else len(ends)
         self.num_rows = max(1, within)
+        self.lengths = pairs.lengths[: self.num_rows].sum(1)
         self.num_tokens = int(ends[self.num_rows - 1])
 
     def batch(self, rows: IntArray, device: Device) -> Batch:
@@ -130,6 +133,8 @@ class Translations:
     One id behind those of the tokenizer ends every sequence and begins every target, unless the
     tokenizer has marks of its own. Pairs that are longer than the model's context are left out.
     """
+
+    shuffled = True
 
     def __init__(
         self,
@@ -180,7 +185,14 @@ class Translations:
             f"{self.sha256[:12]}"
         )
 
-    def task(self, shape: Shape, *, batch: int, seed: int, first: int = 0) -> Translating:
+    @property
+    def lengths(self) -> IntArray:
+        """The tokens of both sides of each pair to train on, int64 [N, 2]."""
+        return self.train.lengths
+
+    def task(
+        self, shape: Shape, *, batch: int | TokenBatches, seed: int, first: int = 0
+    ) -> Translating:
         """Return the training pairs in buckets."""
         return Translating(self.train, shape.context, batch, seed, first)
 

@@ -106,6 +106,12 @@ def parse_train_args(
         if held is not None:
             base = base.replace(**from_weights(held))
     config = _parse_rest(base.replace(**{**from_file, **chosen}), start, rest, prog)
+    batch, tokens = config.optimization.batch, config.optimization.batch_tokens
+    if tokens and any(word.split("=")[0] == "--batch" for word in rest):
+        raise ConfigError(
+            f"--batch {batch} and --batch-tokens {tokens} both say how large a step is; leave one "
+            "out, or pass --batch-tokens 0"
+        )
     if held is not None:
         (check_resume if start.resume is not None else check_weights)(held, config)
     return start, config

@@ -26,6 +26,7 @@ from minillm.replication.options import ReplicationOptions
 from minillm.tasks.objectives import objective
 from minillm.tasks.protocol import Dataset, Deciding, Objective
 from minillm.training.adaptation import AdaptationOptions
+from minillm.training.batching import batches_of
 from minillm.training.options import OptimizationOptions, OutputOptions
 
 RunConfigT = TypeVar("RunConfigT", bound="RunConfig")
@@ -135,10 +136,12 @@ def _of_family(cls: type[RunConfigT], of: Family) -> type[RunConfigT]:
 
 
 def decided(config: RunConfigT, data: Dataset) -> RunConfigT:
-    """Return `config` with the options that its data decide."""
-    if not isinstance(data, Deciding):
-        return config
-    return config.replace(**data.decides(config.optimization.batch))
+    """Return `config` with the options that its data decide.
+
+    Raises ConfigError for batches by tokens of other data than they are for.
+    """
+    batches = batches_of(config.optimization, data)
+    return config.replace(**data.decides(batches)) if isinstance(data, Deciding) else config
 
 
 def preset_values(name: str) -> dict[str, Any]:

@@ -97,12 +97,20 @@ def _ways(config: ResolvedConfig) -> list[tuple[ResolvedConfig, str]]:
         options = config.options.replace(save_async=False)
         wide.append((dataclasses.replace(config, options=options), "leave --save-async out"))
     smaller = list(_smaller(config))[1:]
+    auto = ", or --microbatch auto" if config.options.optimization.batch_tokens else ", or auto"
     full = [dataclasses.replace(other, recompute="full") for other in (config, *smaller)]
     return [
         *wide,
-        *((other, f"use --microbatch {other.microbatch}, or auto") for other in smaller),
-        *((other, f"use --recompute full --microbatch {other.microbatch}") for other in full),
+        *((other, f"use {_microbatch(other)}{auto}") for other in smaller),
+        *((other, f"use --recompute full {_microbatch(other)}") for other in full),
     ]
+
+
+def _microbatch(config: ResolvedConfig) -> str:
+    """Return the flag that asks for the microbatch of `config`."""
+    if config.options.optimization.batch_tokens:
+        return f"--microbatch-tokens {config.microbatch * config.model.context}"
+    return f"--microbatch {config.microbatch}"
 
 
 class _Judge:

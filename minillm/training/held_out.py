@@ -18,7 +18,7 @@ from minillm.models.protocol import Batch
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import forward_only
-from minillm.tasks.protocol import ByRow, Measure, Result
+from minillm.tasks.protocol import ByRow, Measure, OfLengths, Result
 from minillm.training.assembly import Assembly
 
 
@@ -39,14 +39,16 @@ def measure(
 ) -> Result:
     """Return the metrics of a model, the same on every rank. Collective over `world`.
 
-    Each data-parallel rank takes every n-th row, `microbatch` rows at a time. Sums are added over
-    the ranks, averages are never averaged. Raises Stopped on every rank once `stop` is true on one.
-    `advance` is called with the number of rows done, of all ranks. Some microbatches exist at a
-    time, so memory grows with the rows only by the numbers that a `ByRow` keeps of each.
+    Each data-parallel rank takes every n-th row, `microbatch` rows at a time, short ones first.
+    Sums are added over the ranks, averages are never averaged. Raises Stopped on every rank once
+    `stop` is true on one. `advance` is called with the number of rows done, of all ranks. Some
+    microbatches exist at a time, so memory grows with the rows only by the numbers that a `ByRow`
+    keeps of each.
     """
     mesh, device = model.mesh, model.device
     data = mesh.axis("dp", "ep")
-    rows = np.arange(data.rank, what.num_rows, data.size)
+    lengths = what.lengths if isinstance(what, OfLengths) else np.zeros(what.num_rows)
+    rows = np.argsort(lengths, kind="stable")[data.rank :: data.size]
     values: dict[str, list[Any]] = defaultdict(list)
     first_of_tp = mesh.coord("tp") == 0  # the ranks along tp find equal numbers
     table = np.zeros((what.num_rows, what.width)) if isinstance(what, ByRow) else None

@@ -27,6 +27,7 @@ from minillm.comm.signals import StopRequest
 from minillm.tasks.protocol import Dataset, Result, Unequal
 from minillm.training import going_on, loading
 from minillm.training.assembly import model_shapes
+from minillm.training.batching import drawn
 from minillm.training.early_stopping import EarlyStopping
 from minillm.training.folder import begin, way_back
 from minillm.training.heartbeat import Heartbeat
@@ -85,16 +86,13 @@ class Run:
         self.started_as, self.started_with = comm.rank, comm.size
         self.lock: FolderLock | None = None  # of a first rank that another one was before
         self.first_step = origin.first_step if origin else 0
-        batch, seed = optimization.batch, optimization.seed
         if origin is not None and origin.continues:
             shapes, old = model_shapes(config), origin.path
             agree(comm, lambda: checkpoint.check_shapes(checkpoint.CheckpointSource(old), shapes))
         with known_to_all():
             position, moved = origin.position(data, config.options) if origin else (0, None)
-            # Number of the sequence in row 0 of step 0, as if the run had begun with this data.
-            self.first = position - self.first_step * batch
-            task = data.task(config.model, batch=batch, seed=seed, first=self.first)
-            self._task, self._wire = task, wire
+            self._task, self.position = drawn(config, data, position, self.first_step)
+            self._wire = wire
             surviving = config.options.comm.on_failure != "stop" and comm.size > 1
             self.survivors = going_on.survivors(self) if surviving else None
             self.trainer = self.survivors.trainer if self.survivors else self.make(config, comm)
@@ -116,7 +114,7 @@ class Run:
         agree(comm, lambda: self.open_places(self.first_step))
         self.shares = TimeShares()
         self.result: Result | None = None
-        threads, unequal = threads_in_use(), isinstance(task, Unequal)
+        threads, unequal = threads_in_use(), isinstance(self._task, Unequal)
         for label, text in plan(config, data, self.trainer.model, threads, comm, program, unequal):
             self._say(label, text)
         if self.survivors is not None:

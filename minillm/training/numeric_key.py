@@ -39,6 +39,11 @@ def numeric_key(
         "stage_layers": list(config.stage_layers),
         "microbatch": config.microbatch,
         "num_microbatches": config.num_microbatches,
+        **(
+            {"microbatch_tokens": config.microbatch_tokens}
+            if options.optimization.batch_tokens
+            else {}
+        ),
         "bucket_mb": options.replication.bucket_mb,
         "shared_by": shared_by,
         **({} if options.replication.balance == "none" else {"balance": "speed"}),

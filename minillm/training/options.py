@@ -19,6 +19,9 @@ class OptimizationOptions(Record):
 
     batch: int = option(16, at_least=1, announced=True)
     """Sequences per step over all ranks."""
+    batch_tokens: int = option(0, at_least=0, announced=True)
+    """Tokens per step over all ranks, about so many without padding, in place of --batch, for
+    sequences of unequal lengths; of a pair the longer side counts; 0: --batch decides."""
     steps: int = option(1000, at_least=1, announced=True)
     """Optimizer steps in the whole run."""
     lr: float = option(2e-3, above=0, announced=True)

@@ -36,10 +36,11 @@ from minillm.replication.protocol import MakeOptimizer, Replication
 from minillm.replication.server_shards import Applied, key_range, ranges
 from minillm.tasks.protocol import Continuing, Task
 from minillm.training.assembly import assemble
+from minillm.training.batching import batch_of, microbatches_of, rows_of
 from minillm.training.carried import Carried
 from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.step import rate_of, rows_of
+from minillm.training.step import rate_of
 from minillm.training.verdict import Judge
 
 
@@ -93,8 +94,9 @@ class LoneWorker:
         carried = self._carried[worker]  # moves on with the clocks of its worker alone
         if not (isinstance(self.task, Continuing) and self.task.continues(clock)):
             carried.forget()
-        rows = rows_of(config, self.task, (config.num_microbatches,) * number, worker)
-        batches = ((self.task.batch(clock, part, CPU), part) for part in rows)
+        cut = microbatches_of(config, self.task, clock)
+        rows = rows_of(cut, (cut.number,) * number, worker)
+        batches = ((batch_of(self.task, clock, part, CPU), part) for part in rows)
         self._runtime.run([carried.into(batch, part) for batch, part in batches])
         squares = number**2 * sum(map(kernels.sum_of_squares, self._counted))
         verdict = self._judge.agree(SelfCommunicator(), clock, {}, squares)

@@ -16,6 +16,7 @@ from minillm.comm.binding import narrowest
 from minillm.comm.communicator import Communicator
 from minillm.comm.cores import ThreadShare
 from minillm.comm.ledger import Row, RowKey
+from minillm.data.token_batches import TokenBatches
 from minillm.kernels import native
 from minillm.layout.options import comma_list
 from minillm.layout.partition import balance
@@ -23,6 +24,7 @@ from minillm.models.protocol import num_parameters
 from minillm.tasks.protocol import Dataset
 from minillm.training.adaptation import num_trained
 from minillm.training.assembly import Assembly
+from minillm.training.batching import batches_of
 from minillm.training.memory import predicted
 from minillm.training.numeric_key import kernel_choices
 from minillm.training.resolve import ResolvedConfig
@@ -55,13 +57,6 @@ def plan(
     share = ""
     if mesh.tp * mesh.pp > 1:
         share = f", at most {compact(max(entry[0] for entry in everyone))} on a rank"
-    times = f" of {config.microbatch}, one after another" if config.num_microbatches > 1 else ""
-    per_rank = f"{plural(options.optimization.batch // mesh.dp, 'sequence')}"
-    in_parts = f" in {config.num_microbatches} microbatches{times}" if times else ""
-    if options.replication.balance != "none" and mesh.dp > 1:
-        in_parts += ", then as many as its speed allows"
-    bound = "at most " if unequal else ""
-    replica = "the rank" if mesh.num_ranks == 1 else "each replica"
     number = num_parameters(config.family.architecture, model)
     trained = num_trained(options.adaptation, config.family, model)
     share += f", of which {compact(trained)} train" if trained != number else ""
@@ -71,14 +66,36 @@ def plan(
         f"{compact(number)} parameters{share}",
         "layout": _layout(config, threads, memory.description),
         "cores": narrowest(comm),
-        "batch": f"{bound}{config.tokens_per_step} tokens a step: {options.optimization.batch} "
-        f"sequences of {bound}{model.context}; {replica} takes {per_rank}{in_parts}; "
-        f"{plural(options.optimization.steps, 'step')}",
+        "batch": f"{_batch(config, data, unequal)}; {plural(options.optimization.steps, 'step')}",
         "kernels": _kernels(config, assembly.device),
         "memory": f"{size(sum(most.values()))} predicted for the largest rank ({parts})"
         f"{_recompute(config, assembly.device)}",
     }
     return list(lines.items())
+
+
+def _batch(config: ResolvedConfig, data: Dataset, unequal: bool) -> str:
+    """Return the tokens and sequences of a step, and how the replicas share them."""
+    options, dp, number = config.options, config.mesh.dp, config.num_microbatches
+    replica = "the rank" if config.mesh.num_ranks == 1 else "each replica"
+    batches = batches_of(options.optimization, data)
+    if isinstance(batches, TokenBatches):
+        most = config.microbatch_tokens
+        parts = f"microbatches of at most {most}" if most else plural(number, "microbatch", "es")
+        return (
+            f"about {batches.tokens} tokens a step, without padding: sequences of at most "
+            f"{config.model.context}; an epoch has {plural(batches.number, 'step')}; {replica} "
+            f"takes about {-(-batches.tokens // dp)} in {parts}"
+        )
+    times = f" in {number} microbatches of {config.microbatch}, one after another"
+    parts = times if number > 1 else ""
+    if options.replication.balance != "none" and dp > 1:
+        parts += ", then as many as its speed allows"
+    bound = "at most " if unequal else ""
+    return (
+        f"{bound}{config.tokens_per_step} tokens a step: {batches} sequences of {bound}"
+        f"{config.model.context}; {replica} takes {plural(batches // dp, 'sequence')}{parts}"
+    )
 
 
 def _layout(config: ResolvedConfig, threads: ThreadShare, description: str) -> str:
@@ -155,7 +172,11 @@ def step_metrics(
     padding = {}
     if load is not None:
         tokens = load.real
-        padding = {"padding": 1 - load.real / load.computed, "balance": load.balance}
+        padding = {
+            "sequences": load.sequences,
+            "padding": 1 - load.real / load.computed,
+            "balance": load.balance,
+        }
     return {
         "step": report.step + 1,
         "loss": report.loss,
@@ -184,7 +205,7 @@ class TimeShares:
         """Account for a step."""
         self.total += report.seconds
         if report.load is not None:
-            self._loads += (*report.load, 1)
+            self._loads += (*report.load[:3], 1)
         self.seconds["optimizer"] += report.optimizer_seconds
         for (axis, operation, kind), row in moved.items():
             name = "agreement" if kind == "control" else f"communication {axis}"

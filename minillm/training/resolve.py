@@ -42,7 +42,8 @@ class ResolvedConfig:
     stage_layers: tuple[int, ...]
     """Layers of each pipeline stage, in order."""
     microbatch: int
-    """Sequences per microbatch on one rank."""
+    """Sequences per microbatch on one rank; under --batch-tokens those of full length that have as
+    many tokens."""
     warmup: int
     """Steps over which the learning rate rises."""
     min_lr: float
@@ -53,6 +54,8 @@ class ResolvedConfig:
     planned_dp: int
     """Data-parallel ranks at the start, over which the batch divides: `mesh` has fewer after a
     loss."""
+    microbatch_tokens: int = 0
+    """Most positions of a microbatch on one rank under --batch-tokens; 0: no limit."""
 
     @property
     def replication(self) -> ReplicationOptions:
@@ -64,13 +67,20 @@ class ResolvedConfig:
 
     @property
     def num_microbatches(self) -> int:
-        """Microbatches per step on one rank, as planned at the start."""
-        return self.options.optimization.batch // (self.planned_dp * self.microbatch)
+        """Microbatches per step on one rank, as planned at the start; about so many by tokens."""
+        tokens, most = self.options.optimization.batch_tokens, self.microbatch_tokens
+        if not tokens:
+            return self.options.optimization.batch // (self.planned_dp * self.microbatch)
+        return -(-tokens // (self.planned_dp * most)) if most else usual_number(self.mesh.pp)
 
     @property
     def deal(self) -> tuple[int, ...]:
         """Microbatches per step of each replica: equally many, after a loss nearly so."""
-        total, dp = self.planned_dp * self.num_microbatches, self.mesh.dp
+        return self.dealt(self.num_microbatches)
+
+    def dealt(self, number: int) -> tuple[int, ...]:
+        """Return the microbatches of each replica, where each had `number` of them at the start."""
+        total, dp = self.planned_dp * number, self.mesh.dp
         return tuple(total // dp + (replica < total % dp) for replica in range(dp))
 
     @property
@@ -81,8 +91,9 @@ class ResolvedConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of the global batch."""
-        return self.options.optimization.batch * self.model.context
+        """Tokens of the global batch, at most, or about those of --batch-tokens."""
+        optimization = self.options.optimization
+        return optimization.batch_tokens or optimization.batch * self.model.context
 
     @property
     def out(self) -> str:
@@ -95,7 +106,8 @@ class ResolvedConfig:
         found: dict[str, Any] = dict(
             dp=self.mesh.dp,
             stage_layers=comma_list(self.stage_layers),
-            microbatch=self.microbatch,
+            microbatch=None if self.options.optimization.batch_tokens else self.microbatch,
+            microbatch_tokens=self.microbatch_tokens,
             warmup=self.warmup,
             min_lr=self.min_lr,
             recompute=self.recompute,
@@ -169,10 +181,20 @@ def resolve(
     adaptation.check(config.adaptation, config.family, model)
     stage_layers = layout.resolve_stage_layers(model.layers, model.layer_costs)
     number = max(
-        1 if mesh.pp == 1 else 2 * mesh.pp,
+        usual_number(mesh.pp),
         BALANCED_MICROBATCHES if config.replication.balance != "none" else 1,
     )
-    microbatch = config.pipeline.resolve_microbatch(optimization.batch, mesh.dp, number)
+    most = config.pipeline.microbatch_tokens
+    if optimization.batch_tokens:
+        _check_tokens(config)
+        each = most or -(-optimization.batch_tokens // (mesh.dp * number))
+        microbatch = max(1, -(-each // model.context))
+    elif most:
+        raise ConfigError(
+            f"--microbatch-tokens {most} needs --batch-tokens; use --microbatch, or leave it out"
+        )
+    else:
+        microbatch = config.pipeline.resolve_microbatch(optimization.batch, mesh.dp, number)
     return ResolvedConfig(
         options=config,
         family=config.family,
@@ -185,7 +207,28 @@ def resolve(
         recompute=_recompute(config, model, microbatch * max(stage_layers)),
         per_node=per_node or num_ranks,
         planned_dp=mesh.dp,
+        microbatch_tokens=most,
     )
+
+
+def usual_number(pp: int) -> int:
+    """Return the microbatches of a rank unless asked for otherwise, over `pp` stages."""
+    return 1 if pp == 1 else 2 * pp
+
+
+def _check_tokens(config: RunConfig) -> None:
+    """Raise ConfigError for options that do not go with batches by tokens."""
+    asked, microbatch = config.optimization.batch_tokens, config.pipeline.microbatch
+    if isinstance(microbatch, int):
+        raise ConfigError(
+            f"--microbatch {microbatch} counts sequences, but --batch-tokens {asked} has any "
+            "number of them; use --microbatch-tokens, or --microbatch auto"
+        )
+    if config.replication.balance != "none":
+        raise ConfigError(
+            f"--balance {config.replication.balance} and --batch-tokens {asked} do not go "
+            "together: microbatches of unequal lengths tell no speed; leave one out"
+        )
 
 
 def _surviving(config: RunConfig) -> RunConfig:
@@ -211,7 +254,10 @@ def _surviving(config: RunConfig) -> RunConfig:
 def with_microbatch(config: ResolvedConfig, microbatch: int) -> ResolvedConfig:
     """Return `config` with another microbatch, which divides its own, and what follows from it."""
     recompute = _recompute(config.options, config.model, microbatch * max(config.stage_layers))
-    return dataclasses.replace(config, microbatch=microbatch, recompute=recompute)
+    changes: dict[str, Any] = dict(microbatch=microbatch, recompute=recompute)
+    if config.options.optimization.batch_tokens and microbatch < config.microbatch:
+        changes["microbatch_tokens"] = microbatch * config.model.context
+    return dataclasses.replace(config, **changes)
 
 
 def with_replicas(config: ResolvedConfig, dp: int) -> ResolvedConfig:
@@ -239,7 +285,8 @@ def valid_layouts(config: RunConfig, model: Shape, num_ranks: int) -> list[tuple
     ]
     batch, asked = config.optimization.batch, config.pipeline.microbatch
     microbatch = asked if isinstance(asked, int) else 1
-    fits = [layout for layout in layouts if batch % (layout[0] * microbatch) == 0]
+    by_tokens = config.optimization.batch_tokens > 0
+    fits = [layout for layout in layouts if by_tokens or batch % (layout[0] * microbatch) == 0]
     return sorted(fits, key=lambda layout: (layout[2], layout[1]))
 
 
@@ -257,7 +304,7 @@ def _mesh(config: RunConfig, model: Shape, num_ranks: int) -> MeshShape:
         raise ConfigError(
             f"dp * tp * pp = {dp} * {tp} * {pp} = {mesh.num_ranks}, but {ranks}; {way_out}"
         )
-    if batch % dp:
+    if batch % dp and not config.optimization.batch_tokens:
         raise ConfigError(
             f"--batch {batch} does not divide over dp = {dp} ranks; try --batch "
             f"{-(-batch // dp) * dp}, or --dp {some_divisors(batch, near=dp)}"

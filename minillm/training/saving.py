@@ -93,7 +93,7 @@ class Saver:
             corpus=run.data.sha256,
             source=run.data.source,
             key=run.key,
-            position=run.first + step * run.config.options.optimization.batch,
+            position=run.position(step),
             held_out=None if loss is None else held_out,
             stopping=run.stopping.state(),
         )

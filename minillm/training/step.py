@@ -1,14 +1,10 @@
-"""One step as data: its learning rate, the sequences of a replica, and its outcome."""
+"""One step as data: its learning rate and its outcome."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from minillm.data.buckets import Load
-from minillm.tasks.protocol import Task, Unequal
+from minillm.data.microbatches import Load
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.schedule_lr import learning_rate
 from minillm.training.verdict import Verdict
@@ -55,20 +51,3 @@ def rate_of(config: ResolvedConfig, step: int) -> float:
         schedule=optimization.lr_schedule,
         decay_share=optimization.decay_share,
     )
-
-
-def rows_of(
-    config: ResolvedConfig, task: Task, deal: Sequence[int], replica: int
-) -> Iterator[np.ndarray]:
-    """Yield the sequences of the global batch that a replica computes, by microbatches.
-
-    `deal` are the microbatches of each replica.
-    """
-    each, before = config.microbatch, sum(deal[:replica])
-    for number in range(before, before + deal[replica]):
-        if isinstance(task, Unequal):
-            # A group of sorted rows holds one microbatch of each replica, its rows in turn.
-            place, group = divmod(number, config.num_microbatches)
-            yield np.arange(group * each, (group + 1) * each) * config.planned_dp + place
-        else:
-            yield np.arange(number * each, (number + 1) * each)

@@ -25,7 +25,7 @@ from minillm.comm.agreement import agree
 from minillm.comm.communicator import MAX, Communicator
 from minillm.comm.ledger import ledger
 from minillm.comm.mesh import Mesh
-from minillm.data.buckets import Load
+from minillm.data.microbatches import Load, load_of
 from minillm.layout.placement import Layout
 from minillm.models.protocol import INIT_STD
 from minillm.models.traced import trace_layers
@@ -38,11 +38,12 @@ from minillm.replication.balance import SpeedBalance
 from minillm.replication.protocol import MakeOptimizer, Replication
 from minillm.tasks.protocol import Continuing, Task, Unequal
 from minillm.training.assembly import assemble
+from minillm.training.batching import batch_of, microbatches_of, rows_of
 from minillm.training.carried import Carried
 from minillm.training.memory import predicted
 from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.step import StepReport, rate_of, rows_of
+from minillm.training.step import StepReport, rate_of
 from minillm.training.verdict import Judge
 
 
@@ -114,10 +115,9 @@ class Trainer:
         )
         replicas = self.mesh.axis("dp", "ep")
         self._replica, self._deals = replicas.rank, deals
-        self._even = config.deal
         self._balance: SpeedBalance | None = None
         if config.options.replication.balance != "none" and deals is None and replicas.size > 1:
-            self._balance = SpeedBalance(world, replicas.rank, self._even, config.mesh.pp - 1)
+            self._balance = SpeedBalance(world, replicas.rank, config.deal, config.mesh.pp - 1)
         clip = f"smaller --clip (now {optimization.clip:g})" if optimization.clip else "--clip 1"
         advice = (
             f"try a smaller --lr (now {optimization.lr:g}), a longer --warmup (now "
@@ -153,7 +153,7 @@ class Trainer:
             self._carried.forget()
         self.runtime.run(
             [
-                self._carried.into(self.task.batch(step, rows, self.device), rows)
+                self._carried.into(batch_of(self.task, step, rows, self.device), rows)
                 for rows in self._rows()
             ]
         )
@@ -178,16 +178,21 @@ class Trainer:
             exposed,
             self._optimizer_seconds,
             self._deal if self._is_dealt else (),
-            self._load(self._step),
+            self._load,
         )
 
     def _dealt(self, step: int) -> tuple[int, ...]:
         """Return the microbatches of each replica in this step, and take up their schedule."""
+        self._cut = microbatches_of(self.config, self.task, step)
+        self._load: Load | None = None
+        if isinstance(self.task, Unequal):
+            self._load = load_of(self.task.row_lengths(step), self._cut)
+        even = self.config.dealt(self._cut.number)
         if self._deals is not None:
             deal = tuple(self._deals(step))
         else:
-            deal = self._even if self._balance is None else self._balance.deal
-        assert sum(deal) == sum(self._even), f"{deal} are not all microbatches of a step"
+            deal = even if self._balance is None else self._balance.deal
+        assert sum(deal) == sum(even), f"{deal} are not all microbatches of a step"
         number = deal[self._replica]
         if number != self.runtime.schedule.num_microbatches:
             self.runtime.use(self._lowered(number))
@@ -195,17 +200,12 @@ class Trainer:
 
     def _rows(self) -> Iterator[np.ndarray]:
         """Yield this rank's sequences of the global batch, by microbatches."""
-        return rows_of(self.config, self.task, self._deal, self._replica)
-
-    def _load(self, step: int) -> Load | None:
-        if not isinstance(self.task, Unequal):
-            return None
-        return self.task.load(step, self.config.planned_dp, self.config.num_microbatches)
+        return rows_of(self._cut, self._deal, self._replica)
 
     @property
     def _is_dealt(self) -> bool:
         """True if replicas may run different numbers of microbatches."""
-        return self._balance is not None or self._deals is not None or len(set(self._even)) > 1
+        return self._balance is not None or self._deals is not None or len(set(self._deal)) > 1
 
     def _check_deal(self, ranks: Communicator) -> None:
         """Raise CommError on every rank unless all have dealt alike. Collective over `ranks`."""

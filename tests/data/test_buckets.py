@@ -11,7 +11,8 @@ from training_helpers import BASE, VOCAB, Layout, Outcome, assert_same, train
 from minillm.base.device import Device
 from minillm.base.errors import ConfigError
 from minillm.data.batches import IGNORE_INDEX
-from minillm.data.buckets import Buckets, Load, load, padded, padded_length
+from minillm.data.buckets import Buckets, padded, padded_length
+from minillm.data.microbatches import in_turn, load_of
 from minillm.models.protocol import Batch
 from minillm.params.where import KeyLimits, Where
 from minillm.tasks.protocol import Unequal
@@ -55,34 +56,13 @@ def test_sequences_of_two_parts_are_sorted_by_both() -> None:
         assert pairs == sorted(pairs)
 
 
-def plain_load(lengths: np.ndarray, ranks: int, microbatches: int, most: int) -> Load:
-    work = []
-    for rank in range(ranks):
-        own, total = lengths[rank::ranks], 0
-        size = len(own) // microbatches
-        for m in range(microbatches):
-            part = own[m * size : (m + 1) * size]
-            for k in range(lengths.shape[1]):
-                longest = max(part[:, k])
-                total += size * min(most, max(1, longest))
-        work.append(total)
-    return Load(int(lengths.sum()), sum(work), max(work) / (sum(work) / ranks))
-
-
-@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 1), (4, 1), (2, 4), (3, 2)])
-def test_load_is_what_a_plain_count_gives(ranks: int, microbatches: int) -> None:
-    for parts in (1, 2):
-        lengths = np.sort(RNG.integers(0, 50, (48, parts)), axis=0)
-        found, expected = (f(lengths, ranks, microbatches, 45) for f in (load, plain_load))
-        assert found[:2] == expected[:2] and abs(found.balance - expected.balance) < 1e-12
-
-
 def test_sorted_windows_leave_little_padding_and_even_shares() -> None:
-    lengths = np.minimum(RNG.geometric(0.1, 20_000), 64)
+    sizes = np.minimum(RNG.geometric(0.1, 20_000), 64)
     padding = {}
     for window in (1, 50):
-        found = Buckets(lengths, 32, 1, window=window)
-        loads = [load(found.row_lengths(found.rows(step)), 4, 1, 64) for step in range(40)]
+        found = Buckets(sizes, 32, 1, window=window)
+        cut, lengths = in_turn(32, 4, 1), [found.row_lengths(found.rows(s)) for s in range(40)]
+        loads = [load_of(each, cut) for each in lengths]
         real, computed = (sum(each[i] for each in loads) for i in range(2))
         padding[window] = computed / real
     # A batch of 32 random ones is as long as its longest: about four times the mean here.
@@ -110,9 +90,8 @@ class Documents:
         self.order = Buckets(lengths, BASE["batch"], 3, window=3)
         self.whole, self.local = whole, local
 
-    def load(self, step: int, ranks: int, microbatches: int) -> Load:
-        rows = self.order.rows(step)
-        return load(self.order.row_lengths(rows), ranks, microbatches, BASE["context"])
+    def row_lengths(self, step: int) -> np.ndarray:
+        return self.order.row_lengths(self.order.rows(step))
 
     def batch(self, step: int, rows: np.ndarray, device: Device) -> Batch:
         """Return the rows, padded to the longest of this microbatch."""

@@ -298,7 +298,7 @@ def _deal_differently(patch: Patch) -> None:
 
     def dealt(self: Trainer, step: int) -> Any:
         found = original(self, step)
-        return found if self._replica == 0 else self._even
+        return found if self._replica == 0 else self.config.deal
 
     patch.setattr(Trainer, "_dealt", dealt)
 

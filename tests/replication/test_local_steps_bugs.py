@@ -12,7 +12,7 @@ from training_helpers import Layout
 
 from minillm.replication import local_steps
 from minillm.replication.local_steps import LocalSteps, Worker
-from minillm.training.step import rows_of
+from minillm.training.batching import rows_of
 from minillm.training.trainer import Trainer
 
 
@@ -67,7 +67,7 @@ def test_another_order_of_data_after_a_sync_is_seen(monkeypatch: pytest.MonkeyPa
     def rows(self: Trainer) -> Any:
         turn = self._step // LOCAL["local_steps"]
         replica = (self._replica + turn) % len(self._deal)
-        return rows_of(self.config, self.task, self._deal, replica)
+        return rows_of(self._cut, self._deal, replica)
 
     monkeypatch.setattr(Trainer, "_rows", rows)
     with pytest.raises(AssertionError):

@@ -27,10 +27,11 @@ from training_helpers import (
 from minillm.comm.single import SelfCommunicator
 from minillm.layout.mesh_shape import MeshShape
 from minillm.replication.codecs import Matrix, PowerSGD
+from minillm.training.batching import microbatches_of, rows_of
 from minillm.training.optimizers import maker
 from minillm.training.replay import LoneWorker
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.step import rate_of, rows_of
+from minillm.training.step import rate_of
 from minillm.training.trainer import Trainer
 from minillm.training.verdict import CLIP_EPS
 
@@ -49,7 +50,8 @@ class Share:
     def __init__(self, config: ResolvedConfig, worker: int) -> None:
         self.task, self.workers = make_task(config), config.mesh.dp
         deal = (config.num_microbatches,) * self.workers
-        self.rows = np.concatenate(list(rows_of(config, self.task, deal, worker)))
+        cut = microbatches_of(config, self.task, 0)
+        self.rows = np.concatenate(list(rows_of(cut, deal, worker)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)

@@ -91,6 +91,21 @@ def test_every_mesh_measures_the_same(layout: Layout) -> None:
         assert found == {name: value for name, value in expected.items() if name != "loss"}
 
 
+def test_rows_of_similar_lengths_are_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows a microbatch, each as long as its longest."""
+    shapes, batch = [], HeldOutLabels.batch
+
+    def noted(self: Any, rows: Any, device: Any) -> Any:
+        found = batch(self, rows, device)
+        shapes.append(found.arrays["tokens"].shape)
+        return found
+
+    monkeypatch.setattr(HeldOutLabels, "batch", noted)
+    measured(Layout())
+    lengths = sorted(examples().lengths.tolist())
+    assert shapes == [(len(lengths[i : i + 3]), lengths[i : i + 3][-1]) for i in range(0, 50, 3)]
+
+
 def test_means_of_ranks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide by the rank's own rows instead: wrong where shares are unequal."""
     expected, batch = measured(Layout())[0], HeldOutLabels.batch

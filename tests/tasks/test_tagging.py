@@ -196,7 +196,7 @@ def test_means_of_ranks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def own_mean(self: Any, step: int, rows: Any, device: Any) -> Any:
         found = batch(self, step, rows, device)
         own = float(self.sentences.counts[self.rows(step)[rows]].sum())
-        return found._replace(divisors={"loss": own * self.batch_size / len(rows)})
+        return found._replace(divisors={"loss": own * BATCH / len(rows)})
 
     monkeypatch.setattr(Tagging, "batch", own_mean)
     for layout in (Layout(dp=4), Layout(pp=2, num_microbatches=2)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minillm.data.buckets import Load
+from minillm.data.microbatches import Load
 from minillm.tasks.language_model import Evaluation
 from minillm.training.report import TimeShares, _recompute, step_metrics
 
