@@ -12,9 +12,8 @@ import numpy as np
 from minillm.base.errors import ConfigError
 from minillm.base.record import or_list
 from minillm.data.tables import ending, read_text
-from minillm.data.templates import Message
+from minillm.data.templates import ROLES, Message
 
-ROLES = ("system", "user", "assistant")
 NUM_GENERATED = 3000
 ANIMALS = ("ant", "bee", "cat", "cow", "dog", "elk", "fox", "hen", "owl", "pig", "rat", "yak")
 

@@ -39,23 +39,35 @@ class Plain:
 
     name: str
     head: Mapping[str, str]  # of each role
-    tail: str
+    tail: Mapping[str, str]  # of each role
     stops: Sequence[str]
 
     def render(self, messages: Sequence[Message], reply: bool = True) -> str:
         """Return the text; for a `reply` up to where the assistant's next one begins."""
-        turns = [f"{self.head[role]}{content}{self.tail}" for role, content in messages]
+        turns = [f"{self.head[role]}{content}{self.tail[role]}" for role, content in messages]
         return "".join(turns) + self.head["assistant"].rstrip(" ") * reply
 
 
+ROLES = ("system", "user", "assistant")
 CHATML = Plain(
     "chatml",
-    {role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
-    "<|im_end|>\n",
+    {role: f"<|im_start|>{role}\n" for role in ROLES},
+    dict.fromkeys(ROLES, "<|im_end|>\n"),
     ("<|im_end|>",),
 )
 WORDS = Plain(
-    "plain", {"system": "", "user": "User: ", "assistant": "Assistant: "}, "\n\n", ("\nUser:",)
+    "plain",
+    {"system": "", "user": "User: ", "assistant": "Assistant: "},
+    dict.fromkeys(ROLES, "\n\n"),
+    ("\nUser:",),
+)
+# A summary is a line behind an article and a separator (Radford et al. 2019, section 3.6), which
+# `minillm evaluate --source --target` writes as well.
+TLDR = Plain(
+    "tldr",
+    {"system": "", "user": "", "assistant": " TL;DR: "},
+    {"system": "\n", "user": "", "assistant": "\n"},
+    ("\n",),
 )
 
 
@@ -115,12 +127,12 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def template_of(vocabulary: Mapping[str, Any], asked: str) -> Template:
-    """Return the template `asked` for: chatml, plain, or auto.
+    """Return the template `asked` for: chatml, plain, tldr, or auto.
 
     That is the one that it was trained with here, else its own one. A model without one gets ChatML
     if its vocabulary has the tokens, else words. Raises ConfigError if its own one cannot be used.
     """
-    given = {"chatml": CHATML, "plain": WORDS}
+    given = {each.name: each for each in (CHATML, WORDS, TLDR)}
     wanted = str(vocabulary.get("template")) if asked == "auto" else asked
     if wanted in given:
         return given[wanted]

@@ -240,9 +240,9 @@ class ChatOptions(ExampleOptions):
     tokenizer: str = option("byte", path=True)
     """Tokens of a model from scratch: byte, char, bpe:SIZE (learnt from the dialogues), or the path
     of a tokenizer.json, or a folder with one."""
-    template: Literal["auto", "chatml", "plain"] = "auto"
-    """Text around turns: that of the model's files (auto), <|im_start|> and <|im_end|> (chatml), or
-    the words User and Assistant (plain)."""
+    template: Literal["auto", "chatml", "plain", "tldr"] = "auto"
+    """Text around turns: that of the model's files (auto), <|im_start|> and <|im_end|> (chatml),
+    the words User and Assistant (plain), or TL;DR: before a summary of one line (tldr)."""
 
 
 @dataclass(frozen=True, kw_only=True)

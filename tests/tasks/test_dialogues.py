@@ -19,11 +19,20 @@ from minillm.base.errors import ConfigError
 from minillm.comm.single import SelfCommunicator
 from minillm.data.batches import IGNORE_INDEX
 from minillm.data.dialogues import Dialogue, errands, read_dialogues
-from minillm.data.templates import CHATML, WORDS, Message, Template, chunks_of, template_of
+from minillm.data.templates import (
+    CHATML,
+    TLDR,
+    WORDS,
+    Message,
+    Template,
+    chunks_of,
+    template_of,
+)
 from minillm.data.tokenizers import ByteTokenizer, CharTokenizer
 from minillm.inference import chat, sample
 from minillm.inference.decoding import Request
 from minillm.inference.sampling import Sampling
+from minillm.inference.written import SummaryOptions
 from minillm.params.where import Where
 from minillm.tasks import chat as tasks_chat
 from minillm.tasks.chat import (
@@ -90,6 +99,14 @@ def test_a_template_of_a_model_ends_answers_by_its_ids() -> None:
         learnt_text(template_of(last, "auto"), TALK[1:5])
 
 
+def test_a_summary_is_learnt_behind_what_evaluate_gives_to_read() -> None:
+    pair = [Message("user", "a long story"), Message("assistant", "its end")]
+    assert learnt_text(TLDR, pair) == "a long story TL;DR:[ its end\n]"
+    assert next(chunks_of(TLDR, pair)).text == pair[0].content + SummaryOptions().separator
+    pair[1] = Message("assistant", "one line\nand no more")
+    assert learnt_text(TLDR, pair) == "a long story TL;DR:[ one line\n]"
+
+
 CHARACTERS = CharTokenizer("\n?+AUabcdefghiklnorstuwxy245")  # at most 29, as the small models have
 
 
@@ -100,7 +117,8 @@ def dialogues(context: int = 16) -> EncodedDialogues:
     for line in range(40):
         words = ["".join(rng.choice(list("abcdef"), rng.integers(1, 9))) for _ in range(2)]
         made.append(Dialogue((Message("user", words[0]), Message("assistant", words[1])), line))
-    short = WORDS.__class__("short", {"user": "U", "assistant": "A", "system": ""}, "\n", ("\n",))
+    head, tail = {"user": "U", "assistant": "A"}, {"user": "\n", "assistant": "\n"}
+    short = WORDS.__class__("short", head, tail, ("\n",))
     return EncodedDialogues(made, CHARACTERS, short, NONE, context)
 
 
@@ -232,3 +250,22 @@ def test_a_run_is_read_by_evaluate_and_chat(
     other = ["--task", "classify", "--model", str(run), "--out", str(tmp_path / "y")]
     assert finetune.main(other) == 1
     assert "but this task needs an encoder" in capsys.readouterr().err
+
+
+def test_summaries_are_learnt_and_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"tale {i} of old", "completion": f"tale {i}"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, key in (("a.txt", "prompt"), ("b.txt", "completion")):
+        (tmp_path / name).write_text("\n".join(row[key] for row in rows) + "\n")
+    words = ["--task", "chat", "--template", "tldr", "--train", str(tmp_path / "pairs.jsonl")]
+    words += ["--layers", "1", "--heads", "2", "--dim", "16", "--threads", "1", "--steps", "2"]
+    words += ["--context", "64", "--batch", "4", "--out", str(tmp_path / "run")]
+    assert finetune.main(words) == 0
+    assert "template tldr" in " ".join(capsys.readouterr().out.split())
+    asked = ["--source", str(tmp_path / "a.txt"), "--target", str(tmp_path / "b.txt")]
+    more = ["--most-tokens", "10", "--threads", "1"]
+    assert evaluate.main([str(tmp_path / "run"), *asked, *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["texts"] == 20 and 0 <= found["rouge1"] <= 1
