@@ -65,7 +65,7 @@ STANDARD_LIBRARY_ONLY = [
     f"minillm/pipeline/{name}.py" for name in ("action", "schedules", "lower", "simulate", "draw")
 ]
 # A program in PyTorch that nothing imports, and its models.
-YARDSTICKS = ("minillm/bench/torch_run.py", "minillm/bench/torch_models.py")
+YARDSTICKS = tuple(f"minillm/bench/torch_{name}.py" for name in ("run", "models", "tasks"))
 MPI_AT_TOP = {"minillm/comm/mpi.py", "minillm/comm/watchdog.py"}
 
 

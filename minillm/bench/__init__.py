@@ -13,6 +13,7 @@ from minillm.bench import (
     methods,
     models,
     parts,
+    quality,
     shared_core,
     training_step,
 )
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, tuple[type, Run]] = {
     "generate": (parts.GenerateBench, contest.run),
     "comm": (messages.CommBench, messages.run),
     "methods": (methods.MethodsBench, methods.run),
+    "quality": (quality.QualityBench, quality.run),
     "shared": (shared_core.SharedCoreBench, shared_core.run),
 }
 
