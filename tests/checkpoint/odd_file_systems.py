@@ -58,6 +58,8 @@ class FileSystem:
                 patch.setattr(os, name, self._changing(getattr(os, name)))
             for name in ("rename", "replace"):
                 patch.setattr(os, name, self._renaming(getattr(os, name)))
+            scan = os.scandir
+            patch.setattr(os, "scandir", lambda *path: Entries(scan(*path)))
             patch.setattr(builtins, "open", opened)
             patch.setattr(io, "open", opened)
             yield self
@@ -73,6 +75,23 @@ class FileSystem:
             self.change(lambda: usual(source, target, **options))
 
         return rename
+
+
+class Entries(list[Any]):
+    """Entries of a folder, listed backwards: the manifest behind the files of ranks."""
+
+    def __init__(self, found: Any) -> None:
+        with found:
+            super().__init__(sorted(found, key=lambda entry: entry.name, reverse=True))
+
+    def __enter__(self) -> Entries:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        """Do nothing: the entries are read."""
+
+    def close(self) -> None:
+        """Do nothing, likewise."""
 
 
 class Stream:

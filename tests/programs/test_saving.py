@@ -51,6 +51,7 @@ def test_a_run_that_saves_behind_tells_the_same_story(
         waited = [line["step"] for line in metrics(run) if line.get("saving_seconds", 0) > 0]
         assert {3, 5} <= set(waited) and 1 not in waited and 2 not in waited
     assert curve(behind) == curve(at_once)
+    assert list(checkpoint.run_steps(behind)) == [2, 4, 6]
     assert len(weights(behind)) == 3 and weights(behind) == weights(at_once)
 
 
