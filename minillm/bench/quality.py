@@ -28,9 +28,10 @@ from minillm.comm.single import SelfCommunicator
 from minillm.inference.loading import Opened, ReadOptions, load_trained, open_checkpoint
 from minillm.kernels.gpu_check.report import table
 from minillm.layout.sharding import Slices
-from minillm.tasks.protocol import Dataset
+from minillm.tasks.protocol import Dataset, Unequal
 from minillm.training.adaptation import AdaptationOptions
 from minillm.training.assembly import WEIGHTS, Assembly, assemble, first_rows, fresh_heads
+from minillm.training.batching import drawn
 from minillm.training.config import RunConfig
 from minillm.training.held_out import measure
 from minillm.training.resolve import ResolvedConfig
@@ -91,7 +92,8 @@ def run(comm: Communicator, asked: QualityBench) -> None:
     what = data.measure(config.model, None)
     own = measure(load_trained(opened, config, SelfCommunicator()), what, SelfCommunicator(), 32)
     optimization = opened.config.optimization
-    task = data.task(config.model, batch=optimization.batch, seed=optimization.seed)
+    task, _ = drawn(config, data)
+    assert isinstance(task, Unequal)
     twin = _twin(config, opened, asked.model)
     with bar("training in PyTorch", steps, "step", True) as advance:
         theirs = twin.train(task, steps, optimization, lambda step: rate_of(config, step), advance)

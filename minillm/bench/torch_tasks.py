@@ -20,7 +20,7 @@ from minillm.autograd.tape import Tensor as OwnTensor
 from minillm.base.device import CPU
 from minillm.data.batches import IGNORE_INDEX
 from minillm.models.protocol import Batch
-from minillm.tasks.protocol import ByRow, Measure, Result, Task
+from minillm.tasks.protocol import ByRow, Measure, Result, Unequal
 from minillm.training.options import OptimizationOptions
 
 # Shares of activations dropped, as the configurations of BERT and DistilBERT name them.
@@ -117,7 +117,7 @@ class Twin:
 
     def train(
         self,
-        task: Task,
+        task: Unequal,
         steps: int,
         options: OptimizationOptions,
         rate: Callable[[int], float],
@@ -130,10 +130,10 @@ class Twin:
             dict(params=[p for p in every if p.ndim == 1], weight_decay=0.0),
         ]
         optimizer = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), fused=True)
-        rows, found = np.arange(options.batch), list[float]()
+        found = list[float]()
         self.net.train()
         for step in range(steps):
-            batch = task.batch(step, rows, CPU)
+            batch = task.batch(step, np.arange(len(task.row_lengths(step))), CPU)
             loss = self.head.loss(self._found(batch), batch)
             optimizer.zero_grad()
             loss.backward()

@@ -66,16 +66,18 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("task", list(FILES))
+@pytest.mark.parametrize(
+    ("task", "batch"), [*((task, "--batch=8") for task in FILES), ("tag", "--batch-tokens=90")]
+)
 def test_both_sides_agree(
-    task: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str, batch: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, dev = (tmp_path / f"{name}.{FILES[task]}" for name in ("train", "dev"))
     for seed, path in enumerate((train, dev)):
         path.write_text(text_of(task, seed))
     run, found = tmp_path / "run", tmp_path / "found.json"
     words = ["--task", task, "--model", str(encoder), "--train", str(train), "--dev", str(dev)]
-    words += ["--context", "16", "--batch", "8", "--steps", "12", "--lr", "2e-3", "--warmup", "2"]
+    words += ["--context", "16", batch, "--steps", "12", "--lr", "2e-3", "--warmup", "2"]
     words += ["--dropout", "0", "--eval-every", "0", "--threads", "1", "--out", str(run)]
     assert finetune.main(words) == 0
     asked = ["quality", "--run", str(run), "--model", str(encoder), "--json", str(found)]
