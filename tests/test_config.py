@@ -614,7 +614,8 @@ SILENT = """
 ANNOUNCED = """
     steps lr min_lr warmup lr_schedule clip batch dropout weight_decay data text_field
     decay_share cautious compress compress_rank compress_share local_steps outer_lr outer_momentum
-    fragments server staleness layer_decay batch_tokens
+    fragments server staleness layer_decay batch_tokens on_spike spike_window spike_threshold
+    spike_limit
 """
 
 

@@ -6,6 +6,7 @@ that was written to its end. It holds a checksum of itself and of every file.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.base.errors import CheckpointError
+from minillm.base.whole_file import write_bytes
 
 MANIFEST = "manifest.json"
 FORMAT = "minillm-checkpoint"
@@ -182,6 +184,15 @@ def _read(file: Path) -> str:
 def _open_at_once(path: str, flags: int) -> int:
     """Open a file, without waiting for the writer of a FIFO."""
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def replace_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Replace the `meta` of the checkpoint folder `path`, whole or not at all; its files stay.
+
+    Raises Damaged for a manifest that cannot be read, OSError if it cannot be written.
+    """
+    manifest = dataclasses.replace(read_manifest(path), meta=meta)
+    write_bytes(path / MANIFEST, manifest.to_json().encode(), synced=True)
 
 
 def check_coverage(tensors: Mapping[str, TensorEntry]) -> None:

@@ -21,7 +21,7 @@ _KINDS: dict[str, type] = {
     "key": dict,
 }
 # Likewise, for what checkpoints of earlier versions lack. None is legal.
-_MAY_LACK: dict[str, type] = {"position": int, "held_out": dict, "stopping": dict}
+_MAY_LACK: dict[str, type] = {"position": int, "held_out": dict, "stopping": dict, "spikes": dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class RunRecord:
     """Held-out loss at this step and the number of tokens behind it, if it was measured."""
     stopping: Mapping[str, Any] | None = None
     """Best metric so far and the evaluations since, of a run that may end early."""
+    spikes: Mapping[str, Any] | None = None
+    """Losses and norms of the last steps, and the sequences left out, of a run with --on-spike."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as the manifest's `meta`."""

@@ -318,6 +318,7 @@ METHOD = Method(
     name="local-steps",
     option="local_steps",
     lost=lambda options: "a lost worker takes its own weights and optimizer state along",
+    kept=lambda options: "each worker has a norm of its own, and updates by it",
     make=_make,
     sends=_sends,
     holds=_holds,

@@ -106,6 +106,9 @@ class Method:
     """Fill in what follows from several nodes of so many neighbours of the mesh each."""
     lost: Callable[[ReplicationOptions], str] = lambda options: ""
     """Reason why a run cannot go on without lost ranks; empty if it can."""
+    kept: Callable[[ReplicationOptions], str] = lambda options: ""
+    """Reason why no update of a step can be left out once its loss and norm are known; empty if it
+    can: --on-spike."""
     needs_host: Callable[[ReplicationOptions], bool] = lambda options: False
     """True if the method works in the host's memory alone."""
     unasked: tuple[Any, ...] = (0, "none")

@@ -154,6 +154,9 @@ METHOD = Method(
     name="server",
     option="server",
     lost=lambda options: "a lost server takes the only copy of its weights along",
+    kept=lambda options: (
+        "" if options.server == "sync" else "a server updates before all losses are known"
+    ),
     make=_make,
     sends=_sends,
     meets=_meets,

@@ -168,6 +168,7 @@ class Server:
             self._send(source, [held], True)
             return
         self._receive(held, source)
+        shard.overwritten()
         self._send(source, [held[:0]], True)
 
     def _receive(self, out: Array, source: int) -> None:

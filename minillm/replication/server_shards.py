@@ -155,6 +155,9 @@ class Shard:
         self.log.append(Applied(worker, clock, read, self.version))
         self.version += 1
 
+    def overwritten(self) -> None:
+        """Note that a worker has set weights or state, as a run does that goes back."""
+
     def receive_grads(self, receive: Callable[[Array], object]) -> None:
         """Overwrite the gradients of all stages."""
         for buffers in self.buffers:
@@ -200,6 +203,10 @@ class SyncShard(Shard):
     def ready(self, clock: int) -> bool:
         """Return whether the update of the clock before has been made."""
         return self.version >= clock
+
+    def overwritten(self) -> None:
+        """Wait for the next update before a pull is answered, whatever its clock."""
+        self.version = -1
 
     def step(self, request: Request) -> None:
         """Update from the sum."""

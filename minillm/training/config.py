@@ -27,7 +27,7 @@ from minillm.tasks.objectives import objective
 from minillm.tasks.protocol import Dataset, Deciding, Objective
 from minillm.training.adaptation import AdaptationOptions
 from minillm.training.batching import batches_of
-from minillm.training.options import OptimizationOptions, OutputOptions
+from minillm.training.options import OptimizationOptions, OutputOptions, SpikeOptions
 
 RunConfigT = TypeVar("RunConfigT", bound="RunConfig")
 
@@ -57,6 +57,7 @@ class RunConfig(Record):
     layout: LayoutOptions = field(default=LayoutOptions())
     pipeline: PipelineOptions = field(default=PipelineOptions())
     replication: ReplicationOptions = field(default=ReplicationOptions())
+    spikes: SpikeOptions = field(default=SpikeOptions())
     output: OutputOptions = field(default=OutputOptions())
     comm: CommOptions = field(default=CommOptions())
 

@@ -139,7 +139,7 @@ def begin(run: Path, config: str, origin: Origin | None) -> list[str]:
     if origin is None or not origin.continues:
         _clear(run)
     elif origin.run is not None and os.path.realpath(origin.run) == os.path.realpath(run):
-        lines = _go_back(run, origin.step)
+        lines = go_back(run, origin.step)
     else:
         _copy_checkpoint(origin, run)
         if origin.run is not None:
@@ -158,14 +158,17 @@ def _clear(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def _go_back(run: Path, step: int) -> list[str]:
-    """Set checkpoints after `step` aside and cut the metrics there.
+def go_back(run: Path, step: int, keep: bool = False) -> list[str]:
+    """Set checkpoints after `step` aside and cut the metrics there; return lines to show.
 
-    The order is such that a crash in between loses no line and leads back to no abandoned step.
+    The lines that are cut are kept elsewhere if there are such checkpoints, or with `keep`. The
+    order is such that a crash in between loses no line and leads back to no abandoned step.
     """
     names = logs_of(run)
     later = [number for number in checkpoint.run_steps(run) if number > step]
-    moved = {name: copy_later(step, run / name, run / f"{LEFT}{name}") for name in names if later}
+    moved = {
+        name: copy_later(step, run / name, run / f"{LEFT}{name}") for name in names if later or keep
+    }
     for folder in (run, run / checkpoint.SUBFOLDER):
         checkpoint.set_aside(folder, step)
     for name in names:

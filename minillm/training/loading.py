@@ -31,6 +31,8 @@ def load(run: Run, origin: Origin, moved: str | None) -> None:
         verify(found, run.comm)
         source = checkpoint.CheckpointSource(found)
         run.trainer.load(source)
+    if run.spikes.back_to == origin.step:
+        run.trainer.forget()
     run.log(f"resumed from {found} at step {origin.step}")
     lost = checkpoint.fallbacks(source, run.trainer.state())
     for line in (*origin.changes(run.config), *([moved] if moved else []), *lost):

@@ -37,6 +37,7 @@ from minillm.training.origin import Origin
 from minillm.training.report import TimeShares, peak_mb, plan, step_metrics
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.saving import Saver
+from minillm.training.spikes import Spikes, answer
 from minillm.training.step import StepReport
 from minillm.training.trainer import Trainer
 from minillm.training.verdict import NotFinite
@@ -90,8 +91,11 @@ class Run:
             shapes, old = model_shapes(config), origin.path
             agree(comm, lambda: checkpoint.check_shapes(checkpoint.CheckpointSource(old), shapes))
         with known_to_all():
+            held = origin.record.spikes if origin and origin.continues else None
+            self.spikes = Spikes(config.options.spikes, held)
             position, moved = origin.position(data, config.options) if origin else (0, None)
-            self._task, self.position = drawn(config, data, position, self.first_step)
+            start = self.first_step + self.spikes.jump
+            self._task, self._read_before = drawn(config, data, position, start)
             self._wire = wire
             surviving = config.options.comm.on_failure != "stop" and comm.size > 1
             self.survivors = going_on.survivors(self) if surviving else None
@@ -119,6 +123,8 @@ class Run:
             self._say(label, text)
         if self.survivors is not None:
             self._say("losses", going_on.PLAN)
+        if self.spikes.on:
+            self._say("spikes", self.spikes.describe())
         self.log(f"output  {self.out}\n")
         self.heartbeat.beat()
 
@@ -137,7 +143,12 @@ class Run:
             device=self.device,
             wire=self._wire,
             commit=commit,
+            spikes=self.spikes,
         )
+
+    def position(self, step: int) -> int:
+        """Return the number of the first sequence of the data that step `step` reads."""
+        return self._read_before(step + self.spikes.jump)
 
     def begin_policy(self) -> None:
         """Count the time to the next checkpoint from the next step on."""
@@ -163,6 +174,12 @@ class Run:
         self.metrics = MetricsFile(self.out / METRICS if first else None, self.progress.say)
         self.heartbeat = Heartbeat(self.out, self.comm.rank)
 
+    def close_places(self) -> None:
+        """Close what `open_places` has opened."""
+        self.progress.close()
+        self.metrics.close()
+        self.writers.close()
+
     def train(self) -> bool:
         """Run all steps; return whether the run came to its end, not to a request to stop.
 
@@ -185,6 +202,8 @@ class Run:
         """Run the steps that are left, and save the last one."""
         started, stopped, step = self._began, False, self.trainer.done
         waiting: deque[tuple[StepReport, Moved]] = deque()  # steps whose numbers are not read yet
+        if self.spikes.rewinds and self.saved_step < 0:
+            self._save(step)  # a place to go back to
         if self.unsettled is not None:  # before a loss
             self._settle(self.unsettled, {}, self._due(step, False, 0.0))
         while step < self.last_step and not stopped and not self.stopping.over:
@@ -194,6 +213,9 @@ class Run:
             with self._saving_before_a_failure():
                 report = self.trainer.step(step)
             self.heartbeat.beat()
+            if report.spike is not None and (back := answer(self, report)) is not None:
+                step = back
+                continue
             waiting.append((report, ledger().since(before)))
             step, stopped = step + 1, report.stop
             due = self._due(step, stopped, report.clock)
@@ -223,8 +245,7 @@ class Run:
         """Read a step's numbers, show and write them, and do what is due."""
         step, found, improved = report.step + 1, None, False
         with self._saving_before_a_failure():
-            tokens = self.config.tokens_per_step if report.load is None else report.load.real
-            self.progress.update(step - 1, report.loss, report.lr, report.grad_norm, tokens)
+            self._show(report)
         self.shares.add(report, moved)
         paused = time.perf_counter()
         method = self.trainer.replication.metrics()
@@ -251,6 +272,16 @@ class Run:
             self.survivors.commit()  # else a loss may have left arbitrary numbers in the metrics
         self.settled, self.unsettled = step, None
         self.progress.pause(time.perf_counter() - paused)
+
+    def _show(self, report: StepReport) -> None:
+        """Show a step that is done, or the reason why its update was left out."""
+        tokens = self.config.tokens_per_step if report.load is None else report.load.real
+        if report.spike is None:
+            numbers = report.loss, report.lr, report.grad_norm
+            self.progress.update(report.step, *numbers, tokens)
+        else:
+            self.progress.say(f"step {report.step + 1} is left out: {report.spike.text}")
+            self.progress.pause(report.seconds)
 
     @contextmanager
     def _saving_before_a_failure(self) -> Iterator[None]:
@@ -301,9 +332,7 @@ class Run:
 
     def _finish(self, step: int, seconds: float, stopped: bool) -> None:
         """Print the totals."""
-        self.progress.close()
-        self.metrics.close()
-        self.writers.close()
+        self.close_places()
         if step > self.first_step:
             first = self.first_step
             steps = f"steps {first + 1} to {step}" if first else plural(step, "step")

@@ -1,4 +1,4 @@
-"""Options of the optimization and of what a run writes."""
+"""Options of the optimization, of loss spikes, and of what a run writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from minillm.base.errors import ConfigError
 from minillm.base.interval import Interval
-from minillm.base.record import Record, option
+from minillm.base.record import Record, flag, option
 from minillm.checkpoint import SaveEvery
 from minillm.training.schedule_lr import LR_SCHEDULES
 from minillm.training.writers import place_names
@@ -105,6 +105,31 @@ class OptimizationOptions(Record):
                 f"--min-lr {min_lr} is above --lr {self.lr}; try --min-lr {self.lr / 10:g}"
             )
         return min_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikeOptions(Record):
+    """Loss spikes, as in `--on-spike skip` (docs/cluster.md)."""
+
+    on_spike: Literal["off", "skip", "rewind"] = option("off", announced=True)
+    """Course at a spike of the loss or the gradient norm: none (off), leave the update of that step
+    out (skip), or go back to the newest checkpoint and leave out the batches since (rewind)."""
+    spike_window: int = option(100, at_least=4, below=100_000, announced=True)
+    """Steps before a step with which its loss and norm are compared."""
+    spike_threshold: float = option(6.0, above=0, announced=True)
+    """Deviations above the median of the window from which on a number is a spike."""
+    spike_limit: int = option(10, at_least=1, announced=True)
+    """Spikes in a row that are skipped, or rewinds to one checkpoint, before the run ends."""
+
+    def check(self) -> None:
+        """Raise ConfigError for options that mean nothing without --on-spike."""
+        for name in ("spike_window", "spike_threshold", "spike_limit"):
+            value = getattr(self, name)
+            if self.on_spike == "off" and value != getattr(type(self), name):
+                raise ConfigError(
+                    f"{flag(name)} {value:g} needs --on-spike skip or rewind; leave it out, or add "
+                    "one"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -177,10 +178,11 @@ def step_metrics(
             "padding": 1 - load.real / load.computed,
             "balance": load.balance,
         }
+    spike = {} if report.spike is None else {"spike": report.spike.text}
     return {
         "step": report.step + 1,
-        "loss": report.loss,
-        "grad_norm": report.grad_norm,
+        "loss": _finite(report.loss),
+        "grad_norm": _finite(report.grad_norm),
         "lr": report.lr,
         "tokens": tokens,
         "seconds": report.seconds,
@@ -190,7 +192,13 @@ def step_metrics(
         "peak_rss_mb" if device.on_host else "peak_device_mb": report.peak_bytes / 1e6,
         "comm": dict(comm),
         **({"deal": list(report.deal)} if report.deal else {}),
+        **spike,
     }
+
+
+def _finite(number: float) -> float | None:
+    """Return a number as JSON knows it: None for one that is not finite, of a step left out."""
+    return number if math.isfinite(number) else None
 
 
 class TimeShares:

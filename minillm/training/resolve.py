@@ -17,6 +17,7 @@ from minillm.layout.options import comma_list, even_split
 from minillm.models.family import Family, Shape
 from minillm.models.protocol import Workload
 from minillm.replication import methods
+from minillm.replication.method import Method
 from minillm.replication.options import ReplicationOptions
 from minillm.training import adaptation
 from minillm.training.config import RunConfig
@@ -157,6 +158,7 @@ def resolve(
     if config.comm.on_failure != "stop":
         config = _surviving(config)
     method = methods.method_of(config.replication)
+    _check_spikes(config, method)
     if config.compute.device == "cuda" and method.needs_host(config.replication):
         raise ConfigError(
             f"{method.flag(config.replication)} needs --device cpu: it works in the host's memory; "
@@ -249,6 +251,21 @@ def _surviving(config: RunConfig) -> RunConfig:
         if reason:
             raise ConfigError(f"{asked} and {flags} do not go together: {reason}; leave one out")
     return config.replace(node_shared="off")
+
+
+def _check_spikes(config: RunConfig, method: Method) -> None:
+    """Raise ConfigError for a run that cannot leave an update out."""
+    config.spikes.check()
+    refused = {method.flag(config.replication): method.kept(config.replication)}
+    if config.comm.on_failure != "stop":
+        flags = f"--on-failure {config.comm.on_failure}"
+        refused[flags] = "a loss repeats a step, which the window of losses then holds twice"
+    for flags, reason in refused.items():
+        if reason and config.spikes.on_spike != "off":
+            raise ConfigError(
+                f"--on-spike {config.spikes.on_spike} and {flags} do not go together: {reason}; "
+                "leave one out"
+            )
 
 
 def with_microbatch(config: ResolvedConfig, microbatch: int) -> ResolvedConfig:

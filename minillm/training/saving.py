@@ -96,6 +96,7 @@ class Saver:
             position=run.position(step),
             held_out=None if loss is None else held_out,
             stopping=run.stopping.state(),
+            spikes=run.spikes.state(),
         )
         return {
             "directory": run.out / checkpoint.SUBFOLDER,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from minillm.data.microbatches import Load
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.schedule_lr import learning_rate
 from minillm.training.verdict import Verdict
 
+if TYPE_CHECKING:
+    from minillm.training.spikes import Spike
+
 
 class StepReport(NamedTuple):
     """Outcome of one step.
 
     On a GPU `loss` and `grad_norm` wait for the device, and raise NotFinite if they are not finite.
+    Those of a spike may be.
     """
 
     step: int
@@ -27,16 +31,17 @@ class StepReport(NamedTuple):
     optimizer_seconds: float  # s of this rank
     deal: tuple[int, ...] = ()  # microbatches of each replica, where they are dealt
     load: Load | None = None  # of unequal sequences, on all ranks
+    spike: Spike | None = None  # reason why the update was left out
 
     @property
     def loss(self) -> float:
         """The sum of the step's losses, each a mean over the global batch."""
-        return self.verdict.numbers()[0]
+        return self.verdict.numbers()[0] if self.spike is None else self.spike.loss
 
     @property
     def grad_norm(self) -> float:
         """The norm of the whole gradient before clipping."""
-        return self.verdict.numbers()[1]
+        return self.verdict.numbers()[1] if self.spike is None else self.spike.norm
 
 
 def rate_of(config: ResolvedConfig, step: int) -> float:

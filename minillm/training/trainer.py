@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -43,6 +44,7 @@ from minillm.training.carried import Carried
 from minillm.training.memory import predicted
 from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
+from minillm.training.spikes import Spikes
 from minillm.training.step import StepReport, rate_of
 from minillm.training.verdict import Judge
 
@@ -55,7 +57,7 @@ class Trainer:
     `deals` returns the number of microbatches of each replica in a step, as a run with --balance
     has logged them. `clock` measures speed. `wire` reaches dedicated servers, ranks behind those of
     `world` (serving.py). `commit` is called before each update, and may raise to prevent it.
-    Collective over `world`.
+    `spikes` decides which updates are left out. Collective over `world`.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class Trainer:
         clock: Callable[[], float] = time.perf_counter,
         wire: Communicator | None = None,
         commit: Callable[[], None] = lambda: None,
+        spikes: Spikes | None = None,
     ) -> None:
+        self.spikes = spikes or Spikes()
         self.config, self.world, self.task, self.device = config, world, task, device
         optimization = config.options.optimization
         if schedule is None:
@@ -136,8 +140,11 @@ class Trainer:
 
     @property
     def lag(self) -> int:
-        """Steps by which the host is ahead of the numbers that it reads: 1 on a GPU."""
-        return int(not self.device.on_host)
+        """Steps by which the host is ahead of the numbers that it reads.
+
+        1 on a GPU, unless it decides about spikes.
+        """
+        return int(not (self.device.on_host or self.spikes.on))
 
     def step(self, step: int) -> StepReport:
         """Run step `step` (from 0). Collective.
@@ -149,11 +156,12 @@ class Trainer:
         self._step, before = step, self._judge.last
         ledger().step = step + 1
         self._deal = self._dealt(step)
-        if not (isinstance(self.task, Continuing) and self.task.continues(step)):
-            self._carried.forget()
+        place = step + self.spikes.jump
+        if not (isinstance(self.task, Continuing) and self.task.continues(place)):
+            self.forget()
         self.runtime.run(
             [
-                self._carried.into(batch_of(self.task, step, rows, self.device), rows)
+                self._carried.into(batch_of(self.task, place, rows, self.device), rows)
                 for rows in self._rows()
             ]
         )
@@ -164,6 +172,10 @@ class Trainer:
         exposed = self.replication.exposed_seconds - exposed
         self.last = self._report(self._worst, time.perf_counter() - self._started, exposed)
         return self.last
+
+    def forget(self) -> None:
+        """Let the rows of a recurrent model begin anew, as after a gap in the data."""
+        self._carried.forget()
 
     def _report(self, worst: Sequence[float], seconds: float, exposed: float) -> StepReport:
         stop, peak, clock = worst
@@ -179,14 +191,16 @@ class Trainer:
             self._optimizer_seconds,
             self._deal if self._is_dealt else (),
             self._load,
+            self._spike,
         )
 
     def _dealt(self, step: int) -> tuple[int, ...]:
         """Return the microbatches of each replica in this step, and take up their schedule."""
-        self._cut = microbatches_of(self.config, self.task, step)
+        place = step + self.spikes.jump
+        self._cut = microbatches_of(self.config, self.task, place)
         self._load: Load | None = None
         if isinstance(self.task, Unequal):
-            self._load = load_of(self.task.row_lengths(step), self._cut)
+            self._load = load_of(self.task.row_lengths(place), self._cut)
         even = self.config.dealt(self._cut.number)
         if self._deals is not None:
             deal = tuple(self._deals(step))
@@ -229,12 +243,17 @@ class Trainer:
         peak = self.device.peak_bytes()
         if self._is_dealt:
             self._check_deal(ranks)
-        if not self.lag:
-            self._verdict.numbers()
+        self._spike = None if self.lag else self.spikes.judge(self._step, self._verdict)
         self._lr = rate_of(self.config, self._step)
         self._commit()
         started, self.begun = time.perf_counter(), self._step + 1
-        self.replication.update(self.optimizer, self._step, self._lr, self._verdict.scale)
+        scale = self._verdict.scale
+        if self._spike is not None:
+            scale = scale * math.nan  # changes nothing
+            self._judge.last = None
+        self.replication.update(self.optimizer, self._step, self._lr, scale)
+        if self._spike is not None:
+            self.forget()
         self.done = self._step + 1
         self._optimizer_seconds = time.perf_counter() - started
         worst = [self.stop_requested, peak, self.clock]

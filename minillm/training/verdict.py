@@ -54,8 +54,7 @@ class Verdict:
 
         Raises NotFinite, on all ranks alike.
         """
-        *losses, norm = (float(number) for number in self._numbers.read())
-        loss = sum(losses)
+        loss, norm = self.read()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFinite(
                 f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}, so this "
@@ -63,6 +62,11 @@ class Verdict:
                 self.step,
             )
         return loss, norm
+
+    def read(self) -> tuple[float, float]:
+        """Return the sum of all losses and the norm, finite or not, waiting for the device."""
+        *losses, norm = (float(number) for number in self._numbers.read())
+        return sum(losses), norm
 
     def losses(self) -> dict[str, float]:
         """Return each loss by name, waiting for the device."""

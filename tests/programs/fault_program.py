@@ -1,4 +1,7 @@
-"""Training run in which one rank fails: `fault_program.py NAME RANK [options of minillm.train]`."""
+"""Training run in which one rank fails: `fault_program.py NAME RANK [options of minillm.train]`.
+
+`spike` takes the number of a sequence instead of a rank.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data import corpus
+from minillm.models.protocol import Batch
 from minillm.replication.server import Server
+from minillm.tasks.language_model import LanguageModeling
 from minillm.train import main
 from minillm.training.step import StepReport
 from minillm.training.trainer import Trainer
@@ -66,6 +71,19 @@ def vanish(rank: int) -> None:
     corpus.from_first = from_first
 
 
+def spike(position: int) -> None:
+    """Make the loss of the batch that begins with this sequence large, on every rank."""
+    usual = LanguageModeling.batch
+
+    def batch(self: LanguageModeling, step: int, *args: Any) -> Batch:
+        made = usual(self, step, *args)
+        large = self.batches.position(step) == position
+        divisors = {name: value / 1e3 for name, value in made.divisors.items()}
+        return made._replace(divisors=divisors) if large else made
+
+    LanguageModeling.batch = batch  # type: ignore[method-assign]
+
+
 def hang() -> None:
     time.sleep(60)
 
@@ -81,6 +99,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "vanish": vanish,
     "hang": lambda rank: in_mid_step(hang, rank),
     "full": lambda rank: in_mid_step(full, rank),
+    "spike": spike,
 }
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from minillm.training.report import TimeShares, _recompute, step_metrics
 def test_a_megabyte_is_a_million_bytes() -> None:
     report: Any = SimpleNamespace(
         step=4, loss=2.0, grad_norm=0.5, lr=1e-3, seconds=0.5, exposed_seconds=0.0,
-        peak_bytes=123_456_789, deal=(3, 1), load=None,
+        peak_bytes=123_456_789, deal=(3, 1), load=None, spike=None,
     )  # fmt: skip
     line = step_metrics(report, 1000, {})
     assert (line["step"], line["peak_rss_mb"], line["tokens_per_second"]) == (5, 123.456789, 2000)
@@ -26,6 +26,7 @@ def test_of_unequal_sequences_the_real_tokens_count() -> None:
     report: Any = SimpleNamespace(
         step=0, loss=2.0, grad_norm=0.5, lr=1e-3, seconds=0.5, exposed_seconds=0.0, peak_bytes=1,
         optimizer_seconds=0.0, deal=(), load=Load(real=60, computed=80, balance=1.5),
+        spike=None,
     )  # fmt: skip
     line = step_metrics(report, 1000, {})
     assert (line["tokens"], line["tokens_per_second"]) == (60, 120)
