@@ -219,7 +219,7 @@ def _unrolled(
     x: [T, B, D]; first: [S, B, H_local]. h: [T + 1, B, H], the first states on one rank.
     """
     (T, B, D), xp = x.shape, namespace(x)
-    gates = kernels.matmul(x.reshape(T * B, D), w_in.T, bias=bias).reshape(T, B, -1)
+    gates = kernels.matmul(x.reshape(T * B, D), w_in.T, bias=bias).reshape(T, B, len(w_in))
     states = xp.empty((len(first), T + 1, *first.shape[1:]), x.dtype)
     states[:, 0] = first
     whole = states[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from training_helpers import INIT_STD, VOCAB, Layout, make_batches, make_config
+from training_helpers import INIT_STD, VOCAB, Layout, make_batches, make_config, make_task
 
 from minillm.comm.threads import run_ranks
 from minillm.data.batches import EvalWindows, eval_windows
@@ -14,13 +14,14 @@ from minillm.training.held_out import Stopped, measure
 from minillm.training.trainer import Trainer
 
 
-def _evaluate(layout: Layout, num_tokens: int, **changes) -> list[tuple[float, int]]:
-    config = make_config("gpt2", layout, **changes)
+def _evaluate(
+    layout: Layout, num_tokens: int, model: str = "gpt2", **changes
+) -> list[tuple[float, int]]:
+    config = make_config(model, layout, **changes)
     tokens = np.random.default_rng(9).integers(0, VOCAB, 1000)
 
     def rank(comm):
-        task = LanguageModeling(make_batches(config))
-        trainer = Trainer(config, comm, task, std=INIT_STD)
+        trainer = Trainer(config, comm, make_task(config), std=INIT_STD)
         windows = eval_windows(tokens, config.model.context, num_tokens)
         done: list[int] = []
         found = measure(
@@ -53,6 +54,13 @@ def test_equals_one_rank(layout: Layout, num_tokens: int) -> None:
     for loss, counted in _evaluate(layout, num_tokens):
         assert counted == num_tokens
         assert abs(loss - expected[0]) <= 1e-12 * expected[0]
+
+
+def test_ranks_without_a_row_of_a_recurrent_model() -> None:
+    """Measure a window and a half of tokens on 4 replicas: two have no row."""
+    (expected,) = _evaluate(Layout(), 12, "lstm", context=8)
+    for found in _evaluate(Layout(dp=4, num_microbatches=1), 12, "lstm", context=8):
+        assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_request_to_stop_on_one_rank_ends_the_measurement_on_all() -> None:
