@@ -68,4 +68,16 @@ class RunRecord:
                     f"{checkpoint} does not hold a run of minillm.train: {name} in its manifest "
                     f"is a {type(value).__name__} instead of a {kind.__name__}"
                 )
-        return cls(**{name: meta[name] for name in names if name in meta})
+        found = cls(**{name: meta[name] for name in names if name in meta})
+        stopping = found.stopping or {"step": 0, "waited": 0}
+        numbers: dict[str, Any] = {"vocab": found.vocab, "position": found.position or 0}
+        numbers |= {name: stopping.get(name) for name in ("step", "waited")}
+        odd = {name: n for name, n in numbers.items() if type(n) is not int or not 0 <= n < 1 << 63}
+        if type(stopping.get("best", 0.0)) is not float:
+            odd["best"] = stopping["best"]
+        for name, value in odd.items():
+            raise CheckpointError(
+                f"{checkpoint} does not hold a run of minillm.train: {name} in its manifest is "
+                f"{value!r}"
+            )
+        return found

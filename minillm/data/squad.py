@@ -100,8 +100,8 @@ def _entries(name: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
             f"line {error.lineno} of {path} is not JSON: {error.msg}; questions come in the format "
             'of SQuAD, {"data": [{"paragraphs": [...]}]}'
         ) from None
-    except RecursionError:
-        raise ConfigError(f"{path} is JSON that is nested too deeply") from None
+    except (ValueError, RecursionError) as error:  # too many digits or brackets
+        raise ConfigError(f"{path} is no JSON that can be read: {error}") from None
     at = f"{path}"
     for a, article in enumerate(_field(value, "data", list, at), 1):
         at_article = f"article {a} of {path}"

@@ -21,7 +21,7 @@ from minillm.tokenizers.pieces import (
     token_dtype,
     utf8_lengths,
 )
-from minillm.tokenizers.settings import plain_settings, vocabulary_size
+from minillm.tokenizers.settings import check_ids, plain_settings, vocabulary_size
 from minillm.tokenizers.unicode import VERSION
 from minillm.tokenizers.unsupported import Unsupported, require
 from minillm.tokenizers.wordpiece import WordPiece
@@ -52,7 +52,9 @@ class OwnTokenizer:
             kind = self._definition["model"].get("type")
             require(kind in MODELS, f"the model {kind}")
             normalizes = self._definition.get("normalizer") is not None
-            self._added = AddedTokens(self._definition.get("added_tokens") or (), normalizes)
+            added = self._definition.get("added_tokens") or ()
+            check_ids(self._definition["model"], added)
+            self._added = AddedTokens(added, normalizes)
             self._model: Model = MODELS[kind](self._definition)
             self._ids = {**self._model.vocab, **self._added.ids}
             self.vocab_size = vocabulary_size(name, self._ids)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minillm.base.errors import ConfigError
 
+MOST_IDS = 1 << 31  # ids are smaller: pairs of them are 64-bit keys
 LARGEST_GAP = 1 << 16  # ids without a token that a tokenizer.json may have beyond half of all
 
 
@@ -29,6 +30,32 @@ def plain_settings(definition: Mapping[str, Any]) -> tuple[dict[str, Any], tuple
             table[name] = None
             found.append(name)
     return value, tuple(found)
+
+
+def check_ids(model: Mapping[str, Any], added: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless a vocabulary and added tokens give texts ids of their own.
+
+    An added token may have the id that the vocabulary gives to it.
+    """
+    vocab: dict[Any, Any] = model["vocab"]
+    if not isinstance(vocab, dict):
+        raise ValueError("its vocabulary is no JSON object")
+    pairs = [*vocab.items(), *((token["content"], token["id"]) for token in added)]
+    for token, number in pairs:
+        if not isinstance(token, str) or type(number) is not int or not 0 <= number < MOST_IDS:
+            raise ValueError(f"the token {token!r} has the id {number!r}")
+    if len(set(vocab.values())) < len(vocab):
+        names = dict(zip(vocab.values(), vocab, strict=True))
+        twice = next(token for token, number in vocab.items() if names[number] != token)
+        raise ValueError(f"the tokens {twice!r} and {names[vocab[twice]]!r} have one id")
+
+
+def setting(table: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Return a value of the type of its default. Raises ValueError for one of another type."""
+    value = table.get(name, default)
+    if type(value) is not type(default):
+        raise ValueError(f"{name} is {value!r}")
+    return value
 
 
 def vocabulary_size(name: str, ids: Mapping[str, int]) -> int:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minillm.tokenizers.model import Model, Remembered, Spans
+from minillm.tokenizers.settings import setting
 from minillm.tokenizers.unicode import LEVELS, Ranges, in_brackets, level_of, ranges_of
 from minillm.tokenizers.unsupported import require
 
@@ -50,13 +51,12 @@ class Rules(NamedTuple):
         if spec is None:
             return Rules(False, False, False, False)
         require(spec.get("type") == "BertNormalizer", f"the normalizer {spec.get('type')}")
-        lower, strip = spec.get("lowercase", True), spec.get("strip_accents")
-        return Rules(
-            spec.get("clean_text", True),
-            spec.get("handle_chinese_chars", True),
-            lower if strip is None else strip,
-            lower,
+        clean, cjk, lower = (
+            setting(spec, name, True)
+            for name in ("clean_text", "handle_chinese_chars", "lowercase")
         )
+        strip = lower if spec.get("strip_accents") is None else setting(spec, "strip_accents", True)
+        return Rules(clean, cjk, strip, lower)
 
     def normalized(self, text: str) -> str:
         """Return a word after these rules."""
@@ -89,14 +89,14 @@ class WordPiece(Model, Remembered[Word]):
         require(decoder.get("type") == "WordPiece", f"the decoder {decoder.get('type')}")
         self.rules = Rules.of(definition.get("normalizer"))
         self.vocab = model["vocab"]
-        self._prefix = model.get("continuing_subword_prefix", "##")
-        self._longest = model.get("max_input_chars_per_word", 100)
-        unknown = model.get("unk_token", "[UNK]")
+        self._prefix = setting(model, "continuing_subword_prefix", "##")
+        self._longest = setting(model, "max_input_chars_per_word", 100)
+        unknown = setting(model, "unk_token", "[UNK]")
         require(unknown in self.vocab, f"no {unknown} in the vocabulary")
         self._unknown = self.vocab[unknown]
         self._longest_piece = max(map(len, self.vocab))
-        self._cleanup = decoder.get("cleanup", True)
-        self._decoded_prefix = decoder.get("prefix", "##")
+        self._cleanup = setting(decoder, "cleanup", True)
+        self._decoded_prefix = setting(decoder, "prefix", "##")
 
     def words(self, text: str) -> list[str]:
         """Return the words of a text as it is written, without the blanks between them."""

@@ -115,11 +115,12 @@ def _marks(number: int) -> Iterator[str]:
 def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """Return (step, value) of the lines that have a finite number under `key`."""
     found: list[tuple[int, Any]] = [(int(line["step"]), line.get(key)) for line in lines]
-    return [
-        (step, float(value))
-        for step, value in found
-        if type(value) in (int, float) and math.isfinite(value)
-    ]
+    return [(step, float(value)) for step, value in found if _is_finite(value)]
+
+
+def _is_finite(value: Any) -> bool:
+    """Return True for a number within the range of floats: JSON has integers of any size."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def chart(curves: Sequence[Curve], width: int, height: int) -> list[str]:

@@ -69,7 +69,8 @@ class GGUF:
         """Return how the model embeds a text: mean, cls or another way; None if nothing says."""
         name = self._file.metadata.get("general.architecture")
         number = self._file.metadata.get(f"{name}.{POOLING_TYPE}")
-        return None if number is None else POOLINGS.get(number, f"type {number}")
+        known = POOLINGS.get(number) if type(number) is int else None
+        return known if known or number is None else f"type {number}"
 
     def tokenizer(self) -> dict[str, Any] | None:
         """Return the JSON of the tokenizer as checkpoints keep it; None if there is none."""

@@ -60,7 +60,7 @@ class GGUFFile:
             self.metadata, self.entries = _Reader(path, self._bytes).whole()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, struct.error) as error:
+        except (ValueError, struct.error, RecursionError) as error:  # arrays of arrays of ...
             raise CheckpointError(f"{path} is truncated, or no GGUF file: {error}") from None
 
     def read(self, name: str, slices: Slices) -> np.ndarray:

@@ -125,13 +125,10 @@ def from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     if kind != "gpt2":
         return None
     pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if pre not in CUTS:
+    if pre not in tuple(CUTS):  # it may be of any type
         raise CheckpointError(f"its tokenizer.ggml.pre is {pre}; {', '.join(CUTS)} are read")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(tokens, list) or not isinstance(merges, list) or len(types) != len(tokens):
-        raise CheckpointError("its tokenizer lacks tokens, their types or merges")
+    tokens, types = _tokens(metadata)
+    merges = _all_of(metadata, "tokenizer.ggml.merges", str)
     model = {
         "type": "BPE",
         "vocab": {t: i for i, t in enumerate(tokens) if types[i] != UNUSED},
@@ -194,15 +191,29 @@ def to_gguf(definition: Mapping[str, Any] | None, vocab: int) -> dict[str, Any]:
     return found if end is None else found | {"tokenizer.ggml.eos_token_id": end}
 
 
+def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Return the tokens of a GGUF file and the type of each. Raises CheckpointError."""
+    tokens, name = _all_of(metadata, "tokenizer.ggml.tokens", str), "tokenizer.ggml.token_type"
+    types = _all_of(metadata, name, int) if metadata.get(name) else [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise CheckpointError(f"it has {len(tokens)} tokens, and {len(types)} types of them")
+    return tokens, types
+
+
+def _all_of(metadata: Mapping[str, Any], name: str, kind: type) -> list[Any]:
+    """Return a list of values of one type. Raises CheckpointError for anything else."""
+    found = metadata.get(name)
+    if not isinstance(found, list) or not all(type(each) is kind for each in found):
+        raise CheckpointError(f"its {name} is missing, or not a list of {kind.__name__}")
+    return found
+
+
 def _word_piece(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tokenizer.json of the WordPiece vocabulary in a GGUF file.
 
     There a blank, as U+2581, begins a word, where a tokenizer.json has ## before what does not.
     """
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        raise CheckpointError("its tokenizer lacks tokens")
-    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    tokens, types = _tokens(metadata)
 
     def spelled(token: str, kind: int) -> str:
         if kind != NORMAL or (token.startswith("[") and token.endswith("]")):
@@ -214,6 +225,8 @@ def _word_piece(metadata: Mapping[str, Any]) -> dict[str, Any]:
     found = wordpiece_definition(vocab, special, True)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     if unknown is not None:
+        if type(unknown) is not int or not 0 <= unknown < len(tokens):
+            raise CheckpointError(f"its tokenizer.ggml.unknown_token_id is {unknown!r}")
         found["model"]["unk_token"] = tokens[unknown]
     return with_specials(found)
 

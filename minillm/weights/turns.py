@@ -38,8 +38,8 @@ def of_folder(
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path / TEMPLATE} cannot be read: {error}") from None
     if isinstance(template, list):  # of named ones
-        named = {each.get("name"): each.get("template") for each in template}
-        template = named.get("default")
+        named = [each for each in template if isinstance(each, Mapping)]
+        template = next((x.get("template") for x in named if x.get("name") == "default"), None)
     borders = {name: settings.get(name) for name in BORDERS}
     texts = {
         name: token.get("content") if isinstance(token, Mapping) else token
@@ -50,7 +50,8 @@ def of_folder(
 
 def of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the metadata of a GGUF file say."""
-    prefix, tokens = "tokenizer.ggml", metadata.get("tokenizer.ggml.tokens") or []
+    prefix, tokens = "tokenizer.ggml", metadata.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
     numbers = {
         name: metadata.get(f"{prefix}.{name}_id") for name in (*BORDERS, "eot_token", "eom_token")
     }

@@ -216,6 +216,27 @@ def test_a_record_of_wrong_types_is_refused(name: str, tmp_path: Path) -> None:
             checkpoint.RunRecord.read(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vocab", -1),
+        ("vocab", 1 << 63),
+        ("position", -1),
+        ("stopping", {"step": "x", "waited": 0}),
+        ("stopping", {"step": 1}),
+        ("stopping", {"step": 1, "waited": 0, "best": "x"}),
+        ("stopping", {"step": 1, "waited": 0, "best": None}),
+    ],
+)
+def test_a_record_of_wrong_numbers_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    good: dict[str, Any] = dict(config={}, tokenizer={}, vocab=9, corpus="", source="", key={})
+    (path,) = small_run(tmp_path, 10, meta=good | {"stopping": {"step": 1, "waited": 0}})
+    assert checkpoint.RunRecord.read(path).stopping == {"step": 1, "waited": 0}
+    rewrite_manifest(path, lambda body: body["meta"].update({name: value}))
+    with pytest.raises(CheckpointError, match=r"minillm\.train: \w+ in its manifest is"):
+        checkpoint.RunRecord.read(path)
+
+
 def test_folders_that_cannot_be_read_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_bad_files_are_refused(value: Any, words: list[str], tmp_path: Path) -> 
         (b'{"data":\n"\xff"}', ["line 2 of", "is not UTF-8"]),
         (b"", ["line 1 of", "is not JSON"]),
         (b"[" * 100_000, ["bad.json"]),
+        (b'{"data": 1' + b"0" * 5000 + b"}", ["bad.json", "no JSON that can be read"]),
     ],
 )
 def test_files_that_are_no_json(content: bytes, words: list[str], tmp_path: Path) -> None:

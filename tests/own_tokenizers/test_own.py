@@ -260,6 +260,25 @@ def test_patterns_cut_a_text_wholly() -> None:
     assert cut("") == []
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("model", "continuing_subword_prefix", True),
+        ("model", "max_input_chars_per_word", "9"),
+        ("model", "unk_token", 1),
+        ("decoder", "prefix", []),
+        ("decoder", "cleanup", "no"),
+        ("normalizer", "lowercase", 3),
+        ("normalizer", "strip_accents", "x"),
+    ],
+)
+def test_settings_of_another_type_are_one_error(part: str, name: str, value: Any) -> None:
+    definition = wordpiece("a").to_json()["tokenizer"]
+    definition[part] = definition[part] | {name: value}
+    with pytest.raises(ConfigError, match=rf"x.json is not a tokenizer: ValueError {name} is"):
+        OwnTokenizer(definition, "x.json")
+
+
 def test_wrong_definitions_are_one_error() -> None:
     vocab = {"a": 0, "b": 1}
     lacking = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]]}
@@ -268,6 +287,9 @@ def test_wrong_definitions_are_one_error() -> None:
     for wrong in ({"model": {"type": "BPE"}}, {"model": {"type": "BPE", "vocab": 3, "merges": 2}}):
         with pytest.raises(ConfigError, match=r"x.json is not a tokenizer"):
             OwnTokenizer(changed(**wrong), "x.json")
+    for odd in ({"a": -1}, {"a": 1 << 31}, {"a": True}, {"a": "0"}, {"a": 0, "b": 0}, [["a", 0]]):
+        with pytest.raises(ConfigError, match=r"x.json is not a tokenizer"):
+            OwnTokenizer(changed(model={"type": "BPE", "vocab": odd, "merges": []}), "x.json")
     with pytest.raises(ConfigError, match="surrogate"):
         bpe().encode("a\ud800b")
     with pytest.raises(ConfigError, match="has no room for the 256"):

@@ -111,6 +111,16 @@ def test_a_file_is_drawn_with_matplotlib_or_names_the_extra(
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_integers_beyond_floats_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", [4.0, 3.0, 2.0])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 1' + "0" * 400 + "}\n")
+    assert main(["plot", str(run)]) == 0
+    assert "4.000" in capsys.readouterr().out
+
+
 def test_an_empty_run_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="holds no step yet"):

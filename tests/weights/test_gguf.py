@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from minillm.weights import exporting
 from minillm.weights.foreign import Foreign
 from minillm.weights.ggml import BY_NAME
 from minillm.weights.gguf_file import GGUFFile, write
+from minillm.weights.tokenizer_json import from_gguf
+from minillm.weights.turns import of_gguf
 
 
 def blocks(name: str, count: int = 50) -> np.ndarray:
@@ -156,3 +159,31 @@ def test_damaged_and_unknown_files_are_refused_by_name(tmp_path: Path) -> None:
     )
     assert "has no blk.0.attn_k.weight" in refused(whole.replace(name, b"blk.0.attn_x.weight"))
     assert "llama.expert_cnt 19 is not" in refused(whole.replace(b"vocab_size", b"expert_cnt"))
+    deep = struct.pack("<II", 9, 9) + struct.pack("<QI", 1, 9) * 3000
+    many = whole[:16] + struct.pack("<Q", 1) + struct.pack("<Q", 1) + b"x" + deep
+    assert "is truncated, or no GGUF file" in refused(many)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokens", 3),
+        ("tokens", [1, 2, 3]),
+        ("token_type", 0.5),
+        ("token_type", ["1", "2", "3"]),
+        ("token_type", [1, 1]),
+        ("merges", [1, 2]),
+        ("pre", [1]),
+        ("unknown_token_id", 9),
+        ("unknown_token_id", "a"),
+    ],
+)
+def test_a_tokenizer_of_wrong_types_is_one_error(name: str, value: Any, model: str) -> None:
+    if name in {"gpt2": ["unknown_token_id"], "bert": ["merges", "pre"]}[model]:
+        return  # no such key there
+    whole = {"tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"], "pre": "gpt-2"}
+    held = {f"tokenizer.ggml.{key}": v for key, v in (whole | {name: value}).items()}
+    with pytest.raises(CheckpointError, match=r"^it(s| has) "):
+        from_gguf({"tokenizer.ggml.model": model, **held})
+    assert of_gguf({"tokenizer.ggml.eos_token_id": 1, **held}) == {"ends": [1]}
