@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from minillm.base.errors import MinillmError
 from minillm.base.record import known_name
-from minillm.base.terminal import printing
+from minillm.base.terminal import one_line, printing
 
 
 class Program(NamedTuple):
@@ -72,7 +72,7 @@ def _run(argv: list[str]) -> int:
     try:
         program = PROGRAMS[known_name(argv[0], PROGRAMS, "program")]
     except MinillmError as error:
-        print(f"minillm: {error}", file=sys.stderr)
+        print(f"minillm: {one_line(str(error))}", file=sys.stderr)
         return 2
     return importlib.import_module(program.module).main(argv[1:])
 

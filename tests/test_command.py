@@ -30,6 +30,13 @@ def test_unknown_programs_are_refused_with_the_nearest(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == "minillm: unknown program: 'trian'; did you mean train?\n"
 
 
+def test_a_value_with_line_ends_is_quoted_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "1f1b", "--ranks", "two\nlines\x1b[0m"]) == 1
+    assert capsys.readouterr().err == "error: --ranks two\\nlines\\x1b[0m must be of type int\n"
+    assert main(["tr\nain"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -31,6 +31,11 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+def one_line(text: str) -> str:
+    """Return `text` with control characters escaped, line feeds too: it may quote any value."""
+    return printable(text).replace("\n", "\\n")
+
+
 def utf8_input() -> None:
     """Read standard input as UTF-8, whatever the locale says."""
     if isinstance(sys.stdin, io.TextIOWrapper):

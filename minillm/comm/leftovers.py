@@ -10,13 +10,17 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 # MPICH; Open MPI's shared-memory transports and windows; UCX.
 SEGMENTS = ("mpich_shm_*", "vader_segment.*", "sm_segment.*", "osc_sm.*", "ucx_shm_posix_*")
 HYDRA = "hydra_hwloc_xmlfile_*"  # from mpirun of MPICH, in $TMPDIR
+RANK_MB, MORE_MB = (
+    5.4,
+    8.0,
+)  # of shared memory that MPICH takes for a rank, and that it dies without
 SECONDS = 60.0  # a younger file may not be mapped yet
 
 
@@ -48,6 +52,30 @@ def _unused(paths: Iterable[Path]) -> list[Path]:
                 text = (process / name).read_bytes()
                 left = {key: path for key, path in left.items() if key not in text}
     return list(left.values())
+
+
+def small_memory(
+    environment: Mapping[str, str] | None = None, shared: Path | None = None
+) -> str | None:
+    """Return a line about shared memory in which MPI may not start; None if there is enough.
+
+    MPICH 5.0.2 then ends by signal 7 or 11 without a word: with 4 MB for 4 ranks, 16 MiB for 2, 24
+    MiB for 4. Any rank may be the first to die, so each says so.
+    """
+    environment = os.environ if environment is None else environment
+    ranks = environment.get("MPI_LOCALNRANKS", "")
+    shared = SHARED_MEMORY if shared is None else shared
+    if not ranks.isdigit() or not shared.is_dir():
+        return None
+    found = os.statvfs(shared)
+    free, needed = found.f_bavail * found.f_frsize / 1e6, int(ranks) * RANK_MB + MORE_MB
+    if free >= needed:
+        return None
+    return (
+        f"{shared} has {free:.0f} MB free; MPI takes up to {needed:.0f} MB of it for {ranks} ranks "
+        "and may end by signal 7 or 11; enlarge it (docker run --shm-size), or remove what ended "
+        "runs have left there by minillm doctor --clean"
+    )
 
 
 def clean() -> str:

@@ -22,14 +22,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO, TypeVar, cast
 
 from minillm import kernels
-from minillm.base.errors import ConfigError, MinillmError, PeerFailed
+from minillm.base.errors import CommError, ConfigError, MinillmError, PeerFailed
 from minillm.base.terminal import (
     GuardedStream,
     drop_output,
     guarded_output,
+    one_line,
     open_streams,
     refuse_output,
 )
+from minillm.comm import leftovers
 from minillm.comm.agreement import AgreedError, agree
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.cores import use_threads
@@ -79,6 +81,10 @@ def _start_mpi() -> Any:
     with contextlib.suppress(*NO_STREAM):
         faulthandler.dump_traceback_later(START_SECONDS, exit=True)
     _on_ctrl_c(signal.SIG_DFL)  # Python's handler would not run
+    if note := leftovers.small_memory():
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            sys.stderr.write(f"note: {note}\n")
+            sys.stderr.flush()
     try:
         from mpi4py import MPI
     finally:
@@ -124,7 +130,9 @@ def _report(error: BaseException, rank: int | None) -> None:
     """Print an error and its rank: only the message of a MinillmError, else the traceback."""
     prefix = "" if rank is None else f"rank {rank}: "
     if isinstance(error, MinillmError):
-        text = f"{prefix}error: {error}\n"
+        # What ranks tell of a time-out has lines of its own.
+        message = str(error) if isinstance(error, CommError) else one_line(str(error))
+        text = f"{prefix}error: {message}\n"
     else:
         lines = "".join(traceback.format_exception(error)).splitlines(keepends=True)
         text = "".join(prefix + line for line in lines)

@@ -48,3 +48,12 @@ def test_doctor_names_and_removes_them(
     assert "removed 5 files" in capsys.readouterr().out
     assert doctor.main(["--clean"]) == 0
     assert "nothing behind" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ranks", "tells"), [("1000000000", True), ("0", False)])
+def test_little_shared_memory_is_told(ranks: str, tells: bool, tmp_path: Path) -> None:
+    note = leftovers.small_memory({"MPI_LOCALNRANKS": ranks}, tmp_path)
+    assert (note is not None) == tells
+    assert note is None or (str(tmp_path) in note and "5400000008 MB" in note)
+    assert leftovers.small_memory({}, tmp_path) is None
+    assert leftovers.small_memory({"MPI_LOCALNRANKS": ranks}, tmp_path / "none") is None
