@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import NamedTuple
 
 from minillm.base.errors import MinillmError
 from minillm.base.record import known_name
+from minillm.base.requirements import own_version
 from minillm.base.terminal import one_line, printing
 
 
@@ -66,8 +66,7 @@ def _run(argv: list[str]) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] == "--version":
-        # Not minillm.__version__: above a clone named minillm, its folder stands for the package.
-        print(f"minillm {metadata.version('minillm-mpi')}")
+        print(f"minillm {own_version()}")
         return 0
     try:
         program = PROGRAMS[known_name(argv[0], PROGRAMS, "program")]

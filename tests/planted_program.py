@@ -18,7 +18,7 @@ from minillm.comm import cluster_check, versions
 def plant(name: str) -> None:
     """Make this rank an odd one."""
     if name == "version":
-        versions.__version__ = "0.0.9"
+        versions.own_version = lambda: "0.0.9"
     elif name == "slow":
         product = kernels.matmul
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from minillm import __version__
+from minillm.base.requirements import own_version
 
 Mark = Literal["ok", "warning", "problem"]
 
@@ -36,7 +36,7 @@ def problems(findings: Sequence[Finding]) -> int:
 def table(findings: Sequence[Finding]) -> str:
     """Return the findings in columns, below the version and the system."""
     width = max(len(finding.subject) for finding in findings)
-    lines = [f"minillm {__version__} on {platform.system()} {platform.machine()}", ""]
+    lines = [f"minillm {own_version()} on {platform.system()} {platform.machine()}", ""]
     for finding in findings:
         lines.append(f"{finding.mark:<8} {finding.subject:<{width}}  {finding.found}")
         if finding.remedy:

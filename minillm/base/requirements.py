@@ -23,6 +23,14 @@ def installed_version(name: str) -> str | None:
         return None
 
 
+def own_version() -> str:
+    """Return the version of minillm.
+
+    It is not read from the package: above a clone named minillm, its folder stands for that.
+    """
+    return metadata.version("minillm-mpi")
+
+
 def new_enough(version: str | None, least: str) -> bool:
     """Return True for a version not older than `least`, by its leading numbers."""
     return version is not None and _numbers(version) >= _numbers(least)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from minillm import __version__
 from minillm.base.number_ranges import ranges
+from minillm.base.requirements import own_version
 from minillm.comm.agreement import AgreedError
 from minillm.comm.communicator import Communicator
 from minillm.comm.launchers import mpi_family, version_in
@@ -21,7 +21,7 @@ from minillm.comm.launchers import mpi_family, version_in
 def versions() -> dict[str, str]:
     """Return the versions of this process by part: minillm, Python, NumPy, and MPI if it runs."""
     found = {
-        "minillm": __version__,
+        "minillm": own_version(),
         "Python": platform.python_version(),
         "NumPy": np.__version__,
     }
