@@ -48,6 +48,7 @@ TASKS: Mapping[str, TaskKind] = {
     "regress": TaskKind("classifier", "classifier-tuned", ("--problem", "regression")),
     "tag": TaskKind("tagger", "tagger-tuned"),
     "qa": TaskKind("reader", "reader-tuned", context=384),
+    "embed": TaskKind("embedder", "embedder-tuned"),
     "chat": TaskKind("chat", "chat-tuned", context=512, reads=(ModelOptions, "a decoder")),
 }
 
@@ -63,10 +64,11 @@ class FinetuneArgs(Record):
     minillm evaluate read the run.
     """
 
-    task: Literal["classify", "pair", "regress", "tag", "qa", "chat"] = "classify"
+    task: Literal["classify", "pair", "regress", "tag", "qa", "embed", "chat"] = "classify"
     """Task: a label for each text (classify) or each pair of texts (pair), a number for each text,
     or each pair with --pairs (regress), the entities among the words of sentences (tag), the
-    spans of texts that answer questions (qa), or the answers in dialogues, by a decoder (chat)."""
+    spans of texts that answer questions (qa), vectors that are close for texts that belong
+    together (embed), or the answers in dialogues, by a decoder (chat)."""
     multi_label: bool = False
     """Give a text of --task classify or pair any number of labels, separated by commas or as a JSON
     list."""

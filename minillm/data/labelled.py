@@ -74,7 +74,16 @@ def read_examples(name: str, fields: Fields) -> list[Example]:
     return [_example(name, row, fields.several) for row in read_table(name, columns)]
 
 
-def read_inputs(name: str, fields: Fields) -> list[tuple[str, ...]]:
+class InputFields(Protocol):
+    """Columns of inputs."""
+
+    @property
+    def pairs(self) -> bool: ...
+
+    def columns(self) -> list[Column]: ...
+
+
+def read_inputs(name: str, fields: InputFields) -> list[tuple[str, ...]]:
     """Return the texts of each row of a table, which needs no labels, or of each line of a file.
 
     Raises ConfigError for pairs of lines, and as `read_table` does.

@@ -34,6 +34,12 @@ class Column(NamedTuple):
     flag: str  # that names it, for errors
     asked: str | None  # name, or number from 1; None: the first of `usual` that exists
     usual: tuple[str, ...]
+    optional: bool = False  # its values are None where it is neither asked for nor there
+
+    @property
+    def may_lack(self) -> bool:
+        """True if a table may be without it."""
+        return self.optional and self.asked is None
 
 
 def read_table(name: str, columns: Sequence[Column]) -> list[Row]:
@@ -93,7 +99,8 @@ def _delimited(
         raise ConfigError(f"{path} is empty; give it a line with the names of its columns")
     line, header = found
     places = _places(path, columns, header)
-    if any(column.asked in header or not (column.asked or "").isdigit() for column in columns):
+    wanted = [column.asked for column in columns if not column.may_lack]
+    if any(asked in header or not (asked or "").isdigit() for asked in wanted):
         found = next(records, None)
     while found is not None:
         line, fields = found
@@ -102,25 +109,26 @@ def _delimited(
                 f"line {line} of {path} has {_fields(len(fields))}, but the first line has "
                 f"{len(header)}"
             )
-        yield Row(line, tuple(fields[place] for place in places))
+        yield Row(line, tuple(None if place is None else fields[place] for place in places))
         found = next(records, None)
 
 
-def _places(path: Path, columns: Sequence[Column], header: Sequence[str]) -> list[int]:
+def _places(path: Path, columns: Sequence[Column], header: Sequence[str]) -> list[int | None]:
     """Return the index of each column. Raises ConfigError naming one that does not exist."""
-    places = []
-    for flag, asked, usual in columns:
+    places = list[int | None]()
+    for column in columns:
+        flag, asked, usual, _ = column
         names = usual if asked is None else (asked,)
         own = [header.index(name) for name in names if name in header]
         if not own and asked is not None and asked.isdigit() and 0 < int(asked) <= len(header):
             own = [int(asked) - 1]
-        if not own:
+        if not own and not column.may_lack:
             raise ConfigError(
                 f"line 1 of {path} names no column {or_list(names)}, only "
                 f"{', '.join(map(repr, header))}; pass one of them as {flag}, or the number of a "
                 "column where the first line has no names"
             )
-        places.append(own[0])
+        places.append(own[0] if own else None)
     return places
 
 
@@ -165,15 +173,16 @@ def _json_lines(path: Path, text: str, columns: Sequence[Column]) -> Iterator[Ro
                 '{"text": "a fine film", "label": "good"}'
             )
         values = []
-        for flag, asked, usual in columns:
+        for column in columns:
+            flag, asked, usual, _ = column
             names = usual if asked is None else (asked,)
             own = [name for name in names if name in found]
-            if not own:
+            if not own and not column.may_lack:
                 raise ConfigError(
                     f"line {line} of {path} has no field {or_list(names)}, only "
                     f"{', '.join(map(repr, found)) or 'none'}; pass another name as {flag}"
                 )
-            values.append(found[own[0]])
+            values.append(found[own[0]] if own else None)
         yield Row(line, tuple(values))
 
 

@@ -44,7 +44,9 @@ class PredictArgs(ReadOptions):
     The line for a text of a classifier is {"text": ..., "label": ..., "probabilities": {label:
     ...}}. That for a pair has "texts", a list of two. That of a tagger is {"tokens": ..., "tags":
     ..., "spans": [{"type": ..., "start": ..., "end": ...}]}. That of a reader is {"id": ...,
-    "question": ..., "answer": ..., "start": ..., "end": ..., "score": ..., "n_best": [...]}.
+    "question": ..., "answer": ..., "start": ..., "end": ..., "score": ..., "n_best": [...]}. That
+    of an embedder is {"text": ..., "embedding": [...]}, and for a pair {"texts": ..., "cosine":
+    ...}.
     """
 
     checkpoint: str = option(path=True)

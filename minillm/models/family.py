@@ -73,6 +73,8 @@ class ShapeOptions(Record, ABC):
 
     FREE: ClassVar[tuple[str, ...]] = ("context", "dropout")
     """Options that a run from old weights may change. The weights fix the others."""
+    TRAINING: ClassVar[tuple[str, ...]] = ("dropout",)
+    """Options of training alone, which files of other libraries do not keep."""
 
     @abstractmethod
     def resolve(self, vocab: int | None = None) -> Shape:
@@ -105,6 +107,8 @@ class Family:
     "embeddings" of texts, or "predictions" for them; None: none."""
     first_reader: str = "python -m minillm.evaluate"
     """Program that a finished run recommends, without its flag --checkpoint."""
+    also: tuple[str, ...] = ()
+    """Further outputs of its trained models."""
     tables: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> option that says how many of its rows a model has. A run may start from weights
     with more rows."""
@@ -114,9 +118,11 @@ class Family:
 
     def check_writes(self, what: str = "text") -> None:
         """Raise ConfigError unless its models write `what`: "text", a "translation", ..."""
-        if self.writes != what:
+        if what not in (self.writes, *self.also):
             able = or_list(
-                f"--model {name}" for name, it in families().items() if it.writes == what
+                f"--model {name}"
+                for name, it in families().items()
+                if what in (it.writes, *it.also)
             )
             does = WRITERS[what][1]
             raise ConfigError(f"a model of --model {self.name} does not {does}; use one of {able}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from minillm.autograd.tape import Tensor
 from minillm.base.arrays import Array
+from minillm.comm.communicator import Communicator
 from minillm.layout.sharding import ShardSpec
 from minillm.parallel.tensor import Region
 from minillm.params.module import M
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     layer. A batch with a cache, even one without layers, is not cut along time: single positions
     cannot be."""
     memory: KeyLimits | None = None  # of the array "source" that cross-attention reads, if any
+    replicas: Communicator | None = None  # ranks of a `Joint` model's loss; None: this one alone
 
 
 class StageResult(NamedTuple):
@@ -70,6 +72,23 @@ class StageModel(Protocol):
 
         A stage computes those of its losses that `batch.divisors` names. `training` enables
         dropout, not the tape.
+        """
+
+
+@runtime_checkable
+class Joint(StageModel, Protocol):
+    """Stage model whose loss compares the examples of a whole step, over all its replicas.
+
+    The loss of the only microbatch of each replica is computed in its pass. For several, a first
+    pass without a tape finds the last stage's outputs, and the second one gets loss and gradient.
+    """
+
+    def join(
+        self, outputs: Sequence[Array], batches: Sequence[Batch], replicas: Communicator
+    ) -> list[Batch]:
+        """Return `batches`, of which the first pass found `outputs`, with what their losses need.
+
+        Called on a last stage. Collective over `replicas`.
         """
 
 

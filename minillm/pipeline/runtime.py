@@ -48,7 +48,8 @@ class PipelineRuntime:
 
     `links` sends between the ranks of the pp axis. `optimizer_step` is called for OPTIMIZER_STEP
     with this rank's sums of losses. Without it nothing is put on the tape, and `count` is called
-    with the outputs of the last stage. `slowdown` is the factor by which computation takes longer.
+    with the outputs of the last stage. `dropout`: None, as in training or not. `slowdown` is the
+    factor by which computation takes longer.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PipelineRuntime:
         tracer: Tracer | None = None,
         optimizer_step: Callable[[Sums], None] | None = None,
         count: Counter | None = None,
+        dropout: bool | None = None,
         clock: Callable[[], float] = time.perf_counter,
         slowdown: float = 1.0,
     ) -> None:
@@ -69,6 +71,7 @@ class PipelineRuntime:
         self.replication = replication
         self.tracer = tracer
         self.train = optimizer_step is not None
+        self.dropout = self.train if dropout is None else dropout
         self.count = count
         self.slowdown = slowdown
         self._optimizer_step = optimizer_step or (lambda sums: None)
@@ -156,7 +159,7 @@ class PipelineRuntime:
             Tensor(array, spec.differentiable and self.train)
             for array, spec in zip(self._activations.pop(key, ()), specs, strict=True)
         )
-        outputs, losses = stage.model.forward(arrived, batch, self.train)
+        outputs, losses = stage.model.forward(arrived, batch, self.dropout)
         self._add({name: loss.data for name, loss in losses.items()})
         handed_on = action.stage in self._target
         if handed_on:

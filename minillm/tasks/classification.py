@@ -29,7 +29,7 @@ from minillm.tasks.classification_options import (
     LabelledToMeasure,
     check_fields,
 )
-from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids
+from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids, refuse_long
 from minillm.tasks.example_order import ExampleOrder, Examples, labels_to_have, parts_of, unchanged
 from minillm.tasks.label_predictor import LabelPredictor, TextsToLabel
 from minillm.tasks.protocol import ByRow, Measure
@@ -108,15 +108,8 @@ class LabelledTexts(Examples):
 
     def _encoded(self, encoder: Encoder, examples: Sequence[Example], source: str) -> list[Ids]:
         found = encoder.encode([each.texts for each in examples])
-        if encoder.num_cut and not self.options.truncate:
-            for each in examples:
-                before = encoder.num_cut
-                encoder.encode([each.texts])
-                if encoder.num_cut > before:
-                    raise ConfigError(
-                        f"line {each.line} of {source} has more than --context {encoder.context} "
-                        "tokens; use a larger one, or leave --no-truncate out"
-                    )
+        if not self.options.truncate:
+            refuse_long(encoder, examples, source)
         return found
 
     def decides(self, batch: int | TokenBatches) -> Mapping[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from minillm.base.arrays import IntArray
+from minillm.base.errors import ConfigError
 from minillm.data.buckets import padded, padded_length
 from minillm.data.documents import SpecialTokenizer, fitting
 from minillm.models.protocol import Batch
@@ -46,6 +48,35 @@ class Encoder:
         marked = [np.append(ids[:size], sep) for ids, size in zip(parts, sizes, strict=True)]
         found = np.concatenate([[cls], *marked]).astype(np.int64)
         return found, 1 + len(marked[0])
+
+
+class Located(Protocol):
+    """Texts of a line of a file."""
+
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+
+    @property
+    def line(self) -> int: ...
+
+
+def refuse_long(
+    encoder: Encoder, examples: Sequence[Located], source: str, *, apart: bool = False
+) -> None:
+    """Raise ConfigError naming the first example that `encoder` has cut, if any was.
+
+    Texts of an example are encoded together, or each by itself if `apart`.
+    """
+    if not encoder.num_cut:
+        return
+    for each in examples:
+        before = encoder.num_cut
+        encoder.encode([(text,) for text in each.texts] if apart else [each.texts])
+        if encoder.num_cut > before:
+            raise ConfigError(
+                f"line {each.line} of {source} has more than --context {encoder.context} "
+                "tokens; use a larger one, or leave --no-truncate out"
+            )
 
 
 class EncodedTexts:

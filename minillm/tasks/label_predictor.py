@@ -13,7 +13,7 @@ from minillm.base.arrays import IntArray, to_host
 from minillm.base.device import Device
 from minillm.base.record import Record
 from minillm.data.documents import SpecialTokenizer
-from minillm.data.labelled import Fields, read_inputs
+from minillm.data.labelled import Fields, InputFields, read_inputs
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder
@@ -32,21 +32,13 @@ class TextsToLabel(Record):
     """Read pairs of texts, which weights of another library do not ask for by themselves."""
 
 
-class LabelPredictor:
-    """Labels or numbers for texts and pairs. Implements `Predictor`."""
+class TextPredictor:
+    """Part of a predictor of texts and pairs: the inputs of a file."""
 
     noun = "text"
 
-    def __init__(
-        self,
-        tokenizer: SpecialTokenizer,
-        labels: Sequence[str],
-        targets: Targets,
-        fields: Fields,
-        context: int,
-    ) -> None:
-        self.encoder, self.labels, self.fields = Encoder(tokenizer, context), labels, fields
-        self.targets, self.width = targets, len(labels)
+    def __init__(self, tokenizer: SpecialTokenizer, fields: InputFields, context: int) -> None:
+        self.encoder, self.fields = Encoder(tokenizer, context), fields
 
     @property
     def num_cut(self) -> int:
@@ -60,6 +52,21 @@ class LabelPredictor:
     def size(self, texts: Sequence[str]) -> int:
         """Return the characters of a text or pair."""
         return sum(map(len, texts))
+
+
+class LabelPredictor(TextPredictor):
+    """Labels or numbers for texts and pairs. Implements `Predictor`."""
+
+    def __init__(
+        self,
+        tokenizer: SpecialTokenizer,
+        labels: Sequence[str],
+        targets: Targets,
+        fields: Fields,
+        context: int,
+    ) -> None:
+        super().__init__(tokenizer, fields, context)
+        self.labels, self.targets, self.width = labels, targets, len(labels)
 
     def encode(self, inputs: Sequence[Sequence[str]]) -> TextsInRows:
         """Return a row of ids for each text or pair. Raises ConfigError for one without ids."""

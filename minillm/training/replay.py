@@ -38,6 +38,7 @@ from minillm.tasks.protocol import Continuing, Task
 from minillm.training.assembly import assemble
 from minillm.training.batching import batch_of, microbatches_of, rows_of
 from minillm.training.carried import Carried
+from minillm.training.joint_loss import JointLoss
 from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.step import rate_of
@@ -84,6 +85,7 @@ class LoneWorker:
             self.model.replication,
             optimizer_step=lambda losses: None,
         )
+        self._joint = JointLoss(self.model)
         self._judge = Judge(CPU, task.losses, config.options.optimization.clip, "")
         self._carried = [Carried(alone, self.model) for _ in range(config.mesh.dp)]
 
@@ -96,8 +98,8 @@ class LoneWorker:
             carried.forget()
         cut = microbatches_of(config, self.task, clock)
         rows = rows_of(cut, (cut.number,) * number, worker)
-        batches = ((batch_of(self.task, clock, part, CPU), part) for part in rows)
-        self._runtime.run([carried.into(batch, part) for batch, part in batches])
+        batches = [carried.into(batch_of(self.task, clock, part, CPU), part) for part in rows]
+        self._runtime.run(self._joint.into(batches, (len(batches),)))
         squares = number**2 * sum(map(kernels.sum_of_squares, self._counted))
         verdict = self._judge.agree(SelfCommunicator(), clock, {}, squares)
         return self.buffers.grads.copy(), verdict.scale * number

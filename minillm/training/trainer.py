@@ -41,6 +41,7 @@ from minillm.tasks.protocol import Continuing, Task, Unequal
 from minillm.training.assembly import assemble
 from minillm.training.batching import batch_of, microbatches_of, rows_of
 from minillm.training.carried import Carried
+from minillm.training.joint_loss import JointLoss
 from minillm.training.memory import predicted
 from minillm.training.optimizers import maker
 from minillm.training.resolve import ResolvedConfig
@@ -93,7 +94,7 @@ class Trainer:
             wire=wire,
         )
         self.mesh, self.replication = self.model.mesh, self.model.replication
-        self._carried = Carried(config, self.model)
+        self._carried, self._joint = Carried(config, self.model), JointLoss(self.model)
         make = optimizer or maker(optimization, self.mesh)
         self.optimizer = self.replication.optimizer(make)
         if not device.on_host:
@@ -159,12 +160,11 @@ class Trainer:
         place = step + self.spikes.jump
         if not (isinstance(self.task, Continuing) and self.task.continues(place)):
             self.forget()
-        self.runtime.run(
-            [
-                self._carried.into(batch_of(self.task, place, rows, self.device), rows)
-                for rows in self._rows()
-            ]
-        )
+        batches = [
+            self._carried.into(batch_of(self.task, place, rows, self.device), rows)
+            for rows in self._rows()
+        ]
+        self.runtime.run(self._joint.into(batches, self._deal))
         if self._balance is not None:
             self._balance.add(self.runtime.compute_seconds)
         if before is not None and self.lag:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
+from minillm.models.embedder import Pooling
 from minillm.weights.counterpart import Counterpart, Key
 from minillm.weights.heads import HEADS
 
@@ -155,6 +156,20 @@ def _kinds(
         for objective, architecture in (*heads.items(), ("none", encoder))
         for pooled in ((False, True) if pooler and objective != "mlm+nsp" else (False,))
     )
+    # Their tensors are those of the bare encoder, which is found first where such files are read.
+    embedders = tuple(
+        Counterpart(
+            model_type=model_type,
+            architecture=encoder,
+            model="embedder",
+            implied={**implied, "pooling": pooling},
+            bare=True,
+            keys=keys,
+            table=table,
+            **more,
+        )
+        for pooling in get_args(Pooling)
+    )
     tuned = tuple(
         Counterpart(
             model_type=model_type,
@@ -169,7 +184,7 @@ def _kinds(
         )
         for head in HEADS
     )
-    return trained + tuned
+    return trained + tuned + embedders
 
 
 BERT = _kinds(

@@ -192,7 +192,7 @@ class Counterpart:
         back = self.options(config).resolve()
         for name in self.family.options.options():
             has, wanted = getattr(back, name), getattr(shape, name)
-            if name != "dropout" and has != wanted:
+            if name not in self.family.options.TRAINING and has != wanted:
                 raise ConfigError(f"its {name} is {has}, not {wanted}")
         return config
 

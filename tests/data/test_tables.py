@@ -48,6 +48,18 @@ def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
     assert read_table(str(tmp_path / "crlf.tsv"), COLUMNS) == [Row(2, ("a", "1"))]
 
 
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_optional_columns_may_lack(name: str, tmp_path: Path) -> None:
+    """Give None for one that is not there, its values if it is, and an error if it is asked for."""
+    path, first = written(tmp_path / name, ROWS[:1]), 1 if "jsonl" in name else 2
+    more = Column("--score", None, ("score",), optional=True)
+    assert read_table(path, [*COLUMNS, more]) == [Row(first, (*ROWS[0], None))]
+    more = Column("--score", None, ("index",), optional=True)
+    assert read_table(path, [*COLUMNS, more]) == [Row(first, (*ROWS[0], "7"))]
+    with pytest.raises(ConfigError, match=r"score.*--score"):
+        read_table(path, [*COLUMNS, Column("--score", "score", (), optional=True)])
+
+
 def test_columns_by_number_have_no_names(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("good\tx\nbad\ty\n")
     found = read_examples(str(tmp_path / "a.tsv"), Fields("1", None, "2"))

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from mpi_helpers import finish, left_behind, mpirun_calls, start, wait_for_steps
 
+from minillm import finetune
+
 FAULTY = str(Path(__file__).with_name("fault_program.py"))
 
 
@@ -21,6 +23,27 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 def printed(capsys: pytest.CaptureFixture[str]) -> list[Any]:
     """Return the JSON lines on standard output."""
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def check_refused(
+    asked: Sequence[str],
+    train: Path,
+    content: str | bytes,
+    words: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Write a bad file, ask for training on it, and find one error with its name and `words`.
+
+    Nothing is written.
+    """
+    run = train.with_name("run")
+    train.write_bytes(content if isinstance(content, bytes) else content.encode())
+    asked = [*asked, "--tokenizer", "byte", "--no-truncate", "--train", str(train)]
+    assert finetune.main([*asked, "--out", str(run)]) != 0
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and "Traceback" not in error
+    assert all(word in error for word in [train.name, *words]), error
+    assert not run.exists()
 
 
 def check_ranks(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finetune_runs import check_refused
 
 from minillm import checkpoint, evaluate, finetune, train
 from minillm.data.labelled import opinions
@@ -129,14 +130,7 @@ def test_bad_tables_are_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path, run = tmp_path / "bad.tsv", tmp_path / "run"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    asked = [*SIZES, "--tokenizer", "byte", "--no-truncate", "--train", str(path)]
-    assert finetune.main([*asked, "--out", str(run)]) != 0
-    error = capsys.readouterr().err
-    assert error.count("error: ") == 1 and "Traceback" not in error
-    assert all(word in error for word in ["bad.tsv", *words]), error
-    assert not run.exists()
+    check_refused(SIZES, tmp_path / "bad.tsv", content, words, capsys)
 
 
 @pytest.mark.parametrize(

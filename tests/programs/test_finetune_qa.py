@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import check_kill, check_ranks, lines_of, printed
+from finetune_runs import check_kill, check_ranks, check_refused, lines_of, printed
 from mpi_helpers import needs_mpirun
 
 from minillm import checkpoint, evaluate, finetune
@@ -137,17 +137,11 @@ def test_answers_in_any_case_and_never(
 def test_bad_questions_are_refused(
     change: dict[str, Any], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, run = tmp_path / "bad.json", tmp_path / "run"
+    path = tmp_path / "bad.json"
     questions = [each._replace(id=str(i)) for i, each in enumerate(facts()[:20])]
     value = json.loads(Path(written(path, questions)).read_text())
     value["data"][0]["paragraphs"][0]["qas"][0] |= change
-    path.write_text(json.dumps(value))
-    asked = [*QA, "--tokenizer", "byte", "--no-truncate", "--train", str(path), "--out", str(run)]
-    assert finetune.main(asked) != 0
-    error = capsys.readouterr().err
-    assert error.count("error: ") == 1 and "Traceback" not in error
-    assert all(word in error for word in ["bad.json", *words]), error
-    assert not run.exists()
+    check_refused(QA, path, json.dumps(value), words, capsys)
 
 
 def test_one_context_and_other_models_are_refused(

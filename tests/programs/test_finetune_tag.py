@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from finetune_runs import check_kill, check_ranks, lines_of, printed
+from finetune_runs import check_kill, check_ranks, check_refused, lines_of, printed
 from mpi_helpers import needs_mpirun
 
 from minillm import checkpoint, evaluate, finetune
@@ -114,14 +114,7 @@ def test_texts_of_lines_have_places_and_long_ones_are_cut(
 def test_bad_files_are_refused(
     content: str | bytes, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, run = tmp_path / "bad.conll", tmp_path / "run"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    asked = [*TAG, "--tokenizer", "byte", "--no-truncate", "--train", str(path)]
-    assert finetune.main([*asked, "--out", str(run)]) != 0
-    error = capsys.readouterr().err
-    assert error.count("error: ") == 1 and "Traceback" not in error
-    assert all(word in error for word in ["bad.conll", *words]), error
-    assert not run.exists()
+    check_refused(TAG, tmp_path / "bad.conll", content, words, capsys)
 
 
 def test_unknown_types_and_columns_are_named(

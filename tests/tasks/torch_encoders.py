@@ -66,6 +66,20 @@ def renamed(tensors: dict[str, np.ndarray], head: str, own_head: str) -> dict[st
     return found
 
 
+def check_grads(
+    stage: Any, grads: dict[str, np.ndarray], zero: tuple[str, ...] = ("qkv.bias",)
+) -> None:
+    """Compare the gradients of a stage norm-wise with those of their model, by our names.
+
+    Parameters whose names end in `zero` have a part with a true gradient of zero.
+    """
+    assert grads.keys() == {p.name for p in stage.buffers.parameters}
+    for parameter in stage.buffers.parameters:
+        grad, own = grads[parameter.name], parameter.slot().buf
+        scale = max(np.linalg.norm(grad), 1e-3 if parameter.name.endswith(zero) else 1e-12)
+        assert np.linalg.norm(own - grad) <= 1e-10 * scale, parameter.name
+
+
 class Given:
     """Weights by name, as a trainer loads them."""
 
