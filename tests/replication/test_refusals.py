@@ -77,6 +77,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--on-failure shrink --balance speed", f"{SHRINK} --balance speed {TOGETHER}: both deal"),
     ("--on-failure shrink --device cuda", f"{SHRINK} --device cuda {TOGETHER}: a GPU runs ahead"),
     ("--on-failure shrink --trace true", f"{SHRINK} --trace {TOGETHER}: a lost rank"),
+    ("--on-failure shrink --save-async true", f"{SHRINK} --save-async {TOGETHER}: a lost rank"),
     ("--on-failure shrink --patience 3", f"{SHRINK} --patience 3 {TOGETHER}: a loss makes"),
     ("--on-failure respawn", "must be one of stop, shrink"),
     # A GPU, and an optimizer of whole matrices.
