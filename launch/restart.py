@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from minillm import finetune
 from minillm.base.errors import ConfigError
 from minillm.base.flags import split_flags
 from minillm.base.record import Record, option
 from minillm.checkpoint.find import SUBFOLDER, is_checkpoint, run_of
 from minillm.checkpoint.manifest import MANIFEST
-from minillm.training.arguments import parse_train_args
+from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig
+from minillm.training.origin import saved_options
 from minillm.training.resolve import resolve
 
 # Tokens of a tokenizer that is not read yet: divisible by every number up to 12, and by 16.
@@ -31,21 +33,44 @@ class _Beginning(Record):
     best: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tuning(_Beginning):
+    """Flags of finetune for the same, where --model names weights."""
+
+    model: str = option("none", path=True)
+
+
+class Program(NamedTuple):
+    """Program whose runs have folders to go on in."""
+
+    module: str
+    parse: Callable[[list[str]], tuple[StartOptions, RunConfig]]
+    beginning: type[_Beginning]
+
+
+TRAIN = Program(
+    "minillm.train", lambda words: parse_train_args(words, saved=saved_options), _Beginning
+)
+PROGRAMS = {"train": TRAIN, "finetune": Program("minillm.finetune", finetune.parse, _Tuning)}
+"""Every such program, by its name as a word of minillm."""
+
+
 class Starts(NamedTuple):
-    """Flags of train for each start of one run."""
+    """Flags of a program for each start of one run."""
 
     first: list[str]
     again: list[str]  # from the newest checkpoint in `run`
     run: str
 
 
-def starts(words: Sequence[str], default: str) -> Starts:
+def starts(words: Sequence[str], default: str, program: Program = TRAIN) -> Starts:
     """Return the flags of the first start and of every later one; `default` is the run's folder.
 
     A later start keeps all flags but the origin, which is then the run's own newest checkpoint.
     Raises ConfigError if the flags name a checkpoint outside any run, without a folder to write to.
     """
-    begin, rest = split_flags(_Beginning, words, prog="python -m minillm.train", add_help=False)
+    prog = f"python -m {program.module}"
+    begin, rest = split_flags(program.beginning, words, prog=prog, add_help=False)
     run: str | Path | None = begin.out
     if run is None and begin.resume is not None:
         run = run_of(Path(begin.resume))

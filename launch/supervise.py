@@ -1,4 +1,4 @@
-"""Supervised run: `minillm supervise -- mpirun -n 4 python -m minillm.train ...`.
+"""Supervised run: `minillm supervise -- mpirun -n 4 python -m minillm.train ...`, or of finetune.
 
 It starts again from the newest good checkpoint after a crash, a kill or a hang.
 """
@@ -22,20 +22,18 @@ from typing import Any, NamedTuple
 
 from minillm.launch.options import seconds_of
 from minillm.launch.program import split_words
-from minillm.launch.restart import Starts, fits, starts
+from minillm.launch.restart import PROGRAMS, TRAIN, Program, Starts, fits, starts
 
 from minillm.base.errors import ConfigError
 from minillm.base.flags import parse_flags
 from minillm.base.lock import FolderLock, FolderTaken
+from minillm.base.log import plural
 from minillm.base.metrics_file import METRICS, steps_of
-from minillm.base.record import Record, option
+from minillm.base.record import Record, option, or_list
 from minillm.checkpoint.find import newest_good, run_steps
 from minillm.comm.process import main_guard
-from minillm.training.arguments import parse_train_args
-from minillm.training.config import RunConfig
 from minillm.training.folder import claim_new
 from minillm.training.heartbeat import FOLDER, beats
-from minillm.training.origin import saved_options
 
 LOG = "restarts.jsonl"  # in the folder of the run
 LOOK = 0.5  # s between two looks at the heartbeats
@@ -50,6 +48,7 @@ class SuperviseArgs(Record):
     """Run a training command, and start it again from its newest good checkpoint when it fails.
 
     The command follows --, as in `minillm supervise -- mpirun -n 4 python -m minillm.train --tp 2`.
+    It is one of train or finetune.
     The exit status is 0 if the run came to its end, or has saved after SIGTERM, SIGINT, SIGHUP or
     SIGUSR1. Otherwise it is that of the last start: 128 plus the signal that ended it, 124 if it
     hung. A command that ends before its first step is not started again.
@@ -88,55 +87,74 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _supervise(argv: list[str]) -> int:
     own, command = split_words(argv)
     args = parse_flags(SuperviseArgs, own, prog="minillm supervise")
-    launcher, words = split_command(command)
-    options: RunConfig
-    begin, options = parse_train_args(words, saved=saved_options)  # a wrong flag ends it here
+    program, launcher, words = split_command(command)
+    begin, options = program.parse(words)  # a wrong flag ends it here
     folder = ""
     if options.output.out is None and begin.resume is None:
         claim = claim_new(None, f"runs/{options.preset}")
         claim.lock.release()
         folder = str(claim.path)
-    return Supervisor(args, launcher, starts(words, folder)).run()
+    return Supervisor(args, launcher, starts(words, folder, program), program).run()
 
 
-def split_command(command: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the command up to its training program, and the flags of train.
+def split_command(command: Sequence[str]) -> tuple[Program, list[str], list[str]]:
+    """Return the program that a command starts, the command up to it, and its flags.
 
     Raises ConfigError if it does not train.
     """
     for at, word in enumerate(command):
-        after = command[at + 1 : at + 2]
-        if word == "minillm.train" or (Path(word).name == "minillm" and list(after) == ["train"]):
-            end = at + 1 + (word != "minillm.train")
-            return list(command[:end]), list(command[end:])
+        after = command[at + 1] if at + 1 < len(command) else ""
+        for name, program in PROGRAMS.items():
+            dispatched = Path(word).name == "minillm" and after == name
+            if word == program.module or dispatched:
+                end = at + 1 + dispatched
+                return program, list(command[:end]), list(command[end:])
     raise ConfigError(
-        "a command that trains must follow --, as in: minillm supervise -- mpirun -n 4 python -m "
-        "minillm.train --tp 2"
+        f"a command that trains must follow -- ({or_list(PROGRAMS)}), as in: minillm supervise -- "
+        "mpirun -n 4 python -m minillm.train --tp 2"
     )
 
 
 class Supervisor:
-    """Supervisor of one run, which starts `launcher` with the flags of `found`."""
+    """Supervisor of one run of `program`, which starts `launcher` with the flags of `found`."""
 
-    def __init__(self, args: SuperviseArgs, launcher: list[str], found: Starts) -> None:
-        self.args, self.launcher, self.found = args, launcher, found
+    def __init__(
+        self, args: SuperviseArgs, launcher: list[str], found: Starts, program: Program = TRAIN
+    ) -> None:
+        self.args, self.launcher, self.found, self.program = args, launcher, found, program
         self.folder = Path(found.run)
         self.process: subprocess.Popen[bytes] | None = None
         self.asked = 0  # number of the first signal
 
     def run(self) -> int:
         """Start the run until it ends; return the exit status."""
-        beating = self.folder / FOLDER
-        shutil.rmtree(beating, ignore_errors=True)
+        with self._owned(self.folder / FOLDER), self._signals():
+            return self._starts()
+
+    @contextmanager
+    def _owned(self, beating: Path) -> Iterator[None]:
+        """Own the folder of the heartbeats, empty, until the block ends.
+
+        Raises ConfigError if the run is under way or supervised already, and leaves its heartbeats.
+        """
         try:
-            beating.mkdir(parents=True)
+            beating.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(beating)
+        except FolderTaken as error:
+            raise ConfigError(
+                f"{self.folder} is supervised by another command ({error.holder}); wait until it "
+                "ends, or choose another folder with --out"
+            ) from None
         except OSError as error:
             raise ConfigError(f"{beating} cannot be made: {error.strerror}") from None
-        try:
-            with self._signals():
-                return self._starts()
-        finally:
-            shutil.rmtree(beating, ignore_errors=True)
+        with lock:
+            try:
+                FolderLock(self.folder).release()
+                for path in beating.glob("rank-*"):
+                    path.unlink()
+                yield
+            finally:
+                shutil.rmtree(beating, ignore_errors=True)
 
     def _starts(self) -> int:
         wait = float(seconds_of(self.args.wait, "--wait"))
@@ -161,7 +179,7 @@ class Supervisor:
                     return end.status
                 failed = 0
             pause = min(LONGEST_WAIT, wait * 2 ** max(failed - 1, 0))
-            ranks = f" with {fewer} ranks" if fewer is not None else ""
+            ranks = f" with {plural(fewer, 'rank')}" if fewer is not None else ""
             at = f"from step {saved}" if saved else "from the beginning"
             self._note(end, saved, f"starts again{ranks} {at} in {pause:g} s")
             self._pause(pause)
@@ -215,7 +233,7 @@ class Supervisor:
         at = [i for i, word in enumerate(self.launcher) if re.fullmatch(r"--?np?", word)]
         if not at or not self.launcher[at[0] + 1].isdigit():
             return None
-        options: RunConfig = parse_train_args(words, saved=saved_options)[1]
+        options = self.program.parse(words)[1]
         now = int(self.launcher[at[0] + 1])
         found = next((n for n in range(now - 1, 0, -1) if fits(options, n)), None)
         if found is not None:

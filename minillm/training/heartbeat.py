@@ -43,6 +43,6 @@ def beats(run: Path) -> dict[str, str]:
     """Return the text of every heartbeat file of a run, by its name."""
     found = {}
     with contextlib.suppress(OSError):
-        for path in sorted((run / FOLDER).iterdir()):
+        for path in sorted((run / FOLDER).glob("rank-*")):
             found[path.name] = path.read_text(encoding="ascii", errors="replace")
     return found

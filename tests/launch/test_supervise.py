@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from minillm.launch import supervise
-from minillm.launch.restart import Starts
+from minillm.launch.restart import PROGRAMS, Starts, starts
 from minillm.launch.supervise import SuperviseArgs, Supervisor, split_command
 from mpi_helpers import left_behind
 
 from minillm.base.errors import ConfigError
+from minillm.base.lock import FolderLock
 from minillm.training.heartbeat import FOLDER, Heartbeat, beats
 
 # Start N makes a step unless it is to fail at once, and ends as the N-th word of PLAN says: with a
@@ -117,6 +118,20 @@ def test_a_program_that_dies_at_once_is_one_message(
     assert capfd.readouterr().err == f"supervise: {told}\n"
 
 
+def test_one_supervisor_has_the_folder(tmp_path: Path) -> None:
+    """Leave the heartbeats of the first one, which would take a run without any for hung."""
+    first = tmp_path / FOLDER / "rank-00000"
+    first.parent.mkdir()
+    first.write_text("7")
+    supervisor = Supervisor(SuperviseArgs(), ["false"], Starts([], [], str(tmp_path)))
+    with FolderLock(first.parent), pytest.raises(ConfigError, match="supervised by another"):
+        supervisor.run()
+    assert first.read_text() == "7"
+    with FolderLock(tmp_path), pytest.raises(ConfigError, match="is in use by another run"):
+        supervisor.run()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_hang_is_found_by_the_silent_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,21 +160,42 @@ def test_elastic_runs_take_the_next_layout(tmp_path: Path) -> None:
     assert alone._fewer([]) is None
 
 
-def test_commands_that_train_are_found() -> None:
+def test_elastic_fine_tuning_takes_the_next_layout(tmp_path: Path) -> None:
+    words = ["--task", "tag", "--batch", "12"]
+    launcher = ["mpirun", "-np", "8", "python", "-m", "minillm.finetune"]
+    found = Starts(words, words, str(tmp_path))
+    supervisor = Supervisor(SuperviseArgs(elastic=True), launcher, found, PROGRAMS["finetune"])
+    assert [supervisor._fewer(words) for _ in range(3)] == [6, 4, 3]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_commands_that_train_are_found(name: str) -> None:
     for head in (
-        ["mpirun", "-n", "4", "python", "-m", "minillm.train"],
-        ["/x/bin/minillm", "train"],
-        ["python", "-m", "minillm", "train"],
+        ["mpirun", "-n", "4", "python", "-m", f"minillm.{name}"],
+        ["/x/bin/minillm", name],
+        ["python", "-m", "minillm", name],
     ):
-        assert split_command([*head, "--tp", "2"]) == (head, ["--tp", "2"])
-    for other in ([], ["mpirun", "-n", "4", "ls"], ["minillm", "verify"]):
+        assert split_command([*head, "--tp", "2"]) == (PROGRAMS[name], head, ["--tp", "2"])
+        assert split_command(head) == (PROGRAMS[name], head, [])
+    for other in ([], ["mpirun", "-n", "4", "ls"], ["minillm", "verify"], ["minillm"]):
         with pytest.raises(ConfigError, match="a command that trains must follow --"):
             split_command(other)
+
+
+def test_later_starts_of_fine_tuning_drop_the_weights() -> None:
+    words = ["--task", "tag", "--model", "models/minilm", "--train", "x.conll", "--lr", "1e-4"]
+    found = starts(words, "runs/tags", PROGRAMS["finetune"])
+    assert found.first == [*words, "--out", "runs/tags"]
+    kept = ["--task", "tag", "--train", "x.conll", "--lr", "1e-4"]
+    assert found.again == [*kept, "--resume", "runs/tags"]
+    # A family of train is no origin.
+    assert starts(["--model", "lstm"], "runs/lstm").again[:2] == ["--model", "lstm"]
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
+        (["--", "minillm", "finetune", "--task", "tags"], "--task tags must be one of classify"),
         (["--", "ls"], "a command that trains must follow --"),
         (["--hang", "long", "--", "minillm", "train"], "--hang long must be a time"),
         (["--tries", "0", "--", "minillm", "train"], "--tries 0 must be at least 1"),

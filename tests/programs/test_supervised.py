@@ -13,13 +13,23 @@ from typing import Any
 
 import pytest
 from minillm.launch import supervise
-from mpi_helpers import MPIRUN, environment, left_behind, mpirun, needs_mpirun, wait_for_steps
+from mpi_helpers import (
+    MPIRUN,
+    environment,
+    left_behind,
+    mpirun,
+    mpirun_calls,
+    needs_mpirun,
+    wait_for_steps,
+)
 
 
-def start(words: list[str], cwd: Path, *options: str, ranks: int = 2) -> subprocess.Popen[str]:
+def start(
+    words: list[str], cwd: Path, *options: str, ranks: int = 2, program: str = "train"
+) -> subprocess.Popen[str]:
     launcher = [str(MPIRUN), "-n", str(ranks)] if ranks else []
     command = [sys.executable, "-m", "minillm", "supervise", "--wait", "1s", *options, "--"]
-    command += [*launcher, sys.executable, "-m", "minillm.train", *words]
+    command += [*launcher, sys.executable, "-m", f"minillm.{program}", *words]
     return subprocess.Popen(
         command, cwd=cwd, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -57,6 +67,44 @@ def test_a_killed_rank_costs_no_step(tiny: list[str], tmp_path: Path) -> None:
     log = [json.loads(row) for row in (run / supervise.LOG).read_text().splitlines()]
     assert len(log) == 2 and all(row["saved"] > 0 for row in log), output
     assert output.count("supervise: the run ") == 2 and not left_behind(run)
+
+
+TASK = ["--task", "classify", "--layers", "2", "--heads", "2", "--dim", "16", "--context", "24"]
+TASK += ["--batch", "8", "--steps", "80", "--eval-every", "0"]
+
+
+@needs_mpirun
+@pytest.mark.slow
+def test_fine_tuning_is_supervised_alike(tmp_path: Path) -> None:
+    """Start from weights, kill a rank; the metrics are those of an uninterrupted run."""
+    weights, whole, run = (tmp_path / name for name in ("weights", "whole", "run"))
+    first = [*TASK, "--steps", "2", "--out", str(weights)]
+    words = ["--task", "classify", "--model", str(weights), *TASK[-6:], "--save-every", "10"]
+    asked = [["minillm.finetune", *first], ["minillm.finetune", *words, "--out", str(whole)]]
+    done = mpirun_calls(2, asked, timeout=120)
+    assert all(each.returncode == 0 for each in done), done
+    process = start([*words, "--out", str(run)], tmp_path, program="finetune")
+    wait_for_steps(process, run, 25)
+    os.kill(first_rank(run), signal.SIGKILL)
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, output
+    assert curve(run) == curve(whole), output
+    (row,) = [json.loads(row) for row in (run / supervise.LOG).read_text().splitlines()]
+    assert row["saved"] > 0 and row["status"] != 0 and not left_behind(run), output
+
+
+@needs_mpirun
+@pytest.mark.slow
+def test_fine_tuning_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
+    """Kill a rank before the first checkpoint, with one try for each number of ranks."""
+    run = tmp_path / "run"
+    words = [*TASK, "--save-every", "0", "--out", str(run)]
+    process = start(words, tmp_path, "--elastic", "--tries", "1", program="finetune")
+    wait_for_steps(process, run, 10)
+    os.kill(first_rank(run), signal.SIGKILL)
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == 0 and "starts again with 1 rank " in output, output
+    assert [row[0] for row in curve(run)] == list(range(1, 81)) and not left_behind(run)
 
 
 @needs_mpirun
