@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,15 @@ def test_every_mesh_gives_the_same(
     layout: Layout, tokens: int, method: dict[str, Any], alone: Outcome
 ) -> None:
     assert_same(run(layout, tokens, **method), alone, 1e-8)
+
+
+def test_replicas_that_are_left_compute_all_rows(alone: Outcome) -> None:
+    """Deal the microbatches of five replicas to two, as after the loss of three."""
+
+    def after_a_loss(config: ResolvedConfig) -> ResolvedConfig:
+        return dataclasses.replace(config, planned_dp=5)
+
+    assert_same(run(Layout(dp=2), 16, adapt=after_a_loss), alone, 1e-8)
 
 
 def test_a_share_of_the_divisor_is_seen(alone: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
