@@ -1,0 +1,1 @@
+"""Campaigns: random kills, damaged input, odd machines and long runs, by `python -m campaigns`."""
