@@ -113,7 +113,7 @@ SUBJECTS = {
         49152,
         _next_tokens,
         "targets",
-        warmup=1,
+        warmup=2,
         repeats=2,
     ),
 }
