@@ -23,7 +23,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.device_arrays import on_device
 from minillm.comm.launchers import OPEN_MPI_STOP, launched
 from minillm.comm.ledger import recording
-from minillm.comm.process import LeftOver, run_program
+from minillm.comm.process import LeftOver, run_new_rank, run_program
 from minillm.comm.recorder import FlightRecorder
 from minillm.comm.signals import StopRequest
 from minillm.comm.two_levels import neighbours
@@ -36,6 +36,8 @@ from minillm.training.config import RunConfig, decided, preset_values
 from minillm.training.early_stopping import EarlyStopping
 from minillm.training.fit import fit
 from minillm.training.folder import Claim, check_visible, claim_existing, claim_new
+from minillm.training.going_on import NEW_RANK
+from minillm.training.joining import join
 from minillm.training.loop import Run
 from minillm.training.numeric_key import asked_kernels
 from minillm.training.origin import Origin, continued_run, saved_options
@@ -45,6 +47,8 @@ from minillm.training.serving import make_server, with_servers
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status."""
+    if (sys.argv[1:] if argv is None else list(argv)) == [NEW_RANK]:
+        return run_new_rank(lambda comm: join(comm, _show_texts))
     return run_program(
         lambda words: parse_train_args(words, saved=saved_options),
         train,

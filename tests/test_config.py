@@ -608,7 +608,7 @@ SILENT = """
     dp tp pp schedule microbatch stage_layers sequence_parallel recompute bucket_mb node_shared
     kernels device out save_every save_async keep keep_best eval_every eval_tokens sample_tokens
     trace stop_after check_every check_order comm_timeout log_every log_to val_data cache threads
-    memory zero shard_group balance servers slow_rank patience on_failure
+    memory zero shard_group balance servers slow_rank patience on_failure buddy buddy_every
     microbatch_tokens
 """
 ANNOUNCED = """

@@ -66,7 +66,7 @@ STANDARD_LIBRARY_ONLY = [
 ]
 # A program in PyTorch that nothing imports, and its models.
 YARDSTICKS = tuple(f"minillm/bench/torch_{name}.py" for name in ("run", "models", "tasks"))
-MPI_AT_TOP = {"minillm/comm/mpi.py", "minillm/comm/watchdog.py"}
+MPI_AT_TOP = {f"minillm/comm/{name}.py" for name in ("mpi", "mpi_spawn", "watchdog")}
 
 
 def sources() -> list[Path]:

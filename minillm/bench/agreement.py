@@ -27,7 +27,8 @@ from minillm.bench.synthetic import random_trainer
 from minillm.comm.communicator import Communicator
 from minillm.comm.process import run_program
 from minillm.comm.single import SelfCommunicator
-from minillm.comm.threads import ThreadCommunicator, run_ranks
+from minillm.comm.thread_communicator import ThreadCommunicator
+from minillm.comm.threads import run_ranks
 from minillm.training.comparison import FLOOR, Course, compare, pieces, run, whole
 from minillm.training.trainer import Trainer
 

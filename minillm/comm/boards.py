@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from minillm.base.errors import CommTimeout, PeerFailed
 from minillm.comm.ledger import ledger
+
+if TYPE_CHECKING:
+    from minillm.comm.communicator import Communicator
 
 
 class Killed(BaseException):
@@ -44,11 +48,14 @@ class World:
     waiting rank waits for and what each working rank does.
     """
 
-    def __init__(self, rendezvous: bool, faults: Faults | None = None) -> None:
+    def __init__(self, size: int, rendezvous: bool, faults: Faults | None = None) -> None:
         self.changed = threading.Condition()
         self.failed: int | None = None
         self.dead: set[int] = set()
         self.faults = faults
+        self.start: Callable[[int, Communicator], object] | None = None
+        """Start the rank of a new number on its communicator; None: no rank can be started."""
+        self.numbers = itertools.count(size)  # of new ranks
         self.rendezvous = rendezvous
         self.waiting: dict[str, str] = {}
         self.working: dict[str, str] = {}

@@ -27,6 +27,7 @@ from mpi4py import MPI
 
 from minillm.base.arrays import is_narrow
 from minillm.base.errors import CommError, CommTimeout, ConfigError
+from minillm.comm import mpi_spawn
 from minillm.comm.buffers import ReduceOp, chunks, cut, reduce_in_order
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.single import SelfCommunicator
@@ -273,8 +274,19 @@ class MPICommunicator(Communicator):
             # Two of them, since Dup would fail at the next death: the watchdogs talk on their own.
             made, talks = self.mpi.Shrink(), self.mpi.Shrink()
         self._watchdog.move(talks)
-        if made.Get_size() == 1:
-            return SelfCommunicator(self.name, self.timeout)
+        return MPICommunicator(made, self._watchdog, self.name, self.timeout)
+
+    def respawn(
+        self, places: Sequence[int], size: int, command: Sequence[str] = ()
+    ) -> Communicator:
+        with self.waiting("new processes"):
+            try:
+                made, talks = mpi_spawn.spawn(self.intra, places, size, command)
+            except MPI.Exception as error:
+                if error.Get_error_class() == MPI.ERR_SPAWN:
+                    raise CommError(error.Get_error_string()) from None
+                raise
+        self._watchdog.move(talks)
         return MPICommunicator(made, self._watchdog, self.name, self.timeout)
 
 
@@ -337,6 +349,15 @@ def all_ranks(timeout: float, on_timeout: Callable[[CommTimeout], object]) -> Co
     with Waiting(watchdog, "the start", "world", timeout, polled=False):
         own = MPI.COMM_WORLD.Dup()
     return MPICommunicator(own, watchdog, "world", timeout)
+
+
+def new_rank(timeout: float, on_timeout: Callable[[CommTimeout], object]) -> Communicator:
+    """Return the group of a process that `respawn` has started. Collective over this group."""
+    made, talks = mpi_spawn.join()
+    watchdog = Watchdog(on_timeout)
+    watchdog.move(talks)
+    _watchdogs.append(watchdog)
+    return MPICommunicator(made, watchdog, "world", timeout)
 
 
 def takes_device_memory() -> bool:

@@ -17,6 +17,12 @@ class CommOptions(Record):
     """Compare the order of communications between ranks, to find a mismatch; slow."""
     comm_timeout: float = option(DEFAULT_TIMEOUT, above=0, resumable=True)
     """Seconds to wait for another rank that neither answers nor works alone, before giving up."""
-    on_failure: Literal["stop", "shrink"] = option("stop", resumable=True)
-    """Course after a rank is lost: end all ranks (stop), or go on with fewer data-parallel replicas
-    (shrink: Open MPI under mpirun --with-ft ulfm)."""
+    on_failure: Literal["stop", "shrink", "respawn"] = option("stop", resumable=True)
+    """Course after a rank is lost: end all ranks (stop), go on with fewer data-parallel replicas
+    (shrink), or start a new process in its place (respawn); the last two need Open MPI under mpirun
+    --with-ft ulfm."""
+    buddy: bool = option(False, resumable=True)
+    """Copy state that one rank alone holds to another rank, from which it is rebuilt after a loss;
+    with --on-failure shrink or respawn."""
+    buddy_every: int = option(1, at_least=1, resumable=True)
+    """Steps from one copy of --buddy to the next; after a loss all ranks go back to the last."""

@@ -37,11 +37,13 @@ from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.cores import use_threads
 from minillm.comm.launchers import Launch, launched
 from minillm.comm.single import SelfCommunicator
+from minillm.comm.survivable import NotAdmitted
 from minillm.comm.versions import check_alike
 
 Options = TypeVar("Options")
 
 START_SECONDS = 300  # for all ranks to come to MPI_Init
+JOIN_SECONDS = 10.0  # for survivors to meet a new process, which has started by then
 CONFIRM_SECONDS = 3.0  # for all ranks to confirm an error that each of them should have
 PEER_SECONDS = 1.0  # for mpirun to name the process that has ended, before this one ends the rest
 ABORT_SECONDS = 3.0  # for MPI_Abort
@@ -161,16 +163,7 @@ def run_program(
     """
 
     def program() -> int:
-        with contextlib.suppress(*NO_STREAM):
-            faulthandler.enable()
-            # Python's handler, which `StopRequest` hears of, after the print of the rank's place.
-            signal.signal(signal.SIGUSR2, lambda *_: None)
-            faulthandler.register(signal.SIGUSR2, chain=True)
-        comm = world()
-        _on_ctrl_c(signal.default_int_handler)
-        if comm.rank:  # help text and the like is printed once
-            _hidden.append(sys.stdout)
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
+        comm = _started(world)
         if alike:
             check_alike(comm)
         options = agree(comm, lambda: parse(list(sys.argv[1:] if argv is None else argv)))
@@ -179,22 +172,86 @@ def run_program(
             left = body(comm, options)
         (left or comm).barrier()  # MPI_Finalize waits for all ranks without a time-out
         sys.stdout.flush()
-        if left is not None and left.size < comm.size:
+        if left is not None and left is not comm:
             _end_without_lost(left)
         return 0
 
     return main_guard(program)
 
 
-def _end_without_lost(left: Communicator) -> None:
-    """End all ranks with status 0 where some are lost: MPI_Finalize may hang then (5.0.11)."""
-    sys.stderr.flush()
+def _started(world: Callable[[], Communicator]) -> Communicator:
+    """Prepare this process, and return the group of all ranks that `world` makes. Collective."""
+    with contextlib.suppress(*NO_STREAM):
+        faulthandler.enable()
+        # Python's handler, which `StopRequest` hears of, after the print of the rank's place.
+        signal.signal(signal.SIGUSR2, lambda *_: None)
+        faulthandler.register(signal.SIGUSR2, chain=True)
+    comm = world()
+    _on_ctrl_c(signal.default_int_handler)
+    if comm.rank:  # help text and the like is printed once
+        _hidden.append(sys.stdout)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
+    return comm
+
+
+def run_new_rank(body: Callable[[Communicator], Communicator]) -> int:
+    """Run a program on a process that `Communicator.respawn` has started; it ends the process.
+
+    `body` gets the group of survivors and new ranks, and returns the group at the end of the run.
+    An error of this process is its own death for the others, which go on without it. Returns 1 in
+    a process that was started otherwise.
+    """
+    if launched() is None:
+        _report(ConfigError("a run starts this program itself, when it has lost a rank"), None)
+        return 1
+    given_up = threading.Timer(JOIN_SECONDS, os._exit, [1])
+    given_up.daemon = True
+    given_up.start()
+    rank: int | None = None
+    try:
+        _start_mpi()
+        from minillm.comm import mpi
+
+        comm = _started(lambda: mpi.new_rank(DEFAULT_TIMEOUT, _end_alone))
+        given_up.cancel()
+        rank = comm.rank
+        kernels.prepare_process()
+        left = body(comm)
+        left.barrier()
+        sys.stdout.flush()
+        _end_without_lost(left, is_new=True)
+    except NotAdmitted:
+        os._exit(1)
+    except BaseException as error:
+        _end_alone(error, rank)
+    return 1
+
+
+def _end_alone(error: BaseException, rank: int | None = None) -> None:
+    """Print an error and end this process. The other ranks see its death."""
+    _report(_explained(error), rank)
     time.sleep(FORWARD_SECONDS)
-    if left.rank == 0 and not isinstance(left, LeftOver):
-        abort(0)
-    while isinstance(left, LeftOver):
+    os._exit(1)
+
+
+def _end_without_lost(left: Communicator, is_new: bool = False) -> None:
+    """End all ranks with status 0 where some are lost: MPI_Finalize may hang then (5.0.11).
+
+    The first rank that is not new ends those that mpirun has started. A new rank ends those of its
+    own MPI_COMM_WORLD, and one that is left over itself alone. Collective over `left`.
+    """
+    sys.stderr.flush()
+    old = [rank for rank, other in enumerate(left.gather_json(is_new)) if not other]
+    time.sleep(FORWARD_SECONDS)
+    over, MPI = isinstance(left, LeftOver), sys.modules["mpi4py.MPI"]
+    ends = is_new or old[:1] == [left.rank]
+    if over:
+        ends = is_new and MPI.COMM_WORLD.Get_size() == 1
+    if ends:
+        _abort(MPI, 0)
+    while over and not is_new:
         time.sleep(1.0)  # until the ranks that train have ended, and with them this one
-    time.sleep(ABORT_SECONDS)
+    time.sleep(0 if over else ABORT_SECONDS)
     os._exit(0)
 
 
@@ -302,7 +359,11 @@ def abort(status: int) -> None:
     """
     mpi = _running_mpi()
     if mpi is not None:
-        exit_later = threading.Timer(ABORT_SECONDS, os._exit, [status])
-        exit_later.daemon = True
-        exit_later.start()
-        mpi.COMM_WORLD.Abort(status)
+        _abort(mpi, status)
+
+
+def _abort(mpi: Any, status: int) -> None:
+    exit_later = threading.Timer(ABORT_SECONDS, os._exit, [status])
+    exit_later.daemon = True
+    exit_later.start()
+    mpi.COMM_WORLD.Abort(status)

@@ -8,6 +8,8 @@ seen the error therefore does three things, in this order:
 2. `unanimous(False)` meets the ranks that have seen no error in their next `unanimous(True)`.
    Every living rank gets False.
 3. `shrink` returns the group of the living.
+4. `respawn` starts new ranks in the places of the dead. It fails on some ranks and not on others if
+   a further rank dies meanwhile, so `unanimous` follows.
 
 Invariant: all ranks call `unanimous` and `shrink` of a group in the same order. These two work in a
 revoked group and pass over the dead.
@@ -15,12 +17,17 @@ revoked group and pass over the dead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from minillm.comm.transport import Transport
 
 if TYPE_CHECKING:
     from minillm.comm.communicator import Communicator
+
+
+class NotAdmitted(Exception):
+    """End of a new rank whose group has failed before it knew what to do there."""
 
 
 class Survivable(Transport):
@@ -46,3 +53,14 @@ class Survivable(Transport):
     def shrink(self) -> Communicator:
         """Return the group of the living ranks, in the same order. Collective over the living."""
         raise self._unsupported("shrink")
+
+    def respawn(
+        self, places: Sequence[int], size: int, command: Sequence[str] = ()
+    ) -> Communicator:
+        """Return a group of `size` ranks: rank r of this group in places[r], new ones elsewhere.
+
+        `command` starts a new process; a thread runs `joining` of its `run_ranks` instead.
+        Collective over this group, which is not revoked. Raises an error where nothing can be
+        started. The new ranks have a group as well; it is theirs to end when it fails.
+        """
+        raise self._unsupported("respawn")

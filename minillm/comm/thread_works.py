@@ -10,7 +10,7 @@ import numpy as np
 from minillm.comm.boards import Message
 
 if TYPE_CHECKING:
-    from minillm.comm.threads import ThreadCommunicator
+    from minillm.comm.thread_communicator import ThreadCommunicator
 
 
 class Joined(NamedTuple):

@@ -109,6 +109,12 @@ class Method:
     kept: Callable[[ReplicationOptions], str] = lambda options: ""
     """Reason why no update of a step can be left out once its loss and norm are known; empty if it
     can: --on-spike."""
+    copied: bool = False
+    """True if it can with --buddy, which keeps a second copy of all that a rank holds alone."""
+    alone: Callable[[Held, ReplicationOptions, int], int] = lambda held, options, dp: (
+        held.values + held.state if dp == 1 else 0
+    )
+    """Bytes of state that one of `dp` ranks on the axis holds and no other."""
     needs_host: Callable[[ReplicationOptions], bool] = lambda options: False
     """True if the method works in the host's memory alone."""
     unasked: tuple[Any, ...] = (0, "none")

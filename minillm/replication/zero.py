@@ -266,6 +266,14 @@ def _holds(sizes: Sizes, options: ReplicationOptions) -> Held:
     return Held(values * sizes.item, grads * sizes.wide, state)
 
 
+def _alone(held: Held, options: ReplicationOptions, dp: int) -> int:
+    """Return the bytes of a rank's shares, unless other groups hold the same."""
+    ways = options.shard_group or dp
+    if ways < dp:
+        return 0
+    return held.state + (held.values if options.zero > 2 or dp == 1 else 0)
+
+
 def _check(options: ReplicationOptions, mesh: MeshShape, steps: int) -> None:
     """Raise ConfigError for groups that do not divide the ranks."""
     if options.shard_group and mesh.dp % options.shard_group:
@@ -289,7 +297,9 @@ def _placed(options: ReplicationOptions, mesh: MeshShape, per_node: int) -> Repl
 METHOD = Method(
     name="zero",
     option="zero",
-    lost=lambda options: "a lost rank takes the only copy of its share along",
+    lost=lambda options: "a lost rank takes the only copy of its share along, without --buddy",
+    copied=True,
+    alone=_alone,
     make=_make,
     sends=_sends,
     holds=_holds,

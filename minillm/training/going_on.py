@@ -21,8 +21,11 @@ from minillm.comm.agreement import AgreedError, agree, from_first
 from minillm.comm.buffers import ReduceOp
 from minillm.comm.process import show_output
 from minillm.training.heartbeat import forget
+from minillm.training.newcomer import told
 from minillm.training.numeric_key import numeric_key
-from minillm.training.survival import Loss, NoReplicaLeft, Survivors
+from minillm.training.resolve import ResolvedConfig
+from minillm.training.step import StepReport
+from minillm.training.survival import Loss, NoReplicaLeft, Respawn, Survivors, Welcome
 from minillm.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -30,17 +33,35 @@ if TYPE_CHECKING:
 
 LOG = "losses.jsonl"  # in the folder of the run
 LOCK_SECONDS = 5.0  # for the system to release the lock of a dead rank
-PLAN = "the run goes on with fewer replicas after a rank is lost; memory is not shared on a node"
+NEW_RANK = "--new-rank"  # the one word of a command line of `minillm.train` in another's place
+COMMAND = ("-m", "minillm.train", NEW_RANK)  # arguments of Python that start a new rank
 
 
-def survivors(run: Run) -> Survivors:
-    """Return the ranks of a run, and how it goes on after a loss. Collective over its ranks."""
+def describe(config: ResolvedConfig) -> str:
+    """Return how a run goes on after a loss, for the plan."""
+    ways = {
+        "shrink": "the run goes on with fewer replicas after a rank is lost",
+        "respawn": "a new process takes the place of a lost rank; where none can be started, the "
+        "run goes on with fewer replicas",
+    }
+    return f"{ways[config.options.comm.on_failure]}; memory is not shared on a node"
+
+
+def survivors(run: Run, welcome: Welcome | None = None) -> Survivors:
+    """Return the ranks of a run, and how it goes on after a loss. Collective over its ranks.
+
+    `welcome` is for a new rank, which makes no trainer yet.
+    """
+    options = run.config.options.comm
+    respawns = options.on_failure == "respawn"
     return Survivors(
         run.comm,
         run.config,
         run.make,
         lambda trainer: _from_disk(run, trainer),
         lambda survivors, loss: _take_over(run, survivors, loss),
+        Respawn(COMMAND, lambda: told(run), welcome) if respawns else None,
+        options.buddy_every * options.buddy,
     )
 
 
@@ -83,46 +104,68 @@ def _from_disk(run: Run, trainer: Trainer) -> int:
 
 def _take_over(run: Run, survivors: Survivors, loss: Loss) -> None:
     """Go on with the files of the run on the ranks that are left. Collective over them."""
-    run.outcome = run.trainer.last or run.outcome
-    group, trainer = survivors.world, survivors.trainer
-    run.comm, run.trainer, run.config = group, trainer, survivors.config
-    own = [run.settled, run.saved_step]
+    group, trainer, known = survivors.world, survivors.trainer, not run.is_new
+    if known:
+        run.outcome = run.trainer.last or run.outcome
+    run.comm, run.trainer, run.config, run.is_new = group, trainer, survivors.config, False
+    own = [run.settled, run.saved_step] if known else [loss.step, loss.step]
     settled, saved = map(int, group.reduce_numbers(own, ReduceOp.MIN))
     run.settled, run.saved_step, run.unsettled = min(settled, loss.step), saved, None
     if loss.from_memory and run.settled < loss.step:
-        assert run.outcome is not None and run.outcome.step + 1 == loss.step
-        run.unsettled = run.outcome._replace(stop=False)  # a signal stops the next step instead
+        run.unsettled = _outcome(run, loss)
     if not loss.from_memory:
         run.settled, run.saved_step = loss.step, -1
     run.key = numeric_key(run.config, group, 1, run.device)
     run.begin_policy()
     run.log.rank = group.rank
-    run.metrics.close()
-    run.writers.close()
+    if known:
+        run.metrics.close()
+        run.writers.close()
     if group.rank == 0:
         show_output()
     agree(group, lambda: _write_down(run, loss) if group.rank == 0 else None)
     agree(group, lambda: run.open_places(run.settled))
+    run.log(_line(loss))
+
+
+def _outcome(run: Run, loss: Loss) -> StepReport:
+    """Return the outcome of the last step, which a new rank gets from another. Collective."""
+    found = run.outcome
+    if found is not None and found.step + 1 != loss.step:
+        found = None
+    if loss.respawned:
+        everyone = run.comm.gather_json(None if found is None else found.to_json())
+        found = found or StepReport.from_json(next(filter(None, everyone)))
+    assert found is not None
+    return found._replace(stop=False)  # a signal stops the next step instead
+
+
+def _line(loss: Loss) -> str:
+    """Return the line about a loss."""
     mesh, lost = loss.mesh, plural(loss.before - loss.survivors, "rank")
     where = "memory" if loss.from_memory else "disk"
-    left = loss.survivors - mesh.num_ranks
-    run.log(
-        f"lost {lost} of {loss.before}: going on after step {loss.step}, from {where}, with dp "
-        f"{mesh.dp} x tp {mesh.tp} x pp {mesh.pp}"
+    left = loss.survivors + loss.respawned - mesh.num_ranks
+    new = f", {plural(loss.respawned, 'new rank')}" if loss.respawned else ""
+    why = " ".join(loss.reason.split())
+    return (
+        f"lost {lost} of {loss.before}{new}: going on after step {loss.step}, from {where}, with "
+        f"dp {mesh.dp} x tp {mesh.tp} x pp {mesh.pp}"
         + (f"; {plural(left, 'rank')} more without a replica" if left else "")
+        + (f"; {why}" if why else "")
     )
 
 
 def _write_down(run: Run, loss: Loss) -> None:
     """Own the folder on the first rank, cut the metrics, and add a line about the loss."""
-    if run.lock is None and run.started_as:
-        run.lock = _claimed(run.out)
+    if not run.owns:
+        run.lock, run.owns = _claimed(run.out), True
     forget(run.out, loss.mesh.num_ranks)
     keep_until(run.settled, run.out / METRICS, run.out / METRICS)
     line = {
         "step": loss.step,
         "before": loss.before,
         "survivors": loss.survivors,
+        "respawned": loss.respawned,
         "dp": loss.mesh.dp,
         "tp": loss.mesh.tp,
         "pp": loss.mesh.pp,

@@ -38,7 +38,7 @@ def load(run: Run, origin: Origin, moved: str | None) -> None:
     for line in (*origin.changes(run.config), *([moved] if moved else []), *lost):
         run.log(line)
     difference = checkpoint.difference(record.key, run.key)
-    if difference:
+    if difference and not run.is_new:
         how = "change from here on" if lost else "continue to rounding, not bit for bit"
         run.log(f"results {how}: {difference}")
 

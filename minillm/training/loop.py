@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minillm import checkpoint
 from minillm.base.device import Device
@@ -39,6 +39,7 @@ from minillm.training.resolve import ResolvedConfig
 from minillm.training.saving import Saver
 from minillm.training.spikes import Spikes, answer
 from minillm.training.step import StepReport
+from minillm.training.survival import Survivors, Welcome
 from minillm.training.trainer import Trainer
 from minillm.training.verdict import NotFinite
 from minillm.training.writers import Start, Writers, check_packages, place_names
@@ -58,7 +59,7 @@ class Run:
     """One training run of this rank. Collective over `comm`.
 
     `out` is the folder that it owns. `origin` is the checkpoint to start from, None for initial
-    weights. `wire` reaches dedicated servers.
+    weights. `wire` reaches dedicated servers. `welcome` is for a rank that joins the run later.
     """
 
     def __init__(
@@ -72,20 +73,48 @@ class Run:
         tracer: Tracer | None,
         stop: StopRequest,
         wire: Communicator | None = None,
+        welcome: Welcome | None = None,
     ) -> None:
         self.comm, self.device, self.config, self.data = comm, device, config, data
         self.tracer, self.stop, self.log = tracer, stop, Log(comm.rank)
         self.output, optimization = config.options.output, config.options.optimization
-        program = resident()
-        places = place_names(self.output.log_to)
-        agree(comm, lambda: check_packages(places if comm.rank == 0 else []))
-        self.out, self.origin = out, origin
+        self.out, self.origin, self._wire = out, origin, wire
         self.left, self._stopped = False, False
         self.unsettled: StepReport | None = None
         """Outcome of a step that is done, but not written by all ranks before a loss."""
         self.outcome: StepReport | None = None  # of the last step that this rank has done
-        self.started_as, self.started_with = comm.rank, comm.size
+        self.started_with = comm.size
         self.lock: FolderLock | None = None  # of a first rank that another one was before
+        self.last_step = min(optimization.steps, self.output.stop_after or optimization.steps)
+        self.saver, self.shares = Saver(self), TimeShares()
+        self.result: Result | None = None
+        self.survivors: Survivors | None = None
+        self.is_new = welcome is not None  # without a trainer until it has joined the others
+        self.owns = comm.rank == 0 and not self.is_new  # the folder
+        self.stopping = EarlyStopping(self.output.patience, None)
+        if welcome is None:
+            self._start(resident())
+        else:
+            self._join(welcome)
+
+    def _join(self, welcome: Welcome) -> None:
+        """Take part in a run that has begun. Not collective."""
+        told = welcome.run
+        self.key: dict[str, Any] = {}
+        self.first_step, self.started_with = told["first_step"], told["started_with"]
+        self.spikes = Spikes(self.config.options.spikes, told["spikes"])
+        start = self.first_step + self.spikes.jump
+        self._task, self._read_before = drawn(self.config, self.data, told["position"], start)
+        self.survivors = going_on.survivors(self, welcome)
+
+    def _start(self, program: int) -> None:
+        """Begin the run, from its origin if there is one. Collective.
+
+        `program` are the bytes that this process has held before.
+        """
+        comm, config, data, origin = self.comm, self.config, self.data, self.origin
+        places = place_names(self.output.log_to)
+        agree(comm, lambda: check_packages(places if comm.rank == 0 else []))
         self.first_step = origin.first_step if origin else 0
         if origin is not None and origin.continues:
             shapes, old = model_shapes(config), origin.path
@@ -96,33 +125,31 @@ class Run:
             position, moved = origin.position(data, config.options) if origin else (0, None)
             start = self.first_step + self.spikes.jump
             self._task, self._read_before = drawn(config, data, position, start)
-            self._wire = wire
-            surviving = config.options.comm.on_failure != "stop" and comm.size > 1
-            self.survivors = going_on.survivors(self) if surviving else None
+            if config.options.comm.on_failure != "stop" and comm.size > 1:
+                self.survivors = going_on.survivors(self)
             self.trainer = self.survivors.trainer if self.survivors else self.make(config, comm)
-        self.trainer.replication.record(out, tracer)
-        self.key = numeric_key(config, comm, self.trainer.replication.memory.alias[1], device)
+        self.trainer.replication.record(self.out, self.tracer)
+        alias = self.trainer.replication.memory.alias[1]
+        self.key = numeric_key(config, comm, alias, self.device)
         if origin is not None:
             self.load(origin, moved)
         self.trainer.begun = self.trainer.done = self.first_step
         self.settled = self.first_step  # steps whose numbers are written, and saved if due
         held = None if origin is None else origin.stopping(config.options)
         self.stopping = EarlyStopping(self.output.patience, held)
-        self.last_step = min(optimization.steps, self.output.stop_after or optimization.steps)
         self.saved_step = self.first_step if origin and origin.continues else -1
         self.begin_policy()
-        self.saver = Saver(self)
         toml = to_toml(config.options.replace(out=None), config.filled().replace(out=None))
         for line in from_first(comm, lambda: begin(self.out, toml, origin)):
             self.log(line)
         agree(comm, lambda: self.open_places(self.first_step))
-        self.shares = TimeShares()
-        self.result: Result | None = None
         threads, unequal = threads_in_use(), isinstance(self._task, Unequal)
         for label, text in plan(config, data, self.trainer.model, threads, comm, program, unequal):
             self._say(label, text)
         if self.survivors is not None:
-            self._say("losses", going_on.PLAN)
+            self._say("losses", going_on.describe(config))
+            if self.survivors.buddies is not None:
+                self._say("buddy", self.survivors.buddies.describe())
         if self.spikes.on:
             self._say("spikes", self.spikes.describe())
         self.log(f"output  {self.out}\n")
@@ -208,6 +235,8 @@ class Run:
             self._settle(self.unsettled, {}, self._due(step, False, 0.0))
         while step < self.last_step and not stopped and not self.stopping.over:
             before = ledger().snapshot()
+            if self.survivors is not None:
+                self.survivors.keep()
             self.trainer.stop_requested = self.stop.asked()
             self.trainer.clock = time.perf_counter() - started if self.comm.rank == 0 else 0.0
             with self._saving_before_a_failure():

@@ -84,7 +84,7 @@ def predicted(
         workspace += architecture.activation_bytes(config.model, 1, work._replace(recompute="none"))
     if logits < MAPPED_BYTES or on_gpu:
         workspace = max(0, workspace - logits)  # in memory that the logits have left
-    held, method = Held((size + frozen) * item, 0, 0), method_of(config.replication)
+    held, method, copies = Held((size + frozen) * item, 0, 0), method_of(config.replication), 0
     copied = 0
     if training:
         trained = Sizes(
@@ -104,6 +104,9 @@ def predicted(
             ways = method.cuts(config.replication, layout.mesh.dp)
             gathered = 2 * trained.largest * (ways > 1)
             held = held._replace(values=held.values + (frozen // ways + gathered) * item)
+        alone = method.alone(held, config.replication, layout.mesh.dp)
+        if options.comm.buddy and alone and layout.mesh.num_ranks > 1:
+            copies = held.values + held.state + 2 * alone  # of this rank, and twice of another
     objects = LATER_BYTES + num_layers * LAYER_BYTES + rows * layout.mesh.pp * MICROBATCH_BYTES
     parts = {
         "activations": round(
@@ -115,6 +118,7 @@ def predicted(
         "messages": sum(values.tied for values in sizes) * wide // 2 * training + held.messages,
         "batches": rows * tokens * 16,  # tokens and targets, int64
         **({"checkpoint": copied} if copied else {}),
+        **({"copies": copies} if copies else {}),
     }
     others = size * wide * (shared_by - 1) // shared_by * training
     kinds = {

@@ -157,6 +157,11 @@ def resolve(
         )
     if config.comm.on_failure != "stop":
         config = _surviving(config)
+    elif config.comm.buddy:
+        raise ConfigError(
+            "--buddy needs --on-failure shrink or respawn: nothing else reads the copies; add one, "
+            "or leave it out"
+        )
     method = methods.method_of(config.replication)
     _check_spikes(config, method)
     if config.compute.device == "cuda" and method.needs_host(config.replication):
@@ -238,8 +243,9 @@ def _surviving(config: RunConfig) -> RunConfig:
     asked, options = f"--on-failure {config.comm.on_failure}", config.replication
     method, device = methods.method_of(options), config.compute.device
     output = config.output
+    kept = config.comm.buddy and method.copied
     refused = {
-        method.flag(options): method.lost(options),
+        method.flag(options): "" if kept else method.lost(options),
         "--balance speed": "both deal the microbatches of a step" * (options.balance != "none"),
         "--device cuda": "a GPU runs ahead of the agreement on a step" * (device != "cpu"),
         "--trace": "a lost rank takes its part of the timeline along" * output.trace,
@@ -281,6 +287,22 @@ def with_replicas(config: ResolvedConfig, dp: int) -> ResolvedConfig:
     """Return `config` for the `dp` replicas that are left; the global batch stays as it is."""
     mesh = dataclasses.replace(config.mesh, dp=dp)
     return dataclasses.replace(config, mesh=mesh, per_node=mesh.num_ranks)
+
+
+def goes_on(config: ResolvedConfig, dp: int) -> bool:
+    """Return True if the step of `config` can be dealt to `dp` replicas, as after a loss.
+
+    Some methods need as many microbatches on each replica, or equal groups of them.
+    """
+    options, changed = config.options.replication, with_replicas(config, dp)
+    try:
+        methods.check(changed.replication, changed.mesh, config.options.optimization.steps)
+    except ConfigError:
+        return False
+    even = len(set(changed.deal)) == 1
+    if config.options.optimization.batch_tokens:  # another number of microbatches in each step
+        even = config.planned_dp % dp == 0
+    return even or methods.method_of(options).uneven(options)
 
 
 def valid_layouts(config: RunConfig, model: Shape, num_ranks: int) -> list[tuple[int, int, int]]:

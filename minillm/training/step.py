@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minillm.data.microbatches import Load
 from minillm.training.resolve import ResolvedConfig
@@ -42,6 +43,17 @@ class StepReport(NamedTuple):
     def grad_norm(self) -> float:
         """The norm of the whole gradient before clipping."""
         return self.verdict.numbers()[1] if self.spike is None else self.spike.norm
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the outcome as a JSON value, waiting for the device."""
+        return self._asdict() | {"verdict": self.verdict.to_json(), "load": self.load}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> StepReport:
+        """Return the outcome that `to_json` has described."""
+        load = None if found["load"] is None else Load(*found["load"])
+        verdict = Verdict.from_json(found["verdict"])
+        return cls(**{**found, "verdict": verdict, "load": load, "deal": tuple(found["deal"])})
 
 
 def rate_of(config: ResolvedConfig, step: int) -> float:

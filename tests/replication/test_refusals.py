@@ -79,7 +79,8 @@ REFUSED: list[tuple[str, str]] = [
     ("--on-failure shrink --trace true", f"{SHRINK} --trace {TOGETHER}: a lost rank"),
     ("--on-failure shrink --save-async true", f"{SHRINK} --save-async {TOGETHER}: a lost rank"),
     ("--on-failure shrink --patience 3", f"{SHRINK} --patience 3 {TOGETHER}: a loss makes"),
-    ("--on-failure respawn", "must be one of stop, shrink"),
+    ("--buddy true", "--buddy needs --on-failure shrink or respawn"),
+    ("--on-failure restart", "must be one of stop, shrink, respawn"),
     # A GPU, and an optimizer of whole matrices.
     ("--node-shared on --device cuda", f"--node-shared on {ON_HOST}: it shares the host's memory"),
     ("--balance speed --device cuda", f"--balance speed {ON_HOST}: it measures the time of the"),

@@ -1,0 +1,56 @@
+"""New MPI processes in the places of lost ones, and how they meet the survivors.
+
+The survivors spawn, both sides merge, and one split orders them by their places. A second split is
+for the watchdogs, as in `MPICommunicator.shrink`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+
+class Merged(NamedTuple):
+    """Groups of survivors and new processes, in the order of their places."""
+
+    group: MPI.Comm
+    talks: MPI.Comm  # of the watchdogs
+
+
+def spawn(
+    survivors: MPI.Intracomm, places: Sequence[int], size: int, command: Sequence[str]
+) -> Merged:
+    """Start Python with the arguments `command` for each place of `size` that is not in `places`.
+
+    places[r] is that of survivor r. Collective over the survivors. Raises MPI.Exception.
+    """
+    free = np.array([place for place in range(size) if place not in places], np.int64)
+    info = MPI.Info.Create()
+    info.Set("wdir", os.getcwd())
+    made = survivors.Spawn(sys.executable, list(command), free.size, info)
+    made.Set_errhandler(MPI.ERRORS_RETURN)
+    return _merged(made, False, free, places[survivors.Get_rank()])
+
+
+def join() -> Merged:
+    """Return the groups of this new process and the others. Collective over all of them."""
+    free = np.zeros(MPI.COMM_WORLD.Get_size(), np.int64)
+    return _merged(MPI.Comm.Get_parent(), True, free, None)
+
+
+def _merged(made: MPI.Intercomm, new: bool, free: np.ndarray, place: int | None) -> Merged:
+    merged = made.Merge(high=new)
+    merged.Set_errhandler(MPI.ERRORS_RETURN)
+    merged.Bcast(free, 0)  # from a survivor: new processes are high
+    own = int(free[MPI.COMM_WORLD.Get_rank()]) if place is None else place
+    return Merged(merged.Split(0, own), merged.Split(0, own))
+
+
+def is_new() -> bool:
+    """Return True if `spawn` has started this process."""
+    return MPI.Comm.Get_parent() != MPI.COMM_NULL
