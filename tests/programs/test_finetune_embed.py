@@ -174,9 +174,9 @@ def test_weights_of_another_task_and_of_an_embedder(
     assert finetune.main([*asked, "--model", run, "--out", run + "2"]) == 0
     shown = capsys.readouterr().out
     assert "cls pooling" in shown and "initial values" not in shown
-    assert finetune.main([*SIZES, "--steps", "1", "--model", run, "--out", texts + "2"]) == 0
+    more = ["--steps", "1", "--batch", "8", "--threads", "1", "--eval-tokens", "0"]
+    assert finetune.main([*more, "--model", run, "--out", texts + "2"]) == 0
     assert "initial values for classifier and pairs" in capsys.readouterr().out
-    assert predict.main([texts, "--input", some[1], "--pairs"]) != 0
     assert evaluate.main([run, "--data", some[1], "--threads", "1"]) == 0
     assert "accuracy_at_1" in json.loads(capsys.readouterr().out)
 
