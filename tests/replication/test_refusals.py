@@ -78,6 +78,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--on-failure shrink --device cuda", f"{SHRINK} --device cuda {TOGETHER}: a GPU runs ahead"),
     ("--on-failure shrink --trace true", f"{SHRINK} --trace {TOGETHER}: a lost rank"),
     ("--on-failure shrink --save-async true", f"{SHRINK} --save-async {TOGETHER}: a lost rank"),
+    ("--microbatch-tokens 64", "--microbatch-tokens 64 needs --batch-tokens"),
     ("--on-failure shrink --patience 3", f"{SHRINK} --patience 3 {TOGETHER}: a loss makes"),
     ("--buddy true", "--buddy needs --on-failure shrink or respawn"),
     ("--on-failure restart", "must be one of stop, shrink, respawn"),
