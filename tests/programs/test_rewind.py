@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mpi_helpers import mpirun, needs_mpirun
 
-from minillm import checkpoint
+from minillm import checkpoint, finetune
 from minillm import train as program
 from minillm.base.device import CPU
 from minillm.base.errors import MinillmError
@@ -21,6 +21,7 @@ from minillm.comm.ledger import recording
 from minillm.comm.signals import StopRequest
 from minillm.comm.threads import run_ranks
 from minillm.models.protocol import Batch
+from minillm.tasks.classification import Classifying
 from minillm.tasks.language_model import LanguageModeling
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig
@@ -272,6 +273,34 @@ def test_states_of_rows_begin_anew_after_a_gap(
                 run_ranks_on(1, ["--resume", str(tmp_path / name), "--stop-after", "10"])
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     assert len(lines(tmp_path / "run")) == 10
+
+
+@pytest.mark.slow
+def test_batches_by_tokens_are_left_out_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resume fine-tuning whose steps have different numbers of sequences, behind a rewind."""
+    usual = Classifying.batch
+
+    def batch(self: Classifying, step: int, rows: np.ndarray, device: Any) -> Batch:
+        made = usual(self, step, rows, device)
+        divisors = {name: value / 1e3 for name, value in made.divisors.items()}
+        return made._replace(divisors=divisors) if step == SPIKE else made
+
+    monkeypatch.setattr(Classifying, "batch", batch)
+    words = ["--task", "classify", "--layers", "1", "--heads", "2", "--dim", "16", "--context"]
+    words += ["24", "--batch-tokens", "120", *OPTIONS[2:4], *OPTIONS[6:], "--threads", "1"]
+    words += ["--on-spike", "rewind"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert finetune.main([*words, "--out", str(whole)]) == 0
+    assert finetune.main([*words, "--out", str(run), "--stop-after", "8"]) == 0
+    assert finetune.main(["--resume", str(run)]) == 0
+    assert curve(run) == curve(whole) and record(run) == record(whole)
+    counts = {line["step"]: line["sequences"] for line in lines(whole)}
+    left = {line["step"]: line["sequences"] for line in lines(whole, "left-metrics.jsonl")}
+    start = sum(counts[step] for step in range(1, BACK + 1))
+    assert sorted(left) == [5, 6, 7]
+    assert record(whole)["left_out"] == [[start, start + sum(left.values())]]
 
 
 @needs_mpirun
