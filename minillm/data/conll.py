@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from minillm.base.errors import ConfigError
 from minillm.base.log import plural
-from minillm.data.tables import Column, ending, read_table, read_text
+from minillm.data.tables import Column, ending, read_table, read_text, refuse_json
 from minillm.data.tags import is_tag
 
 TOKENS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "labels")  # usual fields of JSON lines
@@ -51,6 +51,7 @@ def read_sentences(name: str, fields: TagFields, *, tagged: bool = True) -> list
     Raises ConfigError with file and line for a file that cannot be read or has no sentence, for
     rows of different lengths, and for a word without a tag that `is_tag`.
     """
+    refuse_json(name)
     read = _json_sentences if ending(name) == ".jsonl" else _column_sentences
     found = list(read(name, fields, tagged))
     if not found:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from minillm.base.errors import ConfigError
-from minillm.data.tables import Column, Row, is_table, read_table, read_text
+from minillm.data.tables import Column, Row, is_table, read_table, read_text, refuse_json
 
 TEXT, LABEL = ("sentence", "text"), ("label", "score")  # columns that are taken by themselves
 PAIR = (("sentence1", "premise", "question1"), ("sentence2", "hypothesis", "question2"))
@@ -86,13 +86,14 @@ class InputFields(Protocol):
 def read_inputs(name: str, fields: InputFields) -> list[tuple[str, ...]]:
     """Return the texts of each row of a table, which needs no labels, or of each line of a file.
 
-    Raises ConfigError for pairs of lines, and as `read_table` does.
+    Raises ConfigError for pairs of lines and for .json, and as `read_table` does.
     """
     if not is_table(name):
         if fields.pairs:
             raise ConfigError(
                 f"{name} is no table, which pairs of texts need: .tsv, .csv or .jsonl"
             )
+        refuse_json(name)
         lines = read_text(Path(name)).split("\n")
         if lines == [""]:
             raise ConfigError(f"{name} is empty; give it a text on each line")

@@ -70,6 +70,15 @@ def ending(name: str) -> str:
     return Path(path.stem if path.suffix == ".gz" else path).suffix.lower()
 
 
+def refuse_json(name: str) -> None:
+    """Raise ConfigError for a file of JSON as a whole, which has no examples line by line."""
+    if ending(name) == ".json":
+        raise ConfigError(
+            f"{name} is JSON as a whole, the format of questions about contexts; for other tasks "
+            "use .jsonl, with an object on each line"
+        )
+
+
 def read_text(path: Path) -> str:
     """Return the text of a file. Raises ConfigError if it cannot be read or is not UTF-8."""
     try:

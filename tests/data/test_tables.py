@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from minillm.base.errors import ConfigError
+from minillm.data.conll import TagFields, read_sentences, read_untagged
 from minillm.data.labelled import Fields, labels_of, read_examples, read_inputs, split
 from minillm.data.tables import Column, Row, read_table
 
@@ -114,3 +115,15 @@ def test_equal_texts_are_held_out_together(tmp_path: Path) -> None:
     train, held_out = split(read_examples(str(path), Fields(None, None, None)))
     assert len(train) + len(held_out) == 400 and len(held_out) == 40
     assert not {each.texts for each in train} & {each.texts for each in held_out}
+
+
+def test_json_as_a_whole_has_no_examples(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"data": []}\n')
+    for read in (
+        lambda name: read_inputs(name, Fields(None, None, None)),
+        lambda name: read_sentences(name, TagFields(None, None)),
+        lambda name: read_untagged(name, TagFields(None, None)),
+    ):
+        with pytest.raises(ConfigError, match=r"a\.json is JSON as a whole, .* use \.jsonl"):
+            read(str(path))
