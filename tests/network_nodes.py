@@ -39,16 +39,21 @@ PROGRAMS = ("ip", "tc", "unshare", "nsenter", "mount")
 # Runs at the root of a node's namespaces. The shell itself reads its number outside of them.
 HOLD = """\
 read -r number rest < /proc/self/stat && echo "$number" &&
-hostname {name} && mount --bind {hosts} /etc/hosts && mount -t tmpfs tmpfs /dev/shm &&
+hostname {name} && mount --bind {folder}/hosts /etc/hosts && mount -t tmpfs tmpfs {folder}/tmp &&
+mount -t tmpfs tmpfs /dev/shm &&
 mount -t sysfs sysfs /sys && {proc} ip link set lo up && echo ready && read -r nothing
 """
-# In the place of ssh: flags, a host, and a command for its shell.
+# In the place of ssh: flags, a host, and a command for its shell. As with ssh, a connection that
+# breaks gives status 255: a launcher may take the end by a signal for success.
 SSH = """\
 #!/bin/sh
 while case "$1" in -*) true ;; *) false ;; esac; do shift; done
 read -r number < {folder}/"$1" || exit 255
 shift
-exec nsenter --target "$number" --mount --uts --ipc --net --pid -- /bin/sh -c "$*"
+nsenter --target "$number" --mount --uts --ipc --net --pid -- /bin/sh -c "$*"
+status=$?
+[ "$status" -lt 128 ] || exit 255
+exit "$status"
 """
 
 
@@ -71,6 +76,11 @@ def missing() -> str | None:
     return None
 
 
+def open_mpi() -> bool:
+    """Return True if the mpirun of this environment is that of Open MPI."""
+    return mpi_family(run([str(MPIRUN), "--version"])[1]) == "Open MPI"
+
+
 def _path() -> str:
     return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
@@ -88,7 +98,7 @@ class Holder:
         if processes:
             flags += ["--ipc", "--pid", "--fork", "--kill-child"]
             proc = "mount -t proc proc /proc &&"
-        script = HOLD.format(name=name, hosts=shlex.quote(f"{folder}/hosts"), proc=proc)
+        script = HOLD.format(name=name, folder=shlex.quote(str(folder)), proc=proc)
         with open(folder / f"{name}.log", "a+") as log:
             self.process = subprocess.Popen(
                 ["unshare", *flags, "sh", "-c", script],
@@ -143,6 +153,7 @@ class Network:
         try:
             lines = ["127.0.0.1 localhost", f"{NETWORK}.{LOGIN} login"]
             lines += [f"{NETWORK}.{i} {name}" for i, name in enumerate(self.names, 1)]
+            (self.folder / "tmp").mkdir()
             (self.folder / "hosts").write_text("\n".join(lines) + "\n")
             script = self.folder / "ssh"
             script.write_text(SSH.format(folder=shlex.quote(str(self.folder))))
@@ -191,6 +202,18 @@ class Network:
         (self.folder / name).unlink(missing_ok=True)
         self.nodes.pop(name).kill()
 
+    def finish(self, process: subprocess.Popen[str], seconds: float) -> str:
+        """Return the output of a command that must end within `seconds`, else end the nodes.
+
+        Raises TimeoutError with the output so far.
+        """
+        try:
+            return process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            self.__exit__()
+            output, _ = process.communicate(timeout=10)
+            raise TimeoutError(f"no end within {seconds} s; the output:\n{output}") from None
+
     def cut(self, name: str) -> None:
         """Lose every packet from and to a node, as if its cable were out."""
         assert self.login is not None
@@ -214,8 +237,7 @@ class Network:
     def mpirun(self, ranks: int) -> list[str]:
         """Return mpirun with its flags, for the namespace of mpirun."""
         total, hosts, agent = ranks * len(self.names), self.names, str(self.folder / "ssh")
-        family = mpi_family(run([str(MPIRUN), "--version"])[1])
-        if family == "Open MPI":
+        if open_mpi():
             slots = ",".join(f"{host}:{ranks}" for host in hosts)
             flags = ["--host", slots, "--prtemca", "plm_ssh_agent", agent]
             flags += ["--map-by", f"ppr:{ranks}:node:OVERSUBSCRIBE", "--bind-to", "none"]
@@ -231,7 +253,8 @@ class Network:
         enter = ["nsenter", "--target", str(self.login.number), "--mount", "--uts", "--net"]
         process = subprocess.Popen(
             [*enter, f"--wd={os.getcwd()}", "--", *words],
-            env=_environment() | dict(env or {}),
+            # Launchers name their files by process, and nodes have the same numbers.
+            env=_environment() | {"TMPDIR": str(self.folder / "tmp")} | dict(env or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

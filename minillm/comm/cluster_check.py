@@ -303,10 +303,11 @@ def check_links(where: str, ranks: Sequence[Facts], found: Sequence[Link]) -> It
     if not found:
         return
     hosts, rates = _hosts(ranks), [link.bandwidth for link in found]
-    latencies = [link.latency * 1e6 for link in found]
+    latencies = [link.latency for link in found]
     yield ok(
         where,
-        f"{plural(len(found), 'pair')}: latency {min(latencies):.3g} to {max(latencies):.3g} us, "
+        f"{plural(len(found), 'pair')}: latency {_short_time(min(latencies))} to "
+        f"{_short_time(max(latencies))}, "
         f"bandwidth {rate(min(rates))} to {rate(max(rates))}",
     )
     usual = statistics.median_high(rates)
@@ -315,6 +316,11 @@ def check_links(where: str, ranks: Sequence[Facts], found: Sequence[Link]) -> It
             ends = [f"rank {end} ({hosts[end]})" for end in (link.first, link.second)]
             words = f"{' and '.join(ends)}: {rate(link.bandwidth)}, the median is {rate(usual)}"
             yield warning(where, words)
+
+
+def _short_time(seconds: float) -> str:
+    """Format a short time: 2e-5 is 20 us, 2.5e-3 is 2.5 ms."""
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def rate(bandwidth: float) -> str:

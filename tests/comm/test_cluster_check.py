@@ -90,8 +90,10 @@ def test_equal_ranks_have_no_problem(tmp_path: Path) -> None:
     text = {finding.subject: finding.found for finding in found}
     assert text["ranks"] == "4 on 2 nodes: node1 has 0,1, node2 has 2,3"
     assert text["versions"] == "minillm 1.0, Python 3.11.7, NumPy 2.1.0, MPI MPICH 5.0.2"
-    assert text["in nodes"].startswith("2 pairs: latency 20 to 20 us")
-    assert text["between nodes"].endswith("1 pair: latency 20 to 20 us, bandwidth 1 GB/s to 1 GB/s")
+    assert text["in nodes"].startswith("2 pairs: latency 20 us to 20 us")
+    assert text["between nodes"].endswith(
+        "1 pair: latency 20 us to 20 us, bandwidth 1 GB/s to 1 GB/s"
+    )
 
 
 def test_another_version_and_a_slow_rank_are_named(tmp_path: Path) -> None:
