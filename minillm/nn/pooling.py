@@ -42,8 +42,7 @@ class _Weighted(Function):
     @staticmethod
     def forward(ctx: Context, x: Array, *, weights: Array) -> Array:
         ctx.save(weights, x.dtype)
-        xp = namespace(x)
-        return xp.matmul(weights[:, None], x.astype(weights.dtype, copy=False))[:, 0]
+        return (weights[:, :, None] * x.astype(weights.dtype, copy=False)).sum(1)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
@@ -55,7 +54,7 @@ class _Unit(Function):
     @staticmethod
     def forward(ctx: Context, x: Array) -> Array:
         xp, wide = namespace(x), x.astype(sum_dtype(x.dtype), copy=False)
-        lengths = xp.maximum(xp.sqrt((wide * wide).sum(1, keepdims=True)), SMALLEST)
+        lengths = xp.maximum(xp.sqrt((wide * wide).sum(1)[:, None]), SMALLEST)
         y = wide / lengths
         ctx.save(y, lengths, x.dtype)
         return y
@@ -64,5 +63,5 @@ class _Unit(Function):
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
         y, lengths, dtype = ctx.saved
         grad = grad_outs[0]
-        along = (grad * y).sum(1, keepdims=True)
+        along = (grad * y).sum(1)[:, None]
         return (((grad - along * y) / lengths).astype(dtype, copy=False),)

@@ -49,7 +49,7 @@ class Embedded(NamedTuple):
         texts = self.texts[part]
         xp = namespace(texts)
         other = self.texts[(1 - role) * b :][: len(texts)] if role < 2 else None
-        partners = xp.full_like(texts, NO_PARTNER) if other is None else other
+        partners = xp.zeros_like(texts) + NO_PARTNER if other is None else other
         return Side(self.vectors[part], xp.stack([texts, partners], 1))
 
 
@@ -142,9 +142,9 @@ def _choose(
     apart = (of != texts) & (of != partners) & (belongs != texts)  # [b, C]: negatives
     apart[rows, own] = True
     scores = xp.where(apart, kernels.matmul(queries.vectors, every.T) * scale, -np.inf)
-    top = scores.max(1, keepdims=True)
+    top = scores.max(1)[:, None]
     shares = xp.exp(scores - top)
-    sums = shares.sum(1, keepdims=True)
+    sums = shares.sum(1)[:, None]
     terms = (xp.log(sums) + top)[:, 0] - scores[rows, own]
     shares /= sums
     shares[rows, own] -= 1
