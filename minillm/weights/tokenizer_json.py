@@ -157,8 +157,17 @@ def from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 def to_gguf(definition: Mapping[str, Any] | None, vocab: int) -> dict[str, Any]:
     """Return the metadata for a tokenizer.json, or for none, and a model of `vocab` tokens.
 
-    Raises ConfigError for a tokenizer that the format does not have.
+    Raises ConfigError for a tokenizer that the format does not have, and for a damaged one.
     """
+    try:
+        return _to_gguf(definition, vocab)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(
+            f"its tokenizer.json is damaged: {type(error).__name__} {error}; fetch it again"
+        ) from None
+
+
+def _to_gguf(definition: Mapping[str, Any] | None, vocab: int) -> dict[str, Any]:
     if definition is None:
         return {"tokenizer.ggml.model": "no_vocab"}
     model = definition["model"]

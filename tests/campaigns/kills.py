@@ -221,7 +221,7 @@ def disturb(asked: Plan, place: Place, expected: list[Row], counts: Counter[str]
     before: list[str] = []
     if asked.supervised:
         counts["supervised"] += 1
-        before = [sys.executable, "-m", "minillm", "supervise", "--wait", "0s", "--hang", "40s"]
+        before = [sys.executable, "-m", "minillm", "supervise", "--wait", "1s", "--hang", "40s"]
         before += ["--"]
     for _ in range(len(asked.faults) + 2):
         counts["starts"] += 1

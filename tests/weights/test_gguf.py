@@ -11,12 +11,12 @@ import pytest
 import tiny_models
 from weights_helpers import folder, run
 
-from minillm.base.errors import CheckpointError
+from minillm.base.errors import CheckpointError, ConfigError
 from minillm.weights import exporting
 from minillm.weights.foreign import Foreign
 from minillm.weights.ggml import BY_NAME
 from minillm.weights.gguf_file import GGUFFile, write
-from minillm.weights.tokenizer_json import from_gguf
+from minillm.weights.tokenizer_json import from_gguf, to_gguf
 from minillm.weights.turns import of_gguf
 
 
@@ -187,3 +187,19 @@ def test_a_tokenizer_of_wrong_types_is_one_error(name: str, value: Any, model: s
     with pytest.raises(CheckpointError, match=r"^it(s| has) "):
         from_gguf({"tokenizer.ggml.model": model, **held})
     assert of_gguf({"tokenizer.ggml.eos_token_id": 1, **held}) == {"ends": [1]}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "BPE", "vocab": {"a": 0}, "merges": [0.5]},
+        {"type": "BPE", "vocab": {"a": 7}, "merges": []},
+        {"type": "BPE", "vocab": {"a": "0"}, "merges": []},
+        {"type": "BPE", "vocab": 3, "merges": []},
+        {"type": "BPE"},
+    ],
+    ids=str,
+)
+def test_a_damaged_tokenizer_is_not_exported(model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"its tokenizer\.json is damaged"):
+        to_gguf({"model": model}, 1)
