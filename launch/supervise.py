@@ -33,7 +33,7 @@ from minillm.base.record import Record, option, or_list
 from minillm.checkpoint.find import newest_good, run_steps
 from minillm.comm.process import main_guard
 from minillm.training.folder import claim_new
-from minillm.training.heartbeat import FOLDER, beats
+from minillm.training.heartbeat import ENDED, FOLDER, beats
 
 LOG = "restarts.jsonl"  # in the folder of the run
 LOOK = 0.5  # s between two looks at the heartbeats
@@ -203,7 +203,7 @@ class Supervisor:
         told = False
         while True:
             with suppress(subprocess.TimeoutExpired):
-                return _ended(self.process.wait(LOOK))
+                return self._whole(_ended(self.process.wait(LOOK)))
             if self.asked and not told:
                 # Open MPI's mpirun would kill the ranks 0.25 s after SIGTERM.
                 self.process.send_signal(signal.SIGUSR1)
@@ -219,6 +219,17 @@ class Supervisor:
                 self._kill()
                 self.process.wait()
                 return End(HUNG, f"gave no sign for {self.args.hang} ({', '.join(silent[:6])})")
+
+    def _whole(self, end: End) -> End:
+        """Return the end of a start; a failure if a rank stopped before the end of its run.
+
+        Open MPI's mpirun may give 0 after the loss of a whole node.
+        """
+        lost = [name for name, text in beats(self.folder).items() if text.strip() != ENDED]
+        if end.status or self.asked or not lost:
+            return end
+        words = f"ended with status 0, but {', '.join(lost[:6])} had not come to the end of the run"
+        return End(1, words)
 
     def _again(self, good: Path | None) -> list[str]:
         """Return the flags of the next start: those of the first one without a good checkpoint."""

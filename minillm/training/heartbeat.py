@@ -1,7 +1,7 @@
 """Heartbeat of a rank: a file whose text changes as long as the rank gets on with its run.
 
 A supervisor makes the folder. Without the folder no rank writes. The text is a count, not a time,
-so that clocks of other hosts do not matter.
+so that clocks of other hosts do not matter. Behind the last step it is ENDED.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 FOLDER = "heartbeats"  # in the folder of the run
+ENDED = "ended"
 BEAT_SECONDS = 1.0  # least time between two writes: some 50 us on a local disk, more on NFS
 
 
@@ -27,9 +28,21 @@ class Heartbeat:
         if self._path is None or now - self._last < BEAT_SECONDS:
             return
         self._count += 1
-        with contextlib.suppress(OSError):
-            self._path.write_text(f"{self._count}\n", encoding="ascii")
+        if self._write(f"{self._count}"):
             self._last = now
+
+    def end(self) -> None:
+        """Show that the rank has come to the end of its run."""
+        if self._path is not None:
+            self._write(ENDED)
+
+    def _write(self, text: str) -> bool:
+        assert self._path is not None
+        try:
+            self._path.write_text(f"{text}\n", encoding="ascii")
+        except OSError:
+            return False
+        return True
 
 
 def forget(run: Path, ranks: int) -> None:

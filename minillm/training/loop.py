@@ -223,6 +223,7 @@ class Run:
         if self.left:
             return False
         self._finish(self.trainer.done, time.perf_counter() - self._began, self._stopped)
+        self.heartbeat.end()
         return not self._stopped
 
     def _steps(self) -> None:

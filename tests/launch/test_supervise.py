@@ -38,6 +38,10 @@ if what != "early":
 if what == "hang":
     (run / "heartbeats" / "rank-00003").write_text("1")
     time.sleep(60)
+if what == "lost":
+    (run / "heartbeats" / "rank-00000").write_text("ended\\n")
+    (run / "heartbeats" / "rank-00001").write_text("17\\n")
+    sys.exit(0)
 if what.startswith("-"):
     os.kill(os.getpid(), -int(what))
     time.sleep(60)
@@ -70,6 +74,15 @@ def test_a_failed_run_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (137, "was ended by SIGKILL"),
     ]
     assert [row["step"] for row in log] == [1, 2]
+
+
+def test_a_status_of_0_with_a_rank_amid_its_run_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, words, log = supervised(tmp_path, "lost 0", monkeypatch)
+    assert (status, len(words), log[0]["status"]) == (0, 2, 1)
+    assert "rank-00001 had not come to the end" in log[0]["cause"]
+    assert "rank-00000" not in log[0]["cause"]
 
 
 def test_starts_without_progress_are_limited(
