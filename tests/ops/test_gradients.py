@@ -57,6 +57,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...]]] = {
     "linear without bias": (ops.linear, (_n(3, 5), _n(7, 5))),
     "linear of no rows": (ops.linear, (_n(0, 5), _n(7, 5), _n(7))),
     "add bias": (lambda x, b: ops.add_bias(_fresh(x), b), (_n(2, 3, 4), _n(4))),
+    "lengthened": (lambda x: ops.lengthened(x, 1, 6), (_n(2, 4, 3),)),
+    "shortened": (lambda x: ops.shortened(x, 1, 3), (_n(2, 5, 3),)),
     "layer norm": (ops.layer_norm, (_n(2, 3, 7), _n(7), _n(7))),
     "layer norm without bias": (ops.layer_norm, (_n(5, 7), _n(7))),
     "rms norm": (ops.rms_norm, (_n(2, 3, 7), _n(7))),
