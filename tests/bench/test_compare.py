@@ -44,6 +44,7 @@ def test_a_method_that_cannot_run_is_refused_once() -> None:
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_compare_counts_what_it_predicts(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     methods = "all-reduce,node-shared,zero1,local,powersgd"

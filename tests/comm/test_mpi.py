@@ -19,6 +19,7 @@ def test_collectives(n: int) -> None:
     assert done.returncode == 0 and "passed 6" in done.output, done.output
 
 
+@pytest.mark.slow
 def test_waits_end_after_the_time_out_and_not_before() -> None:
     done = mpirun(3, [PROGRAM, "waits", "3"])
     assert done.returncode == 0 and "passed 4" in done.output, done.output

@@ -113,6 +113,7 @@ def test_ranks_that_do_the_same_share_a_line() -> None:
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_every_rank_of_a_run_tells_its_last_communication(tmp_path: Path) -> None:
     """Hang rank 2 of 3 in step 4 of training. The others wait for it."""
     text = tmp_path / "text.txt"

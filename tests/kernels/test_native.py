@@ -55,6 +55,7 @@ def operations(threads: int) -> list[bytes]:
     return [np.ascontiguousarray(array).tobytes() for array in found]
 
 
+@pytest.mark.slow
 def test_pieces_may_run_on_any_thread() -> None:
     expected = operations(3)
     stop = threading.Event()
@@ -96,6 +97,7 @@ print(products()[0], hashlib.sha256(products()[1]).hexdigest())
 @pytest.mark.parametrize(
     "matmul", ["c", "numpy", *(["c:blas"] if native.blas_unavailable is None else [])]
 )
+@pytest.mark.slow
 def test_a_pool_without_its_threads_gives_the_same_results(matmul: str) -> None:
     runs = [
         subprocess.run(

@@ -35,6 +35,7 @@ def tensors(source: Any) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_a_decoder_with_low_rank_updates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_decoder_with_low_rank_updates(
         assert np.array_equal(kept[name], merged[name]) == (".0." in name)
 
 
+@pytest.mark.slow
 def test_an_encoder_with_low_rank_updates_predicts_as_it_was_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

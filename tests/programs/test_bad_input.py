@@ -94,6 +94,7 @@ def test_options_and_data(tiny: list[str], tmp_path: Path) -> None:
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_processes_that_are_refused_say_so_once(tiny: list[str], tmp_path: Path) -> None:
     """Check the output of the launcher itself: an error of the options, and one of the data."""
     path = tmp_path / "empty.txt"
@@ -104,11 +105,13 @@ def test_processes_that_are_refused_say_so_once(tiny: list[str], tmp_path: Path)
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_data_that_vanishes(tiny: list[str], text: Path) -> None:
     refused(mpirun(2, [PROGRAM, "vanish", "1", *tiny]), f"{text} is gone")
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_out_that_cannot_be_made(tiny: list[str], text: Path) -> None:
     below = ["minillm.train", *tiny, "--out", str(text / "run")]
     file = ["minillm.train", *tiny, "--out", str(text)]
@@ -118,6 +121,7 @@ def test_out_that_cannot_be_made(tiny: list[str], text: Path) -> None:
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_full_disk(tiny: list[str], tmp_path: Path) -> None:
     found = mpirun(2, [PROGRAM, "full", "0", *tiny])
     refused(found, "could not be written", "File too large", "free some space")

@@ -26,6 +26,7 @@ def texts(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_an_epoch_has_each_text_once_and_goes_on_amid_it(
     texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

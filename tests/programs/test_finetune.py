@@ -279,6 +279,7 @@ def test_bad_targets_are_refused(
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_goes_on_counting(
     some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def some(tmp_path: Path) -> tuple[str, str]:
     return table(tmp_path / "train.tsv", found[:120]), table(tmp_path / "dev.tsv", found[120:])
 
 
+@pytest.mark.slow
 def test_from_a_file_to_vectors(
     some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,7 @@ def official(rows: list[dict[str, Any]], questions: Sequence[Question]) -> list[
     return [float(plain(row["answer"]) == gold) for row, gold in zip(rows, wanted, strict=True)]
 
 
+@pytest.mark.slow
 def test_from_a_file_to_answers(
     some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

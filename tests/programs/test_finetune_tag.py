@@ -39,6 +39,7 @@ def some(tmp_path: Path) -> tuple[str, str]:
     )
 
 
+@pytest.mark.slow
 def test_from_a_file_to_entities(
     some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

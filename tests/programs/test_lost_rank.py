@@ -128,6 +128,7 @@ def test_a_new_rank_that_is_killed_is_replaced_as_well(tiny: list[str], tmp_path
     assert not respawned(run)
 
 
+@pytest.mark.slow
 def test_what_cannot_outlive_a_rank_says_so(tiny: list[str], tmp_path: Path) -> None:
     """MPICH has no ULFM, and Open MPI needs a flag of mpirun."""
     found = mpirun(2, [*TRAIN, *tiny, "--on-failure", "shrink"])

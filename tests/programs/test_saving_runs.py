@@ -138,6 +138,7 @@ def test_a_step_that_fails_waits_for_the_checkpoint_before_it(
 
 
 @pytest.mark.parametrize("renames", [pytest.param("files", marks=pytest.mark.slow), "nothing"])
+@pytest.mark.slow
 def test_a_run_needs_no_rename(renames: str, tiny: list[str], tmp_path: Path) -> None:
     """Train, go back, and start a copy; compare with the same on a usual file system."""
     found = []

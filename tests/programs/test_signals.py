@@ -119,6 +119,7 @@ def test_sigterm_of_one_rank_stops_all(tiny: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=needs_mpirun)])
+@pytest.mark.slow
 def test_a_second_signal_aborts(ranks: int, tiny: list[str], tmp_path: Path) -> None:
     process = start(ranks, [PROGRAM, "hang", "0", *tiny, *ENDLESS])
     wait_for_steps(process, tmp_path / "run", 3)

@@ -55,6 +55,7 @@ def test_resumed_on_another_mesh_says_so_and_agrees_to_rounding(
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_metrics_trace_and_checks(tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     found = mpirun(

@@ -349,6 +349,7 @@ def test_the_largest_are_those_of_a_stable_sort(size: int, share: float, seed: i
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_processes_sum_as_virtual_workers() -> None:
     done = mpirun(3, [str(Path(__file__).with_name("codec_program.py"))], timeout=120)
     assert done.returncode == 0 and done.output.count("same ") == 4, done.output

@@ -216,6 +216,7 @@ def test_a_sample_ends_with_its_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.split("---")[2].strip() == "User: first of ant bee\n\nAssistant: ant"
 
 
+@pytest.mark.slow
 def test_a_run_is_read_by_evaluate_and_chat(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def collected(comm: Communicator) -> int:
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, num_microbatches=2)], ids=str)
+@pytest.mark.slow
 def test_nothing_stays_without_the_collector(
     layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_a_new_rank_in_the_place_of_a_lost_one_changes_no_bit(
     ],
     ids=named,
 )
+@pytest.mark.slow
 def test_a_second_loss_inside_the_recovery_is_survived_on_the_same_mesh(
     victim: int, selected: Any
 ) -> None:

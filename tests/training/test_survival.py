@@ -49,6 +49,7 @@ def test_ranks_that_lose_one_end_like_an_undisturbed_run(layout: Layout, selecte
     ],
     ids=named,
 )
+@pytest.mark.slow
 def test_a_second_loss_inside_the_recovery_is_survived(layout: Layout, selected: Any) -> None:
     """Kill rank 1 in the first step, then another one at a later call of its own."""
     expected = undisturbed()
