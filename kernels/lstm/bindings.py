@@ -6,7 +6,7 @@ from typing import Any
 
 from minillm.kernels.arrays import deliver, dense, out_like
 from minillm.kernels.lstm import blocked
-from minillm.kernels.matmul.packed import Packed, packed
+from minillm.kernels.matmul.packed import FEW_ROWS, panels_of
 from minillm.kernels.native import c_kernel, pool
 
 
@@ -31,29 +31,27 @@ def lstm_backward_(c_: Any, gates: Any, c_before: Any, c: Any, grad_h: Any, grad
     deliver(grad, grad_c)
 
 
-def _panels(weights: Any, *arrays: Any) -> Any:
-    """Return the packed weights for steps of gates [T, B, 4 H], or None where C cannot loop."""
-    right = packed(weights, arrays[0].shape[1])
-    dense = all(x.flags.c_contiguous for x in arrays)
-    return right.panels if dense and isinstance(right, Packed) else None
+def _in_c(gates: Any, *others: Any) -> bool:
+    """Return whether the C loop takes a window of gates [T, B, 4 H] and these arrays."""
+    dense = all(x.flags.c_contiguous for x in (gates, *others))
+    return dense and gates.shape[1] > FEW_ROWS
 
 
 @c_kernel("lstm_window_forward_")
 def lstm_window_forward_(c_: Any, gates: Any, weights: Any, states: Any) -> None:
-    panels = _panels(weights.T, gates, states)
-    if panels is None:
-        blocked.lstm_window_forward_(gates, weights, states)
-    else:
+    if _in_c(gates, states):
         (T, B, _), H = gates.shape, states.shape[3]
-        c_.lstm_window_forward(pool(), gates, panels, states, T, B, H)
+        c_.lstm_window_forward(pool(), gates, panels_of(c_, weights.T), states, T, B, H)
+    else:
+        blocked.lstm_window_forward_(gates, weights, states)
 
 
 @c_kernel("lstm_window_backward_")
 def lstm_window_backward_(
     c_: Any, gates: Any, weights: Any, states: Any, grad_h: Any, grad_c: Any
 ) -> None:
-    panels = _panels(weights, gates, states, grad_h, grad_c)
-    if panels is None:
-        blocked.lstm_window_backward_(gates, weights, states, grad_h, grad_c)
-    else:
+    if _in_c(gates, states, grad_h, grad_c):
+        panels = panels_of(c_, weights)
         c_.lstm_window_backward(pool(), gates, panels, states, grad_h, grad_c, *grad_h.shape)
+    else:
+        blocked.lstm_window_backward_(gates, weights, states, grad_h, grad_c)

@@ -37,7 +37,12 @@ def packed(b: Any, rows: int) -> Any:
     pack = {variant.name: variant.functions for variant in VARIANTS}.get(kernel.variant)
     if kernel.backend != "c" or pack is None or rows <= FEW_ROWS:
         return b
+    return Packed(b, panels_of(pack, b))
+
+
+def panels_of(c: Any, b: Any) -> Any:
+    """Return the panels of b [K, N] for the C functions `c` of one instruction set."""
     (K, N) = b.shape
     panels = np.empty(K * -(-N // PANEL) * PANEL, np.float32)
-    pack.pack_matrix(pool(), b, panels, K, N)
-    return Packed(b, panels)
+    c.pack_matrix(pool(), b, panels, K, N)
+    return panels

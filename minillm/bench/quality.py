@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def run(comm: Communicator, asked: QualityBench) -> None:
     opened = open_checkpoint(asked.run, SelfCommunicator())
     steps, losses = checkpoint.read_manifest(opened.path).step, _losses(opened.path)
     _check(opened.config, HEADS)
-    config, data = opened.resolve(ReadOptions(), 1), _data(opened)
+    config, data = _as_trained(opened), _data(opened)
     print(f"data     {data.describe()}\nmodel    {config.model.describe()}", flush=True)
     what = data.measure(config.model, None)
     own = measure(load_trained(opened, config, SelfCommunicator()), what, SelfCommunicator(), 32)
@@ -101,6 +101,13 @@ def run(comm: Communicator, asked: QualityBench) -> None:
     print(_report(steps, losses, theirs, sides), flush=True)
     found = {"steps": steps, "metrics": sides, "losses": {"minillm": losses, "PyTorch": theirs}}
     write_json(asked.json, found)
+
+
+def _as_trained(opened: Opened) -> ResolvedConfig:
+    """Return the configuration of a run for one rank, with the batches of its training."""
+    found, trained = opened.resolve(ReadOptions(), 1), opened.config.optimization
+    batches = dict(batch=trained.batch, batch_tokens=trained.batch_tokens)
+    return replace(found, options=found.options.replace(**batches))
 
 
 def _check(config: RunConfig, heads: Mapping[str, Any]) -> None:

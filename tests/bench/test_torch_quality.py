@@ -67,7 +67,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("task", "batch"), [*((task, "--batch=8") for task in FILES), ("tag", "--batch-tokens=90")]
+    ("task", "batch"), [*((task, "--batch=6") for task in FILES), ("tag", "--batch-tokens=90")]
 )
 def test_both_sides_agree(
     task: str, batch: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

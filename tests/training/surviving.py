@@ -163,7 +163,16 @@ def all_of(numbers: range, most: int, first: int = 0) -> range:
     return numbers
 
 
-SELECTIONS = [some, pytest.param(all_of, marks=pytest.mark.slow)]
+def many(numbers: range, most: int, first: int = 0) -> range:
+    """Return eight times as many numbers as `some`, far apart alike."""
+    return some(numbers, 8 * most, first % 3)
+
+
+SELECTIONS = [
+    some,
+    pytest.param(many, marks=pytest.mark.slow),
+    pytest.param(all_of, marks=pytest.mark.full),
+]
 LAYOUTS = [
     Layout(dp=2),
     Layout(dp=4),  # three are left for four microbatches

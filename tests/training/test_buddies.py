@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from training.surviving import (
+    SELECTIONS,
     Survived,
     all_of,
     check,
     configured,
+    many,
     named,
     some,
     undisturbed,
@@ -53,7 +55,11 @@ def recovered(found: list[Survived | None]) -> list[Survived]:
 
 @pytest.mark.parametrize(
     ("zero", "selected"),
-    [(3, some), *(pytest.param(zero, all_of, marks=pytest.mark.slow) for zero in (1, 2, 3))],
+    [
+        (3, some),
+        *(pytest.param(zero, many, marks=pytest.mark.slow) for zero in (1, 2, 3)),
+        *(pytest.param(zero, all_of, marks=pytest.mark.full) for zero in (1, 2, 3)),
+    ],
     ids=named,
 )
 def test_a_lost_share_of_zero_comes_from_its_buddy(zero: int, selected: Any) -> None:
@@ -71,10 +77,14 @@ def test_a_lost_share_of_zero_comes_from_its_buddy(zero: int, selected: Any) -> 
     ("layout", "changes", "selected"),
     [
         (Layout(tp=2), {}, some),
-        pytest.param(Layout(tp=2), {}, all_of, marks=pytest.mark.slow),
-        pytest.param(Layout(dp=2), {"zero": 1}, all_of, marks=pytest.mark.slow),
-        pytest.param(Layout(dp=2), {"zero": 3}, all_of, marks=pytest.mark.slow),
-        pytest.param(Layout(pp=2, num_microbatches=2), {}, all_of, marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2), {}, many, marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2), {}, all_of, marks=pytest.mark.full),
+        pytest.param(Layout(dp=2), {"zero": 1}, many, marks=pytest.mark.slow),
+        pytest.param(Layout(dp=2), {"zero": 1}, all_of, marks=pytest.mark.full),
+        pytest.param(Layout(dp=2), {"zero": 3}, many, marks=pytest.mark.slow),
+        pytest.param(Layout(dp=2), {"zero": 3}, all_of, marks=pytest.mark.full),
+        pytest.param(Layout(pp=2, num_microbatches=2), {}, many, marks=pytest.mark.slow),
+        pytest.param(Layout(pp=2, num_microbatches=2), {}, all_of, marks=pytest.mark.full),
     ],
     ids=named,
 )
@@ -88,7 +98,7 @@ def test_a_new_rank_gets_the_only_shard_from_its_buddy_to_the_bit(
             recovered(check_bits(found, layout, repeats=2, **changes))
 
 
-@pytest.mark.parametrize("selected", [some, pytest.param(all_of, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("selected", SELECTIONS)
 def test_with_copies_of_every_second_step_all_ranks_go_back_to_the_last(selected: Any) -> None:
     layout, changes = Layout(tp=2), RESPAWN | {"buddy_every": 2}
     numbers = victims(layout, changes)[1]

@@ -17,6 +17,7 @@ from training.surviving import (
     check,
     configured,
     join,
+    many,
     named,
     some,
     survive,
@@ -79,7 +80,8 @@ def check_bits(
     [
         (Layout(dp=2), some),
         (Layout(dp=2, pp=2, num_microbatches=2), some),
-        *(pytest.param(layout, all_of, marks=pytest.mark.slow) for layout in LAYOUTS),
+        *(pytest.param(layout, many, marks=pytest.mark.slow) for layout in LAYOUTS),
+        *(pytest.param(layout, all_of, marks=pytest.mark.full) for layout in LAYOUTS),
     ],
     ids=named,
 )
