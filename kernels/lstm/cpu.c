@@ -112,10 +112,11 @@ static void lstm_window_backward(Pool *pool, const Argument *arguments) {
         const float *c = a.states + (a.T + 1 + t) * state;
         const LSTMBackward cell = {gates, c, c + state, grad_h, a.grad_c, a.B, a.H};
         pool_run(pool, lstm_backward_rows, &cell, a.B, LSTM_GRAIN);
+        if (!t) break;
         const MatMul product = {
             .a = {gates, width, 1}, .out = grad_h - state, .stride_out = a.H, .packed = a.packed,
             .M = a.B, .N = a.H, .K = width, .accumulate = 1,
         };
-        if (t) matmul_blocked(pool, &product);
+        matmul_blocked(pool, &product);
     }
 }
