@@ -48,7 +48,7 @@ class SuperviseArgs(Record):
     """Run a training command, and start it again from its newest good checkpoint when it fails.
 
     The command follows --, as in `minillm supervise -- mpirun -n 4 python -m minillm.train --tp 2`.
-    It is one of train or finetune.
+    The command starts train or finetune.
     The exit status is 0 if the run came to its end, or has saved after SIGTERM, SIGINT, SIGHUP or
     SIGUSR1. Otherwise it is that of the last start: 128 plus the signal that ended it, 124 if it
     hung. A command that ends before its first step is not started again.
@@ -225,7 +225,7 @@ class Supervisor:
 
         Open MPI's mpirun may give 0 after the loss of a whole node.
         """
-        lost = [name for name, text in beats(self.folder).items() if text.strip() != ENDED]
+        lost = [name for name, text in beats(self.folder).items() if not text.startswith(ENDED)]
         if end.status or self.asked or not lost:
             return end
         words = f"ended with status 0, but {', '.join(lost[:6])} had not come to the end of the run"

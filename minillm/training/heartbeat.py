@@ -1,7 +1,7 @@
 """Heartbeat of a rank: a file whose text changes as long as the rank gets on with its run.
 
 A supervisor makes the folder. Without the folder no rank writes. The text is a count, not a time,
-so that clocks of other hosts do not matter. Behind the last step it is ENDED.
+so that clocks of other hosts do not matter. Behind the last step it begins with ENDED.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Heartbeat:
 
     def __init__(self, run: Path, rank: int) -> None:
         self._path = run / FOLDER / f"rank-{rank:05d}" if (run / FOLDER).is_dir() else None
-        self._count, self._last = 0, -BEAT_SECONDS
+        self._count, self._last, self._word = 0, -BEAT_SECONDS, ""
 
     def beat(self) -> None:
         """Show that the rank has got on. A write that fails is tried again at the next beat."""
@@ -28,18 +28,19 @@ class Heartbeat:
         if self._path is None or now - self._last < BEAT_SECONDS:
             return
         self._count += 1
-        if self._write(f"{self._count}"):
+        if self._write():
             self._last = now
 
     def end(self) -> None:
-        """Show that the rank has come to the end of its run."""
+        """Show that the rank has come to the end of its run. Later beats say so as well."""
+        self._word = f"{ENDED} "
         if self._path is not None:
-            self._write(ENDED)
+            self._write()
 
-    def _write(self, text: str) -> bool:
+    def _write(self) -> bool:
         assert self._path is not None
         try:
-            self._path.write_text(f"{text}\n", encoding="ascii")
+            self._path.write_text(f"{self._word}{self._count}\n", encoding="ascii")
         except OSError:
             return False
         return True

@@ -39,7 +39,7 @@ if what == "hang":
     (run / "heartbeats" / "rank-00003").write_text("1")
     time.sleep(60)
 if what == "lost":
-    (run / "heartbeats" / "rank-00000").write_text("ended\\n")
+    (run / "heartbeats" / "rank-00000").write_text("ended 9\\n")
     (run / "heartbeats" / "rank-00001").write_text("17\\n")
     sys.exit(0)
 if what.startswith("-"):
@@ -238,3 +238,7 @@ def test_only_a_watched_rank_beats(tmp_path: Path) -> None:
     heart._last -= 2
     heart.beat()
     assert beats(tmp_path) == {"rank-00002": "2\n"}
+    heart.end()
+    heart._last -= 2
+    heart.beat()  # in the scores behind the last step
+    assert beats(tmp_path) == {"rank-00002": "ended 3\n"}
