@@ -47,9 +47,12 @@ def test_without_rename_a_file_is_written_again_and_compared(
         write_text(path, "after")
         (tmp_path / ".tmp-folder").mkdir()
         (tmp_path / ".tmp-folder" / "a").write_text("b" * 3_000_000)
+        (tmp_path / ".tmp-folder" / "inner").mkdir()
+        (tmp_path / ".tmp-folder" / "inner" / "c").write_text("d")
         replace(tmp_path / ".tmp-folder", folder)
     assert system.refused == (1 if renames == "files" else 3)
     assert path.read_text() == "after" and (folder / "a").read_text() == "b" * 3_000_000
+    assert (folder / "inner" / "c").read_text() == "d"
     assert sorted(os.listdir(tmp_path)) == ["folder", "text"]
     monkeypatch.setattr(shutil, "copyfileobj", lambda old, new, size: new.write(b"other"))
     with FileSystem("nothing").standing(), pytest.raises(OSError, match="not what was written"):

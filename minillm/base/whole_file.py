@@ -31,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file by a temporary one beside it, which takes its name when it is complete.
 
     Line ends stay as they are. The folder must exist. Raises OSError, and then leaves what was
-    there.
+    there if files can be renamed.
     """
     write_bytes(path, text.encode())
 
@@ -53,7 +53,7 @@ def write_bytes(path: Path, content: bytes, *, synced: bool = False) -> None:
 
 
 def replace(temporary: Path, target: Path) -> None:
-    """Give a complete file or folder of files another name.
+    """Give a complete file or folder another name.
 
     A file may have that name already, or an empty folder.
 
@@ -73,11 +73,11 @@ def replace(temporary: Path, target: Path) -> None:
 
 
 def _copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder of files to a new or empty one, and remove that if it fails."""
+    """Copy a folder to a new or empty one, and remove that if it fails."""
     target.mkdir(exist_ok=True)
     try:
         for file in sorted(source.iterdir()):
-            copy(file, target / file.name)
+            (_copy_folder if file.is_dir() else copy)(file, target / file.name)
         sync_folder(target)
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
