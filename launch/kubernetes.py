@@ -17,9 +17,9 @@ from minillm.launch.mpirun import Places, mpirun
 from minillm.launch.options import JobOptions, Kind, Mpi, refuse_control
 from minillm.launch.restart import check_job, script, starts
 
-from minillm import __version__
 from minillm.base.errors import ConfigError
 from minillm.base.record import option
+from minillm.base.requirements import own_version
 from minillm.base.whole_file import write_asked
 
 USER = 1000  # in the image, with the home /home/mpiuser
@@ -91,7 +91,7 @@ def manifest(args: KubernetesArgs, words: Sequence[str]) -> str:
     words = args.with_device(words)
     check_job(words, args.ranks, args.ranks_per_node)
     mpi = _mpi(args)
-    image = args.image or f"minillm:{__version__}-{mpi}"
+    image = args.image or f"minillm:{own_version()}-{mpi}"
     if args.dockerfile is not None:
         write_asked(Path(args.dockerfile), dockerfile(args, mpi, image), "--dockerfile")
     return "".join(f"{each}\n" for each in yaml(job(args, words, mpi, image)))

@@ -21,7 +21,12 @@ from pathlib import Path
 
 from minillm.base.findings import Finding, ok, problem, problems, report, warning
 from minillm.base.host_memory import SHARED_MEMORY, SMALL_SHARED_MEMORY
-from minillm.base.requirements import installed_version, new_enough, parse_requirement
+from minillm.base.requirements import (
+    DISTRIBUTION,
+    installed_version,
+    new_enough,
+    parse_requirement,
+)
 from minillm.base.terminal import printing
 from minillm.comm import leftovers
 from minillm.comm.binding import own_words
@@ -36,7 +41,6 @@ from minillm.comm.launchers import (
     version_in,
 )
 
-DISTRIBUTION = "minillm-mpi"
 OLDEST_PYTHON = (3, 11)
 INSTALL = "pip install -e '.[mpich]'"
 REINSTALL = "install gcc or clang, then pip install --force-reinstall --no-deps -e ."
@@ -71,16 +75,21 @@ def _doctor(argv: Sequence[str] | None) -> int:
         "--cluster", action="store_true", help="compare all ranks and nodes, under mpirun"
     )
     parser.add_argument(
-        "--out", default=".", help="folder of checkpoints, tried by --cluster (default: this one)"
+        "--out", help="with --cluster: folder of checkpoints, which is tried (default: this one)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="for the links between ranks (default: 5)"
+        "--seconds",
+        type=float,
+        help="with --cluster: most seconds for the links in nodes, and as many between nodes "
+        "(default: 5)",
     )
     args = parser.parse_args(argv)
+    if not args.cluster and (args.out is not None or args.seconds is not None):
+        parser.error("--out and --seconds belong to --cluster")
     if args.cluster:
         from minillm.comm.cluster_check import check
 
-        return check(args.out, args.seconds)
+        return check(args.out or ".", 5.0 if args.seconds is None else args.seconds)
     if args.clean:
         print(leftovers.clean())
         return 0

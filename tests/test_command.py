@@ -63,6 +63,10 @@ def test_it_starts_above_a_clone_of_its_name(tmp_path: Path) -> None:
         [sys.executable, "-m", "minillm", "--version"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout == f"minillm {__version__}\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "minillm", "supervise", "--help"], cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0 and b"--elastic" in done.stdout, done
 
 
 RUN = {"loss": 2.0, "seconds": 0.1, "tokens": 100, "tokens_per_second": 1e3, "lr": 0.1}

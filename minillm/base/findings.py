@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from minillm.base.log import plural
 from minillm.base.requirements import own_version
 
 Mark = Literal["ok", "warning", "problem"]
@@ -49,5 +50,5 @@ def report(findings: Sequence[Finding]) -> str:
     number = problems(findings)
     verdict = "train can run."
     if number:
-        verdict = f"{number} problem{'s' * (number > 1)}: fix before you train."
+        verdict = f"{plural(number, 'problem')}: fix before you train."
     return f"{table(findings)}\n\n{verdict}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from importlib import metadata
 
+DISTRIBUTION = "minillm-mpi"
+"""Name under which pip installs minillm."""
+
 
 def parse_requirement(line: str) -> tuple[str, str, str]:
     """Split 'numpy>=1.26; extra == "x"' into name, least version and extra, each '' if absent."""
@@ -24,11 +27,11 @@ def installed_version(name: str) -> str | None:
 
 
 def own_version() -> str:
-    """Return the version of minillm.
+    """Return the version of minillm, in words where it is not installed.
 
     It is not read from the package: above a clone named minillm, its folder stands for that.
     """
-    return metadata.version("minillm-mpi")
+    return installed_version(DISTRIBUTION) or "(not installed)"
 
 
 def new_enough(version: str | None, least: str) -> bool:

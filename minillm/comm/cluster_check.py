@@ -28,6 +28,7 @@ from minillm.base.findings import Finding, ok, problem, problems, table, warning
 from minillm.base.host_memory import SHARED_MEMORY, SMALL_SHARED_MEMORY, size
 from minillm.base.log import Log, plural
 from minillm.base.number_ranges import ranges
+from minillm.base.requirements import DISTRIBUTION
 from minillm.comm.agreement import AgreedError
 from minillm.comm.binding import machine_cores, wider
 from minillm.comm.commands import run
@@ -38,7 +39,6 @@ from minillm.comm.process import run_program
 from minillm.comm.shared_folder import FolderTrial, try_folder
 from minillm.comm.versions import differences, named, odd_ranks, versions
 
-DISTRIBUTION = "minillm-mpi"
 PACKAGES = ("minillm", "minillm.kernels", "minillm.launch")
 PRODUCT = 512  # rows and columns of the matrices, 0.27 GFLOP
 PRODUCTS, PRODUCT_SECONDS = 5, 0.3  # at least

@@ -13,14 +13,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")
+from minillm.base.host_memory import SHARED_MEMORY
+
 # MPICH; Open MPI's shared-memory transports and windows; UCX.
 SEGMENTS = ("mpich_shm_*", "vader_segment.*", "sm_segment.*", "osc_sm.*", "ucx_shm_posix_*")
 HYDRA = "hydra_hwloc_xmlfile_*"  # from mpirun of MPICH, in $TMPDIR
-RANK_MB, MORE_MB = (
-    5.4,
-    8.0,
-)  # of shared memory that MPICH takes for a rank, and that it dies without
+RANK_MB = 5.4  # of shared memory that MPICH takes for a rank
+MORE_MB = 8.0  # without which it dies
 SECONDS = 60.0  # a younger file may not be mapped yet
 
 
