@@ -22,7 +22,7 @@ from minillm.comm.agreement import agree
 from minillm.comm.communicator import Communicator
 
 SUBFOLDER = "checkpoints"
-TEMPORARY = ".tmp-"  # of an unfinished file
+TEMPORARY = ".tmp-"  # of unfinished folders of earlier versions
 LEFT = "left-"  # of a course that the run abandoned
 _STEP = re.compile(r"step-(\d{8,})")
 

@@ -55,11 +55,11 @@ def copy_checkpoint(path: Path, target: Path) -> None:
 
 
 def clean_up(directory: Path) -> None:
-    """Remove what a save or a removal that was interrupted has left. Raises OSError."""
+    """Remove what an interrupted save or removal has left. What cannot be removed stays."""
     for path in directory.iterdir():
         ours = _OURS.fullmatch(path.name) and path.is_dir() and is_unfinished(path)
         if ours or path.name.startswith(TEMPORARY):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def drop_unlisted(path: Path) -> None:

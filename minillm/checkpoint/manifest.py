@@ -187,9 +187,10 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def replace_meta(path: Path, meta: dict[str, Any]) -> None:
-    """Replace the `meta` of the checkpoint folder `path`, whole or not at all; its files stay.
+    """Replace the `meta` of the checkpoint folder `path`; its files stay.
 
-    Raises Damaged for a manifest that cannot be read, OSError if it cannot be written.
+    Atomic where files can be renamed. Raises Damaged for a manifest that cannot be read, OSError if
+    it cannot be written.
     """
     manifest = dataclasses.replace(read_manifest(path), meta=meta)
     write_bytes(path / MANIFEST, manifest.to_json().encode(), synced=True)

@@ -6,7 +6,7 @@ earlier checkpoints; the next save removes the unfinished folder. A checkpoint t
 one of its step has files of other names: the manifest decides which of them count. An error on one
 rank is raised on all.
 
-`stages` yields the work of each rank between two agreements. `save` does it in turn, `SaveBehind`
+`phases` yields the work of each rank between two agreements. `save` does it in turn, `SaveBehind`
 in a thread.
 """
 
@@ -40,18 +40,18 @@ from minillm.params.state import StateTensor
 
 Job: TypeAlias = Callable[[], Any]
 """Work of one rank without communication. Returns a JSON value."""
-Stages: TypeAlias = Generator[Job, list[Any], Path]
+Phases: TypeAlias = Generator[Job, list[Any], Path]
 """Jobs in turn, each answered by the values of all ranks. Returns the folder of the checkpoint."""
 
 
 def save(directory: Path, *, world: Communicator, **options: Any) -> Path:
     """Write the checkpoint of a step into `directory` and return its folder.
 
-    `options` are those of `stages`. Collective over `world`: every rank passes its own tensors.
+    `options` are those of `phases`. Collective over `world`: every rank passes its own tensors.
     Raises the same CheckpointError on every rank if the folder cannot be written or the disk is
     full. All earlier checkpoints then remain, and no partial one.
     """
-    work = stages(directory, rank=world.rank, **options)
+    work = phases(directory, rank=world.rank, **options)
     job = next(work)
     while True:
         try:
@@ -64,20 +64,20 @@ class SaveBehind:
     """Checkpoint that a thread of each rank writes, from copies, while the run goes on.
 
     The constructor copies the tensors to host memory. After that the thread works without
-    communication. `advance` and `wait` lead from one stage to the next, in the callers' thread. All
+    communication. `advance` and `wait` lead from one phase to the next, in the callers' thread. All
     are collective over `world`, and raise what `save` raises.
     """
 
     def __init__(self, directory: Path, *, world: Communicator, **options: Any) -> None:
         self._world = world
-        self._work = stages(directory, rank=world.rank, copy=True, **options)
+        self._work = phases(directory, rank=world.rank, copy=True, **options)
         self.path: Path | None = None
         """Folder of the checkpoint once it is complete."""
         self._job: _Behind | None = None
         self._follow(next(self._work))
 
     def advance(self) -> None:
-        """Begin the next stage if this one has ended on all ranks; do not wait for it."""
+        """Begin the next phase if this one has ended on all ranks; do not wait for it."""
         if self._job is not None:
             (most,) = self._world.reduce_numbers([float(self._job.busy)], MAX)
             if not most:
@@ -124,7 +124,7 @@ class _Behind:
         return self._value
 
 
-def _following(work: Stages, world: Communicator, job: Job) -> Job:
+def _following(work: Phases, world: Communicator, job: Job) -> Job:
     """Do `job` on all ranks and return the next one. Raises StopIteration after the last."""
     try:
         values = gather(world, job)
@@ -133,7 +133,7 @@ def _following(work: Stages, world: Communicator, job: Job) -> Job:
     return work.send(values)
 
 
-def stages(
+def phases(
     directory: Path,
     *,
     rank: int,
@@ -147,7 +147,7 @@ def stages(
     left: bool = False,
     copy: bool = False,
     say: Callable[[str], object] = lambda line: None,
-) -> Stages:
+) -> Phases:
     """Yield the jobs of `rank` that write the checkpoint of `step` into `directory`.
 
     Replaces an earlier checkpoint of the same step. Afterwards the newest `keep` (at least 1)

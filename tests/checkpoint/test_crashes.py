@@ -83,10 +83,11 @@ def test_a_crash_amid_a_save_loses_nothing_older(
     ):
         found = {number: values(path) for number, path in checkpoint.run_steps(folder).items()}
         assert found.get(10, 10.0) == 10.0, "a checkpoint was altered"
+        assert step == 20 or found.get(20) == 20.0, "a checkpoint was lost or altered"
         if 7.0 not in found.values():
             # Where files are not renamed, a crash amid its new manifest takes the step itself.
             assert 10 in found and (20 in found or (step == 20 and renames == "nothing"))
-        assert checkpoint.find(folder).name in ("step-00000010", "step-00000020", "step-00000030")
+        assert checkpoint.find(folder).name == f"step-{max(found):08d}"
         small_save(COMM, folder, 40, 40.0, keep=2)
         assert len(names(folder)) == 2 and names(folder)[-1] == "step-00000040"
         assert {path.name for path in folder.iterdir() if values(path)} == set(names(folder))
