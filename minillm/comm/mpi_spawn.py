@@ -49,8 +49,3 @@ def _merged(made: MPI.Intercomm, new: bool, free: np.ndarray, place: int | None)
     merged.Bcast(free, 0)  # from a survivor: new processes are high
     own = int(free[MPI.COMM_WORLD.Get_rank()]) if place is None else place
     return Merged(merged.Split(0, own), merged.Split(0, own))
-
-
-def is_new() -> bool:
-    """Return True if `spawn` has started this process."""
-    return MPI.Comm.Get_parent() != MPI.COMM_NULL

@@ -21,7 +21,7 @@ from minillm.comm.agreement import AgreedError, agree, from_first
 from minillm.comm.buffers import ReduceOp
 from minillm.comm.process import show_output
 from minillm.training.heartbeat import forget
-from minillm.training.newcomer import told
+from minillm.training.newcomer import description
 from minillm.training.numeric_key import numeric_key
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.step import StepReport
@@ -60,7 +60,7 @@ def survivors(run: Run, welcome: Welcome | None = None) -> Survivors:
         run.make,
         lambda trainer: _from_disk(run, trainer),
         lambda survivors, loss: _take_over(run, survivors, loss),
-        Respawn(COMMAND, lambda: told(run), welcome) if respawns else None,
+        Respawn(COMMAND, lambda: description(run), welcome) if respawns else None,
         options.buddy_every * options.buddy,
     )
 
@@ -68,13 +68,13 @@ def survivors(run: Run, welcome: Welcome | None = None) -> Survivors:
 def train(run: Run, steps: Callable[[], None]) -> bool:
     """Call `steps` to the end of a run; return False on a rank that is left without a replica.
 
-    Raises AgreedError on the first rank if too few are left for one replica.
+    Raises AgreedError on one rank if too few are left for one replica.
     """
     assert run.survivors is not None
     try:
         return run.survivors.run(steps)
     except NoReplicaLeft as error:
-        if error.world.rank:
+        if not error.tells:
             return False
         size, mesh = error.world.size, run.config.mesh
         saved = list(checkpoint.run_steps(run.out))
@@ -107,7 +107,7 @@ def _take_over(run: Run, survivors: Survivors, loss: Loss) -> None:
     group, trainer, known = survivors.world, survivors.trainer, not run.is_new
     if known:
         run.outcome = run.trainer.last or run.outcome
-    run.comm, run.trainer, run.config, run.is_new = group, trainer, survivors.config, False
+    run.comm, run.trainer, run.config = group, trainer, survivors.config
     own = [run.settled, run.saved_step] if known else [loss.step, loss.step]
     settled, saved = map(int, group.reduce_numbers(own, ReduceOp.MIN))
     run.settled, run.saved_step, run.unsettled = min(settled, loss.step), saved, None
@@ -125,18 +125,20 @@ def _take_over(run: Run, survivors: Survivors, loss: Loss) -> None:
         show_output()
     agree(group, lambda: _write_down(run, loss) if group.rank == 0 else None)
     agree(group, lambda: run.open_places(run.settled))
+    run.is_new = False  # not before: after a further loss a new rank comes here again
     run.log(_line(loss))
 
 
 def _outcome(run: Run, loss: Loss) -> StepReport:
-    """Return the outcome of the last step, which a new rank gets from another. Collective."""
+    """Return the outcome of the last step, which some ranks get from others. Collective.
+
+    A new rank has none, nor has one whose recovery a further loss has broken off.
+    """
     found = run.outcome
     if found is not None and found.step + 1 != loss.step:
         found = None
-    if loss.respawned:
-        everyone = run.comm.gather_json(None if found is None else found.to_json())
-        found = found or StepReport.from_json(next(filter(None, everyone)))
-    assert found is not None
+    everyone = run.comm.gather_json(None if found is None else found.to_json())
+    found = found or StepReport.from_json(next(filter(None, everyone)))
     return found._replace(stop=False)  # a signal stops the next step instead
 
 

@@ -17,7 +17,7 @@ from minillm.comm.recorder import FlightRecorder
 from minillm.comm.signals import StopRequest
 from minillm.comm.single import SelfCommunicator
 from minillm.training.loop import Run
-from minillm.training.newcomer import known, options_of
+from minillm.training.newcomer import options_of, rebuilt
 from minillm.training.numeric_key import asked_kernels
 from minillm.training.survival import welcomed
 
@@ -35,7 +35,7 @@ def join(comm: Communicator, finish: Callable[[Run], None]) -> Communicator:
         stack.callback(gc.enable)
         stack.enter_context(use_threads(alone, welcome.run["threads"]))
         with comm.working("reading the data in the place of a lost rank"):
-            config, data, out, origin = known(welcome.run, welcome.dp)
+            config, data, out, origin = rebuilt(welcome.run, welcome.dp)
             stack.enter_context(kernels.use(**asked_kernels(alone, options.compute, CPU)))
         book = stack.enter_context(recording(check_order=options.comm.check_order))
         book.dump = FlightRecorder(book, out, comm.rank).dump

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from minillm.training.loop import Run
 
 
-TOLD = ("microbatch", "microbatch_tokens", "recompute", "per_node")
+DECIDED = ("microbatch", "microbatch_tokens", "recompute", "per_node")
 """Fields of the configuration that the ranks have decided together."""
 
 
-class Known(NamedTuple):
+class Parts(NamedTuple):
     """Parts of a run that a new rank has made from what it was told."""
 
     config: ResolvedConfig
@@ -38,14 +38,14 @@ class Known(NamedTuple):
     origin: Origin | None
 
 
-def told(run: Run) -> dict[str, Any]:
-    """Return what a new rank of `run` must know."""
+def description(run: Run) -> dict[str, Any]:
+    """Return what a new rank of `run` must know, as a JSON value."""
     config, origin = run.config, run.origin
     mesh = dataclasses.replace(config.mesh, dp=config.planned_dp)
     return {
         "options": config.options.to_dict(),
         "planned": dataclasses.asdict(mesh),
-        **{name: getattr(config, name) for name in TOLD},
+        **{name: getattr(config, name) for name in DECIDED},
         "threads": threads_in_use().threads,
         "vocabulary": run.data.vocabulary(),
         "corpus": run.data.sha256,
@@ -59,12 +59,12 @@ def told(run: Run) -> dict[str, Any]:
 
 
 def options_of(found: Mapping[str, Any]) -> RunConfig:
-    """Return the options of the run that `told` has described."""
+    """Return the options of the run that `description` has described."""
     return RunConfig.from_dict(found["options"])
 
 
-def known(found: Mapping[str, Any], dp: int) -> Known:
-    """Make the configuration and load the data that `told` has described, for `dp` replicas.
+def rebuilt(found: Mapping[str, Any], dp: int) -> Parts:
+    """Make the configuration and load the data that `description` has described, for `dp` replicas.
 
     Raises ConfigError if the data are others than those of the survivors.
     """
@@ -77,11 +77,10 @@ def known(found: Mapping[str, Any], dp: int) -> Known:
         )
     planned = MeshShape(**found["planned"])
     config = resolve(options, planned.num_ranks, data.vocab_size, found["per_node"])
-    decided = {name: found[name] for name in TOLD}
-    config = dataclasses.replace(config, **decided)
+    config = dataclasses.replace(config, **{name: found[name] for name in DECIDED})
     if dp != config.mesh.dp:
         config = with_replicas(config, dp)
-    return Known(config, data, Path(found["out"]), _origin(found["origin"]))
+    return Parts(config, data, Path(found["out"]), _origin(found["origin"]))
 
 
 def _origin(found: list[Any] | None) -> Origin | None:

@@ -85,11 +85,15 @@ def welcomed(world: Communicator) -> Welcome:
 
 
 class NoReplicaLeft(Exception):
-    """Survivors that cannot fill one replica; raised on each of them, in the group `world`."""
+    """Survivors that cannot fill one replica; raised on each of them, in the group `world`.
 
-    def __init__(self, world: Communicator, states: dict[int, Held]) -> None:
+    `tells` is True on one of them: the first that was not started in the place of another, because
+    the launcher waits for those of the start alone.
+    """
+
+    def __init__(self, world: Communicator, tells: bool) -> None:
         super().__init__()
-        self.world, self.states = world, states
+        self.world, self.tells = world, tells
 
 
 class Survivors:
@@ -118,7 +122,7 @@ class Survivors:
         self._respawn, welcome = respawn, respawn.welcome if respawn else None
         self._place = world.rank  # on the mesh of `config`
         self._tried = (-1, 0) if welcome is None else welcome.tried
-        self._is_new = welcome is not None
+        self._spawned = self._is_new = welcome is not None
         self._welcome: tuple[Welcome | None] | None = None  # to tell new ranks first
         self._reason = ""
         self._trainer = None if welcome else make(config, world, self.commit)
@@ -269,12 +273,13 @@ class Survivors:
             world.gather_json(self._welcome[0])
             self._welcome = None
         states, old = self._states(), self.config.mesh
-        everyone = world.gather_json([self._place, self._is_new])
-        seats = [_seat(old, place) for place, _ in everyone]
-        new = sum(is_new for _, is_new in everyone)
+        everyone = world.gather_json([self._place, self._is_new, self._spawned])
+        seats = [_seat(old, place) for place, *_ in everyone]
+        new = sum(is_new for _, is_new, _ in everyone)
         mesh, places = reseated(old, seats, lambda dp: goes_on(self.config, dp))
         if mesh is None:
-            raise NoReplicaLeft(world, states)
+            started = [rank for rank, (*_, spawned) in enumerate(everyone) if not spawned]
+            raise NoReplicaLeft(world, world.rank == min(started, default=0))
         place = places[world.rank]
         config = self.config if mesh == old else with_replicas(self.config, mesh.dp)
         group = world.split(None if place is None else 0, place, world.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,7 @@ from training_helpers import Layout
 from minillm.comm.boards import Faults
 from minillm.comm.threads import run_ranks
 from minillm.training import survival
+from minillm.training.survival import NoReplicaLeft
 
 
 def train(layout: Layout, faults: Faults | None = None, **changes: Any) -> list[Any]:
@@ -106,7 +108,6 @@ def test_a_new_rank_in_the_place_of_a_lost_one_changes_no_bit(
     ],
     ids=named,
 )
-@pytest.mark.slow
 def test_a_second_loss_inside_the_recovery_is_survived_on_the_same_mesh(
     victim: int, selected: Any
 ) -> None:
@@ -129,6 +130,29 @@ def test_ranks_that_die_at_once_are_replaced_a_few_times_and_no_more() -> None:
     loss = stayed[0].events[-1]
     assert len(stayed) == 2 and loss.mesh.dp == 2 and not loss.respawned
     assert f"{survival.RESPAWNS} times" in loss.reason
+
+
+def test_a_rank_of_the_start_says_that_no_replica_is_left() -> None:
+    """Replace the first rank; then lose the last one, and all that come in its place."""
+    layout = Layout(tp=2, pp=2, num_microbatches=2)
+    config, started = configured(layout), threading.Barrier(layout.num_ranks).wait
+    numbers, later = calls(layout), range(5, 5 + survival.RESPAWNS)
+    late = numbers[3][-1]  # a step after the first loss, which counts the attempts anew
+    faults = Faults({0: numbers[0][5], 3: late} | {number: 2 for number in later})
+
+    def tells(run: Callable[[], object]) -> bool:
+        with pytest.raises(NoReplicaLeft) as error:
+            run()
+        return error.value.tells
+
+    found = run_ranks(
+        layout.num_ranks,
+        lambda comm: tells(lambda: survive(comm, config, faults, started=started, respawns=True)),
+        timeout=10,
+        faults=faults,
+        joining=lambda comm: tells(lambda: join(comm, config, faults)),
+    )
+    assert found == [None, True, False, None, False, *[None] * survival.RESPAWNS]
 
 
 def test_without_a_new_rank_the_mesh_shrinks() -> None:
