@@ -12,6 +12,7 @@ Memory stays that of one microbatch. Dropout masks follow from addresses, so bot
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from minillm.base.arrays import Array
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.models.protocol import Batch, Joint
+from minillm.pipeline.action import Schedule
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import forward_only
@@ -34,6 +36,7 @@ class JointLoss:
         self.model, method = model, model.replication
         alone = not method.lockstep or method.workers[1] > 1
         self.replicas: Communicator = SelfCommunicator() if alone else model.mesh.axis("dp", "ep")
+        self._lowered = functools.cache(self._first_passes)
         self.joint = any(isinstance(stage.model, Joint) for stage in model.stages.values())
 
     def into(self, batches: Sequence[Batch], deal: Sequence[int]) -> list[Batch]:
@@ -46,8 +49,13 @@ class JointLoss:
         found = [batch._replace(replicas=self.replicas) for batch in batches]
         return found if set(deal) == {1} else self._twice(found)
 
+    def _first_passes(self, number: int) -> Schedule:
+        """Return the schedule of the first passes of so many microbatches."""
+        schedule = forward_only(self.model.layout.rank_of_stage, number)
+        return lower(schedule, train=False, sharded=self.model.replication.sharded)
+
     def _twice(self, batches: list[Batch]) -> list[Batch]:
-        outputs, layout = list[Array](), self.model.layout
+        outputs = list[Array]()
 
         def keep(found: tuple[Tensor, ...], batch: Batch) -> Mapping[str, Any]:
             outputs.append(found[-1].data)
@@ -55,11 +63,7 @@ class JointLoss:
 
         if batches:
             runtime = PipelineRuntime(
-                lower(
-                    forward_only(layout.rank_of_stage, len(batches)),
-                    train=False,
-                    sharded=self.model.replication.sharded,
-                ),
+                self._lowered(len(batches)),
                 self.model.stages,
                 self.model.mesh.axis("pp"),
                 self.model.replication,
@@ -67,7 +71,7 @@ class JointLoss:
                 dropout=True,
             )
             runtime.run([batch._replace(divisors={}) for batch in batches])
-        last = self.model.stages.get(layout.num_stages - 1)
+        last = self.model.stages.get(self.model.layout.num_stages - 1)
         if last is None or not isinstance(last.model, Joint):
             return batches
         return last.model.join(outputs, batches, self.replicas)

@@ -11,6 +11,7 @@ a gradient takes from each the version that this server's log names.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.placement import Layout
 from minillm.models.protocol import INIT_STD
 from minillm.params.storage import PrivateMemory
+from minillm.pipeline.action import Schedule
 from minillm.pipeline.lower import lower
 from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import SCHEDULES
@@ -77,9 +79,9 @@ class LoneWorker:
         self.model = assemble(alone, SelfCommunicator(), std=std, replicate=alone_on)
         (self.buffers,) = self.model.buffers
         self._counted = counted_grads({0: self.buffers}, self.model.layout, self.model.mesh.coords)
-        schedule = SCHEDULES[config.options.pipeline.schedule](1, config.num_microbatches)
+        self._lowered = functools.cache(self._schedule)
         self._runtime = PipelineRuntime(
-            lower(schedule, ties=self.model.layout.tied_stages),
+            self._lowered(config.num_microbatches),
             self.model.stages,
             SelfCommunicator(),
             self.model.replication,
@@ -88,6 +90,11 @@ class LoneWorker:
         self._joint = JointLoss(self.model)
         self._judge = Judge(CPU, task.losses, config.options.optimization.clip, "")
         self._carried = [Carried(alone, self.model) for _ in range(config.mesh.dp)]
+
+    def _schedule(self, number: int) -> Schedule:
+        """Return the schedule of so many microbatches on one rank."""
+        schedule = SCHEDULES[self.config.options.pipeline.schedule](1, number)
+        return lower(schedule, ties=self.model.layout.tied_stages)
 
     def gradient(self, worker: int, clock: int, weights: Array) -> tuple[Array, float]:
         """Return a worker's gradient of its share of the global loss [n], and its scale."""
@@ -99,6 +106,7 @@ class LoneWorker:
         cut = microbatches_of(config, self.task, clock)
         rows = rows_of(cut, (cut.number,) * number, worker)
         batches = [carried.into(batch_of(self.task, clock, part, CPU), part) for part in rows]
+        self._runtime.use(self._lowered(cut.number))
         self._runtime.run(self._joint.into(batches, (len(batches),)))
         squares = number**2 * sum(map(kernels.sum_of_squares, self._counted))
         verdict = self._judge.agree(SelfCommunicator(), clock, {}, squares)

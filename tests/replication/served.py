@@ -28,6 +28,7 @@ from minillm.replication.server_messages import Request
 from minillm.replication.server_shards import Applied
 from minillm.replication.server_worker import Worker
 from minillm.tasks.language_model import LanguageModeling
+from minillm.tasks.protocol import Task
 from minillm.training.costs import data_axis, server_axis
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.serving import make_server, with_servers
@@ -94,6 +95,10 @@ class VirtualClock:
             self.changed.notify_all()
 
 
+def language_modeling(config: ResolvedConfig) -> Task:
+    return LanguageModeling(make_batches(config))
+
+
 def serve(
     model: str,
     layout: Layout,
@@ -104,6 +109,7 @@ def serve(
     after: Callable[[Trainer], Any] | None = None,
     watch: Callable[[Server], None] | None = None,
     rendezvous: bool = False,
+    make_task: Callable[[ResolvedConfig], Task] = language_modeling,
     **changes: Any,
 ) -> Served:
     """Train on thread ranks with the servers that `changes` name."""
@@ -112,7 +118,7 @@ def serve(
     steps = range(steps) if isinstance(steps, int) else steps
     results = run_ranks(
         layout.num_ranks + number,
-        lambda comm: _rank(comm, config, steps, optimizer, prepare, after, watch),
+        lambda comm: _rank(comm, config, steps, optimizer, prepare, after, watch, make_task),
         rendezvous=rendezvous,
     )
     workers = results[: layout.num_ranks]
@@ -136,6 +142,7 @@ def _rank(
     prepare: Callable[[Trainer], None] | None,
     after: Callable[[Trainer], Any] | None,
     watch: Callable[[Server], None] | None,
+    make_task: Callable[[ResolvedConfig], Task],
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": [], "value": None}
 
@@ -148,7 +155,7 @@ def _rank(
         return server
 
     def work(workers: Communicator, wire: Communicator | None) -> None:
-        task = LanguageModeling(make_batches(config))
+        task = make_task(config)
         kind = OPTIMIZERS[optimizer]
         trainer = Trainer(config, workers, task, std=INIT_STD, optimizer=kind, wire=wire)
         method = trainer.replication

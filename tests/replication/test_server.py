@@ -17,6 +17,7 @@ from checkpoint_helpers import TINY
 from mpi_helpers import mpirun, needs_mpirun
 from served import Served, VirtualClock, serve, under
 from training_helpers import (
+    BASE,
     INIT_STD,
     OPTIMIZERS,
     Layout,
@@ -24,21 +25,26 @@ from training_helpers import (
     make_batches,
     make_config,
     reference,
+    some_translations,
     train,
 )
 
 from minillm.comm.communicator import Communicator
 from minillm.comm.threads import run_ranks
+from minillm.data.token_batches import TokenBatches
 from minillm.pipeline.action import Action, ActionKind
 from minillm.pipeline.runtime import METHODS, PipelineRuntime
 from minillm.replication.methods import payload
 from minillm.replication.server import Server
 from minillm.replication.server_messages import Op, Request
 from minillm.tasks.language_model import LanguageModeling
+from minillm.tasks.translation import Translating
 from minillm.training.assembly import layout_of
+from minillm.training.batching import microbatches_of
 from minillm.training.costs import held_bytes
 from minillm.training.memory import predicted, predicted_server
 from minillm.training.replay import replay
+from minillm.training.resolve import ResolvedConfig
 from minillm.training.serving import with_servers
 from minillm.training.trainer import Trainer
 
@@ -138,6 +144,28 @@ def test_a_replay_of_the_logs_gives_the_bits(servers: int, optimizer: str, steps
     assert len(found.logs) == (servers or 2)
     for values in found.values:
         np.testing.assert_array_equal(values, expected)
+
+
+def test_a_replay_follows_the_number_of_microbatches() -> None:
+    """Train on batches by tokens, of which each step has a number of microbatches of its own."""
+    pairs, tokens = some_translations(20, BASE["context"] - 1), 48
+    options: dict[str, Any] = {"server": "async", "batch_tokens": tokens, "microbatch_tokens": 16}
+    layout = Layout(dp=2)
+
+    def make_task(config: ResolvedConfig) -> Translating:
+        return Translating(pairs, BASE["context"], TokenBatches(pairs.lengths, tokens, 3), 3)
+
+    def values(trainer: Trainer) -> np.ndarray:
+        return trainer.model.buffers[0].values.copy()
+
+    found = serve("seq2seq", layout, 4, after=values, make_task=make_task, **options)
+    config = make_config("seq2seq", layout, **options)
+    task = make_task(config)
+    numbers = {microbatches_of(config, task, step).number for step in range(4)}
+    assert len(numbers) > 1
+    expected = replay(config, task, found.logs, std=INIT_STD, optimizer=OPTIMIZERS["adamw"])
+    for each in found.values:
+        np.testing.assert_array_equal(each, expected)
 
 
 def test_one_worker_is_serial() -> None:
