@@ -192,6 +192,7 @@ def answer(run: Run, report: StepReport) -> int | None:
     if spikes.rewinds:
         return _rewind(run, report, spike)
     if spikes.in_row > spikes.options.spike_limit:
+        run.saver.wait()
         raise AgreedError(
             f"step {step + 1}: {spike.text}; the updates of {spikes.in_row} steps in a row were "
             f"left out, more than --spike-limit {spikes.options.spike_limit}; {_way_out(run)}"
@@ -223,7 +224,10 @@ def _rewind(run: Run, report: StepReport, spike: Spike) -> int:
         run.trainer.load(source)
         run.trainer.forget()
     run.trainer.begun = run.trainer.done = run.settled = run.saved_step = back
-    run.stopping = EarlyStopping(run.output.patience, record.stopping)
+    origin, stopping = run.origin, record.stopping
+    if origin is not None and origin.continues and origin.step == back:
+        stopping = origin.stopping(run.config.options)  # the held-out data may be others now
+    run.stopping = EarlyStopping(run.output.patience, stopping)
     meta = dataclasses.replace(record, spikes=spikes.state(), position=stop).to_json()
     line = step_metrics(report, run.config.tokens_per_step, {}, run.device) | {"back_to": back}
 
@@ -249,7 +253,9 @@ def _newest(run: Path) -> str:
 
 
 def _way_out(run: Run) -> str:
-    return (
-        f"look at the data, or go on from the newest checkpoint with another --lr, --clip or "
-        f"--spike-threshold, as in: --resume {run.out}"
-    )
+    """Return what to do at the limit. Collective."""
+    options = "another --lr, --clip or --spike-threshold"
+    if not from_first(run.comm, lambda: bool(checkpoint.run_steps(run.out))):
+        return f"look at the data, or start again with {options}"
+    way = f"go on from the newest checkpoint with {options}, as in: --resume {run.out}"
+    return f"look at the data, or {way}"

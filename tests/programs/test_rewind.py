@@ -209,18 +209,33 @@ def test_a_crash_after_a_rewind_leads_to_the_same_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["skip", "rewind"])
+@pytest.mark.parametrize(
+    ("mode", "more"), [("skip", []), ("skip", ["--save-async"]), ("rewind", [])]
+)
 def test_spikes_without_an_end_end_the_run(
-    mode: str, spiky: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str,
+    more: list[str],
+    spiky: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     planted(monkeypatch, range(SPIKE * BATCH, 900 * BATCH, BATCH))
     run = tmp_path / "run"
     with pytest.raises(MinillmError) as error:
-        run_ranks_on(2, spiky(mode, run, "--spike-limit", "2"))
+        run_ranks_on(2, spiky(mode, run, "--spike-limit", "2", *more))
     text = str(error.value)
     last = {"skip": "updates of 3 steps in a row were left out", "rewind": "gone back to step 4 2"}
     assert last[mode] in text and "--spike-limit 2" in text and f"--resume {run}" in text
     assert checkpoint.find(run).name == {"skip": "step-00000008", "rewind": "step-00000004"}[mode]
+
+
+def test_without_a_checkpoint_the_advice_is_to_start_again(
+    spiky: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch, range(SPIKE * BATCH, 900 * BATCH, BATCH))
+    words = spiky("skip", tmp_path / "run", "--spike-limit", "2", "--save-every", "0")
+    with pytest.raises(MinillmError, match="or start again with another --lr, --clip"):
+        run_ranks_on(2, words)
 
 
 @pytest.mark.slow
@@ -267,10 +282,12 @@ def test_states_of_rows_begin_anew_after_a_gap(
 
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "step", step)
-            try:
+            if not dies:
                 run_ranks_on(1, [*words, "--out", str(tmp_path / name)])
-            except Killed:
-                run_ranks_on(1, ["--resume", str(tmp_path / name), "--stop-after", "10"])
+                continue
+            with pytest.raises(Killed):
+                run_ranks_on(1, [*words, "--out", str(tmp_path / name)])
+            run_ranks_on(1, ["--resume", str(tmp_path / name), "--stop-after", "10"])
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     assert len(lines(tmp_path / "run")) == 10
 
