@@ -252,7 +252,7 @@ METHOD = Method(
         if options.compress != "bf16"
         else "this method needs as many microbatches on every replica"
     ),
-    kept=lambda options: (
+    unskippable=lambda options: (
         "what is left unsent already holds a part of the gradient"
         if codec_of(options).remembers
         else ""

@@ -106,11 +106,11 @@ class Method:
     """Fill in what follows from several nodes of so many neighbours of the mesh each."""
     lost: Callable[[ReplicationOptions], str] = lambda options: ""
     """Reason why a run cannot go on without lost ranks; empty if it can."""
-    kept: Callable[[ReplicationOptions], str] = lambda options: ""
+    copies_suffice: bool = False
+    """True if it can with --buddy, which keeps a second copy of all that a rank holds alone."""
+    unskippable: Callable[[ReplicationOptions], str] = lambda options: ""
     """Reason why no update of a step can be left out once its loss and norm are known; empty if it
     can: --on-spike."""
-    copied: bool = False
-    """True if it can with --buddy, which keeps a second copy of all that a rank holds alone."""
     alone: Callable[[Held, ReplicationOptions, int], int] = lambda held, options, dp: (
         held.values + held.state if dp == 1 else 0
     )

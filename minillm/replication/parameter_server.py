@@ -154,7 +154,7 @@ METHOD = Method(
     name="server",
     option="server",
     lost=lambda options: "a lost server takes the only copy of its weights along",
-    kept=lambda options: (
+    unskippable=lambda options: (
         "" if options.server == "sync" else "a server updates before all losses are known"
     ),
     make=_make,

@@ -19,6 +19,7 @@ from minillm.base.options import ComputeOptions
 from minillm.base.record import Record, flag, or_list, with_defaults
 from minillm.comm.options import CommOptions
 from minillm.data.options import SourceOptions
+from minillm.data.token_batches import TokenBatches
 from minillm.layout.options import LayoutOptions
 from minillm.models.family import DEFAULT, Family, ShapeOptions, families, family, family_of_preset
 from minillm.pipeline.options import PipelineOptions
@@ -139,9 +140,15 @@ def _of_family(cls: type[RunConfigT], of: Family) -> type[RunConfigT]:
 def decided(config: RunConfigT, data: Dataset) -> RunConfigT:
     """Return `config` with the options that its data decide.
 
-    Raises ConfigError for batches by tokens of other data than they are for.
+    Raises ConfigError for batches by tokens of other data than they are for, and for microbatches
+    by tokens that are too small for a sequence.
     """
-    batches = batches_of(config.optimization, data)
+    batches, most = batches_of(config.optimization, data), config.pipeline.microbatch_tokens
+    if isinstance(batches, TokenBatches) and 0 < most < (longest := int(batches.sizes.max())):
+        raise ConfigError(
+            f"--microbatch-tokens {most} is less than the {longest} tokens of the longest "
+            f"sequence; use {longest} or more, or a smaller --context"
+        )
     return config.replace(**data.decides(batches)) if isinstance(data, Deciding) else config
 
 

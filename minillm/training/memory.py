@@ -84,8 +84,8 @@ def predicted(
         workspace += architecture.activation_bytes(config.model, 1, work._replace(recompute="none"))
     if logits < MAPPED_BYTES or on_gpu:
         workspace = max(0, workspace - logits)  # in memory that the logits have left
-    held, method, copies = Held((size + frozen) * item, 0, 0), method_of(config.replication), 0
-    copied = 0
+    held, method = Held((size + frozen) * item, 0, 0), method_of(config.replication)
+    behind = copies = 0  # a checkpoint that is being written; what buddies hold
     if training:
         trained = Sizes(
             values=size,
@@ -99,7 +99,7 @@ def predicted(
         )
         held = method.holds(trained, config.replication)
         if options.output.save_async and not on_gpu:  # the copy is in the host's memory
-            copied = method.saves(trained, config.replication) + frozen * item
+            behind = method.saves(trained, config.replication) + frozen * item
         if frozen:
             ways = method.cuts(config.replication, layout.mesh.dp)
             gathered = 2 * trained.largest * (ways > 1)
@@ -117,7 +117,7 @@ def predicted(
         # MPI's copy of half a tied gradient, which the ranks of its copies all-reduce.
         "messages": sum(values.tied for values in sizes) * wide // 2 * training + held.messages,
         "batches": rows * tokens * 16,  # tokens and targets, int64
-        **({"checkpoint": copied} if copied else {}),
+        **({"checkpoint": behind} if behind else {}),
         **({"copies": copies} if copies else {}),
     }
     others = size * wide * (shared_by - 1) // shared_by * training

@@ -162,6 +162,11 @@ def resolve(
             "--buddy needs --on-failure shrink or respawn: nothing else reads the copies; add one, "
             "or leave it out"
         )
+    if config.comm.buddy_every > 1 and not config.comm.buddy:
+        raise ConfigError(
+            f"--buddy-every {config.comm.buddy_every} needs --buddy: there are no copies without "
+            "it; add it, or leave this out"
+        )
     method = methods.method_of(config.replication)
     _check_spikes(config, method)
     if config.compute.device == "cuda" and method.needs_host(config.replication):
@@ -243,9 +248,9 @@ def _surviving(config: RunConfig) -> RunConfig:
     asked, options = f"--on-failure {config.comm.on_failure}", config.replication
     method, device = methods.method_of(options), config.compute.device
     output = config.output
-    kept = config.comm.buddy and method.copied
+    copied = config.comm.buddy and method.copies_suffice
     refused = {
-        method.flag(options): "" if kept else method.lost(options),
+        method.flag(options): "" if copied else method.lost(options),
         "--balance speed": "both deal the microbatches of a step" * (options.balance != "none"),
         "--device cuda": "a GPU runs ahead of the agreement on a step" * (device != "cpu"),
         "--trace": "a lost rank takes its part of the timeline along" * output.trace,
@@ -262,7 +267,7 @@ def _surviving(config: RunConfig) -> RunConfig:
 def _check_spikes(config: RunConfig, method: Method) -> None:
     """Raise ConfigError for a run that cannot leave an update out."""
     config.spikes.check()
-    refused = {method.flag(config.replication): method.kept(config.replication)}
+    refused = {method.flag(config.replication): method.unskippable(config.replication)}
     if config.comm.on_failure != "stop":
         flags = f"--on-failure {config.comm.on_failure}"
         refused[flags] = "a loss repeats a step, which the window of losses then holds twice"

@@ -58,6 +58,7 @@ def test_an_epoch_has_each_text_once_and_goes_on_amid_it(
         (["--batch", "8"], "--batch 8 and --batch-tokens 150 both say how large a step is"),
         (["--microbatch", "2"], "--microbatch 2 counts sequences"),
         (["--batch-tokens", "9"], "--batch-tokens 9 is less than the"),
+        (["--microbatch-tokens", "9"], "--microbatch-tokens 9 is less than the"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -80,6 +80,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--on-failure shrink --save-async true", f"{SHRINK} --save-async {TOGETHER}: a lost rank"),
     ("--microbatch-tokens 64", "--microbatch-tokens 64 needs --batch-tokens"),
     ("--on-failure shrink --patience 3", f"{SHRINK} --patience 3 {TOGETHER}: a loss makes"),
+    ("--on-failure shrink --buddy-every 2", "--buddy-every 2 needs --buddy"),
     ("--buddy true", "--buddy needs --on-failure shrink or respawn"),
     ("--on-failure restart", "must be one of stop, shrink, respawn"),
     # A GPU, and an optimizer of whole matrices.
