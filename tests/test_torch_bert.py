@@ -20,7 +20,7 @@ from minillm.comm.single import SelfCommunicator  # noqa: E402
 from minillm.tasks.masked_language_model import MaskedText, MaskedTextObjective  # noqa: E402
 from minillm.training.config import RunConfig  # noqa: E402
 from minillm.training.resolve import resolve  # noqa: E402
-from minillm.training.schedule_lr import learning_rate  # noqa: E402
+from minillm.training.step import rate_of  # noqa: E402
 from minillm.training.trainer import Trainer  # noqa: E402
 
 SIZES = dict(model="bert", layers=2, heads=4, dim=32, ffn_dim=80, context=64, batch=8)
@@ -130,13 +130,6 @@ def test_twenty_steps() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(twin.p.values()), train.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step,
-                lr=train.lr,
-                min_lr=trainer.config.min_lr,
-                warmup=trainer.config.warmup,
-                steps=train.steps,
-                schedule=train.lr_schedule,
-            )
+            group["lr"] = rate_of(trainer.config, step)
         optimizer.step()
         assert abs(report.loss - loss.item()) <= 1e-4, f"{step}: {report.loss}, {loss.item()}"

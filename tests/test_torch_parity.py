@@ -26,7 +26,7 @@ from minillm.params.where import Where  # noqa: E402
 from minillm.tasks.language_model import LanguageModeling  # noqa: E402
 from minillm.training.config import RunConfig  # noqa: E402
 from minillm.training.resolve import resolve  # noqa: E402
-from minillm.training.schedule_lr import learning_rate  # noqa: E402
+from minillm.training.step import rate_of  # noqa: E402
 from minillm.training.trainer import Trainer  # noqa: E402
 
 VOCAB = 65
@@ -143,14 +143,7 @@ def test_fifty_steps_of_shakespeare_char() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(twin.p.values()), train.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step,
-                lr=train.lr,
-                min_lr=config.min_lr,
-                warmup=config.warmup,
-                steps=train.steps,
-                schedule=train.lr_schedule,
-            )
+            group["lr"] = rate_of(config, step)
         optimizer.step()
         assert abs(report.loss - loss.item()) <= 1e-4, (
             f"step {step}: {report.loss} against {loss.item()}"

@@ -27,7 +27,9 @@ from minillm.comm.cores import usable_cores
 from minillm.comm.single import SelfCommunicator
 from minillm.inference.loading import Opened, ReadOptions, load_trained, open_checkpoint
 from minillm.kernels.gpu_check.report import table
+from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.sharding import Slices
+from minillm.replication.methods import method_of
 from minillm.tasks.protocol import Dataset, Unequal
 from minillm.training.adaptation import AdaptationOptions
 from minillm.training.assembly import WEIGHTS, Assembly, assemble, first_rows, fresh_heads
@@ -53,8 +55,8 @@ class QualityBench(Record):
 
     run: str = option(path=True)
     """Folder of a run of minillm finetune for labels, numbers, entities or answers."""
-    model: str = option("none", path=True)
-    """Weights that the run began with, as its own --model; none: initial values."""
+    model: str = option(path=True)
+    """Weights that the run began with, as its own --model, or none for initial values."""
     threads: int = 0
     """Threads of PyTorch; 0: one for each core."""
     json: str | None = None
@@ -73,8 +75,12 @@ class _Held:
 
 def run(comm: Communicator, asked: QualityBench) -> None:
     """Train in PyTorch, print both sides' metrics and write the JSON file. On the first rank."""
-    if comm.rank:
-        return
+    if comm.rank == 0:
+        with comm.working("training in PyTorch"):
+            _run(asked)
+
+
+def _run(asked: QualityBench) -> None:
     check_torch()
     if not installed("transformers"):
         raise ConfigError("the models of this benchmark need: pip install transformers")
@@ -119,6 +125,12 @@ def _check(config: RunConfig, heads: Mapping[str, Any]) -> None:
         )
     plain = config.adaptation == AdaptationOptions() and not config.optimization.cautious
     weighted = getattr(config.corpus, "class_weights", "none") != "none"
+    method = method_of(config.replication)
+    if not method.equals_one_rank(config.replication, MeshShape(dp=2, tp=2)):
+        flag = method.flag(config.replication)
+        raise ConfigError(f"--run trained with {flag}, which PyTorch's one process does not repeat")
+    if config.spikes.on_spike != "off":
+        raise ConfigError("--run may have left steps out (--on-spike), which PyTorch's side takes")
     if not plain or weighted or config.optimization.optimizer != "adamw":
         raise ConfigError(
             "PyTorch's side of this benchmark trains all weights by AdamW at one rate, without "

@@ -65,9 +65,16 @@ def _seen(batch: Batch) -> Tensor:
     return torch.arange(batch.arrays["tokens"].shape[1]) < lengths[:, None]
 
 
+def _labels(batch: Batch) -> dict[str, Tensor]:
+    """Return classes [B] as integers; numbers [B] and marks of labels [B, L] as floats."""
+    labels = torch.from_numpy(batch.arrays["labels"])
+    classes = labels.ndim == 1 and not labels.is_floating_point()
+    return {"labels": labels if classes else labels.double()}
+
+
 HEADS: Mapping[str, Head] = {
     "classifier": Head(
-        lambda batch: {"labels": torch.from_numpy(batch.arrays["labels"])},
+        _labels,
         lambda found, batch: found.loss,
         lambda batch: batch.arrays["labels"].size,
         lambda found, batch: found.logits,
@@ -110,9 +117,7 @@ class Twin:
             given["attention_mask"] = _seen(batch)
         if getattr(self.net.config, "type_vocab_size", 0) > 1:
             given["token_type_ids"] = torch.from_numpy(batch.arrays["types"])
-        if getattr(self.net.config, "problem_type", None) != "single_label_classification":
-            floats = given.get("labels") if self.head is HEADS["classifier"] else None
-            given |= {} if floats is None else {"labels": floats.to(self.net.dtype)}
+        given |= {n: t.to(self.net.dtype) for n, t in given.items() if t.is_floating_point()}
         return self.net(**given)
 
     def train(

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from minillm.training.resolve import ResolvedConfig
-from minillm.training.schedule_lr import learning_rate
+from minillm.training.step import rate_of
 
 CONTEXT, LAYERS = 16, 4
 
@@ -114,14 +114,7 @@ def losses_of(
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(
-            step,
-            lr=options.lr,
-            min_lr=config.min_lr,
-            warmup=config.warmup,
-            steps=options.steps,
-            schedule=options.lr_schedule,
-        )
+        optimizer.param_groups[0]["lr"] = rate_of(config, step)
         optimizer.step()
         found.append(loss.item())
     return found
