@@ -1,7 +1,7 @@
 """Microbatches: the rows of a step, dealt to data-parallel ranks and cut one after another.
 
     turn      0    1    2  |  3    4         two microbatches, of three turns and of two
-    rank 0   -1    1    3  |  5    7         7 rows over two ranks: a turn has a row for each rank,
+    rank 0   -1    1    3  |  5    7         9 rows over two ranks: a turn has a row for each rank,
     rank 1    0    2    4  |  6    8         but for the first, which gets what does not divide
 
 Rows of unequal lengths are sorted. Dealt in turn, the ranks' shares differ by less than a row's
@@ -90,11 +90,16 @@ class Load(NamedTuple):
     sequences: int = 0
 
 
-def load_of(lengths: IntArray, cut: Microbatches) -> Load:
-    """Return the load of a step whose rows have `lengths` [n, K], for K parts of each."""
+def load_of(lengths: IntArray, cut: Microbatches, together: bool = False) -> Load:
+    """Return the load of a step whose rows have `lengths` [n, K], for K parts of each.
+
+    With `together` all parts of a microbatch are padded to one length.
+    """
     held = cut.grid >= 0  # [turns, ranks]
     longest = np.maximum.reduceat(np.where(held[..., None], lengths[cut.grid], 1), cut.ends[:-1])
     counts = np.add.reduceat(held, cut.ends[:-1], dtype=np.int64)  # [M, ranks]
-    own = (np.maximum(longest, 1).sum(-1) * counts).sum(0)
+    longest = np.maximum(longest, 1)
+    longest = longest.max(-1) * lengths.shape[1] if together else longest.sum(-1)
+    own = (longest * counts).sum(0)
     balance = float(own.max() / max(own.mean(), 1))
     return Load(int(lengths.sum()), int(own.sum()), balance, len(lengths))

@@ -14,8 +14,7 @@ from minillm.inference.rows import Rows
 from minillm.inference.sampling import Sampling
 from minillm.inference.text import Text, end_ids
 from minillm.inference.translator import Translator
-from minillm.tasks.chat import Dialogues
-from minillm.tasks.protocol import Dataset
+from minillm.tasks.protocol import Dataset, Replying
 from minillm.tasks.translation import Translations
 from minillm.training.assembly import Assembly
 
@@ -52,8 +51,8 @@ def continued_text(
     """Return the text that continues the prompt of `data`, of a chat one reply, a `Sample`."""
     vocabulary, prompt = data.vocabulary(), list(data.prompt())
     tokenizer, rule = tokenizer_from_json(vocabulary), Sampling(temperature=TEMPERATURE)
-    stops = data.template.stops if isinstance(data, Dialogues) else ()
-    ends = end_ids(vocabulary) if isinstance(data, Dialogues) else frozenset()
+    stops = data.stops if isinstance(data, Replying) else ()
+    ends = end_ids(vocabulary) if isinstance(data, Replying) else frozenset()
     text, pieces = Text(tokenizer, prompt, stops), [tokenizer.decode(prompt)]
 
     def accept(token: int) -> bool:

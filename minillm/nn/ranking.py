@@ -25,6 +25,7 @@ from minillm import kernels
 from minillm.autograd.tape import Context, Function, Tensor
 from minillm.base.arrays import Array, namespace
 from minillm.comm.communicator import Communicator
+from minillm.ops.loss import scalar_of
 
 NO_PARTNER = -1  # of a hard negative
 
@@ -162,7 +163,7 @@ class _Ranking(Function):
     def forward(ctx: Context, x: Array, *, of: Embedded, comm: Communicator, rule: Rule) -> Array:
         (found,) = rank([of], x[:0], comm, rule)
         ctx.save(found.grad)
-        return _scalar(found.loss)
+        return scalar_of(found.loss)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
@@ -174,11 +175,6 @@ class _Known(Function):
     @staticmethod
     def forward(ctx: Context, x: Array, *, found: Ranked) -> Array:
         ctx.save(found.grad)
-        return _scalar(found.loss)
+        return scalar_of(found.loss)
 
     backward = _Ranking.backward
-
-
-def _scalar(total: Any) -> Array:
-    """Return a sum as an array without dims, on its device: the host does not wait for it."""
-    return np.asarray(total) if np.isscalar(total) else total

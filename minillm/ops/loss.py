@@ -67,7 +67,7 @@ class _MSE(Function):
         wide = sum_dtype(x.dtype)
         difference = x.astype(wide) - target.astype(wide)
         ctx.save(difference, divisor, x.dtype)
-        return _scalar((difference * difference).sum(dtype=np.float64) / divisor)
+        return scalar_of((difference * difference).sum(dtype=np.float64) / divisor)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
@@ -83,7 +83,7 @@ class _BinaryCrossEntropy(Function):
         small = xp.exp(xp.minimum(z, -z))  # exp(-|z|), in (0, 1]
         ctx.save(xp.where(z >= 0, 1.0, small) / (1 + small) - y, divisor, dtype)
         terms = xp.maximum(z, 0) - z * y + xp.log1p(small)
-        return _scalar(terms.sum(dtype=np.float64) / divisor)
+        return scalar_of(terms.sum(dtype=np.float64) / divisor)
 
     @staticmethod
     def backward(ctx: Context, grad_outs: Any, needs: Any, into: Any) -> tuple[Array]:
@@ -91,6 +91,6 @@ class _BinaryCrossEntropy(Function):
         return ((slope * (grad_outs[0] / divisor)).astype(dtype),)
 
 
-def _scalar(total: Any) -> Array:
+def scalar_of(total: Any) -> Array:
     """Return a sum as an array without dims, on its device: the host does not wait for it."""
     return np.asarray(total) if np.isscalar(total) else total

@@ -167,6 +167,7 @@ class Dialogues(Examples):
         self.tokenizer = tokenizer_from_json(vocabulary)
         self.vocab_size = self.tokenizer.vocab_size
         self.template = template_of(vocabulary, options.template)
+        self.stops = self.template.stops
         own = parts if options.dev is None else parts[:1]  # a resumed run may have another --dev
         content = [[each.messages for each in part] for _, part in own]
         self.sha256 = hashlib.sha256(repr(content).encode()).hexdigest()

@@ -36,6 +36,7 @@ class Embedding(ExampleOrder):
     """Loss of ranking: a mean over the anchors of a step. Implements `Unequal`."""
 
     losses: Sequence[str] = ("loss",)
+    together = True
 
     def __init__(self, examples: EncodedRelated, *order: Any) -> None:
         """Take the examples, and what `ExampleOrder` takes behind their lengths."""
@@ -83,6 +84,12 @@ class RelatedTexts(Examples):
                 refuse_long(encoder, part, source, apart=True)
         self.num_cut = encoder.num_cut
         self.num_held_out = int(self.held_out.lengths.sum())
+
+    @property
+    def lengths(self) -> IntArray:
+        """The tokens of the longest text of each example to train on, int64 [N]."""
+        found: IntArray = self.train.lengths.max(1)
+        return found
 
     def decides(self, batch: int | TokenBatches) -> Mapping[str, Any]:
         """Return the pooling, and the steps of the epochs that were asked for.

@@ -119,6 +119,8 @@ def labels_to_have(
 class ExampleOrder:
     """Part of an `Unequal` task: which of the examples, `lengths` [N], a step has."""
 
+    together = False
+
     def __init__(
         self,
         lengths: IntArray,

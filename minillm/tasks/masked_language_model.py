@@ -184,6 +184,7 @@ class SentencePairs(MaskedLanguageModeling):
     """
 
     losses: Sequence[str] = ("mlm", "nsp")
+    together = False
 
     def row_lengths(self, step: int) -> IntArray:
         """Return the lengths of the pairs of a step, int64 [batch, 1]."""

@@ -46,6 +46,9 @@ class Unequal(Task, Protocol):
     `row_lengths` a rank takes the next block of rows.
     """
 
+    together: bool
+    """True if all parts of the rows of a microbatch are padded to one length."""
+
     def row_lengths(self, step: int) -> IntArray:
         """Return the lengths of the rows of a step, int64 [rows, K], for K parts of each."""
 
@@ -182,6 +185,13 @@ class Budgeted(Dataset, Protocol):
 
     def task(self, shape: Any, *, batch: int | TokenBatches, seed: int, first: int = 0) -> Task:
         """Return the training batches; those by tokens know their seed and beginning."""
+
+
+@runtime_checkable
+class Replying(Dataset, Protocol):
+    """Dataset whose sample is one reply, which ends before one of `stops`."""
+
+    stops: Sequence[str]
 
 
 @runtime_checkable

@@ -83,6 +83,7 @@ class Translating:
     """Next-token prediction of targets. Its loss is the mean over all target tokens of a step."""
 
     losses: Sequence[str] = ("loss",)
+    together = False
 
     def __init__(
         self, pairs: Pairs, context: int, batch: int | TokenBatches, seed: int, first: int = 0

@@ -200,7 +200,7 @@ class Trainer:
         self._cut = microbatches_of(self.config, self.task, place)
         self._load: Load | None = None
         if isinstance(self.task, Unequal):
-            self._load = load_of(self.task.row_lengths(place), self._cut)
+            self._load = load_of(self.task.row_lengths(place), self._cut, self.task.together)
         even = self.config.dealt(self._cut.number)
         if self._deals is not None:
             deal = tuple(self._deals(step))

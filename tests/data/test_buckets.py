@@ -84,6 +84,7 @@ class Documents:
     """Language modelling on documents of unequal lengths; `whole` pads all to the context."""
 
     losses = ("loss",)
+    together = False
 
     def __init__(self, whole: bool = False, local: bool = False) -> None:
         lengths = np.array([len(each) - 1 for each in DOCUMENTS])

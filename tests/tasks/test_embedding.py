@@ -22,6 +22,7 @@ from minillm.data.related_texts import Related, RelatedFields
 from minillm.data.tokenizers import IdTokenizer
 from minillm.inference.embedder import Embedder
 from minillm.inference.predict import predicted
+from minillm.models import embedder
 from minillm.models.embedder import FAMILY, EmbedderOptions
 from minillm.nn import ranking
 from minillm.params.where import Where
@@ -317,7 +318,10 @@ def test_a_first_pass_without_dropout_is_seen(monkeypatch: pytest.MonkeyPatch) -
 @SLOW
 def test_padding_in_the_mean_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide by the padded length: another mesh pads otherwise."""
-    monkeypatch.setattr("minillm.tasks.encoded_texts.KeyLimits", lambda lengths: None)
+    mean = embedder.mean_of_time
+    monkeypatch.setattr(
+        embedder, "mean_of_time", lambda x, p: mean(x, dataclasses.replace(p, limits=None))
+    )
     assert abs(trained(Layout(dp=4)).losses[0] - course(Layout()).losses[0]) > 1e-6
 
 
