@@ -49,7 +49,6 @@ SLOW = (
 
 # Tests of those suites that every run has: one glance at each, a few seconds in all.
 ALWAYS = (
-    "test_gpus_with_less_shared_memory[64-v1",
     "test_a_fused_projection_is_read_as_it_lies",
     "test_a_fault_is_reported_at_its_line",
     "test_the_kernel_as_it_is_passes[attention-v1",

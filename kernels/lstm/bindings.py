@@ -7,7 +7,7 @@ from typing import Any
 from minillm.kernels.arrays import deliver, dense, out_like
 from minillm.kernels.lstm import blocked
 from minillm.kernels.matmul.packed import FEW_ROWS, panels_of
-from minillm.kernels.native import c_kernel, pool
+from minillm.kernels.native import VARIANTS, c_kernel, pool
 
 
 @c_kernel("lstm_forward_")
@@ -37,7 +37,7 @@ def _in_c(gates: Any, *others: Any) -> bool:
     return dense and gates.shape[1] > FEW_ROWS
 
 
-@c_kernel("lstm_window_forward_")
+@c_kernel("lstm_window_forward_", VARIANTS[:-1])  # BLAS is faster with baseline instructions
 def lstm_window_forward_(c_: Any, gates: Any, weights: Any, states: Any) -> None:
     if _in_c(gates, states):
         (T, B, _), H = gates.shape, states.shape[3]
@@ -46,7 +46,7 @@ def lstm_window_forward_(c_: Any, gates: Any, weights: Any, states: Any) -> None
         blocked.lstm_window_forward_(gates, weights, states)
 
 
-@c_kernel("lstm_window_backward_")
+@c_kernel("lstm_window_backward_", VARIANTS[:-1])
 def lstm_window_backward_(
     c_: Any, gates: Any, weights: Any, states: Any, grad_h: Any, grad_c: Any
 ) -> None:

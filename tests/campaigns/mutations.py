@@ -62,7 +62,8 @@ def run(options: Options) -> int:
         base = Path(top, "inputs")
         inputs.preload()
         inputs.write(base)
-        numbers = range(options.first, options.cases) if options.only is None else [options.only]
+        last = options.first + options.cases
+        numbers = range(options.first, last) if options.only is None else [options.only]
         for number in numbers:
             if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,13 +78,17 @@ def campaign(*words: str, timeout: float = 900) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kills() -> None:
-    assert ", 0 faulty runs" in campaign("kills", "--runs", "18")
+    told = campaign("kills", "--runs", "18")
+    acted = re.search(r"(\d+) faults acted", told)
+    assert ", 0 faulty runs" in told and acted and int(acted[1]) >= 9, told
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mutations() -> None:
-    assert ", 0 faults" in campaign("mutations", "--cases", "150")
+    told = campaign("mutations", "--cases", "150")
+    refused = re.search(r"(\d+) refused", told)
+    assert ", 0 faults" in told and refused and int(refused[1]) >= 50, told
 
 
 @needs_mpirun

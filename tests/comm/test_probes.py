@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,7 +59,14 @@ def test_links_of_all_pairs_are_known_to_all() -> None:
 
 
 def test_no_round_begins_after_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_link", lambda comm, a, b: time.sleep(0.02) or Link(a, b, 1, 1))
+    now = [0.0]  # seconds on the clock of rank 0
+
+    def link(comm: Communicator, a: int, b: int) -> Link:
+        now[0] += 0.02 * (comm.rank == 0)
+        return Link(a, b, 1.0, 1.0)
+
+    monkeypatch.setattr(probes, "_link", link)
+    monkeypatch.setattr(probes, "time", SimpleNamespace(monotonic=lambda: now[0]))
     assert len(run_ranks(4, lambda comm: links(comm, 60.0))[0]) == 6
     assert len(run_ranks(4, lambda comm: links(comm, 0.01))[0]) == 2  # one round of two pairs
 

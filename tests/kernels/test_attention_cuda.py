@@ -85,7 +85,6 @@ def test_arrays_that_cannot_be_read_as_they_lie_are_copied(variant: str) -> None
     ("variant", "shared_bytes"), [("v1", TURING), ("v2", AMPERE), ("v2", SMALL_AMPERE)]
 )
 @pytest.mark.parametrize("K", (64, 128))
-@pytest.mark.slow
 def test_gpus_with_less_shared_memory(
     variant: str, shared_bytes: int, K: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,9 +214,14 @@ def test_nothing_is_left_of_the_nodes(network: Callable[..., Network]) -> None:
     nodes = network()
     mark = f"{time.time_ns()}.0"
     process = nodes.popen([str(nodes.folder / "ssh"), "node1", f"exec sleep {mark}"])
+
+    def begun() -> bool:
+        return any(each.startswith("sleep\0") for each in left_behind(Path(mark), 0))
+
     deadline = time.monotonic() + 10
-    while not left_behind(Path(mark), 0) and time.monotonic() < deadline:
+    while not begun() and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert begun(), "the process on the node has not started"
     nodes.__exit__()
     assert process.poll() is not None and not left_behind(Path(mark))
     after = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
