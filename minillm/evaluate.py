@@ -62,7 +62,8 @@ class EvaluateArgs(ReadOptions):
     """
 
     checkpoint: str = option(path=True)
-    """Folder of a run, or one of its checkpoints; may also be the first word, without the flag."""
+    """Folder of a run, one of its checkpoints, a Hugging Face folder, or a .gguf file; may also be
+    the first word, without the flag."""
     asked: Record = field(default=TextToMeasure(), metadata={"title": "data"})
     tokens: int | None = option(None, at_least=1)
     """Tokens to predict, from the beginning; left out: all."""

@@ -32,8 +32,8 @@ class GenerateArgs(ReadOptions, WritingOptions):
     """
 
     checkpoint: str = option(path=True)
-    """Folder of a run, one of its checkpoints, or weights of other programs; may also be the first
-    word, without the flag."""
+    """Folder of a run, one of its checkpoints, a Hugging Face folder, or a .gguf file; may also be
+    the first word, without the flag."""
     prompt: str | None = option(None, verbatim=True)
     """Text to continue; -: all of standard input; left out: each line that is piped in, else a line
     end."""

@@ -35,8 +35,8 @@ class ChatArgs(ReadOptions, WritingOptions):
     """
 
     checkpoint: str = option(path=True)
-    """Folder of a run, one of its checkpoints, or weights of other programs; may also be the first
-    word, without the flag."""
+    """Folder of a run, one of its checkpoints, a Hugging Face folder, or a .gguf file; may also be
+    the first word, without the flag."""
     system: str | None = option(None, verbatim=True)
     """First message, which says how to reply; left out: that of the template, or none."""
     template: Literal["auto", "chatml", "plain"] = "auto"

@@ -38,8 +38,8 @@ class EmbedArgs(ReadOptions):
     """
 
     model: str = option(path=True)
-    """Folder of a run, one of its checkpoints, or weights of another library; may also be the first
-    word, without the flag."""
+    """Folder of a run, one of its checkpoints, a Hugging Face folder, or a .gguf file; may also be
+    the first word, without the flag."""
     input: str | None = option(None, path=True)
     """File with a text on each line; left out: standard input."""
     batch: int = option(32, at_least=1)

@@ -50,8 +50,8 @@ class PredictArgs(ReadOptions):
     """
 
     checkpoint: str = option(path=True)
-    """Folder of a run of minillm finetune, or one of its checkpoints; may also be the first word,
-    without the flag."""
+    """Folder of a run of minillm finetune, one of its checkpoints, or a Hugging Face folder with
+    such a head; may also be the first word, without the flag."""
     input: str = option(path=True)
     """Table of texts, .tsv, .csv or .jsonl, also .gz; any other file has a text on each line. A
     tagger reads .txt with a text on each line, .jsonl, and else CoNLL columns. A reader reads JSON

@@ -39,7 +39,8 @@ class TranslateArgs(ReadOptions, BeamOptions):
     """
 
     checkpoint: str = option(path=True)
-    """Folder of a run, or one of its checkpoints; may also be the first word, without the flag."""
+    """Folder of a run, one of its checkpoints, or a Hugging Face folder; may also be the first
+    word, without the flag."""
     batch: int = option(32, at_least=1)
     """Lines that each replica translates at once."""
     tokens: int | None = option(None, at_least=1)

@@ -41,8 +41,8 @@ class StartOptions(Record):
     """Folder of a run, or one of its checkpoints, to continue in that folder; with --out as a new
     run, which begins as a copy."""
     init_from: str | None = option(None, path=True)
-    """Folder of a run, or one of its checkpoints, whose weights a new run starts from; its model,
-    tokenizer and text are the defaults."""
+    """Folder of a run, one of its checkpoints, a Hugging Face folder, or a .gguf file, whose
+    weights a new run starts from; its model, tokenizer and text are the defaults."""
     best: bool = False
     """Start from the checkpoint of --init-from with the lowest held-out loss, not the newest."""
 

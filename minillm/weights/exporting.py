@@ -46,7 +46,7 @@ class ExportArgs(Record):
     """
 
     checkpoint: str = option(path=True)
-    """Folder of a run, one of its checkpoints, or weights that minillm import reads; may also be
+    """Folder of a run, one of its checkpoints, a Hugging Face folder, or a .gguf file; may also be
     the first word, without the flag."""
     out: str = option(path=True)
     """Folder to make; for gguf also a file name that ends in .gguf."""

@@ -80,8 +80,8 @@ MARIAN = Counterpart(
         "static_position_embeddings": (True,),
     },
     harmless=frozenset(
-        """_num_labels activation_dropout classif_dropout decoder_layerdrop dropout
-        encoder_layerdrop forced_eos_token_id init_std num_hidden_layers""".split()  # noqa: SIM905
+        """activation_dropout classif_dropout decoder_layerdrop dropout encoder_layerdrop
+        extra_pos_embeddings forced_eos_token_id init_std num_hidden_layers""".split()  # noqa: SIM905
     ),
     second="encoder_layers",
     marks=("decoder_start_token_id", "eos_token_id"),
