@@ -44,6 +44,7 @@ PRODUCT = 512  # rows and columns of the matrices, 0.27 GFLOP
 PRODUCTS, PRODUCT_SECONDS = 5, 0.3  # at least
 SLOW = 1.5  # times the median of all ranks
 CLOCK_SECONDS = 1.0  # beyond which clocks differ: checkpoints are compared by time
+SOURCES = (".py", ".cu", ".cuh")  # what every installation has, if compiled or not
 THIN = 0.5  # share of the median bandwidth below which a link is named
 SHOWN = 4  # nodes of a line
 
@@ -106,7 +107,9 @@ def sources() -> str:
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         for top in (spec.submodule_search_locations if spec else None) or ():
-            for path in sorted(Path(top).rglob("*.py")):
+            for path in sorted(Path(top).rglob("*")):
+                if path.suffix not in SOURCES:
+                    continue
                 name = path.relative_to(top).as_posix()
                 digest.update(f"{package}/{name}\0".encode() + path.read_bytes())
     commit, files = _commit(), f"files {digest.hexdigest()}"
