@@ -17,11 +17,10 @@ from minillm.layout.options import comma_list, even_split
 from minillm.models.family import Family, Shape
 from minillm.models.protocol import Workload
 from minillm.replication import methods
-from minillm.replication.method import Method
 from minillm.replication.options import ReplicationOptions
 from minillm.training import adaptation
 from minillm.training.config import RunConfig
-from minillm.training.optimizers import OPTIMIZERS
+from minillm.training.conflicts import compatible
 
 # Selective recomputation must save this much of a rank's activations to be worth its time.
 RECOMPUTE_BYTES = 16_000_000
@@ -145,41 +144,7 @@ def resolve(
     config.compute.check()
     optimization.check()
     model.check_device(config.compute.device)
-    if config.compute.device == "cuda" and config.replication.node_shared == "on":
-        raise ConfigError(
-            "--node-shared on needs --device cpu: it shares the host's memory; leave it out on a "
-            "GPU"
-        )
-    if config.compute.device == "cuda" and config.replication.balance != "none":
-        raise ConfigError(
-            f"--balance {config.replication.balance} needs --device cpu: it measures the time of "
-            "the host, which a GPU runs ahead of; leave it out on a GPU"
-        )
-    if config.comm.on_failure != "stop":
-        config = _surviving(config)
-    elif config.comm.buddy:
-        raise ConfigError(
-            "--buddy needs --on-failure shrink or respawn: nothing else reads the copies; add one, "
-            "or leave it out"
-        )
-    if config.comm.buddy_every > 1 and not config.comm.buddy:
-        raise ConfigError(
-            f"--buddy-every {config.comm.buddy_every} needs --buddy: there are no copies without "
-            "it; add it, or leave this out"
-        )
-    method = methods.method_of(config.replication)
-    _check_spikes(config, method)
-    if config.compute.device == "cuda" and method.needs_host(config.replication):
-        raise ConfigError(
-            f"{method.flag(config.replication)} needs --device cpu: it works in the host's memory; "
-            "leave it out on a GPU"
-        )
-    if OPTIMIZERS[optimization.optimizer].whole and config.replication.server != "none":
-        raise ConfigError(
-            f"--optimizer {optimization.optimizer} and --server {config.replication.server} do not "
-            "go together: a server holds parts of matrices; leave one out. This optimizer goes "
-            "with --node-shared, --zero, --compress, --local-steps, --balance, --tp and --pp"
-        )
+    config = compatible(config)
     num_workers = num_ranks - config.replication.num_servers
     if num_workers < 1:
         raise ConfigError(
@@ -198,13 +163,8 @@ def resolve(
     )
     most = config.pipeline.microbatch_tokens
     if optimization.batch_tokens:
-        _check_tokens(config)
         each = most or -(-optimization.batch_tokens // (mesh.dp * number))
         microbatch = max(1, -(-each // model.context))
-    elif most:
-        raise ConfigError(
-            f"--microbatch-tokens {most} needs --batch-tokens; use --microbatch, or leave it out"
-        )
     else:
         microbatch = config.pipeline.resolve_microbatch(optimization.batch, mesh.dp, number)
     return ResolvedConfig(
@@ -226,57 +186,6 @@ def resolve(
 def usual_number(pp: int) -> int:
     """Return the microbatches of a rank unless asked for otherwise, over `pp` stages."""
     return 1 if pp == 1 else 2 * pp
-
-
-def _check_tokens(config: RunConfig) -> None:
-    """Raise ConfigError for options that do not go with batches by tokens."""
-    asked, microbatch = config.optimization.batch_tokens, config.pipeline.microbatch
-    if isinstance(microbatch, int):
-        raise ConfigError(
-            f"--microbatch {microbatch} counts sequences, but --batch-tokens {asked} has any "
-            "number of them; use --microbatch-tokens, or --microbatch auto"
-        )
-    if config.replication.balance != "none":
-        raise ConfigError(
-            f"--balance {config.replication.balance} and --batch-tokens {asked} do not go "
-            "together: microbatches of unequal lengths tell no speed; leave one out"
-        )
-
-
-def _surviving(config: RunConfig) -> RunConfig:
-    """Return `config` without shared memory. Raises ConfigError if it cannot outlive lost ranks."""
-    asked, options = f"--on-failure {config.comm.on_failure}", config.replication
-    method, device = methods.method_of(options), config.compute.device
-    output = config.output
-    copied = config.comm.buddy and method.copies_suffice
-    refused = {
-        method.flag(options): "" if copied else method.lost(options),
-        "--balance speed": "both deal the microbatches of a step" * (options.balance != "none"),
-        "--device cuda": "a GPU runs ahead of the agreement on a step" * (device != "cpu"),
-        "--trace": "a lost rank takes its part of the timeline along" * output.trace,
-        "--save-async": "a lost rank takes its part of a checkpoint along" * output.save_async,
-    }
-    if output.patience is not None:
-        refused[f"--patience {output.patience}"] = "a loss makes an evaluation count twice"
-    for flags, reason in refused.items():
-        if reason:
-            raise ConfigError(f"{asked} and {flags} do not go together: {reason}; leave one out")
-    return config.replace(node_shared="off")
-
-
-def _check_spikes(config: RunConfig, method: Method) -> None:
-    """Raise ConfigError for a run that cannot leave an update out."""
-    config.spikes.check()
-    refused = {method.flag(config.replication): method.unskippable(config.replication)}
-    if config.comm.on_failure != "stop":
-        flags = f"--on-failure {config.comm.on_failure}"
-        refused[flags] = "a loss repeats a step, which the window of losses then holds twice"
-    for flags, reason in refused.items():
-        if reason and config.spikes.on_spike != "off":
-            raise ConfigError(
-                f"--on-spike {config.spikes.on_spike} and {flags} do not go together: {reason}; "
-                "leave one out"
-            )
 
 
 def with_microbatch(config: ResolvedConfig, microbatch: int) -> ResolvedConfig:

@@ -13,6 +13,7 @@ import pytest
 
 import minillm
 from minillm.base.errors import ConfigError
+from minillm.training import conflicts
 from minillm.training.config import RunConfig
 from minillm.training.resolve import resolve
 
@@ -82,6 +83,8 @@ REFUSED: list[tuple[str, str]] = [
     ("--on-failure shrink --patience 3", f"{SHRINK} --patience 3 {TOGETHER}: a loss makes"),
     ("--on-failure shrink --buddy-every 2", "--buddy-every 2 needs --buddy"),
     ("--buddy true", "--buddy needs --on-failure shrink or respawn"),
+    ("--on-failure shrink --on-spike skip/rewind", r"--on-spike \w+ and --on-failure shrink"),
+    ("--balance speed --batch-tokens 64", f"--balance speed and --batch-tokens 64 {TOGETHER}"),
     ("--on-failure restart", "must be one of stop, shrink, respawn"),
     # A GPU, and an optimizer of whole matrices.
     ("--node-shared on --device cuda", f"--node-shared on {ON_HOST}: it shares the host's memory"),
@@ -200,5 +203,13 @@ def test_every_check_is_in_the_table() -> None:
         assert error is not None
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reached.add((frame.filename, frame.lineno))
-    assert len(checks()) > 10
+    assert len(checks()) > 8
     assert checks() <= reached
+
+
+def test_every_conflict_is_in_the_table() -> None:
+    told = [str(refusal(options)) for options, _ in CASES]
+    rows = [*conflicts.needs(RunConfig()), *conflicts.of(RunConfig())]
+    assert len(rows) > 10
+    for row in rows:
+        assert not row.reason or any(row.reason in text for text in told), row
