@@ -7,16 +7,20 @@ its own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fnmatch
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +45,11 @@ STEPS, SAVES, EVALUATIONS = 30, 5, 10  # of a run, and the steps between two
 SIZES = "--layers 2 --dim 16 --context 16 --batch 8 --eval-tokens 64 --sample-tokens 0"
 FLAGS = [*SIZES.split(), "--steps", str(STEPS), "--save-every", str(SAVES)]
 FLAGS += ["--eval-every", str(EVALUATIONS), "--warmup", "5"]
-PARTS = (".tmp-*", "*.tmp", ".old-*", "run.lock", "heartbeats")  # of unfinished work
+PARTS = (".tmp-*", "*.tmp", "run.lock", "heartbeats")  # of unfinished work
 LINES = "".join(f"line {i}: {i * i}\n" for i in range(300))
+MAPPED = re.compile(  # line of /proc/PID/maps: addresses, offset, inode
+    rf"(\w+)-(\w+) \S+ (\w+) \S+ (\d+)\s+{leftovers.SHARED_MEMORY}/"
+)
 NAMESPACE = 0x00020000  # CLONE_NEWNS of unshare(2)
 
 
@@ -56,6 +63,12 @@ class Method:
     promise: str = "bits"  # or "rounding", or "log": equal to the replay of the servers' logs
     mpi: str = ""  # family that it needs
     mpirun: tuple[str, ...] = ()  # flags
+    replica: int = 1  # ranks that hold a replica together
+
+    @property
+    def outlives(self) -> bool:
+        """True if a run goes on after the loss of a rank."""
+        return "--on-failure" in self.words
 
 
 class Row(NamedTuple):
@@ -88,6 +101,46 @@ class Place(NamedTuple):
         return {MARK: self.mark, "TMPDIR": str(self.folder / "tmp")}
 
 
+class Workplace(NamedTuple):
+    """Folder of a campaign."""
+
+    folder: Path
+    note: str  # why /dev/shm is shared with other programs, "" if it is not
+
+    @property
+    def alone(self) -> bool:
+        """True if no other program uses its /dev/shm."""
+        return not self.note
+
+
+@contextlib.contextmanager
+def workplace(name: str) -> Iterator[Workplace]:
+    """Yield a folder with a text, and as root a /dev/shm of its own.
+
+    At the end, after an error, Ctrl-C and SIGTERM as well, its processes are killed and its files
+    removed, those in that /dev/shm too.
+    """
+    usual = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    place = Workplace(Path(tempfile.mkdtemp(prefix=f"minillm-{name}-")), private_memory())
+    try:
+        write_text(place.folder)
+        yield place
+    finally:
+        gone(str(place.folder), 0)
+        gone(str(place.folder), 10)  # they write no more
+        shutil.rmtree(place.folder, ignore_errors=True)
+        for path in leftovers.SHARED_MEMORY.iterdir() if place.alone else []:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        signal.signal(signal.SIGTERM, usual)
+
+
+def send(process: int, number: int) -> None:
+    """Send a signal to a process, which may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
 def private_memory() -> str:
     """Give this process and its children a /dev/shm of their own; return why not, "" if done."""
     if os.geteuid() != 0:
@@ -102,11 +155,9 @@ def private_memory() -> str:
     return ""
 
 
-def write_text(folder: Path) -> Path:
+def write_text(folder: Path) -> None:
     """Write the text that runs of a campaign read."""
-    path = folder / "text.txt"
-    path.write_text(LINES)
-    return path
+    (folder / "text.txt").write_text(LINES)
 
 
 def start(
@@ -134,7 +185,7 @@ def wait(process: subprocess.Popen[str], place: Place, seconds: float) -> int | 
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         for number in living(place.mark):
-            os.kill(number, signal.SIGKILL)
+            send(number, signal.SIGKILL)
         process.wait()
         return None
 
@@ -146,14 +197,13 @@ def output(place: Place) -> str:
 
 
 def living(mark: str) -> list[int]:
-    """Return the processes with this mark in their environment, but for zombies."""
-    wanted, found = f"{MARK}={mark}".encode(), []
+    """Return the processes with this mark, or one of a folder in it, but for zombies."""
+    wanted, found = f"{MARK}={mark}/".encode(), []
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (path / "environ").read_bytes().split(b"\0"):
+        with contextlib.suppress(OSError):
+            words = (path / "environ").read_bytes().split(b"\0")
+            if any((word + b"/").startswith(wanted) for word in words):
                 found.append(int(path.name))
-        except OSError:
-            continue
     return found
 
 
@@ -163,11 +213,24 @@ def gone(mark: str, seconds: float) -> list[int]:
     while (found := living(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
     for number in found:
-        try:
-            os.kill(number, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        send(number, signal.SIGKILL)
     return found
+
+
+def shared_memory(processes: Iterable[int], alone: bool) -> int:
+    """Return the bytes of /dev/shm in use: all of them if it is `alone`, else those mapped here."""
+    if alone:
+        found = os.statvfs(leftovers.SHARED_MEMORY)
+        return (found.f_blocks - found.f_bfree) * found.f_frsize
+    ends: dict[str, int] = {}
+    for process in processes:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process}/maps").read_text().splitlines():
+                if match := MAPPED.match(line):
+                    first, last, offset = (int(text, 16) for text in match.groups()[:3])
+                    end = last - first + offset
+                    ends[match[4]] = max(end, ends.get(match[4], 0))
+    return sum(ends.values())
 
 
 def released(run: Path, seconds: float = 20.0) -> bool:

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from campaigns import disturbed
 from campaigns.disturbed import STEPS, TRAIN, Method, Place, Row
 from campaigns.kills import RUN, flags, whole
+from minillm.base.errors import ConfigError
 from minillm.base.record import Record
 from minillm.comm.leftovers import SHARED_MEMORY
 
@@ -32,6 +32,7 @@ BOTH = Method("shared", 2, ("--node-shared", "on"))
 APART = Method("dp", 2, ("--node-shared", "off"))
 ERROR = re.compile(r"^(?:rank \d+: )?error: ", re.M)
 MANY = 64  # ranks
+RANKS = f"{MANY} ranks"
 TOLERANCE = 1e-6  # relative, of float32 losses of another order of sums
 
 
@@ -76,35 +77,18 @@ ODDITIES: dict[str, Scenario] = {
 def run(options: Options) -> int:
     """Run all scenarios and return the number of those with a fault."""
     began, faulty = time.monotonic(), 0
-    note = disturbed.private_memory()
-    asked = None if options.only is None else options.only.split(",")
-    with tempfile.TemporaryDirectory(prefix="minillm-environments-") as name:
-        top = Path(name)
-        disturbed.write_text(top)
+    with disturbed.workplace("environments") as (top, note):
+        found = scenarios(not note)
+        names = chosen(options, list(found))
         wholes = {m.name: whole(m, Place(top / m.name)) for m in (BOTH, APART)}
-        scenarios: dict[str, Callable[[Place], Iterator[str]]] = {
-            name: lambda place, s=s: odd(s, place, wholes[s.method.name])  # type: ignore[misc]
-            for name, s in ODDITIES.items()
-        }
-        scenarios["two runs in a folder"] = lambda place: two(place, wholes["dp"])
-        if not note:
-            scenarios["full disk"] = lambda place: full(place, wholes["dp"])
-            scenarios["read-only from the start"] = never_writable
-            for size in ("1m", "6m", "16m"):
-                scenarios[f"{size} of shared memory"] = lambda place, size=size: small(  # type: ignore[misc]
-                    size, place, wholes["shared"]
-                )
-        if options.ranks:
-            scenarios[f"{MANY} ranks"] = lambda place: many(place, wholes["dp"])
-        names = list(scenarios) if asked is None else asked
         for number, name in enumerate(names):
-            place = Place(top / str(number))
+            place, (method, scenario) = Place(top / str(number)), found[name]
             place.environment()
-            found = list(scenarios[name](place))
-            found += disturbed.left(place, not note)
-            faulty += bool(found)
-            print(f"{'FAULT' if found else 'ok   '} {name}: {outcome(place)}", flush=True)
-            for text in found:
+            faults = list(scenario(place, wholes[method.name]))
+            faults += disturbed.left(place, not note)
+            faulty += bool(faults)
+            print(f"{'FAULT' if faults else 'ok   '} {name}: {outcome(place)}", flush=True)
+            for text in faults:
                 print(f"      {text}")
     if note:
         print(f"note: {note}; without root no file system was mounted")
@@ -113,6 +97,37 @@ def run(options: Options) -> int:
         f"{time.monotonic() - began:.0f} s"
     )
     return faulty
+
+
+Test = Callable[[Place, Sequence[Row]], Iterator[str]]
+"""Run a scenario in a place, and yield what is wrong. It gets the metrics of an undisturbed run."""
+
+
+def scenarios(mounts: bool) -> dict[str, tuple[Method, Test]]:
+    """Return all scenarios with the method of their undisturbed run, by name.
+
+    Those of file systems only if this process `mounts` them.
+    """
+    found: dict[str, tuple[Method, Test]] = {
+        name: (scenario.method, partial(odd, scenario)) for name, scenario in ODDITIES.items()
+    }
+    found["two runs in a folder"] = APART, two
+    if mounts:
+        found |= {"full disk": (APART, full), "read-only from the start": (APART, never_writable)}
+        for size in ("1m", "6m", "16m"):
+            found[f"{size} of shared memory"] = BOTH, partial(small, size)
+    found[RANKS] = APART, many
+    return found
+
+
+def chosen(options: Options, names: Sequence[str]) -> list[str]:
+    """Return the scenarios that are asked for. Raises ConfigError."""
+    if options.only is None:
+        return [name for name in names if name != RANKS or options.ranks]
+    asked = options.only.split(",")
+    if unknown := [name for name in asked if name not in names]:
+        raise ConfigError(f"--only {', '.join(unknown)}: choose from {', '.join(names)}")
+    return asked
 
 
 def outcome(place: Place) -> str:
@@ -206,7 +221,7 @@ def full(place: Place, expected: Sequence[Row]) -> Iterator[str]:
         unmount(place.run)
 
 
-def never_writable(place: Place) -> Iterator[str]:
+def never_writable(place: Place, _: Sequence[Row]) -> Iterator[str]:
     """Start a run in a folder that is mounted read-only."""
     mount(place.folder / "disk", "-t", "tmpfs", "-o", "ro", "tmpfs")
     try:
@@ -249,14 +264,14 @@ def two(place: Place, expected: Sequence[Row]) -> Iterator[str]:
     other = Place(place.folder / "other")
     other.environment()
     for process in disturbed.living(place.mark):
-        os.kill(process, signal.SIGSTOP)  # so that it does not end meanwhile
+        disturbed.send(process, signal.SIGSTOP)  # so that it does not end meanwhile
     new = [*flags(APART, place), "--data", str(place.folder.parent / "text.txt")]
     for words in (new, ["--resume", str(place.run)]):
         status = disturbed.wait(disturbed.start(APART, other, [*TRAIN, *words]), other, RUN)
         yield from refused(status, disturbed.output(other), "in use by another run|earlier run")
         (other.folder / "output.txt").unlink()
     for process in disturbed.living(place.mark):
-        os.kill(process, signal.SIGKILL)
+        disturbed.send(process, signal.SIGKILL)
     disturbed.wait(first, place, 60)
     disturbed.gone(place.mark, 30)
     if not disturbed.released(place.run):
@@ -264,8 +279,8 @@ def two(place: Place, expected: Sequence[Row]) -> Iterator[str]:
     yield from goes_on(APART, place, expected)
 
 
-def many(place: Place, expected: Sequence[Row]) -> Iterator[str]:
-    """Train on far more ranks than cores, and compare with the losses of two."""
+def many(place: Place, _: Sequence[Row]) -> Iterator[str]:
+    """Train on far more ranks than cores, and compare with the losses of one."""
     method = Method("many", MANY, ("--node-shared", "off", "--batch", str(MANY), "--dtype=float64"))
     alone = Method("one", 1, method.words)
     curves = []

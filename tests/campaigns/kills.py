@@ -3,66 +3,37 @@
 `PYTHONPATH=tests python -m campaigns kills --runs 200 --seed 1`. Each run has one or two faults of
 a random rank at a random moment, alone or under `minillm supervise`. It goes on until it is
 complete. Its losses equal those of an undisturbed run. For asynchronous servers its weights equal
-the replay of their log.
+the replay of their log. Under ULFM a run outlives the loss of ranks within one start.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mpi_helpers
 
 from campaigns import disturbed
 from campaigns.disturbed import FLAGS, SAVES, STEPS, TRAIN, VICTIM, Method, Place, Row
+from campaigns.plans import ACTS, METHODS, Plan, plan
 from minillm.base.errors import ConfigError
 from minillm.base.record import Record, option
 from minillm.comm.launchers import mpi_family
+from minillm.training.going_on import LOG
 
 TIMEOUT = 10.0  # s, --comm-timeout
 END = 30.0  # s after a fault until all processes have ended, beside the time-out: a busy machine
 RUN = 240.0  # s of one start
-START = 2.0  # s in which a fault of the start falls
-
-
-def _method(name: str, ranks: int, words: str, promise: str = "bits", **more: Any) -> Method:
-    return Method(name, ranks, tuple(words.split()), promise, **more)
-
-
-SERVER = "--servers 1 --server"
-SHRINK = "--dtype float64 --node-shared off --on-failure shrink"
-ULFM: dict[str, Any] = dict(mpi="Open MPI", mpirun=("--with-ft", "ulfm"))
-METHODS = [
-    _method("alone", 0, ""),
-    _method("dp", 2, "--node-shared off"),
-    _method("shared", 2, "--node-shared on"),
-    _method("tp", 2, "--tp 2"),
-    _method("pp", 2, "--pp 2"),
-    _method("zero1", 2, "--zero 1"),
-    _method("zero2", 2, "--zero 2"),
-    _method("zero3", 2, "--zero 3"),
-    _method("sync", 3, f"{SERVER} sync"),
-    _method("async", 3, f"{SERVER} async", "log"),
-    _method("stale", 3, f"{SERVER} stale --staleness 2", "log"),
-    _method("local", 2, "--local-steps 5"),
-    _method("powersgd", 2, "--compress powersgd"),
-    _method("lstm", 2, "--model lstm --layers 1"),
-    _method("tp-pp", 4, "--tp 2 --pp 2"),
-    _method("shrink", 3, f"{SHRINK} --batch 12", "rounding", **ULFM),
-    _method("shrink-tp", 4, f"{SHRINK} --tp 2", "rounding", **ULFM),
-]
-MOMENTS = ("start", "step", "step", "save", "evaluation", "end")
-ACTS = ("kill", "kill", "kill", "stop", "pause", "term", "mpirun", "proxy")
+OUTSIDE = ("start", "loading", "end")  # moments before the first step or behind the last one
+TOO_FEW = "too few for a replica"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,101 +45,54 @@ class Options(Record):
     seed: int = 1
     """Seed of methods, ranks, moments and acts."""
     methods: str = "all"
-    """Methods by name, with commas between; all: those that the MPI of this environment has."""
+    """Methods by name, with commas between; all: those that the MPI here has; ulfm: those of them
+    that outlive a loss."""
     minutes: float | None = option(None, above=0)
     """Time after which no further run begins; left out: no limit."""
+    first: int = option(0, at_least=0)
+    """Number of the first run."""
     only: int | None = option(None, at_least=0)
     """Number of the one run to repeat."""
     keep: str | None = None
     """Folder that keeps faulty runs."""
 
 
-class Plan(NamedTuple):
-    """Disturbed run."""
-
-    method: Method
-    supervised: bool
-    faults: list[dict[str, Any]]  # one for each start
-
-    def describe(self) -> str:
-        """Return the plan in a line."""
-        parts = [
-            f"{f['act']} rank {f['rank']} at {f['moment']} {f['times']} + {f['seconds']:.3f} s"
-            for f in self.faults
-        ]
-        return f"{self.method.name}{' supervised' * self.supervised}: {', then '.join(parts)}"
-
-
-def available(asked: str) -> list[Method]:
-    """Return the methods that are asked for and can run here. Raises ConfigError."""
+def available(asked: str) -> tuple[list[Method], str]:
+    """Return the methods that are asked for and can run here, and the MPI. Raises ConfigError."""
     if mpi_helpers.MPIRUN is None:
         raise ConfigError("there is no mpirun; install one with: pip install -e '.[mpich]'")
     told = subprocess.run([mpi_helpers.MPIRUN, "--version"], capture_output=True, text=True)
-    mpi, names = mpi_family(told.stdout), asked.split(",")
-    found = [m for m in METHODS if not m.mpi or m.mpi == mpi]
-    if asked == "all":
-        return found
-    missing = set(names) - {method.name for method in found}
-    if missing:
+    mpi = mpi_family(told.stdout)
+    found = {m.name: m for m in METHODS if not m.mpi or m.mpi == mpi}
+    groups = {"all": list(found), "ulfm": [name for name, m in found.items() if m.outlives]}
+    names = groups.get(asked, asked.split(","))
+    if missing := set(names) - set(found):
         raise ConfigError(f"--methods: {', '.join(sorted(missing))} cannot run with {mpi}")
-    return [method for method in found if method.name in names]
-
-
-def plan(methods: Sequence[Method], seed: int, number: int, mpich: bool) -> Plan:
-    """Return the disturbed run of a number."""
-    rng, method = random.Random(f"{seed}/{number}"), methods[number % len(methods)]
-    supervised = number // len(methods) % 2 == 1 and method.promise != "rounding"
-    faults = [_fault(method, rng, MOMENTS, mpich)]
-    if method.promise == "rounding":
-        faults = [_fault(method, rng, ("step", "save", "evaluation"), mpich) | {"act": "kill"}]
-    elif rng.random() < 0.4:
-        moments = ("start", "loading", "step", "save")
-        faults.append(_fault(method, rng, moments, mpich) | {"times": 0})
-    return Plan(method, supervised, faults)
-
-
-def _fault(
-    method: Method, rng: random.Random, moments: Sequence[str], mpich: bool
-) -> dict[str, Any]:
-    moment, act = rng.choice(moments), rng.choice(ACTS)
-    rank = rng.randrange(max(1, method.ranks))
-    if "--servers" in method.words and rank == method.ranks - 1 and moment != "start":
-        moment = "served"
-    if act in ("mpirun", "proxy") and not (mpich and method.ranks):
-        act = "kill"
-    if act == "stop" and (moment == "start" or not method.ranks):
-        act = "pause"  # nobody waits for a process alone, and MPI_Init waits for 5 minutes
-    most = {"start": START, "step": 0.005, "served": 0.003, "save": 0.02, "evaluation": 0.01}
-    times = {"step": rng.randrange(1, STEPS), "served": rng.randrange(STEPS)}
-    times |= {"save": rng.randrange(STEPS // SAVES), "evaluation": rng.randrange(3)}
-    seconds = rng.choice([0.0, 1.0]) * rng.uniform(0, most.get(moment, 0.05))
-    if moment == "start":
-        seconds = rng.uniform(0, START)
-    return dict(moment=moment, act=act, rank=rank, times=times.get(moment, 0), seconds=seconds)
+    return [method for name, method in found.items() if name in names], str(mpi)
 
 
 def run(options: Options) -> int:
     """Run the campaign and return the number of faulty runs."""
-    began, methods = time.monotonic(), available(options.methods)
-    mpich = not any(method.mpi for method in METHODS if method in methods) and _is_mpich()
-    note = disturbed.private_memory()
+    began, (methods, mpi) = time.monotonic(), available(options.methods)
     counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="minillm-kills-") as name:
-        top, wholes = Path(name), dict[str, list[Row]]()
-        disturbed.write_text(top)
-        numbers = range(options.runs) if options.only is None else [options.only]
+    with disturbed.workplace("kills") as (top, note):
+        wholes = dict[str, list[Row]]()
+        numbers = range(options.first, options.runs) if options.only is None else [options.only]
         for number in numbers:
             if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
                 break
-            asked = plan(methods, options.seed, number, mpich)
+            asked = plan(methods, options.seed, number, mpi == "MPICH")
             place = Place(top / str(number))
             if asked.method.name not in wholes:
                 wholes[asked.method.name] = whole(asked.method, Place(top / asked.method.name))
+            start = time.monotonic()
             found = list(disturb(asked, place, wholes[asked.method.name], counts))
             found += disturbed.left(place, not note)
             counts["runs"] += 1
+            told = f"{number} ({time.monotonic() - start:.0f} s): {asked.describe()}"
+            print(f"{'FAULT' if found else 'ok   '} {told}", flush=True)
             for text in found[:4]:
-                print(f"fault {number}: {text}\n    {asked.describe()}", flush=True)
+                print(f"      {text}", flush=True)
             if found:
                 counts["faulty"] += 1
                 if options.keep is not None:
@@ -180,17 +104,12 @@ def run(options: Options) -> int:
     if note:
         print(f"note: {note}")
     print(
-        f"kills: {counts['runs']} runs of seed {options.seed} ({len(wholes)} methods, "
+        f"kills: {counts['runs']} runs of seed {options.seed} with {mpi} ({len(wholes)} methods, "
         f"{counts['supervised']} supervised): {counts['done']} faults acted ({acts}), "
-        f"{counts['starts']} starts, {counts['faulty']} faulty runs, "
-        f"{time.monotonic() - began:.0f} s"
+        f"{counts['starts']} starts, {counts['outlived']} losses outlived, {counts['faulty']} "
+        f"faulty runs, {time.monotonic() - began:.0f} s"
     )
     return counts["faulty"]
-
-
-def _is_mpich() -> bool:
-    told = subprocess.run([str(mpi_helpers.MPIRUN), "--version"], capture_output=True, text=True)
-    return mpi_family(told.stdout) == "MPICH"
 
 
 def flags(method: Method, place: Place) -> list[str]:
@@ -215,6 +134,7 @@ def whole(method: Method, place: Place) -> list[Row]:
 def disturb(asked: Plan, place: Place, expected: list[Row], counts: Counter[str]) -> Iterator[str]:
     """Run a plan until the run is complete, and yield what breaks a promise."""
     method, faults = asked.method, place.folder / "faults.json"
+    acted = faults.with_name(f"{faults.name}.done")
     place.environment()
     faults.write_text(json.dumps(asked.faults))
     victim = [VICTIM, str(faults), "minillm.train"]
@@ -227,10 +147,10 @@ def disturb(asked: Plan, place: Place, expected: list[Row], counts: Counter[str]
         counts["starts"] += 1
         resumes = disturbed.newest(place.run) > 0
         words = ["--resume", str(place.run)] if resumes else flags(method, place)
-        known = len(_done(faults))
+        known = len(_lines(acted))
         process = disturbed.start(method, place, [*victim, *words], before)
         status = disturbed.wait(process, place, RUN)
-        done = _done(faults)[known:]
+        done = _lines(acted)[known:]
         counts["done"] += len(done)
         for each in done:
             counts[each["act"]] += 1
@@ -238,6 +158,7 @@ def disturb(asked: Plan, place: Place, expected: list[Row], counts: Counter[str]
             yield f"it did not end within {RUN:.0f} s: {disturbed.output(place)[-600:]}"
             return
         yield from _ended(asked, status, done, place)
+        yield from _outlived(asked, done, place)
         if left := disturbed.gone(place.mark, 10):
             yield f"{len(left)} processes outlived their run by 10 s"
         if not disturbed.released(place.run):
@@ -247,15 +168,15 @@ def disturb(asked: Plan, place: Place, expected: list[Row], counts: Counter[str]
             break
         if not done and status != 0:
             return  # `_ended` has said so
+    counts["outlived"] += len(_lines(place.run / LOG))
     if not disturbed.complete(place.run) or len(disturbed.curve(place.run)) != STEPS:
         yield f"it ended at step {disturbed.newest(place.run)} of {STEPS}"
     elif method.promise == "log":
         yield from disturbed.replayed(place.run, method.ranks)
 
 
-def _done(faults: Path) -> list[dict[str, Any]]:
-    """Return the faults that have acted."""
-    path = Path(f"{faults}.done")
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file of JSON, none without a file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -270,10 +191,13 @@ def _ended(asked: Plan, status: int, done: Sequence[dict[str, Any]], place: Plac
     act, moment = last["act"], last["moment"]
     steps = len(disturbed.curve(place.run))
     limit = END + TIMEOUT * (act == "stop")
-    if not asked.supervised and act in ("kill", "stop", "mpirun", "proxy"):
+    through = asked.method.outlives and disturbed.complete(place.run)
+    if not asked.supervised and act in ("kill", "stop", "mpirun", "proxy") and not through:
         if now - last["time"] > limit:
             yield f"it ended {now - last['time']:.0f} s after {act}"
-        if status == 0 and asked.method.promise != "rounding" and moment != "end":
+        # Open MPI's mpirun returns 0 under ULFM if all ranks of the start are killed.
+        none = asked.method.outlives and not _left(asked, done)
+        if status == 0 and moment != "end" and not none:
             yield f"status 0 after {act}"
     if act == "pause" and status != 0:
         yield f"status {status} after a pause: {disturbed.output(place)[-600:]}"
@@ -289,3 +213,37 @@ def _ended(asked: Plan, status: int, done: Sequence[dict[str, Any]], place: Plac
         saved = (first - 1) // SAVES * SAVES
         if disturbed.newest(place.run) < saved:
             yield f"the checkpoint of step {saved} is lost"
+
+
+def _outlived(asked: Plan, done: Sequence[dict[str, Any]], place: Place) -> Iterator[str]:
+    """Yield what is wrong with a start that should go on without the ranks that it loses."""
+    method, words = asked.method, disturbed.output(place)
+    if must_outlive(asked, done) and not disturbed.complete(place.run):
+        yield f"it did not outlive the loss: {words[-600:]}"
+    if asked.too_few and len(done) == 2 and TOO_FEW not in words:
+        yield f"nothing says that too few ranks are left: {words[-600:]}"
+    for line in _lines(place.run / LOG):
+        times = [fault["time"] for fault in done if fault["time"] <= line["time"]]
+        if times and line["time"] - max(times) > END:
+            yield f"the recovery took {line['time'] - max(times):.0f} s"
+        if method.promise == "bits" and line["dp"] != method.ranks // method.replica:
+            yield f"it went on with dp {line['dp']}: {words[-600:]}"
+
+
+def must_outlive(asked: Plan, done: Sequence[dict[str, Any]]) -> bool:
+    """Return True if a start with these faults must come to the end of the run.
+
+    A new rank that is killed does not count: the ranks of the start go on without it.
+    """
+    method = asked.method
+    if not method.outlives or asked.too_few or not done:
+        return False
+    if any(f["act"] not in ("kill", "pause") or f["moment"] in OUTSIDE for f in done):
+        return False
+    return _left(asked, done) >= (method.replica if method.promise == "rounding" else 1)
+
+
+def _left(asked: Plan, done: Sequence[dict[str, Any]]) -> int:
+    """Return the ranks of a start that `done` kills have not hit."""
+    hit = {f["rank"] for f in done if isinstance(f["rank"], int) and f["act"] == "kill"}
+    return asked.method.ranks - len(hit)

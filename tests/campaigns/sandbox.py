@@ -76,7 +76,12 @@ def call(module: str, words: Sequence[str], folder: Path, writable: Sequence[Pat
         finally:
             _flush()
             os._exit(status)
-    status, usage, stopped = _wait(process)
+    try:
+        status, usage, stopped = _wait(process)
+    except BaseException:  # of this program, such as Ctrl-C
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+        raise
     out, err, forbidden = (_text(name) for name in names)
     return Ended(status, out, err, max(0, (usage << 10) - before), stopped, forbidden.splitlines())
 

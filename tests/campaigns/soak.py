@@ -2,14 +2,13 @@
 
 `PYTHONPATH=tests python -m campaigns soak --minutes 30`. Resident memory, threads and open files of
 each rank, and the bytes of shared memory, are read twice a second. The slopes are those of lines
-through all readings of a start but its first third.
+through all readings of a start but its first third. The time of a start counts from its first step.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ METHODS += (Method("zero3", 2, ("--zero", "3")), Method("async", 2, ("--server",
 MOST_SLOPE = 0.5e6  # bytes a minute and rank: 0.7 GB a day
 MOST_GROWTH = 2e6  # bytes of a start, below which a slope is noise
 SAVE, EVALUATE = 20, 10  # steps between two
+FIRST = 120.0  # s until the first step of a start, on a busy machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +47,13 @@ class Reading(NamedTuple):
     memory: int  # bytes, resident
     files: int
     threads: int
-    shared: int  # bytes of /dev/shm
+    shared: int  # bytes of /dev/shm, of this run alone
 
 
 def run(options: Options) -> int:
     """Run the campaign and return the number of faults."""
-    began, note = time.monotonic(), disturbed.private_memory()
-    faults, steps, restarts = 0, 0, 0
-    with tempfile.TemporaryDirectory(prefix="minillm-soak-") as name:
-        top = Path(name)
+    began, faults, steps, restarts = time.monotonic(), 0, 0, 0
+    with disturbed.workplace("soak") as (top, note):
         (top / "text.txt").write_text(LINES * 20)
         for number in range(options.starts):
             method = METHODS[number % len(METHODS)]
@@ -63,7 +61,7 @@ def run(options: Options) -> int:
             seconds = 60 * options.minutes / options.starts
             before = len(disturbed.curve(place.run))
             restarts += disturbed.newest(place.run) > 0
-            status, readings = soak(method, place, top / "text.txt", seconds)
+            status, readings = soak(method, place, top / "text.txt", seconds, not note)
             found = list(faults_of(status, readings, place))
             found += disturbed.left(place, not note)
             steps += len(disturbed.curve(place.run)) - before
@@ -84,7 +82,7 @@ def run(options: Options) -> int:
 
 
 def soak(
-    method: Method, place: Place, text: Path, seconds: float
+    method: Method, place: Place, text: Path, seconds: float, alone: bool
 ) -> tuple[int | None, list[Reading]]:
     """Run a start for a time; return its status and what was read from its ranks."""
     flags = "--layers 2 --heads 2 --dim 32 --context 32 --batch 8 --eval-tokens 2048"
@@ -92,15 +90,17 @@ def soak(
     words = [*flags.split(), *method.words, "--data", str(text), "--out", str(place.run)]
     if disturbed.newest(place.run):
         words = ["--resume", str(place.run)]
-    process = disturbed.start(method, place, [*TRAIN, *words])
-    began, readings = time.monotonic(), list[Reading]()
     known = len(disturbed.curve(place.run))
-    while process.poll() is None and time.monotonic() - began < seconds:
+    process = disturbed.start(method, place, [*TRAIN, *words])
+    began, readings, most = time.monotonic(), list[Reading](), FIRST
+    while process.poll() is None and (now := time.monotonic() - began) < most:
+        if not readings and len(disturbed.curve(place.run)) > known:
+            most = now + seconds
+        if most != FIRST:
+            readings.append(read(place, now, alone))
         time.sleep(0.5)
-        if len(readings) or len(disturbed.curve(place.run)) > known:
-            readings.append(read(place, time.monotonic() - began))
     for number in ranks(place):
-        os.kill(number, signal.SIGTERM)
+        disturbed.send(number, signal.SIGTERM)
     return disturbed.wait(process, place, 60), readings
 
 
@@ -117,10 +117,11 @@ def _bytes(process: int, name: str) -> bytes:
         return b""
 
 
-def read(place: Place, seconds: float) -> Reading:
+def read(place: Place, seconds: float, alone: bool) -> Reading:
     """Return what all ranks use now."""
     memory = files = threads = 0
-    for number in ranks(place):
+    processes = ranks(place)
+    for number in processes:
         memory += int((_bytes(number, "statm").split() or [b"0", b"0"])[1]) * PAGE
         for name in ("fd", "task"):
             try:
@@ -128,10 +129,7 @@ def read(place: Place, seconds: float) -> Reading:
             except OSError:
                 count = 0
             files, threads = (files + count, threads) if name == "fd" else (files, threads + count)
-    found = os.statvfs("/dev/shm")
-    return Reading(
-        seconds, memory, files, threads, (found.f_blocks - found.f_bfree) * found.f_frsize
-    )
+    return Reading(seconds, memory, files, threads, disturbed.shared_memory(processes, alone))
 
 
 def settled(readings: list[Reading]) -> np.ndarray:

