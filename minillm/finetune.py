@@ -22,12 +22,12 @@ from minillm.models.bert_config import EncoderOptions
 from minillm.models.family import DEFAULT, ShapeOptions, family, family_of_preset
 from minillm.models.gpt_config import ModelOptions
 from minillm.train import train
-from minillm.training.arguments import StartOptions, parse_train_args
-from minillm.training.config import RunConfig
+from minillm.training.arguments import GoingOnOptions, StartOptions, parse_train_args
+from minillm.training.config import RunConfig, preset_values
 from minillm.training.origin import saved_options
 
 PROG = "python -m minillm.finetune"
-HEAD = {"labels", "problem", "dropout"}  # options that the task and its data decide anew
+HEAD = {"labels", "problem", "dropout", "texts"}  # options that the task and its data decide anew
 CONTEXT = 128  # tokens of a row, unless a task has its own
 
 
@@ -92,14 +92,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(parse, train, argv, lambda given: given[1].compute.threads)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Start(GoingOnOptions):
+    """Start of the run, as in `--resume runs/classifier`; not part of its configuration."""
+
+    best: bool = False
+    """Start from the checkpoint of --model that was best on held-out data, not the newest."""
+
+
 @functools.cache
-def finetune_args(task: str = "classify") -> type[Record]:
-    """Return all options of a task, as `--help` lists them."""
-    config = RunConfig.of(family_of_preset(TASKS[task].scratch).name)()
+def finetune_args(task: str = "classify", tuned: bool = False) -> type[Record]:
+    """Return all options of a task as `--help` lists them, those `tuned` from weights or others."""
+    preset = TASKS[task].tuned if tuned else TASKS[task].scratch
+    config = RunConfig.of(family_of_preset(preset).name)().replace(**preset_values(preset))
     first = ("model", "preset", "shape", "corpus")
     fields = [field.name for field in dataclasses.fields(config) if field.name not in first]
     more = {name: getattr(config, name) for name in fields}
-    return with_defaults(FinetuneArgs, data=config.corpus, sizes=config.shape, **more)
+    rooms: dict[str, Any] = dict(data=config.corpus, sizes=config.shape, start=_Start())
+    return with_defaults(FinetuneArgs, **rooms, **more)
 
 
 def parse(argv: Sequence[str]) -> tuple[StartOptions, RunConfig]:
@@ -110,7 +120,7 @@ def parse(argv: Sequence[str]) -> tuple[StartOptions, RunConfig]:
     words = list(argv)
     chosen, rest = split_flags(_Chosen, words, prog=PROG, add_help=False)
     if {"-h", "--help"} & set(words):
-        parse_flags(finetune_args(chosen.task), ["--help"], prog=PROG)
+        parse_flags(finetune_args(chosen.task, chosen.model != "none"), ["--help"], prog=PROG)
     if chosen.init_from is not None:
         raise ConfigError(f"--init-from is --model here: --model {chosen.init_from}")
     if chosen.epochs is not None and chosen.steps is not None:

@@ -12,7 +12,7 @@ from minillm.launch import completion
 from minillm.__main__ import PROGRAMS
 from minillm.finetune import TASKS, finetune_args
 from minillm.models.family import families
-from minillm.training.config import RunConfig
+from minillm.training.config import RunConfig, preset_values
 
 
 def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -79,6 +79,18 @@ def test_flags_of_every_family_and_task_are_known() -> None:
     assert known["predict"] >= {"checkpoint", "input"}
     objectives = completion.OPTIONS["train"].options()["objective"].kind
     assert "mlm+nsp" in str(objectives), "choices of every family"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_help_of_a_task_shows_the_values_of_its_presets(task: str) -> None:
+    """Compare the defaults with both presets, and find the flags that begin a run."""
+    for tuned, preset in ((False, TASKS[task].scratch), (True, TASKS[task].tuned)):
+        shown = finetune_args(task, tuned)().to_dict()
+        expected = preset_values(preset)
+        assert {name: shown[name] for name in expected.keys() & shown.keys() - {"model"}} == {
+            name: value for name, value in expected.items() if name not in ("model", "preset")
+        }
+        assert {"resume", "config", "print_config"} <= shown.keys() and "init_from" not in shown
 
 
 def test_every_program_is_known() -> None:

@@ -162,7 +162,7 @@ class Trainer:
 def load(run: str, *, tp: int = 1, pp: int = 1, best: bool = False, device: str = "cpu") -> Model:
     """Return the model of a run's folder or of one of its checkpoints. Collective.
 
-    `best` takes the checkpoint with the lowest held-out loss instead of the newest. Under mpirun
+    `best` takes the checkpoint that was best on held-out data, not the newest. Under mpirun
     `tp` * `pp` ranks share the model.
     """
     kernels.prepare_process()

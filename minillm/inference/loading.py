@@ -44,7 +44,7 @@ class ReadOptions(Record):
     context: int | None = option(None, at_least=1)
     """Tokens that the model reads at once; left out: as many as in training."""
     best: bool = False
-    """Read the checkpoint with the lowest held-out loss, not the newest."""
+    """Read the checkpoint that was best on held-out data, not the newest."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _NAMED = ("model", "preset")  # options that decide which others there are
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartOptions(Record):
+class GoingOnOptions(Record):
     """Start of the run, as in `--resume runs/nano`; not part of its configuration."""
 
     config: str | None = option(None, path=True)
@@ -40,11 +40,17 @@ class StartOptions(Record):
     resume: str | None = option(None, path=True)
     """Folder of a run, or one of its checkpoints, to continue in that folder; with --out as a new
     run, which begins as a copy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(GoingOnOptions):
+    """Start of the run, as in `--resume runs/nano`; not part of its configuration."""
+
     init_from: str | None = option(None, path=True)
     """Folder of a run, one of its checkpoints, a Hugging Face folder, or a .gguf file, whose
     weights a new run starts from; its model, tokenizer and text are the defaults."""
     best: bool = False
-    """Start from the checkpoint of --init-from with the lowest held-out loss, not the newest."""
+    """Start from the checkpoint of --init-from that was best on held-out data, not the newest."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for flags that exclude each other."""

@@ -147,7 +147,7 @@ class OutputOptions(Record):
     keep: int = option(2, at_least=1, resumable=True)
     """Newest checkpoints to keep."""
     keep_best: bool = option(True, resumable=True)
-    """Keep the checkpoint with the lowest held-out loss as well."""
+    """Keep the checkpoint that was best on held-out data as well."""
     eval_every: int = option(100, at_least=0, resumable=True)
     """Steps between evaluations on held-out text; 0: only at the end."""
     eval_tokens: int = option(16384, at_least=0, resumable=True)

@@ -56,7 +56,7 @@ class ExportArgs(Record):
     """Numbers of the matrices: float32, float16, bfloat16 (hf alone), or q8_0 (8 bits and a scale
     for each 32 numbers, gguf alone)."""
     best: bool = False
-    """Write the checkpoint with the lowest held-out loss, not the newest."""
+    """Write the checkpoint that was best on held-out data, not the newest."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
