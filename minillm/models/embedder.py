@@ -29,7 +29,7 @@ from minillm.params.where import Pass
 
 Pooling = Literal["mean", "cls"]
 KNOWN_LOSS, KNOWN_GRAD = "known_loss", "known_grad"  # arrays of a batch that `join` adds
-TEXTS = 2  # of an example, as memory is predicted: anchor and positive
+PAIR = 2  # texts of an example: anchor and positive; a hard negative is a third one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,13 @@ class EmbedderConfig(BertConfig):
     """Factor of the cosines in the loss."""
     symmetric: bool = False
     """True if each positive also chooses its anchor."""
+    texts: int = PAIR
+    """Texts of an example, 3 with a hard negative."""
+
+    @property
+    def least_examples(self) -> int:
+        """Examples that make a loss: a pair alone has no negative, and its loss is zero."""
+        return 2 if self.texts == PAIR else 1
 
     def describe(self) -> str:
         """Return the sizes in words."""
@@ -53,8 +60,15 @@ class EmbedderConfig(BertConfig):
 class EmbedderOptions(EncoderOptions):
     """Sentence embedder, as in `--layers 4 --dim 128` (minillm/models/embedder.py)."""
 
-    FREE: ClassVar[tuple[str, ...]] = ("context", "dropout", "pooling", "scale", "symmetric")
-    TRAINING: ClassVar[tuple[str, ...]] = ("dropout", "scale", "symmetric")
+    FREE: ClassVar[tuple[str, ...]] = (
+        "context",
+        "dropout",
+        "pooling",
+        "scale",
+        "symmetric",
+        "texts",
+    )
+    TRAINING: ClassVar[tuple[str, ...]] = ("dropout", "scale", "symmetric", "texts")
 
     pooling: Pooling | None = None
     """Vector of a text: mean of the hidden states of its tokens (mean), or state of the first one
@@ -63,6 +77,8 @@ class EmbedderOptions(EncoderOptions):
     """Factor of the cosines in the loss, the inverse of a temperature."""
     symmetric: bool = False
     """Let each positive choose its anchor too, and take the mean of both losses."""
+    texts: int | None = option(None, at_least=PAIR, below=PAIR + 2, announced=True)
+    """Texts of an example: 2, or 3 with a hard negative; left out: those of --train."""
 
     def resolve(self, vocab: int | None = None) -> EmbedderConfig:
         """Return the shape for data of `vocab` tokens.
@@ -146,20 +162,21 @@ class EmbedderArchitecture(BertArchitecture):
     name, stage = "embedder", Embedder  # type: ignore[assignment]
 
     def activation_bytes(self, config: BertConfig, num_layers: int, work: Workload) -> int:
-        """Return the bytes that the tape keeps of one microbatch, both texts of its examples."""
-        return super().activation_bytes(config, num_layers, _both(work))
+        """Return the bytes that the tape keeps of one microbatch, all texts of its examples."""
+        return super().activation_bytes(config, num_layers, _of_texts(config, work))
 
     def workspace_bytes(self, config: BertConfig, work: Workload, *, last: bool) -> int:
         """Return the bytes of temporaries on a rank."""
-        return super().workspace_bytes(config, _both(work), last=last)
+        return super().workspace_bytes(config, _of_texts(config, work), last=last)
 
     def head_bytes(self, config: BertConfig, work: Workload) -> int:
         """Return the bytes of the pooled states, widened."""
-        return TEXTS * work.tokens * config.dim * work.itemsize
+        return _of_texts(config, work).tokens * config.dim * work.itemsize
 
 
-def _both(work: Workload) -> Workload:
-    return work._replace(tokens=TEXTS * work.tokens)
+def _of_texts(config: BertConfig, work: Workload) -> Workload:
+    assert isinstance(config, EmbedderConfig)
+    return work._replace(tokens=config.texts * work.tokens)
 
 
 FAMILY = Family(

@@ -11,7 +11,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from minillm import models
 from minillm.base.errors import ConfigError
@@ -66,6 +66,15 @@ class Shape(Protocol):
 
     def describe(self) -> str:
         """Return the sizes in words, for the plan."""
+
+
+@runtime_checkable
+class Comparing(Shape, Protocol):
+    """Shape of a model whose loss compares the examples of a step (`Joint`)."""
+
+    @property
+    def least_examples(self) -> int:
+        """Examples that make a loss: with fewer in a step it is constant."""
 
 
 class ShapeOptions(Record, ABC):

@@ -10,6 +10,9 @@ the loss is that of one rank on every mesh. Each replica scores its own anchors:
     local           scores of own anchors, their loss and gradient, a part of that of the candidates
     reduce-scatter  gradient of the candidates, of which each replica gets that of its own
 
+With N examples of k texts in a step, both move (k - 1) N D numbers as the ledger counts them; the
+symmetric loss adds N D to each. Numbers of texts are control messages.
+
 A candidate is no negative of an anchor if it has the text of the anchor or of its positive, or is
 the positive of an equal anchor. The symmetric loss also lets each positive choose its anchor.
 """

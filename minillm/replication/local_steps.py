@@ -326,6 +326,7 @@ METHOD = Method(
     every=lambda options: options.local_steps // options.fragments,
     turns=lambda options: options.fragments,
     key=_key,
+    workers=lambda options, dp: dp,
     equals_one_rank=lambda options, mesh: False,  # another model on every number of workers
     check=_check,
     needs=dict.fromkeys(("outer_lr", "outer_momentum", "fragments"), "--local-steps"),

@@ -96,6 +96,8 @@ class Method:
     """Part of the numeric key: all that orders and rounds the sums of gradients."""
     equals_one_rank: Callable[[ReplicationOptions, MeshShape], bool] = lambda options, mesh: True
     """True if a mesh computes what one rank computes, up to rounding."""
+    workers: Callable[[ReplicationOptions, int], int] = lambda options, dp: 1
+    """Number of the workers that update by themselves, out of `dp` replicas."""
     check: Callable[[ReplicationOptions, MeshShape, int], None] = lambda options, mesh, steps: None
     """Raise ConfigError for options that do not fit the mesh, or a run of `steps` steps."""
     uneven: Callable[[ReplicationOptions], bool] = lambda options: False

@@ -162,6 +162,7 @@ METHOD = Method(
     meets=_meets,
     holds=_holds,
     key=_key,
+    workers=lambda options, dp: 1 if options.server == "sync" else dp,
     equals_one_rank=lambda options, mesh: options.server == "sync",
     check=_check,
     needs_host=lambda options: _as_zero(options) is None,

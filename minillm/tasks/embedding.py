@@ -16,7 +16,7 @@ from minillm.data.documents import SpecialTokenizer, special_json
 from minillm.data.related_texts import Related, read_related, to_train_on, translated
 from minillm.data.token_batches import TokenBatches
 from minillm.data.tokenizers import encoder_tokenizer, make_tokenizer, tokenizer_from_json
-from minillm.models.embedder import Pooling
+from minillm.models.embedder import PAIR, Pooling
 from minillm.models.family import Shape
 from minillm.models.protocol import Batch
 from minillm.params.where import Where
@@ -92,16 +92,9 @@ class RelatedTexts(Examples):
         return found
 
     def decides(self, batch: int | TokenBatches) -> Mapping[str, Any]:
-        """Return the pooling, and the steps of the epochs that were asked for.
-
-        Raises ConfigError for a batch without negatives.
-        """
-        if isinstance(batch, int) and batch < 2:
-            raise ConfigError(
-                f"--batch {batch} has no in-batch negatives: the loss compares the pairs of a "
-                "step; use --batch 2 or more"
-            )
-        return {"pooling": self.pooling, **self.options.steps(len(self.train), batch)}
+        """Return pooling, texts of an example, and the steps of the epochs that were asked for."""
+        found = {"pooling": self.pooling, "texts": self.train.num_texts}
+        return {**found, **self.options.steps(len(self.train), batch)}
 
     def vocabulary(self) -> dict[str, Any]:
         """Return the tokenizer, the pooling and the width of vectors as a JSON value."""
@@ -110,7 +103,7 @@ class RelatedTexts(Examples):
     def describe(self) -> str:
         """Return one line for the plan."""
         cut = f", {plural(self.num_cut, 'text')} cut to --context" if self.num_cut else ""
-        hard = "pairs with a hard negative" if self.train.rows.shape[1] > 2 else "pairs"
+        hard = "pairs with a hard negative" if self.train.num_texts > PAIR else "pairs"
         scores = "" if self.held_out.scores is None else " with scores"
         return (
             f"{self.source}: {len(self.train):,} {hard} to train on, {len(self.held_out):,} held "
@@ -156,6 +149,11 @@ class EmbeddingObjective:
             parts = parts_of(options, BUILT_IN, translated, lambda path: read_related(path, fields))
             name, train = parts[0]
             parts[0] = name, to_train_on(train, options.min_score, name)
+            if shape.texts not in (None, number := len(train[0].texts)):
+                raise ConfigError(
+                    f"--texts {shape.texts}, but an example of {name} has {number} texts; use "
+                    f"--texts {number}"
+                )
             texts = (text for _, part in parts for each in part for text in each.texts)
             made = vocabulary or make_tokenizer(f"special:{options.tokenizer}", texts).to_json()
             pooling = shape.pooling or made.get("pooling") or "mean"

@@ -30,6 +30,11 @@ class EncodedRelated:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def num_texts(self) -> int:
+        """Texts of an example: 2, or 3 with a hard negative."""
+        return int(self.rows.shape[1])
+
     def batch(
         self, examples: IntArray, most: int, where: Where, divisors: Mapping[str, float]
     ) -> Batch:
@@ -37,7 +42,7 @@ class EncodedRelated:
 
         The rows of the batch are its k b texts, at addresses of their own.
         """
-        k = self.rows.shape[1]
+        k = self.num_texts
         samples = (where.samples * k + np.arange(k)[:, None]).reshape(-1)
         texts = self.rows[examples].T.reshape(-1)
         found = self.texts.batch(

@@ -8,6 +8,7 @@ examples, so the outputs are computed twice (Gao et al. 2021, arXiv:2101.06983):
     3. the usual step, in which each microbatch begins its backward pass from its gradient
 
 Memory stays that of one microbatch. Dropout masks follow from addresses, so both passes agree.
+The ledger counts what such a loss sends under an axis of its own, `AXIS`.
 """
 
 from __future__ import annotations
@@ -27,17 +28,21 @@ from minillm.pipeline.runtime import PipelineRuntime
 from minillm.pipeline.schedules import forward_only
 from minillm.training.assembly import Assembly
 
+AXIS = "joint loss"
+
 
 class JointLoss:
     """Part of a step before its passes, for models that are `Joint`; for others a no-op."""
 
     def __init__(self, model: Assembly) -> None:
-        """Compare the examples of the replicas that update together."""
+        """Compare the examples of the replicas that update together. Collective over them."""
         self.model, method = model, model.replication
-        alone = not method.lockstep or method.workers[1] > 1
-        self.replicas: Communicator = SelfCommunicator() if alone else model.mesh.axis("dp", "ep")
         self._lowered = functools.cache(self._first_passes)
         self.joint = any(isinstance(stage.model, Joint) for stage in model.stages.values())
+        alone = not method.lockstep or method.workers[1] > 1
+        self.replicas: Communicator = SelfCommunicator()
+        if self.joint and not alone:
+            self.replicas = model.mesh.axis("dp", "ep").dup(AXIS)
 
     def into(self, batches: Sequence[Batch], deal: Sequence[int]) -> list[Batch]:
         """Return this rank's batches of a step with what their losses need.

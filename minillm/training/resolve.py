@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from minillm.base.arrays import float_dtype
 from minillm.base.errors import ConfigError
+from minillm.base.log import plural
 from minillm.base.record import divisors, flag, some_divisors
 from minillm.layout.mesh_shape import MeshShape
 from minillm.layout.options import comma_list, even_split
-from minillm.models.family import Family, Shape
+from minillm.models.family import Comparing, Family, Shape
 from minillm.models.protocol import Workload
 from minillm.replication import methods
 from minillm.replication.options import ReplicationOptions
@@ -155,6 +156,7 @@ def resolve(
     mesh = _mesh(config, model, num_workers)
     _check_tensor_parallel(config, model)
     methods.check(config.replication, mesh, optimization.steps)
+    _check_examples(config, model, mesh.dp)
     adaptation.check(config.adaptation, config.family, model)
     stage_layers = layout.resolve_stage_layers(model.layers, model.layer_costs)
     number = max(
@@ -186,6 +188,27 @@ def resolve(
 def usual_number(pp: int) -> int:
     """Return the microbatches of a rank unless asked for otherwise, over `pp` stages."""
     return 1 if pp == 1 else 2 * pp
+
+
+def _check_examples(config: RunConfig, model: Shape, dp: int) -> None:
+    """Raise ConfigError for steps with too few examples for a loss that compares them."""
+    batch, method = config.optimization.batch, methods.method_of(config.replication)
+    if config.optimization.batch_tokens or not isinstance(model, Comparing):
+        return
+    workers, least = method.workers(config.replication, dp), model.least_examples
+    if batch // workers >= least:
+        return
+    share = plural(batch // workers, "example")
+    steps = (
+        f"leaves {share} to each of the {workers} workers that {method.flag(config.replication)} "
+        "lets update alone"
+        if workers > 1
+        else f"makes steps of {share}"
+    )
+    raise ConfigError(
+        f"--batch {batch} {steps}: the loss compares the examples of a step with one another; use "
+        f"--batch {least * workers} or more"
+    )
 
 
 def with_microbatch(config: ResolvedConfig, microbatch: int) -> ResolvedConfig:

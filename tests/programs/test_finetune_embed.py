@@ -150,10 +150,12 @@ def test_bad_files_are_refused(
 def test_flags_without_meaning_are_refused(
     some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("anchor\tpositive\na\tb\nc\td\ne\tf\n")
     for words, said in (
         (["--min-score", "1"], "need --train"),
         (["--train", some[0], "--min-score", "1"], "--min-score 1 needs scores"),
-        (["--train", some[0], "--batch", "1"], "--batch 1 has no in-batch negatives"),
+        (["--train", str(pairs), "--batch", "1"], "--batch 1 makes steps of 1 example"),
     ):
         assert finetune.main([*EMBED, *words, "--out", str(tmp_path / "run")]) != 0
         error = capsys.readouterr().err

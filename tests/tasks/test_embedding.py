@@ -9,35 +9,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_embedders import BATCH, CONTEXT, as_embedder, texts, tokenizer
 from training_helpers import VOCAB, Layout, Outcome, assert_same, make_config, train
 
 from minillm.autograd.tape import no_grad
 from minillm.base.device import CPU
-from minillm.base.errors import ConfigError
 from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
-from minillm.data.documents import SpecialTokenizer
-from minillm.data.related_texts import Related, RelatedFields
-from minillm.data.tokenizers import IdTokenizer
+from minillm.data.related_texts import RelatedFields
 from minillm.inference.embedder import Embedder
 from minillm.inference.predict import predicted
 from minillm.models import embedder
-from minillm.models.embedder import FAMILY, EmbedderOptions
 from minillm.nn import ranking
 from minillm.params.where import Where
-from minillm.tasks.embedding import OBJECTIVE, Embedding, EmbeddingOptions
+from minillm.tasks.embedding import Embedding
 from minillm.tasks.embedding_metrics import HeldOutRelated, RetrievalEvaluation, ScoreEvaluation
 from minillm.tasks.embedding_predictor import EmbeddingPredictor
 from minillm.tasks.encoded_related import EncodedRelated
-from minillm.tasks.encoded_texts import Encoder
 from minillm.training import joint_loss
 from minillm.training.assembly import assemble
 from minillm.training.held_out import measure
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.trainer import Trainer
 
-CONTEXT, BATCH = 16, 16
 SLOW = pytest.mark.slow
 LAYOUTS = [
     Layout(dp=2, pp=2, num_microbatches=2),
@@ -57,35 +52,6 @@ LAYOUTS = [
         )
     ),
 ]
-
-
-def tokenizer() -> SpecialTokenizer:
-    return SpecialTokenizer(IdTokenizer(VOCAB - 4), False)
-
-
-@functools.cache
-def texts(number: int = 50, k: int = 3, scores: bool = False) -> EncodedRelated:
-    """Return random ids of 1 to 14 tokens, k texts an example.
-
-    Every seventh example has the positive of the one before, and every ninth its anchor.
-    """
-    rng, found = np.random.default_rng(2), list[Related]()
-    for i in range(number):
-        own = [
-            " ".join(map(str, rng.integers(0, VOCAB - 4, rng.integers(1, 15)))) for _ in range(k)
-        ]
-        if i % 7 == 6:
-            own[1] = found[-1].texts[1]
-        if i % 9 == 8:
-            own[0] = found[-1].texts[0]
-        found.append(Related(tuple(own), float(rng.integers(0, 6)) if scores else None, i + 1))
-    return EncodedRelated(found, Encoder(tokenizer(), CONTEXT))
-
-
-def as_embedder(config: ResolvedConfig, **more: Any) -> ResolvedConfig:
-    sizes = dict(layers=4, heads=8, dim=32, ffn_dim=48, context=CONTEXT, dropout=0.1)
-    shape = EmbedderOptions.from_dict({**sizes, **more}).resolve(VOCAB)
-    return dataclasses.replace(config, family=FAMILY, model=shape)
 
 
 def trained(layout: Layout, k: int = 3, shape: Any = None, **changes: Any) -> Outcome:
@@ -323,12 +289,3 @@ def test_padding_in_the_mean_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         embedder, "mean_of_time", lambda x, p: mean(x, dataclasses.replace(p, limits=None))
     )
     assert abs(trained(Layout(dp=4)).losses[0] - course(Layout()).losses[0]) > 1e-6
-
-
-@SLOW
-def test_data_without_negatives_are_refused() -> None:
-    held: Any = OBJECTIVE.load(EmbeddingOptions(), EmbedderOptions(), None, SelfCommunicator())
-    assert len(held.train) == 9000 and len(held.held_out) == 1000
-    assert held.decides(45) == {"pooling": "mean"}
-    with pytest.raises(ConfigError, match="--batch 1 has no in-batch negatives"):
-        held.decides(1)
