@@ -7,6 +7,7 @@ rank waits for one that has failed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ from minillm.data.tokenizers import (
     Tokenizer,
     is_learnt,
     make_tokenizer,
+    marks_documents,
     tokenizer_from_json,
     without_prefix,
 )
@@ -138,9 +140,15 @@ def load_corpus(
         )
     comm = comm or SelfCommunicator()
 
+    def find(name: str, option: str) -> TextSource | Path:
+        found = find_source(name, text_field, option)
+        if isinstance(found, TextSource) and marks_documents(tokenizer):
+            return dataclasses.replace(found, apart=True)
+        return found
+
     def make_plan() -> dict[str, Any]:
-        found = find_source(source, text_field)
-        val = None if val_data is None else find_source(val_data, text_field, "--val-data")
+        found = find(source, "--data")
+        val = None if val_data is None else find(val_data, "--val-data")
         if isinstance(found, TextSource):
             if isinstance(val, Path):
                 raise _mixed(source, "text", val_data, "token ids")

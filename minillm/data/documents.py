@@ -1,8 +1,9 @@
 """Documents of a text: special tokens, sentences, and pairs of segments for an encoder.
 
-A document is a block between blank lines. Its sentences end at line ends, and behind . ! ? before a
-blank. Tokens of a text hold [SEP] behind each sentence and [CLS] behind each document, so a text is
-cut before it is tokenized, whatever its tokenizer does with blanks.
+A document is a file, a line of a .jsonl file, a row of a .parquet file, or a block between blank
+lines of one. Its sentences end at line ends, and behind . ! ? before a blank. Tokens of a text hold
+[SEP] behind each sentence and [CLS] behind each document, so a text is cut before it is tokenized,
+whatever its tokenizer does with blanks.
 """
 
 from __future__ import annotations
@@ -185,9 +186,10 @@ class Documents:
         if len(self.firsts) < 2 or not len(self.anchors):
             number, most = len(self.firsts), int((self.lasts - self.firsts).max(initial=0))
             raise ConfigError(
-                f"pairs of segments need two documents, blocks between blank lines, and one of at "
-                f"least two sentences; {source} has {number} with at most {most}; put blank lines "
-                "between its documents and a sentence on each line, or use --objective mlm"
+                "pairs of segments need two documents, which are files or blocks between blank "
+                f"lines, and one of at least two sentences; {source} has {number} with at most "
+                f"{most}; put blank lines between its documents and a sentence on each line, or "
+                "use --objective mlm"
             )
 
     def pair(self, seed: int, number: int, room: int) -> Pair:

@@ -2,7 +2,8 @@
 
 Plain text may be compressed with gzip. A `.jsonl` file holds a JSON object a line, a `.parquet`
 file a row a document (with the extra `parquet`); one field of them is the text. A byte-order mark
-is dropped. Documents, and several files, end with a line end each.
+is dropped. Documents, and several files, end with a line end each, with two in a source whose
+documents stand `apart`.
 """
 
 from __future__ import annotations
@@ -74,13 +75,15 @@ def read_blocks(source: TextSource, notes: list[str] | None = None) -> Iterator[
     several = len(source.files) > 1
     for path in source.files:
         last, zeros = "\n", 0
-        for block in _read_file(path, source.field):
+        for block in _read_file(path, source):
             if zeros_here := block.count("\0"):
                 _check_zeros(path, block, zeros_here)
                 zeros += zeros_here
             last = block[-1]
             yield block
         if several and last != "\n":
+            yield "\n"
+        if several and source.apart:
             yield "\n"
         if zeros and notes is not None:
             notes.append(f"{shown(path)} has {zeros:,} NUL characters, which are learnt as text")
@@ -104,18 +107,18 @@ def reading(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _read_file(path: Path, field: str) -> Iterator[str]:
+def _read_file(path: Path, source: TextSource) -> Iterator[str]:
     """Yield the text of one file in blocks that are not empty."""
     kind = kind_of(path)
     with reading(path):
         if kind == ".parquet":
-            yield from _ended(_parquet_texts(path, field))
+            yield from _ended(_parquet_texts(path, source.field), source.apart)
             return
         compressed = path.name.lower().endswith(".gz")
         file: Any
         with gzip.open(path) if compressed else path.open("rb") as file:
             if kind == ".jsonl":
-                yield from _ended(_json_texts(path, file, field))
+                yield from _ended(_json_texts(path, file, source.field), source.apart)
             else:
                 yield from _decoded(path, file)
 
@@ -216,11 +219,11 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
         ) from None
 
 
-def _ended(documents: Iterable[str]) -> Iterator[str]:
-    """Yield the documents that are not empty, each with a line end behind it."""
+def _ended(documents: Iterable[str], apart: bool) -> Iterator[str]:
+    """Yield the documents that are not empty, with a line end, and an empty line if `apart`."""
     for text in documents:
         if text:
-            yield text if text.endswith("\n") else text + "\n"
+            yield text + "\n" * (not text.endswith("\n")) + "\n" * apart
 
 
 def _check_zeros(path: Path, block: str, zeros: int) -> None:

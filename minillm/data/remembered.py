@@ -32,7 +32,8 @@ def scanned(source: TextSource, cache: Path, advance: Callable[[int], Any]) -> T
     before = _identities(source)
     if sum(size for _, size, *_ in before) <= SCANNED_BYTES:
         return scan(source, advance)
-    path = cache / "scans" / f"{entry_key(files=before, field=source.field)}.json"
+    apart = {"apart": True} if source.apart else {}
+    path = cache / "scans" / f"{entry_key(files=before, field=source.field, **apart)}.json"
     with contextlib.suppress(TypeError):  # absent or damaged
         return TextFacts(**read_json(path))
     started = time.time_ns()

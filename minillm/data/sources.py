@@ -54,6 +54,7 @@ class TextSource:
     held_out: float = 0.1  # default fraction for evaluation
     field: str = "text"  # of a .jsonl object or a .parquet row
     summary: str = ""  # of a folder or a pattern: the files read and left out
+    apart: bool = False  # an empty line behind each of several files, .jsonl lines and rows
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value, so that rank 0 can send the list to the other ranks."""

@@ -224,6 +224,13 @@ def without_prefix(spec: str) -> str:
     return functools.reduce(str.removeprefix, SPECIAL, spec)
 
 
+def marks_documents(tokenizer: str | Tokenizer | None) -> bool:
+    """Return True if a tokenizer, or the one of a spec, marks sentences and documents."""
+    if isinstance(tokenizer, str):
+        return any(on and tokenizer.startswith(prefix) for prefix, on in SPECIAL.items())
+    return isinstance(tokenizer, SpecialTokenizer) and tokenizer.documents
+
+
 def is_learnt(spec: str) -> bool:
     """Return True if the tokenizer `spec` is fitted to the text."""
     return without_prefix(spec).partition(":")[0] in ("char", *KINDS)

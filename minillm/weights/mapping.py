@@ -166,7 +166,10 @@ class WeightSource:
         return self._dtype
 
     def read(self, name: str, global_slices: Slices) -> np.ndarray:
-        """Return a new array, assembled from the foreign tensors that overlap `global_slices`."""
+        """Return a new array, assembled from the foreign tensors that overlap `global_slices`.
+
+        Raises CheckpointError for values that are not finite.
+        """
         out = np.empty(slice_shape(global_slices), np.dtype(self._dtype))
         rows, *rest = global_slices
         for link in self._links[name]:
@@ -175,6 +178,11 @@ class WeightSource:
                 block = slice(common.start - link.start, common.stop - link.start)
                 target = slice(common.start - rows.start, common.stop - rows.start)
                 out[target] = _read_link(self._tensors, link, (block, *rest))
+                if not np.isfinite(out[target]).all():
+                    raise CheckpointError(
+                        f"{self}: its {link.theirs} holds values that are not finite; fetch it "
+                        "again, or take another copy of these weights"
+                    )
         return out
 
 

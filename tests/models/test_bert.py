@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from minillm import train as program
 from minillm.base.device import CPU
 from minillm.base.errors import ConfigError
 from minillm.comm.single import SelfCommunicator
+from minillm.data.corpus import load_corpus
 from minillm.data.documents import Documents, SpecialTokenizer, fitting
 from minillm.data.tokenizers import ByteTokenizer, CharTokenizer, IdTokenizer, tokenizer_from_json
 from minillm.tasks import masked_language_model
@@ -134,6 +136,24 @@ def test_a_text_without_pairs_is_refused(shape: tuple[int, int]) -> None:
     words = f"some text has {shape[0]} with at most {shape[1]}; put blank lines"
     with pytest.raises(ConfigError, match=words):
         Documents(tokens, tokenizer.specials, "some text")
+
+
+def test_files_and_lines_are_documents_of_their_own(tmp_path: Path) -> None:
+    texts = ["".join(f"{d} {s}.\n" for s in range(9)) for d in range(4)]
+    (tmp_path / "files").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "files" / f"{number}.txt").write_text(text.rstrip("\n"))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "lines.jsonl").write_text(lines)
+    for name in ("files", "lines.jsonl"):
+        data = str(tmp_path / name)
+        corpus = load_corpus(data, "documents:byte", context=1, val_data=data)
+        assert isinstance(corpus.tokenizer, SpecialTokenizer)
+        for tokens in (corpus.train, corpus.held_out):
+            found = Documents(tokens, corpus.tokenizer.specials, "it")
+            assert len(found.firsts) == 4 and len(found.anchors) == 4 * 8
+        plain = hashlib.sha256("".join(texts).encode()).hexdigest()
+        assert load_corpus(data, "special:byte", context=1).sha256 == plain
 
 
 def test_marks_of_a_text() -> None:

@@ -12,7 +12,7 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 from weights_helpers import folder, run
 
-from minillm import evaluate, train
+from minillm import evaluate, generate, train
 from minillm.base.errors import CheckpointError
 from minillm.checkpoint import CheckpointSource
 from minillm.weights import exporting, importing
@@ -94,6 +94,31 @@ def test_damaged_folders_are_refused_by_name(tmp_path: Path) -> None:
     assert "config.json holds a list" in refused(path)
     config.write_text("{")
     assert "config.json is no JSON text" in refused(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_values_that_are_not_finite_are_named(
+    value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder(tmp_path / "m", "llama", np.float32)
+    held, name = load_file(path / "model.safetensors"), "model.layers.1.self_attn.k_proj.weight"
+    held[name][-1, -1] = value
+    save_file(held, path / "model.safetensors")
+    for program, more in (
+        (importing, ["--out", str(tmp_path / "run")]),
+        (exporting, ["--out", str(tmp_path / "out")]),
+        (generate, ["--prompt", "1 2", "--tokens", "2"]),
+    ):
+        assert program.main([str(path), *more]) == 1
+        assert f"{path}: its {name} holds values that are not finite" in capsys.readouterr().err
+
+
+def test_a_path_without_weights_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, words in (("none", "does not exist"), ("", "holds no weights")):
+        assert importing.main([str(tmp_path / name), "--out", str(tmp_path / "run")]) == 1
+        assert f"{tmp_path / name} {words}".replace("/ ", " ") in capsys.readouterr().err
 
 
 def test_a_second_head_must_equal_the_embedding(tmp_path: Path) -> None:
