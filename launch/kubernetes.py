@@ -89,12 +89,13 @@ class KubernetesArgs(JobOptions):
 def manifest(args: KubernetesArgs, words: Sequence[str]) -> str:
     """Return the job as YAML, and write the Dockerfile if it is asked for."""
     words = args.with_device(words)
-    check_job(words, args.ranks, args.ranks_per_node)
+    course = check_job(words, args.ranks, args.ranks_per_node)
     mpi = _mpi(args)
     image = args.image or f"minillm:{own_version()}-{mpi}"
+    text = "".join(f"{each}\n" for each in yaml(job(args, words, mpi, image, course)))
     if args.dockerfile is not None:
         write_asked(Path(args.dockerfile), dockerfile(args, mpi, image), "--dockerfile")
-    return "".join(f"{each}\n" for each in yaml(job(args, words, mpi, image)))
+    return text
 
 
 def _mpi(args: KubernetesArgs) -> Mpi:
@@ -125,10 +126,12 @@ def dockerfile(args: KubernetesArgs, mpi: Mpi, image: str) -> str:
     )
 
 
-def job(args: KubernetesArgs, words: Sequence[str], mpi: Mpi, image: str) -> dict[str, Any]:
+def job(
+    args: KubernetesArgs, words: Sequence[str], mpi: Mpi, image: str, course: str = "stop"
+) -> dict[str, Any]:
     """Return the manifest as plain values."""
     # The workers of a pod share its cores: without them in a cpuset there is nothing to bind to.
-    places = Places(args.nodes, args.ranks_per_node, None, (), HOSTFILE, FOLDER)
+    places = Places(args.nodes, args.ranks_per_node, None, (), HOSTFILE, FOLDER, course=course)
     command = [*mpirun(mpi, places), "python", "-m", "minillm.train"]
     # A job that ends at a signal has not succeeded, although it has saved: 128 + SIGTERM.
     ended = '[ -z "$ending" ] || status=143\n'

@@ -18,6 +18,7 @@ from minillm.launch.options import (
     program_path,
     refuse_control,
 )
+from minillm.launch.restart import check_words
 
 from minillm.base.errors import ConfigError
 from minillm.base.record import option
@@ -47,14 +48,18 @@ def line(args: LocalArgs, words: Sequence[str]) -> str:
     hosts = _hosts(args, mpi)
     nodes = len(hosts) or 1
     if args.nodes not in (1, nodes):
-        raise ConfigError(f"--nodes {args.nodes} needs as many hosts, and there are {nodes}")
+        raise ConfigError(
+            f"--nodes {args.nodes} needs as many hosts, and there are {len(hosts)}; name them with "
+            "--hosts or --hostfile"
+        )
     cores, why = binding(args.ranks_per_node, args.cores_per_rank)
+    course = check_words(words, nodes * args.ranks_per_node, args.ranks_per_node)
+    root = os.geteuid() == 0
+    places = Places(nodes, args.ranks_per_node, cores, hosts, args.hostfile, None, root, course)
+    command = [*mpirun(mpi, places, program_path("mpirun")), sys.executable, "-m"]
     if args.hosts is not None and args.hostfile is not None:
         text = hostfile_text(mpi, hosts, args.ranks_per_node)
         write_asked(Path(args.hostfile), text, "--hostfile")
-    root = os.geteuid() == 0
-    places = Places(nodes, args.ranks_per_node, cores, hosts, args.hostfile, None, root)
-    command = [*mpirun(mpi, places, program_path("mpirun")), sys.executable, "-m"]
     return f"# {why}\n{shlex.join([*command, 'minillm.train', *words])}\n"
 
 

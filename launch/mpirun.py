@@ -22,10 +22,19 @@ class Places(NamedTuple):
     hostfile: str | None = None  # instead of `hosts`
     folder: str | None = None  # in which the ranks work; None: that of mpirun
     root: bool = False  # the ranks run as root
+    course: str = "stop"  # after the loss of a rank: that of --on-failure
 
 
 def mpirun(mpi: Mpi, places: Places, program: str = "mpirun") -> list[str]:
-    """Return mpirun with its flags, before the command of a rank."""
+    """Return mpirun with its flags, before the command of a rank.
+
+    Raises ConfigError if ranks of MPICH should outlive another one.
+    """
+    if places.course != "stop" and mpi == "mpich":
+        raise ConfigError(
+            f"--on-failure {places.course} needs an MPI that outlives a lost rank (ULFM), which "
+            "MPICH does not; use --mpi openmpi, or leave --on-failure out"
+        )
     flags = {"mpich": _mpich, "openmpi": _open_mpi}[mpi](places)
     return [program, "-n", str(places.nodes * places.per_node), *flags]
 
@@ -50,7 +59,8 @@ def _open_mpi(places: Places) -> list[str]:
     if places.cores is not None:
         bound = ["--map-by", f"{each}:PE={places.cores}", "--bind-to", "core"]
     root = ["--allow-run-as-root"] if places.root else []
-    return [*where, *bound, *_folder("--wdir", places), *root]
+    outlives = ["--with-ft", "ulfm"] if places.course != "stop" else []
+    return [*outlives, *where, *bound, *_folder("--wdir", places), *root]
 
 
 def _folder(name: str, places: Places) -> list[str]:

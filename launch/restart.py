@@ -14,6 +14,7 @@ from minillm.base.flags import split_flags
 from minillm.base.record import Record, option
 from minillm.checkpoint.find import SUBFOLDER, is_checkpoint, run_of
 from minillm.checkpoint.manifest import MANIFEST
+from minillm.comm.options import CommOptions
 from minillm.training.arguments import StartOptions, parse_train_args
 from minillm.training.config import RunConfig
 from minillm.training.origin import saved_options
@@ -21,6 +22,7 @@ from minillm.training.resolve import resolve
 
 # Tokens of a tokenizer that is not read yet: divisible by every number up to 12, and by 16.
 _SOME_VOCAB = 55440
+_TRAIN = "python -m minillm.train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,21 +86,37 @@ def starts(words: Sequence[str], default: str, program: Program = TRAIN) -> Star
     return Starts(first, [*rest, "--resume", folder], folder)
 
 
-def check_job(words: Sequence[str], ranks: int, per_node: int) -> None:
-    """Raise ConfigError for flags of train that would end the job at its start.
+def check_job(words: Sequence[str], ranks: int, per_node: int) -> str:
+    """Raise ConfigError for flags of train that would end the job at one of its starts.
 
-    What only the nodes know, such as data and checkpoints, is not read.
+    Returns the course after the loss of a rank (see `check_words`).
     """
-    begin, rest = split_flags(_Beginning, words, prog="python -m minillm.train", add_help=False)
+    begin, _ = _split(words)
+    if begin.resume is not None and is_checkpoint(Path(begin.resume)) and begin.out is None:
+        raise ConfigError(
+            f"--resume {begin.resume} would go back to this step at every start of the job; "
+            "pass --out FOLDER for a new run from it"
+        )
+    return check_words(words, ranks, per_node)
+
+
+def check_words(words: Sequence[str], ranks: int, per_node: int) -> str:
+    """Raise ConfigError for flags of train that would end a run at its start.
+
+    What only the nodes know, such as data and checkpoints, is not read. Returns the course after
+    the loss of a rank, that of `--on-failure`.
+    """
+    begin, rest = _split(words)
     if begin.resume is not None or begin.init_from is not None:
-        if begin.resume is not None and is_checkpoint(Path(begin.resume)) and begin.out is None:
-            raise ConfigError(
-                f"--resume {begin.resume} would go back to this step at every start of the job; "
-                "pass --out FOLDER for a new run from it"
-            )
-        return
+        return split_flags(CommOptions, rest, prog=_TRAIN, add_help=False)[0].on_failure
     options: RunConfig = parse_train_args(rest)[1]
     _resolve(options, ranks, per_node)
+    return options.comm.on_failure
+
+
+def _split(words: Sequence[str]) -> tuple[_Beginning, list[str]]:
+    """Return the flags of train that name a folder or an origin, and the others."""
+    return split_flags(_Beginning, words, prog=_TRAIN, add_help=False)
 
 
 def fits(options: RunConfig, ranks: int) -> bool:

@@ -28,6 +28,21 @@ TEMPLATE = """\
 
 # Plug-in of srun. MPICH aborts under pmix, and Open MPI gives ranks of their own under pmi2.
 PLUGIN: dict[Mpi, str] = {"mpich": "pmi2", "openmpi": "pmix"}
+# Option of sbatch -> the flag here by which it is asked for. Slurm takes the last of two values.
+OWN = {
+    "job-name": "--name",
+    "nodes": "--nodes",
+    "ntasks": "--ranks-per-node",
+    "ntasks-per-node": "--ranks-per-node",
+    "cpus-per-task": "--cores-per-rank",
+    "gpus-per-node": "--gpus-per-rank",
+    "mem": "--memory",
+    "time": "--time",
+    "signal": "--save-time",
+    "partition": "--partition",
+    "account": "--account",
+}
+LONGEST_SIGNAL = 65535  # s before the end of a job at which sbatch may ask for a signal
 # Slurm starts a job again after a node has failed, and after `scontrol requeue`.
 STARTED_AGAIN = '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && '
 # After the warning of the time limit alone: SIGTERM is that of scancel, or of a preemption after
@@ -64,13 +79,25 @@ class SlurmArgs(JobOptions):
         for word in self.directive:
             if not re.fullmatch(r"[a-z][a-z-]*(=\S+)?", word) or not word.isprintable():
                 raise ConfigError(f"--directive {word!r} must be NAME or NAME=VALUE, without --")
+            if (own := OWN.get(word.partition("=")[0])) is not None:
+                raise ConfigError(f"--directive {word} has a flag of its own: {own}")
+        if self.save_seconds() > LONGEST_SIGNAL:
+            raise ConfigError(
+                f"--save-time {self.save_time} is more than the {LONGEST_SIGNAL} s before the end "
+                "of a job that Slurm takes"
+            )
+        if (seconds := self.seconds()) is not None and seconds <= self.save_seconds():
+            raise ConfigError(
+                f"--time {self.time} leaves no time to train: the job saves and stops --save-time "
+                f"{self.save_time} before its end"
+            )
 
 
 def job(args: SlurmArgs, words: Sequence[str]) -> str:
     """Return the batch script, or what sbatch answers to it."""
     words = args.with_device(words)
-    check_job(words, args.ranks, args.ranks_per_node)
-    command = [*_start(args), sys.executable, "-m", "minillm.train"]
+    course = check_job(words, args.ranks, args.ranks_per_node)
+    command = [*_start(args, course), sys.executable, "-m", "minillm.train"]
     found = starts(words, f"runs/{args.name}")
     parts = {
         "directives": "\n".join(f"#SBATCH --{each}" for each in directives(args)),
@@ -106,11 +133,16 @@ def directives(args: SlurmArgs) -> Iterator[str]:
     yield from args.directive
 
 
-def _start(args: SlurmArgs) -> list[str]:
+def _start(args: SlurmArgs, course: str) -> list[str]:
     mpi, cores = mpi_of(args.mpi), args.cores_per_rank or 1
     if args.start == "mpirun":
-        places = Places(args.nodes, args.ranks_per_node, cores)
+        places = Places(args.nodes, args.ranks_per_node, cores, course=course)
         return mpirun(mpi, places, program_path("mpirun"))
+    if course != "stop":
+        raise ConfigError(
+            f"--on-failure {course} needs Open MPI's mpirun: srun ends all ranks with the first; "
+            "pass --start mpirun, or leave --on-failure out"
+        )
     # Since Slurm 22.05 srun does not take the number of cores from sbatch.
     bound = [f"--cpus-per-task={cores}", "--cpu-bind=cores", "--kill-on-bad-exit=1"]
     return ["srun", f"--mpi={PLUGIN[mpi]}", *bound]
@@ -144,6 +176,13 @@ def fill(template: str, parts: dict[str, str], name: str) -> str:
     filled = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: parts[match[1]], template)
     if not filled.startswith("#!"):
         raise ConfigError(f"--template {name} must begin with #!, as in #!/bin/bash")
+    before, _, after = filled.partition(parts["directives"])
+    rows = [row.strip() for row in before.splitlines()]
+    if any(row and row[0] != "#" for row in rows) or (before[-1:] + after[:1]) != "\n\n":
+        raise ConfigError(
+            f"--template {name} must hold {{{{directives}}}} in a line of its own before any "
+            "command, because sbatch reads no further"
+        )
     return filled
 
 

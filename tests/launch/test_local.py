@@ -93,6 +93,14 @@ def test_both_dialects() -> None:
     assert mpirun("openmpi", listed)[3:5] == ["--hostfile", "hosts"]
 
 
+def test_ranks_that_outlive_another_need_a_flag_of_open_mpi(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--mpi", "openmpi", "--", "--on-failure"]
+    assert launched(capsys, *words, "respawn")[1][3:5] == ["--with-ft", "ulfm"]
+    assert "--with-ft" not in launched(capsys, *words, "stop")[1]
+
+
 @pytest.mark.parametrize(("mpi", "row"), [("mpich", "a:4"), ("openmpi", "a slots=4")])
 def test_hostfiles_are_written_and_read_in_their_dialect(
     mpi: str, row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -123,7 +131,10 @@ def test_comments_and_hosts_without_numbers(tmp_path: Path) -> None:
     [
         ([], "name a launch: local, slurm, kubernetes"),
         (["slrum"], "did you mean slurm?"),
-        (["local", "--nodes", "2"], "--nodes 2 needs as many hosts, and there are 1"),
+        (["local", "--nodes", "2"], "--nodes 2 needs as many hosts, and there are 0; name them"),
+        (["local", "--", "--tp", "3"], "dp * tp * pp = 1 * 3 * 1 = 3, but 4 ranks run"),
+        (["local", "--", "--layesr", "3"], "did you mean --layers"),
+        (["local", "--", "--on-failure", "shrink"], "which MPICH does not; use --mpi openmpi"),
         (["local", "--hosts", "a:4,b"], "must be names with commas between"),
         (["local", "--hosts", "a,a"], "names a host twice"),
         (["local", "--hosts", "a b"], "must be one word"),
@@ -141,8 +152,8 @@ def test_bad_input_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    mpi = ["--mpi", "mpich"] if words[:1] == ["local"] else []
-    assert part in refused(capsys, *words, *mpi)
+    words = ["local", "--mpi", "mpich", *words[1:]] if words[:1] == ["local"] else words
+    assert part in refused(capsys, *words)
     assert not list(tmp_path.iterdir())
 
 

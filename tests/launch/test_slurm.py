@@ -159,9 +159,10 @@ def test_a_template_keeps_the_lines_of_a_site(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "site.sh"
-    file.write_text("#!/bin/bash -l\n{{directives}}\nmodule load cuda\n{{ command }}\ndate\n")
+    head = "#!/bin/bash -l\n # of this site\n\n"
+    file.write_text(f"{head}{{{{directives}}}}\nmodule load cuda\n{{{{ command }}}}\ndate\n")
     text = script(capsys, "--template", str(file))
-    assert text.startswith("#!/bin/bash -l\n#SBATCH --job-name=minillm\n")
+    assert text.startswith(f"{head}#SBATCH --job-name=minillm\n")
     assert "\nmodule load cuda\nif [" in text and text.endswith('exit "$status"\ndate\n')
 
 
@@ -173,6 +174,10 @@ def test_a_template_keeps_the_lines_of_a_site(
         ("#!/bin/sh\n{{directives}}{{command}}{{acount}}", "has {{acount}}, which is unknown"),
         ("#!/bin/sh\n{{directives}}{{command}}{{command}}", "has {{command}}, which is unknown"),
         ("{{directives}}\n{{command}}\n", "must begin with #!"),
+        ("#!/bin/sh\nmodule load x\n{{directives}}\n{{command}}\n", "before any command"),
+        ("#!/bin/sh\n{{command}}\n{{directives}}\n", "before any command"),
+        ("#!/bin/sh\n  {{directives}}\n{{command}}\n", "in a line of its own"),
+        ("#!/bin/sh\n{{directives}} # mine\n{{command}}\n", "in a line of its own"),
         (b"\xff", "cannot be read: it is no text"),
         (None, "cannot be read: No such file"),
     ],
@@ -195,6 +200,11 @@ def test_a_wrong_template_is_one_error(
         (["--name", "a\n#SBATCH --uid=0"], "must be one word"),
         (["--directive", "Exclusive"], "must be NAME or NAME=VALUE"),
         (["--directive", "x=a b"], "must be NAME or NAME=VALUE"),
+        (["--directive", "nodes=9"], "--directive nodes=9 has a flag of its own: --nodes"),
+        (["--time", "5m"], "--time 5m leaves no time to train"),
+        (["--save-time", "24h"], "--save-time 24h is more than the 65535 s"),
+        (["--start", "mpirun", "--", "--on-failure", "shrink"], "which MPICH does not"),
+        (["--", "--on-failure", "shrink", "--resume", "runs/a"], "needs Open MPI's mpirun: srun"),
         (["--gpus-per-rank", "2"], "--gpus-per-rank 2 must be"),
         (["--start", "prun"], "must be one of srun, mpirun"),
         (["--", "--tp", "3"], "dp * tp * pp = 1 * 3 * 1 = 3, but 4 ranks run"),
