@@ -14,7 +14,7 @@ from minillm.base.errors import CheckpointError
 from minillm.checkpoint.manifest import Bounds
 from minillm.checkpoint.tensor_file import Block
 from minillm.layout.mesh_shape import MeshShape
-from minillm.layout.sharding import Sharded, Slices, slice_shape
+from minillm.layout.sharding import Sharded, Slices
 from minillm.params.state import StateTensor
 
 
@@ -24,6 +24,16 @@ class Part:
 
     blocks: list[Block]
     tensors: dict[str, Any]
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: str, bounds: Bounds, data: Any) -> None:
+        """Add the piece `bounds` of the tensor `name`, whose global shape is `shape`."""
+        extent = tuple(hi - lo for lo, hi in bounds)
+        key = name
+        if extent != shape:
+            key += f"[{','.join(f'{lo}:{hi}' for lo, hi in bounds)}]"
+        self.blocks.append((key, dtype, data.reshape(extent)))
+        entry = self.tensors.setdefault(name, {"shape": shape, "dtype": dtype, "pieces": []})
+        entry["pieces"].append([bounds, key])
 
     @property
     def num_bytes(self) -> int:
@@ -54,14 +64,8 @@ def own_part(tensors: Sequence[StateTensor], mesh: MeshShape, coords: Mapping[st
             continue
         dtype = dtype_name(tensor.data.dtype)
         for global_slices, local_slices in own_pieces(tensor, mesh, coords, holders):
-            bounds, shape, key = _bounds(global_slices), slice_shape(global_slices), tensor.name
-            if shape != tensor.spec.shape:
-                key += f"[{','.join(f'{lo}:{hi}' for lo, hi in bounds)}]"
-            part.blocks.append((key, dtype, tensor.data[local_slices].reshape(shape)))
-            entry = part.tensors.setdefault(
-                tensor.name, {"shape": tensor.spec.shape, "dtype": dtype, "pieces": []}
-            )
-            entry["pieces"].append([bounds, key])
+            bounds, data = _bounds(global_slices), tensor.data[local_slices]
+            part.add(tensor.name, tensor.spec.shape, dtype, bounds, data)
     return part
 
 

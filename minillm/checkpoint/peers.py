@@ -16,6 +16,7 @@ import numpy as np
 from minillm.base.arrays import dtype_name, to_host
 from minillm.base.errors import CheckpointError
 from minillm.checkpoint.manifest import Bounds
+from minillm.checkpoint.part import Part
 from minillm.checkpoint.source import overlap_of, relative
 from minillm.comm.communicator import Communicator
 from minillm.layout.mesh_shape import MeshShape
@@ -109,16 +110,55 @@ def newest(
             needs.setdefault(tensor.name, []).extend(
                 _bounds(globally) for globally, _ in tensor.spec.pieces(mesh, coords)
             )
+    everyone = _listings(world, states, needs)
+    found = _newest_whole(everyone, {name for rank in everyone for name in rank.needs})
+    if found is None:
+        return None
+    step, has = found
+    needed = [rank.needs for rank in everyone]
+    return step, PeerSource(_exchanged(world, states.get(step, {}), has, needed))
+
+
+def newest_part(
+    world: Communicator, states: Mapping[int, Held], names: Iterable[str]
+) -> tuple[int, Part] | None:
+    """Return the newest step whose whole state the ranks hold together, and this rank's part of it.
+
+    `states` are those of this rank by step, `names` all tensors of the state. Of several ranks with
+    a block the first writes it. None if the state of no step is whole. Collective over `world`.
+    """
+    found = _newest_whole(_listings(world, states, {}), names)
+    if found is None:
+        return None
+    step, has = found
+    part = Part([], {})
+    for name, tensor in states.get(step, {}).items():
+        for bounds, block in tensor.blocks.items():
+            if not any(bounds in rank[name][2] for rank in has[: world.rank] if name in rank):
+                part.add(name, tensor.shape, tensor.dtype, bounds, block)
+    return step, part
+
+
+def _listings(
+    world: Communicator, states: Mapping[int, Held], needs: Mapping[str, list[Bounds]]
+) -> list[_Listing]:
+    """Return what each rank needs and has. Collective."""
     listing = {
         str(step): {n: [t.shape, t.dtype, list(t.blocks)] for n, t in tensors.items()}
         for step, tensors in states.items()
     }
-    everyone = [_Listing(entry) for entry in world.gather_json({"needs": needs, "has": listing})]
+    return [_Listing(entry) for entry in world.gather_json({"needs": needs, "has": listing})]
+
+
+def _newest_whole(
+    everyone: Sequence[_Listing], names: Iterable[str]
+) -> tuple[int, list[_Has]] | None:
+    """Return the newest step at which the ranks hold `names` whole, and what each has of it."""
+    names = set(names)
     for step in sorted({step for rank in everyone for step in rank.has}, reverse=True):
-        has = [rank.has.get(step, {}) for rank in everyone]
-        if all(_is_whole(name, has) for rank in everyone for name in rank.needs):
-            needed = [rank.needs for rank in everyone]
-            return step, PeerSource(_exchanged(world, states.get(step, {}), has, needed))
+        has: list[_Has] = [rank.has.get(step, {}) for rank in everyone]
+        if all(_is_whole(name, has) for name in names):
+            return step, has
     return None
 
 

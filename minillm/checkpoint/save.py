@@ -139,7 +139,7 @@ def phases(
     rank: int,
     mesh_shape: MeshShape,
     coords: Mapping[str, int],
-    tensors: Sequence[StateTensor],
+    tensors: Sequence[StateTensor] | Part,
     meta: dict[str, Any],
     step: int,
     keep: int,
@@ -157,6 +157,7 @@ def phases(
     a name, and all others remain.
 
     The first job alone reads `tensors`, and the later ones their memory: with `copy` a copy of it.
+    Instead of tensors they may be the part that this rank is to write.
     `say` gets a line for each old checkpoint that cannot be removed.
     """
     directory, first = Path(directory), rank == 0
@@ -166,7 +167,7 @@ def phases(
     def begin() -> str:
         nonlocal part
         tag = _prepare(directory, folder) if first else ""
-        part = own_part(tensors, mesh_shape, coords)
+        part = tensors if isinstance(tensors, Part) else own_part(tensors, mesh_shape, coords)
         if copy:
             part = part.copied()
         return tag

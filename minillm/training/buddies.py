@@ -83,6 +83,8 @@ class Buddies:
         node = world.split_by_node().gather_json(world.rank)[0]
         everyone = world.gather_json([node, _listing(mine)])
         only = _held_once([listing for _, listing in everyone])
+        self.names = sorted({name for _, listing in everyone for name in listing})
+        """Names of all tensors of the state, on any rank."""
         self.distance = distance([node for node, _ in everyone])
         self._to = (world.rank + self.distance) % world.size
         source = (world.rank - self.distance) % world.size

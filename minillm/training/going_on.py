@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 from minillm import checkpoint
 from minillm.base.lock import FolderLock, FolderTaken
 from minillm.base.log import plural
-from minillm.base.metrics_file import METRICS, keep_until, open_regular
+from minillm.base.metrics_file import METRICS, MetricsFile, keep_until, open_regular, steps_of
+from minillm.checkpoint.peers import newest_part
 from minillm.comm.agreement import AgreedError, agree, from_first
 from minillm.comm.buffers import ReduceOp
 from minillm.comm.process import show_output
 from minillm.training.heartbeat import forget
 from minillm.training.newcomer import description
 from minillm.training.numeric_key import numeric_key
+from minillm.training.report import step_metrics
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.step import StepReport
 from minillm.training.survival import Loss, NoReplicaLeft, Respawn, Survivors, Welcome
@@ -74,6 +76,7 @@ def train(run: Run, steps: Callable[[], None]) -> bool:
     try:
         return run.survivors.run(steps)
     except NoReplicaLeft as error:
+        _save_rest(run, error)
         if not error.tells:
             return False
         size, mesh = error.world.size, run.config.mesh
@@ -84,6 +87,34 @@ def train(run: Run, steps: Callable[[], None]) -> bool:
             f"too few for a replica of tp {mesh.tp} x pp {mesh.pp}; {way} on {mesh.tp * mesh.pp} "
             "ranks or more"
         ) from None
+
+
+def _save_rest(run: Run, error: NoReplicaLeft) -> None:
+    """Save the state if ranks without a replica hold all of it, as with buddies. Collective."""
+    world = error.world
+    if not all(world.gather_json(bool(error.names))):
+        return
+    found = newest_part(world, error.states, error.names)
+    saved = from_first(world, lambda: max(checkpoint.run_steps(run.out), default=0))
+    if found is None or found[0] <= saved:
+        return
+    step, part = found
+    run.metrics.close()
+    agree(world, lambda: _own(run, step) if world.rank == 0 else None)
+    run.saver.save_rest(world, step, part)
+
+
+def _own(run: Run, step: int) -> None:
+    """Own the folder, and cut the metrics to `step` steps, of which the last may lack its line."""
+    if not run.owns:
+        run.lock, run.owns = _claimed(run.out), True
+    path, last = run.out / METRICS, run.trainer.last
+    keep_until(step, path, path)
+    written = max((number for number, _ in steps_of(path)), default=0)
+    run.metrics = MetricsFile(path, run.progress.say)
+    if last is not None and written < last.step + 1 == step:
+        run.metrics.write(**step_metrics(last, run.config.tokens_per_step, {}, run.device))
+    run.metrics.sync()
 
 
 def _from_disk(run: Run, trainer: Trainer) -> int:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from minillm import checkpoint
 from minillm.base.log import plural
+from minillm.checkpoint.part import Part
 from minillm.comm.agreement import known_to_all
+from minillm.comm.communicator import Communicator
 from minillm.tasks.protocol import Judged, Result
 
 if TYPE_CHECKING:
@@ -46,6 +48,12 @@ class Saver:
             else:
                 checkpoint.save(**options)
         self._number += 1
+
+    def save_rest(self, world: Communicator, step: int, part: Part) -> None:
+        """Write the state of `step` from parts that the ranks of `world` hold. Collective."""
+        options = self._options(step, None, False)
+        with self._timed():
+            checkpoint.save(**(options | {"world": world, "tensors": part}))
 
     def advance(self, met: bool) -> None:
         """Take the checkpoint in flight further if all ranks have done their part; do not wait.

@@ -88,12 +88,16 @@ class NoReplicaLeft(Exception):
     """Survivors that cannot fill one replica; raised on each of them, in the group `world`.
 
     `tells` is True on one of them: the first that was not started in the place of another, because
-    the launcher waits for those of the start alone.
+    the launcher waits for those of the start alone. `states` are those of this rank, by completed
+    steps. `names` are all tensors of a state; none where ranks have no buddies, because a part of
+    the state is then lost for sure.
     """
 
-    def __init__(self, world: Communicator, tells: bool) -> None:
+    def __init__(
+        self, world: Communicator, tells: bool, states: dict[int, Held], names: Sequence[str] = ()
+    ) -> None:
         super().__init__()
-        self.world, self.tells = world, tells
+        self.world, self.tells, self.states, self.names = world, tells, states, names
 
 
 class Survivors:
@@ -279,7 +283,8 @@ class Survivors:
         mesh, places = reseated(old, seats, lambda dp: goes_on(self.config, dp))
         if mesh is None:
             started = [rank for rank, (*_, spawned) in enumerate(everyone) if not spawned]
-            raise NoReplicaLeft(world, world.rank == min(started, default=0))
+            names = self.buddies.names if self.buddies else ()
+            raise NoReplicaLeft(world, world.rank == min(started, default=0), states, names)
         place = places[world.rank]
         config = self.config if mesh == old else with_replicas(self.config, mesh.dp)
         group = world.split(None if place is None else 0, place, world.name)

@@ -5,12 +5,14 @@ A loss amid the copying leads back to the copy before: that is one step more tha
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from training.surviving import (
     SELECTIONS,
+    STEPS,
     Survived,
     all_of,
     check,
@@ -18,6 +20,7 @@ from training.surviving import (
     many,
     named,
     some,
+    survive,
     undisturbed,
 )
 from training.surviving import train as train_shrinking
@@ -25,6 +28,8 @@ from training.test_respawn import check_bits, undisturbed_on
 from training.test_respawn import train as train_respawning
 from training_helpers import Layout, make_task
 
+from minillm.checkpoint import CheckpointSource, save, step_name
+from minillm.checkpoint.peers import newest_part
 from minillm.comm.boards import Faults
 from minillm.comm.communicator import Communicator
 from minillm.comm.ledger import ledger
@@ -32,6 +37,7 @@ from minillm.comm.threads import run_ranks
 from minillm.training.assembly import layout_of
 from minillm.training.buddies import Buddies, distance
 from minillm.training.memory import predicted
+from minillm.training.survival import NoReplicaLeft
 from minillm.training.trainer import Trainer
 from minillm.training.verdict import NotFinite
 
@@ -131,6 +137,35 @@ def test_two_neighbours_lost_at_once_lead_back_to_the_fallback() -> None:
     stayed = check(found, undisturbed(), again=True)
     last = stayed[0].events[-1]
     assert not last.from_memory and last.step == 0 and last.mesh.dp == 2
+
+
+def test_ranks_without_a_whole_replica_save_a_state_that_is_whole(tmp_path: Path) -> None:
+    """One rank of tp 2 is left, with the shard of the other; a run on one rank goes on."""
+    config = configured(Layout(tp=2), **SHRINK)
+
+    def program(comm: Communicator, faults: Faults) -> int:
+        with pytest.raises(NoReplicaLeft) as caught:
+            survive(comm, config, faults)
+        lost = caught.value
+        step, part = newest_part(lost.world, lost.states, lost.names) or (-1, None)
+        assert part is not None and newest_part(lost.world, lost.states, [*lost.names, "x"]) is None
+        place = dict(mesh_shape=config.mesh, coords=config.mesh.coords(0), meta={}, keep=1)
+        save(tmp_path, world=lost.world, tensors=part, step=step, **place)
+        return step
+
+    numbers = victims(Layout(tp=2), SHRINK)[1]
+    faults = Faults({1: numbers[len(numbers) * 2 // 3]})
+    step, _ = run_ranks(2, lambda comm: program(comm, faults), timeout=10, faults=faults)
+
+    def rest(comm: Communicator) -> dict[int, float]:
+        config = configured(Layout())
+        trainer = Trainer(config, comm, make_task(config), std=0.25)
+        trainer.load(CheckpointSource(tmp_path / step_name(step)))
+        return {number: trainer.step(number).loss for number in range(step, STEPS)}
+
+    (losses,) = run_ranks(1, rest)
+    assert 0 < step < STEPS
+    assert losses == pytest.approx({n: undisturbed().losses[n] for n in losses}, rel=1e-10)
 
 
 def test_replicas_need_no_buddy_and_shards_send_their_bytes() -> None:
