@@ -172,6 +172,7 @@ def split(examples: Sequence[DistinctT]) -> tuple[list[DistinctT], list[Distinct
     """Return examples to train on, and one of 10, at most 1,000, that are held out.
 
     Those whose texts have the lowest hashes are held out, so that equal texts lie on one side.
+    Where nothing would be left to train on, nothing is held out.
     """
     if len(examples) < HELD_OUT_SHARE:
         return list(examples), []
@@ -179,6 +180,8 @@ def split(examples: Sequence[DistinctT]) -> tuple[list[DistinctT], list[Distinct
     number = min(len(examples) // HELD_OUT_SHARE, MOST_HELD_OUT)
     last = sorted(marks)[number - 1]
     train = [each for each, mark in zip(examples, marks, strict=True) if mark > last]
+    if not train:
+        return list(examples), []
     return train, [each for each, mark in zip(examples, marks, strict=True) if mark <= last]
 
 

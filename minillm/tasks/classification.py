@@ -30,7 +30,14 @@ from minillm.tasks.classification_options import (
     check_fields,
 )
 from minillm.tasks.encoded_texts import EncodedTexts, Encoder, Ids, refuse_long
-from minillm.tasks.example_order import ExampleOrder, Examples, labels_to_have, parts_of, unchanged
+from minillm.tasks.example_order import (
+    ExampleOrder,
+    Examples,
+    labels_to_have,
+    of_training,
+    parts_of,
+    unchanged,
+)
 from minillm.tasks.label_predictor import LabelPredictor, TextsToLabel
 from minillm.tasks.protocol import ByRow, Measure
 from minillm.tasks.targets import TARGETS, targets_of
@@ -181,14 +188,11 @@ class ClassificationObjective:
             parts = parts_of(
                 options, BUILT_IN, targets.built_in, lambda path: read_examples(path, fields)
             )
-            train, texts = (
-                parts[0][1],
-                (text for _, part in parts for each in part for text in each.texts),
-            )
+            texts = (text for _, part in parts for each in part for text in each.texts)
             known = dict(
                 vocabulary or make_tokenizer(f"special:{options.tokenizer}", texts).to_json()
             )
-            found = targets.labels(train, parts[0][0])
+            found = targets.labels(of_training(options, parts), parts[0][0])
             had, known["problem"] = known.get("labels"), shape.problem
             known["labels"] = labels_to_have(found, had, shape.labels, parts[0][0])
             options.weights(known["labels"], None)

@@ -71,6 +71,14 @@ def parts_of(
     return [(name, list(found)), (options.dev, list(read(options.dev)))]
 
 
+def of_training(
+    options: ExampleOptions, parts: Sequence[tuple[str, Sequence[DistinctT]]]
+) -> list[DistinctT]:
+    """Return the examples of --train out of `parts`: to train on, and held out without --dev."""
+    own = parts if options.dev is None else parts[:1]
+    return [each for _, part in own for each in part]
+
+
 class Held(Protocol):
     """Dataset with examples held out."""
 

@@ -31,6 +31,7 @@ from minillm.tasks.example_order import (
     ExampleOrder,
     Examples,
     labels_to_have,
+    of_training,
     parts_of,
     unchanged,
 )
@@ -219,7 +220,8 @@ class TaggingObjective:
             known = dict(
                 vocabulary or make_tokenizer(f"special:{options.tokenizer}", texts).to_json()
             )
-            types = {span.type for each in parts[0][1] for span in spans_of(each.tags)}
+            own = of_training(options, parts)
+            types = {span.type for each in own for span in spans_of(each.tags)}
             if not types:
                 raise ConfigError(
                     f"all words of {parts[0][0]} have the tag O; give it entities, as in B-person"

@@ -151,9 +151,10 @@ class Translations:
         self.source, self.tokenizer, self.context = source, tokenizer, context
         self.sha256 = hashlib.sha256(repr((train, held_out)).encode()).hexdigest()
         self.vocab_size = marks_of(tokenizer).vocab
-        (self.train, _), (self.held_out, self._fit) = self._encoded(train), self._encoded(held_out)
+        (self.train, fit), (self.held_out, self._fit) = map(self._encoded, (train, held_out))
         self._texts = [(text, reference) for text, reference in held_out]
-        self.left_out = len(train) + len(held_out) - len(self.train) - len(self.held_out)
+        self.too_long = [i for i, fits in enumerate([*fit, *self._fit]) if not fits]
+        """Numbers of the pairs that are left out, those to train on first."""
         if not len(self.train) and train:
             raise ConfigError(
                 f"all {len(train)} pairs of {source} are longer than --context {context} tokens; "
@@ -179,7 +180,8 @@ class Translations:
 
     def describe(self) -> str:
         """Return one line for the plan."""
-        longer = f", {self.left_out:,} longer ones left out" if self.left_out else ""
+        number = len(self.too_long)
+        longer = f", {number:,} left out as too long" if number else ""
         return (
             f"{self.source}: {len(self.train):,} pairs to train on, {len(self.held_out):,} held out"
             f"{longer}, {self.tokenizer.name} vocabulary of {self.vocab_size:,}, sha256 "
@@ -238,6 +240,9 @@ class TranslationOptions(SourceOptions):
     eval_bleu: int = option(0, at_least=0, resumable=True)
     """Held-out sources that the trained model translates at the end, to print BLEU and chrF; 0:
     none. The best checkpoint is that of the lowest loss all the same."""
+    truncate: bool = option(True, announced=True)
+    """Leave pairs out of training that are longer than --context, and say how many; --no-truncate
+    refuses them."""
     tokenizer: str = option("char", path=True)
     """Tokens of both sides: char, byte, bpe:SIZE, or the path of a tokenizer.json."""
 
@@ -285,7 +290,18 @@ class TranslationObjective:
 
         name, train, held_out, known = from_first(comm, read, ConfigError)
         tokenizer, scored = tokenizer_from_json(known), options.eval_bleu
-        return Translations(name, train, held_out, tokenizer, shape.context, scored)
+        found = Translations(name, train, held_out, tokenizer, shape.context, scored)
+        if found.too_long and not options.truncate:
+            file, number = name, found.too_long[0]
+            row = "pair" if options.source in (None, *BUILT_IN) else "line"
+            if options.val_source is not None and number >= len(train):
+                file, number = options.val_source, number - len(train)
+            raise ConfigError(
+                f"{row} {number + 1} of {file} has a side of more than the {shape.context - 1} "
+                f"tokens that --context {shape.context} leaves; use a larger one, or leave "
+                "--no-truncate out"
+            )
+        return found
 
     def held_out(
         self,

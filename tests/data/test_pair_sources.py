@@ -88,8 +88,18 @@ def test_pairs_are_split_and_long_ones_left_out(tmp_path: Path) -> None:
     found = objective.load(TranslationOptions(**files), shape, None, comm)
     fit = [line for line in lines if len(line) < 12]
     assert len(found.train) == sum(len(line) < 12 for line in lines[:38])
-    assert len(found.train) + len(found.held_out) == len(fit) and found.left_out == 40 - len(fit)
+    assert len(found.train) + len(found.held_out) == len(fit)
+    assert [lines[number] for number in found.too_long] == [x for x in lines if len(x) >= 12]
     assert found.vocab_size == len(set("".join(lines))) + 1
+    asked = TranslationOptions(**files, truncate=False)
+    with pytest.raises(ConfigError, match=r"line 18 of .*source has .* than the 11 .*--context 12"):
+        objective.load(asked, shape, None, comm)
+    short = {side: write(tmp_path / f"{side}.short", "a\nb") for side in ("source", "target")}
+    asked = TranslationOptions(
+        **short, val_source=files["source"], val_target=files["target"], truncate=False
+    )
+    with pytest.raises(ConfigError, match=r"line 18 of .*source has a side"):
+        objective.load(asked, shape, None, comm)
     again = objective.held_out(
         PairsToMeasure(), TranslationOptions(**files), shape, found.vocabulary(), found.sha256, comm
     )

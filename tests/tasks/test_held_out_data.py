@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,3 +60,33 @@ def test_held_out_data_in_training_are_seen(family: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(example_order, "split", leaking)
     assert shared(family, monkeypatch) >= NUMBER // 20
+
+
+def loaded(family: str, path: Path) -> Any:
+    """Return the data of a file, with a byte as token."""
+    options = RunConfig.of(family)().replace(train=str(path), tokenizer="byte", context=CONTEXT)
+    return options.objective.load(options.corpus, options.shape, None, SelfCommunicator("test"))
+
+
+@pytest.mark.parametrize("family", ["classifier", "tagger"])
+def test_a_label_that_is_held_out_alone_is_known(family: str, tmp_path: Path) -> None:
+    """Give 80 examples a common label, and 20 a label of their own, of which some are held out."""
+    names = ["many"] * 80 + [f"rare{i}" for i in range(20)]
+    if family == "classifier":
+        path = tmp_path / "train.tsv"
+        rows = [f"word{i}\t{name}\n" for i, name in enumerate(names)]
+        path.write_text("text\tlabel\n" + "".join(rows))
+    else:
+        path = tmp_path / "train.conll"
+        path.write_text("".join(f"Word{i}\tB-{name}\n\n" for i, name in enumerate(names)))
+    data = loaded(family, path)
+    assert (len(data.train), len(data.held_out)) == (90, 10)
+    types = {label.removeprefix("B-") for label in data.labels}
+    assert types >= set(names) and np.unique(data.train.labels).size < len(set(names)) + 2
+
+
+def test_equal_texts_are_all_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "train.tsv"
+    path.write_text("text\tlabel\n" + "good\tx\ngood\ty\n" * 20)
+    data = loaded("classifier", path)
+    assert (len(data.train), len(data.held_out)) == (40, 0)
