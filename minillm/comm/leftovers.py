@@ -1,13 +1,14 @@
-"""Files that killed runs leave behind: shared memory of MPI libraries, and files of Hydra.
+"""Files that killed runs leave behind: shared memory of MPI libraries, and files of their mpirun.
 
 A file counts as left behind if it is this user's, a minute old, and named neither in the memory map
-nor in the environment of any process.
+nor in the environment of any process. So does a folder of Open MPI's mpirun once that has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,21 +19,29 @@ from minillm.base.host_memory import SHARED_MEMORY
 # MPICH; Open MPI's shared-memory transports and windows; UCX.
 SEGMENTS = ("mpich_shm_*", "vader_segment.*", "sm_segment.*", "osc_sm.*", "ucx_shm_posix_*")
 HYDRA = "hydra_hwloc_xmlfile_*"  # from mpirun of MPICH, in $TMPDIR
+SESSION = "ompi.[0-9]*"  # folder of Open MPI's mpirun, by the number of its process, in $TMPDIR
 RANK_MB = 5.4  # of shared memory that MPICH takes for a rank
 MORE_MB = 8.0  # without which it dies
 SECONDS = 60.0  # a younger file may not be mapped yet
 
 
 def find(shared: Path | None = None, temporary: Path | None = None) -> list[Path]:
-    """Return the files that no process uses, in the order of their names.
+    """Return the files and folders that no process uses, in the order of their names.
 
     `shared` and `temporary` replace /dev/shm and the folder for temporary files.
     """
     shared = SHARED_MEMORY if shared is None else shared
     temporary = Path(tempfile.gettempdir()) if temporary is None else temporary
     paths = [path for pattern in SEGMENTS for path in shared.glob(pattern)]
-    paths = [path for path in (*paths, *temporary.glob(HYDRA)) if _old_and_own(path)]
+    paths += [*temporary.glob(HYDRA), *filter(_has_ended, temporary.glob(SESSION))]
+    paths = [path for path in paths if _old_and_own(path)]
     return _unused(paths) if paths else []
+
+
+def _has_ended(session: Path) -> bool:
+    """Return True for a folder of Open MPI whose mpirun has ended."""
+    process = session.suffix[1:]
+    return session.is_dir() and process.isdigit() and not Path("/proc", process).exists()
 
 
 def _old_and_own(path: Path) -> bool:
@@ -83,14 +92,15 @@ def clean() -> str:
     words = describe(paths)
     for path in paths:
         with contextlib.suppress(OSError):
-            path.unlink()
+            (shutil.rmtree if path.is_dir() else Path.unlink)(path)
     left = [path for path in paths if path.exists()]
     failed = f"; {describe(left)} cannot be removed" if left else ""
     return f"removed {words}{failed}" if paths else "ended runs have left nothing behind"
 
 
 def describe(paths: Sequence[Path]) -> str:
-    """Return the number of files, their size, and the first few names."""
-    size = sum(path.stat().st_size for path in paths if path.exists()) / 1e6
+    """Return the number of files and folders, their size, and the first few names."""
+    files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
+    size = sum(file.stat().st_size for file in files) / 1e6
     names = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
     return f"{len(paths)} file{'s' * (len(paths) != 1)} of {size:.1f} MB ({names})"

@@ -335,8 +335,8 @@ def left(place: Place, alone: bool) -> Iterator[str]:
         leftovers.SECONDS = usual
     files = [*temporary.rglob("*"), *(leftovers.SHARED_MEMORY.glob("*") if alone else [])]
     for path in files:
-        if path in known:
-            path.unlink(missing_ok=True)
-        elif path.is_file():
+        if path.is_dir():
+            continue
+        if not known.intersection((path, *path.parents)):
             yield f"{path} is left, and doctor does not know it"
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)

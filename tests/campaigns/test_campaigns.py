@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mpi_helpers import MPIRUN, environment, needs_mpirun
 
-from campaigns import disturbed, environments, soak, victim
+from campaigns import disturbed, environments, kills, soak, victim
 from campaigns.disturbed import METRICS, Method, Row, differences
 from campaigns.kills import must_outlive
 from campaigns.plans import METHODS, Plan, plan
@@ -267,8 +267,8 @@ def lost(rank: int | str, moment: str = "step", act: str = "kill") -> dict[str, 
         ("shrink", [], False),
         ("shrink", [lost(1), lost(0, "restore")], True),
         ("shrink", [lost(1), lost(0), lost(2)], False),
-        ("shrink-tp", [lost(1), lost(2)], True),
-        ("shrink-tp", [lost(1), lost(2), lost(0)], False),
+        ("shrink-tp", [lost(1)], True),
+        ("shrink-tp", [lost(1), lost(2)], False),  # the third one has left by then
         ("respawn", [lost(0), lost("new 0", "joining")], True),
         ("respawn", [lost(0), lost(1, "recovery")], False),  # no rank of the start is left
         ("respawn", [lost(0, "start")], False),
@@ -291,3 +291,12 @@ def test_every_moment_of_a_recovery_is_planned() -> None:
     for each in plans:
         first, *later = each.faults
         assert all(fault["rank"] != first["rank"] for fault in later if fault["start"] == 0)
+
+
+def test_an_evaluation_that_sigterm_breaks_off_has_no_loss() -> None:
+    measured = [row._replace(held_out=3.0) for row in ROWS]
+    broken = [*measured[:2], measured[2]._replace(held_out=None)]
+    (*before, last, after, _) = kills._broken_off(measured, broken)
+    assert [*before, last] == broken and after.held_out == 3.0
+    assert kills._broken_off(measured, measured[:3]) == measured
+    assert kills._broken_off(measured, []) == measured

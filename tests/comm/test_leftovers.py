@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,12 +36,44 @@ def test_only_old_files_that_no_process_uses_are_found(tmp_path: Path) -> None:
     child.wait()
 
 
+def session(folder: Path, process: int) -> Path:
+    """Make an old folder with a file of 4,096 bytes, as Open MPI's mpirun has it."""
+    found = folder / f"ompi.{process}"
+    (found / "1" / "0").mkdir(parents=True)
+    segment(found / "1" / "pmix-gds-shmem2", 120)
+    os.utime(found, (time.time() - 120,) * 2)
+    return found
+
+
+def test_a_folder_of_an_mpirun_that_has_ended_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = session(tmp_path, ended.pid)
+    running = session(tmp_path, os.getpid())
+    used = session(tmp_path, 2**22 + 1)  # a number that no process has
+    session(tmp_path, 1).rename(tmp_path / "ompi.1x")  # of another program
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path / "shared")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    child = subprocess.Popen(["sleep", "30"], env={"PMIX_SERVER_TMPDIR": str(used)})
+    try:
+        assert leftovers.find() == [left]
+        assert leftovers.clean() == f"removed 1 file of 0.0 MB ({left})"
+    finally:
+        child.kill()
+        child.wait()
+    assert not left.exists() and running.is_dir() and used.is_dir()
+
+
 def test_doctor_names_and_removes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [segment(tmp_path / f"mpich_shm_{i}_0", 120) for i in range(5)]
     monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(leftovers, "HYDRA", "no such file")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (found,) = [f for f in doctor.check_machine(2) if f.subject == "leftovers"]
     assert found.mark == "warning" and found.remedy == "minillm doctor --clean"
     assert f"5 files of 0.0 MB ({paths[0]}, " in found.found
