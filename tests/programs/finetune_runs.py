@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from mpi_helpers import finish, left_behind, mpirun_calls, start, wait_for_steps
 
-from minillm import finetune
+from minillm import checkpoint, evaluate, finetune
 
 FAULTY = str(Path(__file__).with_name("fault_program.py"))
 
@@ -49,6 +49,63 @@ def check_refused(
 def held_out(line: dict[str, Any]) -> dict[str, float]:
     """Return the held-out numbers of a line of the metrics."""
     return {name: value for name, value in line.items() if name.startswith("val_")}
+
+
+class Parts(NamedTuple):
+    """Run that was trained in parts: what the first one printed, and what was measured."""
+
+    said: str
+    steps: list[dict[str, Any]]  # lines of its metrics
+    measured: dict[int, float]  # the headline metric after each step that was evaluated
+    numbers: dict[str, Any]  # of `minillm.evaluate`
+
+
+def check_parts(
+    asked: Sequence[str],
+    stops: tuple[int, int],
+    metric: str,
+    data: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    microbatch: tuple[int, int] | None = None,
+) -> Parts:
+    """Train folder/run to each of the two `stops` and to the end, and compare with a whole run.
+
+    The losses have the same bits. With `microbatch`, the sizes in the second part and in the last,
+    this holds for the first part alone, and the rest has other rounding. The best checkpoint is the
+    newest of those with the best `metric`. The run held `data` out, and evaluates it as it did.
+    """
+    run, whole, exact = folder / "run", folder / "whole", None
+    changes: list[list[str]] = [[], []]
+    if microbatch:
+        changes, exact = [["--microbatch", str(size)] for size in microbatch], stops[0]
+    capsys.readouterr()
+    assert finetune.main([*asked, "--out", str(run), "--stop-after", str(stops[0])]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    again = ["--resume", str(run)]
+    assert finetune.main([*again, "--stop-after", str(stops[1]), *changes[0]]) == 0
+    assert finetune.main([*again, *changes[1]]) == 0
+    assert finetune.main([*asked, "--out", str(whole)]) == 0
+    found, expected = lines_of(run), lines_of(whole)
+    assert len(found) == len(expected) > stops[1]
+    for name in ("loss", "grad_norm"):
+        own, wanted = ([line[name] for line in lines] for lines in (found, expected))
+        assert own[:exact] == wanted[:exact]
+        assert own == pytest.approx(wanted, rel=1e-3)
+    value = f"val_{metric}"
+    measured = {line["step"]: line[value] for line in found if value in line}
+    assert {*stops, len(found)} <= measured.keys()
+    best = checkpoint.find(run, True)
+    assert int(best.name.split("-")[1]) == max(measured, key=lambda step: (measured[step], step))
+
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--data", data, "--threads", "1"]) == 0
+    (numbers,) = printed(capsys)
+    assert evaluate.main([str(run), "--threads", "1"]) == 0
+    assert printed(capsys) == [numbers]
+    low, high = numbers[f"{metric}_95"]
+    assert numbers[metric] == measured[len(found)] and low <= numbers[metric] <= high
+    return Parts(said, found, measured, numbers)
 
 
 def check_ranks(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from finetune_runs import check_refused
+from finetune_runs import check_parts, check_refused, lines_of, printed
 
 from minillm import checkpoint, evaluate, finetune, train
 from minillm.data.labelled import opinions
@@ -31,40 +30,19 @@ def some(tmp_path: Path) -> tuple[str, str]:
     return table(tmp_path / "train.tsv", rows[:80]), table(tmp_path / "dev.tsv", rows[80:])
 
 
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_from_a_file_to_predictions(
     some: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, words = tmp_path / "run", ["--train", some[0], "--dev", some[1], *SIZES]
-    words += ["--out", str(run), "--epochs", "1.5", "--eval-every", "5", "--save-every", "5"]
-    assert finetune.main(["--task", "classify", "--stop-after", "10", *words]) == 0
-    assert "labels negative, positive" in capsys.readouterr().out
-    assert finetune.main(["--resume", str(run), "--stop-after", "15"]) == 0
-    whole = tmp_path / "whole"
-    assert finetune.main([*words, "--out", str(whole)]) == 0
-    found, expected = lines_of(run), lines_of(whole)
-    assert len(found) == 15  # 1.5 epochs of 80 examples
-    for name in ("loss", "grad_norm"):
-        assert [line[name] for line in found] == [line[name] for line in expected]
-    measured = {line["step"]: line["val_accuracy"] for line in found if "val_accuracy" in line}
-    assert sorted(measured) == [5, 10, 15]
-    best = checkpoint.find(run, True)  # by accuracy, the newest of equals
-    assert int(best.name.split("-")[1]) == max(measured, key=lambda step: (measured[step], step))
-
-    capsys.readouterr()
-    assert evaluate.main([str(run), "--data", some[1], "--threads", "1"]) == 0
-    numbers = json.loads(capsys.readouterr().out)
-    assert evaluate.main([str(run), "--threads", "1"]) == 0
-    assert json.loads(capsys.readouterr().out) == numbers  # those held out are the same
-    low, high = numbers["accuracy_95"]
-    assert numbers["accuracy"] == measured[15] and low <= measured[15] <= high
-    assert numbers["examples"] == 30
+    run, words = tmp_path / "run", ["--task", "classify", "--train", some[0], "--dev", some[1]]
+    words += [*SIZES, "--epochs", "1.5", "--eval-every", "5", "--save-every", "5"]
+    parts = check_parts(words, (8, 10), "accuracy", some[1], tmp_path, capsys)
+    measured, numbers = parts.measured, parts.numbers
+    assert "labels negative, positive" in parts.said
+    assert len(parts.steps) == 15  # 1.5 epochs of 80 examples
+    assert sorted(measured) == [5, 8, 10, 15] and numbers["examples"] == 30
 
     assert predict.main([str(run), "--input", some[1], "--threads", "1", "--batch", "7"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = printed(capsys)
     actual = [line.split("\t")[1] for line in Path(some[1]).read_text().splitlines()[1:]]
     right = [row["label"] == label for row, label in zip(rows, actual, strict=True)]
     assert np.mean(right) == pytest.approx(measured[15], abs=1e-12)
@@ -107,7 +85,7 @@ def test_weights_of_an_encoder_and_of_another_task(
     out = capsys.readouterr().out
     assert "labels 0, 1, 2" in out and "initial values for classifier, which" in out
     assert predict.main([pairs, "--input", name, "--threads", "1"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = printed(capsys)
     assert [tuple(each["texts"]) for each in found] == [row[:2] for row in rows]
 
 
@@ -213,7 +191,7 @@ def test_other_targets_from_a_file_to_predictions(
     assert low <= numbers[wanted] <= high
     (tmp_path / "lines.txt").write_text("good film\nnot dull\n")
     assert predict.main([run, "--input", str(tmp_path / "lines.txt"), "--threads", "1"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = printed(capsys)
     assert [each["text"] for each in found] == ["good film", "not dull"]
     for each in found:
         if kind == "regression":
@@ -246,7 +224,7 @@ def test_tables_of_labels_and_numbers(
     assert finetune.main([*asked, "--out", str(tmp_path / "pairs")]) == 0
     capsys.readouterr()
     assert predict.main([str(tmp_path / "pairs"), "--input", pairs, "--threads", "1"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = printed(capsys)
     assert found[1]["texts"] == ["d", "d"] and isinstance(found[1]["value"], float)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import check_kill, check_ranks, check_refused, lines_of, printed
+from finetune_runs import check_kill, check_parts, check_ranks, check_refused, printed
 from mpi_helpers import needs_mpirun
 
-from minillm import checkpoint, evaluate, finetune
+from minillm import finetune
 from minillm.data.facts import facts
 from minillm.data.squad import Question
 from minillm.inference import predict
@@ -59,28 +59,10 @@ def test_from_a_file_to_answers(
     """Train in three parts and in one, and count the right ones of the printed answers."""
     run, words = tmp_path / "run", [*QA, "--train", some[0], "--dev", some[1]]
     words += ["--epochs", "3", "--eval-every", "10", "--save-every", "10", "--doc-stride", "6"]
-    assert finetune.main([*words, "--out", str(run), "--stop-after", "10"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "64 questions to train on in" in out and "16 of them without an answer" in out
-    assert finetune.main(["--resume", str(run), "--stop-after", "17"]) == 0  # amid an epoch
-    assert finetune.main(["--resume", str(run)]) == 0
-    whole = tmp_path / "whole"
-    assert finetune.main([*words, "--out", str(whole)]) == 0
-    found, expected = lines_of(run), lines_of(whole)
-    for name in ("loss", "grad_norm"):
-        assert [line[name] for line in found] == [line[name] for line in expected]
-    measured = {line["step"]: line["val_f1"] for line in found if "val_f1" in line}
-    assert {10, 17, 20, len(found)} <= measured.keys() and len(found) >= 24
-    best = checkpoint.find(run, True)  # by F1, the newest of equals
-    assert int(best.name.split("-")[1]) == max(measured, key=lambda step: (measured[step], step))
-
-    capsys.readouterr()
-    assert evaluate.main([str(run), "--data", some[1], "--threads", "1"]) == 0
-    (numbers,) = printed(capsys)
-    assert evaluate.main([str(run), "--threads", "1"]) == 0
-    assert printed(capsys) == [numbers]  # those held out are the same
-    low, high = numbers["f1_95"]
-    assert numbers["f1"] == measured[len(found)] and low <= numbers["f1"] <= high
+    parts = check_parts(words, (10, 17), "f1", some[1], tmp_path, capsys)
+    said, numbers = parts.said, parts.numbers
+    assert "64 questions to train on in" in said and "16 of them without an answer" in said
+    assert 20 in parts.measured and len(parts.steps) >= 24
     assert numbers["questions"] == 32
     assert numbers["answerable"]["questions"] == 24 and numbers["unanswerable"]["questions"] == 8
     assert predict.main([str(run), "--input", some[1], "--threads", "1", "--batch", "7"]) == 0
