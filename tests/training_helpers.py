@@ -25,6 +25,7 @@ from minillm.data.documents import Documents, SpecialTokenizer
 from minillm.data.streams import Streams
 from minillm.data.tokenizers import IdTokenizer
 from minillm.layout.sharding import Sharded, slice_shape
+from minillm.models.family import Family
 from minillm.params.parameter import Parameter
 from minillm.params.storage import FlatBuffers
 from minillm.replication.node_shared import NodeMemory
@@ -359,6 +360,15 @@ def compare(
                 f"{what} {name}: norm-wise error {error / scale:.2e} > {tolerance:.0e}; worst at "
                 f"{worst}: {f[worst]!r} for {e[worst]!r}"
             )
+
+
+def as_family(
+    config: ResolvedConfig, family: Family, vocab: int = VOCAB, **options: Any
+) -> ResolvedConfig:
+    """Return a configuration with a model of another family, as large as the one that it has."""
+    sizes = {name: getattr(config.model, name) for name in ("layers", "heads", "dim", "ffn_dim")}
+    shape = family.options.from_dict(sizes | options).resolve(vocab)
+    return dataclasses.replace(config, family=family, model=shape)
 
 
 def with_layout(layout: Layout, **changes: Any) -> Layout:

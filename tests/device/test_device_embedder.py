@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
-from like_the_cpu import MEASURED, TRAINED, check_metrics, check_training, measured_by
+from like_the_cpu import MEASURED, TRAINED, check_metrics, check_training
 from test_step import sizes
-from training_helpers import VOCAB, Layout, make_config, train
+from training_helpers import VOCAB, Layout, as_family
 
 from minillm.data.documents import SpecialTokenizer
 from minillm.data.related_texts import Related
 from minillm.data.tokenizers import IdTokenizer
-from minillm.models.embedder import FAMILY, EmbedderOptions
+from minillm.models.embedder import FAMILY
 from minillm.tasks.embedding import Embedding
 from minillm.tasks.embedding_metrics import HeldOutRelated
 from minillm.tasks.encoded_related import EncodedRelated
 from minillm.tasks.encoded_texts import Encoder
-from minillm.training.resolve import ResolvedConfig
+from minillm.tasks.protocol import Measure, Task
 
 CONTEXT = 16
 
@@ -33,32 +32,22 @@ def texts() -> EncodedRelated:
     return EncodedRelated(found, Encoder(SpecialTokenizer(IdTokenizer(VOCAB - 4), False), CONTEXT))
 
 
-def as_embedder(config: ResolvedConfig) -> ResolvedConfig:
-    own = {name: getattr(config.model, name) for name in ("layers", "heads", "dim", "ffn_dim")}
-    options = EmbedderOptions.from_dict({**own, "context": CONTEXT, "symmetric": True})
-    return dataclasses.replace(config, family=FAMILY, model=options.resolve(VOCAB))
+as_embedder = partial(as_family, family=FAMILY, context=CONTEXT, symmetric=True)
 
 
-def trained(layout: Layout, **changes: Any) -> Any:
-    task = Embedding(texts(), CONTEXT, 8, 7, 0, True)
-    more = sizes("bert", dropout=0.0, dtype="float32", batch=8, **changes)
-    return train("bert", layout, steps=3, options={"task": task}, adapt=as_embedder, **more)
+def task() -> Task:
+    return Embedding(texts(), CONTEXT, 8, 7, 0, True)
 
 
-def measured(layout: Layout, **changes: Any) -> Any:
-    more = sizes("bert", dropout=0.0, dtype="float32", **changes)
-    config = as_embedder(make_config("bert", layout, **more))
-    dim = config.model.dim
-    found = measured_by(config, layout, lambda: HeldOutRelated(texts(), CONTEXT, dim, 20.0, None))
-    assert all(np.array_equal(each.ranks, found[0].ranks) for each in found)
-    return found[0]
+def held_out() -> Measure:
+    return HeldOutRelated(texts(), CONTEXT, sizes("bert")["dim"], 20.0, None)
 
 
 @pytest.mark.parametrize("layout", [*TRAINED, Layout(dp=2, num_microbatches=2)], ids=str)
 def test_training_is_that_of_the_cpu(layout: Layout) -> None:
-    check_training(trained, layout)
+    check_training(task, as_embedder, layout)
 
 
 @pytest.mark.parametrize("layout", MEASURED, ids=str)
 def test_metrics_are_those_of_the_cpu(layout: Layout) -> None:
-    check_metrics(measured, layout, "ranks")
+    check_metrics(held_out, as_embedder, layout, "ranks")

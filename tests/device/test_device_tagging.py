@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
-from like_the_cpu import MEASURED, TRAINED, check_metrics, check_training, measured_by
-from test_step import sizes
-from training_helpers import VOCAB, Layout, make_config, train
+from like_the_cpu import MEASURED, TRAINED, check_metrics, check_training
+from training_helpers import VOCAB, Layout, as_family
 
 from minillm.data.tags import labels_of_types
-from minillm.models.tagger import FAMILY, TaggerOptions
+from minillm.models.tagger import FAMILY
 from minillm.tasks.encoded_words import EncodedWords, Pieces
-from minillm.tasks.tag_metrics import HeldOutTags, TagEvaluation
+from minillm.tasks.protocol import Measure, Task
+from minillm.tasks.tag_metrics import HeldOutTags
 from minillm.tasks.tagging import Tagging
-from minillm.training.resolve import ResolvedConfig
 
 LABELS, CONTEXT = labels_of_types("xy"), 16
 
@@ -31,31 +29,22 @@ def sentences() -> EncodedWords:
     return EncodedWords(pieces, labels)
 
 
-def as_tagger(config: ResolvedConfig) -> ResolvedConfig:
-    own = {name: getattr(config.model, name) for name in ("layers", "heads", "dim", "ffn_dim")}
-    options = TaggerOptions.from_dict({**own, "context": CONTEXT, "labels": len(LABELS)})
-    return dataclasses.replace(config, family=FAMILY, model=options.resolve(VOCAB))
+as_tagger = partial(as_family, family=FAMILY, context=CONTEXT, labels=len(LABELS))
 
 
-def trained(layout: Layout, **changes: Any) -> Any:
-    task = Tagging(sentences(), CONTEXT, 8, 7, 0, True)
-    more = sizes("bert", dropout=0.0, dtype="float32", batch=8, **changes)
-    return train("bert", layout, steps=3, options={"task": task}, adapt=as_tagger, **more)
+def task() -> Task:
+    return Tagging(sentences(), CONTEXT, 8, 7, 0, True)
 
 
-def measured(layout: Layout, **changes: Any) -> TagEvaluation:
-    more = sizes("bert", dropout=0.0, dtype="float32", **changes)
-    config = as_tagger(make_config("bert", layout, **more))
-    found = measured_by(config, layout, lambda: HeldOutTags(sentences(), LABELS, CONTEXT, None))
-    assert all(np.array_equal(each.rows, found[0].rows) for each in found)
-    return found[0]
+def held_out() -> Measure:
+    return HeldOutTags(sentences(), LABELS, CONTEXT, None)
 
 
 @pytest.mark.parametrize("layout", TRAINED, ids=str)
 def test_training_is_that_of_the_cpu(layout: Layout) -> None:
-    check_training(trained, layout)
+    check_training(task, as_tagger, layout)
 
 
 @pytest.mark.parametrize("layout", MEASURED, ids=str)
 def test_metrics_are_those_of_the_cpu(layout: Layout) -> None:
-    check_metrics(measured, layout, "rows")
+    check_metrics(held_out, as_tagger, layout, "rows")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,14 +9,13 @@ import numpy as np
 import pytest
 from like_the_cpu import check_training, measured_by
 from standin.install import installed
-from test_step import sizes
-from training_helpers import VOCAB, Layout, make_config, train
+from training_helpers import VOCAB, Layout, as_family
 
-from minillm.models.classifier import FAMILY, ClassifierOptions
+from minillm.models.classifier import FAMILY
 from minillm.tasks.classification import Classifying
 from minillm.tasks.encoded_texts import EncodedTexts
+from minillm.tasks.protocol import Task
 from minillm.tasks.targets import TARGETS
-from minillm.training.resolve import ResolvedConfig
 
 CONTEXT = 16
 LABELS = {"single-label": ["a", "b", "c"], "multi-label": ["a", "b", "c"], "regression": ["value"]}
@@ -36,36 +34,26 @@ def texts(problem: str) -> EncodedTexts:
 
 
 def adapted(problem: str) -> Any:
-    def adapt(config: ResolvedConfig) -> ResolvedConfig:
-        own = {name: getattr(config.model, name) for name in ("layers", "heads", "dim", "ffn_dim")}
-        own |= dict(context=CONTEXT, labels=len(LABELS[problem]), problem=problem)
-        shape = ClassifierOptions.from_dict(own).resolve(VOCAB)
-        return dataclasses.replace(config, family=FAMILY, model=shape)
-
-    return adapt
+    options: dict[str, Any] = dict(context=CONTEXT, labels=len(LABELS[problem]), problem=problem)
+    return partial(as_family, family=FAMILY, **options)
 
 
-def trained(problem: str, layout: Layout, **changes: Any) -> Any:
+def task(problem: str) -> Task:
     weights = np.array([0.25, 1.0, 3.0]) if problem == "single-label" else None
     terms = TARGETS[problem].terms(len(LABELS[problem]))
-    task = Classifying(texts(problem), CONTEXT, 8, 7, 0, True, terms=terms, weights=weights)
-    more = sizes("bert", dropout=0.0, dtype="float32", batch=8, **changes)
-    return train("bert", layout, steps=3, options={"task": task}, adapt=adapted(problem), **more)
+    return Classifying(texts(problem), CONTEXT, 8, 7, 0, True, terms=terms, weights=weights)
 
 
 def measured(problem: str, layout: Layout, **changes: Any) -> dict[str, Any]:
-    more = sizes("bert", dropout=0.0, dtype="float32", **changes)
-    config = adapted(problem)(make_config("bert", layout, **more))
-
     def what() -> Any:
         return TARGETS[problem].measure(texts(problem), LABELS[problem], CONTEXT, None)
 
-    return measured_by(config, layout, what)[0].values()
+    return measured_by(what, adapted(problem), layout, **changes)[0].values()
 
 
 @pytest.mark.parametrize("problem", list(LABELS))
 def test_training_is_that_of_the_cpu(problem: str) -> None:
-    check_training(partial(trained, problem), Layout(dp=2))
+    check_training(partial(task, problem), adapted(problem), Layout(dp=2))
 
 
 @pytest.mark.parametrize("problem", ["multi-label", "regression"])

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any
 
 import numpy as np
-from training_helpers import VOCAB
+from training_helpers import VOCAB, as_family
 
 from minillm.data.documents import SpecialTokenizer
 from minillm.data.related_texts import Related
 from minillm.data.tokenizers import IdTokenizer
-from minillm.models.embedder import FAMILY, EmbedderOptions
+from minillm.models.embedder import FAMILY
 from minillm.tasks.encoded_related import EncodedRelated
 from minillm.tasks.encoded_texts import Encoder
-from minillm.training.resolve import ResolvedConfig
 
 CONTEXT, BATCH = 16, 16
 
@@ -43,7 +40,4 @@ def texts(number: int = 50, k: int = 3, scores: bool = False) -> EncodedRelated:
     return EncodedRelated(found, Encoder(tokenizer(), CONTEXT))
 
 
-def as_embedder(config: ResolvedConfig, **more: Any) -> ResolvedConfig:
-    sizes = dict(layers=4, heads=8, dim=32, ffn_dim=48, context=CONTEXT, dropout=0.1)
-    shape = EmbedderOptions.from_dict({**sizes, **more}).resolve(VOCAB)
-    return dataclasses.replace(config, family=FAMILY, model=shape)
+as_embedder = functools.partial(as_family, family=FAMILY, context=CONTEXT, dropout=0.1)

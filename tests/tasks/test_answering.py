@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from training_helpers import VOCAB, Layout, Outcome, assert_same, make_config, train
+from training_helpers import Layout, Outcome, as_family, assert_same, make_config, train
 
 from minillm.autograd.tape import no_grad
 from minillm.base.device import CPU
@@ -20,7 +19,7 @@ from minillm.data.documents import SpecialTokenizer
 from minillm.data.squad import Answer, Question
 from minillm.data.tokenizers import CharTokenizer
 from minillm.inference.predict import predicted
-from minillm.models.reader import FAMILY, ReaderOptions
+from minillm.models.reader import FAMILY
 from minillm.nn.span import _SpanLoss
 from minillm.params.where import Where
 from minillm.tasks import answer_metrics, spans
@@ -30,7 +29,6 @@ from minillm.tasks.answering import Answering
 from minillm.tasks.windows import EncodedQuestions, QuestionEncoder
 from minillm.training.assembly import assemble
 from minillm.training.held_out import measure
-from minillm.training.resolve import ResolvedConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwx "
 CONTEXT, BATCH = 16, 16
@@ -82,10 +80,7 @@ def windows() -> EncodedQuestions:
     return encoder().encode(questions(), "the test")
 
 
-def as_reader(config: ResolvedConfig) -> ResolvedConfig:
-    sizes = dict(layers=4, heads=8, dim=32, ffn_dim=48, context=CONTEXT, dropout=0.1)
-    shape = ReaderOptions.from_dict(sizes).resolve(VOCAB)
-    return dataclasses.replace(config, family=FAMILY, model=shape)
+as_reader = functools.partial(as_family, family=FAMILY, context=CONTEXT, dropout=0.1)
 
 
 def trained(layout: Layout, **changes: Any) -> Outcome:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import numpy as np
 import pytest
-from training_helpers import VOCAB, Layout, Outcome, assert_same, make_config, train
+from training_helpers import VOCAB, Layout, Outcome, as_family, assert_same, make_config, train
 
 from minillm.autograd.tape import no_grad
 from minillm.base.device import CPU
@@ -17,7 +16,7 @@ from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
 from minillm.data.documents import SpecialTokenizer
 from minillm.data.tokenizers import ByteTokenizer
-from minillm.models.classifier import FAMILY, ClassifierOptions
+from minillm.models.classifier import FAMILY
 from minillm.params.where import Where
 from minillm.tasks import classification
 from minillm.tasks.classification import Classifying
@@ -27,7 +26,6 @@ from minillm.tasks.label_metrics import HeldOutLabels
 from minillm.tasks.targets import TARGETS
 from minillm.training.assembly import assemble
 from minillm.training.held_out import measure
-from minillm.training.resolve import ResolvedConfig
 
 LABELS, CONTEXT, BATCH = ["a", "b", "c"], 16, 16
 LAYOUTS = [
@@ -46,10 +44,7 @@ def examples(number: int = 50) -> EncodedTexts:
     return EncodedTexts(list(zip(ids, firsts, strict=True)), rng.integers(0, 3, number).tolist())
 
 
-def as_classifier(config: ResolvedConfig) -> ResolvedConfig:
-    sizes = dict(layers=4, heads=8, dim=32, ffn_dim=48, context=CONTEXT, dropout=0.1)
-    shape = ClassifierOptions.from_dict({**sizes, "labels": 3}).resolve(VOCAB)
-    return dataclasses.replace(config, family=FAMILY, model=shape)
+as_classifier = functools.partial(as_family, family=FAMILY, context=CONTEXT, dropout=0.1, labels=3)
 
 
 @functools.cache

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from training_helpers import VOCAB, Layout, Outcome, assert_same, make_config, train
+from training_helpers import VOCAB, Layout, Outcome, as_family, assert_same, make_config, train
 
 from minillm.autograd.tape import no_grad
 from minillm.base.device import CPU
@@ -64,10 +63,9 @@ def examples(number: int = 50) -> EncodedWords:
     return EncodedWords(pieces, labels)
 
 
-def as_tagger(config: ResolvedConfig) -> ResolvedConfig:
-    sizes = dict(layers=4, heads=8, dim=32, ffn_dim=48, context=CONTEXT, dropout=0.1)
-    shape = TaggerOptions.from_dict({**sizes, "labels": len(LABELS)}).resolve(VOCAB)
-    return dataclasses.replace(config, family=FAMILY, model=shape)
+as_tagger = functools.partial(
+    as_family, family=FAMILY, context=CONTEXT, dropout=0.1, labels=len(LABELS)
+)
 
 
 def trained(layout: Layout, **changes: Any) -> Outcome:

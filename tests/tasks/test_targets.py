@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_classification import CONTEXT, examples
-from training_helpers import VOCAB, Layout, Outcome, assert_same, make_config, train
+from training_helpers import Layout, Outcome, as_family, assert_same, make_config, train
 
 from minillm.autograd.tape import no_grad
 from minillm.base.device import CPU
@@ -19,7 +18,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.threads import run_ranks
 from minillm.data.labelled import Example, opinions
-from minillm.models.classifier import FAMILY, ClassifierOptions
+from minillm.models.classifier import FAMILY
 from minillm.params.where import Where
 from minillm.tasks.classification import Classifying
 from minillm.tasks.classification_options import ClassificationOptions
@@ -27,7 +26,6 @@ from minillm.tasks.encoded_texts import EncodedTexts
 from minillm.tasks.targets import TARGETS
 from minillm.training.assembly import assemble
 from minillm.training.held_out import measure
-from minillm.training.resolve import ResolvedConfig
 
 BATCH = 16
 LABELS = {"single-label": ["a", "b", "c"], "multi-label": ["a", "b", "c"], "regression": ["value"]}
@@ -51,14 +49,10 @@ def targets(problem: str, number: int = 50) -> EncodedTexts:
 
 
 def adapted(problem: str) -> Any:
-    sizes = dict(layers=4, heads=8, dim=32, ffn_dim=48, context=CONTEXT, dropout=0.1)
-    sizes |= dict(labels=len(LABELS[problem]), problem=problem)
-    shape = ClassifierOptions.from_dict(sizes).resolve(VOCAB)
-
-    def adapt(config: ResolvedConfig) -> ResolvedConfig:
-        return dataclasses.replace(config, family=FAMILY, model=shape)
-
-    return adapt
+    options: dict[str, Any] = dict(
+        context=CONTEXT, dropout=0.1, labels=len(LABELS[problem]), problem=problem
+    )
+    return functools.partial(as_family, family=FAMILY, **options)
 
 
 def task(problem: str, weighted: bool) -> Classifying:
