@@ -13,6 +13,8 @@ REASON = "PyTorch or transformers is not installed; .ci/run installs them for th
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
+from tasks.torch_encoders import bert_config  # noqa: E402
+
 from minillm import finetune  # noqa: E402
 from minillm.bench import main  # noqa: E402
 
@@ -52,15 +54,7 @@ def text_of(task: str, seed: int) -> str:
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
+    config = bert_config(len(TOKENS), 32)
     transformers.BertModel(config).save_pretrained(path)
     (path / "vocab.txt").write_text("\n".join(TOKENS) + "\n")
     return path

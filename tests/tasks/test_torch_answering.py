@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,30 @@ REASON = "PyTorch or transformers is not installed; .ci/run installs them for th
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
-from torch_encoders import CONTEXT, Given, check_grads, losses_of, renamed, twin_of  # noqa: E402
-from training_helpers import Layout, make_config  # noqa: E402
+from torch_encoders import (  # noqa: E402
+    BATCH,
+    CONTEXT,
+    Given,
+    check_grads,
+    check_steps,
+    encoder_config,
+    renamed,
+    trainer_of,
+    twin_of,
+)
+from training_helpers import Layout  # noqa: E402
 
 from minillm.autograd.backward import backward  # noqa: E402
 from minillm.base.device import CPU  # noqa: E402
-from minillm.comm.communicator import Communicator  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
-from minillm.comm.threads import run_ranks  # noqa: E402
 from minillm.data.squad import Answer, Question  # noqa: E402
 from minillm.data.tokenizers import make_tokenizer  # noqa: E402
-from minillm.models.reader import FAMILY, ReaderOptions  # noqa: E402
+from minillm.models.reader import FAMILY  # noqa: E402
 from minillm.tasks.answering import Answering  # noqa: E402
 from minillm.tasks.windows import EncodedQuestions, QuestionEncoder  # noqa: E402
 from minillm.training.resolve import ResolvedConfig  # noqa: E402
-from minillm.training.trainer import Trainer  # noqa: E402
 
-BATCH, STEPS, STRIDE = 8, 10, 4
+STRIDE = 4
 HEADS = ("qa_outputs", "spans")  # names of the head
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOKENS = [*SPECIAL, "in", "bath", "ann", "lee", "un", "##ann", "##in", "##s", ".", "-", "a", "b"]
@@ -103,19 +109,11 @@ def twin() -> Any:
 
 
 def config_of(layout: Layout) -> ResolvedConfig:
-    sizes = dict(layers=4, heads=8, dim=32, ffn_dim=48, context=CONTEXT)
-    shape = ReaderOptions.from_dict(sizes).resolve(len(TOKENS))
-    changes = dict(batch=BATCH, lr=2e-3, weight_decay=0.0, dropout=0.0, vocab=len(TOKENS))
-    found = make_config("bert", layout, **changes)
-    return dataclasses.replace(found, family=FAMILY, model=shape)
+    return encoder_config(FAMILY, layout, len(TOKENS))
 
 
-def trainer_of(
-    comm: Communicator, config: ResolvedConfig, windows: EncodedQuestions, given: Any
-) -> Trainer:
-    trainer = Trainer(config, comm, Answering(windows, CONTEXT, BATCH, 7, 0, True))
-    trainer.load_weights(given)
-    return trainer
+def task_of(windows: EncodedQuestions) -> Answering:
+    return Answering(windows, CONTEXT, BATCH, 7, 0, True)
 
 
 def mean_loss(twin: Any, rows: list[dict[str, Any]]) -> Any:
@@ -140,7 +138,8 @@ def test_loss_scores_and_gradients(
     windows: EncodedQuestions, theirs: list[dict[str, Any]], twin: Any
 ) -> None:
     """Compare a step of 8 windows of unequal lengths, theirs one by one."""
-    trainer = trainer_of(SelfCommunicator(), config_of(Layout()), windows, Given(twin, *HEADS))
+    given = Given(twin, *HEADS)
+    trainer = trainer_of(SelfCommunicator(), config_of(Layout()), task_of(windows), given)
     batch, stage = trainer.task.batch(0, np.arange(BATCH), CPU), trainer.model.stages[0]
     rows = [theirs[i] for i in trainer.task.rows(0)]  # type: ignore[attr-defined]
     expected = mean_loss(twin, rows)
@@ -164,17 +163,10 @@ def test_ten_steps(
     layout: Layout, windows: EncodedQuestions, theirs: list[dict[str, Any]], twin: Any
 ) -> None:
     """Train on the same batches with AdamW and clipping; every loss is that of PyTorch."""
-    config, given = config_of(layout), Given(twin, *HEADS)
+    order = task_of(windows)
 
-    def rank(comm: Communicator) -> list[float]:
-        trainer = trainer_of(comm, config, windows, given)
-        return [trainer.step(step).loss for step in range(STEPS)]
+    def loss_of(step: int) -> Any:
+        return mean_loss(twin, [theirs[i] for i in order.rows(step)])
 
-    found = run_ranks(layout.num_ranks, rank)
-    order = Answering(windows, CONTEXT, BATCH, 7, 0, True)
-    expected = losses_of(
-        twin, config, STEPS, lambda step: mean_loss(twin, [theirs[i] for i in order.rows(step)])
-    )
-    assert expected[-1] < expected[0]
-    for losses in found:
-        np.testing.assert_allclose(losses, expected, rtol=1e-8)
+    given = Given(twin, *HEADS)
+    check_steps(layout, config_of(layout), lambda: task_of(windows), given, twin, loss_of)

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
 from mpi_helpers import mpirun, needs_mpirun  # noqa: E402
+from torch_encoders import NO_DROPOUT, bert_config  # noqa: E402
 
 from minillm import finetune  # noqa: E402
 from minillm.training.schedule_lr import learning_rate  # noqa: E402
@@ -68,19 +69,13 @@ def target(kind: str, text: str, label: str, number: float) -> tuple[str, Any]:
 def model_of(kind: str) -> Any:
     torch.manual_seed(0)
     labels = KINDS[kind]["labels"]
-    config = transformers.BertConfig(
-        vocab_size=len([*MARKS, *GOOD, *BAD, *PLAIN]),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=CONTEXT,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+    config = bert_config(
+        len([*MARKS, *GOOD, *BAD, *PLAIN]),
+        CONTEXT,
         problem_type=PROBLEM.get(kind, "single_label_classification"),
-        initializer_range=0.2,
         id2label=dict(enumerate(labels)),
         label2id={name: number for number, name in enumerate(labels)},
+        **NO_DROPOUT,
     )
     return transformers.BertForSequenceClassification(config)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,34 @@ REASON = "PyTorch or transformers is not installed; .ci/run installs them for th
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
-from torch_encoders import Given, check_grads, losses_of, renamed, twin_of  # noqa: E402
-from training_helpers import Layout, make_config  # noqa: E402
+from torch_encoders import (  # noqa: E402
+    BATCH,
+    CONTEXT,
+    Given,
+    check_grads,
+    check_steps,
+    encoder_config,
+    renamed,
+    trainer_of,
+    twin_of,
+)
+from training_helpers import Layout  # noqa: E402
 
 from minillm import finetune  # noqa: E402
 from minillm.autograd.backward import backward  # noqa: E402
 from minillm.base.device import CPU  # noqa: E402
-from minillm.comm.communicator import Communicator  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
-from minillm.comm.threads import run_ranks  # noqa: E402
 from minillm.data.related_texts import Related  # noqa: E402
 from minillm.data.tokenizers import make_tokenizer  # noqa: E402
 from minillm.inference import embed, predict  # noqa: E402
-from minillm.models.embedder import FAMILY, EmbedderOptions  # noqa: E402
+from minillm.models.embedder import FAMILY  # noqa: E402
 from minillm.tasks.embedding import Embedding  # noqa: E402
 from minillm.tasks.encoded_related import EncodedRelated  # noqa: E402
 from minillm.tasks.encoded_texts import Encoder  # noqa: E402
 from minillm.training.resolve import ResolvedConfig  # noqa: E402
-from minillm.training.trainer import Trainer  # noqa: E402
 from minillm.weights import exporting  # noqa: E402
 
-CONTEXT, BATCH, STEPS, SCALE = 16, 8, 10, 20.0
+SCALE = 20.0
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [
     "in",
@@ -126,17 +132,11 @@ class GivenEncoder(Given):
 
 
 def config_of(layout: Layout, symmetric: bool) -> ResolvedConfig:
-    sizes = dict(layers=4, heads=8, dim=32, ffn_dim=48, context=CONTEXT, symmetric=symmetric)
-    shape = EmbedderOptions.from_dict(sizes).resolve(len(TOKENS))
-    changes = dict(batch=BATCH, lr=2e-3, weight_decay=0.0, dropout=0.0, vocab=len(TOKENS))
-    found = make_config("bert", layout, **changes)
-    return dataclasses.replace(found, family=FAMILY, model=shape)
+    return encoder_config(FAMILY, layout, len(TOKENS), symmetric=symmetric)
 
 
-def trainer_of(comm: Communicator, config: ResolvedConfig, held: EncodedRelated, given: Any) -> Any:
-    trainer = Trainer(config, comm, Embedding(held, CONTEXT, BATCH, 7, 0, True))
-    trainer.load_weights(given)
-    return trainer
+def task_of(held: EncodedRelated) -> Embedding:
+    return Embedding(held, CONTEXT, BATCH, 7, 0, True)
 
 
 @pytest.mark.parametrize(("k", "symmetric"), [(2, False), (3, False), (2, True)])
@@ -144,7 +144,7 @@ def test_loss_vectors_and_gradients(k: int, symmetric: bool, folder: Path) -> No
     """Compare a step of 8 examples of unequal lengths, some of them cut."""
     twin, held = Twin(folder), encoded(folder, k)
     config = config_of(Layout(), symmetric)
-    trainer = trainer_of(SelfCommunicator(), config, held, GivenEncoder(twin))
+    trainer = trainer_of(SelfCommunicator(), config, task_of(held), GivenEncoder(twin))
     batch, stage = trainer.task.batch(0, np.arange(BATCH), CPU), trainer.model.stages[0]
     rows = [examples(k)[i] for i in trainer.task.rows(0)]
     expected = twin.loss(rows, symmetric)
@@ -167,21 +167,13 @@ def test_loss_vectors_and_gradients(k: int, symmetric: bool, folder: Path) -> No
 )
 def test_ten_steps(layout: Layout, folder: Path) -> None:
     """Train on the same batches with AdamW and clipping; every loss is that of PyTorch."""
-    twin, held, config = Twin(folder), encoded(folder, 3), config_of(layout, False)
-    given = GivenEncoder(twin)
+    twin, held, rows = Twin(folder), encoded(folder, 3), examples(3)
+    order, config = task_of(held), config_of(layout, False)
 
-    def rank(comm: Communicator) -> list[float]:
-        trainer = trainer_of(comm, config, held, given)
-        return [trainer.step(step).loss for step in range(STEPS)]
+    def loss_of(step: int) -> Any:
+        return twin.loss([rows[i] for i in order.rows(step)], False)
 
-    found = run_ranks(layout.num_ranks, rank)
-    order, rows = Embedding(held, CONTEXT, BATCH, 7, 0, True), examples(3)
-    expected = losses_of(
-        twin, config, STEPS, lambda step: twin.loss([rows[i] for i in order.rows(step)], False)
-    )
-    assert expected[-1] < expected[0]
-    for losses in found:
-        np.testing.assert_allclose(losses, expected, rtol=1e-8)
+    check_steps(layout, config, lambda: task_of(held), GivenEncoder(twin), twin, loss_of)
 
 
 def by_transformers(path: Path, texts: list[str], pooling: str) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,33 @@ REASON = "PyTorch or transformers is not installed; .ci/run installs them for th
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
-from torch_encoders import Given, check_grads, losses_of, renamed, twin_of  # noqa: E402
-from training_helpers import Layout, make_config  # noqa: E402
+from torch_encoders import (  # noqa: E402
+    BATCH,
+    CONTEXT,
+    Given,
+    bert_config,
+    check_grads,
+    check_steps,
+    encoder_config,
+    renamed,
+    trainer_of,
+    twin_of,
+)
+from training_helpers import Layout  # noqa: E402
 
 from minillm import finetune  # noqa: E402
 from minillm.autograd.backward import backward  # noqa: E402
 from minillm.base.device import CPU  # noqa: E402
-from minillm.comm.communicator import Communicator  # noqa: E402
 from minillm.comm.single import SelfCommunicator  # noqa: E402
-from minillm.comm.threads import run_ranks  # noqa: E402
 from minillm.data.tokenizers import make_tokenizer  # noqa: E402
 from minillm.inference import predict  # noqa: E402
-from minillm.models.tagger import FAMILY, TaggerOptions  # noqa: E402
+from minillm.models.tagger import FAMILY  # noqa: E402
 from minillm.tasks.encoded_words import EncodedWords, WordEncoder  # noqa: E402
 from minillm.tasks.tagging import Tagging  # noqa: E402
 from minillm.training.resolve import ResolvedConfig  # noqa: E402
-from minillm.training.trainer import Trainer  # noqa: E402
 from minillm.weights import exporting  # noqa: E402
 
-LABELS, CONTEXT, BATCH, STEPS = 5, 16, 8, 10
+LABELS = 5
 HEADS = ("classifier", "tags")  # names of the head
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOKENS = [*SPECIAL, "in", "bath", "ann", "lee", "un", "##ann", "##in", "##s", ".", "-", "a", "b"]
@@ -88,23 +95,17 @@ def twin() -> Any:
 
 
 def config_of(layout: Layout) -> ResolvedConfig:
-    sizes = dict(layers=4, heads=8, dim=32, ffn_dim=48, context=CONTEXT, labels=LABELS)
-    shape = TaggerOptions.from_dict(sizes).resolve(len(TOKENS))
-    changes = dict(batch=BATCH, lr=2e-3, weight_decay=0.0, dropout=0.0, vocab=len(TOKENS))
-    found = make_config("bert", layout, **changes)
-    return dataclasses.replace(found, family=FAMILY, model=shape)
+    return encoder_config(FAMILY, layout, len(TOKENS), labels=LABELS)
 
 
-def trainer_of(comm: Communicator, config: ResolvedConfig, sentences: EncodedWords, given: Any):
-    task = Tagging(sentences, CONTEXT, BATCH, 7, 0, True)
-    trainer = Trainer(config, comm, task)
-    trainer.load_weights(given)
-    return trainer
+def task_of(sentences: EncodedWords) -> Tagging:
+    return Tagging(sentences, CONTEXT, BATCH, 7, 0, True)
 
 
 def test_loss_logits_and_gradients(folder: Path, sentences: EncodedWords, twin: Any) -> None:
     """Compare a step of 8 sentences of unequal lengths, one of them cut."""
-    trainer = trainer_of(SelfCommunicator(), config_of(Layout()), sentences, Given(twin, *HEADS))
+    given = Given(twin, *HEADS)
+    trainer = trainer_of(SelfCommunicator(), config_of(Layout()), task_of(sentences), given)
     batch, stage = trainer.task.batch(0, np.arange(BATCH), CPU), trainer.model.stages[0]
     numbers = trainer.task.rows(0)  # type: ignore[attr-defined]
     given = theirs(folder, sentences, numbers)
@@ -127,20 +128,13 @@ def test_loss_logits_and_gradients(folder: Path, sentences: EncodedWords, twin: 
 )
 def test_ten_steps(layout: Layout, folder: Path, sentences: EncodedWords, twin: Any) -> None:
     """Train on the same batches with AdamW and clipping; every loss is that of PyTorch."""
-    config, given = config_of(layout), Given(twin, *HEADS)
+    order = task_of(sentences)
 
-    def rank(comm: Communicator) -> list[float]:
-        trainer = trainer_of(comm, config, sentences, given)
-        return [trainer.step(step).loss for step in range(STEPS)]
+    def loss_of(step: int) -> Any:
+        return twin(**theirs(folder, sentences, order.rows(step))).loss
 
-    found = run_ranks(layout.num_ranks, rank)
-    order = Tagging(sentences, CONTEXT, BATCH, 7, 0, True)
-    expected = losses_of(
-        twin, config, STEPS, lambda step: twin(**theirs(folder, sentences, order.rows(step))).loss
-    )
-    assert expected[-1] < expected[0]
-    for losses in found:
-        np.testing.assert_allclose(losses, expected, rtol=1e-8)
+    given = Given(twin, *HEADS)
+    check_steps(layout, config_of(layout), lambda: task_of(sentences), given, twin, loss_of)
 
 
 NAMES = ["B-x", "I-x", "B-y", "O", "I-y"]  # in no order of minillm
@@ -174,16 +168,12 @@ def test_a_tagger_of_transformers_comes_in_and_goes_out(
 ) -> None:
     """Predict the same tags from its folder, go on with its head, and export the run."""
     torch.manual_seed(1)
-    config = transformers.BertConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
+    config = bert_config(
+        len(TOKENS),
+        64,
+        initializer_range=0.3,
         id2label=dict(enumerate(NAMES)),
         label2id={name: i for i, name in enumerate(NAMES)},
-        initializer_range=0.3,
     )
     source = tmp_path / "source"
     transformers.BertForTokenClassification(config).save_pretrained(source)

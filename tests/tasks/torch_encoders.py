@@ -8,26 +8,43 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from training_helpers import Layout, as_family, make_config
 
+from minillm.comm.communicator import Communicator
+from minillm.comm.threads import run_ranks
+from minillm.models.family import Family
+from minillm.tasks.protocol import Task
 from minillm.training.resolve import ResolvedConfig
 from minillm.training.step import rate_of
+from minillm.training.trainer import Trainer
 
-CONTEXT, LAYERS = 16, 4
+CONTEXT, LAYERS, BATCH, STEPS = 16, 4, 8, 10
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def bert_config(vocab: int, context: int, **more: Any) -> Any:
+    """Return their configuration of a BERT of width 32 with two layers; `more` are its fields."""
+    sizes = dict(
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_size=32,
+        intermediate_size=48,
+        initializer_range=0.2,
+    )
+    sizes |= dict(vocab_size=vocab, max_position_embeddings=context)
+    return transformers.BertConfig(**(sizes | more))
 
 
 def twin_of(kind: str, vocab: int, **more: Any) -> Any:
     """Return a model of transformers, such as "BertForQuestionAnswering", in float64."""
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=vocab,
-        hidden_size=32,
+    config = bert_config(
+        vocab,
+        CONTEXT,
         num_hidden_layers=LAYERS,
         num_attention_heads=8,
-        intermediate_size=48,
-        max_position_embeddings=CONTEXT,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
         initializer_range=0.25,
+        **NO_DROPOUT,
         **more,
     )
     model = getattr(transformers, kind)(config).double()
@@ -36,6 +53,13 @@ def twin_of(kind: str, vocab: int, **more: Any) -> Any:
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.train()
+
+
+def encoder_config(family: Family, layout: Layout, vocab: int, **options: Any) -> ResolvedConfig:
+    """Return the configuration of our model with the sizes of `twin_of`."""
+    changes = dict(batch=BATCH, lr=2e-3, weight_decay=0.0, dropout=0.0, vocab=vocab)
+    found = make_config("bert", layout, **changes)
+    return as_family(found, family, vocab, context=CONTEXT, **options)
 
 
 def renamed(tensors: dict[str, np.ndarray], head: str, own_head: str) -> dict[str, np.ndarray]:
@@ -99,6 +123,37 @@ class Given:
 
     def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         return self.held[name][slices]
+
+
+def trainer_of(comm: Communicator, config: ResolvedConfig, task: Task, given: Given) -> Any:
+    """Return a trainer that begins with the weights `given`."""
+    trainer = Trainer(config, comm, task)
+    trainer.load_weights(given)
+    return trainer
+
+
+def check_steps(
+    layout: Layout,
+    config: ResolvedConfig,
+    task: Callable[[], Task],
+    given: Given,
+    model: Any,
+    loss_of: Callable[[int], Any],
+) -> None:
+    """Train our model and theirs by AdamW with clipping: the losses of every step are the same.
+
+    `loss_of` returns the loss of their `model` for the rows of a step.
+    """
+
+    def rank(comm: Communicator) -> list[float]:
+        trainer = trainer_of(comm, config, task(), given)
+        return [trainer.step(step).loss for step in range(STEPS)]
+
+    found = run_ranks(layout.num_ranks, rank)
+    expected = losses_of(model, config, STEPS, loss_of)
+    assert expected[-1] < expected[0]
+    for losses in found:
+        np.testing.assert_allclose(losses, expected, rtol=1e-8)
 
 
 def losses_of(
