@@ -15,14 +15,17 @@ from minillm.autograd.recompute import recomputed
 from minillm.autograd.slot import GradSlot
 from minillm.autograd.tape import Function, Leaf, Tensor, no_grad
 
-RNG = np.random.default_rng(0)
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
 
 
 class Weight(Leaf):
     """Parameter that holds its array."""
 
-    def __init__(self, *shape: int) -> None:
-        self.value = RNG.standard_normal(shape)
+    def __init__(self, rng: np.random.Generator, *shape: int) -> None:
+        self.value = rng.standard_normal(shape)
         self._slot = GradSlot(np.full(shape, np.nan))
 
     def get(self) -> np.ndarray:
@@ -96,8 +99,8 @@ def test_a_chain_of_20000_needs_no_recursion_and_frees_its_memory() -> None:
         gc.enable()
 
 
-def test_gradients_accumulate_in_the_slot_and_in_leaves() -> None:
-    w, x = Weight(4, 4), Tensor(RNG.standard_normal((2, 4)), True)
+def test_gradients_accumulate_in_the_slot_and_in_leaves(rng: np.random.Generator) -> None:
+    w, x = Weight(rng, 4, 4), Tensor(rng.standard_normal((2, 4)), True)
     for _ in range(2):
         backward([(ops.linear(x, w), np.ones((2, 4)))])
     assert np.allclose(w.slot().buf, 2 * np.ones((4, 2)) @ x.data)
@@ -105,9 +108,9 @@ def test_gradients_accumulate_in_the_slot_and_in_leaves() -> None:
     assert np.allclose(x.grad, 2 * np.ones((2, 4)) @ w.value)
 
 
-def test_input_and_weight_gradients_apart_equal_both_at_once() -> None:
-    weights = [Weight(5, 5) for _ in range(3)]
-    data, grad = RNG.standard_normal((7, 5)), RNG.standard_normal((7, 5))
+def test_input_and_weight_gradients_apart_equal_both_at_once(rng: np.random.Generator) -> None:
+    weights = [Weight(rng, 5, 5) for _ in range(3)]
+    data, grad = rng.standard_normal((7, 5)), rng.standard_normal((7, 5))
     inputs: list[np.ndarray] = []
 
     def run(split: bool) -> None:
@@ -128,13 +131,15 @@ def test_input_and_weight_gradients_apart_equal_both_at_once() -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_parameter_is_ready_once_after_its_last_use(split: bool, recompute: bool) -> None:
+def test_a_parameter_is_ready_once_after_its_last_use(
+    split: bool, recompute: bool, rng: np.random.Generator
+) -> None:
     """Check that a parameter is ready once all its gradients have been written.
 
     The first weight is used three times, twice inside the recomputed part.
     """
-    shared, other = Weight(4, 4), Weight(4, 4)
-    x = Tensor(RNG.standard_normal((3, 4)), True)
+    shared, other = Weight(rng, 4, 4), Weight(rng, 4, 4)
+    x = Tensor(rng.standard_normal((3, 4)), True)
 
     def part(h: Tensor) -> Tensor:
         return ops.linear(ops.linear(ops.linear(h, shared), other), shared)
@@ -160,9 +165,9 @@ def test_a_parameter_is_ready_once_after_its_last_use(split: bool, recompute: bo
     )
 
 
-def test_recomputation_changes_no_bit_and_keeps_less() -> None:
-    weights = [Weight(6, 6) for _ in range(2)]
-    data = RNG.standard_normal((5, 6))
+def test_recomputation_changes_no_bit_and_keeps_less(rng: np.random.Generator) -> None:
+    weights = [Weight(rng, 6, 6) for _ in range(2)]
+    data = rng.standard_normal((5, 6))
     outs = []
 
     def run(recompute: bool) -> None:
@@ -182,8 +187,8 @@ def test_recomputation_changes_no_bit_and_keeps_less() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(*outs, strict=True))
 
 
-def test_a_recomputable_array_is_not_kept() -> None:
-    weights = [Weight(6, 6) for _ in range(2)]
+def test_a_recomputable_array_is_not_kept(rng: np.random.Generator) -> None:
+    weights = [Weight(rng, 6, 6) for _ in range(2)]
     results = []
 
     def run(recompute: bool) -> None:
@@ -201,17 +206,17 @@ def test_a_recomputable_array_is_not_kept() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_recomputation_of_parameters_alone() -> None:
+def test_recomputation_of_parameters_alone(rng: np.random.Generator) -> None:
     """Recompute a first block whose input is data: only parameters want gradients."""
-    w = Weight(4, 4)
+    w = Weight(rng, 4, 4)
     y = recomputed(lambda h: ops.linear(h, w), Tensor(np.ones((2, 4))))
     backward([(y, np.ones((2, 4)))])
     assert np.allclose(w.slot().buf, 2)
 
 
-def test_no_grad_saves_nothing() -> None:
+def test_no_grad_saves_nothing(rng: np.random.Generator) -> None:
     with no_grad():
-        y = _mlp(Tensor(np.ones((2, 3)), True), [Weight(3, 3)])
+        y = _mlp(Tensor(np.ones((2, 3)), True), [Weight(rng, 3, 3)])
     assert y.node is None and not y.requires_grad
 
 
@@ -225,12 +230,14 @@ def test_a_second_backward_is_refused() -> None:
             backward([(ops.relu(y), np.ones(3))], observer=observer)
 
 
-def test_an_incoming_gradient_that_somebody_shares_is_not_overwritten() -> None:
+def test_an_incoming_gradient_that_somebody_shares_is_not_overwritten(
+    rng: np.random.Generator,
+) -> None:
     """Check a sum that hands one array to two consumers.
 
     The backward of gelu would work in place on it.
     """
-    x = Tensor(RNG.standard_normal((4, 4)), True)
+    x = Tensor(rng.standard_normal((4, 4)), True)
     seed = np.ones((4, 4))
     backward([(ops.add(ops.gelu(x), ops.gelu(x)), seed)])
     once = Tensor(x.data, True)
@@ -260,7 +267,7 @@ def test_the_tape_is_walked_in_reverse_order_of_creation() -> None:
     assert order == [2, 1, 0]
 
 
-def test_gradcheck_catches_a_wrong_gradient_and_nan() -> None:
+def test_gradcheck_catches_a_wrong_gradient_and_nan(rng: np.random.Generator) -> None:
     class Wrong(Function):
         @staticmethod
         def forward(ctx, x, *, factor):
@@ -271,7 +278,7 @@ def test_gradcheck_catches_a_wrong_gradient_and_nan() -> None:
         def backward(ctx, grad_outs, needs, into):
             return (ctx.saved[0] * grad_outs[0],)
 
-    x = RNG.standard_normal(5)
+    x = rng.standard_normal(5)
     gradcheck(lambda t: Wrong.apply(t, factor=3.0), x)
     for factor in (3.001, np.nan):
         with pytest.raises(ArithmeticError, match="gradient check failed"):

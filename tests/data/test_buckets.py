@@ -17,13 +17,16 @@ from minillm.models.protocol import Batch
 from minillm.params.where import KeyLimits, Where
 from minillm.tasks.protocol import Unequal
 
-RNG = np.random.default_rng(4)
+
+def some_lengths(low: int, high: int, shape: int | tuple[int, ...]) -> np.ndarray:
+    """Return random lengths from `low` to `high` - 1."""
+    return np.random.default_rng(4).integers(low, high, shape)
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 37, 64, 100])
 def test_every_epoch_has_each_sequence_once(size: int) -> None:
     batch = 8
-    found = Buckets(RNG.integers(1, 60, size), batch, 5, total=3 * size, window=4)
+    found = Buckets(some_lengths(1, 60, size), batch, 5, total=3 * size, window=4)
     steps = [found.rows(step) for step in range(-(-3 * size // batch) + 1)]
     assert all(len(rows) == batch for rows in steps)
     read = np.concatenate(steps)
@@ -37,7 +40,7 @@ def test_every_epoch_has_each_sequence_once(size: int) -> None:
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
-    lengths = RNG.integers(1, 60, 500)
+    lengths = some_lengths(1, 60, 500)
     one, other = (Buckets(lengths, 8, 5, window=4) for _ in range(2))
     late = [other.rows(step) for step in (70, 3, 0)]
     assert all((one.rows(step) == rows).all() for step, rows in zip((70, 3, 0), late, strict=True))
@@ -49,7 +52,7 @@ def test_a_batch_is_a_function_of_seed_and_step() -> None:
 
 
 def test_sequences_of_two_parts_are_sorted_by_both() -> None:
-    lengths = RNG.integers(1, 5, (200, 2))
+    lengths = some_lengths(1, 5, (200, 2))
     found = Buckets(lengths, 20, 1)
     for step in range(10):
         pairs = [tuple(lengths[row]) for row in found.rows(step)]
@@ -57,7 +60,7 @@ def test_sequences_of_two_parts_are_sorted_by_both() -> None:
 
 
 def test_sorted_windows_leave_little_padding_and_even_shares() -> None:
-    sizes = np.minimum(RNG.geometric(0.1, 20_000), 64)
+    sizes = np.minimum(np.random.default_rng(4).geometric(0.1, 20_000), 64)
     padding = {}
     for window in (1, 50):
         found = Buckets(sizes, 32, 1, window=window)
@@ -77,7 +80,10 @@ def test_no_sequence_at_all_is_refused() -> None:
 
 # One loss, whatever the shapes
 
-DOCUMENTS = [RNG.integers(0, VOCAB, n) for n in RNG.integers(2, BASE["context"] + 2, 60)]
+DOCUMENTS = [
+    np.random.default_rng(seed).integers(0, VOCAB, length)
+    for seed, length in enumerate(some_lengths(2, BASE["context"] + 2, 60))
+]
 
 
 class Documents:

@@ -15,7 +15,10 @@ from minillm.data.microbatches import (
     load_of,
 )
 
-RNG = np.random.default_rng(4)
+
+def some_lengths(low: int, high: int, shape: int | tuple[int, ...]) -> np.ndarray:
+    """Return random lengths from `low` to `high` - 1."""
+    return np.random.default_rng(4).integers(low, high, shape)
 
 
 def shares(cut: Microbatches) -> list[list[list[int]]]:
@@ -46,7 +49,7 @@ def plain_load(lengths: np.ndarray, ranks: int, microbatches: int) -> Load:
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 1), (4, 1), (2, 4), (3, 2)])
 def test_load_is_what_a_plain_count_gives(ranks: int, microbatches: int) -> None:
     for parts in (1, 2):
-        lengths = np.sort(RNG.integers(0, 50, (48, parts)), axis=0)
+        lengths = np.sort(some_lengths(0, 50, (48, parts)), axis=0)
         found = load_of(lengths, in_turn(48, ranks, microbatches))
         expected = plain_load(lengths, ranks, microbatches)
         assert (found.real, found.computed, found.sequences) == (*expected[:2], 48)
@@ -63,7 +66,7 @@ def test_a_row_too_many_is_load_of_one_rank() -> None:
 @pytest.mark.parametrize(("ranks", "least"), [(1, 1), (1, 4), (3, 1), (4, 4), (8, 2)])
 @pytest.mark.parametrize("most", [0, 40, 150, 1000])
 def test_microbatches_by_positions(size: int, ranks: int, least: int, most: int) -> None:
-    sizes = np.sort(RNG.integers(1, 60, size))
+    sizes = np.sort(some_lengths(1, 60, size))
     cut = by_positions(sizes, ranks, least, most)
     rows = [row for share in shares(cut) for part in share for row in part]
     assert sorted(rows) == list(range(size))
@@ -91,8 +94,9 @@ def test_as_few_microbatches_as_the_limit_allows() -> None:
 
 @pytest.mark.parametrize("number", [1, 2, 5, 30])
 def test_cuts_are_even_and_leave_no_part_empty(number: int) -> None:
+    rng = np.random.default_rng(number)
     for _ in range(50):
-        sizes = RNG.integers(1, 40, RNG.integers(number, 200))
+        sizes = rng.integers(1, 40, rng.integers(number, 200))
         ends = even_cuts(sizes, number)
         assert ends[0] == 0 and ends[-1] == len(sizes) and (np.diff(ends) > 0).all()
         if sizes.sum() >= 2 * 40 * number:

@@ -20,7 +20,10 @@ from minillm.training import batching
 from minillm.training.config import RunConfig
 from minillm.training.resolve import ResolvedConfig, resolve
 
-RNG = np.random.default_rng(4)
+
+def some_lengths(low: int, high: int, shape: int | tuple[int, ...]) -> np.ndarray:
+    """Return random lengths from `low` to `high` - 1."""
+    return np.random.default_rng(4).integers(low, high, shape)
 
 
 def epoch_of(found: TokenBatches, epoch: int) -> list[np.ndarray]:
@@ -31,7 +34,7 @@ def epoch_of(found: TokenBatches, epoch: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("size", [1, 3, 37, 1000])
 @pytest.mark.parametrize("tokens", [60, 61, 500, 10**6])
 def test_every_epoch_has_each_sequence_once(size: int, tokens: int, shuffle: bool) -> None:
-    lengths = RNG.integers(1, 61, size)
+    lengths = some_lengths(1, 61, size)
     found = TokenBatches(lengths, tokens, 5, shuffle=shuffle, window=4)
     assert found.number == math.ceil(lengths.sum() / tokens)
     for epoch in range(3):
@@ -46,7 +49,7 @@ def test_every_epoch_has_each_sequence_once(size: int, tokens: int, shuffle: boo
 
 
 def test_the_order_of_the_file_is_kept() -> None:
-    lengths = RNG.integers(1, 61, 100)
+    lengths = some_lengths(1, 61, 100)
     found = TokenBatches(lengths, 300, 5, shuffle=False)
     for epoch in range(2):
         rows = np.concatenate([np.sort(batch) for batch in epoch_of(found, epoch)])
@@ -54,7 +57,7 @@ def test_the_order_of_the_file_is_kept() -> None:
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
-    lengths = RNG.integers(1, 60, 500)
+    lengths = some_lengths(1, 60, 500)
     one, other = (TokenBatches(lengths, 400, 5, window=4) for _ in range(2))
     steps = (190, 3, 0)
     late = [other.rows(step) for step in steps]
@@ -65,7 +68,7 @@ def test_a_batch_is_a_function_of_seed_and_step() -> None:
 
 @pytest.mark.parametrize("step", [0, 1, 17, 37, 38, 39, 95])
 def test_a_run_goes_on_where_it_was(step: int) -> None:
-    lengths = RNG.integers(1, 60, 500)
+    lengths = some_lengths(1, 60, 500)
     whole = TokenBatches(lengths, 400, 5, window=4)
     assert 30 < whole.number < 50
     later = TokenBatches(lengths, 400, 5, window=4, first=whole.position(step), step=step)
@@ -83,7 +86,7 @@ def test_a_run_goes_on_where_it_was(step: int) -> None:
 
 
 def test_of_pairs_the_longer_side_counts() -> None:
-    lengths = RNG.integers(1, 60, (300, 2))
+    lengths = some_lengths(1, 60, (300, 2))
     found = TokenBatches(lengths, 500, 1)
     assert found.number == math.ceil(lengths.max(1).sum() / 500)
     for rows in epoch_of(found, 0):
@@ -94,7 +97,7 @@ def test_of_pairs_the_longer_side_counts() -> None:
 
 def test_batches_have_little_padding_and_like_many_tokens() -> None:
     """Also those that two windows share: every other window is read backwards."""
-    lengths = np.minimum(RNG.geometric(0.1, 20_000), 64)
+    lengths = np.minimum(np.random.default_rng(4).geometric(0.1, 20_000), 64)
 
     def padding(found: TokenBatches) -> float:
         batches = [lengths[rows] for rows in epoch_of(found, 0)]
