@@ -85,15 +85,6 @@ def line_of(path: str) -> int:
     raise AssertionError(f"{path} has no line in ORDER of {Path(__file__).name}")
 
 
-def dotted(path: Path) -> str:
-    """Return the import name of a file: kernels/registry.py is minillm.kernels.registry."""
-    package, folder = next(
-        (name, folder) for name, folder in reversed(PACKAGES.items()) if path.is_relative_to(folder)
-    )
-    parts = path.relative_to(folder).with_suffix("").parts
-    return ".".join((package, *(part for part in parts if part != "__init__")))
-
-
 def file_of(module: str) -> Path | None:
     """Return the file of an import name, None if it is no module of the project."""
     for package, folder in reversed(PACKAGES.items()):

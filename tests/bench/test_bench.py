@@ -190,7 +190,7 @@ def test_parts_of_a_model_are_timed(tmp_path: Path, part: str) -> None:
 
 
 @pytest.mark.slow
-def test_generation_beside_llama_cpp(tmp_path: Path) -> None:
+def test_generation_beside_llama_cpp() -> None:
     pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
     options = ["--batches=1", "--vocab=300", "--against=llama.cpp", "--rounds=1", "--seconds=0.01"]
     done = bench("generate", *PARTS["generate"], *options)

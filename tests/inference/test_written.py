@@ -245,7 +245,7 @@ def test_long_sources_are_read_in_part_and_counted(
 @pytest.mark.slow
 @needs_mpirun
 def test_processes_find_the_scores_of_one(
-    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = [str(trained[0]), "--threads", "1", "--beam", "3"]
     expected = numbers(capsys, *asked)

@@ -193,7 +193,7 @@ def test_loss_is_the_plain_definition() -> None:
     )
 
 
-def brute_force(question: int, max_answer: int, judged_once: bool = True) -> tuple[Any, ...]:
+def brute_force(question: int, max_answer: int) -> tuple[Any, ...]:
     """Return the best span of a question: score and characters, from all spans of all windows."""
     held, found = windows(), []
     rows = [i for i, each in enumerate(held.windows) if each.question == question]
@@ -203,7 +203,7 @@ def brute_force(question: int, max_answer: int, judged_once: bool = True) -> tup
         for start in range(window.size):
             token = window.first + start
             most = [_context_around(held.windows[j], token) for j in rows]
-            if judged_once and rows[int(np.argmax(most))] != i:
+            if rows[int(np.argmax(most))] != i:
                 continue
             for end in range(start, min(start + max_answer, window.size)):
                 score = z[begin + start, 0] + z[begin + end, 1]

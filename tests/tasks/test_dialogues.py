@@ -111,7 +111,7 @@ CHARACTERS = CharTokenizer("\n?+AUabcdefghiklnorstuwxy245")  # at most 29, as th
 
 
 @cache
-def dialogues(context: int = 16) -> EncodedDialogues:
+def dialogues() -> EncodedDialogues:
     """Return dialogues of unequal lengths, some longer than the context."""
     rng, made = np.random.default_rng(4), []
     for line in range(40):
@@ -119,13 +119,13 @@ def dialogues(context: int = 16) -> EncodedDialogues:
         made.append(Dialogue((Message("user", words[0]), Message("assistant", words[1])), line))
     head, tail = {"user": "U", "assistant": "A"}, {"user": "\n", "assistant": "\n"}
     short = WORDS.__class__("short", head, tail, ("\n",))
-    return EncodedDialogues(made, CHARACTERS, short, NONE, context)
+    return EncodedDialogues(made, CHARACTERS, short, NONE, 16)
 
 
-def chatting(batch: int = 16) -> Chatting:
+def chatting() -> Chatting:
     rows = dialogues()
     assert rows.num_cut > 2 and len(set(rows.counts)) > 4
-    return Chatting(rows, 16, batch, 3, 0, True)
+    return Chatting(rows, 16, 16, 3, 0, True)
 
 
 @pytest.mark.parametrize(

@@ -224,11 +224,6 @@ def test_rouge_is_that_of_rouge_score() -> None:
 METRICS: tuple[TextMetric, ...] = (BLEU(), ChrF(2), ROUGE())
 
 
-def all_rows(texts: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    pairs = zip(texts, references, strict=True)
-    return np.array([statistics_of(METRICS, text, [other]) for text, other in pairs])
-
-
 def test_sums_of_parts_are_those_of_the_whole() -> None:
     texts, references, _ = drawn()
     rows = np.array(
