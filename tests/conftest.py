@@ -6,9 +6,11 @@ A mark is chosen by `pytest -m emulator`; it replaces the selection of pyproject
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mpi_helpers import end_launches
 
 # A background job of a script, or one under nohup, begins with these ignored. Programs keep it so,
 # and children inherit it: the tests of signals would wait for nothing.
@@ -57,6 +59,13 @@ ALWAYS = (
     "test_collectives_equal_those_of_the_host",
     "test_a_step_that_is_not_finite_changes_nothing",
 )
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    """End what a test has started and, having failed, not ended."""
+    yield
+    end_launches()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,10 +27,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpi_helpers import MPIRUN, environment
-
-from minillm.comm.commands import run
-from minillm.comm.launchers import mpi_family
+from mpi_helpers import MPIRUN, Launch, environment, family
 
 NETWORK = "10.77.0"  # of addresses that exist in these namespaces alone
 LOGIN = 254  # number of the address of mpirun
@@ -74,11 +71,6 @@ def missing() -> str | None:
     if done.returncode:
         return f"no network namespaces here: {done.stderr.strip().splitlines()[-1]}"
     return None
-
-
-def open_mpi() -> bool:
-    """Return True if the mpirun of this environment is that of Open MPI."""
-    return mpi_family(run([str(MPIRUN), "--version"])[1]) == "Open MPI"
 
 
 def _path() -> str:
@@ -147,7 +139,7 @@ class Network:
         self.names = [f"node{i}" for i in range(1, number + 1)]
         self.nodes: dict[str, Holder] = {}
         self.login: Holder | None = None
-        self._runs: list[subprocess.Popen[str]] = []
+        self._runs: list[Launch] = []
 
     def __enter__(self) -> Network:
         try:
@@ -202,16 +194,16 @@ class Network:
         (self.folder / name).unlink(missing_ok=True)
         self.nodes.pop(name).kill()
 
-    def finish(self, process: subprocess.Popen[str], seconds: float) -> str:
+    def finish(self, process: Launch, seconds: float) -> str:
         """Return the output of a command that must end within `seconds`, else end the nodes.
 
         Raises TimeoutError with the output so far.
         """
         try:
-            return process.communicate(timeout=seconds)[0]
+            return process.output(seconds)
         except subprocess.TimeoutExpired:
             self.__exit__()
-            output, _ = process.communicate(timeout=10)
+            output = process.output(10)
             raise TimeoutError(f"no end within {seconds} s; the output:\n{output}") from None
 
     def cut(self, name: str) -> None:
@@ -230,14 +222,14 @@ class Network:
 
     def start(
         self, ranks: int, words: Sequence[str], env: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[str]:
+    ) -> Launch:
         """Start `python WORDS` on `ranks` ranks of each node, in a process group of its own."""
         return self.popen([*self.mpirun(ranks), sys.executable, *words], env)
 
     def mpirun(self, ranks: int) -> list[str]:
         """Return mpirun with its flags, for the namespace of mpirun."""
         total, hosts, agent = ranks * len(self.names), self.names, str(self.folder / "ssh")
-        if open_mpi():
+        if family() == "Open MPI":
             slots = ",".join(f"{host}:{ranks}" for host in hosts)
             flags = ["--host", slots, "--prtemca", "plm_ssh_agent", agent]
             flags += ["--map-by", f"ppr:{ranks}:node:OVERSUBSCRIBE", "--bind-to", "none"]
@@ -245,22 +237,13 @@ class Network:
         flags = ["-launcher", "ssh", "-launcher-exec", agent, "-hosts", ",".join(hosts)]
         return [str(MPIRUN), *flags, "-ppn", str(ranks), "-n", str(total)]
 
-    def popen(
-        self, words: Sequence[str], env: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[str]:
+    def popen(self, words: Sequence[str], env: Mapping[str, str] | None = None) -> Launch:
         """Start a command in the namespace of mpirun, in a process group of its own."""
         assert self.login is not None
         enter = ["nsenter", "--target", str(self.login.number), "--mount", "--uts", "--net"]
-        process = subprocess.Popen(
-            [*enter, f"--wd={os.getcwd()}", "--", *words],
-            # Launchers name their files by process, and nodes have the same numbers.
-            env=_environment() | {"TMPDIR": str(self.folder / "tmp")} | dict(env or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        # Launchers name their files by process, and nodes have the same numbers.
+        own = {"PATH": _path(), "TMPDIR": str(self.folder / "tmp")} | dict(env or {})
+        process = Launch([*enter, f"--wd={os.getcwd()}", "--", *words], own)
         self._runs.append(process)
         return process
 

@@ -4,11 +4,11 @@ import errno
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mpi_helpers import Launch
 
 from minillm.base.lock import LOCK, FolderLock, FolderTaken
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from minillm.base.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -32,10 +32,8 @@ def test_one_owner_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert owner.stdout is not None and owner.stdout.readline() == "held\n"
+    owner = Launch([sys.executable, "-c", HOLD, str(tmp_path)])
+    owner.wait_for("held\n")
     with pytest.raises(FolderTaken, match=f"process {owner.pid} on "):
         FolderLock(tmp_path)
     owner.send_signal(signal.SIGKILL)

@@ -13,7 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from mpi_helpers import MPIRUN, environment, needs_mpirun
+from mpi_helpers import MPIRUN, Launch, environment, needs_mpirun
 
 from minillm.base import progress
 from minillm.base.errors import ConfigError
@@ -169,15 +169,8 @@ def on_terminal(command: list[str], columns: int) -> list[str]:
     def own_terminal() -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        start_new_session=True,
-        preexec_fn=own_terminal,
-    )
+    ends = dict(stdin=follower, stdout=follower, stderr=follower)
+    process = Launch(command, preexec_fn=own_terminal, **ends)
     os.close(follower)
     found = b""
     try:

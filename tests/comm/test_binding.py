@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mpi_helpers import finish, mpirun, needs_mpirun, start
+from mpi_helpers import family, finish, needs_mpirun, start
 
 from minillm.base.log import paragraph
 from minillm.base.number_ranges import ranges, read_ranges
 from minillm.comm import binding
 from minillm.comm.binding import bound_words, machine_cores, narrowest, wider
 from minillm.comm.communicator import Communicator
-from minillm.comm.launchers import mpi_family
 from minillm.comm.threads import run_ranks
 
 HYDRA = {"PMI_SIZE": "4", "HYDI_CONTROL_FD": "7"}
@@ -112,8 +111,7 @@ SHOW = (
 @pytest.mark.skipif(len(binding.affinity()) < 2, reason="needs two cores")
 def test_the_flag_widens_what_mpirun_binds() -> None:
     """Bind by a flag, and take the binding away by the flag that the line names."""
-    done = mpirun(1, ["-c", "from mpi4py import MPI; print(MPI.Get_library_version())"])
-    dash = "--" if mpi_family(done.output) == "Open MPI" else "-"
+    dash = "--" if family() == "Open MPI" else "-"
     narrow = run(2, [f"{dash}bind-to", "core"])
     assert all("; wider: " in line for line in narrow)
     flag = narrow[0].partition("wider: ")[2].partition(" or ")[0]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mpi_helpers import Launch
 
 from minillm import doctor
 from minillm.comm import leftovers
@@ -29,11 +30,9 @@ def test_only_old_files_that_no_process_uses_are_found(tmp_path: Path) -> None:
     segment(tmp_path / "another_program", 120)
     mapped = segment(tmp_path / "mpich_shm_mapped", 120)
     named = segment(tmp_path / "hydra_hwloc_xmlfile_named", 120)
-    child = subprocess.Popen(["sleep", "30"], env={"HWLOC_XMLFILE": str(named)})
+    Launch(["sleep", "600"], {"HWLOC_XMLFILE": str(named)})
     with mapped.open("r+b") as stream, mmap.mmap(stream.fileno(), 0):
         assert leftovers.find(tmp_path, tmp_path) == [topology, left]
-    child.kill()
-    child.wait()
 
 
 def session(folder: Path, process: int) -> Path:
@@ -57,13 +56,9 @@ def test_a_folder_of_an_mpirun_that_has_ended_is_removed(
     (tmp_path / "shared").mkdir()
     monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path / "shared")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    child = subprocess.Popen(["sleep", "30"], env={"PMIX_SERVER_TMPDIR": str(used)})
-    try:
-        assert leftovers.find() == [left]
-        assert leftovers.clean() == f"removed 1 file of 0.0 MB ({left})"
-    finally:
-        child.kill()
-        child.wait()
+    Launch(["sleep", "600"], {"PMIX_SERVER_TMPDIR": str(used)})
+    assert leftovers.find() == [left]
+    assert leftovers.clean() == f"removed 1 file of 0.0 MB ({left})"
     assert not left.exists() and running.is_dir() and used.is_dir()
 
 

@@ -8,12 +8,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from minillm.launch import program
 from minillm.launch.restart import starts
+from mpi_helpers import Launch, finish, wait_until
 
 from minillm.base.errors import ConfigError
 
@@ -131,6 +131,13 @@ def test_the_first_start_and_the_one_after_a_requeue(
     assert lines(cluster)[-4:] == first
 
 
+def trapped(pid: int) -> set[int]:
+    """Return the numbers of the signals that a process has handlers for."""
+    found = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    mask = int(found[1], 16) if found else 0
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+
+
 @pytest.mark.parametrize(
     ("number", "after"),
     [(signal.SIGUSR1, ["saved", "scontrol requeue 7"]), (signal.SIGTERM, ["saved"])],
@@ -145,13 +152,12 @@ def test_a_signal_saves_and_the_time_limit_queues_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WAIT", seconds)
-    process = subprocess.Popen(["bash", "-c", script(capsys)], cwd=cluster)
-    deadline = time.monotonic() + 30
-    while not (cluster / "up").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.2)  # the trap stands in the script by now
+    process = Launch(["bash", "-c", script(capsys)], os.environ, cwd=cluster)
+    numbers = {signal.SIGUSR1, signal.SIGTERM}
+    wait_until(lambda: (cluster / "up").exists() and numbers <= trapped(process.pid))
     process.send_signal(number)
-    assert process.wait(30) == 0
+    found = finish(process)
+    assert found.returncode == 0, found.output
     assert lines(cluster)[2:] == after  # behind --out and its value
 
 

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minillm import train
+from minillm.comm.communicator import Communicator
 from minillm.data import corpus
 from minillm.models.protocol import Batch
 from minillm.replication.server import Server
 from minillm.tasks.language_model import LanguageModeling
-from minillm.train import main
+from minillm.training import loop
 from minillm.training.step import StepReport
 from minillm.training.trainer import Trainer
 
@@ -85,7 +87,24 @@ def spike(position: int) -> None:
 
 
 def hang() -> None:
-    time.sleep(60)
+    print("hangs", flush=True)
+    time.sleep(600)
+
+
+def tell(rank: int) -> None:
+    """Print a line as an evaluation and the sample begin on `rank`."""
+    measure, write = loop.measure, train.SAMPLES["text"]
+
+    def measuring(model: Any, what: Any, world: Communicator, *args: Any) -> Any:
+        if world.rank == rank:
+            print("measures", flush=True)
+        return measure(model, what, world, *args)
+
+    def writing(*args: Any) -> str:
+        print("writes", flush=True)
+        return write(*args)
+
+    loop.measure, train.SAMPLES["text"] = measuring, writing
 
 
 def full() -> None:
@@ -98,10 +117,11 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "server": of_a_server,
     "vanish": vanish,
     "hang": lambda rank: in_mid_step(hang, rank),
+    "tell": tell,
     "full": lambda rank: in_mid_step(full, rank),
     "spike": spike,
 }
 
 if __name__ == "__main__":
     FAULTS[sys.argv[1]](int(sys.argv[2]))
-    sys.exit(main(sys.argv[3:]))
+    sys.exit(train.main(sys.argv[3:]))

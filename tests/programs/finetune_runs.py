@@ -151,7 +151,7 @@ def check_kill(task: str, words: Sequence[str], folder: Path) -> int:
     words = [*words, "--eval-every", "2", "--save-every", "2"]
     process = start(2, [FAULTY, "kill", "1", *words, "--out", str(run)])
     wait_for_steps(process, run)
-    assert finish(process, timeout=10).returncode != 0 and not left_behind(run)
+    assert finish(process).returncode != 0 and not left_behind(run)
     assert len(lines_of(run)) == 3
     again = [["minillm.finetune", "--resume", str(run)]]
     again += [["minillm.finetune", "--task", task, *words[2:], "--out", str(whole)]]

@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_and_saves(tiny: list[str], tmp_path: Pa
 @needs_mpirun
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_rank_that_raises_ends_all(ranks: int, tiny: list[str], tmp_path: Path) -> None:
-    found = mpirun(ranks, [PROGRAM, "raise", str(ranks - 1), *tiny], timeout=30)
+    found = mpirun(ranks, [PROGRAM, "raise", str(ranks - 1), *tiny])
     assert found.returncode != 0
     assert f"rank {ranks - 1}: RuntimeError: a misfortune in mid-step" in found.output
     assert f"rank {ranks - 1}: Traceback" in found.output
@@ -189,7 +189,7 @@ def test_a_rank_that_raises_ends_all(ranks: int, tiny: list[str], tmp_path: Path
 def test_a_rank_that_is_killed_ends_all(
     options: list[str], tiny: list[str], tmp_path: Path
 ) -> None:
-    found = mpirun(2, [PROGRAM, "kill", "0", *tiny, *options], timeout=30)
+    found = mpirun(2, [PROGRAM, "kill", "0", *tiny, *options])
     assert found.returncode != 0
     assert re.search(r"signal:? 9|Killed", found.output, re.I), found.output
     assert not left_behind(tmp_path)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mpi_helpers import environment, mpirun, needs_mpirun
+from mpi_helpers import Launch, environment, mpirun, needs_mpirun
 
 from minillm import generate
 from minillm.base.errors import ConfigError
@@ -165,25 +165,19 @@ def test_any_encoding_of_the_output_will_do() -> None:
 
 def test_a_reader_may_leave() -> None:
     command = [sys.executable, "-m", "minillm.generate", RUN, "--window", "--tokens=100000"]
-    program = subprocess.Popen(
-        command,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    program = Launch(command, stderr=subprocess.PIPE, text=False)
     assert program.stdout is not None and program.stderr is not None
     assert len(program.stdout.read(20)) == 20  # long before the last token
     program.stdout.close()
     assert program.stderr.read() == b"" and program.wait(60) == 141
-    program.stderr.close()
 
 
 def test_a_terminal_gets_no_control_characters_and_a_prompt_loop() -> None:
     command = [sys.executable, "-m", "minillm.generate", RUN, "--interactive", "--temperature=9"]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, [*command, "--window", "--tokens=100000"], environment())
+    terminal, follower = pty.openpty()
+    ends = dict(stdin=follower, stdout=follower, stderr=follower)
+    program = Launch([*command, "--window", "--tokens=100000"], **ends)
+    os.close(follower)
     seen = b""
 
     def wait_for(text: bytes, size: int = 0) -> None:
@@ -195,13 +189,12 @@ def test_a_terminal_gets_no_control_characters_and_a_prompt_loop() -> None:
         wait_for(b"> ")
         os.write(terminal, b"The\n")
         wait_for(b"The\r\nThe", 600)
-        os.kill(pid, signal.SIGINT)  # ends the text, not the loop
+        program.send_signal(signal.SIGINT)  # ends the text, not the loop
         wait_for(b"\r\n> ")
         os.write(terminal, b"\x04")
-        _, status = os.waitpid(pid, 0)
+        assert program.wait(60) == 0
     finally:
         os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0
     shown = seen[seen.index(b"The\r\nThe") : seen.rindex(b"\r\n> ")]
     assert not set(shown) & ({*range(32), 127} - set(b"\r\n\t"))
     assert b"\\x" in shown  # a model that has learnt nothing writes them

@@ -51,7 +51,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(
     killed = str(list(METHODS).index(method) % 2)
     process = start(2, [PROGRAM, "kill", killed, *options])
     wait_for_steps(process, run)
-    found = finish(process, timeout=10)
+    found = finish(process)
     assert found.returncode != 0
     assert re.search(r"signal:? 9|Killed", found.output, re.I), found.output
     assert len(curve(run)) == 3 and not left_behind(run)

@@ -10,15 +10,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi_helpers import MPIRUN, environment, finish, mpirun, needs_mpirun, start, wait_for_steps
+from mpi_helpers import (
+    Launch,
+    environment,
+    family,
+    finish,
+    mpirun,
+    needs_mpirun,
+    start,
+    wait_for_steps,
+    wait_until,
+)
 
 from minillm.comm import signals
-from minillm.comm.launchers import mpi_family
 from minillm.comm.signals import StopRequest
 from minillm.train import main
 
@@ -80,14 +88,13 @@ def test_ctrl_c_on_mpirun(options: list[str], tiny: list[str], tmp_path: Path) -
 @pytest.mark.slow
 def test_a_closed_terminal_ends_mpich_unless_it_is_ignored(tiny: list[str], tmp_path: Path) -> None:
     """Hold what doctor and the README say of a closed terminal."""
-    told = subprocess.run([str(MPIRUN), "--version"], capture_output=True, text=True)
-    if mpi_family(told.stdout) != "MPICH":
+    if family() != "MPICH":
         pytest.skip("this is no mpirun of MPICH")
     first, second = tmp_path / "run", tmp_path / "second"
     process = start(2, ["-m", "minillm.train", *tiny, *ENDLESS])
     wait_for_steps(process, first)
     os.killpg(process.pid, signal.SIGHUP)
-    assert finish(process, 10).returncode == -signal.SIGHUP
+    assert finish(process).returncode == -signal.SIGHUP
     assert not (first / "checkpoints").exists()
     usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -122,11 +129,11 @@ def test_sigterm_of_one_rank_stops_all(tiny: list[str], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_second_signal_aborts(ranks: int, tiny: list[str], tmp_path: Path) -> None:
     process = start(ranks, [PROGRAM, "hang", "0", *tiny, *ENDLESS])
-    wait_for_steps(process, tmp_path / "run", 3)
+    process.wait_for("hangs")
     os.killpg(process.pid, signal.SIGINT)
-    time.sleep(1)
+    process.wait_for("SIGINT: finishing this step")
     os.killpg(process.pid, signal.SIGINT)
-    found = finish(process, timeout=20)
+    found = finish(process)
     assert found.output.count("SIGINT: finishing this step") == 1, found.output
     # At a second Ctrl-C mpirun ends the ranks itself. MPICH's then leaves with 255, now and then 0.
     assert ranks or found.returncode == 128 + signal.SIGINT
@@ -138,23 +145,22 @@ LONG = ["--eval-tokens", "1000000000", "--sample-tokens", "1000000", "--steps", 
 
 @needs_mpirun
 @pytest.mark.parametrize(
-    ("options", "after"),
+    ("options", "begins"),
     [
-        (["--eval-every", "5"], "evaluation"),
-        (["--eval-every", "0", "--eval-tokens", "1"], "sample"),
+        (["--eval-every", "5"], "measures"),
+        (["--eval-every", "0", "--eval-tokens", "1"], "writes"),
     ],
 )
 @pytest.mark.slow
 def test_a_signal_ends_an_evaluation_and_a_sample(
-    options: list[str], after: str, tiny: list[str], tmp_path: Path
+    options: list[str], begins: str, tiny: list[str], tmp_path: Path
 ) -> None:
     text = tmp_path / "long.txt"
     text.write_text("the quick brown fox\n" * 100_000)
-    process = start(2, ["-m", "minillm.train", *tiny, "--data", str(text), *LONG, *options])
-    wait_for_steps(process, tmp_path / "run", 4 if after == "evaluation" else 6)
-    time.sleep(1)  # into the evaluation after step 5, or the sample after step 6
+    process = start(2, [PROGRAM, "tell", "0", *tiny, "--data", str(text), *LONG, *options])
+    process.wait_for(begins)  # after step 5, or at the end
     os.killpg(process.pid, signal.SIGINT)
-    found = finish(process, 10)
+    found = finish(process, 30)
     assert found.returncode == 0, found.output
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == ["step-00000006"]
@@ -201,17 +207,15 @@ def test_a_step_that_takes_long_says_that_it_is_being_finished(
     monkeypatch.setattr(signals, "REMINDER_SECONDS", 0.05)
     with StopRequest(announces=True).listening():
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.3)
-    error = capfd.readouterr().err
+        error, reminder = "", "SIGTERM: still finishing the step or saving, for 0 min now"
+
+        def reminded() -> bool:
+            nonlocal error
+            error += capfd.readouterr().err
+            return error.count(reminder) >= 2
+
+        wait_until(reminded)
     assert error.startswith("\nSIGTERM: finishing this step, then saving and stopping; once more")
-    assert error.count("SIGTERM: still finishing the step or saving, for 0 min now") >= 2
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_main_runs_in_a_thread_and_after_a_failure(tiny: list[str], tmp_path: Path) -> None:
@@ -243,13 +247,8 @@ def test_ctrl_c_during_the_imports(command: list[str], handler: Any, tmp_path: P
 
 def test_a_reader_that_goes_is_a_request_to_stop(tiny: list[str], tmp_path: Path) -> None:
     """Read one line, as `| head -1` does."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "minillm.train", *tiny, *ENDLESS],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "minillm.train", *tiny, *ENDLESS]
+    process = Launch(command, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline().startswith("data")
     process.stdout.close()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,24 @@ import pytest
 from minillm.launch import supervise
 from mpi_helpers import (
     MPIRUN,
-    environment,
+    Launch,
+    finish,
     left_behind,
     mpirun,
     mpirun_calls,
     needs_mpirun,
     wait_for_steps,
+    wait_until,
 )
 
 
 def start(
     words: list[str], cwd: Path, *options: str, ranks: int = 2, program: str = "train"
-) -> subprocess.Popen[str]:
+) -> Launch:
     launcher = [str(MPIRUN), "-n", str(ranks)] if ranks else []
     command = [sys.executable, "-m", "minillm", "supervise", "--wait", "1s", *options, "--"]
     command += [*launcher, sys.executable, "-m", f"minillm.{program}", *words]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return Launch(command, cwd=cwd)
 
 
 def curve(run: Path) -> list[tuple[Any, ...]]:
@@ -44,6 +42,14 @@ def curve(run: Path) -> list[tuple[Any, ...]]:
 def first_rank(run: Path) -> int:
     """Return the process of rank 0, which owns the folder."""
     return int((run / "run.lock").read_text().split()[1])
+
+
+def started_again(process: Launch, run: Path, victim: int) -> bool:
+    """Return True if another rank 0 owns the folder, or if the supervisor has ended."""
+    try:
+        return process.poll() is not None or first_rank(run) != victim
+    except (OSError, IndexError):  # the folder has no owner at this moment
+        return False
 
 
 LONG = ["--steps", "300", "--save-every", "20", "--sample-tokens", "0", "--eval-every", "100"]
@@ -59,14 +65,14 @@ def test_a_killed_rank_costs_no_step(tiny: list[str], tmp_path: Path) -> None:
     process = start([*tiny, *LONG], tmp_path)
     for steps in (50, 130):
         wait_for_steps(process, run, steps)
-        os.kill(first_rank(run), signal.SIGKILL)
-        time.sleep(2)
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode == 0, output
-    assert curve(run) == curve(whole), output
+        os.kill(victim := first_rank(run), signal.SIGKILL)
+        wait_until(partial(started_again, process, run, victim))
+    found = finish(process, 150)
+    assert found.returncode == 0, found.output
+    assert curve(run) == curve(whole), found.output
     log = [json.loads(row) for row in (run / supervise.LOG).read_text().splitlines()]
-    assert len(log) == 2 and all(row["saved"] > 0 for row in log), output
-    assert output.count("supervise: the run ") == 2 and not left_behind(run)
+    assert len(log) == 2 and all(row["saved"] > 0 for row in log), found.output
+    assert found.output.count("supervise: the run ") == 2 and not left_behind(run)
 
 
 TASK = ["--task", "classify", "--layers", "2", "--heads", "2", "--dim", "16", "--context", "24"]
@@ -86,11 +92,11 @@ def test_fine_tuning_is_supervised_alike(tmp_path: Path) -> None:
     process = start([*words, "--out", str(run)], tmp_path, program="finetune")
     wait_for_steps(process, run, 25)
     os.kill(first_rank(run), signal.SIGKILL)
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode == 0, output
-    assert curve(run) == curve(whole), output
+    found = finish(process, 150)
+    assert found.returncode == 0, found.output
+    assert curve(run) == curve(whole), found.output
     (row,) = [json.loads(row) for row in (run / supervise.LOG).read_text().splitlines()]
-    assert row["saved"] > 0 and row["status"] != 0 and not left_behind(run), output
+    assert row["saved"] > 0 and row["status"] != 0 and not left_behind(run), found.output
 
 
 @needs_mpirun
@@ -102,8 +108,8 @@ def test_fine_tuning_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     process = start(words, tmp_path, "--elastic", "--tries", "1", program="finetune")
     wait_for_steps(process, run, 10)
     os.kill(first_rank(run), signal.SIGKILL)
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode == 0 and "starts again with 1 rank " in output, output
+    found = finish(process, 150)
+    assert found.returncode == 0 and "starts again with 1 rank " in found.output, found.output
     assert [row[0] for row in curve(run)] == list(range(1, 81)) and not left_behind(run)
 
 
@@ -114,8 +120,8 @@ def test_sigterm_saves_and_ends(tiny: list[str], tmp_path: Path) -> None:
     process = start([*tiny, "--steps", "1000000", "--eval-every", "0"], tmp_path)
     wait_for_steps(process, run)
     process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped at step" in output, output
+    found = finish(process)
+    assert found.returncode == 0 and "stopped at step" in found.output, found.output
     assert not (run / supervise.LOG).exists() and not left_behind(run)
 
 
@@ -127,6 +133,6 @@ def test_a_stopped_run_is_started_again(tiny: list[str], tmp_path: Path) -> None
     process = start([*tiny, *LONG], tmp_path, "--hang", "10s")
     wait_for_steps(process, run, 50)
     os.kill(first_rank(run), signal.SIGSTOP)
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode == 0 and "gave no sign for 10s" in output, output
+    found = finish(process, 150)
+    assert found.returncode == 0 and "gave no sign for 10s" in found.output, found.output
     assert [row[0] for row in curve(run)] == list(range(1, 301)) and not left_behind(run)
