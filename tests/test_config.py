@@ -482,7 +482,7 @@ def test_even_split_is_even_with_the_larger_stages_inside() -> None:
                 "1 * 2 * 1 = 2",
                 "3 ranks run",
                 "mpirun -n 2",
-                "--dp 1 --tp 1 --pp 3 --stage-layers 1,2,1",
+                "for 3: --dp 1 --tp 1 --pp 3 --stage-layers 1,2,1",
             ),
         ),
         (dict(dp=4), 1, ("4 * 1 * 1 = 4", "1 rank runs", "mpirun -n 4", "--dp 1 --tp 1 --pp 1")),

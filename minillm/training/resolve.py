@@ -26,7 +26,7 @@ from minillm.training.conflicts import compatible
 # Selective recomputation must save this much of a rank's activations to be worth its time.
 RECOMPUTE_BYTES = 16_000_000
 BALANCED_MICROBATCHES = 8  # of a rank under --balance speed: shares in steps of about an eighth
-_MOST_LAYOUTS = 12  # alternatives that an error lists
+_MOST_LAYOUTS = 6  # alternatives that an error lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +289,7 @@ def _mesh(config: RunConfig, model: Shape, num_ranks: int) -> MeshShape:
 
 
 def _other_layouts(config: RunConfig, model: Shape, num_ranks: int) -> str:
-    """Return the valid layouts as text for an error, one a line."""
+    """Return the valid layouts as text for an error."""
     layouts = valid_layouts(config, model, num_ranks)
     if not layouts:
         return f"another number: this model and batch cannot be cut over {num_ranks}"
@@ -299,7 +299,7 @@ def _other_layouts(config: RunConfig, model: Shape, num_ranks: int) -> str:
     ]
     if len(layouts) > _MOST_LAYOUTS:
         lines.append(f"and {len(layouts) - _MOST_LAYOUTS} more")
-    return "\n  ".join((f"one of the layouts for {num_ranks}:", *lines))
+    return f"one of the layouts for {num_ranks}: {'; '.join(lines)}"
 
 
 def _uneven(layers: int, pp: int) -> str:

@@ -38,8 +38,7 @@ OPTIONS = [
         [
             "dp * tp * pp = 1 * 3 * 1 = 3, but 2 ranks run",
             "mpirun -n 3",
-            "--dp 2 --tp 1 --pp 1",
-            "--dp 1 --tp 2 --pp 1",
+            "one of the layouts for 2: --dp 2 --tp 1 --pp 1; --dp 1 --tp 2 --pp 1",
         ],
     ),
     (["--heads", "3"], ["heads 3", "dim 16"]),
