@@ -147,7 +147,7 @@ def _write(
         ends, chat = turns.to_folder(record.tokenizer)
         labels = labels_config(counterpart, record.tokenizer)
         hf.write(target, source, config | special | ends | labels, found, args.dtype)
-        _write_tokenizer(target, definition, model.context, chat)
+        _write_tokenizer(target, definition, model.context, config, chat)
         hf.write_pooling(target, record.tokenizer)
         if record.tokenizer.get("kind") == "pieces":
             hf.write_pieces(target, record.tokenizer)
@@ -184,7 +184,11 @@ def _special(
 
 
 def _write_tokenizer(
-    target: Path, definition: Mapping[str, Any] | None, context: int, chat: Mapping[str, Any]
+    target: Path,
+    definition: Mapping[str, Any] | None,
+    context: int,
+    config: Mapping[str, Any],
+    chat: Mapping[str, Any],
 ) -> None:
     if definition is None:
         return
@@ -194,6 +198,8 @@ def _write_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
     }
+    if config.get("type_vocab_size", 0) > 1:  # else transformers gives all tokens the type 0
+        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if end := next((name for name in ENDS if name in names), None):
         settings["eos_token"] = end
     roles = special_ids(definition)

@@ -155,7 +155,10 @@ def test_other_encoders_classify_the_same(
 def test_a_pair_classifier_of_transformers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Score pairs by a cross-encoder with one label, which has no training options."""
+    """Score pairs by a cross-encoder with one label, which has no training options.
+
+    Its export marks the second text by the tokenizer's own settings.
+    """
     model = folder(tmp_path / "source", id2label={0: "LABEL_0"}, label2id={"LABEL_0": 0})
     pairs = list(zip(TEXTS[:2], TEXTS[2:], strict=True))
     rows = [f"{one}\t{two}" for one, two in pairs]
@@ -164,11 +167,16 @@ def test_a_pair_classifier_of_transformers(
     capsys.readouterr()
     assert predict.main([*words, "--threads", "1"]) == 0
     found = [json.loads(line)["value"] for line in capsys.readouterr().out.splitlines()]
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    assert importing.main([str(tmp_path / "source"), "--out", run]) == 0
+    assert exporting.main([run, "--out", out]) == 0
     tokenizer = transformers.BertTokenizer(str(tmp_path / "source" / "vocab.txt"))
+    exported = transformers.AutoTokenizer.from_pretrained(out)
     for value, (one, two) in zip(found, pairs, strict=True):
-        with torch.no_grad():
-            wanted = model(**tokenizer(one, two, return_tensors="pt")).logits.item()
-        assert abs(value - wanted) <= 1e-5
+        for each in (tokenizer, exported):
+            with torch.no_grad():
+                wanted = model(**each(one, two, return_tensors="pt")).logits.item()
+            assert abs(value - wanted) <= 1e-5
 
 
 def test_a_head_whose_labels_fit_is_kept(
