@@ -54,6 +54,8 @@ def line(args: LocalArgs, words: Sequence[str]) -> str:
         )
     cores, why = binding(args.ranks_per_node, args.cores_per_rank)
     course = check_words(words, nodes * args.ranks_per_node, args.ranks_per_node)
+    if course == "respawn":
+        cores, why = None, "not bound, so that new ranks find room"
     root = os.geteuid() == 0
     places = Places(nodes, args.ranks_per_node, cores, hosts, args.hostfile, None, root, course)
     command = [*mpirun(mpi, places, program_path("mpirun")), sys.executable, "-m"]

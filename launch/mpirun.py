@@ -56,7 +56,8 @@ def _open_mpi(places: Places) -> list[str]:
         where = ["--hostfile", places.hostfile]
     each = f"ppr:{places.per_node}:node"
     bound = ["--map-by", f"{each}:OVERSUBSCRIBE", "--bind-to", "none"]
-    if places.cores is not None:
+    # Bound ranks leave no core for new ones, whose start then fails.
+    if places.cores is not None and places.course != "respawn":
         bound = ["--map-by", f"{each}:PE={places.cores}", "--bind-to", "core"]
     root = ["--allow-run-as-root"] if places.root else []
     outlives = ["--with-ft", "ulfm"] if places.course != "stop" else []

@@ -89,6 +89,11 @@ def _supervise(argv: list[str]) -> int:
     args = parse_flags(SuperviseArgs, own, prog="minillm supervise")
     program, launcher, words = split_command(command)
     begin, options = program.parse(words)  # a wrong flag ends it here
+    if args.elastic and place_of_ranks(launcher) is None:
+        raise ConfigError(
+            "--elastic lowers the number of ranks, and the command names none; start it as in: "
+            "minillm supervise --elastic -- mpirun -n 4 python -m minillm.train"
+        )
     folder = ""
     if options.output.out is None and begin.resume is None:
         claim = claim_new(None, f"runs/{options.preset}")
@@ -115,6 +120,13 @@ def split_command(command: Sequence[str]) -> tuple[Program, list[str], list[str]
     )
 
 
+def place_of_ranks(launcher: Sequence[str]) -> int | None:
+    """Return the place of the number of ranks among the words of a launcher; None without one."""
+    places = (i for i, word in enumerate(launcher) if re.fullmatch(r"--?np?", word))
+    at = next(places, len(launcher)) + 1
+    return at if at < len(launcher) and launcher[at].isdigit() else None
+
+
 class Supervisor:
     """Supervisor of one run of `program`, which starts `launcher` with the flags of `found`."""
 
@@ -137,6 +149,7 @@ class Supervisor:
 
         Raises ConfigError if the run is under way or supervised already, and leaves its heartbeats.
         """
+        made = not self.folder.exists()
         try:
             beating.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(beating)
@@ -155,6 +168,9 @@ class Supervisor:
                 yield
             finally:
                 shutil.rmtree(beating, ignore_errors=True)
+                if made:
+                    with suppress(OSError):  # of a run that has written something
+                        self.folder.rmdir()
 
     def _starts(self) -> int:
         wait = float(seconds_of(self.args.wait, "--wait"))
@@ -241,14 +257,13 @@ class Supervisor:
 
     def _fewer(self, words: list[str]) -> int | None:
         """Lower the number of ranks in the command, and return it; None if it cannot be lower."""
-        at = [i for i, word in enumerate(self.launcher) if re.fullmatch(r"--?np?", word)]
-        if not at or not self.launcher[at[0] + 1].isdigit():
+        at = place_of_ranks(self.launcher)
+        if at is None:
             return None
-        options = self.program.parse(words)[1]
-        now = int(self.launcher[at[0] + 1])
+        options, now = self.program.parse(words)[1], int(self.launcher[at])
         found = next((n for n in range(now - 1, 0, -1) if fits(options, n)), None)
         if found is not None:
-            self.launcher[at[0] + 1] = str(found)
+            self.launcher[at] = str(found)
         return found
 
     def _last_step(self) -> int:

@@ -110,11 +110,15 @@ def _own(run: Run, step: int) -> None:
         run.lock, run.owns = _claimed(run.out), True
     path, last = run.out / METRICS, run.trainer.last
     keep_until(step, path, path)
-    written = max((number for number, _ in steps_of(path)), default=0)
     run.metrics = MetricsFile(path, run.progress.say)
-    if last is not None and written < last.step + 1 == step:
+    if last is not None and _last_line(run) < last.step + 1 == step:
         run.metrics.write(**step_metrics(last, run.config.tokens_per_step, {}, run.device))
     run.metrics.sync()
+
+
+def _last_line(run: Run) -> int:
+    """Return the last step in the metrics, 0 without one."""
+    return max((step for step, _ in steps_of(run.out / METRICS)), default=0)
 
 
 def _from_disk(run: Run, trainer: Trainer) -> int:
@@ -141,7 +145,10 @@ def _take_over(run: Run, survivors: Survivors, loss: Loss) -> None:
     run.comm, run.trainer, run.config = group, trainer, survivors.config
     own = [run.settled, run.saved_step] if known else [loss.step, loss.step]
     settled, saved = map(int, group.reduce_numbers(own, ReduceOp.MIN))
-    run.settled, run.saved_step, run.unsettled = min(settled, loss.step), saved, None
+    settled = min(settled, loss.step)
+    if from_first(group, lambda: _last_line(run)) == settled - 1:
+        settled -= 1  # the first rank was lost before it had written its line
+    run.settled, run.saved_step, run.unsettled = settled, saved, None
     if loss.from_memory and run.settled < loss.step:
         run.unsettled = _outcome(run, loss)
     if not loss.from_memory:

@@ -97,7 +97,9 @@ def test_ranks_that_outlive_another_need_a_flag_of_open_mpi(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["--mpi", "openmpi", "--", "--on-failure"]
-    assert launched(capsys, *words, "respawn")[1][3:5] == ["--with-ft", "ulfm"]
+    assert launched(capsys, *words, "shrink")[1][3:5] == ["--with-ft", "ulfm"]
+    comment, line = launched(capsys, "--ranks-per-node", "1", *words, "respawn")
+    assert "not bound" in comment and line[line.index("--bind-to") + 1] == "none"
     assert "--with-ft" not in launched(capsys, *words, "stop")[1]
 
 

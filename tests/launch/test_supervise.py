@@ -131,6 +131,15 @@ def test_a_program_that_dies_at_once_is_one_message(
     assert capfd.readouterr().err == f"supervise: {told}\n"
 
 
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    for made in (False, True):
+        run = tmp_path / f"run-{made}"
+        if made:
+            run.mkdir()
+        assert Supervisor(SuperviseArgs(), ["false"], Starts([], [], str(run))).run() == 1
+        assert run.exists() == made
+
+
 def test_one_supervisor_has_the_folder(tmp_path: Path) -> None:
     """Leave the heartbeats of the first one, which would take a run without any for hung."""
     first = tmp_path / FOLDER / "rank-00000"
@@ -214,6 +223,7 @@ def test_later_starts_of_fine_tuning_drop_the_weights() -> None:
         (["--tries", "0", "--", "minillm", "train"], "--tries 0 must be at least 1"),
         (["--", "minillm", "train", "--layesr", "3"], "did you mean --layers"),
         (["--", "absent", "-m", "minillm.train"], "absent cannot be started: No such file"),
+        (["--elastic", "--", "mpirun", "minillm", "train"], "the command names none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

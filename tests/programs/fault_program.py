@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm import train
+from minillm.base.metrics_file import MetricsFile
 from minillm.comm.communicator import Communicator
 from minillm.data import corpus
 from minillm.models.protocol import Batch
@@ -38,6 +39,19 @@ def in_mid_step(fail: Callable[[], None], rank: int) -> None:
         return usual(self, number)
 
     Trainer.step = step  # type: ignore[method-assign]
+
+
+def before_a_line(rank: int) -> None:
+    """Kill `rank` of Open MPI when it is to write a line, which all others have settled."""
+    usual, started = MetricsFile.write, os.environ["OMPI_COMM_WORLD_RANK"]
+
+    def write(self: MetricsFile, **values: Any) -> None:
+        if values["step"] == STEP and started == str(rank):
+            time.sleep(1.0)  # until the others wait in the next step
+            kill()
+        usual(self, **values)
+
+    MetricsFile.write = write  # type: ignore[method-assign]
 
 
 def of_a_server(rank: int) -> None:
@@ -114,6 +128,7 @@ def full() -> None:
 FAULTS: dict[str, Callable[[int], None]] = {
     "raise": lambda rank: in_mid_step(raise_, rank),
     "kill": lambda rank: in_mid_step(kill, rank),
+    "line": before_a_line,
     "server": of_a_server,
     "vanish": vanish,
     "hang": lambda rank: in_mid_step(hang, rank),

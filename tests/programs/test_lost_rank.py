@@ -53,6 +53,22 @@ def test_a_lost_rank_changes_no_loss(
     assert loss["state"] == "memory" and loss["step"] == 3 and loss["survivors"] == ranks - 1
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ulfm")
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_first_rank_that_is_lost_before_its_line_leaves_no_gap(
+    ranks: int, tiny: list[str], tmp_path: Path
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = [*tiny, "--dtype", "float64", "--batch", "6"]
+    done = finish(start(0, [*TRAIN, *options, "--out", str(whole)]))
+    assert done.returncode == 0, done.output
+    words = [PROGRAM, "line", "0", *options, "--on-failure", "shrink"]
+    found = finish(start(ranks, words, flags=["--with-ft", "ulfm"]), timeout=60)
+    assert "lost 1 rank of" in found.output, found.output
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-12)
+
+
 def respawned(run: Path) -> list[int]:
     """Return the processes that have taken the place of a rank of `run`, by their environment."""
     found = []
