@@ -32,7 +32,13 @@ from minillm.weights.foreign import COUNTERPARTS
 from minillm.weights.heads import labels_config
 from minillm.weights.mapping import Link
 from minillm.weights.origin import looking_again, record_of, source_of, verify
-from minillm.weights.tokenizer_json import ENDS, definition_of, special_ids, tokenizer_size
+from minillm.weights.tokenizer_json import (
+    ENDS,
+    definition_of,
+    special_ids,
+    tokenizer_size,
+    with_specials,
+)
 
 GGUF_NAME = "model.gguf"
 PAD = "pad_token_id"
@@ -137,6 +143,9 @@ def _write(
     """Write the files, and compare their names with the model's."""
     source = source_of(path)
     definition = definition_of(record.tokenizer)
+    if definition is not None and issubclass(counterpart.family.options, EncoderOptions):
+        marked = with_specials(definition)  # that of a vocab.txt puts no [CLS] before a text
+        definition = marked if tokenizer_size(marked) == tokenizer_size(definition) else definition
     special = _special(definition, counterpart, record.tokenizer)
     if args.format == "gguf":
         config |= gguf.pooling_config(record.tokenizer)
