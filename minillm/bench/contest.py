@@ -7,6 +7,7 @@ contestant is a command that prints the seconds of its measurements as one line 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from minillm.comm.communicator import Communicator
 from minillm.comm.cores import usable_cores
 from minillm.kernels.gpu_check.report import table
 
+PACKAGES = {"torch": "torch", "llama.cpp": "xllamacpp"}  # yardstick -> package that has it
 TRIES = 3  # runs in a round while other processes use the machine
 MARK = "*"  # behind a number whose rounds were all disturbed
 NOTE = (
@@ -165,7 +167,8 @@ def run(comm: Communicator, contest: Contest) -> None:
     """Run all contestants in alternation, print the table and write the JSON file."""
     rows: list[list[str]] = []
     results = []
-    print(contest.title(), flush=True)
+    found = version(contest.against)
+    print("\n".join([contest.title(), *([f"against {found}"] if found else [])]), flush=True)
     for case in contest.cases():
         field = contest.field(case)
         for number in range(contest.rounds):
@@ -184,7 +187,8 @@ def run(comm: Communicator, contest: Contest) -> None:
     print("\n" + table(header, rows))
     if any(MARK in cell for row in rows for cell in row):
         print(NOTE)
-    write_json(contest.json, {"options": dataclasses.asdict(contest), "results": results})
+    options = dataclasses.asdict(contest)
+    write_json(contest.json, {"options": options, "against": found, "results": results})
 
 
 def _row(
@@ -201,6 +205,15 @@ def _row(
 def installed(package: str) -> bool:
     """Return whether a package can be imported."""
     return importlib.util.find_spec(package) is not None
+
+
+def version(against: str) -> str:
+    """Return the package of a yardstick and its version, "" if there is none."""
+    package = PACKAGES.get(against, "")
+    try:
+        return f"{package} {importlib.metadata.version(package)}" if package else ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def check_torch(on_gpu: bool = False) -> None:

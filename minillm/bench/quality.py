@@ -20,7 +20,7 @@ from minillm.base.errors import ConfigError
 from minillm.base.log import plural
 from minillm.base.metrics_file import METRICS, steps_of
 from minillm.base.record import Record, option
-from minillm.bench.contest import check_torch, installed
+from minillm.bench.contest import check_torch, installed, version
 from minillm.bench.timing import write_json
 from minillm.comm.communicator import Communicator
 from minillm.comm.cores import usable_cores
@@ -94,7 +94,8 @@ def _run(asked: QualityBench) -> None:
     steps, losses = checkpoint.read_manifest(opened.path).step, _losses(opened.path)
     _check(opened.config, HEADS)
     config, data = _as_trained(opened), _data(opened)
-    print(f"data     {data.describe()}\nmodel    {config.model.describe()}", flush=True)
+    print(f"data     {data.describe()}\nmodel    {config.model.describe()}")
+    print(f"against  {version('torch')}", flush=True)
     what = data.measure(config.model, None)
     own = measure(load_trained(opened, config, SelfCommunicator()), what, SelfCommunicator(), 32)
     optimization = opened.config.optimization

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from mpi_helpers import mpirun, needs_mpirun
 
 from minillm.bench import contest, main
 from minillm.bench.contest import Contestant, advantage
+from minillm.bench.models import ModelsBench
 from minillm.bench.shapes import CONFIGS
 from minillm.bench.timing import ForeignLoad, interval, median_seconds, repeated
+from minillm.comm.single import SelfCommunicator
 from minillm.models.gpt import ARCHITECTURE
 from minillm.models.gpt_config import ModelConfig
 from minillm.models.protocol import num_parameters
@@ -77,6 +80,18 @@ def test_advantage_pairs_rounds_and_leaves_out_disturbed_runs() -> None:
     assert advantage(own, other, "step") == ("2.50", "2.00-3.00")  # of 2 / 1 and 6 / 2
     assert advantage(own, own, "step") == ("", "")
     assert own.medians("step") == pytest.approx([1.0, np.nan, 2.0, 1.0], nan_ok=True)
+
+
+def test_the_yardstick_is_printed_with_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"torch": "2.13.0"}[name])
+    monkeypatch.setattr(ModelsBench, "cases", lambda self: ())
+    asked = ModelsBench(models="lstm", against="torch", json=str(tmp_path / "found.json"))
+    contest.run(SelfCommunicator(), asked)
+    assert "\nagainst torch 2.13.0\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())["against"] == "torch 2.13.0"
+    assert contest.version("none") == ""
 
 
 def test_numbers_of_a_busy_machine_carry_a_mark() -> None:
