@@ -59,6 +59,11 @@ def version_in(text: str) -> str:
     return found[0] if found else "of unknown version"
 
 
+def mpi_name(library: str) -> str:
+    """Return family and version of the MPI library that describes itself by a text."""
+    return f"{mpi_family(library) or 'an unknown MPI'} {version_in(library)}"
+
+
 def last_words(text: str) -> str:
     """Return the last line of an output that has a word."""
     lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]

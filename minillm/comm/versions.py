@@ -15,7 +15,7 @@ from minillm.base.number_ranges import ranges
 from minillm.base.requirements import own_version
 from minillm.comm.agreement import AgreedError
 from minillm.comm.communicator import Communicator
-from minillm.comm.launchers import mpi_family, version_in
+from minillm.comm.launchers import mpi_name
 
 
 def versions() -> dict[str, str]:
@@ -27,8 +27,7 @@ def versions() -> dict[str, str]:
     }
     mpi: Any = sys.modules.get("mpi4py.MPI")
     if mpi is not None:
-        library = mpi.Get_library_version()
-        found["MPI"] = f"{mpi_family(library) or 'unknown'} {version_in(library)}"
+        found["MPI"] = mpi_name(mpi.Get_library_version())
     return found
 
 
