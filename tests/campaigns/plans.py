@@ -97,8 +97,11 @@ def plan(methods: Sequence[Method], seed: int, number: int, mpich: bool) -> Plan
     if kind == "new" and (method.promise == "rounding" or method.replica == method.ranks):
         kind = "too few" if method.replica == method.ranks else "recovery"
     if kind != "once":
-        found, few = _losses(method, rng, kind), kind == "too few"
-        return Plan(method, supervised, found, few)
+        found = _losses(method, rng, kind)
+        last = method.ranks == 2 and isinstance(found[1]["rank"], int)
+        if last and not supervised and found[1]["act"] == "stop":
+            found[1]["act"] = "pause"  # nobody waits for the last rank
+        return Plan(method, supervised, found, kind == "too few")
     faults = [fault(method, rng, MOMENTS, mpich)]
     if rng.random() < 0.4:
         moments = ("start", "loading", "step", "save")

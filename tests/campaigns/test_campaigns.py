@@ -291,6 +291,9 @@ def test_every_moment_of_a_recovery_is_planned() -> None:
     for each in plans:
         first, *later = each.faults
         assert all(fault["rank"] != first["rank"] for fault in later if fault["start"] == 0)
+        if each.method.ranks == 2 and not each.supervised:
+            lone = [f for f in later if f["start"] == 0 and isinstance(f["rank"], int)]
+            assert all(fault["act"] != "stop" for fault in lone)
 
 
 def test_an_evaluation_that_sigterm_breaks_off_has_no_loss() -> None:
