@@ -164,7 +164,7 @@ def disturb(asked: Plan, place: Place, expected: list[Row], counts: Counter[str]
         if not disturbed.released(place.run):
             yield "a lock outlives its run"
         found = disturbed.curve(place.run)
-        if any(fault["act"] == "term" and fault["moment"] == "evaluation" for fault in done):
+        if any(fault["act"] == "term" for fault in done):
             expected = _broken_off(expected, found)
         yield from disturbed.differences(found, expected, method)
         if disturbed.complete(place.run) and status == 0:
@@ -179,9 +179,10 @@ def disturb(asked: Plan, place: Place, expected: list[Row], counts: Counter[str]
 
 
 def _broken_off(expected: list[Row], found: list[Row]) -> list[Row]:
-    """Return the expected rows of a run that ends in an evaluation, which SIGTERM breaks off."""
-    last = len(found) - 1
-    if not found or found[last].held_out is not None:
+    """Return the expected rows of a run whose last evaluation SIGTERM may have broken off."""
+    pairs = enumerate(zip(found, expected, strict=False))
+    last = max((i for i, (_, row) in pairs if row.held_out is not None), default=None)
+    if last is None or found[last].held_out is not None:
         return expected
     return [*expected[:last], expected[last]._replace(held_out=None), *expected[last + 1 :]]
 

@@ -296,10 +296,10 @@ def test_every_moment_of_a_recovery_is_planned() -> None:
             assert all(fault["act"] != "stop" for fault in lone)
 
 
-def test_an_evaluation_that_sigterm_breaks_off_has_no_loss() -> None:
-    measured = [row._replace(held_out=3.0) for row in ROWS]
-    broken = [*measured[:2], measured[2]._replace(held_out=None)]
-    (*before, last, after, _) = kills._broken_off(measured, broken)
-    assert [*before, last] == broken and after.held_out == 3.0
-    assert kills._broken_off(measured, measured[:3]) == measured
-    assert kills._broken_off(measured, []) == measured
+@pytest.mark.parametrize("later", [0, 1])  # steps until the run stops
+def test_an_evaluation_that_sigterm_breaks_off_has_no_loss(later: int) -> None:
+    measured = [row._replace(held_out=3.0 if row.step in (1, 3) else None) for row in ROWS]
+    broken = [*measured[:2], ROWS[2], *measured[3 : 3 + later]]
+    assert kills._broken_off(measured, broken) == [*measured[:2], *ROWS[2:]]
+    for found in (measured, measured[:3], measured[:1], []):
+        assert kills._broken_off(measured, found) == measured
