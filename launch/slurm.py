@@ -193,7 +193,7 @@ def submit(text: str) -> str:
         raise ConfigError("--submit needs sbatch, which is not on the PATH; leave it out to print")
     done = subprocess.run([program], input=text, capture_output=True, text=True)
     if done.returncode:
-        words = done.stderr.strip() or f"status {done.returncode}"
+        words = "; ".join(done.stderr.split("\n")).strip("; ") or f"status {done.returncode}"
         raise ConfigError(f"{shlex.join([program])} refuses the job: {words}")
     return done.stdout
 

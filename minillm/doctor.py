@@ -329,7 +329,7 @@ def check_machine(ranks: int) -> Iterator[Finding]:
     have = f"{ranks} ranks here have" if ranks > 1 else "1 rank here has"
     words += f"; {have} {each} thread{'s' * (each > 1)}{' each' * (ranks > 1)} (or --threads N)"
     if ranks > cores:
-        words += f", no faster than {cores} ranks"
+        words += f", no faster than {cores} rank{'s' * (cores > 1)}"
     yield ok("cores", words)
     yield ok("affinity", own_words())
     if SHARED_MEMORY.is_dir():

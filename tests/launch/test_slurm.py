@@ -232,8 +232,8 @@ def test_submit(
     monkeypatch.chdir(cluster)
     assert script(capsys, "--submit") == "Submitted batch job 7\n"
     assert (cluster / "submitted").read_text() == script(capsys)
-    (tools / "sbatch").write_text("#!/bin/bash\necho invalid partition >&2\nexit 1\n")
-    assert "refuses the job: invalid partition" in refused(capsys, "--submit")
+    (tools / "sbatch").write_text("#!/bin/bash\necho invalid partition >&2\necho x >&2\nexit 1\n")
+    assert "refuses the job: invalid partition; x\n" in refused(capsys, "--submit")
     monkeypatch.setenv("PATH", "/absent")
     assert "--submit needs sbatch" in refused(capsys, "--submit")
 
