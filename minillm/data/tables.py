@@ -113,6 +113,8 @@ def _delimited(
         found = next(records, None)
     while found is not None:
         line, fields = found
+        if fields in ([], [""]) and len(header) > 1:
+            raise ConfigError(f"line {line} of {path} is empty; remove it")
         if len(fields) != len(header):
             raise ConfigError(
                 f"line {line} of {path} has {_fields(len(fields))}, but the first line has "

@@ -167,7 +167,7 @@ class EncoderOptions(EncoderShape, ShapeOptions):
         if self.context > had.context:
             raise ConfigError(
                 f"--context {self.context} is longer than the {had.context} positions that the "
-                f"weights of --init-from have learned; use --context {had.context} or less"
+                f"old weights have learned; use --context {had.context} or less"
             )
 
 

@@ -298,6 +298,6 @@ class ModelOptions(ModelShape, ShapeOptions):
         if self.position == "learned" and self.context > had.context:
             raise ConfigError(
                 f"--context {self.context} is longer than the {had.context} positions that the "
-                f"weights of --init-from have learned; use --context {had.context} or less. A "
+                f"old weights have learned; use --context {had.context} or less. A "
                 "model trained with --position rotary can be continued at a longer context"
             )

@@ -136,7 +136,7 @@ def _last(names: Iterable[str]) -> list[str]:
 
 
 def _refuse(given: str, pattern: str, known: Iterable[str], what: str) -> NoReturn:
-    near = difflib.get_close_matches(pattern, list(known), 3, 0)
+    near = difflib.get_close_matches(pattern, list(dict.fromkeys(known)), 3, 0)
     raise ConfigError(f"{given} {pattern} names no {what}; the nearest names are {or_list(near)}")
 
 

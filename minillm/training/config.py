@@ -201,8 +201,7 @@ def check_weights(saved: Mapping[str, Any], config: RunConfig) -> None:
     fixed += [*corpus.FIXED, *(["dtype"] if "dtype" in saved else [])]
     if changed := _changed(saved, config, fixed):
         raise ConfigError(
-            f"weights taken by --init-from cannot change {changed}; leave it out, or train a new "
-            "model"
+            f"a run from these weights cannot change {changed}; leave it out, or train a new model"
         )
     shape.check_weights(type(config).from_dict(saved, "the checkpoint").shape)
 

@@ -91,7 +91,7 @@ def test_pairs_labels_and_lines_of_text(tmp_path: Path) -> None:
     [
         ("a.csv", 'text,label\n"a,1\n', "line 2 of PATH is no CSV"),
         ("a.csv", "text,label\na,1,2\n", "line 2 of PATH has 3 fields, but the first line has 2"),
-        ("a.tsv", "text\tlabel\na\t1\n\nb\t1\n", "line 3 of PATH has 1 field,"),
+        ("a.tsv", "text\tlabel\na\t1\n\nb\t1\n", "line 3 of PATH is empty; remove it"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text"', "line 2 of PATH is no JSON"),
         ("a.jsonl", "[1]\n", "line 1 of PATH is no JSON object"),
         ("a.jsonl", '{"text": "a"}\n', "line 1 of PATH has no field label or score, only 'text'"),

@@ -107,6 +107,7 @@ def test_factors_and_heads_alone_train_and_nothing_changes_at_first() -> None:
     [
         ("gpt2", {"lora_alpha": 8.0}, "--lora-alpha 8.0 needs --lora RANK"),
         ("gpt2", {"lora": 2, "lora_targets": "qvk"}, "names no linear layer; the nearest names"),
+        ("gpt2", {"freeze": "embedings"}, r"nearest names are \S+, (\S+) or (?!\1)\S+$"),
         ("lstm", {"lora": 2}, "--model lstm has no linear layers to adapt"),
         ("gpt2", {"lora": 2, "freeze": "blocks"}, "leaves nothing to train"),
     ],
