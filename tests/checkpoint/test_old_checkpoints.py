@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_files import lines_of
 
 from minillm import evaluate, generate, train
 from minillm.checkpoint import RunRecord
@@ -32,7 +33,7 @@ def test_a_run_continues(
     run = Path("runs/old")
     shutil.copytree(SAVED, run / "checkpoints")
     assert train.main(["--resume", str(run), "--tp", "1"]) == 0
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(run)
     assert [line["step"] for line in lines] == [4, 5, 6]
     np.testing.assert_allclose([line["loss"] for line in lines], LOSSES, rtol=1e-6)
     np.testing.assert_allclose([line["grad_norm"] for line in lines], NORMS, rtol=1e-5)

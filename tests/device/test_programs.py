@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_files import lines_of
 from standin.install import installed
 
 from minillm import evaluate, generate, train
@@ -52,7 +53,7 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines_of(folder)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

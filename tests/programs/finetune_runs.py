@@ -9,15 +9,11 @@ from typing import Any, NamedTuple
 
 import pytest
 from mpi_helpers import finish, left_behind, mpirun_calls, start, wait_for_steps
+from run_files import lines_of
 
 from minillm import checkpoint, evaluate, finetune
 
 FAULTY = str(Path(__file__).with_name("fault_program.py"))
-
-
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_files import lines_of
 
 from minillm import evaluate, finetune, train
 from minillm.base.log import compact
@@ -20,10 +21,6 @@ from minillm.weights.origin import source_of
 
 TINY = ["--layers", "2", "--heads", "2", "--dim", "16", "--context", "24", "--batch", "8"]
 TINY += ["--lr", "3e-3", "--threads", "1", "--dtype", "float64"]
-
-
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def tensors(source: Any) -> dict[str, np.ndarray]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from finetune_runs import check_parts, check_refused, lines_of, printed
+from finetune_runs import check_parts, check_refused, printed
+from run_files import lines_of
 
 from minillm import checkpoint, evaluate, finetune, train
 from minillm.data.labelled import opinions

@@ -13,10 +13,10 @@ from finetune_runs import (
     check_parts,
     check_ranks,
     check_refused,
-    lines_of,
     printed,
 )
 from mpi_helpers import needs_mpirun
+from run_files import lines_of
 
 from minillm import evaluate, finetune
 from minillm.data.related_texts import Related, translated

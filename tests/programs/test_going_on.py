@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi_helpers import mpirun, needs_mpirun
+from run_files import lines_of
 
 from minillm import checkpoint, evaluate, train
 from minillm.base.errors import ConfigError
@@ -56,7 +57,7 @@ def steps(run: Path, name: str = "metrics.jsonl") -> list[int]:
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines_of(run)]
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -220,7 +221,7 @@ def test_options_that_alter_the_result_are_announced(
     assert (saved.position, saved.config["lr"], saved.config["min_lr"]) == (40, 0.5, None)
     assert "changed" not in run_train("--resume", run, "--stop-after", 7)
     assert record(run).position == 44
-    rates = [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines_of(run)]
     assert rates[4] == pytest.approx(0.5) and rates[3] < 0.01
 
 
@@ -463,7 +464,7 @@ def test_the_best_checkpoint_is_kept_and_evaluated(
     run = tmp_path / "run"
     bad = ["--lr", 3.0, "--warmup", 2, "--clip", 0, "--eval-every", 1, "--save-every", 1]
     run_train(*tiny, *bad, "--steps", 8, "--keep", 1)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(run)
     best = min(lines, key=lambda line: line["val_loss"])
     assert best["step"] < 8
     assert checkpoints(run) == [f"step-{best['step']:08d}", "step-00000008"]

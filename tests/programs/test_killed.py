@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mpi_helpers import finish, left_behind, mpirun, needs_mpirun, start, wait_for_steps
+from run_files import curve
 
 PROGRAM = str(Path(__file__).with_name("fault_program.py"))
 TRAIN = ["-m", "minillm.train"]
@@ -26,12 +25,6 @@ METHODS: dict[str, list[str]] = {
     "topk": ["--compress", "topk"],
     "onebit": ["--compress", "onebit"],
 }
-
-
-def curve(run: Path) -> list[tuple[Any, ...]]:
-    """Return step, loss and norm of every step, and the held-out losses."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(x["step"], x["loss"], x["grad_norm"], x.get("val_loss")) for x in lines]
 
 
 @needs_mpirun

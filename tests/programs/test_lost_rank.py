@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mpi_helpers import Finished, family, finish, mpirun, needs_mpirun, start, wait_for_steps
+from run_files import lines_of
 
 PROGRAM = str(Path(__file__).with_name("fault_program.py"))
 TRAIN = ["-m", "minillm.train"]
@@ -25,7 +26,7 @@ def ulfm() -> None:
 
 def losses(run: Path) -> dict[int, float]:
     """Return the loss of each step, each of which has one line."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(run)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return {line["step"]: line["loss"] for line in lines}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi_helpers import mpirun, needs_mpirun
+from run_files import lines_of
 
 from minillm import checkpoint, finetune
 from minillm import train as program
@@ -86,12 +86,8 @@ def run_ranks_on(ranks: int, words: Sequence[str]) -> None:
     run_ranks(ranks, lambda comm: run_on(comm, start, options))
 
 
-def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
-
-
 def curve(run: Path) -> list[tuple[Any, ...]]:
-    return [(x["step"], x["loss"], x["grad_norm"], x["lr"], x.get("spike")) for x in lines(run)]
+    return [(x["step"], x["loss"], x["grad_norm"], x["lr"], x.get("spike")) for x in lines_of(run)]
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -130,7 +126,7 @@ def test_a_rewind_is_a_run_on_other_data(
     without(monkeypatch, BACK, SPIKE)
     run_ranks_on(1, [*spiky("off", whole), "--spike-window", "100", "--spike-threshold", "6"])
     assert curve(run) == curve(whole)
-    left = lines(run, "left-metrics.jsonl")
+    left = lines_of(run, "left-metrics.jsonl")
     assert [line["step"] for line in left] == [5, 6, 7]
     assert left[-1]["back_to"] == BACK and left[-1]["spike"].startswith("loss ")
     found = record(run)
@@ -147,13 +143,13 @@ def test_every_mesh_decides_alike(
 ) -> None:  # fmt: skip
     planted(monkeypatch, [SPIKE * BATCH], factor)
     run_ranks_on(1, spiky(mode, tmp_path / "one"))
-    expected, kept = lines(tmp_path / "one"), record(tmp_path / "one")
+    expected, kept = lines_of(tmp_path / "one"), record(tmp_path / "one")
     assert [line["step"] for line in expected] == list(range(1, 11))
     assert ["spike" in line for line in expected].count(True) == (mode == "skip")
     assert len(kept["left_out"]) == 1
     for name, (ranks, words) in LAYOUTS.items():
         run_ranks_on(ranks, spiky(mode, tmp_path / name, *words))
-        for line, same in zip(lines(tmp_path / name), expected, strict=True):
+        for line, same in zip(lines_of(tmp_path / name), expected, strict=True):
             assert line["step"] == same["step"] and ("spike" in line) == ("spike" in same), name
             for key in ("loss", "grad_norm"):
                 assert line[key] == (same[key] and pytest.approx(same[key], rel=1e-9)), name
@@ -245,7 +241,7 @@ def test_a_run_without_a_checkpoint_goes_back_to_its_start(
     planted(monkeypatch, [SPIKE * BATCH])
     run = tmp_path / "run"
     run_ranks_on(2, spiky("rewind", run, "--save-every", "0"))
-    assert record(run)["left_out"] == [[0, (SPIKE + 1) * BATCH]] and len(lines(run)) == 10
+    assert record(run)["left_out"] == [[0, (SPIKE + 1) * BATCH]] and len(lines_of(run)) == 10
 
 
 @pytest.mark.slow
@@ -289,7 +285,7 @@ def test_states_of_rows_begin_anew_after_a_gap(
                 run_ranks_on(1, [*words, "--out", str(tmp_path / name)])
             run_ranks_on(1, ["--resume", str(tmp_path / name), "--stop-after", "10"])
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
-    assert len(lines(tmp_path / "run")) == 10
+    assert len(lines_of(tmp_path / "run")) == 10
 
 
 @pytest.mark.slow
@@ -313,8 +309,8 @@ def test_batches_by_tokens_are_left_out_alike(
     assert finetune.main([*words, "--out", str(run), "--stop-after", "8"]) == 0
     assert finetune.main(["--resume", str(run)]) == 0
     assert curve(run) == curve(whole) and record(run) == record(whole)
-    counts = {line["step"]: line["sequences"] for line in lines(whole)}
-    left = {line["step"]: line["sequences"] for line in lines(whole, "left-metrics.jsonl")}
+    counts = {line["step"]: line["sequences"] for line in lines_of(whole)}
+    left = {line["step"]: line["sequences"] for line in lines_of(whole, "left-metrics.jsonl")}
     start = sum(counts[step] for step in range(1, BACK + 1))
     assert sorted(left) == [5, 6, 7]
     assert record(whole)["left_out"] == [[start, start + sum(left.values())]]
@@ -330,6 +326,6 @@ def test_processes_decide_alike(mode: str, spiky: Callable[..., list[str]], tmp_
         assert done.returncode == 0, done.output
         told = {"skip": "step 7 is left out: loss", "rewind": "step 7: loss"}[mode]
         assert done.output.count(told) == 1, done.output
-    for line, same in zip(lines(four), lines(one), strict=True):
+    for line, same in zip(lines_of(four), lines_of(one), strict=True):
         assert line["loss"] == pytest.approx(same["loss"], rel=1e-9)
     assert record(four)["left_out"] == record(one)["left_out"] != []

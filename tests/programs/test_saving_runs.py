@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from mpi_helpers import finish, left_behind, mpirun, needs_mpirun, start, wait_for_steps
 from odd_file_systems import FileSystem, names
+from run_files import lines_of
 
 from minillm import checkpoint, train
 from minillm.training.step import StepReport
@@ -25,12 +25,8 @@ TRAIN = ["-m", "minillm.train"]
 saving = import_module("minillm.checkpoint.save")  # minillm.checkpoint has a function of that name
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def curve(run: Path) -> list[Any]:
-    return [(line["step"], line["loss"], line.get("val_loss")) for line in metrics(run)]
+    return [(line["step"], line["loss"], line.get("val_loss")) for line in lines_of(run)]
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -48,7 +44,7 @@ def test_a_run_that_saves_behind_tells_the_same_story(
         assert train.main([*tiny, *options]) == 0
         printed = " ".join(capsys.readouterr().out.split())
         assert f"saving 3 checkpoints{how}; steps waited " in printed
-        waited = [line["step"] for line in metrics(run) if line.get("saving_seconds", 0) > 0]
+        waited = [line["step"] for line in lines_of(run) if line.get("saving_seconds", 0) > 0]
         assert {3, 5} <= set(waited) and 1 not in waited and 2 not in waited
     assert curve(behind) == curve(at_once)
     assert list(checkpoint.run_steps(behind)) == [2, 4, 6]
@@ -83,7 +79,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(
     assert train.main([*tiny, "--save-async", "--save-every", "2", "--keep", "9"]) == 0
     assert not found, "a checkpoint was complete before its files"
     assert list(checkpoint.run_steps(run)) == [2, 4, 6]
-    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_checkpoints_by_time_are_written_behind(tiny: list[str], tmp_path: Path) -> None:
@@ -236,6 +232,6 @@ def test_a_signal_waits_for_the_checkpoint(tiny: list[str], tmp_path: Path) -> N
     wait_for_steps(process, run, 12)
     os.killpg(process.pid, signal.SIGINT)
     found = finish(process)
-    step = len(metrics(run))
+    step = len(lines_of(run))
     assert f"stopped at step {step} as asked" in found.output, found.output
     assert list(checkpoint.run_steps(run))[-1] == step

@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import network_nodes
 import numpy as np
 import pytest
 from mpi_helpers import family, finish, left_behind, needs_mpirun, start, wait_for_steps, wait_until
 from network_nodes import Network
+from run_files import lines_of
 
 pytestmark = [needs_mpirun, pytest.mark.slow]
 TRAIN = ["-m", "minillm.train"]
@@ -42,12 +42,8 @@ def network() -> Iterator[Callable[..., Network]]:
         each.__exit__()
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(run: Path) -> list[float]:
-    lines = metrics(run)
+    lines = lines_of(run)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 

@@ -8,7 +8,6 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from minillm.launch import supervise
@@ -23,6 +22,7 @@ from mpi_helpers import (
     wait_for_steps,
     wait_until,
 )
+from run_files import curve
 
 
 def start(
@@ -32,11 +32,6 @@ def start(
     command = [sys.executable, "-m", "minillm", "supervise", "--wait", "1s", *options, "--"]
     command += [*launcher, sys.executable, "-m", f"minillm.{program}", *words]
     return Launch(command, cwd=cwd)
-
-
-def curve(run: Path) -> list[tuple[Any, ...]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(x["step"], x["loss"], x["grad_norm"], x.get("val_loss")) for x in lines]
 
 
 def first_rank(run: Path) -> int:

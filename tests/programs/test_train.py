@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from mpi_helpers import mpirun, mpirun_calls, needs_mpirun
+from run_files import lines_of
 
 from minillm import checkpoint, train
 
@@ -22,10 +23,6 @@ def hashes(run: Path, step: int) -> dict[str, str]:
     return {name: entry.sha256 for name, entry in manifest.files.items()}
 
 
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @needs_mpirun
 def test_stopped_and_resumed_equals_uninterrupted(tiny: list[str], tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -35,7 +32,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny: list[str], tmp_path: Pat
     resumed = mpirun(2, [*TRAIN, "--resume", str(halves)])
     assert resumed.returncode == 0 and "to rounding" not in resumed.output
     assert hashes(whole, 6) == hashes(halves, 6)
-    assert [line["loss"] for line in metrics(whole)] == [line["loss"] for line in metrics(halves)]
+    assert [line["loss"] for line in lines_of(whole)] == [line["loss"] for line in lines_of(halves)]
 
 
 @needs_mpirun
@@ -50,7 +47,7 @@ def test_resumed_on_another_mesh_says_so_and_agrees_to_rounding(
         resumed.returncode == 0
         and resumed.output.count("results continue to rounding, not bit for bit") == 1
     )
-    losses = [[line["loss"] for line in metrics(run)] for run in (whole, halves)]
+    losses = [[line["loss"] for line in lines_of(run)] for run in (whole, halves)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -74,7 +71,7 @@ def test_metrics_trace_and_checks(tiny: list[str], tmp_path: Path) -> None:
         ],
     )
     assert found.returncode == 0, found.output
-    lines = metrics(run)
+    lines = lines_of(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     wanted = {
         "step",
@@ -108,7 +105,7 @@ def test_every_layout_reports_the_same_loss(tiny: list[str], tmp_path: Path) -> 
             ).returncode
             == 0
         )
-        losses[name] = [line["loss"] for line in metrics(tmp_path / name)]
+        losses[name] = [line["loss"] for line in lines_of(tmp_path / name)]
     assert all(found == pytest.approx(losses["one"], rel=1e-10) for found in losses.values())
 
 

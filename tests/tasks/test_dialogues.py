@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_files import lines_of
 from training_helpers import Layout, assert_same, make_config, train
 
 from minillm import evaluate, finetune
@@ -231,10 +232,7 @@ def test_a_run_is_read_by_evaluate_and_chat(
     assert "template chatml" in " ".join(capsys.readouterr().out.split())
     assert finetune.main(["--resume", str(run), "--stop-after", "6"]) == 0
     assert finetune.main([*words, "--out", str(tmp_path / "whole")]) == 0
-    lines, whole = (
-        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        for path in (run, tmp_path / "whole")
-    )
+    lines, whole = (lines_of(path) for path in (run, tmp_path / "whole"))
     assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
     capsys.readouterr()
     assert evaluate.main([str(run), "--data", str(data), "--threads", "1"]) == 0

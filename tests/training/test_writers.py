@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from run_files import lines_of
 
 from minillm import train
 from minillm.base.errors import ConfigError
@@ -34,7 +34,7 @@ def test_csv_holds_the_numbers_of_the_metrics_and_a_continuation_replaces_steps(
     options = [*small, "--sample-tokens=0", "--eval-every=2", "--eval-tokens=8", f"--out={out}"]
     assert train.main([*options, "--steps=4", "--stop-after=2", "--log-to=csv"]) == 0
     assert train.main([f"--resume={out}"]) == 0
-    wanted = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    wanted = lines_of(out)
     found = rows(out / "metrics.csv")
     assert [row["step"] for row in found] == ["1", "2", "3", "4"]
     for line, row in zip(wanted, found, strict=True):
