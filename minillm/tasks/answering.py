@@ -220,10 +220,6 @@ class AnsweringObjective:
 def _read(options: AnsweringOptions, vocabulary: Mapping[str, Any] | None) -> list[Any]:
     """Return the questions to train on and those held out, and the vocabulary."""
     parts = parts_of(options, BUILT_IN, facts, read_questions)
-    if options.dev is None and not parts[0][1]:
-        raise ConfigError(
-            f"all questions of {parts[0][0]} are about one context; name held-out ones with --dev"
-        )
     texts = (text for _, part in parts for each in part for text in (each.question, each.context))
     known = dict(vocabulary or make_tokenizer(f"special:{options.tokenizer}", texts).to_json())
     return [parts, known | {"unanswerable": answerless(parts[0][1]) > 0}]
