@@ -7,8 +7,9 @@ for the watchdogs, as in `MPICommunicator.shrink`.
 from __future__ import annotations
 
 import os
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +33,24 @@ def spawn(
     free = np.array([place for place in range(size) if place not in places], np.int64)
     info = MPI.Info.Create()
     info.Set("wdir", os.getcwd())
+    if on_several_nodes(os.environ):
+        # Of the first survivor's node: on one without a survivor, MPI_Init of the new process
+        # fails, and the survivors wait in vain (Open MPI 5.0.11).
+        info.Set("host", socket.gethostname())
     made = survivors.Spawn(sys.executable, list(command), free.size, info)
     made.Set_errhandler(MPI.ERRORS_RETURN)
     return _merged(made, False, free, places[survivors.Get_rank()])
+
+
+def on_several_nodes(environment: Mapping[str, str]) -> bool:
+    """Return whether Open MPI's mpirun has started ranks on further nodes besides this process's.
+
+    A new process knows of none.
+    """
+    here, all_ranks = (
+        environment.get(f"OMPI_COMM_WORLD_{name}SIZE", "1") for name in ("LOCAL_", "")
+    )
+    return here.isdigit() and all_ranks.isdigit() and int(here) < int(all_ranks)
 
 
 def join() -> Merged:

