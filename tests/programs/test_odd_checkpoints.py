@@ -88,7 +88,7 @@ def test_activations_that_overflow_are_an_error(
     ("options", "words"),
     [
         (dict(dim=1 << 20, head_width=1 << 19), "TB of memory"),
-        (dict(layers=10**7), "of memory"),
+        (dict(layers=10**6, ffn_dim=1 << 14), "TB of memory"),
         (dict(dim=32), "is of another model: its model/embedding.weight has shape (256, 16)"),
         (dict(layers=3), "is of another model: it has no model/blocks.2."),
         (dict(dim="16"), "dim = '16' in"),
@@ -99,7 +99,8 @@ def test_sizes_are_compared_before_memory_is_taken(
     options: dict[str, Any], words: str, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite_manifest(
-        checkpoint.find(trained), lambda body: body["meta"]["config"].update(ffn_dim=64, **options)
+        checkpoint.find(trained),
+        lambda body: body["meta"]["config"].update({"ffn_dim": 64} | options),
     )
     for line in refusals(trained, capsys):
         assert words in line
