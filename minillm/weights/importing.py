@@ -77,10 +77,11 @@ def _import(comm: Communicator, args: ImportArgs) -> None:
             lock.append(found.lock)
             return str(found.path)
 
-        out = Path(from_first(comm, claim))
         mesh = MeshShape(dp=comm.size)
         source = foreign.source()
+        # Before the folder is made: weights that cannot be read leave none behind.
         tensors = agree(comm, lambda: _shares(source, mesh, comm.rank), CheckpointError)
+        out = Path(from_first(comm, claim))
         checkpoint.save(
             out / checkpoint.SUBFOLDER,
             world=comm,

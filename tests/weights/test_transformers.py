@@ -111,6 +111,7 @@ def test_values_that_are_not_finite_are_named(
     ):
         assert program.main([str(path), *more]) == 1
         assert f"{path}: its {name} holds values that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_path_without_weights_is_named(
