@@ -215,7 +215,9 @@ def _ended(asked: Plan, status: int, done: Sequence[dict[str, Any]], place: Plac
         yield f"status {status} after a pause: {disturbed.output(place)[-600:]}"
     if act == "term" and moment not in ("start", "loading") and status != 0:
         yield f"status {status} after SIGTERM: {disturbed.output(place)[-600:]}"
-    if asked.supervised and status != 0 and moment not in ("start", "loading"):
+    # A supervisor starts nothing again that ends before its first step.
+    early = moment == "step" and last["times"] == 0 and len(done) == 1
+    if asked.supervised and status != 0 and moment not in ("start", "loading") and not early:
         yield f"the supervisor ended with status {status}: {disturbed.output(place)[-600:]}"
     if moment == "step" and not asked.supervised and len(done) == 1:
         # The first rank may not have written the step before.
