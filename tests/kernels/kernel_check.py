@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -109,13 +110,21 @@ def call_case(case: Case, choice: str, dtype: str) -> Any:
         return case.call(*(cast(x, dtype) for x in exact_inputs(case)))
 
 
-def check_case(case: Case, choice: str, dtype: str, threads: int = 1) -> None:
-    """Run a case on one implementation and judge its results."""
+def check_case(case: Case, choice: str, dtype: str, threads: int = 1, repeats: int = 1) -> None:
+    """Run a case on one implementation and judge its results.
+
+    With `repeats`, every run must give the same bits.
+    """
     exact = exact_inputs(case)
     inputs = tuple(cast(x, dtype) for x in exact)
     copies = tuple(x.copy() for x in inputs)
     with kernels.use(**choices(case, choice)), kernels.threads(threads):
         got = case.call(*inputs)
+        for _ in range(repeats - 1):
+            again = case.call(*inputs)
+            assert all(_bits(a) == _bits(b) for a, b in zip(got, again, strict=True)), (
+                "the bits of a repeated call differ"
+            )
     assert all(np.array_equal(x, copy) for x, copy in zip(inputs, copies, strict=True)), (
         "an input was changed"
     )
@@ -126,6 +135,10 @@ def check_case(case: Case, choice: str, dtype: str, threads: int = 1) -> None:
         check(got, want, dtype, CUDA_TOLERANCE * case.slack)
     else:
         check(got, want, dtype, TOLERANCE[dtype] * case.slack)
+
+
+def _bits(x: Any) -> bytes | None:
+    return None if x is None else np.asarray(x).tobytes()
 
 
 def implementations(case: Case, dtype: str, backends: tuple[str, ...]) -> list[str]:
@@ -166,19 +179,25 @@ def emulator_crossing(cases: list[Case]) -> Iterator[tuple[Case, str, str]]:
 
 
 @contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill `np.empty` with NaN, integers with 0, so that an element left unwritten is seen."""
-    plain, plain_like = np.empty, np.empty_like
+def poisoned_memory(module: ModuleType = np) -> Iterator[None]:
+    """Fill `module.empty` with NaN, so that an element left unwritten is seen.
+
+    Integers are 0 in NumPy and -1 in CuPy.
+    """
+    plain, plain_like = module.empty, module.empty_like
 
     def empty(shape: Any, dtype: Any = float, order: Any = "C") -> Any:
         dtype = np.dtype(dtype)
         x = plain(shape, dtype, order)
-        x.fill(np.nan if is_float(dtype) else 0)
+        if module is np:
+            x.fill(np.nan if is_float(dtype) else 0)
+        elif x.nbytes:
+            x.data.memset(0xFF, x.nbytes)
         return x
 
-    module: Any = np
     module.empty = empty
-    module.empty_like = lambda x, dtype=None: empty(x.shape, dtype or x.dtype)
+    if module is np:  # which CuPy calls itself, with more arguments
+        module.empty_like = lambda x, dtype=None: empty(x.shape, dtype or x.dtype)
     try:
         yield
     finally:
