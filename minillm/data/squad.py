@@ -1,6 +1,7 @@
 """Questions about contexts: JSON of SQuAD 1.1 and 2.0, plain or .gz, and lines of JSON to answer.
 
-An answer is a span of its context. Every error names the file, and the question where there is one.
+An answer is a span of its context. Every error names the file, and where there is one the question
+with its line.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def read_questions(name: str) -> list[Question]:
     that is missing, for an id that repeats, for a question without an answer that is not marked as
     impossible, and for an answer that is not at its place in the context.
     """
-    return _checked(name, (_answered(name, *each) for each in _entries(name)))
+    return _checked(name, (_answered(*each) for each in _entries(name)))
 
 
 def read_unanswered(name: str) -> list[Question]:
@@ -60,7 +61,7 @@ def read_unanswered(name: str) -> list[Question]:
     `read_questions` does.
     """
     if ending(name) != ".jsonl":
-        return _checked(name, (Question(*each[:3]) for each in _entries(name)))
+        return _checked(name, (Question(*each[1:4]) for each in _entries(name)))
     return _checked(name, _lines(name))
 
 
@@ -90,11 +91,27 @@ def _checked(name: str, questions: Iterator[Question]) -> list[Question]:
     return found
 
 
-def _entries(name: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """Yield id, question, context and the JSON object of each question of a file of SQuAD."""
+class _Places:
+    """Line numbers in a text of words that are asked for in their order."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._start, self._line = text, 0, 1
+
+    def line_of(self, word: str) -> int:
+        """Return the line of the next `word`; of the last one found where there is none."""
+        found = self._text.find(word, self._start)
+        if found >= 0:
+            self._line += self._text.count("\n", self._start, found)
+            self._start = found
+        return self._line
+
+
+def _entries(name: str) -> Iterator[tuple[str, str, str, str, dict[str, Any]]]:
+    """Yield place, id, question, context and JSON object of each question of a file of SQuAD."""
     path = Path(name)
     try:
-        value = json.loads(read_text(path))
+        text = read_text(path)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"line {error.lineno} of {path} is not JSON: {error.msg}; questions come in the format "
@@ -102,16 +119,17 @@ def _entries(name: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         ) from None
     except (ValueError, RecursionError) as error:  # too many digits or brackets
         raise ConfigError(f"{path} is no JSON that can be read: {error}") from None
-    at = f"{path}"
-    for a, article in enumerate(_field(value, "data", list, at), 1):
+    places = _Places(text)
+    for a, article in enumerate(_field(value, "data", list, f"{path}"), 1):
         at_article = f"article {a} of {path}"
         for p, paragraph in enumerate(_field(article, "paragraphs", list, at_article), 1):
             at = f"paragraph {p} of {at_article}"
             context = _field(paragraph, "context", str, at)
             for q, entry in enumerate(_field(paragraph, "qas", list, at), 1):
                 id_ = _field(entry, "id", str, f"question {q} of {at}")
-                question = _field(entry, "question", str, f"question {id_!r} of {path}")
-                yield id_, question, context, entry
+                line = places.line_of(json.dumps(id_, ensure_ascii=False))
+                where = f"question {id_!r} in line {line} of {path}"
+                yield where, id_, _field(entry, "question", str, where), context, entry
 
 
 _KINDS = {list: "list", str: "text", int: "whole number"}
@@ -127,9 +145,9 @@ def _field(value: Any, name: str, kind: type, at: str) -> Any:
     return found
 
 
-def _answered(name: str, id_: str, question: str, context: str, entry: dict[str, Any]) -> Question:
+def _answered(at: str, id_: str, question: str, context: str, entry: dict[str, Any]) -> Question:
     """Return a question with its answers. Raises ConfigError for answers that are wrong."""
-    at, impossible = f"question {id_!r} of {name}", entry.get("is_impossible", False)
+    impossible = entry.get("is_impossible", False)
     answers = entry.get("answers", [] if impossible else None)
     if not isinstance(answers, list):
         raise ConfigError(f"{at} has no list 'answers'")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -26,7 +25,6 @@ from campaigns.disturbed import FLAGS, SAVES, STEPS, TRAIN, VICTIM, Method, Plac
 from campaigns.plans import ACTS, METHODS, Plan, plan
 from minillm.base.errors import ConfigError
 from minillm.base.record import Record, option
-from minillm.comm.launchers import mpi_family
 from minillm.training.going_on import LOG
 
 TIMEOUT = 10.0  # s, --comm-timeout
@@ -61,8 +59,7 @@ def available(asked: str) -> tuple[list[Method], str]:
     """Return the methods that are asked for and can run here, and the MPI. Raises ConfigError."""
     if mpi_helpers.MPIRUN is None:
         raise ConfigError("there is no mpirun; install one with: pip install -e '.[mpich]'")
-    told = subprocess.run([mpi_helpers.MPIRUN, "--version"], capture_output=True, text=True)
-    mpi = mpi_family(told.stdout)
+    mpi = mpi_helpers.family()
     found = {m.name: m for m in METHODS if not m.mpi or m.mpi == mpi}
     groups = {"all": list(found), "ulfm": [name for name, m in found.items() if m.outlives]}
     names = groups.get(asked, asked.split(","))

@@ -58,7 +58,9 @@ def test_questions_without_answers_and_lines_of_json(tmp_path: Path) -> None:
     bare = {"id": "q1", "question": "Where?"}
     name = written(tmp_path / "a.json", squad(bare))
     assert read_unanswered(name) == [Question("q1", "Where?", CONTEXT)]
-    with pytest.raises(ConfigError, match=r"question 'q1' of .*a.json has no list 'answers'"):
+    with pytest.raises(
+        ConfigError, match=r"question 'q1' in line 1 of .*a.json has no list 'answers'"
+    ):
         read_questions(name)
     lines = [{"question": "Where?", "context": "Here."}, {"question": "a", "context": "b", "id": 7}]
     path = tmp_path / "a.jsonl"
@@ -70,6 +72,16 @@ def test_questions_without_answers_and_lines_of_json(tmp_path: Path) -> None:
     path.write_text('{"question": "a"}\n')
     with pytest.raises(ConfigError, match=r"line 1 of .*a.jsonl has no text 'context'"):
         read_unanswered(str(path))
+
+
+def test_an_error_names_the_line_of_its_question(tmp_path: Path) -> None:
+    wrong = entry(id="q7", answers=[{"text": "Rome", "answer_start": 4}])
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps(squad(*(entry(id=f"q{n}") for n in range(7)), wrong), indent=1))
+    (line,) = (n for n, row in enumerate(path.read_text().split("\n"), 1) if '"q7"' in row)
+    assert line > 50
+    with pytest.raises(ConfigError, match=f"question 'q7' in line {line} of .*long.json has the"):
+        read_questions(str(path))
 
 
 PLACE = CONTEXT.index("Berlin")
@@ -84,7 +96,7 @@ AT_BYTES = [{"text": "Berlin", "answer_start": len(CONTEXT[:PLACE].encode())}]
         ([], ["has no list 'data'"]),
         (squad(entry(), context=7), ["paragraph 1 of article 1 of", "no text 'context'"]),
         (squad({"question": "?"}), ["question 1 of paragraph 1 of article 1", "no text 'id'"]),
-        (squad({"id": "x"}), ["question 'x' of", "no text 'question'"]),
+        (squad({"id": "x"}), ["question 'x' in line 1 of", "no text 'question'"]),
         (squad(entry(), entry()), ["two questions of the id 'q1'"]),
         (squad(entry(answers=[])), ["'q1'", "0 answers and is_impossible false"]),
         (squad(entry(is_impossible=True)), ["'q1'", "1 answers and is_impossible true"]),

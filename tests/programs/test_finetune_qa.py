@@ -110,7 +110,10 @@ def test_answers_in_any_case_and_never(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"answers": [{"text": "Rome", "answer_start": 3}]}, ["question '0' of", "'Rome' at 3"]),
+        (
+            {"answers": [{"text": "Rome", "answer_start": 3}]},
+            ["question '0' in line 1 of", "'Rome' at 3"],
+        ),
         ({"answers": [{"text": "x", "answer_start": 999}]}, ["'0'", "outside its context"]),
         ({"answers": []}, ["'0'", "0 answers and is_impossible false"]),
         ({"question": "why " * 30}, ["'0'", "more than half of --context 32"]),
