@@ -193,6 +193,9 @@ class Network:
         """Kill all processes of a node at once. Its network and its shared memory go with them."""
         (self.folder / name).unlink(missing_ok=True)
         self.nodes.pop(name).kill()
+        assert self.login is not None
+        with contextlib.suppress(RuntimeError):  # the kernel removes it by itself, but later
+            self._ip(self.login, f"link delete {name}")
 
     def finish(self, process: Launch, seconds: float) -> str:
         """Return the output of a command that must end within `seconds`, else end the nodes.
